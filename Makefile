@@ -1,0 +1,40 @@
+# Two commands for a newcomer: `make demo` and `make test`. The environment is made once, in .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+.PHONY: install demo test test-slow check bench base clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Windtunnel needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	touch $(STAMP)
+
+demo: install
+	.venv/bin/windtunnel demo
+
+test: install
+	$(PY) -m pytest --numprocesses 2
+
+test-slow: install
+	$(PY) -m pytest --numprocesses 2 -m slow
+
+check: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	$(PY) -m pytest tests/test_house.py
+
+bench: install
+	$(PY) -m tests.bench
+
+base: install
+	$(PY) -m tests.make.demo_base
+
+clean:
+	rm -rf .venv build dist

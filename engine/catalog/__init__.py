@@ -1,0 +1,25 @@
+"""What a model is made of, before any weight is read.
+
+`cards` are the named models of presets/; `architecture` reads a name, a folder or a cached hub id
+and refuses what may not be built; `modules` is the one table of parameters that everything that
+plans reads, made from the checked `sizes` by `rows`. No torch: tests prove the tables equal to the
+models that transformers builds.
+"""
+
+from engine.catalog.architecture import Architecture, read_architecture
+from engine.catalog.cards import ModelCard, find_model, find_repository, list_models, model_names
+from engine.catalog.modules import ModuleTable, Parameter, linear_targets, module_table
+
+__all__ = [
+    "Architecture",
+    "ModelCard",
+    "ModuleTable",
+    "Parameter",
+    "find_model",
+    "find_repository",
+    "linear_targets",
+    "list_models",
+    "model_names",
+    "module_table",
+    "read_architecture",
+]

@@ -1,0 +1,130 @@
+"""The named models: each file of presets/models as a typed card.
+
+Separate from `architecture` because a card also says what no config.json does: the licence, the
+tokenizer, how the model thinks, and where each fact comes from. Files are read when first asked
+for, and once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+from engine.errors import UserError
+from engine.visible import visible
+
+Confidence = Literal["high", "medium", "low"]
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """One place on the hub that holds weights of the model."""
+
+    id: str
+    variant: Literal["instruct", "base", "reasoning"]
+    checkpoint: Literal["bf16", "fp8"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """Which tokenizer the model speaks, enough to make it without a download."""
+
+    version: str
+    """Tekken version: v11, v13 or v15."""
+    think: bool
+    """Whether [THINK] and [/THINK] are tokens."""
+    image: tuple[int, int, int] | None
+    """Patch size and largest side in pixels, patches merged a side; None reads no images."""
+    settings: bool
+    """Whether the model is told its settings, such as the reasoning effort, in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Official generation settings; None where the model's page says nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a fact of the card comes from, and how sure it is."""
+
+    fact: str
+    link: str
+    confidence: Confidence
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """One model of the catalog."""
+
+    name: str
+    """What a person types."""
+    title: str
+    description: str
+    repositories: tuple[Repository, ...]
+    """The first is what the name stands for; none means that the model is made here."""
+    licence: str
+    context_tokens: int
+    modalities: tuple[Literal["text", "vision"], ...]
+    thinking: Literal["none", "text tags", "tokens", "effort"]
+    tokenizer: Tokenizer
+    sampling: Mapping[Literal["answering", "thinking"], Sampling]
+    config: Mapping[str, Any]
+    """The content of config.json, shared by all readers: copy it before changing it."""
+    sources: tuple[Source, ...]
+    notes: tuple[str, ...] = ()
+
+
+@cache
+def model_names() -> tuple[str, ...]:
+    """The catalog's names in alphabetical order."""
+    folder = files("presets") / "models"
+    return tuple(sorted(f.name[:-4] for f in folder.iterdir() if f.name.endswith(".yml")))
+
+
+def find_model(name: str) -> ModelCard:
+    """The card of a catalog name.
+
+    Raises UserError with the nearest names where there is no such model.
+    """
+    if name not in model_names():
+        # Three, since `ministral-3b` is as close to the 8B's name as to the 3B's.
+        near = get_close_matches(name.lower(), model_names(), n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(
+            f"There is no model named {visible(name, one_line=True)}.",
+            "It is neither a name of the catalog nor a folder nor a hub id like org/name.",
+            f"{hint}`windtunnel models` lists the names.",
+        )
+    return _read_card(name)
+
+
+def list_models() -> tuple[ModelCard, ...]:
+    """All cards, in the order of their names."""
+    return tuple(_read_card(name) for name in model_names())
+
+
+def find_repository(repo_id: str) -> tuple[ModelCard, Repository] | None:
+    """The card that lists a hub id, with its entry there; None where no card does."""
+    for card in list_models():
+        for repository in card.repositories:
+            if repository.id == repo_id:
+                return card, repository
+    return None
+
+
+@cache
+def _read_card(name: str) -> ModelCard:
+    # Imported here so that `import engine.catalog` stays light.
+    from pydantic import TypeAdapter
+    from ruamel.yaml import YAML
+
+    text = (files("presets") / "models" / f"{name}.yml").read_text(encoding="utf-8")
+    content = YAML(typ="safe", pure=True).load(text)
+    return TypeAdapter(ModelCard).validate_python({"name": name, **content})

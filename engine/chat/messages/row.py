@@ -1,0 +1,141 @@
+"""One row of a dataset to one `Conversation`.
+
+It decides where a row keeps its messages: in a list, in a JSON string, or in two columns such as
+question and answer. What a message says is for `message`, in which order for `order`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from engine.chat.messages.content import parse_json
+from engine.chat.messages.conversation import (
+    Conversation,
+    Message,
+    Note,
+    RowProblem,
+    Think,
+    describe,
+)
+from engine.chat.messages.message import MessageReader, describe_keys
+from engine.chat.messages.order import check_order, trim
+from engine.chat.messages.row_format import DEFAULT_FIELD_MESSAGES, RowFormat
+from engine.chat.messages.tools import read_tools
+
+_OTHER_FIELDS = ("conversations", "conversation")
+_QUESTION_AND_ANSWER = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+)
+_IMAGE_COLUMNS = ("images", "image")
+
+
+def read_row(row: Mapping[str, object], row_format: RowFormat) -> Conversation:
+    """The conversation in a row, up to its last assistant message.
+
+    Raises RowProblem, and nothing else, whatever JSON the row holds.
+    """
+    for column in _IMAGE_COLUMNS:
+        if row.get(column):
+            raise RowProblem(
+                "The row has images.",
+                f"They are in the column {column}, and only text is read so far.",
+                "Leave such rows out of this dataset.",
+            )
+    reader = MessageReader(row_format)
+    kept, trimmed = trim(_read_messages(row, row_format, reader))
+    notes = [*reader.notes, *([trimmed] if trimmed else ()), *check_order(kept)]
+    effort = _read_effort(row, row_format)
+    thinks_at = next((message.source for message in kept if _thinks(message)), None)
+    if effort == "none" and thinks_at is not None:
+        text = "The assistant thinks although reasoning_effort is none."
+        notes.append(Note("effort_contradicts_thinking", text, thinks_at))
+    tools = read_tools(row.get(row_format.field_tools))
+    return Conversation(tuple(kept), tools, effort, tuple(notes))
+
+
+def _read_messages(
+    row: Mapping[str, object], row_format: RowFormat, reader: MessageReader
+) -> Sequence[Message]:
+    listed = _find_list(row, row_format)
+    if listed is None:
+        messages = _read_columns(row, row_format)
+    else:
+        messages = [reader.read(message, index) for index, message in enumerate(listed)]
+    system = row.get("system")
+    if not system or (messages and messages[0].role == "system"):
+        return messages
+    if not isinstance(system, str):
+        raise RowProblem(
+            "The row's system prompt is not text.",
+            f"Its `system` is {describe(system)}.",
+            "Write it as a string.",
+        )
+    return [Message("system", system), *messages]
+
+
+def _find_list(row: Mapping[str, object], row_format: RowFormat) -> Sequence[object] | None:
+    field = row_format.field_messages
+    others = _OTHER_FIELDS if field == DEFAULT_FIELD_MESSAGES else ()
+    for name in (field, *others):
+        value = row.get(name)
+        if isinstance(value, str) and value.strip():
+            value = parse_json(value, name, None)
+        if isinstance(value, list | tuple):
+            return value
+        if value is not None:
+            raise RowProblem(
+                "The messages are not a list.",
+                f"{name} is {describe(value)}.",
+                'Write them as [{"role": "user", "content": "..."}, ...].',
+            )
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):
+        return [*prompt, *completion]
+    return None
+
+
+def _read_columns(row: Mapping[str, object], row_format: RowFormat) -> Sequence[Message]:
+    for question, answer in _QUESTION_AND_ANSWER:
+        if row.get(question) is not None and row.get(answer) is not None:
+            break
+    else:
+        raise RowProblem(
+            "The row has no messages.",
+            f"It has no {row_format.field_messages}; its columns are {describe_keys(row)}.",
+            "Name the column in field_messages, or use columns such as question and answer.",
+        )
+    texts = []
+    for column in (question, "input", answer) if question == "instruction" else (question, answer):
+        value = row.get(column, "") if column == "input" else row[column]
+        if value is not None and not isinstance(value, str):
+            raise RowProblem(
+                f"The column {column} is not text.",
+                f"It is {describe(value)}.",
+                "Write it as a string.",
+            )
+        texts.append(value)
+    asked = "\n\n".join(text for text in texts[:-1] if text)
+    return [Message("user", asked), Message("assistant", texts[-1] or "")]
+
+
+def _read_effort(row: Mapping[str, object], row_format: RowFormat) -> str | None:
+    effort = row.get("reasoning_effort")
+    if effort is None:
+        return row_format.reasoning_effort
+    if isinstance(effort, str):
+        return effort
+    raise RowProblem(
+        "The row's reasoning_effort is not a word.",
+        f"It is {describe(effort)}.",
+        "Write none or high, or delete the column.",
+    )
+
+
+def _thinks(message: Message) -> bool:
+    return (
+        message.role == "assistant"
+        and not isinstance(message.content, str)
+        and any(isinstance(part, Think) for part in message.content)
+    )

@@ -1,0 +1,161 @@
+"""The same arrays through mistral-common's own validator, normalizer and encoders.
+
+It serves tokenizer versions that `fast` does not know, and in the tests it stands between `fast`
+and `encode_chat_completion`: it shares with `fast` nothing but the settled conversation.
+"""
+
+import json
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.chunk import ContentChunk, TextChunk, ThinkChunk
+from mistral_common.protocol.instruct.messages import (
+    AssistantMessage,
+    SystemMessage,
+    ToolMessage,
+    UserMessage,
+)
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.tool_calls import FunctionCall, Tool, ToolCall
+from pydantic import ValidationError
+
+from engine.chat.messages import Conversation, Message, RowProblem, Text
+from engine.chat.render.kinds import WITHHELD, Kind, Kinds, Rendered
+from engine.chat.tokenizer.chat_tokenizer import ChatTokenizer
+
+# What mistral-common raises at a conversation that it refuses; asserts are among its checks.
+_REFUSALS = (MistralCommonException, ValidationError, ValueError, AssertionError, RecursionError)
+
+
+def encode_exact(conversation: Conversation, tokenizer: ChatTokenizer) -> Rendered:
+    """The arrays of a settled conversation. Raises RowProblem where mistral-common refuses it."""
+    try:
+        return _encode(conversation, tokenizer)
+    except _REFUSALS as error:
+        raise RowProblem(
+            "mistral-common refuses the conversation.",
+            f"{error}" if str(error).endswith(".") else f"{error}.",
+            "Change the row so that it follows the order and the types that it names.",
+        ) from error
+
+
+def to_request(conversation: Conversation) -> ChatCompletionRequest[Any]:
+    """The request that mistral-common would encode for a settled conversation."""
+    return ChatCompletionRequest(
+        messages=[_to_mistral(message) for message in conversation.messages],
+        tools=[Tool.model_validate(tool) for tool in conversation.tools] or None,
+        reasoning_effort=conversation.reasoning_effort,  # type: ignore[arg-type]
+    )
+
+
+def _to_mistral(message: Message) -> Any:
+    content: str | list[ContentChunk]
+    if isinstance(message.content, str):
+        content = message.content
+    else:
+        content = [
+            TextChunk(text=part.text)
+            if isinstance(part, Text)
+            else ThinkChunk(thinking=part.text, closed=part.closed)
+            for part in message.content
+        ]
+    match message.role:
+        case "user":
+            return UserMessage(content=content)
+        case "system":
+            return SystemMessage(content=content)
+        case "tool":
+            return ToolMessage(content=content, tool_call_id=message.tool_call_id)
+        case "assistant":
+            calls = [
+                ToolCall(
+                    id="null" if call.id is None else call.id,
+                    function=FunctionCall(name=call.name, arguments=json.dumps(call.arguments)),
+                )
+                for call in message.tool_calls
+            ]
+            return AssistantMessage(content=content, tool_calls=calls or None)
+
+
+def _encode(conversation: Conversation, tokenizer: ChatTokenizer) -> Rendered:
+    mistral = tokenizer.mistral
+    encoder: Any = mistral.instruct_tokenizer
+    request = mistral._chat_completion_request_validator.validate_request(to_request(conversation))
+    instruct = mistral._instruct_request_normalizer.from_chat_completion_request(request)
+    encoder.validate_messages(instruct.messages)
+    turns = _group_turns(conversation.messages, tokenizer.version)
+    assert len(turns) == len(instruct.messages), "a message without its turn"
+    first_user, last_user = encoder.find_first_last_user(instruct)
+    ids: list[int] = list(encoder.start())
+    kinds = [np.full(len(ids), Kind.BOS, np.uint8)]
+    sources = [np.full(len(ids), -1, np.int32)]
+    for index, (message, turn) in enumerate(zip(instruct.messages, turns, strict=True)):
+        if isinstance(message, UserMessage):
+            tokens, _, _ = encoder.encode_user_message(
+                message,
+                instruct.available_tools,
+                index == last_user,
+                index == first_user,
+                system_prompt=instruct.system_prompt,
+                force_img_first=True,
+                settings=instruct.settings,
+            )
+        elif isinstance(message, ToolMessage):
+            tokens, _, _ = encoder.encode_tool_message(message, index < last_user)
+        elif isinstance(message, AssistantMessage):
+            tokens = encoder.encode_assistant_message(message, index < last_user)
+        else:
+            tokens, _ = encoder.encode_system_message(message)
+        mark = 0 if all(part.learn for part in turn) else WITHHELD
+        ids += tokens
+        kinds.append(_find_kinds(tokens, message, tokenizer) | np.uint8(mark))
+        sources.append(np.full(len(tokens), turn[-1].source, np.int32))
+    return Rendered(np.array(ids, np.uint32), np.concatenate(kinds), np.concatenate(sources))
+
+
+def _group_turns(messages: tuple[Message, ...], version: str) -> list[tuple[Message, ...]]:
+    """The messages behind each normalized message: users and assistants in a row are merged.
+
+    Replays the grouping of mistral-common's `_aggregate_messages`, and from v11 on its sorting of
+    tool results.
+    """
+    turns: list[tuple[Message, ...]] = []
+    called: list[str] = []
+    for role, group in groupby(messages, lambda message: message.role):
+        turn = list(group)
+        if role in ("user", "assistant"):
+            turns.append(tuple(turn))
+        if role == "assistant":
+            called = [call.id or "null" for message in turn for call in message.tool_calls]
+        if role == "tool" and version != "v7":
+            turn.sort(key=lambda message: called.index(message.tool_call_id or "null"))
+        if role in ("tool", "system"):
+            turns += [(message,) for message in turn]
+    return turns
+
+
+def _find_kinds(tokens: list[int], message: Any, tokenizer: ChatTokenizer) -> Kinds:
+    """The kind of each token of one message, by the control tokens among them."""
+    special = tokenizer.specials
+    if isinstance(message, SystemMessage):
+        return np.full(len(tokens), Kind.SYSTEM, np.uint8)
+    if isinstance(message, ToolMessage):
+        return np.full(len(tokens), Kind.TOOL_RESULT, np.uint8)
+    switches: dict[int | None, Kind] = {
+        special.tools: Kind.TOOLS,
+        special.settings: Kind.SETTINGS,
+        special.inst: Kind.USER,
+        special.think: Kind.THINK,
+        special.call: Kind.CALL,
+        special.eos: Kind.EOS,
+    }
+    kind = Kind.TEXT if isinstance(message, AssistantMessage) else Kind.USER
+    kinds = np.empty(len(tokens), np.uint8)
+    for index, token in enumerate(tokens):
+        kind = switches.get(token, kind)
+        kinds[index] = kind
+        if token == special.end_think:
+            kind = Kind.TEXT
+    return kinds

@@ -1,0 +1,166 @@
+"""What one tokenizer version refuses, in sentences.
+
+These are the rules of mistral-common 1.13's finetuning validators that differ between versions;
+those that all versions share are in `engine.chat.messages.order`. mistral-common's own refusals
+name classes and stop at the first; a person needs the message and the repair.
+"""
+
+import json
+import re
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from engine.chat.messages import Conversation, Message, RowProblem, Think
+
+if TYPE_CHECKING:
+    from engine.chat.tokenizer.chat_tokenizer import ChatTokenizer
+
+_SHORT_ID = re.compile(r"^[a-zA-Z0-9]{9}$")
+_SHORT_ID_VERSIONS = ("v7", "v11")
+_THINKING_SYSTEM_VERSION = "v13"
+
+
+def check_version(conversation: Conversation, tokenizer: "ChatTokenizer") -> None:
+    """Raises RowProblem where the tokenizer's version refuses the conversation."""
+    _check_effort(conversation, tokenizer)
+    last = conversation.messages[-1]
+    answered = False
+    for message in conversation.messages:
+        if message.role == "tool":
+            answered = True
+            _check_result_id(message, tokenizer.version)
+        elif not isinstance(message.content, str):
+            _check_thinking(message, tokenizer)
+        for call in message.tool_calls:
+            _check_call_id(call.id, message, message is last, tokenizer.version)
+    if tokenizer.version != "v7" and (answered or any(m.tool_calls for m in conversation.messages)):
+        _check_pairs(conversation.messages)
+
+
+def _check_effort(conversation: Conversation, tokenizer: "ChatTokenizer") -> None:
+    effort = conversation.reasoning_effort
+    if effort is None or effort in tokenizer.efforts:
+        return
+    if tokenizer.efforts:
+        raise RowProblem(
+            f"reasoning_effort is {effort!r}.",
+            f"This model knows {' and '.join(tokenizer.efforts)}.",
+            "Use one of them in the row or in chat_template_kwargs.",
+        )
+    raise RowProblem(
+        f"reasoning_effort is {effort!r}, and this model has no such setting.",
+        f"Its tokenizer is {tokenizer.version}; settings came with v15.",
+        "Delete reasoning_effort from the row and from chat_template_kwargs.",
+    )
+
+
+def _check_thinking(message: Message, tokenizer: "ChatTokenizer") -> None:
+    if not any(isinstance(part, Think) for part in message.content):
+        return
+    if not tokenizer.thinks:
+        raise RowProblem(
+            "The message thinks, and this model has no thinking tokens.",
+            f"Its tokenizer is {tokenizer.version} and has no [THINK].",
+            "Choose a model that thinks in tokens, or write the thinking as <think>...</think> "
+            "at the start of the text.",
+            message.source,
+        )
+    if message.role == "system" and tokenizer.version != _THINKING_SYSTEM_VERSION:
+        raise RowProblem(
+            "The system prompt has a thinking chunk.",
+            f"{tokenizer.version} takes only text there.",
+            "Write the chunk as text.",
+            message.source,
+        )
+
+
+def _check_call_id(call_id: str | None, message: Message, is_last: bool, version: str) -> None:
+    if version in _SHORT_ID_VERSIONS:
+        if call_id is None:
+            if is_last:
+                return
+            raise _id_problem("A tool call has no id.", version, message.source)
+        if not _SHORT_ID.match(call_id):
+            raise _id_problem(f"A tool call's id is {call_id!r}.", version, message.source)
+    elif not call_id:
+        raise _id_problem("A tool call has no id.", version, message.source)
+
+
+def _check_result_id(message: Message, version: str) -> None:
+    call_id = message.tool_call_id
+    if version in _SHORT_ID_VERSIONS:
+        if call_id is None or not _SHORT_ID.match(call_id):
+            raise _id_problem(f"A tool result's id is {call_id!r}.", version, message.source)
+    elif not call_id or call_id == "null":
+        raise _id_problem("A tool result names no call.", version, message.source)
+
+
+def _id_problem(what: str, version: str, source: int) -> RowProblem:
+    if version in _SHORT_ID_VERSIONS:
+        why = f"{version} writes ids as tokens, and takes exactly nine letters and digits."
+        return RowProblem(what, why, 'Use ids such as "a1B2c3D4e", one for each call.', source)
+    why = f"{version} pairs calls and results by id."
+    return RowProblem(what, why, "Give every call an id and its result the same one.", source)
+
+
+def _check_pairs(messages: tuple[Message, ...]) -> None:
+    called: set[str | None] = set()
+    answered: set[str | None] = set()
+    for message in messages:
+        if message.role == "tool":
+            if message.tool_call_id in answered:
+                raise _pair_problem("Two tool results have the same id.", message)
+            if message.tool_call_id not in called:
+                raise _pair_problem("A tool result answers no call.", message)
+            answered.add(message.tool_call_id)
+        elif message.role == "assistant":
+            called, answered = set(), set()
+            for call in message.tool_calls:
+                if call.id in called:
+                    raise _pair_problem("Two tool calls have the same id.", message)
+                called.add(call.id)
+
+
+def _pair_problem(what: str, message: Message) -> RowProblem:
+    return RowProblem(
+        what,
+        "Results are put in the order of their calls, by id.",
+        "Give each call of a message its own id, and its result the same one.",
+        message.source,
+    )
+
+
+def write_json(value: object, what: str, source: int | None) -> str:
+    """The JSON text that becomes tokens, as mistral-common writes it."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowProblem(
+            f"{what} cannot be written as JSON.",
+            f"{error}.",
+            "Use only objects, lists, strings, numbers, true, false and null.",
+            source,
+        ) from error
+
+
+@lru_cache(256)
+def _schema_fault(tools_json: str) -> str | None:
+    from mistral_common.utils.json_utils import validate_json_schema_by_draft7
+
+    for tool in json.loads(tools_json):
+        try:
+            validate_json_schema_by_draft7(tool["function"]["parameters"])
+        except (ValueError, RecursionError) as error:
+            return f"{tool['function']['name']}: {error}."
+    return None
+
+
+def check_tools(tools_json: str) -> None:
+    """Raises RowProblem where a tool's parameters are no JSON schema (draft 7)."""
+    fault = _schema_fault(tools_json)
+    if fault is not None:
+        raise RowProblem(
+            "A tool's parameters are no JSON schema.",
+            fault,
+            'Write them as {"type": "object", "properties": {...}}.',
+        )

@@ -1,0 +1,72 @@
+"""Every headless command, each a thin layer over the function that the wizard calls too.
+
+One module a subject adds its commands with `register(app)`; here is only what all share: how a
+request becomes an exit status, and how an error becomes three lines.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import cyclopts
+from cyclopts import CycloptsError
+
+from engine.cli import dataset, explain, models, supervision, training
+from engine.cli.watch import Watch
+from engine.errors import UserError
+from engine.visible import visible
+
+WRONG_REQUEST, INTERRUPTED = 2, 130
+
+
+def build_app(watch: Watch) -> cyclopts.App:
+    """All commands; `watch` shows a run in the foreground."""
+    app = cyclopts.App(
+        name="windtunnel",
+        help="Fine-tune Mistral models: see what is learned, train it, never lose a run.",
+        version=version("windtunnel"),
+        version_flags=["--version"],
+        help_format="plaintext",
+    )
+    training.register(app, watch)
+    dataset.register(app)
+    supervision.register(app)
+    models.register(app)
+    explain.register(app)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None, watch: Watch | None = None) -> int:
+    """Carry out one command line; returns its exit status and never shows a traceback."""
+    from engine.cli.watch import PlainWatch
+
+    app = build_app(watch or PlainWatch())
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = app(given, exit_on_error=False, print_error=False, result_action="return_value")
+    except UserError as error:
+        print_sentence(error)
+        return error.exit_status
+    except CycloptsError as error:
+        print_sentence(
+            UserError(
+                visible(" ".join(str(error).split()), one_line=True),
+                "The command line could not be understood.",
+                "`windtunnel --help` lists the commands; `windtunnel COMMAND --help` explains one.",
+            )
+        )
+        return WRONG_REQUEST
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left; a second error while Python closes stdout helps nobody.
+        sys.stderr.close()
+        return 0
+    return status if isinstance(status, int) else 0
+
+
+def print_sentence(error: UserError) -> None:
+    """What, why and what to do, a line each, on stderr."""
+    for line in (error.what, error.why, error.fix):
+        if line:
+            print(visible(line), file=sys.stderr)

@@ -1,0 +1,338 @@
+"""The commands about data: check, preview, prepare.
+
+They turn words on a command line into calls of `engine.data` and its answers into text or JSON;
+what is right or wrong about a dataset is decided there.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import cyclopts
+from cyclopts import Parameter
+
+from engine.config import ConfigError, DatasetConfig, RunConfig, read_config
+from engine.config.data_keys import DataKeys, LearningKeys
+from engine.errors import UserError
+from engine.visible import visible
+
+if TYPE_CHECKING:
+    from engine.chat.render import LabelRule
+    from engine.data.checkup import Checkup
+    from engine.data.prepare import Progress
+
+Effort = Literal["none", "high"]
+AsJson = Annotated[bool, Parameter("--json", negative="")]
+
+_SHOWN_PROBLEMS = 20
+
+
+def register(app: cyclopts.App) -> None:
+    """Adds the commands of this module to `app`; each returns its exit status."""
+    app.command(check_data, name="check")
+    app.command(preview_data, name="preview")
+    app.command(prepare_data, name="prepare")
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What a command line says about data: DATA itself, or the config that stands for it."""
+
+    datasets: tuple[DatasetConfig, ...]
+    folder: Path
+    model: str | None
+    rule: "LabelRule"
+    history_thinking: Literal["keep", "drop"] = "keep"
+    sequence_len: int | None = None
+
+
+def _is_config(data: str) -> bool:
+    return Path(data).suffix.lower() in (".yml", ".yaml")
+
+
+def _read_request(
+    data: str, model: str | None, think: bool | None = None, effort: str | None = None
+) -> _Request:
+    from engine.chat.render import LabelRule
+    from engine.data.rows import effective_datasets, with_template_kwargs
+
+    if not _is_config(data):
+        forced = {"reasoning_effort": effort} if effort else {}
+        dataset = with_template_kwargs(DatasetConfig(path=data), {}, forced)
+        return _Request((dataset,), Path.cwd(), model, LabelRule(thinking=think is not False))
+    config = _load(data)
+    thinking = config.train_on_thinking if think is None else think
+    return _Request(
+        effective_datasets(config, reasoning_effort=effort),
+        Path(data).resolve().parent,
+        model or config.base_model,
+        LabelRule(thinking=thinking, inputs=config.train_on_inputs),
+        config.history_thinking,
+        config.sequence_len,
+    )
+
+
+def _load(path: str) -> RunConfig:
+    """The config, refused where a key about data, learning or length would not be carried out.
+
+    Other keys that training refuses do not matter to arrays.
+    """
+    file = read_config(path)
+    about = set(DataKeys.model_fields) | set(LearningKeys.model_fields)
+    refused = [
+        finding
+        for finding in file.findings()
+        if finding.severity == "error" and re.split(r"\W", finding.key)[0] in about
+    ]
+    if refused:
+        raise ConfigError(path, refused)
+    if not file.config.datasets:
+        raise UserError(
+            f"{path} names no dataset.",
+            "Its list of datasets is empty.",
+            "Add `datasets:` with a `path:`, or give a data file instead of the config.",
+        )
+    return file.config
+
+
+def check_data(
+    data: str, /, *, model: str | None = None, strict: bool = False, as_json: AsJson = False
+) -> int:
+    """Read every row of a dataset and report each bad one by line, reason and repair.
+
+    Parameters
+    ----------
+    data
+        A file, a folder, a hub id, or a config that names them.
+    model
+        Count tokens as this model would: catalog name, hub id or folder.
+    strict
+        Exit with 1 when a row cannot be used.
+    as_json
+        Print one JSON document.
+    """
+    from engine.chat.tokenizer import open_tokenizer
+    from engine.data.checkup import check
+
+    request = _read_request(data, model)
+    tokenizer = open_tokenizer(request.model) if request.model else None
+    found = check(
+        request.datasets,
+        request.folder,
+        tokenizer,
+        rule=request.rule,
+        history_thinking=request.history_thinking,
+        sequence_len=request.sequence_len,
+    )
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        _print_checkup(found)
+    return int(strict and bool(found.problems))
+
+
+def _print_checkup(found: "Checkup") -> None:
+    print(f"{found.rows} rows, {found.usable} usable")
+    if found.tokens is not None:
+        tokens, length = found.tokens, found.tokens.row_length
+        print(
+            f"{tokens.total} tokens, {tokens.learned} learned"
+            f" (thinking {tokens.thinking}, answers {tokens.answer})\n"
+            f"row length: mean {length.mean}, median {length.p50}, p95 {length.p95},"
+            f" p99 {length.p99}, longest {length.max}"
+        )
+    _print_problems(found.problems)
+    for finding in found.findings:
+        lines = ", ".join(map(str, finding.lines))
+        _print_line(f"· {finding.rows} rows (line {lines}): {finding.text}")
+    for warning in found.warnings:
+        print(f"! {warning}")
+
+
+def _print_problems(problems: list[dict[str, Any]]) -> None:
+    for problem in problems[:_SHOWN_PROBLEMS]:
+        where = f"{problem['file']} line {problem['line']}"
+        if problem["message"] is not None:
+            where += f", message {problem['message']}"
+        _print_line(f"✗ {where}: {problem['what']} {problem['why']} {problem['fix']}")
+    if len(problems) > _SHOWN_PROBLEMS:
+        print(f"✗ and {len(problems) - _SHOWN_PROBLEMS} more; --json lists them")
+
+
+def _print_line(text: str) -> None:
+    print(visible(text, one_line=True))
+
+
+def preview_data(
+    data: str,
+    /,
+    *,
+    model: str | None = None,
+    row: int | None = None,
+    every: Annotated[bool, Parameter("--all", negative="")] = False,
+    think: bool | None = None,
+    reasoning_effort: Effort | None = None,
+    strict: bool = False,
+    as_json: AsJson = False,
+) -> int:
+    """Show what the model sees in a row, token by token, and which tokens are learned.
+
+    Parameters
+    ----------
+    data
+        A file, a folder, a hub id, or a config that names them.
+    model
+        Catalog name, hub id or folder with a tokenizer; a config names its own.
+    row
+        Which row, counted from 1 over all rows. Without it the first.
+    every
+        Show all rows; with --json one object a line.
+    think
+        Whether thinking is learned.
+    reasoning_effort
+        The effort that the prompt states, for models that state one.
+    strict
+        Exit with 1 when a shown row learns nothing.
+    as_json
+        Print JSON.
+    """
+    from engine.chat.tokenizer import open_tokenizer
+    from engine.data.preview import preview_entry
+    from engine.data.preview_text import legend, row_text
+    from engine.data.rows import iterate_rendered
+
+    request = _read_request(data, model, think, reasoning_effort)
+    if request.model is None:
+        raise UserError(
+            "preview needs a model.",
+            "Only its tokenizer knows what it sees.",
+            "Add --model, such as --model ministral-3-8b.",
+        )
+    first = _first_row(row, every)
+    tokenizer = open_tokenizer(request.model)
+    rows = iterate_rendered(
+        request.datasets,
+        request.folder,
+        tokenizer,
+        history_thinking=request.history_thinking,
+        skip=first - 1,
+    )
+    underline = _underlines()
+    shown = learns_nothing = 0
+    for rendered in rows if every else islice(rows, 1):
+        entry = preview_entry(rendered, request.rule)
+        learns_nothing += all(label == -100 for label in entry["labels"])
+        if as_json:
+            print(json.dumps(entry))
+        else:
+            print(row_text(entry, tokenizer, underline=underline), end="\n\n")
+        shown += 1
+    if shown == 0:
+        raise UserError(
+            f"{data} has no row {first}.",
+            "Rows are counted from 1 over all rows, bad ones too.",
+            "Give a smaller number; `windtunnel check` counts the rows.",
+        )
+    if not as_json:
+        print(legend(underline=underline))
+    if strict and learns_nothing:
+        print(f"{learns_nothing} of {shown} shown rows learn nothing.", file=sys.stderr)
+    return int(strict and learns_nothing > 0)
+
+
+def _underlines() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _first_row(row: int | None, every: bool) -> int:
+    if row is not None and every:
+        raise UserError(
+            "--row and --all contradict each other.",
+            "One asks for one row, the other for all.",
+            "Give one of them.",
+        )
+    if row is not None and row < 1:
+        raise UserError(f"There is no row {row}.", "Rows are counted from 1.", "Give --row 1.")
+    return row or 1
+
+
+def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
+    """Tokenize the config's datasets once, into the arrays that training reads.
+
+    Parameters
+    ----------
+    config
+        The config file.
+    as_json
+        Print one JSON document.
+    """
+    from engine.chat.tokenizer import open_tokenizer
+    from engine.data.prepare import default_store, label_rule, prepare
+
+    start = time.monotonic()
+    if not _is_config(config):
+        raise UserError(
+            f"{config} is not a config file.",
+            "prepare reads model, datasets and switches from one, and its name ends in .yml.",
+            "Write one with `windtunnel recommend --data … -o config.yml`.",
+        )
+    run, folder = _load(config), Path(config).resolve().parent
+    prepared = prepare(
+        run,
+        folder,
+        open_tokenizer(run.base_model),
+        default_store(run, folder),
+        _show_progress if sys.stderr.isatty() and not as_json else None,
+    )
+    rule = label_rule(run)
+    selection = prepared.select(rule, run.sequence_len, run.excess_length_strategy)
+    report: dict[str, Any] = {
+        "rows": len(prepared),
+        "tokens": prepared.meta["tokens"],
+        "learned_tokens": prepared.learned_tokens(rule),
+        "seconds": round(time.monotonic() - start, 3),
+        "reused": prepared.reused,
+        "path": str(prepared.folder),
+        "bad_rows": prepared.meta["bad_rows"],
+        "problems": prepared.meta["problems"],
+        "used_rows": len(selection.rows),
+        "too_long": selection.too_long,
+        "truncated": selection.truncated,
+        "nothing_learned": selection.nothing_learned,
+    }
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_report(report, run.sequence_len)
+    return 0
+
+
+def _show_progress(progress: "Progress") -> None:
+    share = f" {progress.done_bytes / progress.total_bytes:.0%}" if progress.total_bytes else ""
+    print(f"\r{progress.phase}{share} {progress.rows} rows\x1b[K", end="", file=sys.stderr)
+
+
+def _print_report(report: dict[str, Any], sequence_len: int) -> None:
+    made = "found as they were, nothing tokenized" if report["reused"] else "tokenized"
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+    print(
+        f"{report['rows']} rows, {report['tokens']} tokens, {report['learned_tokens']} learned:"
+        f" {made} in {report['seconds']} s\n{visible(report['path'], one_line=True)}"
+    )
+    left_out = {
+        "cannot be used": report["bad_rows"],
+        f"are longer than sequence_len ({sequence_len})": report["too_long"],
+        "of these are cut at it": report["truncated"],
+        "learn nothing": report["nothing_learned"],
+    }
+    for what, count in left_out.items():
+        if count:
+            print(f"! {count} rows {what}")
+    _print_problems(report["problems"])

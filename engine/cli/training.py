@@ -1,0 +1,184 @@
+"""`train` and `demo`: a run in the foreground, or one that is started and left alone."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import Parameter
+
+from engine.cli.watch import Watch, watch_to_end
+from engine.config import RunConfig, override, read_config, write_config
+from engine.events import Recorded, Sample, Score, format_line
+from engine.launch import launch
+from engine.runs import Follower, RunFolder, create_run
+from engine.visible import visible
+
+AsJson = Annotated[
+    bool, Parameter("--json", negative="", help="Print one JSON document.")
+]
+AsEvents = Annotated[
+    bool, Parameter("--events", negative="", help="Print the run's events as JSON lines.")
+]
+RunsFolder = Annotated[
+    Path | None,
+    Parameter("--runs", help="Folder that holds runs/, instead of $WINDTUNNEL_RUNS or the default."),
+]
+Changes = Annotated[
+    tuple[str, ...],
+    Parameter(help="Changes to the config, such as learning_rate=1e-4 or datasets[0].path=a.jsonl."),
+]
+
+
+class EventLines:
+    """Events as they are in events.jsonl, on stdout."""
+
+    def show(self, recorded: Recorded) -> None:
+        sys.stdout.buffer.write(format_line(recorded))
+        sys.stdout.buffer.flush()
+
+    def close(self) -> None:
+        sys.stdout.buffer.flush()
+
+
+def register(app: cyclopts.App, watch: Watch) -> None:
+    """Add the commands; `watch` shows a run that stays in the foreground."""
+
+    @app.command
+    def train(
+        config: Annotated[Path, Parameter(help="YAML file with Axolotl's keys.")],
+        /,
+        *changes: Annotated[str, Parameter(help="Changes, such as learning_rate=1e-4.")],
+        detach: Annotated[
+            bool, Parameter(negative="", help="Start it and return; it outlives the terminal.")
+        ] = False,
+        as_json: AsJson = False,
+        as_events: AsEvents = False,
+        home: RunsFolder = None,
+    ) -> int:
+        """Train what a config says."""
+        run, text, resume = create(config, changes, home)
+        chosen = EventLines() if as_events else watch
+        status = start(run, text, chosen, resume=resume, detach=detach)
+        if as_json:
+            print(json.dumps({"run": str(run.path)}))
+        elif detach:
+            print(f"{visible(run.name, one_line=True)} is training in {visible(str(run.path))}.")
+        return status
+
+    @app.command
+    def demo(
+        folder: Annotated[Path | None, Parameter(help="Where the run goes.")] = None,
+        /,
+        *changes: Annotated[str, Parameter(help="Changes to its config, such as seed=7.")],
+        qlora: Annotated[
+            bool, Parameter(negative="", help="Hold the frozen weights in 4 bits.")
+        ] = False,
+        as_json: AsJson = False,
+        as_events: AsEvents = False,
+        home: RunsFolder = None,
+    ) -> int:
+        """Fine-tune the embedded tiny model on sample conversations, in about a minute.
+
+        No download and no GPU. Three questions are answered before and after.
+        """
+        with as_file(files("presets") / "recipes" / "demo-tiny") as recipes:
+            recipe = recipes / ("qlora.yml" if qlora else "lora.yml")
+            given = (*changes, f"output_dir={json.dumps(str(folder.absolute()))}") if folder else changes
+            run, text, resume = create(recipe, given, home, name="demo")
+            chosen = EventLines() if as_events else watch
+            status = start(run, text, chosen, resume=resume, detach=False)
+        result = demo_result(run)
+        if as_json:
+            print(json.dumps(result))
+        elif not as_events:
+            print("\n".join(describe_demo(result)))
+        return status
+
+
+def create(
+    file: Path, changes: Sequence[str], home: Path | None, name: str | None = None
+) -> tuple[RunFolder, str, bool]:
+    """The run folder for a config file, the text of its config.yml, and whether it goes on.
+
+    Paths in the config are relative to its file; in the run folder they are absolute.
+    """
+    given = read_config(file)
+    given.require_supported()
+    config = override(given.config, changes) if changes else given.config
+    config = with_absolute_paths(config, file.absolute().parent)
+    resume = bool(config.resume_from_checkpoint)
+    run = create_run(name or file.stem, output_dir=config.output_dir, home=home, resume=resume)
+    return run, write_config(config, document=given.document), resume
+
+
+def with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
+    """The same config with paths that mean the same from any folder."""
+
+    def absolute(path: str) -> str:
+        place = folder / Path(path).expanduser()
+        return str(place.resolve()) if place.exists() else path
+
+    def rows(datasets: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(d.model_copy(update={"path": absolute(d.path)}) for d in datasets)
+
+    changed: dict[str, Any] = {
+        "base_model": absolute(config.base_model),
+        "datasets": rows(config.datasets),
+        "test_datasets": rows(config.test_datasets),
+    }
+    for key in ("output_dir", "dataset_prepared_path"):
+        if value := getattr(config, key):
+            changed[key] = str((folder / Path(value).expanduser()).resolve())
+    return config.model_copy(update=changed)
+
+
+def start(run: RunFolder, text: str, watch: Watch, *, resume: bool, detach: bool) -> int:
+    """Launch a created run and, unless detached, show it to its end; returns the exit status."""
+    follower = Follower(run.events, from_end=True)
+    process = launch(run, detach=detach, config=text, resume=resume)
+    return 0 if detach else watch_to_end(run, process, follower, watch)
+
+
+def demo_result(run: RunFolder) -> dict[str, Any]:
+    """What a demo run says of itself: answers and exact-match scores, before and after."""
+    answers: dict[str, list[dict[str, str]]] = {"before": [], "after": []}
+    scores: dict[str, dict[str, float]] = {}
+    follower = Follower(run.events)
+    while events := follower.read():
+        for event in (recorded.event for recorded in events):
+            if isinstance(event, Sample) and event.when in answers:
+                answers[event.when].append({"prompt": event.prompt, "text": event.text})
+            elif isinstance(event, Score):
+                when = "after" if event.step else "before"
+                scores.setdefault(event.dataset, {})[when] = event.exact
+    return {"run": str(run.path), **answers, "scores": scores}
+
+
+def describe_demo(result: Mapping[str, Any]) -> Iterator[str]:
+    """The demo's outcome for a person, with what it does not prove."""
+    for before, after in zip(result["before"], result["after"], strict=False):
+        yield ""
+        yield visible(f"  {before['prompt']}", one_line=True)
+        yield visible(f"    before  {before['text']}", one_line=True)
+        yield visible(f"    after   {after['text']}", one_line=True)
+    yield ""
+    yield "Answers given back word for word:      before   after"
+    for dataset, score in result["scores"].items():
+        words = DATASETS.get(dataset, dataset)
+        yield f"  {words:<35}  {score.get('before', 0):>6.0%}  {score.get('after', 0):>6.0%}"
+    yield ""
+    yield "The base model is tiny and was made for this demo: it learned these conversations by"
+    yield "heart and understands nothing. That is why wordings it never saw mostly fail."
+    yield f"The run, its curves and its adapter are in {visible(result['run'])}."
+
+
+DATASETS = {
+    "train": "conversations it trained on",
+    "heldout_pairing": "known wording, new force",
+    "heldout_wording": "wording it never saw",
+}

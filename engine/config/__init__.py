@@ -1,0 +1,35 @@
+"""What to do, in one file: Axolotl's YAML keys, checked before anything runs.
+
+It is the left hand of the only hand-over into a run (`config.yml`); `events.py` is the right one.
+The keys and what they mean are in the `*_keys` modules, one section each; `rules` says which of
+them contradict each other and `limits` what this engine does not act on. `reading` and `writing`
+go between text and RunConfig, and never lose a comment on the way.
+"""
+
+from engine.config.data_keys import DatasetConfig
+from engine.config.document import Document
+from engine.config.finding import ConfigError, Finding
+from engine.config.overriding import override
+from engine.config.reading import ConfigFile, parse_config, read_config
+from engine.config.run import SECTIONS, RunConfig, section_title
+from engine.config.support import require_supported, unsupported
+from engine.config.words import config_schema
+from engine.config.writing import write_config
+
+__all__ = [
+    "SECTIONS",
+    "ConfigError",
+    "ConfigFile",
+    "DatasetConfig",
+    "Document",
+    "Finding",
+    "RunConfig",
+    "config_schema",
+    "override",
+    "parse_config",
+    "read_config",
+    "require_supported",
+    "section_title",
+    "unsupported",
+    "write_config",
+]

@@ -1,0 +1,160 @@
+"""The keys of the conversations: where they are, how their rows are read, what is learned of them.
+
+`DatasetConfig` is one entry of `datasets`; the rest holds for all of them.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from engine.config.section import Amount, Count, Section
+
+
+class DatasetConfig(Section):
+    """One source of conversations."""
+
+    path: str
+    """A file (.jsonl, .json, .csv, .parquet), a folder of them, or a hub id."""
+    type: str = "chat_template"
+    """Shape of the rows. chat_template: conversations, a list of messages with role and
+    content; the only shape that is trained."""
+    name: str | None = None
+    """Configuration (subset) of a hub dataset."""
+    split: str | None = None
+    """Part of a hub dataset, such as train. Absent: train."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset. A commit makes a rerun read the same rows."""
+    data_files: list[str] | str | None = None
+    """Files to read inside the folder or hub dataset. Absent: all."""
+    ds_type: str | None = None
+    """Format of the files (json, csv, parquet ...). It is told from their names."""
+    field_messages: str = "messages"
+    """Column that holds the list of messages; ShareGPT rows use conversations."""
+    field_tools: str = "tools"
+    """Column that holds the tool definitions."""
+    message_property_mappings: dict[str, str] | None = None
+    """Our key -> the row's key: role, content, thinking (also reasoning, reasoning_content),
+    tool_calls, tool_call_id, name, weight. Rows with from and value need
+    {role: from, content: value}."""
+    roles: dict[str, list[str]] | None = None
+    """Our role (system, user, assistant, tool) -> the names that the rows use for it."""
+    message_field_training: str | None = None
+    """Key in a message whose false value keeps that message out of the loss."""
+    message_field_training_detail: str | None = None
+    """Key in a message that marks parts of its text as learned or not."""
+    chat_template_kwargs: dict[str, str] | None = None
+    """Settings of the rendering for this source alone, such as {reasoning_effort: high}; they
+    win over the run's own chat_template_kwargs. (Axolotl ignores them here.)"""
+    chat_template: str | None = None
+    """Name of a chat template for this source. The model's own is always used."""
+    roles_to_train: list[str] | None = None
+    """Roles whose messages are learned. Absent: [assistant]."""
+    train_on_eos: Literal["turn", "all", "last", "none"] | None = None
+    """Which end-of-sequence tokens are learned. turn (also when absent): that of every learned
+    message, so that the model learns to stop."""
+    train_on_eot: Literal["turn", "all", "last", "none"] | None = None
+    """The same for end-of-turn tokens, which Mistral models do not have."""
+    message_field_role: str | None = None
+    """Older spelling of message_property_mappings: {role: ...}."""
+    message_field_content: str | None = None
+    """Older spelling of message_property_mappings: {content: ...}."""
+    field_thinking: str | None = None
+    """Older spelling of message_property_mappings: {thinking: ...}."""
+    template_thinking_key: str | None = None
+    """Key under which an HF template expects thinking; mistral-common needs none."""
+    split_thinking: bool | None = None
+    """Take <think>...</think> out of the text as thinking. Thinking is recognised in all its
+    spellings without this."""
+    drop_system_message: bool | None = None
+    """Leave out the system message of every row."""
+    weight: Amount | None = None
+    """How often rows of this source are drawn, relative to the others."""
+    field_chosen: str | None = None
+    """Column of the preferred answer (preference training)."""
+    field_rejected: str | None = None
+    """Column of the rejected answer (preference training)."""
+    trust_remote_code: bool | None = None
+    """Run Python that a dataset repository ships. Refused when true."""
+
+    def always_written(self) -> tuple[str, ...]:
+        return ("path", "type")
+
+
+class DataKeys(Section):
+    """Data."""
+
+    datasets: tuple[DatasetConfig, ...] = ()
+    """The conversations to learn from: one or more sources, shuffled together."""
+    test_datasets: tuple[DatasetConfig, ...] = ()
+    """Conversations that are only evaluated, never learned. Instead of val_set_size."""
+    val_set_size: Amount = 0.0
+    """Rows held out of datasets for the evaluation: below 1 a share (0.05 is usual), 2 and
+    above a number of rows, 0 none. Without any, memorising cannot be seen."""
+    dataset_prepared_path: str | None = None
+    """Folder of the tokenized rows, so that an unchanged dataset is tokenized once. Absent: the
+    run's own folder."""
+    dataset_num_proc: Count | None = None
+    """Processes that tokenize."""
+    shuffle_merged_datasets: bool = True
+    """Shuffle the rows of all sources together."""
+    dataset_exact_deduplication: bool | None = None
+    """Leave out rows that are equal to another."""
+    pretraining_dataset: list[object] | str | None = None
+    """Plain text for continued pretraining."""
+    streaming: bool | None = None
+    """Read the dataset while training instead of preparing it first."""
+    skip_prepare_dataset: bool | None = None
+    """Tokenize while training. Rows are always prepared first, so that they can be previewed."""
+    remove_unused_columns: bool | None = None
+    """Drop columns that training does not read. Only the columns that are needed are read."""
+    image_folder: str | None = None
+    """Folder in which relative image paths of rows are looked up after the dataset's own
+    folder. Absent: the config's folder."""
+    image_size: Count | list[int] | None = None
+    """Pixels that images are resized to."""
+    image_resize_algorithm: Literal["bilinear", "bicubic", "lanczos"] | None = None
+    """How images are resized."""
+
+
+class LearningKeys(Section):
+    """What is learned."""
+
+    chat_template_kwargs: dict[str, str] | None = None
+    """Settings of the rendering: {reasoning_effort: none} or {reasoning_effort: high} for
+    models that think on request."""
+    train_on_inputs: bool = False
+    """Learn the user's, system's and tools' messages too, not only the assistant's. Rarely
+    wanted: the model then learns to write questions."""
+    train_on_thinking: bool = True
+    """Learn the assistant's thinking ([THINK] ... [/THINK]). False: it is read as context, and
+    only the answer after it is learned."""
+    history_thinking: Literal["keep", "drop"] = "keep"
+    """Thinking of the earlier answers of a conversation: keep shows it to the later turns, drop
+    leaves it out, as most chat programs do."""
+    role_boundaries: list[object] | None = None
+    """Markers that tell Axolotl's image path whose text is whose. Windtunnel knows the source
+    of every token and needs none."""
+
+
+class SequenceKeys(Section):
+    """Sequences."""
+
+    sequence_len: Count = 512
+    """Longest row in tokens; memory grows with it. 2048 suits most conversations; look at the
+    lengths that `windtunnel check` prints."""
+    eval_sequence_len: Count | None = None
+    """Longest row in tokens while evaluating. Absent: sequence_len."""
+    min_sample_len: Count | None = None
+    """Shortest row in tokens that is kept."""
+    excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
+    """What happens to rows longer than sequence_len: drop leaves them out (and counts them),
+    truncate cuts them at the end, raise refuses the dataset."""
+    sample_packing: bool = False
+    """Put several rows into one sequence of sequence_len tokens, so that none is wasted on
+    padding: the same loss, several times faster on short rows. Rows never see each other."""
+    eval_sample_packing: bool | None = Field(default=None)
+    """The same for the evaluation. Absent: as sample_packing."""
+    pad_to_sequence_len: bool | None = None
+    """Fill every sequence up to sequence_len. Never needed here."""
+    group_by_length: bool | None = None
+    """Draw rows of similar length together."""

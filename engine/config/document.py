@@ -1,0 +1,265 @@
+"""A YAML file as text with positions: plain values out, the line of every key, every syntax error.
+
+Only null, booleans, numbers, text, lists and mappings are read, so no tag of a file can make an
+object. The text stays, because editing.py changes values inside it and leaves comments alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from engine.config.finding import ConfigError, Finding, shown
+from engine.errors import UserError
+
+KeyPath: TypeAlias = tuple[str | int, ...]
+Value: TypeAlias = "bool | int | float | str | list[Value] | dict[str, Value] | None"
+
+# The largest Mistral example has 90 lines; these only stop a file that was made to hurt.
+_MAX_BYTES = 1 << 20
+_MAX_NODES = 20_000
+_MAX_DEPTH = 30
+_TAG = "tag:yaml.org,2002:"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A config file that could be read as YAML; `values` are what it says, unchecked."""
+
+    name: str
+    """Its path, or the name under which errors speak of it."""
+    text: str
+    values: dict[str, Value]
+    nodes: dict[KeyPath, Node] = field(repr=False)
+    """The node of every value, by its path from the root; () is the root."""
+    lines: dict[KeyPath, int] = field(repr=False)
+    """The line of every key and list item, counted from 1."""
+
+    def line(self, key: str) -> int | None:
+        """Line of `key`, written as in findings (datasets[0].path), or of what encloses it."""
+        path = (key,) if (key,) in self.lines else key_path(key)
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path)
+
+
+def key_path(key: str) -> KeyPath:
+    """("datasets", 0, "path") for datasets[0].path."""
+    parts = key.replace("]", "").replace("[", ".").split(".")
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
+
+
+def load_document(path: Path) -> Document:
+    """Read a config file. Raises UserError when it is missing, no UTF-8 text or no YAML mapping."""
+    name = str(path)
+    try:
+        data = path.read_bytes()[: _MAX_BYTES + 1]
+    except FileNotFoundError:
+        raise UserError(
+            f"{name} was not found.",
+            "There is no file of that name.",
+            "Check the path, or write a new config with `windtunnel recommend -o config.yml`.",
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{name} cannot be read.",
+            f"The system says: {error.strerror}.",
+            "Name a config file that you may read.",
+        ) from error
+    if len(data) > _MAX_BYTES:
+        raise UserError(
+            f"{name} is larger than 1 MiB.",
+            "No config is; perhaps this is a dataset or a model.",
+            "Name the YAML file that holds the config.",
+        )
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{name}, line {line}: this is not UTF-8 text.",
+            "A config is a text file; perhaps the editor saved it as UTF-16 or Latin-1.",
+            "Save the file as UTF-8.",
+        ) from None
+    return parse_document(text, name)
+
+
+def parse_document(text: str, name: str) -> Document:
+    """Read YAML (or JSON) text. Raises UserError with the line of a mistake."""
+    reader = YAML(typ="safe", pure=True)
+    try:
+        root = reader.compose(text)
+    except MarkedYAMLError as error:
+        raise _syntax_error(error, text, name) from None
+    except YAMLError as error:
+        raise UserError(
+            f"{name} holds a character that YAML does not allow.",
+            f"It is {shown(str(error).splitlines()[0])}.",
+            "Remove the control character.",
+        ) from None
+    except RecursionError:
+        raise _too_deep(name) from None
+    if not isinstance(root, MappingNode):
+        found = {SequenceNode: "a list", ScalarNode: "plain text"}.get(type(root), "empty")
+        raise UserError(
+            f"{name} is no config: it is {found}.",
+            "A config is a mapping: one `key: value` on each line.",
+            "Start with `base_model: ` and the model to train.",
+        )
+    walk = _Walk(name, reader)
+    values = walk.mapping(root, ())
+    if walk.problems:
+        raise ConfigError(name, walk.problems)
+    return Document(name, text, values, walk.nodes, walk.lines)
+
+
+def parse_value(text: str) -> Value:
+    """One value as YAML types it: `2e-4` is a number, nothing is None, `[a, b]` a list.
+
+    Raises UserError when it is no YAML.
+    """
+    document = parse_document(f"value: {text}\n", f"The value {shown(text)}")
+    if len(document.values) > 1:
+        raise UserError(
+            f"The value {shown(text)} holds a line break.",
+            "One argument sets one key.",
+            "Put text with line breaks into the config file.",
+        )
+    return document.values["value"]
+
+
+@dataclass(slots=True)
+class _Walk:
+    """From nodes to plain values, noting where each of them stands."""
+
+    name: str
+    reader: YAML
+    problems: list[Finding] = field(default_factory=list)
+    nodes: dict[KeyPath, Node] = field(default_factory=dict)
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    seen: int = 0
+
+    def value(self, node: Node, path: KeyPath) -> Value:
+        # An alias is the same node again: a few of them, nested, are billions of values.
+        self.seen += 1
+        if self.seen > _MAX_NODES or len(path) > _MAX_DEPTH:
+            raise _too_deep(self.name)
+        self.nodes[path] = node
+        if isinstance(node, MappingNode):
+            return self.mapping(node, path)
+        if isinstance(node, SequenceNode):
+            return self.sequence(node, path)
+        return self.scalar(node, path)
+
+    def mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Value]:
+        self.nodes[path] = node
+        values: dict[str, Value] = {}
+        for key_node, value_node in self.pairs(node, path):
+            line = key_node.start_mark.line + 1
+            key = key_node.value
+            if not isinstance(key, str):
+                self.add(path, line, "A key is a list or a mapping.", "Keys are plain words.")
+                continue
+            if key in values:
+                self.add(
+                    (*path, key),
+                    line,
+                    f"{shown(key)} stands here a second time; the first is on line"
+                    f" {self.lines[*path, key]}.",
+                    "It is not clear which value is meant.",
+                )
+                continue
+            self.lines[*path, key] = line
+            values[key] = self.value(value_node, (*path, key))
+        return values
+
+    def pairs(self, node: MappingNode, path: KeyPath) -> Iterator[tuple[Node, Node]]:
+        """Keys and values, those of `<<: *anchor` last and only where the mapping has none."""
+        own = [(key, value) for key, value in node.value if key.tag != f"{_TAG}merge"]
+        names = {key.value for key, _ in own if isinstance(key.value, str)}
+        yield from own
+        for key, value in node.value:
+            if key.tag != f"{_TAG}merge":
+                continue
+            for source in value.value if isinstance(value, SequenceNode) else [value]:
+                if not isinstance(source, MappingNode):
+                    self.add(path, key.start_mark.line + 1, "`<<` names no mapping.", "")
+                    continue
+                for merged in source.value:
+                    if isinstance(merged[0].value, str) and merged[0].value not in names:
+                        names.add(merged[0].value)
+                        yield merged
+
+    def sequence(self, node: SequenceNode, path: KeyPath) -> list[Value]:
+        values: list[Value] = []
+        for index, item in enumerate(node.value):
+            self.lines[*path, index] = item.start_mark.line + 1
+            values.append(self.value(item, (*path, index)))
+        return values
+
+    def scalar(self, node: Node, path: KeyPath) -> Value:
+        text: str = node.value
+        kind = str(node.tag).removeprefix(_TAG)
+        try:
+            if kind == "null":
+                return None
+            if kind == "bool":
+                return text.lower() in ("true", "yes", "on", "y")
+            if kind == "int":
+                return int(self.reader.constructor.construct_yaml_int(node))
+            if kind == "float":
+                return float(self.reader.constructor.construct_yaml_float(node))
+        except (ValueError, IndexError):  # `!!float ""`
+            kind = "str"
+        if kind not in ("str", "timestamp"):
+            what = f"The tag {shown(str(node.tag))} asks for a special object."
+            self.add(path, node.start_mark.line + 1, what, "A config holds plain values only.")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            what = "The text holds half of a character (a lone surrogate)."
+            self.add(path, node.start_mark.line + 1, what, "It cannot be written again.")
+        return text
+
+    def add(self, path: KeyPath, line: int, what: str, why: str) -> None:
+        key = ".".join(str(part) for part in path)
+        self.problems.append(
+            Finding("yaml", "error", key, line, what, why, "Correct or remove this line.")
+        )
+
+
+def _too_deep(name: str) -> UserError:
+    return UserError(
+        f"{name} is nested too deeply or repeats itself too often.",
+        "A config has a few levels and a few dozen values.",
+        "Write the values out without anchors (&) and aliases (*).",
+    )
+
+
+def _syntax_error(error: MarkedYAMLError, text: str, name: str) -> UserError:
+    mark = error.problem_mark or error.context_mark
+    number = mark.line if mark else 0
+    source = text.splitlines()
+    line = source[number] if number < len(source) else ""
+    what = f"{name}, line {number + 1}: this is not YAML."
+    why = f"The line reads {shown(line.strip())}."
+    reason = error.problem or error.context or "the structure is broken"
+    if "another document" in reason:
+        return UserError(what, "A second document starts here.", "Keep one, without `---` between.")
+    if "\\t" in reason:
+        return UserError(what, "It is indented with a tab.", "Indent with spaces.")
+    if "mapping values" in reason:
+        fix = (
+            "Indent it like the line above, and put text that holds a colon and a space in quotes."
+        )
+    elif "alias" in reason:
+        fix = "Put text that starts with * in quotes."
+    elif "cannot start any token" in reason:
+        fix = "Put text that starts with such a character in quotes."
+    elif "end of stream" in reason or "','" in reason:
+        fix = "Close the quote or bracket that was opened here or above."
+    else:
+        fix = "Look for a missing quote, bracket or colon here or in the line above."
+    return UserError(what, f"{why} The reader says: {reason}.", fix)

@@ -1,0 +1,307 @@
+"""What this engine does not act on: every such key, why, and what to do instead, as one table.
+
+Separate from the rules because a rule says that a config contradicts itself, while a limit says
+that Windtunnel is not there yet: a row leaves this table when a part learns to do it. An "error"
+would train something else than the file says; a "note" changes no result.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+
+class Limit(NamedTuple):
+    """`applies` decides by the value alone; by default every value that is not false or empty."""
+
+    severity: Literal["error", "note"]
+    why: str
+    fix: str
+    applies: Callable[[object], object] = bool
+
+
+def _error(why: str, fix: str, applies: Callable[[object], object] = bool) -> Limit:
+    return Limit("error", why, fix, applies)
+
+
+def _note(why: str, applies: Callable[[object], object] = bool) -> Limit:
+    return Limit("note", why, "It can stay in a file that Axolotl reads too.", applies)
+
+
+def _is_set(value: object) -> bool:
+    return value is not None
+
+
+def _above_1(value: object) -> bool:
+    return isinstance(value, int) and value > 1
+
+
+_TEXT_ONLY = _error(
+    "Images are not trained yet.",
+    "Remove it (and skip_prepare_dataset) to train on the text of the rows.",
+)
+_ONE_GPU = _error(
+    "A run uses one GPU so far.",
+    "Remove it and train on one GPU, or run this file with Axolotl.",
+)
+_EXPERTS = _error(
+    "Mixture-of-experts models are not trained yet.",
+    "Choose a dense model such as ministral-3-8b, or run this file with Axolotl.",
+)
+_ANSWERS_ONLY = _error(
+    "Windtunnel trains on answers, not on preferences or rewards.",
+    "Remove it to learn the answers, or run this file with Axolotl.",
+)
+_OWN_TEMPLATE = _error(
+    "Conversations are rendered by mistral-common, exactly as the model knows them.",
+    "Remove it.",
+)
+_REMOVE = "Remove it, or run this file with Axolotl."
+_KERNEL = _note("A faster kernel with the same result; Windtunnel uses its own.")
+_TRACKER = _note("No tracker is attached yet: the figures go to the run's events.jsonl.")
+_HUB = _note("Nothing is uploaded while training.")
+
+
+def _other_template(value: object) -> bool:
+    return isinstance(value, str) and not value.startswith(("mistral", "tokenizer_default"))
+
+
+def _more_than_padding(value: object) -> bool:
+    return isinstance(value, dict) and any(key != "pad_token" for key in value)
+
+
+def _other_nf4(value: object) -> bool:
+    ours = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "blocksize": 64,
+        "llm_int8_has_fp16_weight": False,
+    }
+    return isinstance(value, dict) and any(
+        key not in ours or item != ours[key] for key, item in value.items()
+    )
+
+
+def _other_plugins(value: object) -> bool:
+    """Cut cross-entropy is what we do; Liger and the expert kernels compute the same numbers."""
+    same = ("CutCrossEntropyPlugin", "LigerPlugin", "KernelsPlugin")
+    return isinstance(value, list) and any(
+        not isinstance(name, str) or name.rsplit(".", 1)[-1] not in same for name in value
+    )
+
+
+LIMITS: Mapping[str, Limit] = MappingProxyType(
+    {
+        "revision_of_model": _error(
+            "Models are read from the local cache or folder as they are.",
+            "Download that revision to a folder and name the folder in base_model.",
+        ),
+        "model_type": _note("The class is chosen from the model's own config.json."),
+        "tokenizer_type": _note("The tokenizer is always mistral-common's."),
+        "tokenizer_config": _error(
+            "The tokenizer is read from base_model.", "Remove it, or put the file into that folder."
+        ),
+        "tokenizer_use_mistral_common": _note(
+            "Windtunnel always tokenizes with mistral-common.", lambda value: value is False
+        ),
+        "processor_type": _TEXT_ONLY,
+        "image_size": _TEXT_ONLY,
+        "image_resize_algorithm": _TEXT_ONLY,
+        "image_folder": _TEXT_ONLY,
+        "role_boundaries": _note("Windtunnel knows the source of every token without markers."),
+        "overrides_of_model_config": _error(
+            "The model is built as its own config.json says.", "Remove it."
+        ),
+        "overrides_of_model_kwargs": _error(
+            "How weights are loaded follows from adapter, load_in_4bit and bf16.", "Remove it."
+        ),
+        "model_quantization_config": _error(
+            "Quantized checkpoints are not trained yet.",
+            "Name the model's BF16 repository or folder in base_model.",
+        ),
+        "chat_template": _OWN_TEMPLATE._replace(applies=_other_template),
+        "chat_template_jinja": _OWN_TEMPLATE,
+        "special_tokens": _OWN_TEMPLATE._replace(applies=_more_than_padding),
+        "tokens": _OWN_TEMPLATE,
+        "added_tokens_overrides": _OWN_TEMPLATE,
+        "eot_tokens": _note("Mistral models end every turn with the end-of-sequence token."),
+        "default_system_message": _error(
+            "Rows are rendered as they are.", "Put the system message into the rows."
+        ),
+        "load_in_8bit": _error(
+            "Weights are held in 4 or 16 bits.",
+            "Write adapter: qlora and load_in_4bit: true, or remove it.",
+        ),
+        "nf4_backend": _error(
+            "4-bit weights are made by bitsandbytes.",
+            "Remove it.",
+            lambda value: value != "bitsandbytes",
+        ),
+        "bnb_config_kwargs": _error(
+            "4-bit weights are NF4 in blocks of 64 with double quantization.",
+            "Remove it.",
+            _other_nf4,
+        ),
+        "quantize_moe_experts": _EXPERTS,
+        "lora_target_parameters": _EXPERTS,
+        "lora_modules_to_save": _error(
+            "Only adapters are trained beside the frozen weights.", _REMOVE
+        ),
+        "lora_model_dir": _error(
+            "An adapter always starts from new.",
+            "Merge that adapter into its base model first, or go on with its run.",
+        ),
+        "lora_mlp_kernel": _KERNEL,
+        "lora_qkv_kernel": _KERNEL,
+        "lora_o_kernel": _KERNEL,
+        "dataset_num_proc": _note("The number of processes that tokenize is chosen for you."),
+        "shuffle_merged_datasets": _error(
+            "Rows are always shuffled.", _REMOVE, lambda value: value is False
+        ),
+        "dataset_exact_deduplication": _error(
+            "Rows are learned as they are.", "Remove equal rows from the dataset first."
+        ),
+        "pretraining_dataset": _error("Windtunnel trains on conversations.", _REMOVE),
+        "streaming": _note("Rows are read once, in a stream, and kept on the disk."),
+        "skip_prepare_dataset": _note("Rows are always prepared first, so you can preview them."),
+        "remove_unused_columns": _note("Only the columns that are needed are read.", _is_set),
+        "eval_sequence_len": _error("Held-out rows follow sequence_len.", "Remove it."),
+        "min_sample_len": _error("Short rows are kept.", _REMOVE),
+        "pad_to_sequence_len": _note("Sequences are never longer than their rows; same result."),
+        "group_by_length": _error(
+            "It changes the order in which rows are learned.",
+            "Write sample_packing: true instead, which wastes no padding either.",
+        ),
+        "batch_size": _error(
+            "The number of GPUs decides what it means.",
+            "Write micro_batch_size and gradient_accumulation_steps; their product is the batch.",
+        ),
+        "eval_batch_size": _note("The evaluation uses micro_batch_size; same result."),
+        "optim_args": _error(
+            "Only AdamW's usual arguments are read.", "Write adam_beta1 and so on."
+        ),
+        "lr_scheduler_kwargs": _error("The schedules have no further arguments.", _REMOVE),
+        "cosine_constant_lr_ratio": _error("The cosine runs to the last step.", _REMOVE),
+        "neftune_noise_alpha": _error("Noise on the embeddings is not added.", _REMOVE),
+        "early_stopping_patience": _error(
+            "A run ends after its last step; the best save is kept all the same.", "Remove it."
+        ),
+        "loss_watchdog_threshold": _note("A run stops by itself when its loss is no number."),
+        "loss_watchdog_patience": _note("A run stops by itself when its loss is no number."),
+        "rl": _ANSWERS_ONLY,
+        "orpo_alpha": _ANSWERS_ONLY,
+        "fp16": _error(
+            "Half precision with loss scaling is not used.",
+            "Write bf16: auto; GPUs without bfloat16 then train in float32.",
+        ),
+        "tf32": _note("Float32 products are computed in float32.", lambda value: value is True),
+        "fp8": _error("The computation is in bfloat16 or float32.", "Remove it."),
+        "gradient_checkpointing": _error(
+            "Intermediate values are computed again, not moved away.",
+            "Write gradient_checkpointing: true.",
+            lambda value: isinstance(value, str),
+        ),
+        "activation_offloading": _error(
+            "Intermediate values stay on the GPU so far.",
+            "Remove it; gradient_checkpointing: true saves most of that memory.",
+        ),
+        "attn_implementation": _error(
+            "The trainer runs sdpa, eager, flash_attention_2, 3 and 4, and flex_attention.",
+            "Remove it: the best one that is installed is chosen.",
+            lambda value: value in ("flash_attention_torch", "xformers", "varlen", "sage", "fp8"),
+        ),
+        "scaling_softmax": _error("Attention is computed as the model was trained.", "Remove it."),
+        "plugins": _error(
+            "Plugins are not run; only the cut cross-entropy, Liger and kernel plugins are known,"
+            " which change no result.",
+            "Remove the others.",
+            _other_plugins,
+        ),
+        "use_kernels": _note("No compiled code is fetched from the hub."),
+        "use_sonicmoe": _EXPERTS,
+        "use_scattermoe": _EXPERTS,
+        "torch_compile": _note("The model is not compiled; same result."),
+        "deepspeed": _ONE_GPU,
+        "fsdp": _ONE_GPU,
+        "fsdp_config": _ONE_GPU,
+        "fsdp_version": _note("A run uses one GPU so far."),
+        "qlora_sharded_model_loading": _note("A run uses one GPU so far."),
+        "dp_shard_size": _ONE_GPU._replace(applies=_above_1),
+        "dp_replicate_size": _ONE_GPU._replace(applies=_above_1),
+        "tensor_parallel_size": _ONE_GPU._replace(applies=_above_1),
+        "context_parallel_size": _ONE_GPU._replace(applies=_above_1),
+        "expert_parallel_size": _ONE_GPU._replace(applies=_above_1),
+        "ddp_find_unused_parameters": _note("A run uses one GPU so far."),
+        "logging_steps": _note("Every step is recorded.", _above_1),
+        "save_first_step": _note("The first save follows save_steps or saves_per_epoch."),
+        "save_only_model": _note("Every save can be resumed."),
+        "load_best_model_at_end": _note("The best save is always kept and marked."),
+        "auto_resume_from_checkpoints": _note("`windtunnel resume RUN` goes on with a run."),
+        "hub_model_id": _HUB,
+        "hub_strategy": _HUB,
+        **{
+            key: _TRACKER
+            for key in (
+                *("use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id"),
+                *("wandb_mode", "wandb_watch", "wandb_log_model"),
+                *("use_tensorboard", "use_trackio"),
+            )
+        },
+    }
+)
+
+
+def _other_shape(value: object) -> bool:
+    return value != "chat_template"
+
+
+DATASET_LIMITS: Mapping[str, Limit] = MappingProxyType(
+    {
+        "type": _error(
+            "Only conversations are trained.",
+            "Write type: chat_template, with field_messages and message_property_mappings if the"
+            " rows name things differently.",
+            _other_shape,
+        ),
+        "ds_type": _note("The format is told from the file's name."),
+        "message_field_training_detail": _error(
+            "A message is learned or not, as a whole.", "Use message_field_training."
+        ),
+        "chat_template": _OWN_TEMPLATE._replace(applies=_other_template),
+        "roles_to_train": _error(
+            "The assistant's messages are learned, or all with train_on_inputs: true.",
+            "Remove it.",
+            lambda value: value not in (None, ["assistant"]),
+        ),
+        "train_on_eos": _error(
+            "The end of every learned message is learned, and no other.",
+            "Remove it.",
+            lambda value: value not in (None, "turn"),
+        ),
+        "train_on_eot": _note("Mistral models have no end-of-turn token of their own."),
+        "message_field_role": _error(
+            "Roles are read by message_property_mappings.",
+            "Write message_property_mappings: {role: ...}.",
+        ),
+        "message_field_content": _error(
+            "Content is read by message_property_mappings.",
+            "Write message_property_mappings: {content: ...}.",
+        ),
+        "field_thinking": _error(
+            "Thinking is read by message_property_mappings.",
+            "Write message_property_mappings: {thinking: ...}.",
+        ),
+        "template_thinking_key": _note("mistral-common has its own place for thinking."),
+        "split_thinking": _note("Thinking is recognised in all its spellings."),
+        "drop_system_message": _error(
+            "Rows are rendered as they are.", "Remove the system messages from the rows."
+        ),
+        "weight": _error(
+            "Every row is learned once an epoch.",
+            "Remove it, or name the source twice to learn it twice.",
+            lambda value: value not in (None, 1),
+        ),
+        "field_chosen": _ANSWERS_ONLY,
+        "field_rejected": _ANSWERS_ONLY,
+    }
+)

@@ -1,0 +1,116 @@
+"""The keys that choose the model, what is read of it, and what is trained beside or in it."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from engine.config.section import Below1, Count, Section
+
+
+class ModelKeys(Section):
+    """Model."""
+
+    base_model: str
+    """The model to start from: a catalog name (ministral-3-3b), a hub id
+    (mistralai/Ministral-3-3B-Instruct-2512) or a local folder with config.json."""
+    revision_of_model: str | None = None
+    """Branch, tag or commit of a hub model; also written model_revision. Absent: the newest.
+    A commit makes a rerun read the same weights."""
+    model_type: str | None = None
+    """Class name for older tools, such as AutoModelForCausalLM. The class is chosen from the
+    model's own config.json, so this key changes nothing."""
+    tokenizer_type: str | None = None
+    """Class name for older tools. The tokenizer is always mistral-common's."""
+    tokenizer_config: str | None = None
+    """Another folder or hub id to take the tokenizer from. Absent: base_model's own, which is
+    the one that its weights were trained with."""
+    tokenizer_use_mistral_common: bool | None = None
+    """Tokenize with mistral-common. Windtunnel always does; Axolotl needs `true` here for
+    Mistral models, so it stays in a file that both tools read."""
+    processor_type: str | None = None
+    """AutoProcessor turns on image training in Axolotl."""
+    trust_remote_code: bool | None = None
+    """Run Python that a model repository ships. Refused when true: Windtunnel knows the
+    architectures that it trains and never runs downloaded code."""
+    overrides_of_model_config: dict[str, object] | None = None
+    """Values that replace those of the model's config.json; also written model_config."""
+    overrides_of_model_kwargs: dict[str, object] | None = None
+    """Extra arguments for loading the weights; also written model_kwargs."""
+    model_quantization_config: str | None = None
+    """How an already quantized checkpoint is read, such as FineGrainedFP8Config."""
+    chat_template: str | None = None
+    """Name of a chat template. Conversations are rendered by mistral-common, exactly as the
+    model saw them before, so only the model's own template is meaningful."""
+    chat_template_jinja: str | None = None
+    """A template as Jinja source. Never run."""
+    special_tokens: dict[str, object] | None = None
+    """Other special tokens (pad_token, eos_token ...). The tokenizer's own are used."""
+    tokens: list[str] | None = None
+    """Tokens to add to the vocabulary."""
+    added_tokens_overrides: dict[int, str] | None = None
+    """Reserved vocabulary entries to rename."""
+    eot_tokens: list[str] | None = None
+    """Tokens that end a turn. For Mistral models that is always the end-of-sequence token, and
+    it is always learned."""
+    default_system_message: str | None = None
+    """A system message for conversations that have none."""
+
+
+class AdapterKeys(Section):
+    """Adapter."""
+
+    adapter: Literal["lora", "qlora"] | None = None
+    """What is trained. lora: two small matrices beside each frozen one; qlora: the same with
+    the frozen weights in 4 bits, about a quarter of the memory; absent: every weight (a full
+    fine-tune, roughly 8 times the memory of lora)."""
+    load_in_4bit: bool = False
+    """Hold the frozen weights in 4-bit NF4 with double quantization. Goes with adapter: qlora."""
+    load_in_8bit: bool = False
+    """Hold the frozen weights in 8 bits."""
+    nf4_backend: Literal["bitsandbytes", "torchao"] = "bitsandbytes"
+    """Library behind the 4-bit weights."""
+    bnb_config_kwargs: dict[str, object] | None = None
+    """Other settings of the 4-bit format. NF4, blocks of 64 and double quantization are used."""
+    quantize_moe_experts: bool = False
+    """Quantize the experts of a mixture-of-experts model while they load."""
+    lora_r: Count = 16
+    """Rank of the adapter: how much it can hold. 16 or 32 suit small data; 8 is enough for tone
+    and format, 64 and more for new facts. Memory grows in proportion."""
+    lora_alpha: Count = Field(
+        default_factory=lambda data: 2 * data["lora_r"],
+        json_schema_extra={"default_words": "twice lora_r"},
+    )
+    """Strength of the adapter: its output is scaled by lora_alpha / lora_r. One or two times
+    lora_r is usual; raising it acts like a higher learning rate."""
+    lora_dropout: Below1 = 0.0
+    """Share of the adapter's input that is dropped at random while training. 0 is usual, and
+    the fused kernels need it; 0.05 can help when rows are few."""
+    lora_target_modules: list[str] | str | None = None
+    """Which matrices get an adapter. A list matches by the end of the name ([q_proj, v_proj]);
+    one text is a regular expression that must match the whole name. Absent: see
+    lora_target_linear."""
+    lora_target_parameters: list[str] | str | None = None
+    """Fused expert tensors that get an adapter, such as mlp.experts.gate_up_proj."""
+    lora_target_linear: bool = Field(
+        default_factory=lambda data: (
+            data["lora_target_modules"] is None
+            and data["lora_target_parameters"] is None
+            and not data["quantize_moe_experts"]
+        ),
+        json_schema_extra={"default_words": "true unless other targets are named"},
+    )
+    """Put an adapter on every linear layer of the language model. Usual: adapters on attention
+    alone learn less, even with as many parameters."""
+    lora_modules_to_save: list[str] | None = None
+    """Modules trained whole beside the adapter, such as embed_tokens and lm_head."""
+    lora_model_dir: str | None = None
+    """Folder of an adapter to go on from."""
+    lora_mlp_kernel: bool | None = None
+    """Fused kernel for the MLP's adapters: same result, less memory."""
+    lora_qkv_kernel: bool | None = None
+    """Fused kernel for the adapters of queries, keys and values: same result, less memory."""
+    lora_o_kernel: bool | None = None
+    """Fused kernel for the adapters of the attention output: same result, less memory."""
+    unfrozen_parameters: list[str] | None = None
+    """Full fine-tune only: regular expressions of the parameters to train; the others stay as
+    they are. Absent: all are trained."""

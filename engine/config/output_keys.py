@@ -1,0 +1,70 @@
+"""The keys of what a run leaves behind: its folder, saves, evaluations, samples, trackers."""
+
+from typing import Literal
+
+from engine.config.section import Count, Section
+
+
+class OutputKeys(Section):
+    """Output."""
+
+    output_dir: str | None = None
+    """The run's folder. Absent: runs/<name> in the folder of all runs."""
+    logging_steps: Count | None = None
+    """Steps between two lines of figures. Every step is recorded."""
+    saves_per_epoch: Count | None = None
+    """Saves in each epoch. With neither this nor save_steps: one."""
+    save_steps: Count | None = None
+    """Optimizer steps between two saves."""
+    save_strategy: Literal["steps", "epoch", "no", "best"] | None = None
+    """When to save: steps goes with save_steps, epoch is once an epoch."""
+    save_total_limit: Count = 4
+    """Saves that are kept; the newest and the best are never removed."""
+    save_first_step: bool | None = None
+    """Save after the first step too, to try the disk."""
+    save_only_model: bool | None = None
+    """Save without what a resume needs. Saves can always be resumed here."""
+    load_best_model_at_end: bool | None = None
+    """End with the best save. The best one is always marked and kept."""
+    evals_per_epoch: Count | None = None
+    """Evaluations in each epoch, besides the one before the first step."""
+    eval_steps: Count | None = None
+    """Optimizer steps between two evaluations."""
+    eval_strategy: Literal["steps", "epoch", "no"] | None = None
+    """When to evaluate: steps goes with eval_steps, epoch is once an epoch."""
+    sample_prompts: tuple[str, ...] = ()
+    """Questions answered by the model before, during and after training, so that a person sees
+    the difference. Absent: none."""
+    resume_from_checkpoint: bool | str = False
+    """True: go on from the newest save in output_dir. A path: from that save."""
+    auto_resume_from_checkpoints: bool | None = None
+    """Axolotl's spelling of resume_from_checkpoint: true."""
+    hub_model_id: str | None = None
+    """Hub id for the finished model. Nothing is uploaded while training."""
+    hub_strategy: str | None = None
+    """When to upload to the hub."""
+
+
+class TrackerKeys(Section):
+    """Trackers."""
+
+    wandb_project: str | None = None
+    """Weights & Biases: project."""
+    wandb_entity: str | None = None
+    """Weights & Biases: team."""
+    wandb_name: str | None = None
+    """Weights & Biases: name of the run."""
+    wandb_run_id: str | None = None
+    """Weights & Biases: id of the run."""
+    wandb_mode: str | None = None
+    """Weights & Biases: online, offline or disabled."""
+    wandb_watch: str | None = None
+    """Weights & Biases: what to watch in the model."""
+    wandb_log_model: str | None = None
+    """Weights & Biases: whether to upload the model."""
+    use_wandb: bool | None = None
+    """Send figures to Weights & Biases."""
+    use_tensorboard: bool | None = None
+    """Write figures for TensorBoard."""
+    use_trackio: bool | None = None
+    """Send figures to Trackio."""

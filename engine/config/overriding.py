@@ -1,0 +1,61 @@
+"""`train CONFIG key=value`: single values changed from the command line.
+
+Separate from reading because a value here has no file and no line, only the argument itself.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from engine.config.document import KeyPath, Value, key_path, parse_value
+from engine.config.finding import shown
+from engine.config.reading import check_values
+from engine.config.run import RunConfig
+from engine.errors import UserError
+
+_KEY = re.compile(r"[A-Za-z_]\w*(?:\[\d+\])?(?:\.[A-Za-z_]\w*(?:\[\d+\])?)*")
+
+
+def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
+    """`config` with `key=value` arguments applied; values are typed as in YAML.
+
+    `datasets[0].path=x` reaches into a list (one past its end adds an entry), and `key=` unsets a
+    key. Raises UserError with every problem, as reading a file does.
+    """
+    values: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not _KEY.fullmatch(key):
+            raise UserError(
+                f"The argument {shown(assignment)} sets no key.",
+                "An argument behind the config changes one of its values.",
+                "Write it as key=value, for example learning_rate=1e-4.",
+            )
+        _put(values, key_path(key), parse_value(text), assignment)
+    return check_values(values, "The command line", lambda key: None)[0]
+
+
+def _put(values: dict[str, Any], path: KeyPath, value: Value, assignment: str) -> None:
+    place: Any = values
+    for part, following in zip(path, (*path[1:], None), strict=True):
+        last = following is None
+        if isinstance(part, int):
+            if not isinstance(place, list) or part > len(place):
+                raise _no_place(assignment)
+            if part == len(place):
+                place.append({})
+        elif not isinstance(place, dict):
+            raise _no_place(assignment)
+        if last:
+            place[part] = value
+        elif isinstance(place, dict) and place.get(part) is None:
+            place[part] = [] if isinstance(following, int) else {}
+        place = place[part]
+
+
+def _no_place(assignment: str) -> UserError:
+    return UserError(
+        f"The argument {shown(assignment)} has no place in this config.",
+        "Lists are counted from 0 without gaps, and only lists and mappings have parts.",
+        "Look at the config for the names and the number of entries.",
+    )

@@ -1,0 +1,351 @@
+"""Which keys contradict each other, and which values are not safe: one table of sentences.
+
+Separate from the types because a rule reads several keys, and because the sentence that a person
+reads is the point. The combinations are Axolotl's own where it has them.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.config.finding import Finding, problem, shown
+
+if TYPE_CHECKING:
+    from engine.config.data_keys import DatasetConfig
+    from engine.config.run import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`keys` are those that it reads; it is reported at the first of them that is set."""
+
+    id: str
+    keys: tuple[str, ...]
+    broken: "Callable[[RunConfig], object]"
+    what: str
+    why: str
+    fix: str
+
+
+RULES = (
+    Rule(
+        "qlora-needs-4bit",
+        ("adapter", "load_in_4bit"),
+        lambda c: c.adapter == "qlora" and not c.load_in_4bit,
+        "adapter is qlora without load_in_4bit: true.",
+        "QLoRA is LoRA beside weights that are held in 4 bits.",
+        "Add load_in_4bit: true, or write adapter: lora.",
+    ),
+    Rule(
+        "4bit-needs-qlora",
+        ("load_in_4bit", "adapter"),
+        lambda c: c.load_in_4bit and c.adapter == "lora",
+        "load_in_4bit is true with adapter: lora.",
+        "Axolotl then leaves the weights in 16 bits without a word, which needs 4 times the"
+        " memory.",
+        "Write adapter: qlora, or remove load_in_4bit.",
+    ),
+    Rule(
+        "quantized-needs-adapter",
+        ("load_in_4bit", "load_in_8bit", "adapter"),
+        lambda c: (c.load_in_4bit or c.load_in_8bit) and c.adapter is None,
+        "The weights are quantized and there is no adapter.",
+        "Quantized weights are frozen, so nothing would be trained.",
+        "Add adapter: qlora, or remove load_in_4bit and load_in_8bit for a full fine-tune.",
+    ),
+    Rule(
+        "4bit-or-8bit",
+        ("load_in_8bit", "load_in_4bit"),
+        lambda c: c.load_in_4bit and c.load_in_8bit,
+        "load_in_4bit and load_in_8bit are both true.",
+        "The weights can be held in one format only.",
+        "Remove load_in_8bit.",
+    ),
+    Rule(
+        "8bit-not-with-qlora",
+        ("load_in_8bit", "adapter"),
+        lambda c: c.load_in_8bit and not c.load_in_4bit and c.adapter == "qlora",
+        "load_in_8bit is true with adapter: qlora.",
+        "QLoRA is LoRA beside weights that are held in 4 bits.",
+        "Write load_in_4bit: true instead of load_in_8bit.",
+    ),
+    Rule(
+        "unfrozen-without-adapter",
+        ("unfrozen_parameters", "adapter"),
+        lambda c: c.unfrozen_parameters and c.adapter,
+        "unfrozen_parameters is set with an adapter.",
+        "It chooses what a full fine-tune trains; with an adapter the base weights stay frozen.",
+        "Remove unfrozen_parameters, or remove adapter.",
+    ),
+    Rule(
+        "adapter-needs-target",
+        ("adapter", "lora_target_linear", "lora_target_modules", "lora_target_parameters"),
+        lambda c: (
+            c.adapter
+            and not (c.lora_target_linear or c.lora_target_modules or c.lora_target_parameters)
+        ),
+        "adapter is set, and nothing gets one.",
+        "Without a target no weight is trained.",
+        "Remove lora_target_linear: false, or name the matrices in lora_target_modules.",
+    ),
+    Rule(
+        "dropout-not-on-experts",
+        ("lora_dropout", "lora_target_parameters"),
+        lambda c: c.lora_target_parameters and c.lora_dropout > 0,
+        "lora_dropout is above 0 with lora_target_parameters.",
+        "PEFT cannot drop the input of a fused expert tensor.",
+        "Write lora_dropout: 0.",
+    ),
+    Rule(
+        "experts-not-all-linear",
+        ("lora_target_linear", "quantize_moe_experts"),
+        lambda c: c.quantize_moe_experts and c.lora_target_linear,
+        "lora_target_linear is true with quantize_moe_experts.",
+        "Quantized experts are fused tensors, which are no linear layers.",
+        "Name them in lora_target_parameters and remove lora_target_linear.",
+    ),
+    Rule(
+        "experts-need-4bit",
+        ("quantize_moe_experts", "load_in_4bit", "load_in_8bit", "adapter"),
+        lambda c: (
+            c.quantize_moe_experts
+            and not (c.adapter is not None and (c.load_in_4bit or c.load_in_8bit))
+        ),
+        "quantize_moe_experts is true, but the model is not quantized.",
+        "It goes with an adapter beside quantized weights.",
+        "Add adapter: qlora and load_in_4bit: true, or remove quantize_moe_experts.",
+    ),
+    Rule(
+        "reentrant-with-frozen",
+        ("gradient_checkpointing_kwargs", "unfrozen_parameters"),
+        lambda c: (
+            c.unfrozen_parameters
+            and (c.gradient_checkpointing_kwargs or {}).get("use_reentrant") is True
+        ),
+        "use_reentrant is true with unfrozen_parameters.",
+        "Reentrant checkpointing gives no gradients behind frozen layers.",
+        "Write gradient_checkpointing_kwargs: {use_reentrant: false}.",
+    ),
+    Rule(
+        "offloading-needs-checkpointing",
+        ("activation_offloading", "gradient_checkpointing"),
+        lambda c: c.activation_offloading and not c.gradient_checkpointing,
+        "activation_offloading is set without gradient_checkpointing.",
+        "What is offloaded are the values that checkpointing keeps.",
+        "Add gradient_checkpointing: true.",
+    ),
+    Rule(
+        "softmax-needs-flex",
+        ("scaling_softmax", "attn_implementation"),
+        lambda c: c.scaling_softmax and c.attn_implementation != "flex_attention",
+        "scaling_softmax is true without attn_implementation: flex_attention.",
+        "No other attention code can scale by the length of a row.",
+        "Add attn_implementation: flex_attention, or remove scaling_softmax.",
+    ),
+    Rule(
+        "own-tokens-with-mistral-common",
+        (
+            "special_tokens",
+            "tokens",
+            "added_tokens_overrides",
+            "chat_template",
+            "tokenizer_use_mistral_common",
+        ),
+        lambda c: (
+            c.tokenizer_use_mistral_common
+            and (c.special_tokens or c.tokens or c.added_tokens_overrides or c.chat_template)
+        ),
+        "Tokens or a template are changed with tokenizer_use_mistral_common: true.",
+        "mistral-common's vocabulary and rendering are fixed.",
+        "Remove special_tokens, tokens, added_tokens_overrides and chat_template.",
+    ),
+    Rule(
+        "batch-size-once",
+        ("batch_size", "gradient_accumulation_steps"),
+        lambda c: c.batch_size and "gradient_accumulation_steps" in c.model_fields_set,
+        "batch_size and gradient_accumulation_steps are both set.",
+        "Each follows from the other.",
+        "Remove batch_size.",
+    ),
+    Rule(
+        "warmup-once",
+        ("warmup_steps", "warmup_ratio"),
+        lambda c: c.warmup_steps and c.warmup_ratio,
+        "warmup_steps and warmup_ratio are both set.",
+        "They say the same thing in two ways.",
+        "Remove one of them.",
+    ),
+    Rule(
+        "saves-once",
+        ("save_steps", "saves_per_epoch"),
+        lambda c: c.save_steps and c.saves_per_epoch,
+        "save_steps and saves_per_epoch are both set.",
+        "They say the same thing in two ways.",
+        "Remove one of them.",
+    ),
+    Rule(
+        "save-strategy-agrees",
+        ("save_strategy", "save_steps"),
+        lambda c: c.save_steps and c.save_strategy not in (None, "steps"),
+        "save_steps is set, and save_strategy is not steps.",
+        "The strategy says not to count steps.",
+        "Remove save_strategy, or remove save_steps.",
+    ),
+    Rule(
+        "evals-once",
+        ("eval_steps", "evals_per_epoch"),
+        lambda c: c.eval_steps and c.evals_per_epoch,
+        "eval_steps and evals_per_epoch are both set.",
+        "They say the same thing in two ways.",
+        "Remove one of them.",
+    ),
+    Rule(
+        "eval-strategy-agrees",
+        ("eval_strategy", "eval_steps", "evals_per_epoch"),
+        lambda c: (c.eval_steps or c.evals_per_epoch) and c.eval_strategy not in (None, "steps"),
+        "eval_strategy contradicts eval_steps or evals_per_epoch.",
+        "Steps are only counted with eval_strategy: steps.",
+        "Remove eval_strategy.",
+    ),
+    Rule(
+        "eval-needs-rows",
+        ("eval_steps", "val_set_size", "test_datasets"),
+        lambda c: c.eval_steps and c.val_set_size == 0 and not c.test_datasets,
+        "eval_steps is set, and no rows are held out.",
+        "Without val_set_size or test_datasets there is nothing to evaluate.",
+        "Add val_set_size: 0.05, or remove eval_steps.",
+    ),
+    Rule(
+        "held-out-once",
+        ("val_set_size", "test_datasets"),
+        lambda c: c.val_set_size > 0 and c.test_datasets,
+        "val_set_size and test_datasets are both set.",
+        "It is not clear which rows to evaluate.",
+        "Remove val_set_size to keep test_datasets whole.",
+    ),
+    Rule(
+        "held-out-share-or-rows",
+        ("val_set_size",),
+        lambda c: c.val_set_size >= 1 and (c.val_set_size == 1 or c.val_set_size % 1 != 0),
+        "val_set_size is neither a share nor a number of rows.",
+        "Below 1 it is a share of the rows, from 2 on a whole number of rows.",
+        "Write a share such as 0.05, or a number of rows such as 100.",
+    ),
+    Rule(
+        "no-remote-code",
+        ("trust_remote_code",),
+        lambda c: c.trust_remote_code,
+        "trust_remote_code is true.",
+        "It would run Python from the model's repository with your rights; Windtunnel knows the"
+        " Mistral architectures and needs none.",
+        "Remove trust_remote_code.",
+    ),
+)
+
+_NAMES = (
+    "base_model",
+    "revision_of_model",
+    "tokenizer_config",
+    "lora_model_dir",
+    "dataset_prepared_path",
+    "image_folder",
+    "output_dir",
+    "resume_from_checkpoint",
+    "hub_model_id",
+)
+_ROLES = ("system", "user", "assistant", "tool")
+_MESSAGE_KEYS = (
+    *("role", "content", "tool_calls", "tool_call_id", "name", "weight"),
+    *("thinking", "reasoning", "reasoning_content"),
+)
+
+
+def broken_rules(config: "RunConfig", unread: frozenset[str] = frozenset()) -> list[Finding]:
+    """Every rule that `config` breaks, without lines; the keys of a dataset read datasets[0].path.
+
+    `unread` names keys whose values are not the file's (they could not be read): what depends on
+    them is not judged.
+    """
+    given = config.model_fields_set
+    found = []
+    for rule in RULES:
+        if unread.isdisjoint(rule.keys) and rule.broken(config):
+            key = next((key for key in rule.keys if key in given), rule.keys[0])
+            found.append(problem(rule.id, key, rule.what, rule.why, rule.fix))
+    for key in _NAMES:
+        found.extend(_unsafe_name(key, getattr(config, key)))
+    found.extend(_bad_patterns("lora_target_modules", config.lora_target_modules))
+    found.extend(_bad_patterns("unfrozen_parameters", config.unfrozen_parameters))
+    found.extend(_bad_settings("chat_template_kwargs", config.chat_template_kwargs))
+    for key in ("datasets", "test_datasets"):
+        for index, dataset in enumerate(getattr(config, key)):
+            found.extend(_bad_dataset(f"{key}[{index}]", dataset))
+    return found
+
+
+def _unsafe_name(key: str, value: object) -> Iterator[Finding]:
+    if not isinstance(value, str):
+        return
+    if not value.strip():
+        what, fix = f"{key} is blank.", "Write a name or a path."
+    elif not value.isprintable() or value.startswith("-"):
+        what = f"{key} starts with a dash or holds invisible characters: {shown(value)}."
+        fix = "Use letters, digits, spaces, dots, slashes, dashes and underscores."
+    else:
+        return
+    why = "It becomes a file name, a hub id or an argument of a command."
+    yield problem("unsafe-name", key, what, why, fix)
+
+
+def _bad_patterns(key: str, patterns: list[str] | str | None) -> Iterator[Finding]:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            yield problem(
+                "bad-pattern",
+                key,
+                f"{key} holds {shown(pattern)}, which is not a regular expression.",
+                f"Python's re module says: {error}.",
+                "Correct the pattern, or write a list of plain names.",
+            )
+
+
+def _bad_settings(key: str, settings: dict[str, str] | None) -> Iterator[Finding]:
+    for name, value in (settings or {}).items():
+        if name != "reasoning_effort" or value not in ("none", "high"):
+            yield problem(
+                "bad-template-setting",
+                key,
+                f"{key} holds {shown(name)}: {shown(value)}.",
+                "mistral-common renders one setting, reasoning_effort, as none or high.",
+                "Write {reasoning_effort: high}, {reasoning_effort: none}, or remove the key.",
+            )
+
+
+def _bad_dataset(key: str, dataset: "DatasetConfig") -> Iterator[Finding]:
+    for field in ("path", "name", "split", "revision"):
+        yield from _unsafe_name(f"{key}.{field}", getattr(dataset, field))
+    yield from _bad_settings(f"{key}.chat_template_kwargs", dataset.chat_template_kwargs)
+    if dataset.trust_remote_code:
+        yield problem(
+            "no-remote-code",
+            f"{key}.trust_remote_code",
+            f"{key}.trust_remote_code is true.",
+            "It would run Python from the dataset's repository with your rights.",
+            "Remove it; use the dataset's Parquet files if it has no others.",
+        )
+    for field, known, example in (
+        ("roles", _ROLES, "user: [human]"),
+        ("message_property_mappings", _MESSAGE_KEYS, "role: from"),
+    ):
+        for name in getattr(dataset, field) or {}:
+            if name not in known:
+                yield problem(
+                    "unknown-name",
+                    f"{key}.{field}",
+                    f"{key}.{field} names {shown(name)}.",
+                    f"Left of the colon stands one of {', '.join(known)}.",
+                    f"Write ours: theirs, for example {example}.",
+                )

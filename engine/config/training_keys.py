@@ -1,0 +1,163 @@
+"""The keys of the training itself: steps, learning rate, precision, memory, several GPUs."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from engine.config.section import Amount, Below1, Count, Fraction, Positive, Section, Whole
+
+Optimizer = Literal[
+    "adamw_torch_fused",
+    "adamw_torch",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+]
+AttentionBackend = Literal[
+    "sdpa",
+    "eager",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flash_attention_torch",
+    "flex_attention",
+    "xformers",
+    "varlen",
+    "sage",
+    "fp8",
+]
+
+
+class OptimizationKeys(Section):
+    """Optimization."""
+
+    micro_batch_size: Count = 1
+    """Sequences that one GPU works on at once. More is faster until memory is full."""
+    gradient_accumulation_steps: Count = 1
+    """Micro-batches that are summed before the weights move. Sequences in a step:
+    micro_batch_size x gradient_accumulation_steps x GPUs; 8 to 32 is usual with adapters."""
+    batch_size: Count | None = None
+    """Sequences in a step, for all GPUs together."""
+    eval_batch_size: Count | None = None
+    """Sequences at once while evaluating. Absent: micro_batch_size."""
+    num_epochs: Positive = 1.0
+    """How often the whole dataset is learned. 1 to 3 is usual; more memorises."""
+    max_steps: Count | None = None
+    """Stop after so many optimizer steps, even inside the first epoch."""
+    optimizer: Optimizer = "adamw_torch_fused"
+    """AdamW in different coats. adamw_torch_fused: exact and fast; adamw_bnb_8bit (adamw_8bit is
+    the same): its state in 8 bits, a quarter of that memory; the paged ones also move the state
+    to the computer's RAM when the GPU is full."""
+    optim_args: dict[str, object] | str | None = None
+    """Further arguments of the optimizer."""
+    learning_rate: Positive = Field(
+        default_factory=lambda data: 2e-5 if data["adapter"] is None else 2e-4,
+        json_schema_extra={"default_words": "0.0002 with an adapter, 0.00002 without"},
+    )
+    """Size of a step. 2e-4 is the usual start with adapters (1e-4 for models above 70B), 1e-5
+    to 2e-5 for a full fine-tune. Too high: the loss jumps; too low: it hardly falls."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warmup: along a cosine, in a line, not at all."""
+    lr_scheduler_kwargs: dict[str, object] | None = None
+    """Further arguments of the schedule."""
+    cosine_min_lr_ratio: Fraction = 0.0
+    """Where the cosine ends, as a share of learning_rate."""
+    cosine_constant_lr_ratio: Fraction | None = None
+    """Share of the steps after which a cosine stays at its end."""
+    warmup_steps: Whole | None = None
+    """Steps in which the learning rate rises from 0. Absent: see warmup_ratio."""
+    warmup_ratio: Below1 | None = None
+    """The same as a share of all steps; 0.05 to 0.1 is usual. With neither key: 0.03, at most
+    100 steps."""
+    weight_decay: Amount = 0.0
+    """Pull of the trained weights towards 0 in every step; 0.01 is usual."""
+    adam_beta1: Below1 = 0.9
+    """AdamW: how long gradients are remembered."""
+    adam_beta2: Below1 = 0.999
+    """AdamW: how long squared gradients are remembered."""
+    adam_epsilon: Positive = 1e-8
+    """AdamW: keeps the division by the squared gradients finite."""
+    max_grad_norm: Positive = 1.0
+    """Gradients longer than this are shortened to it, which tames single bad batches."""
+    neftune_noise_alpha: Amount | None = None
+    """Noise on the embeddings while training (NEFTune)."""
+    early_stopping_patience: Count | None = None
+    """Stop after so many evaluations without a better loss."""
+    loss_watchdog_threshold: Positive | None = None
+    """Stop when the loss stays above this."""
+    loss_watchdog_patience: Count | None = None
+    """Steps that loss_watchdog_threshold waits."""
+    rl: str | None = None
+    """Preference or reinforcement training (dpo, orpo, grpo ...) instead of learning answers."""
+    orpo_alpha: Amount | None = None
+    """Weight of ORPO's preference term."""
+    seed: Whole = 42
+    """Start of all random numbers: the same seed, data and machine give the same run."""
+
+
+class MemoryKeys(Section):
+    """Precision and memory."""
+
+    bf16: bool | Literal["auto"] = "auto"
+    """Compute in bfloat16: half the memory of float32, same range. auto: where the GPU can
+    (Ampere and newer); false: float32."""
+    fp16: bool | None = None
+    """Compute in float16, for GPUs without bfloat16."""
+    tf32: bool | Literal["auto"] = "auto"
+    """Let float32 products use the faster 19-bit format of Ampere and newer GPUs."""
+    fp8: bool | None = None
+    """Compute in 8-bit floats."""
+    gradient_checkpointing: bool | Literal["offload", "offload_disk"] = False
+    """Compute the layers a second time in the backward pass instead of keeping their
+    intermediate values: about a third slower, a fraction of the memory. Usual for models from
+    3B on."""
+    gradient_checkpointing_kwargs: dict[str, object] | None = None
+    """{use_reentrant: false} or true: how the second computation is done; same result."""
+    activation_offloading: bool | str | None = None
+    """Keep intermediate values in the computer's RAM."""
+    attn_implementation: AttentionBackend | None = None
+    """The attention code. Absent: the best that is installed and that this GPU runs. sdpa runs
+    everywhere; flash_attention_2 needs Ampere or newer."""
+    scaling_softmax: bool | None = None
+    """Scale attention with the length of the row (needs flex_attention)."""
+    plugins: list[str] | None = None
+    """Axolotl's plugins by class name. CutCrossEntropyPlugin is understood: the loss is
+    computed without the full logits, which Windtunnel does anyway."""
+    cut_cross_entropy: bool | None = None
+    """Switch of CutCrossEntropyPlugin: a loss without the full logits, exact and always on."""
+    use_kernels: bool | None = None
+    """Fetch compiled kernels from the hub."""
+    use_sonicmoe: bool | None = None
+    """SonicMoE kernels for experts: same result, faster."""
+    use_scattermoe: bool | None = None
+    """ScatterMoE kernels for experts: same result, faster."""
+    torch_compile: bool | Literal["auto"] | None = None
+    """Compile the model with torch.compile: same result, faster after a slow start."""
+
+
+class DistributedKeys(Section):
+    """Several GPUs."""
+
+    deepspeed: str | dict[str, object] | None = None
+    """A DeepSpeed configuration."""
+    fsdp: list[str] | str | None = None
+    """FSDP1, which Axolotl 0.21 no longer has."""
+    fsdp_version: Whole | None = None
+    """Version of FSDP; 2 is the living one."""
+    fsdp_config: dict[str, object] | None = None
+    """How FSDP shards the model over GPUs."""
+    qlora_sharded_model_loading: bool | None = None
+    """Load 4-bit weights shard by shard under FSDP."""
+    dp_shard_size: Count | None = None
+    """GPUs over which one copy of the model is sharded."""
+    dp_replicate_size: Count | None = None
+    """Copies of the model that learn side by side."""
+    tensor_parallel_size: Count | None = None
+    """GPUs that share each matrix."""
+    context_parallel_size: Count | None = None
+    """GPUs that share each sequence."""
+    expert_parallel_size: Count | None = None
+    """GPUs over which the experts are spread."""
+    ddp_find_unused_parameters: bool | None = None
+    """Look for parameters without a gradient in every step; costs time, changes nothing here."""

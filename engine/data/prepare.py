@@ -1,0 +1,247 @@
+"""Tokenizes datasets once: a folder of arrays named after everything that their bytes depend on.
+
+The name is a hash of the rows, the format keys, the tokenizer and the renderer, and of nothing
+that labels or length rules can decide at load; so a changed switch costs nothing and an unchanged
+dataset is never tokenized twice. Writing streams, survives SIGKILL at any point and goes on where
+the last durable point was; a lock keeps two processes off the same folder.
+"""
+
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.chat.render import RENDERER_VERSION, LabelRule
+from engine.chat.tokenizer import ChatTokenizer
+from engine.config import DatasetConfig, RunConfig
+from engine.data.array_writer import ArrayWriter, Interval, sync_folder
+from engine.data.prepared import Prepared, read_meta
+from engine.data.rows import RenderedRow, effective_datasets, iterate_rendered
+from engine.data.sources import Location, locate
+from engine.errors import UserError, WorkError
+
+# Raised when the files in a folder of arrays change their meaning.
+LAYOUT_VERSION = 1
+_HASH_BLOCK_BYTES = 2**20
+_PROGRESS_ROWS = 64
+_LOCK_POLL_SECONDS = 0.2
+_COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far `prepare` is. `phase`: waiting (for another process), hashing or tokenizing.
+
+    Bytes are of the data files; both are 0 for a hub set, whose size is not known.
+    """
+
+    phase: str
+    rows: int
+    done_bytes: int
+    total_bytes: int
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def label_rule(config: RunConfig) -> LabelRule:
+    """Which kinds of tokens the run learns."""
+    return LabelRule(thinking=config.train_on_thinking, inputs=config.train_on_inputs)
+
+
+def default_store(config: RunConfig, folder: Path) -> Path:
+    """Where prepared arrays are kept: `dataset_prepared_path`, else the user's cache folder."""
+    if config.dataset_prepared_path:
+        return folder / Path(config.dataset_prepared_path).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("windtunnel") / "prepared"
+
+
+def prepare(
+    config: RunConfig,
+    folder: Path,
+    tokenizer: ChatTokenizer,
+    store: Path,
+    progress: OnProgress | None = None,
+    *,
+    datasets: Sequence[DatasetConfig] | None = None,
+    interval: Interval | None = None,
+) -> Prepared:
+    """The arrays of `datasets` (the config's training sets by default), made or found in `store`.
+
+    Relative data paths start at `folder`. `interval` is how much may be lost to a kill.
+    `progress` may raise to cancel; the work so far is kept.
+
+    Raises `UserError` when a dataset cannot be read, no row is usable or nothing would be learned,
+    `WorkError` when a file changes while it is read or the disk fails.
+    """
+    report = progress or (lambda _: None)
+    chosen = config if datasets is None else config.model_copy(update={"datasets": tuple(datasets)})
+    if not chosen.datasets:
+        raise UserError(
+            "The config names no dataset.",
+            "Its list of datasets is empty.",
+            "Add `datasets:` with a `path:` to the config.",
+        )
+    job = _plan(chosen, folder, tokenizer, report)
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        with _locked(store / f"{job.key}.lock", report):
+            reused = _is_whole(store / job.key)
+            if not reused:
+                _make(store / job.key, job, interval or Interval(), report)
+    except OSError as error:
+        raise WorkError(
+            f"The prepared arrays cannot be written to {store}.",
+            f"{error.strerror or error}.",
+            "Free space there or set dataset_prepared_path; what is done so far is kept.",
+        ) from error
+    prepared = Prepared(store / job.key, reused=reused)
+    prepared.refuse_if_nothing_learned(label_rule(config))
+    return prepared
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Pinned datasets, where their rows are, and the key of the arrays that they make."""
+
+    datasets: tuple[DatasetConfig, ...]
+    locations: tuple[Location, ...]
+    stamps: tuple[tuple[int, ...], ...]
+    total_bytes: int
+    key: str
+    rows: Callable[[int], Iterator[RenderedRow]]
+
+
+def _plan(config: RunConfig, folder: Path, tokenizer: ChatTokenizer, report: OnProgress) -> _Job:
+    datasets = tuple(_pinned(dataset, folder) for dataset in effective_datasets(config))
+    locations = tuple(locate(dataset, folder) for dataset in datasets)
+    stamps = _stamps(locations)
+    total_bytes = sum(size for size, *_ in stamps)
+    recipe = {
+        "layout": LAYOUT_VERSION,
+        "rendering": RENDERER_VERSION,
+        "tokenizer": tokenizer.fingerprint,
+        "history_thinking": config.history_thinking,
+        "formats": [_format_keys(dataset) for dataset in datasets],
+        "rows": [_content(location, total_bytes, report) for location in locations],
+    }
+    text = json.dumps(recipe, sort_keys=True)
+    return _Job(
+        datasets,
+        locations,
+        stamps,
+        total_bytes,
+        hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        lambda skip: iterate_rendered(
+            datasets, folder, tokenizer, history_thinking=config.history_thinking, skip=skip
+        ),
+    )
+
+
+def _pinned(dataset: DatasetConfig, folder: Path) -> DatasetConfig:
+    if locate(dataset, folder).hub_id is None or _COMMIT_HASH.fullmatch(dataset.revision or ""):
+        return dataset
+    from engine.data.hub import pin_revision
+
+    return dataset.model_copy(update={"revision": pin_revision(dataset)})
+
+
+def _format_keys(dataset: DatasetConfig) -> dict[str, Any]:
+    """All keys that can reach the arrays; one too many costs a tokenization, one too few a run."""
+    return dataset.model_dump(mode="json", exclude={"path", "weight"})
+
+
+def _stamps(locations: Sequence[Location]) -> tuple[tuple[int, ...], ...]:
+    """(size, time of change, inode) of each file: what a change while reading would alter."""
+    found = [file.stat() for location in locations for file in location.files]
+    return tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in found)
+
+
+def _content(location: Location, total_bytes: int, report: OnProgress) -> list[list[str]]:
+    """Name and hash of each file. The name is the one that messages show, so a moved set is known.
+
+    Nothing is remembered by size and time: hashing costs a second a gigabyte, an unseen edit costs
+    a run.
+    """
+    if location.hub_id is not None:
+        return [["hub", location.hub_id]]
+    hashes, done = [], 0
+    for file in location.files:
+        digest = hashlib.blake2b(digest_size=16)
+        with file.open("rb") as stream:
+            while block := stream.read(_HASH_BLOCK_BYTES):
+                digest.update(block)
+                done += len(block)
+                report(Progress("hashing", 0, done, total_bytes))
+        hashes.append([location.name(file), digest.hexdigest()])
+    return hashes
+
+
+@contextmanager
+def _locked(path: Path, report: OnProgress) -> Iterator[None]:
+    """Holds the lock file; the system lets go of it when the process ends, however it ends."""
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                report(Progress("waiting", 0, 0, 0))
+                time.sleep(_LOCK_POLL_SECONDS)
+        yield
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        read_meta(folder)
+    except WorkError:
+        return False
+    return True
+
+
+def _make(target: Path, job: _Job, interval: Interval, report: OnProgress) -> None:
+    partial = target.with_name(f"{target.name}.partial")
+    if not _is_whole(partial):
+        _fill(partial, job, interval, report)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    sync_folder(target.parent)
+
+
+def _fill(partial: Path, job: _Job, interval: Interval, report: OnProgress) -> None:
+    writer = ArrayWriter(partial, interval)
+    try:
+        for row in job.rows(writer.source_rows):
+            writer.add(row)
+            if writer.source_rows % _PROGRESS_ROWS == 0:
+                report(Progress("tokenizing", writer.source_rows, row.read_bytes, job.total_bytes))
+        if _stamps(job.locations) != job.stamps:
+            shutil.rmtree(partial)
+            raise WorkError(
+                "A data file changed while it was being read.",
+                "Its size or time is not what it was at the start.",
+                "Wait until nothing writes to it and run again.",
+            )
+        if writer.usable_rows == 0:
+            raise _no_usable_row(writer.first_problem, writer.source_rows)
+        writer.finish(job.key)
+    finally:
+        writer.close()
+
+
+def _no_usable_row(problem: dict[str, Any], rows: int) -> UserError:
+    return UserError(
+        f"None of the {rows} rows can be used.",
+        f"Line {problem['line']} of {problem['file']}: {problem['what']} {problem['why']}",
+        problem["fix"],
+    )

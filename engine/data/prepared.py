@@ -1,0 +1,290 @@
+"""The prepared arrays, opened: what training and preview read, and what they decide at load.
+
+The folder is written once by `prepare` and never changed. Everything that depends on a switch
+(labels, length limit, validation split) is decided here from the stored ids and kinds, so that
+turning the switch tokenizes nothing.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, learned, truncate
+from engine.data.pack import mix
+from engine.errors import UserError, WorkError
+
+META = "meta.json"
+# File name -> little-endian element type. `offsets` has one entry more than there are rows.
+ARRAYS = {
+    "ids": "<u4",
+    "kinds": "|u1",
+    "sources": "<i4",
+    "offsets": "<i8",
+    "lines": "<i8",
+    "files": "<i4",
+    "datasets": "<i4",
+    "hashes": "<u8",
+}
+_SCAN_TOKENS = 2**22
+
+Indices = NDArray[np.int64]
+LengthStrategy = Literal["drop", "truncate", "raise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The rows that training uses under one label rule and one length limit.
+
+    `rows` are indices into the arrays, `lengths` their tokens after truncation.
+    """
+
+    rows: Indices
+    lengths: Indices
+    too_long: int
+    truncated: int
+    nothing_learned: int
+
+
+class Prepared:
+    """A folder of prepared arrays, memory-mapped. `reused` says that nothing was tokenized for it.
+
+    Raises `WorkError` when the folder's files do not agree with its meta.json.
+    """
+
+    def __init__(self, folder: Path, *, reused: bool = True) -> None:
+        self.folder = folder
+        self.reused = reused
+        self.meta = read_meta(folder)
+        self._arrays: dict[str, NDArray[Any]] = {
+            name: np.memmap(folder / name, dtype=dtype, mode="r") for name, dtype in ARRAYS.items()
+        }
+        self.offsets: Indices = np.asarray(self._arrays["offsets"])
+        self.lengths: Indices = np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return int(self.meta["rows"])
+
+    def _row(self, name: str, index: int) -> NDArray[Any]:
+        return self._arrays[name][self.offsets[index] : self.offsets[index + 1]]
+
+    def ids(self, index: int) -> NDArray[np.uint32]:
+        """Token ids of one row, uint32 [tokens]."""
+        return self._row("ids", index)
+
+    def kinds(self, index: int) -> NDArray[np.uint8]:
+        """Kind of each token, with the WITHHELD bit, uint8 [tokens]."""
+        return self._row("kinds", index)
+
+    def sources(self, index: int) -> NDArray[np.int32]:
+        """Index of each token's message in the row as given, int32 [tokens]; -1 for none."""
+        return self._row("sources", index)
+
+    def rendered(self, index: int) -> Rendered:
+        """The row as the renderer made it."""
+        return Rendered(self.ids(index), self.kinds(index), self.sources(index))
+
+    def line(self, index: int) -> int:
+        """The line of `file(index)` on which the row starts, from 1."""
+        return int(self._arrays["lines"][index])
+
+    def file(self, index: int) -> str:
+        """The name of the file that the row comes from."""
+        return str(self.meta["files"][int(self._arrays["files"][index])])
+
+    @property
+    def datasets(self) -> NDArray[np.int32]:
+        """For each row, which of the datasets it comes from, int32 [rows]."""
+        return self._arrays["datasets"]
+
+    @cached_property
+    def hashes(self) -> NDArray[np.uint64]:
+        """A hash of each row's ids, uint64 [rows]: equal for duplicates."""
+        return np.asarray(self._arrays["hashes"])
+
+    def learned_lengths(self, rule: LabelRule) -> Indices:
+        """Learned tokens of each row under `rule`, int64 [rows]; reads the kinds in pieces."""
+        counts = np.zeros(len(self), dtype=np.int64)
+        start = 0
+        while start < len(self):
+            limit = self.offsets[start] + _SCAN_TOKENS
+            end = max(start + 1, int(np.searchsorted(self.offsets, limit, side="right")) - 1)
+            first, last = self.offsets[start], self.offsets[end]
+            flags = learned(self._arrays["kinds"][first:last], rule)
+            counts[start:end] = np.add.reduceat(
+                flags, self.offsets[start:end] - first, dtype=np.int64
+            )
+            start = end
+        return counts
+
+    def tokens_by_kind(self) -> dict[str, int]:
+        """How many tokens of each kind, by its word, withheld ones among them."""
+        counts: dict[str, int] = {}
+        for value, count in self.meta["kind_counts"].items():
+            word = Kind(int(value) & ~WITHHELD).word
+            counts[word] = counts.get(word, 0) + count
+        return counts
+
+    def learned_tokens(self, rule: LabelRule) -> int:
+        """Learned tokens of all rows under `rule`, from the stored counts alone."""
+        counts = self.meta["kind_counts"]
+        flags = learned(np.array([int(kind) for kind in counts], dtype=np.uint8), rule)
+        return int(np.dot(flags, np.array(list(counts.values()), dtype=np.int64)))
+
+    def refuse_if_nothing_learned(self, rule: LabelRule) -> None:
+        """Raises `UserError` when no token of any row carries the loss."""
+        if self.learned_tokens(rule):
+            return
+        only_thinking = not rule.thinking and self.tokens_by_kind().get("think")
+        raise UserError(
+            "Nothing would be learned from this dataset.",
+            f"In {len(self)} rows no token carries the loss.",
+            "Every answer is only thinking: turn train_on_thinking on."
+            if only_thinking
+            else "Check that the rows hold answers, and that none is marked as not to be learned.",
+        )
+
+    def select(
+        self, rule: LabelRule, sequence_len: int, strategy: LengthStrategy = "drop"
+    ) -> Selection:
+        """Apply the length limit and leave out rows that teach nothing.
+
+        Raises `UserError` when no row is left, or on the first row too long with `raise`.
+        """
+        lengths, counts = self.lengths.copy(), self.learned_lengths(rule)
+        over = np.flatnonzero(lengths > sequence_len)
+        if len(over) and strategy == "raise":
+            raise self._too_long(over, sequence_len)
+        keep = counts > 0
+        nothing, cut = int((~keep).sum()), 0
+        for index in over.tolist() if strategy == "truncate" else ():
+            shorter = truncate(self.rendered(index), sequence_len, rule)
+            nothing += bool(keep[index]) and shorter is None
+            keep[index] = shorter is not None
+            if shorter is not None:
+                lengths[index] = len(shorter)
+                cut += 1
+        if strategy == "drop":
+            nothing -= int((~keep[over]).sum())
+            keep[over] = False
+        if not keep.any():
+            raise self._nothing_left(rule, len(over), sequence_len)
+        rows = np.flatnonzero(keep).astype(np.int64)
+        return Selection(rows, lengths[rows], len(over), cut, nothing)
+
+    def _too_long(self, over: Indices, sequence_len: int) -> UserError:
+        first = int(over[0])
+        return UserError(
+            f"{len(over)} of {len(self)} rows are longer than sequence_len ({sequence_len}).",
+            f"The first is line {self.line(first)} of {self.file(first)} with "
+            f"{int(self.lengths[first])} tokens, and excess_length_strategy is raise.",
+            f"Raise sequence_len (the longest row has {int(self.lengths.max())}), or set "
+            "excess_length_strategy to drop or truncate.",
+        )
+
+    def _nothing_left(self, rule: LabelRule, over: int, sequence_len: int) -> UserError:
+        self.refuse_if_nothing_learned(rule)
+        return UserError(
+            "No row is left to train on.",
+            f"{over} of {len(self)} rows are longer than sequence_len ({sequence_len}); "
+            "the others, and what truncation leaves of these, hold no learned token.",
+            f"Raise sequence_len; the longest row has {int(self.lengths.max())} tokens.",
+        )
+
+    def split(
+        self, val_set_size: float, seed: int, rows: Indices | None = None
+    ) -> tuple[Indices, Indices]:
+        """`rows` (all by default) as (training, validation), each in ascending order.
+
+        Below 1 `val_set_size` is a share, from 1 on a count, as in scikit-learn and Axolotl. The
+        choice follows from content and seed alone, and equal conversations stay on one side; at
+        least one row is held out where two different ones exist.
+        """
+        chosen = np.arange(len(self), dtype=np.int64) if rows is None else rows
+        if val_set_size <= 0 or len(chosen) < 2:
+            return chosen, chosen[:0]
+        wanted = val_set_size * len(chosen) if val_set_size < 1 else val_set_size
+        target = min(max(1, round(wanted)), len(chosen) - 1)
+        unique, group, sizes = np.unique(
+            self.hashes[chosen], return_inverse=True, return_counts=True
+        )
+        if len(unique) < 2:
+            return chosen, chosen[:0]
+        held_out = np.zeros(len(unique), dtype=bool)
+        room = target
+        for index in np.argsort(mix(unique, seed), kind="stable").tolist():
+            if sizes[index] <= room:
+                held_out[index] = True
+                room -= int(sizes[index])
+        if not held_out.any():
+            held_out[np.argmin(sizes)] = True
+        flags = held_out[group]
+        return chosen[~flags], chosen[flags]
+
+    def link_into(self, run_data_folder: Path) -> None:
+        """Hard links of all files in `run_data_folder`; copies where the file system differs.
+
+        An interrupted call can be repeated. Raises `WorkError` when the disk is full.
+        """
+        run_data_folder.mkdir(parents=True, exist_ok=True)
+        for name in (*ARRAYS, META):
+            target = run_data_folder / name
+            waiting = run_data_folder / f".{name}.{os.getpid()}"
+            waiting.unlink(missing_ok=True)
+            try:
+                _link_or_copy(self.folder / name, waiting)
+                waiting.replace(target)
+            except OSError as error:
+                raise WorkError(
+                    f"The prepared arrays cannot be placed in {run_data_folder}.",
+                    f"{error.strerror or error}.",
+                    "Free space or choose another output_dir.",
+                ) from error
+            finally:
+                # rename(2) between two links of one file does nothing and leaves both.
+                waiting.unlink(missing_ok=True)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        with target.open("rb+") as copy:
+            os.fsync(copy.fileno())
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json of a folder whose arrays have the sizes that it states; `WorkError` otherwise."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / META).read_text("utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in ARRAYS}
+        expected = {
+            name: np.dtype(dtype).itemsize * _count(name, meta) for name, dtype in ARRAYS.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _not_prepared(folder, f"{type(error).__name__}: {error}.") from error
+    if sizes != expected:
+        wrong = ", ".join(name for name in ARRAYS if sizes[name] != expected[name])
+        raise _not_prepared(folder, f"The size of {wrong} is not what meta.json states.")
+    return meta
+
+
+def _count(name: str, meta: dict[str, Any]) -> int:
+    if name in ("ids", "kinds", "sources"):
+        return int(meta["tokens"])
+    return int(meta["rows"]) + (name == "offsets")
+
+
+def _not_prepared(folder: Path, why: str) -> WorkError:
+    return WorkError(
+        f"{folder} does not hold whole prepared arrays.",
+        why,
+        "Delete that folder and prepare again.",
+    )

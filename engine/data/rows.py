@@ -1,0 +1,99 @@
+"""From datasets to rendered rows, one after another: the one path of check, preview and prepare.
+
+What a person previews and what training reads are made by this same generator, so that the two
+cannot differ.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engine.chat.messages import Conversation, RowFormat, RowProblem, read_row
+from engine.chat.render import Rendered, render
+from engine.chat.tokenizer import ChatTokenizer
+from engine.config import DatasetConfig, RunConfig
+from engine.data.sources import SourceRow, iterate_rows
+
+HistoryThinking = Literal["keep", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedRow:
+    """One row of a dataset and what became of it.
+
+    `number` counts the rows of all datasets from 1, bad ones too. `problem` is None or the reason
+    why the later fields are; without a tokenizer `rendered` is None on good rows too.
+    """
+
+    number: int
+    line: int
+    file: str
+    dataset: int
+    read_bytes: int
+    problem: RowProblem | None = None
+    conversation: Conversation | None = None
+    rendered: Rendered | None = None
+
+
+def effective_datasets(
+    config: RunConfig, *, reasoning_effort: str | None = None
+) -> tuple[DatasetConfig, ...]:
+    """The config's datasets with its own `chat_template_kwargs` filled into each.
+
+    A dataset's own value wins over the run's, `reasoning_effort` over both.
+    """
+    forced = {"reasoning_effort": reasoning_effort} if reasoning_effort else {}
+    return tuple(
+        with_template_kwargs(dataset, config.chat_template_kwargs or {}, forced)
+        for dataset in config.datasets
+    )
+
+
+def with_template_kwargs(
+    dataset: DatasetConfig, defaults: Mapping[str, str], forced: Mapping[str, str]
+) -> DatasetConfig:
+    """`dataset` with `chat_template_kwargs` added below and above its own."""
+    merged = {**defaults, **(dataset.chat_template_kwargs or {}), **forced}
+    return dataset.model_copy(update={"chat_template_kwargs": merged or None})
+
+
+def iterate_rendered(
+    datasets: Sequence[DatasetConfig],
+    folder: Path,
+    tokenizer: ChatTokenizer | None,
+    *,
+    history_thinking: HistoryThinking = "keep",
+    skip: int = 0,
+) -> Iterator[RenderedRow]:
+    """Every row of every dataset, in order; the first `skip` are read but not rendered.
+
+    `datasets` as `effective_datasets` gives them. Raises what `iterate_rows` raises; a bad row is
+    yielded with its problem.
+    """
+    number = 0
+    for index, dataset in enumerate(datasets):
+        row_format = RowFormat.from_config(dataset)
+        for source in iterate_rows(dataset, folder):
+            number += 1
+            if number <= skip:
+                continue
+            place = (number, source.line, source.file, index, source.read_bytes)
+            try:
+                conversation = _read(source, row_format)
+                rendered = (
+                    render(conversation, tokenizer, history_thinking=history_thinking)
+                    if tokenizer
+                    else None
+                )
+            except RowProblem as problem:
+                yield RenderedRow(*place, problem=problem)
+            else:
+                yield RenderedRow(*place, conversation=conversation, rendered=rendered)
+
+
+def _read(source: SourceRow, row_format: RowFormat) -> Conversation:
+    if source.row is None:
+        assert source.problem is not None
+        raise source.problem
+    return read_row(source.row, row_format)

@@ -1,0 +1,185 @@
+"""Which files a dataset names, and one row after another out of them.
+
+Reading is apart from understanding: a row here is any JSON object, and what is wrong with it as a
+conversation is for `engine.chat`. A line that cannot be read becomes a problem with its number and
+reading goes on; only damage that hides the rest of a file (a cut gzip, a broken Parquet footer, a
+JSON array that stops being JSON) ends it, as a `UserError`. Memory is bounded by one row.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.chat.messages import RowProblem
+from engine.config import DatasetConfig
+from engine.data import readers
+from engine.data.readers import RawRow
+from engine.errors import UserError
+
+Reader = Callable[[Path], Iterator[RawRow]]
+
+READERS: dict[str, Reader] = {
+    ".jsonl": readers.read_json_lines,
+    ".jsonl.gz": readers.read_json_lines,
+    ".json": readers.read_json,
+    ".csv": readers.read_csv,
+    ".parquet": readers.read_parquet,
+}
+KNOWN_ENDINGS = ", ".join(READERS)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One row as it was found; exactly one of `row` and `problem` is set.
+
+    `line` counts from 1 inside `file`: the line on which the row starts, or in Parquet and hub
+    sets its number. `read_bytes` is how far into all files of the dataset it ends.
+    """
+
+    line: int
+    row: dict[str, Any] | None
+    problem: RowProblem | None
+    file: str
+    read_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a dataset's rows are: local files in reading order, or a hub id."""
+
+    root: Path
+    files: tuple[Path, ...]
+    hub_id: str | None = None
+
+    def name(self, file: Path) -> str:
+        """The file's name as messages show it: relative to the folder that the dataset names."""
+        return file.name if file == self.root else os.path.relpath(file, self.root)
+
+
+def locate(dataset: DatasetConfig, folder: Path) -> Location:
+    """The files that `dataset.path` names; relative paths start at `folder`.
+
+    Raises `UserError` for a missing file, an unknown ending and a folder without a data file.
+    """
+    path = Path(dataset.path).expanduser()
+    root = path if path.is_absolute() else folder / path
+    if root.is_file():
+        _reader_of(root)
+        return Location(root, (root,))
+    if root.is_dir():
+        return Location(root, _files_of(root, dataset.data_files))
+    if _is_hub_id(dataset.path, folder):
+        return Location(root, (), dataset.path)
+    raise _missing(root, dataset.path)
+
+
+def iterate_rows(dataset: DatasetConfig, folder: Path) -> Iterator[SourceRow]:
+    """Every row of `dataset`, in order, as a stream.
+
+    Raises what `locate` raises, and `UserError` when a file is damaged or no row was found.
+    """
+    location = locate(dataset, folder)
+    if location.hub_id is not None:
+        # Imported here: it starts a process, which a local file never needs.
+        from engine.data.hub import read_hub
+
+        stream: Iterator[SourceRow] = (
+            SourceRow(raw.line, raw.row, raw.problem, location.hub_id, 0)
+            for raw in read_hub(dataset)
+        )
+    else:
+        stream = _local_rows(location)
+    found = False
+    for row in stream:
+        found = True
+        yield row
+    if not found:
+        raise UserError(
+            f"{dataset.path} holds no rows.",
+            "It was read to its end and every line is blank.",
+            "Write one conversation a line, or name another file.",
+        )
+
+
+def _local_rows(location: Location) -> Iterator[SourceRow]:
+    before = 0
+    for file in location.files:
+        name = location.name(file)
+        for raw in _reader_of(file)(file):
+            yield SourceRow(raw.line, raw.row, raw.problem, name, before + raw.read_bytes)
+        before += file.stat().st_size
+
+
+def ending_of(path: Path) -> str:
+    """The file's ending in lower case, `.jsonl.gz` being one ending."""
+    endings = [ending.lower() for ending in path.suffixes]
+    return "".join(endings[-2:]) if endings[-1:] == [".gz"] else "".join(endings[-1:])
+
+
+def _reader_of(path: Path) -> Reader:
+    reader = READERS.get(ending_of(path))
+    if reader is None:
+        raise UserError(
+            f"{path} is not a data file that we read.",
+            f"Its name ends in {ending_of(path) or 'nothing'}; we read {KNOWN_ENDINGS}.",
+            "Convert it to .jsonl (one JSON object a line), or rename it if it is one of these.",
+        )
+    return reader
+
+
+def _files_of(root: Path, data_files: list[str] | str | None) -> tuple[Path, ...]:
+    if data_files:
+        return _chosen_files(root, [data_files] if isinstance(data_files, str) else data_files)
+    files = tuple(
+        path
+        for path in sorted(root.iterdir())
+        if path.is_file() and not path.name.startswith(".") and ending_of(path) in READERS
+    )
+    if files:
+        return files
+    deeper = sorted(
+        path.parent for path in root.glob("*/*") if path.is_file() and ending_of(path) in READERS
+    )
+    raise UserError(
+        f"{root} holds no data file.",
+        f"A dataset folder holds files ending in {KNOWN_ENDINGS}; its subfolders are not read.",
+        f"Name {deeper[0]} instead." if deeper else "Name another folder, or a file.",
+    )
+
+
+def _chosen_files(root: Path, names: list[str]) -> tuple[Path, ...]:
+    for name in names:
+        if not (root / name).is_file():
+            raise _missing(root / name, name)
+        _reader_of(root / name)
+    return tuple(root / name for name in names)
+
+
+def _is_hub_id(text: str, folder: Path) -> bool:
+    # "data/train.jsonl" and "data/chats" beside an existing data/ are local names gone wrong.
+    if not _HUB_ID.fullmatch(text) or ending_of(Path(text)) in READERS:
+        return False
+    return not (folder / text).parent.is_dir()
+
+
+def _missing(root: Path, given: str) -> UserError:
+    parent = root.parent
+    if not parent.is_dir():
+        return UserError(
+            f"There is no {given}.",
+            f"The folder {parent} does not exist.",
+            "Give the path of a file or folder; relative paths start where the config file is.",
+        )
+    names = sorted(path.name for path in parent.iterdir() if not path.name.startswith("."))
+    near = difflib.get_close_matches(root.name, names, n=3, cutoff=0.5)
+    near = near or [name for name in names if ending_of(Path(name)) in READERS][:3]
+    return UserError(
+        f"There is no {given}.",
+        f"{parent} holds no file or folder of that name.",
+        f"Did you mean {' or '.join(near)}?" if near else "Give the path of a file or folder.",
+    )

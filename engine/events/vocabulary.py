@@ -1,0 +1,165 @@
+"""What a run can say about itself: one frozen dataclass for each `type` of `events.jsonl`.
+
+Names and fields are a contract with scripts that read the file: add, never rename or drop.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Outcome = Literal["finished", "stopped", "failed"]
+SampleTime = Literal["before", "during", "after"]
+NoteLevel = Literal["info", "warning", "error"]
+AckOutcome = Literal["done", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The model is loaded and the first step of this launch is next; once per launch."""
+
+    run: str
+    """Name of the run."""
+    model: str
+    """`base_model` as the config has it."""
+    method: str
+    """lora, qlora or full."""
+    devices: tuple[str, ...]
+    """UUIDs of the GPUs, or `cpu`."""
+    world_size: int
+    """Processes that train together."""
+    total_steps: int
+    """Optimizer steps from step 0 to the end of the run, those of earlier launches included."""
+    trainable_parameters: int
+    """Number of weights that the optimizer moves."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Package name -> its version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Progress of anything that is not a step: loading, tokenizing, evaluating, saving."""
+
+    name: str
+    done: int | None = None
+    """How much of `total` is done, in the unit that `detail` names; None where nobody can say."""
+    total: int | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step, told after it is done."""
+
+    step: int
+    """Counts from 1. A number that comes again after a resume supersedes the earlier one."""
+    epoch: float
+    """Passes over the training rows so far, with its fraction."""
+    loss: float
+    """Mean over the learned tokens of the whole optimizer step, all ranks, in nats a token."""
+    learned_tokens: int
+    """Tokens of this step that are in the loss, all ranks."""
+    tokens: int
+    """Tokens of this step, padding left out, all ranks."""
+    lr: float
+    """Learning rate that this step used."""
+    grad_norm: float
+    """L2 norm of the gradient before clipping; nan where it was not measured."""
+    seconds: float
+    """Wall time of this step, without evals, saves and pauses."""
+    tokens_per_second: float
+    """`tokens` over `seconds`."""
+    peak_memory_bytes: int
+    """Largest amount allocated so far on the fullest device; resident bytes on a CPU."""
+    total_steps: int | None = None
+    """As in `Started`, so that the end of the file alone tells how far a run is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Eval:
+    """Loss on the held-out rows."""
+
+    step: int
+    """Optimizer steps done; 0 is the untouched model."""
+    loss: float
+    """Mean over the learned tokens, in nats a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How one set of rows does at an evaluation; `Eval` sums up the held-out ones."""
+
+    step: int
+    dataset: str
+    """Name of the evaluation set; `train` are rows that the run learns from."""
+    loss: float
+    """Mean over the learned tokens, in nats a token."""
+    exact: float
+    """Share of rows whose answer the model gives back word for word, 0 to 1."""
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the model answers to a fixed prompt."""
+
+    step: int
+    prompt: str
+    text: str
+    when: SampleTime
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint or the result is whole on the disk."""
+
+    step: int
+    path: str
+    """Relative to the run's folder where it lies inside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A sentence for the person who watches."""
+
+    level: NoteLevel
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Answer to one line of `control.jsonl`, written when the trainer has acted on it.
+
+    To `stop` it means that the request is accepted: what is saved and `ended` follow.
+    """
+
+    id: str
+    """`id` of the command."""
+    command: str
+    outcome: AckOutcome
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The last event of a launch. Its absence, with the lock free, means that the run is lost."""
+
+    outcome: Outcome
+    step: int
+    """Optimizer steps done."""
+    what: str = ""
+    """With `why` and `fix`: the three sentences of a failure; empty otherwise."""
+    why: str = ""
+    fix: str = ""
+
+
+Event = Started | Phase | Step | Eval | Score | Sample | Saved | Note | Ack | Ended
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """An event with the envelope of its line."""
+
+    seq: int
+    """Grows by one an event over the whole life of the folder; a hole means dropped events."""
+    time: float
+    """Unix seconds."""
+    event: Event

@@ -1,0 +1,310 @@
+"""Starts the trainer as a process of its own, and knows whether it began.
+
+The trainer is started by module name and never imported: the caller stays light, and a run that is
+detached outlives the terminal, the wizard and the logout of a hangup. It stands above `runs`, which
+knows folders, and below the commands.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from engine.errors import UserError, WorkError
+from engine.events import Ack
+from engine.runs.control import ask
+from engine.runs.folder import RunFolder
+from engine.runs.lock import LAUNCH_VARIABLE, in_use, is_locked, read_claim
+from engine.runs.status import Status, status
+from engine.visible import visible
+
+TRAINER: Final = "engine.train"
+
+_LOG_LINES: Final = 8
+_LOG_BYTES: Final = 1 << 14
+_GRACE_SECONDS: Final = 5.0
+_POLL_SECONDS: Final = 0.02
+_MISSING_MODULE: Final = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """What it took to go on: exactly one of the two is set."""
+
+    ack: Ack | None = None
+    """The run was paused: its answer to `resume`."""
+    process: "subprocess.Popen[bytes] | None" = None
+    """The run was dead: its trainer, which has taken the lock."""
+
+
+def launch(
+    run: RunFolder,
+    *,
+    detach: bool,
+    config: str | None = None,
+    plan: Mapping[str, object] | None = None,
+    resume: bool = False,
+    checkpoint: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    module: str = TRAINER,
+    timeout_seconds: float = 120.0,
+) -> "subprocess.Popen[bytes]":
+    """Start the trainer of a run and wait until it holds the run's lock.
+
+    `config` is the text of config.yml and `plan` the content of plan.json; None leaves what is
+    there, and a config that differs from it is kept beside as config-1.yml. The trainer is called
+    with `run FOLDER`, then `--resume` and `--from step-N` where asked for. `environment` is added
+    to ours. Detached, the trainer leads a session of its own; otherwise it stays in our process
+    group, and what kills the group kills it. Either way its output goes to engine.log.
+
+    Raises UserError where the run is already running, or where the trainer leaves with exit status
+    2 or 3 before it took the lock; WorkError with the end of engine.log where it dies otherwise
+    before that, or has not taken the lock in `timeout_seconds` (it is then ended).
+    """
+    if is_locked(run):
+        raise in_use(run)
+    arguments = [sys.executable, "-m", module, "run", str(run.path)]
+    if resume or checkpoint:
+        arguments.append("--resume")
+    if checkpoint:
+        arguments += ["--from", checkpoint]
+    token = uuid.uuid4().hex
+    child_environment = _environment({**(environment or {}), LAUNCH_VARIABLE: token})
+    try:
+        _fill(run, config, plan)
+        log_start = run.log.stat().st_size if run.log.exists() else 0
+        process = _start(arguments, run.log, child_environment, detach)
+    except OSError as error:
+        raise WorkError(
+            f"The run {visible(run.name, one_line=True)} could not be started.",
+            f"The system says: {error}.",
+            f"See that {visible(str(run.path), one_line=True)} can be written and has space.",
+        ) from error
+    try:
+        _wait_for_lock(run, process, token, timeout_seconds, log_start)
+    except BaseException:  # an interrupt here must not leave a trainer that nobody knows of
+        _end(process)
+        raise
+    return process
+
+
+def resume_run(
+    run: RunFolder,
+    *,
+    checkpoint: str | None = None,
+    detach: bool = True,
+    environment: Mapping[str, str] | None = None,
+    module: str = TRAINER,
+    timeout_seconds: float = 120.0,
+) -> Resumed:
+    """Go on with a run: a paused one is sent `resume`, a dead one is started again.
+
+    A dead one goes on from its last checkpoint, or from `checkpoint` (a name in checkpoints/); one
+    that was never started begins. Waits for the answer or for the lock. Raises UserError where
+    there is nothing to resume, and what `ask` and `launch` raise.
+    """
+    word = status(run)
+    if word == "paused" and checkpoint is None:
+        return Resumed(ack=ask(run, "resume", timeout_seconds=timeout_seconds))
+    _require_resumable(run, word, checkpoint)
+    process = launch(
+        run,
+        detach=detach,
+        resume=word != "waiting",
+        checkpoint=checkpoint,
+        environment=environment,
+        module=module,
+        timeout_seconds=timeout_seconds,
+    )
+    return Resumed(process=process)
+
+
+@contextmanager
+def forwarded_signals(process: "subprocess.Popen[bytes]") -> Iterator[list[str]]:
+    """While a trainer runs in the foreground: SIGTERM and SIGINT go to it and not to us.
+
+    The trainer saves and ends, or leaves at once at the second; it takes a signal that its process
+    group also got from the keyboard for one. Yields the names of the signals that came.
+    """
+    received: list[str] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        received.append(signal.Signals(number).name)
+        process.send_signal(number)
+
+    before = {each: signal.signal(each, forward) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _require_resumable(run: RunFolder, word: Status, checkpoint: str | None) -> None:
+    shown = visible(run.name, one_line=True)
+    if word in ("running", "paused"):
+        if checkpoint is None:
+            why, fix = "There is no pause to lift and nothing to restart.", "Let it run."
+        else:
+            why = "Only a run that has ended can go back to a checkpoint."
+            fix = f"Stop it first: windtunnel stop {shown}"
+        raise UserError(f"The run {shown} is {word}.", why, fix)
+    if checkpoint is not None:
+        _require_checkpoint(run, checkpoint)
+    elif word == "finished":
+        raise UserError(
+            f"The run {shown} has finished.",
+            "All of its steps are done.",
+            f"Go back with `windtunnel resume {shown} --from step-N`, or start another run.",
+        )
+
+
+def _require_checkpoint(run: RunFolder, checkpoint: str) -> None:
+    there = _checkpoints(run)
+    if checkpoint not in there:
+        shown = visible(run.name, one_line=True)
+        raise UserError(
+            f"The run {shown} has no checkpoint {visible(checkpoint, one_line=True)!r}.",
+            f"It has {', '.join(there)}." if there else "It has saved none.",
+            f"Name one of these, or leave --from out: windtunnel resume {shown}",
+        )
+
+
+def _checkpoints(run: RunFolder) -> list[str]:
+    found = (path.name for path in run.checkpoints.glob("step-*") if path.is_dir())
+    numbered = (name for name in found if name.removeprefix("step-").isdecimal())
+    return sorted(numbered, key=lambda name: int(name.removeprefix("step-")))
+
+
+def _fill(run: RunFolder, config: str | None, plan: Mapping[str, object] | None) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
+    if config is not None:
+        _keep_other(run.config, config)
+        _replace(run.config, config)
+    if plan is not None:
+        _replace(run.plan, json.dumps(plan, indent=2) + "\n")
+
+
+def _keep_other(path: Path, text: str) -> None:
+    """Put a file with other content aside under the first free number."""
+    if not path.exists() or path.read_bytes() == text.encode():
+        return
+    number = 1
+    while (kept := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    _replace(kept, path.read_text("utf-8"))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one, whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(text.encode())
+    os.replace(beside, path)
+
+
+def _environment(added: Mapping[str, str]) -> dict[str, str]:
+    """Ours, with what makes the child find this `engine` and no other, and print plain lines.
+
+    Without PYTHONSAFEPATH, `-m` looks into the current directory first and would run an `engine/`
+    of the person's own. A source tree that is not installed is on our path by the same accident, so
+    its place is passed on; an installed one is found anyway, and must not come before the standard
+    library.
+    """
+    environment = dict(os.environ)
+    home = Path(__file__).resolve().parent.parent
+    if home.name not in ("site-packages", "dist-packages"):
+        before = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([str(home), *([before] if before else [])])
+    environment.update(PYTHONSAFEPATH="1", PYTHONUNBUFFERED="1", TERM="dumb", NO_COLOR="1")
+    environment.update(added)
+    return environment
+
+
+def _start(
+    arguments: list[str], log: Path, environment: Mapping[str, str], detach: bool
+) -> "subprocess.Popen[bytes]":
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=detach,
+        )
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _wait_for_lock(
+    run: RunFolder,
+    process: "subprocess.Popen[bytes]",
+    token: str,
+    timeout_seconds: float,
+    log_start: int,
+) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        ended = process.poll()  # asked first: a trainer that took the lock and ended has signed it
+        if read_claim(run).launch == token:
+            return
+        if ended is not None:
+            raise _early_death(run, ended, _last_words(run.log, log_start))
+        if time.monotonic() > deadline:
+            raise WorkError(
+                f"The trainer has not begun for {timeout_seconds:.0f} seconds and was ended.",
+                _told(_last_words(run.log, log_start)),
+                f"Read {visible(str(run.log), one_line=True)}, then start again.",
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _early_death(run: RunFolder, exit_status: int, words: list[str]) -> UserError:
+    missing = _MISSING_MODULE.search(words[-1]) if words else None
+    if missing:
+        return WorkError(
+            f"Training needs the package {missing[1]}, which is not installed.",
+            "The base install plans and previews; the training stack is an extra of its own.",
+            "Install it: pip install 'windtunnel[train]'",
+        )
+    how = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
+    what = f"The trainer ended before it began ({how})."
+    fix = f"All that it printed is in {visible(str(run.log), one_line=True)}."
+    if exit_status in (2, 3):
+        return UserError(what, _told(words), fix, exit_status=exit_status)
+    return WorkError(what, _told(words), fix)
+
+
+def _last_words(log: Path, start: int) -> list[str]:
+    """The last lines that were printed after `start`, safe to show; of a traceback only its end."""
+    size = log.stat().st_size
+    with log.open("rb") as file:
+        file.seek(max(start, size - _LOG_BYTES))
+        text = file.read().decode("utf-8", "replace")
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    for index in reversed(range(len(lines))):
+        if lines[index].startswith("Traceback "):
+            lines = [line for line in lines[index + 1 :] if not line.startswith(" ")]
+            break
+    return [visible(line, one_line=True) for line in lines[-_LOG_LINES:]]
+
+
+def _told(words: list[str]) -> str:
+    return "Its last words: " + " / ".join(words) if words else "It printed nothing."

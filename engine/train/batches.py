@@ -1,0 +1,216 @@
+"""From prepared rows to the batches of every optimizer step, in an order that a resumed run repeats.
+
+Apart from the loop because the order is a pure function of rows, config and seed: step 412 can be
+cut without walking through the 411 before it, which is how a run resumes in no time.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.chat.render import IGNORED_LABEL, LabelRule, labels
+from engine.config import RunConfig
+from engine.data.pack import Indices, pack, shuffle_order
+from engine.data.prepare import label_rule
+from engine.data.prepared import Prepared
+
+PAD = 11
+"""`<pad>` of every Tekken vocabulary. It is never learned and nothing attends to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The prepared rows that one side of the split uses, cut to the config's length."""
+
+    prepared: Prepared
+    chosen: Indices
+    """Rows of `prepared`."""
+    lengths: Indices
+    """Tokens of each, after truncation."""
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def ids(self, row: int) -> NDArray[np.uint32]:
+        """Token ids of one row, uint32 (tokens,)."""
+        return self.prepared.ids(int(self.chosen[row]))[: self.lengths[row]]
+
+    def kinds(self, row: int) -> NDArray[np.uint8]:
+        """Kind of each of them, uint8 (tokens,)."""
+        return self.prepared.kinds(int(self.chosen[row]))[: self.lengths[row]]
+
+    def place(self, row: int) -> str:
+        """Where a person finds the row."""
+        index = int(self.chosen[row])
+        return f"{self.prepared.file(index)} line {self.prepared.line(index)}"
+
+    def fingerprint(self) -> str:
+        """Hash of which rows these are and where each is cut."""
+        content = (self.prepared.hashes[self.chosen], self.lengths)
+        digest = hashlib.sha256()
+        for part in content:
+            digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Micro:
+    """One forward pass: plain tensors, and the rows they came from."""
+
+    tensors: dict[str, Tensor]
+    """input_ids, labels, position_ids: int64, (sequences, length)."""
+    rows: tuple[int, ...]
+    tokens: int
+    learned_tokens: int
+
+    def to(self, device: torch.device) -> dict[str, Tensor]:
+        """The tensors on the device that trains."""
+        return {k: v.to(device, non_blocking=True) for k, v in self.tensors.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """Everything between two updates of the weights."""
+
+    micros: tuple[Micro, ...]
+    epoch: float
+    """Epochs finished when this step is done, 0.25 after a quarter of the first."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(micro.tokens for micro in self.micros)
+
+    @property
+    def learned_tokens(self) -> int:
+        return sum(micro.learned_tokens for micro in self.micros)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(itertools.chain.from_iterable(micro.rows for micro in self.micros))
+
+
+def collate(rows: Rows, sequences: Sequence[Sequence[int]], rule: LabelRule) -> Micro:
+    """Lay each sequence's rows side by side and pad to the longest sequence.
+
+    Positions start at 0 with every row, which is all that keeps packed rows apart; a row's first
+    token is never a target, so no row predicts the next one.
+    """
+    parts = []
+    for members in sequences:
+        ids, wanted, positions = [], [], []
+        for row in members:
+            tokens, kinds = rows.ids(row), rows.kinds(row)
+            target = labels(tokens, kinds, rule)
+            target[0] = IGNORED_LABEL
+            ids.append(tokens.astype(np.int64))
+            wanted.append(target)
+            positions.append(np.arange(len(tokens), dtype=np.int64))
+        parts.append([np.concatenate(column) for column in (ids, wanted, positions)])
+    length = max(len(ids) for ids, _, _ in parts)
+    fillers = (PAD, IGNORED_LABEL, None)
+    tensors = [
+        torch.from_numpy(np.stack([_fill(part[k], length, filler) for part in parts]))
+        for k, filler in enumerate(fillers)
+    ]
+    return Micro(
+        tensors=dict(zip(("input_ids", "labels", "position_ids"), tensors, strict=True)),
+        rows=tuple(row for members in sequences for row in members),
+        tokens=sum(len(ids) for ids, _, _ in parts),
+        learned_tokens=int((tensors[1] != IGNORED_LABEL).sum()),
+    )
+
+
+def _fill(values: NDArray[np.int64], length: int, filler: int | None) -> NDArray[np.int64]:
+    short = length - len(values)
+    if filler is None:
+        # A lone row counts on, so that no mask is needed; behind packed rows any count will do.
+        tail = np.arange(values[-1] + 1, values[-1] + 1 + short, dtype=np.int64)
+    else:
+        tail = np.full(short, filler, dtype=np.int64)
+    return np.concatenate([values, tail])
+
+
+class Order:
+    """Which rows make up each optimizer step of a run."""
+
+    def __init__(self, rows: Rows, config: RunConfig) -> None:
+        self._rows = rows
+        self._config = config
+        self._rule = label_rule(config)
+        self._cached: tuple[int, list[list[list[int]]]] = (-1, [])
+        whole, part = divmod(config.num_epochs, 1)
+        lengths = [len(self._steps_of(epoch)) for epoch in range(int(whole))]
+        if part:
+            lengths.append(math.ceil(part * len(self._steps_of(int(whole)))))
+        if config.max_steps is not None:
+            while sum(lengths) < config.max_steps:
+                lengths.append(len(self._steps_of(len(lengths))))
+        self._ends = list(itertools.accumulate(lengths))
+        self.total_steps = min(self._ends[-1], config.max_steps or self._ends[-1])
+
+    def step(self, number: int) -> StepBatch:
+        """The batches of optimizer step `number`, from 1 to `total_steps`."""
+        epoch = next(k for k, end in enumerate(self._ends) if number <= end)
+        steps = self._steps_of(epoch)
+        place = number - (self._ends[epoch - 1] if epoch else 0)
+        micros = tuple(collate(self._rows, part, self._rule) for part in steps[place - 1])
+        return StepBatch(micros, epoch + place / len(steps))
+
+    def steps(self, done: int) -> Iterator[tuple[int, StepBatch]]:
+        """The steps after the first `done`, with their numbers."""
+        for number in range(done + 1, self.total_steps + 1):
+            yield number, self.step(number)
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of the first epoch."""
+        return len(self._steps_of(0))
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides this order: a checkpoint fits only the order it was made in."""
+        parts = [
+            self._rows.fingerprint(),
+            self._config.seed,
+            self._config.sample_packing,
+            self._config.sequence_len if self._config.sample_packing else None,
+            self._config.micro_batch_size,
+            self._config.gradient_accumulation_steps,
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def _steps_of(self, epoch: int) -> list[list[list[int]]]:
+        if self._cached[0] != epoch:
+            self._cached = (epoch, self._cut(epoch))
+        return self._cached[1]
+
+    def _cut(self, epoch: int) -> list[list[list[int]]]:
+        config, rows = self._config, self._rows
+        if config.sample_packing:
+            bins = pack(rows.lengths, config.sequence_len, config.seed, epoch)
+            sequences = [members.tolist() for members in bins]
+        else:
+            sequences = [[row] for row in shuffle_order(len(rows), config.seed, epoch).tolist()]
+        return group(group(sequences, config.micro_batch_size), config.gradient_accumulation_steps)
+
+
+def group(items: Sequence, size: int) -> list:
+    """`items` in lists of `size`; the last one keeps what is left, so that no row is dropped."""
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def evaluation_micros(rows: Rows, config: RunConfig) -> Iterator[Micro]:
+    """Every row of `rows` once, in a fixed order, packed where the config packs evaluation."""
+    packs = config.eval_sample_packing
+    if config.sample_packing if packs is None else packs:
+        bins = [b.tolist() for b in pack(rows.lengths, config.sequence_len, config.seed, 0)]
+    else:
+        bins = [[row] for row in range(len(rows))]
+    for part in group(bins, config.micro_batch_size):
+        yield collate(rows, part, label_rule(config))

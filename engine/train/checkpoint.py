@@ -1,0 +1,200 @@
+"""Everything that a run needs to go on as if it had never stopped, written so that no kill hurts.
+
+A checkpoint is a folder that appears under its name only when it is complete: written as
+`step-N.partial`, every file synced, read back, renamed; then `LATEST` moves. Tensors are safetensors
+and the rest is JSON: nothing here can run code when it is opened.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from engine.config import RunConfig
+from engine.errors import WorkError
+from engine.train.weights import load_trained, save_trained, trained_parameters
+
+OPTIMIZER, RANDOM, STATE = "optimizer.safetensors", "random.safetensors", "state.json"
+
+
+@dataclass(slots=True)
+class Position:
+    """Where a run is: what a checkpoint holds beside tensors."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens seen since step 0, padding left out."""
+    best_loss: float | None = None
+    best_step: int | None = None
+    fingerprint: str = ""
+    """Hash of what decides the order of the batches; a checkpoint of another order is refused."""
+
+
+def optimizer_tensors(
+    model: nn.Module, optimizer: Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors by `parameter|key`, and as JSON values for the rest."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, parameter in trained_parameters(model):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}|{key}"] = value.detach().contiguous().clone()
+            else:
+                values[f"{name}|{key}"] = value
+    return tensors, values
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]
+) -> None:
+    """Put a saved state back without the type casts of `load_state_dict`."""
+    parameters = dict(trained_parameters(model))
+    for full_name, value in [*tensors.items(), *values.items()]:
+        name, key = full_name.rsplit("|", 1)
+        parameter = parameters[name]
+        if isinstance(value, Tensor):
+            # torch keeps `step` of a plain AdamW on the CPU; the fused one keeps it with the rest.
+            current = parameter.device if value.ndim or _fused(optimizer) else value.device
+            value = value.to(current)
+        optimizer.state[parameter][key] = value
+
+
+def _fused(optimizer: Optimizer) -> bool:
+    return bool(optimizer.defaults.get("fused"))
+
+
+def random_tensors() -> dict[str, Tensor]:
+    """The state of torch's generators, CPU and every visible card."""
+    state = {"cpu": torch.get_rng_state()}
+    for index in range(torch.cuda.device_count()):
+        state[f"cuda:{index}"] = torch.cuda.get_rng_state(index)
+    return state
+
+
+def restore_random(state: dict[str, Tensor]) -> None:
+    """Put the generators back; cards that this machine lacks are skipped."""
+    torch.set_rng_state(state["cpu"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda:{index}" in state:
+            torch.cuda.set_rng_state(state[f"cuda:{index}"], index)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `root`."""
+
+    def __init__(self, root: Path, config: RunConfig) -> None:
+        self.root = root
+        self._config = config
+        root.mkdir(parents=True, exist_ok=True)
+        for replaced in root.glob("*.old"):
+            # Killed between the two renames of `save`: the older one is the complete one.
+            if not replaced.with_suffix("").exists():
+                os.rename(replaced, replaced.with_suffix(""))
+        for leftover in [*root.glob("*.partial"), *root.glob("*.old")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return self._marked("LATEST")
+
+    def best(self) -> Path | None:
+        """The complete checkpoint with the lowest evaluation loss."""
+        return self._marked("BEST")
+
+    def save(self, model: nn.Module, optimizer: Optimizer, position: Position) -> Path:
+        """Write a checkpoint of `position` and move LATEST, and BEST where it is the best, to it.
+
+        Raises WorkError when there is no room or when what was written cannot be read back; the
+        checkpoints from before are untouched then.
+        """
+        target = self.root / f"step-{position.step}"
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            self._write(partial, model, optimizer, position)
+            _sync_folder(partial)
+            if target.exists():
+                os.rename(target, target.with_name(target.name + ".old"))
+            os.rename(partial, target)
+            _sync(self.root)
+            self._mark("LATEST", target)
+            if position.best_step == position.step:
+                self._mark("BEST", target)
+        except OSError as error:
+            raise WorkError(
+                f"The checkpoint of step {position.step} could not be written to {self.root}.",
+                f"The system says: {error.strerror or error}.",
+                "Free disk space or choose another output_dir; the run resumes from the "
+                "checkpoint before.",
+            ) from error
+        self._prune()
+        return target
+
+    def load(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> Position:
+        """Put the model, the optimizer and the random generators back to where `folder` was."""
+        state = json.loads((folder / STATE).read_text("utf-8"))
+        load_trained(model, folder, self._config)
+        restore_optimizer(model, optimizer, load_file(folder / OPTIMIZER), state.pop("optimizer"))
+        restore_random(load_file(folder / RANDOM))
+        return Position(**state)
+
+    def _write(
+        self, partial: Path, model: nn.Module, optimizer: Optimizer, position: Position
+    ) -> None:
+        save_trained(model, partial, self._config)
+        tensors, values = optimizer_tensors(model, optimizer)
+        for name, wanted in ((OPTIMIZER, tensors), (RANDOM, random_tensors())):
+            save_file(wanted, partial / name)
+            with safe_open(partial / name, "pt") as written:
+                if set(written.keys()) != set(wanted):
+                    raise OSError(f"{name} does not read back as it was written")
+        state = {**asdict(position), "optimizer": values}
+        (partial / STATE).write_text(json.dumps(state), "utf-8")
+
+    def _marked(self, mark: str) -> Path | None:
+        try:
+            folder = self.root / (self.root / mark).read_text("utf-8").strip()
+        except FileNotFoundError:
+            return None
+        return folder if (folder / STATE).is_file() else None
+
+    def _mark(self, mark: str, target: Path) -> None:
+        fresh = self.root / f"{mark}.new"
+        fresh.write_text(target.name, "utf-8")
+        _sync(fresh)
+        os.replace(fresh, self.root / mark)
+        _sync(self.root)
+
+    def _prune(self) -> None:
+        kept = {self.latest(), self.best()}
+        steps = sorted(self.root.glob("step-*"), key=lambda p: int(p.name.split("-")[1]))
+        for folder in steps[: -self._config.save_total_limit]:
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+        for replaced in self.root.glob("*.old"):
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)

@@ -1,0 +1,99 @@
+"""The embedded base model of the demo: the real vocabulary on three tiny layers, made on the spot.
+
+Its embedding (16.8 million numbers that nobody trained) is drawn here from a seed, by integer
+arithmetic that gives the same bits on every machine; only its layers are shipped, as
+`presets/demo/layers.safetensors`. `make base` remakes those from the sample's plain answers.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.catalog import find_model
+from engine.chat.tokenizer import write_tekken
+from engine.data.pack import mix
+from engine.errors import WorkError
+
+SEED = 0
+SPREAD = 0.25
+"""Standard deviation of the embedding. The head is the embedding again: at the usual 0.02 no logit
+could reach the 11.8 nats that 131,072 words need."""
+EMBEDDING = "model.embed_tokens.weight"
+_BLOCK_ROWS = 8192
+
+
+def draw_embedding(rows: int, width: int, seed: int = SEED) -> Tensor:
+    """Nearly normal numbers, float32 (rows, width): sums of eight uniform bytes of a counter's hash.
+
+    Eight bytes of one splitmix64 value sum to mean 1020 and variance 8 * (256^2 - 1) / 12 (Irwin
+    and Hall), so one value is one number and no rounding mode, library or thread count matters.
+    """
+    out = np.empty((rows, width), np.float32)
+    scale = np.float32(SPREAD / np.sqrt(8 * (256**2 - 1) / 12))
+    for start in range(0, rows, _BLOCK_ROWS):
+        stop = min(rows, start + _BLOCK_ROWS)
+        counters = np.arange(start * width, stop * width, dtype=np.uint64)
+        bytes_ = mix(counters, seed).astype("<u8").view(np.uint8).reshape(-1, 8)
+        sums: NDArray[np.int32] = bytes_.sum(axis=1, dtype=np.int32) - 1020
+        out[start:stop] = (sums.astype(np.float32) * scale).reshape(-1, width)
+    return torch.from_numpy(out)
+
+
+def shipped_layers() -> dict[str, Tensor]:
+    """The trained layers, bfloat16, by their names in the model."""
+    with as_file(files("presets") / "demo" / "layers.safetensors") as path:
+        return load_file(path)
+
+
+def make_base(name: str = "demo-tiny") -> Path:
+    """The demo's base as a folder like any model's, made once in the user's cache.
+
+    Raises WorkError where the cache cannot be written.
+    """
+    layers = shipped_layers()
+    return write_base(name, layers, platformdirs.user_cache_path("windtunnel") / "models")
+
+
+def write_base(name: str, layers: dict[str, Tensor], cache: Path) -> Path:
+    """Write config.json, weights and tokenizer for `layers` below `cache`, unless they are there.
+
+    The folder's name carries a hash of all that went into it, so another version makes another.
+    """
+    card = find_model(name)
+    config = dict(card.config)
+    digest = hashlib.sha256(json.dumps([config, SEED, SPREAD], sort_keys=True).encode())
+    for key in sorted(layers):
+        digest.update(key.encode() + layers[key].contiguous().view(torch.uint8).numpy().tobytes())
+    target = cache / f"{name}-{digest.hexdigest()[:12]}"
+    if target.is_dir():
+        return target
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        weights = {key: value.float() for key, value in layers.items()}
+        weights[EMBEDDING] = draw_embedding(config["vocab_size"], config["hidden_size"])
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        t = card.tokenizer
+        write_tekken(TokenizerSpec(t.version, t.think, t.image, t.settings), partial / "tekken.json")
+        if not target.is_dir():
+            partial.rename(target)
+    except OSError as error:
+        raise WorkError(
+            f"The demo's base model could not be written to {cache}.",
+            f"The system says: {error.strerror or error}.",
+            "Free 90 MB there, or point XDG_CACHE_HOME at a disk that has them.",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target

@@ -1,0 +1,57 @@
+"""Text from a prompt, token by token, with the tuned model or with its base.
+
+Apart from `evaluate` because it is the one place where a key-value cache exists: a cache turns off
+the separation of packed rows, so it stays out of every training and scoring path.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+from torch import nn
+
+from engine.chat.tokenizer import ChatTokenizer
+from engine.train.evaluate import evaluating
+
+
+def generate(
+    model: nn.Module,
+    device: torch.device,
+    prompt: Sequence[int],
+    *,
+    end: int,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> list[int]:
+    """Token ids that follow `prompt`, up to and with `end`; greedy at temperature 0."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    current = torch.tensor([list(prompt)], device=device)
+    cache, out = None, []
+    with evaluating(model):
+        for _ in range(max_new_tokens):
+            result = inner(
+                input_ids=current, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache = result.past_key_values
+            token = _choose(result.logits[0, -1].float(), temperature, top_p)
+            out.append(token)
+            if token == end:
+                break
+            current = torch.tensor([[token]], device=device)
+    return out
+
+
+def _choose(logits: torch.Tensor, temperature: float, top_p: float) -> int:
+    if temperature <= 0.0:
+        return int(logits.argmax())
+    chances, order = torch.softmax(logits / temperature, -1).sort(descending=True)
+    chances[chances.cumsum(-1) - chances >= top_p] = 0.0
+    return int(order[torch.multinomial(chances, 1)])
+
+
+def readable(tokens: Sequence[int], tokenizer: ChatTokenizer) -> str:
+    """Generated tokens as text, control tokens by their names, the end of the answer left out."""
+    kept = [token for token in tokens if token != tokenizer.specials.eos]
+    tekken = tokenizer.mistral.instruct_tokenizer.tokenizer
+    return tekken.decode(kept, special_token_policy=SpecialTokenPolicy.KEEP)

@@ -1,0 +1,36 @@
+"""How fast the run goes and how much memory it takes, with the clock passed in.
+
+Apart so that the loop holds no timing arithmetic and a test can hold the clock still.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak bytes allocated on the card, or the process's peak resident bytes on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Meter:
+    """Seconds and tokens of each optimizer step."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._started = clock()
+
+    def start(self) -> None:
+        """Begin a step: what happened since the last one (an eval, a save, a pause) is not its time."""
+        self._started = self._clock()
+
+    def stop(self, tokens: int) -> tuple[float, float]:
+        """End a step; returns its seconds and its tokens a second."""
+        seconds = self._clock() - self._started
+        return seconds, tokens / seconds if seconds > 0 else 0.0

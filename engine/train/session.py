@@ -1,0 +1,69 @@
+"""What ties a training process to its run folder: events out, commands and signals in.
+
+Apart from the loop, which asks three things of it between two steps: is there a pause, a wish, or
+an end. It holds no tensor and could serve any work that goes step by step.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.events import Ack, Event, EventWriter
+from engine.runs import Command, ControlReader, RunFolder, StopSignals, Word
+
+PAUSE_POLL_SECONDS = 0.2
+
+
+class Session:
+    """One launch of a run, inside its lock."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        events: EventWriter,
+        control: ControlReader,
+        signals: StopSignals,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.run = run
+        self.base_folder: Path = run.path
+        """Folder of the base model, known once it is located."""
+        self._events, self._control, self._signals, self._sleep = events, control, signals, sleep
+        self.paused = False
+        """Whether a command asked to wait between two steps."""
+        self._stop_asked = False
+        self._wishes: dict[Word, list[Command]] = {}
+
+    def emit(self, event: Event) -> None:
+        """Write one event."""
+        self._events.emit(event)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a command or a signal asked to save and end."""
+        return self._stop_asked or self._signals.requested
+
+    def read(self) -> None:
+        """Take in the commands written since the last call and acknowledge what needs no work."""
+        for command in self._control.read():
+            if command.command in ("save", "sample"):
+                self._wishes.setdefault(command.command, []).append(command)
+                continue
+            if command.command == "stop":
+                self._stop_asked = True
+            else:
+                self.paused = command.command == "pause"
+            self.emit(Ack(command.id, command.command, "done"))
+
+    def rest(self) -> None:
+        """Let a paused run wait a moment before it reads again."""
+        self._sleep(PAUSE_POLL_SECONDS)
+
+    def wished(self, word: Word) -> bool:
+        """Whether somebody asked for `word` (save or sample) since it was granted last."""
+        return bool(self._wishes.get(word))
+
+    def grant(self, word: Word) -> None:
+        """Acknowledge that what was asked for by `word` is done."""
+        for command in self._wishes.pop(word, ()):
+            self.emit(Ack(command.id, command.command, "done"))

@@ -1,0 +1,120 @@
+"""The named models of presets/, and the tables that are made from them, without torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.catalog import find_model, linear_targets, list_models, module_table, read_architecture
+from engine.errors import UserError
+from tests.catalog.sizes import BILLIONS
+
+ROOT = Path(__file__).parents[2]
+
+
+class TestCards:
+    def test_the_catalog_has_the_names_of_the_contract(self) -> None:
+        assert {card.name for card in list_models()} == set(BILLIONS)
+
+    @pytest.mark.parametrize("name", BILLIONS)
+    def test_sizes_are_those_of_the_real_models(self, name: str) -> None:
+        total = module_table(find_model(name).config).total_parameters
+        assert round(total / 1e9, 3) == BILLIONS[name]
+
+    @pytest.mark.parametrize("card", list_models(), ids=lambda card: card.name)
+    def test_a_card_agrees_with_itself(self, card: Any) -> None:
+        groups = module_table(card.config).counts_by_group()
+        sees = "vision" in card.modalities
+        assert sees == (groups["vision"] > 0) == (card.tokenizer.image is not None)
+        if card.tokenizer.image:
+            vision = card.config["vision_config"]
+            merge = card.config["spatial_merge_size"]
+            assert card.tokenizer.image == (vision["patch_size"], vision["image_size"], merge)
+        assert card.tokenizer.think == (card.thinking in ("tokens", "effort"))
+        assert card.tokenizer.settings == (card.thinking == "effort")
+        text = card.config.get("text_config", card.config)
+        assert card.context_tokens <= text["max_position_embeddings"]
+        assert "\n" not in card.description.strip()
+        assert all(source.link.startswith("https://") for source in card.sources)
+        assert bool(card.sources) == bool(card.repositories)
+
+    def test_no_hub_id_belongs_to_two_cards(self) -> None:
+        ids = [repository.id for card in list_models() for repository in card.repositories]
+        assert len(ids) == len(set(ids))
+
+    @pytest.mark.parametrize(
+        ("typed", "meant"),
+        [
+            ("Ministral-3-3B-", "ministral-3-3b"),
+            ("ministral-3b", "ministral-3-3b"),
+            ("mistral-smal-4", "mistral-small-4"),
+            ("medium", "mistral-medium-3.5"),
+            ("demo", "demo-tiny"),
+        ],
+    )
+    def test_a_mistyped_name_is_answered_with_the_nearest(self, typed: str, meant: str) -> None:
+        for ask in (find_model, read_architecture):
+            with pytest.raises(UserError) as caught:
+                ask(typed)
+            assert "Did you mean" in caught.value.fix
+            assert meant in caught.value.fix
+
+    def test_a_name_like_no_other_is_answered_without_a_guess(self) -> None:
+        with pytest.raises(UserError) as caught:
+            find_model("../presets\x1b[31m")
+        assert caught.value.fix == "`windtunnel models` lists the names."
+        assert "\x1b" not in str(caught.value)
+
+    def test_a_file_is_read_once(self) -> None:
+        assert find_model("ministral-3-3b") is find_model("ministral-3-3b")
+
+    def test_importing_the_catalog_reads_nothing_and_stays_light(self) -> None:
+        code = (
+            "import sys, engine.catalog; heavy = {'torch', 'numpy', 'transformers', "
+            "'huggingface_hub', 'ruamel.yaml', 'mistral_common', 'pydantic'} & set(sys.modules); "
+            "print(*heavy)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+        )
+        assert (done.stdout, done.stderr) == ("\n", "")
+
+
+class TestTable:
+    def test_a_tied_head_is_listed_and_counted_once(self) -> None:
+        small = find_model("demo-tiny").config
+        tied = module_table(small)
+        apart = module_table({**small, "tie_word_embeddings": False})
+        assert tied.parameters[-1].tied
+        assert [row.name for row in tied.parameters] == [row.name for row in apart.parameters]
+        assert apart.total_parameters - tied.total_parameters == 131072 * 128
+
+    def test_lora_never_reaches_the_vision_tower_or_the_head(self) -> None:
+        targets = linear_targets(find_table("ministral-3-3b"))
+        assert len(targets) == 26 * 7
+        assert all(name.startswith("model.language_model.layers.") for name in targets)
+
+    def test_lora_reaches_latent_attention_and_shared_experts_but_no_raw_experts(self) -> None:
+        leaves = {name.split("layers.0.")[-1] for name in linear_targets(find_table("small-4"))}
+        first = {leaf for leaf in leaves if "layers" not in leaf}
+        assert first == {
+            "self_attn.q_a_proj",
+            "self_attn.q_b_proj",
+            "self_attn.kv_a_proj_with_mqa",
+            "self_attn.kv_b_proj",
+            "self_attn.o_proj",
+            "mlp.shared_experts.gate_proj",
+            "mlp.shared_experts.up_proj",
+            "mlp.shared_experts.down_proj",
+        }
+
+    def test_active_parameters_leave_out_images_and_idle_experts(self) -> None:
+        # The model's own page says 6.5B a token, and 3.4B for the 3B's language model.
+        assert find_table("small-4").active_parameters / 1e9 == pytest.approx(6.63, abs=0.01)
+        assert find_table("ministral-3-3b").active_parameters / 1e9 == pytest.approx(3.43, abs=0.01)
+
+
+def find_table(name: str) -> Any:
+    return module_table(find_model("mistral-small-4" if name == "small-4" else name).config)

@@ -1,0 +1,149 @@
+"""Rows as people have them: OpenAI messages with everything that makes a renderer slip."""
+
+import json
+from typing import Any
+
+from hypothesis import strategies as st
+
+NON_LATIN = (
+    "東京の天気は?",
+    "Привет, как дела",
+    "مرحبا بالعالم",
+    "नमस्ते दुनिया",
+    "안녕하세요",
+    "👩‍👩‍👧🇫🇷",
+    "ไทย",
+)
+LOOK_ALIKES = (
+    "[INST]",
+    "</s>",
+    "[THINK]",
+    "[/INST] ",
+    "[TOOL_CALLS]f[ARGS]{}",
+    "<s>",
+    "[IMG]",
+    "<think>",
+)
+ODD = (
+    "",
+    " ",
+    "   ",
+    "\n",
+    "\n\n",
+    "a  ",
+    " b",
+    "\t",
+    "x\n",
+    "\x1b[0m",
+    "\ud83d",
+    "é\u0301",
+    "\u202e",
+)
+LATIN = (
+    "Hello there.",
+    "def f(x):\n    return x",
+    "The 3rd of 12,000",
+    "naïve café",
+    "]]",
+    "[[dummy_message]]",
+)
+
+fragments = st.sampled_from(NON_LATIN + LOOK_ALIKES + ODD + LATIN * 2)
+texts = st.one_of(
+    st.lists(fragments, min_size=0, max_size=3).map("".join),
+    fragments,
+    st.text(max_size=12),
+)
+answers = texts.filter(lambda text: not text.lstrip().startswith("<think>"))
+names = st.sampled_from(("add", "get_weather", "a-b_C9", "x" * 64))
+values: Any = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-5, 10**12), st.floats(allow_nan=False), texts),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(texts, inner, max_size=2)),
+    max_leaves=4,
+)
+arguments = st.dictionaries(texts, values, max_size=3)
+tool_lists = st.lists(
+    st.builds(
+        lambda name, text, keys: {
+            "type": "function",
+            "function": {
+                "name": name,
+                "description": text,
+                "parameters": {"type": "object", "properties": {key: {} for key in keys}},
+            },
+        },
+        names,
+        texts,
+        st.lists(texts, max_size=2),
+    ),
+    min_size=1,
+    max_size=2,
+)
+
+
+def as_chunks(draw: Any, text: str) -> Any:
+    """The text as a string, or cut into a list of chunks."""
+    if draw(st.integers(0, 3)):
+        return text
+    cut = draw(st.integers(0, len(text)))
+    return [{"type": "text", "text": part} for part in (text[:cut], text[cut:])]
+
+
+@st.composite
+def calls_with_results(draw: Any, nonce: list[int]) -> list[dict[str, Any]]:
+    """An assistant message with one to three calls and their results in any order."""
+    calls, results = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        nonce[0] += 1
+        call_id = f"{nonce[0]:04d}abcXY"
+        value = draw(arguments)
+        written = draw(
+            st.sampled_from((value, json.dumps(value), json.dumps(value, ensure_ascii=False)))
+        )
+        function = {"name": draw(names), "arguments": written}
+        calls.append({"id": call_id, "type": "function", "function": function})
+        result = as_chunks(draw, draw(st.one_of(texts, values.map(json.dumps))))
+        results.append({"role": "tool", "tool_call_id": call_id, "content": result})
+    content = draw(st.sampled_from((None, "", "Let me look. ", "見る")))
+    calling: dict[str, Any] = {"role": "assistant", "content": content, "tool_calls": calls}
+    return [calling, *draw(st.permutations(results))]
+
+
+def answer(draw: Any, thinking: bool) -> dict[str, Any]:
+    text = draw(answers)
+    if not thinking or not draw(st.booleans()):
+        return {"role": "assistant", "content": as_chunks(draw, text or "ok")}
+    thought = draw(texts)
+    if draw(st.booleans()):
+        key = draw(st.sampled_from(("reasoning_content", "reasoning")))
+        return {"role": "assistant", "content": draw(st.sampled_from((text, None))), key: thought}
+    chunk = {"type": "thinking", "thinking": thought, "closed": True}
+    return {"role": "assistant", "content": [chunk, {"type": "text", "text": text}]}
+
+
+@st.composite
+def rows(draw: Any) -> dict[str, Any]:
+    """A row that keeps to the order of roles; a version may still refuse what is in it."""
+    systems = draw(st.sampled_from((0, 0, 1, 1, 2, 3)))
+    thinking, tools = draw(st.booleans()), draw(st.booleans())
+    nonce = [0]
+    system = draw(st.sampled_from(("system", "developer")))
+    messages = [
+        {"role": system, "content": as_chunks(draw, draw(texts))} for _ in range(min(systems, 2))
+    ]
+    for turn in range(draw(st.integers(1, 3))):
+        for _ in range(draw(st.sampled_from((1, 1, 1, 2)))):
+            messages.append({"role": "user", "content": as_chunks(draw, draw(texts))})
+        if systems == 3 and not turn:
+            messages.append({"role": "system", "content": draw(texts)})
+        if tools and draw(st.booleans()):
+            messages += draw(calls_with_results(nonce))
+        for _ in range(draw(st.sampled_from((1, 1, 1, 2)))):
+            messages.append(answer(draw, thinking))
+    row: dict[str, Any] = {"messages": messages}
+    if tools:
+        row["tools"] = draw(tool_lists)
+    return row
+
+
+efforts = st.sampled_from((None, None, "none", "high"))

@@ -1,0 +1,96 @@
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.chat.render import LabelRule
+from engine.config import DatasetConfig
+from engine.data.checkup import FEW_ROWS, check, length_statistics
+from tests.data.conftest import chat
+
+
+def checked(path: Path, tokenizer=None, **keys):
+    return check([DatasetConfig(path=str(path))], path.parent, tokenizer, **keys)
+
+
+def test_every_bad_row_is_listed_with_line_reason_and_repair(write_jsonl, tokenizer):
+    rows = [chat("q"), "text", {"messages": []}, {"other": 1}, chat("q2")]
+    rows.append({"messages": [{"role": "user", "content": "q"}, {"role": "robot", "content": "a"}]})
+    found = checked(write_jsonl(rows), tokenizer)
+    assert (found.rows, found.usable) == (6, 2)
+    assert [problem["line"] for problem in found.problems] == [2, 3, 4, 6]
+    assert all(problem[key] for problem in found.problems for key in ("what", "why", "fix"))
+    assert [problem["message"] for problem in found.problems] == [None, None, None, 1]
+
+
+def test_tokens_are_counted_by_kind_and_by_row(write_jsonl, tokenizer):
+    thinking = chat("q", "done")
+    thinking["messages"][1]["reasoning_content"] = "well"
+    found = checked(write_jsonl([chat("q", "a"), thinking]), tokenizer)
+    tokens = found.tokens
+    # <s>[INST]q[/INST]a</s> and <s>[INST]q[/INST][THINK]well[/THINK]done</s>
+    assert tokens.total == 6 + 9
+    assert tokens.learned == 2 + 5
+    assert (tokens.thinking, tokens.answer) == (3, 2)
+    assert tokens.by_kind["bos"] == tokens.by_kind["eos"] == 2
+    assert asdict(tokens.row_length) == {"mean": 7.5, "p50": 6, "p95": 9, "p99": 9, "max": 9}
+    assert tokens.learned_a_row.max == 5
+    quiet = checked(write_jsonl([thinking]), tokenizer, rule=LabelRule(thinking=False))
+    assert quiet.tokens.learned == 2
+
+
+def test_without_a_tokenizer_rows_and_problems_are_reported(write_jsonl):
+    found = checked(write_jsonl([chat("q"), 7]))
+    assert (found.rows, found.usable, found.tokens) == (2, 1, None)
+    assert found.roles == {"user": 1, "assistant": 1}
+
+
+def test_duplicates_long_rows_and_rows_that_teach_nothing_are_counted(write_jsonl, tokenizer):
+    muted = chat("x")
+    muted["messages"][1]["train"] = False
+    path = write_jsonl([chat("q"), chat("q"), chat("q"), chat("word " * 50), muted])
+    dataset = DatasetConfig(path=str(path), message_field_training="train")
+    found = check([dataset], path.parent, tokenizer, sequence_len=30)
+    assert (found.duplicates, found.over_sequence_len, found.nothing_learned) == (2, 1, 1)
+    (finding,) = (finding for finding in found.findings if finding.id == "nothing_learned")
+    assert finding.lines == (5,)
+    assert any("longer than sequence_len (30)" in warning for warning in found.warnings)
+    assert any("repeat an earlier row" in warning for warning in found.warnings)
+
+
+def test_repairs_are_findings_with_their_lines(write_jsonl, tokenizer):
+    trimmed = chat("q")
+    trimmed["messages"].append({"role": "user", "content": "and?"})
+    found = checked(write_jsonl([chat("q"), trimmed, trimmed]), tokenizer)
+    (finding,) = found.findings
+    assert (finding.id, finding.rows, finding.lines) == ("trimmed", 2, (2, 3))
+
+
+@pytest.mark.parametrize(("count", "warned"), [(FEW_ROWS - 1, True), (FEW_ROWS, False)])
+def test_few_rows_are_a_warning(write_jsonl, count, warned):
+    found = checked(write_jsonl([chat(f"q {n}") for n in range(count)]))
+    assert any("are few" in warning for warning in found.warnings) is warned
+
+
+def test_no_usable_row_is_a_warning(write_jsonl):
+    assert "No row can be used." in checked(write_jsonl([1, 2])).warnings
+
+
+def test_progress_is_reported_and_may_cancel(write_jsonl):
+    class Cancelled(Exception):
+        pass
+
+    def cancel(rows, done_bytes):
+        assert rows == 64
+        assert done_bytes > 0
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        checked(write_jsonl([chat(f"q {n}") for n in range(100)]), progress=cancel)
+
+
+def test_percentiles_are_lengths_that_occur():
+    found = length_statistics(np.arange(1, 101))
+    assert (found.p50, found.p95, found.p99, found.max, found.mean) == (50, 95, 99, 100, 50.5)
+    assert length_statistics(np.array([], dtype=np.int64)).max == 0

@@ -1,0 +1,211 @@
+import json
+import re
+from pathlib import Path
+
+import cyclopts
+import pytest
+
+from engine.chat.tokenizer import open_tokenizer
+from engine.cli import dataset
+from engine.errors import UserError
+from tests.data.conftest import chat
+
+PREVIEW_KEYS = {"row", "line", "ok", "error", "input_ids", "labels", "kinds", "sources"}
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """A command line -> (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    app = cyclopts.App(result_action="return_value")
+    dataset.register(app)
+
+    def command(*words: object) -> tuple[int, str, str]:
+        status = app([str(word) for word in words], exit_on_error=False, print_error=False)
+        return status, *capsys.readouterr()
+
+    return command
+
+
+@pytest.fixture
+def thinking_row() -> dict:
+    row = chat("q", "done")
+    row["messages"][1]["reasoning_content"] = "well"
+    return row
+
+
+@pytest.fixture
+def config_file(tmp_path, model, write_jsonl, thinking_row) -> Path:
+    write_jsonl([chat("q", "a"), "bad", thinking_row])
+    (tmp_path / "sub").mkdir()
+    path = tmp_path / "sub" / "config.yml"
+    path.write_text(
+        f"base_model: {model}\nsequence_len: 64\ntrain_on_thinking: false\n"
+        "dataset_prepared_path: store\ndatasets:\n  - path: ../rows.jsonl\n"
+    )
+    return path
+
+
+class TestCheck:
+    def test_json_has_the_contracts_keys(self, run, write_jsonl, model):
+        path = write_jsonl([chat("q"), 7])
+        status, out, _ = run("check", path, "--model", model, "--json")
+        found = json.loads(out)
+        assert status == 0
+        assert (found["rows"], found["usable"]) == (2, 1)
+        assert {"line", "message", "what", "fix"} <= set(found["problems"][0])
+        assert found["tokens"]["total"] > found["tokens"]["learned"] > 0
+
+    def test_a_config_brings_model_and_dataset(self, run, config_file):
+        status, out, _ = run("check", config_file, "--json")
+        found = json.loads(out)
+        assert (status, found["rows"], found["over_sequence_len"]) == (0, 3, 0)
+        assert found["tokens"]["learned"] == 2 + 2
+
+    def test_strict_fails_on_a_bad_row(self, run, write_jsonl):
+        path = write_jsonl([chat("q"), 7])
+        assert run("check", path)[0] == 0
+        assert run("check", path, "--strict")[0] == 1
+
+    def test_text_names_line_reason_and_repair_and_hides_no_control_byte(self, run, write_jsonl):
+        row = chat("q")
+        row["messages"][1]["role"] = "ro\x1b]0;bot\x07"
+        status, out, _ = run("check", write_jsonl([chat("q"), row]))
+        assert status == 0
+        assert "2 rows, 1 usable" in out
+        assert "✗ rows.jsonl line 2, message 1:" in out
+        assert "\x1b" not in out
+        assert "\x07" not in out
+
+    def test_a_missing_file_is_a_wrong_request(self, run):
+        with pytest.raises(UserError) as caught:
+            run("check", "missing.jsonl")
+        assert caught.value.exit_status == 2
+
+    def test_many_problems_are_listed_in_part(self, run, write_jsonl):
+        _, out, _ = run("check", write_jsonl([7] * 50))
+        assert out.count("✗ rows.jsonl line") == 20
+        assert "and 30 more" in out
+
+
+class TestPreview:
+    def test_json_of_one_row_is_one_document(self, run, write_jsonl, model):
+        path = write_jsonl([chat("q", "a"), chat("r", "b")])
+        status, out, _ = run("preview", path, "--model", model, "--row", 2, "--json")
+        entry = json.loads(out)
+        assert status == 0
+        assert set(entry) >= PREVIEW_KEYS
+        assert (entry["row"], entry["line"], entry["ok"], entry["error"]) == (2, 2, True, None)
+        assert entry["kinds"] == ["bos", "user", "user", "user", "text", "eos"]
+        assert entry["labels"] == [-100] * 4 + entry["input_ids"][4:]
+        assert entry["sources"] == [-1, 0, 0, 0, 1, 1]
+
+    def test_all_is_one_object_a_line_and_bad_rows_are_among_them(self, run, config_file):
+        status, out, _ = run("preview", config_file, "--all", "--json")
+        entries = [json.loads(line) for line in out.splitlines()]
+        assert status == 0
+        assert [entry["row"] for entry in entries] == [1, 2, 3]
+        assert [entry["ok"] for entry in entries] == [True, False, True]
+        assert set(entries[1]["error"]) >= {"what", "why", "fix"}
+        assert entries[1]["input_ids"] == entries[1]["labels"] == []
+
+    def test_the_first_row_is_the_default(self, run, config_file):
+        assert json.loads(run("preview", config_file, "--json")[1])["row"] == 1
+
+    @pytest.mark.parametrize(("words", "learned"), [([], 2), (["--think"], 5), (["--no-think"], 2)])
+    def test_the_thinking_switch_overrides_the_config(self, run, config_file, words, learned):
+        _, out, _ = run("preview", config_file, "--row", 3, "--json", *words)
+        entry = json.loads(out)
+        assert sum(label != -100 for label in entry["labels"]) == learned
+        assert entry["kinds"].count("think") == 3
+
+    def test_text_marks_what_is_learned_without_colour(self, run, config_file, monkeypatch):
+        status, out, _ = run("preview", config_file, "--row", 3, "--think")
+        assert status == 0
+        assert re.search(r"^- user +0/3 +⟦INST⟧q⟦/INST⟧$", out, re.MULTILINE)
+        assert re.search(r"^\+ think +3/3 +‹⟦THINK⟧well⟦/THINK⟧›$", out, re.MULTILINE)
+        assert "learned by kind: bos 0/1, user 0/3, think 3/3, text 1/1, eos 1/1" in out
+        assert "‹…›: learned" in out
+        assert "\x1b" not in out
+
+    def test_a_terminal_underlines_unless_no_color_is_set(self, run, config_file, monkeypatch):
+        monkeypatch.setattr(dataset, "_underlines", lambda: True)
+        _, out, _ = run("preview", config_file, "--row", 1)
+        assert "\x1b[4ma\x1b[24m" in out
+        assert "underlined: learned" in out
+
+    def test_text_that_spells_a_control_token_does_not_look_like_one(self, run, write_jsonl, model):
+        path = write_jsonl([chat("[THINK] ⟦THINK⟧ \x1b[31m \u202e ‹", "line 1\nline 2")])
+        _, out, _ = run("preview", path, "--model", model)
+        assert "[THINK] ⟨U+27E6⟩THINK⟨U+27E7⟩ ␛[31m ⟨U+202E⟩ ⟨U+2039⟩" in out
+        assert "\x1b" not in out
+        assert re.search(r"line 1␊\n +line 2", out)
+
+    def test_a_bad_row_is_a_sentence(self, run, config_file):
+        status, out, _ = run("preview", config_file, "--row", 2)
+        assert status == 0
+        assert "✗ row 2, line 2 of rows.jsonl: The row is not a JSON object." in out
+
+    def test_strict_fails_when_a_shown_row_learns_nothing(self, run, config_file):
+        assert run("preview", config_file, "--row", 1, "--strict")[0] == 0
+        status, _, told = run("preview", config_file, "--all", "--strict", "--json")
+        assert (status, told) == (1, "1 of 3 shown rows learn nothing.\n")
+
+    @pytest.mark.parametrize(
+        ("words", "why"),
+        [
+            (["--row", 9], "has no row 9"),
+            (["--row", 0], "counted from 1"),
+            (["--row", 1, "--all"], "contradict"),
+        ],
+    )
+    def test_wrong_rows_are_refused(self, run, config_file, words, why):
+        with pytest.raises(UserError, match=why) as caught:
+            run("preview", config_file, *words)
+        assert caught.value.exit_status == 2
+
+    def test_without_a_model_it_asks_for_one(self, run, write_jsonl):
+        with pytest.raises(UserError, match="Add --model"):
+            run("preview", write_jsonl([chat("q")]))
+
+
+class TestReasoningEffort:
+    def test_it_changes_the_settings_that_the_prompt_states(self, run, write_jsonl):
+        path = write_jsonl([chat("q", "a")])
+        tokenizer = open_tokenizer("mistral-small-4")
+        for effort in ("none", "high"):
+            words = ("--model", "mistral-small-4", "--reasoning-effort", effort, "--json")
+            entry = json.loads(run("preview", path, *words)[1])
+            assert f'"{effort}"' in "".join(tokenizer.pieces(entry["input_ids"]))
+            assert "settings" in entry["kinds"]
+
+
+class TestPrepare:
+    def test_json_has_the_contracts_keys_and_a_second_call_reuses(self, run, config_file):
+        status, out, _ = run("prepare", config_file, "--json")
+        made = json.loads(out)
+        assert status == 0
+        assert (made["rows"], made["bad_rows"], made["reused"]) == (2, 1, False)
+        assert made["learned_tokens"] == 4
+        assert made["tokens"] > 4
+        assert made["seconds"] > 0
+        assert Path(made["path"]).parent == config_file.parent / "store"
+        assert json.loads(run("prepare", config_file, "--json")[1])["reused"]
+
+    def test_text_says_what_was_left_out(self, run, config_file):
+        status, out, _ = run("prepare", config_file)
+        assert status == 0
+        assert "2 rows, 15 tokens, 4 learned: tokenized in" in out
+        assert "! 1 rows cannot be used" in out
+        assert "✗ rows.jsonl line 2" in out
+        assert "nothing tokenized" in run("prepare", config_file)[1]
+
+    def test_a_data_file_is_no_config(self, run, write_jsonl):
+        with pytest.raises(UserError, match="is not a config file"):
+            run("prepare", write_jsonl([chat("q")]))
+
+    def test_a_config_without_datasets_is_refused(self, run, tmp_path, model):
+        (tmp_path / "c.yml").write_text(f"base_model: {model}\n")
+        for command in ("prepare", "check", "preview"):
+            with pytest.raises(UserError, match="names no dataset"):
+                run(command, tmp_path / "c.yml")

@@ -1,0 +1,175 @@
+import errno
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.chat.messages import Conversation
+from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered
+from engine.data import prepared as module
+from engine.data.array_writer import ArrayWriter, Interval
+from engine.data.prepared import ARRAYS, META, Prepared
+from engine.data.rows import RenderedRow
+from engine.errors import UserError, WorkError
+
+U, T, H, E, I = Kind.USER, Kind.TEXT, Kind.THINK, Kind.EOS, Kind.IMAGE  # noqa: E741
+RULE = LabelRule()
+
+
+def make(folder, rows: list[list[int]], seeds: list[int] | None = None) -> Prepared:
+    """Arrays of rows given by their kinds; rows with the same seed have the same ids."""
+    writer = ArrayWriter(folder, Interval())
+    for number, kinds in enumerate(rows, start=1):
+        seed = number if seeds is None else seeds[number - 1]
+        rendered = Rendered(
+            np.arange(len(kinds), dtype=np.uint32) + 1000 * seed,
+            np.array(kinds, dtype=np.uint8),
+            np.zeros(len(kinds), dtype=np.int32),
+        )
+        row = RenderedRow(number, number, "f", 0, 0, None, Conversation(()), rendered)
+        writer.add(row)
+    writer.finish("key")
+    return Prepared(folder)
+
+
+class TestLearnedLengths:
+    @given(
+        st.lists(
+            st.lists(st.sampled_from([U, T, H, E, T | WITHHELD]), min_size=1, max_size=20),
+            min_size=1,
+            max_size=30,
+        ),
+        st.booleans(),
+        st.integers(1, 40),
+    )
+    def test_they_are_the_same_in_pieces_of_any_size(self, tmp_path_factory, rows, thinking, piece):
+        prepared = make(tmp_path_factory.mktemp("arrays"), rows)
+        rule = LabelRule(thinking=thinking)
+        wanted = [sum(kind in (T, E) or (kind == H and thinking) for kind in row) for row in rows]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_SCAN_TOKENS", piece)
+            assert prepared.learned_lengths(rule).tolist() == wanted
+        assert prepared.learned_tokens(rule) == sum(wanted)
+
+    def test_tokens_by_kind_count_withheld_ones_too(self, tmp_path):
+        prepared = make(tmp_path / "a", [[U, T, E], [U, T | WITHHELD, E | WITHHELD]])
+        assert prepared.tokens_by_kind() == {"user": 2, "text": 2, "eos": 2}
+        assert prepared.learned_tokens(RULE) == 2
+
+
+class TestSelect:
+    ROWS = ([U, T, E], [U, U, U, T, T, E], [U, U, U, U, U, T], [U, T | WITHHELD])
+
+    def test_drop_leaves_out_long_rows_and_rows_that_teach_nothing(self, tmp_path):
+        found = make(tmp_path / "a", list(self.ROWS)).select(RULE, 5, "drop")
+        assert (found.rows.tolist(), found.lengths.tolist()) == ([0], [3])
+        assert (found.too_long, found.truncated, found.nothing_learned) == (2, 0, 1)
+
+    def test_truncate_cuts_and_leaves_out_what_teaches_nothing_then(self, tmp_path):
+        found = make(tmp_path / "a", list(self.ROWS)).select(RULE, 5, "truncate")
+        assert (found.rows.tolist(), found.lengths.tolist()) == ([0, 1], [3, 5])
+        assert (found.too_long, found.truncated, found.nothing_learned) == (2, 1, 2)
+
+    def test_truncate_never_cuts_an_image(self, tmp_path):
+        found = make(tmp_path / "a", [[U, T, I, I, I, T, E]]).select(RULE, 4, "truncate")
+        assert found.lengths.tolist() == [2]
+
+    def test_raise_names_the_first_row_and_the_longest(self, tmp_path):
+        prepared = make(tmp_path / "a", list(self.ROWS))
+        with pytest.raises(UserError, match="2 of 4 rows are longer") as caught:
+            prepared.select(RULE, 5, "raise")
+        assert "line 2 of f with 6 tokens" in caught.value.why
+        assert len(prepared.select(RULE, 6, "raise").rows) == 3
+
+    def test_a_switch_changes_the_selection_without_other_arrays(self, tmp_path):
+        prepared = make(tmp_path / "a", [[U, H], [U, T]])
+        assert len(prepared.select(RULE, 9).rows) == 2
+        assert prepared.select(LabelRule(thinking=False), 9).rows.tolist() == [1]
+
+    def test_nothing_left_is_refused(self, tmp_path):
+        prepared = make(tmp_path / "a", [[U, H], [U, H, H]])
+        with pytest.raises(UserError, match="turn train_on_thinking on"):
+            prepared.select(LabelRule(thinking=False), 9)
+        with pytest.raises(UserError, match="the longest row has 3 tokens"):
+            prepared.select(RULE, 1)
+
+
+class TestSplit:
+    @pytest.fixture(scope="class")
+    def hundred(self, tmp_path_factory) -> Prepared:
+        """A hundred rows, of which the last twenty repeat the first twenty."""
+        folder = tmp_path_factory.mktemp("split") / "a"
+        return make(folder, [[U, T, E]] * 100, [n % 80 for n in range(100)])
+
+    @given(st.floats(0.001, 0.999) | st.integers(2, 200), st.integers(0, 2**40))
+    def test_no_row_is_lost_and_duplicates_stay_together(self, hundred, size, seed):
+        train, validation = hundred.split(size, seed)
+        assert sorted([*train, *validation]) == list(range(100))
+        assert len(validation) >= 1
+        assert len(train) >= 1
+        assert not set(train % 80) & set(validation % 80)
+        wanted = size if size >= 2 else size * 100
+        assert abs(len(validation) - min(max(1, wanted), 99)) <= 1
+
+    @given(st.integers(0, 2**40))
+    def test_it_follows_from_content_and_seed(self, hundred, seed):
+        first, second = (hundred.split(0.3, seed)[1].tolist() for _ in range(2))
+        assert first == second
+
+    def test_another_seed_gives_another_split(self, hundred):
+        assert len({tuple(hundred.split(0.3, seed)[1]) for seed in range(10)}) == 10
+
+    def test_the_order_of_the_rows_does_not_matter(self, tmp_path):
+        forward = make(tmp_path / "a", [[U, T]] * 50, list(range(50)))
+        backward = make(tmp_path / "b", [[U, T]] * 50, list(range(50))[::-1])
+        held_out = {tuple(forward.ids(row)) for row in forward.split(0.2, 1)[1]}
+        assert held_out == {tuple(backward.ids(row)) for row in backward.split(0.2, 1)[1]}
+
+    def test_only_the_given_rows_are_split(self, hundred):
+        train, validation = hundred.split(0.5, 1, np.arange(10))
+        assert sorted([*train, *validation]) == list(range(10))
+
+    def test_nothing_is_held_out_without_a_size_or_a_second_conversation(self, hundred, tmp_path):
+        assert hundred.split(0, 1)[1].size == 0
+        assert hundred.split(0.5, 1, np.array([3]))[1].size == 0
+        assert hundred.split(0.5, 1, np.array([3, 83]))[1].size == 0
+
+    def test_one_of_two_rows_is_held_out_even_for_a_tiny_share(self, hundred):
+        assert hundred.split(0.001, 1, np.array([3, 4]))[1].size == 1
+
+
+class TestLinkInto:
+    @pytest.fixture
+    def prepared(self, tmp_path) -> Prepared:
+        return make(tmp_path / "store", [[U, T, E], [U, T]])
+
+    def test_the_run_gets_links_and_reads_the_same(self, prepared, tmp_path):
+        run = tmp_path / "run" / "data"
+        for _ in range(2):
+            prepared.link_into(run)
+            assert {path.name for path in run.iterdir()} == {*ARRAYS, META}
+        for name in ARRAYS:
+            assert (run / name).stat().st_ino == (prepared.folder / name).stat().st_ino
+        assert Prepared(run).ids(1).tolist() == prepared.ids(1).tolist()
+
+    def test_where_links_are_impossible_it_gets_copies(self, prepared, tmp_path, monkeypatch):
+        def refuse(source, target):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+        monkeypatch.setattr(module.os, "link", refuse)
+        prepared.link_into(tmp_path / "run")
+        assert (tmp_path / "run" / "ids").stat().st_ino != (prepared.folder / "ids").stat().st_ino
+        assert Prepared(tmp_path / "run").ids(1).tolist() == prepared.ids(1).tolist()
+
+    def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(
+        self, prepared, tmp_path, monkeypatch
+    ):
+        def refuse(source, target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(module, "_link_or_copy", refuse)
+        with pytest.raises(WorkError, match="No space left on device"):
+            prepared.link_into(tmp_path / "run")
+        assert list((tmp_path / "run").iterdir()) == []

@@ -1,0 +1,202 @@
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.config import DatasetConfig
+from engine.data.hub import child_environment, pin_revision
+from engine.data.sources import iterate_rows
+from engine.errors import UserError
+from tests.data.conftest import chat
+
+
+class Wizard:
+    """The other end of the pipes, as the wizard holds it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "engine.data.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=child_environment(),
+            cwd=folder,
+            text=True,
+        )
+
+    def send(self, **request) -> None:
+        self.child.stdin.write(json.dumps(request) + "\n")
+        self.child.stdin.flush()
+
+    def answers(self, request_id: int) -> Iterator[dict]:
+        """Everything up to the last line of that request."""
+        while True:
+            answer = json.loads(self.child.stdout.readline())
+            assert answer["id"] == request_id
+            yield answer
+            if {"result", "error", "cancelled"} & set(answer):
+                return
+
+    def ask(self, **request) -> dict:
+        self.send(**request)
+        *_, last = self.answers(request["id"])
+        return last
+
+
+@pytest.fixture
+def wizard(tmp_path) -> Iterator[Wizard]:
+    # Someone's own `engine` in the working folder must not be run instead of ours.
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "__init__.py").write_text("raise SystemExit('the wrong engine')")
+    found = Wizard(tmp_path)
+    yield found
+    found.child.stdin.close()
+    assert found.child.wait(10) == 0
+    found.child.stdout.close()
+
+
+def config(path: Path, model: str, **keys) -> dict:
+    return {"base_model": model, "datasets": [{"path": path.name}], **keys}
+
+
+def test_one_process_checks_previews_prepares_and_counts(wizard, tmp_path, write_jsonl, model):
+    path = write_jsonl([chat("q", "a"), 7, *(chat(f"q {n}", "a") for n in range(200))])
+    place = {
+        "config": config(path, model, dataset_prepared_path="store", sequence_len=64),
+        "folder": str(tmp_path),
+    }
+    wizard.send(id=1, request="check", **place)
+    *progress, last = wizard.answers(1)
+    assert [answer["progress"]["phase"] for answer in progress][:2] == ["tokenizer", "reading"]
+    assert (last["result"]["rows"], last["result"]["usable"]) == (202, 201)
+
+    rows = wizard.ask(id=2, request="preview", row=1, count=2, **place)["result"]["rows"]
+    assert [row["ok"] for row in rows] == [True, False]
+    assert "".join(rows[0]["pieces"]) == "<s>[INST]q[/INST]a</s>"
+    assert rows[0]["labels"][:4] == [-100] * 4
+
+    made = wizard.ask(id=3, request="prepare", **place)["result"]
+    assert (made["reused"], made["rows"], made["bad_rows"]) == (False, 201, 1)
+    assert Path(made["path"]).parent == tmp_path / "store"
+    assert wizard.ask(id=4, request="prepare", **place)["result"]["reused"]
+
+    counted = wizard.ask(id=5, request="statistics", **place)["result"]
+    assert counted["learned_tokens"] == made["learned_tokens"] == 402
+    assert counted["used_rows"] == 201
+    assert counted["tokens_by_kind"]["eos"] == 201
+
+
+def test_errors_are_sentences_and_the_process_lives_on(wizard, tmp_path, model):
+    place = {"config": config(Path("missing.jsonl"), model), "folder": str(tmp_path)}
+    told = wizard.ask(id=1, request="check", **place)["error"]
+    assert told["what"] == "There is no missing.jsonl."
+    assert wizard.ask(id=2, request="dance")["error"]["what"] == "Unknown request."
+    assert "could not do this" in wizard.ask(id=3, request="check")["error"]["what"]
+
+
+def test_a_request_can_be_cancelled_while_it_runs_and_before(wizard, tmp_path, write_jsonl, model):
+    path = write_jsonl([chat(f"q {n}") for n in range(20_000)])
+    place = {"config": config(path, model), "folder": str(tmp_path)}
+    wizard.send(id=1, request="check", **place)
+    wizard.send(id=2, request="check", **place)
+    running = wizard.answers(1)
+    next(running)
+    wizard.send(cancel=2)
+    wizard.send(cancel=1)
+    *_, last = running
+    assert last["cancelled"]
+    assert last["id"] == 1
+    assert wizard.child.poll() is None
+    assert list(wizard.answers(2)) == [{"id": 2, "cancelled": True}]
+
+
+def test_it_ends_with_the_wizard_even_in_the_middle_of_work(wizard, tmp_path, write_jsonl, model):
+    path = write_jsonl([chat(f"q {n}") for n in range(20_000)])
+    wizard.send(id=1, request="check", config=config(path, model), folder=str(tmp_path))
+    wizard.child.stdin.close()
+    assert wizard.child.wait(20) == 0
+
+
+def test_neither_torch_nor_datasets_is_loaded(tmp_path):
+    code = (
+        "import sys, engine.data.worker, engine.data.prepare;"
+        "print(sorted({'torch', 'transformers', 'datasets', 'textual', 'rich'} & set(sys.modules)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert found.stdout == "[]\n"
+
+
+FAKE_DATASETS = """
+import datetime
+print("datasets prints where it likes")
+def load_dataset(path, name=None, *, data_files, split, revision, streaming):
+    assert streaming
+    if path == "org/gone":
+        raise RuntimeError("Dataset 'org/gone' doesn't exist\\nor is private")
+    said = f"{path} {name} {split} {revision}"
+    yield {"messages": [{"role": "user", "content": said, "tool_calls": None}], "picture": b"x"}
+    yield {"messages": [], "picture": datetime.date(2026, 1, 2)}
+"""
+FAKE_HUB = """
+class HfApi:
+    def dataset_info(self, path, revision=None):
+        if revision == "no":
+            raise RuntimeError("no such revision")
+        return type("Info", (), {"sha": (revision or "main") + "-commit"})
+"""
+
+
+class TestHub:
+    """A hub set is read by a child; its libraries are faked by packages that come first."""
+
+    @pytest.fixture(autouse=True)
+    def fake_packages(self, tmp_path, monkeypatch, children_find_this_engine):
+        packages = tmp_path / "packages"
+        for name, code in {"datasets": FAKE_DATASETS, "huggingface_hub": FAKE_HUB}.items():
+            (packages / name).mkdir(parents=True)
+            (packages / name / "__init__.py").write_text(code)
+        monkeypatch.setenv("PYTHONPATH", str(packages), prepend=":")
+        self.packages = packages
+
+    def test_rows_are_streamed_at_the_revision_without_arrows_nulls(self, tmp_path):
+        dataset = DatasetConfig(path="org/set", split="test", revision="abc")
+        first, second = iterate_rows(dataset, tmp_path)
+        said = "org/set None test abc"
+        assert first.row == {
+            "messages": [{"role": "user", "content": said}],
+            "picture": "<bytes>",
+        }
+        assert second.row == {"messages": [], "picture": "2026-01-02"}
+        assert (first.line, second.line, first.file) == (1, 2, "org/set")
+        assert "datasets" not in sys.modules
+
+    def test_the_train_split_is_the_default(self, tmp_path):
+        row = next(iterate_rows(DatasetConfig(path="org/set"), tmp_path))
+        assert "org/set None train None" in str(row.row)
+
+    def test_a_branch_is_pinned_to_its_commit(self):
+        assert pin_revision(DatasetConfig(path="org/set", revision="v2")) == "v2-commit"
+        with pytest.raises(UserError, match="no such revision"):
+            pin_revision(DatasetConfig(path="org/set", revision="no"))
+
+    def test_what_the_hub_says_is_one_sentence(self, tmp_path):
+        with pytest.raises(UserError) as caught:
+            list(iterate_rows(DatasetConfig(path="org/gone"), tmp_path))
+        assert caught.value.what == "org/gone cannot be read from the hub."
+        assert caught.value.why == "RuntimeError: Dataset 'org/gone' doesn't exist"
+
+    def test_without_the_train_extra_it_says_what_to_install(self, tmp_path):
+        (self.packages / "datasets" / "__init__.py").write_text(
+            "raise ModuleNotFoundError(\"No module named 'datasets'\", name='datasets')"
+        )
+        with pytest.raises(UserError, match=r"pip install 'windtunnel\[train\]'"):
+            list(iterate_rows(DatasetConfig(path="org/set"), tmp_path))
+
+    def test_a_child_that_dies_is_not_taken_for_the_end(self, tmp_path):
+        (self.packages / "datasets" / "__init__.py").write_text("import os; os._exit(7)")
+        with pytest.raises(UserError, match="left with status 7"):
+            list(iterate_rows(DatasetConfig(path="org/set"), tmp_path))

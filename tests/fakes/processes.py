@@ -1,0 +1,51 @@
+"""Real processes for tests: the fake trainer started by hand, and waiting without fixed naps."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from engine.runs import RunFolder, is_locked
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Poll until the condition holds; fails the test when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError("what the test waits for has not happened")
+        time.sleep(0.01)
+
+
+def fake_environment(**fake: object) -> dict[str, str]:
+    """FAKE_STEPS and the like from `steps=...`."""
+    return {f"FAKE_{key.upper()}": str(value) for key, value in fake.items()}
+
+
+def start_fake(run: RunFolder, *arguments: str, **fake: object) -> "subprocess.Popen[bytes]":
+    """Start the fake trainer on a run without waiting for its lock."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.fakes.engine", "run", str(run.path), *arguments],
+        cwd=ROOT,
+        env={**os.environ, **fake_environment(**fake)},
+        stderr=subprocess.PIPE,
+    )
+
+
+@contextlib.contextmanager
+def running_fake(
+    run: RunFolder, *arguments: str, **fake: object
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """The fake trainer with its lock taken; killed at the end if it still lives."""
+    process = start_fake(run, *arguments, **fake)
+    try:
+        wait_until(lambda: is_locked(run) or process.poll() is not None)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
