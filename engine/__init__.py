@@ -1,0 +1,18 @@
+"""Everything that Windtunnel does, without drawing anything. Imports go down this list, never up.
+
+    cli/        the headless commands, a module a subject
+    train/      the trainer's process: the only room with torch; started by name, imported by nobody
+    launch      starts a trainer, detached or in the foreground, and restarts a dead one
+    data/       rows from files and the hub, checked, tokenized once, packed
+    chat/       any row -> one internal form -> token ids, the kind and the source of each
+    catalog/    the named models, and any allowed config.json as one table of modules
+    runs/       run folders: where they are, who works in them, what they say, how to ask them
+    config/     RunConfig: Axolotl's keys, read with all problems at once, written with reasons
+    events      the vocabulary of events.jsonl
+    errors      UserError(what, why, fix): the only error a person sees
+    visible     text of strangers made safe for a terminal
+
+A run goes through them from the bottom up: a config names a dataset and a model; `data` turns rows
+into arrays through `chat`; `launch` fills a folder of `runs` and starts `train` there, which writes
+`events`. Two files carry every hand-over: config.yml and events.jsonl.
+"""

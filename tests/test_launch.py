@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,23 @@ from engine.events import Phase, Started, Step
 from engine.launch import forwarded_signals, launch, resume_run
 from engine.runs import Follower, RunFolder, ask, create_run, is_locked, read_steps, send, status
 from tests.fakes.engine import loss_at
-from tests.fakes.processes import ROOT, fake_environment, running_fake, wait_until
+from tests.fakes.processes import (
+    ROOT,
+    fake_environment,
+    kill_all_in,
+    processes_of,
+    running_fake,
+    wait_until,
+)
 
 FAKE = "tests.fakes.engine"
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("WINDTUNNEL_RUNS", str(tmp_path / "home"))
-    return tmp_path / "home"
+    yield tmp_path / "home"
+    kill_all_in(tmp_path)
 
 
 @pytest.fixture
@@ -171,8 +180,9 @@ def test_a_foreground_trainer_dies_with_its_group(run: RunFolder) -> None:
 def test_a_second_launch_on_the_same_folder_is_refused(run: RunFolder) -> None:
     process = start(run)
     with pytest.raises(UserError, match="already running") as caught:
-        start(run)
+        launch(run, detach=True, config="another: config\n", module=FAKE)
     assert caught.value.exit_status == 2
+    assert not run.config.exists(), "what the first one trains on is not touched"
     assert process.poll() is None
     end(run)
 
@@ -199,7 +209,6 @@ def test_of_two_launches_at_the_same_moment_one_is_told_that_it_lost(run: RunFol
 
 
 def test_an_early_death_is_told_by_its_last_words(run: RunFolder) -> None:
-    run.log.write_text("words of an earlier launch\n")
     trace = "Traceback (most recent call last):\n  File 'x'\n    boom()\nValueError: \x1b[31mbad"
     with pytest.raises(WorkError) as caught:
         start(run, last_words=trace)
@@ -225,6 +234,7 @@ def test_a_missing_package_is_named_with_its_cure(run: RunFolder) -> None:
 
 
 def test_a_death_without_a_word_is_told_too(run: RunFolder) -> None:
+    run.log.write_text("words of an earlier launch\n")
     with pytest.raises(WorkError, match="printed nothing"):
         start(run, last_words=" ")
 
@@ -240,6 +250,7 @@ def test_a_trainer_that_never_begins_is_ended(run: RunFolder) -> None:
             timeout_seconds=1,
         )
     assert time.monotonic() - begun < 10
+    assert not processes_of(run.path)
 
 
 def test_a_folder_that_cannot_be_filled_is_a_sentence(tmp_path: Path) -> None:

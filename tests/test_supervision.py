@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter
 from engine.runs import RunFolder, ask, create_run, is_locked, read_steps, status
 from tests.fakes.engine import loss_at, step_event
-from tests.fakes.processes import ROOT, fake_environment, running_fake, wait_until
+from tests.fakes.processes import (
+    ROOT,
+    fake_environment,
+    kill_all_in,
+    processes_of,
+    running_fake,
+    wait_until,
+)
 
 PROGRAM = (
     "import sys, cyclopts, engine.launch; from engine.cli import supervision; "
@@ -30,9 +38,10 @@ PROGRAM = (
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("WINDTUNNEL_RUNS", str(tmp_path / "home"))
-    return tmp_path / "home"
+    yield tmp_path / "home"
+    kill_all_in(tmp_path)
 
 
 @pytest.fixture
@@ -226,10 +235,8 @@ def test_a_run_that_fails_in_the_foreground_says_why(run: RunFolder) -> None:
 def test_a_run_that_is_killed_in_the_foreground_is_called_lost(run: RunFolder) -> None:
     resumed = start_resume("first")
     wait_until(lambda: len(read_steps(run)) > 2)
-    pids = subprocess.run(
-        ["ps", "--ppid", str(resumed.pid), "-o", "pid="], capture_output=True, text=True, check=True
-    )
-    os.kill(int(pids.stdout), signal.SIGKILL)
+    (trainer,) = processes_of(run.path)
+    os.kill(trainer, signal.SIGKILL)
     _, err = resumed.communicate(timeout=30)
     assert "The run first is lost." in err
 

@@ -4,19 +4,20 @@ import os
 import sys
 
 from engine.cli import main as run_command
+from engine.cli.watch import Watch
 
 
 def main() -> None:
     """Carry out the command line and leave with its exit status."""
     arguments = sys.argv[1:] or ["--help"]
-    sys.exit(run_command(arguments, watch=_drawn_progress() if _can_draw() else None))
+    sys.exit(run_command(arguments, make_watch=_draw if _can_draw() else None))
 
 
 def _can_draw() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-def _drawn_progress():  # type: ignore[no-untyped-def]
+def _draw() -> Watch:
     # Imported here: most commands draw nothing, and rich takes 0.1 s.
     from tui.progress import Progress
 

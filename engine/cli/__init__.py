@@ -5,22 +5,22 @@ request becomes an exit status, and how an error becomes three lines.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import cyclopts
 from cyclopts import CycloptsError
 
 from engine.cli import dataset, explain, models, supervision, training
-from engine.cli.watch import Watch
+from engine.cli.watch import PlainWatch, Watch
 from engine.errors import UserError
 from engine.visible import visible
 
 WRONG_REQUEST, INTERRUPTED = 2, 130
 
 
-def build_app(watch: Watch) -> cyclopts.App:
-    """All commands; `watch` shows a run in the foreground."""
+def build_app(make_watch: Callable[[], Watch]) -> cyclopts.App:
+    """All commands; `make_watch` makes what shows a run in the foreground."""
     app = cyclopts.App(
         name="windtunnel",
         help="Fine-tune Mistral models: see what is learned, train it, never lose a run.",
@@ -28,7 +28,7 @@ def build_app(watch: Watch) -> cyclopts.App:
         version_flags=["--version"],
         help_format="plaintext",
     )
-    training.register(app, watch)
+    training.register(app, make_watch)
     dataset.register(app)
     supervision.register(app)
     models.register(app)
@@ -36,11 +36,11 @@ def build_app(watch: Watch) -> cyclopts.App:
     return app
 
 
-def main(arguments: Sequence[str] | None = None, watch: Watch | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, make_watch: Callable[[], Watch] | None = None
+) -> int:
     """Carry out one command line; returns its exit status and never shows a traceback."""
-    from engine.cli.watch import PlainWatch
-
-    app = build_app(watch or PlainWatch())
+    app = build_app(make_watch or PlainWatch)
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = app(given, exit_on_error=False, print_error=False, result_action="return_value")

@@ -2,8 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,19 +17,13 @@ from engine.launch import launch
 from engine.runs import Follower, RunFolder, create_run
 from engine.visible import visible
 
-AsJson = Annotated[
-    bool, Parameter("--json", negative="", help="Print one JSON document.")
-]
+AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
 AsEvents = Annotated[
     bool, Parameter("--events", negative="", help="Print the run's events as JSON lines.")
 ]
 RunsFolder = Annotated[
     Path | None,
-    Parameter("--runs", help="Folder that holds runs/, instead of $WINDTUNNEL_RUNS or the default."),
-]
-Changes = Annotated[
-    tuple[str, ...],
-    Parameter(help="Changes to the config, such as learning_rate=1e-4 or datasets[0].path=a.jsonl."),
+    Parameter("--runs", help="Folder that holds runs/, instead of the default."),
 ]
 
 
@@ -45,8 +38,8 @@ class EventLines:
         sys.stdout.buffer.flush()
 
 
-def register(app: cyclopts.App, watch: Watch) -> None:
-    """Add the commands; `watch` shows a run that stays in the foreground."""
+def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
+    """Add the commands; `make_watch` makes what shows a run that stays in the foreground."""
 
     @app.command
     def train(
@@ -62,8 +55,8 @@ def register(app: cyclopts.App, watch: Watch) -> None:
     ) -> int:
         """Train what a config says."""
         run, text, resume = create(config, changes, home)
-        chosen = EventLines() if as_events else watch
-        status = start(run, text, chosen, resume=resume, detach=detach)
+        watch = None if detach else EventLines() if as_events else make_watch()
+        status = start(run, text, watch, resume=resume)
         if as_json:
             print(json.dumps({"run": str(run.path)}))
         elif detach:
@@ -88,10 +81,11 @@ def register(app: cyclopts.App, watch: Watch) -> None:
         """
         with as_file(files("presets") / "recipes" / "demo-tiny") as recipes:
             recipe = recipes / ("qlora.yml" if qlora else "lora.yml")
-            given = (*changes, f"output_dir={json.dumps(str(folder.absolute()))}") if folder else changes
-            run, text, resume = create(recipe, given, home, name="demo")
-            chosen = EventLines() if as_events else watch
-            status = start(run, text, chosen, resume=resume, detach=False)
+            if folder:
+                changes = (*changes, f"output_dir={json.dumps(str(folder.absolute()))}")
+            run, text, resume = create(recipe, changes, home, name="demo")
+            watch = EventLines() if as_events else make_watch()
+            status = start(run, text, watch, resume=resume)
         result = demo_result(run)
         if as_json:
             print(json.dumps(result))
@@ -137,11 +131,11 @@ def with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update=changed)
 
 
-def start(run: RunFolder, text: str, watch: Watch, *, resume: bool, detach: bool) -> int:
-    """Launch a created run and, unless detached, show it to its end; returns the exit status."""
+def start(run: RunFolder, text: str, watch: Watch | None, *, resume: bool) -> int:
+    """Launch a created run, detached where nobody watches; returns the exit status."""
     follower = Follower(run.events, from_end=True)
-    process = launch(run, detach=detach, config=text, resume=resume)
-    return 0 if detach else watch_to_end(run, process, follower, watch)
+    process = launch(run, detach=watch is None, config=text, resume=resume)
+    return watch_to_end(run, process, follower, watch) if watch else 0
 
 
 def demo_result(run: RunFolder) -> dict[str, Any]:

@@ -42,9 +42,9 @@ class Watch(Protocol):
 
 
 class PlainWatch:
-    """Lines on stderr, steps and phases at most one a second; for pipes, logs, screen readers."""
+    """Lines on stderr, steps and phases thinned out in time; for pipes, logs, screen readers."""
 
-    LINE_SECONDS = 1.0
+    LINE_SECONDS = 5.0
 
     def __init__(
         self, out: TextIO | None = None, clock: Callable[[], float] = time.monotonic
@@ -102,9 +102,7 @@ def describe(event: Event) -> str:
             return ""
 
 
-def watch_to_end(
-    run: RunFolder, process: "Popen[bytes]", follower: Follower, watch: Watch
-) -> int:
+def watch_to_end(run: RunFolder, process: "Popen[bytes]", follower: Follower, watch: Watch) -> int:
     """Show a foreground trainer's events until it is gone; returns 0, or 130 when interrupted.
 
     Raises the sentence of a run that failed, and WorkError for one that ended without a word.

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from engine.config.finding import ConfigError, Finding, shown
@@ -57,7 +58,8 @@ def load_document(path: Path) -> Document:
     """Read a config file. Raises UserError when it is missing, no UTF-8 text or no YAML mapping."""
     name = str(path)
     try:
-        data = path.read_bytes()[: _MAX_BYTES + 1]
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError(
             f"{name} was not found.",
@@ -92,6 +94,7 @@ def parse_document(text: str, name: str) -> Document:
     """Read YAML (or JSON) text. Raises UserError with the line of a mistake."""
     reader = YAML(typ="safe", pure=True)
     try:
+        _limit_size(text, name)
         root = reader.compose(text)
     except MarkedYAMLError as error:
         raise _syntax_error(error, text, name) from None
@@ -101,8 +104,6 @@ def parse_document(text: str, name: str) -> Document:
             f"It is {shown(str(error).splitlines()[0])}.",
             "Remove the control character.",
         ) from None
-    except RecursionError:
-        raise _too_deep(name) from None
     if not isinstance(root, MappingNode):
         found = {SequenceNode: "a list", ScalarNode: "plain text"}.get(type(root), "empty")
         raise UserError(
@@ -150,10 +151,17 @@ class _Walk:
             raise _too_deep(self.name)
         self.nodes[path] = node
         if isinstance(node, MappingNode):
+            self.plain_tag(node, path, "map")
             return self.mapping(node, path)
         if isinstance(node, SequenceNode):
+            self.plain_tag(node, path, "seq")
             return self.sequence(node, path)
         return self.scalar(node, path)
+
+    def plain_tag(self, node: Node, path: KeyPath, *plain: str) -> None:
+        if str(node.tag).removeprefix(_TAG) not in plain:
+            what = f"The tag {shown(str(node.tag))} asks for a special object."
+            self.add(path, node.start_mark.line + 1, what, "A config holds plain values only.")
 
     def mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Value]:
         self.nodes[path] = node
@@ -215,9 +223,7 @@ class _Walk:
                 return float(self.reader.constructor.construct_yaml_float(node))
         except (ValueError, IndexError):  # `!!float ""`
             kind = "str"
-        if kind not in ("str", "timestamp"):
-            what = f"The tag {shown(str(node.tag))} asks for a special object."
-            self.add(path, node.start_mark.line + 1, what, "A config holds plain values only.")
+        self.plain_tag(node, path, "str", "timestamp", "int", "float")
         if any("\ud800" <= character <= "\udfff" for character in text):
             what = "The text holds half of a character (a lone surrogate)."
             self.add(path, node.start_mark.line + 1, what, "It cannot be written again.")
@@ -228,6 +234,16 @@ class _Walk:
         self.problems.append(
             Finding("yaml", "error", key, line, what, why, "Correct or remove this line.")
         )
+
+
+def _limit_size(text: str, name: str) -> None:
+    """Refuse what would keep the reader busy: it needs seconds for 5,000 open brackets."""
+    depth = count = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        count += 1
+        if depth > _MAX_DEPTH or count > _MAX_NODES:
+            raise _too_deep(name)
 
 
 def _too_deep(name: str) -> UserError:

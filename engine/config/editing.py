@@ -6,7 +6,6 @@ value and nothing else; the writer reads the result again before anyone sees it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
@@ -58,7 +57,8 @@ class _Edits:
             old, new = getattr(before, key), getattr(after, key)
             name = self.name_in_file(path, key)
             if name is None:
-                if not after.is_default(key):
+                inherited = (*path, key) in self.document.nodes
+                if old != new if inherited else not after.is_default(key):
                     self.insert(path, key, after)
             elif old != new:
                 sections = isinstance(new, tuple) and new and isinstance(new[0], Section)
@@ -69,12 +69,13 @@ class _Edits:
                     self.replace(path, name, key, after)
 
     def name_in_file(self, path: KeyPath, key: str) -> str | None:
-        """`key`, or the older spelling of it that the file has, or None."""
+        """`key`, or the older spelling of it that stands in the file, or None.
+
+        A value that comes through `<<: *anchor` does not stand here: a key of its own wins over it.
+        """
         older = [old for old, new in RENAMED.items() if new.key == key and not path]
-        values: Any = self.document.values
-        for part in path:
-            values = values[part]
-        return next((name for name in (key, *older) if name in values), None)
+        names = {pair[0].value for pair in self.mapping(path).value}
+        return next((name for name in (key, *older) if name in names), None)
 
     def replace(self, path: KeyPath, name: str, key: str, section: Section) -> None:
         """Put the new value in the place of the old one."""

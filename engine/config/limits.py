@@ -58,6 +58,7 @@ _OWN_TEMPLATE = _error(
 _REMOVE = "Remove it, or run this file with Axolotl."
 _KERNEL = _note("A faster kernel with the same result; Windtunnel uses its own.")
 _TRACKER = _note("No tracker is attached yet: the figures go to the run's events.jsonl.")
+_WATCHDOG = _note("A run stops by itself when its loss is no number.")
 _HUB = _note("Nothing is uploaded while training.")
 
 
@@ -92,15 +93,8 @@ def _other_plugins(value: object) -> bool:
 
 LIMITS: Mapping[str, Limit] = MappingProxyType(
     {
-        "revision_of_model": _error(
-            "Models are read from the local cache or folder as they are.",
-            "Download that revision to a folder and name the folder in base_model.",
-        ),
         "model_type": _note("The class is chosen from the model's own config.json."),
         "tokenizer_type": _note("The tokenizer is always mistral-common's."),
-        "tokenizer_config": _error(
-            "The tokenizer is read from base_model.", "Remove it, or put the file into that folder."
-        ),
         "tokenizer_use_mistral_common": _note(
             "Windtunnel always tokenizes with mistral-common.", lambda value: value is False
         ),
@@ -186,8 +180,8 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "early_stopping_patience": _error(
             "A run ends after its last step; the best save is kept all the same.", "Remove it."
         ),
-        "loss_watchdog_threshold": _note("A run stops by itself when its loss is no number."),
-        "loss_watchdog_patience": _note("A run stops by itself when its loss is no number."),
+        "loss_watchdog_threshold": _WATCHDOG,
+        "loss_watchdog_patience": _WATCHDOG,
         "rl": _ANSWERS_ONLY,
         "orpo_alpha": _ANSWERS_ONLY,
         "fp16": _error(
@@ -201,6 +195,7 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
             "Write gradient_checkpointing: true.",
             lambda value: isinstance(value, str),
         ),
+        "gradient_checkpointing_kwargs": _note("Both ways give the same result."),
         "activation_offloading": _error(
             "Intermediate values stay on the GPU so far.",
             "Remove it; gradient_checkpointing: true saves most of that memory.",
@@ -222,7 +217,10 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "use_scattermoe": _EXPERTS,
         "torch_compile": _note("The model is not compiled; same result."),
         "deepspeed": _ONE_GPU,
-        "fsdp": _ONE_GPU,
+        "fsdp": _error(
+            "It is FSDP1, which Axolotl 0.21 does not read either.",
+            "Remove it and fsdp_config to train on one GPU.",
+        ),
         "fsdp_config": _ONE_GPU,
         "fsdp_version": _note("A run uses one GPU so far."),
         "qlora_sharded_model_loading": _note("A run uses one GPU so far."),
@@ -235,7 +233,6 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "logging_steps": _note("Every step is recorded.", _above_1),
         "save_first_step": _note("The first save follows save_steps or saves_per_epoch."),
         "save_only_model": _note("Every save can be resumed."),
-        "load_best_model_at_end": _note("The best save is always kept and marked."),
         "auto_resume_from_checkpoints": _note("`windtunnel resume RUN` goes on with a run."),
         "hub_model_id": _HUB,
         "hub_strategy": _HUB,

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from engine.config.section import Count, Section
+from engine.config.section import Count, Section, Whole
 
 
 class OutputKeys(Section):
@@ -25,11 +25,14 @@ class OutputKeys(Section):
     save_only_model: bool | None = None
     """Save without what a resume needs. Saves can always be resumed here."""
     load_best_model_at_end: bool | None = None
-    """End with the best save. The best one is always marked and kept."""
+    """End with the save of the lowest evaluation loss instead of the last. Both are kept."""
     evals_per_epoch: Count | None = None
     """Evaluations in each epoch, besides the one before the first step."""
     eval_steps: Count | None = None
     """Optimizer steps between two evaluations."""
+    eval_train_rows: Whole = 0
+    """Training rows that are scored beside the held-out ones, before and after, under the name
+    `train`: how much better it does on what it has seen tells learning from memorising."""
     eval_strategy: Literal["steps", "epoch", "no"] | None = None
     """When to evaluate: steps goes with eval_steps, epoch is once an epoch."""
     sample_prompts: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -284,11 +284,9 @@ def _place(loc: tuple[int | str, ...], values: Mapping[str, Value]) -> tuple[Key
     path: KeyPath = ()
     value: Value = cast("dict[str, Value]", values)
     for part in loc:
-        if isinstance(value, dict) and part in value:
-            value = value[part]
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            value = value[part]
-        else:
+        inside = range(len(value)) if isinstance(value, list) else value
+        if not isinstance(inside, (dict, range)) or part not in inside:
             continue
+        value = cast("Any", value)[part]
         path = (*path, part)
     return path, value

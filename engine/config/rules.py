@@ -32,7 +32,7 @@ RULES = (
     Rule(
         "qlora-needs-4bit",
         ("adapter", "load_in_4bit"),
-        lambda c: c.adapter == "qlora" and not c.load_in_4bit,
+        lambda c: c.adapter == "qlora" and not (c.load_in_4bit or c.load_in_8bit),
         "adapter is qlora without load_in_4bit: true.",
         "QLoRA is LoRA beside weights that are held in 4 bits.",
         "Add load_in_4bit: true, or write adapter: lora.",
@@ -163,7 +163,7 @@ RULES = (
     Rule(
         "batch-size-once",
         ("batch_size", "gradient_accumulation_steps"),
-        lambda c: c.batch_size and "gradient_accumulation_steps" in c.model_fields_set,
+        lambda c: c.batch_size and c.gradient_accumulation_steps > 1,
         "batch_size and gradient_accumulation_steps are both set.",
         "Each follows from the other.",
         "Remove batch_size.",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.config.document import KeyPath
+from engine.config.other_keys import RENAMED
 from engine.config.run import RunConfig
 
 Schema = Mapping[str, Any]
@@ -22,8 +23,13 @@ def config_schema() -> dict[str, Any]:
         required = section.get("required", ())
         for key, entry in section["properties"].items():
             entry.pop("title", None)
+            if "description" in entry:
+                entry["description"] = " ".join(entry["description"].split())
             if key not in required and not _accepts_null(entry):
                 _allow_null(entry)
+    for old, new in RENAMED.items():
+        about = f"Older spelling of {new.key}."
+        schema["properties"][old] = {"description": about, "deprecated": True}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

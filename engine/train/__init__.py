@@ -1,19 +1,22 @@
-"""The trainer: the only room with torch in it, run as `python -m engine.train` and imported by nobody.
+"""The trainer: the only room with torch in it, started by name and imported by nobody.
 
-    __main__  run, generate: from a run folder to events
-    model     the base model from its folder, refused when it would train broken
-    quantize  NF4 and its guards
-    lora      adapters on the language model's linears
-    batches   prepared arrays -> batches, in an order that a resumed run repeats
-    loss      cross entropy over the full vocabulary without its logits
-    optim     optimizers and the learning-rate schedule
-    loop      the steps
-    checkpoint  what a run needs to go on, written so that a kill cannot hurt it
-    evaluate  held-out loss and exact answers
-    generate  text from a prompt
-    session   lock, events, control and signals of one process
-    meter     speed and peak memory
-    demo      the embedded tiny base model
+__main__  one process: `python -m engine.train run FOLDER`
+run       one launch, from its folder to its last event
+fetch     where the base model's files are
+model     the base model from its folder, refused when it would train broken
+quantize  NF4 and its guards
+lora      adapters on the language model's linears
+batches   prepared arrays -> batches, in an order that a resumed run repeats
+loss      cross entropy over the full vocabulary without its logits
+optim     optimizers and the learning-rate schedule
+loop      the steps
+checkpoint what a run needs to go on, written so that a kill cannot hurt it
+evaluate  held-out loss and exact answers
+generate  text from a prompt
+weights   what is trained, to disk and back
+session   lock, events, control and signals of one process
+meter     speed and peak memory
+demo      the embedded tiny base model
 """
 
 import os

@@ -42,9 +42,7 @@ def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
         except Exception as error:
             sentence = explain(error)
             traceback.print_exc()
-            events.emit(
-                Ended("failed", _last_step(run), sentence.what, sentence.why, sentence.fix)
-            )
+            events.emit(Ended("failed", _last_step(run), sentence.what, sentence.why, sentence.fix))
             return sentence.exit_status
     return 0
 

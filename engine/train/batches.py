@@ -1,4 +1,4 @@
-"""From prepared rows to the batches of every optimizer step, in an order that a resumed run repeats.
+"""From prepared rows to the batches of every optimizer step, in an order that a resume repeats.
 
 Apart from the loop because the order is a pure function of rows, config and seed: step 412 can be
 cut without walking through the 411 before it, which is how a run resumes in no time.
@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +47,10 @@ class Rows:
     def kinds(self, row: int) -> NDArray[np.uint8]:
         """Kind of each of them, uint8 (tokens,)."""
         return self.prepared.kinds(int(self.chosen[row]))[: self.lengths[row]]
+
+    def first(self, count: int) -> "Rows":
+        """The first `count` rows, fewer where there are fewer."""
+        return Rows(self.prepared, self.chosen[:count], self.lengths[:count])
 
     def place(self, row: int) -> str:
         """Where a person finds the row."""
@@ -146,15 +151,19 @@ class Order:
         self._config = config
         self._rule = label_rule(config)
         self._cached: tuple[int, list[list[list[int]]]] = (-1, [])
-        whole, part = divmod(config.num_epochs, 1)
-        lengths = [len(self._steps_of(epoch)) for epoch in range(int(whole))]
-        if part:
-            lengths.append(math.ceil(part * len(self._steps_of(int(whole)))))
+        lengths: list[int] = []
         if config.max_steps is not None:
             while sum(lengths) < config.max_steps:
                 lengths.append(len(self._steps_of(len(lengths))))
+        else:
+            whole, part = divmod(config.num_epochs, 1)
+            lengths += [len(self._steps_of(epoch)) for epoch in range(int(whole))]
+            if part:
+                # 1.1 leaves 0.10000000000000009: ten steps of it are one step, not two.
+                share = round(part * len(self._steps_of(int(whole))), 9)
+                lengths.append(max(1, math.ceil(share)))
         self._ends = list(itertools.accumulate(lengths))
-        self.total_steps = min(self._ends[-1], config.max_steps or self._ends[-1])
+        self.total_steps = config.max_steps or self._ends[-1]
 
     def step(self, number: int) -> StepBatch:
         """The batches of optimizer step `number`, from 1 to `total_steps`."""
@@ -200,7 +209,10 @@ class Order:
         return group(group(sequences, config.micro_batch_size), config.gradient_accumulation_steps)
 
 
-def group(items: Sequence, size: int) -> list:
+Item = TypeVar("Item")
+
+
+def group(items: Sequence[Item], size: int) -> list[list[Item]]:
     """`items` in lists of `size`; the last one keeps what is left, so that no row is dropped."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
@@ -209,7 +221,9 @@ def evaluation_micros(rows: Rows, config: RunConfig) -> Iterator[Micro]:
     """Every row of `rows` once, in a fixed order, packed where the config packs evaluation."""
     packs = config.eval_sample_packing
     if config.sample_packing if packs is None else packs:
-        bins = [b.tolist() for b in pack(rows.lengths, config.sequence_len, config.seed, 0)]
+        bins: list[list[int]] = [
+            b.tolist() for b in pack(rows.lengths, config.sequence_len, config.seed, 0)
+        ]
     else:
         bins = [[row] for row in range(len(rows))]
     for part in group(bins, config.micro_batch_size):

@@ -1,8 +1,8 @@
 """Everything that a run needs to go on as if it had never stopped, written so that no kill hurts.
 
 A checkpoint is a folder that appears under its name only when it is complete: written as
-`step-N.partial`, every file synced, read back, renamed; then `LATEST` moves. Tensors are safetensors
-and the rest is JSON: nothing here can run code when it is opened.
+`step-N.partial`, every file synced, read back, renamed; then `LATEST` moves. Tensors are
+safetensors and the rest is JSON: nothing here can run code when it is opened.
 """
 
 import json
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from engine.config import RunConfig
 from engine.errors import WorkError
+from engine.train.model import Model
 from engine.train.weights import load_trained, save_trained, trained_parameters
 
 OPTIMIZER, RANDOM, STATE = "optimizer.safetensors", "random.safetensors", "state.json"
@@ -40,7 +41,7 @@ class Position:
 
 
 def optimizer_tensors(
-    model: nn.Module, optimizer: Optimizer
+    model: Model, optimizer: Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state as tensors by `parameter|key`, and as JSON values for the rest."""
     tensors: dict[str, Tensor] = {}
@@ -55,7 +56,7 @@ def optimizer_tensors(
 
 
 def restore_optimizer(
-    model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]
+    model: Model, optimizer: Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]
 ) -> None:
     """Put a saved state back without the type casts of `load_state_dict`."""
     parameters = dict(trained_parameters(model))
@@ -104,14 +105,15 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
-        return self._marked("LATEST")
+        """The newest checkpoint: the one marked so, else the last step that is complete."""
+        complete = (folder for folder in reversed(self._steps()) if is_complete(folder))
+        return self._marked("LATEST") or next(complete, None)
 
     def best(self) -> Path | None:
         """The complete checkpoint with the lowest evaluation loss."""
         return self._marked("BEST")
 
-    def save(self, model: nn.Module, optimizer: Optimizer, position: Position) -> Path:
+    def save(self, model: Model, optimizer: Optimizer, position: Position) -> Path:
         """Write a checkpoint of `position` and move LATEST, and BEST where it is the best, to it.
 
         Raises WorkError when there is no room or when what was written cannot be read back; the
@@ -124,34 +126,51 @@ class Checkpoints:
             partial.mkdir()
             self._write(partial, model, optimizer, position)
             _sync_folder(partial)
+            replaced = target.with_name(target.name + ".old")
             if target.exists():
-                os.rename(target, target.with_name(target.name + ".old"))
+                os.rename(target, replaced)
             os.rename(partial, target)
             _sync(self.root)
             self._mark("LATEST", target)
             if position.best_step == position.step:
                 self._mark("BEST", target)
-        except OSError as error:
+            shutil.rmtree(replaced, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
             raise WorkError(
                 f"The checkpoint of step {position.step} could not be written to {self.root}.",
-                f"The system says: {error.strerror or error}.",
+                f"The system says: {getattr(error, 'strerror', None) or error}.",
                 "Free disk space or choose another output_dir; the run resumes from the "
                 "checkpoint before.",
             ) from error
         self._prune()
         return target
 
-    def load(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> Position:
-        """Put the model, the optimizer and the random generators back to where `folder` was."""
+    def load(self, folder: Path, model: Model, optimizer: Optimizer) -> Position:
+        """Put the model, the optimizer and the random generators back to where `folder` was.
+
+        Raises WorkError when it is damaged, or when it was made with another model or optimizer.
+        """
+        if not is_complete(folder):
+            raise WorkError(
+                f"The checkpoint {folder.name} cannot be read.",
+                "A file of it is missing or was changed after it was saved.",
+                "Resume from an earlier one with `--from step-N`.",
+            )
         state = json.loads((folder / STATE).read_text("utf-8"))
-        load_trained(model, folder, self._config)
+        made_by = state.pop("optimizer_class")
+        if made_by != type(optimizer).__name__:
+            raise WorkError(
+                f"The optimizer of {folder.name} is {made_by}, not {type(optimizer).__name__}.",
+                "The config was changed since it was saved, and one cannot go on with the state "
+                "of the other.",
+                "Undo the change to `optimizer`, or train into a new output_dir.",
+            )
+        load_trained(model, folder)
         restore_optimizer(model, optimizer, load_file(folder / OPTIMIZER), state.pop("optimizer"))
         restore_random(load_file(folder / RANDOM))
         return Position(**state)
 
-    def _write(
-        self, partial: Path, model: nn.Module, optimizer: Optimizer, position: Position
-    ) -> None:
+    def _write(self, partial: Path, model: Model, optimizer: Optimizer, position: Position) -> None:
         save_trained(model, partial, self._config)
         tensors, values = optimizer_tensors(model, optimizer)
         for name, wanted in ((OPTIMIZER, tensors), (RANDOM, random_tensors())):
@@ -159,7 +178,8 @@ class Checkpoints:
             with safe_open(partial / name, "pt") as written:
                 if set(written.keys()) != set(wanted):
                     raise OSError(f"{name} does not read back as it was written")
-        state = {**asdict(position), "optimizer": values}
+        kind = type(optimizer).__name__
+        state = {**asdict(position), "optimizer_class": kind, "optimizer": values}
         (partial / STATE).write_text(json.dumps(state), "utf-8")
 
     def _marked(self, mark: str) -> Path | None:
@@ -167,7 +187,12 @@ class Checkpoints:
             folder = self.root / (self.root / mark).read_text("utf-8").strip()
         except FileNotFoundError:
             return None
-        return folder if (folder / STATE).is_file() else None
+        return folder if is_complete(folder) else None
+
+    def _steps(self) -> list[Path]:
+        """All checkpoints, by step."""
+        found = [p for p in self.root.glob("step-*") if p.name.removeprefix("step-").isdecimal()]
+        return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
     def _mark(self, mark: str, target: Path) -> None:
         fresh = self.root / f"{mark}.new"
@@ -178,12 +203,22 @@ class Checkpoints:
 
     def _prune(self) -> None:
         kept = {self.latest(), self.best()}
-        steps = sorted(self.root.glob("step-*"), key=lambda p: int(p.name.split("-")[1]))
-        for folder in steps[: -self._config.save_total_limit]:
+        for folder in self._steps()[: -self._config.save_total_limit]:
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
-        for replaced in self.root.glob("*.old"):
-            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file of a checkpoint is there, and as long as its own header says."""
+    tensors = list(folder.glob("*.safetensors"))
+    try:
+        json.loads((folder / STATE).read_text("utf-8"))
+        for file in tensors:
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return {OPTIMIZER, RANDOM} < {file.name for file in tensors}
 
 
 def _sync(path: Path) -> None:

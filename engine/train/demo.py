@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.catalog import find_model
-from engine.chat.tokenizer import write_tekken
+from engine.chat.tokenizer import spec_of, write_tekken
 from engine.data.pack import mix
 from engine.errors import WorkError
 
@@ -33,10 +33,10 @@ _BLOCK_ROWS = 8192
 
 
 def draw_embedding(rows: int, width: int, seed: int = SEED) -> Tensor:
-    """Nearly normal numbers, float32 (rows, width): sums of eight uniform bytes of a counter's hash.
+    """Nearly normal numbers, float32 (rows, width): sums of eight bytes of a counter's hash.
 
-    Eight bytes of one splitmix64 value sum to mean 1020 and variance 8 * (256^2 - 1) / 12 (Irwin
-    and Hall), so one value is one number and no rounding mode, library or thread count matters.
+    Eight uniform bytes of one splitmix64 value have mean 1020 and variance 8 * (256^2 - 1) / 12
+    (Irwin and Hall); no rounding mode, library version or thread count changes a bit of them.
     """
     out = np.empty((rows, width), np.float32)
     scale = np.float32(SPREAD / np.sqrt(8 * (256**2 - 1) / 12))
@@ -84,8 +84,7 @@ def write_base(name: str, layers: dict[str, Tensor], cache: Path) -> Path:
         weights = {key: value.float() for key, value in layers.items()}
         weights[EMBEDDING] = draw_embedding(config["vocab_size"], config["hidden_size"])
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        t = card.tokenizer
-        write_tekken(TokenizerSpec(t.version, t.think, t.image, t.settings), partial / "tekken.json")
+        write_tekken(spec_of(card), partial / "tekken.json")
         if not target.is_dir():
             partial.rename(target)
     except OSError as error:

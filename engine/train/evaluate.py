@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.chat.render import IGNORED_LABEL
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.train.batches import Rows, evaluation_micros
 from engine.train.loss import score_tokens
-from engine.train.model import Base, head_of, hidden_states
+from engine.train.model import Base, Model, head_of, hidden_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Score:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: Model) -> Iterator[None]:
     """No gradients and no dropout inside; back to training afterwards."""
     model.eval()
     try:
@@ -42,7 +42,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train()
 
 
-def score(model: nn.Module, base: Base, rows: Rows, config: RunConfig) -> Score:
+def score(model: Model, base: Base, rows: Rows, config: RunConfig) -> Score:
     """Loss and exact answers of `model` over every row of `rows`."""
     total, learned, exact = 0.0, 0, 0
     with evaluating(model):
@@ -68,7 +68,7 @@ def _exact_rows(tensors: dict[str, Tensor], right: Tensor) -> int:
 
 
 def score_all(
-    model: nn.Module, base: Base, datasets: Mapping[str, Rows], config: RunConfig
+    model: Model, base: Base, datasets: Mapping[str, Rows], config: RunConfig
 ) -> dict[str, Score]:
     """The score of each dataset by its name; UserError when one teaches nothing to score."""
     scores = {}

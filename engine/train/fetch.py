@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -64,7 +65,7 @@ def _download(repository: str, revision: str | None) -> Path:
             "The hub refused: the repository is gated and this computer is not logged in to it.",
             f"Accept the terms on huggingface.co/{repository}, then run `hf auth login`.",
         ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, huggingface_hub.errors.HFValidationError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise UserError(
             f"There is no model {repository}"
             + (f" at revision {revision}." if revision else " on the hub."),

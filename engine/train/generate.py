@@ -5,17 +5,18 @@ the separation of packed rows, so it stays out of every training and scoring pat
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
-from torch import nn
 
 from engine.chat.tokenizer import ChatTokenizer
 from engine.train.evaluate import evaluating
+from engine.train.model import Model, unwrapped
 
 
 def generate(
-    model: nn.Module,
+    model: Model,
     device: torch.device,
     prompt: Sequence[int],
     *,
@@ -25,7 +26,7 @@ def generate(
     top_p: float = 1.0,
 ) -> list[int]:
     """Token ids that follow `prompt`, up to and with `end`; greedy at temperature 0."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = unwrapped(model)
     current = torch.tensor([list(prompt)], device=device)
     cache, out = None, []
     with evaluating(model):

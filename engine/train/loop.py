@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig
@@ -18,17 +17,17 @@ from engine.errors import WorkError
 from engine.events import Ended, Eval, Note, Phase, Sample, SampleTime, Saved, Score, Step
 from engine.train.batches import Order, Rows, StepBatch
 from engine.train.checkpoint import Checkpoints, Position
-from engine.train.evaluate import mean_loss, score_all
+from engine.train.evaluate import mean_loss, score, score_all
 from engine.train.generate import generate, readable
 from engine.train.loss import summed_cross_entropy
 from engine.train.meter import Meter, peak_memory_bytes
-from engine.train.model import Base, head_of, hidden_states
+from engine.train.model import Base, Model, head_of, hidden_states
 from engine.train.optim import build_optimizer, learning_rate, set_learning_rate
 from engine.train.session import Session
 from engine.train.weights import export_trained, load_trained, trained_parameters
 
 SAMPLE_TOKENS = 256
-"""Longest answer of a sample; a first look needs no more, and a model that never stops costs this."""
+"""Longest answer of a sample: enough for a first look, and what a model that never stops costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class Training:
     def __init__(
         self,
         base: Base,
-        model: nn.Module,
+        model: Model,
         rows: Rows,
         held_out: Mapping[str, Rows],
         config: RunConfig,
@@ -92,7 +91,7 @@ class Training:
             if self.session.stopping:
                 break
             self.step(number, batch)
-            due = bool(every_eval) and number % every_eval == 0 and number < last
+            due = every_eval is not None and number % every_eval == 0 and number < last
             if due:
                 self.sample(prompts, "during")
             better = (due or number == last) and self.evaluate()
@@ -183,8 +182,12 @@ class Training:
         if not self.held_out:
             return False
         self.session.emit(Phase("evaluate", 0, len(self.held_out)))
-        scores = score_all(self.model, self.base, self.held_out, self.config)
         step = self.position.step
+        scores = score_all(self.model, self.base, self.held_out, self.config)
+        if self.config.eval_train_rows and step in (0, self.order.total_steps):
+            seen = self.rows.first(self.config.eval_train_rows)
+            result = score(self.model, self.base, seen, self.config)
+            self.session.emit(Score(step, "train", result.loss, result.exact, result.rows))
         for name, result in scores.items():
             self.session.emit(Score(step, name, result.loss, result.exact, result.rows))
         loss = mean_loss(scores)
@@ -220,7 +223,7 @@ class Training:
     def _go_to_best(self) -> None:
         folder = self.checkpoints.best()
         if folder is not None and self.position.best_step != self.position.step:
-            load_trained(self.model, folder, self.config)
+            load_trained(self.model, folder)
             self.session.emit(Note("info", f"ends with {folder.name}, the lowest evaluation loss"))
 
     def _diverged(self, number: int, loss: float, norm: float, batch: StepBatch) -> WorkError:

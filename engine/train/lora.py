@@ -7,8 +7,8 @@ nothing, or one that lands in the vision tower, whose modules end in the same na
 import re
 from collections.abc import Iterator, Sequence
 
-from peft import LoraConfig, get_peft_model
-from torch import nn
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
 
 from engine.catalog import Architecture, ModuleTable, linear_targets
 from engine.config import RunConfig
@@ -72,7 +72,7 @@ def as_expression(names: Sequence[str]) -> str:
     return "|".join(patterns)
 
 
-def attach_lora(model: nn.Module, architecture: Architecture, config: RunConfig) -> nn.Module:
+def attach_lora(model: PreTrainedModel, architecture: Architecture, config: RunConfig) -> PeftModel:
     """Freeze `model` and put the config's adapter on it; the adapter's weights are float32.
 
     Raises UserError where PEFT adapted other modules than were chosen.
@@ -91,6 +91,7 @@ def attach_lora(model: nn.Module, architecture: Architecture, config: RunConfig)
     )
     model.requires_grad_(False)
     adapted = get_peft_model(model, settings)
+    assert isinstance(adapted, PeftModel)
     reached = set(adapted.targeted_module_names)
     if reached != set(targets):
         missed = sorted(set(targets) ^ reached)
@@ -102,7 +103,7 @@ def attach_lora(model: nn.Module, architecture: Architecture, config: RunConfig)
     return adapted
 
 
-def choose_trained(model: nn.Module, config: RunConfig) -> nn.Module:
+def choose_trained(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
     """Full fine-tune: let the chosen parameters move and freeze the rest.
 
     Without `unfrozen_parameters` all of the language model moves; the vision tower and its

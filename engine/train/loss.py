@@ -69,8 +69,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
 def shift(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Pair every state with the token it has to predict and drop what is not learned.
 
-    `hidden` is (batch, length, width), `labels` (batch, length) with `IGNORED_LABEL` where nothing is
-    learned; returns states (learned, width) and targets (learned,).
+    `hidden` is (batch, length, width), `labels` (batch, length) with `IGNORED_LABEL` where nothing
+    is learned; returns states (learned, width) and targets (learned,).
     """
     states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     targets = labels[:, 1:].reshape(-1)

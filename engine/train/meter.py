@@ -27,7 +27,7 @@ class Meter:
         self._started = clock()
 
     def start(self) -> None:
-        """Begin a step: what happened since the last one (an eval, a save, a pause) is not its time."""
+        """Begin a step: an eval, a save or a pause before it is not its time."""
         self._started = self._clock()
 
     def stop(self, tokens: int) -> tuple[float, float]:

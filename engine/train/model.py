@@ -7,23 +7,29 @@ randomly initialised.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from engine.catalog import read_architecture
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.train.quantize import keep_gradients_on_cpu, nf4
 
+Model: TypeAlias = PreTrainedModel | PeftModel
+"""A model as it trains: bare, or with an adapter around it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Base:
     """A loaded base model and how it was loaded."""
 
-    model: nn.Module
+    model: PreTrainedModel
     dtype: torch.dtype
     """Type of the weights that are not quantized, and of the arithmetic."""
     device: torch.device
@@ -82,7 +88,7 @@ def pick_attention(config: RunConfig, device: torch.device) -> str:
     """The config's backend, else FlashAttention 2 where it is installed, else PyTorch's own."""
     if config.attn_implementation:
         return config.attn_implementation
-    if device.type == "cuda" and transformers.utils.is_flash_attn_2_available():
+    if device.type == "cuda" and is_flash_attn_2_available():
         return "flash_attention_2"
     return "sdpa"
 
@@ -105,35 +111,36 @@ def refuse_mismatch(folder: Path, report: dict[str, Any], *, tied: bool) -> None
             raise UserError(
                 f"The checkpoint in {folder} {problem}: {shown}.",
                 "Training on it would train a broken model without a warning.",
-                "Download the model again, or point `base_model` at a complete bfloat16 checkpoint.",
+                "Download it again, or point `base_model` at a complete bfloat16 checkpoint.",
             )
 
 
-def body_of(model: nn.Module) -> nn.Module:
-    """The part that turns tokens into hidden states, below PEFT's wrapper and the head."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    body: nn.Module = inner.model
-    return body
+def unwrapped(model: Model) -> PreTrainedModel:
+    """transformers' model below PEFT's wrapper, its adapter still acting."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
 
 
-def head_of(model: nn.Module) -> Tensor:
+def head_of(model: Model) -> Tensor:
     """The head's weight, (vocabulary, width); the embedding's own where the two are tied."""
-    weight: Tensor = model.get_output_embeddings().weight
+    weight: Tensor = unwrapped(model).get_output_embeddings().weight
     return weight
 
 
-def hidden_states(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def hidden_states(model: Model, batch: dict[str, Tensor]) -> Tensor:
     """Last hidden states, (batch, length, width).
 
     Never with an attention mask and never with a cache: transformers separates packed rows by
     `position_ids` only when both are absent, and otherwise mixes them silently.
     """
-    states: Tensor = body_of(model)(
+    body: Any = unwrapped(model).model
+    states: Tensor = body(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
     ).last_hidden_state
     return states
 
 
-def use_checkpointing(model: nn.Module) -> None:
+def use_checkpointing(model: PreTrainedModel) -> None:
     """Keep one state a layer and recompute the rest in the backward pass."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -15,10 +15,8 @@ from torch.optim import Optimizer
 from engine.config import RunConfig
 from engine.errors import UserError
 
-ADAMW = {
-    "adamw_torch": {},
-    "adamw_torch_fused": {"fused": True},
-}
+ADAMW = {"adamw_torch": False, "adamw_torch_fused": True}
+"""PyTorch's own, by whether the update is one fused kernel."""
 BITSANDBYTES = {
     "adamw_bnb_8bit": "AdamW8bit",
     "adamw_8bit": "AdamW8bit",
@@ -35,10 +33,11 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: RunConfig
 
     Raises UserError for an optimizer that this trainer does not have.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for _, parameter in named:
         (decayed if parameter.ndim > 1 else plain).append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
@@ -49,13 +48,11 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: RunConfig
         "eps": config.adam_epsilon,
     }
     if config.optimizer in ADAMW:
-        return torch.optim.AdamW(groups, **options, **ADAMW[config.optimizer])
+        return torch.optim.AdamW(groups, fused=ADAMW[config.optimizer], **options)
     if config.optimizer in BITSANDBYTES:
         import bitsandbytes
 
-        kind: Callable[..., Optimizer] = getattr(
-            bitsandbytes.optim, BITSANDBYTES[config.optimizer]
-        )
+        kind: Callable[..., Optimizer] = getattr(bitsandbytes.optim, BITSANDBYTES[config.optimizer])
         return kind(groups, **options)
     raise UserError(
         f"The optimizer {config.optimizer} cannot be used.",

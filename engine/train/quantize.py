@@ -29,11 +29,11 @@ def keep_gradients_on_cpu(model: nn.Module) -> int:
     training step goes through a kernel that has no autograd: gradients were measured up to 109 %
     wrong after one evaluation, with a warning only.
     """
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit
 
     switched = 0
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
             switched += 1
     return switched

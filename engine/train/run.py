@@ -4,30 +4,33 @@ Apart from `loop`, which knows only steps: here the pieces are fetched, checked 
 and put together, each with a `phase` event, so that a person sees what is waited for.
 """
 
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from engine.catalog import read_architecture
 from engine.chat.messages import RowFormat, read_row
 from engine.chat.render import LabelRule, learned, render
 from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.config import DatasetConfig, RunConfig, read_config
+from engine.data.pack import Indices
 from engine.data.prepare import Progress, default_store, label_rule, prepare
 from engine.data.prepared import Prepared
 from engine.events import Note, Phase, Started
 from engine.train.batches import Rows
 from engine.train.fetch import locate_base
-from engine.train.lora import attach_lora, choose_trained
 from engine.train.loop import Prompt, Training
-from engine.train.model import Base, load_base, use_checkpointing
+from engine.train.lora import attach_lora, choose_trained
+from engine.train.model import Base, Model, load_base, use_checkpointing
 from engine.train.session import Session
 from engine.train.weights import trained_parameters
 
+PROGRESS_SECONDS = 0.5
+"""Between two words on tokenizing."""
 PACKAGES = ("windtunnel", "torch", "transformers", "peft", "bitsandbytes", "mistral_common")
 
 
@@ -56,15 +59,13 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
     training.fit([ask(text, tokenizer, config) for text in config.sample_prompts])
 
 
-def put_on_training(base: Base, folder: Path, config: RunConfig) -> nn.Module:
+def put_on_training(base: Base, folder: Path, config: RunConfig) -> Model:
     """The model as it trains: an adapter on frozen weights, or the chosen weights free."""
-    if config.adapter is None:
-        model = choose_trained(base.model, config)
-    else:
-        model = attach_lora(base.model, read_architecture(folder), config)
     if config.gradient_checkpointing:
         use_checkpointing(base.model)
-    return model
+    if config.adapter is None:
+        return choose_trained(base.model, config)
+    return attach_lora(base.model, read_architecture(folder), config)
 
 
 def prepare_rows(
@@ -91,13 +92,11 @@ def prepare_rows(
 
 def select_rows(prepared: Prepared, config: RunConfig) -> Rows:
     """The rows that fit the config's length and teach something."""
-    chosen = prepared.select(
-        label_rule(config), config.sequence_len, config.excess_length_strategy
-    )
+    chosen = prepared.select(label_rule(config), config.sequence_len, config.excess_length_strategy)
     return Rows(prepared, chosen.rows, chosen.lengths)
 
 
-def _only(rows: Rows, kept: np.ndarray) -> Rows:
+def _only(rows: Rows, kept: Indices) -> Rows:
     places = np.searchsorted(rows.chosen, kept)
     return Rows(rows.prepared, rows.chosen[places], rows.lengths[places])
 
@@ -108,10 +107,14 @@ def _prepare(
     tokenizer: ChatTokenizer,
     session: Session,
 ) -> Prepared:
+    next_word = 0.0
+
     def tell(progress: Progress) -> None:
-        session.emit(
-            Phase(progress.phase, progress.done_bytes, progress.total_bytes, f"{progress.rows} rows")
-        )
+        nonlocal next_word
+        if time.monotonic() >= next_word:
+            next_word = time.monotonic() + PROGRESS_SECONDS
+            done, total = progress.done_bytes, progress.total_bytes
+            session.emit(Phase(progress.phase, done, total, f"bytes, {progress.rows} rows"))
 
     home = session.run.path
     store = default_store(config, home)

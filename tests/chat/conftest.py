@@ -3,13 +3,13 @@ from collections.abc import Callable
 import pytest
 
 from engine.chat.messages import Conversation, RowFormat, read_row
-from engine.chat.tokenizer import ChatTokenizer, ImageSpec, TokenizerSpec, build_tokenizer
+from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, build_tokenizer
 
 SPECS = {
     "v7": TokenizerSpec("v7"),
     "v11": TokenizerSpec("v11"),
-    "v13": TokenizerSpec("v13", think=True, image=ImageSpec(14, 1540, 2)),
-    "v15": TokenizerSpec("v15", think=True, image=ImageSpec(14, 1540, 2), settings=True),
+    "v13": TokenizerSpec("v13", think=True, image=(14, 1540, 2)),
+    "v15": TokenizerSpec("v15", think=True, image=(14, 1540, 2), settings=True),
 }
 
 

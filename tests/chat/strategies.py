@@ -147,3 +147,65 @@ def rows(draw: Any) -> dict[str, Any]:
 
 
 efforts = st.sampled_from((None, None, "none", "high"))
+
+_ids = st.sampled_from(("abcdefghi", "123456789", "call_12345", "", "null", None))
+# A null id is read as none: tables hold null where JSON would leave the key out.
+_call_ids = _ids.map(lambda call_id: {} if call_id is None else {"id": call_id})
+_contents = st.sampled_from(
+    (
+        "text",
+        "",
+        "   ",
+        None,
+        [],
+        [{"type": "text", "text": "a"}],
+        [{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}],
+        [{"type": "thinking", "thinking": "t", "closed": False}],
+        [{"type": "text"}],
+        5,
+    )
+)
+
+
+@st.composite
+def _message(draw: Any, roles: tuple[str, ...]) -> dict[str, Any]:
+    role = draw(st.sampled_from(roles))
+    message: dict[str, Any] = {"role": role, "content": draw(_contents)}
+    if role == "tool":
+        message["tool_call_id"] = draw(_ids)
+        message["content"] = draw(st.sampled_from(("result", "", None)))
+    if role == "assistant":
+        calls = [
+            draw(_call_ids)
+            | {
+                "function": {
+                    "name": draw(st.sampled_from(("f", "f", "f", "no name"))),
+                    "arguments": draw(st.sampled_from(({}, "", None, "[1]", [1], '{"a"', '"b"'))),
+                },
+            }
+            for _ in range(draw(st.sampled_from((0, 0, 0, 1, 2))))
+        ]
+        if calls or draw(st.booleans()):
+            message["tool_calls"] = calls
+    return message
+
+
+tangled_rows = st.builds(
+    lambda messages, last, tools, effort: {
+        "messages": [*messages, last],
+        "tools": tools,
+        "reasoning_effort": effort,
+    },
+    st.lists(_message(("system", "user", "assistant", "assistant", "tool")), max_size=5),
+    _message(("assistant",)),
+    st.sampled_from(
+        (
+            None,
+            [],
+            [{"type": "function", "function": {"name": "f", "parameters": None}}],
+            [{"function": {"name": "f", "parameters": {"type": "nonsense"}}}],
+            [{"type": "function", "function": {"name": "no name", "parameters": {}}}],
+        )
+    ),
+    st.sampled_from((None, None, None, "none", "high", "low", "turbo")),
+)

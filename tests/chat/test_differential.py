@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 from engine.chat.messages import RowFormat, RowProblem, read_row
 from engine.chat.render import LabelRule, labels, render, render_exact

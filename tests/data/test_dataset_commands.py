@@ -1,5 +1,6 @@
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import cyclopts
@@ -10,6 +11,7 @@ from engine.cli import dataset
 from engine.errors import UserError
 from tests.data.conftest import chat
 
+opened = cache(open_tokenizer)
 PREVIEW_KEYS = {"row", "line", "ok", "error", "input_ids", "labels", "kinds", "sources"}
 
 
@@ -17,6 +19,8 @@ PREVIEW_KEYS = {"row", "line", "ok", "error", "input_ids", "labels", "kinds", "s
 def run(capsys, tmp_path, monkeypatch):
     """A command line -> (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
+    # Opening takes a second: once a model is enough for all these commands.
+    monkeypatch.setattr("engine.chat.tokenizer.open_tokenizer", opened)
     app = cyclopts.App(result_action="return_value")
     dataset.register(app)
 
@@ -172,7 +176,7 @@ class TestPreview:
 class TestReasoningEffort:
     def test_it_changes_the_settings_that_the_prompt_states(self, run, write_jsonl):
         path = write_jsonl([chat("q", "a")])
-        tokenizer = open_tokenizer("mistral-small-4")
+        tokenizer = opened("mistral-small-4")
         for effort in ("none", "high"):
             words = ("--model", "mistral-small-4", "--reasoning-effort", effort, "--json")
             entry = json.loads(run("preview", path, *words)[1])

@@ -20,6 +20,7 @@ from engine.data.array_writer import Interval
 from engine.data.prepare import default_store, prepare
 from engine.data.prepared import ARRAYS, META, Prepared
 from engine.errors import UserError, WorkError
+from tests.bench.prepare_throughput import measure
 from tests.data.conftest import chat
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
@@ -448,6 +449,12 @@ def test_200_000_rows_stay_below_400_mb_and_survive_a_kill_half_way(tmp_path, wr
     assert again[1:3] == ["True", "-1"]
     assert content(Path(whole[0])) == content(Path(resumed[0]))
     assert max(int(found[3]) for found in (whole, resumed, again)) < 400
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_ids_and_labels_equal_those_of_encoding_every_turn_twice(turns, tokenizer):
+    # measure() asserts it for each of its rows before it times anything.
+    assert measure(turns, 3, 1, tokenizer).mean_tokens > 500
 
 
 def test_labels_come_from_the_kinds_at_load(tmp_path, tokenizer, write_jsonl):

@@ -118,7 +118,7 @@ def main(arguments: list[str]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
     run = RunFolder(Path(arguments[1]))
     try:
-        with RunLock(run) as lock, StopSignals() as signals:
+        with StopSignals() as signals, RunLock(run) as lock:
             if "FAKE_LEAVES_A_WORKER" in os.environ and os.fork() == 0:
                 os.close(2)  # or whoever reads what the trainer prints would wait for the worker
                 signal.alarm(20)

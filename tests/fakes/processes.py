@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -49,3 +50,25 @@ def running_fake(
     finally:
         process.kill()
         process.communicate()
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Ids of the processes that have the folder, or one inside, as a word of their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if any(word == os.fsencode(folder) or _lies_in(folder, word) for word in words):
+                found.append(int(entry.name))
+    return found
+
+
+def _lies_in(folder: Path, word: bytes) -> bool:
+    return word.startswith(os.fsencode(folder) + b"/")
+
+
+def kill_all_in(folder: Path) -> None:
+    """No trainer of a test outlives it, detached or not, passed or failed."""
+    for process in processes_of(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)

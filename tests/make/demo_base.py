@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.catalog import module_table, find_model
+from engine.catalog import find_model, module_table
 from engine.config import parse_config, write_config
 from engine.runs import RunFolder
 from engine.train.demo import EMBEDDING, write_base

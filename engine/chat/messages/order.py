@@ -64,8 +64,8 @@ def _check_roles(messages: Sequence[Message]) -> None:
     for before, message in pairwise(messages):
         if message.role not in _NEXT[before.role]:
             raise RowProblem(
-                f"A {message.role} message follows a {before.role} message.",
-                f"After {before.role} comes {' or '.join(_NEXT[before.role])}.",
+                f"After the {before.role} message comes a {message.role} message.",
+                f"Only {' or '.join(_NEXT[before.role])} may follow {before.role}.",
                 "A tool result comes right after the assistant message that calls it."
                 if message.role == "tool"
                 else "Put the messages in that order, or delete this one.",
@@ -74,12 +74,13 @@ def _check_roles(messages: Sequence[Message]) -> None:
 
 
 def _check_answers(messages: Sequence[Message]) -> None:
-    if messages[0].tool_calls:
+    first = messages[0]
+    if first.role == "tool" or first.tool_calls:
         raise RowProblem(
-            "The row starts with a tool call.",
-            "mistral-common takes no result for a call in the first message.",
-            "Put the user's question before it.",
-            messages[0].source,
+            f"The row starts with a tool {'result' if first.role == 'tool' else 'call'}.",
+            "Nobody asked for it: mistral-common pairs no call or result in the first message.",
+            "Put the user's question, and the call, before it.",
+            first.source,
         )
     unanswered = 0
     calls_at: int | None = None

@@ -47,10 +47,10 @@ def read_row(row: Mapping[str, object], row_format: RowFormat) -> Conversation:
     kept, trimmed = trim(_read_messages(row, row_format, reader))
     notes = [*reader.notes, *([trimmed] if trimmed else ()), *check_order(kept)]
     effort = _read_effort(row, row_format)
-    thinks_at = next((message.source for message in kept if _thinks(message)), None)
-    if effort == "none" and thinks_at is not None:
+    if effort == "none":
         text = "The assistant thinks although reasoning_effort is none."
-        notes.append(Note("effort_contradicts_thinking", text, thinks_at))
+        thinking = [message.source for message in kept if _thinks(message)]
+        notes += [Note("effort_contradicts_thinking", text, at) for at in thinking[:1]]
     tools = read_tools(row.get(row_format.field_tools))
     return Conversation(tuple(kept), tools, effort, tuple(notes))
 
@@ -134,8 +134,8 @@ def _read_effort(row: Mapping[str, object], row_format: RowFormat) -> str | None
 
 
 def _thinks(message: Message) -> bool:
-    return (
-        message.role == "assistant"
-        and not isinstance(message.content, str)
-        and any(isinstance(part, Think) for part in message.content)
-    )
+    if message.role != "assistant":
+        return False
+    if isinstance(message.content, str):
+        return message.content.lstrip().startswith("<think>")
+    return any(isinstance(part, Think) for part in message.content)

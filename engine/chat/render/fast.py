@@ -232,7 +232,7 @@ class _Page:
         return parts or "".join(texts)
 
     def finish(self) -> Rendered:
-        ids = np.array(self._ids, np.int32)
+        ids = np.fromiter(self._ids, np.int32, len(self._ids))
         ids += self._offset
         lengths = np.array(self._lengths)
         return Rendered(

@@ -39,21 +39,13 @@ _SETTINGS: Mapping[str, Any] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class ImageSpec:
-    """How images become tokens; sizes in pixels."""
-
-    patch_size: int
-    max_size: int
-    merge: int
-
-
-@dataclass(frozen=True, slots=True)
 class TokenizerSpec:
     """What sets one model's tokenizer apart from the others."""
 
     version: str
     think: bool = False
-    image: ImageSpec | None = None
+    image: tuple[int, int, int] | None = None
+    """Patch size and largest side in pixels, patches merged a side; None reads no images."""
     settings: bool = False
 
 
@@ -122,9 +114,7 @@ def _special_tokens(spec: TokenizerSpec, slots: int) -> list[SpecialTokenInfo]:
     ]
 
 
-def _image_keys(image: ImageSpec) -> dict[str, int]:
-    return {
-        "image_patch_size": image.patch_size,
-        "max_image_size": image.max_size,
-        "spatial_merge_size": image.merge,
-    }
+def _image_keys(image: tuple[int, int, int]) -> dict[str, int]:
+    return dict(
+        zip(("image_patch_size", "max_image_size", "spatial_merge_size"), image, strict=True)
+    )

@@ -53,7 +53,7 @@ class SpecialIds:
     image_end: int | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ChatTokenizer:
     """A tokenizer in mistral-common's finetuning mode.
 

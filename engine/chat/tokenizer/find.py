@@ -14,7 +14,7 @@ from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from engine.catalog import ModelCard, find_model, list_models
-from engine.chat.tokenizer.build import ImageSpec, TokenizerSpec, build_tokenizer
+from engine.chat.tokenizer.build import TokenizerSpec, build_tokenizer
 from engine.chat.tokenizer.chat_tokenizer import ChatTokenizer, assemble
 from engine.errors import UserError, WorkError
 from engine.visible import visible
@@ -63,10 +63,14 @@ def _open_card(card: ModelCard) -> ChatTokenizer:
         cached = _find_in_cache(repository.id)
         if cached is not None:
             return _open_file(cached)
+    return build_tokenizer(spec_of(card))
+
+
+def spec_of(card: ModelCard) -> TokenizerSpec:
+    """What the catalog says of a model's tokenizer."""
     tokenizer = card.tokenizer
     image = ImageSpec(*tokenizer.image) if tokenizer.image else None
-    spec = TokenizerSpec(tokenizer.version, tokenizer.think, image, tokenizer.settings)
-    return build_tokenizer(spec)
+    return TokenizerSpec(tokenizer.version, tokenizer.think, image, tokenizer.settings)
 
 
 def _open_hub_id(repo_id: str) -> ChatTokenizer:
@@ -106,8 +110,8 @@ def _fetch(repo_id: str) -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise WorkError(
             f"The tokenizer of {repo_id} is not on this computer.",
-            "The hub could not be reached, or HF_HUB_OFFLINE is set.",
-            f"Go online, or copy the model's {_TEKKEN} here and name its folder.",
+            "The hub could not be reached or did not answer, or HF_HUB_OFFLINE is set.",
+            f"Try again online, or copy the model's {_TEKKEN} here and name its folder.",
         ) from error
     except errors.EntryNotFoundError as error:
         raise UserError(

@@ -1,0 +1,76 @@
+"""The commands about the config's format: schema, and explain for one key.
+
+They only print what `engine.config` knows, so that help on the screen, in the wizard and in an
+editor is one text.
+"""
+
+import json
+import textwrap
+from dataclasses import asdict
+from typing import Annotated
+
+import cyclopts
+from cyclopts import Parameter
+
+from engine.config.explanation import Explanation, explain_key
+from engine.config.words import config_schema
+
+AsJson = Annotated[bool, Parameter("--json", negative="")]
+
+_WIDTH = 80
+_LABEL_WIDTH = 10
+
+
+def register(app: cyclopts.App) -> None:
+    """Adds the commands of this module to `app`; each returns its exit status."""
+    app.command(print_schema, name="schema")
+    app.command(print_explanation, name="explain")
+
+
+def print_schema(*, as_json: AsJson = False) -> int:
+    """Print the JSON schema of a config, with what each key means, for editors and scripts.
+
+    Parameters
+    ----------
+    as_json
+        The schema is JSON in any case; without this it is indented.
+    """
+    print(json.dumps(config_schema(), indent=None if as_json else 2))
+    return 0
+
+
+def print_explanation(key: str, /, *, as_json: AsJson = False) -> int:
+    """Explain one key of a config: what it does, what it takes, its default.
+
+    Parameters
+    ----------
+    key
+        A key such as lora_r, or datasets.path for a key of a dataset.
+    as_json
+        Print one JSON document.
+    """
+    found = explain_key(key)
+    if as_json:
+        print(json.dumps({"keys": [asdict(explanation) for explanation in found]}))
+    else:
+        print("\n\n".join(describe(explanation) for explanation in found))
+    return 0
+
+
+def describe(explanation: Explanation) -> str:
+    """An explanation as plain text, at most 80 columns wide."""
+    lines = [f"{explanation.key}  ({explanation.section})", ""]
+    lines += [*textwrap.wrap(explanation.meaning, _WIDTH), ""]
+    for label, text in (
+        ("takes", explanation.takes),
+        ("default", explanation.default),
+        ("here", explanation.limit),
+    ):
+        if text:
+            lines += textwrap.wrap(
+                text,
+                _WIDTH,
+                initial_indent=label.ljust(_LABEL_WIDTH),
+                subsequent_indent=" " * _LABEL_WIDTH,
+            )
+    return "\n".join(lines)

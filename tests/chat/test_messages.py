@@ -1,0 +1,340 @@
+"""Every spelling of a conversation becomes the one internal form."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.chat.messages import (
+    Conversation,
+    Message,
+    RowFormat,
+    RowProblem,
+    Text,
+    Think,
+    ToolCall,
+    read_row,
+)
+from engine.chat.render import render
+from engine.config import DatasetConfig
+from engine.errors import UserError
+from tests.chat.conftest import Tokenizers
+
+USER: dict[str, Any] = {"role": "user", "content": "q"}
+ANSWER: dict[str, Any] = {"role": "assistant", "content": "a"}
+ASKED = Message("user", "q", source=0)
+ANSWERED = Message("assistant", "a", source=1)
+
+Read = Callable[..., Conversation]
+
+
+def row_format(**keys: Any) -> RowFormat:
+    return RowFormat.from_config(DatasetConfig(path="rows.jsonl", **keys))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, ANSWER]},
+        {"messages": json.dumps([USER, ANSWER])},
+        {"messages": [USER, ANSWER], "tools": None, "system": None, "images": []},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"conversations": [{"role": "user", "content": "q"}, {"role": "model", "content": "a"}]},
+        {"conversation": [USER, ANSWER]},
+        {"prompt": [USER], "completion": [ANSWER]},
+    ],
+)
+def test_lists_of_messages_are_found_under_their_usual_names(row: dict[str, Any]) -> None:
+    assert read_row(row, RowFormat()).messages == (ASKED, ANSWERED)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "response": "a"},
+        {"question": "q", "answer": "a"},
+        {"instruction": "q", "output": "a", "input": ""},
+        {"instruction": "q", "response": "a"},
+    ],
+)
+def test_question_and_answer_columns_are_messages_of_the_row(row: dict[str, Any]) -> None:
+    asked, answered = read_row(row, RowFormat()).messages
+    assert (asked.content, answered.content) == ("q", "a")
+    assert asked.source == answered.source == -1
+
+
+def test_the_input_of_an_instruction_follows_it() -> None:
+    row = {"instruction": "Translate.", "input": "Brot", "output": "bread", "system": "S"}
+    system, asked, _ = read_row(row, RowFormat()).messages
+    assert (system.role, system.content) == ("system", "S")
+    assert asked.content == "Translate.\n\nBrot"
+
+
+def test_a_row_without_messages_names_its_columns() -> None:
+    with pytest.raises(RowProblem, match="'text'"):
+        read_row({"text": "a", "id": 1}, RowFormat())
+
+
+def test_a_configured_column_is_not_guessed_around() -> None:
+    with pytest.raises(RowProblem, match="It has no chat"):
+        read_row({"conversations": [USER, ANSWER]}, row_format(field_messages="chat"))
+
+
+def test_the_rows_own_system_prompt_comes_first_unless_there_is_one(read: Read) -> None:
+    assert read(USER, ANSWER, system="S").messages[0] == Message("system", "S", source=-1)
+    own = {"role": "system", "content": "own"}
+    assert [message.content for message in read(own, USER, ANSWER, system="S").messages] == [
+        *("own", "q", "a")
+    ]
+
+
+def test_mapped_properties_and_roles_are_read() -> None:
+    configured = row_format(
+        field_messages="turns",
+        field_tools="functions",
+        message_property_mappings={"role": "who", "content": "said", "thinking": "mused"},
+        roles={"user": ["customer"], "assistant": ["agent"]},
+        message_field_training="train",
+        chat_template_kwargs={"reasoning_effort": "high"},
+    )
+    row = {
+        "turns": [
+            {"who": "customer", "said": "q"},
+            {"who": "agent", "said": "a", "mused": "t", "train": False},
+        ],
+        "functions": [{"name": "f", "parameters": {}}],
+    }
+    conversation = read_row(row, configured)
+    assert conversation.messages == (
+        ASKED,
+        Message("assistant", (Think("t"), Text("a")), source=1, learn=False),
+    )
+    assert conversation.reasoning_effort == "high"
+    assert conversation.tools == (
+        {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}},
+    )
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"message_property_mappings": {"contents": "said"}},
+        {"roles": {"critic": ["judge"]}},
+    ],
+)
+def test_a_misspelt_key_of_the_format_is_an_error_before_the_first_row(
+    keys: dict[str, Any],
+) -> None:
+    with pytest.raises(UserError):
+        row_format(**keys)
+
+
+def test_the_datasets_reasoning_effort_wins_over_the_runs_and_the_rows_over_both() -> None:
+    dataset = DatasetConfig(path="x", chat_template_kwargs={"reasoning_effort": "high"})
+    configured = RowFormat.from_config(dataset, {"reasoning_effort": "none"})
+    assert configured.reasoning_effort == "high"
+    row = {"messages": [USER, ANSWER], "reasoning_effort": "none"}
+    assert read_row(row, configured).reasoning_effort == "none"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": [{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}]},
+        {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "t"}], "closed": None},
+                {"type": "text", "text": "a", "thinking": None},
+            ]
+        },
+        {"content": "a", "reasoning_content": "t"},
+        {"content": "a", "reasoning": "t", "reasoning_content": "t"},
+        {"content": "a", "thinking": "t"},
+        {"content": [{"type": "text", "text": "a"}], "thinking": [{"type": "text", "text": "t"}]},
+    ],
+)
+def test_thinking_in_every_spelling_is_thinking(message: dict[str, Any], read: Read) -> None:
+    _, answered = read(USER, {"role": "assistant", **message}).messages
+    assert answered.content == (Think("t"), Text("a"))
+
+
+def test_thinking_that_was_cut_off_stays_open(read: Read) -> None:
+    chunk = {"type": "thinking", "thinking": "t", "closed": False}
+    _, answered = read(USER, {"role": "assistant", "content": [chunk]}).messages
+    assert answered.content == (Think("t", closed=False),)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": [{"type": "thinking", "thinking": "t"}], "reasoning_content": "t"},
+        {"content": "a", "reasoning_content": "t", "reasoning": "u"},
+    ],
+)
+def test_thinking_given_twice_is_refused(message: dict[str, Any], read: Read) -> None:
+    with pytest.raises(RowProblem, match="thinking"):
+        read(USER, {"role": "assistant", **message})
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [{"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
+        [{"id": "abcdefghi", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+        [{"id": "abcdefghi", "name": "f", "arguments": '{"a": 1}'}],
+        '[{"id": "abcdefghi", "function": {"name": "f", "arguments": {"a": 1}}}]',
+    ],
+)
+def test_tool_calls_are_read_in_every_spelling(calls: object, read: Read) -> None:
+    _, calling = read(USER, {"role": "assistant", "content": None, "tool_calls": calls}).messages
+    assert calling.content == ""
+    assert calling.tool_calls == (ToolCall("f", {"a": 1}, "abcdefghi"),)
+
+
+def test_sharegpt_calls_and_results_are_paired_in_order() -> None:
+    row = {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": '[{"name": "f", "arguments": {}}, {"name": "g"}]'},
+            {"from": "observation", "value": "one"},
+            {"from": "observation", "value": "two"},
+            {"from": "gpt", "value": "a"},
+        ]
+    }
+    conversation = read_row(row, RowFormat())
+    calling, one, two = conversation.messages[1:4]
+    assert [call.name for call in calling.tool_calls] == ["f", "g"]
+    assert [call.id for call in calling.tool_calls] == [one.tool_call_id, two.tool_call_id]
+    assert [note.id for note in conversation.notes] == ["call_ids_made"]
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [{"type": "function", "function": {"name": "f", "description": None, "strict": True}}],
+        [{"name": "f", "parameters": None}],
+        '[{"name": "f", "parameters": "{}"}]',
+    ],
+)
+def test_tools_are_read_in_every_spelling(tools: object, read: Read) -> None:
+    assert read(USER, ANSWER, tools=tools).tools == (
+        {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}},
+    )
+
+
+def test_turns_after_the_last_answer_are_left_out_with_a_note(read: Read) -> None:
+    conversation = read(USER, ANSWER, USER, {"role": "system", "content": "s"})
+    assert conversation.messages == (ASKED, ANSWERED)
+    (note,) = conversation.notes
+    assert (note.id, note.message) == ("trimmed", 2)
+    assert "2 messages" in note.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [({"weight": 0}, False), ({"weight": 1}, True), ({"weight": None}, True), ({}, True)],
+)
+def test_weight_zero_keeps_a_message_out_of_the_loss(
+    columns: dict[str, Any], expected: bool, read: Read
+) -> None:
+    assert read(USER, ANSWER | columns).messages[1].learn is expected
+
+
+def test_a_weight_between_is_refused(read: Read) -> None:
+    with pytest.raises(RowProblem, match="neither 0 nor 1"):
+        read(USER, ANSWER | {"weight": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("row", "note"),
+    [
+        (
+            {"messages": [USER, ANSWER | {"thinking": "t"}], "reasoning_effort": "none"},
+            "effort_contradicts_thinking",
+        ),
+        (
+            {
+                "messages": [USER, {"role": "assistant", "content": "<think>t</think>a"}],
+                "reasoning_effort": "none",
+            },
+            "effort_contradicts_thinking",
+        ),
+        ({"messages": [USER, ANSWER | {"reasoning_content": ""}]}, "empty_thinking"),
+        ({"messages": [USER, {"role": "assistant", "content": "  "}]}, "blank_answer"),
+    ],
+)
+def test_what_is_odd_but_usable_gets_a_note(row: dict[str, Any], note: str) -> None:
+    assert [found.id for found in read_row(row, RowFormat()).notes] == [note]
+
+
+@pytest.mark.parametrize("columns", [{"images": ["a.png"]}, {"image": "a.png"}])
+def test_a_row_with_images_is_refused(columns: dict[str, Any], read: Read) -> None:
+    with pytest.raises(RowProblem, match="images"):
+        read(USER, ANSWER, **columns)
+
+
+KEYS = (
+    *("messages", "conversations", "role", "content", "from", "value", "type", "text", "thinking"),
+    *("tool_calls", "tool_call_id", "id", "function", "name", "arguments", "tools", "parameters"),
+    *(
+        "system",
+        "weight",
+        "reasoning_effort",
+        "closed",
+        "reasoning_content",
+        "prompt",
+        "completion",
+    ),
+    *("function_call", "images", "input", "instruction", "output", "description"),
+)
+WORDS = (
+    "user",
+    "assistant",
+    "tool",
+    "gpt",
+    "function_call",
+    "observation",
+    "text",
+    "thinking",
+    "function",
+)
+json_values: Any = st.recursive(
+    st.one_of(
+        *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4)),
+        *(st.sampled_from(WORDS), st.sampled_from(("[]", "{}", "[1", '{"name": "f"}'))),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.sampled_from(KEYS), inner, max_size=6)
+    ),
+    max_leaves=20,
+)
+messages = st.fixed_dictionaries(
+    {"role": st.sampled_from(WORDS)},
+    optional={key: json_values for key in ("content", "tool_calls", "tool_call_id", "thinking")},
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    row=st.one_of(
+        st.dictionaries(st.sampled_from(KEYS), json_values, max_size=6),
+        st.builds(
+            lambda listed, tools: {"messages": listed, "tools": tools},
+            st.lists(messages, max_size=5),
+            json_values,
+        ),
+    )
+)
+def test_any_json_is_read_or_refused_and_never_an_error(
+    row: dict[str, Any], tokenizers: Tokenizers
+) -> None:
+    with suppress(RowProblem):
+        conversation = read_row(row, RowFormat())
+        for version in ("v11", "v15"):
+            with suppress(RowProblem):
+                render(conversation, tokenizers[version])

@@ -1,0 +1,81 @@
+"""The house rules that a reader would otherwise have to check by eye."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("engine", "tui", "presets")
+FILE_LINES, FUNCTION_LINES, LOOP_LINES = 400, 60, 120
+SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+TOP_LEVEL = {
+    *("pyproject.toml", "README.md", "tui", "engine", "tests", "presets", "Makefile"),
+    *("constraints.txt", "LICENSE", "CHANGELOG.md", "Dockerfile"),
+}
+UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "pickle.load", "pickle.loads"}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def tracked() -> list[str]:
+    done = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return done.stdout.split("\n")[:-1]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    text = path.read_text("utf-8")
+    assert text.count("\n") <= FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            limit = LOOP_LINES if node.name == "fit" else FUNCTION_LINES
+            assert node.end_lineno - node.lineno + 1 <= limit, node.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_nothing_can_run_what_a_file_or_a_config_says(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in UNSAFE_CALLS
+            assert not any(
+                each.arg in ("shell", "trust_remote_code")
+                and not (isinstance(each.value, ast.Constant) and each.value.value is False)
+                for each in node.keywords
+            )
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_every_module_says_what_it_decides(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text("utf-8")))
+
+
+def unfinished(text: str) -> Iterator[str]:
+    yield from re.findall(r"TODO|FIXME|XXX|NotImplementedError", text)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_nothing_is_a_stub(path: Path) -> None:
+    assert not list(unfinished(path.read_text("utf-8")))
+
+
+def test_the_top_level_holds_what_a_newcomer_expects() -> None:
+    tops = {path.split("/")[0] for path in tracked()}
+    assert {top for top in tops if not top.startswith(".")} <= TOP_LEVEL
+
+
+def test_no_file_knows_the_machine_it_was_written_on() -> None:
+    home = re.compile(r"(?<![\w.-])/(?:root|home/[a-z]+|Users/\w+)/")
+    for name in tracked():
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".yml", ".toml", ".txt", "") and path.is_file():
+            assert not home.search(path.read_text("utf-8", "replace")), name

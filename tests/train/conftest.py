@@ -1,0 +1,50 @@
+from collections.abc import Callable
+from pathlib import Path
+
+# First, because it decides what transformers may load.
+import engine.train  # noqa: F401
+
+import pytest
+import torch
+
+from engine.train.batches import Rows
+from tests.train.tiny import ARCHITECTURES, UNEVEN, Row, write_model, write_rows
+
+torch.set_num_threads(1)  # toy shapes: a second thread only waits
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model, by its name in `ARCHITECTURES`; made once, never changed."""
+    home = tmp_path_factory.mktemp("models")
+
+    def folder(name: str) -> Path:
+        path = home / name.replace(" ", "-")
+        return path if path.exists() else write_model(path, ARCHITECTURES[name])
+
+    return folder
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def any_model(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) -> Path:
+    """Each architecture's folder in turn."""
+    return model_folder(request.param)
+
+
+@pytest.fixture
+def ministral(model_folder: Callable[[str], Path]) -> Path:
+    """The folder of a text-only Ministral 3."""
+    return model_folder("ministral3")
+
+
+@pytest.fixture(scope="session")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """Eight rows with 2 to 31 learned tokens."""
+    return write_rows(tmp_path_factory.mktemp("rows") / "uneven", UNEVEN)
+
+
+@pytest.fixture
+def make_rows(tmp_path: Path) -> Callable[[list[Row]], Rows]:
+    """Rows of one's own, as prepared arrays."""
+    made = iter(range(1000))
+    return lambda rows: write_rows(tmp_path / f"rows-{next(made)}", rows)

@@ -1,0 +1,259 @@
+"""Which rows a step holds: all of them once an epoch, in an order that can be made again."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from engine.chat.render import WITHHELD, Kind, LabelRule
+from engine.train.batches import PAD, Order, Rows, collate, evaluation_micros
+from tests.train.tiny import Row, row, settings, write_rows
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """Forty rows of 6 to 45 tokens."""
+    rows = [row(3, 1 + n, seed=n) for n in range(40)]
+    return write_rows(tmp_path_factory.mktemp("rows") / "many", rows)
+
+
+def walk(order: Order) -> list[tuple[int, ...]]:
+    return [batch.rows for _, batch in order.steps(0)]
+
+
+CUTS = {
+    "one by one": {},
+    "micro-batches": {"micro_batch_size": 3},
+    "accumulated": {"micro_batch_size": 2, "gradient_accumulation_steps": 3},
+    "packed": {"sample_packing": True, "sequence_len": 96},
+    "packed, accumulated": {
+        "sample_packing": True,
+        "sequence_len": 64,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("keys", CUTS.values(), ids=CUTS)
+class TestOrder:
+    def test_every_row_comes_once_an_epoch_and_none_is_lost_in_the_last_step(
+        self, many: Rows, keys: dict[str, Any]
+    ) -> None:
+        order = Order(many, settings(num_epochs=2, **keys))
+        steps = walk(order)
+        for start in (0, order.steps_per_epoch()):
+            epoch = steps[start : start + order.steps_per_epoch()]
+            assert sorted(r for rows in epoch for r in rows) == list(range(len(many)))
+        assert len(steps) == order.total_steps == 2 * order.steps_per_epoch()
+
+    def test_made_again_it_is_the_same(self, many: Rows, keys: dict[str, Any]) -> None:
+        config = settings(num_epochs=2, **keys)
+        assert walk(Order(many, config)) == walk(Order(many, config))
+
+    def test_another_seed_and_another_epoch_are_another_order(
+        self, many: Rows, keys: dict[str, Any]
+    ) -> None:
+        order = Order(many, settings(num_epochs=2, **keys))
+        steps, other = walk(order), walk(Order(many, settings(seed=6, num_epochs=2, **keys)))
+        assert steps != other
+        assert steps[: order.steps_per_epoch()] != steps[order.steps_per_epoch() :]
+
+    def test_a_step_does_not_depend_on_those_before_it(
+        self, many: Rows, keys: dict[str, Any]
+    ) -> None:
+        config = settings(num_epochs=3, **keys)
+        steps = walk(Order(many, config))
+        jumping = Order(many, config)
+        for number in (len(steps), 1, len(steps) // 2, len(steps) // 2 + 1, len(steps), 2):
+            assert jumping.step(number).rows == steps[number - 1]
+            assert [b.rows for _, b in Order(many, config).steps(number)] == steps[number:]
+
+    def test_the_epoch_counts_up_to_whole_ones(self, many: Rows, keys: dict[str, Any]) -> None:
+        order = Order(many, settings(num_epochs=2, **keys))
+        epochs = [batch.epoch for _, batch in order.steps(0)]
+        assert epochs == sorted(epochs)
+        assert epochs[0] == pytest.approx(1 / order.steps_per_epoch())
+        assert (epochs[order.steps_per_epoch() - 1], epochs[-1]) == (1.0, 2.0)
+
+
+class TestHowLong:
+    @pytest.mark.parametrize(
+        ("epochs", "steps"), [(0.001, 1), (0.25, 10), (1, 40), (1.1, 44), (1.5, 60), (2.26, 91)]
+    )
+    def test_part_of_an_epoch_is_part_of_its_steps(
+        self, many: Rows, epochs: float, steps: int
+    ) -> None:
+        order = Order(many, settings(num_epochs=epochs))
+        whole = walk(Order(many, settings(num_epochs=3)))
+        assert order.total_steps == steps
+        assert walk(order) == whole[:steps]
+
+    @pytest.mark.parametrize("epochs", [0.5, 1, 3])
+    @pytest.mark.parametrize("steps", [1, 39, 40, 41, 95])
+    def test_max_steps_decides_alone_and_skips_no_row(
+        self, many: Rows, epochs: float, steps: int
+    ) -> None:
+        order = Order(many, settings(num_epochs=epochs, max_steps=steps))
+        assert order.total_steps == steps
+        assert walk(order) == walk(Order(many, settings(num_epochs=3)))[:steps]
+
+
+class TestFingerprint:
+    """A checkpoint fits only the order it was made in."""
+
+    PACKED: dict[str, Any] = {"sample_packing": True}
+
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [
+            ({}, {"seed": 6}),
+            ({}, {"sample_packing": True}),
+            ({}, {"micro_batch_size": 2}),
+            ({}, {"gradient_accumulation_steps": 2}),
+            (PACKED, PACKED | {"sequence_len": 127}),
+        ],
+    )
+    def test_it_changes_with_what_decides_the_order(
+        self, many: Rows, before: dict[str, Any], after: dict[str, Any]
+    ) -> None:
+        left, right = (Order(many, settings(**keys)) for keys in (before, after))
+        assert left.fingerprint() != right.fingerprint()
+
+    @pytest.mark.parametrize(
+        "keys",
+        [
+            {"learning_rate": 1e-3},
+            {"num_epochs": 3},
+            {"max_steps": 7},
+            {"sequence_len": 127},
+            {"lora_r": 4},
+            {"eval_sample_packing": True},
+            {"optimizer": "adamw_torch"},
+        ],
+        ids=str,
+    )
+    def test_it_does_not_change_with_anything_else(self, many: Rows, keys: dict[str, Any]) -> None:
+        assert Order(many, settings(**keys)).fingerprint() == Order(many, settings()).fingerprint()
+
+    def test_it_changes_with_the_rows_and_with_where_they_are_cut(self, many: Rows) -> None:
+        rule = LabelRule()
+        variants = [
+            many,
+            many.first(39),
+            Rows(many.prepared, many.chosen[::-1].copy(), many.lengths[::-1].copy()),
+            Rows(many.prepared, many.chosen, np.minimum(many.lengths, 30)),
+            *(
+                Rows(many.prepared, found.rows, found.lengths)
+                for found in [many.prepared.select(rule, 40)]
+            ),
+        ]
+        found = {Order(rows, settings()).fingerprint() for rows in variants}
+        assert len(found) == len(variants)
+
+    def test_equal_rows_have_it_wherever_they_lie(self, many: Rows, tmp_path: Path) -> None:
+        copy = write_rows(tmp_path / "copy", [row(3, 1 + n, seed=n) for n in range(40)])
+        assert Order(copy, settings()).fingerprint() == Order(many, settings()).fingerprint()
+
+
+class TestCollate:
+    def test_ids_labels_and_positions_of_two_packed_rows(
+        self, make_rows: Callable[[list[Row]], Rows]
+    ) -> None:
+        first = [(1, Kind.BOS), (30, Kind.USER), (31, Kind.TEXT), (2, Kind.EOS)]
+        second = [(1, Kind.BOS), (40, Kind.USER), (41, Kind.THINK), (42, Kind.TEXT), (2, Kind.EOS)]
+        rows = make_rows([first, second])
+        micro = collate(rows, [[1, 0]], LabelRule(thinking=False))
+        found = {name: tensor.tolist() for name, tensor in micro.tensors.items()}
+        assert found == {
+            "input_ids": [[1, 40, 41, 42, 2, 1, 30, 31, 2]],
+            "labels": [[-100, -100, -100, 42, 2, -100, -100, 31, 2]],
+            "position_ids": [[0, 1, 2, 3, 4, 0, 1, 2, 3]],
+        }
+        assert (micro.rows, micro.tokens, micro.learned_tokens) == ((1, 0), 9, 4)
+
+    def test_a_shorter_sequence_is_filled_with_what_is_never_learned(
+        self, make_rows: Callable[[list[Row]], Rows]
+    ) -> None:
+        rows = make_rows([row(1, 1, seed=1), row(1, 4, seed=2)])
+        micro = collate(rows, [[0], [1]], LabelRule())
+        assert micro.tensors["input_ids"][0, 4:].tolist() == [PAD] * 3
+        assert micro.tensors["labels"][0, 4:].tolist() == [-100] * 3
+        # Counting on from the row: a second zero would start another row.
+        assert micro.tensors["position_ids"].tolist() == [list(range(7))] * 2
+        assert micro.tokens == 4 + 7
+
+    def test_a_message_that_the_row_withholds_is_not_learned(
+        self, make_rows: Callable[[list[Row]], Rows]
+    ) -> None:
+        held = [(1, Kind.BOS), (30, Kind.TEXT | WITHHELD), (31, Kind.TEXT), (2, Kind.EOS)]
+        micro = collate(make_rows([held]), [[0]], LabelRule(inputs=True))  # type: ignore[list-item]
+        assert micro.tensors["labels"].tolist() == [[-100, -100, 31, 2]]
+
+    def test_a_row_that_is_cut_ends_where_it_is_cut(self, many: Rows) -> None:
+        cut = Rows(many.prepared, many.chosen, np.minimum(many.lengths, 5))
+        micro = collate(cut, [[7, 8]], LabelRule())
+        assert micro.tokens == 10
+        assert micro.tensors["position_ids"].tolist() == [[0, 1, 2, 3, 4] * 2]
+
+    def test_prepared_rows_stay_as_they_are(self, many: Rows) -> None:
+        before = many.ids(3).tolist()
+        micro = collate(many, [[3]], LabelRule(inputs=True))
+        micro.tensors["input_ids"].zero_()
+        assert many.ids(3).tolist() == before
+
+
+@examples(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.integers(1, 40),
+    st.booleans(),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.floats(0.05, 3),
+    st.integers(0, 2**31),
+)
+def test_any_cut_loses_no_token(
+    many: Rows, rows: int, packs: bool, micro: int, accumulated: int, epochs: float, seed: int
+) -> None:
+    chosen = many.first(rows)
+    keys = {"sample_packing": packs, "micro_batch_size": micro, "seed": seed}
+    config = settings(gradient_accumulation_steps=accumulated, num_epochs=epochs, **keys)
+    order = Order(chosen, config)
+    seen = Counter(row for rows in walk(order) for row in rows)
+    # Rows of finished epochs were seen that often, the others once more or not.
+    assert set(seen.values()) <= {math.floor(epochs), math.floor(epochs) + 1, math.ceil(epochs)}
+    for _, batch in order.steps(max(0, order.total_steps - 2)):
+        assert batch.tokens == sum(int(chosen.lengths[row]) for row in batch.rows)
+        assert len(batch.micros) <= accumulated
+        assert all(len(m.tensors["input_ids"]) <= micro for m in batch.micros)
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize("packs", [False, True])
+    def test_every_row_is_scored_once(self, many: Rows, packs: bool) -> None:
+        config = settings(eval_sample_packing=packs, micro_batch_size=3)
+        micros = list(evaluation_micros(many, config))
+        assert sorted(row for micro in micros for row in micro.rows) == list(range(len(many)))
+        assert (len(micros[0].rows) > 3) is packs
+
+    @pytest.mark.parametrize(
+        ("training", "evaluation", "packs"),
+        [(True, None, True), (False, None, False), (True, False, False), (False, True, True)],
+    )
+    def test_it_packs_as_the_config_says_else_as_training_does(
+        self, many: Rows, training: bool, evaluation: bool | None, packs: bool
+    ) -> None:
+        config = settings(sample_packing=training, eval_sample_packing=evaluation)
+        first = next(evaluation_micros(many, config))
+        assert (len(first.rows) > 1) is packs
+
+
+def test_a_row_is_named_by_file_and_line(many: Rows) -> None:
+    assert many.place(7) == "rows.jsonl line 8"

@@ -1,0 +1,199 @@
+"""Real architectures at toy size and hand-made rows: what the trainer's tests train.
+
+Everything lies on disk as a real model and real prepared arrays do, so that the tests go through
+the trainer's own loading; only the numbers are random and few. Widths are multiples of 64, which
+4-bit blocks need. A row of 40 tokens passes two of the windows in which Ministral 3 scales its
+queries by their position.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from engine.chat.messages import Conversation
+from engine.chat.render import Kind, Rendered
+from engine.config import RunConfig
+from engine.data.array_writer import ArrayWriter, Interval
+from engine.data.prepared import Prepared
+from engine.data.rows import RenderedRow
+from engine.events import EventWriter
+from engine.runs import ControlReader, RunFolder, StopSignals, read_steps
+from engine.train.batches import Rows
+from engine.train.loop import Training
+from engine.train.model import Base, Model, load_base
+from engine.train.run import put_on_training
+from engine.train.session import Session
+
+VOCABULARY = 192
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.125,  # 1 / sqrt(hidden_size): wide enough for every path to matter
+    "pad_token_id": 11,
+    "tie_word_embeddings": False,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "max_position_embeddings": 256,
+    "llama_4_scaling_beta": 0.1,
+}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"} | TEXT
+MINISTRAL3 = {
+    "architectures": ["Ministral3ForCausalLM"],
+    "model_type": "ministral3",
+    "rope_parameters": YARN,
+} | TEXT
+VISION = {
+    "model_type": "pixtral",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "patch_size": 14,
+    "image_size": 28,
+}
+
+
+def with_vision(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The same language model inside Mistral 3, with a vision tower beside it."""
+    return {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "text_config": {k: v for k, v in text.items() if k != "architectures"},
+        "vision_config": VISION,
+        "tie_word_embeddings": False,
+    }
+
+
+ARCHITECTURES = {
+    "mistral": MISTRAL,
+    "ministral3": MINISTRAL3,
+    "mistral3 over mistral": with_vision(MISTRAL),
+    "mistral3 over ministral3": with_vision(MINISTRAL3),
+}
+
+
+def write_model(folder: Path, config: Mapping[str, Any], seed: int = 0) -> Path:
+    """A model of random weights as transformers saves it."""
+    model_class = getattr(transformers, config["architectures"][0])
+    torch.manual_seed(seed)
+    model = model_class(model_class.config_class.from_dict(dict(config)))
+    model.save_pretrained(folder)
+    return folder
+
+
+def edit_config(folder: Path, **keys: object) -> None:
+    """Change keys of the model's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def edit_weights(folder: Path, changes: Mapping[str, torch.Tensor | None]) -> None:
+    """Replace tensors of the model's file, add new ones, or take those given as None out."""
+    path = folder / "model.safetensors"
+    tensors: dict[str, torch.Tensor | None] = {**load_file(path), **changes}
+    save_file({k: v for k, v in tensors.items() if v is not None}, path, {"format": "pt"})
+
+
+def settings(base: Path | str = "base", **keys: Any) -> RunConfig:
+    """A config in float32 for rows of at most 128 tokens."""
+    defaults = {"base_model": str(base), "bf16": False, "sequence_len": 128, "seed": 5}
+    return RunConfig(**(defaults | keys))
+
+
+Row = list[tuple[int, Kind]]
+
+
+def row(question_tokens: int, answer_tokens: int, seed: int) -> Row:
+    """<s>, a question of random ids, an answer of random ids, </s>."""
+    ids = np.random.default_rng(seed).integers(20, VOCABULARY, question_tokens + answer_tokens)
+    kinds = [Kind.USER] * question_tokens + [Kind.TEXT] * answer_tokens
+    middle = zip(ids.tolist(), kinds, strict=True)
+    return [(1, Kind.BOS), *middle, (2, Kind.EOS)]
+
+
+UNEVEN = [row(q, a, n) for n, (q, a) in enumerate(
+    [(3, 1), (20, 2), (4, 30), (9, 12), (1, 1), (14, 25), (6, 3), (2, 19)]
+)]
+"""Eight rows of 5 to 41 tokens with 2 to 31 learned ones."""
+
+
+def write_rows(folder: Path, rows: Sequence[Row]) -> Rows:
+    """The rows as prepared arrays, read back; each whole and in this order."""
+    writer = ArrayWriter(folder, Interval())
+    for number, pairs in enumerate(rows, start=1):
+        rendered = Rendered(
+            np.array([token for token, _ in pairs], np.uint32),
+            np.array([kind for _, kind in pairs], np.uint8),
+            np.zeros(len(pairs), np.int32),
+        )
+        writer.add(
+            RenderedRow(number, number, "rows.jsonl", 0, 0, None, Conversation(()), rendered)
+        )
+    writer.finish("by hand")
+    prepared = Prepared(folder)
+    return Rows(prepared, np.arange(len(prepared), dtype=np.int64), prepared.lengths)
+
+
+def training(
+    folder: Path,
+    config: RunConfig,
+    rows: Rows,
+    held_out: Mapping[str, Rows] | None = None,
+) -> Training:
+    """The trainer of a run in `folder`, on the model that the config names, before step 1."""
+    base = load_base(Path(config.base_model), config)
+    torch.manual_seed(config.seed)
+    model = put_on_training(base, Path(config.base_model), config)
+    model.train()
+    return assemble(folder, base, model, config, rows, held_out)
+
+
+def assemble(
+    folder: Path,
+    base: Base,
+    model: Model,
+    config: RunConfig,
+    rows: Rows,
+    held_out: Mapping[str, Rows] | None = None,
+) -> Training:
+    """The same around a model that is there already. It asks no sample prompts."""
+    run = RunFolder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    session = Session(run, EventWriter(run.events), ControlReader(run.control, 0.0), StopSignals())
+    session.base_folder = Path(config.base_model)
+    return Training(base, model, rows, held_out or {}, config, session, tokenizer=None)  # type: ignore[arg-type]
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of every step that the run in `folder` told."""
+    return [step.loss for step in read_steps(RunFolder(folder))]
+
+
+def gradients(model: Model) -> dict[str, torch.Tensor]:
+    """A copy of every gradient, by parameter."""
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def wake_adapter(model: Model, seed: int = 1) -> None:
+    """Give the adapter's B matrices values: as they start, they are zero and A gets no gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
