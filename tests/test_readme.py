@@ -1,0 +1,70 @@
+"""What README tells a newcomer to type exists and works."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.catalog import model_names
+from engine.config import parse_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+SAMPLE = ROOT / "presets" / "samples" / "harbour-pilot" / "train.jsonl"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def windtunnel(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "engine", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_make_target_it_names_exists() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    named = re.findall(r"^make ([a-z-]+)", "\n".join(blocks("sh")), re.MULTILINE)
+    assert {"demo", "test"} <= set(named) <= set(targets)
+
+
+def test_every_command_it_names_explains_itself(tmp_path: Path) -> None:
+    table = re.findall(r"^\| `windtunnel ([^`|]*)`((?:, `[^`]*`)*)", README, re.MULTILINE)
+    words = {first.split()[0] for first, _ in table}
+    words |= {
+        extra.split()[0] for _, rest in table for extra in re.findall(r"`([a-z][^`]*)`", rest)
+    }
+    assert {"demo", "train", "preview", "resume", "explain"} <= words
+    for word in sorted(words):
+        done = windtunnel(word, "--help", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+def test_its_config_is_valid_and_supported() -> None:
+    (text,) = blocks("yaml")
+    file = parse_config(text)
+    assert [finding for finding in file.findings() if finding.severity == "error"] == []
+
+
+def test_its_first_steps_run_on_real_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(SAMPLE.read_bytes())
+    (lines,) = [block for block in blocks("sh") if "windtunnel check" in block]
+    for line in lines.splitlines():
+        if line.startswith(("windtunnel check", "windtunnel preview")):
+            done = windtunnel(*line.split()[1:], cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_every_model_of_the_catalog_is_in_its_table(name: str) -> None:
+    size = name.removeprefix("ministral-3").removeprefix("magistral-small")
+    assert f"`{name}`" in README or f"`{size}`" in README
