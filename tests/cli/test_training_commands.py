@@ -1,0 +1,153 @@
+"""`train` and `demo` on the command line: good input, bad input, exit status, JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.cli import main
+from engine.runs import RunFolder, is_locked, status
+
+SAMPLE = Path(__file__).parents[2] / "presets" / "samples" / "harbour-pilot" / "train.jsonl"
+SMALL = f"""
+# kept: a person's own words
+base_model: demo-tiny
+datasets:
+  - path: rows.jsonl  # beside this file
+    type: chat_template
+adapter: lora
+lora_r: 8
+sequence_len: 128
+micro_batch_size: 4
+max_steps: 3
+learning_rate: 0.005
+bf16: false
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "rows.jsonl").write_bytes(SAMPLE.read_bytes())
+    path = tmp_path / "pilot.yml"
+    path.write_text(SMALL, "utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WINDTUNNEL_RUNS", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def types(text: str) -> list[str]:
+    return [json.loads(line)["type"] for line in text.splitlines()]
+
+
+def test_train_runs_to_the_end_and_says_where(
+    config: Path, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(config), "--json"]) == 0
+    run = RunFolder(Path(json.loads(capfd.readouterr().out)["run"]))
+    assert run.path.parent == home / "runs"
+    assert status(run) == "finished"
+    written = run.config.read_text("utf-8")
+    assert "# kept: a person's own words" in written
+    assert str(config.parent / "rows.jsonl") in written
+    assert (run.adapter / "adapter_config.json").is_file()
+    assert list(run.data.glob("*"))
+
+
+def test_events_are_printed_as_they_are_in_the_file(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "here"
+    assert main(["train", str(config), f"output_dir={folder}", "max_steps=1", "--events"]) == 0
+    printed = capfd.readouterr().out
+    assert types(printed) == types((folder / "events.jsonl").read_text("utf-8"))
+    assert types(printed)[-1] == "ended"
+    assert {"started", "step", "saved"} <= set(types(printed))
+
+
+def test_a_detached_run_goes_on_without_us(
+    config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(config), "--detach", "--json"]) == 0
+    run = RunFolder(Path(json.loads(capfd.readouterr().out)["run"]))
+    assert is_locked(run)
+    assert main(["resume", str(run.path), "--json"]) == 2  # it runs: nothing to resume
+    assert "is running" in capfd.readouterr().err
+    assert main(["stop", str(run.path), "--json"]) in (0, 1)
+    assert not is_locked(run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_status", "words"),
+    [
+        (["train"], 2, ["config"]),
+        (["train", "absent.yml"], 2, ["absent.yml"]),
+        (["train", "{config}", "lerning_rate=1e-4"], 2, ["lerning_rate", "learning_rate"]),
+        (["train", "{config}", "lora_r=many"], 2, ["lora_r"]),
+        (["train", "{config}", "learning_rate"], 2, ["learning_rate"]),
+        (["train", "{config}", "rl=dpo"], 2, ["rl"]),
+        (["train", "{config}", "trust_remote_code=true"], 2, ["trust_remote_code"]),
+        (["train", "{config}", "adapter=qlora"], 2, ["load_in_4bit"]),
+        (["train", "{config}", "--no-such-flag"], 2, ["--no-such-flag"]),
+        (["demo", "--no-such-flag"], 2, ["--no-such-flag"]),
+        (["demo", "{tmp}/run", "max_stepz=3"], 2, ["max_stepz", "max_steps"]),
+        (["no-such-command"], 2, ["no-such-command"]),
+    ],
+)
+def test_a_wrong_request_is_a_sentence(
+    arguments: list[str],
+    exit_status: int,
+    words: list[str],
+    config: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    given = [a.format(config=config, tmp=tmp_path) for a in arguments]
+    assert main(given) == exit_status
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) >= 3, err
+    for word in words:
+        assert word.lower() in err.lower(), err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("datasets[0].path=gone.jsonl", ["gone.jsonl"]),
+        ("base_model=./no-such-model", ["no-such-model"]),
+        ("sequence_len=8", ["sequence_len"]),
+        ("lora_target_modules=[q_project]", ["q_project", "q_proj"]),
+    ],
+)
+def test_what_only_the_trainer_can_see_is_a_sentence_too(
+    change: str,
+    words: list[str],
+    config: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "here"
+    assert main(["train", str(config), change, f"output_dir={folder}"]) == 2
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    assert all(word in err for word in words), err
+    assert status(RunFolder(folder)) == "failed"
+
+
+def test_a_used_folder_is_never_mixed_with_another_run(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "here"
+    arguments = ["train", str(config), f"output_dir={folder}", "max_steps=1"]
+    assert main(arguments) == 0
+    before = (folder / "events.jsonl").read_bytes()
+    assert main(arguments) == 2
+    assert "already holds a run" in capfd.readouterr().err
+    assert (folder / "events.jsonl").read_bytes() == before
+    assert main([*arguments[:3], "max_steps=2", "resume_from_checkpoint=true"]) == 0
+    assert (folder / "events.jsonl").read_bytes().startswith(before)
