@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from engine.data.pack import Indices, pack, shuffle_order
 from engine.data.prepare import label_rule
 from engine.data.prepared import Prepared
 
+StepRows: TypeAlias = list[list[list[int]]]
+"""Rows of one optimizer step: micro-batches of sequences of rows."""
 PAD = 11
 """`<pad>` of every Tekken vocabulary. It is never learned and nothing attends to it."""
 
@@ -150,7 +152,7 @@ class Order:
         self._rows = rows
         self._config = config
         self._rule = label_rule(config)
-        self._cached: tuple[int, list[list[list[int]]]] = (-1, [])
+        self._cached: tuple[int, list[StepRows]] = (-1, [])
         lengths: list[int] = []
         if config.max_steps is not None:
             while sum(lengths) < config.max_steps:
@@ -194,12 +196,12 @@ class Order:
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    def _steps_of(self, epoch: int) -> list[list[list[int]]]:
+    def _steps_of(self, epoch: int) -> list[StepRows]:
         if self._cached[0] != epoch:
             self._cached = (epoch, self._cut(epoch))
         return self._cached[1]
 
-    def _cut(self, epoch: int) -> list[list[list[int]]]:
+    def _cut(self, epoch: int) -> list[StepRows]:
         config, rows = self._config, self._rows
         if config.sample_packing:
             bins = pack(rows.lengths, config.sequence_len, config.seed, epoch)

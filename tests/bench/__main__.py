@@ -1,0 +1,10 @@
+"""Every benchmark, one after the other: `make bench`. Each prints ratios measured side by side."""
+
+import subprocess
+import sys
+
+BENCHMARKS = ("prepare_throughput", "train_step")
+
+for name in BENCHMARKS:
+    print(f"== {name}", flush=True)
+    subprocess.run([sys.executable, "-m", f"tests.bench.{name}"], check=True)
