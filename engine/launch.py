@@ -1,8 +1,8 @@
 """Starts the trainer as a process of its own, and knows whether it began.
 
 The trainer is started by module name and never imported: the caller stays light, and a run that is
-detached outlives the terminal, the wizard and the logout of a hangup. It stands above `runs`, which
-knows folders, and below the commands.
+detached outlives the terminal and the wizard. It stands above `runs`, which knows folders, and
+below the commands.
 """
 
 import json
@@ -25,7 +25,7 @@ from engine.events import Ack
 from engine.runs.control import ask
 from engine.runs.folder import RunFolder
 from engine.runs.lock import LAUNCH_VARIABLE, in_use, is_locked, read_claim
-from engine.runs.status import Status, status
+from engine.runs.summary import Status, status
 from engine.visible import visible
 
 TRAINER: Final = "engine.train"
@@ -34,7 +34,6 @@ _LOG_LINES: Final = 8
 _LOG_BYTES: Final = 1 << 14
 _GRACE_SECONDS: Final = 5.0
 _POLL_SECONDS: Final = 0.02
-_MISSING_MODULE: Final = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,13 +276,6 @@ def _wait_for_lock(
 
 
 def _early_death(run: RunFolder, exit_status: int, words: list[str]) -> UserError:
-    missing = _MISSING_MODULE.search(words[-1]) if words else None
-    if missing:
-        return WorkError(
-            f"Training needs the package {missing[1]}, which is not installed.",
-            "The base install plans and previews; the training stack is an extra of its own.",
-            "Install it: pip install 'windtunnel[train]'",
-        )
     how = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
     what = f"The trainer ended before it began ({how})."
     fix = f"All that it printed is in {visible(str(run.log), one_line=True)}."

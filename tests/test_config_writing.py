@@ -205,6 +205,12 @@ class TestOwnFile:
         lost = set(comments(OWN)) - set(comments(text))
         assert lost <= {"# queries"}
 
+    def test_of_several_older_flags_the_one_that_counts_is_changed(self) -> None:
+        file = parse_config("base_model: x\nflash_attention:\nsdp_attention: true\n")
+        changed = override(file.config, ["attn_implementation=eager"])
+        text = write_config(changed, document=file.document)
+        assert text == "base_model: x\nflash_attention:\nattn_implementation: eager\n"
+
     def test_windows_line_ends_stay(self) -> None:
         file = parse_config(OWN.replace("\n", "\r\n"))
         changed = override(file.config, ["lora_r=64", "seed=7", "sequence_len=4096"])

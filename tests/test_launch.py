@@ -226,13 +226,6 @@ def test_the_trainers_own_refusal_keeps_its_exit_status(run: RunFolder) -> None:
     assert caught.value.why == "Its last words: It does not fit. / Too big. / Use less."
 
 
-def test_a_missing_package_is_named_with_its_cure(run: RunFolder) -> None:
-    words = "Traceback (most recent call last):\nModuleNotFoundError: No module named 'torch'"
-    with pytest.raises(WorkError, match="needs the package torch") as caught:
-        start(run, last_words=words)
-    assert "windtunnel[train]" in caught.value.fix
-
-
 def test_a_death_without_a_word_is_told_too(run: RunFolder) -> None:
     run.log.write_text("words of an earlier launch\n")
     with pytest.raises(WorkError, match="printed nothing"):

@@ -30,7 +30,7 @@ def build_app(make_watch: Callable[[], Watch]) -> cyclopts.App:
     )
     training.register(app, make_watch)
     dataset.register(app)
-    supervision.register(app)
+    supervision.register(app, make_watch)
     models.register(app)
     explain.register(app)
     return app

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Effort = Literal["none", "high"]
 AsJson = Annotated[bool, Parameter("--json", negative="")]
+Strict = Annotated[bool, Parameter(negative="")]
 
 _SHOWN_PROBLEMS = 20
 
@@ -61,10 +62,12 @@ def _read_request(
 ) -> _Request:
     from engine.chat.render import LabelRule
     from engine.data.rows import effective_datasets, with_template_kwargs
+    from engine.data.sources import locate
 
     if not _is_config(data):
         forced = {"reasoning_effort": effort} if effort else {}
         dataset = with_template_kwargs(DatasetConfig(path=data), {}, forced)
+        locate(dataset, Path.cwd())  # a missing file is said before a tokenizer is opened
         return _Request((dataset,), Path.cwd(), model, LabelRule(thinking=think is not False))
     config = _load(data)
     thinking = config.train_on_thinking if think is None else think
@@ -102,7 +105,7 @@ def _load(path: str) -> RunConfig:
 
 
 def check_data(
-    data: str, /, *, model: str | None = None, strict: bool = False, as_json: AsJson = False
+    data: str, /, *, model: str | None = None, strict: Strict = False, as_json: AsJson = False
 ) -> int:
     """Read every row of a dataset and report each bad one by line, reason and repair.
 
@@ -129,6 +132,7 @@ def check_data(
         rule=request.rule,
         history_thinking=request.history_thinking,
         sequence_len=request.sequence_len,
+        progress=_show_reading if _shows_progress(as_json) else None,
     )
     if as_json:
         print(json.dumps(asdict(found)))
@@ -138,6 +142,7 @@ def check_data(
 
 
 def _print_checkup(found: "Checkup") -> None:
+    _clear_progress()
     print(f"{found.rows} rows, {found.usable} usable")
     if found.tokens is not None:
         tokens, length = found.tokens, found.tokens.row_length
@@ -178,7 +183,7 @@ def preview_data(
     every: Annotated[bool, Parameter("--all", negative="")] = False,
     think: bool | None = None,
     reasoning_effort: Effort | None = None,
-    strict: bool = False,
+    strict: Strict = False,
     as_json: AsJson = False,
 ) -> int:
     """Show what the model sees in a row, token by token, and which tokens are learned.
@@ -202,11 +207,7 @@ def preview_data(
     as_json
         Print JSON.
     """
-    from engine.chat.tokenizer import open_tokenizer
-    from engine.data.preview import preview_entry
-    from engine.data.preview_text import legend, row_text
-    from engine.data.rows import iterate_rendered
-
+    first = _first_row(row, every)
     request = _read_request(data, model, think, reasoning_effort)
     if request.model is None:
         raise UserError(
@@ -214,7 +215,26 @@ def preview_data(
             "Only its tokenizer knows what it sees.",
             "Add --model, such as --model ministral-3-8b.",
         )
-    first = _first_row(row, every)
+    shown, learns_nothing = _show_rows(request, first, every, as_json)
+    if shown == 0:
+        raise UserError(
+            f"{data} has no row {first}.",
+            "Rows are counted from 1 over all rows, bad ones too.",
+            "Give a smaller number; `windtunnel check` counts the rows.",
+        )
+    if strict and learns_nothing:
+        print(f"{learns_nothing} of {shown} shown rows learn nothing.", file=sys.stderr)
+    return int(strict and learns_nothing > 0)
+
+
+def _show_rows(request: _Request, first: int, every: bool, as_json: bool) -> tuple[int, int]:
+    """Prints the row `first`, or every row from it on; how many, and how many learn nothing."""
+    from engine.chat.tokenizer import open_tokenizer
+    from engine.data.preview import preview_entry
+    from engine.data.preview_text import legend, row_text
+    from engine.data.rows import iterate_rendered
+
+    assert request.model is not None
     tokenizer = open_tokenizer(request.model)
     rows = iterate_rendered(
         request.datasets,
@@ -233,17 +253,9 @@ def preview_data(
         else:
             print(row_text(entry, tokenizer, underline=underline), end="\n\n")
         shown += 1
-    if shown == 0:
-        raise UserError(
-            f"{data} has no row {first}.",
-            "Rows are counted from 1 over all rows, bad ones too.",
-            "Give a smaller number; `windtunnel check` counts the rows.",
-        )
-    if not as_json:
+    if shown and not as_json:
         print(legend(underline=underline))
-    if strict and learns_nothing:
-        print(f"{learns_nothing} of {shown} shown rows learn nothing.", file=sys.stderr)
-    return int(strict and learns_nothing > 0)
+    return shown, learns_nothing
 
 
 def _underlines() -> bool:
@@ -283,13 +295,14 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
             "Write one with `windtunnel recommend --data … -o config.yml`.",
         )
     run, folder = _load(config), Path(config).resolve().parent
-    prepared = prepare(
-        run,
-        folder,
-        open_tokenizer(run.base_model),
-        default_store(run, folder),
-        _show_progress if sys.stderr.isatty() and not as_json else None,
-    )
+    tokenizer, store = open_tokenizer(run.base_model), default_store(run, folder)
+    progress = _show_progress if _shows_progress(as_json) else None
+    prepared = prepare(run, folder, tokenizer, store, progress)
+    # One by one, as training evaluates them.
+    test_sets = [
+        prepare(run, folder, tokenizer, store, progress, datasets=[dataset])
+        for dataset in run.test_datasets
+    ]
     rule = label_rule(run)
     selection = prepared.select(rule, run.sequence_len, run.excess_length_strategy)
     report: dict[str, Any] = {
@@ -305,12 +318,26 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
         "too_long": selection.too_long,
         "truncated": selection.truncated,
         "nothing_learned": selection.nothing_learned,
+        "test_rows": [len(test_set) for test_set in test_sets],
     }
     if as_json:
         print(json.dumps(report))
     else:
         _print_report(report, run.sequence_len)
     return 0
+
+
+def _shows_progress(as_json: bool) -> bool:
+    return sys.stderr.isatty() and not as_json
+
+
+def _show_reading(rows: int, _done_bytes: int) -> None:
+    print(f"\rreading {rows} rows\x1b[K", end="", file=sys.stderr)
+
+
+def _clear_progress() -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
 
 
 def _show_progress(progress: "Progress") -> None:
@@ -320,8 +347,7 @@ def _show_progress(progress: "Progress") -> None:
 
 def _print_report(report: dict[str, Any], sequence_len: int) -> None:
     made = "found as they were, nothing tokenized" if report["reused"] else "tokenized"
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr)
+    _clear_progress()
     print(
         f"{report['rows']} rows, {report['tokens']} tokens, {report['learned_tokens']} learned:"
         f" {made} in {report['seconds']} s\n{visible(report['path'], one_line=True)}"

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -46,8 +47,8 @@ AsJson = Annotated[
 ]
 
 
-def register(app: cyclopts.App, watch: Watch | None = None) -> None:
-    """Add the commands; `watch` shows a run that `resume` restarts in the foreground.
+def register(app: cyclopts.App, make_watch: Callable[[], Watch] = PlainWatch) -> None:
+    """Add the commands; `make_watch` makes what shows a run that `resume` restarts.
 
     They raise UserError and return an exit status, or None for 0.
     """
@@ -78,7 +79,7 @@ def register(app: cyclopts.App, watch: Watch | None = None) -> None:
         if resumed.ack:
             _require_done(run, resumed.ack)
         if resumed.process and not detach:
-            exit_status = watch_to_end(run, resumed.process, follower, watch or PlainWatch())
+            exit_status = watch_to_end(run, resumed.process, follower, make_watch())
             if exit_status:
                 return exit_status
         _answer(run, "resume", summarize(run).status.capitalize(), as_json)

@@ -1,6 +1,7 @@
 """`train` and `demo`: a run in the foreground, or one that is started and left alone."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import as_file, files
@@ -106,8 +107,13 @@ def create(
     config = override(given.config, changes) if changes else given.config
     config = with_absolute_paths(config, file.absolute().parent)
     resume = bool(config.resume_from_checkpoint)
-    run = create_run(name or file.stem, output_dir=config.output_dir, home=home, resume=resume)
+    run = create_run(name or run_name(file), output_dir=config.output_dir, home=home, resume=resume)
     return run, write_config(config, document=given.document), resume
+
+
+def run_name(file: Path) -> str:
+    """A run's name from its config's: what a folder's name cannot hold becomes a dash."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._")[:80] or "run"
 
 
 def with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:

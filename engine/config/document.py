@@ -238,10 +238,9 @@ class _Walk:
 
 def _limit_size(text: str, name: str) -> None:
     """Refuse what would keep the reader busy: it needs seconds for 5,000 open brackets."""
-    depth = count = 0
-    for event in YAML(typ="safe", pure=True).parse(text):
+    depth = 0
+    for count, event in enumerate(YAML(typ="safe", pure=True).parse(text)):
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        count += 1
         if depth > _MAX_DEPTH or count > _MAX_NODES:
             raise _too_deep(name)
 

@@ -75,7 +75,10 @@ class _Edits:
         """
         older = [old for old, new in RENAMED.items() if new.key == key and not path]
         names = {pair[0].value for pair in self.mapping(path).value}
-        return next((name for name in (key, *older) if name in names), None)
+        found = [name for name in (key, *older) if name in names]
+        unset = (None, False)  # `flash_attention:` stands there, `sdp_attention: true` counts
+        used = [name for name in found if not path and self.document.values[name] not in unset]
+        return next(iter([*used, *found]), None)
 
     def replace(self, path: KeyPath, name: str, key: str, section: Section) -> None:
         """Put the new value in the place of the old one."""
@@ -116,9 +119,8 @@ class _Edits:
         value = section.file_value(key)
         if parent.flow_style:
             new = f"{flow(key, json_like=True)}: {flow(value, json_like=True)}"
-            if parent.value:
-                end = self.pair_end(*parent.value[-1])
-                self.replacements.append((end, end, f", {new}"))
+            end = self.pair_end(*parent.value[-1])
+            self.replacements.append((end, end, f", {new}"))
             return
         fields = list(type(section).model_fields)
         before = fields[: fields.index(key)]

@@ -22,6 +22,7 @@ from engine.config.rules import broken_rules
 from engine.config.run import WITHOUT_RULES, RunConfig
 from engine.config.support import require_supported, unsupported
 from engine.config.words import allowed, schema_at, words
+from engine.visible import visible
 
 _KEYS = frozenset(RunConfig.model_fields)
 _DATASET_KEYS = frozenset(DatasetConfig.model_fields)
@@ -203,7 +204,7 @@ def _secrets(value: Value, path: KeyPath) -> Iterator[Finding]:
 def key_text(path: KeyPath) -> str:
     """datasets[0].path for ("datasets", 0, "path")."""
     text = ""
-    for part in path:
+    for part in (visible(part, one_line=True) if isinstance(part, str) else part for part in path):
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
 

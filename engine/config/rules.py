@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.config.finding import Finding, problem, shown
+from engine.visible import visible
 
 if TYPE_CHECKING:
     from engine.config.data_keys import DatasetConfig
@@ -307,7 +308,7 @@ def _bad_patterns(key: str, patterns: list[str] | str | None) -> Iterator[Findin
                 "bad-pattern",
                 key,
                 f"{key} holds {shown(pattern)}, which is not a regular expression.",
-                f"Python's re module says: {error}.",
+                f"Python's re module says: {visible(str(error), one_line=True)}.",
                 "Correct the pattern, or write a list of plain names.",
             )
 

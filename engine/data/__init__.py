@@ -1,6 +1,7 @@
 """From files of rows to the arrays that training reads.
 
-`sources` reads rows, `rows` renders them, `checkup` reports on them, `prepare` writes them as
-memory-mapped arrays, `pack` puts them into bins, `worker` serves all of it to the wizard from a
-process of its own.
+`sources` reads rows (`readers` by file format, `hub` through a child), `rows` renders them,
+`checkup` reports on them and `preview` shows them. `prepare` writes them with `array_writer` as the
+memory-mapped arrays that `prepared` opens; `pack` puts those into bins. `worker` serves all of it
+to the wizard from a process of its own.
 """

@@ -44,6 +44,7 @@ def _ask(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         [sys.executable, "-m", "engine.data.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # progress bars and names that the hub chose
         env=child_environment(),
         encoding="utf-8",
     )
@@ -63,7 +64,7 @@ def _ask(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         raise WorkError(
             "The process that reads the hub ended early.",
             f"It left with status {child.wait()}.",
-            "Run the command again; the lines above may say more.",
+            "Run the command again, or download the set and name the local folder.",
         )
     finally:
         child.stdin.close()
@@ -110,9 +111,9 @@ def resolve_revision(dataset: DatasetConfig) -> str:
     return found or dataset.revision or "main"
 
 
-def _unreachable(dataset: DatasetConfig, error: Exception) -> UserError:
+def _unreachable(dataset: DatasetConfig, error: Exception) -> WorkError:
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(
+    return WorkError(
         f"{dataset.path} cannot be read from the hub.",
         f"{type(error).__name__}: {first_line}",
         "Check the name, split and revision, the network, and for a private set your token; "

@@ -100,8 +100,8 @@ def prepare(
                 _make(store / job.key, job, interval or Interval(), report)
     except OSError as error:
         raise WorkError(
-            f"The prepared arrays cannot be written to {store}.",
-            f"{error.strerror or error}.",
+            f"The rows cannot be made into arrays in {store}.",
+            f"{error.strerror or error}: {error.filename or 'the last file written'}.",
             "Free space there or set dataset_prepared_path; what is done so far is kept.",
         ) from error
     prepared = Prepared(store / job.key, reused=reused)
@@ -111,9 +111,8 @@ def prepare(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Pinned datasets, where their rows are, and the key of the arrays that they make."""
+    """Where the rows are, the key of the arrays that they make, and the rows from one on."""
 
-    datasets: tuple[DatasetConfig, ...]
     locations: tuple[Location, ...]
     stamps: tuple[tuple[int, ...], ...]
     total_bytes: int
@@ -136,7 +135,6 @@ def _plan(config: RunConfig, folder: Path, tokenizer: ChatTokenizer, report: OnP
     }
     text = json.dumps(recipe, sort_keys=True)
     return _Job(
-        datasets,
         locations,
         stamps,
         total_bytes,
@@ -233,6 +231,7 @@ def _fill(partial: Path, job: _Job, interval: Interval, report: OnProgress) -> N
                 "Wait until nothing writes to it and run again.",
             )
         if writer.usable_rows == 0:
+            shutil.rmtree(partial)
             raise _no_usable_row(writer.first_problem, writer.source_rows)
         writer.finish(job.key)
     finally:

@@ -27,7 +27,7 @@ from engine.data.hub import plain, resolve_revision, stream_hub
 from engine.data.prepare import Progress, default_store, label_rule, prepare
 from engine.data.preview import preview_entry
 from engine.data.rows import effective_datasets, iterate_rendered
-from engine.errors import UserError
+from engine.errors import UserError, WorkError
 
 _PREVIEW_ROWS = 20
 
@@ -69,19 +69,22 @@ class Worker:
         except _Cancelled:
             self._answer(request_id, "cancelled", True)
         except UserError as error:
-            self._fail(request_id, error.what, error.why, error.fix)
+            self._fail(request_id, error)
         except Exception as error:  # the wizard shows it; the process must live on
             self._fail(
                 request_id,
-                "The worker could not do this.",
-                f"{type(error).__name__}: {error}",
-                "Try again; if it happens again, report it with this text.",
+                WorkError(
+                    "The worker could not do this.",
+                    f"{type(error).__name__}: {error}",
+                    "Try again; if it happens again, report it with this text.",
+                ),
             )
         finally:
             self._cancelled.discard(request_id)
 
-    def _fail(self, request_id: int, what: str, why: str, fix: str) -> None:
-        self._answer(request_id, "error", {"what": what, "why": why, "fix": fix})
+    def _fail(self, request_id: int, error: UserError) -> None:
+        told = {name: getattr(error, name) for name in ("what", "why", "fix", "exit_status")}
+        self._answer(request_id, "error", told)
 
     def _answer(self, request_id: int, key: str, value: Any) -> None:
         self._answers.write(json.dumps({"id": request_id, key: value}, default=plain) + "\n")

@@ -12,6 +12,10 @@ from pathlib import Path
 from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter
 from engine.runs import ControlReader, RunFolder, RunLock, StopSignals
+from engine.visible import visible
+
+# torch's allocator on a CPU raises a plain RuntimeError; the other words are CUDA's.
+_MEMORY_WORDS = ("can't allocate memory", "out of memory")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
     """Hold the run's lock for life and carry the run out."""
-    with RunLock(run) as lock, StopSignals() as signals, EventWriter(run.events) as events:
+    # Signals first: one that comes between the two would kill without a word.
+    with StopSignals() as signals, RunLock(run) as lock, EventWriter(run.events) as events:
         control = ControlReader(run.control, since=lock.since)
         try:
             from engine.train.run import run as carry_out
@@ -51,16 +56,31 @@ def explain(error: Exception) -> UserError:
     """The three sentences for whatever ended the run."""
     if isinstance(error, UserError):
         return error
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    said = visible(next(iter(str(error).splitlines()), "") or type(error).__name__, one_line=True)
+    if isinstance(error, ModuleNotFoundError):
+        return WorkError(
+            f"Training needs the package {(error.name or said).partition('.')[0]}, which is not "
+            "installed.",
+            "The base install plans and previews; the training stack is an extra of its own.",
+            "Install it: pip install 'windtunnel[train]'",
+        )
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
         return WorkError(
             "The run needed more memory than there is.",
-            str(error).split(". ")[0] + ".",
-            "Lower micro_batch_size or sequence_len, set gradient_checkpointing: true, or use "
-            "adapter: qlora; then resume.",
+            said.split(". ")[0] + ".",
+            "Set gradient_checkpointing: true or adapter: qlora and resume, or start a new run "
+            "with a lower micro_batch_size or sequence_len.",
+        )
+    if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+        return WorkError(
+            "A file could not be read or written.",
+            f"The system says: {said}",
+            "See that the file is whole and that the disk has space; the run resumes from its "
+            "last checkpoint.",
         )
     return WorkError(
         "The trainer stopped at an error that it does not know.",
-        f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+        f"{type(error).__name__}: {said}",
         "engine.log in the run's folder has the details; the run resumes from its last checkpoint.",
     )
 

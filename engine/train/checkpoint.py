@@ -136,6 +136,7 @@ class Checkpoints:
                 self._mark("BEST", target)
             shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)  # or a full disk has no room for `ended`
             raise WorkError(
                 f"The checkpoint of step {position.step} could not be written to {self.root}.",
                 f"The system says: {getattr(error, 'strerror', None) or error}.",
@@ -144,6 +145,19 @@ class Checkpoints:
             ) from error
         self._prune()
         return target
+
+    def go_on_from(self, folder: Path, position: Position) -> None:
+        """Make `folder`, whose position this is, the newest, and BEST the best that it knows.
+
+        A run that went back stays there when it is killed again; and a kill between the two marks
+        of `save` leaves no BEST that the run itself has left behind.
+        """
+        self._mark("LATEST", folder)
+        best = self.root / f"step-{position.best_step}"
+        if is_complete(best):
+            self._mark("BEST", best)
+        else:
+            (self.root / "BEST").unlink(missing_ok=True)
 
     def load(self, folder: Path, model: Model, optimizer: Optimizer) -> Position:
         """Put the model, the optimizer and the random generators back to where `folder` was.

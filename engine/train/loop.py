@@ -65,6 +65,7 @@ class Training:
         """Go back to the checkpoint `name`, else to the newest one, where there is one."""
         folder = self.checkpoints.root / name if name else self.checkpoints.latest()
         if folder is None:
+            self.session.emit(Note("info", "there is no checkpoint: the run begins at step 1"))
             return
         position = self.checkpoints.load(folder, self.model, self.optimizer)
         if position.fingerprint != self.position.fingerprint:
@@ -74,13 +75,14 @@ class Training:
                 "saved, so the rest would repeat some rows and skip others.",
                 "Undo the change, or start a new run with another output_dir.",
             )
+        self.checkpoints.go_on_from(folder, position)
         self.position = position
         self._saved_step = position.step
 
     def fit(self, prompts: Sequence[Prompt]) -> None:
         """Train to the last step, or to a stop; ends with the `ended` event."""
         self.model.train()
-        if self.position.step == 0:
+        if self.position.step == 0 and not self.session.stopping:
             self.sample(prompts, "before")
             self.evaluate()
         steps_per_epoch, last = self.order.steps_per_epoch(), self.order.total_steps
@@ -193,7 +195,7 @@ class Training:
         loss = mean_loss(scores)
         self.session.emit(Eval(step, loss))
         best = self.position.best_loss
-        if step == 0 or (best is not None and loss >= best):
+        if step == 0 or not math.isfinite(loss) or (best is not None and loss >= best):
             return False
         self.position.best_loss, self.position.best_step = loss, step
         return True

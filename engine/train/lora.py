@@ -18,8 +18,8 @@ from engine.errors import UserError
 def choose_targets(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
     """Full names of the modules that get an adapter.
 
-    A list in `lora_target_modules` matches ends of names inside the language model, one text is a
-    regular expression for the whole name, neither means every linear layer of the language model.
+    A list in `lora_target_modules` matches ends of names, one text is a regular expression for the
+    whole name, neither means every linear layer; all of them inside the language model only.
     Raises UserError for an entry that matches nothing.
     """
     wanted = config.lora_target_modules
@@ -47,7 +47,7 @@ def _match_expression(table: ModuleTable, expression: str) -> Iterator[str]:
             f"{error.msg} at place {error.pos}.",
             "Correct it, or give a list of endings such as [q_proj, v_proj].",
         ) from error
-    matches = [p.module for p in table.parameters if p.quantizable and pattern.fullmatch(p.module)]
+    matches = [name for name in linear_targets(table) if pattern.fullmatch(name)]
     if not matches:
         raise _no_match(expression, table)
     return iter(matches)

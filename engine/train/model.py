@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 import transformers
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
@@ -52,7 +53,8 @@ def load_base(folder: Path, config: RunConfig) -> Base:
     """Load the model of `folder` as the config asks: float32, bfloat16 or NF4.
 
     Raises UserError when the architecture is not one of Mistral's, when the checkpoint is
-    quantized already, or when its weights and the architecture's do not match one to one.
+    quantized already or cannot be read, or when its weights and the architecture's do not match
+    one to one.
     """
     device = pick_device()
     dtype = pick_dtype(config, device)
@@ -67,21 +69,50 @@ def load_base(folder: Path, config: RunConfig) -> Base:
             "Point `base_model` at the model's BF16 repository or folder.",
         )
     options: dict[str, Any] = {"quantization_config": nf4(dtype)} if config.load_in_4bit else {}
-    model, report = model_class.from_pretrained(
-        folder,
-        config=settings,
-        dtype=dtype,
-        attn_implementation=pick_attention(config, device),
-        device_map={"": device},
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-        **options,
+    options["attn_implementation"] = pick_attention(config, device)
+    model, report = _read_weights(
+        model_class, folder, config=settings, dtype=dtype, device_map={"": device}, **options
     )
     refuse_mismatch(folder, report, tied=bool(settings.tie_word_embeddings))
     if config.load_in_4bit and device.type == "cpu":
         keep_gradients_on_cpu(model)
     return Base(model, dtype, device)
+
+
+def _read_weights(
+    model_class: Any, folder: Path, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and transformers' report of what did not match."""
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter beside a model.",
+            "transformers would load the base that the adapter names, not the weights that lie "
+            "there.",
+            "Merge the adapter, or move adapter_config.json out of the folder.",
+        )
+    try:
+        model, report = model_class.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused with the rest
+            **options,
+        )
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"The weights in {folder} cannot be read.",
+            f"{str(error).splitlines()[0].rstrip('.')}.",
+            "Download the model again, as safetensors files.",
+        ) from error
+    except ImportError as error:
+        raise UserError(
+            "The model cannot be loaded as the config asks.",
+            f"{str(error).splitlines()[0].rstrip('.')}.",
+            "Remove attn_implementation, so that an installed one is chosen, or install what is "
+            "missing.",
+        ) from error
+    return model, report
 
 
 def pick_attention(config: RunConfig, device: torch.device) -> str:
@@ -103,7 +134,7 @@ def refuse_mismatch(folder: Path, report: dict[str, Any], *, tied: bool) -> None
     problems = {
         "lacks weights that the model needs": sorted(missing),
         "holds weights that the model has no place for": sorted(report["unexpected_keys"]),
-        "holds weights of another shape": sorted(str(k) for k in report["mismatched_keys"]),
+        "holds weights of another shape": sorted(name for name, *_ in report["mismatched_keys"]),
     }
     for problem, names in problems.items():
         if names:

@@ -269,3 +269,8 @@ def test_offline_is_a_sentence(tmp_path: Path) -> None:
         assert open_all("org/model", HF_HOME=str(tmp_path), **environment) == [
             "1 The tokenizer of org/model is not on this computer."
         ]
+
+
+def test_a_think_token_before_v13_does_not_make_a_tokenizer_think() -> None:
+    tokenizer = build_tokenizer(TokenizerSpec("v11", think=True))
+    assert not tokenizer.thinks

@@ -9,7 +9,7 @@ from engine.cli import main
 from engine.runs import RunFolder, is_locked, status
 
 SAMPLE = Path(__file__).parents[2] / "presets" / "samples" / "harbour-pilot" / "train.jsonl"
-SMALL = f"""
+SMALL = """
 # kept: a person's own words
 base_model: demo-tiny
 datasets:

@@ -71,15 +71,20 @@ class TestCheck:
         assert run("check", path)[0] == 0
         assert run("check", path, "--strict")[0] == 1
 
-    def test_text_names_line_reason_and_repair_and_hides_no_control_byte(self, run, write_jsonl):
+    def test_text_names_line_reason_and_repair(self, run, write_jsonl):
         row = chat("q")
-        row["messages"][1]["role"] = "ro\x1b]0;bot\x07"
+        row["messages"][1]["role"] = "robot"
         status, out, _ = run("check", write_jsonl([chat("q"), row]))
         assert status == 0
         assert "2 rows, 1 usable" in out
         assert "✗ rows.jsonl line 2, message 1:" in out
-        assert "\x1b" not in out
-        assert "\x07" not in out
+
+    def test_no_control_byte_reaches_the_terminal(self, run, write_jsonl):
+        row = chat("q")
+        row["messages"][1]["role"] = "ro\x1b]0;bot\x07"
+        _, out, _ = run("check", write_jsonl([chat("q"), row], "ro\x1b[2Jws\u202e.jsonl"))
+        assert "✗ ro␛[2Jws⟨U+202E⟩.jsonl line 2" in out
+        assert not set(out) & set("\x1b\x07\u202e")
 
     def test_a_missing_file_is_a_wrong_request(self, run):
         with pytest.raises(UserError) as caught:
@@ -195,6 +200,13 @@ class TestPrepare:
         assert made["seconds"] > 0
         assert Path(made["path"]).parent == config_file.parent / "store"
         assert json.loads(run("prepare", config_file, "--json")[1])["reused"]
+
+    def test_test_datasets_are_prepared_too(self, run, config_file, write_jsonl):
+        write_jsonl([chat("q"), chat("r")], "test.jsonl")
+        with config_file.open("a") as file:
+            file.write("test_datasets:\n  - path: ../test.jsonl\n")
+        assert json.loads(run("prepare", config_file, "--json")[1])["test_rows"] == [2]
+        assert len(list((config_file.parent / "store").glob("*/meta.json"))) == 2
 
     def test_text_says_what_was_left_out(self, run, config_file):
         status, out, _ = run("prepare", config_file)

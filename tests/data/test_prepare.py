@@ -385,6 +385,7 @@ class TestRefusals:
     def test_no_usable_row_shows_the_first_reason(self, tmp_path, tokenizer, write_jsonl):
         told = self.told(config_for(write_jsonl([7, 8])), tmp_path, tokenizer)
         assert "None of the 2 rows can be used. Line 1 of rows.jsonl:" in told
+        assert not [path for path in (tmp_path / "store").iterdir() if path.is_dir()]
 
     def test_nothing_learned(self, tmp_path, tokenizer, write_jsonl):
         row = chat("q")
@@ -395,7 +396,7 @@ class TestRefusals:
 
     def test_a_store_that_cannot_be_written(self, tmp_path, tokenizer, write_jsonl):
         (tmp_path / "store").write_text("a file")
-        assert "cannot be written" in self.told(
+        assert "cannot be made into arrays" in self.told(
             config_for(write_jsonl([chat("q")])), tmp_path, tokenizer
         )
 

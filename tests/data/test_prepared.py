@@ -3,7 +3,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.chat.messages import Conversation
@@ -35,6 +35,7 @@ def make(folder, rows: list[list[int]], seeds: list[int] | None = None) -> Prepa
 
 
 class TestLearnedLengths:
+    @settings(deadline=None)  # a disk decides how long it takes
     @given(
         st.lists(
             st.lists(st.sampled_from([U, T, H, E, T | WITHHELD]), min_size=1, max_size=20),

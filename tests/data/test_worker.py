@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import DatasetConfig
+from engine.config import DatasetConfig, RunConfig
 from engine.data.hub import child_environment, pin_revision
+from engine.data.prepare import prepare
 from engine.data.sources import iterate_rows
 from engine.errors import UserError
 from tests.data.conftest import chat
@@ -137,6 +138,10 @@ def load_dataset(path, name=None, *, data_files, split, revision, streaming):
     assert streaming
     if path == "org/gone":
         raise RuntimeError("Dataset 'org/gone' doesn't exist\\nor is private")
+    if path == "org/chat":
+        for n in range(3):
+            yield {"q": n, "prompt": f"{revision} {n}", "completion": "a"}
+        return
     said = f"{path} {name} {split} {revision}"
     yield {"messages": [{"role": "user", "content": said, "tool_calls": None}], "picture": b"x"}
     yield {"messages": [], "picture": datetime.date(2026, 1, 2)}
@@ -183,10 +188,23 @@ class TestHub:
         with pytest.raises(UserError, match="no such revision"):
             pin_revision(DatasetConfig(path="org/set", revision="no"))
 
+    def test_it_is_prepared_once_for_a_commit(self, tmp_path, tokenizer):
+        def prepared(revision):
+            dataset = DatasetConfig(path="org/chat", revision=revision)
+            config = RunConfig(base_model="any", datasets=(dataset,))
+            return prepare(config, tmp_path, tokenizer, tmp_path / "store")
+
+        first = prepared("v2")
+        assert (len(first), first.reused, first.file(0)) == (3, False, "org/chat")
+        assert "v2-commit" in "".join(tokenizer.pieces(first.ids(0).tolist()))
+        assert prepared("v2").reused
+        assert not prepared("v3").reused
+
     def test_what_the_hub_says_is_one_sentence(self, tmp_path):
         with pytest.raises(UserError) as caught:
             list(iterate_rows(DatasetConfig(path="org/gone"), tmp_path))
         assert caught.value.what == "org/gone cannot be read from the hub."
+        assert caught.value.exit_status == 1
         assert caught.value.why == "RuntimeError: Dataset 'org/gone' doesn't exist"
 
     def test_without_the_train_extra_it_says_what_to_install(self, tmp_path):

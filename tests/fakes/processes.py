@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from engine.runs import RunFolder, is_locked
+from engine.runs import RunFolder
+from engine.runs.lock import read_claim
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,10 +43,11 @@ def start_fake(run: RunFolder, *arguments: str, **fake: object) -> "subprocess.P
 def running_fake(
     run: RunFolder, *arguments: str, **fake: object
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """The fake trainer with its lock taken; killed at the end if it still lives."""
+    """The fake trainer with its lock taken and signed; killed at the end if it still lives."""
+    before = read_claim(run)
     process = start_fake(run, *arguments, **fake)
     try:
-        wait_until(lambda: is_locked(run) or process.poll() is not None)
+        wait_until(lambda: read_claim(run) != before or process.poll() is not None)
         yield process
     finally:
         process.kill()

@@ -1,12 +1,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-# First, because it decides what transformers may load.
-import engine.train  # noqa: F401
-
 import pytest
 import torch
 
+# First, because it decides what transformers may load.
+import engine.train  # noqa: F401
 from engine.train.batches import Rows
 from tests.train.tiny import ARCHITECTURES, UNEVEN, Row, write_model, write_rows
 

@@ -29,13 +29,6 @@ from tests.fakes.processes import ROOT, wait_until
 VOCABULARY = 2048
 """The 1,000 control tokens of every Tekken file, and its first 1,048 pieces of text."""
 SAMPLE = ROOT / "presets" / "samples" / "harbour-pilot" / "train.jsonl"
-PRELOADED = [
-    "engine.train.__main__",
-    "engine.train.run",
-    "bitsandbytes",
-    "transformers.models.ministral3.modeling_ministral3",
-    __name__,
-]
 FILE_OPERATIONS = frozenset({"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"})
 MODEL: dict[str, Any] = {
     "architectures": ["Ministral3ForCausalLM"],
@@ -148,7 +141,7 @@ def start(
 @functools.cache
 def _forks() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["tests.train.preloaded", __name__])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # the server does not inherit sys.path
         forkserver.ensure_running()
@@ -259,5 +252,24 @@ class DieAfter:
             counted += 1
             if counted == self.operation:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+
+
+@dataclass(frozen=True, slots=True)
+class DieBeforeStep:
+    """SIGKILL from inside before the `number`-th step of this launch, where commands are read."""
+
+    number: int
+
+    def __call__(self) -> None:
+        counted = 0
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal counted
+            if event == "open" and str(arguments[0]).endswith("control.jsonl"):
+                counted += 1
+                if counted == self.number:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)

@@ -16,7 +16,7 @@ import transformers
 from engine.chat.render import Kind, LabelRule
 from engine.config import RunConfig
 from engine.train.batches import Order, Rows, StepBatch, collate
-from engine.train.evaluate import evaluating, score
+from engine.train.evaluate import score
 from engine.train.loop import Training
 from engine.train.lora import choose_trained
 from engine.train.model import Model, hidden_states, load_base, unwrapped

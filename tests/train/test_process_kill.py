@@ -10,17 +10,21 @@ import pytest
 
 from engine.events import Phase, Step
 from engine.runs import RunFolder, status
+from tests.fakes.processes import wait_until
 from tests.train.processes import (
     LORA,
     QLORA,
     DieAfter,
+    DieBeforeStep,
     evaluations,
     events_of,
     figures,
     finish,
     last_end,
     new_run,
+    start,
     training,
+    wait,
     write_model,
 )
 
@@ -79,11 +83,14 @@ def test_a_run_killed_at_a_random_step_ends_with_the_same_losses(
     workshop: Workshop, method: str, trial: int
 ) -> None:
     chance = random.Random(f"{method} {trial}")
-    run = workshop.new(method)
-    with training(run, steps=chance.randint(1, 10)) as process:
-        time.sleep(chance.uniform(0, 0.03))
-        process.kill()
-    assert process.exitcode == -signal.SIGKILL
+    exit_status = 0
+    while exit_status == 0:  # where the run was faster than the kill
+        run = workshop.new(method)
+        with training(run, steps=chance.randint(1, 11)) as process:
+            time.sleep(chance.uniform(0, 0.05))
+            process.kill()
+        exit_status = wait(process)
+    assert exit_status == -signal.SIGKILL
     assert status(run) == "lost"
     saved, done = latest_step(run), len(figures(run))
     assert finish(run, "--resume") == 0, run.log.read_text()
@@ -97,19 +104,91 @@ def latest_step(run: RunFolder) -> int:
     return int(latest.read_text("utf-8").removeprefix("step-")) if latest.exists() else 0
 
 
-def die_and_resume(workshop: Workshop, method: str, made: str, operation: int) -> bool:
-    """Whether the run died there; then it was resumed, and ended as it should."""
+def die_and_resume(
+    workshop: Workshop, method: str, made: str, operation: int
+) -> bool:
+    """Whether the run died at that operation; it is then resumed, and ends as it should."""
     run = workshop.new(method)
     exit_status = finish(run, before=DieAfter(made, operation))
     if exit_status == 0:
         return False
     assert exit_status == -signal.SIGKILL, run.log.read_text()
-    if made.startswith("step-"):
-        assert isinstance(events_of(run)[-1], Phase)
     assert finish(run, "--resume") == 0, run.log.read_text()
     workshop.assert_as_never_stopped(run, method)
     return True
 
 
 def test_a_run_killed_inside_a_save_ends_with_the_same_losses(workshop: Workshop) -> None:
-    assert die_and_resume(workshop, "lora", "step-6.partial", 8)
+    """Between the rename of the checkpoint and the one of LATEST."""
+    assert die_and_resume(workshop, "lora", "step-6.partial", 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("made", ["step-3.partial", "step-8.partial", "adapter.partial"])
+def test_a_run_may_be_killed_at_every_file_that_a_save_touches(
+    workshop: Workshop, method: str, made: str
+) -> None:
+    """step-3 is the first save; step-8 is a best one, after which an older one is removed."""
+    last = {"step-3.partial": 17, "step-8.partial": 30, "adapter.partial": 3}[made]
+    for operation in range(1, last + 1):
+        assert die_and_resume(workshop, method, made, operation), operation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", range(10, 16))
+def test_a_run_may_be_killed_while_it_replaces_a_checkpoint(
+    workshop: Workshop, operation: int
+) -> None:
+    """A run that went back saves a step that is there already: two renames follow each other."""
+    run = workshop.new("lora")
+    assert finish(run) == 0
+    back = ("--resume", "--from", "step-9")
+    assert finish(run, *back, before=DieAfter("step-12.partial", operation)) == -signal.SIGKILL
+    assert finish(run, "--resume") == 0, run.log.read_text()
+    workshop.assert_as_never_stopped(run, "lora")
+
+
+def test_a_kill_between_the_two_marks_leaves_no_outdated_best(workshop: Workshop) -> None:
+    run = workshop.new("lora")
+    assert finish(run, before=DieAfter("step-8.partial", 16)) == -signal.SIGKILL
+    marks = [(run.checkpoints / name).read_text() for name in ("LATEST", "BEST")]
+    assert marks == ["step-8", "step-4"], "the kill was to fall between them"
+    assert finish(run, "--resume", before=DieBeforeStep(2)) == -signal.SIGKILL
+    assert (run.checkpoints / "BEST").read_text() == "step-8"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["model", "prepared", "load", "evaluate", "save", "export"])
+def test_a_run_may_be_killed_in_every_phase(workshop: Workshop, phase: str) -> None:
+    run = workshop.new("lora")
+    process = start(run)
+    wait_until(lambda: _in_phase(run, phase), 60)
+    process.kill()
+    process.join()
+    assert finish(run, "--resume") == 0, run.log.read_text()
+    workshop.assert_as_never_stopped(run, "lora")
+
+
+def _in_phase(run: RunFolder, name: str) -> bool:
+    return any(isinstance(event, Phase) and event.name == name for event in events_of(run))
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_with_the_same_losses(workshop: Workshop) -> None:
+    run = workshop.new("lora")
+    arguments: tuple[str, ...] = ()
+    for number in (3, 6, 2, 5):
+        assert finish(run, *arguments, before=DieBeforeStep(number)) == -signal.SIGKILL
+        arguments = ("--resume",)
+    assert finish(run, "--resume") == 0, run.log.read_text()
+    workshop.assert_as_never_stopped(run, "lora")
+
+
+@pytest.mark.slow
+def test_two_threads_repeat_their_losses_too(workshop: Workshop) -> None:
+    whole, killed = workshop.new("lora"), workshop.new("lora")
+    assert wait(start(whole, threads=2)) == 0
+    assert wait(start(killed, before=DieBeforeStep(8), threads=2)) == -signal.SIGKILL
+    assert wait(start(killed, "--resume", threads=2)) == 0
+    assert figures(killed) == figures(whole)

@@ -177,17 +177,19 @@ class _Page:
     def _call_pieces(self, calls: Sequence[ToolCall], source: int) -> list[Piece]:
         special = self._tokenizer.specials
         what = "A tool call's arguments"
-        if special.args is None:
+        if self._tokenizer.version == "v7":
             listed = [
                 {"name": call.name, "arguments": call.arguments}
                 | ({"id": call.id} if call.id is not None else {})
                 for call in calls
             ]
             return [special.call, write_json(listed, what, source)]
+        assert special.args is not None
         pieces: list[Piece] = []
         for call in calls:
             pieces += (special.call, call.name)
-            if self._writes_ids and call.id is not None and special.call_id is not None:
+            if self._writes_ids and call.id is not None:
+                assert special.call_id is not None
                 pieces += (special.call_id, call.id)
             pieces += (special.args, write_json(call.arguments, what, source))
         return pieces

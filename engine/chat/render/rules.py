@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from engine.chat.messages import Conversation, Message, RowProblem, Think
+from engine.chat.messages.conversation import describe
 
 if TYPE_CHECKING:
     from engine.chat.tokenizer.chat_tokenizer import ChatTokenizer
@@ -43,12 +44,12 @@ def _check_effort(conversation: Conversation, tokenizer: "ChatTokenizer") -> Non
         return
     if tokenizer.efforts:
         raise RowProblem(
-            f"reasoning_effort is {effort!r}.",
+            f"reasoning_effort is {describe(effort)}.",
             f"This model knows {' and '.join(tokenizer.efforts)}.",
             "Use one of them in the row or in chat_template_kwargs.",
         )
     raise RowProblem(
-        f"reasoning_effort is {effort!r}, and this model has no such setting.",
+        f"reasoning_effort is {describe(effort)}, and this model has no such setting.",
         f"Its tokenizer is {tokenizer.version}; settings came with v15.",
         "Delete reasoning_effort from the row and from chat_template_kwargs.",
     )
@@ -81,7 +82,7 @@ def _check_call_id(call_id: str | None, message: Message, is_last: bool, version
                 return
             raise _id_problem("A tool call has no id.", version, message.source)
         if not _SHORT_ID.match(call_id):
-            raise _id_problem(f"A tool call's id is {call_id!r}.", version, message.source)
+            raise _id_problem(f"A tool call's id is {describe(call_id)}.", version, message.source)
     elif not call_id:
         raise _id_problem("A tool call has no id.", version, message.source)
 
@@ -90,7 +91,9 @@ def _check_result_id(message: Message, version: str) -> None:
     call_id = message.tool_call_id
     if version in _SHORT_ID_VERSIONS:
         if call_id is None or not _SHORT_ID.match(call_id):
-            raise _id_problem(f"A tool result's id is {call_id!r}.", version, message.source)
+            raise _id_problem(
+                f"A tool result's id is {describe(call_id)}.", version, message.source
+            )
     elif not call_id or call_id == "null":
         raise _id_problem("A tool result names no call.", version, message.source)
 
@@ -151,7 +154,7 @@ def _schema_fault(tools_json: str) -> str | None:
         try:
             validate_json_schema_by_draft7(tool["function"]["parameters"])
         except (ValueError, RecursionError) as error:
-            return f"{tool['function']['name']}: {error}."
+            return f"{tool['function']['name']}: {str(error)[:200]}."
     return None
 
 

@@ -14,7 +14,11 @@ from typing import Any
 from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
 from mistral_common.tokens.tokenizers import instruct
-from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy, SpecialTokens
+from mistral_common.tokens.tokenizers.base import (
+    SpecialTokenPolicy,
+    SpecialTokens,
+    TokenizerVersion,
+)
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer, load_image_encoder
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
@@ -27,7 +31,7 @@ _REPEATED_TEXTS = 256
 
 @dataclass(frozen=True, slots=True)
 class SpecialIds:
-    """Ids of the control tokens, None where the tokenizer has none."""
+    """Ids of the control tokens, None where the tokenizer writes none."""
 
     bos: int
     eos: int
@@ -167,6 +171,8 @@ def _find_specials(tekken: Tekkenizer) -> SpecialIds:
     def optional(token: str) -> int | None:
         return needed(token) if tekken.is_special(token) else None
 
+    # Encoders before v13 refuse thinking, whatever tokens the file names.
+    thinks = tekken.version >= TokenizerVersion.v13
     return SpecialIds(
         bos=tekken.bos_id,
         eos=tekken.eos_id,
@@ -183,8 +189,8 @@ def _find_specials(tekken: Tekkenizer) -> SpecialIds:
         call=needed(SpecialTokens.tool_calls),
         args=optional(SpecialTokens.args),
         call_id=optional(SpecialTokens.call_id),
-        think=optional(SpecialTokens.begin_think),
-        end_think=optional(SpecialTokens.end_think),
+        think=optional(SpecialTokens.begin_think) if thinks else None,
+        end_think=optional(SpecialTokens.end_think) if thinks else None,
         settings=optional(SpecialTokens.begin_model_settings),
         end_settings=optional(SpecialTokens.end_model_settings),
         image=optional(SpecialTokens.img),

@@ -68,9 +68,8 @@ def _open_card(card: ModelCard) -> ChatTokenizer:
 
 def spec_of(card: ModelCard) -> TokenizerSpec:
     """What the catalog says of a model's tokenizer."""
-    tokenizer = card.tokenizer
-    image = ImageSpec(*tokenizer.image) if tokenizer.image else None
-    return TokenizerSpec(tokenizer.version, tokenizer.think, image, tokenizer.settings)
+    said = card.tokenizer
+    return TokenizerSpec(said.version, said.think, said.image, said.settings)
 
 
 def _open_hub_id(repo_id: str) -> ChatTokenizer:

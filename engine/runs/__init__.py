@@ -1,0 +1,52 @@
+"""Run folders: where they live, who works in one, what it says, and how to ask it for something.
+
+A run is a folder and a process that may or may not be alive; this package is the only one that
+tells which. It sits below everything that starts or shows a run, and holds nothing heavy, so that
+the trainer, the commands and the wizard share one set of rules.
+
+`folder` has the paths and finds runs by name; `lock` says whether a trainer lives; `lines` and
+`follower` read files that are being written; `summary` decides the word for a run; `control`
+carries commands to the trainer; `signals` turns SIGTERM into "save, then end". What a trainer does
+with them:
+
+    with StopSignals() as signals, RunLock(run) as lock, EventWriter(run.events) as events:
+        control = ControlReader(run.control, since=lock.since)
+        events.emit(Phase("load"))  # then Started, then at each step boundary:
+        for command in control.read():
+            events.emit(Ack(command.id, command.command, "done"))
+        if signals.requested:
+            ...  # save
+        events.emit(Ended("stopped", step))  # always the last event, before the lock is given back
+
+The lock is taken before anything heavy is imported: the launcher waits for it.
+"""
+
+from engine.runs.control import Command, ControlReader, Word, ask, send
+from engine.runs.folder import RunFolder, create_run, find_run, list_runs, run_home
+from engine.runs.follower import Follower, follow, read_steps
+from engine.runs.lock import RunLock, is_locked
+from engine.runs.signals import StopSignals
+from engine.runs.summary import Status, Summary, status, summarize
+
+__all__ = [
+    "Command",
+    "ControlReader",
+    "Follower",
+    "RunFolder",
+    "RunLock",
+    "Status",
+    "StopSignals",
+    "Summary",
+    "Word",
+    "ask",
+    "create_run",
+    "find_run",
+    "follow",
+    "is_locked",
+    "list_runs",
+    "read_steps",
+    "run_home",
+    "send",
+    "status",
+    "summarize",
+]

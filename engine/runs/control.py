@@ -1,0 +1,130 @@
+"""Commands to a run that lives, through a file both sides can read.
+
+A file and not a signal or a socket: it works from another machine, leaves a record, and each
+command has an id that the trainer answers in its events.
+"""
+
+import json
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, cast, get_args
+
+from engine.errors import UserError, WorkError
+from engine.events import Ack
+from engine.runs.folder import RunFolder
+from engine.runs.follower import Follower
+from engine.runs.lines import LineReader, append_line
+from engine.runs.lock import is_locked
+from engine.visible import visible
+
+Word = Literal["pause", "resume", "stop", "save", "sample"]
+
+_WORDS: Final[tuple[str, ...]] = get_args(Word)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One line of `control.jsonl`."""
+
+    id: str
+    command: Word
+    time: float
+    """Unix seconds when it was written."""
+
+
+class ControlReader:
+    """The trainer's ear: each command that was written after `since` once, whole lines only.
+
+    Lines that are no commands are skipped; a file that was replaced does not repeat a command.
+    """
+
+    def __init__(self, path: Path, since: float) -> None:
+        self._lines = LineReader(path)
+        self._since = since
+        self._seen: set[str] = set()
+
+    def read(self) -> list[Command]:
+        """Commands since the last call, oldest first. Costs microseconds: call it at every step.
+
+        The trainer answers each with an `Ack` of the same id. Never raises: a file that cannot
+        be read holds no commands for now.
+        """
+        found: list[Command] = []
+        try:
+            while lines := self._lines.read():
+                found += [each for line in lines if (each := self._accept(line))]
+        except OSError:
+            pass
+        return found
+
+    def _accept(self, line: bytes) -> Command | None:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(record, dict):
+            return None
+        identity, word, written = record.get("id"), record.get("command"), record.get("time")
+        if not isinstance(identity, str) or not isinstance(written, int | float):
+            return None
+        if word not in _WORDS or not written >= self._since or identity in self._seen:
+            return None
+        self._seen.add(identity)
+        return Command(identity, cast(Word, word), written)
+
+
+def send(run: RunFolder, command: Word) -> str:
+    """Write a command for a run that lives; returns its id, which the `ack` event will carry.
+
+    Raises UserError where no process would read it, WorkError where it cannot be written.
+    """
+    shown = visible(run.name, one_line=True)
+    if not is_locked(run):
+        raise UserError(
+            f"The run {shown} is not running.",
+            f"No process trains in its folder, so nobody would read {command!r}.",
+            f"See what became of it with `windtunnel runs`; `windtunnel resume {shown}` goes on.",
+        )
+    identity = uuid.uuid4().hex[:12]
+    try:
+        append_line(run.control, {"id": identity, "command": command, "time": time.time()})
+    except OSError as error:
+        raise WorkError(
+            f"The run {shown} could not be asked to {command}.",
+            f"Its control.jsonl cannot be written: {error}.",
+            "Free space on that disk, or ask as the user who started the run.",
+        ) from error
+    return identity
+
+
+def ask(run: RunFolder, command: Word, *, timeout_seconds: float) -> Ack:
+    """Send a command and wait for its answer.
+
+    Raises what `send` does, and WorkError where the run ends before it answers or does not answer
+    in time; the command then stays asked.
+    """
+    follower = Follower(run.events, from_end=True)
+    identity = send(run, command)
+    deadline = time.monotonic() + timeout_seconds
+    shown = visible(run.name, one_line=True)
+    while True:
+        alive = is_locked(run)
+        while events := follower.read():
+            for recorded in events:
+                if isinstance(recorded.event, Ack) and recorded.event.id == identity:
+                    return recorded.event
+        if not alive:
+            raise WorkError(
+                f"The run {shown} ended before it answered.",
+                f"It was asked to {command}, and its process is gone.",
+                "See how it ended with `windtunnel runs`.",
+            )
+        if time.monotonic() > deadline:
+            raise WorkError(
+                f"The run {shown} has not answered for {timeout_seconds:.0f} seconds.",
+                "A run reads commands between two steps; loading, evaluating and saving take long.",
+                f"It will {command} as soon as it reads this; watch it with `windtunnel runs`.",
+            )
+        time.sleep(0.05)

@@ -1,0 +1,280 @@
+"""Where runs live and how one is found again by its name.
+
+A folder of Windtunnel's own holds them unless a config says otherwise; runs elsewhere are entered
+in an index there, so that a name is enough from any directory. Nothing here deletes or overwrites.
+"""
+
+import contextlib
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import platformdirs
+
+from engine.errors import UserError, WorkError
+from engine.runs.lines import LineReader, append_line
+from engine.visible import visible
+
+HOME_VARIABLE: Final = "WINDTUNNEL_RUNS"
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_MARKS: Final = ("lock", "events.jsonl", "config.yml")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The paths of one run; the folder itself need not exist yet."""
+
+    path: Path
+    """Absolute."""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        """What to do, as YAML; written before the trainer starts."""
+        return self.path / "config.yml"
+
+    @property
+    def plan(self) -> Path:
+        """The memory estimate and the reasons, as JSON."""
+        return self.path / "plan.json"
+
+    @property
+    def events(self) -> Path:
+        """What happened, one JSON object a line; written by the trainer alone."""
+        return self.path / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What the trainer and its libraries printed."""
+        return self.path / "engine.log"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the trainer as long as it lives."""
+        return self.path / "lock"
+
+    @property
+    def control(self) -> Path:
+        """Commands to the trainer, one JSON object a line; written by everybody else."""
+        return self.path / "control.jsonl"
+
+    @property
+    def data(self) -> Path:
+        """Prepared arrays."""
+        return self.path / "data"
+
+    @property
+    def checkpoints(self) -> Path:
+        """`step-N` folders, with LATEST and BEST."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The result of a LoRA or QLoRA run."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The result of a full run."""
+        return self.path / "model"
+
+
+def run_home(option: str | Path | None = None) -> Path:
+    """The folder that holds `runs/` and the index: `--runs`, else $WINDTUNNEL_RUNS, else the
+    platform's data folder. It need not exist."""
+    chosen = option or os.environ.get(HOME_VARIABLE)
+    return _absolute(chosen) if chosen else platformdirs.user_data_path("windtunnel", False)
+
+
+def create_run(
+    name: str,
+    *,
+    output_dir: str | Path | None = None,
+    home: str | Path | None = None,
+    resume: bool = False,
+) -> RunFolder:
+    """A folder for a run, made if it is not there.
+
+    `output_dir` is taken as it is; without one the run gets `runs/<name>` under `run_home(home)`,
+    with -2, -3 and so on behind a name that is taken. With `resume` the folder is that of an
+    existing run, and no number is added.
+
+    Raises UserError where the name has other characters than letters, digits, dot, dash and
+    underscore, where the folder holds a run and `resume` is not set, or where there is none to
+    resume; WorkError where the folder cannot be made.
+    """
+    base = run_home(home)
+    if output_dir is not None:
+        run = RunFolder(_absolute(output_dir))
+        if resume:
+            _require_run(run)
+        else:
+            _refuse_used(run)
+            _make(run)
+    elif resume:
+        run = RunFolder(base / "runs" / _checked(name))
+        _require_run(run)
+    else:
+        run = _make_unique(base / "runs", _checked(name))
+    for each in {base, run_home()}:
+        _enter_in_index(each, run)
+    return run
+
+
+def list_runs(home: str | Path | None = None) -> list[RunFolder]:
+    """The runs under `run_home(home)` and those in its index, the latest written first."""
+    base = run_home(home)
+    found: dict[str, RunFolder] = {}
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(base / "runs"):
+            if entry.is_dir():
+                found[os.path.realpath(entry.path)] = RunFolder(Path(entry.path))
+    for path in _indexed(base):
+        found.setdefault(os.path.realpath(path), RunFolder(path))
+    return sorted((run for run in found.values() if _is_run(run)), key=_written, reverse=True)
+
+
+def find_run(name_or_path: str | Path, home: str | Path | None = None) -> RunFolder:
+    """The run of that name, or the run in that folder.
+
+    Raises UserError where there is none (naming the nearest) or more than one of that name.
+    """
+    text = os.fspath(name_or_path)
+    at_path = RunFolder(_absolute(text))
+    if os.sep in text or text.startswith("~"):
+        _require_run(at_path)
+        return at_path
+    runs = list_runs(home)
+    named = [run for run in runs if run.name == text]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        raise UserError(
+            f"{len(named)} runs are called {visible(text, one_line=True)}.",
+            "They are in " + " and ".join(visible(str(run.path)) for run in named) + ".",
+            "Give the folder instead of the name.",
+        )
+    if text and _is_run(at_path):
+        return at_path
+    near = difflib.get_close_matches(text, [run.name for run in runs], n=1, cutoff=0.5)
+    raise UserError(
+        f"There is no run called {visible(text, one_line=True)!r}.",
+        f"{len(runs)} runs are known under {visible(str(run_home(home)))}."
+        + (f" The nearest name is {visible(near[0], one_line=True)}." if near else ""),
+        "List them with `windtunnel runs`, or give the run's folder.",
+    )
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _checked(name: str) -> str:
+    if _NAME.fullmatch(name):
+        return name
+    raise UserError(
+        f"A run cannot be called {visible(name, one_line=True)!r}.",
+        "A name is a folder and a word of a command: letters, digits, dot, dash and underscore, at "
+        "most 100, the first a letter or a digit.",
+        "Choose another name, or set output_dir to any folder.",
+    )
+
+
+def _is_run(run: RunFolder) -> bool:
+    return any(os.path.exists(run.path / mark) for mark in _MARKS)
+
+
+def _require_run(run: RunFolder) -> None:
+    if not _is_run(run):
+        raise UserError(
+            f"{visible(str(run.path), one_line=True)} holds no run.",
+            "A run's folder has a config.yml, and events.jsonl once it was started.",
+            "List the runs with `windtunnel runs`.",
+        )
+
+
+def _refuse_used(run: RunFolder) -> None:
+    """A folder with only a config.yml waits to be started; one with history is somebody's work."""
+    try:
+        has_checkpoints = os.path.isdir(run.checkpoints) and bool(os.listdir(run.checkpoints))
+        has_events = os.path.exists(run.events) and os.path.getsize(run.events) > 0
+    except OSError as error:
+        raise _cannot_make(run.path, error) from error
+    if has_checkpoints or has_events:
+        shown = visible(str(run.path), one_line=True)
+        raise UserError(
+            f"{shown} already holds a run.",
+            "A second run there would mix its events and checkpoints with those of the first.",
+            f"Set another output_dir, or go on with that run: windtunnel resume {shown}",
+        )
+
+
+def _cannot_make(path: Path, error: Exception) -> WorkError:
+    return WorkError(
+        f"The folder {visible(str(path), one_line=True)} cannot be made or read.",
+        f"The system says: {error}.",
+        "Set output_dir or --runs to a folder that you may write to.",
+    )
+
+
+def _make(run: RunFolder) -> None:
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.lock.touch()
+    except (OSError, ValueError) as error:
+        raise _cannot_make(run.path, error) from error
+
+
+def _make_unique(folder: Path, name: str) -> RunFolder:
+    number = 1
+    while True:
+        run = RunFolder(folder / (name if number == 1 else f"{name}-{number}"))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            run.path.mkdir()  # fails for all but one of several that ask at once
+            run.lock.touch()
+        except FileExistsError as error:
+            if not folder.is_dir():
+                raise _cannot_make(folder, error) from error
+            number += 1
+        except OSError as error:
+            raise _cannot_make(run.path, error) from error
+        else:
+            return run
+
+
+def _written(run: RunFolder) -> float:
+    for path in (run.events, run.path):
+        with contextlib.suppress(OSError):
+            return path.stat().st_mtime
+    return 0.0
+
+
+def _indexed(home: Path) -> Iterator[Path]:
+    reader = LineReader(home / "index.jsonl")
+    with contextlib.suppress(OSError):
+        while lines := reader.read():
+            for line in lines:
+                with contextlib.suppress(ValueError, RecursionError):
+                    record = json.loads(line)
+                    path = record.get("path") if isinstance(record, dict) else None
+                    if isinstance(path, str) and os.path.isabs(path):
+                        yield Path(path)
+
+
+def _enter_in_index(home: Path, run: RunFolder) -> None:
+    """Remember a run that lies elsewhere. A home that cannot be written to is no reason to fail."""
+    if run.path.parent == home / "runs" or run.path in _indexed(home):
+        return
+    with contextlib.suppress(OSError):
+        home.mkdir(parents=True, exist_ok=True)
+        append_line(home / "index.jsonl", {"path": str(run.path)})

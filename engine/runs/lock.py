@@ -1,0 +1,160 @@
+"""The one proof that a trainer lives: an flock that its process holds from start to end.
+
+The kernel gives the lock back however the process dies. A process id proves nothing: it answers for
+a zombie, for a stranger with the same number after a reboot, and not at all from another machine.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from engine.errors import UserError, WorkError
+from engine.runs.folder import RunFolder
+from engine.visible import visible
+
+LAUNCH_VARIABLE: Final = "WINDTUNNEL_LAUNCH"
+"""Environment variable by which a launcher recognises that its own child took the lock."""
+
+_PATIENCE_SECONDS: Final = 30.0  # for those who only look, on a machine that is short of time
+
+_HELD: set[int] = set()
+
+
+def _close_in_child() -> None:
+    """A forked data worker shares the lock; one that outlives the trainer would keep it locked."""
+    for descriptor in _HELD:
+        os.close(descriptor)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Who took the lock last; written into the lock file by its holder."""
+
+    launch: str = ""
+    """Value of WINDTUNNEL_LAUNCH in the holder's environment."""
+    since: float = 0.0
+    """Unix seconds when the lock was taken."""
+
+
+class RunLock:
+    """Held by the trainer for life: `with RunLock(run) as lock`, before any heavy import.
+
+    Entering raises UserError where another process holds it, WorkError where the folder cannot be
+    locked at all. The descriptor is closed in every child, by exec and by fork.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._descriptor = -1
+        self.since = 0.0
+        """Unix seconds when the lock was taken: commands of before are not for this process."""
+
+    def __enter__(self) -> "RunLock":
+        try:
+            self._descriptor = os.open(self._run.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            _HELD.add(self._descriptor)
+            self._take()
+            self.since = time.time()
+            self._sign()
+        except BlockingIOError as error:
+            self._close()
+            raise in_use(self._run) from error
+        except OSError as error:
+            self._close()
+            raise WorkError(
+                f"The run {visible(self._run.name, one_line=True)} cannot be locked.",
+                f"The system says: {error}.",
+                "Put the run on a disk with free space that supports file locks.",
+            ) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor in _HELD:  # not in a forked child, where the number may be another file
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self._close()
+
+    def _take(self) -> None:
+        """Wait for those who only look: `is_locked` holds a shared lock for a moment.
+
+        Where that moment is not to blame, a shared lock is refused too: a trainer is there.
+        """
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            time.sleep(0.005)
+
+    def _sign(self) -> None:
+        """Over what is there, not after emptying it: at no moment is there no claim to read."""
+        claim = {"launch": os.environ.get(LAUNCH_VARIABLE, ""), "since": self.since}
+        line = json.dumps(claim).encode("ascii") + b"\n"
+        if os.pwrite(self._descriptor, line, 0) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _close(self) -> None:
+        if self._descriptor in _HELD:
+            _HELD.discard(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def in_use(run: RunFolder) -> UserError:
+    """What a second trainer on the same folder is told, and whoever would start one."""
+    shown = visible(run.name, one_line=True)
+    return UserError(
+        f"The run {shown} is already running.",
+        "Its folder is locked by the process that trains there.",
+        f"Stop it first (windtunnel stop {shown}), or start a run with another name.",
+    )
+
+
+def unreadable(run: RunFolder, error: OSError) -> WorkError:
+    """What is said of a run whose files are there and cannot be read."""
+    return WorkError(
+        f"The run {visible(run.name, one_line=True)} cannot be read.",
+        f"The system says: {error}.",
+        "Look as the user who started the run, or see that its disk is there.",
+    )
+
+
+def is_locked(run: RunFolder) -> bool:
+    """Whether a process holds the run's lock.
+
+    Raises WorkError where the lock file is there and cannot be opened.
+    """
+    try:
+        descriptor = os.open(run.lock, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise unreadable(run, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def read_claim(run: RunFolder) -> Claim:
+    """Who took the lock last, whether or not it is still held; an empty claim where nobody did."""
+    try:
+        record = json.loads(run.lock.read_bytes().partition(b"\n")[0])
+        return Claim(str(record["launch"]), float(record["since"]))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return Claim()

@@ -1,0 +1,182 @@
+"""Where the adapter lands and what may move: never nothing, never the vision tower."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.catalog import linear_targets, list_models, module_table, read_architecture
+from engine.errors import UserError
+from engine.train.batches import Order, Rows
+from engine.train.lora import as_expression, attach_lora, choose_targets, choose_trained
+from engine.train.model import Base, Model, load_base
+from tests.train.tiny import ARCHITECTURES, MINISTRAL3, settings, training, with_vision, write_model
+
+LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TABLES = {name: module_table(config) for name, config in ARCHITECTURES.items()} | {
+    card.name: module_table(card.config) for card in list_models()
+}
+EYES = ("vision", "projector", "lm_head", "embed")
+
+
+def adapted(model: Model) -> set[str]:
+    """Modules of the base that have an adapter."""
+    found = {n.split(".lora_A")[0] for n, _ in model.named_parameters() if ".lora_A" in n}
+    return {name.removeprefix("base_model.model.") for name in found}
+
+
+def loaded(folder: Path, **keys: Any) -> Base:
+    return load_base(folder, settings(folder, **keys))
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+class TestTargets:
+    def test_without_a_wish_every_linear_of_the_language_model(self, table: Any) -> None:
+        targets = choose_targets(table, settings(adapter="lora"))
+        assert targets == linear_targets(table)
+        assert not [name for name in targets if any(word in name for word in EYES)]
+
+    @pytest.mark.parametrize("leaves", [["o_proj"], ["o_proj", "down_proj"]])
+    def test_a_list_means_ends_of_names(self, table: Any, leaves: list[str]) -> None:
+        config = settings(adapter="lora", lora_target_modules=leaves)
+        targets = choose_targets(table, config)
+        wanted = [n for n in linear_targets(table) if n.rpartition(".")[2] in leaves]
+        assert sorted(targets) == sorted(wanted)
+        assert len(set(targets)) == len(targets)
+
+    @pytest.mark.parametrize("expression", [r".*\.o_proj", r".*layers\.0\..*", ".*"])
+    def test_an_expression_means_whole_names_and_does_not_reach_the_eyes(
+        self, table: Any, expression: str
+    ) -> None:
+        config = settings(adapter="lora", lora_target_modules=expression)
+        targets = choose_targets(table, config)
+        assert targets
+        assert set(targets) <= set(linear_targets(table))
+
+    @pytest.mark.parametrize(
+        "wish",
+        [
+            ["q_proj_typo"],
+            ["o_proj", "query"],
+            ["proj"],  # an end of a word is no end of a name
+            ["vision_tower.transformer.layers.0.attention.o_proj"],
+            ["lm_head"],
+            "q_proj",  # an expression has to match the whole name
+            r".*vision_tower.*",
+        ],
+        ids=str,
+    )
+    def test_a_wish_that_matches_nothing_is_refused(self, table: Any, wish: Any) -> None:
+        config = settings(adapter="lora", lora_target_modules=wish)
+        with pytest.raises(UserError, match="matches no module") as caught:
+            choose_targets(table, config)
+        assert "o_proj" in caught.value.why
+
+    def test_the_expression_for_all_layers_covers_them_and_nothing_else(self, table: Any) -> None:
+        targets = linear_targets(table)
+        expression = re.compile(as_expression(targets))
+        everything = [p.module for p in table.parameters if p.quantizable]
+        assert tuple(name for name in everything if expression.fullmatch(name)) == targets
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        None,
+        ["q_proj"],
+        list(LEAVES),
+        ["layers.0.self_attn.q_proj"],
+        ["layers.1.mlp.up_proj", "v_proj"],
+        r".*layers\.1\..*",
+        r".*\.(q|v)_proj",
+    ],
+    ids=str,
+)
+def test_the_adapter_lands_on_exactly_what_was_chosen(any_model: Path, wish: Any) -> None:
+    config = settings(any_model, adapter="lora", lora_target_modules=wish)
+    architecture = read_architecture(any_model)
+    model = attach_lora(loaded(any_model).model, architecture, config)
+    assert adapted(model) == set(choose_targets(architecture.table, config))
+
+
+def test_many_layers_are_stored_as_one_expression(any_model: Path) -> None:
+    config = settings(any_model, adapter="lora")
+    model = attach_lora(loaded(any_model).model, read_architecture(any_model), config)
+    stored = model.peft_config["default"].target_modules
+    assert isinstance(stored, str)
+    assert r"layers\.\d+\.self_attn\.q_proj" in stored
+
+
+def test_a_model_that_is_not_built_as_described_is_refused(tmp_path: Path, ministral: Path) -> None:
+    short = write_model(tmp_path / "short", MINISTRAL3 | {"num_hidden_layers": 1})
+    config = settings(ministral, adapter="lora")
+    with pytest.raises(UserError, match="did not land where it should"):
+        attach_lora(loaded(short).model, read_architecture(ministral), config)
+
+
+class TestWhatMoves:
+    def test_the_adapters_settings_are_the_configs(self, ministral: Path) -> None:
+        config = settings(ministral, adapter="lora", lora_r=4, lora_alpha=12, lora_dropout=0.25)
+        model = attach_lora(loaded(ministral).model, read_architecture(ministral), config)
+        layer = model.base_model.model.model.layers[0].mlp.up_proj
+        assert layer.lora_A["default"].weight.shape == (4, 64)
+        assert layer.scaling["default"] == 3.0
+        assert layer.lora_dropout["default"].p == 0.25
+
+    def test_only_the_adapter_trains_and_in_float32(self, any_model: Path) -> None:
+        config = settings(any_model, adapter="lora", bf16=True)
+        model = attach_lora(loaded(any_model, bf16=True).model, read_architecture(any_model), config)
+        moving = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert moving
+        assert all("lora_" in name for name in moving)
+        assert {p.dtype for p in moving.values()} == {torch.float32}
+
+    def test_a_step_moves_the_adapter_and_no_weight_of_the_base(
+        self, any_model: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        config = settings(any_model, adapter="lora", learning_rate=0.01, max_steps=2)
+        run = training(tmp_path, config, uneven)
+        before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+        for number, batch in Order(uneven, config).steps(0):
+            run.step(number, batch)
+        moved = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
+        assert moved == {n for n in before if "lora_" in n}
+
+    def test_a_full_fine_tune_leaves_the_vision_tower_alone(
+        self, model_folder: Callable[[str], Path], uneven: Rows, tmp_path: Path
+    ) -> None:
+        folder = model_folder("mistral3 over ministral3")
+        config = settings(folder, learning_rate=0.01, weight_decay=0.5, max_steps=1)
+        run = training(tmp_path, config, uneven)
+        before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+        run.step(1, Order(uneven, config).step(1))
+        still = {n for n, p in run.model.named_parameters() if torch.equal(p, before[n])}
+        assert still == {n for n in before if "vision_tower" in n or "multi_modal_projector" in n}
+        assert still
+
+    def test_unfrozen_parameters_choose_by_the_start_of_the_name(self, ministral: Path) -> None:
+        base = loaded(ministral)
+        wanted = [r"model\.layers\.1\.", r"model.norm.*"]
+        model = choose_trained(base.model, settings(ministral, unfrozen_parameters=wanted))
+        moving = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert moving == {
+            n
+            for n, _ in model.named_parameters()
+            if n.startswith(("model.layers.1.", "model.norm."))
+        }
+
+    def test_unfrozen_parameters_may_name_the_vision_tower(self, tmp_path: Path) -> None:
+        folder = write_model(tmp_path / "seeing", with_vision(MINISTRAL3))
+        config = settings(folder, unfrozen_parameters=[r"model\.multi_modal_projector"])
+        model = choose_trained(loaded(folder).model, config)
+        moving = [n for n, p in model.named_parameters() if p.requires_grad]
+        assert moving
+        assert all("multi_modal_projector" in name for name in moving)
+
+    def test_an_unfrozen_parameter_that_matches_nothing_is_refused(self, ministral: Path) -> None:
+        config = settings(ministral, unfrozen_parameters=["lm_head", "layers.1"])
+        with pytest.raises(UserError, match="layers.1 matches no parameter"):
+            choose_trained(loaded(ministral).model, config)

@@ -1,0 +1,190 @@
+"""Going on, going back, and what is refused because it would quietly train something else."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import UserError
+from engine.events import Note, Step
+from engine.launch import resume_run
+from engine.runs import Follower, RunFolder, read_steps, status
+from tests.train.processes import (
+    LORA,
+    DieBeforeStep,
+    evaluations,
+    events_of,
+    figures,
+    finish,
+    last_end,
+    new_run,
+    write_config,
+    write_model,
+)
+
+KEYS = LORA | {"max_steps": 6, "save_steps": 2}
+
+NewRun = Callable[..., RunFolder]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def new(tmp_path: Path, base: Path) -> NewRun:
+    def make(name: str = "run", **keys: Any) -> RunFolder:
+        return new_run(tmp_path / name, base, KEYS | keys)
+
+    return make
+
+
+def rewrite(run: RunFolder, base: Path, **keys: Any) -> None:
+    write_config(run, base, run.path / "rows.jsonl", KEYS | keys)
+
+
+def tell(run: RunFolder) -> list[int]:
+    """The steps in the order in which they were told, repeated ones too."""
+    return [event.step for event in events_of(run) if isinstance(event, Step)]
+
+
+def test_a_run_goes_on_to_more_steps_than_it_had(new: NewRun, base: Path) -> None:
+    run = new(lr_scheduler="constant")
+    assert finish(run) == 0
+    rewrite(run, base, lr_scheduler="constant", max_steps=9)
+    assert finish(run, "--resume") == 0
+    whole = new("whole", lr_scheduler="constant", max_steps=9)
+    assert finish(whole) == 0
+    assert figures(run) == figures(whole)
+    assert tell(run) == list(range(1, 10))
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 4}, {"micro_batch_size": 2}, {"gradient_accumulation_steps": 1}]
+)
+def test_a_changed_order_of_rows_is_refused(
+    new: NewRun, base: Path, change: dict[str, Any]
+) -> None:
+    run = new(max_steps=2)
+    assert finish(run) == 0
+    rewrite(run, base, **change)
+    assert finish(run, "--resume") == 1
+    end = last_end(run)
+    assert (end.outcome, end.step) == ("failed", 2)
+    assert end.what == "The run cannot go on from step-2."
+    assert "batch size, the packing or the seed" in end.why
+    rewrite(run, base)
+    assert finish(run, "--resume") == 0, "what was saved is untouched"
+    assert tell(run) == [1, 2, 3, 4, 5, 6]
+
+
+def test_changed_rows_are_refused(new: NewRun) -> None:
+    run = new(max_steps=2)
+    assert finish(run) == 0
+    rows = run.path / "rows.jsonl"
+    rows.write_text(rows.read_text("utf-8").replace("force 0", "force zero"), "utf-8")
+    assert finish(run, "--resume") == 1
+    assert last_end(run).what == "The run cannot go on from step-2."
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"lora_r": 8}, "belong to another model"),
+        ({"adapter": None}, "belong to another model"),
+        ({"optimizer": "adamw_8bit"}, "The optimizer of step-2 is AdamW, not AdamW8bit"),
+    ],
+)
+def test_weights_of_another_config_are_refused(
+    new: NewRun, base: Path, change: dict[str, Any], word: str
+) -> None:
+    run = new(max_steps=2)
+    assert finish(run) == 0
+    rewrite(run, base, **change)
+    assert finish(run, "--resume") == 1
+    assert word in last_end(run).what
+    assert "output_dir" in last_end(run).fix
+
+
+def test_a_run_that_ran_out_of_memory_may_go_on_in_4_bits(new: NewRun, base: Path) -> None:
+    run = new(max_steps=2)
+    assert finish(run) == 0
+    rewrite(run, base, adapter="qlora", load_in_4bit=True, gradient_checkpointing=True)
+    assert finish(run, "--resume") == 0, run.log.read_text()
+    assert tell(run) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_without_a_checkpoint_begins_again(new: NewRun) -> None:
+    run = new(save_strategy="no", save_steps=None)
+    assert finish(run, before=DieBeforeStep(3)) == -signal.SIGKILL
+    assert status(run) == "lost"
+    assert finish(run, "--resume") == 0
+    notes = [event.text for event in events_of(run) if isinstance(event, Note)]
+    assert notes == ["there is no checkpoint: the run begins at step 1"]
+    assert tell(run) == [1, 2, 1, 2, 3, 4, 5, 6]
+    whole = new("whole")
+    assert finish(whole) == 0
+    assert figures(run) == figures(whole)
+
+
+def test_a_repeated_step_supersedes_the_earlier_one_and_numbers_go_on(new: NewRun) -> None:
+    run = new(max_steps=5)
+    assert finish(run, before=DieBeforeStep(4)) == -signal.SIGKILL
+    assert finish(run, "--resume") == 0
+    assert [step.step for step in read_steps(run)] == [1, 2, 3, 4, 5]
+    assert tell(run) == [1, 2, 3, 3, 4, 5]
+    follower = Follower(run.events)
+    numbers = [recorded.seq for recorded in follower.read()]
+    assert numbers == list(range(len(numbers)))
+
+
+def test_a_finished_run_does_no_further_step(new: NewRun) -> None:
+    run = new()
+    assert finish(run) == 0
+    adapter = (run.adapter / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="has finished"):
+        resume_run(run)
+    assert finish(run, "--resume") == 0
+    assert tell(run) == [1, 2, 3, 4, 5, 6]
+    assert last_end(run).outcome == "finished"
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_a_run_that_went_back_stays_there_when_it_is_killed(new: NewRun) -> None:
+    run = new(val_set_size=0.1, eval_steps=2)
+    assert finish(run) == 0
+    whole, scores = figures(run), evaluations(run)
+    assert (run.checkpoints / "BEST").read_text() == "step-6"
+    back = ("--resume", "--from", "step-2")
+    assert finish(run, *back, before=DieBeforeStep(2)) == -signal.SIGKILL
+    marks = [(run.checkpoints / name).read_text() for name in ("LATEST", "BEST")]
+    assert marks == ["step-2", "step-2"], "what came later belongs to the way not taken"
+    assert finish(run, "--resume") == 0
+    assert tell(run) == [1, 2, 3, 4, 5, 6, 3, 3, 4, 5, 6]
+    assert figures(run) == whole
+    assert evaluations(run) == scores
+
+
+def test_a_checkpoint_that_is_not_there_is_named(new: NewRun) -> None:
+    run = new(max_steps=2)
+    assert finish(run) == 0
+    assert finish(run, "--resume", "--from", "step-9") == 1
+    assert last_end(run).what == "The checkpoint step-9 cannot be read."
+    assert (run.checkpoints / "LATEST").read_text() == "step-2"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_passed_over(new: NewRun, name: str) -> None:
+    run = new()
+    assert finish(run) == 0
+    whole = figures(run)
+    damaged = run.checkpoints / "step-6" / name
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    assert finish(run, "--resume", "--from", "step-6") == 1
+    assert last_end(run).what == "The checkpoint step-6 cannot be read."
+    assert finish(run, "--resume") == 0
+    assert tell(run) == [1, 2, 3, 4, 5, 6, 5, 6]
+    assert figures(run) == whole
