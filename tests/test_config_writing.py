@@ -19,9 +19,9 @@ from engine.config import (
     read_config,
     write_config,
 )
-from engine.config.yaml_text import HEADER
+from engine.config.yaml_text import HEADER, scalar
 from engine.errors import UserError, WorkError
-from tests.config_values import TEXTS, configs
+from tests.config_values import TEXTS, TRICKY, configs
 
 slow_to_draw = settings(
     max_examples=200,
@@ -86,6 +86,23 @@ def test_any_config_becomes_any_other_in_place(
     document = parse_config(write_config(first)).document
     text = write_config(second, reasons, document=document)
     assert parse_config(text).config == second
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_text_that_yaml_takes_for_something_else_is_quoted(text: str) -> None:
+    assert yaml.safe_load(f"a: {scalar(text)}\nb: [{scalar(text, flow=True)}]") == {
+        "a": text,
+        "b": [text],
+    }
+
+
+@pytest.mark.parametrize("number", [2e-5, 1e-4, 1.0, 1e22, 1.5e-300, 0.1])
+def test_numbers_are_numbers_to_both_versions_of_yaml(number: float) -> None:
+    assert yaml.safe_load(scalar(number)) == number
+    assert (
+        parse_config(f"base_model: x\nlearning_rate: {scalar(number)}").config.learning_rate
+        == number
+    )
 
 
 class TestNewFile:

@@ -68,6 +68,16 @@ def test_nothing_is_a_stub(path: Path) -> None:
     assert not list(unfinished(path.read_text("utf-8")))
 
 
+def test_every_command_that_a_sentence_names_exists() -> None:
+    from engine.cli import build_app
+    from engine.cli.watch import PlainWatch
+
+    commands = set(build_app(PlainWatch))
+    for path in [*SOURCES, ROOT / "README.md", *(ROOT / "presets").rglob("*.yml")]:
+        named = set(re.findall(r"`windtunnel ([a-z]+)", path.read_text("utf-8")))
+        assert named <= commands, path.name
+
+
 def test_the_top_level_holds_what_a_newcomer_expects() -> None:
     tops = {path.split("/")[0] for path in tracked()}
     assert {top for top in tops if not top.startswith(".")} <= TOP_LEVEL

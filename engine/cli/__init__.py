@@ -27,6 +27,7 @@ def build_app(make_watch: Callable[[], Watch]) -> cyclopts.App:
         version=version("windtunnel"),
         version_flags=["--version"],
         help_format="plaintext",
+        default_parameter=cyclopts.Parameter(negative=(), show_default=False),
     )
     training.register(app, make_watch)
     dataset.register(app)

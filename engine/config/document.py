@@ -64,7 +64,7 @@ def load_document(path: Path) -> Document:
         raise UserError(
             f"{name} was not found.",
             "There is no file of that name.",
-            "Check the path, or write a new config with `windtunnel recommend -o config.yml`.",
+            "Check the path. README has a config to start from; `windtunnel explain` has every key.",
         ) from None
     except OSError as error:
         raise UserError(

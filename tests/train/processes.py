@@ -103,7 +103,9 @@ def write_rows(path: Path, count: int = 40) -> Path:
     return path
 
 
-def new_run(folder: Path, base: Path, keys: Mapping[str, Any], rows: Path | None = None) -> RunFolder:
+def new_run(
+    folder: Path, base: Path, keys: Mapping[str, Any], rows: Path | None = None
+) -> RunFolder:
     """A run folder with its config.yml: `CONFIG`, changed by `keys`."""
     folder.mkdir(parents=True)
     rows = rows or write_rows(folder / "rows.jsonl")

@@ -15,10 +15,11 @@ import transformers
 
 from engine.chat.render import Kind, LabelRule
 from engine.config import RunConfig
+from engine.events import Step
+from engine.runs import read_steps
 from engine.train.batches import Order, Rows, StepBatch, collate
 from engine.train.evaluate import score
 from engine.train.loop import Training
-from engine.train.lora import choose_trained
 from engine.train.model import Model, hidden_states, load_base, unwrapped
 from engine.train.weights import save_trained
 from tests.train.tiny import Row, gradients, row, settings, training, wake_adapter
@@ -210,9 +211,7 @@ class TestAccumulation:
         assert abs(loss - sum(alone) / 2) > 0.01
 
 
-def steps_of(run: Training) -> list[Any]:
-    from engine.runs import read_steps
-
+def steps_of(run: Training) -> list[Step]:
     return read_steps(run.session.run)
 
 
@@ -264,12 +263,3 @@ def test_gradients_are_cut_to_max_grad_norm_and_told_before(
     _, norm = run.gradients(first_step(config, uneven))
     assert norm > 0.1
     assert norm_of(gradients(run.model)) == pytest.approx(0.01, rel=1e-3)
-
-
-def test_what_is_frozen_gets_no_gradient(ministral: Path, uneven: Rows) -> None:
-    config = settings(ministral, unfrozen_parameters=[r"model\.layers\.1\."])
-    base = load_base(ministral, config)
-    model = choose_trained(base.model, config)
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        n for n, _ in model.named_parameters() if n.startswith("model.layers.1.")
-    }

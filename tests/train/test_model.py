@@ -134,12 +134,15 @@ class TestWhatIsRefused:
 
 
 class TestWhoChoosesTheKernels:
-    def test_a_models_config_does_not(self, own: Path, model_folder: Callable[[str], Path]) -> None:
+    def test_a_models_config_does_not(self, own: Path, ministral: Path) -> None:
         edit_config(own, _attn_implementation="eager", attn_implementation="eager")
-        edit_config(own, _experts_implementation="eager", experts_implementation="sonicmoe")
-        model = load_base(own, settings(own)).model
+        edit_config(own, _experts_implementation="batched_mm", experts_implementation="batched_mm")
+        model, untouched = (load_base(folder, settings(folder)).model for folder in (own, ministral))
         assert model.config._attn_implementation == "sdpa"
-        assert model.config._experts_implementation != "eager"
+        for name in ("_experts_implementation", "experts_implementation"):
+            chosen = getattr(untouched.config, name, None)
+            assert chosen != "batched_mm"
+            assert getattr(model.config, name, None) == chosen
 
     def test_nor_does_a_part_of_it(self, tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
         source = model_folder("mistral3 over ministral3")

@@ -1,0 +1,168 @@
+"""The held-out figures: the loss of every learned token, and answers that are exact."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine.chat.render import Kind, LabelRule, learned
+from engine.errors import UserError
+from engine.train.batches import Order, Rows
+from engine.train.evaluate import Score, evaluating, mean_loss, score, score_all
+from engine.train.generate import generate
+from engine.train.loop import Training
+from engine.train.model import load_base
+from tests.train.tiny import Row, row, settings, training, write_rows
+
+TAUGHT, OTHERS = 5, 4
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "separate": {"micro_batch_size": 1},
+    "padded": {"micro_batch_size": 4},
+    "packed": {"eval_sample_packing": True, "sequence_len": 128},
+    "packed, several at once": {
+        "eval_sample_packing": True,
+        "sequence_len": 32,
+        "micro_batch_size": 3,
+    },
+}
+
+
+def with_wrong_end(given: Row) -> Row:
+    """The same row with one other token as the last of its answer."""
+    token, kind = given[-2]
+    return [*given[:-2], (token - 1 if token > 20 else token + 1, kind), given[-1]]
+
+
+@pytest.fixture(scope="module")
+def memorised(
+    model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Training:
+    """A model that knows five rows by heart."""
+    home = tmp_path_factory.mktemp("memorised")
+    rows = write_rows(home / "rows", [row(4, 3 + n, seed=n) for n in range(TAUGHT)])
+    folder = model_folder("mistral3 over ministral3")
+    config = settings(
+        folder, micro_batch_size=TAUGHT, max_steps=60, learning_rate=0.004, warmup_steps=5
+    )
+    run = training(home / "run", config, rows)
+    for number, batch in run.order.steps(0):
+        run.step(number, batch)
+    return run
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """Taught rows, taught rows with one wrong token, and rows that were never seen, in turn."""
+    rows = []
+    for n in range(TAUGHT):
+        rows += [row(4, 3 + n, seed=n), with_wrong_end(row(4, 3 + n, seed=n))]
+    rows += [row(3, 5, seed=100 + n) for n in range(OTHERS)]
+    return write_rows(tmp_path_factory.mktemp("mixed") / "rows", rows)
+
+
+def answers_exactly(run: Training, rows: Rows, index: int) -> bool:
+    """Whether greedy generation from a row's question gives its answer, to the end."""
+    ids, kinds = rows.ids(index), rows.kinds(index)
+    begins = int(np.flatnonzero(learned(kinds, LabelRule()))[0])
+    answer = ids[begins:].tolist()
+    made = generate(
+        run.model,
+        run.base.device,
+        ids[:begins].tolist(),
+        end=2,
+        max_new_tokens=len(answer),
+    )
+    return made == answer
+
+
+class TestExactAnswers:
+    @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+    def test_a_row_is_exact_when_generation_gives_its_answer(
+        self, memorised: Training, mixed: Rows, layout: dict[str, Any]
+    ) -> None:
+        right = [answers_exactly(memorised, mixed, index) for index in range(len(mixed))]
+        assert right == [True, False] * TAUGHT + [False] * OTHERS
+        config = settings(**layout)
+        assert score(memorised.model, memorised.base, mixed, config).exact == TAUGHT / len(mixed)
+        for index, is_right in enumerate(right):
+            chosen = slice(index, index + 1)
+            alone = Rows(mixed.prepared, mixed.chosen[chosen], mixed.lengths[chosen])
+            assert score(memorised.model, memorised.base, alone, config).exact == is_right
+
+    def test_only_learned_tokens_have_to_be_right(
+        self, memorised: Training, make_rows: Callable[[list[Row]], Rows]
+    ) -> None:
+        taught = row(4, 3, seed=0)
+        asks_more = [*taught, (50, Kind.USER), (51, Kind.USER)]
+        rows = make_rows([taught, asks_more])
+        found = score(memorised.model, memorised.base, rows, settings(micro_batch_size=2))
+        assert found.exact == 1.0
+
+
+class TestLoss:
+    @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+    def test_it_is_the_mean_over_all_learned_tokens(
+        self, memorised: Training, mixed: Rows, layout: dict[str, Any]
+    ) -> None:
+        total, count = 0.0, 0
+        for index in range(len(mixed)):
+            ids = torch.from_numpy(mixed.ids(index).astype(np.int64))
+            flags = torch.from_numpy(learned(mixed.kinds(index), LabelRule()))
+            with torch.no_grad():
+                logits = memorised.base.model(input_ids=ids[None], use_cache=False).logits[0]
+            losses = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
+            total, count = total + float(losses[flags[1:]].sum()), count + int(flags.sum())
+        found = score(memorised.model, memorised.base, mixed, settings(**layout))
+        assert found.loss == pytest.approx(total / count, rel=1e-5)
+        assert (found.learned_tokens, found.rows) == (count, len(mixed))
+
+    def test_over_several_sets_every_token_weighs_the_same(self) -> None:
+        scores = {"a": Score(1.0, 10, 3, 0.0), "b": Score(4.0, 30, 1, 1.0)}
+        assert mean_loss(scores) == 3.25
+
+    def test_every_set_has_its_own_score(self, memorised: Training, mixed: Rows) -> None:
+        sets = {"first": mixed.first(1), "all": mixed}
+        found = score_all(memorised.model, memorised.base, sets, settings())
+        assert list(found) == ["first", "all"]
+        assert (found["first"].rows, found["first"].exact) == (1, 1.0)
+        assert found["first"].loss < found["all"].loss
+
+    def test_a_set_with_nothing_to_score_is_refused(
+        self, memorised: Training, make_rows: Callable[[list[Row]], Rows]
+    ) -> None:
+        questions = make_rows([[(1, Kind.BOS), (30, Kind.USER), (31, Kind.USER)]])
+        with pytest.raises(UserError, match="The evaluation set questions has no answer"):
+            score_all(memorised.model, memorised.base, {"questions": questions}, settings())
+
+
+class TestItLeavesNoTrace:
+    def test_there_is_no_dropout_and_no_gradient_and_training_goes_on(
+        self, ministral: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        config = settings(ministral, adapter="lora", lora_dropout=0.5, max_steps=1)
+        run = training(tmp_path, config, uneven)
+        run.step(1, Order(uneven, config).step(1))
+        first, second = (score(run.model, run.base, uneven, config).loss for _ in range(2))
+        assert first == second
+        assert run.model.training
+        assert all(p.grad is None for p in run.model.parameters())
+
+    def test_training_goes_on_after_an_error_too(self, ministral: Path) -> None:
+        model = load_base(ministral, settings(ministral)).model
+        with pytest.raises(ZeroDivisionError), evaluating(model):
+            assert not model.training
+            assert not torch.is_grad_enabled()
+            raise ZeroDivisionError
+        assert model.training
+        assert torch.is_grad_enabled()
+
+    def test_it_draws_no_random_number(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
+        config = settings(ministral, adapter="lora", lora_dropout=0.5)
+        run = training(tmp_path, config, uneven)
+        before = torch.get_rng_state()
+        score(run.model, run.base, uneven, config)
+        assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,134 @@
+"""Commands to a live run: each is answered, and does what its word says."""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.events import Ack, Sample, Saved
+from engine.runs import RunFolder, Word, ask, read_steps, send, status
+from tests.fakes.processes import wait_until
+from tests.train.processes import (
+    LORA,
+    events_of,
+    last_end,
+    new_run,
+    start,
+    training,
+    wait,
+    write_model,
+)
+
+LONG = LORA | {"max_steps": 100_000, "save_steps": 100_000, "lr_scheduler": "constant"}
+QUESTION = "How many knots is force 3?"
+
+
+class Workshop:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.base = folder, write_model(folder / "base")
+        self._numbers = itertools.count()
+
+    def new(self, **keys: object) -> RunFolder:
+        return new_run(self.folder / f"run-{next(self._numbers)}", self.base, LONG | keys)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("control"))
+
+
+@pytest.fixture
+def live(workshop: Workshop) -> Iterator[RunFolder]:
+    run = workshop.new()
+    with training(run, steps=2):
+        yield run
+
+
+def told(run: RunFolder, word: Word) -> str:
+    return ask(run, word, timeout_seconds=60).outcome
+
+
+def test_a_paused_run_makes_no_step_until_it_is_resumed(live: RunFolder) -> None:
+    assert told(live, "pause") == "done"
+    before = len(read_steps(live))
+    assert status(live) == "paused"
+    time.sleep(0.5)
+    assert len(read_steps(live)) == before
+    assert told(live, "resume") == "done"
+    wait_until(lambda: len(read_steps(live)) > before + 1, 60)
+    assert status(live) == "running"
+
+
+def test_a_paused_run_saves_and_stays_paused(live: RunFolder) -> None:
+    told(live, "pause")
+    done = len(read_steps(live))
+    assert told(live, "save") == "done"
+    saved = [event for event in events_of(live) if isinstance(event, Saved)]
+    assert saved == [Saved(done, f"checkpoints/step-{done}")]
+    assert (live.checkpoints / "LATEST").read_text() == f"step-{done}"
+    assert status(live) == "paused"
+    assert len(read_steps(live)) == done
+
+
+def test_a_paused_run_can_be_stopped(workshop: Workshop) -> None:
+    run = workshop.new()
+    with training(run, steps=2) as process:
+        told(run, "pause")
+        done = len(read_steps(run))
+        assert told(run, "stop") == "done"
+        assert wait(process) == 0
+    assert (last_end(run).outcome, last_end(run).step) == ("stopped", done)
+    assert (run.checkpoints / "LATEST").read_text() == f"step-{done}"
+    assert status(run) == "stopped"
+
+
+def test_a_save_is_answered_when_it_is_on_the_disk(live: RunFolder) -> None:
+    assert told(live, "save") == "done"
+    events = events_of(live)
+    answer = next(n for n, event in enumerate(events) if isinstance(event, Ack))
+    saved = [event for event in events[:answer] if isinstance(event, Saved)]
+    assert len(saved) == 1
+    assert (live.path / saved[0].path / "state.json").is_file()
+
+
+def test_a_sample_is_answered_with_what_the_model_says_now(workshop: Workshop) -> None:
+    run = workshop.new(sample_prompts=[QUESTION])
+    with training(run, steps=1):
+        told(run, "pause")
+        assert told(run, "sample") == "done"
+        samples = [event for event in events_of(run) if isinstance(event, Sample)]
+        assert [(s.prompt, s.when) for s in samples] == [(QUESTION, "before"), (QUESTION, "during")]
+        assert samples[1].step == len(read_steps(run))
+        assert samples[0].text
+
+
+def test_commands_of_before_the_start_mean_nothing(workshop: Workshop) -> None:
+    run = workshop.new(max_steps=2, save_steps=100)
+    old = [
+        {"id": f"old-{word}", "command": word, "time": time.time() - 5}
+        for word in ("stop", "pause", "save", "sample")
+    ]
+    run.control.write_text("".join(json.dumps(each) + "\n" for each in old))
+    assert wait(start(run)) == 0
+    assert last_end(run).outcome == "finished"
+    assert not [event for event in events_of(run) if isinstance(event, Ack)]
+
+
+def test_lines_that_are_no_commands_do_no_harm(live: RunFolder) -> None:
+    with live.control.open("ab") as file:
+        file.write(b'\xff\x00 no json\n{"id": "x", "command": "explode", "time": 9e9}\n[]\n')
+    assert told(live, "save") == "done"
+
+
+def test_each_of_many_commands_at_once_is_answered(live: RunFolder) -> None:
+    words: list[Word] = ["save", "pause", "save", "resume"]
+    identities = [send(live, word) for word in words]
+
+    def answered() -> list[str]:
+        return [event.id for event in events_of(live) if isinstance(event, Ack)]
+
+    wait_until(lambda: set(answered()) == set(identities), 60)
+    assert len(answered()) == len(identities)

@@ -1,0 +1,152 @@
+"""What a scheduler, a keyboard and a closed terminal do to a run."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.events import Phase, Sample
+from engine.launch import launch
+from engine.runs import RunFolder, is_locked, read_steps, status
+from tests.fakes.processes import ROOT, wait_until
+from tests.train.processes import (
+    LORA,
+    events_of,
+    figures,
+    finish,
+    last_end,
+    new_run,
+    start,
+    training,
+    wait,
+    write_model,
+)
+
+LONG = LORA | {"max_steps": 100_000, "save_steps": 100_000, "lr_scheduler": "constant"}
+STOPPED = 2.0
+"""Seconds that a step and a save may take on a crowded machine, many times over."""
+
+
+class Workshop:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.base = folder, write_model(folder / "base")
+        self._numbers = itertools.count()
+
+    def new(self, **keys: object) -> RunFolder:
+        return new_run(self.folder / f"run-{next(self._numbers)}", self.base, LONG | keys)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("signals"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_run_and_it_goes_on_to_equal_losses(
+    workshop: Workshop, number: signal.Signals
+) -> None:
+    run = workshop.new()
+    with training(run, steps=3) as process:
+        os.kill(process.pid, number)
+        assert wait(process) == 0
+    end = last_end(run)
+    assert (end.outcome, end.what) == ("stopped", "")
+    done = end.step
+    assert [step.step for step in read_steps(run)] == list(range(1, done + 1))
+    assert (run.checkpoints / "LATEST").read_text() == f"step-{done}"
+    assert not run.adapter.exists()
+    keys = {"max_steps": done + 4, "save_steps": 100}
+    whole = workshop.new(**keys)
+    assert finish(whole) == 0
+    run.config.write_text(run.config.read_text().replace("100000", str(done + 4)))
+    assert finish(run, "--resume") == 0
+    assert figures(run) == figures(whole)
+    assert last_end(run).outcome == "finished"
+
+
+def test_a_second_signal_leaves_at_once(workshop: Workshop) -> None:
+    """While it answers its questions nobody saves: only the second signal ends it."""
+    run = workshop.new(sample_prompts=["How many knots is force 3?"] * 40)
+    process = start(run)
+    wait_until(lambda: any(isinstance(event, Sample) for event in events_of(run)), 60)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    assert wait(process, 20) == 130
+    assert status(run) == "lost"
+    assert not read_steps(run)
+
+
+def test_one_signal_that_comes_twice_at_once_is_one(workshop: Workshop) -> None:
+    run = workshop.new()
+    with training(run, steps=1) as process:
+        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGTERM)
+        assert wait(process) == 0
+    assert last_end(run).outcome == "stopped"
+
+
+def test_a_signal_while_loading_ends_the_run_before_its_first_answer(workshop: Workshop) -> None:
+    run = workshop.new(sample_prompts=["How many knots is force 3?"] * 40, val_set_size=0.2)
+    process = start(run)
+    wait_until(lambda: any(isinstance(event, Phase) for event in events_of(run)), 60)
+    os.kill(process.pid, signal.SIGTERM)
+    assert wait(process) == 0
+    assert (last_end(run).outcome, last_end(run).step) == ("stopped", 0)
+    assert not [event for event in events_of(run) if isinstance(event, Sample)]
+    assert not list(run.checkpoints.iterdir())
+
+
+def test_a_hangup_means_nothing_to_a_run_without_a_terminal(workshop: Workshop) -> None:
+    run = workshop.new()
+    with training(run, steps=1) as process:
+        os.kill(process.pid, signal.SIGHUP)
+        before = len(read_steps(run))
+        wait_until(lambda: len(read_steps(run)) > before + 3, 60)
+        assert process.is_alive()
+
+
+LAUNCHER = """
+import sys, time
+from pathlib import Path
+from engine.launch import launch
+from engine.runs import RunFolder
+launch(RunFolder(Path(sys.argv[1])), detach=False)
+time.sleep(60)
+"""
+
+
+def test_what_kills_the_group_of_a_foreground_run_kills_the_run(workshop: Workshop) -> None:
+    run = workshop.new()
+    command = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(run.path)],
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    wait_until(lambda: is_locked(run), 60)
+    os.killpg(command.pid, signal.SIGKILL)
+    command.wait()
+    wait_until(lambda: not is_locked(run))
+    assert status(run) in ("lost", "waiting")
+
+
+def test_a_folder_called_engine_where_one_stands_is_not_trained_with(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one run here that starts the way a person's runs do, with nothing imported before."""
+    for name in ("engine", "torch", "tests"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    run = workshop.new(max_steps=2, save_steps=100)
+    process = launch(run, detach=True)
+    assert process.wait(120) == 0, run.log.read_text()
+    assert last_end(run).outcome == "finished"
+    assert "not this one" not in run.log.read_text()
+    assert run.adapter.is_dir()

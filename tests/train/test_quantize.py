@@ -1,0 +1,100 @@
+"""4-bit weights: the language model's linears alone, and gradients that an evaluation leaves."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import has_avx512bf16
+from torch import nn
+
+from engine.catalog import linear_targets, read_architecture
+from engine.train.batches import Order, Rows
+from engine.train.evaluate import score
+from engine.train.model import Base, load_base
+from tests.train.tiny import gradients, settings, training, wake_adapter
+
+QLORA = {"adapter": "qlora", "load_in_4bit": True}
+
+
+def quantized(model: nn.Module) -> dict[str, Linear4bit]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+
+
+@pytest.fixture
+def base(any_model: Path) -> Base:
+    return load_base(any_model, settings(any_model, **QLORA))
+
+
+def test_exactly_the_linears_of_the_language_model_are_4_bit(any_model: Path, base: Base) -> None:
+    table = read_architecture(any_model).table
+    assert sorted(quantized(base.model)) == sorted(linear_targets(table))
+    kept = {n: p.dtype for n, p in base.model.named_parameters() if p.dtype != torch.uint8}
+    assert set(kept.values()) == {torch.float32}
+    assert {"lm_head.weight"} < set(kept)
+    assert any("embed_tokens" in name for name in kept)
+
+
+def test_they_are_nf4_and_their_scales_are_quantized_again(base: Base) -> None:
+    for module in quantized(base.model).values():
+        state = module.weight.quant_state
+        assert (state.quant_type, state.blocksize, state.nested) == ("nf4", 64, True)
+        assert module.compute_dtype == torch.float32
+
+
+def test_a_4_bit_weight_is_near_its_original(ministral: Path) -> None:
+    exact = load_base(ministral, settings(ministral)).model
+    for name, module in quantized(load_base(ministral, settings(ministral, **QLORA)).model).items():
+        weight = bitsandbytes.functional.dequantize_4bit(
+            module.weight.data, module.weight.quant_state
+        )
+        original = exact.get_submodule(name).weight
+        assert (weight - original).norm() / original.norm() < 0.12
+
+
+class TestGradientsAfterAnEvaluation:
+    """A forward without gradients repacks 4-bit weights on a CPU with AVX512-BF16, for good."""
+
+    def test_they_are_the_same_bit_for_bit(
+        self, ministral: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        config = settings(ministral, sample_packing=True, gradient_accumulation_steps=8, **QLORA)
+        run = training(tmp_path, config, uneven)
+        wake_adapter(run.model)
+        batch = Order(uneven, config).step(1)
+        found = []
+        for _ in range(2):
+            result = run.gradients(batch)
+            found.append((result, gradients(run.model)))
+            run.optimizer.zero_grad(set_to_none=True)
+            score(run.model, run.base, uneven, config)
+        assert found[0][0] == found[1][0]
+        assert found[0][1].keys() == found[1][1].keys()
+        assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+        assert all(gradient.abs().sum() > 0 for gradient in found[0][1].values())
+
+    def test_the_repacking_is_off_in_every_layer(
+        self, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Most CPUs lack the instructions: every layer is told at its making that this one has them.
+        if not has_avx512bf16():
+            monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+        assert Linear4bit(64, 64).support_avx512bf16_for_cpu
+        folder = model_folder("mistral3 over ministral3")
+        layers = quantized(load_base(folder, settings(folder, **QLORA)).model)
+        assert layers
+        assert not any(layer.support_avx512bf16_for_cpu for layer in layers.values())
+
+
+def test_a_step_moves_the_adapter_and_leaves_every_bit_of_the_4_bit_weights(
+    ministral: Path, uneven: Rows, tmp_path: Path
+) -> None:
+    config = settings(ministral, learning_rate=0.01, max_steps=2, **QLORA)
+    run = training(tmp_path, config, uneven)
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    for number, batch in Order(uneven, config).steps(0):
+        run.step(number, batch)
+    moved = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if "lora_" in n}
