@@ -157,6 +157,12 @@ class TestNewFile:
             """
         ).replace("[Hello?]", '["Hello?"]')
 
+    def test_names_what_axolotl_has_no_default_for(self) -> None:
+        assert "learning_rate: 2.0e-5\n" in write_config(RunConfig(base_model="x"))
+        adapted = write_config(RunConfig(base_model="x", adapter="lora"))
+        for line in ("lora_r: 16", "lora_alpha: 32", "lora_target_linear: true"):
+            assert f"{line}\n" in adapted
+
     def test_a_reason_cannot_leave_its_comment(self) -> None:
         text = write_config(
             RunConfig(base_model="x"), {"seed": "a\ntrust_remote_code: true\x1b[2J"}

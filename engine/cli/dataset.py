@@ -292,7 +292,7 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
         raise UserError(
             f"{config} is not a config file.",
             "prepare reads model, datasets and switches from one, and its name ends in .yml.",
-            "Write one: README has a config to start from, `windtunnel explain` has every key.",
+            "Write one: README has a config to start from, `windtunnel schema` lists every key.",
         )
     run, folder = _load(config), Path(config).resolve().parent
     tokenizer, store = open_tokenizer(run.base_model), default_store(run, folder)

@@ -96,6 +96,26 @@ TABLE: list[tuple[str, list[dict[str, Any]], dict[str, str]]] = [
         dict.fromkeys(SPECS, "A tool call has no result."),
     ),
     ("calls last", [USER, call()], {}),
+    (
+        "call first",
+        [call(), result(), ANSWER],
+        dict.fromkeys(SPECS, "The row starts with a tool call."),
+    ),
+    (
+        "result first",
+        [result(), ANSWER],
+        dict.fromkeys(SPECS, "The row starts with a tool result."),
+    ),
+    (
+        "a tool's name with a blank",
+        [USER, call(), result() | {"name": "no name"}, ANSWER],
+        dict.fromkeys(SPECS, "A function's name is not allowed."),
+    ),
+    (
+        "a call of no function",
+        [USER, {"role": "assistant", "tool_calls": [{"id": "abcdefghi", "function": {}}]}],
+        dict.fromkeys(SPECS, "A function has no name."),
+    ),
     ("tool then user", [USER, call(), result(), USER, ANSWER], {}),
     (
         "a long call id",

@@ -30,8 +30,8 @@ def test_line_feeds_and_tabs_stay_unless_one_line_is_asked_for():
     assert visible("a\n\tb", one_line=True) == "a␊␉b"
 
 
-@given(st.text(st.characters()))
+@given(st.text(st.characters(exclude_categories=())))
 def test_no_control_character_is_left_and_the_rest_can_be_printed(text):
     shown = visible(text, one_line=True)
     assert not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in shown)
-    assert shown.encode("utf-8")
+    shown.encode("utf-8")  # raises for a lone surrogate
