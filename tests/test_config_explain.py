@@ -8,7 +8,8 @@ import jsonschema
 import pytest
 
 from engine.cli import explain
-from engine.config import SECTIONS, DatasetConfig, RunConfig, explain_key, unsupported
+from engine.config import SECTIONS, DatasetConfig, RunConfig, unsupported
+from engine.config.explanation import explain_key
 from engine.config.limits import DATASET_LIMITS, LIMITS
 from engine.config.other_keys import CHANGING, DATASET_CHANGING, ELSEWHERE, HARMLESS, RENAMED
 from engine.errors import UserError

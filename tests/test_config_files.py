@@ -157,18 +157,19 @@ class TestImport:
     def test_is_light(self) -> None:
         script = (
             "import sys, time\n"
-            "import pydantic, pydantic.fields, pydantic.functional_validators, ruamel.yaml\n"
             "begin = time.process_time()\n"
+            "import pydantic, pydantic.fields, pydantic.functional_validators\n"
+            "middle = time.process_time()\n"
             "import engine.config\n"
-            "print(time.process_time() - begin, *sys.modules)\n"
+            "print(middle - begin, time.process_time() - middle, *sys.modules)\n"
         )
         measured = []
         for _ in range(3):
             result = subprocess.run(
                 [sys.executable, "-c", script], capture_output=True, text=True, check=True
             )
-            seconds, *modules = result.stdout.split()
-            measured.append(float(seconds))
+            pydantic_seconds, seconds, *modules = result.stdout.split()
+            measured.append(float(seconds) / float(pydantic_seconds))
             assert not {"numpy", "torch", "mistral_common", "rich", "textual"} & set(modules)
-        # 0.25 s in all, of which pydantic and ruamel.yaml need 0.1 on the slowest machine tried.
-        assert min(measured) < 0.15
+        # pydantic alone takes 0.07 s on an idle machine, and this package as much again: 0.15 s.
+        assert min(measured) < 2.0

@@ -14,6 +14,7 @@ from engine.events import Phase, Recorded, Sample, Started, Step
 from engine.visible import visible
 
 PHASES = {
+    "import": "starting PyTorch",
     "model": "looking for the model",
     "hashing": "reading the data",
     "tokenizing": "tokenizing",

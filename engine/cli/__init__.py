@@ -24,7 +24,7 @@ def build_app(make_watch: Callable[[], Watch]) -> cyclopts.App:
     app = cyclopts.App(
         name="windtunnel",
         help="Fine-tune Mistral models: see what is learned, train it, never lose a run.",
-        version=version("windtunnel"),
+        version=lambda: version("windtunnel"),
         version_flags=["--version"],
         help_format="plaintext",
         default_parameter=cyclopts.Parameter(negative=(), show_default=False),

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from cyclopts import Parameter
 
 from engine.cli.watch import Watch, watch_to_end
 from engine.config import RunConfig, override, read_config, write_config
+from engine.errors import UserError
 from engine.events import Recorded, Sample, Score, format_line
 from engine.launch import launch
 from engine.runs import Follower, RunFolder, create_run
@@ -55,9 +57,10 @@ def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
         home: RunsFolder = None,
     ) -> int:
         """Train what a config says."""
-        run, text, resume = create(config, changes, home)
+        created = create(config, changes, home)
+        run = created.run
         watch = None if detach else EventLines() if as_events else make_watch()
-        status = start(run, text, watch, resume=resume)
+        status = start(created, watch)
         if as_json:
             print(json.dumps({"run": str(run.path)}))
         elif detach:
@@ -84,10 +87,9 @@ def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
             recipe = recipes / ("qlora.yml" if qlora else "lora.yml")
             if folder:
                 changes = (*changes, f"output_dir={json.dumps(str(folder.absolute()))}")
-            run, text, resume = create(recipe, changes, home, name="demo")
-            watch = EventLines() if as_events else make_watch()
-            status = start(run, text, watch, resume=resume)
-        result = demo_result(run)
+            created = create(recipe, changes, home, name="demo")
+            status = start(created, EventLines() if as_events else make_watch())
+        result = demo_result(created.run)
         if as_json:
             print(json.dumps(result))
         elif not as_events:
@@ -95,20 +97,45 @@ def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
         return status
 
 
+@dataclass(frozen=True, slots=True)
+class Created:
+    """A run that can be launched."""
+
+    run: RunFolder
+    config: str
+    """Text of its config.yml."""
+    resume: bool
+    checkpoint: str | None
+    """Name of the checkpoint to go on from, None for the newest."""
+
+
 def create(
     file: Path, changes: Sequence[str], home: Path | None, name: str | None = None
-) -> tuple[RunFolder, str, bool]:
-    """The run folder for a config file, the text of its config.yml, and whether it goes on.
+) -> Created:
+    """The run folder for a config file and its changes.
 
-    Paths in the config are relative to its file; in the run folder they are absolute.
+    Paths in the config are relative to its file; in the run folder they are absolute. Raises
+    UserError where the config or the folder cannot be used.
     """
     given = read_config(file)
     given.require_supported()
     config = override(given.config, changes) if changes else given.config
     config = with_absolute_paths(config, file.absolute().parent)
-    resume = bool(config.resume_from_checkpoint)
-    run = create_run(name or run_name(file), output_dir=config.output_dir, home=home, resume=resume)
-    return run, write_config(config, document=given.document), resume
+    start_from = config.resume_from_checkpoint
+    run = create_run(
+        name or run_name(file),
+        output_dir=config.output_dir,
+        home=home,
+        resume=bool(start_from),
+    )
+    checkpoint = Path(start_from).name if isinstance(start_from, str) else None
+    if checkpoint and not (run.checkpoints / checkpoint).is_dir():
+        raise UserError(
+            f"{visible(str(run.path), one_line=True)} has no checkpoint {visible(checkpoint)}.",
+            "resume_from_checkpoint names one of the run's own folder.",
+            "Set it to true for the newest, or to the name of one in its checkpoints folder.",
+        )
+    return Created(run, write_config(config, document=given.document), bool(start_from), checkpoint)
 
 
 def run_name(file: Path) -> str:
@@ -137,11 +164,17 @@ def with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update=changed)
 
 
-def start(run: RunFolder, text: str, watch: Watch | None, *, resume: bool) -> int:
+def start(created: Created, watch: Watch | None) -> int:
     """Launch a created run, detached where nobody watches; returns the exit status."""
-    follower = Follower(run.events, from_end=True)
-    process = launch(run, detach=watch is None, config=text, resume=resume)
-    return watch_to_end(run, process, follower, watch) if watch else 0
+    follower = Follower(created.run.events, from_end=True)
+    process = launch(
+        created.run,
+        detach=watch is None,
+        config=created.config,
+        resume=created.resume,
+        checkpoint=created.checkpoint,
+    )
+    return watch_to_end(created.run, process, follower, watch) if watch else 0
 
 
 def demo_result(run: RunFolder) -> dict[str, Any]:

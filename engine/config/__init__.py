@@ -8,7 +8,6 @@ go between text and RunConfig, and never lose a comment on the way.
 
 from engine.config.data_keys import DatasetConfig
 from engine.config.document import Document
-from engine.config.explanation import Explanation, explain_key
 from engine.config.finding import ConfigError, Finding
 from engine.config.overriding import override
 from engine.config.reading import ConfigFile, parse_config, read_config
@@ -23,11 +22,9 @@ __all__ = [
     "ConfigFile",
     "DatasetConfig",
     "Document",
-    "Explanation",
     "Finding",
     "RunConfig",
     "config_schema",
-    "explain_key",
     "override",
     "parse_config",
     "read_config",

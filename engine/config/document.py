@@ -64,7 +64,7 @@ def load_document(path: Path) -> Document:
         raise UserError(
             f"{name} was not found.",
             "There is no file of that name.",
-            "Check the path. README has a config to start from; `windtunnel schema` lists every key.",
+            "Check the path. README shows a config; `windtunnel schema` lists all keys.",
         ) from None
     except OSError as error:
         raise UserError(

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from engine.errors import UserError, WorkError
-from engine.events import Ended, EventWriter
+from engine.events import Ended, EventWriter, Phase
 from engine.runs import ControlReader, RunFolder, RunLock, StopSignals
 from engine.visible import visible
 
@@ -40,6 +40,7 @@ def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
     with StopSignals() as signals, RunLock(run) as lock, EventWriter(run.events) as events:
         control = ControlReader(run.control, since=lock.since)
         try:
+            events.emit(Phase("import", detail="PyTorch and transformers"))
             from engine.train.run import run as carry_out
             from engine.train.session import Session
 

@@ -19,15 +19,13 @@ def choose_targets(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
     """Full names of the modules that get an adapter.
 
     A list in `lora_target_modules` matches ends of names, one text is a regular expression for the
-    whole name, neither means every linear layer; all of them inside the language model only.
-    Raises UserError for an entry that matches nothing.
+    whole name, `lora_target_linear` adds every linear layer; all of them inside the language model
+    only. Raises UserError for an entry that matches nothing.
     """
-    wanted = config.lora_target_modules
-    if not wanted:
-        return linear_targets(table)
+    wanted = config.lora_target_modules or ()
+    found = dict.fromkeys(linear_targets(table) if config.lora_target_linear else ())
     if isinstance(wanted, str):
-        return tuple(_match_expression(table, wanted))
-    found: dict[str, None] = {}
+        return tuple(found | dict.fromkeys(_match_expression(table, wanted)))
     for ending in wanted:
         matches = [
             name for name in linear_targets(table) if name == ending or name.endswith(f".{ending}")
@@ -35,6 +33,12 @@ def choose_targets(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
         if not matches:
             raise _no_match(ending, table)
         found |= dict.fromkeys(matches)
+    if not found:
+        raise UserError(
+            "The adapter would sit on no module at all.",
+            "lora_target_linear is false and lora_target_modules names nothing.",
+            "Leave both out to adapt every linear layer.",
+        )
     return tuple(found)
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-KEPT = ("lm_head", "embed_tokens", "vision_tower", "multi_modal_projector")
-"""Modules that stay in the base precision: bitsandbytes itself would skip the head only."""
+KEPT = ("lm_head", "model.vision_tower", "model.multi_modal_projector")
+"""Modules that stay in the base precision: bitsandbytes itself would skip the head only.
+transformers reads each as the start or the end of a full name, never as a part of it."""
 
 
 def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:

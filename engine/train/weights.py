@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -70,29 +71,27 @@ def _file_name(model: Model) -> str:
 def export_trained(model: Model, folder: Path, base: Path, config: RunConfig) -> Path:
     """Write the finished adapter (`adapter/`) or model (`model/`) of a run; returns its folder.
 
-    A full model gets its base's tokenizer beside it, so that the folder works on its own.
+    A full model gets its base's tokenizer beside it, so that the folder works on its own. Raises
+    WorkError where there is no room; an earlier one is untouched then.
     """
     target = folder / ("model" if config.adapter is None else "adapter")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if config.adapter is None:
-        unwrapped(model).save_pretrained(partial)
-        for name in base.glob("*tekken*.json"):
-            shutil.copy2(name, partial / name.name)
-    else:
-        save_trained(model, partial, config)
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
+    try:
+        partial.mkdir(parents=True)
+        if config.adapter is None:
+            unwrapped(model).save_pretrained(partial)
+            for name in base.glob("*tekken*.json"):
+                shutil.copy2(name, partial / name.name)
+        else:
+            save_trained(model, partial, config)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise WorkError(
+            f"The finished {target.name} could not be written to {folder}.",
+            f"The system says: {getattr(error, 'strerror', None) or error}.",
+            "Free disk space, then resume: the last checkpoint has all that was learned.",
+        ) from error
     return target
-
-
-def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    """Equal names, shapes, types and bits (NaNs of equal bits are equal)."""
-    return left.keys() == right.keys() and all(
-        left[k].dtype == right[k].dtype
-        and left[k].shape == right[k].shape
-        and torch.equal(left[k].view(torch.uint8), right[k].view(torch.uint8))
-        for k in left
-    )

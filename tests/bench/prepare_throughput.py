@@ -153,7 +153,7 @@ def measure(turns: int, count: int, repetitions: int, tokenizer: ChatTokenizer) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--version", default="v13", help="tokenizer version: v11, v13 or v15")
     options = parser.parse_args()

@@ -6,6 +6,7 @@ every trainer is forked from it: a process with an id, a lock and a death of its
 
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -103,25 +104,29 @@ def write_rows(path: Path, count: int = 40) -> Path:
     return path
 
 
-def new_run(
-    folder: Path, base: Path, keys: Mapping[str, Any], rows: Path | None = None
-) -> RunFolder:
-    """A run folder with its config.yml: `CONFIG`, changed by `keys`."""
-    folder.mkdir(parents=True)
-    rows = rows or write_rows(folder / "rows.jsonl")
-    run = RunFolder(folder)
-    write_config(run, base, rows, keys)
-    return run
+class Workshop:
+    """Fresh runs on one base model; `keys` are what their configs have in common."""
 
+    def __init__(self, folder: Path, keys: Mapping[str, Any]) -> None:
+        self.base = write_model(folder / "base")
+        self._folder, self._keys, self._numbers = folder, keys, itertools.count()
 
-def write_config(run: RunFolder, base: Path, rows: Path, keys: Mapping[str, Any]) -> None:
-    """The run's config.yml; JSON is YAML."""
-    fixed = {
-        "base_model": str(base),
-        "datasets": [{"path": str(rows), "type": "chat_template"}],
-        "dataset_prepared_path": str(base / "prepared"),
-    }
-    run.config.write_text(json.dumps(fixed | CONFIG | dict(keys)), "utf-8")
+    def new(self, **keys: Any) -> RunFolder:
+        """A run folder with rows of its own and a config.yml."""
+        run = RunFolder(self._folder / f"run-{next(self._numbers)}")
+        run.path.mkdir()
+        write_rows(run.path / "rows.jsonl")
+        self.configure(run, **keys)
+        return run
+
+    def configure(self, run: RunFolder, **keys: Any) -> None:
+        """Write the run's config.yml anew; JSON is YAML."""
+        fixed = {
+            "base_model": str(self.base),
+            "datasets": [{"path": str(run.path / "rows.jsonl"), "type": "chat_template"}],
+            "dataset_prepared_path": str(self._folder / "prepared"),
+        }
+        run.config.write_text(json.dumps(fixed | CONFIG | dict(self._keys) | keys), "utf-8")
 
 
 def start(

@@ -1,10 +1,8 @@
 """Commands to a live run: each is answered, and does what its word says."""
 
-import itertools
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -13,31 +11,21 @@ from engine.runs import RunFolder, Word, ask, read_steps, send, status
 from tests.fakes.processes import wait_until
 from tests.train.processes import (
     LORA,
+    Workshop,
     events_of,
     last_end,
-    new_run,
     start,
     training,
     wait,
-    write_model,
 )
 
 LONG = LORA | {"max_steps": 100_000, "save_steps": 100_000, "lr_scheduler": "constant"}
 QUESTION = "How many knots is force 3?"
 
 
-class Workshop:
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.base = folder, write_model(folder / "base")
-        self._numbers = itertools.count()
-
-    def new(self, **keys: object) -> RunFolder:
-        return new_run(self.folder / f"run-{next(self._numbers)}", self.base, LONG | keys)
-
-
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("control"))
+    return Workshop(tmp_path_factory.mktemp("control"), LONG)
 
 
 @pytest.fixture
@@ -106,7 +94,7 @@ def test_a_sample_is_answered_with_what_the_model_says_now(workshop: Workshop) -
 
 
 def test_commands_of_before_the_start_mean_nothing(workshop: Workshop) -> None:
-    run = workshop.new(max_steps=2, save_steps=100)
+    run = workshop.new(max_steps=2)
     old = [
         {"id": f"old-{word}", "command": word, "time": time.time() - 5}
         for word in ("stop", "pause", "save", "sample")

@@ -1,6 +1,5 @@
 """A run that is killed, at any moment, ends as if it had never been stopped: to the last bit."""
 
-import itertools
 import random
 import signal
 import time
@@ -16,16 +15,15 @@ from tests.train.processes import (
     QLORA,
     DieAfter,
     DieBeforeStep,
+    Workshop,
     evaluations,
     events_of,
     figures,
     finish,
     last_end,
-    new_run,
     start,
     training,
     wait,
-    write_model,
 )
 
 METHODS = {"lora": LORA, "qlora": QLORA}
@@ -35,17 +33,15 @@ FAST = {"lora": 2, "qlora": 1}
 """Of the 20 trials, those that are not marked slow."""
 
 
-class Workshop:
-    """Runs on one base, and for each method the run that nobody stopped."""
+class Trials:
+    """Runs to be killed, and for each method the run that nobody stopped."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.base = folder, write_model(folder / "base")
-        self._numbers = itertools.count()
+        self._workshop = Workshop(folder, KEYS)
         self._whole: dict[str, RunFolder] = {}
 
     def new(self, method: str) -> RunFolder:
-        path = self.folder / f"{method}-{next(self._numbers)}"
-        return new_run(path, self.base, METHODS[method] | KEYS)
+        return self._workshop.new(**METHODS[method])
 
     def whole(self, method: str) -> RunFolder:
         if method not in self._whole:
@@ -66,11 +62,11 @@ class Workshop:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("kill"))
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
+    return Trials(tmp_path_factory.mktemp("kill"))
 
 
-def trials() -> list[object]:
+def numbered() -> list[object]:
     return [
         pytest.param(method, n, marks=pytest.mark.slow if n >= FAST[method] else ())
         for method in METHODS
@@ -78,10 +74,10 @@ def trials() -> list[object]:
     ]
 
 
-def kill_at_random(workshop: Workshop, method: str, chance: random.Random) -> RunFolder:
+def kill_at_random(trials: Trials, method: str, chance: random.Random) -> RunFolder:
     """A run that was killed from outside; another one where the first was faster than the kill."""
     while True:
-        run = workshop.new(method)
+        run = trials.new(method)
         with training(run, steps=chance.randint(1, 11)) as process:
             time.sleep(chance.uniform(0, 0.05))
             process.kill()
@@ -90,15 +86,15 @@ def kill_at_random(workshop: Workshop, method: str, chance: random.Random) -> Ru
             return run
 
 
-@pytest.mark.parametrize(("method", "trial"), trials())
+@pytest.mark.parametrize(("method", "trial"), numbered())
 def test_a_run_killed_at_a_random_step_ends_with_the_same_losses(
-    workshop: Workshop, method: str, trial: int
+    trials: Trials, method: str, trial: int
 ) -> None:
     chance = random.Random(f"{method} {trial}")
-    run = kill_at_random(workshop, method, chance)
+    run = kill_at_random(trials, method, chance)
     saved, done = latest_step(run), len(figures(run))
     assert finish(run, "--resume") == 0, run.log.read_text()
-    workshop.assert_as_never_stopped(run, method)
+    trials.assert_as_never_stopped(run, method)
     steps = [event.step for event in events_of(run) if isinstance(event, Step)]
     assert steps[done:] == list(range(12 + 1 + done - len(steps), 12 + 1))
     assert len(steps) - done <= 12 - saved, "it went on from its last checkpoint"
@@ -109,51 +105,49 @@ def latest_step(run: RunFolder) -> int:
     return int(latest.read_text("utf-8").removeprefix("step-")) if latest.exists() else 0
 
 
-def die_and_resume(workshop: Workshop, method: str, made: str, operation: int) -> bool:
+def die_and_resume(trials: Trials, method: str, made: str, operation: int) -> bool:
     """Whether the run died at that operation; it is then resumed, and ends as it should."""
-    run = workshop.new(method)
+    run = trials.new(method)
     exit_status = finish(run, before=DieAfter(made, operation))
     if exit_status == 0:
         return False
     assert exit_status == -signal.SIGKILL, run.log.read_text()
     assert finish(run, "--resume") == 0, run.log.read_text()
-    workshop.assert_as_never_stopped(run, method)
+    trials.assert_as_never_stopped(run, method)
     return True
 
 
-def test_a_run_killed_inside_a_save_ends_with_the_same_losses(workshop: Workshop) -> None:
+def test_a_run_killed_inside_a_save_ends_with_the_same_losses(trials: Trials) -> None:
     """Between the rename of the checkpoint and the one of LATEST."""
-    assert die_and_resume(workshop, "lora", "step-6.partial", 12)
+    assert die_and_resume(trials, "lora", "step-6.partial", 12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("made", ["step-3.partial", "step-8.partial", "adapter.partial"])
 def test_a_run_may_be_killed_at_every_file_that_a_save_touches(
-    workshop: Workshop, method: str, made: str
+    trials: Trials, method: str, made: str
 ) -> None:
     """step-3 is the first save; step-8 is a best one, after which an older one is removed."""
     last = {"step-3.partial": 17, "step-8.partial": 30, "adapter.partial": 3}[made]
     for operation in range(1, last + 1):
-        assert die_and_resume(workshop, method, made, operation), operation
+        assert die_and_resume(trials, method, made, operation), operation
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", range(10, 16))
-def test_a_run_may_be_killed_while_it_replaces_a_checkpoint(
-    workshop: Workshop, operation: int
-) -> None:
+def test_a_run_may_be_killed_while_it_replaces_a_checkpoint(trials: Trials, operation: int) -> None:
     """A run that went back saves a step that is there already: two renames follow each other."""
-    run = workshop.new("lora")
+    run = trials.new("lora")
     assert finish(run) == 0
     back = ("--resume", "--from", "step-9")
     assert finish(run, *back, before=DieAfter("step-12.partial", operation)) == -signal.SIGKILL
     assert finish(run, "--resume") == 0, run.log.read_text()
-    workshop.assert_as_never_stopped(run, "lora")
+    trials.assert_as_never_stopped(run, "lora")
 
 
-def test_a_kill_between_the_two_marks_leaves_no_outdated_best(workshop: Workshop) -> None:
-    run = workshop.new("lora")
+def test_a_kill_between_the_two_marks_leaves_no_outdated_best(trials: Trials) -> None:
+    run = trials.new("lora")
     assert finish(run, before=DieAfter("step-8.partial", 16)) == -signal.SIGKILL
     marks = [(run.checkpoints / name).read_text() for name in ("LATEST", "BEST")]
     assert marks == ["step-8", "step-4"], "the kill was to fall between them"
@@ -163,14 +157,14 @@ def test_a_kill_between_the_two_marks_leaves_no_outdated_best(workshop: Workshop
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["model", "prepared", "load", "evaluate", "save", "export"])
-def test_a_run_may_be_killed_in_every_phase(workshop: Workshop, phase: str) -> None:
-    run = workshop.new("lora")
+def test_a_run_may_be_killed_in_every_phase(trials: Trials, phase: str) -> None:
+    run = trials.new("lora")
     process = start(run)
     wait_until(lambda: _in_phase(run, phase), 60)
     process.kill()
     process.join()
     assert finish(run, "--resume") == 0, run.log.read_text()
-    workshop.assert_as_never_stopped(run, "lora")
+    trials.assert_as_never_stopped(run, "lora")
 
 
 def _in_phase(run: RunFolder, name: str) -> bool:
@@ -178,19 +172,19 @@ def _in_phase(run: RunFolder, name: str) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_with_the_same_losses(workshop: Workshop) -> None:
-    run = workshop.new("lora")
+def test_a_run_killed_again_and_again_ends_with_the_same_losses(trials: Trials) -> None:
+    run = trials.new("lora")
     arguments: tuple[str, ...] = ()
     for number in (3, 6, 2, 5):
         assert finish(run, *arguments, before=DieBeforeStep(number)) == -signal.SIGKILL
         arguments = ("--resume",)
     assert finish(run, "--resume") == 0, run.log.read_text()
-    workshop.assert_as_never_stopped(run, "lora")
+    trials.assert_as_never_stopped(run, "lora")
 
 
 @pytest.mark.slow
-def test_two_threads_repeat_their_losses_too(workshop: Workshop) -> None:
-    whole, killed = workshop.new("lora"), workshop.new("lora")
+def test_two_threads_repeat_their_losses_too(trials: Trials) -> None:
+    whole, killed = trials.new("lora"), trials.new("lora")
     assert wait(start(whole, threads=2)) == 0
     assert wait(start(killed, before=DieBeforeStep(8), threads=2)) == -signal.SIGKILL
     assert wait(start(killed, "--resume", threads=2)) == 0

@@ -1,8 +1,6 @@
 """Going on, going back, and what is refused because it would quietly train something else."""
 
 import signal
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,36 +12,20 @@ from engine.runs import Follower, RunFolder, read_steps, status
 from tests.train.processes import (
     LORA,
     DieBeforeStep,
+    Workshop,
     evaluations,
     events_of,
     figures,
     finish,
     last_end,
-    new_run,
-    write_config,
-    write_model,
 )
 
 KEYS = LORA | {"max_steps": 6, "save_steps": 2}
 
-NewRun = Callable[..., RunFolder]
-
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def new(tmp_path: Path, base: Path) -> NewRun:
-    def make(name: str = "run", **keys: Any) -> RunFolder:
-        return new_run(tmp_path / name, base, KEYS | keys)
-
-    return make
-
-
-def rewrite(run: RunFolder, base: Path, **keys: Any) -> None:
-    write_config(run, base, run.path / "rows.jsonl", KEYS | keys)
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("resume"), KEYS)
 
 
 def tell(run: RunFolder) -> list[int]:
@@ -51,12 +33,12 @@ def tell(run: RunFolder) -> list[int]:
     return [event.step for event in events_of(run) if isinstance(event, Step)]
 
 
-def test_a_run_goes_on_to_more_steps_than_it_had(new: NewRun, base: Path) -> None:
-    run = new(lr_scheduler="constant")
+def test_a_run_goes_on_to_more_steps_than_it_had(workshop: Workshop) -> None:
+    run = workshop.new(lr_scheduler="constant")
     assert finish(run) == 0
-    rewrite(run, base, lr_scheduler="constant", max_steps=9)
+    workshop.configure(run, lr_scheduler="constant", max_steps=9)
     assert finish(run, "--resume") == 0
-    whole = new("whole", lr_scheduler="constant", max_steps=9)
+    whole = workshop.new(lr_scheduler="constant", max_steps=9)
     assert finish(whole) == 0
     assert figures(run) == figures(whole)
     assert tell(run) == list(range(1, 10))
@@ -65,24 +47,22 @@ def test_a_run_goes_on_to_more_steps_than_it_had(new: NewRun, base: Path) -> Non
 @pytest.mark.parametrize(
     "change", [{"seed": 4}, {"micro_batch_size": 2}, {"gradient_accumulation_steps": 1}]
 )
-def test_a_changed_order_of_rows_is_refused(
-    new: NewRun, base: Path, change: dict[str, Any]
-) -> None:
-    run = new(max_steps=2)
+def test_a_changed_order_of_rows_is_refused(workshop: Workshop, change: dict[str, Any]) -> None:
+    run = workshop.new(max_steps=2)
     assert finish(run) == 0
-    rewrite(run, base, **change)
+    workshop.configure(run, **change)
     assert finish(run, "--resume") == 1
     end = last_end(run)
     assert (end.outcome, end.step) == ("failed", 2)
     assert end.what == "The run cannot go on from step-2."
     assert "batch size, the packing or the seed" in end.why
-    rewrite(run, base)
+    workshop.configure(run)
     assert finish(run, "--resume") == 0, "what was saved is untouched"
     assert tell(run) == [1, 2, 3, 4, 5, 6]
 
 
-def test_changed_rows_are_refused(new: NewRun) -> None:
-    run = new(max_steps=2)
+def test_changed_rows_are_refused(workshop: Workshop) -> None:
+    run = workshop.new(max_steps=2)
     assert finish(run) == 0
     rows = run.path / "rows.jsonl"
     rows.write_text(rows.read_text("utf-8").replace("force 0", "force zero"), "utf-8")
@@ -99,39 +79,39 @@ def test_changed_rows_are_refused(new: NewRun) -> None:
     ],
 )
 def test_weights_of_another_config_are_refused(
-    new: NewRun, base: Path, change: dict[str, Any], word: str
+    workshop: Workshop, change: dict[str, Any], word: str
 ) -> None:
-    run = new(max_steps=2)
+    run = workshop.new(max_steps=2)
     assert finish(run) == 0
-    rewrite(run, base, **change)
+    workshop.configure(run, **change)
     assert finish(run, "--resume") == 1
     assert word in last_end(run).what
     assert "output_dir" in last_end(run).fix
 
 
-def test_a_run_that_ran_out_of_memory_may_go_on_in_4_bits(new: NewRun, base: Path) -> None:
-    run = new(max_steps=2)
+def test_a_run_that_ran_out_of_memory_may_go_on_in_4_bits(workshop: Workshop) -> None:
+    run = workshop.new(max_steps=2)
     assert finish(run) == 0
-    rewrite(run, base, adapter="qlora", load_in_4bit=True, gradient_checkpointing=True)
+    workshop.configure(run, adapter="qlora", load_in_4bit=True, gradient_checkpointing=True)
     assert finish(run, "--resume") == 0, run.log.read_text()
     assert tell(run) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_without_a_checkpoint_begins_again(new: NewRun) -> None:
-    run = new(save_strategy="no", save_steps=None)
+def test_a_run_without_a_checkpoint_begins_again(workshop: Workshop) -> None:
+    run = workshop.new(save_strategy="no", save_steps=None)
     assert finish(run, before=DieBeforeStep(3)) == -signal.SIGKILL
     assert status(run) == "lost"
     assert finish(run, "--resume") == 0
     notes = [event.text for event in events_of(run) if isinstance(event, Note)]
     assert notes == ["there is no checkpoint: the run begins at step 1"]
     assert tell(run) == [1, 2, 1, 2, 3, 4, 5, 6]
-    whole = new("whole")
+    whole = workshop.new()
     assert finish(whole) == 0
     assert figures(run) == figures(whole)
 
 
-def test_a_repeated_step_supersedes_the_earlier_one_and_numbers_go_on(new: NewRun) -> None:
-    run = new(max_steps=5)
+def test_a_repeated_step_supersedes_the_earlier_one_and_numbers_go_on(workshop: Workshop) -> None:
+    run = workshop.new(max_steps=5)
     assert finish(run, before=DieBeforeStep(4)) == -signal.SIGKILL
     assert finish(run, "--resume") == 0
     assert [step.step for step in read_steps(run)] == [1, 2, 3, 4, 5]
@@ -141,8 +121,8 @@ def test_a_repeated_step_supersedes_the_earlier_one_and_numbers_go_on(new: NewRu
     assert numbers == list(range(len(numbers)))
 
 
-def test_a_finished_run_does_no_further_step(new: NewRun) -> None:
-    run = new()
+def test_a_finished_run_does_no_further_step(workshop: Workshop) -> None:
+    run = workshop.new()
     assert finish(run) == 0
     adapter = (run.adapter / "adapter_model.safetensors").read_bytes()
     with pytest.raises(UserError, match="has finished"):
@@ -153,8 +133,8 @@ def test_a_finished_run_does_no_further_step(new: NewRun) -> None:
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == adapter
 
 
-def test_a_run_that_went_back_stays_there_when_it_is_killed(new: NewRun) -> None:
-    run = new(val_set_size=0.1, eval_steps=2)
+def test_a_run_that_went_back_stays_there_when_it_is_killed(workshop: Workshop) -> None:
+    run = workshop.new(val_set_size=0.1, eval_steps=2)
     assert finish(run) == 0
     whole, scores = figures(run), evaluations(run)
     assert (run.checkpoints / "BEST").read_text() == "step-6"
@@ -168,8 +148,8 @@ def test_a_run_that_went_back_stays_there_when_it_is_killed(new: NewRun) -> None
     assert evaluations(run) == scores
 
 
-def test_a_checkpoint_that_is_not_there_is_named(new: NewRun) -> None:
-    run = new(max_steps=2)
+def test_a_checkpoint_that_is_not_there_is_named(workshop: Workshop) -> None:
+    run = workshop.new(max_steps=2)
     assert finish(run) == 0
     assert finish(run, "--resume", "--from", "step-9") == 1
     assert last_end(run).what == "The checkpoint step-9 cannot be read."
@@ -177,8 +157,8 @@ def test_a_checkpoint_that_is_not_there_is_named(new: NewRun) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_passed_over(new: NewRun, name: str) -> None:
-    run = new()
+def test_a_damaged_checkpoint_is_passed_over(workshop: Workshop, name: str) -> None:
+    run = workshop.new()
     assert finish(run) == 0
     whole = figures(run)
     damaged = run.checkpoints / "step-6" / name

@@ -1,6 +1,5 @@
 """What a scheduler, a keyboard and a closed terminal do to a run."""
 
-import itertools
 import os
 import signal
 import subprocess
@@ -12,38 +11,26 @@ import pytest
 
 from engine.events import Phase, Sample
 from engine.launch import launch
-from engine.runs import RunFolder, is_locked, read_steps, status
+from engine.runs import is_locked, read_steps, status
 from tests.fakes.processes import ROOT, wait_until
 from tests.train.processes import (
     LORA,
+    Workshop,
     events_of,
     figures,
     finish,
     last_end,
-    new_run,
     start,
     training,
     wait,
-    write_model,
 )
 
 LONG = LORA | {"max_steps": 100_000, "save_steps": 100_000, "lr_scheduler": "constant"}
-STOPPED = 2.0
-"""Seconds that a step and a save may take on a crowded machine, many times over."""
-
-
-class Workshop:
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.base = folder, write_model(folder / "base")
-        self._numbers = itertools.count()
-
-    def new(self, **keys: object) -> RunFolder:
-        return new_run(self.folder / f"run-{next(self._numbers)}", self.base, LONG | keys)
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("signals"))
+    return Workshop(tmp_path_factory.mktemp("signals"), LONG)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -60,10 +47,9 @@ def test_a_signal_saves_and_ends_the_run_and_it_goes_on_to_equal_losses(
     assert [step.step for step in read_steps(run)] == list(range(1, done + 1))
     assert (run.checkpoints / "LATEST").read_text() == f"step-{done}"
     assert not run.adapter.exists()
-    keys = {"max_steps": done + 4, "save_steps": 100}
-    whole = workshop.new(**keys)
+    whole = workshop.new(max_steps=done + 4)
     assert finish(whole) == 0
-    run.config.write_text(run.config.read_text().replace("100000", str(done + 4)))
+    workshop.configure(run, max_steps=done + 4)
     assert finish(run, "--resume") == 0
     assert figures(run) == figures(whole)
     assert last_end(run).outcome == "finished"
@@ -81,15 +67,6 @@ def test_a_second_signal_leaves_at_once(workshop: Workshop) -> None:
     assert wait(process, 20) == 130
     assert status(run) == "lost"
     assert not read_steps(run)
-
-
-def test_one_signal_that_comes_twice_at_once_is_one(workshop: Workshop) -> None:
-    run = workshop.new()
-    with training(run, steps=1) as process:
-        os.kill(process.pid, signal.SIGTERM)
-        os.kill(process.pid, signal.SIGTERM)
-        assert wait(process) == 0
-    assert last_end(run).outcome == "stopped"
 
 
 def test_a_signal_while_loading_ends_the_run_before_its_first_answer(workshop: Workshop) -> None:
@@ -144,7 +121,7 @@ def test_a_folder_called_engine_where_one_stands_is_not_trained_with(
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('not this one')")
     monkeypatch.chdir(tmp_path)
-    run = workshop.new(max_steps=2, save_steps=100)
+    run = workshop.new(max_steps=2)
     process = launch(run, detach=True)
     assert process.wait(120) == 0, run.log.read_text()
     assert last_end(run).outcome == "finished"

@@ -1,0 +1,365 @@
+"""A run goes on exactly where it was, and no moment is a bad one to be killed or out of room."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import RunConfig
+from engine.errors import UserError, WorkError
+from engine.train.batches import Rows
+from engine.train.checkpoint import (
+    OPTIMIZER,
+    RANDOM,
+    STATE,
+    Checkpoints,
+    Position,
+    is_complete,
+    optimizer_tensors,
+)
+from engine.train.loop import Training
+from engine.train.model import Base, load_base
+from engine.train.weights import trained_tensors
+from tests.train.tiny import assemble, files_at_most, settings, training, wake_adapter
+
+FULL = {"learning_rate": 0.01, "num_epochs": 4}
+LORA = FULL | {"adapter": "lora", "lora_dropout": 0.1}
+# One matrix and one vector of the model: saves are small, so that a test can make many.
+SMALL = {"unfrozen_parameters": [r"model\.norm", r"model\.layers\.0\.self_attn\.k_proj"]}
+
+
+def steps(run: Training, count: int) -> list[tuple[float, float]]:
+    """Take `count` steps from where the run is; returns each loss and a random number after it."""
+    found = []
+    for number, batch in run.order.steps(run.position.step):
+        if len(found) == count:
+            break
+        before = torch.get_rng_state()
+        loss, _ = run.gradients(batch)
+        run.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(before)
+        run.step(number, batch)
+        found.append((loss, float(torch.rand(()))))
+    return found
+
+
+def everything(run: Training) -> dict[str, Any]:
+    """All that has to survive, bit for bit."""
+    tensors, values = optimizer_tensors(run.model, run.optimizer)
+    tensors |= {f"weight {name}": t.clone() for name, t in trained_tensors(run.model).items()}
+    bits = {name: (t.dtype, tuple(t.shape), t.numpy().tobytes()) for name, t in tensors.items()}
+    return bits | values
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize(
+        ("optimizer", "keys"),
+        [
+            ("adamw_torch", FULL),
+            ("adamw_torch", LORA),
+            ("adamw_torch_fused", LORA),
+            ("adamw_bnb_8bit", FULL),
+            ("adamw_bnb_8bit", LORA | {"lora_r": 64}),
+            ("paged_adamw_8bit", FULL),
+            ("paged_adamw_32bit", LORA),
+            ("adamw_bnb_8bit", LORA | {"adapter": "qlora", "load_in_4bit": True, "lora_r": 64}),
+        ],
+        ids=lambda value: value if isinstance(value, str) else value.get("adapter", "full"),
+    )
+    @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+    def test_it_goes_on_as_if_it_had_never_stopped(
+        self, ministral: Path, uneven: Rows, tmp_path: Path, optimizer: str, keys: dict[str, Any]
+    ) -> None:
+        config = settings(ministral, optimizer=optimizer, micro_batch_size=2, **keys)
+        first = training(tmp_path / "run", config, uneven)
+        steps(first, 3)
+        first.save()
+        saved = everything(first)
+        expected = steps(first, 3)
+        if "8bit" in optimizer:
+            assert any(bits[0] == torch.uint8 for bits in saved.values() if isinstance(bits, tuple))
+
+        second = training(tmp_path / "run", config, uneven)
+        torch.manual_seed(999)
+        second.restore(None)
+        assert everything(second) == saved
+        assert second.position == Position(3, second.position.tokens, None, None, second.order.fingerprint())
+        assert steps(second, 3) == expected
+        assert everything(second) == everything(first)
+
+    def test_the_position_comes_back_whole(
+        self, ministral: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        run = training(tmp_path, settings(ministral, **SMALL), uneven)
+        position = Position(7, 1234, 0.1 + 0.2, 5, "abc")
+        folder = run.checkpoints.save(run.model, run.optimizer, position)
+        assert run.checkpoints.load(folder, run.model, run.optimizer) == position
+
+    def test_a_resume_where_nothing_was_saved_starts_at_the_beginning(
+        self, ministral: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        run = training(tmp_path, settings(ministral, **SMALL), uneven)
+        run.restore(None)
+        assert run.position.step == 0
+
+    def test_nothing_in_it_is_pickled(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
+        run = training(tmp_path, settings(ministral, **LORA), uneven)
+        steps(run, 1)
+        run.save()
+        latest = run.checkpoints.latest()
+        assert latest is not None
+        assert {path.suffix for path in latest.iterdir()} == {".json", ".safetensors"}
+
+
+@pytest.fixture(scope="module")
+def base(model_folder: Callable[[str], Path]) -> Base:
+    folder = model_folder("ministral3")
+    return load_base(folder, settings(folder))
+
+
+class Run:
+    """Checkpoints of a small model whose every step leaves other weights behind."""
+
+    def __init__(self, root: Path, base: Base, rows: Rows, limit: int) -> None:
+        config = settings(**SMALL, save_total_limit=limit)
+        for name, parameter in base.model.named_parameters():
+            parameter.requires_grad_("model.norm" in name)
+        self.training = assemble(root, base, base.model, config, rows)
+        self.root = root / "checkpoints"
+        self.config: RunConfig = config
+
+    def save(self, step: int, *, mark: float | None = None, best: int | None = None) -> Path:
+        with torch.no_grad():
+            self.training.parameters[0].fill_(float(step) if mark is None else mark)
+        position = Position(step=step, best_step=best)
+        training = self.training
+        return Checkpoints(self.root, self.config).save(
+            training.model, training.optimizer, position
+        )
+
+    def latest(self) -> tuple[int, float]:
+        """Step and weight of the newest checkpoint, as a new process finds it."""
+        checkpoints = Checkpoints(self.root, self.config)
+        folder = checkpoints.latest()
+        assert folder is not None
+        position = checkpoints.load(folder, self.training.model, self.training.optimizer)
+        assert folder.name == f"step-{position.step}"
+        return position.step, float(self.training.parameters[0][0])
+
+    def names(self) -> set[str]:
+        return {path.name for path in self.root.iterdir()}
+
+
+@pytest.fixture
+def run(tmp_path: Path, base: Base, uneven: Rows) -> Run:
+    return Run(tmp_path, base, uneven, limit=2)
+
+
+class TestWhichAreKept:
+    def test_the_newest_and_the_best_are_marked(self, run: Run) -> None:
+        run.save(1, best=1)
+        run.save(2, best=1)
+        assert run.latest() == (2, 2.0)
+        assert Checkpoints(run.root, run.config).best() == run.root / "step-1"
+
+    def test_older_ones_go_and_the_best_never_does(self, run: Run) -> None:
+        for step in (1, 2, 10, 11, 12):
+            run.save(step, best=2 if step >= 2 else None)
+        assert run.names() == {"step-2", "step-11", "step-12", "LATEST", "BEST"}
+
+    def test_the_newest_stays_when_the_run_went_back(self, run: Run) -> None:
+        for step in (10, 11, 12):
+            run.save(step)
+        run.save(3)
+        assert run.latest() == (3, 3.0)
+        assert run.names() == {"step-3", "step-11", "step-12", "LATEST"}
+
+    def test_a_step_that_is_saved_again_replaces_the_first(self, run: Run) -> None:
+        run.save(5, mark=1.0)
+        run.save(5, mark=2.0)
+        assert run.latest() == (5, 2.0)
+        assert run.names() == {"step-5", "LATEST"}
+
+
+class Killed(BaseException):
+    """The process is gone; nothing that follows runs."""
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["another step", "the same step again"])
+class TestKilledInsideASave:
+    def test_at_no_moment_is_a_run_left_without_its_last_checkpoint(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, again: bool
+    ) -> None:
+        before = (4, 4.0)
+        after = (4, 9.0) if again else (5, 9.0)
+        run.save(3)
+        moments = 0
+        while True:
+            if again or moments == 0:
+                run.save(4)
+            if self.killed_at(moments, run, after, monkeypatch):
+                assert run.latest() in (before, after)
+                assert {n for n in run.names() if "." in n} <= {"LATEST.new"}
+                shutil.rmtree(run.root / "step-5", ignore_errors=True)
+                run.save(4)
+                moments += 1
+                continue
+            assert run.latest() == after
+            break
+        assert moments >= 9  # six syncs, two or three renames, at least
+
+    def killed_at(
+        self, moment: int, run: Run, after: tuple[int, float], monkeypatch: pytest.MonkeyPatch
+    ) -> bool:
+        """Save, but end before the disk operation number `moment`; False when none was left."""
+        left = moment
+
+        def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
+            def act(*arguments: Any, **keys: Any) -> Any:
+                nonlocal left
+                if left == 0:
+                    raise Killed
+                left -= 1
+                return operation(*arguments, **keys)
+
+            return act
+
+        with monkeypatch.context() as patched:
+            for name in ("fsync", "rename", "replace"):
+                patched.setattr(os, name, counted(getattr(os, name)))
+            patched.setattr(shutil, "rmtree", counted(shutil.rmtree))
+            try:
+                run.save(after[0], mark=after[1])
+            except Killed:
+                return True
+        return False
+
+
+class TestWhatAKillLeaves:
+    def test_a_half_written_folder_is_thrown_away(self, run: Run) -> None:
+        run.save(4)
+        shutil.copytree(run.root / "step-4", run.root / "step-5.partial")
+        assert run.latest() == (4, 4.0)
+        assert run.names() == {"step-4", "LATEST"}
+
+    def test_between_the_two_renames_the_older_one_counts(self, run: Run) -> None:
+        folder = run.save(4)
+        folder.rename(run.root / "step-4.old")
+        (run.root / "step-4.partial").mkdir()
+        assert run.latest() == (4, 4.0)
+        assert run.names() == {"step-4", "LATEST"}
+
+    def test_after_both_renames_the_newer_one_counts(self, run: Run) -> None:
+        run.save(4, mark=1.0)
+        shutil.copytree(run.root / "step-4", run.root / "step-4.old")
+        run.save(4, mark=2.0)
+        assert run.latest() == (4, 2.0)
+        assert run.names() == {"step-4", "LATEST"}
+
+    def test_a_checkpoint_whose_mark_was_not_written_yet_counts_when_it_is_the_only_one(
+        self, run: Run
+    ) -> None:
+        run.save(4)
+        (run.root / "LATEST").unlink()
+        assert run.latest() == (4, 4.0)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+class TestDamage:
+    @pytest.mark.parametrize("damage", [Path.unlink, cut_short], ids=["missing", "cut short"])
+    @pytest.mark.parametrize("name", [OPTIMIZER, RANDOM, STATE, "trained.safetensors"])
+    def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(
+        self, run: Run, name: str, damage: Callable[[Path], None]
+    ) -> None:
+        run.save(3)
+        folder = run.save(4)
+        damage(folder / name)
+        assert not is_complete(folder)
+        assert run.latest() == (3, 3.0)
+        with pytest.raises(WorkError, match="step-4 cannot be read"):
+            run.training.restore("step-4")
+
+    def test_a_mark_that_leads_nowhere_is_passed_over(self, run: Run) -> None:
+        run.save(3)
+        (run.root / "LATEST").write_text("step-99")
+        assert run.latest() == (3, 3.0)
+
+    def test_other_things_in_the_folder_are_left_alone(self, run: Run) -> None:
+        for name in ("notes.txt", "step-by-step", "step-1.zip"):
+            (run.root / name).mkdir()
+        for step in (1, 2, 3):
+            run.save(step)
+        assert run.latest() == (3, 3.0)
+        assert {"notes.txt", "step-by-step", "step-1.zip"} < run.names()
+
+
+class TestNoRoom:
+    @pytest.mark.parametrize("room_bytes", [0, 100, 1000, 3000])
+    def test_a_full_disk_is_a_sentence_and_costs_no_earlier_checkpoint(
+        self, run: Run, room_bytes: int
+    ) -> None:
+        run.save(3)
+        for step in (3, 4):
+            with (
+                files_at_most(room_bytes),
+                pytest.raises(WorkError, match=f"step {step} could not be written") as caught,
+            ):
+                run.save(step, mark=9.0)
+            assert "File too large" in caught.value.why
+            assert "Free disk space" in caught.value.fix
+            assert run.latest() == (3, 3.0)
+
+    def test_with_room_again_the_same_process_saves(self, run: Run) -> None:
+        with files_at_most(100), pytest.raises(WorkError):
+            run.save(3)
+        run.save(3)
+        assert run.latest() == (3, 3.0)
+
+
+class TestAnotherRun:
+    @pytest.mark.parametrize(
+        ("keys", "match"),
+        [
+            ({"seed": 6}, "cannot go on from step-2"),
+            ({"micro_batch_size": 2}, "cannot go on from step-2"),
+            ({"sample_packing": True}, "cannot go on from step-2"),
+            ({"lora_r": 8}, "belong to another model"),
+            ({"lora_target_modules": ["q_proj"]}, "belong to another model"),
+            ({"adapter": None}, "belong to another model"),
+            ({"optimizer": "adamw_bnb_8bit"}, "is AdamW, not AdamW8bit"),
+        ],
+        ids=str,
+    )
+    def test_a_config_that_does_not_fit_is_refused(
+        self, ministral: Path, uneven: Rows, tmp_path: Path, keys: dict[str, Any], match: str
+    ) -> None:
+        first = training(tmp_path, settings(ministral, **LORA), uneven)
+        steps(first, 2)
+        first.save()
+        other = training(tmp_path, settings(ministral, **(LORA | keys)), uneven)
+        with pytest.raises(UserError, match=match):
+            other.restore(None)
+
+    @pytest.mark.parametrize("keys", [{"learning_rate": 0.1}, {"num_epochs": 9}], ids=str)
+    def test_one_that_fits_goes_on(
+        self, ministral: Path, uneven: Rows, tmp_path: Path, keys: dict[str, Any]
+    ) -> None:
+        first = training(tmp_path, settings(ministral, **LORA), uneven)
+        wake_adapter(first.model)
+        steps(first, 2)
+        first.save()
+        other = training(tmp_path, settings(ministral, **(LORA | keys)), uneven)
+        other.restore("step-2")
+        assert everything(other) == everything(first)
+
+    def test_its_state_is_text_that_a_person_can_read(self, run: Run) -> None:
+        state = json.loads((run.save(4) / STATE).read_text())
+        assert (state["step"], state["optimizer_class"]) == (4, "AdamW")
