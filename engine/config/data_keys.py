@@ -92,7 +92,7 @@ class DataKeys(Section):
     above a number of rows, 0 none. Without any, memorising cannot be seen."""
     dataset_prepared_path: str | None = None
     """Folder of the tokenized rows, so that an unchanged dataset is tokenized once. Absent: the
-    run's own folder."""
+    user's cache folder, shared by all runs."""
     dataset_num_proc: Count | None = None
     """Processes that tokenize."""
     shuffle_merged_datasets: bool = True

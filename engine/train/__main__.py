@@ -66,22 +66,23 @@ def explain(error: Exception) -> UserError:
             "Install it: pip install 'windtunnel[train]'",
         )
     if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
+        told = said.rpartition("DefaultCPUAllocator: ")[2].split(". ")[:2]
         return WorkError(
             "The run needed more memory than there is.",
-            said.split(". ")[0] + ".",
+            f"The system says: {'. '.join(told).rstrip('.')}.",
             "Set gradient_checkpointing: true or adapter: qlora and resume, or start a new run "
             "with a lower micro_batch_size or sequence_len.",
         )
     if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
         return WorkError(
             "A file could not be read or written.",
-            f"The system says: {said}",
+            f"The system says: {said.rstrip('.')}.",
             "See that the file is whole and that the disk has space; the run resumes from its "
             "last checkpoint.",
         )
     return WorkError(
         "The trainer stopped at an error that it does not know.",
-        f"{type(error).__name__}: {said}",
+        f"{type(error).__name__}: {said.rstrip('.')}.",
         "engine.log in the run's folder has the details; the run resumes from its last checkpoint.",
     )
 

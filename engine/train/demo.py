@@ -16,6 +16,7 @@ import numpy as np
 import platformdirs
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -85,14 +86,21 @@ def write_base(name: str, layers: dict[str, Tensor], cache: Path) -> Path:
         weights[EMBEDDING] = draw_embedding(config["vocab_size"], config["hidden_size"])
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         write_tekken(spec_of(card), partial / "tekken.json")
-        if not target.is_dir():
-            partial.rename(target)
-    except OSError as error:
+        _put_in_place(partial, target)
+    except (OSError, SafetensorError) as error:
         raise WorkError(
             f"The demo's base model could not be written to {cache}.",
-            f"The system says: {error.strerror or error}.",
+            f"The system says: {getattr(error, 'strerror', None) or error}.",
             "Free 90 MB there, or point XDG_CACHE_HOME at a disk that has them.",
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    try:
+        partial.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster: it wrote the same
+            raise

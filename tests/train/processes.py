@@ -113,11 +113,14 @@ class Workshop:
 
     def new(self, **keys: Any) -> RunFolder:
         """A run folder with rows of its own and a config.yml."""
-        run = RunFolder(self._folder / f"run-{next(self._numbers)}")
-        run.path.mkdir()
-        write_rows(run.path / "rows.jsonl")
-        self.configure(run, **keys)
-        return run
+        return self.place(self._folder / f"run-{next(self._numbers)}", **keys)
+
+    def place(self, folder: Path, **keys: Any) -> RunFolder:
+        """The same in a folder of the test's choice."""
+        folder.mkdir()
+        write_rows(folder / "rows.jsonl")
+        self.configure(RunFolder(folder), **keys)
+        return RunFolder(folder)
 
     def configure(self, run: RunFolder, **keys: Any) -> None:
         """Write the run's config.yml anew; JSON is YAML."""
@@ -238,6 +241,30 @@ def evaluations(run: RunFolder) -> dict[int, float]:
     return {event.step: event.loss for event in events_of(run) if isinstance(event, Eval)}
 
 
+def at_step(number: int, action: Callable[[], object]) -> None:
+    """Do `action` in this process before the `number`-th step, where commands are read."""
+    counted = 0
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal counted
+        if event == "open" and str(arguments[0]).endswith("control.jsonl"):
+            counted += 1
+            if counted == number:
+                action()
+
+    sys.addaudithook(hook)
+
+
+def at_folder(made: str, action: Callable[[], object]) -> None:
+    """Do `action` in this process when a folder whose name ends in `made` is about to be made."""
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.mkdir" and str(arguments[0]).endswith(made):
+            action()
+
+    sys.addaudithook(hook)
+
+
 @dataclass(frozen=True, slots=True)
 class DieAfter:
     """SIGKILL from inside, so that it hits one system call: the `operation`-th one on files after
@@ -270,13 +297,4 @@ class DieBeforeStep:
     number: int
 
     def __call__(self) -> None:
-        counted = 0
-
-        def hook(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal counted
-            if event == "open" and str(arguments[0]).endswith("control.jsonl"):
-                counted += 1
-                if counted == self.number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
+        at_step(self.number, lambda: os.kill(os.getpid(), signal.SIGKILL))

@@ -4,24 +4,23 @@ import functools
 import json
 import os
 import resource
-import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.errors import UserError
-from engine.events import Note, Step
+from engine.events import Note
 from engine.launch import launch
 from engine.runs import RunFolder, is_locked, read_steps, status
+from tests.fakes.processes import ROOT, wait_until
 from tests.train.processes import (
     LORA,
     Workshop,
+    at_folder,
+    at_step,
     events_of,
     figures,
     finish,
@@ -197,45 +196,73 @@ def test_a_trainer_without_torch_says_what_to_install(workshop: Workshop, tmp_pa
     assert_told(run, "Training needs the package torch", "pip install 'windtunnel[train]'")
 
 
-def limit_memory(bytes_more: int) -> None:
-    """Let this process map that much more than it has now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * os.sysconf("SC_PAGESIZE") + bytes_more
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+def limit_memory(more_bytes: int) -> None:
+    """From the first step on, let this process map only so much more than it has then."""
+
+    def limit() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * os.sysconf("SC_PAGESIZE") + more_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+    at_step(1, limit)
 
 
-def test_a_run_that_needs_too_much_memory_is_told_what_to_change(
-    workshop: Workshop, tmp_path: Path
-) -> None:
-    base = write_model(tmp_path / "base", {"intermediate_size": 200_000})
-    run = workshop.new(base_model=str(base))
-    assert finish(run, before=functools.partial(limit_memory, 300 * 2**20)) == 1
-    assert_told(run, "needed more memory than there is", "gradient_checkpointing: true")
+def test_a_run_that_needs_too_much_memory_is_told_what_to_change(workshop: Workshop) -> None:
+    run = workshop.new(micro_batch_size=32, sample_packing=False)
+    assert finish(run, before=functools.partial(limit_memory, 4 * 2**20)) == 1
+    assert_told(run, "more memory than there is", "tried to allocate", "gradient_checkpointing")
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB of its own."""
+    """A file system of 4 MB of its own."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root mounts a file system")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def fill(disk: Path, but: int) -> None:
-    """Leave `but` bytes free."""
-    free = os.statvfs(disk)
-    with (disk / "filler").open("wb") as file:
-        file.write(bytes(free.f_bavail * free.f_frsize - but))
+def fill_disk(disk: Path, made: str) -> None:
+    """Leave 64 KiB free when the folder `made` is about to be made."""
+
+    def fill() -> None:
+        room = os.statvfs(disk)
+        (disk / "filler").write_bytes(bytes(room.f_bavail * room.f_frsize - (64 << 10)))
+
+    at_folder(made, fill)
 
 
-def test_a_full_disk_at_a_save_keeps_the_checkpoint_from_before(
-    workshop: Workshop, small_disk: Path
+@pytest.mark.parametrize(
+    ("made", "what", "done"),
+    [
+        ("step-4.partial", "The checkpoint of step 4 could not be written", 2),
+        ("adapter.partial", "The finished adapter could not be written", 4),
+    ],
+)
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
+    workshop: Workshop, small_disk: Path, made: str, what: str, done: int
 ) -> None:
-    run = workshop.new(max_steps=2)
-    moved = RunFolder(small_disk / "run")
-    os.rename(run.path / "rows.jsonl", run.path / "kept.jsonl")
-    raise NotImplementedError
+    run = workshop.place(small_disk / "run", lora_r=16)
+    assert finish(run, before=functools.partial(fill_disk, small_disk, made)) == 1
+    assert_told(run, what, "No space left on device", "resume")
+    assert (run.checkpoints / "LATEST").read_text() == f"step-{done}"
+    (small_disk / "filler").unlink()
+    assert finish(run, "--resume") == 0, run.log.read_text()
+    whole = workshop.new(lora_r=16)
+    assert finish(whole) == 0
+    assert figures(run) == figures(whole)
+    assert (run.adapter / "adapter_model.safetensors").is_file()
+
+
+def test_a_second_trainer_on_a_folder_leaves_the_first_one_alone(workshop: Workshop) -> None:
+    run = workshop.new(max_steps=100_000, save_steps=100_000)
+    with training(run, steps=1) as process:
+        before = len(read_steps(run))
+        assert finish(run) == 2
+        assert "already running" in run.log.read_text()
+        wait_until(lambda: len(read_steps(run)) > before)
+        assert process.is_alive()
+        assert "failed" not in run.events.read_text()
