@@ -17,7 +17,7 @@ from engine.config import RunConfig, override, read_config, write_config
 from engine.errors import UserError
 from engine.events import Recorded, Sample, Score, format_line
 from engine.launch import launch
-from engine.runs import Follower, RunFolder, create_run
+from engine.runs import Follower, RunFolder, create_run, summarize
 from engine.visible import visible
 
 AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
@@ -63,8 +63,8 @@ def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
         status = start(created, watch)
         if as_json:
             print(json.dumps({"run": str(run.path)}))
-        elif detach:
-            print(f"{visible(run.name, one_line=True)} is training in {visible(str(run.path))}.")
+        elif not as_events:
+            print(describe_state(run))
         return status
 
     @app.command
@@ -93,7 +93,8 @@ def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
         if as_json:
             print(json.dumps(result))
         elif not as_events:
-            print("\n".join(describe_demo(result)))
+            print("\n".join(describe_demo(result)) if status == 0 else "")
+            print(describe_state(created.run))
         return status
 
 
@@ -177,6 +178,25 @@ def start(created: Created, watch: Watch | None) -> int:
     return watch_to_end(created.run, process, follower, watch) if watch else 0
 
 
+def describe_state(run: RunFolder) -> str:
+    """Where a run is now, and how to go on with it or what came of it."""
+    summary = summarize(run)
+    where = visible(str(run.path), one_line=True)
+    of = f" of {summary.total_steps}" if summary.total_steps else ""
+    match summary.status:
+        case "finished":
+            results = [folder for folder in (run.adapter, run.model) if folder.is_dir()]
+            made = " and ".join(visible(str(folder), one_line=True) for folder in results)
+            return f"Finished at step {summary.step}: {made}"
+        case "stopped":
+            return (
+                f"Stopped at step {summary.step}{of}, and saved.\n"
+                f"Go on with: windtunnel resume {where}"
+            )
+        case _:
+            return f"It is {summary.status} in {where}"
+
+
 def demo_result(run: RunFolder) -> dict[str, Any]:
     """What a demo run says of itself: answers and exact-match scores, before and after."""
     answers: dict[str, list[dict[str, str]]] = {"before": [], "after": []}
@@ -205,9 +225,9 @@ def describe_demo(result: Mapping[str, Any]) -> Iterator[str]:
         words = DATASETS.get(dataset, dataset)
         yield f"  {words:<35}  {score.get('before', 0):>6.0%}  {score.get('after', 0):>6.0%}"
     yield ""
-    yield "The base model is tiny and was made for this demo: it learned these conversations by"
-    yield "heart and understands nothing. That is why wordings it never saw mostly fail."
-    yield f"The run, its curves and its adapter are in {visible(result['run'])}."
+    yield "The base model is tiny and was made for this demo: it learned these"
+    yield "conversations by heart and understands nothing. That is why wordings that it"
+    yield "never saw mostly fail."
 
 
 DATASETS = {

@@ -1,6 +1,11 @@
 """`train` and `demo` on the command line: good input, bad input, exit status, JSON."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -151,3 +156,32 @@ def test_a_used_folder_is_never_mixed_with_another_run(
     assert (folder / "events.jsonl").read_bytes() == before
     assert main([*arguments[:3], "max_steps=2", "resume_from_checkpoint=true"]) == 0
     assert (folder / "events.jsonl").read_bytes().startswith(before)
+
+
+def test_an_interrupted_run_is_saved_and_says_how_to_go_on(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    changes = [f"output_dir={folder}", "max_steps=5000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engine", "train", str(config), *changes],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    run = RunFolder(folder)
+    try:
+        wait_for(lambda: run.events.exists() and '"type": "step"' in run.events.read_text())
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert f"Go on with: windtunnel resume {folder}" in out
+    assert status(run) == "stopped"
+    assert (run.checkpoints / "LATEST").is_file()
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
