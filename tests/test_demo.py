@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engine.runs import RunFolder, read_steps
+from tests.extras import needs_trainer
 
 ROOT = Path(__file__).parents[1]
 STEPS = 13
@@ -64,6 +65,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, few_rows: Path) -> Path:
     return folder
 
 
+@needs_trainer
 def test_it_answers_before_and_after_and_scores_every_set(tmp_path: Path, few_rows: Path) -> None:
     result = short_demo(tmp_path / "run", few_rows, "max_steps=40", qlora=True)
     assert set(result) == {"run", "before", "after", "scores"}
@@ -78,23 +80,27 @@ def test_it_answers_before_and_after_and_scores_every_set(tmp_path: Path, few_ro
     assert '"method": "qlora"' in started
 
 
+@needs_trainer
 def test_the_untouched_base_answers_its_questions_plainly(plain: Path) -> None:
     events = [json.loads(line) for line in (plain / "events.jsonl").read_text().splitlines()]
     first = [e["text"] for e in events if e["type"] == "sample" and e["when"] == "before"]
     assert first[1] == "It is 7 to 10 knots."
 
 
+@needs_trainer
 def test_the_loss_falls_from_the_start(plain: Path) -> None:
     run = losses(plain)
     assert len(run) == STEPS
     assert run[-1] < run[0] - 1
 
 
+@needs_trainer
 def test_another_seed_gives_other_figures(plain: Path, tmp_path: Path, few_rows: Path) -> None:
     short_demo(tmp_path / "run", few_rows, "seed=7")
     assert losses(tmp_path / "run") != losses(plain)
 
 
+@needs_trainer
 def test_one_edited_row_gives_other_figures(plain: Path, tmp_path: Path, few_rows: Path) -> None:
     rows = tmp_path / "train.jsonl"
     text = (SAMPLE / "train.jsonl").read_text("utf-8")
@@ -120,6 +126,7 @@ def test_held_out_wordings_are_in_no_training_file() -> None:
     assert not questions("heldout_pairing") & questions("train")
 
 
+@needs_trainer
 @pytest.mark.slow
 def test_the_whole_demo_learns_its_conversations_by_heart(tmp_path: Path) -> None:
     done = windtunnel("demo", str(tmp_path / "run"), "--json")
@@ -129,6 +136,7 @@ def test_the_whole_demo_learns_its_conversations_by_heart(tmp_path: Path) -> Non
     assert set(scores) == {"train", "heldout_pairing", "heldout_wording"}
 
 
+@needs_trainer
 @pytest.mark.slow
 def test_the_script_that_made_the_shipped_layers_makes_an_equal_base(tmp_path: Path) -> None:
     """A new base need not have the same bits (threads, CPU); it answers the same questions."""

@@ -13,7 +13,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.cli.watch import Watch, watch_to_end
-from engine.config import RunConfig, override, read_config, write_config
+from engine.config import RunConfig, override, read_config, require_supported, write_config
 from engine.errors import UserError
 from engine.events import Recorded, Sample, Score, format_line
 from engine.launch import launch
@@ -119,8 +119,8 @@ def create(
     UserError where the config or the folder cannot be used.
     """
     given = read_config(file)
-    given.require_supported()
     config = override(given.config, changes) if changes else given.config
+    require_supported(config, given.document)
     config = with_absolute_paths(config, file.absolute().parent)
     start_from = config.resume_from_checkpoint
     run = create_run(

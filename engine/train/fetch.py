@@ -1,7 +1,7 @@
 """Where the base model's files are: a folder, the embedded demo, or the hub's cache.
 
 The only place of the trainer that may reach the network, and only for a model that the config
-names. Afterwards the hub is switched off for the rest of the process.
+names. Once the rows are there too, `leave_hub` switches the hub off for the rest of the process.
 """
 
 import os
@@ -46,10 +46,13 @@ def locate_base(config: RunConfig, home: Path) -> Path:
         name = (bf16 or list(repositories))[0].id
     elif local.is_dir():
         return local.resolve()
-    folder = _download(name, config.revision_of_model)
+    return _download(name, config.revision_of_model)
+
+
+def leave_hub() -> None:
+    """Switch the hub off for this process and its children: from now on asking it is an error."""
     constants.HF_HUB_OFFLINE = True
     os.environ["HF_HUB_OFFLINE"] = "1"
-    return folder
 
 
 def _download(repository: str, revision: str | None) -> Path:

@@ -22,7 +22,7 @@ from engine.data.prepare import Progress, default_store, label_rule, prepare
 from engine.data.prepared import Prepared
 from engine.events import Note, Phase, Started
 from engine.train.batches import Rows
-from engine.train.fetch import locate_base
+from engine.train.fetch import leave_hub, locate_base
 from engine.train.loop import Prompt, Training
 from engine.train.lora import attach_lora, choose_trained
 from engine.train.model import Base, Model, load_base, use_checkpointing
@@ -48,6 +48,7 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
     session.base_folder = locate_base(config, session.run.path)
     tokenizer = open_tokenizer(config.tokenizer_config or session.base_folder)
     rows, held_out = prepare_rows(config, tokenizer, session)
+    leave_hub()
     session.emit(Phase("load", detail=config.base_model))
     base = load_base(session.base_folder, config)
     torch.manual_seed(config.seed)  # the adapter's first values do not depend on what was loaded

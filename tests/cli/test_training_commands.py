@@ -12,6 +12,7 @@ import pytest
 
 from engine.cli import main
 from engine.runs import RunFolder, is_locked, status
+from tests.extras import needs_trainer
 
 SAMPLE = Path(__file__).parents[2] / "presets" / "samples" / "harbour-pilot" / "train.jsonl"
 SMALL = """
@@ -48,6 +49,7 @@ def types(text: str) -> list[str]:
     return [json.loads(line)["type"] for line in text.splitlines()]
 
 
+@needs_trainer
 def test_train_runs_to_the_end_and_says_where(
     config: Path, home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +64,7 @@ def test_train_runs_to_the_end_and_says_where(
     assert list(run.data.glob("*"))
 
 
+@needs_trainer
 def test_events_are_printed_as_they_are_in_the_file(
     config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,6 +76,7 @@ def test_events_are_printed_as_they_are_in_the_file(
     assert {"started", "step", "saved"} <= set(types(printed))
 
 
+@needs_trainer
 def test_a_detached_run_goes_on_without_us(
     config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +124,7 @@ def test_a_wrong_request_is_a_sentence(
         assert word.lower() in err.lower(), err
 
 
+@needs_trainer
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -144,6 +149,7 @@ def test_what_only_the_trainer_can_see_is_a_sentence_too(
     assert status(RunFolder(folder)) == "failed"
 
 
+@needs_trainer
 def test_a_used_folder_is_never_mixed_with_another_run(
     config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +164,7 @@ def test_a_used_folder_is_never_mixed_with_another_run(
     assert (folder / "events.jsonl").read_bytes().startswith(before)
 
 
+@needs_trainer
 def test_an_interrupted_run_is_saved_and_says_how_to_go_on(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "here"
     changes = [f"output_dir={folder}", "max_steps=5000"]

@@ -109,8 +109,6 @@ class TestHowLong:
 class TestFingerprint:
     """A checkpoint fits only the order it was made in."""
 
-    PACKED: dict[str, Any] = {"sample_packing": True}
-
     @pytest.mark.parametrize(
         ("before", "after"),
         [
@@ -118,7 +116,7 @@ class TestFingerprint:
             ({}, {"sample_packing": True}),
             ({}, {"micro_batch_size": 2}),
             ({}, {"gradient_accumulation_steps": 2}),
-            (PACKED, PACKED | {"sequence_len": 127}),
+            ({"sample_packing": True}, {"sample_packing": True, "sequence_len": 127}),
         ],
     )
     def test_it_changes_with_what_decides_the_order(

@@ -88,7 +88,9 @@ class TestRoundTrip:
         torch.manual_seed(999)
         second.restore(None)
         assert everything(second) == saved
-        assert second.position == Position(3, second.position.tokens, None, None, second.order.fingerprint())
+        assert second.position == Position(
+            3, second.position.tokens, None, None, second.order.fingerprint()
+        )
         assert steps(second, 3) == expected
         assert everything(second) == everything(first)
 
@@ -149,7 +151,7 @@ class Run:
         assert folder is not None
         position = checkpoints.load(folder, self.training.model, self.training.optimizer)
         assert folder.name == f"step-{position.step}"
-        return position.step, float(self.training.parameters[0][0])
+        return position.step, float(self.training.parameters[0].detach()[0])
 
     def names(self) -> set[str]:
         return {path.name for path in self.root.iterdir()}

@@ -84,9 +84,7 @@ class TestAgainstTransformers:
     def test_an_adapter_takes_the_step_of_peft_on_single_samples(
         self, any_model: Path, uneven: Rows, tmp_path: Path, layout: dict[str, Any]
     ) -> None:
-        config = settings(
-            any_model, adapter="lora", max_grad_norm=1e9, **ALL_IN_ONE_STEP, **layout
-        )
+        config = settings(any_model, adapter="lora", max_grad_norm=1e9, **ALL_IN_ONE_STEP, **layout)
         ours = training(tmp_path / "run", config, uneven)
         wake_adapter(ours.model)
         (tmp_path / "adapter").mkdir()

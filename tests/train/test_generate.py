@@ -83,9 +83,7 @@ class TestChoosing:
         for seed, temperature in ((1, 1.0), (1, 1.0), (2, 1.0), (3, 1e-4)):
             torch.manual_seed(seed)
             made.append(
-                generate(
-                    model, CPU, PROMPT, end=NEVER, max_new_tokens=12, temperature=temperature
-                )
+                generate(model, CPU, PROMPT, end=NEVER, max_new_tokens=12, temperature=temperature)
             )
         assert made[0] == made[1] != made[2]
         assert made[3] == generate(model, CPU, PROMPT, end=NEVER, max_new_tokens=12)

@@ -75,6 +75,16 @@ class TestTargets:
             choose_targets(table, config)
         assert "o_proj" in caught.value.why
 
+    def test_all_linears_may_be_joined_to_a_wish(self, table: Any) -> None:
+        config = settings(adapter="lora", lora_target_modules=["o_proj"], lora_target_linear=True)
+        targets = choose_targets(table, config)
+        assert sorted(targets) == sorted(linear_targets(table))
+
+    def test_no_target_at_all_is_refused(self, table: Any) -> None:
+        config = settings(adapter="lora").model_copy(update={"lora_target_linear": False})
+        with pytest.raises(UserError, match="no module at all"):
+            choose_targets(table, config)
+
     def test_the_expression_for_all_layers_covers_them_and_nothing_else(self, table: Any) -> None:
         targets = linear_targets(table)
         expression = re.compile(as_expression(targets))
@@ -128,7 +138,9 @@ class TestWhatMoves:
 
     def test_only_the_adapter_trains_and_in_float32(self, any_model: Path) -> None:
         config = settings(any_model, adapter="lora", bf16=True)
-        model = attach_lora(loaded(any_model, bf16=True).model, read_architecture(any_model), config)
+        model = attach_lora(
+            loaded(any_model, bf16=True).model, read_architecture(any_model), config
+        )
         moving = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert moving
         assert all("lora_" in name for name in moving)
@@ -178,5 +190,5 @@ class TestWhatMoves:
 
     def test_an_unfrozen_parameter_that_matches_nothing_is_refused(self, ministral: Path) -> None:
         config = settings(ministral, unfrozen_parameters=["lm_head", "layers.1"])
-        with pytest.raises(UserError, match="layers.1 matches no parameter"):
+        with pytest.raises(UserError, match=r"layers\.1 matches no parameter"):
             choose_trained(loaded(ministral).model, config)

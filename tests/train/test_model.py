@@ -137,14 +137,18 @@ class TestWhoChoosesTheKernels:
     def test_a_models_config_does_not(self, own: Path, ministral: Path) -> None:
         edit_config(own, _attn_implementation="eager", attn_implementation="eager")
         edit_config(own, _experts_implementation="batched_mm", experts_implementation="batched_mm")
-        model, untouched = (load_base(folder, settings(folder)).model for folder in (own, ministral))
+        model, untouched = (
+            load_base(folder, settings(folder)).model for folder in (own, ministral)
+        )
         assert model.config._attn_implementation == "sdpa"
         for name in ("_experts_implementation", "experts_implementation"):
             chosen = getattr(untouched.config, name, None)
             assert chosen != "batched_mm"
             assert getattr(model.config, name, None) == chosen
 
-    def test_nor_does_a_part_of_it(self, tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
+    def test_nor_does_a_part_of_it(
+        self, tmp_path: Path, model_folder: Callable[[str], Path]
+    ) -> None:
         source = model_folder("mistral3 over ministral3")
         folder = Path(shutil.copytree(source, tmp_path / "own"))
         config = json.loads((folder / "config.json").read_text())

@@ -47,9 +47,7 @@ class TestSchedule:
 
     @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
     @pytest.mark.parametrize(("total", "warmup"), [(1, 0), (1, 1), (3, 3), (3, 50)])
-    def test_no_step_of_a_short_run_is_lost(
-        self, schedule: str, total: int, warmup: int
-    ) -> None:
+    def test_no_step_of_a_short_run_is_lost(self, schedule: str, total: int, warmup: int) -> None:
         found = rates(total, lr_scheduler=schedule, warmup_steps=warmup)
         assert all(0 < rate <= PEAK for rate in found)
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,18 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("signals"), LONG)
 
 
+def send_signal(process: BaseProcess, number: signal.Signals) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, number)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_the_run_and_it_goes_on_to_equal_losses(
     workshop: Workshop, number: signal.Signals
 ) -> None:
     run = workshop.new()
     with training(run, steps=3) as process:
-        os.kill(process.pid, number)
+        send_signal(process, number)
         assert wait(process) == 0
     end = last_end(run)
     assert (end.outcome, end.what) == ("stopped", "")
@@ -60,10 +66,10 @@ def test_a_second_signal_leaves_at_once(workshop: Workshop) -> None:
     run = workshop.new(sample_prompts=["How many knots is force 3?"] * 40)
     process = start(run)
     wait_until(lambda: any(isinstance(event, Sample) for event in events_of(run)), 60)
-    os.kill(process.pid, signal.SIGTERM)
+    send_signal(process, signal.SIGTERM)
     time.sleep(0.3)
     assert process.is_alive()
-    os.kill(process.pid, signal.SIGTERM)
+    send_signal(process, signal.SIGTERM)
     assert wait(process, 20) == 130
     assert status(run) == "lost"
     assert not read_steps(run)
@@ -73,7 +79,7 @@ def test_a_signal_while_loading_ends_the_run_before_its_first_answer(workshop: W
     run = workshop.new(sample_prompts=["How many knots is force 3?"] * 40, val_set_size=0.2)
     process = start(run)
     wait_until(lambda: any(isinstance(event, Phase) for event in events_of(run)), 60)
-    os.kill(process.pid, signal.SIGTERM)
+    send_signal(process, signal.SIGTERM)
     assert wait(process) == 0
     assert (last_end(run).outcome, last_end(run).step) == ("stopped", 0)
     assert not [event for event in events_of(run) if isinstance(event, Sample)]
@@ -83,7 +89,7 @@ def test_a_signal_while_loading_ends_the_run_before_its_first_answer(workshop: W
 def test_a_hangup_means_nothing_to_a_run_without_a_terminal(workshop: Workshop) -> None:
     run = workshop.new()
     with training(run, steps=1) as process:
-        os.kill(process.pid, signal.SIGHUP)
+        send_signal(process, signal.SIGHUP)
         before = len(read_steps(run))
         wait_until(lambda: len(read_steps(run)) > before + 3, 60)
         assert process.is_alive()

@@ -77,9 +77,7 @@ class TestAdapter:
         assert len(saved) == len(run.parameters)
         assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
-    def test_it_comes_back_bit_for_bit(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_it_comes_back_bit_for_bit(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
         first = adapted(ministral, tmp_path / "one", uneven, seed=1)
         second = adapted(ministral, tmp_path / "two", uneven, seed=2)
         save_trained(first.model, tmp_path, first.config)

@@ -129,9 +129,12 @@ def row(question_tokens: int, answer_tokens: int, seed: int) -> Row:
     return [(1, Kind.BOS), *middle, (2, Kind.EOS)]
 
 
-UNEVEN = [row(q, a, n) for n, (q, a) in enumerate(
-    [(3, 1), (20, 2), (4, 30), (9, 12), (1, 1), (14, 25), (6, 3), (2, 19)]
-)]
+UNEVEN = [
+    row(q, a, n)
+    for n, (q, a) in enumerate(
+        [(3, 1), (20, 2), (4, 30), (9, 12), (1, 1), (14, 25), (6, 3), (2, 19)]
+    )
+]
 """Eight rows of 5 to 41 tokens with 2 to 31 learned ones."""
 
 
@@ -175,11 +178,16 @@ def assemble(
     held_out: Mapping[str, Rows] | None = None,
 ) -> Training:
     """The same around a model that is there already. It asks no sample prompts."""
-    run = RunFolder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    session = Session(run, EventWriter(run.events), ControlReader(run.control, 0.0), StopSignals())
+    session = open_session(folder)
     session.base_folder = Path(config.base_model)
     return Training(base, model, rows, held_out or {}, config, session, tokenizer=None)  # type: ignore[arg-type]
+
+
+def open_session(folder: Path) -> Session:
+    """A session of the run in `folder`, which listens to no signal."""
+    run = RunFolder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Session(run, EventWriter(run.events), ControlReader(run.control, 0.0), StopSignals())
 
 
 def losses(folder: Path) -> list[float]:
