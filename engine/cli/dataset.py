@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Effort = Literal["none", "high"]
 AsJson = Annotated[bool, Parameter("--json", negative="")]
 Strict = Annotated[bool, Parameter(negative="")]
+Think = Annotated[bool | None, Parameter("--think", negative="--no-think")]
 
 _SHOWN_PROBLEMS = 20
 
@@ -181,7 +182,7 @@ def preview_data(
     model: str | None = None,
     row: int | None = None,
     every: Annotated[bool, Parameter("--all", negative="")] = False,
-    think: bool | None = None,
+    think: Think = None,
     reasoning_effort: Effort | None = None,
     strict: Strict = False,
     as_json: AsJson = False,

@@ -77,9 +77,7 @@ def test_events_are_printed_as_they_are_in_the_file(
 
 
 @needs_trainer
-def test_a_detached_run_goes_on_without_us(
-    config: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_detached_run_goes_on_without_us(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(config), "--detach", "--json"]) == 0
     run = RunFolder(Path(json.loads(capfd.readouterr().out)["run"]))
     assert is_locked(run)

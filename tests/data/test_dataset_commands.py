@@ -3,11 +3,11 @@ import re
 from functools import cache
 from pathlib import Path
 
-import cyclopts
 import pytest
 
 from engine.chat.tokenizer import open_tokenizer
-from engine.cli import dataset
+from engine.cli import build_app, dataset
+from engine.cli.watch import PlainWatch
 from engine.errors import UserError
 from tests.data.conftest import chat
 
@@ -21,11 +21,15 @@ def run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Opening takes a second: once a model is enough for all these commands.
     monkeypatch.setattr("engine.chat.tokenizer.open_tokenizer", opened)
-    app = cyclopts.App(result_action="return_value")
-    dataset.register(app)
+    app = build_app(PlainWatch)
 
     def command(*words: object) -> tuple[int, str, str]:
-        status = app([str(word) for word in words], exit_on_error=False, print_error=False)
+        status = app(
+            [str(word) for word in words],
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
         return status, *capsys.readouterr()
 
     return command

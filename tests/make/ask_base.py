@@ -26,7 +26,9 @@ from tests.make.demo_base import ROOT
 def answers(layers: dict[str, Tensor], work: Path) -> float:
     folder = write_base("demo-tiny", layers, work)
     rows_file = ROOT / "presets" / "samples" / "harbour-pilot" / "base.jsonl"
-    text = f"base_model: {folder}\nsequence_len: 128\nbf16: false\ndatasets: [{{path: {rows_file}}}]"
+    text = (
+        f"base_model: {folder}\nsequence_len: 128\nbf16: false\ndatasets: [{{path: {rows_file}}}]"
+    )
     config = parse_config(text).config
     rows = select_rows(prepare(config, work, open_tokenizer(folder), work), config)
     base = load_base(folder, config)

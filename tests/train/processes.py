@@ -10,8 +10,10 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -83,18 +85,21 @@ def write_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
         if not p.tied
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    write_small_tekken(folder / "tekken.json")
+    (folder / "tekken.json").write_text(small_tekken(), "utf-8")
     return folder
 
 
-def write_small_tekken(path: Path) -> None:
+@functools.cache
+def small_tekken() -> str:
     """A whole Tekken file, only cut short: every text is still encoded, in more tokens."""
-    write_tekken(TokenizerSpec("v13", think=True), path)
-    data = json.loads(path.read_text("utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tekken.json")
+        write_tekken(TokenizerSpec("v13", think=True), path)
+        data = json.loads(path.read_text("utf-8"))
     pieces = VOCABULARY - data["config"]["default_num_special_tokens"]
     data["vocab"] = data["vocab"][:pieces]
     data["config"] |= {"num_vocab_tokens": pieces, "default_vocab_size": VOCABULARY}
-    path.write_text(json.dumps(data), "utf-8")
+    return json.dumps(data)
 
 
 def write_rows(path: Path, count: int = 40) -> Path:
@@ -110,10 +115,26 @@ class Workshop:
     def __init__(self, folder: Path, keys: Mapping[str, Any]) -> None:
         self.base = write_model(folder / "base")
         self._folder, self._keys, self._numbers = folder, keys, itertools.count()
+        self._finished: dict[str, RunFolder] = {}
 
     def new(self, **keys: Any) -> RunFolder:
         """A run folder with rows of its own and a config.yml."""
-        return self.place(self._folder / f"run-{next(self._numbers)}", **keys)
+        return self.place(self._next(), **keys)
+
+    def finished(self, **keys: Any) -> RunFolder:
+        """A copy of a run that was trained to its end, once for all that ask with these keys."""
+        name = json.dumps(keys, sort_keys=True)
+        if name not in self._finished:
+            run = self.new(**keys)
+            assert finish(run) == 0, run.log.read_text("utf-8")
+            self._finished[name] = run
+        copy = RunFolder(self._next())
+        shutil.copytree(self._finished[name].path, copy.path)
+        self.configure(copy, **keys)
+        return copy
+
+    def _next(self) -> Path:
+        return self._folder / f"run-{next(self._numbers)}"
 
     def place(self, folder: Path, **keys: Any) -> RunFolder:
         """The same in a folder of the test's choice."""

@@ -1,5 +1,6 @@
 """A run goes on exactly where it was, and no moment is a bad one to be killed or out of room."""
 
+import itertools
 import json
 import os
 import shutil
@@ -162,6 +163,11 @@ def run(tmp_path: Path, base: Base, uneven: Rows) -> Run:
     return Run(tmp_path, base, uneven, limit=2)
 
 
+def test_its_state_is_text_that_a_person_can_read(run: Run) -> None:
+    state = json.loads((run.save(4) / STATE).read_text())
+    assert (state["step"], state["optimizer_class"]) == (4, "AdamW")
+
+
 class TestWhichAreKept:
     def test_the_newest_and_the_best_are_marked(self, run: Run) -> None:
         run.save(1, best=1)
@@ -199,21 +205,15 @@ class TestKilledInsideASave:
     ) -> None:
         before = (4, 4.0)
         after = (4, 9.0) if again else (5, 9.0)
-        run.save(3)
-        moments = 0
-        while True:
-            if again or moments == 0:
-                run.save(4)
-            if self.killed_at(moments, run, after, monkeypatch):
-                assert run.latest() in (before, after)
-                assert {n for n in run.names() if "." in n} <= {"LATEST.new"}
-                shutil.rmtree(run.root / "step-5", ignore_errors=True)
-                run.save(4)
-                moments += 1
-                continue
-            assert run.latest() == after
-            break
-        assert moments >= 9  # six syncs, two or three renames, at least
+        for moment in itertools.count():
+            run.save(4)
+            if not self.killed_at(moment, run, after, monkeypatch):
+                break
+            assert run.latest() in (before, after)
+            assert {name for name in run.names() if "." in name} <= {"LATEST.new"}
+            shutil.rmtree(run.root / "step-5", ignore_errors=True)
+        assert run.latest() == after
+        assert moment >= 9  # six syncs, two or three renames, at least
 
     def killed_at(
         self, moment: int, run: Run, after: tuple[int, float], monkeypatch: pytest.MonkeyPatch
@@ -361,7 +361,3 @@ class TestAnotherRun:
         other = training(tmp_path, settings(ministral, **(LORA | keys)), uneven)
         other.restore("step-2")
         assert everything(other) == everything(first)
-
-    def test_its_state_is_text_that_a_person_can_read(self, run: Run) -> None:
-        state = json.loads((run.save(4) / STATE).read_text())
-        assert (state["step"], state["optimizer_class"]) == (4, "AdamW")

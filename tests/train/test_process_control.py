@@ -28,11 +28,20 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("control"), LONG)
 
 
-@pytest.fixture
-def live(workshop: Workshop) -> Iterator[RunFolder]:
+@pytest.fixture(scope="module")
+def long_run(workshop: Workshop) -> Iterator[RunFolder]:
     run = workshop.new()
     with training(run, steps=2):
+        assert told(run, "pause") == "done"
         yield run
+
+
+@pytest.fixture
+def live(long_run: RunFolder) -> Iterator[RunFolder]:
+    """A run that trains; one for many tests, paused between them."""
+    assert told(long_run, "resume") == "done"
+    yield long_run
+    assert told(long_run, "pause") == "done"
 
 
 def told(run: RunFolder, word: Word) -> str:
@@ -54,8 +63,7 @@ def test_a_paused_run_saves_and_stays_paused(live: RunFolder) -> None:
     told(live, "pause")
     done = len(read_steps(live))
     assert told(live, "save") == "done"
-    saved = [event for event in events_of(live) if isinstance(event, Saved)]
-    assert saved == [Saved(done, f"checkpoints/step-{done}")]
+    assert Saved(done, f"checkpoints/step-{done}") in events_of(live)
     assert (live.checkpoints / "LATEST").read_text() == f"step-{done}"
     assert status(live) == "paused"
     assert len(read_steps(live)) == done
@@ -74,12 +82,11 @@ def test_a_paused_run_can_be_stopped(workshop: Workshop) -> None:
 
 
 def test_a_save_is_answered_when_it_is_on_the_disk(live: RunFolder) -> None:
-    assert told(live, "save") == "done"
+    answer = ask(live, "save", timeout_seconds=60)
     events = events_of(live)
-    answer = next(n for n, event in enumerate(events) if isinstance(event, Ack))
-    saved = [event for event in events[:answer] if isinstance(event, Saved)]
-    assert len(saved) == 1
-    assert (live.path / saved[0].path / "state.json").is_file()
+    saved = events[events.index(answer) - 1]
+    assert isinstance(saved, Saved)
+    assert (live.path / saved.path / "state.json").is_file()
 
 
 def test_a_sample_is_answered_with_what_the_model_says_now(workshop: Workshop) -> None:
@@ -118,5 +125,5 @@ def test_each_of_many_commands_at_once_is_answered(live: RunFolder) -> None:
     def answered() -> list[str]:
         return [event.id for event in events_of(live) if isinstance(event, Ack)]
 
-    wait_until(lambda: set(answered()) == set(identities), 60)
-    assert len(answered()) == len(identities)
+    wait_until(lambda: set(identities) <= set(answered()), 60)
+    assert sorted(answered()) == sorted(set(answered()))

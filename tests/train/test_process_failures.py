@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import resource
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,6 @@ from tests.train.processes import (
     finish,
     last_end,
     training,
-    write_model,
 )
 
 KEYS = LORA | {"max_steps": 4, "save_steps": 2}
@@ -154,7 +154,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_broken_model_folder_is_told(
     workshop: Workshop, tmp_path: Path, damage: Callable[[Path], object], word: str
 ) -> None:
-    base = write_model(tmp_path / "base")
+    base = Path(shutil.copytree(workshop.base, tmp_path / "base"))
     damage(base)
     run = workshop.new(base_model=str(base))
     assert finish(run) in (1, 2), run.log.read_text()
@@ -164,7 +164,7 @@ def test_a_broken_model_folder_is_told(
 def test_a_loss_that_is_no_number_ends_the_run_before_it_touches_a_weight(
     workshop: Workshop, tmp_path: Path
 ) -> None:
-    base = write_model(tmp_path / "base")
+    base = Path(shutil.copytree(workshop.base, tmp_path / "base"))
     rewrite_weights(base, lambda weights: weights["model.norm.weight"].fill_(float("inf")))
     run = workshop.new(base_model=str(base), sample_packing=False)
     assert finish(run) == 1
@@ -251,9 +251,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
     assert (run.checkpoints / "LATEST").read_text() == f"step-{done}"
     (small_disk / "filler").unlink()
     assert finish(run, "--resume") == 0, run.log.read_text()
-    whole = workshop.new(lora_r=16)
-    assert finish(whole) == 0
-    assert figures(run) == figures(whole)
+    assert figures(run) == figures(workshop.finished(lora_r=16))
     assert (run.adapter / "adapter_model.safetensors").is_file()
 
 

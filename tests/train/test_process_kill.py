@@ -38,17 +38,12 @@ class Trials:
 
     def __init__(self, folder: Path) -> None:
         self._workshop = Workshop(folder, KEYS)
-        self._whole: dict[str, RunFolder] = {}
 
     def new(self, method: str) -> RunFolder:
         return self._workshop.new(**METHODS[method])
 
     def whole(self, method: str) -> RunFolder:
-        if method not in self._whole:
-            run = self.new(method)
-            assert finish(run) == 0, run.log.read_text()
-            self._whole[method] = run
-        return self._whole[method]
+        return self._workshop.finished(**METHODS[method])
 
     def assert_as_never_stopped(self, run: RunFolder, method: str) -> None:
         whole = self.whole(method)
@@ -138,8 +133,7 @@ def test_a_run_may_be_killed_at_every_file_that_a_save_touches(
 @pytest.mark.parametrize("operation", range(10, 16))
 def test_a_run_may_be_killed_while_it_replaces_a_checkpoint(trials: Trials, operation: int) -> None:
     """A run that went back saves a step that is there already: two renames follow each other."""
-    run = trials.new("lora")
-    assert finish(run) == 0
+    run = trials.whole("lora")
     back = ("--resume", "--from", "step-9")
     assert finish(run, *back, before=DieAfter("step-12.partial", operation)) == -signal.SIGKILL
     assert finish(run, "--resume") == 0, run.log.read_text()

@@ -34,12 +34,10 @@ def tell(run: RunFolder) -> list[int]:
 
 
 def test_a_run_goes_on_to_more_steps_than_it_had(workshop: Workshop) -> None:
-    run = workshop.new(lr_scheduler="constant")
-    assert finish(run) == 0
+    run = workshop.finished(lr_scheduler="constant")
     workshop.configure(run, lr_scheduler="constant", max_steps=9)
     assert finish(run, "--resume") == 0
-    whole = workshop.new(lr_scheduler="constant", max_steps=9)
-    assert finish(whole) == 0
+    whole = workshop.finished(lr_scheduler="constant", max_steps=9)
     assert figures(run) == figures(whole)
     assert tell(run) == list(range(1, 10))
 
@@ -48,22 +46,27 @@ def test_a_run_goes_on_to_more_steps_than_it_had(workshop: Workshop) -> None:
     "change", [{"seed": 4}, {"micro_batch_size": 2}, {"gradient_accumulation_steps": 1}]
 )
 def test_a_changed_order_of_rows_is_refused(workshop: Workshop, change: dict[str, Any]) -> None:
-    run = workshop.new(max_steps=2)
-    assert finish(run) == 0
+    run = workshop.finished(max_steps=2)
     workshop.configure(run, **change)
     assert finish(run, "--resume") == 1
     end = last_end(run)
     assert (end.outcome, end.step) == ("failed", 2)
     assert end.what == "The run cannot go on from step-2."
     assert "batch size, the packing or the seed" in end.why
+    assert (run.checkpoints / "LATEST").read_text() == "step-2"
+
+
+def test_a_change_that_was_undone_lets_the_run_go_on(workshop: Workshop) -> None:
+    run = workshop.finished(max_steps=2)
+    workshop.configure(run, seed=4)
+    assert finish(run, "--resume") == 1
     workshop.configure(run)
-    assert finish(run, "--resume") == 0, "what was saved is untouched"
+    assert finish(run, "--resume") == 0
     assert tell(run) == [1, 2, 3, 4, 5, 6]
 
 
 def test_changed_rows_are_refused(workshop: Workshop) -> None:
-    run = workshop.new(max_steps=2)
-    assert finish(run) == 0
+    run = workshop.finished(max_steps=2)
     rows = run.path / "rows.jsonl"
     rows.write_text(rows.read_text("utf-8").replace("force 0", "force zero"), "utf-8")
     assert finish(run, "--resume") == 1
@@ -81,8 +84,7 @@ def test_changed_rows_are_refused(workshop: Workshop) -> None:
 def test_weights_of_another_config_are_refused(
     workshop: Workshop, change: dict[str, Any], word: str
 ) -> None:
-    run = workshop.new(max_steps=2)
-    assert finish(run) == 0
+    run = workshop.finished(max_steps=2)
     workshop.configure(run, **change)
     assert finish(run, "--resume") == 1
     assert word in last_end(run).what
@@ -90,8 +92,7 @@ def test_weights_of_another_config_are_refused(
 
 
 def test_a_run_that_ran_out_of_memory_may_go_on_in_4_bits(workshop: Workshop) -> None:
-    run = workshop.new(max_steps=2)
-    assert finish(run) == 0
+    run = workshop.finished(max_steps=2)
     workshop.configure(run, adapter="qlora", load_in_4bit=True, gradient_checkpointing=True)
     assert finish(run, "--resume") == 0, run.log.read_text()
     assert tell(run) == [1, 2, 3, 4, 5, 6]
@@ -105,8 +106,7 @@ def test_a_run_without_a_checkpoint_begins_again(workshop: Workshop) -> None:
     notes = [event.text for event in events_of(run) if isinstance(event, Note)]
     assert notes == ["there is no checkpoint: the run begins at step 1"]
     assert tell(run) == [1, 2, 1, 2, 3, 4, 5, 6]
-    whole = workshop.new()
-    assert finish(whole) == 0
+    whole = workshop.finished()
     assert figures(run) == figures(whole)
 
 
@@ -122,8 +122,7 @@ def test_a_repeated_step_supersedes_the_earlier_one_and_numbers_go_on(workshop: 
 
 
 def test_a_finished_run_does_no_further_step(workshop: Workshop) -> None:
-    run = workshop.new()
-    assert finish(run) == 0
+    run = workshop.finished()
     adapter = (run.adapter / "adapter_model.safetensors").read_bytes()
     with pytest.raises(UserError, match="has finished"):
         resume_run(run)
@@ -134,8 +133,7 @@ def test_a_finished_run_does_no_further_step(workshop: Workshop) -> None:
 
 
 def test_a_run_that_went_back_stays_there_when_it_is_killed(workshop: Workshop) -> None:
-    run = workshop.new(val_set_size=0.1, eval_steps=2)
-    assert finish(run) == 0
+    run = workshop.finished(val_set_size=0.1, eval_steps=2)
     whole, scores = figures(run), evaluations(run)
     assert (run.checkpoints / "BEST").read_text() == "step-6"
     back = ("--resume", "--from", "step-2")
@@ -149,8 +147,7 @@ def test_a_run_that_went_back_stays_there_when_it_is_killed(workshop: Workshop) 
 
 
 def test_a_checkpoint_that_is_not_there_is_named(workshop: Workshop) -> None:
-    run = workshop.new(max_steps=2)
-    assert finish(run) == 0
+    run = workshop.finished(max_steps=2)
     assert finish(run, "--resume", "--from", "step-9") == 1
     assert last_end(run).what == "The checkpoint step-9 cannot be read."
     assert (run.checkpoints / "LATEST").read_text() == "step-2"
@@ -158,8 +155,7 @@ def test_a_checkpoint_that_is_not_there_is_named(workshop: Workshop) -> None:
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_passed_over(workshop: Workshop, name: str) -> None:
-    run = workshop.new()
-    assert finish(run) == 0
+    run = workshop.finished()
     whole = figures(run)
     damaged = run.checkpoints / "step-6" / name
     damaged.write_bytes(damaged.read_bytes()[:-20])

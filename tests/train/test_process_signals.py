@@ -39,7 +39,9 @@ def send_signal(process: BaseProcess, number: signal.Signals) -> None:
     os.kill(process.pid, number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_ends_the_run_and_it_goes_on_to_equal_losses(
     workshop: Workshop, number: signal.Signals
 ) -> None:
@@ -53,8 +55,7 @@ def test_a_signal_saves_and_ends_the_run_and_it_goes_on_to_equal_losses(
     assert [step.step for step in read_steps(run)] == list(range(1, done + 1))
     assert (run.checkpoints / "LATEST").read_text() == f"step-{done}"
     assert not run.adapter.exists()
-    whole = workshop.new(max_steps=done + 4)
-    assert finish(whole) == 0
+    whole = workshop.finished(max_steps=done + 4)
     workshop.configure(run, max_steps=done + 4)
     assert finish(run, "--resume") == 0
     assert figures(run) == figures(whole)

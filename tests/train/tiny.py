@@ -25,7 +25,7 @@ from engine.data.array_writer import ArrayWriter, Interval
 from engine.data.prepared import Prepared
 from engine.data.rows import RenderedRow
 from engine.events import EventWriter
-from engine.runs import ControlReader, RunFolder, StopSignals, read_steps
+from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.batches import Rows
 from engine.train.loop import Training
 from engine.train.model import Base, Model, load_base
@@ -188,11 +188,6 @@ def open_session(folder: Path) -> Session:
     run = RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return Session(run, EventWriter(run.events), ControlReader(run.control, 0.0), StopSignals())
-
-
-def losses(folder: Path) -> list[float]:
-    """The loss of every step that the run in `folder` told."""
-    return [step.loss for step in read_steps(RunFolder(folder))]
 
 
 def gradients(model: Model) -> dict[str, torch.Tensor]:
