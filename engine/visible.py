@@ -1,18 +1,21 @@
-"""Text that a dataset, a path or a server chose, made safe to print on a terminal.
+"""Text that a dataset, a path or a server chose, made safe and readable on a terminal.
 
 It stands beside `errors` at the bottom so that everything that prints can use the same escape:
 control bytes, C1 codes, bidirectional overrides and invisible characters become marks that a
 person can see. The joiners U+200C and U+200D stay, because Persian, Indic scripts and emoji need
-them and no terminal acts on them.
+them and no terminal acts on them. Lines are folded here too, because a terminal breaks words.
 """
 
 import re
+import unicodedata
 
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069"
     "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
 _LINE_BREAKS = {"\n": "␊", "\t": "␉"}
+# One character, or one of our own escape sequences, which take no room.
+_ATOM = re.compile("\x1b\\[\\d+m|.", re.DOTALL)
 
 
 def _mark(match: re.Match[str]) -> str:
@@ -32,3 +35,37 @@ def visible(text: str, *, one_line: bool = False) -> str:
         for character, mark in _LINE_BREAKS.items():
             shown = shown.replace(character, mark)
     return shown
+
+
+def fold(text: str, columns: int | None) -> list[str]:
+    """`text`, one line, as lines of at most `columns` cells, broken after a space where one is.
+
+    A space that a full line would push into the next is left out. With None it is one line.
+    """
+    if columns is None:
+        return [text]
+    lines, line, cells = [], "", 0
+    for match in _ATOM.finditer(text):
+        atom = match[0]
+        taken = _cells(atom)
+        if atom == " " and cells == columns:
+            lines.append(line)
+            line, cells = "", 0
+            continue
+        while cells + taken > columns and line:
+            kept = line.rfind(" ") + 1 or len(line)
+            lines.append(line[:kept])
+            line = line[kept:]
+            cells = sum(map(_cells, _ATOM.findall(line)))
+        line += atom
+        cells += taken
+    return [*lines, line] if line or not lines else lines
+
+
+def _cells(atom: str) -> int:
+    """Terminal columns of one atom: 2 for wide East Asian letters, 0 for combining marks."""
+    if " " <= atom <= "~":
+        return 1
+    if len(atom) > 1 or unicodedata.category(atom) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(atom) in ("W", "F") else 1

@@ -50,7 +50,7 @@ class Progress:
         match event:
             case Phase():
                 words = visible(PHASES.get(event.name, event.name), one_line=True)
-                self._bar.update(self._task, description=words)
+                self._bar.update(self._task, description=words, refresh=True)
             case Started():
                 self._bar.update(
                     self._task, description="training", total=event.total_steps, figures=""

@@ -7,6 +7,7 @@ what is right or wrong about a dataset is decided there.
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from cyclopts import Parameter
 from engine.config import ConfigError, DatasetConfig, RunConfig, read_config
 from engine.config.data_keys import DataKeys, LearningKeys
 from engine.errors import UserError
-from engine.visible import visible
+from engine.visible import fold, visible
 
 if TYPE_CHECKING:
     from engine.chat.render import LabelRule
@@ -172,7 +173,7 @@ def _print_problems(problems: list[dict[str, Any]]) -> None:
 
 
 def _print_line(text: str) -> None:
-    print(visible(text, one_line=True))
+    print("\n".join(fold(visible(text, one_line=True), _columns())))
 
 
 def preview_data(
@@ -244,19 +245,25 @@ def _show_rows(request: _Request, first: int, every: bool, as_json: bool) -> tup
         history_thinking=request.history_thinking,
         skip=first - 1,
     )
-    underline = _underlines()
-    shown = learns_nothing = 0
+    underline, columns = _underlines(), _columns()
+    shown = learns_nothing = good = 0
     for rendered in rows if every else islice(rows, 1):
         entry = preview_entry(rendered, request.rule)
         learns_nothing += all(label == -100 for label in entry["labels"])
         if as_json:
             print(json.dumps(entry))
         else:
-            print(row_text(entry, tokenizer, underline=underline), end="\n\n")
+            print(row_text(entry, tokenizer, underline=underline, columns=columns), end="\n\n")
         shown += 1
-    if shown and not as_json:
-        print(legend(underline=underline))
+        good += entry["ok"]
+    if good and not as_json:
+        print(legend(underline=underline, columns=columns))
     return shown, learns_nothing
+
+
+def _columns() -> int | None:
+    """Width of the terminal; None where stdout is none, so that a script gets whole lines."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _underlines() -> bool:

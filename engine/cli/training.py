@@ -52,11 +52,16 @@ def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
         detach: Annotated[
             bool, Parameter(negative="", help="Start it and return; it outlives the terminal.")
         ] = False,
+        max_steps: Annotated[
+            int | None, Parameter(help="Stop after so many optimizer steps.")
+        ] = None,
         as_json: AsJson = False,
         as_events: AsEvents = False,
         home: RunsFolder = None,
     ) -> int:
         """Train what a config says."""
+        if max_steps is not None:
+            changes = (*changes, f"max_steps={max_steps}")
         created = create(config, changes, home)
         run = created.run
         watch = None if detach else EventLines() if as_events else make_watch()

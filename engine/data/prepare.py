@@ -9,6 +9,7 @@ the last durable point was; a lock keeps two processes off the same folder.
 import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -59,7 +60,7 @@ def label_rule(config: RunConfig) -> LabelRule:
 def default_store(config: RunConfig, folder: Path) -> Path:
     """Where prepared arrays are kept: `dataset_prepared_path`, else the user's cache folder."""
     if config.dataset_prepared_path:
-        return folder / Path(config.dataset_prepared_path).expanduser()
+        return folder / os.path.expanduser(config.dataset_prepared_path)
     from platformdirs import user_cache_path
 
     return user_cache_path("windtunnel") / "prepared"

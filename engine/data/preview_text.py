@@ -8,13 +8,14 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from engine.chat.tokenizer import ChatTokenizer
-from engine.visible import visible
+from engine.visible import fold, visible
 
 _UNDERLINE = ("\x1b[4m", "\x1b[24m")
 _BRACKETS = ("‹", "›")
 # Our own marks inside a dataset's text are spelt out, or text could pass as a control token.
 _OURS = {ord(mark): f"⟨U+{ord(mark):04X}⟩" for mark in "⟦⟧‹›"}
 _INDENT = 26
+_NARROWEST = 20
 
 
 class _Token(NamedTuple):
@@ -23,28 +24,44 @@ class _Token(NamedTuple):
     text: str
 
 
-def legend(*, underline: bool) -> str:
-    """One line that explains the marks of `row_text`."""
+def legend(*, underline: bool, columns: int | None = None) -> str:
+    """What the marks of `row_text` mean."""
     mark = "underlined" if underline else "‹…›"
-    return f"+ and {mark}: learned   -: only read   ⟦…⟧: control token   n/m: n of m tokens learned"
+    text = f"+ {mark}: learned   -: only read   ⟦…⟧: control token   n/m: learned of all"
+    return "\n".join(fold(text, columns))
 
 
-def row_text(entry: dict[str, Any], tokenizer: ChatTokenizer, *, underline: bool) -> str:
-    """A preview entry as one paragraph: a line for each run of tokens of one kind, then counts."""
+def row_text(
+    entry: dict[str, Any],
+    tokenizer: ChatTokenizer,
+    *,
+    underline: bool,
+    columns: int | None = None,
+) -> str:
+    """A preview entry as one paragraph: a line for each run of tokens of one kind, then counts.
+
+    Lines are folded at `columns` cells; with None they are as long as their text.
+    """
     place = f"row {entry['row']}, line {entry['line']} of {visible(entry['file'], one_line=True)}"
     if entry["error"] is not None:
         error = entry["error"]
         told = " ".join((error["what"], error["why"], error["fix"]))
-        return f"✗ {place}: {visible(told, one_line=True)}"
+        return "\n".join(fold(f"✗ {place}: {visible(told, one_line=True)}", columns))
     tokens = _tokens(entry, tokenizer)
     learned = sum(token.learned for token in tokens)
-    lines = [f"{place}: {len(tokens)} tokens, {learned} learned"]
-    lines += [
-        _run_line(kind, list(run), *(_UNDERLINE if underline else _BRACKETS))
+    paragraphs = [
+        f"{place}: {len(tokens)} tokens, {learned} learned",
+        *(f"· {visible(note, one_line=True)}" for note in entry["notes"]),
+        _count_line(tokens),
+    ]
+    head, *tail = (line for paragraph in paragraphs for line in fold(paragraph, columns))
+    marks = _UNDERLINE if underline else _BRACKETS
+    room = None if columns is None else max(columns - _INDENT, _NARROWEST)
+    runs = [
+        _run_text(kind, list(run), marks, room)
         for kind, run in groupby(tokens, key=lambda token: token.kind)
     ]
-    lines += [f"· {visible(note, one_line=True)}" for note in entry["notes"]]
-    return "\n".join([*lines, _count_line(tokens)])
+    return "\n".join([head, *runs, *tail])
 
 
 def _tokens(entry: dict[str, Any], tokenizer: ChatTokenizer) -> list[_Token]:
@@ -63,15 +80,31 @@ def _tokens(entry: dict[str, Any], tokenizer: ChatTokenizer) -> list[_Token]:
     ]
 
 
-def _run_line(kind: str, run: list[_Token], start: str, end: str) -> str:
+def _run_text(kind: str, run: list[_Token], marks: tuple[str, str], room: int | None) -> str:
+    start, end = marks
     learned = sum(token.learned for token in run)
-    parts: list[str] = []
+    text = ""
     for carries, tokens in groupby(run, key=lambda token: token.learned):
-        text = "".join(token.text for token in tokens)
-        parts += [start, text, end] if carries else [text]
+        piece = "".join(token.text for token in tokens)
+        text += f"{start}{piece}{end}" if carries else piece
     # Pieces show a line feed as a mark; the text breaks there too, to stay readable.
-    text = "".join(parts).replace("␊", "␊\n" + " " * _INDENT)
-    return f"{'+' if learned else '-'} {kind:<11} {f'{learned}/{len(run)}':>10}  {text}"
+    broken = text.replace("␊", "␊\n").split("\n")
+    lines = [line for paragraph in broken for line in fold(paragraph, room)]
+    if marks == _UNDERLINE:
+        lines = _without_underlined_indent(lines)
+    head = f"{'+' if learned else '-'} {kind:<11} {f'{learned}/{len(run)}':>10}  "
+    return head + ("\n" + " " * _INDENT).join(lines)
+
+
+def _without_underlined_indent(lines: list[str]) -> list[str]:
+    """Closes an underline at the end of each line and opens it again on the next."""
+    start, end = _UNDERLINE
+    closed, opened = [], False
+    for line in lines:
+        whole = start + line if opened else line
+        opened = whole.rfind(start) > whole.rfind(end)
+        closed.append(whole + end if opened else whole)
+    return closed
 
 
 def _count_line(tokens: list[_Token]) -> str:

@@ -64,15 +64,28 @@ class Location:
 def locate(dataset: DatasetConfig, folder: Path) -> Location:
     """The files that `dataset.path` names; relative paths start at `folder`.
 
-    Raises `UserError` for a missing file, an unknown ending and a folder without a data file.
+    Raises `UserError` for a missing file, an unknown ending, a folder without a data file and
+    what is neither a file nor a folder.
     """
-    path = Path(dataset.path).expanduser()
-    root = path if path.is_absolute() else folder / path
-    if root.is_file():
+    if not dataset.path.strip():
+        raise UserError(
+            "The path of a dataset is empty.",
+            "It names no file, no folder and no hub id.",
+            "Give one of them; `.` is the folder itself.",
+        )
+    # os.path, unlike pathlib, answers a name that no file system can hold with False.
+    root = folder / os.path.expanduser(dataset.path)
+    if os.path.isfile(root):
         _reader_of(root)
         return Location(root, (root,))
-    if root.is_dir():
+    if os.path.isdir(root):
         return Location(root, _files_of(root, dataset.data_files))
+    if os.path.exists(root):
+        raise UserError(
+            f"{dataset.path} is neither a file nor a folder.",
+            "Rows are read more than once, which a pipe or a device does not allow.",
+            "Write the rows into a .jsonl file and name that.",
+        )
     if _is_hub_id(dataset.path, folder):
         return Location(root, (), dataset.path)
     raise _missing(root, dataset.path)
@@ -154,7 +167,7 @@ def _files_of(root: Path, data_files: list[str] | str | None) -> tuple[Path, ...
 
 def _chosen_files(root: Path, names: list[str]) -> tuple[Path, ...]:
     for name in names:
-        if not (root / name).is_file():
+        if not os.path.isfile(root / name):
             raise _missing(root / name, name)
         _reader_of(root / name)
     return tuple(root / name for name in names)
@@ -164,12 +177,12 @@ def _is_hub_id(text: str, folder: Path) -> bool:
     # "data/train.jsonl" and "data/chats" beside an existing data/ are local names gone wrong.
     if not _HUB_ID.fullmatch(text) or ending_of(Path(text)) in READERS:
         return False
-    return not (folder / text).parent.is_dir()
+    return not os.path.isdir((folder / text).parent)
 
 
 def _missing(root: Path, given: str) -> UserError:
     parent = root.parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         return UserError(
             f"There is no {given}.",
             f"The folder {parent} does not exist.",

@@ -69,7 +69,7 @@ def test_events_are_printed_as_they_are_in_the_file(
     config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "here"
-    assert main(["train", str(config), f"output_dir={folder}", "max_steps=1", "--events"]) == 0
+    assert main(["train", str(config), f"output_dir={folder}", "--max-steps", "1", "--events"]) == 0
     printed = capfd.readouterr().out
     assert types(printed) == types((folder / "events.jsonl").read_text("utf-8"))
     assert types(printed)[-1] == "ended"
@@ -99,6 +99,7 @@ def test_a_detached_run_goes_on_without_us(config: Path, capfd: pytest.CaptureFi
         (["train", "{config}", "trust_remote_code=true"], 2, ["trust_remote_code"]),
         (["train", "{config}", "adapter=qlora"], 2, ["load_in_4bit"]),
         (["train", "{config}", "--no-such-flag"], 2, ["--no-such-flag"]),
+        (["train", "{config}", "--max-steps", "0"], 2, ["max_steps"]),
         (["demo", "--no-such-flag"], 2, ["--no-such-flag"]),
         (["demo", "{tmp}/run", "max_stepz=3"], 2, ["max_stepz", "max_steps"]),
         (["no-such-command"], 2, ["no-such-command"]),

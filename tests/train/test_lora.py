@@ -167,6 +167,7 @@ class TestWhatMoves:
         run.step(1, Order(uneven, config).step(1))
         still = {n for n, p in run.model.named_parameters() if torch.equal(p, before[n])}
         assert still == {n for n in before if "vision_tower" in n or "multi_modal_projector" in n}
+        assert still == {n for n, p in run.model.named_parameters() if not p.requires_grad}
         assert still
 
     def test_unfrozen_parameters_choose_by_the_start_of_the_name(self, ministral: Path) -> None:

@@ -19,7 +19,7 @@ from tests.train.processes import (
     wait,
 )
 
-LONG = LORA | {"max_steps": 100_000, "save_steps": 100_000, "lr_scheduler": "constant"}
+LONG = LORA | {"max_steps": 5_000, "save_steps": 5_000, "lr_scheduler": "constant"}
 QUESTION = "How many knots is force 3?"
 
 

@@ -256,7 +256,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
 
 
 def test_a_second_trainer_on_a_folder_leaves_the_first_one_alone(workshop: Workshop) -> None:
-    run = workshop.new(max_steps=100_000, save_steps=100_000)
+    run = workshop.new(max_steps=5_000, save_steps=5_000)
     with training(run, steps=1) as process:
         before = len(read_steps(run))
         assert finish(run) == 2

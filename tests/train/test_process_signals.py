@@ -26,7 +26,7 @@ from tests.train.processes import (
     wait,
 )
 
-LONG = LORA | {"max_steps": 100_000, "save_steps": 100_000, "lr_scheduler": "constant"}
+LONG = LORA | {"max_steps": 5_000, "save_steps": 5_000, "lr_scheduler": "constant"}
 
 
 @pytest.fixture(scope="module")
