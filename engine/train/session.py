@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.events import Ack, Event, EventWriter
+from engine.events import Ack, Event, EventWriter, Phase
 from engine.runs import Command, ControlReader, RunFolder, StopSignals, Word
 
 PAUSE_POLL_SECONDS = 0.2
@@ -35,8 +35,10 @@ class Session:
         self._wishes: dict[Word, list[Command]] = {}
 
     def emit(self, event: Event) -> None:
-        """Write one event."""
+        """Write one event. At each phase commands are taken in too: loading can take minutes."""
         self._events.emit(event)
+        if isinstance(event, Phase):
+            self.read()
 
     @property
     def stopping(self) -> bool:
