@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import Parameter
 
+from engine.catalog import model_names
 from engine.cli.watch import Watch, watch_to_end
 from engine.config import RunConfig, override, read_config, require_supported, write_config
 from engine.errors import UserError
@@ -156,14 +157,19 @@ def with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
         place = folder / Path(path).expanduser()
         return str(place.resolve()) if place.exists() else path
 
+    def model(name: str) -> str:
+        return name if name in model_names() else absolute(name)
+
     def rows(datasets: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(d.model_copy(update={"path": absolute(d.path)}) for d in datasets)
 
     changed: dict[str, Any] = {
-        "base_model": absolute(config.base_model),
+        "base_model": model(config.base_model),
         "datasets": rows(config.datasets),
         "test_datasets": rows(config.test_datasets),
     }
+    if config.tokenizer_config:
+        changed["tokenizer_config"] = model(config.tokenizer_config)
     for key in ("output_dir", "dataset_prepared_path"):
         if value := getattr(config, key):
             changed[key] = str((folder / Path(value).expanduser()).resolve())

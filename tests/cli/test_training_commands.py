@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from engine.cli import main
+from engine.cli.training import create
+from engine.config import parse_config
 from engine.runs import RunFolder, is_locked, status
 from tests.extras import needs_trainer
 
@@ -193,3 +195,23 @@ def wait_for(happened: Callable[[], bool], seconds: float = 120.0) -> None:
     while not happened():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.05)
+
+
+def test_paths_beside_the_config_are_absolute_in_the_run(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "words").mkdir()
+    text = config.read_text("utf-8").replace("demo-tiny", "model")
+    config.write_text(f"{text}tokenizer_config: words\ndataset_prepared_path: kept\n", "utf-8")
+    made = parse_config(create(config, [], tmp_path / "home").config).config
+    assert made.base_model == str(tmp_path / "model")
+    assert made.tokenizer_config == str(tmp_path / "words")
+    assert made.datasets[0].path == str(tmp_path / "rows.jsonl")
+    assert made.dataset_prepared_path == str(tmp_path / "kept")
+
+
+def test_a_catalog_name_stays_a_name_even_beside_a_folder_of_that_name(
+    config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "demo-tiny").mkdir()
+    made = parse_config(create(config, [], tmp_path / "home").config).config
+    assert made.base_model == "demo-tiny"
