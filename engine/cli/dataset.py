@@ -50,6 +50,8 @@ class _Request:
     datasets: tuple[DatasetConfig, ...]
     folder: Path
     model: str | None
+    model_folder: Path
+    """Where a relative path in `model` starts."""
     rule: "LabelRule"
     history_thinking: Literal["keep", "drop"] = "keep"
     sequence_len: int | None = None
@@ -63,20 +65,22 @@ def _read_request(
     data: str, model: str | None, think: bool | None = None, effort: str | None = None
 ) -> _Request:
     from engine.chat.render import LabelRule
-    from engine.data.rows import effective_datasets, with_template_kwargs
+    from engine.data.rows import effective_datasets, tokenizer_name, with_template_kwargs
     from engine.data.sources import locate
 
     if not _is_config(data):
         forced = {"reasoning_effort": effort} if effort else {}
         dataset = with_template_kwargs(DatasetConfig(path=data), {}, forced)
         locate(dataset, Path.cwd())  # a missing file is said before a tokenizer is opened
-        return _Request((dataset,), Path.cwd(), model, LabelRule(thinking=think is not False))
-    config = _load(data)
+        rule = LabelRule(thinking=think is not False)
+        return _Request((dataset,), Path.cwd(), model, Path.cwd(), rule)
+    config, folder = _load(data), Path(data).resolve().parent
     thinking = config.train_on_thinking if think is None else think
     return _Request(
         effective_datasets(config, reasoning_effort=effort),
-        Path(data).resolve().parent,
-        model or config.base_model,
+        folder,
+        model or tokenizer_name(config),
+        Path.cwd() if model else folder,
         LabelRule(thinking=thinking, inputs=config.train_on_inputs),
         config.history_thinking,
         config.sequence_len,
@@ -126,7 +130,7 @@ def check_data(
     from engine.data.checkup import check
 
     request = _read_request(data, model)
-    tokenizer = open_tokenizer(request.model) if request.model else None
+    tokenizer = open_tokenizer(request.model, request.model_folder) if request.model else None
     found = check(
         request.datasets,
         request.folder,
@@ -145,7 +149,7 @@ def check_data(
 
 def _print_checkup(found: "Checkup") -> None:
     _clear_progress()
-    print(f"{found.rows} rows, {found.usable} usable")
+    print(f"{_rows(found.rows)}, {found.usable} usable")
     if found.tokens is not None:
         tokens, length = found.tokens, found.tokens.row_length
         print(
@@ -157,9 +161,12 @@ def _print_checkup(found: "Checkup") -> None:
     _print_problems(found.problems)
     for finding in found.findings:
         lines = ", ".join(map(str, finding.lines))
-        _print_line(f"· {finding.rows} rows (line {lines}): {finding.text}")
+        more = ", ..." if finding.rows > len(finding.lines) else ""
+        _print_line(f"· {_rows(finding.rows)} (line {lines}{more}): {finding.text}")
     for warning in found.warnings:
-        print(f"! {warning}")
+        _print_line(f"! {warning}")
+    if found.tokens is None:
+        _print_line("· Tokens are not counted: name a model with --model.")
 
 
 def _print_problems(problems: list[dict[str, Any]]) -> None:
@@ -170,6 +177,10 @@ def _print_problems(problems: list[dict[str, Any]]) -> None:
         _print_line(f"✗ {where}: {problem['what']} {problem['why']} {problem['fix']}")
     if len(problems) > _SHOWN_PROBLEMS:
         print(f"✗ and {len(problems) - _SHOWN_PROBLEMS} more; --json lists them")
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'' if count == 1 else 's'}"
 
 
 def _print_line(text: str) -> None:
@@ -237,7 +248,7 @@ def _show_rows(request: _Request, first: int, every: bool, as_json: bool) -> tup
     from engine.data.rows import iterate_rendered
 
     assert request.model is not None
-    tokenizer = open_tokenizer(request.model)
+    tokenizer = open_tokenizer(request.model, request.model_folder)
     rows = iterate_rendered(
         request.datasets,
         request.folder,
@@ -294,6 +305,7 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
     """
     from engine.chat.tokenizer import open_tokenizer
     from engine.data.prepare import default_store, label_rule, prepare
+    from engine.data.rows import tokenizer_name
 
     start = time.monotonic()
     if not _is_config(config):
@@ -303,7 +315,8 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
             "Write one: README has a config to start from, `windtunnel schema` lists every key.",
         )
     run, folder = _load(config), Path(config).resolve().parent
-    tokenizer, store = open_tokenizer(run.base_model), default_store(run, folder)
+    tokenizer = open_tokenizer(tokenizer_name(run), folder)
+    store = default_store(run, folder)
     progress = _show_progress if _shows_progress(as_json) else None
     prepared = prepare(run, folder, tokenizer, store, progress)
     # One by one, as training evaluates them.
@@ -357,16 +370,16 @@ def _print_report(report: dict[str, Any], sequence_len: int) -> None:
     made = "found as they were, nothing tokenized" if report["reused"] else "tokenized"
     _clear_progress()
     print(
-        f"{report['rows']} rows, {report['tokens']} tokens, {report['learned_tokens']} learned:"
+        f"{_rows(report['rows'])}, {report['tokens']} tokens, {report['learned_tokens']} learned:"
         f" {made} in {report['seconds']} s\n{visible(report['path'], one_line=True)}"
     )
     left_out = {
-        "cannot be used": report["bad_rows"],
-        f"are longer than sequence_len ({sequence_len})": report["too_long"],
-        "of these are cut at it": report["truncated"],
-        "learn nothing": report["nothing_learned"],
+        "that cannot be used": report["bad_rows"],
+        f"longer than sequence_len ({sequence_len})": report["too_long"],
+        "of these that are cut at it": report["truncated"],
+        "that teach nothing": report["nothing_learned"],
     }
     for what, count in left_out.items():
         if count:
-            print(f"! {count} rows {what}")
+            print(f"! rows {what}: {count}")
     _print_problems(report["problems"])

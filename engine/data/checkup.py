@@ -193,12 +193,12 @@ def _warnings(
         found.append("No row can be used.")
     elif usable < FEW_ROWS:
         found.append(
-            f"{usable} usable rows are few: below {FEW_ROWS} a model tends to memorise them."
+            f"Few usable rows ({usable}): below {FEW_ROWS} a model tends to memorise them."
         )
     if bad:
-        found.append(f"{bad} rows cannot be used and would be left out.")
+        found.append(f"Rows that cannot be used and would be left out: {bad}.")
     if duplicates:
-        found.append(f"{duplicates} rows repeat an earlier row and would weigh more.")
+        found.append(f"Rows that repeat an earlier row and would weigh more: {duplicates}.")
     if over:
-        found.append(f"{over} rows are longer than sequence_len ({sequence_len}).")
+        found.append(f"Rows longer than sequence_len ({sequence_len}): {over}.")
     return found

@@ -36,6 +36,11 @@ class RenderedRow:
     rendered: Rendered | None = None
 
 
+def tokenizer_name(config: RunConfig) -> str:
+    """What names the run's tokenizer; as a path it starts at the config's folder."""
+    return config.tokenizer_config or config.base_model
+
+
 def effective_datasets(
     config: RunConfig, *, reasoning_effort: str | None = None
 ) -> tuple[DatasetConfig, ...]:

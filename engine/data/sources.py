@@ -186,7 +186,7 @@ def _missing(root: Path, given: str) -> UserError:
         return UserError(
             f"There is no {given}.",
             f"The folder {parent} does not exist.",
-            "Give the path of a file or folder; relative paths start where the config file is.",
+            "Check the path; a relative one in a config starts where the config is.",
         )
     names = sorted(path.name for path in parent.iterdir() if not path.name.startswith("."))
     near = difflib.get_close_matches(root.name, names, n=3, cutoff=0.5)

@@ -26,7 +26,7 @@ from engine.data.checkup import check
 from engine.data.hub import plain, resolve_revision, stream_hub
 from engine.data.prepare import Progress, default_store, label_rule, prepare
 from engine.data.preview import preview_entry
-from engine.data.rows import effective_datasets, iterate_rendered
+from engine.data.rows import effective_datasets, iterate_rendered, tokenizer_name
 from engine.errors import UserError, WorkError
 
 _PREVIEW_ROWS = 20
@@ -42,7 +42,7 @@ class Worker:
     def __init__(self, answers: IO[str]) -> None:
         self._answers = answers
         self._cancelled: set[int] = set()
-        self._tokenizers: dict[str, ChatTokenizer] = {}
+        self._tokenizers: dict[tuple[str, Path], ChatTokenizer] = {}
         self._serving: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {
             "check": self._check,
             "preview": self._preview,
@@ -96,18 +96,19 @@ class Worker:
         if progress is not None:
             self._answer(request_id, "progress", progress)
 
-    def _tokenizer(self, request_id: int, config: RunConfig) -> ChatTokenizer:
-        if config.base_model not in self._tokenizers:
+    def _tokenizer(self, request_id: int, config: RunConfig, folder: Path) -> ChatTokenizer:
+        place = (tokenizer_name(config), folder)
+        if place not in self._tokenizers:
             self._report(request_id, {"phase": "tokenizer"})
-            self._tokenizers[config.base_model] = open_tokenizer(config.base_model)
-        return self._tokenizers[config.base_model]
+            self._tokenizers[place] = open_tokenizer(*place)
+        return self._tokenizers[place]
 
     def _check(self, request_id: int, request: dict[str, Any]) -> dict[str, Any]:
         config, folder = _config(request)
         found = check(
             effective_datasets(config),
             folder,
-            self._tokenizer(request_id, config),
+            self._tokenizer(request_id, config, folder),
             rule=label_rule(config),
             history_thinking=config.history_thinking,
             sequence_len=config.sequence_len,
@@ -119,7 +120,7 @@ class Worker:
 
     def _preview(self, request_id: int, request: dict[str, Any]) -> dict[str, Any]:
         config, folder = _config(request)
-        tokenizer = self._tokenizer(request_id, config)
+        tokenizer = self._tokenizer(request_id, config, folder)
         rows = iterate_rendered(
             effective_datasets(config, reasoning_effort=request.get("reasoning_effort")),
             folder,
@@ -143,7 +144,7 @@ class Worker:
         prepared = prepare(
             config,
             folder,
-            self._tokenizer(request_id, config),
+            self._tokenizer(request_id, config, folder),
             default_store(config, folder),
             report,
         )
@@ -159,7 +160,10 @@ class Worker:
     def _statistics(self, request_id: int, request: dict[str, Any]) -> dict[str, Any]:
         """What the switches change, from arrays that are there already."""
         config, folder = _config(request)
-        tokenizer, store = self._tokenizer(request_id, config), default_store(config, folder)
+        tokenizer, store = (
+            self._tokenizer(request_id, config, folder),
+            default_store(config, folder),
+        )
         prepared = prepare(config, folder, tokenizer, store)
         rule = label_rule(config)
         selection = prepared.select(rule, config.sequence_len, config.excess_length_strategy)

@@ -89,6 +89,7 @@ def export_trained(model: Model, folder: Path, base: Path, config: RunConfig) ->
             shutil.rmtree(target)
         partial.rename(target)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # or a full disk has no room for `ended`
         raise WorkError(
             f"The finished {target.name} could not be written to {folder}.",
             f"The system says: {getattr(error, 'strerror', None) or error}.",

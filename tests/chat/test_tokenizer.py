@@ -247,6 +247,7 @@ def open_all(*repo_ids: str, **environment: str) -> list[str]:
         check=True,
         env={"PYTHONPATH": str(REPOSITORY), **environment},
     )
+    assert "Retry" not in run.stderr
     return run.stdout.splitlines()
 
 

@@ -70,7 +70,7 @@ def test_repairs_are_findings_with_their_lines(write_jsonl, tokenizer):
 @pytest.mark.parametrize(("count", "warned"), [(FEW_ROWS - 1, True), (FEW_ROWS, False)])
 def test_few_rows_are_a_warning(write_jsonl, count, warned):
     found = checked(write_jsonl([chat(f"q {n}") for n in range(count)]))
-    assert any("are few" in warning for warning in found.warnings) is warned
+    assert any("Few usable rows" in warning for warning in found.warnings) is warned
 
 
 def test_no_usable_row_is_a_warning(write_jsonl):

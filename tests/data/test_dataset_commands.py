@@ -147,6 +147,23 @@ class TestPreview:
         assert "\x1b[4ma\x1b[24m" in out
         assert "underlined: learned" in out
 
+    def test_a_terminal_gets_lines_no_wider_than_itself(self, run, write_jsonl, model, monkeypatch):
+        path = write_jsonl([chat("why " * 40, "because " * 40 + "\nit is"), 7])
+        monkeypatch.setattr(dataset, "_columns", lambda: 60)
+        monkeypatch.setattr(dataset, "_underlines", lambda: True)
+        _, out, _ = run("preview", path, "--model", model, "--all")
+        plain = re.sub(r"\x1b\[\d+m", "", out).splitlines()
+        assert max(map(len, plain)) <= 60
+        assert plain[2].startswith("- user")
+        assert plain[3].startswith(" " * 26 + "why")
+        for line in out.splitlines():
+            assert line.count("\x1b[4m") == line.count("\x1b[24m")
+            assert "\x1b[4m " not in line
+
+    def test_marks_are_explained_where_there_are_any(self, run, config_file):
+        assert "control token" in run("preview", config_file, "--all")[1]
+        assert "control token" not in run("preview", config_file, "--row", 2)[1]
+
     def test_text_that_spells_a_control_token_does_not_look_like_one(self, run, write_jsonl, model):
         path = write_jsonl([chat("[THINK] ⟦THINK⟧ \x1b[31m \u202e ‹", "line 1\nline 2")])
         _, out, _ = run("preview", path, "--model", model)
@@ -216,9 +233,20 @@ class TestPrepare:
         status, out, _ = run("prepare", config_file)
         assert status == 0
         assert "2 rows, 15 tokens, 4 learned: tokenized in" in out
-        assert "! 1 rows cannot be used" in out
+        assert "! rows that cannot be used: 1" in out
         assert "✗ rows.jsonl line 2" in out
         assert "nothing tokenized" in run("prepare", config_file)[1]
+
+    def test_a_tokenizer_folder_is_found_from_the_config_not_from_here(
+        self, run, config_file, tmp_path, model
+    ):
+        (config_file.parent / "own").symlink_to(model)
+        text = config_file.read_text()
+        for key in ("base_model: own", "base_model: other/none\ntokenizer_config: ./own"):
+            config_file.write_text(text.replace(f"base_model: {model}", key))
+            assert json.loads(run("check", config_file, "--json")[1])["tokens"]["learned"] == 4
+            assert json.loads(run("preview", config_file, "--json")[1])["ok"]
+            assert json.loads(run("prepare", config_file, "--json")[1])["learned_tokens"] == 4
 
     def test_a_data_file_is_no_config(self, run, write_jsonl):
         with pytest.raises(UserError, match="is not a config file"):

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -221,6 +222,19 @@ class TestUnreadableFiles:
     def test_a_missing_file_beside_nothing_similar_names_data_files(self, tmp_path):
         write(tmp_path, "train.jsonl", lines(ROWS))
         assert "Did you mean train.jsonl?" in refusal(tmp_path / "zzz.csv")
+
+    def test_a_name_that_no_file_system_can_hold_is_missing(self, tmp_path):
+        for name in ("a" * 5000, f"{'a' * 500}/b.jsonl", "~nobody-of-this-name/a.jsonl"):
+            assert "There is no" in refusal(Path(name), tmp_path)
+
+    def test_an_empty_path_is_not_the_folder_of_the_config(self, tmp_path):
+        write(tmp_path, "a.jsonl", lines(ROWS))
+        with pytest.raises(UserError, match="path of a dataset is empty"):
+            list(iterate_rows(DatasetConfig(path=""), tmp_path))
+
+    def test_a_pipe_is_refused_before_anything_waits_for_it(self, tmp_path):
+        os.mkfifo(tmp_path / "a.jsonl")
+        assert "neither a file nor a folder" in refusal(tmp_path / "a.jsonl")
 
     def test_a_missing_folder_is_named(self, tmp_path):
         assert "does not exist" in refusal(tmp_path / "no" / "a.jsonl")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.visible import visible
+from engine.visible import fold, visible
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,25 @@ def test_no_control_character_is_left_and_the_rest_can_be_printed(text):
     shown = visible(text, one_line=True)
     assert not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in shown)
     shown.encode("utf-8")  # raises for a lone surrogate
+
+
+def test_a_long_line_is_folded_after_words_and_else_anywhere():
+    assert fold("the quick brown fox", 10) == ["the quick ", "brown fox"]
+    assert fold("abcdefgh", 3) == ["abc", "def", "gh"]
+    assert fold("", 3) == [""]
+    assert fold("abcdefgh", None) == ["abcdefgh"]
+
+
+def test_a_wide_letter_takes_two_cells_and_an_accent_or_our_own_escape_none():
+    assert fold("東京の天気", 4) == ["東京", "の天", "気"]
+    assert fold("e\u0301e\u0301e\u0301", 2) == ["e\u0301e\u0301", "e\u0301"]
+    assert fold("\x1b[4mab\x1b[24m", 2) == ["\x1b[4mab\x1b[24m"]
+
+
+def test_a_space_that_would_start_a_line_of_its_own_is_left_out():
+    assert fold("abc def", 3) == ["abc", "def"]
+
+
+@given(st.text("ab 東\u0301", max_size=60), st.integers(2, 12))
+def test_folding_loses_no_letter(text, columns):
+    assert "".join(fold(text, columns)).replace(" ", "") == text.replace(" ", "")

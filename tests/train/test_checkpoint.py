@@ -139,7 +139,8 @@ class Run:
     def save(self, step: int, *, mark: float | None = None, best: int | None = None) -> Path:
         with torch.no_grad():
             self.training.parameters[0].fill_(float(step) if mark is None else mark)
-        position = Position(step=step, best_step=best)
+        order = self.training.order.fingerprint()
+        position = Position(step=step, best_step=best, fingerprint=order)
         training = self.training
         return Checkpoints(self.root, self.config).save(
             training.model, training.optimizer, position
@@ -192,6 +193,29 @@ class TestWhichAreKept:
         run.save(5, mark=2.0)
         assert run.latest() == (5, 2.0)
         assert run.names() == {"step-5", "LATEST"}
+
+
+class TestGoingBack:
+    def test_the_checkpoint_gone_back_to_is_the_newest_from_then_on(self, run: Run) -> None:
+        for step in (3, 4):
+            run.save(step)
+        run.training.restore("step-3")
+        assert run.latest() == (3, 3.0)
+
+    def test_the_best_is_the_best_that_it_knows(
+        self, tmp_path: Path, base: Base, uneven: Rows
+    ) -> None:
+        run = Run(tmp_path, base, uneven, limit=9)
+        for step, best in ((1, 1), (2, 1), (3, 3)):
+            run.save(step, best=best)
+        run.training.restore("step-2")
+        assert Checkpoints(run.root, run.config).best() == run.root / "step-1"
+
+    def test_a_best_that_is_gone_is_none(self, run: Run) -> None:
+        run.save(1)
+        run.save(2, best=2)
+        run.training.restore("step-1")
+        assert Checkpoints(run.root, run.config).best() is None
 
 
 class Killed(BaseException):
@@ -317,6 +341,7 @@ class TestNoRoom:
                 run.save(step, mark=9.0)
             assert "File too large" in caught.value.why
             assert "Free disk space" in caught.value.fix
+            assert run.names() == {"step-3", "LATEST"}  # what was begun is no longer in the way
             assert run.latest() == (3, 3.0)
 
     def test_with_room_again_the_same_process_saves(self, run: Run) -> None:

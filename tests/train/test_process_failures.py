@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import resource
 import shutil
@@ -19,14 +20,17 @@ from engine.runs import RunFolder, is_locked, read_steps, status
 from tests.fakes.processes import ROOT, wait_until
 from tests.train.processes import (
     LORA,
+    VOCABULARY,
     Workshop,
     at_folder,
     at_step,
+    evaluations,
     events_of,
     figures,
     finish,
     last_end,
     training,
+    write_model,
 )
 
 KEYS = LORA | {"max_steps": 4, "save_steps": 2}
@@ -175,6 +179,24 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_touches_a_weight(
     assert not run.adapter.exists()
 
 
+def test_an_evaluation_that_is_no_number_is_never_the_best(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    """One byte that only the held-out row has is broken in the embedding, not in the head."""
+    base = write_model(tmp_path / "base", {"tie_word_embeddings": False})
+    at_sign = VOCABULARY - 1048 + ord("@")
+    rewrite_weights(base, lambda weights: weights[EMBEDDING][at_sign].fill_(float("nan")))
+    held_out = tmp_path / "held_out.jsonl"
+    row = {"messages": [{"role": role, "content": "@"} for role in ("user", "assistant")]}
+    held_out.write_text(json.dumps(row) + "\n", "utf-8")
+    rows = {"path": str(held_out), "type": "chat_template", "split": "train"}
+    run = workshop.new(base_model=str(base), test_datasets=[rows], eval_steps=2)
+    assert finish(run) == 0, run.log.read_text()
+    assert [math.isnan(loss) for loss in evaluations(run).values()] == [True, True, True]
+    assert not (run.checkpoints / "BEST").exists()
+    assert (run.checkpoints / "LATEST").read_text() == "step-4"
+
+
 def without(package: str, folder: Path) -> Path:
     """A folder for PYTHONPATH in which importing `package` fails as if it were not installed."""
     (folder / "sitecustomize.py").write_text(
@@ -249,6 +271,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
     assert finish(run, before=functools.partial(fill_disk, small_disk, made)) == 1
     assert_told(run, what, "No space left on device", "resume")
     assert (run.checkpoints / "LATEST").read_text() == f"step-{done}"
+    assert not list(run.path.rglob("*.partial")), "what is half written gives its room back"
     (small_disk / "filler").unlink()
     assert finish(run, "--resume") == 0, run.log.read_text()
     assert figures(run) == figures(workshop.finished(lora_r=16))

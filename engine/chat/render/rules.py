@@ -51,7 +51,7 @@ def _check_effort(conversation: Conversation, tokenizer: "ChatTokenizer") -> Non
     raise RowProblem(
         f"reasoning_effort is {describe(effort)}, and this model has no such setting.",
         f"Its tokenizer is {tokenizer.version}; settings came with v15.",
-        "Delete reasoning_effort from the row and from chat_template_kwargs.",
+        "Ask for none: not in the row, in chat_template_kwargs or on the command line.",
     )
 
 

@@ -5,6 +5,7 @@ a catalog name without a file is answered from its card, and only a hub id that 
 nor in the catalog is fetched, its tokenizer file alone.
 """
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -30,19 +31,20 @@ _OTHER_TOKENIZERS = (
 )
 
 
-def open_tokenizer(model: str | Path) -> ChatTokenizer:
+def open_tokenizer(model: str | Path, folder: Path | None = None) -> ChatTokenizer:
     """The tokenizer of a catalog name, a folder, a tekken file or a hub id.
 
-    A catalog name means the catalog even where a folder has the same name; `./name` means the
-    folder. Raises UserError where there is none, where its file is damaged, and where it is older
-    than v7; WorkError where a hub id cannot be fetched.
+    Relative paths start at `folder`, else at the working directory. A catalog name means the
+    catalog even where a folder has the same name; `./name` means the folder. Raises UserError
+    where there is none, where its file is damaged, and where it is older than v7; WorkError where
+    a hub id cannot be fetched.
     """
     name = str(model)
     cards = {} if isinstance(model, Path) else {card.name: card for card in list_models()}
     if name in cards:
         return _open_card(cards[name])
     # os.path, unlike pathlib, answers a name that no file system can hold with False.
-    path = os.path.expanduser(name)
+    path = os.path.join(folder or "", os.path.expanduser(name))
     if os.path.isdir(path):
         return _open_file(_find_in_folder(Path(path)))
     if os.path.isfile(path):
@@ -92,6 +94,8 @@ def _find_in_cache(repo_id: str) -> Path | None:
 def _fetch(repo_id: str) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
+    # Its warnings, one a retry, would stand before the three sentences.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return Path(hf_hub_download(repo_id, _TEKKEN))
     except errors.GatedRepoError as error:
