@@ -14,7 +14,10 @@ def main() -> None:
 
 
 def _can_draw() -> bool:
-    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    # stderr is None where it was closed before we began.
+    return (
+        sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    )
 
 
 def _draw() -> Watch:

@@ -13,10 +13,10 @@ from cyclopts import CycloptsError
 
 from engine.cli import dataset, explain, models, supervision, training
 from engine.cli.watch import PlainWatch, Watch
-from engine.errors import UserError
+from engine.errors import UserError, WorkError
 from engine.visible import visible
 
-WRONG_REQUEST, INTERRUPTED = 2, 130
+WORK_FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
 
 
 def build_app(make_watch: Callable[[], Watch]) -> cyclopts.App:
@@ -57,12 +57,21 @@ def main(
             )
         )
         return WRONG_REQUEST
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output left; a second error while Python closes stdout helps nobody.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        print_sentence(
+            WorkError(
+                "The command could not read or write a file.",
+                f"The system says: {error}.",
+                "See that the disk has space and that the file may be used.",
+            )
+        )
+        return WORK_FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return status if isinstance(status, int) else 0
 
 

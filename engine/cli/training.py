@@ -1,6 +1,7 @@
 """`train` and `demo`: a run in the foreground, or one that is started and left alone."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,8 +155,9 @@ def with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
     """The same config with paths that mean the same from any folder."""
 
     def absolute(path: str) -> str:
-        place = folder / Path(path).expanduser()
-        return str(place.resolve()) if place.exists() else path
+        # os.path, unlike pathlib, answers a name that no file system can hold with False.
+        place = os.path.join(folder, os.path.expanduser(path))
+        return os.path.realpath(place) if path and os.path.exists(place) else path
 
     def model(name: str) -> str:
         return name if name in model_names() else absolute(name)
@@ -172,7 +174,7 @@ def with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
         changed["tokenizer_config"] = model(config.tokenizer_config)
     for key in ("output_dir", "dataset_prepared_path"):
         if value := getattr(config, key):
-            changed[key] = str((folder / Path(value).expanduser()).resolve())
+            changed[key] = os.path.realpath(os.path.join(folder, os.path.expanduser(value)))
     return config.model_copy(update=changed)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.chat.render import IGNORED_LABEL, LabelRule, labels
 from engine.config import RunConfig
-from engine.data.pack import Indices, pack, shuffle_order
+from engine.data.pack import Indices, efficiency, pack, shuffle_order
 from engine.data.prepare import label_rule
 from engine.data.prepared import Prepared
 
@@ -179,6 +179,12 @@ class Order:
         """The steps after the first `done`, with their numbers."""
         for number in range(done + 1, self.total_steps + 1):
             yield number, self.step(number)
+
+    def packing(self) -> tuple[int, float]:
+        """Sequences of the first epoch, and the share of their places that holds a token."""
+        config, lengths = self._config, self._rows.lengths
+        bins = pack(lengths, config.sequence_len, config.seed, 0)
+        return len(bins), efficiency(bins, lengths, config.sequence_len)
 
     def steps_per_epoch(self) -> int:
         """Optimizer steps of the first epoch."""

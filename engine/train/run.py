@@ -56,6 +56,10 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
     training = Training(base, model, rows, held_out, config, session, tokenizer)
     if resume:
         training.restore(checkpoint)
+    if config.sample_packing:
+        sequences, fill = training.order.packing()
+        words = f"{len(rows)} rows packed into {sequences} sequences, {fill:.1%} full"
+        session.emit(Note("info", words))
     session.emit(_started(session, config, base, training))
     training.fit([ask(text, tokenizer, config) for text in config.sample_prompts])
 

@@ -1,6 +1,7 @@
 """`train` and `demo` on the command line: good input, bad input, exit status, JSON."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -71,11 +72,25 @@ def test_events_are_printed_as_they_are_in_the_file(
     config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "here"
-    assert main(["train", str(config), f"output_dir={folder}", "--max-steps", "1", "--events"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                str(config),
+                f"output_dir={folder}",
+                "--max-steps",
+                "1",
+                "sample_packing=true",
+                "--events",
+            ]
+        )
+        == 0
+    )
     printed = capfd.readouterr().out
     assert types(printed) == types((folder / "events.jsonl").read_text("utf-8"))
     assert types(printed)[-1] == "ended"
     assert {"started", "step", "saved"} <= set(types(printed))
+    assert re.search(r"104 rows packed into \d+ sequences, 9\d\.\d% full", printed)
 
 
 @needs_trainer

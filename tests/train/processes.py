@@ -263,17 +263,20 @@ def evaluations(run: RunFolder) -> dict[int, float]:
 
 
 def at_step(number: int, action: Callable[[], object]) -> None:
-    """Do `action` in this process before the `number`-th step, where commands are read."""
-    counted = 0
+    """Do `action` in this process before the `number`-th step that it makes."""
+    from engine.train.batches import StepBatch
+    from engine.train.loop import Training
 
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
+    counted, step = 0, Training.step
+
+    def counting(training: Training, which: int, batch: StepBatch) -> None:
         nonlocal counted
-        if event == "open" and str(arguments[0]).endswith("control.jsonl"):
-            counted += 1
-            if counted == number:
-                action()
+        counted += 1
+        if counted == number:
+            action()
+        step(training, which, batch)
 
-    sys.addaudithook(hook)
+    Training.step = counting  # type: ignore[assignment]
 
 
 def at_folder(made: str, action: Callable[[], object]) -> None:
@@ -313,7 +316,7 @@ class DieAfter:
 
 @dataclass(frozen=True, slots=True)
 class DieBeforeStep:
-    """SIGKILL from inside before the `number`-th step of this launch, where commands are read."""
+    """SIGKILL from inside before the `number`-th step of this launch."""
 
     number: int
 
