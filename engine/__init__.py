@@ -3,9 +3,11 @@
     cli/        the headless commands, a module a subject
     train/      the trainer's process: the only room with torch; started by name, imported by nobody
     launch      starts a trainer, detached or in the foreground, and restarts a dead one
+    plan/       will it fit, and what to run: memory by part, targets, a whole config with reasons
     data/       rows from files and the hub, checked, tokenized once, packed
     chat/       any row -> one internal form -> token ids, the kind and the source of each
     catalog/    the named models, and any allowed config.json as one table of modules
+    hardware/   GPUs through their driver, memory, disk, packages; what can be planned for
     runs/       run folders: where they are, who works in them, what they say, how to ask them
     config/     RunConfig: Axolotl's keys, read with all problems at once, written with reasons
     events      the vocabulary of events.jsonl

@@ -11,7 +11,7 @@ from importlib.metadata import version
 import cyclopts
 from cyclopts import CycloptsError
 
-from engine.cli import dataset, explain, models, supervision, training
+from engine.cli import dataset, explain, hardware, models, planning, supervision, training
 from engine.cli.watch import PlainWatch, Watch
 from engine.errors import UserError, WorkError
 from engine.visible import visible
@@ -30,9 +30,11 @@ def build_app(make_watch: Callable[[], Watch]) -> cyclopts.App:
         default_parameter=cyclopts.Parameter(negative=(), show_default=False),
     )
     training.register(app, make_watch)
+    planning.register(app)
     dataset.register(app)
     supervision.register(app, make_watch)
     models.register(app)
+    hardware.register(app)
     explain.register(app)
     return app
 

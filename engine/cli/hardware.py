@@ -1,0 +1,221 @@
+"""`windtunnel probe` and `windtunnel doctor`: what this computer has, and what to install for it.
+
+They decide only how it is printed. Both do their work on a computer without a GPU too, so both end
+with 0 there; what is wrong is in the text and in `problems`.
+"""
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import Parameter
+
+from engine.hardware import (
+    Gpu,
+    GpuProcess,
+    Machine,
+    Missing,
+    Problem,
+    assume,
+    missing_packages,
+    read_machine,
+)
+from engine.runs import run_home
+from engine.visible import fold, visible
+
+_COLUMNS = 80
+# A driver that has to wake eight cards first takes longer than a page of the wizard waits.
+_PATIENCE_SECONDS = 15.0
+_GIB = 2**30
+AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
+Assume = Annotated[
+    str | None, Parameter(help="Plan for GPUs that are not here, such as 'H100 x2' or '24 GB'.")
+]
+
+
+def register(app: cyclopts.App) -> None:
+    """Adds the commands of this module to `app`."""
+    app.command(probe)
+    app.command(doctor)
+
+
+def probe(*, assume: Assume = None, as_json: AsJson = False) -> None:
+    """Show this computer's GPUs, what uses them, memory, disk, and the training stack."""
+    machine = find_machine(assume)
+    print(json.dumps(describe(machine)) if as_json else show(machine))
+
+
+def doctor(*, as_json: AsJson = False) -> None:
+    """Show what is installed, what is missing on this computer, and the command that adds it."""
+    machine = find_machine(None)
+    missing = missing_packages(machine)
+    if as_json:
+        problems = [asdict(problem) for problem in machine.problems]
+        entries = [asdict(each) for each in missing]
+        print(json.dumps({"stack": machine.stack, "missing": entries, "problems": problems}))
+    else:
+        print(show_stack(machine, missing))
+
+
+def find_machine(planned: str | None) -> Machine:
+    """This computer, or the one that `--assume` describes.
+
+    Raises UserError for a GPU that is not known.
+    """
+    if planned is not None:
+        return assume(planned, disk=run_home())
+    return read_machine(disk=run_home(), timeout_seconds=_PATIENCE_SECONDS)
+
+
+def describe(machine: Machine) -> dict[str, Any]:
+    """The machine as `probe --json` prints it; sizes in bytes."""
+    return {
+        "gpus": [_gpu_entry(gpu) for gpu in machine.gpus],
+        "assumed": machine.assumed,
+        "host": {
+            "cpu_name": machine.cpu_name,
+            "cpu_count": machine.cpu_count,
+            "ram_total_bytes": machine.ram_total_bytes,
+            "ram_available_bytes": machine.ram_available_bytes,
+            "disk_path": machine.disk_path,
+            "disk_free_bytes": machine.disk_free_bytes,
+            "driver_version": machine.driver_version,
+            "cuda_version": machine.cuda_version,
+        },
+        "stack": dict(machine.stack),
+        "missing": [asdict(each) for each in missing_packages(machine)],
+        "problems": [asdict(problem) for problem in machine.problems],
+    }
+
+
+def _gpu_entry(gpu: Gpu) -> dict[str, Any]:
+    capability = gpu.compute_capability
+    return asdict(gpu) | {
+        "short_name": gpu.short_name,
+        "architecture": gpu.architecture,
+        "compute_capability": None if capability is None else "{}.{}".format(*capability),
+    }
+
+
+def show(machine: Machine) -> str:
+    """The machine as text, at most 80 columns wide: verdict, cards, the rest, problems."""
+    lines = [_verdict(machine), ""]
+    # Planned cards are all alike.
+    for gpu in machine.gpus[:1] if machine.assumed else machine.gpus:
+        lines += _card(gpu)
+    if machine.gpus:
+        lines.append("")
+    lines += _rest(machine)
+    for problem in machine.problems:
+        lines += ["", *_sentences(problem)]
+    return "\n".join(lines)
+
+
+def show_stack(machine: Machine, missing: tuple[Missing, ...]) -> str:
+    """What is installed and what to install, as text at most 80 columns wide."""
+    wanted = {package for each in missing for package in each.packages}
+    if wanted:
+        verdict = f"{_counted(len(wanted), 'package')} missing for this computer."
+    else:
+        verdict = "No package is missing for this computer."
+    lines = [verdict, ""]
+    for package, version in machine.stack.items():
+        if version is not None:
+            lines.append(f"✓ {package:<18} {visible(version, one_line=True)}")
+        elif package in wanted:
+            lines.append(f"✗ {package:<18} not installed")
+    for each in missing:
+        lines += ["", *_fold(f"{', '.join(each.packages)}: {each.why}"), f"  {each.command}"]
+    for problem in machine.problems:
+        lines += ["", *_sentences(problem)]
+    return "\n".join(lines)
+
+
+def _verdict(machine: Machine) -> str:
+    usable = machine.usable_gpus
+    if not machine.gpus:
+        return "no GPU: preview, plan and config work; training runs on the CPU"
+    if not usable:
+        return "no usable GPU: each one below says why"
+    names = {visible(gpu.short_name, one_line=True) for gpu in usable}
+    cards = f"{len(usable)} x {names.pop()}" if len(names) == 1 else f"{len(usable)} GPUs"
+    cards = cards.removeprefix("1 x ")
+    total = sum(gpu.memory_total_bytes or 0 for gpu in usable)
+    free = sum(gpu.memory_free_bytes or 0 for gpu in usable)
+    word = "planned" if machine.assumed else "ready"
+    return f"{word}: {cards}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
+
+
+def _card(gpu: Gpu) -> list[str]:
+    """A card: name and state, figures, UUID, and a line for each process."""
+    name = visible(gpu.short_name, one_line=True)
+    planned = gpu.uuid.startswith("planned-")
+    state: str = "planned" if planned else gpu.state
+    if gpu.state != "ready":
+        state = gpu.note if gpu.state == "hidden" else f"{gpu.state}: {gpu.note}"
+    lines = _fold(f"{gpu.index:>3}  {name}  {visible(state, one_line=True)}")
+    figures = [_memory(gpu)]
+    if gpu.architecture and gpu.compute_capability:
+        figures.append("{} {}.{}".format(gpu.architecture, *gpu.compute_capability))
+    if gpu.utilization_percent is not None:
+        figures.append(f"busy {gpu.utilization_percent} of 100")
+    if gpu.temperature_celsius is not None:
+        figures.append(f"{gpu.temperature_celsius} °C")
+    if gpu.power_watts is not None:
+        limit = "" if gpu.power_limit_watts is None else f" of {gpu.power_limit_watts:.0f}"
+        figures.append(f"{gpu.power_watts:.0f}{limit} W")
+    lines += [f"     {line}" for line in _fold(", ".join(figures), _COLUMNS - 5)]
+    if not planned:
+        lines.append(f"     {visible(gpu.uuid, one_line=True)}")
+    return lines + [_process(process) for process in gpu.processes or ()]
+
+
+def _memory(gpu: Gpu) -> str:
+    if gpu.memory_total_bytes is None:
+        return "memory unknown"
+    memory = f"{gpu.memory_total_bytes / _GIB:.1f} GiB"
+    if gpu.memory_free_bytes is not None:
+        memory = f"{gpu.memory_free_bytes / _GIB:.1f} of {memory} free"
+    return f"{memory}, shared with the computer" if gpu.unified else memory
+
+
+def _process(process: GpuProcess) -> str:
+    memory = "" if process.memory_bytes is None else f"{process.memory_bytes / _GIB:.1f} GiB  "
+    user = visible(process.user or "somebody", one_line=True)
+    command = visible(process.command or f"process {process.pid}", one_line=True)
+    return _fold(f"     used by {user}  {memory}{command}")[0]
+
+
+def _rest(machine: Machine) -> list[str]:
+    rows = []
+    if machine.driver_version:
+        rows.append(
+            ("driver", f"{machine.driver_version}, CUDA {machine.cuda_version or 'unknown'}")
+        )
+    total, free = machine.ram_total_bytes, machine.ram_available_bytes
+    rows.append(("cpu", f"{machine.cpu_name}, {_counted(machine.cpu_count, 'core')}"))
+    rows.append(("memory", f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free"))
+    rows.append(("disk", f"{machine.disk_free_bytes / 1e9:.0f} GB free for {machine.disk_path}"))
+    stack = [f"{name} {version}" for name, version in machine.stack.items() if version]
+    rows.append(("stack", ", ".join(stack) or "nothing for training"))
+    if missing := [package for each in missing_packages(machine) for package in each.packages]:
+        rows.append(("missing", f"{', '.join(missing)} (see `windtunnel doctor`)"))
+    lines = []
+    for heading, text in rows:
+        first, *more = _fold(visible(text, one_line=True), _COLUMNS - 9)
+        lines += [f"{heading:<8} {first}", *(f"{'':9}{line}" for line in more)]
+    return lines
+
+
+def _sentences(problem: Problem) -> list[str]:
+    text = f"{problem.severity}: {problem.what} {problem.why} {problem.fix}"
+    return _fold(visible(text, one_line=True))
+
+
+def _fold(text: str, columns: int = _COLUMNS) -> list[str]:
+    return [line.rstrip() for line in fold(text, columns)]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

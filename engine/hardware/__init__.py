@@ -1,0 +1,27 @@
+"""What this computer can train with, found out without torch and without trusting a driver.
+
+`machine` has the values; `driver` asks NVML and `findings` words what is wrong; `visibility` knows
+CUDA_VISIBLE_DEVICES; `host` and `software` read the rest; `planned` stands in for GPUs that are not
+here; `reading` puts them together.
+"""
+
+from engine.hardware.machine import Gpu, GpuProcess, Machine, Problem
+from engine.hardware.planned import KnownGpu, known_gpus
+from engine.hardware.reading import assume, poll, read_machine
+from engine.hardware.software import Missing, missing_packages
+from engine.hardware.visibility import cuda_environment
+
+__all__ = [
+    "Gpu",
+    "GpuProcess",
+    "KnownGpu",
+    "Machine",
+    "Missing",
+    "Problem",
+    "assume",
+    "cuda_environment",
+    "known_gpus",
+    "missing_packages",
+    "poll",
+    "read_machine",
+]

@@ -1,0 +1,122 @@
+"""Which packages of the training stack are installed, and which of the missing ones are worth it.
+
+Versions come from the packages' metadata and nothing is imported: that would take seconds, and the
+wizard must never load torch. What suits a machine follows from the generations of its GPUs.
+"""
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from engine.hardware.machine import Machine, Problem
+
+_TRAINING = (
+    *("torch", "transformers", "peft", "bitsandbytes", "datasets", "cut-cross-entropy"),
+    *("safetensors", "accelerate", "pillow"),
+)
+_PACKAGES = (*_TRAINING, "flash-attn", "flash-attn-3", "flash-attn-4", "mistral-common")
+_LINUX_ONLY = ("cut-cross-entropy",)
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Packages that this machine could use and does not have, and the command that adds them."""
+
+    extra: str
+    """The extra of windtunnel that brings them."""
+    packages: tuple[str, ...]
+    why: str
+    command: str
+
+
+def read_stack() -> dict[str, str | None]:
+    """The version of each package, None where it is not installed."""
+    return {package: _version(package) for package in _PACKAGES}
+
+
+def missing_packages(machine: Machine) -> tuple[Missing, ...]:
+    """What to install, in this order; empty where nothing that suits the machine is missing."""
+    found = []
+    training = tuple(
+        package
+        for package in _TRAINING
+        if machine.stack[package] is None
+        and (package not in _LINUX_ONLY or sys.platform == "linux")
+    )
+    if training:
+        why = "Training needs them; preview, plan and config work without."
+        found.append(Missing("train", training, why, "pip install 'windtunnel[train]'"))
+    if (machine.stack["torch"] or "").endswith("+cpu"):
+        return tuple(found)  # nothing for a GPU works with it
+    majors = {gpu.compute_capability[0] for gpu in machine.usable_gpus if gpu.compute_capability}
+    if majors and min(majors) >= 8 and machine.stack["flash-attn"] is None:
+        why = "It keeps packed rows apart without a mask, which torch's own attention needs."
+        # Its build reads the torch that is installed, which pip hides from a build by default.
+        command = "pip install --no-build-isolation 'windtunnel[fa2]'"
+        found.append(Missing("fa2", ("flash-attn",), why, command))
+    if majors and majors <= {9, 10} and machine.stack["flash-attn-4"] is None:
+        why = "Attention made for Hopper and Blackwell data-centre cards; a pre-release."
+        if 9 in majors:
+            why += " On Hopper its backward pass has to be built from source."
+        found.append(Missing("fa4", ("flash-attn-4",), why, "pip install 'windtunnel[fa4]'"))
+    return tuple(found)
+
+
+def stack_problems(
+    stack: Mapping[str, str | None], cuda_version: str | None, cuda_of_torch: str | None
+) -> list[Problem]:
+    """What keeps the installed torch from using the GPUs that the driver shows.
+
+    `cuda_version` is the newest CUDA that the driver runs, `cuda_of_torch` the one torch was built
+    for; a driver runs every CUDA of its own major version and of older ones.
+    """
+    torch = stack["torch"]
+    if torch is None or cuda_version is None:
+        return []
+    if torch.endswith("+cpu"):
+        return [
+            Problem(
+                "torch_without_cuda",
+                "error",
+                f"The installed torch {torch} cannot use a GPU.",
+                "It was built for the processor only.",
+                "Install the torch for CUDA over it, as pytorch.org/get-started says.",
+            )
+        ]
+    if cuda_of_torch and _major(cuda_of_torch) > _major(cuda_version):
+        return [
+            Problem(
+                "driver_too_old_for_torch",
+                "error",
+                f"The NVIDIA driver is too old for the installed torch {torch}.",
+                f"The driver runs CUDA up to {cuda_version}; torch was built for {cuda_of_torch}.",
+                f"Update the driver, or install a torch for CUDA {_major(cuda_version)}.",
+            )
+        ]
+    return []
+
+
+def cuda_of_torch(torch: str | None) -> str | None:
+    """The CUDA that a torch of this version was built for, None where it cannot be told."""
+    if torch is None:
+        return None
+    # "2.13.0+cu129"; the last digit is the minor version.
+    if match := re.search(r"\+cu(\d+)(\d)$", torch):
+        return f"{match[1]}.{match[2]}"
+    for package in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12"):
+        if found := _version(package):
+            return ".".join(found.split(".")[:2])
+    return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _major(cuda: str) -> int:
+    return int(cuda.partition(".")[0])

@@ -1,0 +1,175 @@
+"""`probe` and `doctor` as a person and as a program run them, over the fake driver."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from engine.cli import main
+from engine.hardware import missing_packages, read_machine
+from tests.fakes.nvml import H100, RTX_4090, FakeDriver
+
+CONTRACT = {
+    *("uuid", "index", "name", "memory_total_bytes", "memory_free_bytes", "compute_capability"),
+}
+HEAVY = {"torch", "transformers", "peft", "datasets", "mistral_common", "numpy", "pyarrow"}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("WINDTUNNEL_RUNS", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def run(capsys):
+    """A command line -> (exit status, stdout, stderr)."""
+
+    def command(*words: str) -> tuple[int, str, str]:
+        return main(words), *capsys.readouterr()
+
+    return command
+
+
+def said(text: str) -> str:
+    """The text without its line breaks."""
+    return " ".join(text.split())
+
+
+def test_probe_prints_what_the_contract_promises(nvml: FakeDriver, run, tmp_path) -> None:
+    nvml.set(RTX_4090, f"{H100} procs={os.getpid()}:1048576")
+    status, out, err = run("probe", "--json")
+    assert (status, err) == (0, "")
+    printed = json.loads(out)
+    assert printed.keys() >= {"gpus", "host", "stack", "missing", "problems"}
+    card = printed["gpus"][1]
+    assert card.keys() >= CONTRACT
+    assert (card["uuid"], card["index"], card["compute_capability"]) == ("GPU-aaaa-1", 1, "9.0")
+    assert card["memory_total_bytes"] == 85520809984
+    assert card["processes"][0]["pid"] == os.getpid()
+    host = printed["host"]
+    assert (host["driver_version"], host["cuda_version"]) == ("580.95.05", "13.0")
+    assert host["disk_path"] == str(tmp_path / "home")
+    assert all(host[f"{each}_bytes"] > 0 for each in ("ram_total", "ram_available", "disk_free"))
+    assert "torch" in printed["stack"]
+
+
+def test_probe_says_first_what_can_be_used(nvml: FakeDriver, run) -> None:
+    nvml.set(RTX_4090, f"{H100} procs={os.getpid()}:1073741824")
+    status, out, _ = run("probe")
+    assert status == 0
+    assert out.startswith("ready: 2 GPUs, 101.2 of 103.6 GiB free\n")
+    assert "  1  H100 80GB HBM3  ready\n     78.2 of 79.6 GiB free, Hopper 9.0, " in out
+    assert "55 °C, 310 of 700 W\n     GPU-aaaa-1\n     used by " in out
+    assert "1.0 GiB" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_probe_without_a_gpu_has_done_its_work(nvml: FakeDriver, run) -> None:
+    nvml.set("init 12")
+    status, out, _ = run("probe")
+    assert status == 0
+    assert out.startswith("no GPU: ")
+    assert "warning: No NVIDIA driver was found." in said(out)
+    status, out, _ = run("probe", "--json")
+    assert status == 0
+    printed = json.loads(out)
+    assert printed["gpus"] == []
+    assert printed["host"]["driver_version"] is None
+    (problem,) = printed["problems"]
+    assert problem.keys() == {"id", "severity", "what", "why", "fix"}
+    assert problem["id"] == "no_driver"
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (("init 18",), "error: The running NVIDIA module and its library are of different"),
+        (("init 9",), "error: The NVIDIA driver is installed and not loaded."),
+        (("err nvmlDeviceGetComputeRunningProcesses_v3 4", H100), "refuses to tell processes"),
+        (("err nvmlDeviceGetHandleByIndex_v2 15 0", H100), "lost: the driver no longer reaches"),
+        (
+            ("gpu name=NVIDIA_GB10 uuid=GPU-c total=0 cc=12.1",),
+            "GiB free, shared with the computer",
+        ),
+    ],
+)
+def test_probe_puts_trouble_into_a_sentence(nvml: FakeDriver, run, lines, words) -> None:
+    nvml.set(*lines)
+    status, out, _ = run("probe")
+    assert status == 0
+    assert words in said(out)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_probe_shows_hidden_cards_with_the_reason(nvml: FakeDriver, run, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b")
+    nvml.set(RTX_4090, H100)
+    _, out, _ = run("probe")
+    assert out.startswith("ready: RTX 4090, ")
+    assert "  1  H100 80GB HBM3  hidden by CUDA_VISIBLE_DEVICES=GPU-b\n" in out
+    assert "warning: GPU 1 is hidden by CUDA_VISIBLE_DEVICES=GPU-b." in said(out)
+
+
+def test_probe_makes_strange_names_harmless(nvml: FakeDriver, run) -> None:
+    nvml.set(H100.replace("HBM3", "\x1b]0;x\x07"))
+    _, out, _ = run("probe")
+    assert "\x1b" not in out
+    assert "\x07" not in out
+
+
+def test_probe_plans_for_cards_that_are_not_here(run) -> None:
+    status, out, _ = run("probe", "--assume", "NVIDIA H100 80GB HBM3 x2")
+    assert status == 0
+    assert out.startswith("planned: 2 x H100 80GB HBM3, 159.3 of 159.3 GiB free\n")
+    _, out, _ = run("probe", "--assume", "NVIDIA H100 80GB HBM3 x2", "--json")
+    printed = json.loads(out)
+    assert printed["assumed"]
+    assert [card["uuid"] for card in printed["gpus"]] == ["planned-0", "planned-1"]
+
+
+def test_probe_refuses_a_card_that_it_does_not_know(run) -> None:
+    status, out, err = run("probe", "--assume", "A100")
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 3
+    assert "40.0 GiB" in err
+    assert "80.0 GiB" in err
+
+
+def test_doctor_prints_what_to_install(nvml: FakeDriver, run) -> None:
+    nvml.set(H100)
+    missing = missing_packages(read_machine())
+    status, out, _ = run("doctor")
+    assert status == 0
+    for each in missing:
+        assert f"\n  {each.command}\n" in f"{out}\n"
+        assert all(f"✗ {package}" in out for package in each.packages)
+    assert "✓ mistral-common" in out
+    assert max(map(len, out.splitlines())) <= 80
+    status, out, _ = run("doctor", "--json")
+    assert status == 0
+    printed = json.loads(out)
+    assert printed.keys() == {"stack", "missing", "problems"}
+    assert [entry["command"] for entry in printed["missing"]] == [each.command for each in missing]
+
+
+@pytest.mark.parametrize("command", ["probe", "doctor"])
+def test_neither_loads_the_trainer_nor_a_tokenizer(nvml: FakeDriver, command: str) -> None:
+    nvml.set(H100)
+    code = f"import sys; from engine.cli import main; main(['{command}', '--json'])"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(*sys.modules, file=sys.stderr)"],
+        env={**os.environ, **nvml.environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "GPU-aaaa-1" in done.stdout or command == "doctor"
+    assert "no_driver" not in done.stdout
+    assert not {name.split(".")[0] for name in done.stderr.split()} & HEAVY
+
+
+def test_other_commands_do_not_load_the_driver() -> None:
+    code = "import sys, engine.cli, engine.hardware; sys.exit('pynvml' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

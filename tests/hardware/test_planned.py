@@ -1,0 +1,92 @@
+"""`--assume`: which card a text means, and what is refused."""
+
+import re
+
+import pytest
+
+from engine.errors import UserError
+from engine.hardware import assume, known_gpus, poll
+from engine.hardware.machine import short_name
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "name", "gibibytes"),
+    [
+        ("NVIDIA H100 80GB HBM3 x2", 2, "H100 80GB HBM3", 79.65),
+        ("RTX 4090", 1, "RTX 4090", 23.99),
+        ("rtx4090", 1, "RTX 4090", 23.99),
+        ("4090", 1, "RTX 4090", 23.99),
+        ("NVIDIA GeForce RTX 3090", 1, "RTX 3090", 24.0),
+        ("h100", 1, "H100 80GB HBM3", 79.65),
+        ("h100x2", 2, "H100 80GB HBM3", 79.65),
+        ("H100:8", 8, "H100 80GB HBM3", 79.65),
+        ("H100 PCIe", 1, "H100 PCIe", 79.65),
+        ("4 x A100 80GB", 4, "A100-SXM4-80GB", 80.0),
+        ("A100-40g", 1, "A100-SXM4-40GB", 40.0),
+        ("2 × B200", 2, "B200", 179.06),
+        ("8*H200", 8, "H200", 140.4),
+        ("A6000", 1, "RTX A6000", 47.99),
+        ("dgx spark", 1, "GB10", 119.68),
+        ("24 GB", 1, "24 GB GPU", 24.0),
+        ("2x80GB", 2, "80 GB GPU", 80.0),
+        ("24gb x 2", 2, "24 GB GPU", 24.0),
+        ("80 GiB", 1, "80 GB GPU", 80.0),
+    ],
+)
+def test_a_text_means_cards(text: str, count: int, name: str, gibibytes: float) -> None:
+    machine = assume(text)
+    assert machine.assumed
+    assert machine.usable_gpus == machine.gpus
+    assert [gpu.uuid for gpu in machine.gpus] == [f"planned-{index}" for index in range(count)]
+    for gpu in machine.gpus:
+        assert gpu.short_name == name
+        assert gpu.memory_total_bytes == gpu.memory_free_bytes
+        assert gpu.memory_total_bytes == pytest.approx(gibibytes * GIB, abs=0.006 * GIB)
+        assert gpu.unified is (name == "GB10")
+    assert poll(machine).gpus == machine.gpus
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("A100", "A100-SXM4-40GB (40.0 GiB) or A100-SXM4-80GB (80.0 GiB)"),
+        ("RTX 6000", "RTX 6000 Ada Generation (48.0 GiB) or RTX PRO 6000"),
+        ("L40", "Did you mean L40S (45.0 GiB)"),
+        ("RTX 4091", "RTX 4090 (24.0 GiB)"),
+        ("Radeon", "Known are T4, A10, L4, RTX 4090"),
+        ("", "No GPU is named. Known are "),
+        ("x2", "No GPU is named. Known are "),
+        ("MX450", "There is no GPU named MX450."),
+        ("0 x H100", "0 GPUs cannot be planned for."),
+        ("H100 x 5000", "5000 GPUs cannot be planned for."),
+        ("0 GB", "Memory is more than 0"),
+        ("9" * 5000 + " GB", "Memory is more than 0"),
+        ("H100 x" + "9" * 5000, "There is no GPU named H100 x999"),
+        ("99999 GB", "Memory is more than 0 and at most"),
+        ("\x1b[31mred", "There is no GPU named ␛[31mred."),
+    ],
+)
+def test_a_text_that_means_no_one_card_names_the_nearest(text: str, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        assume(text)
+    assert caught.value.exit_status == 2
+    assert "--assume '" in caught.value.fix
+
+
+@pytest.mark.parametrize("known", known_gpus(), ids=lambda known: known.name)
+def test_every_known_card_is_found_by_its_names(known) -> None:
+    for spelling in (known.name, short_name(known.name), known.name.lower(), *known.aliases):
+        (gpu,) = assume(spelling).gpus
+        assert (gpu.name, gpu.compute_capability) == (known.name, known.compute_capability)
+        assert gpu.architecture
+    assert known.source
+    (note,) = assume(known.name).problems
+    assert known.source in note.why
+
+
+def test_a_plan_says_how_well_the_memory_is_known() -> None:
+    (note,) = assume("H100 PCIe").problems
+    assert note.id == "planned"
+    assert note.why.startswith("Its memory is not checked: ")
