@@ -6,7 +6,7 @@ plans reads, made from the checked `sizes` by `rows`. No torch: tests prove the 
 models that transformers builds.
 """
 
-from engine.catalog.architecture import Architecture, read_architecture
+from engine.catalog.architecture import Architecture, UnknownModel, read_architecture
 from engine.catalog.cards import ModelCard, find_model, find_repository, list_models, model_names
 from engine.catalog.modules import ModuleTable, Parameter, linear_targets, module_table
 
@@ -15,6 +15,7 @@ __all__ = [
     "ModelCard",
     "ModuleTable",
     "Parameter",
+    "UnknownModel",
     "find_model",
     "find_repository",
     "linear_targets",

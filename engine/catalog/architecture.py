@@ -25,6 +25,10 @@ _KERNEL_KEY = re.compile(r"_*(attn|experts)_implementation")
 _CHECKPOINT_OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
+class UnknownModel(UserError):
+    """A hub id whose config.json is neither here nor in the catalog: fetching it would tell."""
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """A model that may be built, and what its files say of it."""
@@ -89,7 +93,7 @@ def _read_hub_id(repo_id: str) -> Architecture:
     if listed:
         card, repository = listed
         return _check(repo_id, deepcopy(dict(card.config)), None, card, repository.checkpoint)
-    raise UserError(
+    raise UnknownModel(
         f"{repo_id} is not on this computer.",
         "It is neither a folder here, nor in the hub cache, nor in the catalog; nothing is fetched "
         "unless you ask.",

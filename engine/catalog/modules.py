@@ -61,6 +61,10 @@ class ModuleTable:
     routed_share: Fraction
     """Share of the experts that one token passes through: 4/128, or 1 where there are none."""
 
+    def __hash__(self) -> int:
+        # A plan is made at each keystroke: hashing a thousand rows would take most of its time.
+        return hash((self.class_name, len(self.parameters), self.routed_share))
+
     @property
     def total_parameters(self) -> int:
         """All parameters, vision tower included, a tied head counted once."""

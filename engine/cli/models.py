@@ -1,9 +1,10 @@
-"""`windtunnel models`: the catalog as a table or as one JSON document.
+"""`windtunnel models`: the catalog as a table or as one JSON document, or what fits on a GPU.
 
 The sizes are computed from the shapes each time, so that they cannot disagree with the plan.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -11,10 +12,15 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.catalog import ModelCard, ModuleTable, list_models, module_table
+from engine.cli.hardware import find_machine
+from engine.cli.planning import MARKS, describe_device
+from engine.plan import Device, Prospect, best_device, gib, survey
 
 AsJson = Annotated[bool, Parameter("--json", negative="")]
 
 _HEADINGS = ("name", "size", "active", "context", "reads", "thinks", "licence")
+_PLANNED_HEADINGS = ("name", "size", "verdict", "needs", "method", "sequence_len", "at once")
+_NUMBERS = {"size", "active", "context", "needs", "sequence_len", "at once"}
 _LEGEND = """
 size: all parameters, computed from the shapes; active: those that one text
 token uses. thinks: between [THINK] tokens; between <think> tags that are plain
@@ -27,17 +33,34 @@ def register(app: cyclopts.App) -> None:
     app.command(print_models, name="models")
 
 
-def print_models(*, as_json: AsJson = False) -> int:
+def print_models(
+    *, assumed: Annotated[str | None, Parameter("--assume")] = None, as_json: AsJson = False
+) -> int:
     """List the models of the catalog with their sizes, licences and contexts.
 
     Parameters
     ----------
+    assumed
+        Say what each needs on this GPU: "RTX 4090", "H100", "24 GB".
     as_json
         Print one JSON document.
     """
     catalog = [(card, module_table(card.config, where=card.name)) for card in list_models()]
     catalog.sort(key=lambda entry: entry[1].total_parameters)
-    print(json.dumps({"models": [describe(*e) for e in catalog]}) if as_json else show(catalog))
+    if assumed is None:
+        document = {"models": [describe(*entry) for entry in catalog]}
+        print(json.dumps(document) if as_json else show(catalog))
+        return 0
+    device = best_device(find_machine(assumed))
+    planned = survey(device)
+    if as_json:
+        entries = [
+            describe(*entry) | {"plan": _describe_plan(prospect)}
+            for entry, prospect in zip(catalog, planned, strict=True)
+        ]
+        print(json.dumps({"device": describe_device(device), "models": entries}))
+    else:
+        print(show_planned(planned, device))
     return 0
 
 
@@ -55,7 +78,7 @@ def describe(card: ModelCard, table: ModuleTable) -> dict[str, Any]:
 
 def show(catalog: list[tuple[ModelCard, ModuleTable]]) -> str:
     """The catalog as plain text, at most 80 columns wide."""
-    rows = [_HEADINGS] + [
+    rows = [
         (
             card.name,
             _short(table.total_parameters),
@@ -67,15 +90,55 @@ def show(catalog: list[tuple[ModelCard, ModuleTable]]) -> str:
         )
         for card, table in catalog
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
+    return _table(_HEADINGS, rows) + "\n" + _LEGEND
+
+
+def show_planned(planned: Sequence[Prospect], device: Device) -> str:
+    """What each model needs on `device`, as plain text, at most 80 columns wide."""
+    rows = []
+    for prospect in planned:
+        needs, config = prospect.plan.estimate, prospect.plan.config
+        rows.append(
+            (
+                prospect.card.name,
+                _short(needs.total_parameters),
+                f"{MARKS[needs.verdict]} {needs.verdict}",
+                gib(needs.device_bytes),
+                config.adapter or "full",
+                f"{config.sequence_len:,}",
+                f"{needs.tokens_at_once:,}",
+            )
+        )
+    waiting = [p.card.name for p in planned if p.plan.not_trained]
+    return (
+        f"{device.name} can give {gib(device.can_give_bytes)}\n"
+        + _table(_PLANNED_HEADINGS, rows)
+        + "\n\nat once: tokens in one forward pass."
+        + (f"\nPlanned, and not trained yet: {', '.join(waiting)}." if waiting else "")
+    )
+
+
+def _describe_plan(prospect: Prospect) -> dict[str, Any]:
+    needs, plan = prospect.plan.estimate, prospect.plan
+    return {
+        "verdict": needs.verdict,
+        "device_bytes": needs.device_bytes,
+        "method": plan.config.adapter or "full",
+        "not_trained": plan.not_trained,
+    }
+
+
+def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    whole = [headings, *rows]
+    widths = [max(len(row[column]) for row in whole) for column in range(len(headings))]
     lines = []
-    for row in rows:
+    for row in whole:
         cells = [
-            cell.rjust(width) if heading in ("size", "active", "context") else cell.ljust(width)
-            for cell, width, heading in zip(row, widths, _HEADINGS, strict=True)
+            cell.rjust(width) if heading in _NUMBERS else cell.ljust(width)
+            for cell, width, heading in zip(row, widths, headings, strict=True)
         ]
         lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines) + "\n" + _LEGEND
+    return "\n".join(lines)
 
 
 def _short(parameters: int) -> str:

@@ -1,7 +1,6 @@
 """`train` and `demo`: a run in the foreground, or one that is started and left alone."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +12,10 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import Parameter
 
-from engine.catalog import model_names
+from engine.cli.config_paths import with_absolute_paths
+from engine.cli.planning import refuse_what_does_not_fit
 from engine.cli.watch import Watch, watch_to_end
-from engine.config import RunConfig, override, read_config, require_supported, write_config
+from engine.config import override, read_config, require_supported, write_config
 from engine.errors import UserError
 from engine.events import Recorded, Sample, Score, format_line
 from engine.launch import launch
@@ -45,7 +45,11 @@ class EventLines:
 
 def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
     """Add the commands; `make_watch` makes what shows a run that stays in the foreground."""
+    _add_train(app, make_watch)
+    _add_demo(app, make_watch)
 
+
+def _add_train(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
     @app.command
     def train(
         config: Annotated[Path, Parameter(help="YAML file with Axolotl's keys.")],
@@ -57,13 +61,18 @@ def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
         max_steps: Annotated[
             int | None, Parameter(help="Stop after so many optimizer steps.")
         ] = None,
+        anyway: Annotated[
+            bool, Parameter(negative="", help="Start even where the estimate does not fit.")
+        ] = False,
         as_json: AsJson = False,
         as_events: AsEvents = False,
         home: RunsFolder = None,
     ) -> int:
-        """Train what a config says."""
+        """Train what a config says. Exit status 3: it does not fit this machine."""
         if max_steps is not None:
             changes = (*changes, f"max_steps={max_steps}")
+        if not anyway:
+            refuse_what_does_not_fit(config, changes)
         created = create(config, changes, home)
         run = created.run
         watch = None if detach else EventLines() if as_events else make_watch()
@@ -74,6 +83,8 @@ def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
             print(describe_state(run))
         return status
 
+
+def _add_demo(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
     @app.command
     def demo(
         folder: Annotated[Path | None, Parameter(help="Where the run goes.")] = None,
@@ -149,33 +160,6 @@ def create(
 def run_name(file: Path) -> str:
     """A run's name from its config's: what a folder's name cannot hold becomes a dash."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._")[:80] or "run"
-
-
-def with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
-    """The same config with paths that mean the same from any folder."""
-
-    def absolute(path: str) -> str:
-        # os.path, unlike pathlib, answers a name that no file system can hold with False.
-        place = os.path.join(folder, os.path.expanduser(path))
-        return os.path.realpath(place) if path and os.path.exists(place) else path
-
-    def model(name: str) -> str:
-        return name if name in model_names() else absolute(name)
-
-    def rows(datasets: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(d.model_copy(update={"path": absolute(d.path)}) for d in datasets)
-
-    changed: dict[str, Any] = {
-        "base_model": model(config.base_model),
-        "datasets": rows(config.datasets),
-        "test_datasets": rows(config.test_datasets),
-    }
-    if config.tokenizer_config:
-        changed["tokenizer_config"] = model(config.tokenizer_config)
-    for key in ("output_dir", "dataset_prepared_path"):
-        if value := getattr(config, key):
-            changed[key] = os.path.realpath(os.path.join(folder, os.path.expanduser(value)))
-    return config.model_copy(update=changed)
 
 
 def start(created: Created, watch: Watch | None) -> int:

@@ -12,7 +12,7 @@ from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 
 from engine.chat.tokenizer import ChatTokenizer
 from engine.train.evaluate import evaluating
-from engine.train.model import Model, unwrapped
+from engine.train.model import Model, half_precision, unwrapped
 
 
 def generate(
@@ -29,7 +29,7 @@ def generate(
     inner: Any = unwrapped(model)
     current = torch.tensor([list(prompt)], device=device)
     cache, out = None, []
-    with evaluating(model):
+    with evaluating(model), half_precision(model):
         for _ in range(max_new_tokens):
             result = inner(
                 input_ids=current, past_key_values=cache, use_cache=True, logits_to_keep=1

@@ -1,70 +1,21 @@
-"""Adapters: which modules get one, and what of the model may move at all.
+"""Adapters on the modules that the plan chose, and what of the model may move at all.
 
-Apart from `model` because here a run can train nothing without a word: a pattern that matches
-nothing, or one that lands in the vision tower, whose modules end in the same names.
+Apart from `model` because here a run can train nothing without a word: PEFT may reach other modules
+than were chosen, and a frozen model has no gradient to complain about.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import PreTrainedModel
 
-from engine.catalog import Architecture, ModuleTable, linear_targets
+from engine.catalog import Architecture
 from engine.config import RunConfig
 from engine.errors import UserError
-
-
-def choose_targets(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
-    """Full names of the modules that get an adapter.
-
-    A list in `lora_target_modules` matches ends of names, one text is a regular expression for the
-    whole name, `lora_target_linear` adds every linear layer; all of them inside the language model
-    only. Raises UserError for an entry that matches nothing.
-    """
-    wanted = config.lora_target_modules or ()
-    found = dict.fromkeys(linear_targets(table) if config.lora_target_linear else ())
-    if isinstance(wanted, str):
-        return tuple(found | dict.fromkeys(_match_expression(table, wanted)))
-    for ending in wanted:
-        matches = [
-            name for name in linear_targets(table) if name == ending or name.endswith(f".{ending}")
-        ]
-        if not matches:
-            raise _no_match(ending, table)
-        found |= dict.fromkeys(matches)
-    if not found:
-        raise UserError(
-            "The adapter would sit on no module at all.",
-            "lora_target_linear is false and lora_target_modules names nothing.",
-            "Leave both out to adapt every linear layer.",
-        )
-    return tuple(found)
-
-
-def _match_expression(table: ModuleTable, expression: str) -> Iterator[str]:
-    try:
-        pattern = re.compile(expression)
-    except re.error as error:
-        raise UserError(
-            f"lora_target_modules is not a regular expression: {expression}",
-            f"{error.msg} at place {error.pos}.",
-            "Correct it, or give a list of endings such as [q_proj, v_proj].",
-        ) from error
-    matches = [name for name in linear_targets(table) if pattern.fullmatch(name)]
-    if not matches:
-        raise _no_match(expression, table)
-    return iter(matches)
-
-
-def _no_match(entry: str, table: ModuleTable) -> UserError:
-    endings = sorted({name.rpartition(".")[2] for name in linear_targets(table)})
-    return UserError(
-        f"lora_target_modules: {entry} matches no module of the language model.",
-        f"Its linear layers are called {', '.join(endings)}, under names such as "
-        f"{linear_targets(table)[0]}.",
-        "Use those names, or leave lora_target_modules out to adapt all of them.",
-    )
+from engine.plan.targets import choose_targets
 
 
 def as_expression(names: Sequence[str]) -> str:
@@ -96,6 +47,7 @@ def attach_lora(model: PreTrainedModel, architecture: Architecture, config: RunC
     model.requires_grad_(False)
     adapted = get_peft_model(model, settings)
     assert isinstance(adapted, PeftModel)
+    leave_inputs_alone(adapted)
     reached = set(adapted.targeted_module_names)
     if reached != set(targets):
         missed = sorted(set(targets) ^ reached)
@@ -105,6 +57,17 @@ def attach_lora(model: PreTrainedModel, architecture: Architecture, config: RunC
             "Check that the model folder is complete and unchanged.",
         )
     return adapted
+
+
+def leave_inputs_alone(model: nn.Module) -> None:
+    """Keep PEFT from widening an adapted layer's input to the adapter's float32.
+
+    A bfloat16 base runs under autocast, which narrows it again: the wide copy would be kept for the
+    backward pass and serve nothing. For a float32 base nothing changes.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def choose_trained(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:

@@ -147,9 +147,7 @@ def test_a_wrong_request_is_a_sentence(
     ("change", "words"),
     [
         ("datasets[0].path=gone.jsonl", ["gone.jsonl"]),
-        ("base_model=./no-such-model", ["no-such-model"]),
         ("sequence_len=8", ["sequence_len"]),
-        ("lora_target_modules=[q_project]", ["q_project", "q_proj"]),
     ],
 )
 def test_what_only_the_trainer_can_see_is_a_sentence_too(
@@ -165,6 +163,27 @@ def test_what_only_the_trainer_can_see_is_a_sentence_too(
     assert "Traceback" not in err
     assert all(word in err for word in words), err
     assert status(RunFolder(folder)) == "failed"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("base_model=./no-such-model", ["no-such-model"]),
+        ("lora_target_modules=[q_project]", ["q_project", "q_proj"]),
+    ],
+)
+def test_what_the_plan_can_see_is_refused_before_there_is_a_run(
+    change: str,
+    words: list[str],
+    config: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "here"
+    assert main(["train", str(config), change, f"output_dir={folder}"]) == 2
+    err = capfd.readouterr().err
+    assert all(word in err for word in words), err
+    assert not folder.exists()
 
 
 @needs_trainer

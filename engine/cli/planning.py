@@ -1,0 +1,323 @@
+"""`recommend` and `estimate`: will it fit, what to run, and why, before anything is loaded.
+
+They only read arguments and print; what fits and what is advised is in `engine.plan`.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import Parameter
+
+from engine.catalog import Architecture, UnknownModel, read_architecture
+from engine.cli.config_paths import with_absolute_paths
+from engine.cli.hardware import find_machine
+from engine.config import (
+    ConfigFile,
+    DatasetConfig,
+    RunConfig,
+    override,
+    read_config,
+    require_supported,
+    write_config,
+)
+from engine.errors import UserError
+from engine.plan import (
+    Alternative,
+    Device,
+    Estimate,
+    Goal,
+    Recommendation,
+    Statistics,
+    best_device,
+    estimate,
+    gib,
+    make_fit,
+    read_statistics,
+    recommend,
+)
+from engine.visible import fold, visible
+
+DOES_NOT_FIT = 3
+MARKS: Mapping[str, str] = {"fits": "✓", "tight": "!", "does not fit": "✗"}
+
+AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
+_WIDTH = 80
+
+
+def register(app: cyclopts.App) -> None:
+    """Add the commands of this module to `app`; each returns its exit status."""
+    app.command(print_recommendation, name="recommend")
+    app.command(print_estimate, name="estimate")
+
+
+def find_device(assumed: str | None) -> Device:
+    """The device that a run would use here, or the planned one.
+
+    Raises UserError for a card that is not known.
+    """
+    return best_device(find_machine(assumed))
+
+
+def print_recommendation(
+    *changes: Annotated[str, Parameter(help="Values to keep, such as lora_r=64.")],
+    model: str,
+    data: Annotated[str | None, Parameter(help="File, folder, hub id or sample:NAME.")] = None,
+    assumed: Annotated[str | None, Parameter("--assume")] = None,
+    goal: Goal = "text",
+    out: Annotated[Path | None, Parameter(("--out", "-o"))] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Recommend a whole config for a model on this machine, with a reason for every value.
+
+    Parameters
+    ----------
+    model
+        Catalog name, hub id or folder.
+    assumed
+        Plan for this GPU instead of what is here: "RTX 4090", "H100 x2", "24 GB".
+    goal
+        What the model should get better at.
+    out
+        Write the config there.
+    """
+    device = find_device(assumed)
+    architecture = read_architecture(model)
+    dataset = DatasetConfig(path=data, type="chat_template") if data else None
+    statistics = count_rows(dataset, model) if dataset else None
+    advice = recommend(
+        architecture,
+        device,
+        statistics,
+        dataset=dataset,
+        goal=goal,
+        fixed=_fixed_values(model, changes),
+    )
+    config = advice.config
+    if out and out.absolute().parent != Path.cwd():
+        config = with_absolute_paths(config, Path.cwd())
+    text = write_config(config, _reasons(advice), out)
+    if as_json:
+        print(json.dumps(describe_advice(advice, device)))
+        return 0
+    for line in _advice_lines(advice, device):
+        _print(line)
+    if out:
+        where = visible(str(out), one_line=True)
+        _print(f"Written to {where}. Train it with: windtunnel train {where}")
+    else:
+        print(f"\n{visible(text)}", end="")
+    return 0
+
+
+def print_estimate(
+    config: Annotated[str, Parameter(help="YAML file with Axolotl's keys.")],
+    /,
+    *changes: Annotated[str, Parameter(help="Changes, such as sequence_len=4096.")],
+    assumed: Annotated[str | None, Parameter("--assume")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Estimate the memory of a config by part, and say whether it fits. Exit status 3: it does not.
+
+    Parameters
+    ----------
+    assumed
+        Estimate for this GPU instead of what is here: "RTX 4090", "H100 x2", "24 GB".
+    """
+    run, architecture = read_planned(Path(config), changes)
+    device = find_device(assumed)
+    needs = estimate(run, architecture, device)
+    if as_json:
+        print(json.dumps(describe_estimate(needs) | {"device": describe_device(device)}))
+    else:
+        for line in _estimate_lines(needs, device):
+            _print(line)
+    return DOES_NOT_FIT if needs.verdict == "does not fit" else 0
+
+
+def read_planned(file: Path, changes: tuple[str, ...] = ()) -> tuple[RunConfig, Architecture]:
+    """The config of a file with its changes, and the architecture of its model.
+
+    Raises UserError where either cannot be read, and where a key would not be acted on.
+    """
+    given: ConfigFile = read_config(file)
+    config = override(given.config, changes) if changes else given.config
+    require_supported(config, given.document)
+    config = with_absolute_paths(config, file.absolute().parent)
+    return config, read_architecture(config.base_model)
+
+
+def refuse_what_does_not_fit(file: Path, changes: tuple[str, ...]) -> None:
+    """Raises UserError with exit status 3 where the config's run does not fit this machine.
+
+    A model whose shape is not known before it is fetched is let through.
+    """
+    try:
+        config, architecture = read_planned(file, changes)
+    except UnknownModel:
+        return
+    device = find_device(None)
+    needs = estimate(config, architecture, device)
+    if needs.verdict != "does not fit":
+        return
+    rungs = make_fit(config, architecture, device)
+    fix = "Train it on a larger GPU"
+    if rungs and rungs[-1].estimate.verdict != "does not fit":
+        values = " ".join(f"{key}={_value(value)}" for key, value in rungs[-1].changes.items())
+        fix = f"It fits with: {values}; these can stand behind the config. Or use a larger GPU"
+    raise UserError(
+        f"It does not fit: {gib(needs.device_bytes)} are needed.",
+        f"{device.name} can give {gib(needs.can_give_bytes)} of {gib(device.total_bytes)}.",
+        f"{fix}; --anyway starts it all the same.",
+        exit_status=DOES_NOT_FIT,
+    )
+
+
+def count_rows(dataset: DatasetConfig, model: str) -> Statistics:
+    """Read and tokenize every row once, to know lengths and how much is learned.
+
+    Raises UserError where the dataset cannot be read or no row of it can be used.
+    """
+    from engine.chat.tokenizer import open_tokenizer
+    from engine.data.checkup import check
+
+    found = check([dataset], Path.cwd(), open_tokenizer(model, Path.cwd()))
+    statistics = read_statistics(asdict(found))
+    if statistics is None:
+        path = visible(dataset.path, one_line=True)
+        raise UserError(
+            f"No row of {path} can be used.",
+            f"{found.rows} were read, and each has a problem.",
+            f"`windtunnel check {path}` lists them, with repairs.",
+        )
+    return statistics
+
+
+def describe_advice(advice: Recommendation, device: Device) -> dict[str, Any]:
+    """The JSON document of `recommend`."""
+    return {
+        "config": advice.config.file_values(),
+        "reasons": dict(advice.reasons),
+        "estimate": describe_estimate(advice.estimate),
+        "alternatives": [_describe_alternative(other) for other in advice.alternatives],
+        "attention": asdict(advice.attention),
+        "not_trained": advice.not_trained,
+        "device": describe_device(device),
+    }
+
+
+def describe_estimate(needs: Estimate) -> dict[str, Any]:
+    """The JSON document of `estimate`."""
+    return {
+        "peak_allocated_bytes": needs.peak_allocated_bytes,
+        "device_bytes": needs.device_bytes,
+        "host_bytes": needs.host_bytes,
+        "disk_bytes": needs.disk_bytes,
+        "parts": dict(needs.parts),
+        "trainable_parameters": needs.trainable_parameters,
+        "total_parameters": needs.total_parameters,
+        "targets": dict(needs.targets),
+        "tokens_at_once": needs.tokens_at_once,
+        "can_give_bytes": needs.can_give_bytes,
+        "verdict": needs.verdict,
+        "range_bytes": list(needs.range_bytes),
+        "source": needs.source,
+    }
+
+
+def describe_device(device: Device) -> dict[str, Any]:
+    """Where the plan is for, as part of a JSON document."""
+    return {
+        "name": device.name,
+        "kind": device.kind,
+        "total_bytes": device.total_bytes,
+        "can_give_bytes": device.can_give_bytes,
+        "planned": device.planned,
+    }
+
+
+def headline(needs: Estimate, device: Device) -> str:
+    """Verdict, number and what the device can give, in one line."""
+    return (
+        f"{MARKS[needs.verdict]} {needs.verdict}: needs {gib(needs.device_bytes)}"
+        f" ± {needs.uncertainty:.0%}, {visible(device.name, one_line=True)} can give"
+        f" {gib(device.can_give_bytes)} of {gib(device.total_bytes)}"
+    )
+
+
+def _describe_alternative(other: Alternative) -> dict[str, Any]:
+    return {
+        "name": other.name,
+        "changes": dict(other.changes),
+        "device_bytes": other.estimate.device_bytes,
+        "verdict": other.estimate.verdict,
+        "trade": other.trade,
+    }
+
+
+def _advice_lines(advice: Recommendation, device: Device) -> list[str]:
+    lines = [headline(advice.estimate, device), *_count_lines(device)]
+    if advice.not_trained:
+        lines.append(f"✗ not trained yet: {advice.not_trained}")
+    if advice.attention.worth_installing:
+        package = advice.attention.worth_installing
+        lines.append(f"· attention: {package} would be faster here; it is not installed")
+    lines += [
+        f"  {MARKS[other.estimate.verdict]} {other.name}: {gib(other.estimate.device_bytes)},"
+        f" {other.trade}"
+        for other in advice.alternatives
+    ]
+    return lines
+
+
+def _estimate_lines(needs: Estimate, device: Device) -> list[str]:
+    overhead = needs.device_bytes - needs.peak_allocated_bytes
+    around = "driver and slack" if device.kind == "cuda" else "the process itself"
+    sizes = {**needs.parts, around: overhead}
+    width = max(map(len, sizes))
+    share = needs.trainable_parameters / max(1, needs.total_parameters)
+    return [
+        headline(needs, device),
+        *_count_lines(device),
+        *(f"  {name:<{width}}  {_size(size):>10}" for name, size in sizes.items()),
+        f"{needs.tokens_at_once:,} tokens at once; {needs.trainable_parameters:,} of"
+        f" {needs.total_parameters:,} parameters move ({share:.2%})",
+        *(f"adapter on {count} modules by {entry}" for entry, count in needs.targets.items()),
+        f"this computer: {gib(needs.host_bytes)} of memory, {_size(needs.disk_bytes)} of disk",
+    ]
+
+
+def _count_lines(device: Device) -> list[str]:
+    if device.count < 2:
+        return []
+    return [f"· there are {device.count} of them; a run uses one so far"]
+
+
+def _size(size: int) -> str:
+    return gib(size) if size >= 2**28 else f"{size / 2**20:,.1f} MiB"
+
+
+def _reasons(advice: Recommendation) -> dict[str, str]:
+    return {key: reason for key, reason in advice.reasons.items() if key != "datasets"}
+
+
+def _fixed_values(model: str, changes: tuple[str, ...]) -> dict[str, object]:
+    """The values of `key=value` changes, checked as in a config."""
+    if not changes:
+        return {}
+    plain = RunConfig(base_model=model)
+    kept = override(plain, changes)
+    return {key: getattr(kept, key) for key in kept.model_fields_set - plain.model_fields_set}
+
+
+def _value(value: object) -> str:
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def _print(line: str) -> None:
+    columns = min(_WIDTH, os.get_terminal_size().columns) if os.isatty(1) else None
+    print("\n".join(fold(visible(line, one_line=True), columns)))

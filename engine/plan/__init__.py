@@ -1,0 +1,43 @@
+"""Whether a run fits and what to run, before anything is loaded.
+
+Everything here is arithmetic over the catalog's module table, the machine and the counts of a
+dataset: `memory` estimates a config, `targets` counts what its adapter lands on, `attention`
+chooses a backend, `recommend` makes a whole config with a reason for every value, `ladder` makes
+one fit, `survey` compares the models of the catalog on a device.
+"""
+
+from engine.plan.attention import Attention, choose_attention
+from engine.plan.device import GIB, Device, best_device, cpu_device, gpu_device
+from engine.plan.ladder import Alternative, changed, list_alternatives, make_fit
+from engine.plan.limits import Goal, why_not_trained
+from engine.plan.memory import Estimate, Verdict, estimate
+from engine.plan.recommend import Recommendation, gib, recommend
+from engine.plan.statistics import Statistics, read_statistics
+from engine.plan.survey import Prospect, propose, survey
+
+__all__ = [
+    "GIB",
+    "Alternative",
+    "Attention",
+    "Device",
+    "Estimate",
+    "Goal",
+    "Prospect",
+    "Recommendation",
+    "Statistics",
+    "Verdict",
+    "best_device",
+    "changed",
+    "choose_attention",
+    "cpu_device",
+    "estimate",
+    "gib",
+    "gpu_device",
+    "list_alternatives",
+    "make_fit",
+    "propose",
+    "read_statistics",
+    "recommend",
+    "survey",
+    "why_not_trained",
+]

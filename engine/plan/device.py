@@ -1,0 +1,76 @@
+"""The one place on which a run computes, as a plan sees it: how much memory it can give.
+
+Separate from `hardware`, which reports what is there: here the share that a run may count on is
+decided, after what others use and a margin.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.hardware import Gpu, Machine
+
+GIB = 2**30
+GPU_MARGIN = 0.05
+"""Share of a card's memory that a plan leaves alone: what a display or another program takes while
+the run lasts."""
+RAM_MARGIN = 0.10
+"""The same of this computer's free memory, which everything else shares."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU, or this computer's CPU with its memory."""
+
+    name: str
+    kind: Literal["cuda", "cpu"]
+    total_bytes: int
+    can_give_bytes: int
+    """Total less what others use less the margin."""
+    compute_capability: tuple[int, int] | None = None
+    uuid: str | None = None
+    planned: bool = False
+    """A card that is not here."""
+    count: int = 1
+    """Cards of this kind; a run uses one so far."""
+    stack: Mapping[str, str | None] | None = None
+    """Installed packages by name; None where that was not looked up."""
+
+    @property
+    def computes_bf16(self) -> bool:
+        """Whether bfloat16 products are native: from Ampere on; assumed of unknown cards."""
+        return self.kind == "cuda" and (self.compute_capability or (8, 0)) >= (8, 0)
+
+
+def gpu_device(gpu: Gpu, machine: Machine) -> Device:
+    """`gpu` as a plan sees it. A card whose memory is unknown can give nothing."""
+    total = gpu.memory_total_bytes or 0
+    free = total if gpu.memory_free_bytes is None else gpu.memory_free_bytes
+    return Device(
+        name=gpu.short_name,
+        kind="cuda",
+        total_bytes=total,
+        can_give_bytes=max(0, int(free - total * GPU_MARGIN)),
+        compute_capability=gpu.compute_capability,
+        uuid=None if machine.assumed else gpu.uuid,
+        planned=machine.assumed,
+        count=sum(other.name == gpu.name for other in machine.gpus),
+        stack=machine.stack,
+    )
+
+
+def cpu_device(machine: Machine) -> Device:
+    """This computer without a GPU."""
+    return Device(
+        name="this computer's CPU",
+        kind="cpu",
+        total_bytes=machine.ram_total_bytes,
+        can_give_bytes=int(machine.ram_available_bytes * (1 - RAM_MARGIN)),
+        stack=machine.stack,
+    )
+
+
+def best_device(machine: Machine) -> Device:
+    """The usable GPU that can give the most memory, else the CPU."""
+    devices = [gpu_device(gpu, machine) for gpu in machine.usable_gpus]
+    return max(devices, key=lambda device: device.can_give_bytes, default=cpu_device(machine))

@@ -1,0 +1,55 @@
+"""What a plan has to know of a dataset: a few counts, never its rows.
+
+Separate from `data`, which makes the counts, so that planning imports no tokenizer: they arrive as
+the document that `windtunnel check --json` prints and that the worker process sends.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Counts of the usable rows of a dataset, under one model's tokenizer."""
+
+    rows: int
+    usable_rows: int
+    total_tokens: int
+    learned_tokens: int
+    thinking_tokens: int
+    mean_tokens: float
+    """Of a row; the next ones too."""
+    p95_tokens: int
+    longest_tokens: int
+    longest_rows: tuple[int, ...] = ()
+    """Lengths of the longest rows, the longest first."""
+    prompts: tuple[str, ...] = ()
+    """Opening questions of a few rows."""
+
+    def rows_over(self, sequence_len: int) -> tuple[int, bool]:
+        """Rows longer than `sequence_len`, and whether there may be more of them than counted."""
+        shortest_first = self.longest_rows[::-1]
+        over = len(shortest_first) - bisect_right(shortest_first, sequence_len)
+        return over, over == len(shortest_first) < self.usable_rows and over > 0
+
+
+def read_statistics(checkup: Mapping[str, Any]) -> Statistics | None:
+    """The statistics in a document of `windtunnel check --json`; None without counted tokens."""
+    tokens = checkup["tokens"]
+    if not tokens or not checkup["usable"]:
+        return None
+    lengths = tokens["row_length"]
+    return Statistics(
+        rows=checkup["rows"],
+        usable_rows=checkup["usable"],
+        total_tokens=tokens["total"],
+        learned_tokens=tokens["learned"],
+        thinking_tokens=tokens["thinking"],
+        mean_tokens=lengths["mean"],
+        p95_tokens=lengths["p95"],
+        longest_tokens=lengths["max"],
+        longest_rows=tuple(tokens["longest_rows"]),
+        prompts=tuple(checkup["prompts"]),
+    )

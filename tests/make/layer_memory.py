@@ -1,0 +1,269 @@
+"""Measures what one layer of a step costs, and prints the coefficients of `plan.activations`.
+
+`python -m tests.make.layer_memory` runs the real transformers layers with real PEFT adapters and
+real bitsandbytes modules on fake tensors: shapes and lifetimes are exact, nothing is computed, no
+GPU is needed. Two layers of several shapes and lengths give the peak of a training step over its
+resting state; least squares gives bytes a token for each width of the layer. The worst residual is
+printed beside them.
+"""
+
+import gc
+import itertools
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Ministral3Config, Ministral3ForCausalLM
+
+from engine.train.lora import leave_inputs_alone
+from engine.train.model import hidden_states, use_checkpointing
+
+LAYERS = 2
+VOCABULARY = 256
+"""Small, so that embedding and loss vanish beside the layers."""
+ALLOCATION_BYTES = 512
+"""Granularity of PyTorch's CUDA allocator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Widths of one dense layer."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int = 128
+
+    @property
+    def attention(self) -> int:
+        """Width of the queries plus that of keys and values."""
+        return (self.heads + self.kv_heads) * self.head_dim
+
+
+SHAPES = (
+    Shape(3072, 9216, 32, 8),
+    Shape(4096, 14336, 32, 8),
+    Shape(5120, 32768, 32, 8),
+    Shape(12288, 28672, 96, 8),
+)
+"""Ministral 3 3B and 8B, the 24B models, Medium 3.5."""
+LENGTHS = (2048, 6144)
+RANKS = (16, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """What of a run decides the cost of its layers."""
+
+    name: str
+    dtype: torch.dtype
+    lora: bool
+    dropout: float = 0.0
+    quantized: bool = False
+    kept: bool = False
+    """Without checkpointing: what a layer keeps from its forward to its backward pass."""
+
+
+REGIMES = (
+    Regime("bf16 lora", torch.bfloat16, lora=True),
+    Regime("bf16 lora, 4-bit base", torch.bfloat16, lora=True, quantized=True),
+    Regime("bf16 lora, dropout", torch.bfloat16, lora=True, dropout=0.05),
+    Regime("bf16 full", torch.bfloat16, lora=False),
+    Regime("fp32 lora", torch.float32, lora=True),
+    Regime("fp32 lora, dropout", torch.float32, lora=True, dropout=0.05),
+    Regime("fp32 full", torch.float32, lora=False),
+    Regime("bf16 lora, kept", torch.bfloat16, lora=True, kept=True),
+    Regime("bf16 full, kept", torch.bfloat16, lora=False, kept=True),
+    Regime("fp32 lora, kept", torch.float32, lora=True, kept=True),
+    Regime("fp32 full, kept", torch.float32, lora=False, kept=True),
+)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that live, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.count(leaf)
+        return result
+
+    def count(self, tensor: torch.Tensor) -> None:
+        """Begin to count the storage of `tensor`, until it is freed."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        size = -(-storage.nbytes() // ALLOCATION_BYTES) * ALLOCATION_BYTES
+        self._sizes[key] = size
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+class _Product(torch.autograd.Function):
+    """bitsandbytes' product by what it allocates: the weight in 16 bits, in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, packed: torch.Tensor, out: int) -> torch.Tensor:
+        ctx.save_for_backward(packed)
+        ctx.width, ctx.out = states.shape[-1], out
+        return states.new_empty((*states.shape[:-1], out))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = gradients
+        return gradient @ gradient.new_empty((ctx.out, ctx.width)), None, None
+
+
+class FourBit(Linear4bit):
+    """bitsandbytes' module, which PEFT recognises, around the product above."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = _Product.apply(x, self.weight, self.out_features)
+        return product
+
+
+def four_bit(layer: nn.Linear) -> nn.Module:
+    """A module of the same shape whose weight is packed."""
+    module = FourBit(layer.in_features, layer.out_features, bias=False, device="meta")
+    module.weight = Params4bit(
+        torch.empty((layer.weight.numel() // 2, 1), dtype=torch.uint8, device="meta"),
+        requires_grad=False,
+        bnb_quantized=True,
+    )
+    return module
+
+
+def build(shape: Shape, layers: int, rank: int, regime: Regime) -> Any:
+    """The model as our trainer makes it, on the meta device."""
+    settings = Ministral3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    model = Ministral3ForCausalLM(settings).to(regime.dtype)
+    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    names = [name for name, _ in linear if name != "lm_head"]
+    if regime.quantized:
+        for name, module in linear:
+            if name in names:
+                model.set_submodule(name, four_bit(module))
+        model.is_loaded_in_4bit = True
+    if not regime.kept:
+        use_checkpointing(model)
+    if rank == 0:
+        return model
+    model.requires_grad_(False)
+    settings = LoraConfig(
+        r=rank, lora_alpha=rank, lora_dropout=regime.dropout, target_modules=names
+    )
+    adapted = get_peft_model(model, settings)
+    leave_inputs_alone(adapted)
+    return adapted
+
+
+def make_fake(model: nn.Module) -> None:
+    """Give every parameter and buffer a fake tensor in place of its meta tensor."""
+    made: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            module._parameters[name] = nn.Parameter(fake(parameter), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)
+
+
+def step_bytes(shape: Shape, layers: int, tokens: int, rank: int, regime: Regime) -> int:
+    """Peak of a step over weights and gradients. Rank 0 trains every weight."""
+    with torch.device("meta"):
+        model = build(shape, layers, rank, regime)
+    counter = LiveBytes()
+    with FakeTensorMode(allow_non_fake_inputs=True), counter:
+        make_fake(model)
+        model.train()
+        ids = torch.zeros((1, tokens), dtype=torch.long)
+        batch = {"input_ids": ids, "position_ids": torch.arange(tokens)[None]}
+        for _ in range(2):
+            gc.collect()
+            # The gradients of the first round are at rest in the second.
+            resting = counter.now
+            counter.peak = counter.now
+            states = hidden_states(model, batch)
+            states.sum().backward()
+            del states
+        return counter.peak - resting
+
+
+def layer_bytes(shape: Shape, tokens: int, rank: int, regime: Regime) -> int:
+    """What one layer adds: kept for good, or for the time of its own backward pass."""
+    peak = step_bytes(shape, LAYERS, tokens, rank, regime)
+    if regime.kept:
+        return (step_bytes(shape, 2 * LAYERS, tokens, rank, regime) - peak) // LAYERS
+    width = torch.finfo(regime.dtype).bits // 8
+    return peak - LAYERS * tokens * shape.hidden * width
+
+
+def samples(regime: "Regime") -> Iterator[tuple[list[int], int]]:
+    """Rows of the least squares: what each coefficient multiplies, and the bytes."""
+    for shape, tokens, rank in itertools.product(SHAPES, LENGTHS, RANKS if regime.lora else (0,)):
+        terms = [tokens * shape.intermediate, tokens * shape.hidden, tokens * shape.attention]
+        whole = regime.quantized or not (regime.lora or regime.kept)
+        weight = shape.hidden * shape.intermediate if whole else 0
+        yield [*terms, tokens * rank, weight], layer_bytes(shape, tokens, rank, regime)
+
+
+def main() -> None:
+    """Print one line of coefficients a regime."""
+    print(f"{'regime':<24} {'intermediate':>12} hidden attention rank weight worst")
+    for regime in REGIMES:
+        rows = list(samples(regime))
+        terms = np.array([row for row, _ in rows], dtype=float)
+        measured = np.array([found for _, found in rows], dtype=float)
+        used = terms.any(axis=0)
+        found = np.zeros(terms.shape[1])
+        # Relative errors: a small layer counts as much as a large one.
+        relative = terms[:, used] / measured[:, None]
+        found[used] = np.linalg.lstsq(relative, np.ones(len(rows)), rcond=None)[0]
+        worst = np.abs(terms @ found / measured - 1).max()
+        figures = " ".join(f"{figure:8.2f}" for figure in found)
+        print(f"{regime.name:<24} {figures} {worst:7.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
