@@ -22,6 +22,7 @@ from typing import Final
 
 from engine.errors import UserError, WorkError
 from engine.events import Ack
+from engine.hardware import cuda_environment, read_machine
 from engine.runs.control import ask
 from engine.runs.folder import RunFolder
 from engine.runs.lock import LAUNCH_VARIABLE, in_use, is_locked, read_claim
@@ -61,10 +62,11 @@ def launch(
     """Start the trainer of a run and wait until it holds the run's lock.
 
     `config` is the text of config.yml and `plan` the content of plan.json; None leaves what is
-    there, and a config that differs from it is kept beside as config-1.yml. The trainer is called
-    with `run FOLDER`, then `--resume` and `--from step-N` where asked for. `environment` is added
-    to ours. Detached, the trainer leads a session of its own; otherwise it stays in our process
-    group, and what kills the group kills it. Either way its output goes to engine.log.
+    there, and a config that differs from it is kept beside as config-1.yml. The trainer sees the
+    GPU that the plan names, and is called with `run FOLDER`, then `--resume` and `--from step-N`
+    where asked for. `environment` is added to ours. Detached, the trainer leads a session of its
+    own; otherwise it stays in our process group, and what kills the group kills it. Either way its
+    output goes to engine.log.
 
     Raises UserError where the run is already running, or where the trainer leaves with exit status
     2 or 3 before it took the lock; WorkError with the end of engine.log where it dies otherwise
@@ -78,9 +80,10 @@ def launch(
     if checkpoint:
         arguments += ["--from", checkpoint]
     token = uuid.uuid4().hex
-    child_environment = _environment({**(environment or {}), LAUNCH_VARIABLE: token})
     try:
         _fill(run, config, plan)
+        added = {**planned_gpu(run), **(environment or {}), LAUNCH_VARIABLE: token}
+        child_environment = _environment(added)
         log_start = run.log.stat().st_size if run.log.exists() else 0
         process = _start(arguments, run.log, child_environment, detach)
     except OSError as error:
@@ -209,6 +212,22 @@ def _replace(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_bytes(text.encode())
     os.replace(beside, path)
+
+
+def planned_gpu(run: RunFolder) -> dict[str, str]:
+    """What makes CUDA show the trainer the card that plan.json names, and no other.
+
+    By UUID: CUDA's own order need not be the driver's. Empty where the plan names none, and where
+    that card is not here, as when a run goes on on another computer.
+    """
+    try:
+        uuid_planned = json.loads(run.plan.read_text("utf-8"))["device"]["uuid"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    if not isinstance(uuid_planned, str):
+        return {}
+    here = [g for g in read_machine().gpus if g.uuid == uuid_planned and g.state == "ready"]
+    return cuda_environment(here) if here else {}
 
 
 def _environment(added: Mapping[str, str]) -> dict[str, str]:

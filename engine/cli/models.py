@@ -13,8 +13,8 @@ from cyclopts import Parameter
 
 from engine.catalog import ModelCard, ModuleTable, list_models, module_table
 from engine.cli.hardware import find_machine
-from engine.cli.planning import MARKS, describe_device
-from engine.plan import Device, Prospect, best_device, gib, survey
+from engine.cli.planning import MARKS
+from engine.plan import Device, Prospect, best_device, device_document, gib, survey
 
 AsJson = Annotated[bool, Parameter("--json", negative="")]
 
@@ -58,7 +58,7 @@ def print_models(
             describe(*entry) | {"plan": _describe_plan(prospect)}
             for entry, prospect in zip(catalog, planned, strict=True)
         ]
-        print(json.dumps({"device": describe_device(device), "models": entries}))
+        print(json.dumps({"device": device_document(device), "models": entries}))
     else:
         print(show_planned(planned, device))
     return 0

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import cyclopts
 from cyclopts import Parameter
@@ -27,16 +27,19 @@ from engine.config import (
 )
 from engine.errors import UserError
 from engine.plan import (
-    Alternative,
     Device,
     Estimate,
     Goal,
     Recommendation,
     Statistics,
+    advice_document,
     best_device,
+    device_document,
     estimate,
+    estimate_document,
     gib,
     make_fit,
+    plan_document,
     read_statistics,
     recommend,
 )
@@ -102,7 +105,7 @@ def print_recommendation(
         config = with_absolute_paths(config, Path.cwd())
     text = write_config(config, _reasons(advice), out)
     if as_json:
-        print(json.dumps(describe_advice(advice, device)))
+        print(json.dumps(advice_document(advice, device)))
         return 0
     for line in _advice_lines(advice, device):
         _print(line)
@@ -132,7 +135,7 @@ def print_estimate(
     device = find_device(assumed)
     needs = estimate(run, architecture, device)
     if as_json:
-        print(json.dumps(describe_estimate(needs) | {"device": describe_device(device)}))
+        print(json.dumps(estimate_document(needs) | {"device": device_document(device)}))
     else:
         for line in _estimate_lines(needs, device):
             _print(line)
@@ -151,25 +154,34 @@ def read_planned(file: Path, changes: tuple[str, ...] = ()) -> tuple[RunConfig, 
     return config, read_architecture(config.base_model)
 
 
-def refuse_what_does_not_fit(file: Path, changes: tuple[str, ...]) -> None:
-    """Raises UserError with exit status 3 where the config's run does not fit this machine.
+def plan_run(
+    file: Path, changes: tuple[str, ...], *, anyway: bool = False
+) -> dict[str, object] | None:
+    """The plan of a config's run on this machine, for its folder.
 
-    A model whose shape is not known before it is fetched is let through.
+    None where the model's shape is not known before it is fetched. Raises UserError with exit
+    status 3 where the run does not fit, unless `anyway`.
     """
     try:
         config, architecture = read_planned(file, changes)
     except UnknownModel:
-        return
+        return None
     device = find_device(None)
     needs = estimate(config, architecture, device)
-    if needs.verdict != "does not fit":
-        return
+    if needs.verdict == "does not fit" and not anyway:
+        raise _too_large(config, architecture, device, needs)
+    return plan_document(needs, device)
+
+
+def _too_large(
+    config: RunConfig, architecture: Architecture, device: Device, needs: Estimate
+) -> UserError:
     rungs = make_fit(config, architecture, device)
     fix = "Train it on a larger GPU"
     if rungs and rungs[-1].estimate.verdict != "does not fit":
         values = " ".join(f"{key}={_value(value)}" for key, value in rungs[-1].changes.items())
         fix = f"It fits with: {values}; these can stand behind the config. Or use a larger GPU"
-    raise UserError(
+    return UserError(
         f"It does not fit: {gib(needs.device_bytes)} are needed.",
         f"{device.name} can give {gib(needs.can_give_bytes)} of {gib(device.total_bytes)}.",
         f"{fix}; --anyway starts it all the same.",
@@ -197,49 +209,6 @@ def count_rows(dataset: DatasetConfig, model: str) -> Statistics:
     return statistics
 
 
-def describe_advice(advice: Recommendation, device: Device) -> dict[str, Any]:
-    """The JSON document of `recommend`."""
-    return {
-        "config": advice.config.file_values(),
-        "reasons": dict(advice.reasons),
-        "estimate": describe_estimate(advice.estimate),
-        "alternatives": [_describe_alternative(other) for other in advice.alternatives],
-        "attention": asdict(advice.attention),
-        "not_trained": advice.not_trained,
-        "device": describe_device(device),
-    }
-
-
-def describe_estimate(needs: Estimate) -> dict[str, Any]:
-    """The JSON document of `estimate`."""
-    return {
-        "peak_allocated_bytes": needs.peak_allocated_bytes,
-        "device_bytes": needs.device_bytes,
-        "host_bytes": needs.host_bytes,
-        "disk_bytes": needs.disk_bytes,
-        "parts": dict(needs.parts),
-        "trainable_parameters": needs.trainable_parameters,
-        "total_parameters": needs.total_parameters,
-        "targets": dict(needs.targets),
-        "tokens_at_once": needs.tokens_at_once,
-        "can_give_bytes": needs.can_give_bytes,
-        "verdict": needs.verdict,
-        "range_bytes": list(needs.range_bytes),
-        "source": needs.source,
-    }
-
-
-def describe_device(device: Device) -> dict[str, Any]:
-    """Where the plan is for, as part of a JSON document."""
-    return {
-        "name": device.name,
-        "kind": device.kind,
-        "total_bytes": device.total_bytes,
-        "can_give_bytes": device.can_give_bytes,
-        "planned": device.planned,
-    }
-
-
 def headline(needs: Estimate, device: Device) -> str:
     """Verdict, number and what the device can give, in one line."""
     return (
@@ -247,16 +216,6 @@ def headline(needs: Estimate, device: Device) -> str:
         f" ± {needs.uncertainty:.0%}, {visible(device.name, one_line=True)} can give"
         f" {gib(device.can_give_bytes)} of {gib(device.total_bytes)}"
     )
-
-
-def _describe_alternative(other: Alternative) -> dict[str, Any]:
-    return {
-        "name": other.name,
-        "changes": dict(other.changes),
-        "device_bytes": other.estimate.device_bytes,
-        "verdict": other.estimate.verdict,
-        "trade": other.trade,
-    }
 
 
 def _advice_lines(advice: Recommendation, device: Device) -> list[str]:

@@ -13,7 +13,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.cli.config_paths import with_absolute_paths
-from engine.cli.planning import refuse_what_does_not_fit
+from engine.cli.planning import plan_run
 from engine.cli.watch import Watch, watch_to_end
 from engine.config import override, read_config, require_supported, write_config
 from engine.errors import UserError
@@ -71,12 +71,11 @@ def _add_train(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
         """Train what a config says. Exit status 3: it does not fit this machine."""
         if max_steps is not None:
             changes = (*changes, f"max_steps={max_steps}")
-        if not anyway:
-            refuse_what_does_not_fit(config, changes)
+        plan = plan_run(config, changes, anyway=anyway)
         created = create(config, changes, home)
         run = created.run
         watch = None if detach else EventLines() if as_events else make_watch()
-        status = start(created, watch)
+        status = start(created, watch, plan)
         if as_json:
             print(json.dumps({"run": str(run.path)}))
         elif not as_events:
@@ -162,13 +161,14 @@ def run_name(file: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._")[:80] or "run"
 
 
-def start(created: Created, watch: Watch | None) -> int:
+def start(created: Created, watch: Watch | None, plan: Mapping[str, object] | None = None) -> int:
     """Launch a created run, detached where nobody watches; returns the exit status."""
     follower = Follower(created.run.events, from_end=True)
     process = launch(
         created.run,
         detach=watch is None,
         config=created.config,
+        plan=plan,
         resume=created.resume,
         checkpoint=created.checkpoint,
     )

@@ -8,6 +8,12 @@ one fit, `survey` compares the models of the catalog on a device.
 
 from engine.plan.attention import Attention, choose_attention
 from engine.plan.device import GIB, Device, best_device, cpu_device, gpu_device
+from engine.plan.documents import (
+    advice_document,
+    device_document,
+    estimate_document,
+    plan_document,
+)
 from engine.plan.ladder import Alternative, changed, list_alternatives, make_fit
 from engine.plan.limits import Goal, why_not_trained
 from engine.plan.memory import Estimate, Verdict, estimate
@@ -26,15 +32,19 @@ __all__ = [
     "Recommendation",
     "Statistics",
     "Verdict",
+    "advice_document",
     "best_device",
     "changed",
     "choose_attention",
     "cpu_device",
+    "device_document",
     "estimate",
+    "estimate_document",
     "gib",
     "gpu_device",
     "list_alternatives",
     "make_fit",
+    "plan_document",
     "propose",
     "read_statistics",
     "recommend",
