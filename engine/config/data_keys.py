@@ -14,7 +14,8 @@ class DatasetConfig(Section):
     """One source of conversations."""
 
     path: str
-    """A file (.jsonl, .json, .csv, .parquet), a folder of them, or a hub id."""
+    """A file (.jsonl, .json, .csv, .parquet), a folder of them, a hub id, or sample:NAME for one
+    that comes with Windtunnel."""
     type: str = "chat_template"
     """Shape of the rows. chat_template: conversations, a list of messages with role and
     content; the only shape that is trained."""

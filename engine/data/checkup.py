@@ -13,17 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from engine.chat.messages import Conversation
+from engine.chat.messages import Conversation, Text
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, learned
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig
 from engine.data.array_writer import content_hash, problem_entry
-from engine.data.rows import HistoryThinking, iterate_rendered
+from engine.data.odd_rows import LISTED_LONGEST, OddRowFinder, OddRows
+from engine.data.rows import HistoryThinking, RenderedRow, iterate_rendered
 
 # Below this a first fine-tune tends to memorise instead of generalise.
 FEW_ROWS = 100
 _PROGRESS_ROWS = 64
 _NOTE_EXAMPLES = 5
+_LENGTH_BINS = 24
+_PROMPTS, _PROMPT_CHARACTERS = 5, 300
+_GROUPS, _GROUP_ROWS = 50, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,30 +43,49 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class TokenStatistics:
-    """Tokens of the usable rows. `by_kind` uses the words of the preview."""
+    """Tokens of the usable rows. `by_kind` uses the words of the preview.
+
+    `kind_counts` counts the stored kinds, from which any label rule gives what is learned;
+    `longest_rows` are the lengths of the rows of `OddRows.longest`; `length_counts` the
+    rows in 24 equal steps of length up to the longest; `thinking_answers` and
+    `call_answers` the assistant messages that think or call a tool.
+    """
 
     total: int
     learned: int
     by_kind: dict[str, int]
+    kind_counts: dict[int, int]
+    length_counts: tuple[int, ...]
+    thinking_answers: int
+    call_answers: int
     thinking: int
     answer: int
+    longest_rows: tuple[int, ...]
     row_length: Lengths
     learned_a_row: Lengths
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something to know about usable rows, with how many it touches and the first few lines."""
+    """Something to know about usable rows: how many it touches, and the first few of them.
+
+    `lines` are counted inside their files, `numbers` over all rows.
+    """
 
     id: str
     rows: int
     text: str
     lines: tuple[int, ...]
+    numbers: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Checkup:
-    """What was found. `problems` has one entry a bad row; `tokens` is None without a tokenizer."""
+    """What was found. `problems` has one entry a bad row.
+
+    `tokens` and `odd` are None without a tokenizer. `turns` are the fewest and the most user
+    messages of a usable row, 0 and 0 where there is none; `prompts` how a few rows begin.
+    """
 
     rows: int
     usable: int
@@ -74,6 +97,9 @@ class Checkup:
     roles: dict[str, int]
     findings: list[Finding]
     warnings: list[str]
+    turns: tuple[int, int]
+    prompts: tuple[str, ...]
+    odd: OddRows | None
 
 
 def check(
@@ -91,16 +117,17 @@ def check(
     `progress` gets (rows, bytes read) and may raise to cancel. Raises `UserError` where a dataset
     cannot be read at all.
     """
-    notebook = _Notebook(rule or LabelRule())
+    rule = rule or LabelRule()
+    notebook = _Notebook(rule, OddRowFinder(rule))
     rows = iterate_rendered(datasets, folder, tokenizer, history_thinking=history_thinking)
     for row in rows:
         notebook.rows += 1
         if row.problem is not None:
             notebook.problems.append(problem_entry(row, row.problem))
         elif row.conversation is not None:
-            notebook.read(row.line, row.conversation)
+            notebook.read(row, row.conversation)
             if row.rendered is not None:
-                notebook.measure(row.line, row.rendered)
+                notebook.measure(row, row.rendered)
         if progress is not None and notebook.rows % _PROGRESS_ROWS == 0:
             progress(notebook.rows, row.read_bytes)
     return notebook.report(tokenizer is not None, sequence_len)
@@ -108,9 +135,10 @@ def check(
 
 @dataclass(slots=True)
 class _Notebook:
-    """Counts of one pass; 24 bytes a row, plus the bad rows."""
+    """Counts of one pass; 56 bytes a row, plus the bad rows."""
 
     rule: LabelRule
+    odd: OddRowFinder
     rows: int = 0
     problems: list[dict[str, Any]] = field(default_factory=list)
     roles: dict[str, int] = field(default_factory=dict)
@@ -119,26 +147,42 @@ class _Notebook:
     learned: "array[int]" = field(default_factory=lambda: array("q"))
     hashes: "array[int]" = field(default_factory=lambda: array("Q"))
     kind_counts: Any = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
+    turns: tuple[int, int] | None = None
+    thinking_answers: int = 0
+    call_answers: int = 0
+    prompts: list[str] = field(default_factory=list)
 
-    def read(self, line: int, conversation: Conversation) -> None:
+    def read(self, row: RenderedRow, conversation: Conversation) -> None:
+        asked = sum(message.role == "user" for message in conversation.messages)
+        fewest, most = self.turns or (asked, asked)
+        self.turns = (min(fewest, asked), max(most, asked))
+        if len(self.prompts) < _PROMPTS:
+            prompt = _first_question(conversation)
+            if prompt and prompt not in self.prompts:
+                self.prompts.append(prompt)
         for message in conversation.messages:
             self.roles[message.role] = self.roles.get(message.role, 0) + 1
         for note in conversation.notes:
-            self.find(note.id, line, note.text)
+            self.find(note.id, row, note.text)
 
-    def find(self, name: str, line: int, text: str) -> None:
-        known = self.findings.get(name, Finding(name, 0, text, ()))
-        lines = known.lines if len(known.lines) >= _NOTE_EXAMPLES else (*known.lines, line)
-        self.findings[name] = Finding(name, known.rows + 1, known.text, lines)
+    def find(self, name: str, row: RenderedRow, text: str) -> None:
+        known = self.findings.get(name, Finding(name, 0, text, (), ()))
+        lines, numbers = known.lines, known.numbers
+        if len(lines) < _NOTE_EXAMPLES:
+            lines, numbers = (*lines, row.line), (*numbers, row.number)
+        self.findings[name] = Finding(name, known.rows + 1, known.text, lines, numbers)
 
-    def measure(self, line: int, rendered: Rendered) -> None:
+    def measure(self, row: RenderedRow, rendered: Rendered) -> None:
         carried = int(np.count_nonzero(learned(rendered.kinds, self.rule)))
         self.lengths.append(len(rendered.input_ids))
         self.learned.append(carried)
         self.hashes.append(content_hash(rendered))
         self.kind_counts += np.bincount(rendered.kinds, minlength=256)
+        self.odd.add(row.number, rendered)
+        self.thinking_answers += _messages_of(Kind.THINK, rendered)
+        self.call_answers += _messages_of(Kind.CALL, rendered)
         if carried == 0:
-            self.find("nothing_learned", line, "No token of the row carries the loss.")
+            self.find("nothing_learned", row, "No token of the row carries the loss.")
 
     def report(self, measured: bool, sequence_len: int | None) -> Checkup:
         usable = self.rows - len(self.problems)
@@ -157,6 +201,9 @@ class _Notebook:
             roles=self.roles,
             findings=sorted(self.findings.values(), key=lambda finding: -finding.rows),
             warnings=_warnings(usable, len(self.problems), duplicates, over, sequence_len),
+            turns=self.turns or (0, 0),
+            prompts=tuple(self.prompts),
+            odd=self.odd.report() if measured else None,
         )
 
     def _tokens(self, lengths: Any) -> TokenStatistics:
@@ -168,11 +215,40 @@ class _Notebook:
             total=int(lengths.sum()),
             learned=sum(self.learned),
             by_kind=by_kind,
+            kind_counts={kind: n for kind, n in enumerate(self.kind_counts.tolist()) if n},
+            length_counts=_count_lengths(lengths),
+            thinking_answers=self.thinking_answers,
+            call_answers=self.call_answers,
             thinking=by_kind["think"],
             answer=by_kind["text"] + by_kind["call"],
+            longest_rows=tuple(np.sort(lengths)[::-1][:LISTED_LONGEST].tolist()),
             row_length=length_statistics(lengths),
             learned_a_row=length_statistics(np.array(self.learned, dtype=np.int64)),
         )
+
+
+def _first_question(conversation: Conversation) -> str | None:
+    """What the user says first, where it is a text that can stand in a config."""
+    for message in conversation.messages:
+        if message.role == "user":
+            content = message.content
+            parts = [Text(content)] if isinstance(content, str) else content
+            text = "".join(part.text for part in parts if isinstance(part, Text)).strip()
+            return text if len(text) <= _PROMPT_CHARACTERS else None
+    return None
+
+
+def _messages_of(kind: Kind, rendered: Rendered) -> int:
+    """How many messages hold a token of that kind."""
+    of_kind = rendered.sources[(rendered.kinds & ~np.uint8(WITHHELD)) == kind]
+    return int(np.count_nonzero(np.diff(of_kind))) + 1 if len(of_kind) else 0
+
+
+def _count_lengths(lengths: Any) -> tuple[int, ...]:
+    if len(lengths) == 0:
+        return ()
+    counts, _ = np.histogram(lengths, bins=_LENGTH_BINS, range=(0, int(lengths.max())))
+    return tuple(counts.tolist())
 
 
 def length_statistics(lengths: Any) -> Lengths:
@@ -183,6 +259,20 @@ def length_statistics(lengths: Any) -> Lengths:
     return Lengths(
         round(float(lengths.mean()), 1), int(p50), int(p95), int(p99), int(lengths.max())
     )
+
+
+def group_problems(problems: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Equal problems as one: the first of them with `count` and the numbers of its first `rows`.
+
+    The most frequent come first. For a screen, which can neither show nor be sent every bad row.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for problem in problems:
+        group = groups.setdefault(problem["what"], problem | {"count": 0, "rows": []})
+        group["count"] += 1
+        if len(group["rows"]) < _GROUP_ROWS:
+            group["rows"].append(problem["row"])
+    return sorted(groups.values(), key=lambda group: -group["count"])[:_GROUPS]
 
 
 def _warnings(

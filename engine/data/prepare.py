@@ -160,9 +160,7 @@ def _format_keys(dataset: DatasetConfig) -> dict[str, Any]:
 
 
 def _stamps(locations: Sequence[Location]) -> tuple[tuple[int, ...], ...]:
-    """(size, time of change, inode) of each file: what a change while reading would alter."""
-    found = [file.stat() for location in locations for file in location.files]
-    return tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in found)
+    return tuple(stamp for location in locations for stamp in location.stamps())
 
 
 def _content(location: Location, total_bytes: int, report: OnProgress) -> list[list[str]]:

@@ -16,7 +16,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, learned, truncate
+from engine.chat.render import (
+    WITHHELD,
+    Kind,
+    LabelRule,
+    Rendered,
+    count_learned,
+    learned,
+    truncate,
+)
 from engine.data.pack import mix
 from engine.errors import UserError, WorkError
 
@@ -133,9 +141,8 @@ class Prepared:
 
     def learned_tokens(self, rule: LabelRule) -> int:
         """Learned tokens of all rows under `rule`, from the stored counts alone."""
-        counts = self.meta["kind_counts"]
-        flags = learned(np.array([int(kind) for kind in counts], dtype=np.uint8), rule)
-        return int(np.dot(flags, np.array(list(counts.values()), dtype=np.int64)))
+        counts = {int(kind): count for kind, count in self.meta["kind_counts"].items()}
+        return count_learned(counts, rule)
 
     def refuse_if_nothing_learned(self, rule: LabelRule) -> None:
         """Raises `UserError` when no token of any row carries the loss."""
@@ -209,8 +216,7 @@ class Prepared:
         chosen = np.arange(len(self), dtype=np.int64) if rows is None else rows
         if val_set_size <= 0 or len(chosen) < 2:
             return chosen, chosen[:0]
-        wanted = val_set_size * len(chosen) if val_set_size < 1 else val_set_size
-        target = min(max(1, round(wanted)), len(chosen) - 1)
+        target = count_held_out(val_set_size, len(chosen))
         unique, group, sizes = np.unique(
             self.hashes[chosen], return_inverse=True, return_counts=True
         )
@@ -249,6 +255,14 @@ class Prepared:
             finally:
                 # rename(2) between two links of one file does nothing and leaves both.
                 waiting.unlink(missing_ok=True)
+
+
+def count_held_out(val_set_size: float, rows: int) -> int:
+    """How many of `rows` different conversations a `val_set_size` keeps out of training."""
+    if val_set_size <= 0 or rows < 2:
+        return 0
+    wanted = val_set_size * rows if val_set_size < 1 else val_set_size
+    return min(max(1, round(wanted)), rows - 1)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -18,6 +18,7 @@ from engine.chat.messages import RowProblem
 from engine.config import DatasetConfig
 from engine.data import readers
 from engine.data.readers import RawRow
+from engine.data.samples import SAMPLE_PREFIX, find_sample
 from engine.errors import UserError
 
 Reader = Callable[[Path], Iterator[RawRow]]
@@ -60,12 +61,17 @@ class Location:
         """The file's name as messages show it: relative to the folder that the dataset names."""
         return file.name if file == self.root else os.path.relpath(file, self.root)
 
+    def stamps(self) -> tuple[tuple[int, ...], ...]:
+        """(size, time of change, inode) of each file: what a change of its content alters."""
+        found = [file.stat() for file in self.files]
+        return tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in found)
+
 
 def locate(dataset: DatasetConfig, folder: Path) -> Location:
     """The files that `dataset.path` names; relative paths start at `folder`.
 
-    Raises `UserError` for a missing file, an unknown ending, a folder without a data file and
-    what is neither a file nor a folder.
+    Raises `UserError` for a missing file, an unknown ending, a folder without a data file, what
+    is neither a file nor a folder, and a `sample:NAME` that does not ship.
     """
     if not dataset.path.strip():
         raise UserError(
@@ -75,6 +81,9 @@ def locate(dataset: DatasetConfig, folder: Path) -> Location:
         )
     # os.path, unlike pathlib, answers a name that no file system can hold with False.
     root = folder / os.path.expanduser(dataset.path)
+    if dataset.path.startswith(SAMPLE_PREFIX) and not os.path.exists(root):
+        sample = find_sample(dataset.path.removeprefix(SAMPLE_PREFIX))
+        return Location(sample.path, (sample.path,))
     if os.path.isfile(root):
         _reader_of(root)
         return Location(root, (root,))

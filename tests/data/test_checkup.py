@@ -6,7 +6,7 @@ import pytest
 
 from engine.chat.render import LabelRule
 from engine.config import DatasetConfig
-from engine.data.checkup import FEW_ROWS, check, length_statistics
+from engine.data.checkup import FEW_ROWS, check, group_problems, length_statistics
 from tests.data.conftest import chat
 
 
@@ -94,3 +94,34 @@ def test_percentiles_are_lengths_that_occur():
     found = length_statistics(np.arange(1, 101))
     assert (found.p50, found.p95, found.p99, found.max, found.mean) == (50, 95, 99, 100, 50.5)
     assert length_statistics(np.array([], dtype=np.int64)).max == 0
+
+
+def test_lengths_turns_and_questions_are_kept_for_the_plan(write_jsonl, tokenizer):
+    long = chat("what is " + "very " * 400 + "long?")
+    two = {"messages": [*chat("q")["messages"], *chat("r")["messages"]]}
+    found = checked(write_jsonl([chat("q", "a"), two, chat("q", "b"), long]), tokenizer)
+    assert found.tokens.longest_rows[0] == found.tokens.row_length.max
+    assert list(found.tokens.longest_rows) == sorted(found.tokens.longest_rows, reverse=True)
+    assert len(found.tokens.longest_rows) == sum(found.tokens.length_counts) == 4
+    assert found.odd.longest[:2] == (4, 2)
+    assert found.turns == (1, 2)
+    assert found.prompts == ("q",)
+
+
+def test_answers_that_think_or_call_are_counted_by_message(write_jsonl, tokenizer):
+    thinks = chat("q", "a")
+    thinks["messages"][1]["reasoning_content"] = "hm"
+    twice = {"messages": [*thinks["messages"], *thinks["messages"]]}
+    found = checked(write_jsonl([chat("q"), thinks, twice]), tokenizer)
+    assert (found.tokens.thinking_answers, found.tokens.call_answers) == (3, 0)
+
+
+def test_equal_problems_are_one_with_their_rows_the_most_frequent_first(write_jsonl):
+    found = checked(write_jsonl([7, {"messages": []}, chat("q"), {"messages": []}]))
+    first, second = group_problems(found.problems)
+    assert (first["what"], first["count"], first["rows"]) == (
+        "The row has no assistant message.",
+        2,
+        [2, 4],
+    )
+    assert (first["line"], second["count"], second["rows"]) == (2, 1, [1])

@@ -89,6 +89,50 @@ def test_one_process_checks_previews_prepares_and_counts(wizard, tmp_path, write
     assert counted["tokens_by_kind"]["eos"] == 201
 
 
+def test_the_screen_gets_problems_in_groups_and_what_it_labels_with(
+    wizard, tmp_path, write_jsonl, model
+):
+    path = write_jsonl([chat("q", "a"), *([7] * 500), chat("word " * 15_000), *([chat("r")] * 8)])
+    place = {"config": config(path, model), "folder": str(tmp_path)}
+    found = wizard.ask(id=1, request="check", **place)["result"]
+    (group,) = found["problems"]
+    assert (found["bad_rows"], group["count"], len(group["rows"])) == (500, 500, 100)
+
+    shape = wizard.ask(id=2, request="shape", count=1, **place)["result"]
+    assert shape["rows"][0]["messages"] == [["user", "q"], ["assistant", "a"]]
+
+    shown = wizard.ask(id=3, request="preview", row=502, **place)["result"]
+    # A row of 15,000 tokens and its neighbours, but no more than a screen can take at once.
+    assert [row["row"] for row in shown["rows"]] == [*range(502, 511)]
+    assert shown["rows"][0]["stored_kinds"][0] == 0
+    assert shown["first_text_id"] == 1000
+    assert shown["efforts"] == []
+
+
+def test_a_preview_stops_after_many_tokens(wizard, tmp_path, write_jsonl, model):
+    path = write_jsonl([chat("word " * 30_000), chat("q"), chat("q")])
+    place = {"config": config(path, model), "folder": str(tmp_path)}
+    shown = wizard.ask(id=1, request="preview", row=1, **place)["result"]
+    assert [row["row"] for row in shown["rows"]] == [1]
+
+
+def test_an_unchanged_dataset_is_checked_once(wizard, tmp_path, write_jsonl, model):
+    path = write_jsonl([chat("q", "a")])
+    place = {"config": config(path, model), "folder": str(tmp_path)}
+    first = wizard.ask(id=1, request="check", **place)
+    wizard.send(id=2, request="check", **place)
+    assert list(wizard.answers(2)) == [first | {"id": 2}]
+    write_jsonl([chat("q", "a"), chat("q", "b")])
+    assert wizard.ask(id=3, request="check", **place)["result"]["rows"] == 2
+
+
+def test_a_config_that_is_not_allowed_is_a_sentence(wizard, tmp_path):
+    place = {"config": {"base_model": "m", "datasets": [{"path": "\x1b"}]}, "folder": "."}
+    told = wizard.ask(id=1, request="check", **place)["error"]
+    assert told["what"] == "The config does not allow this."
+    assert "holds invisible characters" in told["why"]
+
+
 def test_errors_are_sentences_and_the_process_lives_on(wizard, tmp_path, model):
     place = {"config": config(Path("missing.jsonl"), model), "folder": str(tmp_path)}
     told = wizard.ask(id=1, request="check", **place)["error"]

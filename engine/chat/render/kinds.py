@@ -5,6 +5,7 @@ is then a switch, not a reason to tokenize again. Only numpy is needed here, so 
 reads prepared arrays without a tokenizer.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -83,6 +84,12 @@ def _learned_by_kind(rule: LabelRule) -> NDArray[np.bool_]:
 def learned(kinds: Kinds, rule: LabelRule) -> NDArray[np.bool_]:
     """True for each token that the loss counts."""
     return _learned_by_kind(rule)[kinds]
+
+
+def count_learned(kind_counts: Mapping[int, int], rule: LabelRule) -> int:
+    """Learned tokens among so many of each stored kind."""
+    flags = learned(np.array(list(kind_counts), dtype=np.uint8), rule)
+    return int(np.dot(flags, np.array(list(kind_counts.values()), dtype=np.int64)))
 
 
 def labels(input_ids: Ids, kinds: Kinds, rule: LabelRule) -> NDArray[np.int64]:

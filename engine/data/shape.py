@@ -1,0 +1,137 @@
+"""How a dataset's first rows look: as they are written, as they are understood, in what shape.
+
+It answers "is this the right file?" and "which column is which?" before all rows are read, and
+proposes the mapping of columns that the config can express.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from engine.chat.messages import Conversation, RowFormat, RowProblem, Think, read_row
+from engine.config import DatasetConfig
+from engine.data.sources import iterate_rows
+
+# A raw row is shown, not read to its end.
+_SHOWN_CHARACTERS = 4000
+_NAMES = {
+    "role": ("role", "from", "speaker", "author", "sender"),
+    "content": ("content", "value", "text", "message", "body"),
+    "thinking": ("reasoning_content", "reasoning", "thinking", "thoughts", "thought", "rationale"),
+}
+"""Our property -> the keys that are usual for it, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstRow:
+    """One row: its text, and (role, text) of each message or the sentences of its problem."""
+
+    line: int
+    file: str
+    raw: str
+    messages: tuple[tuple[str, str], ...]
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the first rows have in common.
+
+    `lists` maps each column that holds a list of objects to the keys of those objects; `proposed`
+    is the mapping of `propose_mapping` for them.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    lists: dict[str, tuple[str, ...]]
+    proposed: dict[str, str]
+    rows: tuple[FirstRow, ...]
+
+
+def read_shape(dataset: DatasetConfig, folder: Path, count: int) -> Shape:
+    """The shape of the first `count` rows. Raises what `iterate_rows` raises."""
+    row_format = RowFormat.from_config(dataset)
+    columns: dict[str, None] = {}
+    lists: dict[str, dict[str, None]] = {}
+    rows = []
+    for source in islice(iterate_rows(dataset, folder), count):
+        raw: Mapping[str, object] = source.row or {}
+        columns.update(dict.fromkeys(raw))
+        for column, keys in _lists(raw):
+            lists.setdefault(column, {}).update(dict.fromkeys(keys))
+        text = json.dumps(source.row, ensure_ascii=False, default=str)[:_SHOWN_CHARACTERS]
+        messages, problem = _understand(raw, row_format, source.problem)
+        rows.append(FirstRow(source.line, source.file, text, messages, problem))
+    found = {column: tuple(keys) for column, keys in lists.items()}
+    return Shape(
+        _title(dataset, tuple(columns), found),
+        tuple(columns),
+        found,
+        propose_mapping(found),
+        tuple(rows),
+    )
+
+
+def propose_mapping(lists: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """`field_messages`, `role`, `content` and `thinking` by the usual names; absent if unknown.
+
+    `lists` as in `Shape`: the first column whose messages have a role and a content is taken.
+    """
+    for column, keys in lists.items():
+        found = {
+            name: next((key for key in usual if key in keys), None)
+            for name, usual in _NAMES.items()
+        }
+        if found["role"] and found["content"]:
+            return {"field_messages": column, **{k: key for k, key in found.items() if key}}
+    return {}
+
+
+def _understand(
+    row: Mapping[str, object], row_format: RowFormat, problem: RowProblem | None
+) -> tuple[tuple[tuple[str, str], ...], str | None]:
+    if problem is None:
+        try:
+            return tuple(_messages(read_row(row, row_format))), None
+        except RowProblem as found:
+            problem = found
+    return (), str(problem)
+
+
+def _messages(conversation: Conversation) -> Iterator[tuple[str, str]]:
+    for message in conversation.messages:
+        parts = () if isinstance(message.content, str) else message.content
+        for part in parts:
+            yield ("think" if isinstance(part, Think) else message.role), part.text
+        if isinstance(message.content, str) and (message.content or not message.tool_calls):
+            yield message.role, message.content
+        for call in message.tool_calls:
+            yield "call", f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}"
+
+
+def _lists(row: Mapping[str, object]) -> Iterator[tuple[str, list[str]]]:
+    """The columns that hold a list of objects, as a list or as the JSON text of one."""
+    for column, value in row.items():
+        if isinstance(value, str) and value.lstrip().startswith("[{"):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                continue
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            yield column, list(dict.fromkeys(key for each in value for key in each))
+
+
+def _title(
+    dataset: DatasetConfig, columns: Sequence[str], lists: Mapping[str, Sequence[str]]
+) -> str:
+    if dataset.message_property_mappings:
+        return f"{dataset.field_messages} ({', '.join(dataset.message_property_mappings.values())})"
+    for column in (dataset.field_messages, "conversations", "conversation"):
+        if column in lists:
+            keys = lists[column]
+            if "from" in keys and "value" in keys:
+                return f"ShareGPT turns in {column}"
+            return f"chat messages in {column}"
+    return f"columns {', '.join(columns[:6])}" if columns else "no columns"
