@@ -19,8 +19,8 @@ from engine.plan import Device, Prospect, best_device, device_document, gib, sur
 AsJson = Annotated[bool, Parameter("--json", negative="")]
 
 _HEADINGS = ("name", "size", "active", "context", "reads", "thinks", "licence")
-_PLANNED_HEADINGS = ("name", "size", "verdict", "needs", "method", "sequence_len", "at once")
-_NUMBERS = {"size", "active", "context", "needs", "sequence_len", "at once"}
+_PLANNED_HEADINGS = ("name", "size", "verdict", "needs", "method", "length", "at once")
+_NUMBERS = {"size", "active", "context", "needs", "length", "at once"}
 _LEGEND = """
 size: all parameters, computed from the shapes; active: those that one text
 token uses. thinks: between [THINK] tokens; between <think> tags that are plain
@@ -113,7 +113,7 @@ def show_planned(planned: Sequence[Prospect], device: Device) -> str:
     return (
         f"{device.name} can give {gib(device.can_give_bytes)}\n"
         + _table(_PLANNED_HEADINGS, rows)
-        + "\n\nat once: tokens in one forward pass."
+        + "\n\nlength: tokens of a sequence; at once: tokens in one forward pass."
         + (f"\nPlanned, and not trained yet: {', '.join(waiting)}." if waiting else "")
     )
 

@@ -242,11 +242,11 @@ def _estimate_lines(needs: Estimate, device: Device) -> list[str]:
     return [
         headline(needs, device),
         *_count_lines(device),
-        *(f"  {name:<{width}}  {_size(size):>10}" for name, size in sizes.items()),
+        *(f"  {name:<{width}}  {gib(size):>10}" for name, size in sizes.items()),
         f"{needs.tokens_at_once:,} tokens at once; {needs.trainable_parameters:,} of"
         f" {needs.total_parameters:,} parameters move ({share:.2%})",
         *(f"adapter on {count} modules by {entry}" for entry, count in needs.targets.items()),
-        f"this computer: {gib(needs.host_bytes)} of memory, {_size(needs.disk_bytes)} of disk",
+        f"this computer: {gib(needs.host_bytes)} of memory, {gib(needs.disk_bytes)} of disk",
     ]
 
 
@@ -256,21 +256,17 @@ def _count_lines(device: Device) -> list[str]:
     return [f"· there are {device.count} of them; a run uses one so far"]
 
 
-def _size(size: int) -> str:
-    return gib(size) if size >= 2**28 else f"{size / 2**20:,.1f} MiB"
-
-
 def _reasons(advice: Recommendation) -> dict[str, str]:
     return {key: reason for key, reason in advice.reasons.items() if key != "datasets"}
 
 
 def _fixed_values(model: str, changes: tuple[str, ...]) -> dict[str, object]:
-    """The values of `key=value` changes, checked as in a config."""
+    """The values of `key=value` changes, checked as in a config; `adapter=` is a full fine-tune."""
     if not changes:
         return {}
-    plain = RunConfig(base_model=model)
-    kept = override(plain, changes)
-    return {key: getattr(kept, key) for key in kept.model_fields_set - plain.model_fields_set}
+    kept = override(RunConfig(base_model=model), changes)
+    unset = {change.partition("=")[0] for change in changes} & set(RunConfig.model_fields)
+    return {key: getattr(kept, key) for key in (kept.model_fields_set | unset) - {"base_model"}}
 
 
 def _value(value: object) -> str:

@@ -5,7 +5,7 @@ from what changes no result, over what costs time and capacity, to what costs da
 them is something that the trainer does.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from engine.catalog import Architecture
@@ -33,16 +33,19 @@ def make_fit(
     architecture: Architecture,
     device: Device,
     statistics: Statistics | None = None,
+    *,
+    keep: Container[str] = (),
 ) -> tuple[Alternative, ...]:
     """The rungs from the top to the first that fits; all of them where none does.
 
     Each stands on those above it: its changes hold theirs too. Empty where the config fits already.
+    No rung changes a key of `keep`.
     """
     taken: Mapping[str, object] = {}
     found: list[Alternative] = []
     needed = estimate(config, architecture, device, statistics)
     while needed.verdict != "fits":
-        rung = _next_rung(config, taken, needed, architecture, device, statistics)
+        rung = _next_rung(config, taken, needed, architecture, device, statistics, keep)
         if rung is None:
             break
         taken, needed = rung.changes, rung.estimate
@@ -57,9 +60,12 @@ def _next_rung(
     architecture: Architecture,
     device: Device,
     statistics: Statistics | None,
+    keep: Container[str],
 ) -> Alternative | None:
     """The first change beyond `taken` that saves anything."""
     for name, changes, trade in _rungs(changed(config, taken), device, statistics):
+        if any(key in keep for key in changes):
+            continue
         trial = {**taken, **changes}
         now = estimate(changed(config, trial), architecture, device, statistics)
         if now.device_bytes < needed.device_bytes:
@@ -129,11 +135,15 @@ def _rungs(config: RunConfig, device: Device, statistics: Statistics | None) -> 
 
 
 def _others(config: RunConfig) -> Iterator[_Change]:
+    # What goes with a full fine-tune and with no adapter.
+    back: dict[str, object] = {"unfrozen_parameters": None} if config.unfrozen_parameters else {}
+    if not (config.lora_target_linear or config.lora_target_modules):
+        back["lora_target_linear"] = True
     if config.adapter != "qlora":
-        four_bit = {"adapter": "qlora", "load_in_4bit": True}
+        four_bit = {"adapter": "qlora", "load_in_4bit": True, **back}
         yield "qlora", four_bit, "least memory; 4-bit weights are a little less exact"
     if config.adapter != "lora" and not config.quantize_moe_experts:
-        plain = {"adapter": "lora", "load_in_4bit": False}
+        plain = {"adapter": "lora", "load_in_4bit": False, **back}
         yield "lora", plain, "exact weights, an adapter beside them"
     if config.adapter is not None and not config.quantize_moe_experts:
         whole = {

@@ -224,8 +224,7 @@ def _mask_bytes(config: RunConfig, tokens: int) -> int:
     """
     if not config.sample_packing or (config.attn_implementation or "").startswith("flash"):
         return 0
-    row = tokens // config.micro_batch_size
-    return 3 * config.micro_batch_size * row * row
+    return 3 * tokens * min(config.sequence_len, tokens)
 
 
 def _spread(config: RunConfig, table: ModuleTable) -> float:

@@ -15,10 +15,10 @@ from engine.config import DatasetConfig, read_config
 _REASON = re.compile(r"^(\w+):[^#\n]*#\s*(.+)$", re.MULTILINE)
 
 _OF_THE_MODEL = (
-    *("adapter", "lora_r", "lora_alpha", "lora_target_linear", "optimizer", "learning_rate"),
+    *("lora_r", "lora_alpha", "lora_target_linear", "optimizer", "learning_rate"),
     *("lr_scheduler", "cosine_min_lr_ratio", "adam_beta2", "weight_decay", "bf16"),
 )
-"""Keys that suit the model whatever it learns."""
+"""Keys that suit the model whatever it learns; whether 4 bits are needed is memory's to say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from engine.config import DatasetConfig, RunConfig
 from engine.errors import UserError
 from engine.plan.attention import Attention, choose_attention
 from engine.plan.device import GIB, Device
-from engine.plan.ladder import Alternative, list_alternatives
+from engine.plan.ladder import Alternative, list_alternatives, make_fit
 from engine.plan.limits import Goal, refuse_goal, why_not_trained
 from engine.plan.memory import Estimate, estimate
 from engine.plan.recipe import Recipe, find_recipe
@@ -32,6 +32,17 @@ UPDATES_AN_EPOCH = 30
 """Fewer leave the learning rate no room to fall."""
 LARGE_MODEL = 70 * 10**9
 CHECKPOINTED_MODEL = 10**9
+
+_EITHER_OR = (
+    {"warmup_ratio", "warmup_steps"},
+    {"saves_per_epoch", "save_steps", "save_strategy"},
+    {"evals_per_epoch", "eval_steps", "eval_strategy"},
+    {"val_set_size", "test_datasets"},
+    {"lora_target_linear", "lora_target_modules"},
+    {"gradient_accumulation_steps", "batch_size"},
+)
+"""Keys that say the same thing in other ways: where the person chose one, none is advised."""
+_RANKS = {"does not fit": 0, "tight": 1, "fits": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,34 +94,62 @@ def _recommend(
     dataset: DatasetConfig | None,
     fixed: dict[str, object],
 ) -> Recommendation:
-    choice = _Choice(architecture, device, statistics, dataset, fixed)
-    recipe = find_recipe(architecture, dataset)
-    if recipe is None or not recipe.whole:
-        choice.method()
-        choice.rows()
-        choice.adapter()
-        choice.batch()
-        choice.optimization()
-        choice.habits()
-    if recipe is not None:
-        choice.follow(recipe)
+    choice = _choose(architecture, device, statistics, dataset, _with_method(fixed))
+    free = _choose(architecture, device, statistics, dataset, {}) if fixed else choice
     config = choice.config()
-    reasons = dict(choice.reasons)
-    for key, value in choice.fixed.items():
-        if key in choice.values and choice.values[key] != value:
-            advised, why = choice.values[key], choice.reasons[key]
-            reasons[key] = f"yours (recommended {_word(advised)}: {why})"
-        else:
-            reasons.setdefault(key, "yours")
+    reasons = {key: _own_reason(free, key, value) for key, value in choice.fixed.items()}
     return Recommendation(
         config=config,
-        reasons=reasons,
-        recommended=dict(choice.values),
+        reasons={**choice.reasons, **reasons},
+        recommended=dict(free.values),
         estimate=estimate(config, architecture, device, statistics),
         alternatives=list_alternatives(config, architecture, device, statistics),
         attention=choice.attention,
         not_trained=why_not_trained(architecture),
     )
+
+
+def _with_method(fixed: dict[str, object]) -> dict[str, object]:
+    """`fixed` with the adapter and the precision that follow from one another."""
+    method: dict[str, object] = {}
+    if "load_in_4bit" in fixed:
+        method["adapter"] = "qlora" if fixed["load_in_4bit"] else "lora"
+    if fixed.get("unfrozen_parameters"):
+        method["adapter"] = None
+    fixed = {**method, **fixed}
+    return {"load_in_4bit": fixed["adapter"] == "qlora", **fixed} if "adapter" in fixed else fixed
+
+
+def _choose(
+    architecture: Architecture,
+    device: Device,
+    statistics: Statistics | None,
+    dataset: DatasetConfig | None,
+    fixed: dict[str, object],
+) -> "_Choice":
+    choice = _Choice(architecture, device, statistics, dataset, fixed)
+    recipe = find_recipe(architecture, dataset)
+    if recipe is None or not recipe.whole:
+        choice.habits()
+        choice.method()
+        choice.rows()
+        choice.adapter()
+        choice.batch()
+        choice.optimization()
+    if recipe is not None:
+        choice.follow(recipe)
+    choice.fit()
+    return choice
+
+
+def _own_reason(free: "_Choice", key: str, value: object) -> str:
+    """Of a value that the person chose, beside what would have been advised."""
+    if key not in free.values:
+        return "yours"
+    advised, why = free.values[key], free.reasons[key]
+    if advised == value:
+        return f"yours, as recommended: {why}"
+    return f"yours (recommended {_word(advised)}: {why})"
 
 
 def _word(value: object) -> str:
@@ -121,8 +160,8 @@ def _word(value: object) -> str:
 
 
 def gib(size: int) -> str:
-    """A size as people say it: 19.8 GiB."""
-    return f"{size / GIB:,.1f} GiB"
+    """A size as people say it: 19.8 GiB, and MiB below a quarter of one."""
+    return f"{size / GIB:,.1f} GiB" if abs(size) >= GIB // 4 else f"{size / 2**20:,.1f} MiB"
 
 
 @dataclass(slots=True)
@@ -143,14 +182,15 @@ class _Choice:
         return choose_attention(self.device, text.get("head_dim"))
 
     def put(self, key: str, value: object, reason: str) -> None:
-        self.values[key], self.reasons[key] = value, reason
+        """Advise a value, unless the person chose it or said the same in another way."""
+        said = {other for group in _EITHER_OR if key in group for other in group}
+        if key not in self.fixed and not any(self.fixed.get(other) for other in said):
+            self.values[key], self.reasons[key] = value, reason
 
     def config(self, **trial: object) -> RunConfig:
         """The config of the values so far, with `trial` in place of some and `fixed` over all."""
         data = {"datasets": [self.dataset]} if self.dataset else {}
         chosen = {**self.values, **trial, **self.fixed}
-        if "adapter" in self.fixed and "load_in_4bit" not in self.fixed:
-            chosen["load_in_4bit"] = self.fixed["adapter"] == "qlora"
         return RunConfig.model_validate({"base_model": self.architecture.name, **data, **chosen})
 
     def needs(self, **trial: object) -> Estimate:
@@ -177,20 +217,26 @@ class _Choice:
             "gradient_checkpointing": True,
             "optimizer": "adamw_bnb_8bit",
         }
+        four_bit: dict[str, Any] = {"adapter": "qlora", "load_in_4bit": True}
+        if self._has_experts() and self.fixed.get("adapter", "qlora") == "qlora":
+            self.put("lora_target_modules", self._module_endings(), "attention and shared experts")
+            four_bit["quantize_moe_experts"] = True
+        if "adapter" in self.fixed:
+            if self.fixed["adapter"] == "qlora" and self._has_experts():
+                self.put("quantize_moe_experts", True, "experts are most of the model")
+            return
         whole = self.needs(adapter="lora", **small)
-        four_bit = self.needs(adapter="qlora", load_in_4bit=True, **small)
+        packed = self.needs(**four_bit, **small)
         if whole.verdict == "fits" and not self._has_experts():
-            reason = (
-                f"fits: 4-bit weights would save {gib(whole.device_bytes - four_bit.device_bytes)}"
-            )
-            self.put("adapter", "lora", f"{reason} and are a little less exact")
+            saved = gib(whole.device_bytes - packed.device_bytes)
+            reason = f"fits: 4-bit weights would save {saved} and are a little less exact"
+            self.put("adapter", "lora", reason)
             return
         reason = f"16-bit weights would need {gib(whole.device_bytes)}"
         self.put("adapter", "qlora", f"{reason}, this card can give {gib(whole.can_give_bytes)}")
-        self.put("load_in_4bit", True, f"weights in 4 bits: {gib(four_bit.device_bytes)} in all")
+        self.put("load_in_4bit", True, f"weights in 4 bits: {gib(packed.device_bytes)} in all")
         if self._has_experts():
             self.put("quantize_moe_experts", True, "experts are most of the model")
-            self.put("lora_target_modules", self._module_endings(), "attention and shared experts")
 
     def rows(self) -> None:
         """How long a sequence is, and whether rows share one."""
@@ -270,7 +316,7 @@ class _Choice:
     def habits(self) -> None:
         """What is held out, saved and asked."""
         known = self.statistics
-        if known and known.usable_rows >= 40:
+        if known and (known.usable_rows >= 40 or self.fixed.get("eval_steps")):
             share = 0.05 if known.usable_rows >= 1000 else 0.1
             held = round(known.usable_rows * share)
             self.put("val_set_size", share, f"{held:,} rows are held out, to see memorising")
@@ -287,6 +333,21 @@ class _Choice:
             self.put("sample_prompts", known.prompts[:3], "answered before, during and after")
         if self.device.kind == "cuda" and not self.device.planned:
             self.put("attn_implementation", self.attention.backend, self.attention.reason)
+
+    def fit(self) -> None:
+        """Take the rungs that lead to a better verdict; none changes what the person chose."""
+        needed = self.needs()
+        rungs = make_fit(
+            self.config(), self.architecture, self.device, self.statistics, keep=self.fixed
+        )
+        if not rungs or _RANKS[rungs[-1].estimate.verdict] <= _RANKS[needed.verdict]:
+            return
+        for rung in rungs:
+            for key, value in rung.changes.items():
+                if self.values.get(key) != value:
+                    without = gib(needed.device_bytes)
+                    self.put(key, value, f"{rung.trade}; without it {without} would be needed")
+            needed = rung.estimate
 
     def _sequence_len(self) -> tuple[int, str]:
         most = self.architecture.card.context_tokens if self.architecture.card else 2**18

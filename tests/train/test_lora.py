@@ -10,16 +10,16 @@ import torch
 
 from engine.catalog import linear_targets, list_models, module_table, read_architecture
 from engine.errors import UserError
+from engine.plan.targets import choose_targets
 from engine.train.batches import Order, Rows
-from engine.train.lora import as_expression, attach_lora, choose_targets, choose_trained
-from engine.train.model import Base, Model, load_base
+from engine.train.lora import as_expression, attach_lora, choose_trained
+from engine.train.model import Base, Model, hidden_states, load_base
 from tests.train.tiny import ARCHITECTURES, MINISTRAL3, settings, training, with_vision, write_model
 
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TABLES = {name: module_table(config) for name, config in ARCHITECTURES.items()} | {
     card.name: module_table(card.config) for card in list_models()
 }
-EYES = ("vision", "projector", "lm_head", "embed")
 
 
 def adapted(model: Model) -> set[str]:
@@ -33,63 +33,11 @@ def loaded(folder: Path, **keys: Any) -> Base:
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
-class TestTargets:
-    def test_without_a_wish_every_linear_of_the_language_model(self, table: Any) -> None:
-        targets = choose_targets(table, settings(adapter="lora"))
-        assert targets == linear_targets(table)
-        assert not [name for name in targets if any(word in name for word in EYES)]
-
-    @pytest.mark.parametrize("leaves", [["o_proj"], ["o_proj", "down_proj"]])
-    def test_a_list_means_ends_of_names(self, table: Any, leaves: list[str]) -> None:
-        config = settings(adapter="lora", lora_target_modules=leaves)
-        targets = choose_targets(table, config)
-        wanted = [n for n in linear_targets(table) if n.rpartition(".")[2] in leaves]
-        assert sorted(targets) == sorted(wanted)
-        assert len(set(targets)) == len(targets)
-
-    @pytest.mark.parametrize("expression", [r".*\.o_proj", r".*layers\.0\..*", ".*"])
-    def test_an_expression_means_whole_names_and_does_not_reach_the_eyes(
-        self, table: Any, expression: str
-    ) -> None:
-        config = settings(adapter="lora", lora_target_modules=expression)
-        targets = choose_targets(table, config)
-        assert targets
-        assert set(targets) <= set(linear_targets(table))
-
-    @pytest.mark.parametrize(
-        "wish",
-        [
-            ["q_proj_typo"],
-            ["o_proj", "query"],
-            ["proj"],  # an end of a word is no end of a name
-            ["vision_tower.transformer.layers.0.attention.o_proj"],
-            ["lm_head"],
-            "q_proj",  # an expression has to match the whole name
-            r".*vision_tower.*",
-        ],
-        ids=str,
-    )
-    def test_a_wish_that_matches_nothing_is_refused(self, table: Any, wish: Any) -> None:
-        config = settings(adapter="lora", lora_target_modules=wish)
-        with pytest.raises(UserError, match="matches no module") as caught:
-            choose_targets(table, config)
-        assert "o_proj" in caught.value.why
-
-    def test_all_linears_may_be_joined_to_a_wish(self, table: Any) -> None:
-        config = settings(adapter="lora", lora_target_modules=["o_proj"], lora_target_linear=True)
-        targets = choose_targets(table, config)
-        assert sorted(targets) == sorted(linear_targets(table))
-
-    def test_no_target_at_all_is_refused(self, table: Any) -> None:
-        config = settings(adapter="lora").model_copy(update={"lora_target_linear": False})
-        with pytest.raises(UserError, match="no module at all"):
-            choose_targets(table, config)
-
-    def test_the_expression_for_all_layers_covers_them_and_nothing_else(self, table: Any) -> None:
-        targets = linear_targets(table)
-        expression = re.compile(as_expression(targets))
-        everything = [p.module for p in table.parameters if p.quantizable]
-        assert tuple(name for name in everything if expression.fullmatch(name)) == targets
+def test_the_expression_for_all_layers_covers_them_and_nothing_else(table: Any) -> None:
+    targets = linear_targets(table)
+    expression = re.compile(as_expression(targets))
+    everything = [p.module for p in table.parameters if p.quantizable]
+    assert tuple(name for name in everything if expression.fullmatch(name)) == targets
 
 
 @pytest.mark.parametrize(
@@ -193,3 +141,28 @@ class TestWhatMoves:
         config = settings(ministral, unfrozen_parameters=["lm_head", "layers.1"])
         with pytest.raises(UserError, match=r"layers\.1 matches no parameter"):
             choose_trained(loaded(ministral).model, config)
+
+
+class TestWhatTheAdapterReads:
+    """A wide copy of each adapted layer's input would be kept for the backward pass."""
+
+    @staticmethod
+    def read_types(folder: Path, **keys: Any) -> set[torch.dtype]:
+        config = settings(folder, adapter="lora", **keys)
+        model = attach_lora(loaded(folder, **keys).model, read_architecture(folder), config)
+        found: set[torch.dtype] = set()
+        for name, module in model.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_pre_hook(lambda _, args: found.add(args[0].dtype))
+        ids = torch.arange(8)[None]
+        states = hidden_states(model, {"input_ids": ids, "position_ids": ids})
+        states.float().sum().backward()
+        moving = [p for p in model.parameters() if p.requires_grad]
+        assert {p.grad.dtype for p in moving if p.grad is not None} == {torch.float32}
+        return found
+
+    def test_a_bfloat16_base_hands_its_states_on_as_they_are(self, any_model: Path) -> None:
+        assert self.read_types(any_model, bf16=True) == {torch.bfloat16}
+
+    def test_a_float32_base_stays_exact(self, any_model: Path) -> None:
+        assert self.read_types(any_model, bf16=False) == {torch.float32}

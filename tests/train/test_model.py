@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from engine.errors import UserError
-from engine.train.model import head_of, load_base, pick_device, pick_dtype
+from engine.train.model import (
+    half_precision,
+    head_of,
+    hidden_states,
+    load_base,
+    pick_device,
+    pick_dtype,
+)
 from tests.train.tiny import (
     ARCHITECTURES,
     MINISTRAL3,
@@ -165,3 +172,26 @@ class TestWhoChoosesTheKernels:
     def test_the_run_does(self, ministral: Path) -> None:
         model = load_base(ministral, settings(ministral, attn_implementation="eager")).model
         assert model.config._attn_implementation == "eager"
+
+
+class TestHalfPrecision:
+    @pytest.mark.parametrize(
+        ("keys", "dtype"),
+        [
+            ({"bf16": True}, torch.bfloat16),
+            ({"bf16": False}, torch.float32),
+            ({"bf16": False, "adapter": "qlora", "load_in_4bit": True}, torch.float32),
+            ({"bf16": True, "adapter": "qlora", "load_in_4bit": True}, torch.bfloat16),
+        ],
+        ids=str,
+    )
+    def test_products_are_as_wide_as_the_base(
+        self, any_model: Path, keys: dict[str, Any], dtype: torch.dtype
+    ) -> None:
+        model = load_base(any_model, settings(any_model, **keys)).model
+        wide = torch.ones(2, 2)
+        with half_precision(model):
+            assert (wide @ wide).dtype == dtype
+        assert (wide @ wide).dtype == torch.float32
+        ids = torch.arange(8)[None]
+        assert hidden_states(model, {"input_ids": ids, "position_ids": ids}).dtype == dtype

@@ -1,0 +1,145 @@
+"""What makes a plan fit: rung by rung, each of them something that the trainer does."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import require_supported
+from engine.plan import changed, estimate, list_alternatives, make_fit, recommend
+from tests.plan.machines import card, config, cpu, dataset, model, sized
+
+BIG: dict[str, Any] = {
+    "adapter": "lora",
+    "lora_r": 64,
+    "sequence_len": 8192,
+    "micro_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "sample_packing": True,
+    "gradient_checkpointing": False,
+}
+SMALL = model("ministral-3-3b")
+LARGE = model("magistral-small-2509")
+
+
+def test_a_config_that_fits_needs_no_rung() -> None:
+    assert make_fit(config(), SMALL, card("H200")) == ()
+
+
+@pytest.mark.parametrize("gigabytes", ["16 GB", "24 GB"])
+def test_rungs_lead_a_24b_model_down_to_a_small_card(gigabytes: str) -> None:
+    device = card(gigabytes)
+    rungs = make_fit(config(**BIG), LARGE, device)
+    names = [rung.name for rung in rungs]
+    # What changes no result first, what costs data last.
+    assert names[:4] == [
+        "micro_batch_size 1, accumulation 8",
+        "gradient_checkpointing",
+        "8-bit optimizer",
+        "qlora",
+    ]
+    assert (rungs[-1].estimate.verdict == "fits") == (gigabytes == "24 GB")
+    assert (names[-1] == "sequence_len 512") == (gigabytes == "16 GB")
+
+
+def test_no_rung_is_taken_beyond_the_first_that_fits() -> None:
+    rungs = make_fit(config(**BIG), LARGE, card("24 GB"))
+    assert [rung.estimate.verdict == "fits" for rung in rungs] == [False] * (len(rungs) - 1) + [
+        True
+    ]
+
+
+def test_what_a_person_wants_to_keep_is_on_no_rung() -> None:
+    keep = {"adapter", "sequence_len"}
+    rungs = make_fit(config(**BIG), LARGE, card("24 GB"), keep=keep)
+    assert rungs
+    assert all(keep.isdisjoint(rung.changes) for rung in rungs)
+
+
+def test_a_cpu_is_offered_no_optimizer_of_a_gpu() -> None:
+    rungs = make_fit(config(**BIG), LARGE, cpu(8))
+    assert rungs[-1].estimate.verdict == "does not fit"
+    assert "optimizer" not in rungs[-1].changes
+
+
+def test_a_shorter_sequence_says_how_many_rows_it_costs() -> None:
+    rows = dataset(500, 300, 3000)
+    whole = config(adapter="qlora", lora_r=8, sequence_len=4096, optimizer="paged_adamw_8bit")
+    rungs = make_fit(whole, SMALL, sized(1), rows)
+    costs = {rung.changes["sequence_len"]: rung.trade for rung in rungs if rung.name[0] == "s"}
+    # Longest rows are 3000, 2990, 2980, ...
+    assert costs[2048] == "96 longer rows are left out"
+    assert costs[1024] == "198 longer rows are left out"
+    assert make_fit(whole, SMALL, sized(1))[-1].trade == "longer rows are left out"
+
+
+CONFIGS = st.fixed_dictionaries(
+    {
+        "adapter": st.sampled_from(["lora", "qlora", None]),
+        "lora_r": st.sampled_from([4, 8, 16, 48, 128]),
+        "sequence_len": st.sampled_from([300, 512, 2048, 16_000]),
+        "micro_batch_size": st.sampled_from([1, 2, 8]),
+        "sample_packing": st.booleans(),
+        "gradient_checkpointing": st.booleans(),
+        "optimizer": st.sampled_from(["adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"]),
+    }
+)
+DEVICES = st.sampled_from([sized(2), sized(8), sized(23), sized(80), cpu(12)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(CONFIGS, DEVICES, st.sampled_from([SMALL, LARGE]))
+def test_every_rung_saves_and_holds_those_above_it(
+    keys: dict[str, Any], device: Any, architecture: Any
+) -> None:
+    own = config(**keys)
+    start = estimate(own, architecture, device)
+    rungs = make_fit(own, architecture, device)
+    assert start.verdict != "fits" or rungs == ()
+    needed, held = start.device_bytes, set()
+    for rung in rungs:
+        assert rung.estimate.device_bytes < needed
+        assert held <= set(rung.changes)
+        needed, held = rung.estimate.device_bytes, set(rung.changes)
+        made = changed(own, rung.changes)
+        assert estimate(made, architecture, device) == rung.estimate
+        require_supported(made)
+        assert rung.trade
+    if rungs:
+        # All are exhausted, or the last one fits.
+        fits = rungs[-1].estimate.verdict == "fits"
+        assert fits or make_fit(changed(own, rungs[-1].changes), architecture, device) == ()
+
+
+@settings(max_examples=40, deadline=None)
+@given(CONFIGS)
+def test_an_alternative_is_the_same_plan_with_its_changes(keys: dict[str, Any]) -> None:
+    own, device = config(**keys), card("24 GB")
+    others = list_alternatives(own, SMALL, device)
+    assert {"qlora", "lora", "full"} - {own.adapter or "full"} <= {o.name for o in others}
+    assert (own.adapter or "full") not in {o.name for o in others}
+    for other in others:
+        made = changed(own, other.changes)
+        assert estimate(made, SMALL, device) == other.estimate
+        require_supported(made)
+        assert all(getattr(made, key) == value for key, value in other.changes.items())
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_from_a_full_fine_tune_one_can_go_to_an_adapter(method: str) -> None:
+    whole = config(adapter=None, lora_target_linear=False, unfrozen_parameters=["lm_head"])
+    (other,) = [o for o in list_alternatives(whole, SMALL, card("H200")) if o.name == method]
+    made = changed(whole, other.changes)
+    assert made.lora_target_linear
+    assert made.unfrozen_parameters is None
+
+
+def test_alternatives_of_a_recommendation_can_be_taken_one_after_another() -> None:
+    device = card("RTX 4090")
+    fixed: dict[str, object] = {}
+    for name in ("full", "qlora", "full", "lora"):
+        advice = recommend(SMALL, device, fixed=fixed)
+        (other,) = [o for o in advice.alternatives if o.name == name]
+        fixed |= other.changes
+        assert (recommend(SMALL, device, fixed=fixed).config.adapter or "full") == name

@@ -1,0 +1,236 @@
+"""The estimate against published figures, its verdicts, and what must hold for any config."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.plan import GIB, Estimate, estimate
+from engine.plan.memory import NF4_BYTES, TIGHT_BYTES, judge
+from tests.plan.machines import card, config, cpu, dataset, model, sized
+
+H200 = card("H200")
+AXOLOTL: dict[str, Any] = {
+    "adapter": "qlora",
+    "lora_r": 32,
+    "sequence_len": 2048,
+    "micro_batch_size": 2,
+    "sample_packing": True,
+    "gradient_checkpointing": True,
+    "optimizer": "adamw_bnb_8bit",
+    "attn_implementation": "flash_attention_2",
+}
+# Axolotl's example READMEs, examples/..., each with its config beside it.
+PUBLISHED = [
+    ("magistral/think", "magistral-small-2507", 19.1, {"lora_dropout": 0.05}),
+    ("ministral3/think", "ministral-3-3b", 4.76, {"lora_dropout": 0.05}),
+    ("mistral-medium-3_5", "mistral-medium-3.5", 83.1, {}),
+    (
+        "mistral4, text, without experts",
+        "mistral-small-4",
+        69.0,
+        {
+            "lora_dropout": 0.05,
+            "micro_batch_size": 1,
+            "quantize_moe_experts": True,
+            "lora_target_modules": ["o_proj"],
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "gibibytes", "keys"), [row[1:] for row in PUBLISHED], ids=[row[0] for row in PUBLISHED]
+)
+def test_a_published_peak_lies_in_the_range(
+    name: str, gibibytes: float, keys: dict[str, Any]
+) -> None:
+    architecture = model(name)
+    found = estimate(config(**AXOLOTL | keys), architecture, H200)
+    low, high = found.range_bytes
+    # Axolotl also puts the vision tower's matrices into 4 bits; our trainer keeps them.
+    seen = ("vision", "projector")
+    matrices = sum(p.count for p in architecture.table.parameters if p.group in seen)
+    matrices = matrices if found.parts.get("vision") else 0
+    saved = matrices * (2 - NF4_BYTES)
+    assert low - saved <= gibibytes * GIB <= high - saved
+    assert found.parts.get("vision", 0) == 2 * matrices
+
+
+@pytest.mark.parametrize(
+    ("spare", "verdict"),
+    [
+        (-1, "does not fit"),
+        (0, "tight"),
+        (TIGHT_BYTES - 1, "tight"),
+        (TIGHT_BYTES, "fits"),
+        (10 * TIGHT_BYTES, "fits"),
+    ],
+)
+def test_the_verdict_follows_from_what_is_to_spare(spare: int, verdict: str) -> None:
+    assert judge(8 * GIB, 8 * GIB + spare) == verdict
+
+
+def test_spare_is_what_the_device_could_give_beyond() -> None:
+    found = estimate(config(), model("ministral-3-3b"), sized(12))
+    assert found.spare_bytes == 12 * GIB - found.device_bytes
+    assert found.verdict == judge(found.device_bytes, 12 * GIB)
+    assert found.can_give_bytes == 12 * GIB
+
+
+def test_a_card_holds_more_than_the_tensors() -> None:
+    found = estimate(config(), model("ministral-3-3b"), sized(12))
+    assert found.device_bytes == int(found.peak_allocated_bytes * 1.03) + int(0.55 * GIB)
+
+
+def test_on_a_cpu_the_memory_is_the_computers() -> None:
+    found = estimate(config(), model("ministral-3-3b"), cpu(64))
+    assert found.host_bytes == found.device_bytes > found.peak_allocated_bytes
+
+
+def test_packed_rows_need_a_mask_unless_flash_attention_cuts_them() -> None:
+    needs = {
+        name: estimate(
+            config(sample_packing=packed, sequence_len=4096, attn_implementation=backend),
+            model("ministral-3-3b"),
+            H200,
+        ).parts
+        for name, packed, backend in [
+            ("torch", True, "sdpa"),
+            ("flash", True, "flash_attention_2"),
+            ("apart", False, "sdpa"),
+        ]
+    }
+    assert needs["torch"]["mask"] == 3 * 4096**2
+    assert "mask" not in needs["flash"]
+    assert "mask" not in needs["apart"]
+    assert needs["torch"]["activations"] == needs["flash"]["activations"]
+
+
+def test_a_batch_beyond_the_rows_needs_no_smaller_mask() -> None:
+    rows = dataset(20, 60, 200)
+    masks = [
+        estimate(
+            config(sample_packing=True, sequence_len=300, micro_batch_size=size),
+            model("ministral-3-3b"),
+            H200,
+            rows,
+        ).parts["mask"]
+        for size in (2, 4, 80)
+    ]
+    assert masks == [3 * 600 * 300, 3 * 1200 * 300, 3 * 1200 * 300]
+
+
+def test_rows_that_are_known_to_be_short_need_less() -> None:
+    long = config(sequence_len=8192, sample_packing=False)
+    unknown = estimate(long, model("ministral-3-3b"), H200)
+    known = estimate(long, model("ministral-3-3b"), H200, dataset(100, 300, 700))
+    assert (unknown.tokens_at_once, known.tokens_at_once) == (8192, 700)
+    assert known.peak_allocated_bytes < unknown.peak_allocated_bytes
+    packed = config(sequence_len=8192, sample_packing=True)
+    assert estimate(packed, model("ministral-3-3b"), H200, dataset(100, 300, 700)).tokens_at_once
+    few = estimate(packed, model("ministral-3-3b"), H200, dataset(2, 300, 700))
+    assert few.tokens_at_once == 600
+
+
+@pytest.mark.parametrize(("name", "width"), [("T4", 4), ("RTX 4090", 2), ("CPU", 4)])
+def test_bf16_auto_is_float32_where_bfloat16_would_be_emulated(name: str, width: int) -> None:
+    device = cpu() if name == "CPU" else card(name)
+    architecture = model("magistral-small-2507")
+    counts = architecture.table.counts_by_group()
+    parts = estimate(config(bf16="auto"), architecture, device).parts
+    assert parts["embeddings"] == width * (counts["embedding"] + counts["head"])
+
+
+def test_a_paged_optimizer_makes_room_on_the_card_and_takes_it_here() -> None:
+    plain, small, paged = (
+        estimate(config(optimizer=name), model("ministral-3-3b"), H200)
+        for name in ("adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit")
+    )
+    trained = plain.trainable_parameters
+    assert plain.parts["optimizer"] == 8 * trained
+    assert small.parts["optimizer"] == int((2 + 8 / 256) * trained)
+    assert "optimizer" not in paged.parts
+
+
+def test_the_disk_holds_download_checkpoints_and_result() -> None:
+    architecture = model("ministral-3-3b")
+    kept = {
+        limit: estimate(config(save_total_limit=limit), architecture, H200).disk_bytes
+        for limit in (1, 2, 3)
+    }
+    assert kept[3] - kept[2] == kept[2] - kept[1] > 0
+    assert kept[1] > 2 * architecture.table.total_parameters
+    assert estimate(config(), model("demo-tiny"), H200).disk_bytes < 10**8
+
+
+RANDOM = {
+    "adapter": st.sampled_from(["lora", "qlora", None]),
+    "lora_r": st.integers(1, 256),
+    "lora_dropout": st.sampled_from([0.0, 0.05]),
+    "sequence_len": st.integers(1, 32_768),
+    "micro_batch_size": st.integers(1, 16),
+    "sample_packing": st.booleans(),
+    "gradient_checkpointing": st.booleans(),
+    "bf16": st.sampled_from(["auto", True, False]),
+    "optimizer": st.sampled_from(
+        ["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit"]
+    ),
+    "attn_implementation": st.sampled_from([None, "sdpa", "flash_attention_2"]),
+}
+MODELS = st.sampled_from(
+    ["demo-tiny", "ministral-3-3b", "magistral-small-2507", "mistral-medium-3.5"]
+)
+DEVICES = st.sampled_from([card("T4"), card("RTX 4090"), H200, cpu(32)])
+ROWS = st.sampled_from([None, dataset(20, 60, 200), dataset(5000, 900, 40_000)])
+
+
+def planned(keys: dict[str, Any], name: str, *rest: Any) -> Estimate:
+    return estimate(config(**keys), model(name), *rest)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.fixed_dictionaries(RANDOM), MODELS, DEVICES, ROWS)
+def test_the_parts_add_up_and_the_range_holds_the_peak(
+    keys: dict[str, Any], name: str, device: Any, rows: Any
+) -> None:
+    found = planned(keys, name, device, rows)
+    assert sum(found.parts.values()) == found.peak_allocated_bytes
+    assert all(size > 0 for size in found.parts.values())
+    low, high = found.range_bytes
+    assert low < found.peak_allocated_bytes < high
+    assert found.peak_allocated_bytes < found.device_bytes
+    assert found.verdict == judge(found.device_bytes, device.can_give_bytes)
+    assert 0 < found.trainable_parameters <= found.total_parameters or keys["lora_r"] > 64
+    assert min(found.host_bytes, found.disk_bytes) > 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.fixed_dictionaries(RANDOM),
+    MODELS,
+    DEVICES,
+    ROWS,
+    st.sampled_from(["lora_r", "sequence_len", "micro_batch_size"]),
+    st.integers(1, 4096),
+)
+def test_more_never_needs_less(
+    keys: dict[str, Any], name: str, device: Any, rows: Any, key: str, more: int
+) -> None:
+    less = planned(keys, name, device, rows)
+    found = planned(keys | {key: keys[key] + more}, name, device, rows)
+    assert found.device_bytes >= less.device_bytes
+    assert found.host_bytes >= less.host_bytes
+    assert found.disk_bytes >= less.disk_bytes
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.fixed_dictionaries(RANDOM), MODELS, DEVICES, ROWS)
+def test_qlora_never_needs_more_than_lora(
+    keys: dict[str, Any], name: str, device: Any, rows: Any
+) -> None:
+    whole = planned(keys | {"adapter": "lora"}, name, device, rows)
+    packed = planned(keys | {"adapter": "qlora"}, name, device, rows)
+    assert packed.device_bytes <= whole.device_bytes
+    assert packed.trainable_parameters == whole.trainable_parameters

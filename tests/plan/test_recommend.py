@@ -1,0 +1,338 @@
+"""A whole config from a model, a device and a dataset: it can be saved and trained as it is."""
+
+from typing import Any
+
+import pytest
+
+from engine.catalog import Architecture
+from engine.config import DatasetConfig, parse_config, require_supported, write_config
+from engine.errors import UserError
+from engine.hardware import known_gpus
+from engine.plan import GIB, Device, Recommendation, Statistics, make_fit, recommend
+from tests.plan.machines import MODELS, card, cpu, dataset, model, sized
+
+GPUS = [gpu.name for gpu in known_gpus()]
+SMALLER = ("2 GB", "4 GB", "8 GB", "12 GB", "16 GB")
+ROWS = {
+    "unknown": None,
+    "few": dataset(20, 30, 33),
+    "some": dataset(200, 300, 700, prompts=("One?", "Two?", "Three?", "Four?")),
+    "long": dataset(5000, 3000, 30_000, thinking=1000),
+    "many": dataset(50_000, 900, 3000),
+}
+OWN = DatasetConfig(path="rows.jsonl", type="chat_template")
+NEEDS_NO_REASON = {"base_model", "datasets", "test_datasets"}
+
+
+def advised(
+    architecture: Architecture, device: Device, rows: Statistics | None = None, **fixed: object
+) -> Recommendation:
+    return recommend(architecture, device, rows, dataset=OWN if rows else None, fixed=fixed)
+
+
+def check(advice: Recommendation, architecture: Architecture, device: Device, rows: Any) -> None:
+    assert not set(advice.config.file_values()) - NEEDS_NO_REASON - set(advice.reasons)
+    assert all(advice.reasons.values())
+    if advice.not_trained is None:
+        require_supported(advice.config)
+    if advice.estimate.verdict != "fits":
+        rungs = make_fit(advice.config, architecture, device, rows)
+        assert not rungs or rungs[-1].estimate.verdict != "fits"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rows", ["unknown", "some"])
+def test_every_known_gpu_gets_a_config_with_reasons_and_none_worse_than_it_need_be(
+    name: str, rows: str
+) -> None:
+    architecture = model(name)
+    for gpu in (*GPUS, *SMALLER):
+        device = card(gpu)
+        advice = advised(architecture, device, ROWS[rows])
+        check(advice, architecture, device, ROWS[rows])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    "device",
+    [cpu(2), cpu(32), sized(1.9), sized(11.4), card("RTX 4090"), card("H100")],
+    ids=lambda device: f"{device.name} {device.can_give_bytes / GIB:.1f}",
+)
+def test_any_dataset_gets_one_too_and_it_is_read_back_with_its_reasons(
+    rows: str, device: Device
+) -> None:
+    for name in ("demo-tiny", "ministral-3-3b", "ministral-3-14b", "mistral-medium-3.5"):
+        architecture = model(name)
+        advice = advised(architecture, device, ROWS[rows])
+        check(advice, architecture, device, ROWS[rows])
+    text = write_config(advice.config, advice.reasons)
+    again = parse_config(text).config
+    assert again.file_values() == advice.config.file_values()
+    assert advice.reasons["learning_rate"] in " ".join(text.replace("\n# ", " ").split())
+
+
+class TestWhatMemoryDecides:
+    def test_the_method_is_lora_where_it_fits_and_else_qlora(self) -> None:
+        architecture = model("ministral-3-14b")
+        large, small = (advised(architecture, card(name)) for name in ("H100", "RTX 4090"))
+        assert (large.config.adapter, large.config.load_in_4bit) == ("lora", False)
+        assert (small.config.adapter, small.config.load_in_4bit) == ("qlora", True)
+        assert small.estimate.verdict == large.estimate.verdict == "fits"
+        assert "16-bit weights would need" in small.reasons["adapter"]
+        assert "22.8 GiB" in small.reasons["adapter"]
+        assert "4-bit weights would save" in large.reasons["adapter"]
+
+    def test_values_grow_only_while_the_plan_still_fits(self) -> None:
+        architecture = model("magistral-small-2509")
+        sizes = [16, 18, 20, 24, 40, 80]
+        plans = [advised(architecture, sized(size)) for size in sizes]
+        batches = [p.config.micro_batch_size * p.config.sequence_len for p in plans]
+        assert batches == sorted(batches)
+        assert [p.config.lora_r for p in plans] == sorted(p.config.lora_r for p in plans)
+
+    def test_the_exact_optimizer_is_kept_where_it_fits(self) -> None:
+        plans = [advised(model("ministral-3-3b"), device) for device in (card("H100"), cpu(64))]
+        assert {p.config.optimizer for p in plans} == {"adamw_torch_fused"}
+
+    def test_what_would_only_be_tight_is_made_to_fit(self) -> None:
+        device = card("80 GB")
+        advice = advised(model("mistral-medium-3.5"), device, ROWS["few"])
+        assert advice.estimate.verdict == "fits"
+        assert advice.config.optimizer == "paged_adamw_8bit"
+        assert "without it 75." in advice.reasons["optimizer"]
+
+    def test_experts_are_planned_in_4_bit_with_what_that_needs(self) -> None:
+        advice = advised(model("mistral-small-4"), card("H200"))
+        assert advice.config.quantize_moe_experts
+        assert not advice.config.lora_target_linear
+        assert "o_proj" in advice.config.lora_target_modules
+        assert advice.not_trained
+        needed = float(advice.reasons["load_in_4bit"].split("bits: ")[1].split()[0])
+        assert needed < 100
+
+    def test_attention_is_said_only_for_a_card_that_is_here(self) -> None:
+        advice = advised(model("ministral-3-3b"), card("H100"))
+        assert advice.config.attn_implementation is None
+        assert advice.attention.backend
+
+
+class TestWhatTheRowsDecide:
+    """Statistics -> values."""
+
+    @staticmethod
+    def on_a_card(rows: Statistics | None, **fixed: object) -> Recommendation:
+        return advised(model("ministral-3-3b"), card("H100"), rows, **fixed)
+
+    @pytest.mark.parametrize(
+        ("longest", "length"),
+        [(10, 1024), (1024, 1024), (1025, 2048), (3000, 4096), (30_000, 32_768)],
+    )
+    def test_a_sequence_holds_the_longest_row(self, longest: int, length: int) -> None:
+        advice = self.on_a_card(dataset(200, min(longest, 300), longest))
+        assert advice.config.sequence_len == length
+        assert f"{longest:,} tokens, so none is left out" in advice.reasons["sequence_len"]
+
+    def test_a_sequence_is_no_longer_than_the_model_reads(self) -> None:
+        architecture = model("magistral-small-2506")
+        assert architecture.card is not None
+        most = architecture.card.context_tokens
+        advice = advised(architecture, sized(10_000), dataset(200, 300, 3 * most))
+        assert advice.config.sequence_len == most
+        assert "the model reads no more" in advice.reasons["sequence_len"]
+
+    def test_a_sequence_that_does_not_fit_says_what_it_costs(self) -> None:
+        advice = advised(model("magistral-small-2509"), card("RTX 4090"), dataset(500, 300, 9000))
+        assert advice.config.sequence_len < 9000
+        assert "of 500 rows are longer and left out" in advice.reasons["sequence_len"]
+
+    def test_uneven_rows_share_a_sequence(self) -> None:
+        uneven, even = self.on_a_card(dataset(200, 300, 1200)), self.on_a_card(dataset(200, 30, 33))
+        assert uneven.config.sample_packing
+        assert uneven.reasons["sample_packing"] == "padding would waste 75% of a batch"
+        assert not even.config.sample_packing
+        assert "nearly one length" in even.reasons["sample_packing"]
+
+    @pytest.mark.parametrize(
+        ("rows", "epochs"), [(20, 3), (999, 3), (1000, 2), (9999, 2), (10_000, 1)]
+    )
+    def test_more_rows_need_fewer_passes(self, rows: int, epochs: int) -> None:
+        advice = self.on_a_card(dataset(rows, 300, 700))
+        assert advice.config.num_epochs == epochs
+        assert f"{rows:,} rows" in advice.reasons["num_epochs"]
+
+    @pytest.mark.parametrize(
+        ("rows", "share", "held"), [(39, 0, "too few"), (40, 0.1, "4 rows"), (1000, 0.05, "50 ")]
+    )
+    def test_rows_are_held_out_where_there_are_enough(
+        self, rows: int, share: float, held: str
+    ) -> None:
+        advice = self.on_a_card(dataset(rows, 300, 700))
+        assert advice.config.val_set_size == share
+        assert held in advice.reasons["val_set_size"]
+
+    @pytest.mark.parametrize("rows", ["some", "long", "many"])
+    def test_a_step_is_small_enough_for_the_rate_to_fall(self, rows: str) -> None:
+        known = ROWS[rows]
+        assert known is not None
+        advice = self.on_a_card(known)
+        tokens = advice.config.gradient_accumulation_steps * advice.estimate.tokens_at_once
+        assert tokens <= 32_768
+        updates = known.total_tokens / tokens
+        assert updates >= 30 or advice.config.gradient_accumulation_steps == 1
+        assert f"{max(1, round(updates))} updates" in advice.reasons["gradient_accumulation_steps"]
+
+    def test_its_questions_are_asked_before_during_and_after(self) -> None:
+        assert self.on_a_card(ROWS["some"]).config.sample_prompts == ("One?", "Two?", "Three?")
+        assert not self.on_a_card(ROWS["few"]).config.sample_prompts
+
+    def test_thinking_in_the_rows_is_learned(self) -> None:
+        assert self.on_a_card(ROWS["long"]).config.train_on_thinking
+        assert "1,000 tokens" in self.on_a_card(ROWS["long"]).reasons["train_on_thinking"]
+
+
+class TestWhatThePersonChose:
+    """Fixed values are kept, and the rest goes around them."""
+
+    @pytest.mark.parametrize(
+        "fixed",
+        [
+            {"lora_r": 64},
+            {"lora_r": 32},
+            {"lora_alpha": 7},
+            {"adapter": "lora"},
+            {"adapter": "qlora"},
+            {"adapter": None},
+            {"adapter": None, "load_in_4bit": False, "lora_target_linear": False},
+            {"load_in_4bit": True},
+            {"load_in_4bit": False},
+            {"unfrozen_parameters": ["lm_head"]},
+            {"sequence_len": 512},
+            {"sequence_len": 65_536},
+            {"sample_packing": False},
+            {"micro_batch_size": 64},
+            {"gradient_checkpointing": False},
+            {"optimizer": "paged_adamw_8bit"},
+            {"learning_rate": 2e-4},
+            {"lora_target_modules": ["q_proj"]},
+            {"warmup_steps": 4},
+            {"warmup_ratio": 0.2},
+            {"save_steps": 3},
+            {"save_strategy": "epoch"},
+            {"eval_steps": 4},
+            {"evals_per_epoch": 4},
+            {"eval_strategy": "epoch"},
+            {"val_set_size": 0},
+            {"val_set_size": 0.3},
+            {"test_datasets": (OWN,)},
+            {"max_steps": 5},
+            {"bf16": False},
+            {"attn_implementation": "eager"},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("rows", ["unknown", "few", "some"])
+    @pytest.mark.parametrize("name", ["ministral-3-3b", "demo-tiny"])
+    def test_it_is_kept_and_says_so(self, fixed: dict[str, Any], rows: str, name: str) -> None:
+        architecture, device = model(name), card("RTX 4090")
+        advice = advised(architecture, device, ROWS[rows], **fixed)
+        for key, value in fixed.items():
+            assert getattr(advice.config, key) == value
+            assert advice.reasons[key].startswith("yours")
+        assert not set(advice.config.file_values()) - NEEDS_NO_REASON - set(advice.reasons)
+
+    def test_its_reason_names_what_would_be_recommended_and_why(self) -> None:
+        plain = advised(model("ministral-3-3b"), card("RTX 4090"))
+        for key, value in (("lora_r", 64), ("micro_batch_size", 1), ("adapter", "qlora")):
+            own = advised(model("ministral-3-3b"), card("RTX 4090"), **{key: value})
+            advice = f"{getattr(plain.config, key)}: {plain.reasons[key]}"
+            assert own.reasons[key] == f"yours (recommended {advice})"
+            assert own.recommended == plain.recommended
+        same = advised(model("ministral-3-3b"), card("RTX 4090"), lora_r=32)
+        assert same.reasons["lora_r"] == f"yours, as recommended: {plain.reasons['lora_r']}"
+
+    def test_only_the_modules_that_were_chosen_get_an_adapter(self) -> None:
+        advice = advised(model("ministral-3-3b"), card("RTX 4090"), lora_target_modules=["q_proj"])
+        assert advice.estimate.targets == {"q_proj": 26}
+
+    def test_nothing_that_was_chosen_is_given_up_to_fit(self) -> None:
+        fixed: dict[str, object] = {"adapter": "lora", "lora_r": 128, "sequence_len": 4096}
+        advice = advised(model("magistral-small-2509"), card("RTX 4090"), **fixed)
+        assert advice.estimate.verdict == "does not fit"
+        assert (advice.config.adapter, advice.config.lora_r) == ("lora", 128)
+
+    @pytest.mark.parametrize(
+        ("fixed", "words"),
+        [
+            ({"adapter": "qlora", "load_in_4bit": False}, "without load_in_4bit"),
+            ({"adapter": "lora", "load_in_4bit": True}, "load_in_4bit is true"),
+            ({"adapter": None, "load_in_4bit": True}, "there is no adapter"),
+            ({"adapter": "lora", "lora_target_linear": False}, "nothing gets one"),
+            ({"warmup_steps": 3, "warmup_ratio": 0.1}, "both set"),
+            ({"unfrozen_parameters": ["lm_head"], "adapter": "lora"}, "with an adapter"),
+        ],
+        ids=str,
+    )
+    def test_a_contradiction_is_a_sentence(self, fixed: dict[str, Any], words: str) -> None:
+        with pytest.raises(UserError, match="contradict each other") as caught:
+            advised(model("ministral-3-3b"), card("RTX 4090"), **fixed)
+        assert words in caught.value.why
+
+    def test_a_target_that_matches_nothing_is_refused(self) -> None:
+        with pytest.raises(UserError, match="matches no module"):
+            advised(model("ministral-3-3b"), card("RTX 4090"), lora_target_modules=["query"])
+
+
+class TestGoals:
+    def test_images_are_refused_until_they_are_trained(self) -> None:
+        with pytest.raises(UserError, match="Images are not trained yet"):
+            recommend(model("ministral-3-3b"), card("H100"), goal="vision")
+
+    def test_thinking_is_refused_for_a_model_without_the_tokens(self) -> None:
+        with pytest.raises(UserError, match="does not think"):
+            recommend(model("mistral-small-3.2"), card("H100"), goal="think")
+        assert recommend(model("magistral-small-2509"), card("H100"), goal="think")
+
+    @pytest.mark.parametrize("goal", ["text", "tools"])
+    @pytest.mark.parametrize("name", MODELS)
+    def test_text_and_tools_suit_every_model(self, name: str, goal: Any) -> None:
+        assert recommend(model(name), card("H100"), goal=goal)
+
+
+class TestRecipes:
+    """The model that is made here comes with a recipe that was tried."""
+
+    def test_without_a_dataset_the_recipe_is_followed_whole(self) -> None:
+        advice = recommend(model("demo-tiny"), cpu(8))
+        config = advice.config
+        assert (config.learning_rate, config.max_steps, config.lora_alpha) == (0.005, 150, 32)
+        assert len(config.datasets) == 1
+        assert len(config.test_datasets) == 2
+        assert advice.reasons["lora_alpha"] == "twice the rank"
+
+    def test_another_dataset_keeps_what_suits_the_model_and_takes_lengths_from_the_rows(
+        self,
+    ) -> None:
+        advice = recommend(model("demo-tiny"), cpu(8), dataset(60, 300, 700), dataset=OWN)
+        config = advice.config
+        assert (config.learning_rate, config.lora_alpha, config.bf16) == (0.005, 32, False)
+        assert (config.sequence_len, config.max_steps) == (1024, None)
+        assert config.datasets == (OWN,)
+        assert config.test_datasets == ()
+
+    def test_rows_that_a_person_holds_out_replace_the_recipes(self) -> None:
+        config = advised(model("demo-tiny"), cpu(8), val_set_size=0.2).config
+        assert (config.val_set_size, config.test_datasets) == (0.2, ())
+
+    def test_a_downloaded_model_has_no_recipe(self) -> None:
+        config = recommend(model("ministral-3-3b"), card("H100")).config
+        assert (config.learning_rate, config.max_steps) == (2e-4, None)
+
+    @pytest.mark.parametrize(
+        ("name", "rate"), [("ministral-3-3b", 2e-4), ("mistral-medium-3.5", 1e-4)]
+    )
+    def test_models_above_70b_learn_at_half_the_rate(self, name: str, rate: float) -> None:
+        assert recommend(model(name), card("H200")).config.learning_rate == rate
+
+    def test_whole_weights_learn_at_a_tenth_of_it(self) -> None:
+        advice = advised(model("ministral-3-3b"), card("H200"), adapter=None)
+        assert advice.config.learning_rate == 1e-5
