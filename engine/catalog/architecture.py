@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def read_architecture(model: str | Path) -> Architecture:
     name = str(model)
     is_path = isinstance(model, Path)
     if not is_path and name in model_names():
-        return _read_card(find_model(name))
+        return _read_catalog(name)
     # os.path, unlike pathlib, answers a name that no file system can hold with False.
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
@@ -73,10 +74,12 @@ def read_architecture(model: str | Path) -> Architecture:
             "The model was to be read from there.",
             "Check the path, or name a model that `windtunnel models` lists.",
         )
-    return _read_card(find_model(name))
+    return _read_catalog(name)
 
 
-def _read_card(card: ModelCard) -> Architecture:
+@cache
+def _read_catalog(name: str) -> Architecture:
+    card = find_model(name)
     checkpoint = card.repositories[0].checkpoint if card.repositories else None
     return _check(card.name, deepcopy(dict(card.config)), None, card, checkpoint)
 

@@ -51,7 +51,9 @@ class Parameter:
         return self.name.rpartition(".")[0]
 
 
-@dataclass(frozen=True, slots=True)
+# eq=False: a plan is made at each keystroke, and hashing and comparing a thousand rows would take
+# most of its time.
+@dataclass(frozen=True, slots=True, eq=False)
 class ModuleTable:
     """Every parameter of a model, in the model's own order."""
 
@@ -60,10 +62,6 @@ class ModuleTable:
     parameters: tuple[Parameter, ...]
     routed_share: Fraction
     """Share of the experts that one token passes through: 4/128, or 1 where there are none."""
-
-    def __hash__(self) -> int:
-        # A plan is made at each keystroke: hashing a thousand rows would take most of its time.
-        return hash((self.class_name, len(self.parameters), self.routed_share))
 
     @property
     def total_parameters(self) -> int:

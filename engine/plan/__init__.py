@@ -7,7 +7,7 @@ one fit, `survey` compares the models of the catalog on a device.
 """
 
 from engine.plan.attention import Attention, choose_attention
-from engine.plan.device import GIB, Device, best_device, cpu_device, gpu_device
+from engine.plan.device import GIB, Device, best_device, cpu_device, gib, gpu_device
 from engine.plan.documents import (
     advice_document,
     device_document,
@@ -17,7 +17,7 @@ from engine.plan.documents import (
 from engine.plan.ladder import Alternative, changed, list_alternatives, make_fit
 from engine.plan.limits import Goal, why_not_trained
 from engine.plan.memory import Estimate, Verdict, estimate
-from engine.plan.recommend import Recommendation, gib, recommend
+from engine.plan.recommend import Recommendation, assess, recommend
 from engine.plan.statistics import Statistics, read_statistics
 from engine.plan.survey import Prospect, propose, survey
 
@@ -33,6 +33,7 @@ __all__ = [
     "Statistics",
     "Verdict",
     "advice_document",
+    "assess",
     "best_device",
     "changed",
     "choose_attention",

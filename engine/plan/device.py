@@ -18,6 +18,11 @@ RAM_MARGIN = 0.10
 """The same of this computer's free memory, which everything else shares."""
 
 
+def gib(size: int) -> str:
+    """A size as people say it: 19.8 GiB, and MiB below a quarter of one."""
+    return f"{size / GIB:,.1f} GiB" if abs(size) >= GIB // 4 else f"{size / 2**20:,.1f} MiB"
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """A GPU, or this computer's CPU with its memory."""

@@ -230,8 +230,8 @@ def _mask_bytes(config: RunConfig, tokens: int) -> int:
 def _spread(config: RunConfig, table: ModuleTable) -> float:
     """How far a measured peak may lie from the formula.
 
-    Packed text of dense models is closest; lengths that vary and experts are further off
-    (`presets/README.md` names the published figures that this was compared with).
+    Packed text of dense models is closest; lengths that vary and experts are further off. Tests
+    hold it against the published figures of other tools for the same models.
     """
     if _counts(table)["experts"]:
         return 0.15

@@ -41,17 +41,10 @@ def find_recipe(architecture: Architecture, dataset: DatasetConfig | None) -> Re
         return None
     with as_file(files("presets") / "recipes" / card.name / "lora.yml") as path:
         file = read_config(path)
-        config, text, folder = file.config, file.document.text, path.parent
-        own = config.datasets[0].path
-        whole = dataset is None or dataset.path == own
-        tests = [
-            {**test.file_values(), "path": str((folder / test.path).resolve())}
-            for test in config.test_datasets
-        ]
+        config, text = file.config, file.document.text
+    whole = dataset is None or dataset.path == config.datasets[0].path
     values = {key: getattr(config, key) for key in config.file_values()}
     del values["base_model"]
-    if whole:
-        values |= {"datasets": list(config.datasets), "test_datasets": tests}
-    else:
+    if not whole:
         values = {key: value for key, value in values.items() if key in _OF_THE_MODEL}
     return Recipe(values, dict(_REASON.findall(text)), whole)

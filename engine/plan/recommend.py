@@ -1,48 +1,25 @@
 """From a model, a device and a dataset to a whole config, with a reason for every value.
 
-Rules, each from published practice: all linear layers get an adapter, rank 16 or 32 on small data,
-2e-4 with adapters and a tenth with whole weights (Thinking Machines "LoRA without regret", QLoRA),
-1e-4 from 70B on (NeMo AutoModel's 128B recipe); small batches, 1 to 3 epochs, 5 to 10 % held out.
-Memory decides the rest: a value grows only while the estimate still says `fits`.
+The rules themselves are in `choice`; here is what is kept of the person's own values, and what is
+said of them.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from engine.catalog import Architecture, linear_targets
+from engine.catalog import Architecture
 from engine.config import DatasetConfig, RunConfig
 from engine.errors import UserError
 from engine.plan.attention import Attention, choose_attention
-from engine.plan.device import GIB, Device
-from engine.plan.ladder import Alternative, list_alternatives, make_fit
+from engine.plan.choice import Choice
+from engine.plan.device import Device
+from engine.plan.ladder import Alternative, changed, list_alternatives
 from engine.plan.limits import Goal, refuse_goal, why_not_trained
 from engine.plan.memory import Estimate, estimate
-from engine.plan.recipe import Recipe, find_recipe
+from engine.plan.recipe import find_recipe
 from engine.plan.statistics import Statistics
-
-Method = Literal["lora", "qlora", "full"]
-
-TOKENS_AT_ONCE = 8192
-"""Beyond this a GPU is busy anyway, and activations only cost memory."""
-TOKENS_A_STEP = 32768
-UPDATES_AN_EPOCH = 30
-"""Fewer leave the learning rate no room to fall."""
-LARGE_MODEL = 70 * 10**9
-CHECKPOINTED_MODEL = 10**9
-
-_EITHER_OR = (
-    {"warmup_ratio", "warmup_steps"},
-    {"saves_per_epoch", "save_steps", "save_strategy"},
-    {"evals_per_epoch", "eval_steps", "eval_strategy"},
-    {"val_set_size", "test_datasets"},
-    {"lora_target_linear", "lora_target_modules"},
-    {"gradient_accumulation_steps", "batch_size"},
-)
-"""Keys that say the same thing in other ways: where the person chose one, none is advised."""
-_RANKS = {"does not fit": 0, "tight": 1, "fits": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +56,43 @@ def recommend(
     try:
         return _recommend(architecture, device, statistics, dataset, dict(fixed or {}))
     except ValidationError as error:
-        found = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(
-            "The values that you chose contradict each other.",
-            found,
-            "Change or leave out one of them.",
-        ) from None
+        raise _contradiction(error) from None
+
+
+def assess(
+    config: RunConfig,
+    architecture: Architecture,
+    device: Device,
+    statistics: Statistics | None = None,
+    *,
+    changes: Mapping[str, object] | None = None,
+) -> Recommendation:
+    """A person's own config with `changes`: nothing is advised, it is only looked at.
+
+    Raises UserError where the changes contradict the rest.
+    """
+    try:
+        kept = changed(config, changes or {})
+    except ValidationError as error:
+        raise _contradiction(error) from None
+    text = architecture.config.get("text_config", architecture.config)
+    return Recommendation(
+        config=kept,
+        reasons={key: "yours" for key in changes or {}},
+        recommended={},
+        estimate=estimate(kept, architecture, device, statistics),
+        alternatives=list_alternatives(kept, architecture, device, statistics),
+        attention=choose_attention(device, text.get("head_dim")),
+        not_trained=why_not_trained(architecture),
+    )
+
+
+def _contradiction(error: ValidationError) -> UserError:
+    return UserError(
+        "The values that you chose contradict each other.",
+        error.errors()[0]["msg"].removeprefix("Value error, "),
+        "Change or leave out one of them.",
+    )
 
 
 def _recommend(
@@ -126,8 +134,8 @@ def _choose(
     statistics: Statistics | None,
     dataset: DatasetConfig | None,
     fixed: dict[str, object],
-) -> "_Choice":
-    choice = _Choice(architecture, device, statistics, dataset, fixed)
+) -> Choice:
+    choice = Choice(architecture, device, statistics, dataset, fixed)
     recipe = find_recipe(architecture, dataset)
     if recipe is None or not recipe.whole:
         choice.habits()
@@ -142,7 +150,7 @@ def _choose(
     return choice
 
 
-def _own_reason(free: "_Choice", key: str, value: object) -> str:
+def _own_reason(free: Choice, key: str, value: object) -> str:
     """Of a value that the person chose, beside what would have been advised."""
     if key not in free.values:
         return "yours"
@@ -157,219 +165,3 @@ def _word(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def gib(size: int) -> str:
-    """A size as people say it: 19.8 GiB, and MiB below a quarter of one."""
-    return f"{size / GIB:,.1f} GiB" if abs(size) >= GIB // 4 else f"{size / 2**20:,.1f} MiB"
-
-
-@dataclass(slots=True)
-class _Choice:
-    """The values chosen so far, each with its reason."""
-
-    architecture: Architecture
-    device: Device
-    statistics: Statistics | None
-    dataset: DatasetConfig | None
-    fixed: dict[str, object]
-    values: dict[str, Any] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def attention(self) -> Attention:
-        text = self.architecture.config.get("text_config", self.architecture.config)
-        return choose_attention(self.device, text.get("head_dim"))
-
-    def put(self, key: str, value: object, reason: str) -> None:
-        """Advise a value, unless the person chose it or said the same in another way."""
-        said = {other for group in _EITHER_OR if key in group for other in group}
-        if key not in self.fixed and not any(self.fixed.get(other) for other in said):
-            self.values[key], self.reasons[key] = value, reason
-
-    def config(self, **trial: object) -> RunConfig:
-        """The config of the values so far, with `trial` in place of some and `fixed` over all."""
-        data = {"datasets": [self.dataset]} if self.dataset else {}
-        chosen = {**self.values, **trial, **self.fixed}
-        return RunConfig.model_validate({"base_model": self.architecture.name, **data, **chosen})
-
-    def needs(self, **trial: object) -> Estimate:
-        return estimate(self.config(**trial), self.architecture, self.device, self.statistics)
-
-    def largest(self, key: str, values: tuple[Any, ...], **others: Callable[[Any], object]) -> Any:
-        """The first of `values` with which the plan fits, else the last."""
-        for value in values:
-            more = {other: make(value) for other, make in others.items()}
-            if self.needs(**{key: value}, **more).verdict == "fits":
-                return value
-        return values[-1]
-
-    def follow(self, recipe: Recipe) -> None:
-        """Take over a recipe that ships for this model and dataset."""
-        for key, value in recipe.values.items():
-            self.put(key, value, recipe.reasons.get(key, "of the recipe that ships"))
-
-    def method(self) -> None:
-        """Adapters in the base's own precision where they fit, else over 4-bit weights."""
-        small: dict[str, Any] = {
-            "sequence_len": self._sequence_len()[0],
-            "sample_packing": True,
-            "gradient_checkpointing": True,
-            "optimizer": "adamw_bnb_8bit",
-        }
-        four_bit: dict[str, Any] = {"adapter": "qlora", "load_in_4bit": True}
-        if self._has_experts() and self.fixed.get("adapter", "qlora") == "qlora":
-            self.put("lora_target_modules", self._module_endings(), "attention and shared experts")
-            four_bit["quantize_moe_experts"] = True
-        if "adapter" in self.fixed:
-            if self.fixed["adapter"] == "qlora" and self._has_experts():
-                self.put("quantize_moe_experts", True, "experts are most of the model")
-            return
-        whole = self.needs(adapter="lora", **small)
-        packed = self.needs(**four_bit, **small)
-        if whole.verdict == "fits" and not self._has_experts():
-            saved = gib(whole.device_bytes - packed.device_bytes)
-            reason = f"fits: 4-bit weights would save {saved} and are a little less exact"
-            self.put("adapter", "lora", reason)
-            return
-        reason = f"16-bit weights would need {gib(whole.device_bytes)}"
-        self.put("adapter", "qlora", f"{reason}, this card can give {gib(whole.can_give_bytes)}")
-        self.put("load_in_4bit", True, f"weights in 4 bits: {gib(packed.device_bytes)} in all")
-        if self._has_experts():
-            self.put("quantize_moe_experts", True, "experts are most of the model")
-
-    def rows(self) -> None:
-        """How long a sequence is, and whether rows share one."""
-        length, reason = self._sequence_len()
-        known = self.statistics
-        uneven = known is None or known.mean_tokens * 1.5 < known.longest_tokens
-        waste = 0.0 if known is None else 1 - known.mean_tokens / max(1, known.longest_tokens)
-        why = f"padding would waste {waste:.0%} of a batch" if known else "no padding is computed"
-        why = why if uneven else "rows of nearly one length gain nothing"
-        self.put("sample_packing", uneven, why)
-        if self.architecture.table.total_parameters >= CHECKPOINTED_MODEL:
-            self.put("gradient_checkpointing", True, "a third slower, a fraction of the memory")
-        self.put("sequence_len", length, reason)
-        least = {"lora_r": 16, "optimizer": "adamw_bnb_8bit"}
-        while self.needs(**least).verdict != "fits" and length > 1024:
-            length //= 2
-            self.put("sequence_len", length, self._cut(length))
-
-    def adapter(self) -> None:
-        """Rank and scale, where there is an adapter."""
-        if self.config().adapter is None:
-            return
-        rank = self.largest("lora_r", (32, 16), optimizer=lambda _: "adamw_bnb_8bit")
-        other = self.needs(lora_r=48 - rank, optimizer="adamw_bnb_8bit").device_bytes
-        here = self.needs(lora_r=rank, optimizer="adamw_bnb_8bit").device_bytes
-        compared = f"16 saves {gib(here - other)}" if rank == 32 else f"32 adds {gib(other - here)}"
-        self.put("lora_r", rank, f"room for a task like this; {compared}")
-        self.put("lora_alpha", int(self.config().lora_r), "same as lora_r: a scale of 1")
-        if not self._has_experts():
-            self.put("lora_target_linear", True, "attention and MLP: attention alone learns less")
-
-    def batch(self) -> None:
-        """Optimizer, sequences at once, and how many of them make a step."""
-        exact = self.needs(optimizer="adamw_torch_fused")
-        small = self.needs(optimizer="adamw_bnb_8bit")
-        more = gib(exact.device_bytes - small.device_bytes)
-        if exact.verdict == "fits" or self.device.kind == "cpu":
-            self.put("optimizer", "adamw_torch_fused", f"exact; 8-bit states would save {more}")
-        else:
-            self.put("optimizer", "adamw_bnb_8bit", f"states in 8 bits; adamw_torch adds {more}")
-        length = int(self.config().sequence_len)
-        most = TOKENS_AT_ONCE if self.device.kind == "cuda" else 1024
-        sizes = tuple(n for n in (8, 4, 2) if n * length <= most)
-        micro = self.largest("micro_batch_size", (*sizes, 1))
-        needed = gib(self.needs(micro_batch_size=2 * micro).device_bytes)
-        self.put("micro_batch_size", micro, f"{2 * micro} would need {needed}")
-        at_once = self.needs().tokens_at_once
-        known = self.statistics
-        if known is None:
-            steps = max(1, TOKENS_A_STEP // 2 // at_once)
-            self.put("gradient_accumulation_steps", steps, f"{at_once * steps:,} tokens a step")
-            return
-        a_step = known.total_tokens / at_once
-        steps = int(max(1, min(a_step / UPDATES_AN_EPOCH, TOKENS_A_STEP / at_once)))
-        updates = max(1, round(a_step / steps))
-        self.put("gradient_accumulation_steps", steps, f"about {updates} updates an epoch")
-
-    def optimization(self) -> None:
-        """How far and how often the weights move."""
-        config, total = self.config(), self.architecture.table.total_parameters
-        if config.adapter is None:
-            self.put("learning_rate", 1e-5, "a tenth of what adapters take: whole weights move")
-        elif total >= LARGE_MODEL:
-            self.put("learning_rate", 1e-4, "half the usual 2e-4: models above 70B need less")
-        else:
-            self.put("learning_rate", 2e-4, "usual for adapters, at any rank")
-        rows = self.statistics.usable_rows if self.statistics else None
-        if rows is None:
-            self.put("num_epochs", 2, "1 to 3 is usual")
-        else:
-            epochs = 3 if rows < 1000 else 2 if rows < 10_000 else 1
-            why = {3: "are few", 2: "are enough for two passes", 1: "need no second pass"}[epochs]
-            self.put("num_epochs", epochs, f"{rows:,} rows {why}")
-        self.put("warmup_ratio", 0.05, "the first steps are the least sure")
-        self.put("weight_decay", 0.01, "usual")
-
-    def habits(self) -> None:
-        """What is held out, saved and asked."""
-        known = self.statistics
-        if known and (known.usable_rows >= 40 or self.fixed.get("eval_steps")):
-            share = 0.05 if known.usable_rows >= 1000 else 0.1
-            held = round(known.usable_rows * share)
-            self.put("val_set_size", share, f"{held:,} rows are held out, to see memorising")
-            self.put("evals_per_epoch", 2, "held-out loss rises before anyone notices otherwise")
-        elif known:
-            self.put("val_set_size", 0, f"{known.usable_rows} rows are too few to hold any out")
-        else:
-            self.put("val_set_size", 0.05, "some rows are held out, to see memorising")
-        self.put("saves_per_epoch", 2, "a power cut costs half an epoch at most")
-        if known and known.thinking_tokens:
-            words = f"{known.thinking_tokens:,} tokens of thinking are learned"
-            self.put("train_on_thinking", True, words)
-        if known and known.prompts:
-            self.put("sample_prompts", known.prompts[:3], "answered before, during and after")
-        if self.device.kind == "cuda" and not self.device.planned:
-            self.put("attn_implementation", self.attention.backend, self.attention.reason)
-
-    def fit(self) -> None:
-        """Take the rungs that lead to a better verdict; none changes what the person chose."""
-        needed = self.needs()
-        rungs = make_fit(
-            self.config(), self.architecture, self.device, self.statistics, keep=self.fixed
-        )
-        if not rungs or _RANKS[rungs[-1].estimate.verdict] <= _RANKS[needed.verdict]:
-            return
-        for rung in rungs:
-            for key, value in rung.changes.items():
-                if self.values.get(key) != value:
-                    without = gib(needed.device_bytes)
-                    self.put(key, value, f"{rung.trade}; without it {without} would be needed")
-            needed = rung.estimate
-
-    def _sequence_len(self) -> tuple[int, str]:
-        most = self.architecture.card.context_tokens if self.architecture.card else 2**18
-        if self.statistics is None:
-            return min(2048, most), "rows are not known yet; 2048 suits most conversations"
-        longest = self.statistics.longest_tokens
-        least = 1024 if self.device.kind == "cuda" else 128
-        length = max(least, 1 << max(0, longest - 1).bit_length())
-        if length > most:
-            return most, f"the model reads no more; {self._cut(most)}"
-        return length, f"longest row has {longest:,} tokens, so none is left out"
-
-    def _cut(self, length: int) -> str:
-        if self.statistics is None:
-            return f"{2 * length:,} would not fit"
-        over, more = self.statistics.rows_over(length)
-        rows = f"{over:,}{' or more' if more else ''} of {self.statistics.usable_rows:,} rows"
-        return f"{2 * length:,} would not fit; {rows} are longer and left out"
-
-    def _has_experts(self) -> bool:
-        return bool(self.architecture.table.counts_by_group()["experts"])
-
-    def _module_endings(self) -> list[str]:
-        names = linear_targets(self.architecture.table)
-        return sorted({name.rpartition(".")[2] for name in names})
