@@ -50,6 +50,25 @@ def find_sample(name: str) -> Sample:
     return known[name]
 
 
+def locate_sample(name: str) -> Path:
+    """The file of `NAME`, its training rows, or of `NAME/SET`, one of its held-out sets.
+
+    Raises UserError where there is no such sample or set.
+    """
+    sample, _, held_out = name.partition("/")
+    path = find_sample(sample).path
+    if not held_out:
+        return path
+    sets = sorted(other.stem for other in path.parent.glob("*.jsonl") if other != path)
+    if held_out not in sets:
+        raise UserError(
+            f"The sample {sample} has no set named {visible(held_out, one_line=True)}.",
+            f"Beside its training rows it has {', '.join(sets)}.",
+            f"Name {SAMPLE_PREFIX}{sample}/{sets[0]}, or {SAMPLE_PREFIX}{sample} alone.",
+        )
+    return path.with_name(f"{held_out}.jsonl")
+
+
 def _read_sample(folder: Path) -> Sample:
     # Imported here so that a path that is no sample costs nothing.
     from ruamel.yaml import YAML

@@ -18,7 +18,7 @@ from engine.chat.messages import RowProblem
 from engine.config import DatasetConfig
 from engine.data import readers
 from engine.data.readers import RawRow
-from engine.data.samples import SAMPLE_PREFIX, find_sample
+from engine.data.samples import SAMPLE_PREFIX, locate_sample
 from engine.errors import UserError
 
 Reader = Callable[[Path], Iterator[RawRow]]
@@ -82,8 +82,8 @@ def locate(dataset: DatasetConfig, folder: Path) -> Location:
     # os.path, unlike pathlib, answers a name that no file system can hold with False.
     root = folder / os.path.expanduser(dataset.path)
     if dataset.path.startswith(SAMPLE_PREFIX) and not os.path.exists(root):
-        sample = find_sample(dataset.path.removeprefix(SAMPLE_PREFIX))
-        return Location(sample.path, (sample.path,))
+        path = locate_sample(dataset.path.removeprefix(SAMPLE_PREFIX))
+        return Location(path, (path,))
     if os.path.isfile(root):
         _reader_of(root)
         return Location(root, (root,))

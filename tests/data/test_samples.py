@@ -31,6 +31,13 @@ def test_a_config_keeps_the_name_and_prepares_the_same_arrays(tmp_path, tokenize
     assert prepared(str(sample.path)).folder == named.folder
 
 
+def test_a_held_out_set_of_a_sample_has_a_name_too(tmp_path):
+    rows = list(iterate_rows(DatasetConfig(path="sample:harbour-pilot/heldout_wording"), tmp_path))
+    assert len(rows) == 52
+    with pytest.raises(UserError, match="it has base, heldout_pairing, heldout_wording"):
+        locate(DatasetConfig(path="sample:harbour-pilot/../../gpus"), tmp_path)
+
+
 def test_an_unknown_sample_names_the_nearest():
     with pytest.raises(UserError, match="Name sample:harbour-pilot"):
         find_sample("harbor")
