@@ -1,0 +1,270 @@
+"""The wizard as one Textual app: which page is shown, and the keys that work on every page.
+
+Pages are imported when they are first opened, so that the first frame waits for one page only, and
+are kept when they are left, so that going back loses nothing.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from textual.app import App
+from textual.binding import Binding, BindingType
+from textual.command import DiscoveryHit, Hit, Provider
+from textual.filter import LineFilter
+from textual.theme import Theme
+
+from tui.page import Page
+from tui.widgets.steps import STEPS
+
+if TYPE_CHECKING:
+    from engine.runs import RunFolder
+    from tui.data_worker import DataWorker
+    from tui.draft import Draft
+
+PAGES: Final[Mapping[str, str]] = {
+    "Machine": "tui.screens.machine:MachinePage",
+    "Model": "tui.screens.model:ModelPage",
+    "Data": "tui.screens.data:DataPage",
+    "Preview": "tui.screens.preview:PreviewPage",
+    "Plan": "tui.screens.plan:PlanPage",
+    "Review": "tui.screens.review:ReviewPage",
+    "Train": "tui.screens.train:TrainPage",
+    "Runs": "tui.screens.runs:RunsPage",
+}
+"""Module and class of each page; a step's name is its key."""
+
+THEME: Final = Theme(
+    name="windtunnel",
+    dark=True,
+    primary="#ff8205",
+    secondary="#86b8f5",
+    accent="#ffb224",
+    foreground="#d9dee7",
+    background="#0f1217",
+    surface="#141920",
+    panel="#1c232d",
+    success="#7fd8b4",
+    warning="#ffd84d",
+    error="#ff5a4f",
+    variables={
+        "lit": "#ffffff",
+        "read": "#b4bfce",
+        "muted": "#8f9aab",
+        "faint": "#5e6a7c",
+        "frame": "#364252",
+        "think": "#ffa877",
+        "answer": "#ffd84d",
+        "call": "#7fd8b4",
+        "raw": "#8f6f3a",
+        "block-cursor-text-style": "none",
+    },
+)
+
+
+class Actions(Provider):
+    """Every key that works now, findable by what it does."""
+
+    async def discover(self) -> AsyncIterator[DiscoveryHit]:
+        for name, act in self._found():
+            yield DiscoveryHit(name, act)
+
+    async def search(self, query: str) -> AsyncIterator[Hit]:
+        matcher = self.matcher(query)
+        for name, act in self._found():
+            if (score := matcher.match(name)) > 0:
+                yield Hit(score, matcher.highlight(name), act)
+
+    def _found(self) -> list[tuple[str, Callable[[], Any]]]:
+        found: dict[str, Callable[[], Any]] = {}
+        for active in self.screen.active_bindings.values():
+            binding, node = active.binding, active.node
+            if active.enabled and binding.description and binding.description not in found:
+                found[binding.description] = self._running(binding.action, node)
+        return sorted(found.items())
+
+    def _running(self, action: str, node: Any) -> Callable[[], Any]:
+        async def run() -> None:
+            await self.app.run_action(action, node)
+
+        return run
+
+
+class WindtunnelApp(App[int]):
+    """The screens over one draft, an empty one unless it is given. `run()` gives the exit status.
+
+    Starts on the step `start`, or on the Train page of `run`. `pages` are further or other pages
+    by name.
+    """
+
+    CSS_PATH = "app.tcss"
+    TITLE = "windtunnel"
+    ENABLE_COMMAND_PALETTE = True
+    COMMANDS: ClassVar[set[Any]] = {Actions}
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+q", "leave", "leave", show=False, priority=True),
+        Binding("f2", "setup", "set up a run", show=False),
+        Binding("f3", "train", "the run that trains", show=False),
+        Binding("f4", "runs", "all runs", show=False),
+    ]
+
+    def __init__(
+        self,
+        draft: "Draft | None" = None,
+        *,
+        start: str = "Machine",
+        run: "RunFolder | None" = None,
+        ascii_only: bool = False,
+        pages: Mapping[str, type[Page]] | None = None,
+    ) -> None:
+        super().__init__()
+        if "TEXTUAL_ANIMATIONS" not in os.environ:
+            self.animation_level = "none"
+        self.register_theme(THEME)  # before the stylesheet is read, which uses its variables
+        self.theme = THEME.name
+        self._draft = draft
+        self.parting = ""
+        """A line to print once the screen is given back, such as how to return to a run."""
+        self._start = start
+        self._run = run
+        self._step = start if start in STEPS else STEPS[0]
+        self._given: Mapping[str, type[Page]] = pages or {}
+        self._opened: dict[str, Page] = {}
+        self._shown = ""
+        self._data_worker: DataWorker | None = None
+        self._ascii: list[LineFilter] = []
+        if ascii_only:
+            from tui.ascii import AsciiFilter
+
+            self._ascii = [AsciiFilter()]
+            self.add_class("-ascii")
+
+    @property
+    def draft(self) -> "Draft":
+        """The answers so far. Its first use imports all that plans, which takes 0.4 s: a page asks
+        for it after its first frame."""
+        if self._draft is None:
+            from tui.draft import Draft
+
+            self._draft = Draft()
+        return self._draft
+
+    @property
+    def data_worker(self) -> "DataWorker":
+        """The process that reads and tokenizes; started at the first use, ended with the app."""
+        if self._data_worker is None:
+            from tui.data_worker import DataWorker
+
+            self._data_worker = DataWorker()
+        return self._data_worker
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        return [*super().get_line_filters(), *self._ascii]
+
+    def on_mount(self) -> None:
+        if self._run:
+            self.open_run(self._run)
+        else:
+            self._show(self._start)
+            if self._draft is None:
+                self.call_after_refresh(self.run_worker, self._prepare)
+
+    async def on_unmount(self) -> None:
+        if self._data_worker:
+            await self._data_worker.close()
+
+    def open_step(self, name: str) -> None:
+        """Show the page of one of STEPS, made when it is first asked for."""
+        self._step = name
+        self._show(name)
+
+    def next_step(self) -> None:
+        """The step after the one that is shown; after the last one nothing."""
+        if self._shown in STEPS[:-1]:
+            self.open_step(STEPS[STEPS.index(self._shown) + 1])
+
+    def previous_step(self) -> None:
+        """The step before; from Train to Runs, and from Runs to where the setup was left."""
+        if self._shown in STEPS[1:]:
+            self.open_step(STEPS[STEPS.index(self._shown) - 1])
+        elif self._shown == "Runs":
+            self.open_step(self._step)
+        elif self._shown not in STEPS:
+            self.open_runs()
+
+    def open_run(self, run: "RunFolder", *, fresh: bool = False) -> None:
+        """The Train page of a run; `fresh` where the wizard has just started it."""
+        self._run = run
+        name = f"Train {run.path}"
+        if name not in self._opened:
+            page: Any = self._class("Train")
+            self._keep(name, page(run, fresh=fresh))
+        self._show(name)
+
+    def open_runs(self) -> None:
+        """The list of runs."""
+        self._show("Runs")
+
+    def leave(self, parting: str = "") -> None:
+        """End the app with exit status 0; runs go on. `parting` is printed afterwards."""
+        self.parting = parting
+        self.exit(0)
+
+    def copy(self, text: str, what: str) -> None:
+        """Put text on the clipboard of the terminal, and say so."""
+        self.copy_to_clipboard(text)
+        self.notify(f"copied {what}", timeout=2, markup=False)
+
+    def action_leave(self) -> None:
+        self.leave(next((page.parting for page in self._opened.values() if page.parting), ""))
+
+    def action_setup(self) -> None:
+        self.open_step(self._step)
+
+    def action_runs(self) -> None:
+        self.open_runs()
+
+    def action_train(self) -> None:
+        if self._run:
+            self.open_run(self._run)
+        else:
+            self.open_runs()
+
+    def action_help_quit(self) -> None:
+        self.notify("ctrl+q leaves", timeout=2, markup=False)
+
+    async def _prepare(self) -> None:
+        """Load what the next pages need while the person looks at the first one."""
+        for module in ("tui.draft", "tui.data_worker"):
+            await asyncio.to_thread(import_module, module)
+        await self.data_worker.warm()
+
+    def _show(self, name: str) -> None:
+        if name not in self._opened:
+            self._keep(name, self._class(name)())
+        if name == self._shown:
+            return
+        first, self._shown = not self._shown, name
+        if first:
+            self.push_screen(name)
+        else:
+            self._close_modals()
+            self.switch_screen(name)
+
+    def _keep(self, name: str, page: Page) -> None:
+        self._opened[name] = page
+        self.install_screen(page, name)
+
+    def _class(self, name: str) -> type[Page]:
+        if name in self._given:
+            return self._given[name]
+        module, _, word = PAGES[name].partition(":")
+        page: type[Page] = getattr(import_module(module), word)
+        return page
+
+    def _close_modals(self) -> None:
+        """A resumed run opens its page over an open question: that is answered with nothing."""
+        while self.screen.is_modal:
+            self.pop_screen()

@@ -1,0 +1,87 @@
+"""What the threads of the wizard tell its pages: facts, in the past tense."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from textual.message import Message
+
+from engine.errors import UserError
+from engine.events import Recorded
+from engine.runs import RunFolder, Status, Word
+from tui.removal import Contents
+from tui.run_facts import RunFacts
+
+
+class RunTold(Message):
+    """A run wrote events, or the word for it is another one."""
+
+    def __init__(self, events: Sequence[Recorded], status: Status | None) -> None:
+        super().__init__()
+        self.events = events
+        self.status = status
+        """None while what was written before is still being read."""
+
+
+class RunUnreadable(Message):
+    """The folder of a run cannot be read any more."""
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__()
+        self.error = error
+
+
+class RunAsked(Message):
+    """A command was written for a run; its answer will carry `identity`."""
+
+    def __init__(self, identity: str, command: Word) -> None:
+        super().__init__()
+        self.identity = identity
+        self.command = command
+
+
+class WorkRefused(Message):
+    """What a page asked a thread for could not be done."""
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__()
+        self.error = error
+
+
+class RunResumed(Message):
+    """A run goes on: its pause was lifted, or its trainer has begun again."""
+
+
+class RunsSeen(Message):
+    """Every run that is known, as it was a moment ago."""
+
+    def __init__(self, runs: Sequence[RunFacts]) -> None:
+        super().__init__()
+        self.runs = runs
+
+
+class RemovalMeasured(Message):
+    """What taking a run away would take."""
+
+    def __init__(self, run: RunFolder, contents: Contents) -> None:
+        super().__init__()
+        self.run = run
+        self.contents = contents
+
+
+class RunRemoved(Message):
+    """A run is gone; its config lies at `kept`, if it had one."""
+
+    def __init__(self, run: RunFolder, kept: Path | None) -> None:
+        super().__init__()
+        self.run = run
+        self.kept = kept
+
+
+class RunsCompared(Message):
+    """The configs of two runs were read: key, value of the first, value of the second."""
+
+    def __init__(self, differences: Sequence[tuple[str, str, str]], same: int) -> None:
+        super().__init__()
+        self.differences = differences
+        self.same = same
+        """How many keys have one value in both."""

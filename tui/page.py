@@ -1,0 +1,250 @@
+"""The frame that every page shares: two rows above, the command and the keys below, a body between.
+
+A page fills the body and says what its verdict, command and keys are; how they are drawn, what
+replaces the body (a problem, help) and what too small a terminal shows is decided here once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from textual.app import ComposeResult, RenderResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.content import Content
+from textual.screen import Screen
+from textual.widget import Widget
+
+from engine.errors import UserError
+from engine.visible import visible
+from tui.widgets.choices import Choices
+from tui.widgets.keys import CommandLine, Key, KeyRow
+from tui.widgets.steps import STEPS, StepBar, Verdict, verdict
+
+if TYPE_CHECKING:
+    from tui.app import WindtunnelApp
+
+__all__ = ["STEPS", "HelpText", "Key", "Page"]
+
+MIN_COLUMNS: Final = 60
+MIN_ROWS: Final = 18
+WIDE_COLUMNS: Final = 100
+TALL_ROWS: Final = 30
+
+_WHILE_COVERED: Final = frozenset({"back", "help"})
+
+
+@dataclass(frozen=True, slots=True)
+class HelpText:
+    """What F1 shows for one thing."""
+
+    title: str
+    lines: Sequence[tuple[str, str]] | str
+    """Pairs of a word and what it means, or a text."""
+    command: tuple[str, ...] = ()
+    """Words after `windtunnel` that print the same, where a command does."""
+
+
+class TooSmall(Widget):
+    """All that is shown of a page in a terminal that cannot hold it."""
+
+    def render(self) -> RenderResult:
+        width, height = self.app.size
+        return Content(
+            f"needs {MIN_COLUMNS} columns and {MIN_ROWS} rows, has {width}x{height}; "
+            "--plain works at any size"
+        )
+
+
+class Page(Screen[None]):
+    """One screen of the wizard. A subclass composes its panes in `compose_body`.
+
+    Classes for the stylesheet: `-narrow` or `-wide` (from 100 columns), `-short` or `-tall` (from
+    30 rows).
+    """
+
+    STEP: ClassVar[str] = ""
+    """One of STEPS; empty on Train and Runs, whose verdict stands in the first row."""
+    KEYS: ClassVar[tuple[Key, ...]] = ()
+
+    HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012
+        (0, "-too-small"),
+        (MIN_COLUMNS, "-narrow"),
+        (WIDE_COLUMNS, "-wide"),
+    ]
+    VERTICAL_BREAKPOINTS = [  # noqa: RUF012
+        (0, "-too-low"),
+        (MIN_ROWS, "-short"),
+        (TALL_ROWS, "-tall"),
+    ]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "accept", "go on", show=False),
+        Binding("escape", "back", "back", show=False),
+        Binding("tab", "app.focus_next", "next pane", show=False),
+        Binding("shift+tab", "app.focus_previous", "previous pane", show=False),
+        Binding("f1", "help", "help with what has the focus", show=False),
+        Binding("y", "copy_command", "copy the command", show=False),
+    ]
+
+    app: "WindtunnelApp"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._panel: Widget | None = None
+        self._focus_below: Widget | None = None
+        self._keys_below: Sequence[Key] = ()
+
+    def compose(self) -> ComposeResult:
+        yield StepBar(self.STEP)
+        if self.STEP:
+            yield Verdict(self.STEP)
+        with Vertical(id="body"):
+            yield from self.compose_body()
+        yield CommandLine()
+        yield KeyRow(self.KEYS)
+        yield TooSmall()
+
+    def compose_body(self) -> ComposeResult:
+        """The panes of the page."""
+        yield from ()
+
+    def say(self, mark: str, word: str, text: str = "") -> None:
+        """The page's answer: one of `✓ ! ✗ · ▶ ?`, the verdict's word, and one sentence."""
+        content = verdict(mark, word, visible(text, one_line=True))
+        if self.STEP:
+            self.query_one(Verdict).show_verdict(content)
+        else:
+            self.query_one(StepBar).show_verdict(content)
+
+    def show_command(self, words: Sequence[str]) -> None:
+        """The equivalent command, its words after `windtunnel`; none where there is no such."""
+        self.query_one(CommandLine).show_command(words)
+
+    def show_keys(self, keys: Sequence[Key]) -> None:
+        """Other hints than KEYS."""
+        if self._panel:
+            self._keys_below = keys
+        else:
+            self.query_one(KeyRow).show_keys(keys)
+
+    def show_title(self, text: str) -> None:
+        """The right end of the first row: the device."""
+        self.query_one(StepBar).show_title(visible(text, one_line=True))
+
+    @property
+    def parting(self) -> str:
+        """A line to print when the app ends while this page has something to say."""
+        return ""
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether help, a problem or another panel stands in place of the body."""
+        return self._panel is not None
+
+    def cover(self, panel: Widget, keys: Sequence[Key]) -> None:
+        """Put a panel in place of the body until Escape; what the body holds stays as it is."""
+        if self._panel:
+            self._panel.remove()
+        else:
+            self._focus_below = self.focused
+            self._keys_below = self.query_one(KeyRow).keys
+            self.add_class("-covered")
+        self._panel = panel
+        self.query_one(KeyRow).show_keys(keys)
+        self.mount(panel, before=self.query_one(CommandLine))
+        panel.add_class("cover")
+        self.call_after_refresh(self._focus_cover, panel)
+
+    def uncover(self) -> None:
+        """Take the panel away and give the focus back."""
+        if not self._panel:
+            return
+        self._panel.remove()
+        self._panel = None
+        self.remove_class("-covered")
+        self.query_one(KeyRow).show_keys(self._keys_below)
+        if self._focus_below and self._focus_below.is_attached:
+            self.set_focus(self._focus_below)
+
+    def show_problem(
+        self,
+        error: UserError,
+        *,
+        kept: str = "",
+        actions: Sequence[tuple[str, Callable[[], None]]] = (),
+    ) -> None:
+        """What, why, kept and fix in place of the body; Escape closes it and loses nothing.
+
+        `actions` are offered as a list, the first one highlighted: it must be safe to Enter.
+        """
+        from tui.screens.help import ProblemPanel
+
+        keys = [Key("enter", "do it")] if actions else []
+        self.cover(
+            ProblemPanel(error, kept=kept, actions=actions, close=self.uncover),
+            [*keys, Key("y", "copy this"), Key("esc", "close")],
+        )
+
+    def help_for(self, focused: Widget | None) -> HelpText:
+        """What F1 shows; a page overrides it for its own fields."""
+        title = self.STEP or self.__class__.__name__.removesuffix("Page")
+        return HelpText(title, [(key.key, key.label) for key in self.query_one(KeyRow).keys])
+
+    def refresh_from_draft(self) -> None:
+        """Called whenever the page is shown again: the draft may have changed meanwhile."""
+
+    def action_accept(self) -> None:
+        """Enter: take what is highlighted and go on."""
+        self.app.next_step()
+
+    def on_choices_chosen(self, message: Choices.Chosen) -> None:
+        """Enter on a line of a list is Enter on the page."""
+        message.stop()
+        self.action_accept()
+
+    def action_back(self) -> None:
+        """Escape: close what covers the page, else go to the page before."""
+        if self._panel:
+            self.uncover()
+        else:
+            self.app.previous_step()
+
+    def action_help(self) -> None:
+        from tui.screens.help import HelpPanel
+
+        if isinstance(self._panel, HelpPanel):
+            self.uncover()
+            return
+        if not self._panel:
+            text = self.help_for(self.focused)
+            self.cover(HelpPanel(text, self._actions()), [Key("esc", "close")])
+
+    def action_copy_command(self) -> None:
+        command = self.query_one(CommandLine).command
+        if command:
+            self.app.copy(command, "the command")
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """The page's own actions wait while something covers the body."""
+        return not self._panel or action in _WHILE_COVERED
+
+    def on_screen_resume(self) -> None:
+        self.refresh_from_draft()
+
+    def _focus_cover(self, panel: Widget) -> None:
+        if panel is self._panel and panel.is_attached:
+            for each in (panel, *panel.query("*")):
+                if each.focusable:
+                    self.set_focus(each)
+                    return
+
+    def _actions(self) -> list[tuple[str, str]]:
+        """Keys and what they do here, what has the focus first."""
+        found: dict[str, str] = {}
+        for active in self.active_bindings.values():
+            binding = active.binding
+            if binding.description and active.enabled:
+                shown = self.app.get_key_display(binding)
+                before = found.get(binding.description)
+                found[binding.description] = f"{before}, {shown}" if before else shown
+        return [(shown, description) for description, shown in found.items()]

@@ -1,0 +1,1 @@
+"""What pages are built of: each draws what it is given and decides nothing."""
