@@ -12,19 +12,7 @@ from rich.text import Text
 from engine.cli.watch import describe
 from engine.events import Phase, Recorded, Sample, Started, Step
 from engine.visible import visible
-
-PHASES = {
-    "import": "starting PyTorch",
-    "model": "looking for the model",
-    "hashing": "reading the data",
-    "tokenizing": "tokenizing",
-    "waiting": "waiting for another process that prepares the same data",
-    "prepared": "data ready",
-    "load": "loading the model",
-    "evaluate": "scoring held-out rows",
-    "save": "saving",
-    "export": "writing the result",
-}
+from tui.history import phase_words
 
 
 class Progress:
@@ -49,7 +37,7 @@ class Progress:
         event = recorded.event
         match event:
             case Phase():
-                words = visible(PHASES.get(event.name, event.name), one_line=True)
+                words = visible(phase_words(event.name), one_line=True)
                 self._bar.update(self._task, description=words, refresh=True)
             case Started():
                 self._bar.update(

@@ -19,8 +19,11 @@ from engine.visible import visible
 WORK_FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
 
 
-def build_app(make_watch: Callable[[], Watch]) -> cyclopts.App:
-    """All commands; `make_watch` makes what shows a run in the foreground."""
+def build_app(
+    make_watch: Callable[[], Watch], open_run: supervision.OpenRun | None = None
+) -> cyclopts.App:
+    """All commands; `make_watch` makes what shows a run in the foreground, `open_run` is the screen
+    of `watch`."""
     app = cyclopts.App(
         name="windtunnel",
         help="Fine-tune Mistral models: see what is learned, train it, never lose a run.",
@@ -32,7 +35,7 @@ def build_app(make_watch: Callable[[], Watch]) -> cyclopts.App:
     training.register(app, make_watch)
     planning.register(app)
     dataset.register(app)
-    supervision.register(app, make_watch)
+    supervision.register(app, make_watch, open_run)
     models.register(app)
     hardware.register(app)
     explain.register(app)
@@ -40,10 +43,12 @@ def build_app(make_watch: Callable[[], Watch]) -> cyclopts.App:
 
 
 def main(
-    arguments: Sequence[str] | None = None, make_watch: Callable[[], Watch] | None = None
+    arguments: Sequence[str] | None = None,
+    make_watch: Callable[[], Watch] | None = None,
+    open_run: supervision.OpenRun | None = None,
 ) -> int:
     """Carry out one command line; returns its exit status and never shows a traceback."""
-    app = build_app(make_watch or PlainWatch)
+    app = build_app(make_watch or PlainWatch, open_run)
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = app(given, exit_on_error=False, print_error=False, result_action="return_value")

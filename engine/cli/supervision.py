@@ -1,4 +1,4 @@
-"""The commands that look after runs: `runs`, `pause`, `resume`, `stop`.
+"""The commands that look after runs: `runs`, `watch`, `pause`, `resume`, `stop`.
 
 They decide only what is printed and how long to wait; what a run is and how it answers is in
 `engine.runs`, how a dead one is started again in `engine.launch`.
@@ -15,7 +15,7 @@ from typing import Annotated, Final
 import cyclopts
 
 from engine.cli.watch import PlainWatch, Watch, watch_to_end
-from engine.errors import WorkError
+from engine.errors import UserError, WorkError
 from engine.events import Ack
 from engine.launch import resume_run
 from engine.runs import (
@@ -25,6 +25,7 @@ from engine.runs import (
     Word,
     ask,
     find_run,
+    follow,
     is_locked,
     list_runs,
     run_home,
@@ -47,14 +48,24 @@ AsJson = Annotated[
 ]
 
 
-def register(app: cyclopts.App, make_watch: Callable[[], Watch] = PlainWatch) -> None:
-    """Add the commands; `make_watch` makes what shows a run that `resume` restarts.
+OpenRun = Callable[[RunFolder, bool], int]
+"""Shows a run on a screen, in ASCII or not, until the person leaves; gives the exit status."""
+
+
+def register(
+    app: cyclopts.App,
+    make_watch: Callable[[], Watch] = PlainWatch,
+    open_run: OpenRun | None = None,
+) -> None:
+    """Add the commands; `make_watch` makes what shows a run that `resume` restarts, `open_run` is
+    the screen of `watch`, None where there is none.
 
     They raise UserError and return an exit status, or None for 0.
     """
     app.command(show_runs, name="runs")
     app.command(pause)
     app.command(stop)
+    _register_watch(app, open_run)
 
     @app.command
     def resume(
@@ -83,6 +94,31 @@ def register(app: cyclopts.App, make_watch: Callable[[], Watch] = PlainWatch) ->
             if exit_status:
                 return exit_status
         _answer(run, "resume", summarize(run).status.capitalize(), as_json)
+        return 0
+
+
+def _register_watch(app: cyclopts.App, open_run: OpenRun | None) -> None:
+    @app.command
+    def watch(
+        name: RunName | None = None,
+        /,
+        *,
+        plain: Annotated[
+            bool, cyclopts.Parameter(negative="", help="Lines of text instead of a screen.")
+        ] = False,
+        ascii_only: Annotated[
+            bool, cyclopts.Parameter(name="--ascii", negative="", help="Draw with ASCII alone.")
+        ] = False,
+        home: RunsFolder = None,
+    ) -> int:
+        """Follow a run, the newest one without a name. Leaving never stops it."""
+        run = find_run(name, home) if name else _newest(home)
+        if open_run and not plain:
+            return open_run(run, ascii_only)
+        shown = PlainWatch(sys.stdout)
+        for recorded in follow(run):
+            shown.show(recorded)
+        print(_ending(run), flush=True)
         return 0
 
 
@@ -132,6 +168,22 @@ def stop(name: RunName, /, *, home: RunsFolder = None, as_json: AsJson = False) 
             f"Read {visible(str(run.log), one_line=True)}.",
         )
     _answer(run, "stop", summary.status.capitalize(), as_json)
+
+
+def _newest(home: Path | None) -> RunFolder:
+    runs = list_runs(home)
+    if not runs:
+        raise UserError(
+            "There is no run to watch.",
+            f"No run is known under {visible(str(run_home(home)), one_line=True)}.",
+            "Start one with `windtunnel train CONFIG`, or name its folder.",
+        )
+    return runs[0]
+
+
+def _ending(run: RunFolder) -> str:
+    summary = summarize(run)
+    return f"{visible(run.name, one_line=True)} is {summary.status}, {_progress(summary)}"
 
 
 def _ask(run: RunFolder, command: Word) -> None:

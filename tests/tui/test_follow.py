@@ -1,0 +1,76 @@
+"""A run is told in pieces that a screen can take, and its word only when all of it was told."""
+
+import threading
+from pathlib import Path
+
+from textual.message import Message
+
+from engine.events import Ended, Recorded, format_line
+from engine.runs import RunFolder, create_run
+from tests.fakes.processes import running_fake, wait_until
+from tests.tui.told_runs import step_event
+from tui.follow import follow_run, send_command
+from tui.messages import RunAsked, RunTold, RunUnreadable, WorkRefused
+
+
+def told(run: RunFolder, enough: int) -> list[Message]:
+    """The messages until there are `enough` of them."""
+    messages: list[Message] = []
+    stop = threading.Event()
+    thread = threading.Thread(target=follow_run, args=(run, messages.append, stop.is_set))
+    thread.start()
+    try:
+        wait_until(lambda: len(messages) >= enough)
+    finally:
+        stop.set()
+        thread.join()
+    return messages
+
+
+def test_the_word_for_a_run_waits_until_its_last_event_is_told(home: Path) -> None:
+    run = create_run("long")
+    with run.events.open("ab") as lines:
+        for step in range(1, 20_001):
+            lines.write(format_line(Recorded(step, 1e9, step_event(step))))
+        lines.write(format_line(Recorded(20_001, 1e9, Ended("finished", 20_000))))
+    messages = told(run, 41)
+    words = [each.status for each in messages if isinstance(each, RunTold)]
+    events = [one for each in messages if isinstance(each, RunTold) for one in each.events]
+    assert len(events) == 20_001
+    assert max(len(each.events) for each in messages if isinstance(each, RunTold)) <= 500
+    last = next(place for place, word in enumerate(words) if word)
+    assert words[last] == "finished"
+    assert sum(len(each.events) for each in messages[: last + 1] if isinstance(each, RunTold)) == (
+        20_001
+    )
+
+
+def test_nothing_is_told_while_nothing_happens(home: Path) -> None:
+    (message,) = told(create_run("idle"), 1)
+    assert isinstance(message, RunTold)
+    assert (list(message.events), message.status) == ([], "waiting")
+
+
+def test_a_folder_that_cannot_be_read_is_told_once(home: Path) -> None:
+    run = create_run("broken")
+    run.events.mkdir()
+    (message,) = told(run, 1)
+    assert isinstance(message, RunUnreadable)
+
+
+def test_a_command_is_told_with_the_id_of_its_answer(home: Path) -> None:
+    run = create_run("live")
+    messages: list[Message] = []
+    with running_fake(run):
+        send_command(run, "pause", messages.append)
+    (message,) = messages
+    assert isinstance(message, RunAsked)
+    assert message.identity in run.control.read_text()
+
+
+def test_a_command_that_nobody_would_read_is_refused(home: Path) -> None:
+    messages: list[Message] = []
+    send_command(create_run("dead"), "save", messages.append)
+    (message,) = messages
+    assert isinstance(message, WorkRefused)
+    assert "is not running" in message.error.what

@@ -1,0 +1,73 @@
+"""The events of a run add up to the same history, told at once or bit by bit."""
+
+import math
+from pathlib import Path
+
+from engine.events import Ack, Ended, Eval, Event, Note, Phase, Recorded, Saved, Started
+from engine.runs import Follower
+from tests.tui.told_runs import AFTER, BEFORE, PROMPT, step_event, told_run
+from tui.history import Answer, History
+
+
+def history_of(*events: Event) -> History:
+    history = History()
+    history.add(Recorded(seq, 100.0 + seq, event) for seq, event in enumerate(events))
+    return history
+
+
+def test_a_told_run_gives_curves_answers_and_a_log(tmp_path: Path) -> None:
+    history = History()
+    history.add(Follower(told_run(tmp_path / "run").events).read())
+    assert (history.steps_done, history.total_steps) == (61, 99)
+    assert history.best == (60, 0.731)
+    assert math.isclose(history.seconds_left, 38 * 8.9)
+    assert history.answers[PROMPT][0] == Answer("before", BEFORE)
+    assert history.answers[PROMPT][-1] == Answer("step 60", AFTER)
+    assert history.log[-1].text == "saved checkpoints/step-60"
+    assert history.log[-2].text == "held-out loss 0.731, best so far (was 0.768)"
+
+
+def test_a_step_that_is_told_again_supersedes_what_followed_it() -> None:
+    steps = [step_event(step) for step in range(1, 11)]
+    again = [step_event(step, loss=9.0) for step in range(6, 8)]
+    history = history_of(*steps, Eval(10, 0.5), Eval(4, 0.7), *again)
+    assert history.steps_done == 7
+    assert [x for x, _ in history.loss.raw.points()] == [1, 2, 3, 4, 5, 6, 7]
+    assert history.loss.last == 9.0
+    assert history.held_out == [(4, 0.7)]
+
+
+def test_losses_that_are_no_number_are_remembered_by_their_first_step() -> None:
+    steps = [step_event(step, loss=math.nan if step >= 4 else 1.0) for step in range(1, 7)]
+    assert history_of(*steps).nan_since == 4
+    assert history_of(*steps, step_event(7)).nan_since is None
+
+
+def test_rises_of_the_held_out_loss_are_counted_in_a_row() -> None:
+    evals = [Eval(step, loss) for step, loss in enumerate((1.0, 0.8, 0.9, 0.85, 0.86, 0.87))]
+    assert history_of(*evals).rises == 2
+
+
+def test_a_new_launch_is_not_over_because_the_last_one_was() -> None:
+    ended = Ended("failed", 3, "It broke.", "Why.", "Fix.")
+    assert history_of(step_event(3), ended).ended == ended
+    assert history_of(step_event(3), ended, Phase("import")).ended is None
+
+
+def test_acks_are_found_by_the_id_of_their_command() -> None:
+    ack = Ack("abc", "pause", "done")
+    assert history_of(ack).acks == {"abc": ack}
+
+
+def test_notes_keep_their_level_and_saves_their_path() -> None:
+    history = history_of(Note("warning", "careful"), Saved(3, "adapter"))
+    assert [(line.level, line.text) for line in history.log] == [
+        ("warning", "careful"),
+        ("info", "saved adapter"),
+    ]
+
+
+def test_a_run_without_a_total_has_no_time_left() -> None:
+    assert math.isnan(History().seconds_left)
+    started = Started("r", "m", "lora", ("cpu",), 1, 10, 5)
+    assert math.isnan(history_of(started).seconds_left)

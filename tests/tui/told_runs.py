@@ -1,0 +1,86 @@
+"""Runs that tests write by hand: the events of a real one, at times that never change."""
+
+import math
+from pathlib import Path
+
+from engine.events import Ended, Eval, Event, EventWriter, Phase, Sample, Saved, Started, Step
+from engine.runs import RunFolder
+
+BEGAN = 1_700_000_000.0
+PROMPT = "My lamp (order 4471) arrived like this. Can I get my money back?"
+BEFORE = "Unfortunately I cannot process refunds. Please contact our support team for further help."
+AFTER = "I'm sorry the shade arrived cracked. Send me a photo and I will refund 89.00 EUR."
+CONFIG = """\
+base_model: demo-tiny
+adapter: lora
+lora_r: {lora_r}
+datasets:
+  - path: rows.jsonl
+    type: chat_template
+"""
+
+
+def step_event(step: int, total: int = 99, loss: float | None = None) -> Step:
+    """A step of a run whose loss falls, with a wave on it and a spike at step 38."""
+    wave = 0.06 * math.sin(step * 2.4) + (0.22 if step == 38 else 0.0)
+    fallen = 1.62 * math.exp(-step / 13) + 0.74 - 0.0016 * step + wave
+    return Step(
+        step=step,
+        epoch=step * 3 / total,
+        loss=fallen if loss is None else loss,
+        learned_tokens=2000,
+        tokens=4096,
+        lr=2e-4 * (step / 5 if step < 5 else 0.5 * (1 + math.cos(math.pi * step / total))),
+        grad_norm=0.32 + 1.1 * math.exp(-step / 9) + (0.6 if step == 38 else 0.0),
+        seconds=8.9,
+        tokens_per_second=195.0 if step == 1 else 458 + 5 * math.sin(step),
+        peak_memory_bytes=int(19.6 * 2**30),
+        total_steps=total,
+    )
+
+
+class ToldRun:
+    """Writes a run's events with 8.9 seconds a step."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.folder = RunFolder(path)
+        self.time = BEGAN
+
+    def tell(self, *events: Event, seconds: float = 0.0) -> None:
+        """Let `seconds` go by, then write these."""
+        self.time += seconds
+        with EventWriter(self.folder.events, clock=lambda: self.time) as writer:
+            for event in events:
+                writer.emit(event)
+
+    def begin(self, total: int = 99, model: str = "mistralai/Magistral-Small-2509") -> None:
+        """Load the model and look at it before the first step."""
+        self.tell(Phase("import"))
+        self.tell(Phase("load", detail=model), seconds=3)
+        name = self.folder.name
+        started = Started(name, model, "qlora", ("GPU-1",), 1, total, 184_800_000)
+        self.tell(started, Eval(0, 2.02), Sample(0, PROMPT, BEFORE, "before"), seconds=20)
+
+    def train(self, first: int, last: int, total: int = 99) -> None:
+        """Steps, with a check, an answer and a save at 17, 33, 50 and 60."""
+        held_out = {17: 1.13, 33: 0.84, 50: 0.768, 60: 0.731}
+        for step in range(first, last + 1):
+            self.tell(step_event(step, total), seconds=8.9)
+            if step in held_out:
+                self.tell(Phase("evaluate", 0, 24), Eval(step, held_out[step]))
+                self.tell(Sample(step, PROMPT, AFTER, "during"), Phase("save"))
+                self.tell(Saved(step, f"checkpoints/step-{step}"))
+
+
+def told_run(
+    path: Path, steps: int = 61, end: Ended | None = None, *, lora_r: int = 32
+) -> RunFolder:
+    """A run in a folder, told up to a step, with a config."""
+    told = ToldRun(path)
+    told.folder.config.write_text(CONFIG.format(lora_r=lora_r), "utf-8")
+    told.begin()
+    told.train(1, steps)
+    if end:
+        told.tell(end, seconds=1)
+    return told.folder

@@ -1,0 +1,240 @@
+"""What the events of one run add up to: the curves, the last words, the numbers of the first row.
+
+Pure, and apart from the page that shows it, because the list of runs and the comparison read the
+same files; feeding it the same events gives the same history, live or years later.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from engine.events import (
+    Ack,
+    Ended,
+    Eval,
+    Note,
+    Phase,
+    Recorded,
+    Sample,
+    Saved,
+    Score,
+    Started,
+    Step,
+)
+from tui.series import Series
+
+GIB: Final = 1 << 30
+LOG_LINES: Final = 500
+_RECENT_STEPS: Final = 30
+
+_PHASES: Final = {
+    "import": "starting PyTorch",
+    "model": "looking for the model",
+    "hashing": "reading the data",
+    "tokenizing": "tokenizing",
+    "waiting": "waiting for another process that prepares the same data",
+    "prepared": "data ready",
+    "load": "loading the model",
+    "evaluate": "scoring held-out rows",
+    "save": "saving",
+    "export": "writing the result",
+}
+
+_TOLD_BY_RESULT: Final = frozenset({"evaluate", "save"})
+
+
+def phase_words(name: str) -> str:
+    """What a phase of the trainer is called on a screen; its own name where it is new."""
+    return _PHASES.get(name, name)
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """One line of the log pane."""
+
+    time: float
+    """Unix seconds."""
+    text: str
+    level: str = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model said to one of the fixed prompts."""
+
+    label: str
+    """`before`, `step 60` or `after`."""
+    text: str
+
+
+class History:
+    """The state of a run after the events that were added, in their order."""
+
+    def __init__(self) -> None:
+        self.started: Started | None = None
+        self.phase: Phase | None = None
+        """What the run does besides steps, until the next step."""
+        self.step: Step | None = None
+        self.total_steps: int | None = None
+        self.ended: Ended | None = None
+        self.last_time = math.nan
+        """Unix seconds of the newest event."""
+        self.began_time = math.nan
+        """Unix seconds of the first event of this launch."""
+        self.held_out: list[tuple[int, float]] = []
+        """Step and loss of each evaluation."""
+        self.answers: dict[str, list[Answer]] = {}
+        """By prompt, in the order in which they were told."""
+        self.saved: list[Saved] = []
+        self.acks: dict[str, Ack] = {}
+        self.log: deque[LogLine] = deque(maxlen=LOG_LINES)
+        self.nan_since: int | None = None
+        """First step of the stretch of losses without a number that the run is in."""
+        self.loss = Series()
+        self.lr = Series()
+        self.grad_norm = Series()
+        self.tokens_per_second = Series()
+        self.memory_gib = Series()
+        self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+
+    def add(self, events: Iterable[Recorded]) -> None:
+        """Take in events, oldest first."""
+        for recorded in events:
+            self.last_time = recorded.time
+            if math.isnan(self.began_time):
+                self.began_time = recorded.time
+            self._take(recorded)
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps that count."""
+        return self.step.step if self.step else 0
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean wall time of the last steps; nan before the first."""
+        return sum(self._seconds) / len(self._seconds) if self._seconds else math.nan
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the last step at the speed of the last ones, without evaluations and saves."""
+        if self.total_steps is None:
+            return math.nan
+        return (self.total_steps - self.steps_done) * self.step_seconds
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The evaluation with the lowest loss."""
+        return best_of(self.held_out)
+
+    @property
+    def rises(self) -> int:
+        """How often in a row the held-out loss has risen."""
+        count = 0
+        for (_, before), (_, after) in zip(self.held_out, self.held_out[1:], strict=False):
+            count = count + 1 if after > before else 0
+        return count
+
+    def _take(self, recorded: Recorded) -> None:
+        event = recorded.event
+        match event:
+            case Started():
+                self._start(event, recorded.time)
+            case Step():
+                self._take_step(event)
+            case Phase():
+                self._take_phase(event, recorded.time)
+            case Eval():
+                self._take_eval(event, recorded.time)
+            case Score() if event.dataset != "train":
+                self._tell(
+                    recorded.time, f"{event.dataset}: {event.exact:.0%} of {event.rows} rows exact"
+                )
+            case Sample():
+                label = event.when if event.when != "during" else f"step {event.step}"
+                self.answers.setdefault(event.prompt, []).append(Answer(label, event.text))
+            case Saved():
+                self.saved.append(event)
+                self.phase = None
+                self._tell(recorded.time, f"saved {event.path}")
+            case Note():
+                self._tell(recorded.time, event.text, event.level)
+            case Ack():
+                self.acks[event.id] = event
+            case Ended():
+                self._end(event, recorded.time)
+
+    def _start(self, event: Started, time: float) -> None:
+        self.started, self.total_steps = event, event.total_steps
+        self.ended = self.phase = None
+        self.began_time = time
+        if not self.loss.raw:
+            # A thirtieth of the run: follows a fall in 100 steps, calms the noise of 10,000.
+            self.loss = Series(span=min(50.0, max(3.0, event.total_steps / 30)))
+        self._tell(time, f"model ready: {event.trainable_parameters:,} parameters are trained")
+
+    def _take_step(self, step: Step) -> None:
+        if self.step and step.step <= self.step.step:
+            self._rewind(step.step)
+        self.step, self.phase = step, None
+        self.total_steps = step.total_steps or self.total_steps
+        self._seconds.append(step.seconds)
+        if math.isfinite(step.loss):
+            self.nan_since = None
+        elif self.nan_since is None:
+            self.nan_since = step.step
+        self.loss.add(step.step, step.loss)
+        self.lr.add(step.step, step.lr)
+        self.grad_norm.add(step.step, step.grad_norm)
+        self.tokens_per_second.add(step.step, step.tokens_per_second)
+        self.memory_gib.add(step.step, step.peak_memory_bytes / GIB)
+
+    def _rewind(self, step: int) -> None:
+        for series in (
+            self.loss,
+            self.lr,
+            self.grad_norm,
+            self.tokens_per_second,
+            self.memory_gib,
+        ):
+            series.rewind(step)
+        self.held_out = [each for each in self.held_out if each[0] < step]
+
+    def _take_phase(self, phase: Phase, time: float) -> None:
+        if self.phase is None or self.phase.name != phase.name:
+            if self.ended:  # a new launch of a run that had ended
+                self.ended, self.began_time = None, time
+            if phase.name not in _TOLD_BY_RESULT:
+                self._tell(time, phase_words(phase.name))
+        self.phase = phase
+
+    def _take_eval(self, event: Eval, time: float) -> None:
+        best = self.best
+        self.phase = None
+        self.held_out = [each for each in self.held_out if each[0] < event.step]
+        self.held_out.append((event.step, event.loss))
+        told = f"held-out loss {event.loss:.3f}"
+        if best:
+            better = event.loss < best[1]
+            told += f", best so far (was {best[1]:.3f})" if better else f" (best {best[1]:.3f})"
+        self._tell(time, told)
+
+    def _end(self, event: Ended, time: float) -> None:
+        self.ended, self.phase = event, None
+        failed = event.outcome == "failed"
+        self._tell(
+            time,
+            f"{event.outcome} at step {event.step}" + (f": {event.what}" if failed else ""),
+            "error" if failed else "info",
+        )
+
+    def _tell(self, time: float, text: str, level: str = "info") -> None:
+        self.log.append(LogLine(time, text, level))
+
+
+def best_of(held_out: Sequence[tuple[int, float]]) -> tuple[int, float] | None:
+    """Step and loss of the evaluation with the lowest loss; None before the first."""
+    real = [each for each in held_out if math.isfinite(each[1])]
+    return min(real, key=lambda each: each[1]) if real else None

@@ -1,0 +1,137 @@
+"""Two runs side by side: their curves, what differs in their configs, their figures at one step."""
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from textual.app import ComposeResult, RenderResult
+from textual.containers import Horizontal, Vertical
+from textual.content import Content
+from textual.geometry import Size
+from textual.widget import Widget
+
+from engine.runs import RunFolder
+from engine.visible import visible
+from tui.run_facts import RunFacts
+from tui.screens.help import TextPane
+from tui.screens.runs.wording import same_step
+from tui.widgets.braille import Curve
+from tui.widgets.chart import Chart, Scale
+from tui.widgets.pane import Pane
+
+_LEAST_CELLS: Final = 12
+
+
+class Differences(Widget):
+    """Key, value of A, value of B, a line each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: Sequence[tuple[str, str, str]] = ()
+        self._note = "reading the configs"
+
+    def show(self, lines: Sequence[tuple[str, str, str]], same: int) -> None:
+        """Draw these, and say how many keys are the same."""
+        self._lines = lines
+        self._note = f"{same} keys are the same"
+        self.refresh(layout=True)
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        return len(self._lines) + 1
+
+    def render(self) -> RenderResult:
+        width = max(self.size.width, _LEAST_CELLS)
+        longest = max((len(key) for key, _, _ in self._lines), default=0)
+        key_cells = min(longest, width // 2) + 2
+        cells = (width - key_cells) // 2
+        rows = [
+            Content.assemble(
+                (_cell(key, key_cells), "$muted"), _cell(first, cells), _cell(second, cells)
+            )
+            for key, first, second in self._lines
+        ]
+        return Content("\n").join([*rows, Content.styled(self._note, "$muted")])
+
+
+class Comparison(Vertical):
+    """A panel over the list; what the configs say comes when a thread has read them."""
+
+    def __init__(self, first: RunFacts, second: RunFacts) -> None:
+        super().__init__()
+        self._first, self._second = first, second
+
+    def compose(self) -> ComposeResult:
+        names = [visible(each.folder.name, one_line=True) for each in (self._first, self._second)]
+        with Pane(title=f"A ━━ {names[0]}   B ┅┅ {names[1]}", subtitle="loss, ◆◇ held out"):
+            yield Chart(waiting="neither has told a loss")
+        with Horizontal():
+            with Pane(title="what differs", can_focus=True):
+                yield Differences()
+            step = min(self._first.step, self._second.step)
+            yield TextPane(f"at the same step ({step})", self._figures(), subtitle=self._better())
+
+    def on_mount(self) -> None:
+        right = max(self._first.total_steps or 1, self._second.total_steps or 1)
+        curves = [
+            Curve(self._second.loss, "bold $secondary", dotted=True),
+            Curve(self._first.loss, "bold $primary"),
+            Curve(self._second.held_out, "bold $secondary", "◇"),
+            Curve(self._first.held_out, "bold $lit", "◆"),
+        ]
+        self.query_one(Chart).show(curves, Scale(float(right)))
+
+    def show_differences(self, differences: Sequence[tuple[str, str, str]], same: int) -> None:
+        """The keys with different values, and how many have the same."""
+        self.query_one(Differences).show(differences, same)
+
+    def _figures(self) -> Content:
+        rows = [Content.styled(f"{'':<16}{'A':>9}{'B':>9}", "$muted")]
+        for name, a, b, digits in same_step(self._first, self._second):
+            rows.append(
+                Content.assemble(
+                    (f"{name:<16}", "$muted"), f"{_number(a, digits):>9}{_number(b, digits):>9}"
+                )
+            )
+        return Content("\n").join(rows)
+
+    def _better(self) -> str:
+        _, a, b, _ = same_step(self._first, self._second)[1]
+        if not math.isfinite(a - b) or a == b:
+            return ""
+        return f"{'A' if a < b else 'B'} is better by {abs(a - b):.3f} held out"
+
+
+def differences(first: RunFolder, second: RunFolder) -> tuple[list[tuple[str, str, str]], int]:
+    """What the configs of two runs say differently, by key, defaults included; and how many keys
+    say the same. Reads both files; raises UserError where one cannot be read."""
+    from engine.config import read_config  # pydantic: in the thread, not in the list's first frame
+
+    a, b = (
+        dict(_flat(read_config(run.config).config.model_dump(mode="json"), ""))
+        for run in (first, second)
+    )
+    keys = [*a, *(key for key in b if key not in a)]
+    found = [(key, a.get(key, "-"), b.get(key, "-")) for key in keys if a.get(key) != b.get(key)]
+    return found, len(keys) - len(found)
+
+
+def _flat(value: object, key: str) -> list[tuple[str, str]]:
+    """Every plain value below `value`, with its key written as lora.targets[0]."""
+    if isinstance(value, dict) and value:
+        below = [(f"{key}.{name}" if key else str(name), inner) for name, inner in value.items()]
+    elif isinstance(value, list) and value:
+        below = [(f"{key}[{place}]", inner) for place, inner in enumerate(value)]
+    else:
+        return [(key, "null" if value is None else str(value))]
+    return [each for name, inner in below for each in _flat(inner, name)]
+
+
+def _cell(text: str, cells: int) -> str:
+    """One line of text in a column, with a space behind it."""
+    shown = visible(text, one_line=True)
+    room = cells - 1
+    return f"{shown if len(shown) <= room else shown[: room - 1] + '…':<{cells}}"
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "-"

@@ -1,0 +1,363 @@
+"""The Train page: a run that lives in a process of its own, followed through its files.
+
+The page asks and shows; leaving it never stops the run. What the words are is in `wording`, what
+the events add up to in `tui.history`.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Final
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.content import Content
+from textual.widget import Widget
+from textual.widgets import Static
+from textual.worker import get_current_worker
+
+from engine.errors import UserError, WorkError
+from engine.launch import resume_run
+from engine.runs import RunFolder, Status, Word
+from engine.visible import visible
+from tui.follow import follow_run, send_command
+from tui.history import History
+from tui.messages import RunAsked, RunResumed, RunTold, RunUnreadable, WorkRefused
+from tui.page import HelpText, Key, Page
+from tui.screens.help import TextPane
+from tui.screens.train import wording
+from tui.screens.train.curves import METRICS, Curves
+from tui.screens.train.parts import Answers, Log, ProgressRow, answer_text, log_line
+from tui.widgets.chart import Chart, Spark
+from tui.widgets.confirm import Confirm
+from tui.widgets.pane import Pane
+
+_REDRAW_SECONDS: Final = 0.25
+_LOG_BYTES: Final = 1 << 14
+_RESUME_SECONDS: Final = 120.0
+
+_ALIVE: Final = ("waiting", "running", "paused")
+_KEYS: Final = (
+    Key("tab", "next pane", 1),
+    Key("z", "maximise"),
+    Key("l", "log"),
+    Key("v", "all samples"),
+    Key("c", "save now"),
+)
+_LIVE_KEYS: Final = (
+    *_KEYS,
+    Key("p", "pause", 2),
+    Key("s", "stop and save", 3),
+    Key("q", "leave it running", 3),
+)
+_PAUSED_KEYS: Final = (
+    *_KEYS[:-1],
+    Key("p", "go on", 3),
+    Key("s", "stop and save", 3),
+    Key("q", "leave it paused", 2),
+)
+_DONE_KEYS: Final = (*_KEYS[:-1], Key("esc", "all runs"), Key("q", "leave"))
+_DEAD_KEYS: Final = (Key("r", "resume", 3), *_DONE_KEYS)
+_STATUS_KEYS: Final[Mapping[Status | None, Sequence[Key]]] = {
+    "paused": _PAUSED_KEYS,
+    "finished": _DONE_KEYS,
+    "stopped": _DEAD_KEYS,
+    "failed": _DEAD_KEYS,
+    "lost": _DEAD_KEYS,
+}
+
+
+class TrainPage(Page):
+    """One run, live. `fresh` is a run that was started a moment ago."""
+
+    CSS_PATH = Path(__file__).with_name("train.tcss")
+    KEYS = _LIVE_KEYS
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("p", "pause", "pause or go on", show=False),
+        Binding("c", "ask('save')", "save now", show=False),
+        Binding("s", "stop", "stop and save", show=False),
+        Binding("r", "resume", "resume", show=False),
+        Binding("v", "samples", "all samples", show=False),
+        Binding("l", "log", "the log", show=False),
+        Binding("z", "maximise", "maximise a pane", show=False),
+        Binding("q", "app.leave", "leave it running", show=False),
+    ]
+
+    def __init__(
+        self, folder: RunFolder, *, fresh: bool = False, clock: Callable[[], float] = time.time
+    ) -> None:
+        super().__init__()
+        self._folder = folder
+        self._run_name = visible(folder.name, one_line=True)
+        self._fresh = fresh
+        self._clock = clock
+        self._history = History()
+        self._status: Status | None = None
+        self._asked: dict[str, tuple[Word, float]] = {}
+        self._changed = True
+        self._told_end = False
+        self._resuming = False
+
+    def compose_body(self) -> ComposeResult:
+        yield ProgressRow()
+        with Horizontal(id="charts"):
+            with Pane(title="loss", id="loss", can_focus=True):
+                yield Chart()
+            with Vertical(id="small"):
+                for metric in METRICS:
+                    with Pane(title=metric.name, classes="small", can_focus=True):
+                        yield Chart(foot=False)
+        with Vertical(id="sparks"):
+            for metric in METRICS:
+                yield Spark(metric.name, metric.style)
+        yield Static(id="note", markup=False)
+        with Horizontal(id="below"):
+            with Pane(id="samples", can_focus=True):
+                yield Answers()
+            with Pane(title="log", id="log", can_focus=True):
+                yield Log()
+
+    def on_mount(self) -> None:
+        self.show_command(["watch", self._folder.name])
+        self.set_interval(_REDRAW_SECONDS, self._redraw)
+        self.run_worker(self._follow, thread=True)
+        if self._fresh:
+            self.notify("started; it goes on when this window closes", timeout=4, markup=False)
+
+    @property
+    def parting(self) -> str:
+        """What is printed when the app ends: how to come back to a run that goes on."""
+        alive = self._status in _ALIVE
+        return f"still training: windtunnel watch {self._run_name}" if alive else ""
+
+    def help_for(self, focused: Widget | None) -> HelpText:
+        text = _HELP.get(focused.id or "" if focused else "", _HELP["loss"])
+        return HelpText("the run", text, ("watch", self._folder.name))
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        alive = self._status in _ALIVE
+        if action in ("pause", "stop", "ask") and not alive:
+            return False
+        if action == "resume" and (alive or self._status == "finished"):
+            return False
+        return super().check_action(action, parameters)
+
+    async def on_run_told(self, message: RunTold) -> None:
+        self._history.add(message.events)
+        await asyncio.sleep(0)  # a page takes its messages in a row: keys are let in between
+        if message.status != self._status:
+            self._status = message.status
+            self._told_end = self._told_end and message.status not in _ALIVE
+            self.refresh_bindings()
+        for identity in [each for each in self._asked if each in self._history.acks]:
+            word, _ = self._asked.pop(identity)
+            if self._history.acks[identity].outcome == "refused":
+                self._refuse(_refused(self._run_name, word))
+        if self._status not in _ALIVE:
+            self._asked.clear()
+        self._changed = True
+
+    def on_run_unreadable(self, message: RunUnreadable) -> None:
+        self._refuse(message.error)
+
+    def on_run_asked(self, message: RunAsked) -> None:
+        if message.identity not in self._history.acks:
+            self._asked[message.identity] = (message.command, self._clock())
+        self._changed = True
+
+    def on_work_refused(self, message: WorkRefused) -> None:
+        self._resuming = False
+        self._refuse(message.error)
+
+    def on_run_resumed(self, message: RunResumed) -> None:
+        self._resuming = False
+        self._changed = True
+
+    def on_screen_resume(self) -> None:
+        self._changed = True
+
+    def on_resize(self) -> None:
+        self._changed = True
+
+    def action_accept(self) -> None:
+        """Enter does what the highlighted pane offers: show it whole."""
+        self.action_maximise()
+
+    def action_pause(self) -> None:
+        self.action_ask("resume" if self._status == "paused" else "pause")
+
+    def action_ask(self, word: Word) -> None:
+        """Write a command for the run; its answer comes with the events."""
+        work = partial(send_command, self._folder, word, self.post_message)
+        self.run_worker(work, thread=True)
+
+    def action_stop(self) -> None:
+        question = wording.stop_question(self._history)
+        confirm = Confirm(self._folder.name, question, yes="stops", no="goes on")
+        self.app.push_screen(confirm, self._stop_if)
+
+    def action_resume(self) -> None:
+        if not self._resuming:
+            self._resuming = True
+            self._changed = True
+            self.run_worker(self._resume, thread=True)
+
+    def action_samples(self) -> None:
+        columns = max(20, self.size.width - 6)
+        texts = [
+            answer_text(prompt, answers, columns, 1000)
+            for prompt, answers in self._history.answers.items()
+        ]
+        text = Content("\n\n").join(texts) if texts else Content("no answer was asked for yet")
+        self.cover(TextPane("what it said", text), [Key("esc", "close")])
+
+    def action_log(self) -> None:
+        told = Content("\n").join(log_line(line) for line in reversed(self._history.log))
+        printed = visible(_tail(self._folder.log))
+        panel = Vertical(
+            TextPane("what happened", told or Content("nothing yet"), subtitle="newest first"),
+            TextPane("engine.log", Content(printed or "it printed nothing"), subtitle="its end"),
+            classes="halves",
+        )
+        self.cover(panel, [Key("tab", "other pane"), Key("esc", "close")])
+
+    def action_maximise(self) -> None:
+        """The pane with the focus over the whole body, and back."""
+        focused = self.focused
+        match focused.id if focused else None:
+            case "samples":
+                self.action_samples()
+            case "log":
+                self.action_log()
+            case _:
+                self._toggle_maximised(focused)
+
+    def action_back(self) -> None:
+        if self.query_one("#body").has_class("-one"):
+            self._toggle_maximised(None)
+        else:
+            super().action_back()
+
+    def _toggle_maximised(self, pane: Widget | None) -> None:
+        """One pane of curves takes the room of all."""
+        body = self.query_one("#body")
+        one = not body.has_class("-one") and pane is not None
+        self.query(".-only").remove_class("-only")
+        body.set_class(one, "-one")
+        if one and pane:
+            shown = [each for each in pane.ancestors_with_self if body in each.ancestors]
+            for each in shown:
+                each.add_class("-only")
+        self._changed = True
+
+    def _stop_if(self, confirmed: bool | None) -> None:
+        if confirmed:
+            self.action_ask("stop")
+
+    def _follow(self) -> None:
+        worker = get_current_worker()
+        follow_run(self._folder, self.post_message, lambda: worker.is_cancelled)
+
+    def _resume(self) -> None:
+        try:
+            resume_run(self._folder, timeout_seconds=_RESUME_SECONDS)
+        except UserError as error:
+            self.post_message(WorkRefused(error))
+        else:
+            self.post_message(RunResumed())
+
+    def _refuse(self, error: UserError) -> None:
+        self._changed = True
+        self.show_problem(error)
+
+    def _redraw(self) -> None:
+        """Draw what has changed; a timer calls it, so a flood of events costs four pictures."""
+        if self.app.screen is not self and not self.app.screen.is_modal:
+            return
+        self._show_headline()
+        if self._changed:
+            self._changed = False
+            Curves(self._history).show(self)
+            self._show_answers()
+            self.query_one(Log).show(self._history.log)
+            note = wording.notes(self._history)
+            self.query_one("#note", Static).update(note)
+            self.query_one("#note").display = bool(note)
+            self._show_end()
+
+    def _show_headline(self) -> None:
+        now = self._clock()
+        line = wording.headline(self._history, self._status, now)
+        if self._resuming:
+            line = wording.Headline("·", "resuming", "waiting for the trainer's process to begin")
+        text = wording.device_and_model(self._history)
+        for word, since in self._asked.values():
+            text = wording.asked(word, since, now, self._history)
+        self.say(line.mark, line.word, f"{self._folder.name}  {text}")
+        self.query_one(ProgressRow).show(line)
+
+    def _show_answers(self) -> None:
+        prompts = list(self._history.answers)
+        pane = self.query_one("#samples", Pane)
+        more = f"   v all {len(prompts)} prompts" if len(prompts) > 1 else ""
+        pane.show_title("what it says now" + more)
+        if prompts:
+            self.query_one(Answers).show(prompts[0], self._history.answers[prompts[0]])
+
+    def _show_end(self) -> None:
+        self.show_keys(_STATUS_KEYS.get(self._status, _LIVE_KEYS))
+        if self._status not in ("failed", "lost") or self._told_end:
+            return
+        self._told_end = True
+        saves = [each.path for each in self._history.saved]
+        last = visible(saves[-1], one_line=True) if saves else ""
+        actions: list[tuple[str, Callable[[], None]]] = [("keep it as it is", lambda: None)]
+        actions.append(("show the log", self.action_log))
+        if last:
+            actions.insert(0, (f"resume from {last.rsplit('/', 1)[-1]}", self.action_resume))
+        kept = f"{last} is whole." if last else "nothing was saved yet."
+        self.show_problem(_end_of(self._history, self._folder), kept=kept, actions=actions)
+
+
+_HELP: Final = {
+    "loss": "How far the model is from the answers of the data, per learned token, in nats: lower "
+    "is better. The thin line is each step, the bold one its average over the last steps, a "
+    "diamond the loss on held-out rows that are never learned. When the diamonds rise while the "
+    "lines fall, the model learns its rows by heart.",
+    "samples": "The same prompts, answered before training, at each evaluation and at the end, "
+    "always with the most likely token: whatever changes in them was learned.",
+    "log": "What the run did besides its steps, the newest first. l shows it whole, with all that "
+    "the trainer and its libraries printed.",
+}
+
+
+def _end_of(history: History, folder: RunFolder) -> UserError:
+    end = history.ended
+    if end and end.outcome == "failed":
+        return WorkError(end.what, end.why, end.fix)
+    return WorkError(
+        f"The run {visible(folder.name, one_line=True)} is lost.",
+        "Its trainer's process is gone and wrote no last word: it was killed, or the machine was.",
+        "Read the end of its log, then resume it from its last save.",
+    )
+
+
+def _refused(name: str, word: Word) -> WorkError:
+    return WorkError(
+        f"The run {name} refused to {word}.",
+        "It cannot do that where it is now.",
+        "Wait for the next step, then ask again.",
+    )
+
+
+def _tail(path: Path) -> str:
+    """The end of a text file; empty where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _LOG_BYTES))
+            return file.read().decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
+    except OSError:
+        return ""
