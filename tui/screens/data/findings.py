@@ -1,0 +1,147 @@
+"""A checkup in the words of the page: the verdict, what was found, what to know about it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from textual.content import Content
+
+from engine.data.checkup import FEW_ROWS
+from engine.data.prepared import count_held_out
+from engine.visible import visible
+
+_BARS: Final = "▁▂▃▄▅▆▇█"
+# What teaches something that nobody wants is worse than a repair.
+_SERIOUS: Final = ("blank_answer", "effort_contradicts_thinking", "nothing_learned")
+_RANKS: Final = "✗!·✓"
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """One thing to know: a line of the list, and all of it as (word, text)."""
+
+    mark: str
+    text: str
+    details: tuple[tuple[str, str], ...]
+
+
+def say_verdict(
+    found: Mapping[str, Any], val_set_size: float, test_sets: int
+) -> tuple[str, str, str]:
+    """Mark, word and sentence of the page; `test_sets` are other files that are held out."""
+    usable = found["usable"]
+    if not usable:
+        return "✗", "not usable", f"none of {found['rows']:,} rows can be used; see what to know"
+    held_out = count_held_out(val_set_size, usable)
+    words = f"{usable:,} conversation{'' if usable == 1 else 's'}"
+    text = f"{usable - held_out:,} to learn from, "
+    if held_out:
+        text += f"{held_out:,} held out"
+    elif test_sets:
+        text += f"{test_sets:,} other set{'' if test_sets == 1 else 's'} held out"
+    else:
+        text += "none held out: h changes that"
+    bad = found["bad_rows"]
+    if bad:
+        return "!", words, f"{text}; {_rows(bad)} left out"
+    return "✓", words, text
+
+
+def describe_rows(found: Mapping[str, Any], shape: Mapping[str, Any], width: int) -> Content:
+    """What was found, in lines of at most `width` cells."""
+    lines = _usable_lines(found, shape, width) if found["usable"] else _unusable_lines(shape)
+    return Content("\n").join(
+        Content.assemble((f"{word:<9}", "$muted"), visible(text, one_line=True))
+        for word, text in lines
+    )
+
+
+def _usable_lines(
+    found: Mapping[str, Any], shape: Mapping[str, Any], width: int
+) -> list[tuple[str, str]]:
+    fewest, most = found["turns"]
+    turns = f"{most:,} turn{'' if most == 1 else 's'}"
+    turns = turns if fewest == most else f"{fewest:,} to {turns}"
+    tokens, length = found["tokens"], found["tokens"]["row_length"]
+    answers = found["roles"].get("assistant", 0)
+    thinks = f"in {tokens['thinking_answers']:,} of {answers:,} answers"
+    calls = f"; tool calls in {tokens['call_answers']:,}" if tokens["call_answers"] else ""
+    told = f"median {length['p50']:,}  p95 {length['p95']:,}  longest {length['max']:,}"
+    bars = spark(tokens["length_counts"], min(24, width - len(told) - 11))
+    return [
+        ("shape", f"{shape['title']}, {turns}, {found['usable']:,} of {found['rows']:,} rows"),
+        ("roles", "  ".join(f"{role} {count:,}" for role, count in found["roles"].items())),
+        ("thinking", (thinks if tokens["thinking"] else "in no answer") + calls),
+        ("length", f"{bars}  {told}"),
+    ]
+
+
+def _unusable_lines(shape: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = [("columns", ", ".join(shape["columns"]) or "none")]
+    lines += [(f"{name}", "a list of " + ", ".join(keys)) for name, keys in shape["lists"].items()]
+    if proposed := shape["proposed"]:
+        named = ", ".join(f"{word} = {key}" for word, key in proposed.items())
+        lines.append(("try", f"m maps them: {named.replace('field_messages', 'messages')}"))
+    return lines
+
+
+def spark(counts: list[int], width: int) -> str:
+    """Bars of the counts, neighbours added up until they fit into `width` cells."""
+    if not counts or width < 1:
+        return ""
+    step = -(-len(counts) // width)
+    merged = [sum(counts[at : at + step]) for at in range(0, len(counts), step)]
+    top = max(merged) or 1
+    return "".join(_BARS[-(-count * 7 // top)] for count in merged)
+
+
+def list_remarks(found: Mapping[str, Any]) -> list[Remark]:
+    """What to know, worst first; one line says so where there is nothing."""
+    remarks = [_problem(group) for group in found["problems"]]
+    remarks += [_finding(finding) for finding in found["findings"]]
+    duplicates, usable = found["duplicates"], found["usable"]
+    if duplicates:
+        text = f"{_rows(duplicates)} repeating an earlier row; repeated rows weigh more"
+        fix = "dataset_exact_deduplication leaves them out, or delete them."
+        remarks.append(Remark("!", text, (("what", text), ("fix", fix))))
+    if 0 < usable < FEW_ROWS:
+        text = f"{_rows(usable)}: a model tends to learn so few by heart"
+        fix = f"Add rows; from {FEW_ROWS} on it is less likely. Held-out rows show it: h."
+        remarks.append(Remark("!", text, (("what", text), ("fix", fix))))
+    if not remarks:
+        text = "no row is bad, none repeats another"
+        remarks.append(Remark("✓", text, (("what", text),)))
+    return sorted(remarks, key=lambda remark: _RANKS.index(remark.mark))
+
+
+def _problem(group: Mapping[str, Any]) -> Remark:
+    where = f"line {group['line']:,} of {group['file']}"
+    if group["message"] is not None:
+        where += f", message {group['message']}"
+    more = " …" if len(group["rows"]) < group["count"] else ""
+    return Remark(
+        "✗",
+        f"{_rows(group['count'])}: {group['what']} ({where})",
+        (
+            ("what", group["what"]),
+            ("why", f"{where}: {group['why']}"),
+            ("fix", group["fix"]),
+            ("rows", ", ".join(f"{number:,}" for number in group["rows"]) + more),
+        ),
+    )
+
+
+def _finding(finding: Mapping[str, Any]) -> Remark:
+    mark = "!" if finding["id"] in _SERIOUS else "·"
+    lines = ", ".join(f"{line:,}" for line in finding["lines"])
+    more = " …" if finding["rows"] > len(finding["lines"]) else ""
+    text = f"{_rows(finding['rows'])}: {finding['text']}"
+    return Remark(
+        mark,
+        f"{text} (line {lines}{more})",
+        (("what", finding["text"]), ("lines", lines + more), ("see", "Preview lists them: w")),
+    )
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"

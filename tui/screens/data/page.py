@@ -1,0 +1,394 @@
+"""The Data page: one dataset under the cursor is read by the worker; Enter takes it.
+
+It shows what the worker answers. Nothing is read before it is highlighted or typed, and the hub is
+asked only after the person has agreed.
+"""
+
+import asyncio
+from copy import copy
+from pathlib import Path
+from typing import Any, ClassVar, Final, Literal
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.content import Content
+from textual.widget import Widget
+from textual.widgets import Input, Static
+
+from engine.config import DatasetConfig
+from engine.data.samples import SAMPLE_PREFIX
+from engine.data.sources import locate
+from engine.errors import UserError
+from engine.plan import read_statistics
+from engine.visible import visible
+from tui.page import HelpText, Key, Page
+from tui.screens.data.findings import Remark, describe_rows, list_remarks, say_verdict
+from tui.screens.data.panels import MappingPanel, first_rows
+from tui.screens.data.path_field import PathField
+from tui.screens.data.sources import Source, find_newest, list_sources
+from tui.screens.help import TextPane, columns
+from tui.widgets.choices import Choices
+from tui.widgets.confirm import Confirm
+from tui.widgets.pane import Pane
+
+# Whoever holds the down key reads no file on the way.
+_SETTLE_SECONDS: Final = 0.15
+_SHARES: Final = (0.0, 0.05, 0.1, 0.2)
+_MARK_STYLES: Final = {"✗": "$error", "!": "$warning", "✓": "$success", "·": "$muted"}
+
+
+class DataPage(Page):
+    """Where from, what was found, what to know."""
+
+    STEP = "Data"
+    KEYS = (
+        Key("enter", "use it", 1),
+        Key("e", "first rows", 1),
+        Key("m", "map columns"),
+        Key("h", "held out", 1),
+        Key("r", "read again"),
+        Key("esc", "back"),
+    )
+    CSS = """
+    #from { max-height: 10; }
+    #from PathField { display: none; }
+    #from.-typing PathField { display: block; }
+    #found { height: auto; min-height: 6; }
+    #know { height: 1fr; min-height: 3; }
+    DataPage.-tall #from { max-height: 14; }
+    DataPage.-tall #found { min-height: 8; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("e", "first_rows", "show the first rows", show=False),
+        Binding("m", "map", "map columns", show=False),
+        Binding("h", "hold_out", "hold more rows out", show=False),
+        Binding("r", "read_again", "read again", show=False),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sources: list[Source] = list_sources([])
+        self._dataset: DatasetConfig | None = None
+        self._model: str | None = None
+        self._state: Literal["idle", "reading", "read", "refused"] = "idle"
+        self._goes_on = False
+        self._agreed: set[str] = set()
+        self._shape: dict[str, Any] | None = None
+        self._found: dict[str, Any] | None = None
+        self._remarks: list[Remark] = []
+
+    def compose_body(self) -> ComposeResult:
+        with Pane(id="from", title="where from"):
+            yield Choices(id="sources")
+            yield PathField(placeholder="type or paste a path; tab completes it", compact=True)
+        with Pane(id="found", title="what was found"):
+            yield Static(id="rows", markup=False)
+        with Pane(id="know", title="what to know"):
+            yield Choices(id="remarks")
+
+    def on_mount(self) -> None:
+        self._show_sources()
+        self.query_one("#sources").focus()
+        self.run_worker(self._look_around(), group="newest")
+
+    async def _look_around(self) -> None:
+        newest = await asyncio.to_thread(find_newest, Path.cwd())
+        cursor = self.query_one("#sources", Choices).cursor
+        taken = self._sources[cursor]
+        self._sources = list_sources(newest)
+        self._show_sources()
+        same = [place for place, source in enumerate(self._sources) if source.title == taken.title]
+        self.query_one("#sources", Choices).cursor = same[0] if same else 0
+
+    def _show_sources(self) -> None:
+        self.query_one("#sources", Choices).show_lines(
+            [
+                Content.assemble(
+                    f"{visible(source.title, one_line=True):<24} ",
+                    (visible(source.note, one_line=True), "$muted"),
+                )
+                for source in self._sources
+            ]
+        )
+
+    def refresh_from_draft(self) -> None:
+        draft = self.app.draft
+        if draft.model is None:
+            self.say("·", "no model", "lengths need its tokenizer: esc goes back to it")
+            return
+        if draft.model == self._model:
+            return
+        self._model = draft.model
+        dataset = self._dataset or draft.dataset
+        if dataset is None:
+            self._highlighted()
+        elif dataset.path.startswith(SAMPLE_PREFIX):
+            self._consider(dataset)
+        else:
+            self.query_one(PathField).value = dataset.path
+            self._point_at("typed")
+            self._consider(dataset)
+
+    def _point_at(self, kind: str) -> None:
+        places = [place for place, source in enumerate(self._sources) if source.kind == kind]
+        self.query_one("#sources", Choices).cursor = places[0]
+
+    @property
+    def _source(self) -> Source:
+        return self._sources[self.query_one("#sources", Choices).cursor]
+
+    def on_choices_moved(self, message: Choices.Moved) -> None:
+        if message.choices.id == "sources":
+            self._highlighted()
+
+    def _highlighted(self) -> None:
+        source = self._source
+        typed = source.kind in ("typed", "hub")
+        self.query_one("#from").set_class(typed, "-typing")
+        if source.path and self._model:
+            if self._dataset is None or self._dataset.path != source.path:
+                self._consider(DatasetConfig(path=source.path))
+        elif typed and not self.query_one(PathField).value:
+            self._forget("a path" if source.kind == "typed" else "org/name")
+
+    def _forget(self, wanted: str) -> None:
+        self.workers.cancel_group(self, "read")
+        self._dataset, self._state, self._shape, self._found = None, "idle", None, None
+        self._goes_on = False
+        self.say("·", "no data", f"enter, then type {wanted}; enter reads it")
+        self.query_one("#rows", Static).update("")
+        self.query_one("#found", Pane).show_subtitle("")
+        self._show_remarks([])
+        self.show_command([])
+
+    def _consider(self, dataset: DatasetConfig) -> None:
+        """Read that dataset, once the person agrees where it is on the hub."""
+        try:
+            hub_id = locate(dataset, Path.cwd()).hub_id
+        except UserError as error:
+            self._start(dataset)
+            self._refuse(error)
+            return
+        if hub_id is None or hub_id in self._agreed:
+            self._start(dataset)
+            self.run_worker(self._read(dataset), group="read", exclusive=True)
+            return
+
+        def answered(agreed: bool | None) -> None:
+            if agreed:
+                self._agreed.add(hub_id)
+                self._consider(dataset)
+
+        self.app.push_screen(
+            Confirm(
+                "connect to huggingface.co?",
+                f"There is no local {hub_id}. The hub is told this name, and its rows are "
+                "downloaded as they are read.",
+                yes="connects",
+                no="does not",
+            ),
+            answered,
+        )
+
+    def _start(self, dataset: DatasetConfig) -> None:
+        self.workers.cancel_group(self, "read")
+        self._dataset, self._shape, self._found = dataset, None, None
+        self._state, self._goes_on = "reading", False
+        name = visible(dataset.path, one_line=True)
+        self.say("·", "reading", name)
+        self.query_one("#rows", Static).update(Content(f"reading {name}"))
+        self.query_one("#found", Pane).show_subtitle("")
+        self._show_remarks([])
+        mapped = dataset.message_property_mappings
+        words = ["check", dataset.path, "--model", self._model or ""]
+        self.show_command([] if mapped else words)
+
+    async def _read(self, dataset: DatasetConfig) -> None:
+        await asyncio.sleep(_SETTLE_SECONDS)
+        request: dict[str, Any] = {
+            "config": {
+                "base_model": self._model,
+                "datasets": [dataset.model_dump(mode="json")],
+            },
+            "folder": str(Path.cwd()),
+        }
+        worker = self.app.data_worker
+        try:
+            self._shape = await worker.ask("shape", count=20, **request)
+            self._found = await worker.ask("check", progress=self._tell_progress, **request)
+        except UserError as error:
+            self._refuse(error)
+            return
+        self._state = "read" if self._found["usable"] else "refused"
+        self._redraw()
+        if self._goes_on and self._state == "read":
+            self._take()
+
+    def _tell_progress(self, progress: dict[str, Any]) -> None:
+        assert self._dataset is not None
+        if progress["phase"] == "tokenizer":
+            model = visible(self._model or "", one_line=True)
+            told = f"starting the tokenizer of {model} (about 2 s, once)"
+        else:
+            told = f"reading {visible(self._dataset.path, one_line=True)}"
+            told += f"  {progress['rows']:,} rows"
+            if total := progress["total_bytes"]:
+                told += f", {progress['done_bytes'] / 1e6:,.1f} of {total / 1e6:,.1f} MB"
+        self.query_one("#rows", Static).update(Content(told))
+        after = ", goes on when it is read" if self._goes_on else ""
+        rows = f"{progress['rows']:,} rows so far" if "rows" in progress else "the tokenizer first"
+        self.say("·", "reading", rows + after)
+
+    def _refuse(self, error: UserError) -> None:
+        self._state = "refused"
+        self.say("✗", "cannot be read", error.what)
+        told = (("what", error.what), ("why", error.why), ("fix", error.fix))
+        self.query_one("#rows", Static).update(
+            columns([(word, visible(text)) for word, text in told], "bold $error")
+        )
+
+    def _redraw(self) -> None:
+        if self._found is None or self._shape is None:
+            return
+        self.say(*say_verdict(self._found, *self._held_out()))
+        width = self.query_one("#rows").size.width
+        described = describe_rows(self._found, self._shape, width)
+        self.query_one("#rows", Static).update(described)
+        tokens = self._found["tokens"]
+        total = f"{tokens['total']:,} tokens as {self._model}" if self._found["usable"] else ""
+        self.query_one("#found", Pane).show_subtitle(visible(total, one_line=True))
+        self._show_remarks(list_remarks(self._found))
+
+    def on_resize(self) -> None:
+        self.call_after_refresh(self._redraw)
+
+    def _show_remarks(self, remarks: list[Remark]) -> None:
+        self._remarks = remarks
+        choices = self.query_one("#remarks", Choices)
+        choices.can_focus = bool(remarks)
+        choices.show_lines(
+            [
+                Content.assemble(
+                    (f"{remark.mark} ", _MARK_STYLES[remark.mark]),
+                    visible(remark.text, one_line=True),
+                )
+                for remark in remarks
+            ]
+        )
+
+    def _held_out(self) -> tuple[float, int]:
+        """val_set_size and the number of test sets that would go with what was read here."""
+        assert self._found is not None
+        draft = copy(self.app.draft)
+        draft.dataset, draft.statistics = self._dataset, read_statistics(self._found)
+        try:
+            config = draft.config()
+        except UserError:  # it is Plan that says what does not go together
+            return 0.0, 0
+        return config.val_set_size, len(config.test_datasets)
+
+    def action_accept(self) -> None:
+        if self._state == "read":
+            self._take()
+        elif self._state == "reading":
+            self._goes_on = True
+        elif self._state == "idle" and self._model:
+            self.query_one(PathField).focus()
+
+    def _take(self) -> None:
+        assert self._found is not None
+        self.app.draft.dataset = self._dataset
+        self.app.draft.statistics = read_statistics(self._found)
+        self.app.next_step()
+
+    def on_choices_chosen(self, message: Choices.Chosen) -> None:
+        message.prevent_default()  # Page's own handler would go on to the next step
+        message.stop()
+        if message.choices.id == "remarks":
+            remark = self._remarks[message.choices.cursor]
+            details = [(word, visible(text)) for word, text in remark.details]
+            self.cover(TextPane("what to know", columns(details, "$muted")), [Key("esc", "close")])
+        elif self._source.kind in ("typed", "hub") and self._state != "read":
+            self.query_one(PathField).focus()
+        else:
+            self.action_accept()
+
+    def on_input_submitted(self, message: Input.Submitted) -> None:
+        message.stop()
+        path = message.value.strip()
+        if not path:
+            return
+        if self._dataset and self._dataset.path == path and self._state in ("read", "reading"):
+            self.action_accept()
+        else:
+            self._consider(DatasetConfig(path=path))
+
+    def on_path_field_offered(self, message: PathField.Offered) -> None:
+        names = "  ".join(visible(name, one_line=True) for name in message.names)
+        self.query_one("#from", Pane).show_subtitle(names if len(message.names) > 1 else "")
+
+    def on_path_field_left(self) -> None:
+        self.query_one("#sources").focus()
+
+    def action_read_again(self) -> None:
+        if self._dataset and self._model:
+            self._consider(self._dataset)
+
+    def action_first_rows(self) -> None:
+        if self._shape:
+            self.cover(first_rows(self._shape["rows"]), [Key("esc", "close")])
+
+    def action_map(self) -> None:
+        if not self._shape:
+            return
+        if self._shape["lists"]:
+            panel = MappingPanel(self._shape["lists"], self._shape["proposed"])
+            self.cover(panel, [Key("enter", "use this"), Key("space", "turn"), Key("esc", "close")])
+        else:
+            names = ", ".join(self._shape["columns"])
+            self.say(
+                "!", "nothing to map", f"no column holds a list of messages; there are {names}"
+            )
+
+    def on_mapping_panel_applied(self, message: MappingPanel.Applied) -> None:
+        self.uncover()
+        assert self._dataset is not None
+        self._consider(
+            self._dataset.model_copy(
+                update={
+                    "field_messages": message.field_messages,
+                    "message_property_mappings": message.mappings,
+                }
+            )
+        )
+
+    def action_hold_out(self) -> None:
+        if self._state != "read":
+            return
+        now, _ = self._held_out()
+        larger = [share for share in _SHARES if share > now]
+        self.app.draft.change("val_set_size", larger[0] if larger else _SHARES[0])
+        self._redraw()
+
+    def help_for(self, focused: Widget | None) -> HelpText:
+        if isinstance(focused, PathField):
+            return HelpText(
+                "a path or a hub id",
+                [
+                    ("file", ".jsonl, .jsonl.gz, .json, .csv or .parquet, one conversation a row"),
+                    ("folder", "all such files in it, one after another"),
+                    ("org/name", "a dataset on huggingface.co; asked before anything is sent"),
+                    ("sample:x", "a dataset that comes with Windtunnel"),
+                ],
+            )
+        return HelpText(
+            "the conversations to learn from",
+            [
+                (
+                    "usable",
+                    "rows that can be rendered; the others are left out, each with a reason",
+                ),
+                ("held out", "rows that are only evaluated, so that learning by heart is seen"),
+                ("length", "tokens a row; the longest decides how much memory a step needs"),
+            ],
+        )

@@ -1,0 +1,44 @@
+"""The field for a path or a hub id: tab completes what is on the disk, Escape leaves it."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.widgets import Input
+
+from tui.screens.data.sources import complete_path
+
+
+class PathField(Input):
+    """Posts Offered with the names that a text may become."""
+
+    DEFAULT_CSS = """
+    PathField { height: 1; border: none; padding: 0 1 0 2; background: $surface; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("tab", "complete", "complete the path", show=False, priority=True),
+        Binding("escape,up,down", "leave", "leave the field", show=False),
+    ]
+
+    class Offered(Message):
+        """Several names go on like this."""
+
+        def __init__(self, names: list[str]) -> None:
+            super().__init__()
+            self.names = names
+
+    class Left(Message):
+        """The field gave up the focus."""
+
+    def action_complete(self) -> None:
+        completed, names = complete_path(self.value, Path.cwd())
+        if not names:
+            self.screen.focus_next()
+            return
+        self.value = completed
+        self.cursor_position = len(completed)
+        self.post_message(self.Offered(names))
+
+    def action_leave(self) -> None:
+        self.post_message(self.Left())

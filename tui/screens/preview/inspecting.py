@@ -1,0 +1,41 @@
+"""What the preview says about the token under the cursor, and about its own marks."""
+
+from typing import Any, Final
+
+from textual.content import Content
+
+from engine.chat.render import WITHHELD
+from tui.token_row import TokenRow
+from tui.widgets.tokens import TokenView
+
+MARKS: Final = (
+    ("┃", "tokens that are learned: underlined, counted as learned/all"),
+    ("┊", "tokens that are only read: dim, counted"),
+    ("bold", "a control token; no text of a dataset can become one"),
+    ("think", "the model's thinking; answer and call are what else it writes"),
+)
+
+
+def describe_token(view: TokenView, entry: dict[str, Any] | None) -> Content:
+    """The line below the row: what stands under the cursor."""
+    row: TokenRow | None = view.row
+    if row is None or entry is None or len(row) != len(entry["stored_kinds"]):
+        return Content("")
+    at = view.cursor
+    piece = row.pieces[at].replace(" ", "·") or "(part of a character)"
+    is_learned, kind = view.is_learned(at), row.kinds[at]
+    state = f"learned as {kind}" if is_learned else f"only read: {kind}"
+    if entry["stored_kinds"][at] & WITHHELD:
+        state += ", kept out by the row"
+    source = row.sources[at]
+    return Content.assemble(
+        (f"token {at + 1:,}", "$lit"),
+        ("  id ", "$muted"),
+        str(row.ids[at]),
+        "  ",
+        (piece, "bold $accent"),
+        "  ",
+        (state, "bold $lit" if is_learned else "$muted"),
+        ("  control token" if row.is_control(at) else "", "$muted"),
+        (f"  message {source}" if source >= 0 else "", "$faint"),
+    )

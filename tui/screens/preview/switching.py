@@ -1,0 +1,65 @@
+"""The switches of the preview: when one is no choice, and which key of the config each changes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from engine.config import RunConfig
+from tui.widgets.switches import Switch
+
+SWITCH_HELP: Final = {
+    "thinking": "yes: the model learns to think as the rows do.\n"
+    "no: thinking is read as context, only the answer after it is learned.",
+    "old thinking": "What earlier answers of a conversation thought.\n"
+    "keep: later turns see it.\ndrop: it is left out, as most chat programs do.",
+    "reasoning": "The effort that the prompt states.\n"
+    "by row: high where a row thinks, else none.\n"
+    "none over thinking would ask not to think and then think.",
+}
+_EFFORTS: Final = ("by row", "high", "none")
+
+
+def list_switches(
+    config: RunConfig, found: Mapping[str, Any] | None, efforts: Sequence[str]
+) -> list[Switch]:
+    """One line each; `found` is None while rows are counted, `efforts` what the tokenizer knows."""
+    counted = found is not None and found["tokens"] is not None
+    thinks = not counted or (found is not None and found["tokens"]["thinking"] > 0)
+    turns = found["turns"][1] if found else 2
+    dropped = config.history_thinking == "drop"
+    effort = (config.chat_template_kwargs or {}).get("reasoning_effort", _EFFORTS[0])
+    no_thinking = "" if thinks or dropped else "none in the rows"
+    return [
+        Switch("thinking", ("yes", "no"), int(not config.train_on_thinking), no_thinking),
+        Switch(
+            "old thinking",
+            ("keep", "drop"),
+            int(dropped),
+            no_thinking or ("" if turns > 1 or dropped else "one turn per row"),
+        ),
+        Switch(
+            "reasoning",
+            _EFFORTS,
+            _EFFORTS.index(effort) if effort in _EFFORTS else 0,
+            "" if efforts else "v15 models only",
+        ),
+    ]
+
+
+def change_of(name: str, answer: str) -> tuple[str, object]:
+    """The config's key behind a switch, and its value for `answer`."""
+    if name == "thinking":
+        return "train_on_thinking", answer == "yes"
+    if name == "old thinking":
+        return "history_thinking", answer
+    return "chat_template_kwargs", None if answer == "by row" else {"reasoning_effort": answer}
+
+
+def equivalent_command(config: RunConfig, number: int) -> list[str]:
+    """The words after `windtunnel` that print row `number` alike; none where only a config can."""
+    dataset = config.datasets[0]
+    if config.history_thinking == "drop" or dataset.message_property_mappings:
+        return []
+    words = ["preview", dataset.path, "--model", config.base_model, "--row", str(number)]
+    words += [] if config.train_on_thinking else ["--no-think"]
+    effort = (config.chat_template_kwargs or {}).get("reasoning_effort")
+    return [*words, *(["--reasoning-effort", effort] if effort else [])]

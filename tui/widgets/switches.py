@@ -1,0 +1,100 @@
+"""Questions with a few answers each, one a line: the one taken is marked, the others beside it.
+
+One widget for all lines, so that it is one stop of the tab key, and nothing in it is text to type:
+letters stay actions of the page.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from textual.app import RenderResult
+from textual.binding import Binding, BindingType
+from textual.content import Content
+from textual.events import Click
+from textual.message import Message
+from textual.reactive import reactive
+from textual.widget import Widget
+
+_NAME_CELLS: Final = 13
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """One question. `locked` says why there is no choice, and hides the answers."""
+
+    name: str
+    answers: tuple[str, ...]
+    chosen: int = 0
+    locked: str = ""
+
+
+class Switches(Widget, can_focus=True):
+    """Posts Turned when another answer is taken; whoever owns it shows the new state."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("down,j", "move(1)", "next switch", show=False),
+        Binding("up,k", "move(-1)", "switch before", show=False),
+        Binding("space,right,l", "turn(1)", "turn the switch", show=False),
+        Binding("left,h", "turn(-1)", "turn it back", show=False),
+    ]
+
+    cursor: reactive[int] = reactive(0)
+
+    class Turned(Message):
+        """The person took `answer` for the question `name`."""
+
+        def __init__(self, name: str, answer: str) -> None:
+            super().__init__()
+            self.name = name
+            self.answer = answer
+
+    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 (Textual's name)
+        super().__init__(id=id)
+        self._switches: Sequence[Switch] = ()
+
+    @property
+    def switches(self) -> Sequence[Switch]:
+        return self._switches
+
+    def show_switches(self, switches: Sequence[Switch]) -> None:
+        self._switches = switches
+        self.cursor = max(0, min(self.cursor, len(switches) - 1))
+        self.refresh(layout=True)
+
+    def render(self) -> RenderResult:
+        lines = []
+        for place, switch in enumerate(self._switches):
+            here = place == self.cursor and self.has_focus
+            cursor = ("❯ ", "bold $primary") if here else ("  ", "")
+            name = (f"{switch.name:<{_NAME_CELLS}}", "$lit" if here else "")
+            line = Content.assemble(cursor, name, *self._answers(switch))
+            lines.append(line.truncate(self.size.width, ellipsis=True))
+        return Content("\n").join(lines)
+
+    def _answers(self, switch: Switch) -> list[tuple[str, str]]:
+        if switch.locked:
+            return [(f"- {switch.locked}", "$muted")]
+        parts = []
+        for number, answer in enumerate(switch.answers):
+            chosen = number == switch.chosen
+            parts.append(("(•) " if chosen else "( ) ", "$accent" if chosen else "$faint"))
+            gap = "  " if number + 1 < len(switch.answers) else ""
+            parts.append((f"{answer}{gap}", "$foreground" if chosen else "$muted"))
+        return parts
+
+    def action_move(self, lines: int) -> None:
+        self.cursor = max(0, min(len(self._switches) - 1, self.cursor + lines))
+
+    def action_turn(self, step: int) -> None:
+        if not self._switches:
+            return
+        switch = self._switches[self.cursor]
+        if not switch.locked and len(switch.answers) > 1:
+            answer = switch.answers[(switch.chosen + step) % len(switch.answers)]
+            self.post_message(self.Turned(switch.name, answer))
+
+    def on_click(self, event: Click) -> None:
+        if event.y < len(self._switches):
+            self.cursor = event.y
+            self.action_turn(1)
