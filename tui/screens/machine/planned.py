@@ -1,0 +1,158 @@
+"""The list of GPUs that are not here: what each can give, and the largest model that it holds."""
+
+import asyncio
+from typing import Final
+
+from textual import work
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.content import Content
+from textual.message import Message
+from textual.widgets import Input, Static
+
+from engine.errors import UserError
+from engine.hardware import Gpu, Machine, assume, known_gpus
+from engine.plan import GIB, best_device
+from engine.visible import visible
+from tui.screens.help import columns
+from tui.screens.machine.prospects import Survey, look_at
+from tui.widgets.choices import Choices
+from tui.widgets.field import Field
+from tui.widgets.pane import Pane
+
+_NAME_CELLS: Final = 24
+_OTHER: Final = "another"
+_TITLE: Final = (
+    f"{'plan for which GPU':<{_NAME_CELLS + 1}}{'GiB':>7}  {'':<11}{'can give':>8}  largest model"
+)
+
+
+class PlannedPanel(Vertical):
+    """Posts Pointed when another GPU is highlighted, and Taken when one is chosen."""
+
+    class Pointed(Message):
+        """`name` is under the cursor; empty where one is still typed."""
+
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+    class Taken(Message):
+        """The computer with that GPU in it."""
+
+        def __init__(self, machine: Machine) -> None:
+            super().__init__()
+            self.machine = machine
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._machines: list[Machine] = []
+        self._surveys: dict[int, Survey] = {}
+        self._list = Choices([Content.styled("reading the list…", "$muted")])
+
+    def compose(self) -> ComposeResult:
+        with Pane(id="known", title=_TITLE):
+            yield self._list
+        with Pane(id="why", title="why"):
+            yield Static(markup=False)
+            yield Field("memory in GB, or a name: 24 GB, H100 x2")
+
+    def on_mount(self) -> None:
+        self.query_one(Field).display = False
+        self._fill()
+
+    @work
+    async def _fill(self) -> None:
+        machines = await asyncio.to_thread(_assume_all)
+        if self._is_closed():
+            return
+        self._machines = machines
+        self._show()
+        self._point()
+        for place, machine in enumerate(self._machines):
+            found = await asyncio.to_thread(look_at, best_device(machine))
+            if self._is_closed():
+                return
+            self._surveys[place] = found
+            self._show()
+
+    def _is_closed(self) -> bool:
+        """Whether the panel was closed while a thread worked for it."""
+        return not self._list.is_attached
+
+    def _show(self) -> None:
+        lines = [
+            _line(machine, self._surveys.get(place)) for place, machine in enumerate(self._machines)
+        ]
+        other = Content.assemble(
+            f"{_OTHER:<{_NAME_CELLS}}", ("  type its memory in GB, or its name", "$muted")
+        )
+        self._list.show_lines([*lines, other])
+
+    @property
+    def _here(self) -> Machine | None:
+        cursor = self._list.cursor
+        return self._machines[cursor] if cursor < len(self._machines) else None
+
+    def on_choices_moved(self, message: Choices.Moved) -> None:
+        message.stop()
+        if self._machines:
+            self._point()
+
+    def _point(self) -> None:
+        here = self._here
+        self.query_one(Field).display = here is None
+        self.post_message(self.Pointed(here.gpus[0].short_name if here else ""))
+        if here is None:
+            told = "Makers say GB: 24 GB is a card of 24 GiB. Two alike: H100 x2."
+        else:
+            told = " ".join(f"{p.what} {p.why} {p.fix}" for p in here.problems)
+        self._tell(Content(visible(told)))
+
+    def _tell(self, text: Content) -> None:
+        self.query_one("#why Static", Static).update(text)
+
+    def on_choices_chosen(self, message: Choices.Chosen) -> None:
+        message.stop()
+        if self._here:
+            self.post_message(self.Taken(self._here))
+        elif self._machines:
+            self.query_one(Field).focus()
+
+    def on_input_submitted(self, message: Input.Submitted) -> None:
+        message.stop()
+        text = message.value.strip()
+        if not text:
+            return
+        try:
+            machine = assume(f"{text} GB" if _is_number(text) else text)
+        except UserError as error:
+            told = (("what", error.what), ("why", error.why), ("fix", error.fix))
+            self._tell(columns([(word, visible(words)) for word, words in told], "bold $error"))
+            return
+        self.post_message(self.Taken(machine))
+
+    def on_field_left(self) -> None:
+        self._list.focus()
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdecimal()
+
+
+def _assume_all() -> list[Machine]:
+    machines = [assume(gpu.name) for gpu in known_gpus()]
+    return sorted(machines, key=lambda machine: best_device(machine).total_bytes)
+
+
+def _line(machine: Machine, found: Survey | None) -> Content:
+    gpu: Gpu = machine.gpus[0]
+    device = best_device(machine)
+    name = Content(visible(gpu.short_name)).truncate(_NAME_CELLS, ellipsis=True)
+    largest = visible(found.proposed.card.title) if found else "…"
+    return Content.assemble(
+        name.pad_right(_NAME_CELLS - name.cell_length),
+        f"{device.total_bytes / GIB:>7.1f}  {gpu.architecture:<11}",
+        f"{device.can_give_bytes / GIB:>8.1f}  ",
+        (largest, "$lit"),
+    )

@@ -1,0 +1,108 @@
+"""What a device is good for: a line for each model of the catalog.
+
+Apart from `wording` because it needs the planner, which the first frame does not wait for: this
+module is imported by whoever has a survey to show.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from textual.content import Content
+
+from engine.hardware import Machine
+from engine.plan import (
+    GIB,
+    Device,
+    Prospect,
+    Recommendation,
+    best_device,
+    cpu_device,
+    gib,
+    gpu_device,
+    propose,
+    survey,
+)
+from engine.visible import visible
+from tui.screens.machine.wording import Choice
+from tui.screens.plan.comparisons import MARKS
+
+_METHODS: Final = {"lora": "LoRA", "qlora": "QLoRA", None: "all weights"}
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Every model on one device, and the one to begin with."""
+
+    device: Device
+    prospects: tuple[Prospect, ...]
+    proposed: Prospect
+
+
+def look_at(device: Device) -> Survey:
+    """Plans every model on `device`: half a second of work, for a thread."""
+    prospects = survey(device)
+    return Survey(device, prospects, propose(prospects, device))
+
+
+def device_of(choice: Choice, machine: Machine) -> Device:
+    """The device that a choice of this computer stands for."""
+    return gpu_device(choice.gpu, machine) if choice.gpu else cpu_device(machine)
+
+
+def best_key(machine: Machine, cpu: str) -> str:
+    """UUID of the card to begin with; `cpu` where there is none."""
+    return best_device(machine).uuid or cpu
+
+
+def has_moved(before: Device, now: Device) -> bool:
+    """Whether what a device can give has changed by more than a tight plan has to spare."""
+    return abs(before.can_give_bytes - now.can_give_bytes) >= GIB
+
+
+def method(plan: Recommendation) -> str:
+    """How the plan trains, as people call it."""
+    return _METHODS[plan.config.adapter]
+
+
+def mark_of(plan: Recommendation) -> tuple[str, str]:
+    """The mark of a plan and its style; a model that is not trained yet is not called fitting."""
+    if plan.not_trained and plan.estimate.verdict != "does not fit":
+        return "·", "$muted"
+    return MARKS[plan.estimate.verdict]
+
+
+def headline(found: Survey) -> str:
+    """What the device can do, in one sentence."""
+    device, plan = found.device, found.proposed.plan
+    billions = round(plan.estimate.total_parameters / 10**9)
+    can_give = f"can give {device.can_give_bytes / GIB:.1f} of {gib(device.total_bytes)}"
+    return f"trains up to {billions}B with {method(plan)}; {can_give}"
+
+
+def prospect_lines(found: Survey) -> Content:
+    """One line a model: mark, what it needs, what is left, and how it is trained."""
+    width = max(len(prospect.card.title) for prospect in found.prospects)
+    return Content("\n").join(
+        _line(prospect, found.proposed, found.device, width) for prospect in found.prospects
+    )
+
+
+def _line(prospect: Prospect, proposed: Prospect, device: Device, width: int) -> Content:
+    plan, needs = prospect.plan, prospect.plan.estimate
+    mark, style = mark_of(plan)
+    spare = needs.spare_bytes / GIB
+    left = f"{spare:>5.1f} spare" if spare >= 0 else f"{-spare:>5.1f} over "
+    note = method(plan)
+    if plan.not_trained:
+        note = "not trained yet"
+    elif prospect is proposed:
+        note = f"{note}, proposed"
+    elif device.kind == "cpu":
+        note = f"{note}, slow"
+    return Content.assemble(
+        (mark, style),
+        (f" {visible(prospect.card.title):<{width}}", "$lit" if prospect is proposed else ""),
+        f"  needs {needs.device_bytes / GIB:>5.1f} GiB ± {needs.uncertainty:>3.0%}",
+        f"  {left}",
+        (f"  {note}", "" if prospect is proposed else "$muted"),
+    )

@@ -1,0 +1,235 @@
+"""How a computer is told: a line for each choice, one verdict, the rest in rows.
+
+Pure, and without the planner: the first frame of the wizard waits for this module. Names of cards
+and paths are strangers' text, and are made visible here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from textual.content import Content
+
+from engine.visible import fold, visible
+
+if TYPE_CHECKING:
+    from engine.hardware import Gpu, GpuProcess, Machine, Problem
+
+CPU: Final = "cpu"
+PLAN: Final = "plan"
+ASKING: Final = "asking the driver…"
+PLAN_ONLY: Final = ("·", "plan only", "for a GPU that is not here; preview, plan and save work")
+
+_GIB: Final = 2**30
+_MOST_NAME_CELLS: Final = 28
+_GAP: Final = "  "
+_SEVERITIES: Final[Mapping[str, tuple[str, str]]] = {
+    "error": ("✗", "$error"),
+    "warning": ("!", "$warning"),
+    "note": ("·", "$muted"),
+}
+# What a run cannot ignore, the gravest first: the verdict's word, and its sentence where the
+# problem's own is too long for a row.
+_TOLD_FIRST: Final[Mapping[str, tuple[str, str]]] = {
+    "driver_silent": ("driver", ""),
+    "driver_mismatch": ("driver", "module and library differ: restart, or reload the module"),
+    "driver_not_loaded": ("driver", ""),
+    "driver_refuses": ("driver", ""),
+    "driver_error": ("driver", ""),
+    "no_driver": ("no GPU", "NVIDIA driver not found (libnvidia-ml.so.1)"),
+    "no_gpu": ("no GPU", ""),
+    "driver_too_old_for_torch": ("driver", ""),
+    "torch_without_cuda": ("torch", ""),
+    "gpu_lost": ("lost", ""),
+    "gpu_unreadable": ("partial", ""),
+    "memory_unknown": ("partial", ""),
+    "mig_empty": ("partial", ""),
+    "cuda_list_ends": ("hidden", ""),
+    "cuda_hidden": ("hidden", ""),
+    "answers_refused": ("partial", ""),
+}
+_SHOWN_PACKAGES: Final = ("torch", "transformers", "peft", "bitsandbytes", "flash-attn")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One line that Enter can take: a card, the processor, or a card that is not here."""
+
+    key: str
+    """The card's UUID, CPU or PLAN."""
+    gpu: "Gpu | None" = None
+
+    @property
+    def refusal(self) -> str:
+        """Why a run cannot use it; empty where it can."""
+        if self.gpu is None or (self.gpu.state == "ready" and self.gpu.memory_total_bytes):
+            return ""
+        if self.gpu.state == "hidden":
+            return self.gpu.note
+        return f"{self.gpu.state}: {self.gpu.note}"
+
+
+def list_choices(machine: "Machine") -> list[Choice]:
+    """Every card in the driver's order, then the processor, then cards that are not here."""
+    return [*(Choice(gpu.uuid, gpu) for gpu in machine.gpus), Choice(CPU), Choice(PLAN)]
+
+
+def choice_lines(
+    choices: Sequence[Choice], machine: "Machine", planned: str, cells: int
+) -> list[Content]:
+    """A line for each choice; `planned` names the card that is planned for now, if one is."""
+    lines = _gpu_lines([choice.gpu for choice in choices if choice.gpu], cells)
+    cores = f"{machine.cpu_count} core{'s' * (machine.cpu_count != 1)}"
+    lines.append(
+        Content.assemble(
+            "this computer's CPU",
+            (f"{_GAP}{cores}; trains the demo model in about a minute", "$muted"),
+        )
+    )
+    now = (
+        f"now {visible(planned, one_line=True)}" if planned else "what it holds, without having it"
+    )
+    lines.append(Content.assemble("plan for another GPU", (f"{_GAP}{now}", "$muted")))
+    return lines
+
+
+def _gpu_lines(gpus: "Sequence[Gpu]", cells: int) -> list[Content]:
+    """A table of cards; columns at its end that have no room are left out for all of them."""
+    names = [f"{gpu.index}  {visible(gpu.short_name, one_line=True)}" for gpu in gpus]
+    width = min(max(map(len, names), default=0), _MOST_NAME_CELLS)
+    rows = [_figures(gpu) if not Choice("", gpu).refusal else () for gpu in gpus]
+    count = max(map(len, rows), default=0)
+    widths = [max(len(row[at]) for row in rows if row) for at in range(count)]
+    while widths and width + sum(widths) + len(_GAP) * len(widths) > cells:
+        widths.pop()
+    lines = []
+    for gpu, name, row in zip(gpus, names, rows, strict=True):
+        shown = f"{name:<{width}}"
+        if row:
+            figures = (f"{cell:>{w}}" for cell, w in zip(row, widths, strict=False))
+            lines.append(Content(_GAP.join([shown, *figures])))
+        else:
+            why = visible(Choice("", gpu).refusal, one_line=True)
+            lines.append(Content.styled(f"{shown}{_GAP}{why}", "$faint"))
+    return lines
+
+
+def _figures(gpu: "Gpu") -> tuple[str, ...]:
+    """What is known of a card that can be used, what matters most first."""
+    capability = "" if gpu.compute_capability is None else "{}.{}".format(*gpu.compute_capability)
+    used, load, heat = gpu.memory_used_bytes, gpu.utilization_percent, gpu.temperature_celsius
+    return (
+        f"{(gpu.memory_total_bytes or 0) / _GIB:.1f} GiB",
+        "" if used is None else f"{used / _GIB:.1f} used",
+        f"{gpu.architecture} {capability}".strip(),
+        "" if heat is None else f"{heat} °C",
+        "" if gpu.power_watts is None else f"{gpu.power_watts:.0f} W",
+        "" if load is None else f"busy {load} of 100",
+    )
+
+
+def verdict(machine: "Machine", choice: Choice) -> tuple[str, str, str]:
+    """Mark, word and sentence: what is wrong with the machine, else what the choice is."""
+    if choice.refusal and choice.gpu:
+        name = visible(choice.gpu.short_name, one_line=True)
+        return "✗", "cannot be used", f"GPU {choice.gpu.index}, {name}: {choice.refusal}"
+    if choice.key == PLAN:
+        return PLAN_ONLY
+    found = {problem.id: problem for problem in machine.problems}
+    for name, (word, short) in _TOLD_FIRST.items():
+        if problem := found.get(name):
+            return _SEVERITIES[problem.severity][0], word, short or problem.what.rstrip(".")
+    if choice.gpu is None:
+        return "✓", "ready", "this computer's CPU trains the demo model in about a minute"
+    return "✓", "ready", _told(choice.gpu)
+
+
+def _told(gpu: "Gpu") -> str:
+    name = visible(gpu.short_name, one_line=True)
+    total, free = (gpu.memory_total_bytes or 0) / _GIB, (gpu.memory_free_bytes or 0) / _GIB
+    if gpu.mig_parent:
+        return f"GPU {gpu.index} is cut into MIG slices; pick one: {name}, {total:.1f} GiB"
+    if gpu.unified:
+        return f"{name}, unified memory: {total:.1f} GiB total, {free:.1f} free now"
+    return f"{name}, {free:.1f} of {total:.1f} GiB free"
+
+
+def is_plain(machine: "Machine", choice: Choice) -> bool:
+    """Whether the verdict has nothing to warn of, so that there is room for what fits."""
+    gpu = choice.gpu
+    mark, _, _ = verdict(machine, choice)
+    return mark == "✓" and gpu is not None and not gpu.mig_parent and not gpu.unified
+
+
+def blocks(machine: "Machine") -> bool:
+    """Whether something is wrong that a person should see before going on unasked."""
+    return any(problem.severity == "error" for problem in machine.problems)
+
+
+def rest(machine: "Machine", cells: int) -> Content:
+    """Every problem in its three sentences, then driver, memory, disk and packages in rows."""
+    lines: list[Content] = []
+    for problem in machine.problems:
+        lines += _sentences(problem, cells)
+    for mark, heading, text in _rows(machine):
+        style = "$success" if mark == "✓" else "$warning"
+        lines += _hang(Content.assemble((mark, style), f" {heading:<8} "), text, cells)
+    return Content("\n").join(lines)
+
+
+def _rows(machine: "Machine") -> list[tuple[str, str, str]]:
+    # Imported here, as in the page: the first frame waits for neither.
+    from engine.hardware import missing_packages
+
+    rows = []
+    if machine.driver_version:
+        cuda = machine.cuda_version or "unknown"
+        rows.append(("✓", "driver", f"{machine.driver_version}, CUDA {cuda}"))
+    total, free = machine.ram_total_bytes / _GIB, machine.ram_available_bytes / _GIB
+    rows.append(("✓", "memory", f"{total:,.1f} GiB, {free:,.1f} free"))
+    disk = f"{machine.disk_free_bytes / 1e9:,.0f} GB free for {machine.disk_path}"
+    rows.append(("✓", "disk", disk))
+    stack = machine.stack
+    here = [f"{name} {stack[name]}" for name in _SHOWN_PACKAGES if stack.get(name)]
+    if here:
+        rows.append(("✓", "engine", ", ".join(here)))
+    rows += [
+        ("!", "missing", f"{', '.join(each.packages)}: {each.command}")
+        for each in missing_packages(machine)
+    ]
+    return rows
+
+
+def _sentences(problem: "Problem", cells: int) -> list[Content]:
+    mark, style = _SEVERITIES[problem.severity]
+    text = f"{problem.what} {problem.why} {problem.fix}"
+    return _hang(Content.assemble((mark, style), " "), text, cells)
+
+
+def _hang(head: Content, text: str, cells: int) -> list[Content]:
+    """`text` beside `head`, its further lines below its first."""
+    indent = head.cell_length
+    first, *more = fold(visible(text, one_line=True), max(20, cells - indent))
+    return [head + first.rstrip(), *(Content(" " * indent + line.rstrip()) for line in more)]
+
+
+def processes(machine: "Machine") -> Content:
+    """Who computes on each card now."""
+    lines: list[Content] = []
+    for gpu in machine.gpus:
+        name = visible(gpu.short_name, one_line=True)
+        lines.append(Content.styled(f"{gpu.index}  {name}", "bold $lit"))
+        if gpu.processes is None:
+            lines.append(Content.styled("   the driver does not say what runs on it", "$muted"))
+        elif not gpu.processes:
+            lines.append(Content.styled("   nothing runs on it", "$muted"))
+        lines += [_process_line(process) for process in gpu.processes or ()]
+    return Content("\n").join(lines or [Content("There is no GPU here.")])
+
+
+def _process_line(process: "GpuProcess") -> Content:
+    size = process.memory_bytes
+    memory = "" if size is None else f"{size / _GIB:.1f} GiB"
+    user = visible(process.user or "somebody", one_line=True)
+    command = visible(process.command or f"process {process.pid}", one_line=True)
+    return Content(f"   {memory:>9}  {user}  {command}")

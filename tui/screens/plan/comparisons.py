@@ -1,0 +1,85 @@
+"""What stands beside the settings: the rungs that make a plan fit, and other GPUs for it.
+
+Pure: from a draft to lines. The page shows them in panes where there is room, and over the settings
+when asked for.
+"""
+
+from dataclasses import dataclass
+
+from textual.content import Content
+
+from engine.hardware import assume, known_gpus
+from engine.plan import (
+    GIB,
+    Alternative,
+    Device,
+    Estimate,
+    best_device,
+    estimate,
+    make_fit,
+)
+from tui.draft import Draft
+
+MARKS = {
+    "fits": ("✓", "$success"),
+    "tight": ("!", "$warning"),
+    "does not fit": ("✗", "$error"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """The same plan on another device."""
+
+    device: Device
+    needs: Estimate
+
+
+def list_rungs(draft: Draft) -> tuple[Alternative, ...]:
+    """Changes that make the plan fit, each on top of those before; empty where it fits."""
+    assert draft.device is not None
+    return make_fit(draft.config(), draft.architecture(), draft.device, draft.statistics)
+
+
+def list_cards(draft: Draft) -> list[Card]:
+    """The plan as it is on every known GPU, the smallest first."""
+    config, architecture = draft.config(), draft.architecture()
+    devices = [best_device(assume(gpu.name)) for gpu in known_gpus()]
+    devices.sort(key=lambda device: device.total_bytes)
+    return [
+        Card(device, estimate(config, architecture, device, draft.statistics)) for device in devices
+    ]
+
+
+def rung_lines(rungs: tuple[Alternative, ...], *, below: bool = False) -> list[Content]:
+    """One line a rung: what changes, what is then needed, and beside or `below` it the cost."""
+    gap = "\n    " if below else "  "
+    lines = []
+    for rung in rungs:
+        mark, style = MARKS[rung.estimate.verdict]
+        lines.append(
+            Content.assemble(
+                f"{rung.name:<34}{rung.estimate.device_bytes / GIB:>6.1f} ",
+                (mark, style),
+                (f"{gap}{rung.trade}", "$muted"),
+            )
+        )
+    return lines
+
+
+def card_lines(cards: list[Card], here: Device) -> list[Content]:
+    """One line a card: what it can give, the verdict, what is left or missing."""
+    lines = []
+    for card in cards:
+        mark, style = MARKS[card.needs.verdict]
+        spare = card.needs.spare_bytes / GIB
+        name = f"{card.device.name:<24}"
+        lines.append(
+            Content.assemble(
+                (name, "$lit" if card.device.name == here.name else ""),
+                f"{card.device.can_give_bytes / GIB:>6.1f} ",
+                (mark, style),
+                (f"{spare:>+8.1f}", "$muted"),
+            )
+        )
+    return lines

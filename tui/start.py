@@ -1,0 +1,133 @@
+"""What Review does: start the run of a draft, or save its config.
+
+Apart from the page and from plain mode so that both start the same run, and so that the reason why
+one cannot start is known before anybody presses a key.
+"""
+
+from pathlib import Path
+from typing import Final
+
+from engine.cli.config_paths import with_absolute_paths
+from engine.config import RunConfig, parse_config, require_supported, write_config
+from engine.errors import UserError
+from engine.hardware import Machine, missing_packages
+from engine.launch import launch
+from engine.plan import Device, Estimate, gib
+from engine.runs import RunFolder, create_run
+from engine.visible import visible
+from tui.draft import Draft
+
+_NEEDED: Final = frozenset({"torch", "transformers", "peft", "safetensors"})
+"""Without one of them no run begins; the others are for some methods only."""
+_USELESS_TORCH: Final = ("torch_without_cuda", "driver_too_old_for_torch")
+
+
+def why_not(draft: Draft) -> UserError | None:
+    """Why the draft's run cannot start on this computer, None where it can. Starts nothing."""
+    try:
+        _require_startable(draft)
+    except UserError as error:
+        return error
+    return None
+
+
+def start_run(draft: Draft, *, home: Path | None = None) -> RunFolder:
+    """Start the draft's run, detached: it outlives the wizard and the terminal.
+
+    Its folder is the config's `output_dir`, else one of the draft's name (with -2, -3 and so on
+    where that is taken) under `run_home(home)`. Relative paths start at the working directory.
+    Raises UserError for what `why_not` says and for a name that cannot be used, WorkError where
+    the folder or the trainer cannot be made.
+    """
+    _require_startable(draft)
+    config = with_absolute_paths(draft.config(), Path.cwd())
+    text, plan = draft.config_text(config), draft.plan()
+    run = create_run(draft.run_name(), output_dir=config.output_dir, home=home)
+    launch(run, detach=True, config=text, plan=plan)
+    return run
+
+
+def save_config(draft: Draft, path: Path) -> Path:
+    """Write the draft's config, whole or not at all, over what is there; gives the absolute path.
+
+    Its own paths start at its folder: written elsewhere than in the working directory, they become
+    absolute. Raises UserError where an answer is missing, WorkError where it cannot be written.
+    """
+    path = path.expanduser().absolute()
+    config = draft.config()
+    if path.parent != Path.cwd():
+        config = with_absolute_paths(config, Path.cwd())
+    file = parse_config(draft.config_text(config), path.name)
+    write_config(file.config, path=path, document=file.document)
+    return path
+
+
+def free_config_path(draft: Draft) -> Path:
+    """Where a draft's config is saved unless told otherwise: a new file of the run's name."""
+    name, number = draft.run_name(), 1
+    path = Path(f"{name}.yml")
+    while path.exists():
+        number += 1
+        path = Path(f"{name}-{number}.yml")
+    return path
+
+
+def _require_startable(draft: Draft) -> None:
+    advice = draft.advice()
+    device = draft.device
+    assert device is not None
+    if not advice.config.datasets:
+        raise UserError(
+            "No dataset is chosen.", "A run learns from rows.", "Choose one on the Data page."
+        )
+    if advice.not_trained:
+        raise UserError(
+            f"{visible(draft.architecture().name, one_line=True)} is not trained yet.",
+            advice.not_trained,
+            "Save the config, or choose another model.",
+        )
+    if device.planned:
+        raise UserError(
+            f"{visible(device.name, one_line=True)} is planned for and not here.",
+            "A run starts on the computer that has it.",
+            "Save the config, copy config.yml to the machine and run: windtunnel train config.yml",
+        )
+    require_supported(advice.config)
+    _require_new(advice.config)
+    _require_fit(advice.estimate, device)
+    if draft.machine is not None:
+        _require_stack(draft.machine, device)
+
+
+def _require_new(config: RunConfig) -> None:
+    if config.resume_from_checkpoint:
+        raise UserError(
+            "This config goes on with a run that is there already.",
+            "It sets resume_from_checkpoint, and the wizard starts new runs.",
+            "Run it with: windtunnel train config.yml; or remove resume_from_checkpoint.",
+        )
+
+
+def _require_fit(needs: Estimate, device: Device) -> None:
+    if needs.verdict == "does not fit":
+        raise UserError(
+            f"It does not fit: {gib(needs.device_bytes)} are needed.",
+            f"{visible(device.name, one_line=True)} can give {gib(needs.can_give_bytes)} of"
+            f" {gib(device.total_bytes)}.",
+            "Plan has an answer that makes it fit, or choose a smaller model.",
+            exit_status=3,
+        )
+
+
+def _require_stack(machine: Machine, device: Device) -> None:
+    for missing in missing_packages(machine):
+        absent = [package for package in missing.packages if package in _NEEDED]
+        if absent:
+            raise UserError(
+                "The training stack is not installed.",
+                f"Training needs {', '.join(absent)}; preview, plan and config work without.",
+                f"Install it, then start: {missing.command}",
+            )
+    for problem in machine.problems:
+        if device.kind == "cuda" and problem.id in _USELESS_TORCH:
+            raise UserError(problem.what, problem.why, problem.fix)

@@ -1,0 +1,171 @@
+"""Values as in a spreadsheet: arrows step through the usual ones, a digit starts typing.
+
+They are no inputs, because letters are actions of the page; whoever owns the list checks a value
+and shows the new state.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from textual.app import RenderResult
+from textual.binding import Binding, BindingType
+from textual.content import Content
+from textual.events import Click, Key
+from textual.geometry import Region, Size
+from textual.message import Message
+from textual.reactive import reactive
+from textual.widget import Widget
+
+from engine.visible import visible
+
+_NAME_CELLS: Final = 28
+_VALUE_CELLS: Final = 19
+_TYPED: Final = frozenset("0123456789.-e")
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One value: as the file spells it, the usual ones, and why it is what it is."""
+
+    key: str
+    value: str
+    usual: tuple[str, ...]
+    reason: str
+    chosen: bool = False
+    """By the person: marked with a star."""
+    wrong: bool = False
+    """The reason says what is wrong with what was typed."""
+
+
+class Fields(Widget, can_focus=True):
+    """Posts Moved and Changed."""
+
+    DEFAULT_CSS = "Fields { height: auto; width: 100%; text-wrap: nowrap; }"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("down,j", "move(1)", "next value", show=False),
+        Binding("up,k", "move(-1)", "value before", show=False),
+        Binding("right,l,space", "turn(1)", "the next usual value", show=False),
+        Binding("left,h", "turn(-1)", "the usual value before", show=False),
+        Binding("home", "move(-1000000)", "first value", show=False),
+        Binding("end", "move(1000000)", "last value", show=False),
+        Binding("backspace", "erase", "take back a typed digit", show=False),
+    ]
+
+    cursor: reactive[int] = reactive(0)
+
+    class Moved(Message):
+        """The cursor stands on another value."""
+
+    class Changed(Message):
+        """The person typed or chose `text` for `key`."""
+
+        def __init__(self, key: str, text: str) -> None:
+            super().__init__()
+            self.key = key
+            self.text = text
+
+    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 (Textual's name)
+        super().__init__(id=id)
+        self._fields: Sequence[Field] = ()
+        self._typed: str | None = None
+
+    @property
+    def field(self) -> Field | None:
+        """The one under the cursor."""
+        return self._fields[self.cursor] if self._fields else None
+
+    def show_fields(self, fields: Sequence[Field]) -> None:
+        """Other values; the cursor stays on its line."""
+        self._fields = fields
+        self.cursor = max(0, min(self.cursor, len(fields) - 1))
+        self.refresh(layout=True)
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        return len(self._fields)
+
+    def render(self) -> RenderResult:
+        lines = [self._line(place, field) for place, field in enumerate(self._fields)]
+        return Content("\n").join(lines)
+
+    def _line(self, place: int, field: Field) -> Content:
+        here = place == self.cursor
+        star = "*" if field.chosen else ""
+        if here and self._typed is not None:
+            value = f"{self._typed}▏"
+        elif here and self.has_focus:
+            value = f"‹{field.value}›{star}"
+        else:
+            value = f"{field.value}{star}"
+        line = Content.assemble(
+            ("❯ " if here else "  ", "bold $primary"),
+            (f"{field.key:<{_NAME_CELLS}}", "$lit" if here else ""),
+            (
+                f"{visible(value, one_line=True):<{_VALUE_CELLS}}",
+                "bold $accent" if here else "bold",
+            ),
+            (visible(field.reason, one_line=True), "$error" if field.wrong else "$muted"),
+        )
+        return line.truncate(self.size.width, ellipsis=True)
+
+    def watch_cursor(self) -> None:
+        self._typed = None
+        if self.is_attached:
+            line = Region(self.virtual_region.x, self.virtual_region.y + self.cursor, 1, 1)
+            if isinstance(self.parent, Widget):
+                self.parent.scroll_to_region(line, animate=False)
+        self.post_message(self.Moved())
+
+    def on_blur(self) -> None:
+        self._typed = None
+        self.refresh()
+
+    def on_key(self, event: Key) -> None:
+        field = self.field
+        letter = event.character or ""
+        if field is None or letter not in _TYPED or not letter:
+            return
+        if self._typed is None and not letter.isdigit():
+            return  # a letter is an action until a number has begun
+        event.stop()
+        event.prevent_default()
+        self._type(field, (self._typed or "") + letter)
+
+    def action_erase(self) -> None:
+        field = self.field
+        if field is None:
+            return
+        text = (field.value if self._typed is None else self._typed)[:-1]
+        self._type(field, text)
+
+    def _type(self, field: Field, text: str) -> None:
+        self._typed = text
+        self.refresh()
+        if text:
+            self.post_message(self.Changed(field.key, text))
+
+    def action_move(self, lines: int) -> None:
+        self.cursor = max(0, min(len(self._fields) - 1, self.cursor + lines))
+
+    def action_turn(self, step: int) -> None:
+        field = self.field
+        if field is None or not field.usual:
+            return
+        self._typed = None
+        self.post_message(self.Changed(field.key, _next_value(field, step)))
+
+    def on_click(self, event: Click) -> None:
+        if event.y < len(self._fields):
+            self.cursor = event.y
+
+
+def _next_value(field: Field, step: int) -> str:
+    """The usual value beside the present one, which need not be usual itself; ends stay."""
+    usual = list(field.usual)
+    if field.value in usual:
+        return usual[max(0, min(len(usual) - 1, usual.index(field.value) + step))]
+    try:
+        beyond = [value for value in usual if (float(value) - float(field.value)) * step > 0]
+    except ValueError:
+        return usual[0]
+    return (beyond or usual[-1:])[0] if step > 0 else (beyond or usual[:1])[-1]
