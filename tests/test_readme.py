@@ -58,10 +58,16 @@ def test_its_first_steps_run_on_real_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(SAMPLE.read_bytes())
     (lines,) = [block for block in blocks("sh") if "windtunnel check" in block]
     for line in lines.splitlines():
-        if line.startswith(("windtunnel check", "windtunnel preview")):
+        if not line.startswith("windtunnel train"):
             done = windtunnel(*line.split()[1:], cwd=tmp_path)
             assert done.returncode == 0, done.stderr
             assert done.stdout.strip()
+    assert parse_config((tmp_path / "my-run.yml").read_text("utf-8")).config.datasets
+
+
+def test_its_picture_is_the_wizard_s_own() -> None:
+    (picture,) = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert "windtunnel" in (ROOT / picture).read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", model_names())

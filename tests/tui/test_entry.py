@@ -1,0 +1,170 @@
+"""`windtunnel` without a command: what opens where, and with which exit status it leaves."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from engine.config import read_config
+from engine.errors import UserError
+from tests.tui.test_watch import Terminal, windtunnel
+from tui.__main__ import WizardRequest, make_draft, read_request
+
+CONFIG = """\
+base_model: demo-tiny
+datasets:
+  - path: sample:harbour-pilot
+    type: chat_template
+adapter: lora
+lora_r: 4  # small on purpose
+max_steps: 2
+"""
+
+ROWS = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yml"
+    path.write_text(CONFIG, "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "request_"),
+    [
+        ([], WizardRequest()),
+        (["--plain", "--ascii"], WizardRequest(plain=True, ascii_only=True)),
+        (["--assume", "H100 x2"], WizardRequest(assumed="H100 x2")),
+        (["--assume=24 GB", "a.yaml"], WizardRequest(Path("a.yaml"), assumed="24 GB")),
+        (["run.yml", "--plain"], WizardRequest(Path("run.yml"), plain=True)),
+        (["train", "run.yml"], None),
+        (["--help"], None),
+        (["--bogus"], None),
+        (["--plain", "demo"], None),
+    ],
+)
+def test_a_command_line_without_a_command_is_for_the_wizard(
+    arguments: list[str], request_: WizardRequest | None
+) -> None:
+    assert read_request(arguments) == request_
+
+
+@pytest.mark.parametrize("word", ["lora_r=8", "other.yml", "--bogus"])
+def test_a_word_behind_a_config_names_the_command_that_takes_it(word: str) -> None:
+    with pytest.raises(UserError, match="has no meaning behind a config"):
+        read_request(["run.yml", word])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--plain"], ["--assume", "H100"], ["mine.yml"]])
+def test_without_a_terminal_nothing_is_asked(arguments: list[str]) -> None:
+    done = windtunnel(*arguments)
+    assert done.returncode == 2
+    what, _, fix = done.stderr.splitlines()
+    assert what == "No answers can be asked here."
+    assert "windtunnel train config.yml" in fix
+    assert done.stdout == ""
+
+
+def test_unknown_flags_are_a_sentence_of_the_commands() -> None:
+    done = windtunnel("--bogus")
+    assert done.returncode == 2
+    assert "--bogus" in done.stderr
+    assert len(done.stderr.splitlines()) == 3
+
+
+def test_help_names_the_commands_and_the_wizard() -> None:
+    done = windtunnel("--help")
+    assert done.returncode == 0
+    assert "recommend" in done.stdout
+    assert "--assume" in done.stdout
+
+
+def test_a_dumb_terminal_gets_plain_questions_and_q_leaves() -> None:
+    terminal = Terminal(TERM="dumb")
+    terminal.wait_for("1 of 6  Machine")
+    terminal.press("q\n")
+    assert terminal.end() == 0
+    assert "Left. No run was started." in terminal.written
+    assert "\x1b" not in terminal.written
+
+
+def test_the_end_of_the_input_leaves_with_a_sentence() -> None:
+    terminal = Terminal("--plain", "--ascii", "--assume", "H100")
+    terminal.wait_for("> ")
+    terminal.press("\x04")
+    assert terminal.end() == 0
+    assert "plan for H100" in terminal.written
+    assert "The answers ended (ctrl+d)." in terminal.written
+    assert terminal.written.isascii()
+
+
+def test_an_interrupt_is_130_and_shows_no_traceback() -> None:
+    terminal = Terminal("--plain")
+    terminal.wait_for("> ")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == 130
+    assert "Traceback" not in terminal.written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--plain", "--assume", "bogus"), "There is no GPU named bogus."),
+        (("--plain", "nowhere.yml"), "nowhere.yml"),
+    ],
+)
+def test_what_cannot_be_opened_is_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:
+    terminal = Terminal(*arguments)
+    assert terminal.end() == 2
+    assert sentence in terminal.written
+    assert "Traceback" not in terminal.written
+
+
+def test_a_config_opens_with_its_own_values_at_the_review(config: Path) -> None:
+    terminal = Terminal(str(config), "--plain")
+    terminal.wait_for("6 of 6  Review: mine")
+    terminal.wait_for("start now")
+    terminal.press("2\n")
+    terminal.wait_for("Path, Enter for")
+    terminal.press(f"{config.with_name('copy.yml')}\n")
+    assert terminal.end() == 0
+    copy = config.with_name("copy.yml").read_text("utf-8")
+    assert "lora_r: 4  # small on purpose" in copy
+    assert read_config(config.with_name("copy.yml")).config.max_steps == 2
+
+
+def test_an_opened_config_can_be_changed_and_keeps_its_comments(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(config.parent)
+    (config.parent / "rows.jsonl").write_text(ROWS, "utf-8")
+    text = CONFIG.replace("adapter:", "  - path: rows.jsonl\nadapter:")
+    config.write_text(text, "utf-8")
+    terminal = Terminal(str(config), "--plain")
+    terminal.wait_for("start now")
+    terminal.press("b\nlora_r=8\nb\nb\n")
+    terminal.wait_for("the 2 datasets of the config")
+    terminal.press("\n\n\n2\n")
+    terminal.wait_for("Path, Enter for")
+    terminal.press(f"{config}\n2\n")
+    assert terminal.end() == 0
+    changed = config.read_text("utf-8")
+    assert "lora_r: 8  # small on purpose" in changed
+    assert "lora_alpha" not in changed
+    assert len(read_config(config).config.datasets) == 2
+
+
+def test_the_command_line_fills_the_draft(config: Path) -> None:
+    draft = make_draft(WizardRequest(config, assumed="H100"))
+    assert (draft.name, draft.model, draft.config().lora_r) == ("mine", "demo-tiny", 4)
+    assert draft.device is not None
+    assert draft.device.planned
+
+
+def test_a_terminal_gets_the_screen_and_ctrl_q_leaves_it() -> None:
+    terminal = Terminal()
+    terminal.wait_for("windtunnel probe")
+    terminal.press("\x11")
+    assert terminal.end() == 0
+    assert "\x1b[?1049h" in terminal.written

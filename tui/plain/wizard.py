@@ -1,0 +1,76 @@
+"""The six questions in their order, from the first or from Review, to a run or a saved config."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from engine.errors import UserError, WorkError
+from engine.runs import RunFolder, is_locked, list_runs
+from tui.draft import Draft
+from tui.plain.data import ask_data, count, is_local
+from tui.plain.dialogue import Back, Dialogue, Leave
+from tui.plain.plan import ask_plan
+from tui.plain.preview import ask_preview
+from tui.plain.review import ask_review, follow_run
+from tui.plain.setup import Setup, ask_machine, ask_model
+
+_QUESTIONS: Final[tuple[tuple[str, Callable[[Setup], None]], ...]] = (
+    ("Machine", ask_machine),
+    ("Model", ask_model),
+    ("Data", ask_data),
+    ("Preview", ask_preview),
+    ("Plan", ask_plan),
+)
+
+
+def run_plain(draft: Draft, dialogue: Dialogue, *, home: Path | None = None) -> None:
+    """Ask the questions, then start the run and follow it, or save the config.
+
+    A draft of an opened config is asked at Review. Raises UserError for a run that failed.
+    """
+    setup = Setup(draft, dialogue, home)
+    dialogue.say(
+        "Windtunnel. Enter takes the answer marked *, a number chooses, ? explains,"
+        " b goes back, q leaves."
+    )
+    _mention_live_run(dialogue, home)
+    try:
+        run = _ask_all(setup, first=len(_QUESTIONS) if draft.opened else 0)
+        if run is not None:
+            follow_run(run, dialogue)
+    except Leave as left:
+        dialogue.say(str(left))
+
+
+def _ask_all(setup: Setup, first: int) -> RunFolder | None:
+    """The run that was started, None where the config was saved."""
+    at = first
+    while True:
+        try:
+            if at == len(_QUESTIONS):
+                _head(setup.dialogue, at, "Review", setup.draft.run_name())
+                if setup.found is not None or is_local(setup.draft):
+                    count(setup)  # a hub is asked on Data alone, where the person agrees
+                return ask_review(setup)
+            title, ask = _QUESTIONS[at]
+            _head(setup.dialogue, at, title)
+            ask(setup)
+        except Back:
+            at = max(0, at - 1)
+        except UserError as error:
+            setup.dialogue.refuse(error)
+            at = max(0, at - 1)
+        else:
+            at += 1
+
+
+def _head(dialogue: Dialogue, at: int, title: str, more: str = "") -> None:
+    dialogue.say("", f"{at + 1} of {len(_QUESTIONS) + 1}  {title}{': ' if more else ''}{more}")
+
+
+def _mention_live_run(dialogue: Dialogue, home: Path | None) -> None:
+    for run in list_runs(home):
+        with suppress(WorkError):  # a folder that cannot be read is no reason to ask nothing
+            if is_locked(run):
+                dialogue.say(f"{run.name} is training; back to it: windtunnel watch {run.name}")
