@@ -4,6 +4,7 @@ One module a subject adds its commands with `register(app)`; here is only what a
 request becomes an exit status, and how an error becomes three lines.
 """
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -48,6 +49,7 @@ def main(
     open_run: supervision.OpenRun | None = None,
 ) -> int:
     """Carry out one command line; returns its exit status and never shows a traceback."""
+    _print_any_letter()
     app = build_app(make_watch or PlainWatch, open_run)
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -80,6 +82,13 @@ def main(
     except KeyboardInterrupt:
         return INTERRUPTED
     return status if isinstance(status, int) else 0
+
+
+def _print_any_letter() -> None:
+    """Where the output's encoding lacks a letter, print its number instead of failing on it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it was closed before we began
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_sentence(error: UserError) -> None:

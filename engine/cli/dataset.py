@@ -349,7 +349,8 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
 
 
 def _shows_progress(as_json: bool) -> bool:
-    return sys.stderr.isatty() and not as_json
+    # None where it was closed before we began.
+    return sys.stderr is not None and sys.stderr.isatty() and not as_json
 
 
 def _show_reading(rows: int, _done_bytes: int) -> None:
@@ -357,7 +358,7 @@ def _show_reading(rows: int, _done_bytes: int) -> None:
 
 
 def _clear_progress() -> None:
-    if sys.stderr.isatty():
+    if _shows_progress(as_json=False):
         print("\r\x1b[K", end="", file=sys.stderr)
 
 

@@ -1,6 +1,9 @@
 """`models --assume`: what each model of the catalog needs on a card that one does not have."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -39,3 +42,15 @@ def test_json_has_a_plan_beside_each_model(capsys: pytest.CaptureFixture[str]) -
         assert plan["method"] in ("lora", "qlora", "full")
         assert plan["device_bytes"] > 0
         assert bool(plan["not_trained"]) == (model["total_parameters"] > 10**11)
+
+
+def test_an_output_that_knows_ascii_alone_gets_numbers_for_other_letters() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "engine", "models", "--assume", "RTX 4090"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\\u2713 fits" in done.stdout
