@@ -51,7 +51,7 @@ def fixed(machine: Machine) -> Machine:
         cpu_count=8,
         ram_total_bytes=64 * GIB,
         ram_available_bytes=51 * GIB,
-        disk_path="/home/sam/runs",
+        disk_path="/data/sam/runs",
         disk_free_bytes=62 * 10**9,
         stack=STACK,
         problems=tuple(each for each in machine.problems if each.id not in about_torch),
