@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	.venv/bin/windtunnel demo
 
+# Two processes on two cores: threads of their own would only wait for each other.
+test test-slow: export OMP_NUM_THREADS = 1
+
 test: install
 	$(PY) -m pytest --numprocesses 2
 
