@@ -14,6 +14,7 @@ from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.command import DiscoveryHit, Hit, Provider
 from textual.filter import LineFilter
+from textual.screen import Screen
 from textual.theme import Theme
 
 from tui.page import Page
@@ -163,13 +164,21 @@ class WindtunnelApp(App[int]):
     def get_line_filters(self) -> Sequence[LineFilter]:
         return [*super().get_line_filters(), *self._ascii]
 
+    def get_default_screen(self) -> Screen[Any]:
+        """The first page itself: an empty screen below it would be laid out and drawn first."""
+        if self._run:
+            return super().get_default_screen()
+        page = self._class(self._start)()
+        self._keep(self._start, page)
+        self._shown = self._start
+        self._load_screen_css(page)  # Textual does so for every screen but the default one
+        return page
+
     def on_mount(self) -> None:
         if self._run:
             self.open_run(self._run)
-        else:
-            self._show(self._start)
-            if self._draft is None:
-                self.call_after_refresh(self.run_worker, self._prepare)
+        elif self._draft is None:
+            self.call_after_refresh(self.run_worker, self._prepare)
 
     async def on_unmount(self) -> None:
         if self._data_worker:
@@ -246,11 +255,14 @@ class WindtunnelApp(App[int]):
             self._keep(name, self._class(name)())
         if name == self._shown:
             return
-        first, self._shown = not self._shown, name
-        if first:
+        self._shown = name
+        self._close_modals()
+        # The first page lies below whatever page is shown: it is uncovered, the others change.
+        if self._opened[name] is self.screen_stack[0]:
+            self.pop_screen()
+        elif len(self.screen_stack) == 1:
             self.push_screen(name)
         else:
-            self._close_modals()
             self.switch_screen(name)
 
     def _keep(self, name: str, page: Page) -> None:
