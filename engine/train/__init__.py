@@ -4,6 +4,7 @@ __main__  one process: `python -m engine.train run FOLDER`
 run       one launch, from its folder to its last event
 fetch     where the base model's files are
 model     the base model from its folder, refused when it would train broken
+forward   hidden states of a batch, packed rows kept apart
 quantize  NF4 and its guards
 lora      adapters on the language model's linears
 batches   prepared arrays -> batches, in an order that a resumed run repeats

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from engine.config import RunConfig
 from engine.errors import WorkError
-from engine.train.model import Model
+from engine.train.forward import Model
 from engine.train.weights import load_trained, save_trained, trained_parameters
 
 OPTIMIZER, RANDOM, STATE = "optimizer.safetensors", "random.safetensors", "state.json"

@@ -15,8 +15,9 @@ from engine.chat.render import IGNORED_LABEL
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.train.batches import Rows, evaluation_micros
+from engine.train.forward import Model, head_of, hidden_states
 from engine.train.loss import score_tokens
-from engine.train.model import Base, Model, head_of, hidden_states
+from engine.train.model import Base
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 
 from engine.chat.tokenizer import ChatTokenizer
 from engine.train.evaluate import evaluating
-from engine.train.model import Model, half_precision, unwrapped
+from engine.train.forward import Model, half_precision, unwrapped
 
 
 def generate(

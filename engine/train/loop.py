@@ -18,10 +18,11 @@ from engine.events import Ended, Eval, Note, Phase, Sample, SampleTime, Saved, S
 from engine.train.batches import Order, Rows, StepBatch
 from engine.train.checkpoint import Checkpoints, Position
 from engine.train.evaluate import mean_loss, score, score_all
+from engine.train.forward import Model, head_of, hidden_states
 from engine.train.generate import generate, readable
 from engine.train.loss import summed_cross_entropy
 from engine.train.meter import Meter, peak_memory_bytes
-from engine.train.model import Base, Model, head_of, hidden_states
+from engine.train.model import Base
 from engine.train.optim import build_optimizer, learning_rate, set_learning_rate
 from engine.train.session import Session
 from engine.train.weights import export_trained, load_trained, trained_parameters

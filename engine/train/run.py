@@ -23,9 +23,10 @@ from engine.data.prepared import Prepared
 from engine.events import Note, Phase, Started
 from engine.train.batches import Rows
 from engine.train.fetch import leave_hub, locate_base
+from engine.train.forward import Model, use_checkpointing
 from engine.train.loop import Prompt, Training
 from engine.train.lora import attach_lora, choose_trained
-from engine.train.model import Base, Model, load_base, use_checkpointing
+from engine.train.model import Base, load_base
 from engine.train.session import Session
 from engine.train.weights import trained_parameters
 

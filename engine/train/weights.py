@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine.config import RunConfig
 from engine.errors import WorkError
-from engine.train.model import Model, unwrapped
+from engine.train.forward import Model, unwrapped
 
 TRAINED = "trained.safetensors"
 

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Ministral3Config, Ministral3ForCausalLM
 
+from engine.train.forward import hidden_states, use_checkpointing
 from engine.train.lora import leave_inputs_alone
-from engine.train.model import hidden_states, use_checkpointing
 
 LAYERS = 2
 VOCABULARY = 256

@@ -18,8 +18,9 @@ from engine.chat.tokenizer import open_tokenizer
 from engine.errors import WorkError
 from engine.train import demo
 from engine.train.demo import EMBEDDING, SPREAD, draw_embedding, write_base
+from engine.train.forward import head_of
 from engine.train.generate import generate
-from engine.train.model import head_of, load_base
+from engine.train.model import load_base
 from tests.train.tiny import files_at_most, settings
 
 CONFIG = find_model("demo-tiny").config

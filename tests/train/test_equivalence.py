@@ -19,8 +19,9 @@ from engine.events import Step
 from engine.runs import read_steps
 from engine.train.batches import Order, Rows, StepBatch, collate
 from engine.train.evaluate import score
+from engine.train.forward import Model, hidden_states, unwrapped
 from engine.train.loop import Training
-from engine.train.model import Model, hidden_states, load_base, unwrapped
+from engine.train.model import load_base
 from engine.train.weights import save_trained
 from tests.train.tiny import Row, gradients, row, settings, training, wake_adapter
 

@@ -7,9 +7,10 @@ import torch
 
 from engine.catalog import read_architecture
 from engine.chat.tokenizer import TokenizerSpec, build_tokenizer
+from engine.train.forward import Model
 from engine.train.generate import _choose, generate, readable
 from engine.train.lora import attach_lora
-from engine.train.model import Model, load_base
+from engine.train.model import load_base
 from tests.train.tiny import settings, wake_adapter
 
 CPU = torch.device("cpu")

@@ -12,8 +12,9 @@ from engine.catalog import linear_targets, list_models, module_table, read_archi
 from engine.errors import UserError
 from engine.plan.targets import choose_targets
 from engine.train.batches import Order, Rows
+from engine.train.forward import Model, hidden_states
 from engine.train.lora import as_expression, attach_lora, choose_trained
-from engine.train.model import Base, Model, hidden_states, load_base
+from engine.train.model import Base, load_base
 from tests.train.tiny import ARCHITECTURES, MINISTRAL3, settings, training, with_vision, write_model
 
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

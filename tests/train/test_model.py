@@ -11,14 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from engine.errors import UserError
-from engine.train.model import (
-    half_precision,
-    head_of,
-    hidden_states,
-    load_base,
-    pick_device,
-    pick_dtype,
-)
+from engine.train.forward import half_precision, head_of, hidden_states
+from engine.train.model import load_base, pick_device, pick_dtype
 from tests.train.tiny import (
     ARCHITECTURES,
     MINISTRAL3,

@@ -27,8 +27,9 @@ from engine.data.rows import RenderedRow
 from engine.events import EventWriter
 from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.batches import Rows
+from engine.train.forward import Model
 from engine.train.loop import Training
-from engine.train.model import Base, Model, load_base
+from engine.train.model import Base, load_base
 from engine.train.run import put_on_training
 from engine.train.session import Session
 
