@@ -82,7 +82,7 @@ def test_the_run_folder_gets_its_config_and_its_plan(run: RunFolder) -> None:
         plan={"parts": {"weights": 3}},
         module=FAKE,
         environment=fake_environment(steps=1),
-    ).wait(20)
+    ).wait(60)
     assert run.config.read_text() == "base_model: demo-tiny  # why\n"
     assert '"weights": 3' in run.plan.read_text()
     assert not list(run.path.glob(".*")), "nothing half written stays behind"
@@ -92,7 +92,7 @@ def test_a_config_that_is_replaced_is_kept_beside(run: RunFolder) -> None:
     for number, text in enumerate(["a: 1\n", "a: 2\n", "a: 2\n", "a: 3\n"]):
         launch(
             run, detach=True, config=text, module=FAKE, environment=fake_environment(steps=number)
-        ).wait(20)
+        ).wait(60)
     kept = {path.name: path.read_text() for path in run.path.glob("config*")}
     assert kept == {"config.yml": "a: 3\n", "config-1.yml": "a: 1\n", "config-2.yml": "a: 2\n"}
 
@@ -131,7 +131,7 @@ def test_a_folder_called_engine_where_one_stands_is_not_run(
         (tmp_path / "cwd" / name / "__init__.py").write_text("raise SystemExit('not this one')")
     monkeypatch.chdir(tmp_path / "cwd")
     process = start(run, steps=2)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     assert "not this one" not in run.log.read_text()
 
 
@@ -142,7 +142,7 @@ def test_a_detached_run_survives_the_kill_of_everything_that_started_it(run: Run
     wizard.wait()
     before = len(read_steps(run))
     wait_until(lambda: len(read_steps(run)) > before + 5)
-    assert ask(run, "pause", timeout_seconds=20).outcome == "done", "and it is attached again"
+    assert ask(run, "pause", timeout_seconds=60).outcome == "done", "and it is attached again"
     assert status(run) == "paused"
     end(run)
     assert status(run) == "stopped"
@@ -161,7 +161,7 @@ def test_a_detached_run_survives_its_terminal(run: RunFolder) -> None:
     os.close(theirs)
     wait_until(lambda: len(read_steps(run)) > 2)
     os.close(ours)  # the window is closed
-    assert wizard.wait(20) == -signal.SIGHUP
+    assert wizard.wait(60) == -signal.SIGHUP
     before = len(read_steps(run))
     wait_until(lambda: len(read_steps(run)) > before + 5)
     end(run)
@@ -255,7 +255,7 @@ def test_a_folder_that_cannot_be_filled_is_a_sentence(tmp_path: Path) -> None:
 def test_a_dead_run_goes_on_from_its_last_checkpoint(run: RunFolder) -> None:
     process = start(run)
     wait_until(lambda: len(read_steps(run)) >= 5)
-    ask(run, "save", timeout_seconds=20)
+    ask(run, "save", timeout_seconds=60)
     wait_until(lambda: len(read_steps(run)) >= 12)
     process.kill()
     process.wait()
@@ -263,7 +263,7 @@ def test_a_dead_run_goes_on_from_its_last_checkpoint(run: RunFolder) -> None:
     follower = Follower(run.events, from_end=True)
     resumed = resume_run(run, module=FAKE, environment=fake_environment(steps=saved + 10))
     assert resumed.process is not None
-    assert resumed.process.wait(20) == 0
+    assert resumed.process.wait(60) == 0
     events = follower.read()
     assert [type(each.event) for each in events[:3]] == [Phase, Started, Step]
     assert isinstance(events[2].event, Step)
@@ -275,7 +275,7 @@ def test_a_dead_run_goes_on_from_its_last_checkpoint(run: RunFolder) -> None:
 
 
 def test_a_run_can_go_back_to_an_earlier_checkpoint(run: RunFolder) -> None:
-    start(run, steps=9).wait(20)
+    start(run, steps=9).wait(60)
     for step in (2, 4, 10):
         (run.checkpoints / f"step-{step}").mkdir()
     with pytest.raises(UserError, match="has finished"):
@@ -289,13 +289,13 @@ def test_a_run_can_go_back_to_an_earlier_checkpoint(run: RunFolder) -> None:
         run, module=FAKE, checkpoint="step-4", environment=fake_environment(steps=6)
     )
     assert resumed.process is not None
-    assert resumed.process.wait(20) == 0
+    assert resumed.process.wait(60) == 0
     assert [step.step for step in read_steps(run)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_paused_run_is_only_told_to_go_on(run: RunFolder) -> None:
     process = start(run)
-    ask(run, "pause", timeout_seconds=20)
+    ask(run, "pause", timeout_seconds=60)
     with pytest.raises(UserError, match="is paused"):
         resume_run(run, checkpoint="step-1", module=FAKE)
     resumed = resume_run(run, module=FAKE)
@@ -310,7 +310,7 @@ def test_a_paused_run_is_only_told_to_go_on(run: RunFolder) -> None:
 def test_a_run_that_was_never_started_begins(run: RunFolder) -> None:
     resumed = resume_run(run, module=FAKE, environment=fake_environment(steps=2))
     assert resumed.process is not None
-    assert resumed.process.wait(20) == 0
+    assert resumed.process.wait(60) == 0
     assert isinstance(resumed.process.args, list)
     assert "--resume" not in resumed.process.args
 
@@ -321,7 +321,7 @@ def test_a_signal_to_the_foreground_reaches_the_trainer(run: RunFolder) -> None:
     with forwarded_signals(process) as received:
         wait_until(lambda: len(read_steps(run)) > 1)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert received == ["SIGTERM"]
     assert status(run) == "stopped"
     assert signal.getsignal(signal.SIGTERM) == before

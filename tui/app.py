@@ -56,7 +56,7 @@ THEME: Final = Theme(
         "muted": "#8f9aab",
         "faint": "#5e6a7c",
         "frame": "#364252",
-        "think": "#ffa877",
+        "think": "#ffbf99",  # lighter than `read`: without hues brightness is all there is
         "answer": "#ffd84d",
         "call": "#7fd8b4",
         "raw": "#8f6f3a",

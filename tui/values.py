@@ -1,28 +1,14 @@
-"""A typed value on its way into the draft, and a value as people read it.
+"""A typed value on its way into the draft.
 
 Apart from the Plan page and from the plain questions so that both take and refuse the same texts,
 in the words of a config file.
 """
 
 import json
-from typing import Final
 
-from engine.config import override, require_supported
+from engine.config import FULL, NONE, override, require_supported
 from engine.errors import UserError
 from tui.draft import Draft
-
-FULL: Final = "full"
-"""What people call a run without an adapter; the config says it by leaving the key out."""
-NONE: Final = "none"
-
-
-def spell(key: str, value: object) -> str:
-    """A value as the config file spells it; one that is not set is `none`."""
-    if value is None:
-        return FULL if key == "adapter" else NONE
-    if isinstance(value, bool):
-        return json.dumps(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def set_value(draft: Draft, key: str, text: str) -> None:

@@ -15,9 +15,9 @@ from typing import Literal
 
 from engine.errors import UserError
 from engine.hardware.machine import Gpu, is_unified, short_name
+from engine.units import GIB
 from engine.visible import visible
 
-_GIB = 2**30
 _MOST_GPUS = 1024
 _MOST_GIGABYTES = 4096
 _COUNT_FIRST = re.compile(r"^\s*(\d{1,9})\s*[x×*]\s*(?=\S)", re.IGNORECASE)
@@ -94,7 +94,7 @@ def _unnamed(gigabytes: float, text: str) -> KnownGpu:
     # Makers say GB and mean GiB; of that a card with ECC (A10, L4, L40S) reports 94 parts in 100.
     return KnownGpu(
         f"{gigabytes:g} GB GPU",
-        int(gigabytes * _GIB),
+        int(gigabytes * GIB),
         (0, 0),
         "assumed",
         "the size that was asked for, in GiB",
@@ -146,7 +146,7 @@ def _all_words(gpu: KnownGpu) -> set[str]:
 
 
 def _either(gpus: Sequence[KnownGpu]) -> str:
-    names = [f"{short_name(gpu.name)} ({gpu.memory_total_bytes / _GIB:.1f} GiB)" for gpu in gpus]
+    names = [f"{short_name(gpu.name)} ({gpu.memory_total_bytes / GIB:.1f} GiB)" for gpu in gpus]
     return " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 

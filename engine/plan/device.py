@@ -10,17 +10,11 @@ from typing import Literal
 
 from engine.hardware import Gpu, Machine
 
-GIB = 2**30
 GPU_MARGIN = 0.05
 """Share of a card's memory that a plan leaves alone: what a display or another program takes while
 the run lasts."""
 RAM_MARGIN = 0.10
 """The same of this computer's free memory, which everything else shares."""
-
-
-def gib(size: int) -> str:
-    """A size as people say it: 19.8 GiB, and MiB below a quarter of one."""
-    return f"{size / GIB:,.1f} GiB" if abs(size) >= GIB // 4 else f"{size / 2**20:,.1f} MiB"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from engine.catalog import Architecture
 from engine.config import RunConfig
 from engine.plan.device import Device
 from engine.plan.memory import Estimate, estimate
+from engine.plan.rates import learning_rate
 from engine.plan.statistics import Statistics
 
 _SMALLEST_RANK, _SMALLEST_LENGTH = 8, 512
@@ -87,7 +88,7 @@ def list_alternatives(
             estimate(changed(config, changes), architecture, device, statistics),
             trade,
         )
-        for name, changes, trade in _others(config)
+        for name, changes, trade in _others(config, architecture.table.total_parameters)
     )
 
 
@@ -134,7 +135,7 @@ def _rungs(config: RunConfig, device: Device, statistics: Statistics | None) -> 
         yield f"sequence_len {length}", {"sequence_len": length}, cost
 
 
-def _others(config: RunConfig) -> Iterator[_Change]:
+def _others(config: RunConfig, total_parameters: int) -> Iterator[_Change]:
     # What goes with a full fine-tune and with no adapter.
     back: dict[str, object] = {"unfrozen_parameters": None} if config.unfrozen_parameters else {}
     if not (config.lora_target_linear or config.lora_target_modules):
@@ -150,7 +151,7 @@ def _others(config: RunConfig) -> Iterator[_Change]:
             "adapter": None,
             "load_in_4bit": False,
             "lora_target_linear": False,
-            "learning_rate": 1e-5,
+            "learning_rate": learning_rate(total_parameters, whole=True)[0],
         }
         yield "full", whole, "every weight moves: most capacity, most forgetting"
     if config.adapter:

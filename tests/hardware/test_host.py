@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from engine.hardware.host import count_cpus, read_host, read_memory
+from engine.units import GIB
 
-GIB = 2**30
 MEMINFO = "MemTotal: 67108864 kB\nMemFree: 1 kB\nMemAvailable: 33554432 kB\n"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux")
 

@@ -7,8 +7,7 @@ import pytest
 from engine.errors import UserError
 from engine.hardware import assume, known_gpus, poll
 from engine.hardware.machine import short_name
-
-GIB = 2**30
+from engine.units import GIB
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_one_signal_saves_and_ends(run: RunFolder, number: signal.Signals) -> No
     with running_fake(run) as process:
         wait_until(run.events.exists)
         process.send_signal(number)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert last_two(run) == [Saved, Ended]
     assert status(run) == "stopped"
     assert (run.checkpoints / "LATEST").exists()
@@ -35,7 +35,7 @@ def test_a_second_signal_leaves_at_once(run: RunFolder) -> None:
         time.sleep(0.4)
         begun = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 130
+        assert process.wait(60) == 130
         assert time.monotonic() - begun < 5
     assert status(run) == "lost"
 
@@ -45,7 +45,7 @@ def test_one_request_that_arrives_twice_is_one(run: RunFolder) -> None:
         wait_until(run.events.exists)
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert status(run) == "stopped"
 
 

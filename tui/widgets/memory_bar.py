@@ -10,7 +10,8 @@ from textual.app import RenderResult
 from textual.content import Content
 from textual.widget import Widget
 
-from engine.plan import GIB, Device, Estimate
+from engine.plan import Device, Estimate
+from engine.units import GIB
 
 _WEIGHTS = ("weights", "experts", "embeddings", "vision")
 _ADAPTER = ("adapter", "gradients", "optimizer")

@@ -38,8 +38,7 @@ class TokenView(ScrollView, can_focus=True):
         scrollbar-size-vertical: 1; scrollbar-size-horizontal: 0;
         scrollbar-color: $frame; scrollbar-background: $background;
     }
-    /* Lighter than $think, which is darker than $read: without hues brightness is all there is. */
-    TokenView > .tokens--think { color: #ffbf99; text-style: underline; }
+    TokenView > .tokens--think { color: $think; text-style: underline; }
     TokenView > .tokens--answer { color: $answer; text-style: underline; }
     TokenView > .tokens--call { color: $call; text-style: underline; }
     TokenView > .tokens--other { color: $lit; text-style: underline; }
