@@ -5,11 +5,16 @@ names. Once the rows are there too, `leave_hub` switches the hub off for the res
 """
 
 import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+import httpx2
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import (
+    DryRunError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -23,30 +28,37 @@ from engine.catalog import find_model
 from engine.catalog.cards import model_names
 from engine.config import RunConfig
 from engine.errors import UserError, WorkError
+from engine.units import gib
 
 FILES = ["*.json", "model*.safetensors", "*tekken*.json", "LICENSE*"]
 """What a run needs of a repository: `consolidated*.safetensors` are the same weights once more."""
+POLL_SECONDS = 0.5
+"""Between two looks at how much is downloaded."""
+SPARE_BYTES = 2**30
+"""Room that a download leaves on the disk: a full one fails whatever else is running."""
+
+Tell = Callable[[int, int], None]
+"""Told while a model is downloaded: bytes done, bytes in all."""
 
 
-def locate_base(config: RunConfig, home: Path) -> Path:
+def locate_base(config: RunConfig, home: Path, tell: Tell = lambda done, total: None) -> Path:
     """The folder with config.json and weights of `config.base_model`; downloads a hub model.
 
     A relative folder starts at `home`, the config's own. Raises UserError where the model cannot be
-    had, with the way to get it.
+    had, with the way to get it, and WorkError where the download fails or the disk has no room.
     """
     name = config.base_model
     local = home / Path(name).expanduser()
     if name in model_names():
-        repositories = find_model(name).repositories
-        if not repositories:
+        hub_id = find_model(name).hub_id
+        if hub_id is None:
             from engine.train.demo import make_base
 
             return make_base(name)
-        bf16 = [r for r in repositories if r.checkpoint == "bf16"]
-        name = (bf16 or list(repositories))[0].id
+        name = hub_id
     elif local.is_dir():
         return local.resolve()
-    return _download(name, config.revision_of_model)
+    return _fetch(name, config.revision_of_model, tell)
 
 
 def leave_hub() -> None:
@@ -55,13 +67,67 @@ def leave_hub() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def _download(repository: str, revision: str | None) -> Path:
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repository, revision=revision, allow_patterns=FILES, max_workers=4
-            )
+def refuse_full_disk(repository: str, missing_bytes: int, cache: Path) -> None:
+    """Raises WorkError where the disk of `cache` has no room for `missing_bytes`."""
+    disk = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    free_bytes = shutil.disk_usage(disk).free
+    if missing_bytes and missing_bytes + SPARE_BYTES > free_bytes:
+        raise WorkError(
+            f"{repository} does not fit on the disk.",
+            f"{gib(missing_bytes)} are still to be downloaded, and {gib(free_bytes)} are free "
+            f"where {disk} lies.",
+            "Free disk space, or set HF_HOME to a disk that has it.",
         )
+
+
+def _download(repository: str, revision: str | None, tell: Tell) -> Path:
+    """Fetch what the cache lacks of `FILES`.
+
+    A connection that breaks is tried again from where it broke; a new process begins with the
+    first file that is not complete.
+    """
+    cache = Path(constants.HF_HUB_CACHE)
+    try:
+        planned = huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=FILES, dry_run=True
+        )
+    except DryRunError:  # the hub cannot be asked: below, the cache answers, or the error says why
+        planned = []
+    missing_bytes = sum(file.file_size or 0 for file in planned if file.will_download)
+    refuse_full_disk(repository, missing_bytes, cache)
+    blobs = cache / f"models--{repository.replace('/', '--')}" / "blobs"
+    there = {path for path in _list_files(blobs) if path.suffix != ".incomplete"}
+    with ThreadPoolExecutor(1) as worker:
+        download = worker.submit(
+            huggingface_hub.snapshot_download,
+            repository,
+            revision=revision,
+            allow_patterns=FILES,
+            max_workers=4,
+        )
+        while wait([download], POLL_SECONDS).not_done:
+            if missing_bytes:
+                done = sum(_size_bytes(path) for path in _list_files(blobs) if path not in there)
+                tell(min(done, missing_bytes), missing_bytes)
+    return Path(download.result())
+
+
+def _list_files(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _size_bytes(path: Path) -> int:
+    """0 for a file that got its final name since it was listed."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _fetch(repository: str, revision: str | None, tell: Tell) -> Path:
+    """Download a model, and say in three sentences why that did not work."""
+    try:
+        return _download(repository, revision, tell)
     except GatedRepoError as error:
         raise UserError(
             f"{repository} may only be downloaded by people who accepted its terms.",
@@ -76,13 +142,19 @@ def _download(repository: str, revision: str | None) -> Path:
             "Check the spelling; `windtunnel models` lists the catalog. Private models need "
             "`hf auth login`.",
         ) from error
+    except httpx2.TransportError as error:
+        raise WorkError(
+            f"{repository} could not be downloaded.",
+            f"The connection to the hub broke off: {type(error).__name__}.",
+            "Start again: files that are complete are not fetched twice.",
+        ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         raise WorkError(
             f"{repository} could not be downloaded.",
             f"The hub cannot be reached and the files are not in this computer's cache: "
             f"{type(error).__name__}.",
-            "Check the connection and start again (the download goes on where it stopped), or "
-            "point base_model at a folder.",
+            "Check the connection and start again (files that are complete are not fetched twice), "
+            "or point base_model at a folder.",
         ) from error
     except OSError as error:
         raise WorkError(

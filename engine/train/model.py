@@ -2,23 +2,38 @@
 
 Apart from `lora` because loading is where a checkpoint can be silently wrong: the class comes from
 config.json's own `architectures`, and a weight that is missing or left over is refused, never
-randomly initialised.
+randomly initialised. The model is built empty and each tensor goes straight from its file to the
+form in which the run holds it, so that loading takes little more room than the loaded model.
 """
 
+import json
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from transformers import PreTrainedModel
-from transformers.utils.import_utils import is_flash_attn_2_available
+from accelerate import init_empty_weights
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.initialization import no_tie_weights
 
-from engine.catalog import read_architecture
+from engine.catalog import Architecture, read_architecture
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.train.quantize import keep_gradients_on_cpu, nf4
+from engine.train.attention import pick_attention, use_attention
+from engine.train.checkpoint_files import StoredTensor, list_tensors, read_slice, read_tensor
+from engine.train.experts import GroupedLinear, replace_experts
+from engine.train.fp8 import Fp8Layout, dequantize, find_layout, read_scale
+from engine.train.load_report import LoadReport, describe_load
+from engine.train.quantize import hold_quantized, swap_linears
+from engine.visible import visible
+
+Tell = Callable[[int, int], None]
+"""Told after each tensor: bytes read, bytes in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +44,7 @@ class Base:
     dtype: torch.dtype
     """Type of the weights that are not quantized, and of the arithmetic."""
     device: torch.device
+    report: LoadReport
 
 
 def pick_device() -> torch.device:
@@ -44,62 +60,82 @@ def pick_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float32
 
 
-def load_base(folder: Path, config: RunConfig) -> Base:
-    """Load the model of `folder` as the config asks: float32, bfloat16 or NF4.
+def load_base(folder: Path, config: RunConfig, tell: Tell = lambda done, total: None) -> Base:
+    """Load the model of `folder` as the config asks: float32, bfloat16, int8 or NF4.
 
-    Raises UserError when the architecture is not one of Mistral's, when the checkpoint is
-    quantized already or cannot be read, or when its weights and the architecture's do not match
-    one to one.
+    FP8 weights are converted on the way. Raises UserError when the architecture is not one of
+    Mistral's, when the checkpoint is quantized in another way or cannot be read, or when its
+    weights and the architecture's do not match one to one.
     """
     device = pick_device()
     dtype = pick_dtype(config, device)
     architecture = read_architecture(folder)
-    model_class = getattr(transformers, architecture.class_name)
-    # Not from the file: there a stranger may choose kernels; here those keys are gone.
-    settings = model_class.config_class.from_dict(dict(architecture.config))
-    if getattr(settings, "quantization_config", None) is not None:
-        raise UserError(
-            f"The weights in {folder} are quantized already.",
-            "This trainer quantizes bfloat16 weights itself and would train on wrong numbers here.",
-            "Point `base_model` at the model's BF16 repository or folder.",
-        )
-    options: dict[str, Any] = {"quantization_config": nf4(dtype)} if config.load_in_4bit else {}
-    options["attn_implementation"] = pick_attention(config, device)
-    model, report = _read_weights(
-        model_class, folder, config=settings, dtype=dtype, device_map={"": device}, **options
-    )
-    refuse_mismatch(folder, report, tied=bool(settings.tie_word_embeddings))
-    if config.load_in_4bit and device.type == "cpu":
-        keep_gradients_on_cpu(model)
-    return Base(model, dtype, device)
+    attention = pick_attention(config, architecture, device)
+    refuse_other_formats(folder, architecture.config)
+    tensors = list_tensors(folder)
+    model = build_empty(architecture, folder, dtype, attention.backend)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    layout = find_layout(tensors, folder, _block_size(architecture.config))
+    missing = refuse_mismatch(folder, tensors, shapes, layout, model.all_tied_weights_keys)
+    swap_linears(model, config, dtype)
+    replace_experts(model, config, dtype)
+    wanted = {name: tensor for name, tensor in tensors.items() if name in shapes}
+    _fill(model, wanted, layout, device, dtype, tell)
+    model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+    for name, buffer in list(model.named_buffers()):
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, buffer.to(device))
+    model.eval()
+    converted = sum(torch.Size(tensors[name].shape).numel() for name in layout.weights)
+    report = describe_load(model, architecture.table, converted, device)
+    return Base(model, dtype, device, report)
 
 
-def _read_weights(
-    model_class: Any, folder: Path, **options: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and transformers' report of what did not match."""
+def refuse_other_formats(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse weights that were quantized in another way than FP8, and a folder of two models."""
     if (folder / "adapter_config.json").exists():
         raise UserError(
             f"{folder} holds an adapter beside a model.",
-            "transformers would load the base that the adapter names, not the weights that lie "
-            "there.",
+            "Only the model's own weights would be read, and nothing says that they are meant.",
             "Merge the adapter, or move adapter_config.json out of the folder.",
         )
+    for part in (config, config.get("text_config")):
+        settings = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if settings is None:
+            continue
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+        if method != "fp8":
+            shown = f" with {visible(method, one_line=True)}" if isinstance(method, str) else ""
+            raise UserError(
+                f"The weights in {folder} are quantized already{shown}.",
+                "This trainer reads bfloat16 and FP8 weights and quantizes them itself; others "
+                "would be trained on wrong numbers.",
+                "Point `base_model` at the model's BF16 or FP8 repository or folder.",
+            )
+
+
+def build_empty(
+    architecture: Architecture, folder: Path, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
+    """The model with its parameters on the meta device and its buffers, such as rotary, real."""
+    model_class = getattr(transformers, architecture.class_name)
+    # Not from the file: there a stranger may choose kernels; here those keys are gone.
+    content = deepcopy(dict(architecture.config))
+    for part in (content, content.get("text_config"), content.get("vision_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)
+    settings = model_class.config_class.from_dict(content)
+    parts = [getattr(settings, name, None) for name in settings.sub_configs]
+    for config in (settings, *parts):
+        if config is not None:
+            config.dtype = dtype
+    settings.name_or_path = str(folder)
+    use_attention(settings, attention)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
-        model, report = model_class.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported, and refused with the rest
-            **options,
-        )
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"The weights in {folder} cannot be read.",
-            f"{str(error).splitlines()[0].rstrip('.')}.",
-            "Download the model again, as safetensors files.",
-        ) from error
+        with init_empty_weights(include_buffers=False), no_tie_weights():
+            model: PreTrainedModel = model_class(settings)
     except ImportError as error:
         raise UserError(
             "The model cannot be loaded as the config asks.",
@@ -107,35 +143,120 @@ def _read_weights(
             "Remove attn_implementation, so that an installed one is chosen, or install what is "
             "missing.",
         ) from error
-    return model, report
+    finally:
+        torch.set_default_dtype(before)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = _read_generation_config(folder, model.generation_config)
+    return model
 
 
-def pick_attention(config: RunConfig, device: torch.device) -> str:
-    """The config's backend, else FlashAttention 2 where it is installed, else PyTorch's own."""
-    if config.attn_implementation:
-        return config.attn_implementation
-    if device.type == "cuda" and is_flash_attn_2_available():
-        return "flash_attention_2"
-    return "sdpa"
+def _read_generation_config(folder: Path, default: GenerationConfig) -> GenerationConfig:
+    """The folder's own, which a finished model is saved with; the model's where it is damaged."""
+    try:
+        content = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        return GenerationConfig.from_dict(content)
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError):
+        return default
 
 
-def refuse_mismatch(folder: Path, report: dict[str, Any], *, tied: bool) -> None:
-    """Refuse weights that the file lacks, and weights of the file that the model has no place for.
+def _block_size(config: Mapping[str, Any]) -> list[int] | None:
+    settings = config.get("quantization_config")
+    block = settings.get("weight_block_size") if isinstance(settings, Mapping) else None
+    fits = isinstance(block, list) and all(isinstance(n, int) and n > 0 for n in block)
+    return block if fits else None
 
-    transformers only warns: a missing weight is trained from noise, and a left-over "scale" means
-    8-bit numbers read without their scale (measured: 5,675 times too large).
+
+def refuse_mismatch(
+    folder: Path,
+    tensors: Mapping[str, StoredTensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    layout: Fp8Layout,
+    tied: Mapping[str, str],
+) -> list[str]:
+    """Refuse weights that the files lack, and weights that the model has no place for.
+
+    Returns the parameters that the files lack because they share another's memory: `tied`, by the
+    parameter that they share. A weight that is missing would be trained from noise; a scale that is
+    left over means 8-bit numbers read without it (measured: 5,675 times too large).
     """
-    missing = {name for name in report["missing_keys"] if not (tied and "lm_head" in name)}
+    shared = {name for pair in tied.items() for name in pair if any(n in tensors for n in pair)}
+    missing = [name for name in shapes if name not in tensors]
+    extra = [n for n in tensors if n not in shapes and n not in layout.companions]
+    other = [n for n in tensors if n in shapes and tensors[n].shape != shapes[n]]
+    strange = [n for n in tensors if n in shapes and not tensors[n].is_weight]
     problems = {
-        "lacks weights that the model needs": sorted(missing),
-        "holds weights that the model has no place for": sorted(report["unexpected_keys"]),
-        "holds weights of another shape": sorted(name for name, *_ in report["mismatched_keys"]),
+        "lacks weights that the model needs": [n for n in missing if n not in shared],
+        "holds scales that belong to no 8-bit weight": [n for n in extra if "scale" in n],
+        "holds weights that the model has no place for": extra,
+        "holds weights of another shape": other,
+        "holds weights that are no floating-point numbers": strange,
     }
     for problem, names in problems.items():
         if names:
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            # What the files hold is named as there; in memory a Mistral 3 model's names differ.
+            words = sorted(tensors[n].name if n in tensors else n for n in names)
+            shown = ", ".join(visible(word, one_line=True) for word in words[:3])
+            shown += f" and {len(words) - 3} more" if words[3:] else ""
             raise UserError(
                 f"The checkpoint in {folder} {problem}: {shown}.",
                 "Training on it would train a broken model without a warning.",
                 "Download it again, or point `base_model` at a complete bfloat16 checkpoint.",
             )
+    return missing
+
+
+def _fill(
+    model: PreTrainedModel,
+    tensors: Mapping[str, StoredTensor],
+    layout: Fp8Layout,
+    device: torch.device,
+    dtype: torch.dtype,
+    tell: Tell,
+) -> None:
+    """Read each tensor and give it to the module that holds it, in the module's own form."""
+    done, total = 0, sum(tensor.size_bytes for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, Linear4bit | Linear8bitLt) and own == "weight":
+            hold_quantized(module, _read(name, tensor, layout, device, dtype))
+        elif isinstance(stack := getattr(module, own), GroupedLinear):
+            stack.take(_slices(name, tensor, layout, device, dtype), device)
+        else:
+            setattr(module, own, nn.Parameter(_read(name, tensor, layout, device, dtype)))
+        done += tensor.size_bytes
+        tell(done, total)
+
+
+def _read(
+    name: str, tensor: StoredTensor, layout: Fp8Layout, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """One tensor on its device in the base precision; a stack of experts slice by slice."""
+    if len(tensor.shape) != 3 and name not in layout.weights:
+        return read_tensor(tensor).to(device, dtype, copy=True)
+    weight = torch.empty(tensor.shape, dtype=dtype, device=device)
+    if len(tensor.shape) != 3:
+        fp8 = layout.weights[name]
+        scale = read_scale(fp8).to(device)
+        dequantize(read_tensor(tensor).to(device), scale, fp8.block, weight)
+        return weight
+    for index, part in enumerate(_slices(name, tensor, layout, device, dtype)):
+        weight[index] = part
+    return weight
+
+
+def _slices(
+    name: str, tensor: StoredTensor, layout: Fp8Layout, device: torch.device, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """The experts of a stack, (outputs, inputs) each, on the device in the base precision."""
+    fp8 = layout.weights.get(name)
+    scale = read_scale(fp8).to(device) if fp8 else None
+    for index in range(tensor.shape[0]):
+        part = read_slice(tensor, index)
+        if fp8 is None or scale is None:
+            yield part.to(device, dtype)
+            continue
+        weight = torch.empty(tensor.shape[1:], dtype=dtype, device=device)
+        own = scale[index] if scale.ndim else scale
+        dequantize(part.to(device), own, fp8.block, weight)
+        yield weight

@@ -1,40 +1,106 @@
-"""NF4 weights: what bitsandbytes is asked for, and the two ways in which it goes wrong silently.
+"""Weights in 4 and 8 bits: which linears hold them, and the ways in which they go wrong silently.
 
-Apart from `model` because 4-bit is optional and its guards must run before the first forward.
+Apart from `model` because holding fewer bits is optional: the linears are replaced while they are
+still empty, and each weight is quantized on its way from the file to its device.
 """
 
+import logging
+from typing import Any
+
 import torch
-from torch import nn
-from transformers import BitsAndBytesConfig
+from bitsandbytes.functional import int8_vectorwise_quant
+from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-KEPT = ("lm_head", "model.vision_tower", "model.multi_modal_projector")
-"""Modules that stay in the base precision: bitsandbytes itself would skip the head only.
-transformers reads each as the start or the end of a full name, never as a part of it."""
+from engine.config import RunConfig
+from engine.plan.quantized import is_kept, kept_modules
+
+OUTLIER_THRESHOLD = 6.0
+"""Inputs beyond it are multiplied in 16 bits (LLM.int8(), arXiv 2208.07339)."""
+
+# One warning a product, on something that is meant: bfloat16 inputs are quantized from float16.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantization (QLoRA, arXiv 2305.14314): 0.516 byte a weight."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=list(KEPT),
+def swap_linears(model: PreTrainedModel, config: RunConfig, dtype: torch.dtype) -> int:
+    """Replace the linears of an empty model that the config wants quantized; returns how many.
+
+    4 bits are NF4 with double quantization (QLoRA, arXiv 2305.14314), 8 bits are LLM.int8(). The
+    model is marked as PEFT expects it.
+    """
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return 0
+    kept = kept_modules(config)
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and not is_kept(name, kept)
+    }
+    for name, module in linears.items():
+        with torch.device("meta"):
+            swapped = _four_bit(module, dtype) if config.load_in_4bit else _eight_bit(module)
+        swapped.requires_grad_(False)
+        model.set_submodule(name, swapped)
+    marked: Any = model
+    marked.is_loaded_in_4bit, marked.is_loaded_in_8bit = config.load_in_4bit, config.load_in_8bit
+    return len(linears)
+
+
+def _four_bit(linear: nn.Linear, compute_dtype: torch.dtype) -> Linear4bit:
+    module = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=compute_dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+    )
+    # With AVX512-BF16 a forward without gradients repacks the weight in place, and the next
+    # training step goes through a kernel that has no autograd: gradients were measured up to 109 %
+    # wrong after one evaluation, with a warning only.
+    module.support_avx512bf16_for_cpu = False
+    return module
+
+
+class FlatLinear8bit(Linear8bitLt):
+    """bitsandbytes' layer for inputs of any shape: its own product takes two or three dimensions.
+
+    Mistral 4 expands its keys and values from four.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows: Tensor = super().forward(inputs.flatten(0, -2))
+        return rows.view(*inputs.shape[:-1], rows.shape[-1])
+
+
+def _eight_bit(linear: nn.Linear) -> FlatLinear8bit:
+    return FlatLinear8bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        has_fp16_weights=False,
+        threshold=OUTLIER_THRESHOLD,
     )
 
 
-def keep_gradients_on_cpu(model: nn.Module) -> int:
-    """Turn off bitsandbytes' repacked CPU weights; returns how many layers were switched.
+def hold_quantized(module: Linear4bit | Linear8bitLt, weight: Tensor) -> None:
+    """Give `module` its weight, (outputs, inputs), quantized on the device where it lies."""
+    if isinstance(module, Linear4bit):
+        packed: Any = Params4bit(weight, compress_statistics=True, quant_type="nf4", module=module)
+        module.weight = packed.to(weight.device)
+        return
+    numbers, row_maxima, _ = int8_vectorwise_quant(weight.to(torch.float16))
+    module.weight = Int8Params(numbers, requires_grad=False, CB=numbers, SCB=row_maxima)
 
-    With AVX512-BF16 a forward without gradients repacks each 4-bit weight in place, and the next
-    training step goes through a kernel that has no autograd: gradients were measured up to 109 %
-    wrong after one evaluation, with a warning only.
-    """
-    from bitsandbytes.nn.modules import Linear4bit
 
-    switched = 0
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-            switched += 1
-    return switched
+def statistics_bytes(module: Linear4bit | Linear8bitLt) -> int:
+    """What a quantized linear holds beside its parameters."""
+    weight: Any = module.weight
+    if isinstance(module, Linear8bitLt):
+        # The weight's own until the first forward, the module's after it.
+        maxima: Any = module.state.SCB if weight.SCB is None else weight.SCB
+        return int(maxima.nbytes)
+    state = weight.quant_state
+    tensors = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+    return sum(int(tensor.nbytes) for tensor in tensors)

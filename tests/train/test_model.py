@@ -80,7 +80,7 @@ class TestWhatIsRefused:
         edit_weights(own, {"lm_head.weight": None})
         assert "lm_head.weight" in refused(own).what
 
-    @pytest.mark.parametrize("name", [f"{UP}_scale_inv", "model.layers.2.mlp.up_proj.weight"])
+    @pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "visual.weight"])
     def test_a_weight_that_the_model_has_no_place_for(self, own: Path, name: str) -> None:
         edit_weights(own, {name: torch.ones(2, 2)})
         assert f"no place for: {name}" in refused(own).what
@@ -93,8 +93,12 @@ class TestWhatIsRefused:
         edit_weights(own, {f"extra.{n}": torch.ones(1) for n in range(5)})
         assert "extra.0, extra.1, extra.2 and 2 more" in refused(own).what
 
+    def test_a_name_that_would_disturb_a_terminal_is_shown_harmless(self, own: Path) -> None:
+        edit_weights(own, {"extra\x1b[2J": torch.ones(2, 2)})
+        assert "\x1b" not in str(refused(own))
+
     def test_weights_that_are_quantized_already(self, own: Path) -> None:
-        edit_config(own, quantization_config={"quant_method": "fp8"})
+        edit_config(own, quantization_config={"quant_method": "gptq"})
         assert "quantized already" in refused(own).what
         assert "quantized already" in refused(own, adapter="qlora", load_in_4bit=True).what
 

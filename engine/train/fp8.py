@@ -1,0 +1,119 @@
+"""FP8 weights on disk: which scale belongs to which weight, and the numbers that the two mean.
+
+Apart from `model` because this is where a load goes wrong silently: FP8 numbers that are read
+without their scale are finite, plausible, and thousands of times too large. The layouts are those
+of Mistral's repositories (one scale a matrix, or one an expert) and of block-wise ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.train.checkpoint_files import StoredTensor, read_tensor
+from engine.visible import visible
+
+CHUNK_NUMBERS = 2**24
+"""Numbers that are float32 at one time: 64 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Weight:
+    """How one FP8 tensor is read."""
+
+    scale: StoredTensor
+    block: tuple[int, int] | None
+    """Rows and columns that share a scale; None for one scale a matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Layout:
+    """What of a checkpoint is FP8. Names are those in memory."""
+
+    weights: Mapping[str, Fp8Weight]
+    companions: frozenset[str]
+    """Scales, those of activations included: training computes activations unquantized."""
+
+
+def find_layout(
+    tensors: Mapping[str, StoredTensor], folder: Path, block: Sequence[int] | None
+) -> Fp8Layout:
+    """Pair every FP8 tensor with its scale; `block` is the config's `weight_block_size`.
+
+    A scale that belongs to no FP8 tensor is in no pair: it is left over. Raises UserError for an
+    FP8 tensor without a scale, or with one whose shape does not fit.
+    """
+    weights, companions = {}, set[str]()
+    for name, tensor in tensors.items():
+        if not tensor.is_fp8:
+            continue
+        # The second spelling is that of Mistral's own format.
+        names = (f"{name}_scale_inv", f"{name.removesuffix('weight')}qscale_weight")
+        found = [scale for scale in names if scale in tensors]
+        if not found:
+            raise UserError(
+                f"The checkpoint in {folder} holds 8-bit weights without their scale: "
+                f"{visible(tensor.name, one_line=True)}.",
+                "Read as they are, those numbers would be thousands of times too large.",
+                "Download it again, or point `base_model` at the model's BF16 repository.",
+            )
+        weights[name] = Fp8Weight(tensors[found[0]], _block(tensor, tensors[found[0]], block))
+        stem = name.removesuffix(".weight")
+        activations = (f"{name}_activation_scale", f"{stem}.activation_scale", f"{stem}.qscale_act")
+        companions |= {found[0], *(scale for scale in activations if scale in tensors)}
+    return Fp8Layout(weights, frozenset(companions))
+
+
+def _block(
+    weight: StoredTensor, scale: StoredTensor, block: Sequence[int] | None
+) -> tuple[int, int] | None:
+    """Rows and columns of `weight` that one number of `scale` is for."""
+    stack, matrix = weight.shape[:-2], weight.shape[-2:]
+    # (), (1,) and, for experts, (E,) and (E, 1, 1): one scale a matrix.
+    if len(matrix) == 2 and scale.shape in ((), (1,), (1, 1), stack, (*stack, 1, 1)):
+        return None
+    grid = scale.shape[-2:]
+    if len(matrix) == 2 and len(grid) == 2 and scale.shape[:-2] == stack and all(grid):
+        if block and len(block) == 2:
+            rows, columns = int(block[0]), int(block[1])
+        else:
+            rows, columns = matrix[0] // grid[0], matrix[1] // grid[1]
+        if rows > 0 < columns and grid == (-(-matrix[0] // rows), -(-matrix[1] // columns)):
+            return rows, columns
+    shown = visible(weight.name, one_line=True)
+    raise UserError(
+        f"The scale of {shown} in {weight.file.parent} has the shape {list(scale.shape)}.",
+        f"That fits no way of scaling 8-bit weights of the shape {list(weight.shape)}.",
+        "Point `base_model` at the model's BF16 repository.",
+    )
+
+
+def read_scale(weight: Fp8Weight) -> Tensor:
+    """The scale in float32: 0-d, (E,), (rows, columns) of blocks, or (E, rows, columns)."""
+    scale = read_tensor(weight.scale).to(torch.float32, copy=True)
+    if weight.block is None:
+        return scale.reshape(()) if scale.numel() == 1 else scale.flatten()
+    return scale
+
+
+def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int] | None, out: Tensor) -> None:
+    """Write the numbers of an FP8 matrix into `out`, of the same shape and on the same device.
+
+    `scale` is 0-d, or a number for each `block` of rows and columns. Each number is computed in
+    float32 and rounded once.
+    """
+    rows = max(1, CHUNK_NUMBERS // weight.shape[1])
+    if block is not None:
+        rows = max(block[0], rows // block[0] * block[0])
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows].float()
+        if block is None:
+            part *= scale
+        else:
+            lines = scale[start // block[0] :][: -(-part.shape[0] // block[0])]
+            wide = lines.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+            part *= wide[: part.shape[0], : part.shape[1]]
+        out[start : start + rows] = part
