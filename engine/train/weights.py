@@ -1,12 +1,13 @@
 """What is trained, and its way to disk and back.
 
 Apart from `checkpoint` because the finished adapter or model is the same thing as the one inside a
-checkpoint: for LoRA it is PEFT's own layout, for a full fine-tune the trained tensors by name.
+checkpoint: for LoRA it is PEFT's own layout, also for adapted experts, and for a full fine-tune the
+trained tensors by name.
 """
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,8 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engine.catalog import find_model, model_names
 from engine.config import RunConfig
 from engine.errors import WorkError
+from engine.train.companions import copy_companions
+from engine.train.experts import stock_names
 from engine.train.forward import Model, unwrapped
 
 TRAINED = "trained.safetensors"
@@ -31,20 +35,37 @@ def trained_parameters(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
 def trained_tensors(model: Model) -> dict[str, Tensor]:
     """What is trained by the name that it has on disk; the tensors are the model's own."""
     if isinstance(model, PeftModel):
+        names = stock_names(model)
         # Left to itself, PEFT asks the hub whether the base's vocabulary was resized.
-        return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+        found = get_peft_model_state_dict(model, save_embedding_layers=False)
+        return {_stock_name(name, names): tensor for name, tensor in found.items()}
     return {name: p.detach() for name, p in trained_parameters(model)}
+
+
+def _stock_name(name: str, experts: Mapping[str, str]) -> str:
+    module, separator, rest = name.partition(".lora_")
+    return experts.get(module, module) + separator + rest
 
 
 def save_trained(model: Model, folder: Path, config: RunConfig) -> None:
     """Write the trained tensors into `folder`: an adapter in PEFT's layout, or `TRAINED`."""
-    tensors = {name: tensor.contiguous() for name, tensor in trained_tensors(model).items()}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in trained_tensors(model).items():
+        # PEFT writes a tied head out beside its embedding, and a file may not share memory.
+        tied = any(tensor.data_ptr() == other.data_ptr() for other in tensors.values())
+        tensors[name] = tensor.clone() if tied else tensor.contiguous()
     save_file(tensors, folder / _file_name(model), metadata={"format": "pt"})
     if isinstance(model, PeftModel):
         settings = copy.copy(model.peft_config["default"])
-        settings.base_model_name_or_path = config.base_model
+        settings.base_model_name_or_path = _public_name(config.base_model)
         settings.inference_mode = True
         settings.save_pretrained(str(folder))
+
+
+def _public_name(base_model: str) -> str:
+    """What other programs call the base: for a name of the catalog, its repository on the hub."""
+    hub_id = find_model(base_model).hub_id if base_model in model_names() else None
+    return hub_id or base_model
 
 
 def load_trained(model: Model, folder: Path) -> None:
@@ -71,8 +92,9 @@ def _file_name(model: Model) -> str:
 def export_trained(model: Model, folder: Path, base: Path, config: RunConfig) -> Path:
     """Write the finished adapter (`adapter/`) or model (`model/`) of a run; returns its folder.
 
-    A full model gets its base's tokenizer beside it, so that the folder works on its own. Raises
-    WorkError where there is no room; an earlier one is untouched then.
+    Beside it go the tokenizer that the run used and the base's licence, and beside a model all that
+    stock transformers reads, so that the folder works on its own. Raises WorkError where there is
+    no room; an earlier one is untouched then.
     """
     target = folder / ("model" if config.adapter is None else "adapter")
     partial = target.with_name(target.name + ".partial")
@@ -81,10 +103,9 @@ def export_trained(model: Model, folder: Path, base: Path, config: RunConfig) ->
         partial.mkdir(parents=True)
         if config.adapter is None:
             unwrapped(model).save_pretrained(partial)
-            for name in base.glob("*tekken*.json"):
-                shutil.copy2(name, partial / name.name)
         else:
             save_trained(model, partial, config)
+        copy_companions(base, partial, config, whole=config.adapter is None)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)

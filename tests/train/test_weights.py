@@ -10,6 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from engine.catalog import find_model
+from engine.chat.tokenizer import spec_of, write_tekken
 from engine.errors import WorkError
 from engine.train.batches import Rows
 from engine.train.loop import Training
@@ -45,6 +47,11 @@ def stock_model(folder: Path) -> Any:
     return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)
 
 
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal but for the last bits, which depend on how a file's weights lie in memory."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 class TestAdapter:
     def test_stock_peft_answers_the_same_with_it(
         self, any_model: Path, uneven: Rows, tmp_path: Path
@@ -53,7 +60,7 @@ class TestAdapter:
         folder = export_trained(run.model, tmp_path, any_model, run.config)
         assert folder == tmp_path / "adapter"
         stock = peft.PeftModel.from_pretrained(stock_model(any_model), str(folder))
-        torch.testing.assert_close(logits(stock), logits(run.model), rtol=0, atol=0)
+        assert_same(logits(stock), logits(run.model))
         plain = logits(stock_model(any_model))
         assert (plain - logits(run.model)).abs().max() > 0.1
 
@@ -66,6 +73,42 @@ class TestAdapter:
         assert config["base_model_name_or_path"] == str(ministral)
         assert config["inference_mode"] is True
         assert (config["r"], config["lora_alpha"], config["bias"]) == (4, 8, "none")
+
+    def test_a_base_of_the_catalog_is_named_by_its_repository(
+        self, ministral: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        run = adapted(ministral, tmp_path, uneven)
+        named = run.config.model_copy(update={"base_model": "ministral-3-3b"})
+        folder = export_trained(run.model, tmp_path, ministral, named)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "mistralai/Ministral-3-3B-Instruct-2512-BF16"
+
+    def test_the_tokenizer_of_the_run_and_the_licence_lie_beside_it(
+        self, uneven: Rows, tmp_path: Path
+    ) -> None:
+        base = write_model(tmp_path / "base", MINISTRAL3)
+        (base / "tekken.json").write_text("the vocabulary")
+        (base / "LICENSE").write_text("free")
+        run = adapted(base, tmp_path, uneven)
+        folder = export_trained(run.model, tmp_path, base, run.config)
+        assert (folder / "tekken.json").read_text() == "the vocabulary"
+        assert (folder / "LICENSE").read_text() == "free"
+
+    @pytest.mark.parametrize("as_file", [True, False])
+    def test_another_tokenizer_that_the_run_used_takes_its_place(
+        self, uneven: Rows, tmp_path: Path, as_file: bool
+    ) -> None:
+        base = write_model(tmp_path / "base", MINISTRAL3)
+        for name in ("tekken.json", "tokenizer_config.json"):
+            (base / name).write_text("the base's own")
+        other = tmp_path / "other" / "tekken.json"
+        other.parent.mkdir()
+        write_tekken(spec_of(find_model("demo-tiny")), other)
+        used = str(other) if as_file else "demo-tiny"
+        run = adapted(base, tmp_path, uneven, tokenizer_config=used)
+        folder = export_trained(run.model, tmp_path, base, run.config)
+        assert (folder / "tekken.json").read_bytes() == other.read_bytes()
+        assert not (folder / "tokenizer_config.json").exists()
 
     def test_it_holds_the_adapter_and_nothing_of_the_base(
         self, any_model: Path, uneven: Rows, tmp_path: Path
@@ -108,7 +151,7 @@ class TestFullModel:
         run.step(1, run.order.step(1))
         folder = export_trained(run.model, tmp_path, any_model, run.config)
         assert folder == tmp_path / "model"
-        assert torch.equal(logits(stock_model(folder)), logits(run.model))
+        assert_same(logits(stock_model(folder)), logits(run.model))
         assert not torch.equal(logits(stock_model(folder)), logits(stock_model(any_model)))
         again = load_base(folder, settings(folder)).model
         assert torch.equal(logits(again), logits(run.model))
@@ -118,7 +161,7 @@ class TestFullModel:
         run = training(tmp_path / "run", settings(base, learning_rate=0.01), uneven)
         run.step(1, run.order.step(1))
         folder = export_trained(run.model, tmp_path, base, run.config)
-        assert torch.equal(logits(stock_model(folder)), logits(run.model))
+        assert_same(logits(stock_model(folder)), logits(run.model))
         assert "lm_head.weight" not in load_file(folder / "model.safetensors")
 
     def test_its_tokenizer_lies_beside_it(self, uneven: Rows, tmp_path: Path) -> None:
@@ -127,6 +170,20 @@ class TestFullModel:
         run = training(tmp_path / "run", settings(base), uneven)
         folder = export_trained(run.model, tmp_path, base, run.config)
         assert (folder / "tekken.json").read_text() == "the vocabulary"
+
+    def test_all_that_a_stock_load_reads_lies_beside_it(self, uneven: Rows, tmp_path: Path) -> None:
+        base = write_model(tmp_path / "base", MINISTRAL3)
+        kept = ("LICENSE", "SYSTEM_PROMPT.txt", "preprocessor_config.json", "tokenizer.json")
+        for name in kept:
+            (base / name).write_text(name)
+        (base / "generation_config.json").write_text('{"temperature": 0.15, "do_sample": true}')
+        for name in ("consolidated.safetensors", "params.json"):
+            (base / name).write_text("the same weights once more")
+        run = training(tmp_path / "run", settings(base), uneven)
+        folder = export_trained(run.model, tmp_path, base, run.config)
+        assert all((folder / name).read_text() == name for name in kept)
+        assert not (folder / "params.json").exists()
+        assert stock_model(folder).generation_config.temperature == 0.15
 
     def test_only_what_is_trained_is_saved_and_comes_back(
         self, ministral: Path, uneven: Rows, tmp_path: Path

@@ -61,6 +61,21 @@ MINISTRAL3 = {
     "model_type": "ministral3",
     "rope_parameters": YARN,
 } | TEXT
+MISTRAL4 = {
+    "architectures": ["Mistral4ForCausalLM"],
+    "model_type": "mistral4",
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 0,
+    "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+} | {k: v for k, v in TEXT.items() if k not in ("head_dim", "num_key_value_heads")}
 VISION = {
     "model_type": "pixtral",
     "hidden_size": 64,
@@ -88,6 +103,8 @@ ARCHITECTURES = {
     "ministral3": MINISTRAL3,
     "mistral3 over mistral": with_vision(MISTRAL),
     "mistral3 over ministral3": with_vision(MINISTRAL3),
+    "mistral4": MISTRAL4,
+    "mistral3 over mistral4": with_vision(MISTRAL4),
 }
 
 

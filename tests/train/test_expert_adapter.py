@@ -1,0 +1,329 @@
+"""Adapters on experts: stock PEFT's step and stock PEFT's files, without its memory."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.models.mistral4.modeling_mistral4 import Mistral4Experts
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from engine.chat.render import Kind
+from engine.train.batches import Rows
+from engine.train.experts import (
+    GroupedLinear,
+    GroupedNF4,
+    GroupedStack,
+    Groups,
+    LoraGrouped,
+    stock_names,
+)
+from engine.train.forward import half_precision
+from engine.train.loop import Training
+from engine.train.weights import export_trained, load_trained, save_trained, trained_tensors
+from tests.train.tiny import gradients, settings, training, wake_adapter
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+LINEARS = r"model\..*layers\.\d+\.(self_attn|mlp\.shared_experts)\.\w+_(proj|mqa)"
+LORA: dict[str, Any] = {
+    "adapter": "lora",
+    "lora_target_modules": LINEARS,
+    "lora_target_parameters": EXPERTS,
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "gradient_accumulation_steps": 64,
+    "micro_batch_size": 3,
+    "sample_packing": True,
+    "sequence_len": 64,
+    "max_grad_norm": 1e9,
+}
+QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True, "quantize_moe_experts": True}
+NO_EXPERTS: dict[str, Any] = {"lora_target_parameters": None}
+NAMES = ("mistral4", "mistral3 over mistral4")
+IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 100]])
+
+
+@pytest.fixture(params=NAMES)
+def base(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) -> Path:
+    return model_folder(request.param)
+
+
+@pytest.fixture
+def text_base(model_folder: Callable[[str], Path]) -> Path:
+    return model_folder("mistral4")
+
+
+def adapted(base: Path, home: Path, rows: Rows, seed: int = 1, **keys: Any) -> Training:
+    """A run whose adapter acts."""
+    run = training(home, settings(base, **keys), rows)
+    wake_adapter(run.model, seed)
+    return run
+
+
+def stock_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    return getattr(transformers, architecture).from_pretrained(folder, dtype=dtype)
+
+
+def stock_peft(run: Training, base: Path, home: Path, model: Any = None) -> Any:
+    """The run's adapter, saved and opened by stock PEFT on stock transformers."""
+    folder = export_trained(run.model, home, base, run.config)
+    return peft.PeftModel.from_pretrained(
+        stock_model(base) if model is None else model, str(folder), is_trainable=True
+    )
+
+
+def stock_step(model: Any, rows: Rows) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of transformers' own `model(input_ids, labels)`, row by row."""
+    total, learned = 0.0, 0
+    for index in range(len(rows)):
+        ids = torch.from_numpy(rows.ids(index).astype(np.int64))[None]
+        wanted = torch.from_numpy(rows.kinds(index) >= Kind.TEXT)[None]
+        count = int(wanted.sum())
+        loss = model(input_ids=ids, labels=ids.masked_fill(~wanted, -100)).loss * count
+        loss.backward()
+        total, learned = total + loss.item(), learned + count
+    return total / learned, {n: g / learned for n, g in gradients(model).items()}
+
+
+def as_stock(found: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Gradients under stock PEFT's names."""
+    names = stock_names(model)
+    parts = [(name.partition(".lora_"), tensor) for name, tensor in found.items()]
+    return {names.get(m, m) + dot + rest: tensor for (m, dot, rest), tensor in parts}
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad(), half_precision(model):
+        found: Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=tolerance, atol=tolerance, msg=name
+        )
+
+
+def grouped_nf4(model: nn.Module) -> list[tuple[str, GroupedNF4]]:
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, GroupedNF4)]
+
+
+class TestTheLayer:
+    @pytest.mark.parametrize("rank", [1, 3, 4, 8, 12])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("form", [GroupedStack, GroupedNF4])
+    def test_it_is_the_merged_matrix_at_any_rank(
+        self, form: type[GroupedLinear], dtype: torch.dtype, rank: int
+    ) -> None:
+        torch.manual_seed(0)
+        base = form(4, 64, 128, dtype)
+        base.take(iter(torch.randn(4, 128, 64) * 0.1), torch.device("cpu"))
+        config = peft.LoraConfig(r=rank, lora_alpha=5)
+        layer = LoraGrouped(base, "default", config, r=rank, lora_alpha=5)
+        wake_adapter(layer)
+        experts = torch.tensor([0] * 5 + [1] * 3 + [3] * 9)
+        rows = torch.randn(17, 64).to(dtype)
+        a, b = (factor.detach().float() for factor in layer.factors("default"))
+        merged = torch.stack([base.matrix(e).float() for e in range(4)]) + 5 / rank * (b @ a)
+        expected = torch.einsum("soi,si->so", merged[experts], rows.float())
+        found = layer(rows, Groups(experts, 4))
+        assert found.dtype == dtype
+        error = (found.float() - expected).norm() / expected.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 0.01)
+        assert (found - base(rows, Groups(experts, 4))).norm() > 0.05 * found.norm()
+
+
+class TestTheStep:
+    def test_it_is_stock_pefts_on_single_samples(
+        self, base: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        run = adapted(base, tmp_path, uneven, **LORA)
+        stock = stock_peft(run, base, tmp_path)
+        run.model.train()
+        loss, norm = run.gradients(run.order.step(1))
+        theirs, expected = stock_step(stock, uneven)
+        assert loss == pytest.approx(theirs, rel=1e-5)
+        whole = torch.cat([g.flatten().double() for g in expected.values()])
+        assert norm == pytest.approx(whole.norm().item(), rel=1e-5)
+        assert_same(as_stock(gradients(run.model), run.model), expected, 1e-5)
+
+    @pytest.mark.parametrize("keys", [LORA, QLORA], ids=["lora", "qlora"])
+    @pytest.mark.parametrize("bf16", [False, True])
+    @pytest.mark.parametrize("experts", [True, False])
+    def test_every_matrix_learns_and_recomputing_changes_nothing(
+        self, base: Path, uneven: Rows, tmp_path: Path, keys: Any, bf16: bool, experts: bool
+    ) -> None:
+        keys = keys | {"bf16": bf16} | ({} if experts else NO_EXPERTS)
+        found = []
+        for switch in (False, True):
+            run = adapted(
+                base, tmp_path / str(switch), uneven, gradient_checkpointing=switch, **keys
+            )
+            found.append((run.gradients(run.order.step(1)), gradients(run.model)))
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+        assert_same(found[0][1], found[1][1], 1e-6)
+        assert len(found[0][1]) == 2 * 2 * (10 if experts else 8)
+        assert all(gradient.abs().max() > 0 for gradient in found[0][1].values())
+        assert {parameter.dtype for parameter in run.parameters} == {torch.float32}
+
+    def test_an_evaluation_before_it_changes_nothing(
+        self, text_base: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        run = adapted(text_base, tmp_path, uneven, **QLORA | {"bf16": True})
+        before = run.gradients(run.order.step(1)), gradients(run.model)
+        run.model.zero_grad()
+        logits(run.model)
+        run.model.train()
+        after = run.gradients(run.order.step(1)), gradients(run.model)
+        assert before[0] == after[0]
+        assert_same(before[1], after[1], 0.0)
+
+    def test_nf4_experts_are_stock_ones_with_the_dequantized_weights(
+        self, text_base: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        keys = QLORA | {"bnb_config_kwargs": {"llm_int8_skip_modules": ["self_attn", "mlp"]}}
+        run = adapted(text_base, tmp_path, uneven, **keys)
+        assert len(grouped_nf4(run.model)) == 4
+        stock = stock_model(text_base)
+        with torch.no_grad():
+            for name, module in grouped_nf4(run.model):
+                own = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+                for e in range(module.num_experts):
+                    stock.get_parameter(own)[e] = module.matrix(e)
+        opened = stock_peft(run, text_base, tmp_path, stock)
+        run.model.train()
+        loss, _ = run.gradients(run.order.step(1))
+        theirs, expected = stock_step(opened, uneven)
+        assert loss == pytest.approx(theirs, rel=1e-5)
+        assert_same(as_stock(gradients(run.model), run.model), expected, 1e-5)
+
+
+class TestTheFile:
+    @pytest.mark.parametrize(
+        "keys",
+        [
+            {},
+            {"lora_target_parameters": "mlp.experts.down_proj"},
+            {"lora_target_parameters": ["mlp.experts.gate_up_proj"]},
+            {"lora_target_parameters": ["layers.1.mlp.experts.gate_up_proj", EXPERTS[1]]},
+            {"lora_target_modules": None},
+            {"lora_target_modules": ["o_proj"], "peft_use_rslora": True},
+        ],
+        ids=str,
+    )
+    def test_stock_peft_answers_the_same_with_it(
+        self, base: Path, uneven: Rows, tmp_path: Path, keys: dict[str, Any]
+    ) -> None:
+        run = adapted(base, tmp_path, uneven, **LORA | keys)
+        stock = stock_peft(run, base, tmp_path)
+        plain = logits(stock_model(base))
+        torch.testing.assert_close(logits(stock), logits(run.model), rtol=1e-5, atol=1e-5)
+        assert (plain - logits(stock)).abs().max() > 0.1
+        names = {n.replace(".default", "") for n, _ in stock.named_parameters() if "lora_" in n}
+        assert set(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == names
+
+    def test_a_bfloat16_base_answers_the_same_with_it(
+        self, base: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        run = adapted(base, tmp_path, uneven, **LORA | {"bf16": True})
+        stock = stock_peft(run, base, tmp_path, stock_model(base, torch.bfloat16))
+        ours, theirs = (m.float().log_softmax(-1) for m in (logits(run.model), logits(stock)))
+        # Both round to 8 bits, at other places.
+        assert (
+            torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean") < 1e-3
+        )
+        assert (ours - theirs).norm() / theirs.norm() < 0.01
+
+    def test_its_config_is_stock_pefts(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
+        run = adapted(text_base, tmp_path, uneven, **QLORA)
+        folder = export_trained(run.model, tmp_path, text_base, run.config)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["target_parameters"] == sorted(EXPERTS)
+        assert "experts.gate_up" not in str(config["target_modules"])
+        assert config["lora_dropout"] == 0
+
+    def test_it_comes_back_bit_for_bit(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
+        first = adapted(text_base, tmp_path / "one", uneven, seed=1, **QLORA)
+        second = adapted(text_base, tmp_path / "two", uneven, seed=2, **QLORA)
+        save_trained(first.model, tmp_path, first.config)
+        load_trained(second.model, tmp_path)
+        ours, theirs = trained_tensors(first.model), trained_tensors(second.model)
+        assert len(ours) == 40
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert torch.equal(logits(first.model), logits(second.model))
+
+    def test_a_resumed_run_takes_the_same_steps(
+        self, text_base: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        keys = QLORA | {"gradient_accumulation_steps": 1, "learning_rate": 0.01, "max_steps": 2}
+        whole = training(tmp_path / "whole", settings(text_base, **keys), uneven)
+        for number in (1, 2):
+            whole.step(number, whole.order.step(number))
+        first = training(tmp_path / "cut", settings(text_base, **keys), uneven)
+        first.step(1, first.order.step(1))
+        first.save()
+        second = training(tmp_path / "cut", settings(text_base, **keys), uneven)
+        second.restore(None)
+        second.step(2, second.order.step(2))
+        ours, theirs = trained_tensors(second.model), trained_tensors(whole.model)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class TestUse:
+    def test_without_it_the_base_answers(
+        self, text_base: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        run = adapted(text_base, tmp_path, uneven, **LORA)
+        with run.model.disable_adapter():
+            found = logits(run.model)
+        torch.testing.assert_close(found, logits(stock_model(text_base)), rtol=1e-5, atol=1e-5)
+
+    def test_a_full_fine_tune_trains_transformers_own_experts(
+        self, text_base: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        run = training(tmp_path, settings(text_base, learning_rate=0.01), uneven)
+        assert any(isinstance(module, Mistral4Experts) for module in run.model.modules())
+        run.step(1, run.order.step(1))
+        folder = export_trained(run.model, tmp_path, text_base, run.config)
+        torch.testing.assert_close(
+            logits(stock_model(folder)), logits(run.model), rtol=1e-5, atol=1e-5
+        )
+
+
+class TestBalance:
+    def test_it_is_added_to_what_is_learned_and_not_to_the_loss(
+        self, text_base: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        asked = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+        keys = {"gradient_accumulation_steps": 1, "micro_batch_size": 8, "max_grad_norm": 1e9}
+        run = training(
+            tmp_path, settings(text_base, overrides_of_model_config=asked, **keys), uneven
+        )
+        batch = run.order.step(1)
+        loss, norm = run.gradients(batch)
+        tensors = batch.micros[0].tensors
+        stock = stock_model(text_base)
+        ids = tensors["input_ids"]
+        inner = stock.model(input_ids=ids, output_router_logits=True, use_cache=False)
+        labels = tensors["labels"].roll(-1, 1)
+        labels[:, -1] = -100
+        entropy = nn.functional.cross_entropy(
+            stock.lm_head(inner.last_hidden_state).flatten(0, 1), labels.flatten()
+        )
+        balance = load_balancing_loss_func(inner.router_logits, 8, 2, (ids != 11).long())
+        (entropy + 0.5 * balance).backward()
+        whole = torch.cat([g.flatten().double() for g in gradients(stock).values()])
+        assert loss == pytest.approx(entropy.item(), rel=1e-5)
+        assert norm == pytest.approx(whole.norm().item(), rel=1e-5)
+        plain = training(tmp_path / "plain", settings(text_base, **keys), uneven)
+        assert plain.gradients(batch)[1] != pytest.approx(norm, rel=1e-3)
