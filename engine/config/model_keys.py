@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from engine.config.section import Below1, Count, Section
+from engine.config.section import Below1, Count, Section, Whole
 
 
 class ModelKeys(Section):
@@ -37,7 +37,8 @@ class ModelKeys(Section):
     overrides_of_model_kwargs: dict[str, object] | None = None
     """Extra arguments for loading the weights; also written model_kwargs."""
     model_quantization_config: str | None = None
-    """How an already quantized checkpoint is read, such as FineGrainedFP8Config."""
+    """How an already quantized checkpoint is read. FineGrainedFP8Config is FP8, which Windtunnel
+    tells from the files and converts while loading, so this key changes nothing."""
     chat_template: str | None = None
     """Name of a chat template. Conversations are rendered by mistral-common, exactly as the
     model saw them before, so only the model's own template is meaningful."""
@@ -66,11 +67,13 @@ class AdapterKeys(Section):
     load_in_4bit: bool = False
     """Hold the frozen weights in 4-bit NF4 with double quantization. Goes with adapter: qlora."""
     load_in_8bit: bool = False
-    """Hold the frozen weights in 8 bits."""
+    """Hold the frozen weights in 8 bits (LLM.int8()): half the memory of 16, and closer to them
+    than 4. Goes with adapter: lora."""
     nf4_backend: Literal["bitsandbytes", "torchao"] = "bitsandbytes"
     """Library behind the 4-bit weights."""
     bnb_config_kwargs: dict[str, object] | None = None
-    """Other settings of the 4-bit format. NF4, blocks of 64 and double quantization are used."""
+    """Settings of the quantized format. llm_int8_skip_modules: [vision_tower] lists the modules
+    that stay in 16 bits beside the head; absent, those are the vision tower and its projector."""
     quantize_moe_experts: bool = False
     """Quantize the experts of a mixture-of-experts model while they load."""
     lora_r: Count = 16
@@ -85,12 +88,24 @@ class AdapterKeys(Section):
     lora_dropout: Below1 = 0.0
     """Share of the adapter's input that is dropped at random while training. 0 is usual, and
     the fused kernels need it; 0.05 can help when rows are few."""
+    peft_use_rslora: bool = False
+    """Scale the adapter by lora_alpha / sqrt(lora_r) instead (rsLoRA), which keeps ranks above 64
+    learning as fast as small ones."""
+    peft_use_dora: bool = False
+    """Learn the length of every output's weights beside their direction (DoRA). Slower: each pass
+    builds the adapter's whole matrix."""
+    peft_init_lora_weights: bool | str = True
+    """First values of the adapter's A matrices: true, uniform as PEFT does it, or gaussian. B
+    starts at zero either way, so that a run starts from the untouched model."""
+    peft_layers_to_transform: list[Whole] | Whole | None = None
+    """Numbers of the layers that get an adapter, from 0. Absent: all."""
     lora_target_modules: list[str] | str | None = None
     """Which matrices get an adapter. A list matches by the end of the name ([q_proj, v_proj]);
-    one text is a regular expression that must match the whole name. Absent: see
-    lora_target_linear."""
+    one text is a regular expression that must match the whole name; one that spells vision_tower
+    or multi_modal_projector reaches there too. Absent: see lora_target_linear."""
     lora_target_parameters: list[str] | str | None = None
-    """Fused expert tensors that get an adapter, such as mlp.experts.gate_up_proj."""
+    """Fused expert tensors that get an adapter, by the end of the name, such as
+    mlp.experts.gate_up_proj."""
     lora_target_linear: bool = Field(
         default_factory=lambda data: (
             data["lora_target_modules"] is None
@@ -102,9 +117,11 @@ class AdapterKeys(Section):
     """Put an adapter on every linear layer of the language model. Usual: adapters on attention
     alone learn less, even with as many parameters."""
     lora_modules_to_save: list[str] | None = None
-    """Modules trained whole beside the adapter, such as embed_tokens and lm_head."""
+    """Modules trained whole beside the adapter: embed_tokens and lm_head. They take as much memory
+    as in a full fine-tune, and are worth it only for tokens that the model does not know."""
     lora_model_dir: str | None = None
-    """Folder of an adapter to go on from."""
+    """Folder of an adapter to go on from: its weights are the first ones of this run's adapter,
+    which must be of the same rank on the same matrices."""
     lora_mlp_kernel: bool | None = None
     """Fused kernel for the MLP's adapters: same result, less memory."""
     lora_qkv_kernel: bool | None = None
@@ -113,4 +130,6 @@ class AdapterKeys(Section):
     """Fused kernel for the adapters of the attention output: same result, less memory."""
     unfrozen_parameters: list[str] | None = None
     """Full fine-tune only: regular expressions of the parameters to train; the others stay as
-    they are. Absent: all are trained."""
+    they are. Each is held against the start of a name, else of a part of it (embed_tokens finds
+    model.embed_tokens.weight). Absent: the whole language model, without the vision tower and
+    its projector."""

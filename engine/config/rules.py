@@ -29,6 +29,9 @@ class Rule:
     fix: str
 
 
+_ROWS = re.compile(r"\[\d*:\d*\]$")
+"""Axolotl's range of rows at the end of an expression."""
+
 RULES = (
     Rule(
         "qlora-needs-4bit",
@@ -99,12 +102,36 @@ RULES = (
         "Write lora_dropout: 0.",
     ),
     Rule(
+        "dora-not-on-experts",
+        ("peft_use_dora", "lora_target_parameters"),
+        lambda c: c.lora_target_parameters and c.peft_use_dora,
+        "peft_use_dora is true with lora_target_parameters.",
+        "DoRA needs the length of every weight row, and PEFT has it for linear layers only.",
+        "Remove peft_use_dora, or remove lora_target_parameters.",
+    ),
+    Rule(
+        "whole-parameters-only",
+        ("unfrozen_parameters",),
+        lambda c: any(_ROWS.search(pattern) for pattern in c.unfrozen_parameters or ()),
+        "unfrozen_parameters names rows of a parameter.",
+        "A parameter is trained whole or not at all; a range such as [:32000] is not read.",
+        "Remove the range to train all rows.",
+    ),
+    Rule(
         "experts-not-all-linear",
         ("lora_target_linear", "quantize_moe_experts"),
         lambda c: c.quantize_moe_experts and c.lora_target_linear,
         "lora_target_linear is true with quantize_moe_experts.",
         "Quantized experts are fused tensors, which are no linear layers.",
         "Name them in lora_target_parameters and remove lora_target_linear.",
+    ),
+    Rule(
+        "experts-not-8bit",
+        ("quantize_moe_experts", "load_in_8bit"),
+        lambda c: c.quantize_moe_experts and c.load_in_8bit,
+        "quantize_moe_experts is true with load_in_8bit.",
+        "Experts are quantized to 4 bits only.",
+        "Write adapter: qlora and load_in_4bit: true, or remove quantize_moe_experts.",
     ),
     Rule(
         "experts-need-4bit",

@@ -1,23 +1,28 @@
-"""Which modules a config's adapter lands on, and how large it is, before anything is loaded.
+"""What of a model moves, by name and by count, before anything is loaded.
 
 Separate from `memory` because here a run can learn nothing without a word: an entry that matches
-no module, or one that would land in the vision tower, whose modules end in the same names. The
-trainer puts its adapter on exactly these modules.
+nothing, or one that would land in the vision tower, whose modules end in the same names. The
+trainer puts its adapter on exactly these modules and frees exactly these parameters.
 """
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from math import prod
 from typing import TypeAlias
 
 from engine.catalog import ModuleTable, linear_targets
+from engine.catalog.modules import Group, Parameter
 from engine.config import RunConfig
 from engine.errors import UserError
 
 Matches: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
-"""Each entry of a config's targets with the modules that it matches."""
+"""Each entry of a config's targets with the names that it matches."""
 ALL_LINEAR = "lora_target_linear"
 """The entry of `count_targets` for every linear layer."""
+EYES: dict[str, Group] = {"vision_tower": "vision", "multi_modal_projector": "projector"}
+"""What an expression has to spell to reach beyond the language model."""
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 def choose_targets(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
@@ -25,9 +30,10 @@ def choose_targets(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
 
     A list in `lora_target_modules` matches ends of names, one text is a regular expression for the
     whole name, `lora_target_linear` adds every linear layer; all of them inside the language model
-    only. Raises UserError for an entry that matches nothing.
+    only, unless the expression spells `vision_tower` or `multi_modal_projector`. Raises UserError
+    for an entry that matches nothing.
     """
-    found = dict.fromkeys(name for _, names in _matches(table, config) for name in names)
+    found = dict.fromkeys(name for _, names in _modules(table, config) for name in names)
     if not found and not config.lora_target_parameters:
         raise UserError(
             "The adapter would sit on no module at all.",
@@ -37,84 +43,211 @@ def choose_targets(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
     return tuple(found)
 
 
+def choose_stacks(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
+    """Full names of the fused expert tensors that get an adapter, in the model's order.
+
+    Raises UserError for an entry of `lora_target_parameters` that matches none.
+    """
+    chosen = {name for _, names in _stacks(table, config) for name in names}
+    return tuple(row.name for row in table.parameters if row.name in chosen)
+
+
+def choose_saved(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
+    """Full names of the modules that are trained whole beside the adapter.
+
+    A head that shares the embedding's weights is the embedding. Raises UserError for anything but
+    those two.
+    """
+    rows = {row.module: row for row in table.parameters if row.group in ("embedding", "head")}
+    embedding = next(name for name, row in rows.items() if row.group == "embedding")
+    found: dict[str, None] = {}
+    for entry in config.lora_modules_to_save or ():
+        named = [name for name in rows if _ends(name, entry)]
+        if not named:
+            raise UserError(
+                f"lora_modules_to_save: {entry} cannot be trained whole beside an adapter.",
+                f"Only {' and '.join(rows)} can; other matrices get an adapter.",
+                "Write [embed_tokens, lm_head], or name the matrix in lora_target_modules.",
+            )
+        found |= dict.fromkeys(embedding if rows[name].tied else name for name in named)
+    return tuple(found)
+
+
 def count_targets(table: ModuleTable, config: RunConfig) -> dict[str, int]:
-    """How many modules each entry of the config's targets matches.
+    """How many modules or expert tensors each entry of the config's targets matches.
 
     Raises UserError for an entry that matches nothing.
     """
-    return {entry: len(names) for entry, names in _matches(table, config)}
+    matches = (*_modules(table, config), *_stacks(table, config))
+    return {entry: len(names) for entry, names in matches}
 
 
 def adapter_parameters(table: ModuleTable, config: RunConfig) -> int:
-    """Numbers in the adapter: rank x (inputs + outputs) of each adapted module and expert."""
-    entries = config.lora_target_parameters or ()
-    stacks = (entries,) if isinstance(entries, str) else tuple(entries)
-    return config.lora_r * (_edges(table, _matches(table, config)) + _stack_edges(table, stacks))
+    """Numbers in the adapter: rank x (inputs + outputs) of each adapted module and expert.
+
+    DoRA adds one for each output of a module.
+    """
+    edges, outputs = _edges(table, _modules(table, config))
+    stacks = _stack_edges(table, choose_stacks(table, config))
+    return config.lora_r * (edges + stacks) + (outputs if config.peft_use_dora else 0)
 
 
-@lru_cache(maxsize=128)
-def _edges(table: ModuleTable, matches: Matches) -> int:
-    """Inputs plus outputs of all adapted modules."""
-    chosen = {name for _, names in matches for name in names}
-    return sum(sum(row.shape) for row in table.parameters if row.module in chosen)
-
-
-@lru_cache(maxsize=32)
-def _stack_edges(table: ModuleTable, endings: tuple[str, ...]) -> int:
-    """The same of the fused expert tensors, (experts, outputs, inputs), that `endings` match."""
-    return sum(
-        row.shape[0] * (row.shape[1] + row.shape[2])
-        for row in table.parameters
-        if row.group == "experts" and row.name.endswith(endings)
-    )
+def saved_parameters(table: ModuleTable, config: RunConfig) -> int:
+    """Numbers of the modules that are trained whole beside the adapter."""
+    chosen = choose_saved(table, config)
+    return sum(prod(row.shape) for row in table.parameters if row.module in chosen)
 
 
 def trained_parameters(table: ModuleTable, config: RunConfig) -> int:
-    """Numbers that move: the adapter's, or in a full fine-tune those that are not frozen.
-
-    Without `unfrozen_parameters` a full fine-tune trains the language model; tower and projector
-    see no images in a text run and stay.
-    """
+    """Numbers that move: the adapter and what is saved whole, or those of `free_parameters`."""
     if config.adapter:
-        return adapter_parameters(table, config)
+        return adapter_parameters(table, config) + saved_parameters(table, config)
+    free = free_parameters(table, config)
+    return sum(prod(row.shape) for row in table.parameters if row.name in free)
+
+
+def trains_head(table: ModuleTable, config: RunConfig) -> bool:
+    """Whether the head's own weight moves, or the embedding that it shares."""
+    head = next(row for row in table.parameters if row.group == "head")
+    if config.adapter:
+        saved = choose_saved(table, config)
+        return bool(saved) and (head.tied or head.module in saved)
+    return not free_parameters(table, config).isdisjoint(_names(table, [head]))
+
+
+def free_parameters(table: ModuleTable, config: RunConfig) -> frozenset[str]:
+    """Names of the parameters that a full fine-tune trains; a tied head goes by the embedding's.
+
+    Without `unfrozen_parameters` that is the language model: tower and projector stay. An
+    expression is held against the start of every name, and where none starts so, against the start
+    of each part of the language model's names. Raises UserError for one that matches nothing.
+    """
     expressions = config.unfrozen_parameters
-    return _free_parameters(table, tuple(expressions) if expressions else None)
+    return _free(table, None if expressions is None else tuple(expressions))
 
 
 @lru_cache(maxsize=32)
-def _free_parameters(table: ModuleTable, expressions: tuple[str, ...] | None) -> int:
-    wanted = [re.compile(expression) for expression in expressions or ()]
-    return sum(
-        prod(row.shape)
-        for row in table.parameters
-        if not row.tied
-        and (
-            any(pattern.match(row.name) for pattern in wanted)
-            if wanted
-            else row.group not in ("vision", "projector")
-        )
-    )
+def _free(table: ModuleTable, expressions: tuple[str, ...] | None) -> frozenset[str]:
+    language = [row for row in table.parameters if row.group not in EYES.values()]
+    if expressions is None:
+        return _names(table, language)
+    found: list[Parameter] = []
+    for expression in expressions:
+        pattern = re.compile(expression)
+        matches = [row for row in table.parameters if pattern.match(row.name)]
+        matches = matches or [row for row in language if _starts_a_part(pattern, row.name)]
+        if not matches:
+            raise UserError(
+                f"unfrozen_parameters: {expression} matches no parameter.",
+                f"Names look like {table.parameters[-3].name}.",
+                "Correct the expression; `model.layers.*` means all layers of a text model.",
+            )
+        found += matches
+    return _names(table, found)
 
 
-def _matches(table: ModuleTable, config: RunConfig) -> Matches:
+def _starts_a_part(pattern: re.Pattern[str], name: str) -> bool:
+    return any(pattern.match(name, dot.end()) for dot in re.finditer(r"\.", name))
+
+
+def _names(table: ModuleTable, rows: Iterable[Parameter]) -> frozenset[str]:
+    """The rows' names, a tied head's replaced by the embedding's."""
+    embedding = next(row.name for row in table.parameters if row.group == "embedding")
+    return frozenset(embedding if row.tied else row.name for row in rows)
+
+
+def _ends(name: str, entry: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+@lru_cache(maxsize=128)
+def _edges(table: ModuleTable, matches: Matches) -> tuple[int, int]:
+    """Inputs plus outputs of all adapted modules, and their outputs alone."""
+    chosen = {name for _, names in matches for name in names}
+    shapes = [r.shape for r in table.parameters if r.quantizable and r.module in chosen]
+    return sum(map(sum, shapes)), sum(shape[0] for shape in shapes)
+
+
+@lru_cache(maxsize=32)
+def _stack_edges(table: ModuleTable, names: tuple[str, ...]) -> int:
+    """Inputs plus outputs of each expert of the fused tensors, (experts, outputs, inputs)."""
+    shapes = [row.shape for row in table.parameters if row.name in names]
+    return sum(experts * (outputs + inputs) for experts, outputs, inputs in shapes)
+
+
+def _modules(table: ModuleTable, config: RunConfig) -> Matches:
     entries = config.lora_target_modules
     named = tuple(entries) if isinstance(entries, list | tuple) else entries
-    return _find(table, config.lora_target_linear, named)
+    return _find(table, config.lora_target_linear, named, _layers(config))
+
+
+def _stacks(table: ModuleTable, config: RunConfig) -> Matches:
+    entries = config.lora_target_parameters or ()
+    wanted = (entries,) if isinstance(entries, str) else tuple(entries)
+    return _find_stacks(table, wanted, _layers(config))
+
+
+def _layers(config: RunConfig) -> tuple[int, ...] | None:
+    layers = config.peft_layers_to_transform
+    if layers is None:
+        return None
+    return (layers,) if isinstance(layers, int) else tuple(layers)
 
 
 # Kept, since every keystroke of the wizard makes a plan.
 @lru_cache(maxsize=128)
-def _find(table: ModuleTable, every: bool, named: str | tuple[str, ...] | None) -> Matches:
-    modules = linear_targets(table)
+def _find(
+    table: ModuleTable,
+    every: bool,
+    named: str | tuple[str, ...] | None,
+    layers: tuple[int, ...] | None,
+) -> Matches:
+    modules = _in_layers(linear_targets(table), layers)
     found = [(ALL_LINEAR, modules)] if every else []
     if isinstance(named, str):
-        return (*found, (named, _match_expression(named, modules)))
+        spelled = [group for word, group in EYES.items() if word in named]
+        seeing = (r.module for r in table.parameters if r.quantizable and r.group in spelled)
+        return (*found, (named, _match_expression(named, (*modules, *seeing))))
     for ending in named or ():
-        matches = tuple(n for n in modules if n == ending or n.endswith(f".{ending}"))
+        matches = tuple(name for name in modules if _ends(name, ending))
         if not matches:
             raise _no_match(ending, modules)
         found.append((ending, matches))
     return tuple(found)
+
+
+@lru_cache(maxsize=32)
+def _find_stacks(
+    table: ModuleTable, endings: tuple[str, ...], layers: tuple[int, ...] | None
+) -> Matches:
+    names = tuple(row.name for row in table.parameters if row.group == "experts")
+    found = []
+    for ending in endings:
+        matches = tuple(n for n in _in_layers(names, layers) if _ends(n, ending)) if names else ()
+        if not matches:
+            raise UserError(
+                f"lora_target_parameters: {ending} matches no expert tensor.",
+                f"They are called {names[0]} and so on." if names else "The model has no experts.",
+                "Write [mlp.experts.gate_up_proj, mlp.experts.down_proj]."
+                if names
+                else "Remove lora_target_parameters.",
+            )
+        found.append((ending, matches))
+    return tuple(found)
+
+
+def _in_layers(names: tuple[str, ...], layers: tuple[int, ...] | None) -> tuple[str, ...]:
+    """Those of the language model's `names` in `layers`; UserError for a layer it has not."""
+    if layers is None:
+        return names
+    numbers = [int(found[1]) if (found := _LAYER.search(name)) else -1 for name in names]
+    if missing := sorted(set(layers) - set(numbers)):
+        raise UserError(
+            f"peft_layers_to_transform: there is no layer {missing[0]}.",
+            f"The model's layers are numbered from {min(numbers)} to {max(numbers)}.",
+            "Correct the number, or leave peft_layers_to_transform out to adapt all layers.",
+        )
+    return tuple(name for name, number in zip(names, numbers, strict=True) if number in layers)
 
 
 def _match_expression(expression: str, modules: tuple[str, ...]) -> tuple[str, ...]:

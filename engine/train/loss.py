@@ -81,14 +81,15 @@ def shift(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     """Sum over the learned tokens of -log p(token), float32, differentiable in hidden and head.
 
-    On a CUDA card in half precision this is Apple's cut-cross-entropy kernel (arXiv 2411.09009);
-    elsewhere the fused chunks above. A batch in which nothing is learned gives a zero that still
-    reaches the graph.
+    On a CUDA card in half precision this is Apple's cut-cross-entropy kernel (arXiv 2411.09009),
+    unless the head itself is trained: that kernel leaves out slopes below 2^-12 and adds up the
+    head's gradient in bfloat16. There and elsewhere it is the fused chunks above. A batch in which
+    nothing is learned gives a zero that still reaches the graph.
     """
     states, targets = shift(hidden, labels)
     if targets.numel() == 0:
         return hidden.sum() * 0.0
-    if states.is_cuda and states.dtype in (torch.bfloat16, torch.float16):
+    if states.is_cuda and states.dtype == torch.bfloat16 and not head.requires_grad:
         from cut_cross_entropy import linear_cross_entropy
 
         loss: Tensor = linear_cross_entropy(

@@ -9,8 +9,12 @@ from engine.errors import UserError
 from engine.plan.targets import (
     ALL_LINEAR,
     adapter_parameters,
+    choose_saved,
+    choose_stacks,
     choose_targets,
     count_targets,
+    free_parameters,
+    saved_parameters,
     trained_parameters,
 )
 from tests.plan.machines import MODELS, config, model
@@ -52,7 +56,7 @@ class TestTargets:
             ["vision_tower.transformer.layers.0.attention.o_proj"],
             ["lm_head"],
             "q_proj",  # an expression has to match the whole name
-            r".*vision_tower.*",
+            r".*vision_tower\.layers.*",
         ],
         ids=str,
     )
@@ -97,6 +101,13 @@ class TestCounts:
         joined = config(lora_target_modules=["q_proj"], lora_target_linear=True)
         assert adapter_parameters(table, joined) == adapter_parameters(table, config())
 
+    def test_dora_adds_the_length_of_every_output(self) -> None:
+        table = model("magistral-small-2507").table
+        plain = config(lora_r=16, lora_target_modules=["q_proj"])
+        dora = config(lora_r=16, lora_target_modules=["q_proj"], peft_use_dora=True)
+        added = adapter_parameters(table, dora) - adapter_parameters(table, plain)
+        assert added == 40 * 4096
+
     def test_every_expert_of_a_fused_tensor_gets_its_own(self) -> None:
         table = model("mistral-small-4").table
         experts = ["gate_up_proj", "down_proj"]
@@ -113,9 +124,147 @@ class TestCounts:
         seen = counts["vision"] + counts["projector"]
         assert trained_parameters(table, config(adapter=None)) == table.total_parameters - seen
 
-    def test_unfrozen_parameters_are_counted_by_the_start_of_their_names(self) -> None:
-        table = model("ministral-3-3b").table  # its head is the embedding
-        asked = config(adapter=None, unfrozen_parameters=[r".*embed_tokens", r".*lm_head"])
+
+class TestTheEyes:
+    """Only an expression that spells the tower or the projector reaches them."""
+
+    TABLE = model("magistral-small-2509").table
+
+    @pytest.mark.parametrize("word", ["vision_tower", "multi_modal_projector"])
+    def test_an_expression_that_spells_them_reaches_them(self, word: str) -> None:
+        targets = choose_targets(self.TABLE, config(lora_target_modules=rf".*\.{word}\..*"))
+        assert targets
+        assert all(word in name for name in targets)
+
+    def test_one_word_does_not_open_the_other_door(self) -> None:
+        asked = config(lora_target_modules=r".*(vision_tower|language_model|linear_).*")
+        targets = choose_targets(self.TABLE, asked)
+        assert any("vision_tower" in name for name in targets)
+        assert any("language_model" in name for name in targets)
+        assert not any("multi_modal_projector" in name for name in targets)
+
+    @pytest.mark.parametrize("entry", ["vision_tower", "linear_1", "patch_conv"])
+    def test_a_list_does_not_reach_them(self, entry: str) -> None:
+        with pytest.raises(UserError, match="matches no module"):
+            choose_targets(self.TABLE, config(lora_target_modules=[entry]))
+
+
+class TestExperts:
+    TABLE = model("mistral-small-4").table
+
+    def test_without_them_attention_and_the_shared_expert_of_each_layer_learn(self) -> None:
+        targets = choose_targets(self.TABLE, config())
+        assert len(targets) == 36 * (5 + 3)
+        leaves = {name.partition(".layers.0.")[2] for name in targets} - {""}
+        attention = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+        shared = ("gate_proj", "up_proj", "down_proj")
+        assert leaves == {
+            *(f"self_attn.{leaf}" for leaf in attention),
+            *(f"mlp.shared_experts.{leaf}" for leaf in shared),
+        }
+
+    def test_the_adapter_is_counted_with_and_without_them(self) -> None:
+        # Inputs plus outputs of one layer's linears, and of one expert's two matrices.
+        linears = (4096 + 1024) + (1024 + 4096) + (4096 + 320) + (256 + 6144) + (4096 + 4096)
+        linears += 3 * (4096 + 2048)
+        expert = (4096 + 4096) + (2048 + 4096)
+        without = config(lora_r=16)
+        stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        asked = config(lora_r=16, lora_target_linear=True, lora_target_parameters=stacks)
+        assert adapter_parameters(self.TABLE, without) == 36 * 16 * linears == 27_463_680
+        assert adapter_parameters(self.TABLE, asked) == 36 * 16 * (linears + 128 * expert)
+
+    def test_an_entry_matches_the_end_of_a_name(self) -> None:
+        asked = config(lora_target_parameters=["mlp.experts.gate_up_proj", "down_proj"])
+        layers = len([p for p in self.TABLE.parameters if p.name.endswith("experts.down_proj")])
+        counts = count_targets(self.TABLE, asked)
+        assert counts == {"mlp.experts.gate_up_proj": layers, "down_proj": layers}
+        assert len(choose_stacks(self.TABLE, asked)) == 2 * layers
+        assert choose_stacks(self.TABLE, config()) == ()
+
+    @pytest.mark.parametrize("name", ["mistral-small-4", "ministral-3-3b"])
+    @pytest.mark.parametrize("entry", ["experts.up_proj", "up_proj_typo", "roj"])
+    def test_an_entry_that_matches_nothing_is_refused(self, name: str, entry: str) -> None:
+        asked = config(lora_target_modules=["o_proj"], lora_target_parameters=[entry])
+        for count in (choose_stacks, count_targets, adapter_parameters):
+            with pytest.raises(UserError, match="matches no expert tensor"):
+                count(model(name).table, asked)
+
+
+class TestLayers:
+    TABLE = model("mistral-small-4").table
+
+    @pytest.mark.parametrize("layers", [3, [0, 3], [3, 3]])
+    def test_only_the_numbered_layers_get_an_adapter(self, layers: Any) -> None:
+        keys = {"lora_target_modules": ["o_proj"], "lora_target_parameters": ["experts.down_proj"]}
+        asked = config(peft_layers_to_transform=layers, **keys)
+        wanted = {layers} if isinstance(layers, int) else set(layers)
+        assert len(choose_targets(self.TABLE, asked)) == len(wanted)
+        assert len(choose_stacks(self.TABLE, asked)) == len(wanted)
+        assert all(
+            ".layers.0." in n or ".layers.3." in n for n in choose_targets(self.TABLE, asked)
+        )
+
+    def test_a_layer_that_is_not_there_is_refused(self) -> None:
+        with pytest.raises(UserError, match="there is no layer 99") as caught:
+            choose_targets(self.TABLE, config(peft_layers_to_transform=[0, 99]))
+        assert "from 0 to 35" in caught.value.why
+
+
+class TestSavedWhole:
+    def test_embedding_and_head_by_the_end_of_their_names(self) -> None:
+        table = model("magistral-small-2509").table
+        asked = config(lora_modules_to_save=["lm_head", "model.language_model.embed_tokens"])
+        assert choose_saved(table, asked) == ("lm_head", "model.language_model.embed_tokens")
+        counts = table.counts_by_group()
+        assert saved_parameters(table, asked) == counts["head"] + counts["embedding"]
+        adapter = adapter_parameters(table, asked)
+        assert trained_parameters(table, asked) == adapter + saved_parameters(table, asked)
+
+    @pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+    def test_a_tied_head_is_the_embedding(self, names: list[str]) -> None:
+        table = model("ministral-3-3b").table
+        asked = config(lora_modules_to_save=names)
+        assert choose_saved(table, asked) == ("model.language_model.embed_tokens",)
+        assert saved_parameters(table, asked) == table.counts_by_group()["embedding"]
+
+    @pytest.mark.parametrize("name", ["q_proj", "tokens", "multi_modal_projector"])
+    def test_anything_else_is_refused(self, name: str) -> None:
+        with pytest.raises(UserError, match=f"{name} cannot be trained whole"):
+            choose_saved(model("ministral-3-3b").table, config(lora_modules_to_save=[name]))
+
+
+class TestFreeParameters:
+    TABLE = model("magistral-small-2509").table
+
+    def free(self, *expressions: str) -> frozenset[str]:
+        return free_parameters(self.TABLE, config(adapter=None, unfrozen_parameters=expressions))
+
+    def test_an_expression_is_held_against_the_start_of_names(self) -> None:
+        names = {row.name for row in self.TABLE.parameters}
+        found = self.free("model.language_model.*")
+        assert found == {n for n in names if n.startswith("model.language_model.")}
+        assert self.free(r"model\.multi_modal_projector") == {
+            n for n in names if n.startswith("model.multi_modal_projector.")
+        }
+        assert self.free("^lm_head.weight$") == {"lm_head.weight"}
+
+    def test_else_against_the_start_of_a_part_of_the_language_models(self) -> None:
+        assert self.free("embed_tokens", "lm_head") == {
+            "model.language_model.embed_tokens.weight",
+            "lm_head.weight",
+        }
+        assert self.free(r"layers\.1\.self_attn.q_proj") == {
+            "model.language_model.layers.1.self_attn.q_proj.weight"
+        }
+
+    def test_a_tied_head_frees_the_embedding(self) -> None:
+        table = model("ministral-3-3b").table
+        asked = config(adapter=None, unfrozen_parameters=["lm_head"])
+        assert free_parameters(table, asked) == {"model.language_model.embed_tokens.weight"}
         assert trained_parameters(table, asked) == table.counts_by_group()["embedding"]
-        nothing = config(adapter=None, unfrozen_parameters=["layers"])
-        assert trained_parameters(table, nothing) == 0
+
+    @pytest.mark.parametrize("expression", ["^embed_tokens", "ayers", "lm_head2"])
+    def test_one_that_matches_nothing_is_refused(self, expression: str) -> None:
+        with pytest.raises(UserError, match="matches no parameter"):
+            self.free("lm_head", expression)

@@ -17,7 +17,6 @@ from engine.train.lora import as_expression, attach_lora, choose_trained
 from engine.train.model import Base, load_base
 from tests.train.tiny import ARCHITECTURES, MINISTRAL3, settings, training, with_vision, write_model
 
-LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TABLES = {name: module_table(config) for name, config in ARCHITECTURES.items()} | {
     card.name: module_table(card.config) for card in list_models()
 }
@@ -33,6 +32,10 @@ def loaded(folder: Path, **keys: Any) -> Base:
     return load_base(folder, settings(folder, **keys))
 
 
+def free(base: Base, folder: Path, **keys: Any) -> Model:
+    return choose_trained(base.model, read_architecture(folder), settings(folder, **keys))
+
+
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_the_expression_for_all_layers_covers_them_and_nothing_else(table: Any) -> None:
     targets = linear_targets(table)
@@ -45,12 +48,12 @@ def test_the_expression_for_all_layers_covers_them_and_nothing_else(table: Any) 
     "wish",
     [
         None,
-        ["q_proj"],
-        list(LEAVES),
-        ["layers.0.self_attn.q_proj"],
-        ["layers.1.mlp.up_proj", "v_proj"],
+        ["o_proj"],
+        ["o_proj", "gate_proj", "up_proj", "down_proj"],
+        ["layers.0.self_attn.o_proj"],
+        ["self_attn.o_proj", "down_proj"],
         r".*layers\.1\..*",
-        r".*\.(q|v)_proj",
+        r".*\.(o|up)_proj",
     ],
     ids=str,
 )
@@ -66,7 +69,7 @@ def test_many_layers_are_stored_as_one_expression(any_model: Path) -> None:
     model = attach_lora(loaded(any_model).model, read_architecture(any_model), config)
     stored = model.peft_config["default"].target_modules
     assert isinstance(stored, str)
-    assert r"layers\.\d+\.self_attn\.q_proj" in stored
+    assert r"layers\.\d+\.self_attn\.o_proj" in stored
 
 
 def test_a_model_that_is_not_built_as_described_is_refused(tmp_path: Path, ministral: Path) -> None:
@@ -122,7 +125,7 @@ class TestWhatMoves:
     def test_unfrozen_parameters_choose_by_the_start_of_the_name(self, ministral: Path) -> None:
         base = loaded(ministral)
         wanted = [r"model\.layers\.1\.", r"model.norm.*"]
-        model = choose_trained(base.model, settings(ministral, unfrozen_parameters=wanted))
+        model = free(base, ministral, unfrozen_parameters=wanted)
         moving = {n for n, p in model.named_parameters() if p.requires_grad}
         assert moving == {
             n
@@ -132,16 +135,16 @@ class TestWhatMoves:
 
     def test_unfrozen_parameters_may_name_the_vision_tower(self, tmp_path: Path) -> None:
         folder = write_model(tmp_path / "seeing", with_vision(MINISTRAL3))
-        config = settings(folder, unfrozen_parameters=[r"model\.multi_modal_projector"])
-        model = choose_trained(loaded(folder).model, config)
+        wanted = [r"model\.multi_modal_projector"]
+        model = free(loaded(folder), folder, unfrozen_parameters=wanted)
         moving = [n for n, p in model.named_parameters() if p.requires_grad]
         assert moving
         assert all("multi_modal_projector" in name for name in moving)
 
     def test_an_unfrozen_parameter_that_matches_nothing_is_refused(self, ministral: Path) -> None:
-        config = settings(ministral, unfrozen_parameters=["lm_head", "layers.1"])
-        with pytest.raises(UserError, match=r"layers\.1 matches no parameter"):
-            choose_trained(loaded(ministral).model, config)
+        wanted = ["lm_head", "layers.9"]
+        with pytest.raises(UserError, match=r"layers\.9 matches no parameter"):
+            free(loaded(ministral), ministral, unfrozen_parameters=wanted)
 
 
 class TestWhatTheAdapterReads:

@@ -5,10 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from engine.errors import UserError
-from engine.train.optim import build_optimizer, learning_rate, set_learning_rate, warmup_steps
+from engine.train.optim import (
+    build_optimizer,
+    join,
+    learning_rate,
+    set_learning_rate,
+    split,
+    warmup_steps,
+)
 from tests.train.tiny import settings
 
 PEAK = 0.01
@@ -151,6 +160,101 @@ def test_every_optimizer_of_the_config_is_there() -> None:
 
 
 def test_the_rate_is_set_for_every_group() -> None:
-    optimizer = build_optimizer(network().named_parameters(), settings())
+    optimizer = build_optimizer(network().named_parameters(), settings(weight_decay=0.1))
     set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+def test_lora_plus_gives_each_parameter_the_rate_that_peft_gives_it() -> None:
+    model = get_peft_model(network(), LoraConfig(r=4, target_modules=["0", "2"]))
+    config = settings(adapter="lora", loraplus_lr_ratio=16, learning_rate=1e-3)
+    ours = build_optimizer(((n, p) for n, p in model.named_parameters() if p.requires_grad), config)
+    set_learning_rate(ours, 1e-3)
+    theirs = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.0
+    )
+
+    def rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+        return {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+
+    assert rates(ours) == pytest.approx(rates(theirs))
+    assert set(rates(ours).values()) == {1e-3, 16e-3}
+
+
+class TestBfloat16:
+    """bfloat16 weights move as float32 ones do, and only what is shown of them is rounded."""
+
+    STEPS = 300
+
+    def twins(self, name: str, dtype: torch.dtype) -> tuple[nn.Parameter, Any]:
+        torch.manual_seed(0)
+        start = torch.randn(64, 128).bfloat16()
+        weight = nn.Parameter(start.to(dtype))
+        config = settings(optimizer=name, learning_rate=1e-5, weight_decay=0.1)
+        return weight, build_optimizer([("w", weight)], config)
+
+    def train(self, weight: nn.Parameter, optimizer: Any, steps: int = STEPS) -> None:
+        generator = torch.Generator().manual_seed(1)
+        slope = torch.randn(weight.shape, generator=generator)
+        for _ in range(steps):
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.grad = (slope + noise).bfloat16().to(weight.dtype)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    @pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"])
+    def test_small_steps_arrive_as_in_float32(self, name: str) -> None:
+        narrow, ours = self.twins(name, torch.bfloat16)
+        wide, theirs = self.twins(name, torch.float32)
+        self.train(narrow, ours)
+        self.train(wide, theirs)
+        assert narrow.dtype == torch.bfloat16
+        exact = join(narrow.detach(), ours.state[narrow]["rest"])
+        assert torch.equal(exact, wide.detach())
+        torch.testing.assert_close(narrow.float(), wide, rtol=2**-8, atol=0)
+
+    def test_without_the_rest_they_would_be_lost(self) -> None:
+        narrow, _ = self.twins("adamw_torch", torch.bfloat16)
+        wide, theirs = self.twins("adamw_torch", torch.float32)
+        before = wide.detach().clone()
+        self.train(wide, theirs)
+        self.train(narrow, torch.optim.AdamW([narrow], lr=1e-5, weight_decay=0.1))
+        large = before.abs() > 0.5
+        wanted, found = (wide - before)[large].abs().mean(), (narrow - before)[large].abs().mean()
+        assert found < 0.01 * wanted
+
+    def test_the_state_is_ten_bytes_a_weight_and_its_moments_are_float32(self) -> None:
+        weight, optimizer = self.twins("adamw_torch_fused", torch.bfloat16)
+        self.train(weight, optimizer, 2)
+        state = {k: v for k, v in optimizer.state[weight].items() if k != "step"}
+        assert {k: v.dtype for k, v in state.items()} == {
+            "exp_avg": torch.float32,
+            "exp_avg_sq": torch.float32,
+            "rest": torch.int16,
+        }
+        assert sum(v.nbytes for v in state.values()) == 10 * weight.numel()
+
+    def test_a_weight_without_a_gradient_is_left_alone(self) -> None:
+        idle = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+        weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+        optimizer = build_optimizer([("a", idle), ("b", weight)], settings(weight_decay=0.5))
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert not optimizer.state.get(idle)
+        assert torch.equal(idle, torch.ones_like(idle))
+
+    def test_float32_weights_keep_nothing_beside_them(self) -> None:
+        weight, optimizer = self.twins("adamw_torch", torch.float32)
+        self.train(weight, optimizer, 1)
+        assert "rest" not in optimizer.state[weight]
+
+    def test_split_and_join_are_exact_for_every_number(self) -> None:
+        generator = torch.Generator().manual_seed(2)
+        bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator).int()
+        halfway = torch.arange(-(2**15), 2**15, dtype=torch.int32) * 65536 + 0x8000
+        numbers = torch.cat([bits, halfway]).view(torch.float32)
+        numbers = numbers[numbers.abs() < 3e38]
+        weight, rest = split(numbers)
+        assert torch.equal(join(weight, rest), numbers)
+        nearest = numbers.bfloat16().float()
+        assert torch.equal((weight.float() - numbers).abs(), (nearest - numbers).abs())

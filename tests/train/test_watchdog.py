@@ -1,0 +1,179 @@
+"""A run says what is odd about its losses, ends where it was told to, and names the rows."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.chat.render import Kind
+from engine.errors import UserError, WorkError
+from engine.train.batches import Order, Rows
+from engine.train.evaluate import row_losses
+from engine.train.loop import Training, clip_gradients
+from engine.train.watchdog import LEAST_STEPS, LossWatch
+from tests.train.test_equivalence import stock_model
+from tests.train.tiny import MINISTRAL3, settings, training, with_vision, write_model
+
+
+def watch(**keys: Any) -> LossWatch:
+    return LossWatch(settings(**keys), vocabulary=131072)
+
+
+def notes(run: Training) -> list[tuple[str, str]]:
+    """Level and text of every note so far."""
+    lines = run.session.run.events.read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    return [(e["level"], e["text"]) for e in events if e["type"] == "note"]
+
+
+class TestStart:
+    def test_a_loss_above_that_of_guessing_is_told(self) -> None:
+        assert watch().odd_start(11.7) is None
+        words = watch().odd_start(11.9)
+        assert words is not None
+        assert "11.90" in words
+        assert "11.78" in words
+
+    def test_only_the_first_step_of_a_run_is_judged_so(
+        self, ministral: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        run = training(tmp_path, settings(ministral, max_steps=2), uneven)
+        run.gradients(run.order.step(1))
+        run.judge(1, 7.0, 1.0, run.order.step(1))
+        assert [level for level, text in notes(run) if "the first loss is 7.00" in text] == [
+            "warning"
+        ]
+        run.judge(2, 7.0, 1.0, run.order.step(2))
+        assert len(notes(run)) == 1
+
+    def test_what_the_first_step_does_not_reach_is_told(self, uneven: Rows, tmp_path: Path) -> None:
+        base = write_model(tmp_path / "base", with_vision(MINISTRAL3))
+        wish = ["model.vision_tower.*", "model.language_model.norm"]
+        run = training(tmp_path / "run", settings(base, unfrozen_parameters=wish), uneven)
+        run.step(1, run.order.step(1))
+        (told,) = [text for _, text in notes(run) if "not reached" in text]
+        tower = [n for n, p in run.model.named_parameters() if "vision_tower" in n]
+        assert f"{len(tower)} of {len(tower) + 1} trained tensors" in told
+
+    def test_a_run_that_trains_nothing_ends_with_a_sentence(
+        self, uneven: Rows, tmp_path: Path
+    ) -> None:
+        base = write_model(tmp_path / "base", with_vision(MINISTRAL3))
+        config = settings(base, unfrozen_parameters=["model.vision_tower.*"])
+        run = training(tmp_path / "run", config, uneven)
+        with pytest.raises(UserError, match="Nothing would be trained"):
+            run.step(1, run.order.step(1))
+
+
+class TestSpike:
+    def test_it_is_a_leap_over_the_median_of_the_losses_before(self) -> None:
+        found = watch()
+        for _ in range(LEAST_STEPS):
+            assert found.spike(1.5) is None
+        assert found.spike(2.9) is None
+        assert found.spike(3.1) == 1.5
+
+    def test_a_few_losses_are_too_few(self) -> None:
+        found = watch()
+        assert [found.spike(loss) for loss in (1.0, 1.0, 9.0)] == [None] * 3
+
+    def test_a_memorised_loss_may_double(self) -> None:
+        found = watch()
+        assert [found.spike(0.01) for _ in range(LEAST_STEPS)] == [None] * LEAST_STEPS
+        assert found.spike(0.5) is None
+        assert found.spike(1.2) is not None
+
+    def test_it_is_told_once_in_a_while(self) -> None:
+        found = watch()
+        for _ in range(30):
+            found.spike(1.0)
+        told = [found.spike(5.0) is not None for _ in range(LEAST_STEPS + 1)]
+        assert told == [True, *[False] * (LEAST_STEPS - 1), True]
+
+    def test_the_note_names_the_rows_with_the_highest_loss(
+        self, ministral: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        config = settings(ministral, gradient_accumulation_steps=8, learning_rate=1e-5)
+        run = training(tmp_path, config, uneven)
+        for _ in range(LEAST_STEPS):
+            run.watch.spike(0.5)
+        batch = run.order.step(1)
+        by_loss = sorted(row_losses(run.model, run.base, batch), key=lambda found: -found[1])
+        run.step(1, batch)
+        (told,) = [text for level, text in notes(run) if "leapt" in text]
+        wanted = [f"{uneven.place(row)} ({loss:.2f})" for row, loss in by_loss[:3]]
+        assert told.endswith(f"from 0.50; highest: {'; '.join(wanted)}")
+
+
+class TestLimit:
+    def test_the_run_ends_after_the_steps_that_patience_grants(self) -> None:
+        found = watch(loss_watchdog_threshold=5.0, loss_watchdog_patience=2)
+        assert [found.too_high(loss) for loss in (6, 5, 6, 4, 6, 6)] == [False] * 5 + [True]
+
+    def test_patience_is_three_steps_unless_named(self) -> None:
+        found = watch(loss_watchdog_threshold=5.0)
+        assert [found.too_high(6) for _ in range(3)] == [False, False, True]
+
+    def test_without_a_limit_no_loss_is_too_high(self) -> None:
+        assert not any(watch().too_high(100) for _ in range(10))
+
+    def test_the_rows_are_named_and_the_weights_not_moved(
+        self, ministral: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        keys = {"loss_watchdog_threshold": 0.1, "loss_watchdog_patience": 1}
+        run = training(tmp_path, settings(ministral, learning_rate=0.1, **keys), uneven)
+        before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+        batch = run.order.step(1)
+        with pytest.raises(WorkError, match=r"stays above loss_watchdog_threshold: 0\.1") as caught:
+            run.step(1, batch)
+        assert uneven.place(batch.rows[0]) in caught.value.why
+        assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_the_run_and_names_its_rows_first(
+    ministral: Path, uneven: Rows, tmp_path: Path, loss: float
+) -> None:
+    run = training(tmp_path, settings(ministral, gradient_accumulation_steps=8), uneven)
+    batch = run.order.step(1)
+    bad = batch.rows[5]
+    token = int(uneven.ids(bad)[1])
+    with torch.no_grad():
+        run.model.get_input_embeddings().weight[token] = loss
+    with pytest.raises(WorkError, match="gave a loss of") as caught:
+        run.step(1, batch)
+    assert f"highest loss: {uneven.place(bad)} (nan)" in caught.value.why
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_row_losses_are_those_of_single_rows(
+    ministral: Path, uneven: Rows, tmp_path: Path, packs: bool
+) -> None:
+    keys = {"sample_packing": packs, "micro_batch_size": 3, "gradient_accumulation_steps": 64}
+    run = training(tmp_path, settings(ministral, sequence_len=64, **keys), uneven)
+    batch = Order(uneven, run.config).step(1)
+    stock = stock_model(ministral)
+    found = dict(row_losses(run.model, run.base, batch))
+    assert sorted(found) == list(range(len(uneven)))
+    for row, loss in found.items():
+        ids = torch.from_numpy(uneven.ids(row).astype("int64"))[None]
+        answers = torch.from_numpy(uneven.kinds(row) >= Kind.TEXT)[None]
+        theirs = stock(input_ids=ids, labels=ids.masked_fill(~answers, -100)).loss
+        assert loss == pytest.approx(theirs.item(), rel=1e-4)
+    assert run.model.training
+
+
+def test_the_norm_of_bfloat16_gradients_is_exact_and_they_are_shortened_to_the_limit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16)) for _ in range(3)]
+    for weight in weights:
+        weight.grad = torch.randn(64, 64, generator=generator).bfloat16()
+    exact = torch.cat([w.grad.double().flatten() for w in weights if w.grad is not None]).norm()
+    idle = torch.nn.Parameter(torch.zeros(2))
+    assert clip_gradients([*weights, idle], 1.0) == pytest.approx(float(exact), rel=1e-6)
+    after = torch.cat([w.grad.double().flatten() for w in weights if w.grad is not None]).norm()
+    assert float(after) == pytest.approx(1.0, rel=0.01)
+    assert clip_gradients([idle], 1.0) == 0.0
