@@ -26,6 +26,7 @@ from engine.visible import fold, visible
 if TYPE_CHECKING:
     from engine.chat.render import LabelRule
     from engine.data.checkup import Checkup
+    from engine.data.images import ImageRules
     from engine.data.prepare import Progress
 
 Effort = Literal["none", "high"]
@@ -53,6 +54,7 @@ class _Request:
     model_folder: Path
     """Where a relative path in `model` starts."""
     rule: "LabelRule"
+    images: "ImageRules"
     history_thinking: Literal["keep", "drop"] = "keep"
     sequence_len: int | None = None
 
@@ -65,6 +67,7 @@ def _read_request(
     data: str, model: str | None, think: bool | None = None, effort: str | None = None
 ) -> _Request:
     from engine.chat.render import LabelRule
+    from engine.data.images import ImageRules
     from engine.data.rows import effective_datasets, tokenizer_name, with_template_kwargs
     from engine.data.sources import locate
 
@@ -73,7 +76,8 @@ def _read_request(
         dataset = with_template_kwargs(DatasetConfig(path=data), {}, forced)
         locate(dataset, Path.cwd())  # a missing file is said before a tokenizer is opened
         rule = LabelRule(thinking=think is not False)
-        return _Request((dataset,), Path.cwd(), model, Path.cwd(), rule)
+        images = ImageRules(Path.cwd())
+        return _Request((dataset,), Path.cwd(), model, Path.cwd(), rule, images)
     config, folder = _load(data), Path(data).resolve().parent
     thinking = config.train_on_thinking if think is None else think
     return _Request(
@@ -82,6 +86,7 @@ def _read_request(
         model or tokenizer_name(config),
         Path.cwd() if model else folder,
         LabelRule(thinking=thinking, inputs=config.train_on_inputs),
+        ImageRules.from_config(config, folder),
         config.history_thinking,
         config.sequence_len,
     )
@@ -137,6 +142,7 @@ def check_data(
         tokenizer,
         rule=request.rule,
         history_thinking=request.history_thinking,
+        images=request.images,
         sequence_len=request.sequence_len,
         progress=_show_reading if _shows_progress(as_json) else None,
     )
@@ -148,6 +154,8 @@ def check_data(
 
 
 def _print_checkup(found: "Checkup") -> None:
+    from engine.data.checkup import image_sentence
+
     _clear_progress()
     print(f"{_rows(found.rows)}, {found.usable} usable")
     if found.tokens is not None:
@@ -158,6 +166,8 @@ def _print_checkup(found: "Checkup") -> None:
             f"row length: mean {length.mean}, median {length.p50}, p95 {length.p95},"
             f" p99 {length.p99}, longest {length.max}"
         )
+    if found.images.count:
+        print(image_sentence(found))
     _print_problems(found.problems)
     for finding in found.findings:
         lines = ", ".join(map(str, finding.lines))
@@ -254,6 +264,7 @@ def _show_rows(request: _Request, first: int, every: bool, as_json: bool) -> tup
         request.folder,
         tokenizer,
         history_thinking=request.history_thinking,
+        images=request.images,
         skip=first - 1,
     )
     underline, columns = _underlines(), _columns()

@@ -3,7 +3,7 @@
 `DatasetConfig` is one entry of `datasets`; the rest holds for all of them.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -14,8 +14,8 @@ class DatasetConfig(Section):
     """One source of conversations."""
 
     path: str
-    """A file (.jsonl, .json, .csv, .parquet), a folder of them, a hub id, or sample:NAME for one
-    that comes with Windtunnel."""
+    """A file (.jsonl, .json, .csv, .parquet), a folder of them, a folder of images with captions,
+    a hub id, or sample:NAME for one that comes with Windtunnel."""
     type: str = "chat_template"
     """Shape of the rows. chat_template: conversations, a list of messages with role and
     content; the only shape that is trained."""
@@ -33,6 +33,15 @@ class DatasetConfig(Section):
     """Column that holds the list of messages; ShareGPT rows use conversations."""
     field_tools: str = "tools"
     """Column that holds the tool definitions."""
+    field_image: str | None = None
+    """Column that holds the row's image or images. Absent: images, image, or in a table of
+    questions and answers also a column such as image_id that holds one."""
+    field_question: str | None = None
+    """Column of the question, in a table without messages. Absent: question, instruction or
+    prompt."""
+    field_answer: str | None = None
+    """Column of the answer, in a table without messages. Absent: answer, output, response or
+    completion, and beside an image also caption or text."""
     message_property_mappings: dict[str, str] | None = None
     """Our key -> the row's key: role, content, thinking (also reasoning, reasoning_content),
     tool_calls, tool_call_id, name, weight. Rows with from and value need
@@ -109,12 +118,13 @@ class DataKeys(Section):
     remove_unused_columns: bool | None = None
     """Drop columns that training does not read. Only the columns that are needed are read."""
     image_folder: str | None = None
-    """Folder in which relative image paths of rows are looked up after the dataset's own
-    folder. Absent: the config's folder."""
-    image_size: Count | list[int] | None = None
-    """Pixels that images are resized to."""
+    """Folder in which image paths of rows are looked up after the dataset's own folder. No image
+    is read outside the two. Absent: the config's folder."""
+    image_size: Count | Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
+    """Longest side of an image in pixels, where it is below the model's own limit: fewer tokens an
+    image. Of [width, height] the larger counts: images keep their shape and are not padded."""
     image_resize_algorithm: Literal["bilinear", "bicubic", "lanczos"] | None = None
-    """How images are resized."""
+    """How images are resized. Absent: bicubic."""
 
 
 class LearningKeys(Section):

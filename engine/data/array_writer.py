@@ -9,15 +9,17 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from engine.chat.images import ImageSpec
 from engine.chat.messages import RowProblem
 from engine.chat.render import Rendered
-from engine.data.prepared import ARRAYS, META
+from engine.data.images import ImageName, image_digest
+from engine.data.prepared import ARRAYS, META, count_elements
 from engine.data.rows import RenderedRow
 
 _STATE = "progress.json"
@@ -47,6 +49,10 @@ class _State:
     files: list[str] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
     kind_counts: dict[str, int] = field(default_factory=dict)
+    images: int = 0
+    image_bytes: int = 0
+    placed_images: int = 0
+    image_name_bytes: int = 0
 
 
 def sync_folder(folder: Path) -> None:
@@ -83,9 +89,12 @@ def problem_entry(row: RenderedRow, problem: RowProblem) -> dict[str, Any]:
 
 
 def content_hash(rendered: Rendered) -> int:
-    """64 bits that are equal for rows with the same ids."""
+    """64 bits that are equal for rows with the same ids and the same images."""
     ids = np.ascontiguousarray(rendered.input_ids, dtype="<u4")
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+    content = hashlib.blake2b(ids.tobytes(), digest_size=8)
+    for image in rendered.images:
+        content.update(image_digest(image.content).encode())
+    return int.from_bytes(content.digest(), "little")
 
 
 class ArrayWriter:
@@ -102,8 +111,11 @@ class ArrayWriter:
         self._pending: dict[str, list[Any]] = {name: [] for name in ARRAYS}
         self._pending_tokens = self._since = 0
         self._files = {name: self._open(name) for name in ARRAYS}
+        self._images = _read_images(folder, self._state)
+        self._names = set(read_image_names(folder, self._state.image_name_bytes))
         if self._state.rows == 0:
-            self._pending["offsets"].append(0)
+            for name in ("offsets", "row_images", "image_offsets"):
+                self._pending[name].append(0)
 
     @property
     def source_rows(self) -> int:
@@ -130,6 +142,7 @@ class ArrayWriter:
         state = self._state
         state.source_rows += 1
         self._since += 1
+        self._add_names(row.image_names)
         if row.problem is not None:
             state.bad_rows += 1
             if len(state.problems) < _LISTED_PROBLEMS:
@@ -158,6 +171,31 @@ class ArrayWriter:
         pending["files"].append(len(state.files) - 1)
         pending["datasets"].append(row.dataset)
         pending["hashes"].append(content_hash(rendered))
+        for image in rendered.images:
+            number = self._store(image.content)
+            pending["image_grids"] += (number, image.rows, image.columns)
+        state.placed_images += len(rendered.images)
+        pending["row_images"].append(state.placed_images)
+
+    def _store(self, content: bytes | memoryview) -> int:
+        """The number of an image; its bytes are written where they are new."""
+        digest, state = image_digest(content), self._state
+        number = self._images.setdefault(digest, state.images)
+        if number == state.images:
+            # Written at once, as images are too large to wait in memory.
+            self._files["images"].write(content)
+            state.images += 1
+            state.image_bytes += len(content)
+            self._pending["image_offsets"].append(state.image_bytes)
+        return number
+
+    def _add_names(self, names: Sequence[ImageName]) -> None:
+        for name in names:
+            if name not in self._names:
+                self._names.add(name)
+                line = json.dumps(astuple(name)).encode() + b"\n"
+                self._pending["image_names"].append(np.frombuffer(line, np.uint8))
+                self._state.image_name_bytes += len(line)
 
     def commit(self) -> None:
         """A durable point: what was added until now survives."""
@@ -173,6 +211,8 @@ class ArrayWriter:
                     self._count(block)
                 self._files[name].write(block.data)
                 waiting.clear()
+            elif name != "images":
+                continue
             self._files[name].flush()
             os.fsync(self._files[name].fileno())
         write_durably(self._folder / _STATE, asdict(self._state))
@@ -185,11 +225,15 @@ class ArrayWriter:
         )
         self._state.kind_counts = dict(counts)
 
-    def finish(self, key: str) -> None:
-        """Commits and writes meta.json: `key` and the counts, nothing of when or how fast."""
+    def finish(self, key: str, image_spec: ImageSpec | None = None) -> None:
+        """Commits and writes meta.json: `key` and the counts, nothing of when or how fast.
+
+        `image_spec` is how the images, where there are any, are brought to their grids.
+        """
         self.commit()
         self.close()
-        write_durably(self._folder / META, {"key": key, **asdict(self._state)})
+        spec = astuple(image_spec) if image_spec and self._state.images else None
+        write_durably(self._folder / META, {"key": key, "image": spec, **asdict(self._state)})
         (self._folder / _STATE).unlink()
         sync_folder(self._folder)
 
@@ -200,12 +244,31 @@ class ArrayWriter:
 
 
 def _durable_bytes(name: str, state: _State) -> int:
-    size = np.dtype(ARRAYS[name]).itemsize
-    if name in ("ids", "kinds", "sources"):
-        return size * state.tokens
-    if name == "offsets":
-        return size * (state.rows + 1) if state.rows else 0
-    return size * state.rows
+    if name in ("offsets", "row_images", "image_offsets") and not state.rows:
+        return 0
+    return np.dtype(ARRAYS[name]).itemsize * count_elements(name, asdict(state))
+
+
+def _read_images(folder: Path, state: _State) -> dict[str, int]:
+    """Digest -> number of the images that are durable."""
+    numbers: dict[str, int] = {}
+    if state.images:
+        ends = np.fromfile(folder / "image_offsets", ARRAYS["image_offsets"], state.images + 1)
+        with (folder / "images").open("rb") as file:
+            for size in np.diff(ends).tolist():
+                numbers[image_digest(file.read(size))] = len(numbers)
+    return numbers
+
+
+def read_image_names(folder: Path, size_bytes: int | None = None) -> list[ImageName]:
+    """What the rows behind these arrays called their images; a line cut by a kill is left out."""
+    try:
+        with (folder / "image_names").open("rb") as file:
+            lines = file.read() if size_bytes is None else file.read(size_bytes)
+    except FileNotFoundError:
+        return []
+    whole = lines[: lines.rfind(b"\n") + 1].splitlines()
+    return [ImageName(*json.loads(line)) for line in whole]
 
 
 def _read_state(folder: Path) -> _State:

@@ -5,6 +5,7 @@ any size can be checked before anything is written. Without a tokenizer it repor
 problems alone.
 """
 
+import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from engine.chat.messages import Conversation, Text
+from engine.chat.messages import Conversation, Image, Text
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, learned
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig
 from engine.data.array_writer import content_hash, problem_entry
+from engine.data.images import ImageRules, image_digest
 from engine.data.odd_rows import LISTED_LONGEST, OddRowFinder, OddRows
 from engine.data.rows import HistoryThinking, RenderedRow, iterate_rendered
 
@@ -66,6 +68,21 @@ class TokenStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageStatistics:
+    """Images of the usable rows: how many, in how many rows, and those that differ with their
+    bytes in all. `largest` is (width, height) in pixels of the one with the most; `named` counts
+    the paths and URLs that rows, bad ones too, give instead of bytes.
+    """
+
+    count: int
+    rows: int
+    different: int
+    different_bytes: int
+    largest: tuple[int, int]
+    named: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """Something to know about usable rows: how many it touches, and the first few of them.
 
@@ -100,6 +117,7 @@ class Checkup:
     turns: tuple[int, int]
     prompts: tuple[str, ...]
     odd: OddRows | None
+    images: ImageStatistics
 
 
 def check(
@@ -109,19 +127,23 @@ def check(
     *,
     rule: LabelRule | None = None,
     history_thinking: HistoryThinking = "keep",
+    images: ImageRules | None = None,
     sequence_len: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Checkup:
     """Reads every row of `datasets` (as `rows.effective_datasets` gives them) and reports.
 
-    `progress` gets (rows, bytes read) and may raise to cancel. Raises `UserError` where a dataset
-    cannot be read at all.
+    `images` says where they are, `folder` by default. `progress` gets (rows, bytes read) and may
+    raise to cancel. Raises `UserError` where a dataset cannot be read at all.
     """
     rule = rule or LabelRule()
     notebook = _Notebook(rule, OddRowFinder(rule))
-    rows = iterate_rendered(datasets, folder, tokenizer, history_thinking=history_thinking)
+    rows = iterate_rendered(
+        datasets, folder, tokenizer, history_thinking=history_thinking, images=images
+    )
     for row in rows:
         notebook.rows += 1
+        notebook.images.named += len(row.image_names)
         if row.problem is not None:
             notebook.problems.append(problem_entry(row, row.problem))
         elif row.conversation is not None:
@@ -151,8 +173,10 @@ class _Notebook:
     thinking_answers: int = 0
     call_answers: int = 0
     prompts: list[str] = field(default_factory=list)
+    images: "_ImageCounts" = field(default_factory=lambda: _ImageCounts())
 
     def read(self, row: RenderedRow, conversation: Conversation) -> None:
+        self.images.add(conversation)
         asked = sum(message.role == "user" for message in conversation.messages)
         fewest, most = self.turns or (asked, asked)
         self.turns = (min(fewest, asked), max(most, asked))
@@ -204,6 +228,7 @@ class _Notebook:
             turns=self.turns or (0, 0),
             prompts=tuple(self.prompts),
             odd=self.odd.report() if measured else None,
+            images=self.images.report(),
         )
 
     def _tokens(self, lengths: Any) -> TokenStatistics:
@@ -224,6 +249,46 @@ class _Notebook:
             longest_rows=tuple(np.sort(lengths)[::-1][:LISTED_LONGEST].tolist()),
             row_length=length_statistics(lengths),
             learned_a_row=length_statistics(np.array(self.learned, dtype=np.int64)),
+        )
+
+
+@dataclass(slots=True)
+class _ImageCounts:
+    """A digest for each different image, and six numbers."""
+
+    count: int = 0
+    rows: int = 0
+    different_bytes: int = 0
+    largest: tuple[int, int] = (0, 0)
+    named: int = 0
+    digests: set[str] = field(default_factory=set)
+
+    def add(self, conversation: Conversation) -> None:
+        found = [
+            part
+            for message in conversation.messages
+            if not isinstance(message.content, str)
+            for part in message.content
+            if isinstance(part, Image)
+        ]
+        self.rows += bool(found)
+        self.count += len(found)
+        for image in found:
+            assert isinstance(image.content, bytes)
+            digest = image_digest(image.content)
+            if digest not in self.digests:
+                self.digests.add(digest)
+                self.different_bytes += len(image.content)
+            self.largest = max(self.largest, image.size or (0, 0), key=math.prod)
+
+    def report(self) -> ImageStatistics:
+        return ImageStatistics(
+            self.count,
+            self.rows,
+            len(self.digests),
+            self.different_bytes,
+            self.largest,
+            self.named,
         )
 
 
@@ -258,6 +323,17 @@ def length_statistics(lengths: Any) -> Lengths:
     p50, p95, p99 = np.percentile(lengths, (50, 95, 99), method="inverted_cdf")
     return Lengths(
         round(float(lengths.mean()), 1), int(p50), int(p95), int(p99), int(lengths.max())
+    )
+
+
+def image_sentence(found: Checkup) -> str:
+    """The images of a checkup in one line."""
+    images, (width, height) = found.images, found.images.largest
+    tokens = f", {found.tokens.by_kind['image']} tokens" if found.tokens else ""
+    return (
+        f"{images.count} image{'' if images.count == 1 else 's'} in {images.rows}"
+        f" row{'' if images.rows == 1 else 's'}{tokens}: {images.different} different,"
+        f" {images.different_bytes / 1e6:.1f} MB, the largest {width}x{height}"
     )
 
 

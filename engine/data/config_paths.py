@@ -32,9 +32,14 @@ def with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
         "datasets": rows(config.datasets),
         "test_datasets": rows(config.test_datasets),
     }
+    if config.lora_model_dir:
+        changed["lora_model_dir"] = absolute(config.lora_model_dir)
     if config.tokenizer_config:
         changed["tokenizer_config"] = model(config.tokenizer_config)
     for key in ("output_dir", "dataset_prepared_path"):
         if value := getattr(config, key):
             changed[key] = os.path.realpath(os.path.join(folder, os.path.expanduser(value)))
+    # Absent it is the folder of the config, which a copy elsewhere must still name.
+    image_folder = os.path.expanduser(config.image_folder or "")
+    changed["image_folder"] = os.path.realpath(os.path.join(folder, image_folder))
     return config.model_copy(update=changed)

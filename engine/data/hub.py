@@ -4,6 +4,7 @@ The importing process stays light: it starts `engine.data.worker`, asks for the 
 as JSON lines. `stream_hub` is the child's half and the only place that imports `datasets`.
 """
 
+import base64
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from engine.chat.images import IMAGE_LIMIT_BYTES
 from engine.config import DatasetConfig
 from engine.data.readers import RawRow, without_nulls
 from engine.errors import UserError, WorkError
@@ -91,13 +93,30 @@ def stream_hub(dataset: DatasetConfig) -> Iterator[dict[str, Any]]:
             split=dataset.split or "train",
             revision=dataset.revision,
             streaming=True,
-        )
+        ).decode(False)
         for line, row in enumerate(rows, start=1):
-            yield {"line": line, "row": without_nulls(dict(row))}
+            yield {"line": line, "row": _with_bytes(without_nulls(dict(row)))}
     except UserError:
         raise
     except Exception as error:  # the hub's client raises some thirty types
         raise _unreachable(dataset, error) from error
+
+
+def _with_bytes(value: Any) -> Any:
+    """The row with the bytes of images that are files of the hub and not in the table."""
+    if isinstance(value, list):
+        return [_with_bytes(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    path = value.get("path")
+    if value.keys() <= {"path", "bytes"} and isinstance(path, str) and "hf://" in path:
+        if value.get("bytes"):
+            return value
+        from datasets.utils.file_utils import xopen
+
+        with xopen(path, "rb") as file:
+            return {"path": path, "bytes": file.read(IMAGE_LIMIT_BYTES + 1)}
+    return {key: _with_bytes(item) for key, item in value.items()}
 
 
 def resolve_revision(dataset: DatasetConfig) -> str:
@@ -122,6 +141,8 @@ def _unreachable(dataset: DatasetConfig, error: Exception) -> WorkError:
 
 
 def plain(value: Any) -> Any:
-    """For `json.dumps(default=…)`: dates as text, bytes and pictures as the name of their type."""
+    """For `json.dumps(default=…)`: bytes as {"base64"}, dates as text, else the type's name."""
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode("ascii")}
     isoformat = getattr(value, "isoformat", None)
     return isoformat() if callable(isoformat) else f"<{type(value).__name__}>"

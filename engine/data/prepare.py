@@ -15,21 +15,24 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.chat.images import ImageSpec
+from engine.chat.messages import RowProblem
 from engine.chat.render import RENDERER_VERSION, LabelRule
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig
-from engine.data.array_writer import ArrayWriter, Interval, sync_folder
+from engine.data.array_writer import ArrayWriter, Interval, read_image_names, sync_folder
+from engine.data.images import ImageFinder, ImageRules, image_digest
 from engine.data.prepared import Prepared, read_meta
-from engine.data.rows import RenderedRow, effective_datasets, iterate_rendered
+from engine.data.rows import RenderedRow, adapt_tokenizer, effective_datasets, iterate_rendered
 from engine.data.sources import Location, locate
 from engine.errors import UserError, WorkError
 
 # Raised when the files in a folder of arrays change their meaning.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 _HASH_BLOCK_BYTES = 2**20
 _PROGRESS_ROWS = 64
 _LOCK_POLL_SECONDS = 0.2
@@ -96,7 +99,7 @@ def prepare(
     try:
         store.mkdir(parents=True, exist_ok=True)
         with _locked(store / f"{job.key}.lock", report):
-            reused = _is_whole(store / job.key)
+            reused = _is_whole(store / job.key) and not _is_stale(store / job.key, job, report)
             if not reused:
                 _make(store / job.key, job, interval or Interval(), report)
     except OSError as error:
@@ -112,13 +115,15 @@ def prepare(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Where the rows are, the key of the arrays that they make, and the rows from one on."""
+    """Where the rows and images are, the key of their arrays, and the rows from one on."""
 
     locations: tuple[Location, ...]
     stamps: tuple[tuple[int, ...], ...]
     total_bytes: int
     key: str
     rows: Callable[[int], Iterator[RenderedRow]]
+    finders: tuple[ImageFinder, ...]
+    image_spec: ImageSpec | None
 
 
 def _plan(config: RunConfig, folder: Path, tokenizer: ChatTokenizer, report: OnProgress) -> _Job:
@@ -126,10 +131,13 @@ def _plan(config: RunConfig, folder: Path, tokenizer: ChatTokenizer, report: OnP
     locations = tuple(locate(dataset, folder) for dataset in datasets)
     stamps = _stamps(locations)
     total_bytes = sum(size for size, *_ in stamps)
+    rules = ImageRules.from_config(config, folder, fetch=True)
+    spec = adapt_tokenizer(tokenizer, rules).image
     recipe = {
         "layout": LAYOUT_VERSION,
         "rendering": RENDERER_VERSION,
         "tokenizer": tokenizer.fingerprint,
+        "image": asdict(spec) if spec else None,
         "history_thinking": config.history_thinking,
         "formats": [_format_keys(dataset) for dataset in datasets],
         "rows": [_content(location, total_bytes, report) for location in locations],
@@ -141,8 +149,15 @@ def _plan(config: RunConfig, folder: Path, tokenizer: ChatTokenizer, report: OnP
         total_bytes,
         hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         lambda skip: iterate_rendered(
-            datasets, folder, tokenizer, history_thinking=config.history_thinking, skip=skip
+            datasets,
+            folder,
+            tokenizer,
+            history_thinking=config.history_thinking,
+            images=rules,
+            skip=skip,
         ),
+        tuple(ImageFinder(index, place, rules) for index, place in enumerate(locations)),
+        spec,
     )
 
 
@@ -205,8 +220,28 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
+def _is_stale(folder: Path, job: _Job, report: OnProgress) -> bool:
+    """Whether an image that the rows name has other bytes than in the arrays, or has appeared.
+
+    One that is gone leaves them as they are: they hold its bytes.
+    """
+    for name in read_image_names(folder):
+        if name.name.lower().startswith(("http://", "https://")):
+            continue
+        report(Progress("hashing", 0, job.total_bytes, job.total_bytes))
+        try:
+            content = job.finders[name.dataset].read(name.name, name.beside)
+        except RowProblem:
+            continue
+        if image_digest(content) != name.digest:
+            return True
+    return False
+
+
 def _make(target: Path, job: _Job, interval: Interval, report: OnProgress) -> None:
     partial = target.with_name(f"{target.name}.partial")
+    if partial.exists() and _is_stale(partial, job, report):
+        shutil.rmtree(partial)
     if not _is_whole(partial):
         _fill(partial, job, interval, report)
     if target.exists():
@@ -232,7 +267,7 @@ def _fill(partial: Path, job: _Job, interval: Interval, report: OnProgress) -> N
         if writer.usable_rows == 0:
             shutil.rmtree(partial)
             raise _no_usable_row(writer.first_problem, writer.source_rows)
-        writer.finish(job.key)
+        writer.finish(job.key, job.image_spec)
     finally:
         writer.close()
 

@@ -8,6 +8,7 @@ turning the switch tokenizes nothing.
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.chat.images import ImageSpec
 from engine.chat.render import (
     WITHHELD,
     Kind,
     LabelRule,
     Rendered,
+    RenderedImage,
     count_learned,
     learned,
     truncate,
@@ -29,7 +32,10 @@ from engine.data.pack import mix
 from engine.errors import UserError, WorkError
 
 META = "meta.json"
-# File name -> little-endian element type. `offsets` has one entry more than there are rows.
+# File name -> little-endian element type. `offsets` and `row_images` have one entry more than there
+# are rows, `image_offsets` one more than there are different images. `images` holds their bytes,
+# `image_grids` (number, rows, columns) of each image in each row, `image_names` what rows called
+# them, a JSON list a line.
 ARRAYS = {
     "ids": "<u4",
     "kinds": "|u1",
@@ -39,6 +45,11 @@ ARRAYS = {
     "files": "<i4",
     "datasets": "<i4",
     "hashes": "<u8",
+    "images": "|u1",
+    "image_offsets": "<i8",
+    "row_images": "<i8",
+    "image_grids": "<i4",
+    "image_names": "|u1",
 }
 _SCAN_TOKENS = 2**22
 
@@ -60,6 +71,18 @@ class Selection:
     nothing_learned: int
 
 
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An image of a row: its file's bytes, its grid of tokens, and a number that is the same
+    wherever the same image stands.
+    """
+
+    content: bytes | memoryview
+    rows: int
+    columns: int
+    number: int
+
+
 class Prepared:
     """A folder of prepared arrays, memory-mapped. `reused` says that nothing was tokenized for it.
 
@@ -71,7 +94,7 @@ class Prepared:
         self.reused = reused
         self.meta = read_meta(folder)
         self._arrays: dict[str, NDArray[Any]] = {
-            name: np.memmap(folder / name, dtype=dtype, mode="r") for name, dtype in ARRAYS.items()
+            name: _map(folder / name, dtype) for name, dtype in ARRAYS.items()
         }
         self.offsets: Indices = np.asarray(self._arrays["offsets"])
         self.lengths: Indices = np.diff(self.offsets)
@@ -94,9 +117,33 @@ class Prepared:
         """Index of each token's message in the row as given, int32 [tokens]; -1 for none."""
         return self._row("sources", index)
 
+    def images(self, index: int) -> tuple[StoredImage, ...]:
+        """The images of one row, in the order of their tokens."""
+        first, last = self._arrays["row_images"][index : index + 2].tolist()
+        grids = self._arrays["image_grids"][3 * first : 3 * last].reshape(-1, 3).tolist()
+        found = []
+        for number, rows, columns in grids:
+            start, end = self._arrays["image_offsets"][number : number + 2].tolist()
+            content = self._arrays["images"][start:end].data
+            found.append(StoredImage(content, rows, columns, number))
+        return tuple(found)
+
+    @property
+    def image_spec(self) -> ImageSpec | None:
+        """How the images are brought to their grids; None where no row has an image."""
+        return ImageSpec(*self.meta["image"]) if self.meta["image"] else None
+
     def rendered(self, index: int) -> Rendered:
         """The row as the renderer made it."""
-        return Rendered(self.ids(index), self.kinds(index), self.sources(index))
+        return Rendered(
+            self.ids(index),
+            self.kinds(index),
+            self.sources(index),
+            tuple(
+                RenderedImage(image.content, image.rows, image.columns)
+                for image in self.images(index)
+            ),
+        )
 
     def line(self, index: int) -> int:
         """The line of `file(index)` on which the row starts, from 1."""
@@ -113,7 +160,7 @@ class Prepared:
 
     @cached_property
     def hashes(self) -> NDArray[np.uint64]:
-        """A hash of each row's ids, uint64 [rows]: equal for duplicates."""
+        """A hash of each row's ids and images, uint64 [rows]: equal for duplicates."""
         return np.asarray(self._arrays["hashes"])
 
     def learned_lengths(self, rule: LabelRule) -> Indices:
@@ -280,7 +327,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads((folder / META).read_text("utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in ARRAYS}
         expected = {
-            name: np.dtype(dtype).itemsize * _count(name, meta) for name, dtype in ARRAYS.items()
+            name: np.dtype(dtype).itemsize * count_elements(name, meta)
+            for name, dtype in ARRAYS.items()
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _not_prepared(folder, f"{type(error).__name__}: {error}.") from error
@@ -290,10 +338,31 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _count(name: str, meta: dict[str, Any]) -> int:
-    if name in ("ids", "kinds", "sources"):
-        return int(meta["tokens"])
-    return int(meta["rows"]) + (name == "offsets")
+def count_elements(name: str, meta: Mapping[str, Any]) -> int:
+    """How many elements the file `name` of ARRAYS has, by the counts of meta.json."""
+    match name:
+        case "ids" | "kinds" | "sources":
+            count = meta["tokens"]
+        case "offsets" | "row_images":
+            count = meta["rows"] + 1
+        case "images":
+            count = meta["image_bytes"]
+        case "image_offsets":
+            count = meta["images"] + 1
+        case "image_grids":
+            count = 3 * meta["placed_images"]
+        case "image_names":
+            count = meta["image_name_bytes"]
+        case _:
+            count = meta["rows"]
+    return int(count)
+
+
+def _map(path: Path, dtype: str) -> NDArray[Any]:
+    # An empty file cannot be mapped.
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
 
 
 def _not_prepared(folder: Path, why: str) -> WorkError:

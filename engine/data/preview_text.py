@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from engine.chat.tokenizer import ChatTokenizer
+from engine.data.preview import preview_pieces
 from engine.visible import fold, visible
 
 _UNDERLINE = ("\x1b[4m", "\x1b[24m")
@@ -71,11 +72,11 @@ def _tokens(entry: dict[str, Any], tokenizer: ChatTokenizer) -> list[_Token]:
             kind,
             label != -100,
             f"⟦{piece.removeprefix('[').removesuffix(']')}⟧"
-            if tokenizer.is_control(token_id)
+            if piece and tokenizer.is_control(token_id)
             else piece.translate(_OURS),
         )
         for token_id, piece, kind, label in zip(
-            ids, tokenizer.pieces(ids), entry["kinds"], entry["labels"], strict=True
+            ids, preview_pieces(entry, tokenizer), entry["kinds"], entry["labels"], strict=True
         )
     ]
 

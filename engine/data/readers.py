@@ -6,6 +6,7 @@ as a `RowProblem` at its line. They know nothing of conversations, folders or co
 
 import codecs
 import csv
+import glob
 import gzip
 import io
 import json
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from engine.chat.messages import RowProblem
+from engine.chat.messages.image import IMAGE_ENDINGS
 from engine.errors import UserError
 
 # A conversation with a dozen base64 photos stays below this; a file without line ends does not.
 ROW_LIMIT_BYTES = 64 * 2**20
 _BLOCK_BYTES = 2**18
 _PARQUET_BATCH_ROWS = 256
+# Of rows that hold bytes, such as images.
+_PARQUET_BATCH_BYTE_ROWS = 16
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -320,6 +324,37 @@ def _not_csv(why: str) -> RowProblem:
     )
 
 
+def read_caption(path: Path) -> Iterator[RawRow]:
+    """The one row of a .txt file beside an image of the same name: the image and its caption."""
+    size = path.stat().st_size
+    image = next(
+        other.name
+        for other in sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
+        if other.name.lower().endswith(IMAGE_ENDINGS)
+    )
+    with _open(path) as file:
+        text = file.read(ROW_LIMIT_BYTES + 1)
+    if len(text) > ROW_LIMIT_BYTES:
+        yield RawRow(1, None, _too_long(), size)
+        return
+    try:
+        caption = text.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        yield RawRow(1, None, _not_utf8(f"Byte {error.start + 1} is {error.reason}."), size)
+    else:
+        yield RawRow(1, {"image": image, "caption": caption}, None, size)
+
+
+def read_image_without_caption(path: Path) -> Iterator[RawRow]:
+    """The problem of an image in a folder where others have captions."""
+    problem = RowProblem(
+        "The image has no caption.",
+        f"There is no {path.stem}.txt beside it.",
+        "Write the caption into that file, or take the image out of the folder.",
+    )
+    yield RawRow(1, None, problem, path.stat().st_size)
+
+
 def read_parquet(path: Path) -> Iterator[RawRow]:
     """Rows of a .parquet file; `line` is the row's number.
 
@@ -332,7 +367,9 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             size, count, number = path.stat().st_size, max(1, file.metadata.num_rows), 0
-            for batch in file.iter_batches(_PARQUET_BATCH_ROWS, use_threads=False):
+            many = "binary" not in str(file.schema_arrow)
+            batch_rows = _PARQUET_BATCH_ROWS if many else _PARQUET_BATCH_BYTE_ROWS
+            for batch in file.iter_batches(batch_rows, use_threads=False):
                 for index in range(batch.num_rows):
                     number += 1
                     yield _raw(number, _parquet_row(batch, index), size * number // count)

@@ -5,7 +5,7 @@ cannot differ.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,8 @@ from engine.chat.messages import Conversation, RowFormat, RowProblem, read_row
 from engine.chat.render import Rendered, render
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig
-from engine.data.sources import SourceRow, iterate_rows
+from engine.data.images import ImageFinder, ImageName, ImageRules
+from engine.data.sources import SourceRow, iterate_rows, locate
 
 HistoryThinking = Literal["keep", "drop"]
 
@@ -34,6 +35,8 @@ class RenderedRow:
     problem: RowProblem | None = None
     conversation: Conversation | None = None
     rendered: Rendered | None = None
+    image_names: tuple[ImageName, ...] = ()
+    """Paths and URLs that the row, good or bad, named."""
 
 
 def tokenizer_name(config: RunConfig) -> str:
@@ -69,32 +72,46 @@ def iterate_rendered(
     tokenizer: ChatTokenizer | None,
     *,
     history_thinking: HistoryThinking = "keep",
+    images: ImageRules | None = None,
     skip: int = 0,
 ) -> Iterator[RenderedRow]:
     """Every row of every dataset, in order; the first `skip` are read but not rendered.
 
-    `datasets` as `effective_datasets` gives them. Raises what `iterate_rows` raises; a bad row is
-    yielded with its problem.
+    `datasets` as `effective_datasets` gives them; without `images` they are looked up in `folder`.
+    Raises what `iterate_rows` raises; a bad row is yielded with its problem.
     """
+    rules = images or ImageRules(folder)
+    tokenizer = adapt_tokenizer(tokenizer, rules) if tokenizer else None
     number = 0
     for index, dataset in enumerate(datasets):
         row_format = RowFormat.from_config(dataset)
+        finder = ImageFinder(index, locate(dataset, folder), rules)
         for source in iterate_rows(dataset, folder):
             number += 1
             if number <= skip:
                 continue
             place = (number, source.line, source.file, index, source.read_bytes)
             try:
-                conversation = _read(source, row_format)
+                conversation = finder.resolve(_read(source, row_format), source.file)
                 rendered = (
                     render(conversation, tokenizer, history_thinking=history_thinking)
                     if tokenizer
                     else None
                 )
             except RowProblem as problem:
-                yield RenderedRow(*place, problem=problem)
+                yield RenderedRow(*place, problem=problem, image_names=finder.take_names())
             else:
-                yield RenderedRow(*place, conversation=conversation, rendered=rendered)
+                names = finder.take_names()
+                yield RenderedRow(
+                    *place, conversation=conversation, rendered=rendered, image_names=names
+                )
+
+
+def adapt_tokenizer(tokenizer: ChatTokenizer, rules: ImageRules) -> ChatTokenizer:
+    """The tokenizer with its images as the rules want them."""
+    if tokenizer.image is None:
+        return tokenizer
+    return replace(tokenizer, image=rules.adapt(tokenizer.image))
 
 
 def _read(source: SourceRow, row_format: RowFormat) -> Conversation:

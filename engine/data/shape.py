@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from engine.chat.messages import Conversation, RowFormat, RowProblem, Think, read_row
+from engine.chat.messages import Conversation, Image, Part, RowFormat, RowProblem, Think, read_row
 from engine.config import DatasetConfig
 from engine.data.sources import iterate_rows
 
@@ -61,7 +61,7 @@ def read_shape(dataset: DatasetConfig, folder: Path, count: int) -> Shape:
         columns.update(dict.fromkeys(raw))
         for column, keys in _lists(raw):
             lists.setdefault(column, {}).update(dict.fromkeys(keys))
-        text = json.dumps(source.row, ensure_ascii=False, default=str)[:_SHOWN_CHARACTERS]
+        text = json.dumps(source.row, ensure_ascii=False, default=_shown)[:_SHOWN_CHARACTERS]
         messages, problem = _understand(raw, row_format, source.problem)
         rows.append(FirstRow(source.line, source.file, text, messages, problem))
     found = {column: tuple(keys) for column, keys in lists.items()}
@@ -104,11 +104,24 @@ def _messages(conversation: Conversation) -> Iterator[tuple[str, str]]:
     for message in conversation.messages:
         parts = () if isinstance(message.content, str) else message.content
         for part in parts:
-            yield ("think" if isinstance(part, Think) else message.role), part.text
+            yield ("think" if isinstance(part, Think) else message.role), _text(part)
         if isinstance(message.content, str) and (message.content or not message.tool_calls):
             yield message.role, message.content
         for call in message.tool_calls:
             yield "call", f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}"
+
+
+def _text(part: Part) -> str:
+    if not isinstance(part, Image):
+        return part.text
+    if isinstance(part.content, str):
+        return f"[image {part.content}]"
+    return f"[image of {len(part.content):,} bytes]"
+
+
+def _shown(value: object) -> str:
+    """For `json.dumps(default=...)`: pictures by their size, other values as their text."""
+    return f"<{len(value):,} bytes>" if isinstance(value, bytes) else str(value)
 
 
 def _lists(row: Mapping[str, object]) -> Iterator[tuple[str, list[str]]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.chat.messages import RowProblem
+from engine.chat.messages.image import IMAGE_ENDINGS
 from engine.config import DatasetConfig
 from engine.data import readers
 from engine.data.readers import RawRow
@@ -31,6 +32,11 @@ READERS: dict[str, Reader] = {
     ".parquet": readers.read_parquet,
 }
 KNOWN_ENDINGS = ", ".join(READERS)
+# Only in a folder of images: `_files_of` finds them there and nowhere else.
+_CAPTION_READERS: dict[str, Reader] = {
+    ".txt": readers.read_caption,
+    **dict.fromkeys(IMAGE_ENDINGS, readers.read_image_without_caption),
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -56,6 +62,13 @@ class Location:
     root: Path
     files: tuple[Path, ...]
     hub_id: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that holds the dataset, where images of its rows are first looked up."""
+        if self.hub_id is not None:
+            return None
+        return self.root if self.root.is_dir() else self.root.parent
 
     def name(self, file: Path) -> str:
         """The file's name as messages show it: relative to the folder that the dataset names."""
@@ -85,7 +98,7 @@ def locate(dataset: DatasetConfig, folder: Path) -> Location:
         path = locate_sample(dataset.path.removeprefix(SAMPLE_PREFIX))
         return Location(path, (path,))
     if os.path.isfile(root):
-        _reader_of(root)
+        _check_ending(root)
         return Location(root, (root,))
     if os.path.isdir(root):
         return Location(root, _files_of(root, dataset.data_files))
@@ -144,14 +157,16 @@ def ending_of(path: Path) -> str:
 
 
 def _reader_of(path: Path) -> Reader:
-    reader = READERS.get(ending_of(path))
-    if reader is None:
+    return READERS.get(ending_of(path)) or _CAPTION_READERS[path.suffix.lower()]
+
+
+def _check_ending(path: Path) -> None:
+    if ending_of(path) not in READERS:
         raise UserError(
             f"{path} is not a data file that we read.",
             f"Its name ends in {ending_of(path) or 'nothing'}; we read {KNOWN_ENDINGS}.",
             "Convert it to .jsonl (one JSON object a line), or rename it if it is one of these.",
         )
-    return reader
 
 
 def _files_of(root: Path, data_files: list[str] | str | None) -> tuple[Path, ...]:
@@ -164,21 +179,35 @@ def _files_of(root: Path, data_files: list[str] | str | None) -> tuple[Path, ...
     )
     if files:
         return files
+    if captioned := _captioned_images(root):
+        return captioned
     deeper = sorted(
         path.parent for path in root.glob("*/*") if path.is_file() and ending_of(path) in READERS
     )
     raise UserError(
         f"{root} holds no data file.",
-        f"A dataset folder holds files ending in {KNOWN_ENDINGS}; its subfolders are not read.",
+        f"A dataset folder holds files ending in {KNOWN_ENDINGS}, or images with a caption of the"
+        " same name in a .txt file; its subfolders are not read.",
         f"Name {deeper[0]} instead." if deeper else "Name another folder, or a file.",
     )
+
+
+def _captioned_images(root: Path) -> tuple[Path, ...]:
+    """The captions of a folder of images, with the images that lack one; none without a caption."""
+    names = {path.name for path in root.iterdir() if not path.name.startswith(".")}
+    images = sorted(name for name in names if name.lower().endswith(IMAGE_ENDINGS))
+    files = []
+    for name in images:
+        caption = f"{os.path.splitext(name)[0]}.txt"
+        files.append(root / (caption if caption in names else name))
+    return tuple(files) if any(ending_of(file) == ".txt" for file in files) else ()
 
 
 def _chosen_files(root: Path, names: list[str]) -> tuple[Path, ...]:
     for name in names:
         if not os.path.isfile(root / name):
             raise _missing(root / name, name)
-        _reader_of(root / name)
+        _check_ending(root / name)
     return tuple(root / name for name in names)
 
 

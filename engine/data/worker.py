@@ -29,8 +29,9 @@ from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.config import DatasetConfig, RunConfig
 from engine.data.checkup import check, group_problems
 from engine.data.hub import plain, resolve_revision, stream_hub
+from engine.data.images import ImageRules
 from engine.data.prepare import Progress, default_store, label_rule, prepare
-from engine.data.preview import preview_entry
+from engine.data.preview import preview_entry, preview_pieces
 from engine.data.rows import effective_datasets, iterate_rendered, tokenizer_name
 from engine.data.shape import read_shape
 from engine.data.sources import locate
@@ -153,6 +154,7 @@ class Worker:
                 *(dataset.model_dump(mode="json") for dataset in datasets),
                 *(location.stamps() for location in locations),
                 *(str(folder), tokenizer.fingerprint, config.history_thinking, asdict(rule)),
+                *(config.image_folder, config.image_size, config.image_resize_algorithm),
             ]
         )
         if key not in self._checked:
@@ -163,6 +165,7 @@ class Worker:
                 tokenizer,
                 rule=rule,
                 history_thinking=config.history_thinking,
+                images=ImageRules.from_config(config, folder),
                 progress=lambda rows, done: self._report(
                     request_id,
                     {
@@ -173,10 +176,13 @@ class Worker:
                     },
                 ),
             )
-            self._checked[key] = asdict(found) | {
+            answer = asdict(found) | {
                 "problems": group_problems(found.problems),
                 "bad_rows": len(found.problems),
             }
+            if found.images.named:  # files of their own, which may have changed when asked again
+                return answer
+            self._checked[key] = answer
             if len(self._checked) > _REMEMBERED:
                 self._checked.pop(next(iter(self._checked)))
         return self._checked[key]
@@ -194,6 +200,7 @@ class Worker:
             folder,
             tokenizer,
             history_thinking=config.history_thinking,
+            images=ImageRules.from_config(config, folder),
             skip=request.get("row", 1) - 1,
         )
         entries: list[dict[str, Any]] = []
@@ -201,7 +208,7 @@ class Worker:
         for row in islice(rows, request.get("count", _PREVIEW_ROWS)):
             self._report(request_id)
             entry = preview_entry(row, label_rule(config))
-            entry["pieces"] = list(tokenizer.pieces(entry["input_ids"]))
+            entry["pieces"] = preview_pieces(entry, tokenizer)
             entry["stored_kinds"] = row.rendered.kinds.tolist() if row.rendered else []
             entries.append(entry)
             tokens += len(entry["input_ids"])

@@ -272,12 +272,6 @@ def test_what_is_odd_but_usable_gets_a_note(row: dict[str, Any], note: str) -> N
     assert [found.id for found in read_row(row, RowFormat()).notes] == [note]
 
 
-@pytest.mark.parametrize("columns", [{"images": ["a.png"]}, {"image": "a.png"}])
-def test_a_row_with_images_is_refused(columns: dict[str, Any], read: Read) -> None:
-    with pytest.raises(RowProblem, match="images"):
-        read(USER, ANSWER, **columns)
-
-
 KEYS = (
     *("messages", "conversations", "role", "content", "from", "value", "type", "text", "thinking"),
     *("tool_calls", "tool_call_id", "id", "function", "name", "arguments", "tools", "parameters"),

@@ -179,7 +179,12 @@ TABLE: list[tuple[str, list[dict[str, Any]], dict[str, str]]] = [
     (
         "an image",
         [{"role": "user", "content": [{"type": "image_url", "image_url": "a.png"}]}, ANSWER],
-        dict.fromkeys(SPECS, "The message has an image."),
+        {
+            **dict.fromkeys(SPECS, "The image was not looked up."),
+            **dict.fromkeys(
+                ("v7", "v11"), "The message has an image, and this model reads only text."
+            ),
+        },
     ),
     (
         "thinking after text",

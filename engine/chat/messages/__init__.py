@@ -6,6 +6,7 @@ known. What only one tokenizer version refuses is left to `engine.chat.render`.
 
 from engine.chat.messages.conversation import (
     Conversation,
+    Image,
     Message,
     Note,
     Part,
@@ -20,6 +21,7 @@ from engine.chat.messages.row_format import RowFormat
 
 __all__ = [
     "Conversation",
+    "Image",
     "Message",
     "Note",
     "Part",

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 
 from engine.chat.messages.conversation import Part, RowProblem, Text, Think, ToolCall, describe
+from engine.chat.messages.image import read_image_chunk
 
 _IMAGES = ("image_url", "image", "input_image", "image_path")
 _AUDIO = ("input_audio", "audio_url", "audio")
@@ -19,7 +20,7 @@ _CALL_FIX = 'Write it as {"id": "...", "function": {"name": "...", "arguments": 
 def read_content(value: object, source: int) -> str | tuple[Part, ...]:
     """A message's content: text as it is, a list of chunks as parts.
 
-    Raises RowProblem for anything else, and for images and sound.
+    Raises RowProblem for anything else, and for sound.
     """
     if isinstance(value, str):
         return value
@@ -49,18 +50,21 @@ def _read_chunk(chunk: object, source: int) -> Part:
                 source,
             )
         return Think(read_thinking(chunk.get("thinking"), source), closed is not False)
-    if isinstance(kind, str) and kind in _IMAGES + _AUDIO:
-        what = "an image" if kind in _IMAGES else "sound"
+    if kind in _IMAGES:
+        assert isinstance(chunk, Mapping)
+        return read_image_chunk(chunk, source)
+    if isinstance(kind, str) and kind in _AUDIO:
         raise RowProblem(
-            f"The message has {what}.",
-            "Only text is read so far.",
+            "The message has sound.",
+            "Only text and images are read.",
             "Leave such rows out of this dataset.",
             source,
         )
     raise RowProblem(
         "A chunk of the content is unknown.",
         "It has no type." if kind is None else f"Its type is {describe(kind)}.",
-        'Use {"type": "text", "text": "..."} or {"type": "thinking", "thinking": "..."}.',
+        'Use {"type": "text", "text": "..."}, {"type": "image", "path": "..."} or '
+        '{"type": "thinking", "thinking": "..."}.',
         source,
     )
 

@@ -41,7 +41,18 @@ class Think:
     closed: bool = True
 
 
-Part: TypeAlias = Text | Think
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture: the bytes of its file, or, until it was looked up, a path or an http(s) URL.
+
+    `size` is its (width, height) in pixels once the bytes were checked.
+    """
+
+    content: bytes | str
+    size: tuple[int, int] | None = None
+
+
+Part: TypeAlias = Text | Think | Image
 
 
 @dataclass(frozen=True, slots=True)

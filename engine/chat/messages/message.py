@@ -14,6 +14,7 @@ from engine.chat.messages.content import (
     read_tool_calls,
 )
 from engine.chat.messages.conversation import (
+    Image,
     Message,
     Note,
     Part,
@@ -56,6 +57,7 @@ class MessageReader:
         has_ids = "from" not in value and name not in _RESULT_ROLES_WITHOUT_ID
         if speaker == "assistant":
             content, calls = self._read_assistant(value, source)
+            _refuse_images(content, speaker, source)
             return Message("assistant", content, calls, None, source, learn)
         if speaker == "call":
             calls = self._number(self._read_call_content(value, source), source)
@@ -69,6 +71,8 @@ class MessageReader:
             )
         if speaker == "user":
             content = _no_thinking(content, speaker, source)
+        else:
+            _refuse_images(content, speaker, source)
         return Message(speaker, content, (), None, source, learn)
 
     def _read_role(self, message: Mapping[str, object], source: int) -> tuple[str, Speaker]:
@@ -226,6 +230,16 @@ def _no_thinking(
             source,
         )
     return content
+
+
+def _refuse_images(content: str | tuple[Part, ...], role: Role, source: int) -> None:
+    if not isinstance(content, str) and any(isinstance(part, Image) for part in content):
+        raise RowProblem(
+            f"The {role} message has an image.",
+            "Only a user and a tool show images; the models write text.",
+            "Move the image to the user's message.",
+            source,
+        )
 
 
 def describe_keys(mapping: Mapping[str, object]) -> str:

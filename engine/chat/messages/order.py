@@ -132,7 +132,7 @@ def _check_turn(turn: Sequence[Message]) -> None:
     for message in turn:
         content = message.content
         for part in (Text(content),) if isinstance(content, str) else content:
-            if open_thinking is not None and (isinstance(part, Think) or part.text):
+            if open_thinking is not None and (not isinstance(part, Text) or part.text):
                 raise RowProblem(
                     "Unclosed thinking is followed by more.",
                     "Nothing would mark where the thinking ends and the answer begins.",
@@ -146,7 +146,7 @@ def _check_turn(turn: Sequence[Message]) -> None:
 def _has_content(message: Message) -> bool:
     if isinstance(message.content, str):
         return bool(message.content)
-    return any(isinstance(part, Think) or part.text for part in message.content)
+    return any(not isinstance(part, Text) or part.text for part in message.content)
 
 
 def _note_blank(turn: Sequence[Message]) -> Iterator[Note]:

@@ -1,7 +1,7 @@
 """One row of a dataset to one `Conversation`.
 
-It decides where a row keeps its messages: in a list, in a JSON string, or in two columns such as
-question and answer. What a message says is for `message`, in which order for `order`.
+It decides where a row keeps its messages: in a list, in a JSON string, or in columns such as
+question, answer and image. What a message says is for `message`, in which order for `order`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from engine.chat.messages.content import parse_json
 from engine.chat.messages.conversation import (
     Conversation,
+    Image,
     Message,
     Note,
     RowProblem,
     Think,
     describe,
 )
+from engine.chat.messages.image import looks_like_image
+from engine.chat.messages.image_column import place_images, read_images
 from engine.chat.messages.message import MessageReader, describe_keys
 from engine.chat.messages.order import check_order, trim
 from engine.chat.messages.row_format import DEFAULT_FIELD_MESSAGES, RowFormat
@@ -28,7 +31,10 @@ _QUESTION_AND_ANSWER = (
     ("prompt", "response"),
     ("question", "answer"),
 )
+_CAPTIONS = ("caption", "text")
 _IMAGE_COLUMNS = ("images", "image")
+# In tables: names that hold an image in some datasets and a text about one in others.
+_PERHAPS_IMAGE_COLUMNS = ("image_id", "image_path", "image_url", "img", "picture", "file_name")
 
 
 def read_row(row: Mapping[str, object], row_format: RowFormat) -> Conversation:
@@ -36,13 +42,6 @@ def read_row(row: Mapping[str, object], row_format: RowFormat) -> Conversation:
 
     Raises RowProblem, and nothing else, whatever JSON the row holds.
     """
-    for column in _IMAGE_COLUMNS:
-        if row.get(column):
-            raise RowProblem(
-                "The row has images.",
-                f"They are in the column {column}, and only text is read so far.",
-                "Leave such rows out of this dataset.",
-            )
     reader = MessageReader(row_format)
     kept, trimmed = trim(_read_messages(row, row_format, reader))
     notes = [*reader.notes, *([trimmed] if trimmed else ()), *check_order(kept)]
@@ -59,10 +58,12 @@ def _read_messages(
     row: Mapping[str, object], row_format: RowFormat, reader: MessageReader
 ) -> Sequence[Message]:
     listed = _find_list(row, row_format)
+    column, images = _find_images(row, row_format, table=listed is None)
     if listed is None:
-        messages = _read_columns(row, row_format)
+        messages = _read_columns(row, row_format, shows_image=bool(images))
     else:
         messages = [reader.read(message, index) for index, message in enumerate(listed)]
+    messages = place_images(messages, images, column)
     system = row.get("system")
     if not system or (messages and messages[0].role == "system"):
         return messages
@@ -96,19 +97,29 @@ def _find_list(row: Mapping[str, object], row_format: RowFormat) -> Sequence[obj
     return None
 
 
-def _read_columns(row: Mapping[str, object], row_format: RowFormat) -> Sequence[Message]:
-    for question, answer in _QUESTION_AND_ANSWER:
-        if row.get(question) is not None and row.get(answer) is not None:
-            break
-    else:
-        raise RowProblem(
-            "The row has no messages.",
-            f"It has no {row_format.field_messages}; its columns are {describe_keys(row)}.",
-            "Name the column in field_messages, or use columns such as question and answer.",
-        )
+def _find_images(
+    row: Mapping[str, object], row_format: RowFormat, table: bool
+) -> tuple[str, tuple[Image, ...]]:
+    """The column that holds the row's images, and these; "" and none where there is none."""
+    chosen = row_format.field_image
+    for column in (chosen,) if chosen is not None else _IMAGE_COLUMNS:
+        if row.get(column):
+            return column, read_images(row[column], column)
+    if table and chosen is None:
+        for column in _PERHAPS_IMAGE_COLUMNS:
+            if looks_like_image(row.get(column)):
+                return column, read_images(row[column], column)
+    return "", ()
+
+
+def _read_columns(
+    row: Mapping[str, object], row_format: RowFormat, shows_image: bool
+) -> Sequence[Message]:
+    question, answer = _find_columns(row, row_format, shows_image)
+    columns = (question, "input", answer) if question == "instruction" else (question, answer)
     texts = []
-    for column in (question, "input", answer) if question == "instruction" else (question, answer):
-        value = row.get(column, "") if column == "input" else row[column]
+    for column in columns:
+        value = row.get(column, "") if column in ("input", "") else row[column]
         if value is not None and not isinstance(value, str):
             raise RowProblem(
                 f"The column {column} is not text.",
@@ -118,6 +129,27 @@ def _read_columns(row: Mapping[str, object], row_format: RowFormat) -> Sequence[
         texts.append(value)
     asked = "\n\n".join(text for text in texts[:-1] if text)
     return [Message("user", asked), Message("assistant", texts[-1] or "")]
+
+
+def _find_columns(
+    row: Mapping[str, object], row_format: RowFormat, shows_image: bool
+) -> tuple[str, str]:
+    """The columns of the question, "" for an image with a caption alone, and of the answer."""
+    asks, answers = row_format.field_question, row_format.field_answer
+    for question, answer in _QUESTION_AND_ANSWER:
+        pair = (asks or question, answers or answer)
+        if all(row.get(column) is not None for column in pair):
+            return pair
+    if shows_image and asks is None:
+        for answer in (answers,) if answers else _CAPTIONS:
+            if row.get(answer) is not None:
+                return "", answer
+    raise RowProblem(
+        "The row has no messages.",
+        f"It has no {row_format.field_messages}; its columns are {describe_keys(row)}.",
+        "Name the column in field_messages, or use columns such as question and answer, or name "
+        "yours in field_question and field_answer.",
+    )
 
 
 def _read_effort(row: Mapping[str, object], row_format: RowFormat) -> str | None:

@@ -59,6 +59,9 @@ class RowFormat:
     message_field_training: str | None = None
     reasoning_effort: str | None = None
     """The effort of rows that name none."""
+    field_image: str | None = None
+    field_question: str | None = None
+    field_answer: str | None = None
 
     @classmethod
     def from_config(
@@ -84,6 +87,9 @@ class RowFormat:
             message_property_mappings=mappings,
             roles=_read_roles(dataset.roles or {}),
             message_field_training=dataset.message_field_training,
+            field_image=dataset.field_image,
+            field_question=dataset.field_question,
+            field_answer=dataset.field_answer,
             reasoning_effort=_read_effort(
                 {**(chat_template_kwargs or {}), **(dataset.chat_template_kwargs or {})}
             ),

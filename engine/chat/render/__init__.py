@@ -16,6 +16,7 @@ from engine.chat.render.kinds import (
     Kind,
     LabelRule,
     Rendered,
+    RenderedImage,
     count_learned,
     labels,
     learned,
@@ -33,6 +34,7 @@ __all__ = [
     "Kind",
     "LabelRule",
     "Rendered",
+    "RenderedImage",
     "count_learned",
     "labels",
     "learned",
@@ -42,7 +44,7 @@ __all__ = [
 ]
 
 # Part of the key of prepared arrays: raised when any conversation gives other arrays than before.
-RENDERER_VERSION = 1
+RENDERER_VERSION = 2
 
 
 def render(

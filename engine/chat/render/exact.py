@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 from mistral_common.exceptions import MistralCommonException
-from mistral_common.protocol.instruct.chunk import ContentChunk, TextChunk, ThinkChunk
+from mistral_common.protocol.instruct.chunk import (
+    ContentChunk,
+    ImageURLChunk,
+    TextChunk,
+    ThinkChunk,
+)
 from mistral_common.protocol.instruct.messages import (
     AssistantMessage,
     SystemMessage,
@@ -21,9 +26,10 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import FunctionCall, Tool, ToolCall
 from pydantic import ValidationError
 
-from engine.chat.messages import Conversation, Message, RowProblem, Text
-from engine.chat.render.kinds import WITHHELD, Kind, Kinds, Rendered
-from engine.chat.tokenizer.chat_tokenizer import ChatTokenizer
+from engine.chat.messages import Conversation, Image, Message, Part, RowProblem, Text, Think
+from engine.chat.render.image_run import measure
+from engine.chat.render.kinds import WITHHELD, Kind, Kinds, Rendered, RenderedImage
+from engine.chat.tokenizer.chat_tokenizer import ChatTokenizer, grid_url
 
 # What mistral-common raises at a conversation that it refuses; asserts are among its checks.
 _REFUSALS = (MistralCommonException, ValidationError, ValueError, AssertionError, RecursionError)
@@ -41,26 +47,32 @@ def encode_exact(conversation: Conversation, tokenizer: ChatTokenizer) -> Render
         ) from error
 
 
-def to_request(conversation: Conversation) -> ChatCompletionRequest[Any]:
+def to_request(conversation: Conversation, tokenizer: ChatTokenizer) -> ChatCompletionRequest[Any]:
     """The request that mistral-common would encode for a settled conversation."""
     return ChatCompletionRequest(
-        messages=[_to_mistral(message) for message in conversation.messages],
+        messages=[_to_mistral(message, tokenizer) for message in conversation.messages],
         tools=[Tool.model_validate(tool) for tool in conversation.tools] or None,
         reasoning_effort=conversation.reasoning_effort,  # type: ignore[arg-type]
     )
 
 
-def _to_mistral(message: Message) -> Any:
+def _to_chunk(part: Part, tokenizer: ChatTokenizer, source: int) -> ContentChunk:
+    match part:
+        case Text():
+            return TextChunk(text=part.text)
+        case Think():
+            return ThinkChunk(thinking=part.text, closed=part.closed)
+        case Image():
+            image = measure(part, tokenizer, source)
+            return ImageURLChunk(image_url=grid_url(image.rows, image.columns))
+
+
+def _to_mistral(message: Message, tokenizer: ChatTokenizer) -> Any:
     content: str | list[ContentChunk]
     if isinstance(message.content, str):
         content = message.content
     else:
-        content = [
-            TextChunk(text=part.text)
-            if isinstance(part, Text)
-            else ThinkChunk(thinking=part.text, closed=part.closed)
-            for part in message.content
-        ]
+        content = [_to_chunk(part, tokenizer, message.source) for part in message.content]
     match message.role:
         case "user":
             return UserMessage(content=content)
@@ -82,7 +94,8 @@ def _to_mistral(message: Message) -> Any:
 def _encode(conversation: Conversation, tokenizer: ChatTokenizer) -> Rendered:
     mistral = tokenizer.mistral
     encoder: Any = mistral.instruct_tokenizer
-    request = mistral._chat_completion_request_validator.validate_request(to_request(conversation))
+    asked = to_request(conversation, tokenizer)
+    request = mistral._chat_completion_request_validator.validate_request(asked)
     instruct = mistral._instruct_request_normalizer.from_chat_completion_request(request)
     encoder.validate_messages(instruct.messages)
     turns = _group_turns(conversation.messages, tokenizer.version)
@@ -112,7 +125,24 @@ def _encode(conversation: Conversation, tokenizer: ChatTokenizer) -> Rendered:
         ids += tokens
         kinds.append(_find_kinds(tokens, message, tokenizer) | np.uint8(mark))
         sources.append(np.full(len(tokens), turn[-1].source, np.int32))
-    return Rendered(np.array(ids, np.uint32), np.concatenate(kinds), np.concatenate(sources))
+    return Rendered(
+        np.array(ids, np.uint32),
+        np.concatenate(kinds),
+        np.concatenate(sources),
+        _images(turns, tokenizer),
+    )
+
+
+def _images(
+    turns: list[tuple[Message, ...]], tokenizer: ChatTokenizer
+) -> tuple[RenderedImage, ...]:
+    return tuple(
+        measure(part, tokenizer, message.source)
+        for turn in turns
+        for message in turn
+        for part in message.content
+        if isinstance(part, Image)
+    )
 
 
 def _group_turns(messages: tuple[Message, ...], version: str) -> list[tuple[Message, ...]]:
@@ -141,8 +171,11 @@ def _find_kinds(tokens: list[int], message: Any, tokenizer: ChatTokenizer) -> Ki
     special = tokenizer.specials
     if isinstance(message, SystemMessage):
         return np.full(len(tokens), Kind.SYSTEM, np.uint8)
+    shown = (special.image, special.image_break, special.image_end)
     if isinstance(message, ToolMessage):
-        return np.full(len(tokens), Kind.TOOL_RESULT, np.uint8)
+        kinds = np.full(len(tokens), Kind.TOOL_RESULT, np.uint8)
+        kinds[np.isin(tokens, [token for token in shown if token is not None])] = Kind.IMAGE
+        return kinds
     switches: dict[int | None, Kind] = {
         special.tools: Kind.TOOLS,
         special.settings: Kind.SETTINGS,
@@ -155,7 +188,7 @@ def _find_kinds(tokens: list[int], message: Any, tokenizer: ChatTokenizer) -> Ki
     kinds = np.empty(len(tokens), np.uint8)
     for index, token in enumerate(tokens):
         kind = switches.get(token, kind)
-        kinds[index] = kind
+        kinds[index] = Kind.IMAGE if token in shown else kind
         if token == special.end_think:
             kind = Kind.TEXT
     return kinds

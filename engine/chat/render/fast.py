@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from engine.chat.messages import Conversation, Message, Part, Text, ToolCall
-from engine.chat.render.kinds import WITHHELD, Kind, Rendered
+from engine.chat.messages import Conversation, Image, Message, Part, Text, Think, ToolCall
+from engine.chat.render.image_run import image_first, measure
+from engine.chat.render.kinds import WITHHELD, Kind, Rendered, RenderedImage
 from engine.chat.render.rules import check_tools, check_version, write_json
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 FAST_VERSIONS = frozenset({"v7", "v11", "v13", "v15"})
 
 # Plain integers: numpy reads a list of IntEnum members ten times slower.
-_BOS, _SYSTEM, _TOOLS, _SETTINGS, _USER, _, _RESULT, _TEXT, _THINK, _CALL, _EOS = map(int, Kind)
+_BOS, _SYSTEM, _TOOLS, _SETTINGS, _USER, _IMAGE = map(int, tuple(Kind)[:6])
+_RESULT, _TEXT, _THINK, _CALL, _EOS = map(int, tuple(Kind)[6:])
 _JOIN = "\n\n"
 
 # What one call writes: control tokens by id, texts as strings.
@@ -71,6 +73,7 @@ class _Page:
         "_chunk_join",
         "_conversation",
         "_ids",
+        "_images",
         "_kinds",
         "_lengths",
         "_offset",
@@ -91,6 +94,7 @@ class _Page:
         self._writes_ids = tokenizer.version in ("v7", "v11")
         self._offset = tokenizer.first_text_id
         self._ids: list[int] = []
+        self._images: list[RenderedImage] = []
         self._lengths: list[int] = []
         self._kinds: list[int] = []
         self._sources: list[int] = []
@@ -136,8 +140,32 @@ class _Page:
         if with_tools:
             self._write_tools(mark, source)
         content = self._join(turn)
-        assert isinstance(content, str)
-        self.write(_USER | mark, source, special.inst, content, special.end_inst)
+        if isinstance(content, str):
+            self.write(_USER | mark, source, special.inst, content, special.end_inst)
+            return
+        self.write(_USER | mark, source, special.inst)
+        self._write_shown(_USER, mark, source, image_first(content))
+        self.write(_USER | mark, source, special.end_inst)
+
+    def _write_shown(self, kind: int, mark: int, source: int, parts: Sequence[Part]) -> None:
+        """Texts and images of a user or a tool."""
+        for part in parts:
+            if isinstance(part, Image):
+                self._write_image(measure(part, self._tokenizer, source), mark, source)
+            else:
+                self.write(kind | mark, source, part.text)
+
+    def _write_image(self, image: RenderedImage, mark: int, source: int) -> None:
+        special = self._tokenizer.specials
+        assert special.image is not None
+        assert special.image_break is not None
+        assert special.image_end is not None
+        before = len(self._ids)
+        line = [special.image] * image.columns + [special.image_break]
+        self._ids += [token - self._offset for token in line] * image.rows
+        self._ids[-1] = special.image_end - self._offset
+        self._close_run(_IMAGE | mark, source, before)
+        self._images.append(image)
 
     def _write_tools(self, mark: int, source: int) -> None:
         special = self._tokenizer.specials
@@ -159,7 +187,7 @@ class _Page:
             self.write(_TEXT | mark, source, content.rstrip(" "))
         else:
             for part in content:
-                kind = _TEXT if isinstance(part, Text) else _THINK
+                kind = _THINK if isinstance(part, Think) else _TEXT
                 self.write(kind | mark, source, *self._pieces(part))
         if calls:
             self.write(_CALL | mark, source, *self._call_pieces(calls, source))
@@ -169,6 +197,7 @@ class _Page:
         special = self._tokenizer.specials
         if isinstance(part, Text):
             return (part.text,)
+        assert isinstance(part, Think)
         assert special.think is not None
         assert special.end_think is not None
         opened = (special.think, part.text)
@@ -201,17 +230,21 @@ class _Page:
             place = {call.id: index for index, call in enumerate(calls)}
             turn = sorted(turn, key=lambda message: place[message.tool_call_id])
         for message in turn:
-            content = self._join((message,))
-            assert isinstance(content, str)
+            content, mark = self._join((message,)), _mark((message,))
+            if not isinstance(content, str):
+                self.write(_RESULT | mark, message.source, special.results)
+                self._write_shown(_RESULT, mark, message.source, content)
+                self.write(_RESULT | mark, message.source, special.end_results)
+                continue
             pieces: tuple[Piece, ...] = (content,)
             if self._writes_ids:
                 assert message.tool_call_id is not None
                 pieces = (message.tool_call_id, special.result_content, content)
-            kind = _RESULT | _mark((message,))
+            kind = _RESULT | mark
             self.write(kind, message.source, special.results, *pieces, special.end_results)
 
     def _join(self, turn: Sequence[Message]) -> str | list[Part]:
-        """The content of a turn: one text, or parts where there is thinking among it."""
+        """The content of a turn: one text, or parts where thinking or images are among it."""
         first = turn[0].content
         if len(turn) == 1 and isinstance(first, str):
             return first
@@ -241,6 +274,7 @@ class _Page:
             ids.view(np.uint32),
             np.array(self._kinds, np.uint8).repeat(lengths),
             np.array(self._sources, np.int32).repeat(lengths),
+            tuple(self._images),
         )
 
 

@@ -44,9 +44,23 @@ class Kind(IntEnum):
         return self.name.lower()
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedImage:
+    """An image behind a run of image tokens: the bytes of its file, and its grid of tokens."""
+
+    content: bytes | memoryview
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the run: each row of the grid ends with one more."""
+        return self.rows * (self.columns + 1)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rendered:
-    """One conversation as tokens: three arrays of one length.
+    """One conversation as tokens: three arrays of one length, and its images in their order.
 
     `kinds` holds a `Kind`, with `WITHHELD` set where the row keeps the message out of the loss;
     `sources` the index of the message in the row as given, -1 for tokens of none.
@@ -55,6 +69,7 @@ class Rendered:
     input_ids: Ids
     kinds: Kinds
     sources: Sources
+    images: tuple[RenderedImage, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -113,4 +128,14 @@ def truncate(
         return None
     if end == len(rendered):
         return rendered
-    return Rendered(rendered.input_ids[:end], rendered.kinds[:end], rendered.sources[:end])
+    left = int(np.count_nonzero(kinds[:end] == Kind.IMAGE)) if rendered.images else 0
+    whole = 0
+    while whole < len(rendered.images) and left >= rendered.images[whole].tokens:
+        left -= rendered.images[whole].tokens
+        whole += 1
+    return Rendered(
+        rendered.input_ids[:end],
+        rendered.kinds[:end],
+        rendered.sources[:end],
+        rendered.images[:whole],
+    )

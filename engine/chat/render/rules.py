@@ -10,7 +10,7 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from engine.chat.messages import Conversation, Message, RowProblem, Think
+from engine.chat.messages import Conversation, Image, Message, RowProblem, Think
 from engine.chat.messages.conversation import describe
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _SHORT_ID = re.compile(r"^[a-zA-Z0-9]{9}$")
 _SHORT_ID_VERSIONS = ("v7", "v11")
 _THINKING_SYSTEM_VERSION = "v13"
+_IMAGE_RESULT_VERSION = "v15"
 
 
 def check_version(conversation: Conversation, tokenizer: "ChatTokenizer") -> None:
@@ -27,11 +28,12 @@ def check_version(conversation: Conversation, tokenizer: "ChatTokenizer") -> Non
     last = conversation.messages[-1]
     answered = False
     for message in conversation.messages:
+        if not isinstance(message.content, str):
+            _check_images(message, tokenizer)
+            _check_thinking(message, tokenizer)
         if message.role == "tool":
             answered = True
             _check_result_id(message, tokenizer.version)
-        elif not isinstance(message.content, str):
-            _check_thinking(message, tokenizer)
         for call in message.tool_calls:
             _check_call_id(call.id, message, message is last, tokenizer.version)
     if tokenizer.version != "v7" and (answered or any(m.tool_calls for m in conversation.messages)):
@@ -53,6 +55,26 @@ def _check_effort(conversation: Conversation, tokenizer: "ChatTokenizer") -> Non
         f"Its tokenizer is {tokenizer.version}; settings came with v15.",
         "Ask for none: not in the row, in chat_template_kwargs or on the command line.",
     )
+
+
+def _check_images(message: Message, tokenizer: "ChatTokenizer") -> None:
+    if not any(isinstance(part, Image) for part in message.content):
+        return
+    if tokenizer.image is None:
+        raise RowProblem(
+            "The message has an image, and this model reads only text.",
+            f"Its tokenizer ({tokenizer.version}) says of no size how many tokens an image takes.",
+            "Choose a model that reads images, such as ministral-3-8b, or delete the row.",
+            message.source,
+        )
+    if message.role == "tool" and tokenizer.version != _IMAGE_RESULT_VERSION:
+        raise RowProblem(
+            "The tool result has an image.",
+            f"The model's tokenizer is {tokenizer.version}; results with images came with"
+            f" {_IMAGE_RESULT_VERSION}.",
+            "Move the image to a user message, or write the result as text.",
+            message.source,
+        )
 
 
 def _check_thinking(message: Message, tokenizer: "ChatTokenizer") -> None:

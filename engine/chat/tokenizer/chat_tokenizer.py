@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
 from mistral_common.tokens.tokenizers import instruct
@@ -19,14 +20,17 @@ from mistral_common.tokens.tokenizers.base import (
     SpecialTokens,
     TokenizerVersion,
 )
+from mistral_common.tokens.tokenizers.image import ImageEncoder, ImageEncoding
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer, load_image_encoder
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
+from engine.chat.images import ImageSpec
 from engine.visible import visible
 
 # Long system prompts and tool lists repeat from row to row; a few hundred are enough to hold
 # those of a mixed dataset and too few to matter in memory.
 _REPEATED_TEXTS = 256
+_GRID_URL = "grid:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,8 @@ class ChatTokenizer:
     efforts: tuple[str, ...]
     """The values of reasoning_effort that it has settings for."""
     default_effort: str | None
+    image: ImageSpec | None
+    """How images become tokens; None for a model that reads only text."""
     encode_ordinary: Callable[[str], list[int]]
     """Text to ranks; control tokens never come of it."""
     encode_repeated: Callable[[str], tuple[int, ...]]
@@ -115,6 +121,32 @@ class ChatTokenizer:
         return tekken.id_to_byte_piece(int(token_id), SpecialTokenPolicy.KEEP)
 
 
+def grid_url(rows: int, columns: int) -> str:
+    """An image for `ChatTokenizer.mistral` of which only the grid matters."""
+    return f"{_GRID_URL}{rows}x{columns}"
+
+
+class _GridEncoder(ImageEncoder):
+    """mistral-common's, which makes the pixels too and needs OpenCV for them, not for a grid."""
+
+    def __call__(self, content: Any) -> ImageEncoding:
+        url = content.get_url() if content.type == "image_url" else ""
+        if not url.startswith(_GRID_URL):
+            return super().__call__(content)
+        rows, columns = map(int, url.removeprefix(_GRID_URL).split("x"))
+        special = self.special_ids
+        tokens = ([special.img] * columns + [special.img_break]) * rows
+        tokens[-1] = special.img_end
+        return ImageEncoding(tokens, np.empty((3, 0, 0), np.float32))
+
+
+def _load_image_encoder(tekken: Tekkenizer) -> ImageEncoder | None:
+    if tekken.image is None:
+        return None
+    found = load_image_encoder(tekken.image, tekken)
+    return _GridEncoder(found.image_config, found.special_ids)
+
+
 def _show(piece: bytes) -> str:
     text = piece.decode("utf-8", errors="surrogateescape")
     if any("\udc80" <= letter <= "\udcff" for letter in text):
@@ -142,7 +174,7 @@ def assemble(tekken: Tekkenizer) -> ChatTokenizer:
     builder = tekken.model_settings_builder
     if tekken.version.supports_model_settings and builder is None:
         raise ValueError(f"{tekken.version.value} needs a model_settings_builder")
-    image_encoder = load_image_encoder(tekken.image, tekken) if tekken.image else None
+    image_encoder = _load_image_encoder(tekken)
     encoder = getattr(instruct, f"InstructTokenizer{tekken.version.value.upper()}")
     mistral: MistralTokenizer[Any, Any, Any, Any, Any] = MistralTokenizer(
         encoder(tekken, image_encoder=image_encoder),
@@ -160,6 +192,13 @@ def assemble(tekken: Tekkenizer) -> ChatTokenizer:
         fingerprint=_fingerprint(tekken),
         efforts=tuple(str(value) for value in effort.values) if effort else (),
         default_effort=str(effort.default) if effort else None,
+        image=ImageSpec(
+            tekken.image.image_patch_size,
+            tekken.image.max_image_size,
+            tekken.image.spatial_merge_size,
+        )
+        if tekken.image
+        else None,
         encode_ordinary=ranks,
         encode_repeated=lru_cache(_REPEATED_TEXTS)(lambda text: tuple(ranks(text))),
     )

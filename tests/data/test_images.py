@@ -1,0 +1,280 @@
+"""Where images of rows may be, what is refused, and what check and preview say of them."""
+
+import http.server
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from engine.chat.render import LabelRule
+from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, build_tokenizer
+from engine.config import DatasetConfig, RunConfig
+from engine.data.checkup import check, image_sentence
+from engine.data.image_fetch import find_fetched
+from engine.data.images import ImageRules
+from engine.data.preview import preview_entry, preview_pieces
+from engine.data.preview_text import row_text
+from engine.data.rows import RenderedRow, iterate_rendered
+from engine.data.shape import read_shape
+from engine.errors import UserError, WorkError
+from tests.chat.pictures import png
+
+
+@pytest.fixture(scope="module")
+def seeing() -> ChatTokenizer:
+    return build_tokenizer(TokenizerSpec("v13", think=True, image=(14, 1540, 2)))
+
+
+def about(*names: object, **columns: object) -> dict[str, object]:
+    """A row that asks about images by their names."""
+    chunks = [{"type": "image", "path": name} for name in names]
+    content = [*chunks, {"type": "text", "text": "What is it?"}]
+    return {
+        "messages": [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": "A cat."},
+        ],
+        **columns,
+    }
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A dataset's folder with one image, beside a folder of others."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "cat.png").write_bytes(png(60, 40))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "dog.png").write_bytes(png(20, 20))
+    (tmp_path / "secret.png").write_bytes(png(20, 20))
+    return folder
+
+
+@pytest.fixture
+def read(data: Path) -> Callable[..., list[RenderedRow]]:
+    def read_rows(*rows: object, rules: ImageRules | None = None, **keys: Any) -> list[RenderedRow]:
+        path = data / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        dataset = DatasetConfig(path=str(path), **keys)
+        return list(iterate_rendered([dataset], data, None, images=rules))
+
+    return read_rows
+
+
+def images_of(row: RenderedRow) -> list[Any]:
+    assert row.problem is None, str(row.problem)
+    assert row.conversation is not None
+    return list(row.conversation.messages[0].content[:-1])
+
+
+class TestPlaces:
+    def test_the_datasets_folder_comes_first_and_image_folder_after_it(self, data, read):
+        photos = data.parent / "photos"
+        (photos / "cat.png").write_bytes(b"not this one")
+        rows = read(about("cat.png", "dog.png"), rules=ImageRules(photos))
+        assert [image.size for image in images_of(rows[0])] == [(60, 40), (20, 20)]
+
+    @pytest.mark.parametrize("form", ["{}", "file://{}"])
+    def test_an_absolute_path_inside_them_is_read(self, data, read, form):
+        (row,) = read(about(form.format(data / "cat.png")), rules=ImageRules(data))
+        assert images_of(row)[0].size == (60, 40)
+
+    def test_a_file_in_a_subfolder_finds_images_beside_it(self, data):
+        (data / "part").mkdir()
+        (data / "part" / "own.png").write_bytes(png(30, 30))
+        (data / "part" / "rows.jsonl").write_text(json.dumps(about("own.png")), "utf-8")
+        dataset = DatasetConfig(path=str(data), data_files="part/rows.jsonl")
+        (row,) = iterate_rendered([dataset], data, None)
+        assert images_of(row)[0].size == (30, 30)
+
+    @pytest.mark.parametrize("how", ["dots", "absolute", "link", "file URL"])
+    def test_nothing_outside_is_read(self, data, read, how):
+        secret = data.parent / "secret.png"
+        (data / "link.png").symlink_to(secret)
+        names = {"dots": "../secret.png", "absolute": str(secret), "link": "link.png"}
+        (row,) = read(about(names.get(how, f"file://{secret}")), rules=ImageRules(data))
+        assert "is outside the dataset" in row.problem.what
+        assert "image_folder" in row.problem.fix
+        assert row.problem.message == 0
+        (row,) = read(about(names.get(how, f"file://{secret}")), rules=ImageRules(data.parent))
+        assert images_of(row)[0].size == (20, 20)
+
+    def test_image_folder_of_a_config(self, data):
+        config = RunConfig(base_model="any", image_folder="photos", image_size=[300, 200])
+        rules = ImageRules.from_config(config, data.parent)
+        assert (rules.folder, rules.longest) == (data.parent / "photos", 300)
+        with pytest.raises(UserError, match="There is no folder none"):
+            ImageRules.from_config(RunConfig(base_model="any", image_folder="none"), data)
+
+
+class TestRefusals:
+    def test_each_bad_image_costs_its_row_and_names_the_repair(self, data, read):
+        (data / "cut.png").write_bytes(png(300, 300)[:900])
+        (data / "page.png").write_bytes(b"<html>")
+        (data / "large.png").write_bytes(bytes(20_000_001))
+        (data / "folder.png").mkdir()
+        os.mkfifo(data / "pipe.png")
+        wanted = {
+            "none.png": "There is no image",
+            "cut.png": "damaged",
+            "page.png": "cannot be read",
+            "large.png": "too many bytes",
+            "folder.png": "no file",
+            "pipe.png": "no file",
+            "s3://bucket/a.png": "kind that is not read",
+            "a\0b.png": "There is no image",
+            "x" * 4000: "There is no image",
+        }
+        rows = read(*(about("cat.png", name) for name in wanted), about("cat.png"))
+        for row, words in zip(rows, wanted.values(), strict=False):
+            assert words in row.problem.what
+            assert row.problem.message == 0
+        assert images_of(rows[-1])
+
+    def test_the_web_is_not_asked_while_looking(self, read):
+        (row,) = read(about("http://127.0.0.1:9/cat.png"))
+        assert "was not fetched" in row.problem.what
+        assert "windtunnel prepare" in row.problem.fix
+
+
+class TestFetching:
+    @pytest.fixture(autouse=True)
+    def own_cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    @pytest.fixture
+    def site(self) -> Iterator[tuple[str, list[str]]]:
+        asked: list[str] = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                elsewhere = {"/away": "file:///etc/hostname", "/ftp": "ftp://127.0.0.1/cat.png"}
+                if self.path in elsewhere:
+                    self.send_response(302)
+                    self.send_header("Location", elsewhere[self.path])
+                    self.end_headers()
+                    return
+                bodies = {"/cat.png": png(), "/page": b"<html>", "/large": bytes(21_000_000)}
+                self.send_response(
+                    503 if self.path == "/busy" else 200 if self.path in bodies else 404
+                )
+                self.end_headers()
+                self.wfile.write(bodies.get(self.path, b""))
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        server.server_close()
+
+    def test_an_image_is_fetched_once_and_then_known(self, read, data, site):
+        url, asked = site
+        row = about(f"{url}/cat.png")
+        assert images_of(read(row, row, rules=ImageRules(data, fetch=True))[1])[0].size == (60, 40)
+        assert asked == ["/cat.png"]
+        assert images_of(read(row)[0])
+        assert asked == ["/cat.png"]
+
+    @pytest.mark.parametrize(
+        ("path", "words"),
+        [
+            ("/gone", "cannot be fetched"),
+            ("/page", "cannot be read"),
+            ("/large", "too many bytes"),
+            ("/away", "cannot be fetched"),
+            ("/ftp", "URL is none"),
+        ],
+    )
+    def test_what_is_no_image_is_a_bad_row_and_is_not_kept(self, read, data, site, path, words):
+        (row,) = read(about(site[0] + path), rules=ImageRules(data, fetch=True))
+        assert words in row.problem.what
+        assert find_fetched(site[0] + path) is None
+
+    def test_a_server_that_does_not_answer_stops_the_work(self, read, data, site):
+        for url in (site[0] + "/busy", "http://127.0.0.1:9/cat.png"):
+            with pytest.raises(WorkError, match="could not be fetched"):
+                read(about(url), rules=ImageRules(data, fetch=True))
+
+
+class TestSources:
+    def test_a_parquet_column_of_images(self, data, seeing):
+        table = pa.table(
+            {
+                "image_id": [
+                    {"bytes": png(60, 40), "path": "a.png"},
+                    {"bytes": None, "path": "cat.png"},
+                ],
+                "question": ["What?", "And?"],
+                "answer": ["A lung.", "A cat."],
+            }
+        )
+        parquet.write_table(table, data / "rows.parquet")
+        dataset = DatasetConfig(path=str(data / "rows.parquet"))
+        for row in iterate_rendered([dataset], data, seeing):
+            assert [(image.rows, image.columns) for image in row.rendered.images] == [(2, 3)]
+        shape = read_shape(dataset, data, 2)
+        assert "bytes>" in shape.rows[0].raw
+        assert shape.rows[0].messages[0][1].startswith("[image of ")
+
+    def test_a_folder_with_metadata(self, data):
+        (data / "metadata.csv").write_text("file_name,text\ncat.png,A cat.\n", "utf-8")
+        (row,) = iterate_rendered([DatasetConfig(path=str(data))], data.parent, None)
+        assert row.problem is None
+        assert row.conversation.messages[0].content[0].size == (60, 40)
+
+    def test_a_folder_of_images_with_captions(self, data):
+        (data / "cat.txt").write_text("A cat.\n", "utf-8")
+        (data / "alone.jpg").write_bytes(png())
+        alone, cat = iterate_rendered([DatasetConfig(path=str(data))], data.parent, None)
+        assert "no caption" in alone.problem.what
+        assert (cat.file, cat.line) == ("cat.txt", 1)
+        assert cat.conversation.messages[1].content == "A cat."
+
+    def test_a_text_file_alone_is_still_refused(self, data):
+        (data / "cat.txt").write_text("A cat.\n", "utf-8")
+        with pytest.raises(UserError, match="not a data file"):
+            list(iterate_rendered([DatasetConfig(path=str(data / "cat.txt"))], data, None))
+
+
+class TestReports:
+    def test_a_checkup_counts_images_and_names_bad_ones(self, data, seeing):
+        path = data / "rows.jsonl"
+        rows = [about("cat.png", "cat.png"), about("none.png"), about()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        found = check([DatasetConfig(path=str(path))], data, seeing)
+        images = found.images
+        assert (images.count, images.rows, images.different, images.named) == (2, 1, 1, 3)
+        assert images.largest == (60, 40)
+        assert [problem["line"] for problem in found.problems] == [2]
+        assert found.tokens.by_kind["image"] == 16
+        assert image_sentence(found).startswith("2 images in 1 row, 16 tokens: 1 different")
+
+    def test_a_preview_shows_an_image_as_one_mark(self, data, seeing):
+        path = data / "rows.jsonl"
+        path.write_text(json.dumps(about("cat.png", "cat.png")), "utf-8")
+        (row,) = iterate_rendered([DatasetConfig(path=str(path))], data, seeing)
+        entry = preview_entry(row, LabelRule())
+        assert entry["images"] == [{"rows": 2, "columns": 3, "width": 60, "height": 40}] * 2
+        assert entry["kinds"].count("image") == 16
+        pieces = preview_pieces(entry, seeing)
+        assert [
+            piece for piece, kind in zip(pieces, entry["kinds"], strict=True) if kind == "image"
+        ] == [
+            *[""] * 7,
+            "[image 60x40: 3 x 2 tokens]",
+            *[""] * 7,
+            "[image 60x40: 3 x 2 tokens]",
+        ]
+        text = row_text(entry, seeing, underline=False)
+        mark = "⟦image 60x40: 3 x 2 tokens⟧"
+        assert f"- image             0/16  {mark}{mark}\n" in text
