@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
@@ -17,11 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.chat.render import IGNORED_LABEL, LabelRule, labels
+from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind, LabelRule, labels
 from engine.config import RunConfig
 from engine.data.pack import Indices, efficiency, pack, shuffle_order
 from engine.data.prepare import label_rule
-from engine.data.prepared import Prepared
+from engine.data.prepared import Prepared, StoredImage
+from engine.errors import WorkError
+from engine.train.images import IMAGE_TOKEN, ImagePixels, stack
 
 StepRows: TypeAlias = list[list[list[int]]]
 """Rows of one optimizer step: micro-batches of sequences of rows."""
@@ -50,6 +52,28 @@ class Rows:
         """Kind of each of them, uint8 (tokens,)."""
         return self.prepared.kinds(int(self.chosen[row]))[: self.lengths[row]]
 
+    def images(self, row: int) -> tuple[StoredImage, ...]:
+        """The images of one row whose tokens it has, in their order.
+
+        A cut row lacks those behind the cut. Raises WorkError where tokens and images do not agree:
+        the model would put one image's patches into another's place.
+        """
+        if self.prepared.image_spec is None:
+            return ()
+        stored = self.prepared.images(int(self.chosen[row]))
+        of_images = self.kinds(row) & ~np.uint8(WITHHELD) == Kind.IMAGE
+        tokens = np.array([image.rows * (image.columns + 1) for image in stored], np.int64)
+        whole = int(np.searchsorted(tokens.cumsum(), of_images.sum(), side="right"))
+        patches = sum(image.rows * image.columns for image in stored[:whole])
+        found = int((self.ids(row)[of_images] == IMAGE_TOKEN).sum())
+        if (tokens[:whole].sum(), patches) != (of_images.sum(), found):
+            raise WorkError(
+                f"The image tokens of {self.place(row)} do not fit its images.",
+                f"It has {found} of them, and its first {whole} images have {patches} patches.",
+                "Delete the prepared rows of this dataset and start again.",
+            )
+        return stored[:whole]
+
     def first(self, count: int) -> "Rows":
         """The first `count` rows, fewer where there are fewer."""
         return Rows(self.prepared, self.chosen[:count], self.lengths[:count])
@@ -73,7 +97,11 @@ class Micro:
     """One forward pass: plain tensors, and the rows they came from."""
 
     tensors: dict[str, Tensor]
-    """input_ids, labels, position_ids: int64, (sequences, length)."""
+    """input_ids, labels, position_ids: int64, (sequences, length).
+
+    Where the rows have images, also `pixel_values` and `image_sizes` as `images.stack` makes them,
+    in the order of the image tokens.
+    """
     rows: tuple[int, ...]
     tokens: int
     learned_tokens: int
@@ -104,11 +132,17 @@ class StepBatch:
         return tuple(itertools.chain.from_iterable(micro.rows for micro in self.micros))
 
 
-def collate(rows: Rows, sequences: Sequence[Sequence[int]], rule: LabelRule) -> Micro:
+def collate(
+    rows: Rows,
+    sequences: Sequence[Sequence[int]],
+    rule: LabelRule,
+    pixels: ImagePixels | None = None,
+) -> Micro:
     """Lay each sequence's rows side by side and pad to the longest sequence.
 
     Positions start at 0 with every row, which is all that keeps packed rows apart; a row's first
-    token is never a target, so no row predicts the next one.
+    token is never a target, so no row predicts the next one. `pixels` is what decodes their images,
+    here a fresh one by default.
     """
     parts = []
     for members in sequences:
@@ -127,9 +161,13 @@ def collate(rows: Rows, sequences: Sequence[Sequence[int]], rule: LabelRule) -> 
         torch.from_numpy(np.stack([_fill(part[k], length, filler) for part in parts]))
         for k, filler in enumerate(fillers)
     ]
+    flat = tuple(itertools.chain.from_iterable(sequences))
+    text = dict(zip(("input_ids", "labels", "position_ids"), tensors, strict=True))
+    pixels = pixels or open_pixels(rows)
+    images = stack([pixels.read(image) for image in images_of(rows, sequences)]) if pixels else {}
     return Micro(
-        tensors=dict(zip(("input_ids", "labels", "position_ids"), tensors, strict=True)),
-        rows=tuple(row for members in sequences for row in members),
+        tensors=text | images,
+        rows=flat,
         tokens=sum(len(ids) for ids, _, _ in parts),
         learned_tokens=int((tensors[1] != IGNORED_LABEL).sum()),
     )
@@ -152,6 +190,7 @@ class Order:
         self._rows = rows
         self._config = config
         self._rule = label_rule(config)
+        self._pixels = open_pixels(rows)
         self._cached: tuple[int, list[StepRows]] = (-1, [])
         lengths: list[int] = []
         if config.max_steps is not None:
@@ -169,16 +208,21 @@ class Order:
 
     def step(self, number: int) -> StepBatch:
         """The batches of optimizer step `number`, from 1 to `total_steps`."""
-        epoch = next(k for k, end in enumerate(self._ends) if number <= end)
-        steps = self._steps_of(epoch)
-        place = number - (self._ends[epoch - 1] if epoch else 0)
-        micros = tuple(collate(self._rows, part, self._rule) for part in steps[place - 1])
-        return StepBatch(micros, epoch + place / len(steps))
+        parts, epoch = self._place(number)
+        micros = tuple(collate(self._rows, part, self._rule, self._pixels) for part in parts)
+        return StepBatch(micros, epoch)
 
     def steps(self, done: int) -> Iterator[tuple[int, StepBatch]]:
-        """The steps after the first `done`, with their numbers."""
+        """The steps after the first `done`, with their numbers.
+
+        While one is computed, the images of the next are decoded.
+        """
         for number in range(done + 1, self.total_steps + 1):
-            yield number, self.step(number)
+            batch = self.step(number)
+            if self._pixels and number < self.total_steps:
+                parts, _ = self._place(number + 1)
+                self._pixels.prefetch(images_of(self._rows, itertools.chain.from_iterable(parts)))
+            yield number, batch
 
     def packing(self) -> tuple[int, float]:
         """Sequences of the first epoch, and the share of their places that holds a token."""
@@ -201,6 +245,13 @@ class Order:
             self._config.gradient_accumulation_steps,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def _place(self, number: int) -> tuple[StepRows, float]:
+        """The rows of a step, and the epochs finished when it is done."""
+        epoch = next(k for k, end in enumerate(self._ends) if number <= end)
+        steps = self._steps_of(epoch)
+        place = number - (self._ends[epoch - 1] if epoch else 0)
+        return steps[place - 1], epoch + place / len(steps)
 
     def _steps_of(self, epoch: int) -> list[StepRows]:
         if self._cached[0] != epoch:
@@ -225,6 +276,17 @@ def group(items: Sequence[Item], size: int) -> list[list[Item]]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
+def open_pixels(rows: Rows) -> ImagePixels | None:
+    """What decodes the images of `rows`; None where no row can have one."""
+    spec = rows.prepared.image_spec
+    return ImagePixels(spec) if spec else None
+
+
+def images_of(rows: Rows, sequences: Iterable[Sequence[int]]) -> Iterator[StoredImage]:
+    """The images of packed rows in the order of their tokens."""
+    return itertools.chain.from_iterable(map(rows.images, itertools.chain.from_iterable(sequences)))
+
+
 def evaluation_micros(rows: Rows, config: RunConfig) -> Iterator[Micro]:
     """Every row of `rows` once, in a fixed order, packed where the config packs evaluation."""
     packs = config.eval_sample_packing
@@ -234,5 +296,9 @@ def evaluation_micros(rows: Rows, config: RunConfig) -> Iterator[Micro]:
         ]
     else:
         bins = [[row] for row in range(len(rows))]
-    for part in group(bins, config.micro_batch_size):
-        yield collate(rows, part, label_rule(config))
+    pixels, parts = open_pixels(rows), group(bins, config.micro_batch_size)
+    for number, part in enumerate(parts, start=1):
+        micro = collate(rows, part, label_rule(config), pixels)
+        if pixels and number < len(parts):
+            pixels.prefetch(images_of(rows, parts[number]))
+        yield micro

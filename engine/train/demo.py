@@ -1,16 +1,20 @@
-"""The embedded base model of the demo: the real vocabulary on three tiny layers, made on the spot.
+"""The embedded base models of the demo: the real vocabulary on three tiny layers, made on the spot.
 
-Its embedding (16.8 million numbers that nobody trained) is drawn here from a seed, by integer
-arithmetic that gives the same bits on every machine; only its layers are shipped, as
-`presets/demo/layers.safetensors`. `make base` remakes those from the sample's plain answers.
+The embedding (16.8 million numbers that nobody trained) is drawn here from a seed, by integer
+arithmetic that gives the same bits on every machine; only the layers are shipped, as
+`presets/demo/layers.safetensors`. `make base` remakes those from the sample's plain answers. The
+base that sees has the same layers, and a vision tower that is drawn too and has learned nothing.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -20,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.catalog import find_model
+from engine.catalog import find_model, module_table
 from engine.chat.tokenizer import spec_of, write_tekken
 from engine.data.pack import mix
 from engine.errors import WorkError
@@ -30,17 +34,20 @@ SPREAD = 0.25
 """Standard deviation of the embedding. The head is the embedding again: at the usual 0.02 no logit
 could reach the 11.8 nats that 131,072 words need."""
 EMBEDDING = "model.embed_tokens.weight"
+TOWER_SPREAD = 0.06
+"""Standard deviation of an untrained tower's matrices: wide enough for 64 columns to carry what
+the pixels say."""
 _BLOCK_ROWS = 8192
 
 
-def draw_embedding(rows: int, width: int, seed: int = SEED) -> Tensor:
+def draw_embedding(rows: int, width: int, seed: int = SEED, spread: float = SPREAD) -> Tensor:
     """Nearly normal numbers, float32 (rows, width): sums of eight bytes of a counter's hash.
 
     Eight uniform bytes of one splitmix64 value have mean 1020 and variance 8 * (256^2 - 1) / 12
     (Irwin and Hall); no rounding mode, library version or thread count changes a bit of them.
     """
     out = np.empty((rows, width), np.float32)
-    scale = np.float32(SPREAD / np.sqrt(8 * (256**2 - 1) / 12))
+    scale = np.float32(spread / np.sqrt(8 * (256**2 - 1) / 12))
     for start in range(0, rows, _BLOCK_ROWS):
         stop = min(rows, start + _BLOCK_ROWS)
         counters = np.arange(start * width, stop * width, dtype=np.uint64)
@@ -57,12 +64,31 @@ def shipped_layers() -> dict[str, Tensor]:
 
 
 def make_base(name: str = "demo-tiny") -> Path:
-    """The demo's base as a folder like any model's, made once in the user's cache.
+    """The base of that name as a folder like any model's, made once in the user's cache.
 
     Raises WorkError where the cache cannot be written.
     """
     layers = shipped_layers()
+    if "vision_config" in find_model(name).config:
+        layers = with_tower(layers, find_model(name).config)
     return write_base(name, layers, platformdirs.user_cache_path("windtunnel") / "models")
+
+
+def with_tower(layers: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The language model's layers by their names in `config`'s model, and its tower untrained."""
+    named = {_in_vision_model(key): value for key, value in layers.items()}
+    for seed, parameter in enumerate(module_table(config).parameters, start=1):
+        if parameter.group in ("vision", "projector"):
+            rows, width = parameter.shape[0], math.prod(parameter.shape[1:])
+            drawn = draw_embedding(rows, width, seed, TOWER_SPREAD).view(parameter.shape)
+            is_norm = len(parameter.shape) == 1
+            named[parameter.name] = torch.ones(parameter.shape) if is_norm else drawn
+    return named
+
+
+def _in_vision_model(name: str) -> str:
+    """What a language model's tensor is called inside a model that sees."""
+    return f"model.language_model.{name.removeprefix('model.')}"
 
 
 def write_base(name: str, layers: dict[str, Tensor], cache: Path) -> Path:
@@ -83,7 +109,10 @@ def write_base(name: str, layers: dict[str, Tensor], cache: Path) -> Path:
         partial.mkdir(parents=True)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         weights = {key: value.float() for key, value in layers.items()}
-        weights[EMBEDDING] = draw_embedding(config["vocab_size"], config["hidden_size"])
+        text, name_of = config, EMBEDDING
+        if "text_config" in config:
+            text, name_of = config["text_config"], _in_vision_model(EMBEDDING)
+        weights[name_of] = draw_embedding(text["vocab_size"], text["hidden_size"])
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         write_tekken(spec_of(card), partial / "tekken.json")
         _put_in_place(partial, target)

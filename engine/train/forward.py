@@ -4,6 +4,7 @@ Apart from `model` because loading is where a checkpoint can be wrong, and this 
 can be used wrongly: a mask or a cache mixes packed rows without a word.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
@@ -11,9 +12,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 """A model as it trains: bare, or with an adapter around it."""
+TOWER_PATCHES = 4096
+"""Patches that go through the vision tower together, where one image has no more: their mask takes
+at most 64 MiB."""
 
 
 def unwrapped(model: Model) -> PreTrainedModel:
@@ -38,9 +43,50 @@ def hidden_states(model: Model, batch: dict[str, Tensor]) -> Tensor:
     body: Any = unwrapped(model).model
     with half_precision(model):
         states: Tensor = body(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            use_cache=False,
+            **image_features(model, batch),
         ).last_hidden_state
     return states
+
+
+def image_features(model: Model, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a vision model's forward pass takes for the images of a batch; nothing without images.
+
+    The tower sees a few images at a time. It lays all that it is given side by side under one mask
+    of (patches, patches): 18 GiB for eight images of 1540 x 1540, of which only the blocks on the
+    diagonal count.
+    """
+    if "pixel_values" not in batch:
+        return {}
+    body: Any = unwrapped(model).model
+    values = batch["pixel_values"].to(body.vision_tower.patch_conv.weight.dtype)
+    sizes = batch["image_sizes"].tolist()
+    side = body.vision_tower.patch_size * body.config.spatial_merge_size
+    features: Any = []  # one tensor an image, where transformers declares one for all
+    for start, end in _tower_groups(sizes, body.vision_tower.patch_size):
+        group = sizes[start:end]
+        height, width = (max(size[k] for size in group) for k in (0, 1))
+        pixels = values[start:end, :, :height, :width]
+        if group == [[side, side]]:
+            # transformers squeezes an only token away with the batch: a second image keeps it.
+            group, pixels = group * 2, pixels.expand(2, -1, -1, -1)
+        found = body.get_image_features(pixel_values=pixels, image_sizes=group, return_dict=True)
+        features += found.pooler_output[: end - start]
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
+
+
+def _tower_groups(sizes: Sequence[Sequence[int]], patch: int) -> Iterator[tuple[int, int]]:
+    """Which images go through the tower together: from one to before another, in order."""
+    start, patches = 0, 0
+    for place, (height, width) in enumerate(sizes):
+        own = (height // patch) * (width // patch)
+        if patches and patches + own > TOWER_PATCHES:
+            yield start, place
+            start, patches = place, 0
+        patches += own
+    yield start, len(sizes)
 
 
 def half_precision(model: Model) -> AbstractContextManager[object]:

@@ -13,4 +13,5 @@ BILLIONS = {
     "mistral-medium-3.5": 127.704,
     # The demo's own figure: 17.2 million, nearly all of them the vocabulary.
     "demo-tiny": 0.017,
+    "demo-tiny-vision": 0.017,
 }

@@ -1,0 +1,102 @@
+"""What images cost beside their tokens: the vision tower's share of a step.
+
+Separate from `layers`, whose figures are measured: these are counted from the shapes of the tower
+alone, which is why a plan with images has a wider range.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from engine.catalog import Architecture, ModuleTable
+from engine.config import RunConfig
+from engine.plan.statistics import Statistics
+
+PATCHES_AT_ONCE = 4096
+"""As `TOWER_PATCHES` of the trainer's forward pass; one image that has more goes alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """The sizes of a vision tower that decide what a step keeps."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    merged: int
+    """Patches of one image token."""
+    patch: int
+    """Pixels of a patch's side."""
+
+
+@lru_cache(maxsize=32)
+def tower_of(table: ModuleTable) -> Tower | None:
+    """The tower of a table's model; None for a text model."""
+    layers = hidden = intermediate = merged = patch = 0
+    for row in table.parameters:
+        name = row.module.rpartition(".")[2]
+        if row.group == "vision" and name == "patch_conv":
+            hidden, patch = row.shape[0], row.shape[-1]
+        elif row.group == "vision" and name == "gate_proj":
+            layers, intermediate = layers + 1, row.shape[0]
+        elif row.group == "projector" and name == "merging_layer":
+            merged = row.shape[1] // row.shape[0]
+    return Tower(layers, hidden, intermediate, merged, patch) if hidden else None
+
+
+def largest_image_tokens(architecture: Architecture) -> int | None:
+    """Tokens of the largest image that the model's tokenizer makes; None where none is known."""
+    card = architecture.card
+    if card is None or card.tokenizer.image is None:
+        return None
+    patch, longest, merge = card.tokenizer.image
+    side = math.ceil(longest / (patch * merge))
+    return side * (side + 1)
+
+
+def image_tokens_at_once(
+    config: RunConfig, table: ModuleTable, tokens: int, statistics: Statistics | None
+) -> int:
+    """Image tokens among the `tokens` of one forward pass.
+
+    Rows of unknown data are all image where the config says that they have images, as Axolotl's
+    configs do with `processor_type`.
+    """
+    if tower_of(table) is None:
+        return 0
+    if statistics is None:
+        return tokens if config.processor_type else 0
+    return math.ceil(tokens * statistics.image_tokens / max(1, statistics.total_tokens))
+
+
+def tower_bytes(
+    config: RunConfig, table: ModuleTable, image_tokens: int, base_bytes: int
+) -> tuple[int, int]:
+    """(kept from the forward to the backward pass, held while a part of the tower runs).
+
+    A frozen tower keeps nothing but the pixels, as decoded and in the model's type. A trained one
+    keeps a state a layer with gradient checkpointing, everything without.
+    """
+    tower = tower_of(table)
+    if tower is None or not image_tokens:
+        return 0, 0
+    patches = image_tokens * tower.merged
+    at_once = min(patches, PATCHES_AT_ONCE)
+    # Of a layer: its input, both norms, queries, keys, values, the heads' output and the MLP.
+    one = (8 * tower.hidden + 3 * tower.intermediate) * base_bytes
+    held = at_once * (one + 3 * at_once)  # three bytes a pair for the mask, as for packed rows
+    pixels = patches * 3 * tower.patch**2 * (4 + base_bytes)
+    if not _trains_tower(config):
+        return pixels, held
+    kept = tower.hidden * base_bytes if config.gradient_checkpointing else one
+    return pixels + patches * tower.layers * kept, held
+
+
+def _trains_tower(config: RunConfig) -> bool:
+    modules = config.lora_target_modules
+    named: Iterable[str] = [modules] if isinstance(modules, str) else modules or ()
+    if config.adapter is None:
+        named = config.unfrozen_parameters or ()
+    return any(re.search("vision|projector", name) for name in named)

@@ -1,0 +1,124 @@
+"""Pixels of a run's images, decoded ahead of the step that needs them.
+
+Apart from `batches` because decoding is the one part of a batch that takes long: threads do it
+while the model computes (Pillow lets go of the interpreter), and what was decoded is kept while
+there is room. Which images a batch holds is decided there, and is the same without any of this.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.catalog import Architecture
+from engine.chat.images import ImageSpec, pixels
+from engine.data.prepared import Prepared, StoredImage
+from engine.errors import UserError
+
+Pixels: TypeAlias = NDArray[np.float32]
+"""One image, normalised, (3, height, width)."""
+IMAGE_TOKEN = 10
+"""`[IMG]` of every Tekken vocabulary: the model puts one merged patch in each one's place."""
+CACHE_BYTES = 512 * 2**20
+"""Decoded images that are kept: eighteen of the largest, 1540 pixels a side."""
+DECODERS = 4
+"""Threads. One decodes a photograph of 12 megapixels in about 0.15 s."""
+
+
+class ImagePixels:
+    """Decoded images by their number in one prepared store; the least recently used go first."""
+
+    def __init__(self, spec: ImageSpec, cache_bytes: int = CACHE_BYTES) -> None:
+        self._spec = spec
+        self._cache_bytes = cache_bytes
+        self._held: OrderedDict[int, tuple[Future[Pixels], int]] = OrderedDict()
+        self._held_bytes = 0
+        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+
+    def prefetch(self, images: Iterable[StoredImage]) -> None:
+        """Begin to decode `images`, as many as there is room for, and return at once."""
+        ahead = 0
+        for image in images:
+            ahead += self._size_bytes(image)
+            if ahead > self._cache_bytes:
+                return
+            self._start(image)
+
+    def read(self, image: StoredImage) -> Pixels:
+        """The pixels of one image; waits for its decoder."""
+        return self._start(image).result()
+
+    def _start(self, image: StoredImage) -> Future[Pixels]:
+        if image.number in self._held:
+            self._held.move_to_end(image.number)
+            return self._held[image.number][0]
+        future = self._decoders.submit(pixels, image.content, image.rows, image.columns, self._spec)
+        size = self._size_bytes(image)
+        self._held[image.number] = (future, size)
+        self._held_bytes += size
+        while self._held_bytes > self._cache_bytes and len(self._held) > 1:
+            _, (_, freed) = self._held.popitem(last=False)
+            self._held_bytes -= freed
+        return future
+
+    def _size_bytes(self, image: StoredImage) -> int:
+        return 3 * 4 * image.rows * image.columns * self._spec.side**2
+
+
+def stack(images: Sequence[Pixels]) -> dict[str, Tensor]:
+    """Images of several sizes as one batch: what a vision model reads beside the tokens.
+
+    `pixel_values` float32 (images, 3, largest height, largest width), zero behind each image's own
+    edges; `image_sizes` int64 (images, 2), each one's height and width. Empty without images.
+    """
+    if not images:
+        return {}
+    sizes = np.array([image.shape[1:] for image in images], np.int64)
+    height, width = sizes.max(axis=0)
+    values = np.zeros((len(images), 3, height, width), np.float32)
+    for place, image in zip(values, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    return {"pixel_values": torch.from_numpy(values), "image_sizes": torch.from_numpy(sizes)}
+
+
+def refuse_unread(architecture: Architecture, prepared: Prepared) -> None:
+    """Refuse rows with images for a model that would not read them as they were tokenized.
+
+    Raises UserError for a text model, and where the tokenizer's patches are not the model's.
+    """
+    spec = prepared.image_spec
+    if spec is None:
+        return
+    config = architecture.config
+    vision = config.get("vision_config")
+    if not vision:
+        raise UserError(
+            "The dataset has images, and this model reads none.",
+            f"{architecture.class_name} has no vision tower.",
+            "Choose a model that reads images (`windtunnel models` lists them), or leave out the "
+            "rows with images.",
+        )
+    patch, merge = vision.get("patch_size", 16), config.get("spatial_merge_size", 2)
+    token = config.get("image_token_index", config.get("image_token_id", IMAGE_TOKEN))
+    if (patch, merge, token) != (spec.patch, spec.merge, IMAGE_TOKEN):
+        raise UserError(
+            "The tokenizer and the model do not cut images alike.",
+            f"The tokenizer makes a token of {spec.merge} x {spec.merge} patches of {spec.patch} "
+            f"pixels with the id {IMAGE_TOKEN}, the model of {merge} x {merge} patches of {patch} "
+            f"with the id {token}.",
+            "Use the tokenizer that came with the model.",
+        )
+    largest, side = vision.get("image_size", 1024), patch * merge
+    if math.ceil(spec.longest / side) * side > largest:
+        raise UserError(
+            f"The tokenizer makes images of up to {spec.longest} pixels a side.",
+            f"The model's vision tower has positions for {largest} and would repeat them.",
+            f"Write image_size: {largest // side * side} into the config, or use the tokenizer "
+            "that came with the model.",
+        )

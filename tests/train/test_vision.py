@@ -1,0 +1,308 @@
+"""Training with images: the same numbers packed, padded and alone, and only what is meant moves."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from engine.chat.render import Kind, LabelRule, Rendered
+from engine.chat.tokenizer import TokenizerSpec, build_tokenizer
+from engine.errors import WorkError
+from engine.train import forward
+from engine.train.batches import Order, Rows, collate, evaluation_micros
+from engine.train.evaluate import evaluating, score
+from engine.train.forward import Model, head_of, hidden_states, unwrapped
+from engine.train.generate import generate
+from engine.train.model import load_base
+from engine.train.prompts import ask_about_images
+from tests.train.pictures import (
+    MIXED,
+    Pictured,
+    picture,
+    seeing,
+    write_pictured,
+    write_rendered,
+)
+from tests.train.tiny import (
+    MINISTRAL3,
+    MISTRAL,
+    MISTRAL4,
+    gradients,
+    settings,
+    training,
+    wake_adapter,
+    write_model,
+)
+
+TEXT_MODELS = {"mistral": MISTRAL, "ministral3": MINISTRAL3, "mistral4": MISTRAL4}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one by one": {"gradient_accumulation_steps": 5},
+    "padded together": {"micro_batch_size": 5},
+    "packed": {"sample_packing": True, "sequence_len": 128, "gradient_accumulation_steps": 5},
+    "packed, several at once": {"sample_packing": True, "sequence_len": 64, "micro_batch_size": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """Five rows with five images of five sizes; one row is text."""
+    return write_pictured(tmp_path_factory.mktemp("rows") / "mixed", MIXED)
+
+
+@pytest.fixture(scope="module")
+def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    home = tmp_path_factory.mktemp("models")
+
+    def folder(name: str) -> Path:
+        path = home / name
+        return path if path.exists() else write_model(path, seeing(TEXT_MODELS[name]))
+
+    return folder
+
+
+@pytest.fixture(params=TEXT_MODELS)
+def model_path(request: pytest.FixtureRequest, seeing_folder: Callable[[str], Path]) -> Path:
+    return seeing_folder(request.param)
+
+
+@pytest.fixture
+def ministral(seeing_folder: Callable[[str], Path]) -> Path:
+    return seeing_folder("ministral3")
+
+
+def alone(model: Model, rows: Rows) -> torch.Tensor:
+    each = [collate(rows, [[k]], LabelRule()).tensors for k in range(len(rows))]
+    return torch.cat([hidden_states(model, tensors)[0] for tensors in each])
+
+
+class TestSameNumbers:
+    @pytest.mark.parametrize("mode", ["train", "eval"])
+    def test_packed_rows_with_images_equal_separate_ones(
+        self, model_path: Path, mixed: Rows, mode: str
+    ) -> None:
+        model = load_base(model_path, settings(model_path)).model
+        getattr(model, mode)()
+        with torch.no_grad():
+            packed = collate(mixed, [range(len(mixed))], LabelRule()).tensors
+            together = hidden_states(model, packed)[0]
+            torch.testing.assert_close(together, alone(model, mixed), rtol=1e-5, atol=1e-5)
+
+    def test_a_lone_image_of_one_token_is_seen_as_among_others(
+        self, ministral: Path, tmp_path: Path
+    ) -> None:
+        tiny = [Pictured((picture(20, 28, seed),), seed=seed) for seed in (1, 2)]
+        rows = write_pictured(tmp_path / "rows", tiny)
+        model = load_base(ministral, settings(ministral)).model
+        with torch.no_grad():
+            together = hidden_states(model, collate(rows, [[0, 1]], LabelRule()).tensors)[0]
+            torch.testing.assert_close(together, alone(model, rows), rtol=1e-5, atol=1e-5)
+
+    def test_an_image_is_seen(self, ministral: Path, mixed: Rows) -> None:
+        model = load_base(ministral, settings(ministral)).model
+        tensors = collate(mixed, [[0]], LabelRule()).tensors
+        with torch.no_grad():
+            seen = hidden_states(model, tensors)
+            other = tensors | {"pixel_values": tensors["pixel_values"].flip(-1)}
+            assert (hidden_states(model, other) - seen).abs().max() > 1e-3
+
+    def test_a_tower_that_sees_few_images_at_a_time_sees_the_same(
+        self, ministral: Path, mixed: Rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = load_base(ministral, settings(ministral)).model
+        tensors = collate(mixed, [range(len(mixed))], LabelRule()).tensors
+        found = []
+        with torch.no_grad():
+            for patches in (forward.TOWER_PATCHES, 40, 1):
+                monkeypatch.setattr(forward, "TOWER_PATCHES", patches)
+                found.append(hidden_states(model, tensors))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[2], found[0], rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+    def test_the_first_step_is_that_of_single_samples_in_transformers(
+        self, ministral: Path, mixed: Rows, tmp_path: Path, layout: dict[str, Any]
+    ) -> None:
+        keys = {"unfrozen_parameters": [".*"], "max_grad_norm": 1e9, "num_epochs": 1}
+        ours = training(tmp_path, settings(ministral, **keys, **layout), mixed)
+        loss, norm = ours.gradients(ours.order.step(1))
+        stock, expected = stock_step(ministral, mixed)
+        assert loss == pytest.approx(stock, rel=1e-5)
+        total = torch.cat([g.flatten().double() for g in expected.values()]).norm()
+        assert norm == pytest.approx(float(total), rel=1e-5)
+        found = gradients(ours.model)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+    def test_the_score_of_packed_rows_is_that_of_separate_ones(
+        self, ministral: Path, mixed: Rows
+    ) -> None:
+        separate = settings(ministral)
+        base = load_base(ministral, separate)
+        packed = settings(ministral, sample_packing=True, sequence_len=128)
+        ours, theirs = (score(base.model, base, mixed, c) for c in (packed, separate))
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert ours.learned_tokens == theirs.learned_tokens
+
+
+def stock_step(folder: Path, rows: Rows) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of transformers' own forward pass, row by row and image by image."""
+    stock = transformers.Mistral3ForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32
+    )
+    total, learned = 0.0, 0
+    for row in range(len(rows)):
+        tensors = collate(rows, [[row]], LabelRule()).tensors
+        images = {k: v for k, v in tensors.items() if k in ("pixel_values", "image_sizes")}
+        count = int((tensors["labels"] != -100).sum())
+        loss = stock(
+            input_ids=tensors["input_ids"], labels=tensors["labels"], use_cache=False, **images
+        ).loss
+        (loss * count).backward()
+        total, learned = total + loss.item() * count, learned + count
+    named = stock.named_parameters()
+    return total / learned, {n: p.grad / learned for n, p in named if p.grad is not None}
+
+
+class TestWhatMoves:
+    def moved(self, folder: Path, config: Any, rows: Rows) -> set[str]:
+        """Names of the base's parameters that one step changed."""
+        run = training(folder, config, rows)
+        before = {n: p.detach().clone() for n, p in unwrapped(run.model).named_parameters()}
+        run.step(1, run.order.step(1))
+        after = dict(unwrapped(run.model).named_parameters())
+        return {name for name in before if not torch.equal(before[name], after[name])}
+
+    def test_a_full_fine_tune_leaves_tower_and_projector_as_they_are(
+        self, ministral: Path, mixed: Rows, tmp_path: Path
+    ) -> None:
+        moved = self.moved(tmp_path, settings(ministral, micro_batch_size=5), mixed)
+        assert moved
+        assert not [name for name in moved if "vision_tower" in name or "projector" in name]
+
+    def test_named_they_move(self, ministral: Path, mixed: Rows, tmp_path: Path) -> None:
+        names = ["model.vision_tower.*", "model.multi_modal_projector.*"]
+        config = settings(ministral, micro_batch_size=5, unfrozen_parameters=names)
+        moved = self.moved(tmp_path, config, mixed)
+        assert {name.split(".")[1] for name in moved} == {"vision_tower", "multi_modal_projector"}
+
+    def test_an_adapter_stays_out_of_the_tower(
+        self, ministral: Path, mixed: Rows, tmp_path: Path
+    ) -> None:
+        run = training(tmp_path, settings(ministral, adapter="lora", micro_batch_size=5), mixed)
+        run.step(1, run.order.step(1))
+        adapted = [n for n, p in run.model.named_parameters() if p.requires_grad]
+        assert all("language_model" in name for name in adapted)
+
+    @pytest.mark.parametrize("keys", [{"unfrozen_parameters": [".*"]}, {"adapter": "lora"}])
+    def test_recomputing_the_layers_changes_nothing(
+        self, ministral: Path, mixed: Rows, tmp_path: Path, keys: dict[str, Any]
+    ) -> None:
+        found = []
+        for switch in (False, True):
+            config = settings(ministral, micro_batch_size=5, gradient_checkpointing=switch, **keys)
+            run = training(tmp_path / str(switch), config, mixed)
+            if "adapter" in keys:
+                wake_adapter(run.model)
+            found.append((run.gradients(run.order.step(1)), gradients(run.model)))
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+        for name, gradient in found[0][1].items():
+            torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-5, atol=1e-6)
+
+    def test_it_trains_in_bfloat16(self, ministral: Path, mixed: Rows, tmp_path: Path) -> None:
+        keys = {"micro_batch_size": 5, "unfrozen_parameters": [".*"]}
+        losses = []
+        for bf16 in (True, False):
+            run = training(tmp_path / str(bf16), settings(ministral, bf16=bf16, **keys), mixed)
+            losses.append(run.gradients(run.order.step(1))[0])
+            assert gradients(run.model)["model.vision_tower.patch_conv.weight"].abs().sum() > 0
+        assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_a_question_with_images_is_answered_with_a_cache_as_without(
+    ministral: Path, mixed: Rows
+) -> None:
+    model = load_base(ministral, settings(ministral)).model
+    tensors = collate(mixed, [[2]], LabelRule()).tensors
+    begins = int(np.flatnonzero(mixed.kinds(2) == Kind.TEXT)[0])
+    images = {k: tensors[k] for k in ("pixel_values", "image_sizes")}
+    prompt = mixed.ids(2)[:begins].tolist()
+    made = generate(model, torch.device("cpu"), prompt, images=images, end=-1, max_new_tokens=12)
+    ids = list(prompt)
+    with evaluating(model):
+        for _ in range(12):
+            known = torch.tensor([ids])
+            batch = {"input_ids": known, "position_ids": torch.arange(len(ids))[None], **images}
+            logits = hidden_states(model, batch)[0, -1] @ head_of(model).T
+            ids.append(int(logits.argmax()))
+    assert made == ids[begins:]
+
+
+class TestImagesOfARow:
+    def test_a_cut_row_has_the_images_before_the_cut(self, mixed: Rows) -> None:
+        first, second = MIXED[2].images
+        whole = 1 + first.tokens + 3 + second.tokens
+        for length, images in ((whole, 2), (whole - second.tokens, 1), (1, 0)):
+            lengths = np.minimum(mixed.lengths, length)
+            cut = Rows(mixed.prepared, mixed.chosen, lengths)
+            assert len(cut.images(2)) == images
+
+    @pytest.mark.parametrize("damage", ["a token less", "an image less", "another token"])
+    def test_tokens_that_do_not_fit_the_images_are_refused_with_their_row(
+        self, tmp_path: Path, damage: str
+    ) -> None:
+        good = MIXED[2].rendered()
+        ids, kinds, images = good.input_ids.copy(), good.kinds, good.images
+        if damage == "a token less":
+            ids, kinds = np.delete(ids, 2), np.delete(kinds, 2)
+        elif damage == "an image less":
+            images = images[:1]
+        else:
+            ids[2] = 12
+        bad = Rendered(ids, kinds, np.zeros(len(ids), np.int32), images)
+        rows = write_rendered(tmp_path / "rows", [MIXED[0].rendered(), bad])
+        with pytest.raises(WorkError, match="line 2 do not fit its images"):
+            collate(rows, [[0, 1]], LabelRule())
+
+    def test_other_images_behind_the_same_tokens_are_another_order(self, tmp_path: Path) -> None:
+        prints = [
+            Order(write_pictured(tmp_path / str(n), [Pictured((picture(28, 28, n),))]), settings())
+            for n in (1, 2)
+        ]
+        assert prints[0].fingerprint() != prints[1].fingerprint()
+
+    def test_the_first_held_out_images_are_asked_up_to_their_answer(self, mixed: Rows) -> None:
+        tokenizer = build_tokenizer(TokenizerSpec("v13", think=True))
+        asked = ask_about_images({"held": mixed}, tokenizer)
+        assert [len(prompt.images["image_sizes"]) for prompt in asked] == [1, 2, 1]
+        assert "rows.jsonl line 3" in asked[1].text
+        expected = mixed.ids(0)[: -MIXED[0].answer_tokens - 1].tolist()
+        assert list(asked[0].tokens) == expected
+
+
+class TestOrder:
+    def test_the_next_images_are_decoded_ahead_and_the_batches_stay_the_same(
+        self, mixed: Rows
+    ) -> None:
+        config = settings(micro_batch_size=2, num_epochs=2)
+        walked = [batch for _, batch in Order(mixed, config).steps(0)]
+        again = Order(mixed, config)
+        for number, batch in enumerate(walked, start=1):
+            for left, right in zip(batch.micros, again.step(number).micros, strict=True):
+                assert left.rows == right.rows
+                assert left.tensors.keys() == right.tensors.keys()
+                assert all(torch.equal(left.tensors[k], right.tensors[k]) for k in left.tensors)
+
+    def test_evaluation_reads_every_image_once(self, mixed: Rows) -> None:
+        config = settings(micro_batch_size=2)
+        sizes = [
+            micro.tensors["image_sizes"].tolist()
+            for micro in evaluation_micros(mixed, config)
+            if "image_sizes" in micro.tensors
+        ]
+        flat = [size for part in sizes for size in part]
+        assert flat == [[28, 56], [84, 112], [84, 56], [112, 112], [84, 84]]
