@@ -1,16 +1,92 @@
-"""Which attention code a run uses, and why: of the installed ones the fastest that fits the card.
+"""Which attention code a run uses, and why: of the installed ones the best that fits the card.
 
-Separate from `recommend` because the machine page names what is worth installing, whatever the
-model. Facts: FlashAttention 2 runs on Ampere and newer, 3 on Hopper, 4 on Hopper and data-centre
-Blackwell with heads up to 128 (on Hopper its backward pass exists only built from source); on
-consumer Blackwell 4 has no upstream support.
+Separate from `recommend` because the trainer asks the same table before it loads anything. What
+each one can do is data, presets/attention.yml; here is how a row of it is found for a model, a
+card and rows with or without images.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Literal
 
+from engine.catalog import Architecture
+from engine.errors import UserError
 from engine.plan.device import Device
 
-LARGEST_FLASH_4_HEAD = 128
+PATH_ON_CPU = "sdpa"
+UNKNOWN_CAPABILITY = (8, 0)
+"""A card that only its memory is known of is taken for Ampere, the oldest that most people have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What attention looks like in one model's language layers."""
+
+    architecture: str
+    """model_type of the language model."""
+    query: int
+    """Numbers of a query's and a key's head."""
+    value: int
+    """Numbers of a value's head; another width than `query` in multi-head latent attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What the attention code has to do."""
+
+    heads: Heads
+    images: bool = False
+    """Whether rows have images."""
+    half: bool = True
+    """Whether the run computes in 16-bit numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """One backend on one range of cards."""
+
+    first: tuple[int, int]
+    """Compute capability; also `last`, which is included."""
+    last: tuple[int, int]
+    forward: Literal["yes", "no"]
+    backward: Literal["yes", "no", "source"]
+    """`source`: only in a build from source, which nothing but a run shows."""
+    largest_query_head: int
+    largest_value_head: int
+    uneven: bool = False
+    """Whether queries and values may have heads of different widths."""
+    reason: str
+    source: str
+    confidence: Literal["high", "medium", "low"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """One attention code, and the cards that it runs on."""
+
+    name: str
+    """A value of `attn_implementation`."""
+    title: str
+    package: str
+    also_named: tuple[str, ...] = ()
+    """Other values of `attn_implementation` that this one stands in for, with the same result."""
+    architectures: tuple[str, ...]
+    packing: Literal["cut", "mask", "blocks"]
+    """How it keeps packed rows apart; a mask grows with sequence_len squared."""
+    vision: bool
+    vision_reason: str = ""
+    vision_source: str = ""
+    half_only: bool = False
+    """Whether it computes in 16-bit numbers alone."""
+    cpu: bool = False
+    cards: tuple[Support, ...]
+
+    def on(self, device: Device) -> Support | None:
+        """What is known of it on cards as `device` is one."""
+        capability = device.compute_capability or UNKNOWN_CAPABILITY
+        return next((card for card in self.cards if card.first <= capability <= card.last), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,47 +102,131 @@ class Attention:
     """Whether FlashAttention 4 is eligible, in a sentence."""
 
 
-def choose_attention(device: Device, head_dim: int | None) -> Attention:
-    """The backend for packed text on `device`; `head_dim` None where heads differ in width."""
+@cache
+def attention_backends() -> dict[str, Backend]:
+    """The table of presets/attention.yml by name, best first."""
+    from pydantic import TypeAdapter
+    from ruamel.yaml import YAML
+
+    text = (files("presets") / "attention.yml").read_text(encoding="utf-8")
+    content = YAML(typ="safe", pure=True).load(text)
+    for entry in content:
+        for card in entry["cards"]:
+            card["first"], card["last"] = card.pop("from"), card.pop("to")
+    found = TypeAdapter(tuple[Backend, ...]).validate_python(content)
+    return {backend.name: backend for backend in found}
+
+
+def find_backend(name: str) -> Backend:
+    """The backend of a value of `attn_implementation`; KeyError for one that is none of ours."""
+    backends = attention_backends()
+    other = (found for found in backends.values() if name in found.also_named)
+    return backends.get(name) or next(other, None) or backends[name]
+
+
+def heads_of(architecture: Architecture) -> Heads:
+    """The attention heads of the language model."""
+    text = architecture.config.get("text_config", architecture.config)
+    if "kv_lora_rank" in text:
+        query = text["qk_nope_head_dim"] + text["qk_rope_head_dim"]
+        return Heads(text["model_type"], query, text["v_head_dim"])
+    width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    return Heads(text["model_type"], width, width)
+
+
+def choose_attention(device: Device, task: Task) -> Attention:
+    """The backend for `task` on `device`."""
     if device.kind == "cpu":
-        return Attention("sdpa", "the one that a CPU runs")
-    installed = device.stack or {}
-    flash_4 = flash_4_eligibility(device, head_dim)
-    for backend, package, suits, reason in _candidates(device, head_dim):
-        if suits and installed.get(package):
-            return Attention(backend, reason, flash_4=flash_4)
-    better = next(
-        (package for _, package, suits, _ in _candidates(device, head_dim) if suits), None
+        return Attention(PATH_ON_CPU, "the one that a CPU runs")
+    suited = list(_suited(device, task))
+    backend, reason = next((item for item in suited if _installed(item[0], device)), suited[-1])
+    best = suited[0][0]
+    return Attention(
+        backend.name,
+        reason,
+        worth_installing=None if _installed(best, device) else best.package,
+        flash_4=_flash_4(device, task),
     )
-    reason = "PyTorch's own; packed rows then need a mask that grows with sequence_len squared"
-    if better is None:
-        reason = "FlashAttention needs Ampere or newer"
-    return Attention("sdpa", reason, worth_installing=better, flash_4=flash_4)
 
 
-def flash_4_eligibility(device: Device, head_dim: int | None) -> str:
-    """Whether a training run on `device` could use FlashAttention 4, in one sentence."""
-    major = (device.compute_capability or (0, 0))[0]
-    if major not in (9, 10):
-        return "FlashAttention 4 needs Hopper or data-centre Blackwell"
-    if head_dim is None or head_dim > LARGEST_FLASH_4_HEAD:
-        return f"FlashAttention 4 needs heads of one width up to {LARGEST_FLASH_4_HEAD}"
-    if major == 9:
-        return "FlashAttention 4 is eligible; on Hopper its backward pass must be built from source"
+def why_not(name: str, device: Device, task: Task) -> str | None:
+    """Why the backend `name` cannot carry out `task` on `device`, in one sentence, or None.
+
+    Nobody knows what will be installed beside a planned card.
+    """
+    backend = find_backend(name)
+    if device.kind == "cpu":
+        return None if backend.cpu else f"{backend.title} needs a GPU."
+    if reason := _unsuited(backend, device, task):
+        return f"{backend.title}: {reason}."
+    if not device.planned and not _installed(backend, device):
+        return f"{backend.title} is not installed (package {backend.package})."
+    return None
+
+
+def refuse_attention(name: str, device: Device, task: Task) -> None:
+    """Raises UserError where the backend that a config asks for cannot carry out `task` here."""
+    if reason := why_not(name, device, task):
+        better = choose_attention(device, task)
+        raise UserError(
+            f"attn_implementation: {name} cannot be used here.",
+            reason,
+            f"Write attn_implementation: {better.backend} ({better.reason}), or remove the key.",
+        )
+
+
+def needs_mask(name: str | None, device: Device) -> bool:
+    """Whether packed rows cost a mask of sequence_len squared under backend `name` on `device`.
+
+    None is the one that is chosen by itself.
+    """
+    if name is None:
+        return device.kind == "cpu"
+    return find_backend(name).packing == "mask"
+
+
+def _suited(device: Device, task: Task) -> Iterator[tuple[Backend, str]]:
+    """The backends whose both passes exist ready-made, best first, each with what speaks for it.
+
+    The last of them are part of PyTorch and run on every card.
+    """
+    for backend in attention_backends().values():
+        support = backend.on(device)
+        if support and support.backward == "yes" and not _unsuited(backend, device, task):
+            yield backend, support.reason
+
+
+def _unsuited(backend: Backend, device: Device, task: Task) -> str:
+    """What speaks against a backend, installed or not; empty where nothing does."""
+    support, heads = backend.on(device), task.heads
+    if heads.architecture not in backend.architectures:
+        return f"it does not know {heads.architecture}"
+    if support is None:
+        return f"it does not run on {device.name}"
+    if "no" in (support.forward, support.backward):
+        return support.reason
+    if task.images and not backend.vision:
+        return backend.vision_reason
+    if backend.half_only and not task.half:
+        return "it computes in 16-bit numbers only, and this run in float32"
+    if heads.query > support.largest_query_head or heads.value > support.largest_value_head:
+        return f"its heads are up to {support.largest_query_head} wide, this model's {heads.query}"
+    if heads.query != heads.value and not support.uneven:
+        return f"it wants heads of one width, this model's are {heads.query} and {heads.value}"
+    return ""
+
+
+def _flash_4(device: Device, task: Task) -> str:
+    """Whether FlashAttention 4 is eligible here, in a sentence."""
+    backend = attention_backends()["flash_attention_4"]
+    if reason := _unsuited(backend, device, task):
+        return f"FlashAttention 4 is not eligible: {reason}"
+    support = backend.on(device)
+    if support and support.backward == "source":
+        return f"FlashAttention 4 is {support.reason}"
     return "FlashAttention 4 is eligible"
 
 
-def _candidates(device: Device, head_dim: int | None) -> tuple[tuple[str, str, bool, str], ...]:
-    """Backend, its package, whether it suits, and the reason; the best first."""
-    capability = device.compute_capability or (0, 0)
-    blackwell = capability[0] == 10 and (head_dim or 999) <= LARGEST_FLASH_4_HEAD
-    return (
-        ("flash_attention_4", "flash-attn-4", blackwell, "made for this Blackwell card"),
-        ("flash_attention_3", "flash-attn-3", capability[0] == 9, "the fastest here: Hopper"),
-        (
-            "flash_attention_2",
-            "flash-attn",
-            capability >= (8, 0) and head_dim is not None,
-            "packed rows are kept apart without a mask",
-        ),
-    )
+def _installed(backend: Backend, device: Device) -> bool:
+    """Whether its package is there; torch is what every run brings."""
+    return backend.package == "torch" or bool((device.stack or {}).get(backend.package))

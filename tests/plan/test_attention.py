@@ -1,20 +1,31 @@
-"""Which attention code is chosen: by the card's generation, the heads, and what is installed."""
+"""Which attention code is chosen or refused: by the card, the heads, the rows, what is there."""
 
 from dataclasses import replace
 
 import pytest
 
-from engine.plan import choose_attention
-from tests.plan.machines import card, cpu
+from engine.errors import UserError
+from engine.plan import Device, Heads, Task, choose_attention, heads_of
+from engine.plan.attention import (
+    attention_backends,
+    find_backend,
+    needs_mask,
+    refuse_attention,
+    why_not,
+)
+from tests.plan.machines import MODELS, card, cpu, model
 
 PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
 NONE, TWO, ALL = (), PACKAGES[:1], PACKAGES
+DENSE = Heads("ministral3", 128, 128)
+TEXT = Task(DENSE)
+TORCH = "flash_attention_torch"
 
 
-def on(name: str, installed: tuple[str, ...], head_dim: int | None = 128):
-    device = cpu() if name == "CPU" else card(name)
+def device(name: str, installed: tuple[str, ...] = ALL) -> Device:
+    found = cpu() if name == "CPU" else card(name)
     stack = {package: "1.0" if package in installed else None for package in PACKAGES}
-    return choose_attention(replace(device, stack=stack), head_dim)
+    return replace(found, stack=stack, planned=False)
 
 
 @pytest.mark.parametrize(
@@ -22,60 +33,133 @@ def on(name: str, installed: tuple[str, ...], head_dim: int | None = 128):
     [
         ("CPU", NONE, "sdpa", None),
         ("CPU", ALL, "sdpa", None),
-        ("T4", NONE, "sdpa", None),
-        ("T4", ALL, "sdpa", None),
-        ("A100 80GB", NONE, "sdpa", "flash-attn"),
+        ("T4", NONE, TORCH, None),
+        ("T4", ALL, TORCH, None),
+        ("A100 80GB", NONE, TORCH, "flash-attn"),
         ("A100 80GB", ALL, "flash_attention_2", None),
-        ("RTX 4090", NONE, "sdpa", "flash-attn"),
+        ("RTX 4090", NONE, TORCH, "flash-attn"),
         ("RTX 4090", TWO, "flash_attention_2", None),
         ("RTX 4090", ALL, "flash_attention_2", None),
-        ("H100", NONE, "sdpa", "flash-attn-3"),
-        ("H100", TWO, "flash_attention_2", None),
+        ("H100", NONE, TORCH, "flash-attn-3"),
+        ("H100", TWO, "flash_attention_2", "flash-attn-3"),
         ("H100", ALL, "flash_attention_3", None),
-        ("H100", ("flash-attn-4",), "sdpa", "flash-attn-3"),
-        ("B200", NONE, "sdpa", "flash-attn-4"),
-        ("B200", TWO, "flash_attention_2", None),
+        ("H100", ("flash-attn-4",), TORCH, "flash-attn-3"),
+        ("B200", NONE, TORCH, "flash-attn-4"),
+        ("B200", TWO, "flash_attention_2", "flash-attn-4"),
         ("B200", ALL, "flash_attention_4", None),
-        ("RTX 5090", NONE, "sdpa", "flash-attn"),
+        ("RTX 5090", NONE, TORCH, "flash-attn"),
         ("RTX 5090", ALL, "flash_attention_2", None),
-        ("RTX 5090", ("flash-attn-4",), "sdpa", "flash-attn"),
+        ("RTX 5090", ("flash-attn-4",), TORCH, "flash-attn"),
+        ("24 GB", NONE, TORCH, "flash-attn"),
     ],
 )
-def test_the_fastest_installed_backend_that_suits_the_card(
+def test_the_best_installed_backend_that_suits_the_card(
     name: str, installed: tuple[str, ...], backend: str, worth_installing: str | None
 ) -> None:
-    chosen = on(name, installed)
+    chosen = choose_attention(device(name, installed), TEXT)
     assert (chosen.backend, chosen.worth_installing) == (backend, worth_installing)
     assert chosen.reason
 
 
+@pytest.mark.parametrize("name", ["T4", "RTX 4090", "H100", "B200", "RTX 5090", "24 GB"])
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize("model_name", MODELS)
+def test_packed_rows_never_need_a_quadratic_mask_on_a_gpu(
+    name: str, half: bool, images: bool, model_name: str
+) -> None:
+    task = Task(heads_of(model(model_name)), images, half)
+    for installed in (NONE, TWO, ALL):
+        chosen = choose_attention(device(name, installed), task)
+        assert find_backend(chosen.backend).packing == "cut"
+        assert why_not(chosen.backend, device(name, installed), task) is None
+
+
 @pytest.mark.parametrize(
-    ("name", "head_dim", "words"),
+    ("name", "task", "words"),
     [
-        ("CPU", 128, ""),
-        ("T4", 128, "FlashAttention 4 needs Hopper or data-centre Blackwell"),
-        ("RTX 4090", 128, "FlashAttention 4 needs Hopper or data-centre Blackwell"),
-        ("RTX 5090", 128, "FlashAttention 4 needs Hopper or data-centre Blackwell"),
-        (
-            "H100",
-            128,
-            "FlashAttention 4 is eligible; on Hopper its backward pass must be built from source",
-        ),
-        ("H100", 256, "FlashAttention 4 needs heads of one width up to 128"),
-        ("B200", 128, "FlashAttention 4 is eligible"),
-        ("B200", 129, "FlashAttention 4 needs heads of one width up to 128"),
-        ("B200", None, "FlashAttention 4 needs heads of one width up to 128"),
+        ("T4", TEXT, "is not eligible: it does not run on "),
+        ("RTX 4090", TEXT, "is not eligible: it does not run on "),
+        ("RTX 5090", TEXT, "is not eligible: consumer Blackwell has no upstream support"),
+        ("H100", TEXT, "is eligible; on Hopper its backward pass must be built from source"),
+        ("B200", TEXT, "is eligible"),
+        ("B200", Task(DENSE, images=True), "is not eligible: training with images"),
+        ("B200", Task(DENSE, half=False), "is not eligible: it computes in 16-bit numbers only"),
+        ("B200", Task(Heads("mistral", 256, 256)), "is not eligible: its heads are up to 128"),
+        ("B200", Task(Heads("mistral4", 128, 64)), "is not eligible: it wants heads of one width"),
     ],
 )
-def test_whether_flash_attention_4_is_eligible(name: str, head_dim: int | None, words: str) -> None:
-    assert on(name, ALL, head_dim).flash_4 == words
+def test_whether_flash_attention_4_is_eligible(name: str, task: Task, words: str) -> None:
+    assert choose_attention(device(name), task).flash_4.startswith(f"FlashAttention 4 {words}")
+    assert ("not eligible" in words) == bool(why_not("flash_attention_4", device(name), task))
 
 
-@pytest.mark.parametrize("head_dim", [129, None])
-def test_wide_or_uneven_heads_never_get_flash_attention_4(head_dim: int | None) -> None:
-    assert on("B200", ALL, head_dim).backend != "flash_attention_4"
-    assert on("B200", (), head_dim).worth_installing != "flash-attn-4"
+def test_a_model_of_another_family_is_not_guessed_at() -> None:
+    llama = Task(Heads("llama", 128, 128))
+    reason = why_not("flash_attention_4", device("B200"), llama)
+    assert reason == "FlashAttention 4: it does not know llama."
+
+
+def test_a_card_newer_than_the_table_gets_what_torch_brings() -> None:
+    newer = replace(device("B200"), compute_capability=(14, 0))
+    assert choose_attention(newer, TEXT).backend == TORCH
+
+
+def test_a_backward_pass_that_must_be_built_is_never_chosen_but_may_be_asked_for() -> None:
+    hopper = device("H100", ("flash-attn-4",))
+    assert choose_attention(hopper, TEXT).backend != "flash_attention_4"
+    assert why_not("flash_attention_4", hopper, TEXT) is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "installed", "task", "why", "instead"),
+    [
+        ("flash_attention_4", "RTX 4090", ALL, TEXT, "does not run on", "flash_attention_2"),
+        ("flash_attention_4", "RTX 5090", ALL, TEXT, "no upstream support", "flash_attention_2"),
+        ("flash_attention_4", "B200", TWO, TEXT, "package flash-attn-4", "flash_attention_2"),
+        ("flash_attention_4", "B200", ALL, Task(DENSE, True), "images", "flash_attention_2"),
+        ("flash_attention_3", "A100 80GB", NONE, TEXT, "does not run on", TORCH),
+        ("flash_attention_2", "T4", ALL, TEXT, "does not run on", TORCH),
+        ("flash_attention_2", "H100", ALL, Task(DENSE, half=False), "16-bit", TORCH),
+        ("flash_attention_2", "CPU", ALL, TEXT, "needs a GPU", "sdpa"),
+        ("flex_attention", "T4", ALL, TEXT, "does not run on", TORCH),
+    ],
+)
+def test_a_wrong_request_is_refused_with_what_to_use_instead(
+    backend: str, name: str, installed: tuple[str, ...], task: Task, why: str, instead: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        refuse_attention(backend, device(name, installed), task)
+    assert why in caught.value.why
+    assert f"Write attn_implementation: {instead} (" in caught.value.fix
+    refuse_attention(instead, device(name, installed), task)
+
+
+def test_what_a_mask_costs_follows_the_table() -> None:
+    gpu, computer = device("H100"), device("CPU")
+    assert [needs_mask(name, gpu) for name in (None, "sdpa", "eager", TORCH, "xformers")] == [
+        *(False, True, True),
+        *(False, False),
+    ]
+    assert needs_mask(None, computer)
+
+
+def test_heads_come_from_the_language_model() -> None:
+    assert heads_of(model("mistral-small-4")) == Heads("mistral4", 128, 128)
+    assert heads_of(model("mistral-medium-3.5")) == Heads("ministral3", 128, 128)
+    assert heads_of(model("magistral-small-2506")) == Heads("mistral", 128, 128)
+
+
+def test_every_row_of_the_table_says_where_it_is_from() -> None:
+    backends = attention_backends()
+    assert [name for name, backend in backends.items() if backend.cpu] == ["sdpa", "eager"]
+    for backend in backends.values():
+        assert backend.vision or (backend.vision_reason and backend.vision_source)
+        for support in backend.cards:
+            assert support.source.startswith("https://")
+            assert support.first <= support.last
+            assert support.reason
 
 
 def test_a_card_that_nobody_looked_into_gets_what_torch_brings() -> None:
-    assert choose_attention(replace(card("H100"), stack=None), 128).backend == "sdpa"
+    assert choose_attention(replace(card("H100"), stack=None), TEXT).backend == TORCH

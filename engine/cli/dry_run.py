@@ -1,0 +1,89 @@
+"""`train --max-steps 0`: everything about a run that can be known before a weight is loaded.
+
+Separate from `training`, which starts processes: here the config is read, the model planned and the
+rows are checked in this one, and a config for more cards than this version uses is judged too.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.cli.planning import find_device, headline, read_planned
+from engine.config import RunConfig
+from engine.errors import UserError, WorkError
+from engine.hardware import assume
+from engine.plan import best_device, estimate
+from engine.plan.layers import widths
+from engine.plan.sharding import cards_laid_out, cards_needed
+from engine.visible import visible
+
+if TYPE_CHECKING:
+    from engine.data.checkup import Checkup
+
+USUAL_CARD = "H100 80GB"
+"""What cards are counted in where this computer has none."""
+
+
+def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
+    """What a run would be, in a sentence, and the lines that support it; nothing is started.
+
+    Raises UserError where the config is wrong, the model is not known, or no row can be used.
+    """
+    config, architecture = read_planned(file, tuple(changes), sharded=True)
+    found = _check_rows(config, file.absolute().parent)
+    if not found.usable:
+        name = visible(file.name, one_line=True)
+        raise UserError(
+            f"No row of the datasets in {name} can be used.",
+            f"{found.rows} were read, and each has a problem.",
+            f"`windtunnel check {name}` lists them, with repairs.",
+        )
+    device = find_device(None)
+    laid_out = cards_laid_out(config)
+    card = device if device.kind == "cuda" or laid_out == 1 else best_device(assume(USUAL_CARD))
+    needs = estimate(config, architecture, card)
+    sentence = (
+        "Dry run, nothing was loaded: it would train"
+        f" {needs.trainable_parameters:,} of {needs.total_parameters:,} parameters of"
+        f" {visible(config.base_model, one_line=True)} on {found.usable:,} rows"
+    )
+    if laid_out == 1:
+        return (f"{sentence}.", headline(needs, card), *_row_lines(found))
+    fewest = cards_needed(config, needs, widths(architecture.table), card)
+    meant = f"on {laid_out} GPUs" if laid_out else "on several GPUs"
+    least = f"{fewest} of {card.name} are the fewest" if fewest else f"{card.name} is too small"
+    return (f"{sentence}, {meant}; this version runs one.", f"{least}.", *_row_lines(found))
+
+
+def _check_rows(config: RunConfig, folder: Path) -> "Checkup":
+    """Every row read, and counted in tokens where the tokenizer can be had."""
+    from engine.chat.tokenizer import open_tokenizer
+    from engine.data.checkup import check
+    from engine.data.images import ImageRules
+    from engine.data.prepare import label_rule
+    from engine.data.rows import effective_datasets, tokenizer_name
+
+    try:
+        tokenizer = open_tokenizer(tokenizer_name(config), folder)
+    except WorkError:  # offline, and the tokenizer is not here yet
+        tokenizer = None
+    return check(
+        effective_datasets(config),
+        folder,
+        tokenizer,
+        rule=label_rule(config),
+        history_thinking=config.history_thinking,
+        images=ImageRules.from_config(config, folder),
+        sequence_len=config.sequence_len,
+    )
+
+
+def _row_lines(found: "Checkup") -> list[str]:
+    lines = [f"{found.usable:,} of {found.rows:,} rows can be used."]
+    if found.tokens is None:
+        lines.append("Their tokens were not counted: the model's tokenizer is not here yet.")
+    else:
+        lines.append(
+            f"{found.tokens.learned:,} of their {found.tokens.total:,} tokens are learned."
+        )
+    return lines

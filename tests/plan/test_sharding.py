@@ -1,0 +1,50 @@
+"""How many cards hold a run whose weights are sharded over them."""
+
+import pytest
+
+from engine.plan import estimate
+from engine.plan.layers import widths
+from engine.plan.sharding import cards_laid_out, cards_needed
+from tests.plan.machines import config, model, sized
+
+FSDP = {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}
+FULL = {"adapter": None, "bf16": True, "gradient_checkpointing": True}
+
+
+def needed(gibibytes: float, name: str = "magistral-small-2506") -> int | None:
+    run, architecture, device = config(**FULL), model(name), sized(gibibytes)
+    needs = estimate(run, architecture, device)
+    return cards_needed(run, needs, widths(architecture.table), device)
+
+
+def test_the_fewest_cards_follow_their_size() -> None:
+    counts = [needed(size) for size in (24, 40, 80, 160, 400)]
+    assert None not in counts
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == 1
+
+
+def test_all_cards_together_hold_what_is_divided() -> None:
+    run, architecture, device = config(**FULL), model("magistral-small-2506"), sized(80)
+    needs = estimate(run, architecture, device)
+    count = needed(80)
+    assert count is not None
+    assert needs.parts["weights"] + needs.parts["optimizer"] < count * 80 * 2**30
+
+
+def test_a_card_too_small_for_one_layer_is_none_of_many() -> None:
+    assert needed(1) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "count"),
+    [
+        ({}, 1),
+        (FSDP, None),
+        (FSDP | {"dp_shard_size": 8}, 8),
+        (FSDP | {"dp_shard_size": 8, "dp_replicate_size": 2}, 16),
+        ({"deepspeed": "zero3.json"}, None),
+    ],
+)
+def test_a_config_says_how_many_cards_it_is_for(keys: dict[str, object], count: int | None) -> None:
+    assert cards_laid_out(config(**keys)) == count
