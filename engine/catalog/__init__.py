@@ -9,6 +9,7 @@ models that transformers builds.
 from engine.catalog.architecture import Architecture, UnknownModel, read_architecture
 from engine.catalog.cards import ModelCard, find_model, find_repository, list_models, model_names
 from engine.catalog.modules import ModuleTable, Parameter, linear_targets, module_table
+from engine.catalog.sampling import official_sampling
 
 __all__ = [
     "Architecture",
@@ -22,5 +23,6 @@ __all__ = [
     "list_models",
     "model_names",
     "module_table",
+    "official_sampling",
     "read_architecture",
 ]

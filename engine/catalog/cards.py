@@ -80,6 +80,13 @@ class ModelCard:
     sources: tuple[Source, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def hub_id(self) -> str | None:
+        """The repository that a run loads: the first in bfloat16, which FP8 was rounded from, else
+        the first; None where the model is made here."""
+        ordered = sorted(self.repositories, key=lambda repository: repository.checkpoint != "bf16")
+        return ordered[0].id if ordered else None
+
 
 @cache
 def model_names() -> tuple[str, ...]:

@@ -1,0 +1,94 @@
+"""A finished result to its repository on the hub, where the config names one in `hub_model_id`.
+
+Repositories are made private: who wants others to see a model opens it on the hub. A run never
+fails by it; the upload can be repeated at any time.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from engine.config import read_config
+from engine.errors import UserError, WorkError
+from engine.runs import RunFolder
+from engine.visible import visible
+
+
+def push(run: RunFolder, repository: str | None = None) -> str:
+    """Upload the run's adapter or model to `repository`, else to the config's hub_model_id.
+
+    Returns its address. A repository that is not there yet is made, private. Raises UserError where
+    none is named or nothing is finished, WorkError where the hub refuses or cannot be reached.
+    """
+    config = read_config(run.config).config
+    name = repository or config.hub_model_id
+    if not name:
+        raise UserError(
+            "No repository is named.",
+            "The run's config has no hub_model_id.",
+            f"Name one: windtunnel push {visible(run.name, one_line=True)} --to you/your-model",
+        )
+    folder = run.model if config.adapter is None else run.adapter
+    if not folder.is_dir():
+        raise UserError(
+            f"The run {visible(run.name, one_line=True)} has no finished result.",
+            f"There is no {visible(str(folder), one_line=True)}.",
+            "Resume it, or wait for its end.",
+        )
+    # Imported here: `import engine.publish` stays light.
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        made = huggingface_hub.create_repo(name, private=True, exist_ok=True)
+        huggingface_hub.upload_folder(
+            repo_id=made.repo_id, folder_path=folder, commit_message=f"Windtunnel run {run.name}"
+        )
+    except HFValidationError as error:
+        raise UserError(
+            f"{visible(name, one_line=True)} is no name of a repository.",
+            "The hub's names are you/your-model, in letters, digits, dots and dashes.",
+            "Correct hub_model_id.",
+        ) from error
+    # A lost connection is an error of the client's HTTP library, which is another in each release.
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise WorkError(
+            f"{visible(name, one_line=True)} could not be uploaded.",
+            f"{visible(first, one_line=True).rstrip('.')}.",
+            f"Log in with `hf auth login`, then repeat it: {repeat_command(run)}",
+        ) from error
+    return str(made)
+
+
+def push_in_own_process(run: RunFolder) -> tuple[bool, str]:
+    """The same in a process of its own, which may reach the hub where this one has left it.
+
+    Returns whether it worked, and one sentence; never raises for a failed upload.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    environment["PYTHONSAFEPATH"] = "1"
+    home = Path(__file__).resolve().parents[2]
+    if home.name not in ("site-packages", "dist-packages"):
+        before = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([str(home), *([before] if before else [])])
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.publish", str(run.path)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode == 0:
+        return True, f"uploaded to {visible(done.stdout.strip(), one_line=True)} (private)"
+    told = visible((done.stderr.strip().splitlines() or ["no reason given."])[-1], one_line=True)
+    return False, f"not uploaded: {told} Repeat it with: {repeat_command(run)}"
+
+
+def repeat_command(run: RunFolder) -> str:
+    """What uploads the result again."""
+    return f"windtunnel push {visible(str(run.path), one_line=True)}"

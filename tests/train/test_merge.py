@@ -1,0 +1,333 @@
+"""A merged folder is the model that stock PEFT merges, whatever the adapter and the base are."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from engine.config import write_config
+from engine.errors import UserError, WorkError
+from engine.runs import RunFolder
+from engine.train.adapter_files import CONFIG, WEIGHTS
+from engine.train.batches import Rows
+from engine.train.merge import merge
+from engine.train.shards import Planned, write_shards
+from tests.train.test_weights import logits, stock_model
+from tests.train.tiny import (
+    MINISTRAL3,
+    edit_config,
+    files_at_most,
+    settings,
+    training,
+    wake_adapter,
+    write_model,
+)
+
+
+@pytest.fixture
+def finished(uneven: Rows, tmp_path: Path) -> Callable[..., RunFolder]:
+    """A finished adapter run on a base folder."""
+
+    def make(base: Path, **keys: Any) -> RunFolder:
+        run = training(tmp_path / "run", settings(base, **({"adapter": "lora"} | keys)), uneven)
+        wake_adapter(run.model)
+        run.finish([])
+        folder = RunFolder(tmp_path / "run")
+        folder.config.write_text(write_config(run.config))
+        return folder
+
+    return make
+
+
+def merged_by_peft(base: Path, adapter: Path) -> torch.Tensor:
+    found: Any = peft.PeftModel.from_pretrained(stock_model(base), str(adapter))
+    return logits(found.merge_and_unload())
+
+
+def loaded(folder: Path) -> Any:
+    """The folder in stock transformers; every weight has to be there, and none too many."""
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model, told = getattr(transformers, name).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    return model
+
+
+class TestMerged:
+    def test_every_architecture_answers_as_stock_peft_merges_it(
+        self, any_model: Path, finished: Callable[..., RunFolder], tmp_path: Path
+    ) -> None:
+        run = finished(any_model)
+        folder = merge(run, tmp_path / "merged")
+        wanted = merged_by_peft(any_model, run.adapter)
+        torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
+        assert (logits(stock_model(any_model)) - wanted).abs().max() > 0.1
+
+    @pytest.mark.parametrize(
+        "keys",
+        [
+            {"peft_use_rslora": True, "lora_r": 4},
+            {"peft_use_dora": True},
+            {"lora_modules_to_save": ["lm_head", "embed_tokens"]},
+        ],
+        ids=["rslora", "dora", "modules to save"],
+    )
+    def test_every_variant_of_lora_is_merged(
+        self,
+        keys: dict[str, Any],
+        ministral: Path,
+        finished: Callable[..., RunFolder],
+        tmp_path: Path,
+    ) -> None:
+        run = finished(ministral, **keys)
+        _change_saved(run.adapter)
+        folder = merge(run, tmp_path / "merged")
+        wanted = merged_by_peft(ministral, run.adapter)
+        torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
+
+    def test_adapted_experts_are_merged_expert_by_expert(
+        self,
+        model_folder: Callable[[str], Path],
+        finished: Callable[..., RunFolder],
+        tmp_path: Path,
+    ) -> None:
+        base = model_folder("mistral4")
+        targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        run = finished(base, lora_target_parameters=targets, lora_r=4)
+        folder = merge(run, tmp_path / "merged")
+        wanted = merged_by_peft(base, run.adapter)
+        torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
+        stacks = [
+            n for n in load_file(base / "model.safetensors") if n.endswith("experts.down_proj")
+        ]
+        before, after = (load_file(f / "model.safetensors")[stacks[0]] for f in (base, folder))
+        assert all((before[e] - after[e]).abs().max() > 1e-3 for e in range(len(before)))
+
+    def test_alpha_patterns_are_followed(
+        self, ministral: Path, finished: Callable[..., RunFolder], tmp_path: Path
+    ) -> None:
+        run = finished(ministral)
+        config = json.loads((run.adapter / CONFIG).read_text())
+        config["alpha_pattern"] = {"q_proj": 7, r"layers\.1\.mlp\.up_proj": 3}
+        (run.adapter / CONFIG).write_text(json.dumps(config))
+        folder = merge(run, tmp_path / "merged")
+        wanted = merged_by_peft(ministral, run.adapter)
+        torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+    def test_a_tied_pair_that_was_trained_as_one_stays_one(
+        self, saved: str, finished: Callable[..., RunFolder], tmp_path: Path
+    ) -> None:
+        base = write_model(tmp_path / "base", MINISTRAL3 | {"tie_word_embeddings": True})
+        run = finished(base, lora_modules_to_save=[saved])
+        tensors = load_file(run.adapter / WEIGHTS)
+        moved = load_file(base / "model.safetensors")["model.embed_tokens.weight"] + 0.3
+        for name in tensors:
+            if ".lora_" not in name:
+                tensors[name] = moved.clone()
+        save_file(tensors, run.adapter / WEIGHTS, {"format": "pt"})
+        folder = merge(run, tmp_path / "merged")
+        written = load_file(folder / "model.safetensors")
+        assert set(written) == set(load_file(base / "model.safetensors"))
+        torch.testing.assert_close(written["model.embed_tokens.weight"], moved)
+        wanted = merged_by_peft(base, run.adapter)
+        torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
+
+    def test_a_tied_head_that_was_trained_alone_is_written_and_no_longer_tied(
+        self, uneven: Rows, finished: Callable[..., RunFolder], tmp_path: Path
+    ) -> None:
+        base = write_model(tmp_path / "base", MINISTRAL3 | {"tie_word_embeddings": True})
+        run = finished(base)
+        tensors = load_file(run.adapter / WEIGHTS)
+        embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+        tensors["base_model.model.lm_head.weight"] = embedding + 0.5
+        save_file(tensors, run.adapter / WEIGHTS)
+        folder = merge(run, tmp_path / "merged")
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+        written = load_file(folder / "model.safetensors")
+        torch.testing.assert_close(written["lm_head.weight"], embedding + 0.5)
+        torch.testing.assert_close(written["model.embed_tokens.weight"], embedding)
+        loaded(folder)
+
+    def test_a_run_on_4_bit_weights_is_merged_into_the_original_ones(
+        self, ministral: Path, finished: Callable[..., RunFolder], tmp_path: Path
+    ) -> None:
+        run = finished(ministral, adapter="qlora", load_in_4bit=True)
+        folder = merge(run, tmp_path / "merged")
+        wanted = merged_by_peft(ministral, run.adapter)
+        torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
+
+    def test_fp8_weights_become_the_bfloat16_that_they_mean(
+        self, finished: Callable[..., RunFolder], tmp_path: Path
+    ) -> None:
+        base = write_model(tmp_path / "base", MINISTRAL3)
+        plain = load_file(base / "model.safetensors")
+        fp8, wanted = {}, {}
+        for name, tensor in plain.items():
+            if name.endswith("_proj.weight"):
+                scale = tensor.abs().max() / 448
+                fp8[name] = (tensor / scale).to(torch.float8_e4m3fn)
+                fp8[f"{name}_scale_inv"] = scale
+                wanted[name] = fp8[name].float() * scale
+            else:
+                fp8[name] = wanted[name] = tensor.bfloat16()
+        save_file(fp8, base / "model.safetensors", {"format": "pt"})
+        edit_config(base, quantization_config={"quant_method": "fp8"})
+        run = finished(base)
+        folder = merge(run, tmp_path / "merged")
+        written = load_file(folder / "model.safetensors")
+        assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+        assert set(written) == set(plain)
+        assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+        tensors = load_file(run.adapter / WEIGHTS)
+        name = "model.layers.0.self_attn.q_proj"
+        a, b = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        exact = wanted[f"{name}.weight"] + 2.0 * b @ a  # alpha 32 over rank 16
+        torch.testing.assert_close(written[f"{name}.weight"], exact.bfloat16(), rtol=0, atol=0)
+
+    def test_the_folder_holds_what_a_model_needs_and_nothing_of_the_base_s_own_format(
+        self, finished: Callable[..., RunFolder], tmp_path: Path
+    ) -> None:
+        base = write_model(tmp_path / "base", MINISTRAL3)
+        for name in ("tekken.json", "LICENSE", "params.json", "consolidated.safetensors"):
+            (base / name).write_text(name)
+        folder = merge(finished(base), tmp_path / "merged")
+        assert {path.name for path in folder.iterdir()} == {
+            *("config.json", "generation_config.json", "model.safetensors"),
+            *("tekken.json", "LICENSE", "README.md"),
+        }
+
+    def test_no_file_is_larger_than_asked_for_and_the_index_names_them_all(
+        self, ministral: Path, finished: Callable[..., RunFolder], tmp_path: Path
+    ) -> None:
+        run = finished(ministral)
+        folder = merge(run, tmp_path / "merged", shard_bytes=60_000)
+        files = sorted(folder.glob("*.safetensors"))
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert {path.name for path in files} == set(index["weight_map"].values())
+        for path in files:
+            with safe_open(path, "pt") as file:
+                names = list(file.keys())
+            assert len(names) == 1 or path.stat().st_size < 60_000 + 2048
+        wanted = merged_by_peft(ministral, run.adapter)
+        torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
+
+
+def _change_saved(adapter: Path) -> None:
+    """Move whole modules and lengths too, which are the base's own until they are trained."""
+    tensors = load_file(adapter / WEIGHTS)
+    drawn = torch.Generator().manual_seed(3)
+    for name, tensor in tensors.items():
+        if ".lora_A" not in name and ".lora_B" not in name:
+            tensors[name] = tensor * (1 + 0.2 * torch.randn(tensor.shape, generator=drawn))
+    save_file(tensors, adapter / WEIGHTS, {"format": "pt"})
+
+
+class TestRefused:
+    def test_a_full_fine_tune_has_nothing_to_merge(self, ministral: Path, tmp_path: Path) -> None:
+        run = RunFolder(tmp_path)
+        run.config.write_text(f"base_model: {ministral}\nlearning_rate: 0.001\n")
+        run.model.mkdir()
+        with pytest.raises(UserError, match="nothing to merge") as refused:
+            merge(run, tmp_path / "out")
+        assert str(run.model) in refused.value.why
+
+    def test_a_folder_in_use_is_left_alone(
+        self, ministral: Path, finished: Callable[..., RunFolder], tmp_path: Path
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("mine")
+        with pytest.raises(UserError, match="already holds"):
+            merge(finished(ministral), tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+    def test_an_adapter_of_another_base_is_refused_before_anything_is_written(
+        self, ministral: Path, finished: Callable[..., RunFolder], tmp_path: Path
+    ) -> None:
+        run = finished(ministral)
+        other = write_model(tmp_path / "other", MINISTRAL3 | {"intermediate_size": 192})
+        run.config.write_text(run.config.read_text().replace(str(ministral), str(other)))
+        with pytest.raises(WorkError, match="does not fit its base"):
+            merge(run, tmp_path / "out")
+        assert not (tmp_path / "out.partial").exists()
+
+    @pytest.mark.parametrize(
+        "said",
+        [{"peft_type": "LOHA"}, {"lora_bias": True}, {"init_lora_weights": "pissa"}],
+        ids=["loha", "bias", "pissa"],
+    )
+    def test_an_adapter_that_would_be_merged_wrongly_is_refused(
+        self,
+        said: dict[str, Any],
+        ministral: Path,
+        finished: Callable[..., RunFolder],
+        tmp_path: Path,
+    ) -> None:
+        run = finished(ministral)
+        config = json.loads((run.adapter / CONFIG).read_text()) | said
+        (run.adapter / CONFIG).write_text(json.dumps(config))
+        with pytest.raises(UserError, match="cannot be merged"):
+            merge(run, tmp_path / "out")
+
+    def test_a_full_disk_leaves_nothing_behind(
+        self, ministral: Path, finished: Callable[..., RunFolder], tmp_path: Path
+    ) -> None:
+        run = finished(ministral)
+        with files_at_most(50_000), pytest.raises(WorkError, match="could not be written"):
+            merge(run, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.partial").exists()
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from engine.runs import RunFolder
+from engine.train.merge import merge
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+merge(RunFolder(Path(sys.argv[1])), Path(sys.argv[2]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """400 MB of weights in layers of 12 MB, an adapter on one of them."""
+    base = tmp_path / "base"
+    base.mkdir()
+    config = MINISTRAL3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 32}
+    config |= {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 64}
+    from engine.catalog import module_table
+
+    tensors = [Planned(p.name, p.shape, torch.bfloat16) for p in module_table(config).parameters]
+    write_shards(base, tensors, lambda each: iter([torch.ones(each.shape, dtype=torch.bfloat16)]))
+    (base / "config.json").write_text(json.dumps(config))
+    run = RunFolder(tmp_path / "run")
+    run.adapter.mkdir(parents=True)
+    run.config.write_text(f"base_model: {base}\nadapter: lora\nlearning_rate: 0.001\n")
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora"
+    pair = {f"{name}_A.weight": torch.ones(8, 1024), f"{name}_B.weight": torch.ones(3072, 8)}
+    save_file(pair, run.adapter / WEIGHTS)
+    (run.adapter / CONFIG).write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 8}))
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(run.path), str(tmp_path / "out")],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    size = sum(tensor.size_bytes for tensor in tensors)
+    assert size > 600e6
+    assert int(done.stdout) < 150e6
