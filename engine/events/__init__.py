@@ -10,6 +10,8 @@ from engine.events.lines import VERSION, format_line, parse, parse_line
 from engine.events.vocabulary import (
     Ack,
     AckOutcome,
+    Answers,
+    Drift,
     Ended,
     Eval,
     Event,
@@ -31,6 +33,8 @@ __all__ = [
     "VERSION",
     "Ack",
     "AckOutcome",
+    "Answers",
+    "Drift",
     "Ended",
     "Eval",
     "Event",

@@ -8,6 +8,7 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from engine.events.vocabulary import Event, Recorded
@@ -30,6 +31,13 @@ def _read_float(value: object) -> object:
         return _WRONG
 
 
+def _read_mapping(check: _Check, value: object) -> object:
+    if not isinstance(value, dict):
+        return _WRONG
+    read = {key: check(each) for key, each in value.items()}
+    return _WRONG if _WRONG in read.values() else read
+
+
 def _check_for(hint: Any) -> _Check:
     """The function that turns a JSON value into a field of type `hint`, or into `_WRONG`."""
     origin, arguments = get_origin(hint), get_args(hint)
@@ -50,11 +58,7 @@ def _check_for(hint: Any) -> _Check:
             else _WRONG
         )
     if origin is Mapping:
-        return lambda value: (
-            value
-            if isinstance(value, dict) and all(type(each) is str for each in value.values())
-            else _WRONG
-        )
+        return partial(_read_mapping, _check_for(arguments[1]))
     raise TypeError(f"no reader for a field of type {hint}")
 
 
@@ -145,8 +149,12 @@ def format_line(recorded: Recorded) -> bytes:
         "type": _NAMES[kind],
     }
     for each in _FIELDS[kind]:
-        value = getattr(recorded.event, each.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            value = None
-        record[each.name] = value
+        record[each.name] = _plain(getattr(recorded.event, each.name))
     return json.dumps(record, allow_nan=False).encode("ascii") + b"\n"
+
+
+def _plain(value: object) -> object:
+    """A field as JSON has it: no number is `null`."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

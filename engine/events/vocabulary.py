@@ -72,6 +72,8 @@ class Step:
     """Largest amount allocated so far on the fullest device; resident bytes on a CPU."""
     total_steps: int | None = None
     """As in `Started`, so that the end of the file alone tells how far a run is."""
+    grad_norm_clipped: float | None = None
+    """L2 norm of the gradient that moved the weights, after clipping; None where not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,43 @@ class Score:
     exact: float
     """Share of rows whose answer the model gives back word for word, 0 to 1."""
     rows: int
+    loss_by_kind: Mapping[str, float] = field(default_factory=dict)
+    """Of the learned tokens of each kind (think, text, call, eos ...), in nats a token."""
+    tokens_by_kind: Mapping[str, int] = field(default_factory=dict)
+    """How many learned tokens those are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the model writes by itself, greedily, on a few held-out rows."""
+
+    step: int
+    dataset: str
+    """Name of the evaluation set."""
+    rows: int
+    """Answers that were generated, one a row."""
+    stopped: float
+    """Share of them that end by themselves within `eval_max_new_tokens`, 0 to 1."""
+    length_ratio: float
+    """Median of their tokens over the reference's; where the limit cut one, what it had by then."""
+    exact: float
+    """Share that is the reference word for word, 0 to 1."""
+    calls: int = 0
+    """Those whose reference calls tools."""
+    calls_valid: float | None = None
+    """Share of `calls` with the reference's functions by name, each with arguments that are a JSON
+    object; None where `calls` is 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far the model has moved from its base on general questions, which nobody trains on."""
+
+    step: int
+    kl: float
+    """Kullback-Leibler divergence of base from tuned model, nats a token; 0: the same."""
+    tokens: int
+    """Tokens over which it is the mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +190,9 @@ class Ended:
     fix: str = ""
 
 
-Event = Started | Phase | Step | Eval | Score | Sample | Saved | Note | Ack | Ended
+Event = (
+    Started | Phase | Step | Eval | Score | Answers | Drift | Sample | Saved | Note | Ack | Ended
+)
 
 
 @dataclass(frozen=True, slots=True)

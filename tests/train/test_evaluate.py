@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.chat.render import Kind, LabelRule, learned
+from engine.chat.render import WITHHELD, Kind, LabelRule, learned
 from engine.errors import UserError
 from engine.train.batches import Order, Rows
-from engine.train.evaluate import Score, evaluating, mean_loss, score, score_all
+from engine.train.evaluate import RiseWatch, Score, evaluating, mean_loss, score, score_all
 from engine.train.generate import generate
 from engine.train.loop import Training
 from engine.train.model import load_base
@@ -77,7 +77,7 @@ def answers_exactly(run: Training, rows: Rows, index: int) -> bool:
         end=2,
         max_new_tokens=len(answer),
     )
-    return made == answer
+    return bool(made == answer)
 
 
 class TestExactAnswers:
@@ -138,6 +138,86 @@ class TestLoss:
         questions = make_rows([[(1, Kind.BOS), (30, Kind.USER), (31, Kind.USER)]])
         with pytest.raises(UserError, match="The evaluation set questions has no answer"):
             score_all(memorised.model, memorised.base, {"questions": questions}, settings())
+
+
+THINKING: Row = [
+    *[(1, Kind.BOS), (31, Kind.USER), (34, Kind.THINK), (40, Kind.THINK), (35, Kind.THINK)],
+    *[(50, Kind.TEXT), (51, Kind.TEXT), (2, Kind.EOS)],
+]
+CALLING: Row = [
+    *[(1, Kind.BOS), (32, Kind.USER), (9, Kind.CALL), (60, Kind.CALL), (61, Kind.CALL)],
+    *[(2, Kind.EOS), (70, Kind.TOOL_RESULT), (52, Kind.TEXT), (2, Kind.EOS)],
+]
+WITHHELD_ANSWER: Row = [
+    *[(1, Kind.BOS), (33, Kind.USER), (53, Kind.TEXT), (2, Kind.EOS), (36, Kind.USER)],
+    *[(54, Kind.TEXT), (2, Kind.EOS)],
+]
+
+
+class TestLossByKind:
+    @pytest.mark.parametrize("thinking", [True, False])
+    @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+    def test_it_is_the_mean_over_the_learned_tokens_of_each_kind(
+        self,
+        memorised: Training,
+        make_rows: Callable[[list[Row]], Rows],
+        layout: dict[str, Any],
+        thinking: bool,
+    ) -> None:
+        withheld = list(WITHHELD_ANSWER)
+        for place in (2, 3):
+            withheld[place] = (withheld[place][0], withheld[place][1] | WITHHELD)  # type: ignore[assignment]
+        rows = make_rows([THINKING, CALLING, withheld, row(4, 3, seed=0)])
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for index in range(len(rows)):
+            ids = torch.from_numpy(rows.ids(index).astype(np.int64))
+            with torch.no_grad():
+                logits = memorised.base.model(input_ids=ids[None], use_cache=False).logits[0]
+            losses = F.cross_entropy(logits[:-1], ids[1:], reduction="none").tolist()
+            for loss, kind in zip(losses, rows.kinds(index)[1:].tolist(), strict=True):
+                if kind in (Kind.TEXT, Kind.CALL, Kind.EOS) or (thinking and kind == Kind.THINK):
+                    word = Kind(kind).word
+                    sums[word] = sums.get(word, 0.0) + loss
+                    counts[word] = counts.get(word, 0) + 1
+        config = settings(train_on_thinking=thinking, **layout)
+        found = score(memorised.model, memorised.base, rows, config)
+        assert ("think" in found.loss_by_kind) == thinking
+        assert found.tokens_by_kind == counts
+        assert found.loss_by_kind == pytest.approx({w: sums[w] / counts[w] for w in sums}, rel=1e-4)
+        told = found.told(7, "some")
+        assert (told.step, told.loss_by_kind, told.rows) == (7, found.loss_by_kind, 4)
+
+
+class TestLearningByHeart:
+    def told(self, held_out: list[float], training: list[float]) -> list[bool]:
+        watch, told = RiseWatch(), []
+        for loss, steps in zip(held_out, [None, *training], strict=True):
+            if steps is not None:
+                watch.add_step(steps)
+            told.append(watch.add_evaluation(loss, best_step=20) is not None)
+        return told
+
+    def test_it_is_told_at_the_second_rise_in_a_row_and_once(self) -> None:
+        held_out, training = [2.0, 1.0, 1.1, 1.2, 1.3], [1.5, 1.0, 0.8, 0.5]
+        assert self.told(held_out, training) == [False, False, False, True, False]
+
+    def test_a_fall_in_between_begins_anew(self) -> None:
+        assert not any(self.told([1.0, 1.1, 1.05, 1.2], [0.9, 0.8, 0.7]))
+        assert self.told([1.0, 1.1, 1.0, 1.1, 1.2], [0.9, 0.8, 0.7, 0.6])[-1]
+
+    def test_a_training_loss_that_rises_too_is_another_trouble(self) -> None:
+        assert not any(self.told([1.0, 1.1, 1.2], [0.9, 1.4]))
+
+    def test_it_names_the_losses_and_the_best_save(self) -> None:
+        watch = RiseWatch()
+        for loss, step in ((1.0, None), (1.1, 0.9), (1.2, 0.8)):
+            if step:
+                watch.add_step(step)
+            words = watch.add_evaluation(loss, best_step=20)
+        assert words
+        assert "(1.000 -> 1.100 -> 1.200)" in words
+        assert words.endswith("the save of step 20 is the best")
 
 
 class TestItLeavesNoTrace:

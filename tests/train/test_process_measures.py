@@ -1,0 +1,45 @@
+"""A whole run measures itself: before, inside and after, and again nothing that it has measured."""
+
+import pytest
+
+from engine.events import Answers, Drift, Score
+from engine.runs import RunFolder
+from tests.train.processes import LORA, Workshop, events_of, finish
+
+KEYS = LORA | {
+    **{"max_steps": 6, "eval_steps": 3, "save_steps": 3, "val_set_size": 0.2},
+    **{"sample_prompts": ["How many knots is force 3?"]},  # cheaper than the three by default
+    **{"eval_table_size": 4, "eval_max_new_tokens": 100, "eval_drift": True},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    workshop = Workshop(tmp_path_factory.mktemp("measures"), {})
+    run = workshop.new(**KEYS)
+    assert finish(run) == 0, run.log.read_text("utf-8")
+    return run
+
+
+def test_answers_drift_and_losses_by_kind_are_told_at_every_evaluation(run: RunFolder) -> None:
+    events = events_of(run)
+    answers = [event for event in events if isinstance(event, Answers)]
+    assert [(each.step, each.rows) for each in answers] == [(0, 4), (3, 1), (6, 4)]
+    drifts = [event for event in events if isinstance(event, Drift)]
+    assert [each.step for each in drifts] == [0, 3, 6]
+    assert drifts[0].kl == 0.0 < drifts[1].kl
+    for told in (event for event in events if isinstance(event, Score)):
+        kinds = told.tokens_by_kind
+        assert set(kinds) == set(told.loss_by_kind) == {"think", "text", "eos"}
+        total = sum(kinds[kind] * told.loss_by_kind[kind] for kind in kinds)
+        assert total / sum(kinds.values()) == pytest.approx(told.loss, rel=1e-6)
+
+
+def test_a_resumed_run_measures_against_the_base_that_it_remembers(run: RunFolder) -> None:
+    last = [event.kl for event in events_of(run) if isinstance(event, Drift)][-1]
+    stored = (run.path / "drift.safetensors").stat().st_mtime_ns
+    assert finish(run, "--resume", "--from", "step-3") == 0, run.log.read_text("utf-8")
+    again = [event.kl for event in events_of(run) if isinstance(event, Drift)]
+    assert len(again) == 4
+    assert again[-1] == last
+    assert (run.path / "drift.safetensors").stat().st_mtime_ns == stored
