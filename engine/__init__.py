@@ -2,7 +2,9 @@
 
     cli/        the headless commands, a module a subject
     train/      the trainer's process: the only room with torch; started by name, imported by nobody
+    torch_process  one that answers or merges for a command, asked in lines of JSON
     launch      starts a trainer, detached or in the foreground, and restarts a dead one
+    publish/    a result for others: model card, commands that serve it, its way to the hub
     plan/       will it fit, and what to run: memory by part, targets, a whole config with reasons
     data/       rows from files and the hub, checked, tokenized once, packed
     chat/       any row -> one internal form -> token ids, the kind and the source of each
@@ -12,6 +14,7 @@
     config/     RunConfig: Axolotl's keys, read with all problems at once, written with reasons
     events      the vocabulary of events.jsonl
     errors      UserError(what, why, fix): the only error a person sees
+    units       sizes as people say them
     visible     text of strangers made safe for a terminal
 
 A run goes through them from the bottom up: a config names a dataset and a model; `data` turns rows

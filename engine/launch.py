@@ -83,7 +83,7 @@ def launch(
     try:
         _fill(run, config, plan)
         added = {**planned_gpu(run), **(environment or {}), LAUNCH_VARIABLE: token}
-        child_environment = _environment(added)
+        child_environment = trainer_environment(added)
         log_start = run.log.stat().st_size if run.log.exists() else 0
         process = _start(arguments, run.log, child_environment, detach)
     except OSError as error:
@@ -230,7 +230,7 @@ def planned_gpu(run: RunFolder) -> dict[str, str]:
     return cuda_environment(here) if here else {}
 
 
-def _environment(added: Mapping[str, str]) -> dict[str, str]:
+def trainer_environment(added: Mapping[str, str]) -> dict[str, str]:
     """Ours, with what makes the child find this `engine` and no other, and print plain lines.
 
     Without PYTHONSAFEPATH, `-m` looks into the current directory first and would run an `engine/`
@@ -284,11 +284,11 @@ def _wait_for_lock(
         if read_claim(run).launch == token:
             return
         if ended is not None:
-            raise _early_death(run, ended, _last_words(run.log, log_start))
+            raise _early_death(run, ended, last_words(run.log, log_start))
         if time.monotonic() > deadline:
             raise WorkError(
                 f"The trainer has not begun for {timeout_seconds:.0f} seconds and was ended.",
-                _told(_last_words(run.log, log_start)),
+                _told(last_words(run.log, log_start)),
                 f"Read {visible(str(run.log), one_line=True)}, then start again.",
             )
         time.sleep(_POLL_SECONDS)
@@ -303,7 +303,7 @@ def _early_death(run: RunFolder, exit_status: int, words: list[str]) -> UserErro
     return WorkError(what, _told(words), fix)
 
 
-def _last_words(log: Path, start: int) -> list[str]:
+def last_words(log: Path, start: int) -> list[str]:
     """The last lines that were printed after `start`, safe to show; of a traceback only its end."""
     size = log.stat().st_size
     with log.open("rb") as file:

@@ -4,4 +4,4 @@ from tests.fakes.nvml import nvml as nvml
 from tests.fakes.nvml import nvml_library as nvml_library
 
 # Without the extra [train] everything else is still tested.
-collect_ignore = [] if find_spec("torch") else ["train"]
+collect_ignore = [] if find_spec("torch") else ["train", "gpu"]

@@ -53,16 +53,22 @@ class TestReadExample:
         assert write_config(file.config, document=file.document) == path.read_text("utf-8")
 
 
-def test_the_text_examples_of_the_dense_models_run() -> None:
+def test_the_examples_for_one_gpu_run() -> None:
     runs = {path.stem for path in EXAMPLES if answer(path).startswith("read; train runs it")}
     assert runs == {
         "devstral-small-qlora",
         "magistral-small-qlora",
         "magistral-small-think-qlora",
+        "magistral-small-vision-qlora",
         "ministral-small-qlora",
         "ministral3-3b-qlora",
         "ministral3-3b-think-qlora",
+        "ministral3-3b-vision-qlora",
         "mistral-medium-3_5-qlora-text",
+        "mistral-medium-3_5-qlora-vision",
+        "mistral-small-3.1-24B-lora",
+        "mistral4-qlora-text",
+        "mistral4-qlora-vision",
         "voxtral-mini-qlora",
     }
 

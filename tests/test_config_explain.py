@@ -76,7 +76,7 @@ class TestExplain:
         [
             ("lora_rank", "Did you mean lora_r?"),
             ("xyzzy", "`windtunnel schema` lists all keys."),
-            ("peft_use_dora", "does not support"),
+            ("peft_layers_pattern", "does not support"),
             ("strict", "no effect"),
             ("datasets.lora_r", "not a key"),
         ],

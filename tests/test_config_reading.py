@@ -100,7 +100,7 @@ BAD_VALUES = [
     ("base_model: x\nfield_messages: m", 2, "belongs to one dataset", "under its entry"),
     ("base_model: x\ndatasets:\n- path: a\n  seed: 1", 4, "belongs to the run", "Move it out"),
     ("base_model: x\ndatasets:\n- path: a\n  fields: m", 4, "key of a dataset", "field_"),
-    ("base_model: x\npeft_use_dora: true", 2, "key of Axolotl", "Remove it"),
+    ("base_model: x\npeft_layer_replication: [[0, 4]]", 2, "key of Axolotl", "Remove it"),
     ("lora_r: 8", None, "base_model is missing.", "Add base_model"),
     ("base_model: x\ndatasets:\n- split: a", 3, "datasets[0].path is missing.", "Add path"),
     (

@@ -12,6 +12,8 @@ from typing import Final
 
 from engine.events import (
     Ack,
+    Answers,
+    Drift,
     Ended,
     Eval,
     Note,
@@ -23,15 +25,16 @@ from engine.events import (
     Started,
     Step,
 )
+from engine.units import GIB
 from tui.series import Series
 
-GIB: Final = 1 << 30
 LOG_LINES: Final = 500
 _RECENT_STEPS: Final = 30
 
 _PHASES: Final = {
     "import": "starting PyTorch",
     "model": "looking for the model",
+    "download": "downloading the model",
     "hashing": "reading the data",
     "tokenizing": "tokenizing",
     "waiting": "waiting for another process that prepares the same data",
@@ -40,6 +43,7 @@ _PHASES: Final = {
     "evaluate": "scoring held-out rows",
     "save": "saving",
     "export": "writing the result",
+    "upload": "uploading the result",
 }
 
 _TOLD_BY_RESULT: Final = frozenset({"evaluate", "save"})
@@ -85,6 +89,8 @@ class History:
         """Unix seconds of the first event of this launch."""
         self.held_out: list[tuple[int, float]] = []
         """Step and loss of each evaluation."""
+        self.drift: Drift | None = None
+        """The newest: how far the model has moved from its base on general questions."""
         self.answers: dict[str, list[Answer]] = {}
         """By prompt, in the order in which they were told."""
         self.saved: list[Saved] = []
@@ -152,6 +158,15 @@ class History:
                 self._tell(
                     recorded.time, f"{event.dataset}: {event.exact:.0%} of {event.rows} rows exact"
                 )
+            case Answers():
+                self._tell(
+                    recorded.time,
+                    f"{event.dataset}: {event.stopped:.0%} of {event.rows} written answers stop by "
+                    f"themselves, {event.length_ratio:.2f} times the reference's length",
+                )
+            case Drift():
+                self.drift = event
+                self._tell(recorded.time, f"drift on general questions {event.kl:.2f} nats a token")
             case Sample():
                 label = event.when if event.when != "during" else f"step {event.step}"
                 self.answers.setdefault(event.prompt, []).append(Answer(label, event.text))

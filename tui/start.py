@@ -7,13 +7,14 @@ one cannot start is known before anybody presses a key.
 from pathlib import Path
 from typing import Final
 
-from engine.cli.config_paths import with_absolute_paths
 from engine.config import RunConfig, parse_config, require_supported, write_config
+from engine.data.config_paths import with_absolute_paths
 from engine.errors import UserError
 from engine.hardware import Machine, missing_packages
 from engine.launch import launch
-from engine.plan import Device, Estimate, gib
+from engine.plan import Device, Estimate
 from engine.runs import RunFolder, create_run
+from engine.units import gib
 from engine.visible import visible
 from tui.draft import Draft
 

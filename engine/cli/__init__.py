@@ -12,7 +12,17 @@ from importlib.metadata import version
 import cyclopts
 from cyclopts import CycloptsError
 
-from engine.cli import dataset, explain, hardware, models, planning, supervision, training
+from engine.cli import (
+    dataset,
+    demo,
+    explain,
+    hardware,
+    models,
+    planning,
+    supervision,
+    training,
+    use,
+)
 from engine.cli.watch import PlainWatch, Watch
 from engine.errors import UserError, WorkError
 from engine.visible import visible
@@ -34,9 +44,11 @@ def build_app(
         default_parameter=cyclopts.Parameter(negative=(), show_default=False),
     )
     training.register(app, make_watch)
+    demo.register(app, make_watch)
     planning.register(app)
     dataset.register(app)
     supervision.register(app, make_watch, open_run)
+    use.register(app)
     models.register(app)
     hardware.register(app)
     explain.register(app)

@@ -22,12 +22,12 @@ from engine.hardware import (
     read_machine,
 )
 from engine.runs import run_home
+from engine.units import GIB
 from engine.visible import fold, visible
 
 _COLUMNS = 80
 # A driver that has to wake eight cards first takes longer than a page of the wizard waits.
 _PATIENCE_SECONDS = 15.0
-_GIB = 2**30
 AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
 Assume = Annotated[
     str | None, Parameter(help="Plan for GPUs that are not here, such as 'H100 x2' or '24 GB'.")
@@ -144,7 +144,7 @@ def _verdict(machine: Machine) -> str:
     total = sum(gpu.memory_total_bytes or 0 for gpu in usable)
     free = sum(gpu.memory_free_bytes or 0 for gpu in usable)
     word = "planned" if machine.assumed else "ready"
-    return f"{word}: {cards}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
+    return f"{word}: {cards}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
 
 
 def _card(gpu: Gpu) -> list[str]:
@@ -174,14 +174,14 @@ def _card(gpu: Gpu) -> list[str]:
 def _memory(gpu: Gpu) -> str:
     if gpu.memory_total_bytes is None:
         return "memory unknown"
-    memory = f"{gpu.memory_total_bytes / _GIB:.1f} GiB"
+    memory = f"{gpu.memory_total_bytes / GIB:.1f} GiB"
     if gpu.memory_free_bytes is not None:
-        memory = f"{gpu.memory_free_bytes / _GIB:.1f} of {memory} free"
+        memory = f"{gpu.memory_free_bytes / GIB:.1f} of {memory} free"
     return f"{memory}, shared with the computer" if gpu.unified else memory
 
 
 def _process(process: GpuProcess) -> str:
-    memory = "" if process.memory_bytes is None else f"{process.memory_bytes / _GIB:.1f} GiB  "
+    memory = "" if process.memory_bytes is None else f"{process.memory_bytes / GIB:.1f} GiB  "
     user = visible(process.user or "somebody", one_line=True)
     command = visible(process.command or f"process {process.pid}", one_line=True)
     return _fold(f"     used by {user}  {memory}{command}")[0]
@@ -195,7 +195,7 @@ def _rest(machine: Machine) -> list[str]:
         )
     total, free = machine.ram_total_bytes, machine.ram_available_bytes
     rows.append(("cpu", f"{machine.cpu_name}, {_counted(machine.cpu_count, 'core')}"))
-    rows.append(("memory", f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free"))
+    rows.append(("memory", f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"))
     rows.append(("disk", f"{machine.disk_free_bytes / 1e9:.0f} GB free for {machine.disk_path}"))
     stack = [f"{name} {version}" for name, version in machine.stack.items() if version]
     rows.append(("stack", ", ".join(stack) or "nothing for training"))

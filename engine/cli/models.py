@@ -14,7 +14,8 @@ from cyclopts import Parameter
 from engine.catalog import ModelCard, ModuleTable, list_models, module_table
 from engine.cli.hardware import find_machine
 from engine.cli.planning import MARKS
-from engine.plan import Device, Prospect, best_device, device_document, gib, survey
+from engine.plan import Device, Prospect, best_device, device_document, survey
+from engine.units import gib
 
 AsJson = Annotated[bool, Parameter("--json", negative="")]
 

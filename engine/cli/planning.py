@@ -14,17 +14,18 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.catalog import Architecture, UnknownModel, read_architecture
-from engine.cli.config_paths import with_absolute_paths
 from engine.cli.hardware import find_machine
 from engine.config import (
     ConfigFile,
     DatasetConfig,
     RunConfig,
+    assignment,
     override,
     read_config,
     require_supported,
     write_config,
 )
+from engine.data.config_paths import with_absolute_paths
 from engine.errors import UserError
 from engine.plan import (
     Device,
@@ -32,17 +33,21 @@ from engine.plan import (
     Goal,
     Recommendation,
     Statistics,
+    Task,
     advice_document,
     best_device,
+    choose_attention,
     device_document,
     estimate,
     estimate_document,
-    gib,
+    heads_of,
     make_fit,
     plan_document,
     read_statistics,
     recommend,
 )
+from engine.plan.attention import why_not
+from engine.units import gib
 from engine.visible import fold, visible
 
 DOES_NOT_FIT = 3
@@ -131,25 +136,28 @@ def print_estimate(
     assumed
         Estimate for this GPU instead of what is here: "RTX 4090", "H100 x2", "24 GB".
     """
-    run, architecture = read_planned(Path(config), changes)
+    run, architecture = read_planned(Path(config), changes, sharded=True)
     device = find_device(assumed)
     needs = estimate(run, architecture, device)
     if as_json:
         print(json.dumps(estimate_document(needs) | {"device": device_document(device)}))
     else:
-        for line in _estimate_lines(needs, device):
+        for line in (*_estimate_lines(needs, device), *_attention_lines(run, architecture, device)):
             _print(line)
     return DOES_NOT_FIT if needs.verdict == "does not fit" else 0
 
 
-def read_planned(file: Path, changes: tuple[str, ...] = ()) -> tuple[RunConfig, Architecture]:
+def read_planned(
+    file: Path, changes: tuple[str, ...] = (), *, sharded: bool = False
+) -> tuple[RunConfig, Architecture]:
     """The config of a file with its changes, and the architecture of its model.
 
-    Raises UserError where either cannot be read, and where a key would not be acted on.
+    Raises UserError where either cannot be read, and where a key would not be acted on; with
+    `sharded` one for several GPUs passes, which can be planned and not run.
     """
     given: ConfigFile = read_config(file)
     config = override(given.config, changes) if changes else given.config
-    require_supported(config, given.document)
+    require_supported(config, given.document, sharded=sharded)
     config = with_absolute_paths(config, file.absolute().parent)
     return config, read_architecture(config.base_model)
 
@@ -179,7 +187,7 @@ def _too_large(
     rungs = make_fit(config, architecture, device)
     fix = "Train it on a larger GPU"
     if rungs and rungs[-1].estimate.verdict != "does not fit":
-        values = " ".join(f"{key}={_value(value)}" for key, value in rungs[-1].changes.items())
+        values = " ".join(assignment(*change) for change in rungs[-1].changes.items())
         fix = f"It fits with: {values}; these can stand behind the config. Or use a larger GPU"
     return UserError(
         f"It does not fit: {gib(needs.device_bytes)} are needed.",
@@ -250,6 +258,18 @@ def _estimate_lines(needs: Estimate, device: Device) -> list[str]:
     ]
 
 
+def _attention_lines(config: RunConfig, architecture: Architecture, device: Device) -> list[str]:
+    """Why the attention code that the config asks for cannot be used, if it cannot."""
+    if config.attn_implementation is None:
+        return []
+    task = Task(heads_of(architecture), images=config.processor_type is not None)
+    reason = why_not(config.attn_implementation, device, task)
+    if reason is None:
+        return []
+    better = choose_attention(device, task)
+    return [f"✗ attn_implementation: {reason} Instead: {better.backend} ({better.reason})"]
+
+
 def _count_lines(device: Device) -> list[str]:
     if device.count < 2:
         return []
@@ -267,10 +287,6 @@ def _fixed_values(model: str, changes: tuple[str, ...]) -> dict[str, object]:
     kept = override(RunConfig(base_model=model), changes)
     unset = {change.partition("=")[0] for change in changes} & set(RunConfig.model_fields)
     return {key: getattr(kept, key) for key in (kept.model_fields_set | unset) - {"base_model"}}
-
-
-def _value(value: object) -> str:
-    return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
 def _print(line: str) -> None:

@@ -1,23 +1,24 @@
-"""`train` and `demo`: a run in the foreground, or one that is started and left alone."""
+"""`train`: a run in the foreground, or one that is started and left alone."""
 
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import cyclopts
 from cyclopts import Parameter
 
-from engine.cli.config_paths import with_absolute_paths
+from engine.cli.dry_run import try_dry
 from engine.cli.planning import plan_run
+from engine.cli.results import read_results
 from engine.cli.watch import Watch, watch_to_end
 from engine.config import override, read_config, require_supported, write_config
+from engine.data.config_paths import with_absolute_paths
 from engine.errors import UserError
-from engine.events import Recorded, Sample, Score, format_line
+from engine.events import Recorded, format_line
 from engine.launch import launch
 from engine.runs import Follower, RunFolder, create_run, summarize
 from engine.visible import visible
@@ -44,12 +45,8 @@ class EventLines:
 
 
 def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
-    """Add the commands; `make_watch` makes what shows a run that stays in the foreground."""
-    _add_train(app, make_watch)
-    _add_demo(app, make_watch)
+    """Add the command; `make_watch` makes what shows a run that stays in the foreground."""
 
-
-def _add_train(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
     @app.command
     def train(
         config: Annotated[Path, Parameter(help="YAML file with Axolotl's keys.")],
@@ -68,7 +65,14 @@ def _add_train(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
         as_events: AsEvents = False,
         home: RunsFolder = None,
     ) -> int:
-        """Train what a config says. Exit status 3: it does not fit this machine."""
+        """Train what a config says. Exit status 3: it does not fit this machine.
+
+        With --max-steps 0 nothing is trained or loaded: config, plan and rows are checked.
+        """
+        if max_steps == 0:
+            lines = try_dry(config, changes)
+            print(json.dumps({"run": None, "dry_run": lines}) if as_json else "\n".join(lines))
+            return 0
         if max_steps is not None:
             changes = (*changes, f"max_steps={max_steps}")
         plan = plan_run(config, changes, anyway=anyway)
@@ -79,39 +83,8 @@ def _add_train(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
         if as_json:
             print(json.dumps({"run": str(run.path)}))
         elif not as_events:
-            print(describe_state(run))
-        return status
-
-
-def _add_demo(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
-    @app.command
-    def demo(
-        folder: Annotated[Path | None, Parameter(help="Where the run goes.")] = None,
-        /,
-        *changes: Annotated[str, Parameter(help="Changes to its config, such as seed=7.")],
-        qlora: Annotated[
-            bool, Parameter(negative="", help="Hold the frozen weights in 4 bits.")
-        ] = False,
-        as_json: AsJson = False,
-        as_events: AsEvents = False,
-        home: RunsFolder = None,
-    ) -> int:
-        """Fine-tune the embedded tiny model on sample conversations, in about a minute.
-
-        No download and no GPU. Three questions are answered before and after.
-        """
-        with as_file(files("presets") / "recipes" / "demo-tiny") as recipes:
-            recipe = recipes / ("qlora.yml" if qlora else "lora.yml")
-            if folder:
-                changes = (*changes, f"output_dir={json.dumps(str(folder.absolute()))}")
-            created = create(recipe, changes, home, name="demo")
-            status = start(created, EventLines() if as_events else make_watch())
-        result = demo_result(created.run)
-        if as_json:
-            print(json.dumps(result))
-        elif not as_events:
-            print("\n".join(describe_demo(result)) if status == 0 else "")
-            print(describe_state(created.run))
+            told = [] if detach else read_results(run)
+            print("\n".join([*told, describe_state(run)]))
         return status
 
 
@@ -192,43 +165,3 @@ def describe_state(run: RunFolder) -> str:
             )
         case _:
             return f"It is {summary.status} in {where}"
-
-
-def demo_result(run: RunFolder) -> dict[str, Any]:
-    """What a demo run says of itself: answers and exact-match scores, before and after."""
-    answers: dict[str, list[dict[str, str]]] = {"before": [], "after": []}
-    scores: dict[str, dict[str, float]] = {}
-    follower = Follower(run.events)
-    while events := follower.read():
-        for event in (recorded.event for recorded in events):
-            if isinstance(event, Sample) and event.when in answers:
-                answers[event.when].append({"prompt": event.prompt, "text": event.text})
-            elif isinstance(event, Score):
-                when = "after" if event.step else "before"
-                scores.setdefault(event.dataset, {})[when] = event.exact
-    return {"run": str(run.path), **answers, "scores": scores}
-
-
-def describe_demo(result: Mapping[str, Any]) -> Iterator[str]:
-    """The demo's outcome for a person, with what it does not prove."""
-    for before, after in zip(result["before"], result["after"], strict=False):
-        yield ""
-        yield visible(f"  {before['prompt']}", one_line=True)
-        yield visible(f"    before  {before['text']}", one_line=True)
-        yield visible(f"    after   {after['text']}", one_line=True)
-    yield ""
-    yield "Answers given back word for word:      before   after"
-    for dataset, score in result["scores"].items():
-        words = DATASETS.get(dataset, dataset)
-        yield f"  {words:<35}  {score.get('before', 0):>6.0%}  {score.get('after', 0):>6.0%}"
-    yield ""
-    yield "The base model is tiny and was made for this demo: it learned these"
-    yield "conversations by heart and understands nothing. That is why wordings that it"
-    yield "never saw mostly fail."
-
-
-DATASETS = {
-    "train": "conversations it trained on",
-    "heldout_pairing": "known wording, new force",
-    "heldout_wording": "wording it never saw",
-}

@@ -12,6 +12,8 @@ from typing import Protocol, TextIO
 
 from engine.errors import UserError, WorkError
 from engine.events import (
+    Answers,
+    Drift,
     Ended,
     Eval,
     Event,
@@ -90,6 +92,13 @@ def describe(event: Event) -> str:
                 f"step {event.step}  {event.dataset}: loss {event.loss:.4f}, "
                 f"{event.exact:.0%} of {event.rows} answers word for word"
             )
+        case Answers():
+            return (
+                f"step {event.step}  {event.dataset}: {event.stopped:.0%} of {event.rows} written "
+                f"answers stop by themselves, {event.length_ratio:.2f} times the reference's length"
+            )
+        case Drift():
+            return f"step {event.step}  drift on general questions {event.kl:.2f} nats a token"
         case Eval():
             return f"step {event.step}  held-out loss {event.loss:.4f}"
         case Sample():

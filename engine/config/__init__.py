@@ -9,7 +9,7 @@ go between text and RunConfig, and never lose a comment on the way.
 from engine.config.data_keys import DatasetConfig
 from engine.config.document import Document
 from engine.config.finding import ConfigError, Finding
-from engine.config.overriding import override
+from engine.config.overriding import FULL, NONE, assignment, override, spell
 from engine.config.reading import ConfigFile, parse_config, read_config
 from engine.config.run import SECTIONS, RunConfig, section_title
 from engine.config.support import require_supported, unsupported
@@ -17,6 +17,8 @@ from engine.config.words import config_schema
 from engine.config.writing import write_config
 
 __all__ = [
+    "FULL",
+    "NONE",
     "SECTIONS",
     "ConfigError",
     "ConfigFile",
@@ -24,12 +26,14 @@ __all__ = [
     "Document",
     "Finding",
     "RunConfig",
+    "assignment",
     "config_schema",
     "override",
     "parse_config",
     "read_config",
     "require_supported",
     "section_title",
+    "spell",
     "unsupported",
     "write_config",
 ]

@@ -5,6 +5,7 @@ that Windtunnel is not there yet: a row leaves this table when a part learns to 
 would train something else than the file says; a "note" changes no result.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -17,6 +18,8 @@ class Limit(NamedTuple):
     why: str
     fix: str
     applies: Callable[[object], object] = bool
+    several_gpus: bool = False
+    """Whether it belongs to a run on several GPUs, which can be planned."""
 
 
 def _error(why: str, fix: str, applies: Callable[[object], object] = bool) -> Limit:
@@ -35,18 +38,10 @@ def _above_1(value: object) -> bool:
     return isinstance(value, int) and value > 1
 
 
-_TEXT_ONLY = _error(
-    "Images are not trained yet.",
-    "Remove it (and skip_prepare_dataset) to train on the text of the rows.",
-)
 _ONE_GPU = _error(
     "A run uses one GPU so far.",
     "Remove it and train on one GPU, or run this file with Axolotl.",
-)
-_EXPERTS = _error(
-    "Mixture-of-experts models are not trained yet.",
-    "Choose a dense model such as ministral-3-8b, or run this file with Axolotl.",
-)
+)._replace(several_gpus=True)
 _ANSWERS_ONLY = _error(
     "Windtunnel trains on answers, not on preferences or rewards.",
     "Remove it to learn the answers, or run this file with Axolotl.",
@@ -58,8 +53,7 @@ _OWN_TEMPLATE = _error(
 _REMOVE = "Remove it, or run this file with Axolotl."
 _KERNEL = _note("A faster kernel with the same result; Windtunnel uses its own.")
 _TRACKER = _note("No tracker is attached yet: the figures go to the run's events.jsonl.")
-_WATCHDOG = _note("A run stops by itself when its loss is no number.")
-_HUB = _note("Nothing is uploaded while training.")
+_HUB = _note("The result is uploaded once, when it is finished.")
 
 
 def _other_template(value: object) -> bool:
@@ -70,16 +64,39 @@ def _more_than_padding(value: object) -> bool:
     return isinstance(value, dict) and any(key != "pad_token" for key in value)
 
 
-def _other_nf4(value: object) -> bool:
+_FP8_CONFIG = "FineGrainedFP8Config"
+
+
+def _other_formats(value: object) -> bool:
     ours = {
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": "bfloat16",
         "blocksize": 64,
         "llm_int8_has_fp16_weight": False,
+        "llm_int8_threshold": 6.0,
     }
     return isinstance(value, dict) and any(
-        key not in ours or item != ours[key] for key, item in value.items()
+        not _is_names(item) if key == "llm_int8_skip_modules" else ours.get(key, ...) != item
+        for key, item in value.items()
+    )
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _other_overrides(value: object) -> bool:
+    """Anything but the router's balance."""
+    if not isinstance(value, dict):
+        return value is not None
+    weight = value.get("router_aux_loss_coef", 0.0)
+    return (
+        not value.keys() <= {"output_router_logits", "router_aux_loss_coef"}
+        or not isinstance(value.get("output_router_logits", False), bool)
+        or isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or not 0 <= weight < math.inf
     )
 
 
@@ -98,20 +115,21 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "tokenizer_use_mistral_common": _note(
             "Windtunnel always tokenizes with mistral-common.", lambda value: value is False
         ),
-        "processor_type": _TEXT_ONLY,
-        "image_size": _TEXT_ONLY,
-        "image_resize_algorithm": _TEXT_ONLY,
-        "image_folder": _TEXT_ONLY,
+        "processor_type": _note("Images in the rows are trained as they are, without it."),
         "role_boundaries": _note("Windtunnel knows the source of every token without markers."),
         "overrides_of_model_config": _error(
-            "The model is built as its own config.json says.", "Remove it."
+            "The model is built as its own config.json says; only output_router_logits and"
+            " router_aux_loss_coef are taken here.",
+            "Keep those two at most: true or false, and a number from 0.",
+            _other_overrides,
         ),
         "overrides_of_model_kwargs": _error(
             "How weights are loaded follows from adapter, load_in_4bit and bf16.", "Remove it."
         ),
         "model_quantization_config": _error(
-            "Quantized checkpoints are not trained yet.",
-            "Name the model's BF16 repository or folder in base_model.",
+            "FP8 is the only quantized format whose weights are read.",
+            "Remove it, and name the model's BF16 or FP8 repository in base_model.",
+            lambda value: value not in (None, _FP8_CONFIG),
         ),
         "chat_template": _OWN_TEMPLATE._replace(applies=_other_template),
         "chat_template_jinja": _OWN_TEMPLATE,
@@ -122,28 +140,22 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "default_system_message": _error(
             "Rows are rendered as they are.", "Put the system message into the rows."
         ),
-        "load_in_8bit": _error(
-            "Weights are held in 4 or 16 bits.",
-            "Write adapter: qlora and load_in_4bit: true, or remove it.",
-        ),
         "nf4_backend": _error(
             "4-bit weights are made by bitsandbytes.",
             "Remove it.",
             lambda value: value != "bitsandbytes",
         ),
         "bnb_config_kwargs": _error(
-            "4-bit weights are NF4 in blocks of 64 with double quantization.",
-            "Remove it.",
-            _other_nf4,
+            "Of these settings only llm_int8_skip_modules can be chosen; 4-bit weights are NF4 in"
+            " blocks of 64 with double quantization.",
+            "Keep llm_int8_skip_modules alone, or remove it.",
+            _other_formats,
         ),
-        "quantize_moe_experts": _EXPERTS,
-        "lora_target_parameters": _EXPERTS,
-        "lora_modules_to_save": _error(
-            "Only adapters are trained beside the frozen weights.", _REMOVE
-        ),
-        "lora_model_dir": _error(
-            "An adapter always starts from new.",
-            "Merge that adapter into its base model first, or go on with its run.",
+        "peft_init_lora_weights": _error(
+            "The adapter starts as PEFT's default or as gaussian; the other ways change the base"
+            " weights, which cannot be done to quantized ones.",
+            "Remove it, or write gaussian.",
+            lambda value: value not in (True, "gaussian"),
         ),
         "lora_mlp_kernel": _KERNEL,
         "lora_qkv_kernel": _KERNEL,
@@ -171,6 +183,11 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
             "Write micro_batch_size and gradient_accumulation_steps; their product is the batch.",
         ),
         "eval_batch_size": _note("The evaluation uses micro_batch_size; same result."),
+        "optimizer": _error(
+            "torchao's 8-bit AdamW is for weights that are sharded over several GPUs.",
+            "Write optimizer: adamw_bnb_8bit, the same on one GPU.",
+            lambda value: value == "adamw_torch_8bit",
+        )._replace(several_gpus=True),
         "optim_args": _error(
             "Only AdamW's usual arguments are read.", "Write adam_beta1 and so on."
         ),
@@ -180,8 +197,6 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "early_stopping_patience": _error(
             "A run ends after its last step; the best save is kept all the same.", "Remove it."
         ),
-        "loss_watchdog_threshold": _WATCHDOG,
-        "loss_watchdog_patience": _WATCHDOG,
         "rl": _ANSWERS_ONLY,
         "orpo_alpha": _ANSWERS_ONLY,
         "fp16": _error(
@@ -201,9 +216,9 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
             "Remove it; gradient_checkpointing: true saves most of that memory.",
         ),
         "attn_implementation": _error(
-            "The trainer runs sdpa, eager, flash_attention_2, 3 and 4, and flex_attention.",
+            "The trainer runs sdpa, eager, flex_attention, and flash_attention_2, 3, 4 and _torch.",
             "Remove it: the best one that is installed is chosen.",
-            lambda value: value in ("flash_attention_torch", "xformers", "varlen", "sage", "fp8"),
+            lambda value: value in ("varlen", "sage", "fp8"),
         ),
         "scaling_softmax": _error("Attention is computed as the model was trained.", "Remove it."),
         "plugins": _error(
@@ -213,8 +228,8 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
             _other_plugins,
         ),
         "use_kernels": _note("No compiled code is fetched from the hub."),
-        "use_sonicmoe": _EXPERTS,
-        "use_scattermoe": _EXPERTS,
+        "use_sonicmoe": _KERNEL,
+        "use_scattermoe": _KERNEL,
         "torch_compile": _note("The model is not compiled; same result."),
         "deepspeed": _ONE_GPU,
         "fsdp": _error(
@@ -234,7 +249,6 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "save_first_step": _note("The first save follows save_steps or saves_per_epoch."),
         "save_only_model": _note("Every save can be resumed."),
         "auto_resume_from_checkpoints": _note("`windtunnel resume RUN` goes on with a run."),
-        "hub_model_id": _HUB,
         "hub_strategy": _HUB,
         **{
             key: _TRACKER

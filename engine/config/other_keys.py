@@ -134,7 +134,7 @@ CHANGING = _names(
     dpo_generate_during_eval dpo_label_smoothing dpo_ld_alpha dpo_loss_type dpo_loss_weights
     dpo_norm_loss dpo_padding_free dpo_use_liger_kernel dpo_use_logits_to_keep dpo_use_weighting
     dynamic_checkpoint eaft_alpha eaft_k ebft embedding_lr embedding_lr_scale
-    embeddings_skip_upcast eval_causal_lm_metrics eval_max_new_tokens eval_table_size
+    embeddings_skip_upcast eval_causal_lm_metrics
     experts_implementation export fix_untrained_tokens flash_attn_d512 flash_optimum float32
     fp32_norm_classes fp32_norms fp8_config fp8_enable_fsdp_float8_all_gather freeze_mm_modules
     fsdp_final_state_dict_type full_determinism gemma4_hybrid_attn_impl gptq
@@ -143,14 +143,14 @@ CHANGING = _names(
     label_balance_window_optim_steps large_head_attention layer_offloading
     liger_use_token_scaling lisa_layers_attribute lisa_n_layers lisa_step_interval
     llama4_linearized_experts local_rank lora_alpha_pattern lora_fan_in_fan_out
-    lora_fp32_gradients lora_rank_pattern loraplus_lr_embedding loraplus_lr_ratio
+    lora_fp32_gradients lora_rank_pattern loraplus_lr_embedding
     lr_div_factor lr_groups lr_quadratic_warmup max_packed_sequence_len max_prompt_len
     mean_resizing_embeddings mixlora_expert_lora_alpha mixlora_expert_lora_dropout
     mixlora_expert_lora_r mixlora_jitter_noise mixlora_num_experts mixlora_router_aux_loss_coef
     mixlora_router_init_range mixlora_top_k model_quantization_config_kwargs num_labels
     nvfp4_merge_aware optim_target_modules peft peft_autocast_adapter_dtype
-    peft_ensure_weight_tying peft_init_lora_weights peft_layer_replication peft_layers_pattern
-    peft_layers_to_transform peft_trainable_token_indices peft_use_dora peft_use_rslora
+    peft_ensure_weight_tying peft_layer_replication peft_layers_pattern
+    peft_trainable_token_indices
     ple_cpu_offload pose_max_context_len pose_num_chunks pose_split_on_token_ids
     precompute_ref_log_probs pretrain_multipack_attn pretrain_multipack_buffer_size
     pretraining_sample_concatenation process_reward_model processor_kwargs qat qgalore_cos_threshold

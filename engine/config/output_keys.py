@@ -33,17 +33,28 @@ class OutputKeys(Section):
     eval_train_rows: Whole = 0
     """Training rows that are scored beside the held-out ones, before and after, under the name
     `train`: how much better it does on what it has seen tells learning from memorising."""
+    eval_table_size: Whole = 8
+    """Held-out answers that the model writes by itself before and after training (a quarter of
+    them at evaluations in between): how many stop by themselves, are as long as the reference, are
+    exact, call the right function. 0: none, and no question is asked but sample_prompts."""
+    eval_max_new_tokens: Count = 128
+    """Longest of those answers, in tokens. Rows with longer references are left out of them."""
+    eval_drift: bool = True
+    """Measure at every evaluation how far the model has moved from its base on two dozen general
+    questions that come with Windtunnel: what a fine-tune forgets shows there."""
     eval_strategy: Literal["steps", "epoch", "no"] | None = None
     """When to evaluate: steps goes with eval_steps, epoch is once an epoch."""
     sample_prompts: tuple[str, ...] = ()
     """Questions answered by the model before, during and after training, so that a person sees
-    the difference. Absent: none."""
+    the difference. Absent: two of the held-out rows, and a general one."""
     resume_from_checkpoint: bool | str = False
     """True: go on from the newest save in output_dir. A path: from that save."""
     auto_resume_from_checkpoints: bool | None = None
     """Axolotl's spelling of resume_from_checkpoint: true."""
     hub_model_id: str | None = None
-    """Hub id for the finished model. Nothing is uploaded while training."""
+    """Hub id to upload the finished adapter or model to, as you/your-model; it is made private
+    where it is not there. Nothing is uploaded while training, and a failed upload never fails
+    a run."""
     hub_strategy: str | None = None
     """When to upload to the hub."""
 

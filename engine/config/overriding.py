@@ -3,6 +3,7 @@
 Separate from reading because a value here has no file and no line, only the argument itself.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,9 @@ from engine.config.reading import check_values
 from engine.config.run import RunConfig
 from engine.errors import UserError
 
+FULL = "full"
+"""What people call a run without an adapter; the config says it by leaving the key out."""
+NONE = "none"
 _KEY = re.compile(r"[A-Za-z_]\w*(?:\[\d+\])?(?:\.[A-Za-z_]\w*(?:\[\d+\])?)*")
 
 
@@ -33,6 +37,20 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
             )
         _put(values, key_path(key), parse_value(text), assignment)
     return check_values(values, "The command line", lambda key: None)[0]
+
+
+def spell(key: str, value: object) -> str:
+    """A value as sentences and `key=value` write it; `full` is a run without an adapter."""
+    if value is None:
+        return FULL if key == "adapter" else NONE
+    if isinstance(value, bool):
+        return json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def assignment(key: str, value: object) -> str:
+    """`key=value` as `override` reads it back."""
+    return f"{key}={'' if value is None else spell(key, value)}"
 
 
 def _put(values: dict[str, Any], path: KeyPath, value: Value, assignment: str) -> None:

@@ -30,10 +30,16 @@ def unsupported(config: RunConfig, document: Document | None = None) -> list[Fin
     return [replace(finding, line=document.line(finding.key)) for finding in found]
 
 
-def require_supported(config: RunConfig, document: Document | None = None) -> list[Finding]:
-    """The notes about `config`. Raises ConfigError when training would not do what it says."""
+def require_supported(
+    config: RunConfig, document: Document | None = None, *, sharded: bool = False
+) -> list[Finding]:
+    """The notes about `config`. Raises ConfigError when training would not do what it says.
+
+    With `sharded` a config for several GPUs passes: it can be planned, and not run.
+    """
     found = unsupported(config, document)
-    errors = [finding for finding in found if finding.severity == "error"]
+    allowed = {key for key, limit in LIMITS.items() if limit.several_gpus} if sharded else set()
+    errors = [f for f in found if f.severity == "error" and f.key not in allowed]
     if errors:
         raise ConfigError(document.name if document else "The config", errors)
     return found
@@ -69,7 +75,8 @@ def _without_effect(config: RunConfig) -> list[Finding]:
     def note(key: str, what: str, why: str, fix: str) -> None:
         found.append(Finding("no-effect", "note", key, None, what, why, fix))
 
-    lora = [key for key in type(config).model_fields if key.startswith("lora_") and key in given]
+    prefixes = ("lora", "peft_")
+    lora = [key for key in type(config).model_fields if key.startswith(prefixes) and key in given]
     if config.adapter is None and lora:
         note(
             lora[0],

@@ -11,6 +11,7 @@ Optimizer = Literal[
     "adamw_torch",
     "adamw_8bit",
     "adamw_bnb_8bit",
+    "adamw_torch_8bit",
     "paged_adamw_8bit",
     "paged_adamw_32bit",
 ]
@@ -47,8 +48,9 @@ class OptimizationKeys(Section):
     """Stop after so many optimizer steps, even inside the first epoch."""
     optimizer: Optimizer = "adamw_torch_fused"
     """AdamW in different coats. adamw_torch_fused: exact and fast; adamw_bnb_8bit (adamw_8bit is
-    the same): its state in 8 bits, a quarter of that memory; the paged ones also move the state
-    to the computer's RAM when the GPU is full."""
+    the same): its state in 8 bits, a quarter of that memory; adamw_torch_8bit: likewise, for
+    sharded weights; the paged ones also move the state to the computer's RAM when the GPU is
+    full."""
     optim_args: dict[str, object] | str | None = None
     """Further arguments of the optimizer."""
     learning_rate: Positive = Field(
@@ -57,6 +59,9 @@ class OptimizationKeys(Section):
     )
     """Size of a step. 2e-4 is the usual start with adapters (1e-4 for models above 70B), 1e-5
     to 2e-5 for a full fine-tune. Too high: the loss jumps; too low: it hardly falls."""
+    loraplus_lr_ratio: Positive | None = None
+    """LoRA+: the adapter's B matrices learn so many times faster than its A matrices; 16 is what
+    its authors use. Absent: all alike."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warmup: along a cosine, in a line, not at all."""
     lr_scheduler_kwargs: dict[str, object] | None = None
@@ -85,9 +90,9 @@ class OptimizationKeys(Section):
     early_stopping_patience: Count | None = None
     """Stop after so many evaluations without a better loss."""
     loss_watchdog_threshold: Positive | None = None
-    """Stop when the loss stays above this."""
+    """Stop when the loss stays above this, and say which rows it came from."""
     loss_watchdog_patience: Count | None = None
-    """Steps that loss_watchdog_threshold waits."""
+    """Steps in a row above loss_watchdog_threshold after which the run stops. Absent: 3."""
     rl: str | None = None
     """Preference or reinforcement training (dpo, orpo, grpo ...) instead of learning answers."""
     orpo_alpha: Amount | None = None

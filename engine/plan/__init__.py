@@ -6,8 +6,8 @@ chooses a backend, `recommend` makes a whole config with a reason for every valu
 one fit, `survey` compares the models of the catalog on a device.
 """
 
-from engine.plan.attention import Attention, choose_attention
-from engine.plan.device import GIB, Device, best_device, cpu_device, gib, gpu_device
+from engine.plan.attention import Attention, Heads, Task, choose_attention, heads_of
+from engine.plan.device import Device, best_device, cpu_device, gpu_device
 from engine.plan.documents import (
     advice_document,
     device_document,
@@ -22,15 +22,16 @@ from engine.plan.statistics import Statistics, read_statistics
 from engine.plan.survey import Prospect, propose, survey
 
 __all__ = [
-    "GIB",
     "Alternative",
     "Attention",
     "Device",
     "Estimate",
     "Goal",
+    "Heads",
     "Prospect",
     "Recommendation",
     "Statistics",
+    "Task",
     "Verdict",
     "advice_document",
     "assess",
@@ -41,8 +42,8 @@ __all__ = [
     "device_document",
     "estimate",
     "estimate_document",
-    "gib",
     "gpu_device",
+    "heads_of",
     "list_alternatives",
     "make_fit",
     "plan_document",

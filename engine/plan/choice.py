@@ -1,8 +1,7 @@
 """The values of a recommended config, chosen one after another, each with its reason.
 
 Rules, each from published practice: all linear layers get an adapter, rank 16 or 32 on small data,
-2e-4 with adapters and a tenth with whole weights (Thinking Machines "LoRA without regret", QLoRA),
-1e-4 from 70B on (NeMo AutoModel's 128B recipe); small batches, 1 to 3 epochs, 5 to 10 % held out.
+a learning rate by method and size (`rates`); small batches, 1 to 3 epochs, 5 to 10 % held out.
 Memory decides the rest: a value grows only while the estimate still says `fits`.
 """
 
@@ -12,19 +11,21 @@ from typing import Any
 
 from engine.catalog import Architecture, linear_targets
 from engine.config import DatasetConfig, RunConfig
-from engine.plan.attention import Attention, choose_attention
-from engine.plan.device import Device, gib
+from engine.plan.attention import Attention, Task, choose_attention, heads_of
+from engine.plan.device import Device
 from engine.plan.ladder import make_fit
 from engine.plan.memory import Estimate, estimate
+from engine.plan.rates import learning_rate
 from engine.plan.recipe import Recipe
 from engine.plan.statistics import Statistics
+from engine.plan.vision import largest_image_tokens
+from engine.units import gib
 
 TOKENS_AT_ONCE = 8192
 """Beyond this a GPU is busy anyway, and activations only cost memory."""
 TOKENS_A_STEP = 32768
 UPDATES_AN_EPOCH = 30
 """Fewer leave the learning rate no room to fall."""
-LARGE_MODEL = 70 * 10**9
 CHECKPOINTED_MODEL = 10**9
 
 _EITHER_OR = (
@@ -48,13 +49,14 @@ class Choice:
     statistics: Statistics | None
     dataset: DatasetConfig | None
     fixed: dict[str, object]
+    images: bool = False
+    """Whether the rows have images."""
     values: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def attention(self) -> Attention:
-        text = self.architecture.config.get("text_config", self.architecture.config)
-        return choose_attention(self.device, text.get("head_dim"))
+        return choose_attention(self.device, Task(heads_of(self.architecture), self.images))
 
     def put(self, key: str, value: object, reason: str) -> None:
         """Advise a value, unless the person chose it or said the same in another way."""
@@ -108,7 +110,9 @@ class Choice:
             self.put("adapter", "lora", reason)
             return
         reason = f"16-bit weights would need {gib(whole.device_bytes)}"
-        self.put("adapter", "qlora", f"{reason}, this card can give {gib(whole.can_give_bytes)}")
+        self.put(
+            "adapter", "qlora", f"{reason}, {self._place()} can give {gib(whole.can_give_bytes)}"
+        )
         self.put("load_in_4bit", True, f"weights in 4 bits: {gib(packed.device_bytes)} in all")
         if self._has_experts():
             self.put("quantize_moe_experts", True, "experts are most of the model")
@@ -171,13 +175,8 @@ class Choice:
 
     def optimization(self) -> None:
         """How far and how often the weights move."""
-        config, total = self.config(), self.architecture.table.total_parameters
-        if config.adapter is None:
-            self.put("learning_rate", 1e-5, "a tenth of what adapters take: whole weights move")
-        elif total >= LARGE_MODEL:
-            self.put("learning_rate", 1e-4, "half the usual 2e-4: models above 70B need less")
-        else:
-            self.put("learning_rate", 2e-4, "usual for adapters, at any rank")
+        whole, total = self.config().adapter is None, self.architecture.table.total_parameters
+        self.put("learning_rate", *learning_rate(total, whole=whole))
         rows = self.statistics.usable_rows if self.statistics else None
         if rows is None:
             self.put("num_epochs", 2, "1 to 3 is usual")
@@ -191,6 +190,8 @@ class Choice:
     def habits(self) -> None:
         """What is held out, saved and asked."""
         known = self.statistics
+        if self.images:
+            self.put("processor_type", "AutoProcessor", "rows have images; Axolotl needs it too")
         if known and (known.usable_rows >= 40 or self.fixed.get("eval_steps")):
             share = 0.05 if known.usable_rows >= 1000 else 0.1
             held = round(known.usable_rows * share)
@@ -227,20 +228,30 @@ class Choice:
     def _sequence_len(self) -> tuple[int, str]:
         most = self.architecture.card.context_tokens if self.architecture.card else 2**18
         if self.statistics is None:
-            return min(2048, most), "rows are not known yet; 2048 suits most conversations"
+            image = largest_image_tokens(self.architecture) if self.images else None
+            if image is None:
+                return min(2048, most), "rows are not known yet; 2048 suits most conversations"
+            length = 1 << image.bit_length()
+            return min(length, most), f"the largest image has {image:,} tokens"
         longest = self.statistics.longest_tokens
         least = 1024 if self.device.kind == "cuda" else 128
         length = max(least, 1 << max(0, longest - 1).bit_length())
         if length > most:
-            return most, f"the model reads no more; {self._cut(most)}"
+            return most, f"the model reads no more; {self._left_out(most)}"
         return length, f"longest row has {longest:,} tokens, so none is left out"
 
     def _cut(self, length: int) -> str:
-        if self.statistics is None:
-            return f"{2 * length:,} would not fit"
+        cut = f"{2 * length:,} would not fit"
+        return f"{cut}; {self._left_out(length)}" if self.statistics else cut
+
+    def _left_out(self, length: int) -> str:
+        assert self.statistics is not None
         over, more = self.statistics.rows_over(length)
         rows = f"{over:,}{' or more' if more else ''} of {self.statistics.usable_rows:,} rows"
-        return f"{2 * length:,} would not fit; {rows} are longer and left out"
+        return f"{rows} are longer and left out"
+
+    def _place(self) -> str:
+        return "this card" if self.device.kind == "cuda" else "this computer"
 
     def _has_experts(self) -> bool:
         return bool(self.architecture.table.counts_by_group()["experts"])

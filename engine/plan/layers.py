@@ -102,7 +102,8 @@ def transient_bytes(config: RunConfig, sizes: Widths, tokens: int, base_bytes: i
     width = "bf16" if base_bytes == 2 else "fp32"
     if config.adapter is None:
         return _TRANSIENT[width, "full"].bytes(sizes, tokens, 0)
-    cost = _TRANSIENT[width, "4-bit" if config.load_in_4bit else "lora"]
+    quantized = config.load_in_4bit or config.load_in_8bit
+    cost = _TRANSIENT[width, "4-bit" if quantized else "lora"]
     return cost.bytes(sizes, tokens, config.lora_r) + _dropout_bytes(config, sizes, tokens, width)
 
 

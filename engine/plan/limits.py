@@ -13,24 +13,22 @@ Goal = Literal["text", "think", "tools", "vision"]
 
 def why_not_trained(architecture: Architecture) -> str | None:
     """Why this version cannot train the model, in one sentence; None where it can."""
-    if architecture.table.counts_by_group()["experts"]:
-        return "Mixture-of-experts models can be planned and previewed, and are not trained yet."
-    if architecture.checkpoint not in ("bf16", "fp16", "fp32"):
+    if architecture.checkpoint not in ("bf16", "fp16", "fp32", "fp8"):
         stored = architecture.checkpoint.upper()
         return (
-            f"Its weights are stored as {stored}, which is not read yet; a folder with bfloat16"
-            " weights of it can be trained."
+            f"Its weights are stored as {stored}, which is not read; a folder with its BF16 or FP8"
+            " weights can be trained."
         )
     return None
 
 
 def refuse_goal(goal: Goal, architecture: Architecture) -> None:
     """Raises UserError for a goal that the model or this version cannot meet."""
-    if goal == "vision":
+    if goal == "vision" and not architecture.table.counts_by_group()["vision"]:
         raise UserError(
-            "Images are not trained yet.",
-            "The goal vision needs them.",
-            "Choose --goal text, think or tools.",
+            f"{architecture.name} reads no images.",
+            "It has no vision tower.",
+            "Choose a model that does: `windtunnel models` lists them.",
         )
     card = architecture.card
     if goal == "think" and card and card.thinking == "none":

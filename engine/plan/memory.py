@@ -12,16 +12,27 @@ from typing import Literal
 
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
-from engine.plan.device import GIB, Device
+from engine.plan.attention import needs_mask
+from engine.plan.device import Device
 from engine.plan.layers import Widths, kept_bytes, transient_bytes, widths
+from engine.plan.quantized import is_kept, kept_modules
 from engine.plan.statistics import Statistics
-from engine.plan.targets import adapter_parameters, count_targets, trained_parameters
+from engine.plan.targets import (
+    adapter_parameters,
+    count_targets,
+    trained_parameters,
+    trains_head,
+)
+from engine.plan.vision import image_tokens_at_once, tower_bytes
+from engine.units import GIB
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantization: 4 bits, an 8-bit scale for 64 weights, a float32 scale
 for 256 of those (QLoRA, arXiv 2305.14314)."""
+INT8_ROW_BYTES = 4
+"""The float32 maximum that the bytes of a row are scaled by (LLM.int8(), arXiv 2208.07339)."""
 LOSS_CHUNK_BYTES = 64 * 2**20
 """One chunk of float32 logits where no fused kernel computes the loss: 128 rows at 131,072. On two
 cores 8 MiB chunks took 1.5 times as long and 128 MiB ones 0.92 times (336 learned tokens, width
@@ -36,8 +47,11 @@ PROCESS_BYTES, HEAP_SLACK = int(0.75 * GIB), 0.10
 # What a GPU run's process takes of this computer's memory beside the loaded tensors.
 HOST_PROCESS_BYTES = 3 * GIB
 
-_STATE_BYTES = {"adamw_bnb_8bit": 2 + 8 / 256, "adamw_8bit": 2 + 8 / 256}
-"""Optimizer state a trained number: two 8-bit moments, each with a float32 scale for 256."""
+_STATE_BYTES = dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit"), 2 + 8 / 256)
+"""Optimizer state a trained number: two 8-bit moments, each with a float32 scale for 256. The other
+optimizers have two float32 moments."""
+_REST_BYTES = 2
+"""What bfloat16 cuts off of a trained float32 number, which the trainer keeps beside it."""
 _PAGED = ("paged_adamw_8bit", "paged_adamw_32bit")
 
 
@@ -84,18 +98,19 @@ def estimate(
 
     Raises UserError where an entry of the adapter's targets matches no module.
     """
-    table, sizes = architecture.table, widths(architecture.table)
+    table = architecture.table
     base_bytes = _base_bytes(config, device)
     tokens = tokens_at_once(config, statistics)
+    of_images = image_tokens_at_once(config, table, tokens, statistics)
     trained = trained_parameters(table, config)
     exact = {
         **_weights(table, config, base_bytes),
-        **_trained(table, config, base_bytes, trained),
-        **_step(config, sizes, device, base_bytes, tokens),
+        **_trained(table, config, base_bytes),
+        **_step(config, table, device, base_bytes, tokens, of_images),
     }
     parts = {name: int(size) for name, size in exact.items() if size}
     peak = sum(parts.values())
-    spread = _spread(config, table)
+    spread = _spread(config, table, of_images)
     return Estimate(
         parts=parts,
         peak_allocated_bytes=peak,
@@ -143,25 +158,37 @@ def _base_bytes(config: RunConfig, device: Device) -> int:
 
 def _weights(table: ModuleTable, config: RunConfig, base_bytes: int) -> dict[str, float]:
     counts = _counts(table)
-    linear = NF4_BYTES if config.load_in_4bit else base_bytes
-    experts = NF4_BYTES if config.quantize_moe_experts else base_bytes
-    return {
-        "weights": counts["linear"] * linear + counts["other"] * base_bytes,
-        "experts": counts["experts"] * experts,
-        "embeddings": counts["embeddings"] * base_bytes,
-        "vision": counts["vision"] * base_bytes,
-    }
+    sizes = {name: float(counts[name] * base_bytes) for name in ("embeddings", "vision")}
+    sizes["weights"] = counts["other"] * base_bytes
+    sizes["experts"] = counts["experts"] * (
+        NF4_BYTES if config.quantize_moe_experts else base_bytes
+    )
+    if config.load_in_4bit or config.load_in_8bit:
+        for part, (numbers, rows) in _quantized(table, kept_modules(config)).items():
+            held = numbers * NF4_BYTES if config.load_in_4bit else numbers + rows * INT8_ROW_BYTES
+            sizes[part] += held - numbers * base_bytes
+    return {name: sizes[name] for name in ("weights", "experts", "embeddings", "vision")}
+
+
+@lru_cache(maxsize=32)
+def _quantized(table: ModuleTable, kept: tuple[str, ...]) -> Mapping[str, tuple[int, int]]:
+    """Numbers and rows of the linears that a quantized run quantizes, by part of the model."""
+    found = {"weights": (0, 0), "vision": (0, 0)}
+    for row in table.parameters:
+        if row.quantizable and not is_kept(row.module, kept):
+            part = "vision" if row.group in ("vision", "projector") else "weights"
+            numbers, rows = found[part]
+            found[part] = (numbers + row.count, rows + row.shape[0])
+    return found
 
 
 @lru_cache(maxsize=32)
 def _counts(table: ModuleTable) -> Mapping[str, int]:
     """Numbers of the model by how a run holds them, of all, and of the largest tensor."""
-    counts = dict.fromkeys(("linear", "other", "experts", "embeddings", "vision"), 0)
+    counts = dict.fromkeys(("other", "experts", "embeddings", "vision"), 0)
     counts |= {"all": table.total_parameters, "largest": max(r.count for r in table.parameters)}
     for row in table.parameters:
-        if row.group in ("attention", "mlp"):
-            counts["linear" if row.quantizable else "other"] += row.count
-        elif row.group == "experts":
+        if row.group == "experts":
             counts["experts"] += row.count
         elif row.group in ("embedding", "head"):
             counts["embeddings"] += row.count
@@ -172,29 +199,43 @@ def _counts(table: ModuleTable) -> Mapping[str, int]:
     return counts
 
 
-def _trained(
-    table: ModuleTable, config: RunConfig, base_bytes: int, trained: int
-) -> dict[str, float]:
-    """Adapter, gradients and optimizer state. An adapter is float32; whole weights keep theirs."""
-    width = 4 if config.adapter else base_bytes
+def _trained(table: ModuleTable, config: RunConfig, base_bytes: int) -> dict[str, float]:
+    """Adapter, gradients and optimizer state.
+
+    An adapter is float32; weights that are trained whole keep their type, and beside an adapter
+    they are a copy.
+    """
+    wide, whole = _moving(table, config)
     return {
-        "adapter": adapter_parameters(table, config) * width if config.adapter else 0,
-        "gradients": trained * width,
-        "optimizer": trained * _state_bytes(config, width),
+        "adapter": wide * 4 + whole * base_bytes if config.adapter else 0,
+        "gradients": wide * 4 + whole * base_bytes,
+        "optimizer": wide * _state_bytes(config, 4) + whole * _state_bytes(config, base_bytes),
     }
+
+
+def _moving(table: ModuleTable, config: RunConfig) -> tuple[int, int]:
+    """Trained numbers of the adapter, and of weights that are trained whole."""
+    wide = adapter_parameters(table, config) if config.adapter else 0
+    return wide, trained_parameters(table, config) - wide
 
 
 def _state_bytes(config: RunConfig, width: int) -> float:
     """Optimizer state of one trained number on the device; a paged one makes room when it must."""
-    if config.optimizer in _PAGED:
-        return 0.0
-    return _STATE_BYTES.get(config.optimizer, 2 * width)
+    rest = _REST_BYTES if width == 2 else 0
+    return rest + (0 if config.optimizer in _PAGED else _STATE_BYTES.get(config.optimizer, 8))
 
 
 def _step(
-    config: RunConfig, sizes: Widths, device: Device, base_bytes: int, tokens: int
+    config: RunConfig,
+    table: ModuleTable,
+    device: Device,
+    base_bytes: int,
+    tokens: int,
+    of_images: int,
 ) -> dict[str, float]:
-    """What a forward and backward pass holds at its peak."""
+    """What a forward and backward pass holds at its peak, or the optimizer's step behind it."""
+    sizes = widths(table)
+    seen, seeing = tower_bytes(config, table, of_images, base_bytes)
     if config.gradient_checkpointing:
         kept = sizes.layers * tokens * sizes.hidden * base_bytes
         layer = transient_bytes(config, sizes, tokens, base_bytes)
@@ -205,35 +246,46 @@ def _step(
     if sizes.expert_weights:
         # Both dequantized stacks of a layer are kept for its backward pass.
         layer += sizes.expert_weights * base_bytes
-    loss = _loss_bytes(sizes, device, base_bytes, tokens)
-    return {"activations": kept, "layer": max(layer, loss), "mask": _mask_bytes(config, tokens)}
+    head = trains_head(table, config)
+    loss = _loss_bytes(sizes, device, base_bytes, tokens, head)
+    # bfloat16 gradients are float32 ones while the weights move; nothing is kept by then.
+    widening = (4 - base_bytes) * _moving(table, config)[1] - kept
+    mask = _mask_bytes(config, device, tokens)
+    layer = max(layer, loss, widening, seeing)
+    return {"activations": kept + seen, "layer": layer, "mask": mask}
 
 
-def _loss_bytes(sizes: Widths, device: Device, base_bytes: int, tokens: int) -> int:
-    """The learned states, their gradient, and chunks of logits where no kernel fuses the loss."""
+def _loss_bytes(
+    sizes: Widths, device: Device, base_bytes: int, tokens: int, trains_head: bool
+) -> int:
+    """The learned states, their gradient, and chunks of logits where no kernel fuses the loss.
+
+    A head that is trained is never left to that kernel, and adds up its gradient in float32.
+    """
     states = 3 * tokens * sizes.hidden * base_bytes
-    if device.kind == "cuda" and base_bytes == 2:
+    if device.kind == "cuda" and base_bytes == 2 and not trains_head:
         return states
-    return states + 2 * min(LOSS_CHUNK_BYTES, 4 * tokens * sizes.vocabulary)
+    head = 4 * sizes.hidden * sizes.vocabulary if trains_head else 0
+    return states + head + 2 * min(LOSS_CHUNK_BYTES, 4 * tokens * sizes.vocabulary)
 
 
-def _mask_bytes(config: RunConfig, tokens: int) -> int:
-    """Packed rows are kept apart by a mask of (tokens, tokens) unless FlashAttention cuts them.
+def _mask_bytes(config: RunConfig, device: Device, tokens: int) -> int:
+    """Packed rows are kept apart by a mask of (tokens, tokens) where the backend cannot cut them.
 
     One byte a pair as transformers makes it, two more as PyTorch's kernel reads it.
     """
-    if not config.sample_packing or (config.attn_implementation or "").startswith("flash"):
+    if not config.sample_packing or not needs_mask(config.attn_implementation, device):
         return 0
     return 3 * tokens * min(config.sequence_len, tokens)
 
 
-def _spread(config: RunConfig, table: ModuleTable) -> float:
+def _spread(config: RunConfig, table: ModuleTable, of_images: int) -> float:
     """How far a measured peak may lie from the formula.
 
-    Packed text of dense models is closest; lengths that vary and experts are further off. Tests
-    hold it against the published figures of other tools for the same models.
+    Packed text of dense models is closest; lengths that vary, experts and images are further off.
+    Tests hold it against the published figures of other tools for the same models.
     """
-    if _counts(table)["experts"]:
+    if _counts(table)["experts"] or of_images:
         return 0.15
     return 0.06 if config.sample_packing else 0.10
 
@@ -265,6 +317,7 @@ def _disk_bytes(
     # Prepared rows: a token's id in 4 bytes, its kind in 1, its source in 2.
     rows = 7 * statistics.total_tokens if statistics else 0
     width = 4 if config.adapter else base_bytes
-    save = trained * (width + _STATE_BYTES.get(config.optimizer, 2 * width))
+    rest = _REST_BYTES if width == 2 else 0
+    save = trained * (width + rest + _STATE_BYTES.get(config.optimizer, 8))
     result = trained * 4 if config.adapter else everything * base_bytes
     return int(download + rows + config.save_total_limit * save + result)

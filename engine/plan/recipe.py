@@ -32,7 +32,7 @@ class Recipe:
 
 
 def find_recipe(architecture: Architecture, dataset: DatasetConfig | None) -> Recipe | None:
-    """The recipe of a model that is made here; None for any other.
+    """The recipe of a model that is made here; None for any other, and where it has none.
 
     Without a dataset, and with the recipe's own, it is whole.
     """
@@ -40,6 +40,8 @@ def find_recipe(architecture: Architecture, dataset: DatasetConfig | None) -> Re
     if card is None or card.repositories:
         return None
     with as_file(files("presets") / "recipes" / card.name / "lora.yml") as path:
+        if not path.is_file():
+            return None
         file = read_config(path)
         config, text = file.config, file.document.text
     whole = dataset is None or dataset.path == config.datasets[0].path

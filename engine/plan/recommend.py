@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from engine.catalog import Architecture
-from engine.config import DatasetConfig, RunConfig
+from engine.config import DatasetConfig, RunConfig, spell
 from engine.errors import UserError
-from engine.plan.attention import Attention, choose_attention
+from engine.plan.attention import Attention, Task, choose_attention, heads_of
 from engine.plan.choice import Choice
 from engine.plan.device import Device
 from engine.plan.ladder import Alternative, changed, list_alternatives
@@ -54,7 +54,8 @@ def recommend(
     """
     refuse_goal(goal, architecture)
     try:
-        return _recommend(architecture, device, statistics, dataset, dict(fixed or {}))
+        images = goal == "vision" or bool(statistics and statistics.image_tokens)
+        return _recommend(architecture, device, statistics, dataset, dict(fixed or {}), images)
     except ValidationError as error:
         raise _contradiction(error) from None
 
@@ -75,23 +76,30 @@ def assess(
         kept = changed(config, changes or {})
     except ValidationError as error:
         raise _contradiction(error) from None
-    text = architecture.config.get("text_config", architecture.config)
     return Recommendation(
         config=kept,
         reasons={key: "yours" for key in changes or {}},
         recommended={},
         estimate=estimate(kept, architecture, device, statistics),
         alternatives=list_alternatives(kept, architecture, device, statistics),
-        attention=choose_attention(device, text.get("head_dim")),
+        attention=choose_attention(
+            device, Task(heads_of(architecture), images=kept.processor_type is not None)
+        ),
         not_trained=why_not_trained(architecture),
     )
 
 
 def _contradiction(error: ValidationError) -> UserError:
+    first = error.errors()[0]
+    why = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # a rule about several keys belongs to none of them
+        what = "The values that you chose contradict each other."
+        return UserError(what, why, "Change or leave out one of them.")
+    key = ".".join(map(str, first["loc"]))
     return UserError(
-        "The values that you chose contradict each other.",
-        error.errors()[0]["msg"].removeprefix("Value error, "),
-        "Change or leave out one of them.",
+        f"{key} cannot have the value that you chose.",
+        f"{why}.",
+        f"`windtunnel explain {key}` says what it takes.",
     )
 
 
@@ -101,9 +109,10 @@ def _recommend(
     statistics: Statistics | None,
     dataset: DatasetConfig | None,
     fixed: dict[str, object],
+    images: bool,
 ) -> Recommendation:
-    choice = _choose(architecture, device, statistics, dataset, _with_method(fixed))
-    free = _choose(architecture, device, statistics, dataset, {}) if fixed else choice
+    choice = _choose(architecture, device, statistics, dataset, _with_method(fixed), images)
+    free = _choose(architecture, device, statistics, dataset, {}, images) if fixed else choice
     config = choice.config()
     reasons = {key: _own_reason(free, key, value) for key, value in choice.fixed.items()}
     return Recommendation(
@@ -134,8 +143,9 @@ def _choose(
     statistics: Statistics | None,
     dataset: DatasetConfig | None,
     fixed: dict[str, object],
+    images: bool,
 ) -> Choice:
-    choice = Choice(architecture, device, statistics, dataset, fixed)
+    choice = Choice(architecture, device, statistics, dataset, fixed, images)
     recipe = find_recipe(architecture, dataset)
     if recipe is None or not recipe.whole:
         choice.habits()
@@ -157,11 +167,4 @@ def _own_reason(free: Choice, key: str, value: object) -> str:
     advised, why = free.values[key], free.reasons[key]
     if advised == value:
         return f"yours, as recommended: {why}"
-    return f"yours (recommended {_word(advised)}: {why})"
-
-
-def _word(value: object) -> str:
-    """A value as the config file spells it."""
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"yours (recommended {spell(key, advised)}: {why})"

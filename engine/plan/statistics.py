@@ -27,6 +27,7 @@ class Statistics:
     """Lengths of the longest rows, the longest first."""
     prompts: tuple[str, ...] = ()
     """Opening questions of a few rows."""
+    image_tokens: int = 0
 
     def rows_over(self, sequence_len: int) -> tuple[int, bool]:
         """Rows longer than `sequence_len`, and whether there may be more of them than counted."""
@@ -52,4 +53,5 @@ def read_statistics(checkup: Mapping[str, Any]) -> Statistics | None:
         longest_tokens=lengths["max"],
         longest_rows=tuple(tokens["longest_rows"]),
         prompts=tuple(checkup["prompts"]),
+        image_tokens=tokens["by_kind"]["image"],
     )

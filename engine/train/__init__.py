@@ -5,19 +5,33 @@ run       one launch, from its folder to its last event
 fetch     where the base model's files are
 model     the base model from its folder, refused when it would train broken
 forward   hidden states of a batch, packed rows kept apart
-quantize  NF4 and its guards
+checkpoint_files  the safetensors files, one tensor at a time
+fp8       FP8 weights and their scales
+load_report  what a loaded model is made of
+quantize  NF4 and int8, and their guards
+experts   mixture-of-experts layers in NF4, and adapters on them
 lora      adapters on the language model's linears
+images    pixels of a run's images, decoded ahead
+prompts   what a run asks before, during and after
 batches   prepared arrays -> batches, in an order that a resumed run repeats
 loss      cross entropy over the full vocabulary without its logits
 optim     optimizers and the learning-rate schedule
 loop      the steps
 checkpoint what a run needs to go on, written so that a kill cannot hurt it
-evaluate  held-out loss and exact answers
+evaluate  held-out loss, whole and by kind, and exact answers
+measure   what the model writes by itself, in numbers
+drift     how far it has moved from its base
 generate  text from a prompt
 weights   what is trained, to disk and back
+companions the files beside a result's weights
+answers   questions to what a run trained
+trained   where a run's newest result lies
+adapter_files a saved adapter, read without its model
+merge     an adapter put into its base's weights
+shards    safetensors files written as a stream
 session   lock, events, control and signals of one process
 meter     speed and peak memory
-demo      the embedded tiny base model
+demo      the embedded tiny base models
 """
 
 import os

@@ -1,13 +1,18 @@
 """`python -m engine.train run FOLDER [--resume] [--from step-N]`: one trainer process.
 
 The lock is taken before anything heavy is imported, and whatever happens ends in an `ended` event
-with three sentences: a run is never just gone.
+with three sentences: a run is never just gone. `generate FOLDER` and `merge FOLDER OUT` use what a
+run left; they take no lock, and tell all that they have to say in lines of JSON on stdout.
 """
 
 import argparse
+import json
 import sys
+import time
 import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter, Phase
@@ -26,7 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("folder", type=Path)
     run.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     run.add_argument("--from", dest="checkpoint", help="go on from this one: step-N")
+    questions = commands.add_parser("generate", help="answer requests, a line of JSON each")
+    questions.add_argument("folder", type=Path)
+    merging = commands.add_parser("merge", help="put a run's adapter into its base's weights")
+    merging.add_argument("folder", type=Path)
+    merging.add_argument("target", type=Path)
     options = parser.parse_args(arguments)
+    if options.command != "run":
+        return use(options)
     try:
         return train(RunFolder(options.folder.resolve()), options.resume, options.checkpoint)
     except UserError as error:  # the lock is another process's: its events are not ours to write
@@ -51,6 +63,46 @@ def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
             events.emit(Ended("failed", _last_step(run), sentence.what, sentence.why, sentence.fix))
             return sentence.exit_status
     return 0
+
+
+def use(options: argparse.Namespace) -> int:
+    """Carry out `generate` or `merge`; an error becomes a line with its sentences."""
+    run = RunFolder(options.folder.resolve())
+    try:
+        if options.command == "generate":
+            from engine.train.answers import serve
+
+            serve(run, sys.stdin, _tell)
+        else:
+            from engine.train.merge import merge
+
+            made = merge(run, options.target.resolve(), _progress())
+            _tell({"merged": str(made)})
+    except Exception as error:
+        sentence = explain(error)
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        told = {"what": sentence.what, "why": sentence.why, "fix": sentence.fix}
+        _tell({"error": told | {"exit_status": sentence.exit_status}})
+        return sentence.exit_status
+    return 0
+
+
+def _tell(record: Mapping[str, Any]) -> None:
+    print(json.dumps(record), flush=True)
+
+
+def _progress() -> Callable[[int, int], None]:
+    """What tells of bytes done and bytes in all, at most ten times a second."""
+    next_word = 0.0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal next_word
+        if time.monotonic() >= next_word or done == total:
+            next_word = time.monotonic() + 0.1
+            _tell({"done": done, "total": total})
+
+    return tell
 
 
 def explain(error: Exception) -> UserError:

@@ -7,36 +7,36 @@ step weigh the same, however the step is cut into forward passes.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
+from engine.catalog.cards import Sampling
+from engine.catalog.sampling import GREEDY
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig
-from engine.errors import WorkError
-from engine.events import Ended, Eval, Note, Phase, Sample, SampleTime, Saved, Score, Step
-from engine.train.batches import Order, Rows, StepBatch
-from engine.train.checkpoint import Checkpoints, Position
-from engine.train.evaluate import mean_loss, score, score_all
+from engine.errors import UserError, WorkError
+from engine.events import Ended, Eval, Note, Phase, Sample, SampleTime, Saved, Step
+from engine.publish import publish_result
+from engine.train.batches import PAD, Order, Rows, StepBatch
+from engine.train.checkpoint import Checkpoints, Position, random_tensors, restore_random
+from engine.train.evaluate import RiseWatch, mean_loss, row_losses, score, score_all
+from engine.train.experts import balance_loss, balance_weight, watch_routers
 from engine.train.forward import Model, head_of, hidden_states
 from engine.train.generate import generate, readable
 from engine.train.loss import summed_cross_entropy
+from engine.train.measure import Measures
 from engine.train.meter import Meter, peak_memory_bytes
 from engine.train.model import Base
 from engine.train.optim import build_optimizer, learning_rate, set_learning_rate
+from engine.train.prompts import Prompt
 from engine.train.session import Session
+from engine.train.watchdog import LossWatch
 from engine.train.weights import export_trained, load_trained, trained_parameters
 
 SAMPLE_TOKENS = 256
 """Longest answer of a sample: enough for a first look, and what a model that never stops costs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A question that is asked before, during and after."""
-
-    text: str
-    tokens: tuple[int, ...]
+NAMED_ROWS = 3
+"""Rows that a bad step is told with."""
 
 
 class Training:
@@ -51,15 +51,20 @@ class Training:
         config: RunConfig,
         session: Session,
         tokenizer: ChatTokenizer,
+        measures: Measures | None = None,
+        sampling: Sampling = GREEDY,
     ) -> None:
         self.base, self.model, self.config, self.session = base, model, config, session
         self.rows, self.held_out, self.tokenizer = rows, held_out, tokenizer
+        self.measures, self.sampling = measures, sampling
         self.order = Order(rows, config)
         self.parameters = [p for _, p in trained_parameters(model)]
         self.optimizer = build_optimizer(trained_parameters(model), config)
         self.checkpoints = Checkpoints(session.run.checkpoints, config)
         self.position = Position(fingerprint=self.order.fingerprint())
         self.meter = Meter()
+        self.watch = LossWatch(config, vocabulary=head_of(model).shape[0])
+        self.rises = RiseWatch()
         self._saved_step = -1
 
     def restore(self, name: str | None) -> None:
@@ -129,6 +134,8 @@ class Training:
         self.session.emit(Phase("export"))
         run = self.session.run
         exported = export_trained(self.model, run.path, self.session.base_folder, self.config)
+        for event in publish_result(run, exported, self.config):
+            self.session.emit(event)
         self.session.emit(Saved(self.position.step, exported.name))
         self.session.emit(Ended("finished", self.position.step))
 
@@ -138,13 +145,13 @@ class Training:
         rate = learning_rate(number, self.order.total_steps, self.config)
         set_learning_rate(self.optimizer, rate)
         loss, norm = self.gradients(batch)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._diverged(number, loss, norm, batch)
+        self.judge(number, loss, norm, batch)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds, speed = self.meter.stop(batch.tokens)
         self.position.step = number
         self.position.tokens += batch.tokens
+        self.rises.add_step(loss)
         self.session.emit(
             Step(
                 step=number,
@@ -154,6 +161,7 @@ class Training:
                 tokens=batch.tokens,
                 lr=rate,
                 grad_norm=norm,
+                grad_norm_clipped=min(norm, self.config.max_grad_norm),
                 seconds=seconds,
                 tokens_per_second=speed,
                 peak_memory_bytes=peak_memory_bytes(self.base.device),
@@ -164,37 +172,82 @@ class Training:
     def gradients(self, batch: StepBatch) -> tuple[float, float]:
         """Fill the gradients of one optimizer step; returns its loss and gradient norm.
 
-        The loss is the mean over all learned tokens of the step, the norm is the one before
-        clipping to `max_grad_norm`.
+        The loss is the mean over all learned tokens of the step, without the routers' balance, the
+        norm is the one before clipping to `max_grad_norm`.
         """
-        total = 0.0
+        total, weight = 0.0, balance_weight(self.config)
         for micro in batch.micros:
             tensors = micro.to(self.base.device)
-            loss = summed_cross_entropy(
-                hidden_states(self.model, tensors), head_of(self.model), tensors["labels"]
-            )
-            mean = loss / max(1, batch.learned_tokens)
-            mean.backward()
+            with watch_routers(self.model, weight > 0) as routings:
+                states = hidden_states(self.model, tensors)
+            loss = summed_cross_entropy(states, head_of(self.model), tensors["labels"])
+            mean = goal = loss / max(1, batch.learned_tokens)
+            if routings:
+                balance = balance_loss(routings, tensors["input_ids"] != PAD)
+                goal = mean + weight * balance / len(batch.micros)
+            if goal.requires_grad:  # where only the vision tower moves, text alone reaches nothing
+                goal.backward()
             total += float(mean.detach())
-        limit = self.config.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit if limit else math.inf)
-        return total, float(norm)
+        return total, clip_gradients(self.parameters, self.config.max_grad_norm)
+
+    def judge(self, number: int, loss: float, norm: float, batch: StepBatch) -> None:
+        """Say what is odd about a step before it moves anything; WorkError ends the run."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._stopped(
+                f"Step {number} gave a loss of {loss:g} and a gradient norm of {norm:g}.", batch
+            )
+        if self.watch.too_high(loss):
+            raise self._stopped(
+                f"The loss is {loss:.2f} at step {number}, and stays above "
+                f"loss_watchdog_threshold: {self.config.loss_watchdog_threshold:g}.",
+                batch,
+            )
+        if number == 1:
+            self._judge_start(loss)
+        usual = self.watch.spike(loss)
+        if usual is not None:
+            rows = self._highest(batch)
+            words = f"step {number}: the loss leapt to {loss:.2f} from {usual:.2f}; highest: {rows}"
+            self.session.emit(Note("warning", words))
+
+    def _judge_start(self, loss: float) -> None:
+        """What only the first step can show: a base that is not itself, and what never moves."""
+        if words := self.watch.odd_start(loss):
+            self.session.emit(Note("warning", words))
+        trained = list(trained_parameters(self.model))
+        idle = [name for name, parameter in trained if parameter.grad is None]
+        if len(idle) == len(trained):
+            raise UserError(
+                "Nothing would be trained.",
+                f"No row of the first step reaches what is trained, such as {idle[0]}.",
+                "Rows with images reach the vision tower; change the rows, or what is trained.",
+            )
+        if idle:
+            words = f"{len(idle)} of {len(trained)} trained tensors were not reached by the first "
+            words += f"step, such as {idle[0]}: without rows that reach them they stay as they are"
+            self.session.emit(Note("warning", words))
 
     def evaluate(self) -> bool:
         """Score the held-out rows; True when their loss is the lowest so far."""
+        step = self.position.step
+        if self.held_out:
+            self.session.emit(Phase("evaluate", 0, len(self.held_out)))
+        inside = 0 < step < self.order.total_steps
+        for event in self.measures.take(step, inside=inside) if self.measures else ():
+            self.session.emit(event)
         if not self.held_out:
             return False
-        self.session.emit(Phase("evaluate", 0, len(self.held_out)))
-        step = self.position.step
         scores = score_all(self.model, self.base, self.held_out, self.config)
         if self.config.eval_train_rows and step in (0, self.order.total_steps):
             seen = self.rows.first(self.config.eval_train_rows)
             result = score(self.model, self.base, seen, self.config)
-            self.session.emit(Score(step, "train", result.loss, result.exact, result.rows))
+            self.session.emit(result.told(step, "train"))
         for name, result in scores.items():
-            self.session.emit(Score(step, name, result.loss, result.exact, result.rows))
+            self.session.emit(result.told(step, name))
         loss = mean_loss(scores)
         self.session.emit(Eval(step, loss))
+        if words := self.rises.add_evaluation(loss, self.position.best_step):
+            self.session.emit(Note("warning", words))
         best = self.position.best_loss
         if step == 0 or not math.isfinite(loss) or (best is not None and loss >= best):
             return False
@@ -202,17 +255,23 @@ class Training:
         return True
 
     def sample(self, prompts: Sequence[Prompt], when: SampleTime) -> None:
-        """Let the model answer every prompt, greedily."""
+        """Let the model answer every prompt as its makers advise, each time with equal luck."""
+        chances = random_tensors()
         for prompt in prompts:
+            torch.manual_seed(self.config.seed)
             tokens = generate(
                 self.model,
                 self.base.device,
                 prompt.tokens,
+                images=prompt.images,
                 end=self.tokenizer.specials.eos,
-                max_new_tokens=SAMPLE_TOKENS,
+                max_new_tokens=self.sampling.max_tokens or SAMPLE_TOKENS,
+                temperature=self.sampling.temperature or 0.0,
+                top_p=self.sampling.top_p or 1.0,
             )
             text = readable(tokens, self.tokenizer)
             self.session.emit(Sample(self.position.step, prompt.text, text, when))
+        restore_random(chances)
 
     def save(self) -> None:
         """Write a checkpoint of the present step, once."""
@@ -229,15 +288,35 @@ class Training:
             load_trained(self.model, folder)
             self.session.emit(Note("info", f"ends with {folder.name}, the lowest evaluation loss"))
 
-    def _diverged(self, number: int, loss: float, norm: float, batch: StepBatch) -> WorkError:
-        rows = "; ".join(self.rows.place(row) for row in batch.rows[:8])
-        self.session.emit(Note("error", f"step {number}: loss {loss}, gradient norm {norm}"))
+    def _stopped(self, what: str, batch: StepBatch) -> WorkError:
+        self.session.emit(Note("error", what))
         return WorkError(
-            f"Step {number} gave a loss of {loss:g} and a gradient norm of {norm:g}.",
-            f"The weights were not touched by it. Its first rows: {rows}.",
+            what,
+            "The weights were not touched by this step. Its rows with the highest loss: "
+            f"{self._highest(batch)}.",
             "Look at those rows with `windtunnel preview`, or lower learning_rate; the run "
             "resumes from its last checkpoint.",
         )
+
+    def _highest(self, batch: StepBatch) -> str:
+        """The rows of a step with the highest losses, as a person finds them."""
+        losses = row_losses(self.model, self.base, batch)
+        losses.sort(key=lambda found: -found[1] if math.isfinite(found[1]) else -math.inf)
+        return "; ".join(
+            f"{self.rows.place(row)} ({loss:.2f})" for row, loss in losses[:NAMED_ROWS]
+        )
+
+
+def clip_gradients(parameters: Sequence[torch.nn.Parameter], limit: float) -> float:
+    """Shorten the gradients together to `limit` where they are longer; the norm from before.
+
+    Summed up in float32: PyTorch's own norm of bfloat16 gradients has their eight bits.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return float(norm)
 
 
 def eval_interval(config: RunConfig, steps_per_epoch: int) -> int | None:

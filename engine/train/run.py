@@ -5,7 +5,8 @@ and put together, each with a `phase` event, so that a person sees what is waite
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,25 +14,32 @@ import numpy as np
 import torch
 
 from engine.catalog import read_architecture
-from engine.chat.messages import RowFormat, read_row
-from engine.chat.render import LabelRule, learned, render
+from engine.catalog.cards import Sampling
+from engine.catalog.sampling import official_sampling
 from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.config import DatasetConfig, RunConfig, read_config
 from engine.data.pack import Indices
 from engine.data.prepare import Progress, default_store, label_rule, prepare
 from engine.data.prepared import Prepared
 from engine.events import Note, Phase, Started
+from engine.publish.facts import find_base
+from engine.train.attention import pick_attention
 from engine.train.batches import Rows
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model, use_checkpointing
-from engine.train.loop import Prompt, Training
+from engine.train.images import refuse_unread
+from engine.train.loop import SAMPLE_TOKENS, Training
 from engine.train.lora import attach_lora, choose_trained
-from engine.train.model import Base, load_base
+from engine.train.measure import Measures
+from engine.train.model import Base, load_base, pick_device
+from engine.train.prompts import ask, ask_about_images, ask_by_default
 from engine.train.session import Session
 from engine.train.weights import trained_parameters
 
 PROGRESS_SECONDS = 0.5
-"""Between two words on tokenizing."""
+"""Between two words on downloading, tokenizing or loading."""
+THOUGHTFUL_TOKENS = 2 * SAMPLE_TOKENS
+"""Longest answer to a question of the run where a thought comes before it."""
 PACKAGES = ("windtunnel", "torch", "transformers", "peft", "bitsandbytes", "mistral_common")
 
 
@@ -46,15 +54,24 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
     config = file.config
     torch.manual_seed(config.seed)
     session.emit(Phase("model", detail=config.base_model))
-    session.base_folder = locate_base(config, session.run.path)
+    session.base_folder = locate_base(config, session.run.path, teller(session, "download"))
     tokenizer = open_tokenizer(config.tokenizer_config or session.base_folder)
     rows, held_out = prepare_rows(config, tokenizer, session)
+    for part in (rows, *held_out.values()):
+        refuse_unread(read_architecture(session.base_folder), part.prepared)
     leave_hub()
+    config = settle_attention(config, session, rows, held_out)
     session.emit(Phase("load", detail=config.base_model))
-    base = load_base(session.base_folder, config)
+    base = load_base(session.base_folder, config, teller(session, "load"))
+    session.emit(Note("info", base.report.sentence()))
     torch.manual_seed(config.seed)  # the adapter's first values do not depend on what was loaded
     model = put_on_training(base, session.base_folder, config)
-    training = Training(base, model, rows, held_out, config, session, tokenizer)
+    measures = Measures(model, base.device, held_out, config, tokenizer, session.run.path)
+    training = Training(
+        *(base, model, rows, held_out, config, session, tokenizer),
+        measures=measures,
+        sampling=sampling_of(config),
+    )
     if resume:
         training.restore(checkpoint)
     if config.sample_packing:
@@ -62,7 +79,45 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
         words = f"{len(rows)} rows packed into {sequences} sequences, {fill:.1%} full"
         session.emit(Note("info", words))
     session.emit(_started(session, config, base, training))
-    training.fit([ask(text, tokenizer, config) for text in config.sample_prompts])
+    prompts = [ask(text, tokenizer, config) for text in config.sample_prompts]
+    if not prompts and config.eval_table_size:
+        prompts = ask_by_default(held_out, tokenizer, config)
+    training.fit(prompts + ask_about_images(held_out, tokenizer))
+
+
+def sampling_of(config: RunConfig) -> Sampling:
+    """How the run's questions are answered: as the base's makers advise, and not at length."""
+    card, _ = find_base(config.base_model)
+    effort = (config.chat_template_kwargs or {}).get("reasoning_effort")
+    official = official_sampling(config.base_model, effort if isinstance(effort, str) else None)
+    thinks = effort == "high" or (card and card.thinking in ("tokens", "text tags"))
+    longest = THOUGHTFUL_TOKENS if thinks else SAMPLE_TOKENS
+    return replace(official, max_tokens=min(official.max_tokens or longest, longest))
+
+
+def settle_attention(
+    config: RunConfig, session: Session, rows: Rows, held_out: Mapping[str, Rows]
+) -> RunConfig:
+    """`config` with the attention code that the run gets; refused here before anything loads."""
+    parts = (rows, *held_out.values())
+    images = any("image" in part.prepared.tokens_by_kind() for part in parts)
+    architecture = read_architecture(session.base_folder)
+    chosen = pick_attention(config, architecture, pick_device(), images=images)
+    session.emit(Note("info", f"Attention by {chosen.backend}: {chosen.reason}"))
+    return config.model_copy(update={"attn_implementation": chosen.backend})
+
+
+def teller(session: Session, phase: str) -> Callable[[int, int], None]:
+    """A callback for bytes done and bytes in all, which tells the run's folder now and then."""
+    next_word = 0.0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal next_word
+        if time.monotonic() >= next_word:
+            next_word = time.monotonic() + PROGRESS_SECONDS
+            session.emit(Phase(phase, done, total, "bytes"))
+
+    return tell
 
 
 def put_on_training(base: Base, folder: Path, config: RunConfig) -> Model:
@@ -70,7 +125,7 @@ def put_on_training(base: Base, folder: Path, config: RunConfig) -> Model:
     if config.gradient_checkpointing:
         use_checkpointing(base.model)
     if config.adapter is None:
-        return choose_trained(base.model, config)
+        return choose_trained(base.model, read_architecture(folder), config)
     return attach_lora(base.model, read_architecture(folder), config)
 
 
@@ -128,19 +183,6 @@ def _prepare(
     words = "already prepared" if prepared.reused else "prepared"
     session.emit(Phase("prepared", len(prepared), len(prepared), f"{len(prepared)} rows {words}"))
     return prepared
-
-
-def ask(text: str, tokenizer: ChatTokenizer, config: RunConfig) -> Prompt:
-    """A question as the model sees it: everything up to where its answer begins."""
-    row = {
-        "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "."}],
-        **(config.chat_template_kwargs or {}),
-    }
-    first = config.datasets[0] if config.datasets else DatasetConfig(path=".")
-    row_format = RowFormat.from_config(DatasetConfig(path=first.path))
-    rendered = render(read_row(row, row_format), tokenizer)
-    begins = int(np.flatnonzero(learned(rendered.kinds, LabelRule()))[0])
-    return Prompt(text, tuple(rendered.input_ids[:begins].tolist()))
 
 
 def _started(session: Session, config: RunConfig, base: Base, training: Training) -> Started:

@@ -17,7 +17,6 @@ from tests.extras import needs_trainer
 from tests.fakes.nvml import RTX_4090, FakeDriver
 
 SAMPLE = Path(__file__).parents[2] / "presets" / "samples" / "harbour-pilot" / "train.jsonl"
-GIB = 2**30
 SMALL_GPU = (
     "gpu name=NVIDIA_Small uuid=GPU-cccc-1 pci=00000000:01:00.0 total=4294967296"
     " used=0 reserved=0 cc=8.9 util=0 temp=41 power=28000 limit=450000"
@@ -119,13 +118,17 @@ class TestRecommend:
             printed = json.loads(out)
             assert code == 0
             assert "adapter" not in printed["config"]
-            assert printed["config"]["learning_rate"] == 1e-5
+            assert printed["config"]["learning_rate"] == 2e-5
             assert printed["reasons"]["adapter"].startswith("yours (recommended lora: ")
 
-    def test_a_model_that_is_not_trained_yet_says_so(self, run: Command) -> None:
-        code, out, _ = run("recommend", "--model", "mistral-small-4", "--assume", "H200")
+    def test_a_model_that_is_not_trained_yet_says_so(self, run: Command, tmp_path: Path) -> None:
+        config = dict(find_model("ministral-3-3b").config)
+        packed = json.dumps(config | {"quantization_config": {"quant_method": "awq"}})
+        (tmp_path / "packed").mkdir()
+        (tmp_path / "packed" / "config.json").write_text(packed)
+        code, out, _ = run("recommend", "--model", "./packed", "--assume", "H200")
         assert code == 0
-        assert "✗ not trained yet: Mixture-of-experts models" in out
+        assert "✗ not trained yet: Its weights are stored as AWQ" in out
 
     def test_more_cards_than_a_run_uses_are_said(self, run: Command) -> None:
         _, out, _ = run("recommend", "--model", "ministral-3-3b", "--assume", "H100 x2")
@@ -139,7 +142,7 @@ class TestRecommend:
         printed = json.loads(out)
         assert printed["device"]["uuid"] == "GPU-bbbb-1"
         assert not printed["device"]["planned"]
-        assert printed["config"]["attn_implementation"] == "sdpa"
+        assert printed["config"]["attn_implementation"] == "flash_attention_torch"
         used = 25757220864 - 600000000 - 400000000
         assert printed["device"]["can_give_bytes"] <= used
 

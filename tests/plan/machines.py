@@ -7,7 +7,8 @@ from typing import Any
 from engine.catalog import Architecture, list_models, read_architecture
 from engine.config import RunConfig
 from engine.hardware import assume
-from engine.plan import GIB, Device, Statistics, best_device, cpu_device
+from engine.plan import Device, Statistics, best_device, cpu_device
+from engine.units import GIB
 
 MODELS = tuple(card.name for card in list_models())
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.plan import GIB, Estimate, estimate
+from engine.plan import Estimate, estimate
 from engine.plan.memory import NF4_BYTES, TIGHT_BYTES, judge
+from engine.units import GIB
 from tests.plan.machines import card, config, cpu, dataset, model, sized
 
 H200 = card("H200")
@@ -89,7 +90,7 @@ def test_on_a_cpu_the_memory_is_the_computers() -> None:
     assert found.host_bytes == found.device_bytes > found.peak_allocated_bytes
 
 
-def test_packed_rows_need_a_mask_unless_flash_attention_cuts_them() -> None:
+def test_packed_rows_need_a_mask_unless_they_are_cut_apart() -> None:
     needs = {
         name: estimate(
             config(sample_packing=packed, sequence_len=4096, attn_implementation=backend),
@@ -99,11 +100,13 @@ def test_packed_rows_need_a_mask_unless_flash_attention_cuts_them() -> None:
         for name, packed, backend in [
             ("torch", True, "sdpa"),
             ("flash", True, "flash_attention_2"),
+            ("chosen", True, None),
             ("apart", False, "sdpa"),
         ]
     }
     assert needs["torch"]["mask"] == 3 * 4096**2
     assert "mask" not in needs["flash"]
+    assert "mask" not in needs["chosen"]
     assert "mask" not in needs["apart"]
     assert needs["torch"]["activations"] == needs["flash"]["activations"]
 
@@ -112,7 +115,12 @@ def test_a_batch_beyond_the_rows_needs_no_smaller_mask() -> None:
     rows = dataset(20, 60, 200)
     masks = [
         estimate(
-            config(sample_packing=True, sequence_len=300, micro_batch_size=size),
+            config(
+                sample_packing=True,
+                sequence_len=300,
+                micro_batch_size=size,
+                attn_implementation="sdpa",
+            ),
             model("ministral-3-3b"),
             H200,
             rows,

@@ -8,7 +8,8 @@ from engine.catalog import Architecture
 from engine.config import DatasetConfig, parse_config, require_supported, write_config
 from engine.errors import UserError
 from engine.hardware import known_gpus
-from engine.plan import GIB, Device, Recommendation, Statistics, make_fit, recommend
+from engine.plan import Device, Recommendation, Statistics, make_fit, recommend
+from engine.units import GIB
 from tests.plan.machines import MODELS, card, cpu, dataset, model, sized
 
 GPUS = [gpu.name for gpu in known_gpus()]
@@ -106,7 +107,7 @@ class TestWhatMemoryDecides:
         assert advice.config.quantize_moe_experts
         assert not advice.config.lora_target_linear
         assert "o_proj" in advice.config.lora_target_modules
-        assert advice.not_trained
+        assert advice.not_trained is None
         needed = float(advice.reasons["load_in_4bit"].split("bits: ")[1].split()[0])
         assert needed < 100
 
@@ -283,9 +284,21 @@ class TestWhatThePersonChose:
 
 
 class TestGoals:
-    def test_images_are_refused_until_they_are_trained(self) -> None:
-        with pytest.raises(UserError, match="Images are not trained yet"):
-            recommend(model("ministral-3-3b"), card("H100"), goal="vision")
+    def test_images_are_refused_for_a_model_that_reads_none(self) -> None:
+        with pytest.raises(UserError, match="reads no images"):
+            recommend(model("magistral-small-2507"), card("H100"), goal="vision")
+
+    def test_images_get_room_for_the_largest_and_no_flash_attention_4(self) -> None:
+        text, seen = (
+            recommend(model("ministral-3-3b"), card("H100"), goal=goal)
+            for goal in ("text", "vision")
+        )
+        assert (text.config.sequence_len, seen.config.sequence_len) == (2048, 4096)
+        assert "3,080 tokens" in seen.reasons["sequence_len"]
+        assert seen.config.processor_type == "AutoProcessor"
+        assert seen.attention.backend != "flash_attention_4"
+        assert seen.estimate.uncertainty == pytest.approx(0.15, abs=1e-6)
+        assert text.estimate.uncertainty < 0.15
 
     def test_thinking_is_refused_for_a_model_without_the_tokens(self) -> None:
         with pytest.raises(UserError, match="does not think"):
@@ -335,4 +348,4 @@ class TestRecipes:
 
     def test_whole_weights_learn_at_a_tenth_of_it(self) -> None:
         advice = advised(model("ministral-3-3b"), card("H200"), adapter=None)
-        assert advice.config.learning_rate == 1e-5
+        assert advice.config.learning_rate == 2e-5

@@ -61,6 +61,8 @@ CONFIG: dict[str, Any] = {
     "warmup_steps": 2,
     "bf16": False,
     "seed": 3,
+    "eval_table_size": 0,  # answers and drift have tests of their own
+    "eval_drift": False,
 }
 LORA = {"adapter": "lora", "lora_r": 4, "lora_dropout": 0.1}
 QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True}

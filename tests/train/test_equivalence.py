@@ -45,7 +45,7 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 
 
 def norm_of(tensors: dict[str, torch.Tensor]) -> float:
-    return float(torch.cat([t.flatten() for t in tensors.values()]).norm())
+    return float(torch.cat([t.flatten().double() for t in tensors.values()]).norm())
 
 
 def stock_step(model: Any, rows: Rows, prefix: str = "") -> tuple[float, dict[str, torch.Tensor]]:

@@ -68,7 +68,7 @@ def held_bytes(*found: torch.Tensor) -> int:
 
 class TestCounts:
     @pytest.mark.parametrize(
-        "wish", [None, ["q_proj"], ["layers.1.mlp.up_proj", "v_proj"], r".*\.(q|v)_proj"], ids=str
+        "wish", [None, ["o_proj"], ["layers.1.self_attn.o_proj", "up_proj"], r".*\.o_proj"], ids=str
     )
     @pytest.mark.parametrize("rank", [1, 8])
     def test_the_adapter_has_the_planned_modules_and_numbers(
@@ -89,9 +89,9 @@ class TestCounts:
     @pytest.mark.parametrize("wish", [None, [r"model\..*layers\.1\."], [r".*norm", "lm_head"]])
     def test_a_full_fine_tune_moves_the_planned_numbers(self, any_model: Path, wish: Any) -> None:
         config = settings(any_model, unfrozen_parameters=wish)
-        table = read_architecture(any_model).table
-        model = choose_trained(load_base(any_model, config).model, config)
-        assert moving(model) == trained_parameters(table, config) > 0
+        architecture = read_architecture(any_model)
+        model = choose_trained(load_base(any_model, config).model, architecture, config)
+        assert moving(model) == trained_parameters(architecture.table, config) > 0
 
 
 class TestWeights:
@@ -100,7 +100,8 @@ class TestWeights:
         config = settings(any_model, adapter="lora", bf16=bf16)
         parts = planned(any_model, config).parts
         held = held_bytes(*load_base(any_model, config).model.parameters())
-        assert sum(parts.get(name, 0) for name in ("weights", "embeddings", "vision")) == held
+        named = ("weights", "experts", "embeddings", "vision")
+        assert sum(parts.get(name, 0) for name in named) == held
 
     def test_4_bit_weights_take_the_planned_bytes_and_the_rest_its_own(self, wide: Path) -> None:
         config = settings(wide, **QLORA)

@@ -13,7 +13,7 @@ from textual.pilot import Pilot
 
 from engine.config import DatasetConfig
 from engine.plan import Device
-from engine.plan.device import GIB
+from engine.units import GIB
 from tests.tui.screens import screen_text
 from tui.app import WindtunnelApp
 from tui.data_worker import DataWorker

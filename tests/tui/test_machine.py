@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engine.hardware import Machine, poll, read_machine
+from engine.units import GIB
 from tests.fakes.nvml import H100, RTX_4090, FakeDriver
 from tests.tui.screens import assert_golden
 from tests.tui.stand_in import Beyond, Screen
@@ -18,7 +19,6 @@ from tui.app import WindtunnelApp
 from tui.draft import Draft
 from tui.screens.machine import MachinePage
 
-GIB = 2**30
 SECOND = H100.replace("GPU-aaaa-1", "GPU-aaaa-2").replace("3B:00", "5E:00")
 SLICE = (
     "slice parent=GPU-aaaa-1 uuid=MIG-s-1 name=NVIDIA_H100_80GB_HBM3_MIG_3g.40gb total=42949672960"

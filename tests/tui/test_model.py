@@ -10,7 +10,8 @@ import pytest
 
 from engine.catalog import find_model
 from engine.hardware import assume
-from engine.plan import GIB, Device, Statistics, best_device
+from engine.plan import Device, Statistics, best_device
+from engine.units import GIB
 from tests.tui.screens import assert_golden
 from tests.tui.stand_in import Beyond, Screen, opened
 from tui.draft import Draft

@@ -154,6 +154,7 @@ def test_a_killed_run_is_told_at_once(home: Path) -> None:
 
 
 def test_keys_are_answered_while_a_long_run_is_read(home: Path) -> None:
+    """Reading it takes many turns of the event loop: none holds a large share of the whole."""
     run = create_run("long")
     with run.events.open("ab") as lines:
         for step in range(1, 30_001):
@@ -173,4 +174,4 @@ def test_keys_are_answered_while_a_long_run_is_read(home: Path) -> None:
             await wait_for_text(pilot, "30000 steps in")
 
     asyncio.run(follow())
-    assert max(stalls) < 0.5
+    assert max(stalls) < sum(stalls) / 3

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from typing import Final
 
 from engine.cli.planning import headline
-from engine.config import RunConfig
+from engine.config import RunConfig, spell
 from engine.config.explanation import explain_key
 from engine.errors import UserError
-from engine.plan import Recommendation, gib, make_fit
+from engine.plan import Recommendation, make_fit
+from engine.units import gib
 from tui.draft import Draft
 from tui.plain.dialogue import EXPLAIN, Choice, Dialogue
 from tui.plain.setup import Setup, ask_text
-from tui.values import set_value, spell
+from tui.values import set_value
 
 _FIT: Final = "f"
 _RECOMMENDED: Final = "u"

@@ -41,6 +41,7 @@ def ask_preview(setup: Setup) -> None:
 
 
 def _show_row(setup: Setup, row: int) -> None:
+    from engine.data.images import ImageRules
     from engine.data.prepare import label_rule
     from engine.data.preview import preview_entry
     from engine.data.preview_text import legend, row_text
@@ -53,6 +54,7 @@ def _show_row(setup: Setup, row: int) -> None:
         Path.cwd(),
         tokenizer,
         history_thinking=config.history_thinking,
+        images=ImageRules.from_config(config, Path.cwd()),
         skip=row - 1,
     )
     rendered = next(rows, None)

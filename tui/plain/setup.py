@@ -12,16 +12,8 @@ from typing import TYPE_CHECKING
 from engine.catalog import ModelCard, read_architecture
 from engine.cli.hardware import find_machine
 from engine.errors import UserError
-from engine.plan import (
-    Device,
-    Prospect,
-    best_device,
-    cpu_device,
-    gib,
-    gpu_device,
-    propose,
-    survey,
-)
+from engine.plan import Device, Prospect, best_device, cpu_device, gpu_device, propose, survey
+from engine.units import gib
 from engine.visible import visible
 from tui.draft import Draft
 from tui.plain.dialogue import Back, Choice, Dialogue

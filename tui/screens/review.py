@@ -18,8 +18,8 @@ from textual.widgets import Input, Static
 
 from engine.config import parse_config
 from engine.errors import UserError
-from engine.plan import gib
 from engine.runs import RunFolder
+from engine.units import gib
 from engine.visible import visible
 from tui.draft import draft_from
 from tui.page import Key, Page

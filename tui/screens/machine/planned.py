@@ -12,7 +12,8 @@ from textual.widgets import Input, Static
 
 from engine.errors import UserError
 from engine.hardware import Gpu, Machine, assume, known_gpus
-from engine.plan import GIB, best_device
+from engine.plan import best_device
+from engine.units import GIB
 from engine.visible import visible
 from tui.screens.help import columns
 from tui.screens.machine.prospects import Survey, look_at

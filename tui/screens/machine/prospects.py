@@ -11,17 +11,16 @@ from textual.content import Content
 
 from engine.hardware import Machine
 from engine.plan import (
-    GIB,
     Device,
     Prospect,
     Recommendation,
     best_device,
     cpu_device,
-    gib,
     gpu_device,
     propose,
     survey,
 )
+from engine.units import GIB, gib
 from engine.visible import visible
 from tui.screens.machine.wording import Choice
 from tui.screens.plan.comparisons import MARKS

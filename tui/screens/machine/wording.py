@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from textual.content import Content
 
+from engine.units import GIB
 from engine.visible import fold, visible
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ PLAN: Final = "plan"
 ASKING: Final = "asking the driver…"
 PLAN_ONLY: Final = ("·", "plan only", "for a GPU that is not here; preview, plan and save work")
 
-_GIB: Final = 2**30
 _MOST_NAME_CELLS: Final = 28
 _GAP: Final = "  "
 _SEVERITIES: Final[Mapping[str, tuple[str, str]]] = {
@@ -119,8 +119,8 @@ def _figures(gpu: "Gpu") -> tuple[str, ...]:
     capability = "" if gpu.compute_capability is None else "{}.{}".format(*gpu.compute_capability)
     used, load, heat = gpu.memory_used_bytes, gpu.utilization_percent, gpu.temperature_celsius
     return (
-        f"{(gpu.memory_total_bytes or 0) / _GIB:.1f} GiB",
-        "" if used is None else f"{used / _GIB:.1f} used",
+        f"{(gpu.memory_total_bytes or 0) / GIB:.1f} GiB",
+        "" if used is None else f"{used / GIB:.1f} used",
         f"{gpu.architecture} {capability}".strip(),
         "" if heat is None else f"{heat} °C",
         "" if gpu.power_watts is None else f"{gpu.power_watts:.0f} W",
@@ -146,7 +146,7 @@ def verdict(machine: "Machine", choice: Choice) -> tuple[str, str, str]:
 
 def _told(gpu: "Gpu") -> str:
     name = visible(gpu.short_name, one_line=True)
-    total, free = (gpu.memory_total_bytes or 0) / _GIB, (gpu.memory_free_bytes or 0) / _GIB
+    total, free = (gpu.memory_total_bytes or 0) / GIB, (gpu.memory_free_bytes or 0) / GIB
     if gpu.mig_parent:
         return f"GPU {gpu.index} is cut into MIG slices; pick one: {name}, {total:.1f} GiB"
     if gpu.unified:
@@ -185,7 +185,7 @@ def _rows(machine: "Machine") -> list[tuple[str, str, str]]:
     if machine.driver_version:
         cuda = machine.cuda_version or "unknown"
         rows.append(("✓", "driver", f"{machine.driver_version}, CUDA {cuda}"))
-    total, free = machine.ram_total_bytes / _GIB, machine.ram_available_bytes / _GIB
+    total, free = machine.ram_total_bytes / GIB, machine.ram_available_bytes / GIB
     rows.append(("✓", "memory", f"{total:,.1f} GiB, {free:,.1f} free"))
     disk = f"{machine.disk_free_bytes / 1e9:,.0f} GB free for {machine.disk_path}"
     rows.append(("✓", "disk", disk))
@@ -229,7 +229,7 @@ def processes(machine: "Machine") -> Content:
 
 def _process_line(process: "GpuProcess") -> Content:
     size = process.memory_bytes
-    memory = "" if size is None else f"{size / _GIB:.1f} GiB"
+    memory = "" if size is None else f"{size / GIB:.1f} GiB"
     user = visible(process.user or "somebody", one_line=True)
     command = visible(process.command or f"process {process.pid}", one_line=True)
     return Content(f"   {memory:>9}  {user}  {command}")

@@ -11,7 +11,8 @@ from typing import Final
 from textual.content import Content
 
 from engine.catalog import Architecture, ModelCard
-from engine.plan import GIB, Device, Recommendation, gib
+from engine.plan import Device, Recommendation
+from engine.units import GIB, gib
 from engine.visible import visible
 from tui.screens.machine.prospects import mark_of, method
 

@@ -9,15 +9,8 @@ from dataclasses import dataclass
 from textual.content import Content
 
 from engine.hardware import assume, known_gpus
-from engine.plan import (
-    GIB,
-    Alternative,
-    Device,
-    Estimate,
-    best_device,
-    estimate,
-    make_fit,
-)
+from engine.plan import Alternative, Device, Estimate, best_device, estimate, make_fit
+from engine.units import GIB
 from tui.draft import Draft
 
 MARKS = {

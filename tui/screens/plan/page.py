@@ -9,9 +9,10 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
+from engine.config import assignment
 from engine.config.explanation import explain_key
 from engine.errors import UserError
-from engine.plan import GIB, gib
+from engine.units import GIB, gib
 from engine.visible import visible
 from tui.page import HelpText, Key, Page
 from tui.screens.plan.comparisons import (
@@ -23,7 +24,7 @@ from tui.screens.plan.comparisons import (
     rung_lines,
 )
 from tui.screens.plan.settings import list_fields
-from tui.values import set_value, spell
+from tui.values import set_value
 from tui.widgets.choices import Choices
 from tui.widgets.fields import Fields
 from tui.widgets.memory_bar import MemoryBar
@@ -132,7 +133,7 @@ class PlanPage(Page):
         draft = self.app.draft
         plain = (bool, int, float, str, type(None))
         changes = {k: v for k, v in draft.changes.items() if isinstance(v, plain)}
-        values = [f"{key}={'' if v is None else spell(key, v)}" for key, v in changes.items()]
+        values = [assignment(*change) for change in changes.items()]
         words = ["recommend", *values, "--model", draft.model or ""]
         words += ["--data", draft.dataset.path] if draft.dataset else []
         if draft.device and draft.device.planned:

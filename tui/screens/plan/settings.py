@@ -5,9 +5,9 @@ Pure: from a draft to the lines of the list.
 
 from typing import Final
 
+from engine.config import FULL, spell
 from engine.plan import Recommendation
 from tui.draft import Draft
-from tui.values import FULL, spell
 from tui.widgets.fields import Field
 
 _POWERS: Final = tuple(str(2**n) for n in range(7, 18))

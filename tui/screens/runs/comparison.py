@@ -10,7 +10,6 @@ from textual.content import Content
 from textual.geometry import Size
 from textual.widget import Widget
 
-from engine.runs import RunFolder
 from engine.visible import visible
 from tui.run_facts import RunFacts
 from tui.screens.help import TextPane
@@ -99,31 +98,6 @@ class Comparison(Vertical):
         if not math.isfinite(a - b) or a == b:
             return ""
         return f"{'A' if a < b else 'B'} is better by {abs(a - b):.3f} held out"
-
-
-def differences(first: RunFolder, second: RunFolder) -> tuple[list[tuple[str, str, str]], int]:
-    """What the configs of two runs say differently, by key, defaults included; and how many keys
-    say the same. Reads both files; raises UserError where one cannot be read."""
-    from engine.config import read_config  # pydantic: in the thread, not in the list's first frame
-
-    a, b = (
-        dict(_flat(read_config(run.config).config.model_dump(mode="json"), ""))
-        for run in (first, second)
-    )
-    keys = [*a, *(key for key in b if key not in a)]
-    found = [(key, a.get(key, "-"), b.get(key, "-")) for key in keys if a.get(key) != b.get(key)]
-    return found, len(keys) - len(found)
-
-
-def _flat(value: object, key: str) -> list[tuple[str, str]]:
-    """Every plain value below `value`, with its key written as lora.targets[0]."""
-    if isinstance(value, dict) and value:
-        below = [(f"{key}.{name}" if key else str(name), inner) for name, inner in value.items()]
-    elif isinstance(value, list) and value:
-        below = [(f"{key}[{place}]", inner) for place, inner in enumerate(value)]
-    else:
-        return [(key, "null" if value is None else str(value))]
-    return [each for name, inner in below for each in _flat(inner, name)]
 
 
 def _cell(text: str, cells: int) -> str:

@@ -17,8 +17,8 @@ from textual.worker import get_current_worker
 from engine.errors import UserError
 from engine.launch import resume_run
 from engine.runs import RunFolder
+from engine.units import GIB
 from engine.visible import visible
-from tui.history import GIB
 from tui.messages import (
     RemovalMeasured,
     RunRemoved,
@@ -32,7 +32,7 @@ from tui.removal import measure, remove
 from tui.run_facts import RunFacts, RunsReader
 from tui.screens.help import columns
 from tui.screens.runs import wording
-from tui.screens.runs.comparison import Comparison, differences
+from tui.screens.runs.comparison import Comparison
 from tui.widgets.braille import Curve
 from tui.widgets.chart import Chart, Scale, Spark
 from tui.widgets.choices import Choices
@@ -227,6 +227,9 @@ class RunsPage(Page):
                 time.sleep(0.05)
 
     def _compare(self, first: RunFolder, second: RunFolder) -> None:
+        # pydantic: in the thread, not in the list's first frame
+        from engine.runs.comparison import differences
+
         try:
             found, same = differences(first, second)
         except UserError as error:

@@ -328,7 +328,8 @@ _HELP: Final = {
     "diamond the loss on held-out rows that are never learned. When the diamonds rise while the "
     "lines fall, the model learns its rows by heart.",
     "samples": "The same prompts, answered before training, at each evaluation and at the end, "
-    "always with the most likely token: whatever changes in them was learned.",
+    "with the settings that the model's makers advise and always equal luck: whatever changes in "
+    "them was learned.",
     "log": "What the run did besides its steps, the newest first. l shows it whole, with all that "
     "the trainer and its libraries printed.",
 }

@@ -169,6 +169,8 @@ def _finished(history: History, now: float) -> Headline:
     if history.best:
         step, loss = history.best
         text += f"   best held-out {loss:.3f} at step {step}"
+    if history.drift:
+        text += f"   drift {history.drift.kl:.2f}"
     return Headline("✓", "done", text)
 
 
