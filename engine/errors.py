@@ -3,6 +3,9 @@
 It stands alone at the bottom of the import order so that every module can raise it.
 """
 
+DOES_NOT_FIT = 3
+"""Exit status of what does not fit in memory."""
+
 
 class UserError(Exception):
     """A request or a piece of work that could not be carried out, in three sentences.

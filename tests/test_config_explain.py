@@ -125,3 +125,10 @@ class TestTables:
     def test_a_default_is_never_a_finding(self) -> None:
         plain = RunConfig(base_model="x", datasets=(DatasetConfig(path="a"),))
         assert unsupported(plain) == []
+
+    def test_axolotl_s_word_for_fp8_weights_is_a_note(self) -> None:
+        known = RunConfig(base_model="x", model_quantization_config="FineGrainedFP8Config")
+        (note,) = unsupported(known)
+        assert (note.severity, note.key) == ("note", "model_quantization_config")
+        other = RunConfig(base_model="x", model_quantization_config="Mxfp4Config")
+        assert [found.severity for found in unsupported(other)] == ["error"]

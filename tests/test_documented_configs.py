@@ -6,7 +6,6 @@ sees it, with what is learned between ‹ and ›. After a wanted change,
 `python -m tests.test_documented_configs` writes those answers anew: read the difference.
 """
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 
 from engine.catalog import find_repository
 from engine.chat.render import Kind, learned
-from engine.chat.tokenizer import ChatTokenizer, build_tokenizer
+from engine.chat.tokenizer import ChatTokenizer
 from engine.chat.tokenizer.find import spec_of
 from engine.config import RunConfig, read_config
 from engine.data.images import ImageRules
@@ -22,27 +21,25 @@ from engine.data.prepare import label_rule, prepare
 from engine.data.preview import preview_entry
 from engine.data.preview_text import row_text
 from engine.data.rows import effective_datasets, iterate_rendered
+from tests.tokenizers import tokenizer_of
 
 FOLDER = Path(__file__).parent / "golden" / "documented"
 CASES = sorted(path.parent for path in FOLDER.glob("*/config.yml"))
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def tokenizer_of(base_model: str) -> ChatTokenizer:
+def model_tokenizer(base_model: str) -> ChatTokenizer:
     """The tokenizer of a repository, made as the catalog says it is."""
     found = find_repository(base_model)
     assert found is not None
-    return _build(spec_of(found[0]))
-
-
-_build = cache(build_tokenizer)
+    return tokenizer_of(spec_of(found[0]))
 
 
 def entries(config: RunConfig, case: Path) -> list[dict[str, Any]]:
     """Every row as `windtunnel preview` shows it."""
     images = ImageRules.from_config(config, case)
     rows = iterate_rendered(
-        effective_datasets(config), case, tokenizer_of(config.base_model), images=images
+        effective_datasets(config), case, model_tokenizer(config.base_model), images=images
     )
     return [preview_entry(row, label_rule(config)) for row in rows]
 
@@ -53,7 +50,7 @@ def answer(case: Path) -> str:
     attention = config.attn_implementation or "chosen for the card"
     lines = [f"method: {config.adapter or 'full fine-tune'}; attention: {attention}"]
     lines += [finding.sentence() for finding in file.findings()]
-    tokenizer = tokenizer_of(config.base_model)
+    tokenizer = model_tokenizer(config.base_model)
     for entry in entries(config, case):
         lines += ["", row_text(entry, tokenizer, underline=False)]
     return "\n".join(lines) + "\n"
@@ -73,7 +70,7 @@ class TestEachCase:
         config = read_config(case / "config.yml").config
         datasets = effective_datasets(config)
         prepared = prepare(
-            config, case, tokenizer_of(config.base_model), tmp_path, datasets=datasets
+            config, case, model_tokenizer(config.base_model), tmp_path, datasets=datasets
         )
         shown = entries(config, case)
         assert len(prepared) == len(shown)
@@ -101,7 +98,7 @@ def words(name: str, row: int) -> list[str]:
     case = FOLDER / name
     config = read_config(case / "config.yml").config
     ids = entries(config, case)[row]["input_ids"]
-    return list(tokenizer_of(config.base_model).pieces(ids))
+    return list(model_tokenizer(config.base_model).pieces(ids))
 
 
 @pytest.mark.parametrize("name", ["small-4-effort-by-dataset", "small-4-vision-effort"])

@@ -44,7 +44,7 @@ AXOLOTL_KEYS = {
     *("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "optimizer"),
     *("gradient_checkpointing_kwargs", "learning_rate", "lr_scheduler", "warmup_ratio", "bf16"),
     *("weight_decay", "max_grad_norm", "plugins", "fsdp_version", "fsdp_config", "dp_shard_size"),
-    *("evals_per_epoch", "saves_per_epoch", "save_total_limit", "seed"),
+    *("evals_per_epoch", "saves_per_epoch", "save_total_limit", "seed", "attn_implementation"),
 }
 FSDP2_KEYS = {
     *("offload_params", "cpu_ram_efficient_loading", "state_dict_type", "auto_wrap_policy"),
@@ -96,6 +96,8 @@ def broken_by(values: dict[str, Any]) -> Iterator[str]:
         "torchao's optimizer under FSDP2": sharded == (values["optimizer"] == "adamw_torch_8bit"),
         "FSDP2": values.get("fsdp_version") == (2 if sharded else None),
         "FSDP2's keys": set(values.get("fsdp_config", {})) <= FSDP2_KEYS,
+        "packed rows are kept apart by a backend that can": not values["sample_packing"]
+        or values.get("attn_implementation") == "flash_attention_2",
         "no 4 bits under FSDP2": not (sharded and quantized),
         "experts without dropout": "lora_target_parameters" not in values
         or values["lora_dropout"] == 0,

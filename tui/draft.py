@@ -32,6 +32,8 @@ class Draft:
     dataset: DatasetConfig | None = None
     statistics: Statistics | None = None
     """Of the dataset under the model's tokenizer."""
+    shows_images: bool = False
+    """Whether rows that were read have images; the tokenizer of a text model cannot say."""
     changes: dict[str, object] = field(default_factory=dict)
     """Values that the person chose, by key of the config."""
     name: str | None = None
@@ -59,6 +61,11 @@ class Draft:
                 "No model is chosen.", "The plan follows from it.", "Choose one on the Model page."
             )
         return read_architecture(self.model)
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether the rows have images and the model reads only text."""
+        return self.shows_images and not reads_images(self.architecture())
 
     def advice(self) -> Recommendation:
         """The recommendation for the answers so far, the person's values in it.
@@ -134,6 +141,16 @@ class Draft:
         advice = self.advice()
         assert self.device is not None
         return plan_document(advice.estimate, self.device, advice.reasons)
+
+
+def reads_images(architecture: Architecture) -> bool:
+    """Whether the model has a vision tower."""
+    return architecture.table.counts_by_group()["vision"] > 0
+
+
+def is_named_by_path(dataset: DatasetConfig) -> bool:
+    """Whether a command can name it by its path alone, as no column of it is mapped."""
+    return dataset == DatasetConfig(path=dataset.path)
 
 
 def draft_from(file: ConfigFile, folder: Path) -> Draft:

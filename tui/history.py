@@ -6,7 +6,7 @@ same files; feeding it the same events gives the same history, live or years lat
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,6 +27,7 @@ from engine.events import (
 )
 from engine.units import GIB
 from tui.series import Series
+from tui.token_row import ROLES
 
 LOG_LINES: Final = 500
 _RECENT_STEPS: Final = 30
@@ -91,6 +92,10 @@ class History:
         """Step and loss of each evaluation."""
         self.drift: Drift | None = None
         """The newest: how far the model has moved from its base on general questions."""
+        self.loss_by_kind: Mapping[str, float] = {}
+        """Of the newest evaluation of held-out rows, by the words of the preview."""
+        self.written: Answers | None = None
+        """The newest figures of answers that the model wrote by itself to held-out rows."""
         self.answers: dict[str, list[Answer]] = {}
         """By prompt, in the order in which they were told."""
         self.saved: list[Saved] = []
@@ -136,6 +141,19 @@ class History:
         return best_of(self.held_out)
 
     @property
+    def figures(self) -> list[tuple[str, str]]:
+        """The newest figures of an evaluation beside its loss, each as (name, value)."""
+        told = []
+        if len(self.loss_by_kind) > 1:
+            kinds = (f"{kind} {loss:.2f}" for kind, loss in self.loss_by_kind.items())
+            told.append(("by kind", "  ".join(kinds)))
+        if self.written:
+            told.append(("stop by themselves", f"{self.written.stopped:.0%}"))
+        if self.drift:
+            told.append(("drift", f"{self.drift.kl:.2f}"))
+        return told
+
+    @property
     def rises(self) -> int:
         """How often in a row the held-out loss has risen."""
         count = 0
@@ -155,10 +173,9 @@ class History:
             case Eval():
                 self._take_eval(event, recorded.time)
             case Score() if event.dataset != "train":
-                self._tell(
-                    recorded.time, f"{event.dataset}: {event.exact:.0%} of {event.rows} rows exact"
-                )
+                self._take_score(event, recorded.time)
             case Answers():
+                self.written = event
                 self._tell(
                     recorded.time,
                     f"{event.dataset}: {event.stopped:.0%} of {event.rows} written answers stop by "
@@ -234,6 +251,14 @@ class History:
         if best:
             better = event.loss < best[1]
             told += f", best so far (was {best[1]:.3f})" if better else f" (best {best[1]:.3f})"
+        self._tell(time, told)
+
+    def _take_score(self, event: Score, time: float) -> None:
+        kinds = {ROLES.get(kind, kind): loss for kind, loss in event.loss_by_kind.items()}
+        self.loss_by_kind = kinds
+        told = f"{event.dataset}: {event.exact:.0%} of {event.rows} rows exact"
+        if len(kinds) > 1:
+            told += "; loss " + ", ".join(f"{kind} {loss:.2f}" for kind, loss in kinds.items())
         self._tell(time, told)
 
     def _end(self, event: Ended, time: float) -> None:

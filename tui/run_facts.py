@@ -36,6 +36,8 @@ class RunFacts:
     saved: tuple[str, ...] = ()
     """Paths inside the folder, the newest last."""
     ended_what: str = ""
+    figures: tuple[tuple[str, str], ...] = ()
+    """Of the last evaluation, beside its loss: name and value."""
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -93,4 +95,5 @@ def _facts(folder: RunFolder, word: Status, history: History) -> RunFacts:
         memory_gib=tuple(history.memory_gib.raw.points()),
         saved=tuple(each.path for each in history.saved),
         ended_what=history.ended.what if history.ended else "",
+        figures=tuple(history.figures),
     )

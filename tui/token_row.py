@@ -55,10 +55,24 @@ class TokenRow:
         """Whether the token is one that no text can become."""
         return self.ids[index] < self.first_text_id
 
+    def is_inside_image(self, index: int) -> bool:
+        """Whether the token is one of an image that its last token is drawn for."""
+        return self.kinds[index] == "image" and not self.pieces[index]
+
+    def image_tokens(self, index: int) -> int:
+        """How many tokens the image has whose last token this is; 0 for any other token."""
+        if self.kinds[index] != "image" or self.is_inside_image(index):
+            return 0
+        start = index
+        while start and self.is_inside_image(start - 1):
+            start -= 1
+        return index + 1 - start
+
     def find(self, wanted: str, after: int) -> int | None:
         """The first token behind `after`, else from the start, that holds text or has `id:N`."""
         if wanted.startswith("id:"):
             hits = [i for i, token in enumerate(self.ids) if str(token) == wanted[3:].strip()]
+            hits = [hit for hit in hits if not self.is_inside_image(hit)]
         else:
             hits = list(self._find_text(wanted.casefold()))
         return next((hit for hit in hits if hit > after), hits[0] if hits else None)

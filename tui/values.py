@@ -5,10 +5,29 @@ in the words of a config file.
 """
 
 import json
+from typing import Final
 
-from engine.config import FULL, NONE, override, require_supported
+from engine.catalog import Architecture
+from engine.config import FULL, NONE, RunConfig, override, require_supported, spell
 from engine.errors import UserError
 from tui.draft import Draft
+
+EXPERTS: Final = "experts"
+"""lora_target_parameters as the page says it: the adapter sits on every expert."""
+
+
+def expert_tensors(architecture: Architecture) -> list[str]:
+    """How a config names the model's fused expert tensors; empty where it has none."""
+    names = (row.name for row in architecture.table.parameters if row.group == "experts")
+    return list(dict.fromkeys(".".join(name.split(".")[-3:]) for name in names))
+
+
+def spelled(key: str, config: RunConfig) -> str:
+    """A value of a config as it is shown, and as `set_value` takes it."""
+    value = getattr(config, key)
+    if key == "lora_target_parameters":
+        return EXPERTS if value else NONE
+    return spell(key, value)
 
 
 def set_value(draft: Draft, key: str, text: str) -> None:
@@ -17,6 +36,8 @@ def set_value(draft: Draft, key: str, text: str) -> None:
     Raises UserError for a value that the config refuses or that contradicts another.
     """
     given = "null" if text in (FULL, NONE) else text
+    if key == "lora_target_parameters" and text == EXPERTS:
+        given = json.dumps(expert_tensors(draft.architecture()))
     assignments = [f"{key}={given}"]
     if key == "adapter":
         assignments.append(f"load_in_4bit={json.dumps(text == 'qlora')}")

@@ -26,7 +26,7 @@ from engine.config import (
     write_config,
 )
 from engine.data.config_paths import with_absolute_paths
-from engine.errors import UserError
+from engine.errors import DOES_NOT_FIT, UserError
 from engine.plan import (
     Device,
     Estimate,
@@ -36,7 +36,6 @@ from engine.plan import (
     Task,
     advice_document,
     best_device,
-    choose_attention,
     device_document,
     estimate,
     estimate_document,
@@ -45,12 +44,12 @@ from engine.plan import (
     plan_document,
     read_statistics,
     recommend,
+    remarks,
 )
-from engine.plan.attention import why_not
+from engine.plan.attention import follow_attention
 from engine.units import gib
 from engine.visible import fold, visible
 
-DOES_NOT_FIT = 3
 MARKS: Mapping[str, str] = {"fits": "✓", "tight": "!", "does not fit": "✗"}
 
 AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
@@ -139,10 +138,16 @@ def print_estimate(
     run, architecture = read_planned(Path(config), changes, sharded=True)
     device = find_device(assumed)
     needs = estimate(run, architecture, device)
+    odd = remarks(run, architecture)
     if as_json:
-        print(json.dumps(estimate_document(needs) | {"device": device_document(device)}))
+        more = {"device": device_document(device), "remarks": odd}
+        print(json.dumps(estimate_document(needs) | more))
     else:
-        for line in (*_estimate_lines(needs, device), *_attention_lines(run, architecture, device)):
+        for line in (
+            *_estimate_lines(needs, device),
+            *_attention_lines(run, architecture, device),
+            *(f"! {sentence}" for sentence in odd),
+        ):
             _print(line)
     return DOES_NOT_FIT if needs.verdict == "does not fit" else 0
 
@@ -230,6 +235,7 @@ def _advice_lines(advice: Recommendation, device: Device) -> list[str]:
     lines = [headline(advice.estimate, device), *_count_lines(device)]
     if advice.not_trained:
         lines.append(f"✗ not trained yet: {advice.not_trained}")
+    lines.append(f"· attention: {advice.attention.backend}, {advice.attention.reason}")
     if advice.attention.worth_installing:
         package = advice.attention.worth_installing
         lines.append(f"· attention: {package} would be faster here; it is not installed")
@@ -263,11 +269,11 @@ def _attention_lines(config: RunConfig, architecture: Architecture, device: Devi
     if config.attn_implementation is None:
         return []
     task = Task(heads_of(architecture), images=config.processor_type is not None)
-    reason = why_not(config.attn_implementation, device, task)
-    if reason is None:
-        return []
-    better = choose_attention(device, task)
-    return [f"✗ attn_implementation: {reason} Instead: {better.backend} ({better.reason})"]
+    try:
+        follow_attention(config.attn_implementation, device, task)
+    except UserError as refusal:
+        return [f"✗ attn_implementation: {refusal.why} {refusal.fix}"]
+    return []
 
 
 def _count_lines(device: Device) -> list[str]:

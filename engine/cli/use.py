@@ -4,6 +4,7 @@ The commands hold no tensor: a process with torch answers and merges, and here i
 of it and how the answers are printed.
 """
 
+import contextlib
 import json
 import re
 import sys
@@ -15,9 +16,12 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import Parameter
 
+from engine.catalog import UnknownModel
+from engine.cli.planning import find_device, read_planned
 from engine.cli.supervision import AsJson, RunName, RunsFolder
 from engine.errors import UserError
 from engine.launch import TRAINER, planned_gpu
+from engine.plan import refuse_answering
 from engine.runs import RunFolder, find_run
 from engine.torch_process import TorchProcess
 from engine.units import gib
@@ -46,6 +50,11 @@ class Asking:
     seed: Annotated[int | None, Parameter(help="Another answer; the same seed repeats it.")] = None
 
 
+Anyway = Annotated[
+    bool, Parameter(negative="", help="Load the model even where it does not seem to fit.")
+]
+
+
 def register(app: cyclopts.App, module: str = TRAINER) -> None:
     """Add the commands; `module` is the process that computes."""
     _add_generate(app, module)
@@ -67,13 +76,14 @@ def _add_generate(app: cyclopts.App, module: str) -> None:
         system: System = None,
         image: Image = None,
         asking: Asking | None = None,
+        anyway: Anyway = False,
         home: RunsFolder = None,
         as_json: AsJson = False,
     ) -> None:
         """Ask what a run has trained: its result, or its newest checkpoint."""
         run = find_run(name, home)
         found = []
-        with _open(run, module) as process:
+        with _open(run, module, anyway) as process:
             trained = _ready(process, as_json)
             for text in _prompts(prompt):
                 request = asdict(asking or Asking()) | {"messages": _messages(text, system, image)}
@@ -98,12 +108,13 @@ def _add_chat(app: cyclopts.App, module: str) -> None:
         base: Base = False,
         system: System = None,
         asking: Asking | None = None,
+        anyway: Anyway = False,
         home: RunsFolder = None,
     ) -> None:
         """Talk with what a run has trained, turn by turn; ctrl+d leaves. --base: as it was."""
         run = find_run(name, home)
         messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-        with _open(run, module) as process:
+        with _open(run, module, anyway) as process:
             _ready(process, as_json=False)
             for text in _prompts(None):
                 said = [*messages, {"role": "user", "content": text}]
@@ -216,7 +227,12 @@ def compare(
         print(visible(f"  {key}: {a} -> {b}", one_line=True))
 
 
-def _open(run: RunFolder, module: str) -> TorchProcess:
+def _open(run: RunFolder, module: str, anyway: bool) -> TorchProcess:
+    """The process that answers; UserError where the model does not fit, unless `anyway`."""
+    if not anyway:
+        with contextlib.suppress(UnknownModel):  # its shape is known only after it is fetched
+            config, architecture = read_planned(run.config)
+            refuse_answering(config, architecture, find_device(None))
     return TorchProcess(["generate", str(run.path)], planned_gpu(run), module)
 
 

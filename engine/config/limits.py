@@ -64,7 +64,8 @@ def _more_than_padding(value: object) -> bool:
     return isinstance(value, dict) and any(key != "pad_token" for key in value)
 
 
-_FP8_CONFIG = "FineGrainedFP8Config"
+FP8_CONFIG = "FineGrainedFP8Config"
+"""The value of `model_quantization_config` with which Axolotl reads FP8 weights."""
 
 
 def _other_formats(value: object) -> bool:
@@ -129,7 +130,7 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "model_quantization_config": _error(
             "FP8 is the only quantized format whose weights are read.",
             "Remove it, and name the model's BF16 or FP8 repository in base_model.",
-            lambda value: value not in (None, _FP8_CONFIG),
+            lambda value: value not in (None, FP8_CONFIG),
         ),
         "chat_template": _OWN_TEMPLATE._replace(applies=_other_template),
         "chat_template_jinja": _OWN_TEMPLATE,

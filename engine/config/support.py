@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from engine.config.document import Document
 from engine.config.finding import ConfigError, Finding, shown
-from engine.config.limits import DATASET_LIMITS, LIMITS, Limit
+from engine.config.limits import DATASET_LIMITS, FP8_CONFIG, LIMITS, Limit
 from engine.config.run import RunConfig
 
 
@@ -90,6 +90,13 @@ def _without_effect(config: RunConfig) -> list[Finding]:
             "evals_per_epoch is set, and no rows are held out.",
             "Without val_set_size or test_datasets there is nothing to evaluate.",
             "Write val_set_size: 0.05 to see whether the model memorises.",
+        )
+    if config.model_quantization_config == FP8_CONFIG:
+        note(
+            "model_quantization_config",
+            f"model_quantization_config: {FP8_CONFIG} has no effect.",
+            "FP8 weights are recognised in their files and converted while they are loaded.",
+            "It can stay in a file that Axolotl reads too.",
         )
     if config.cosine_min_lr_ratio and config.lr_scheduler != "cosine":
         note(

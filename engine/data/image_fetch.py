@@ -62,7 +62,9 @@ def fetch_image(url: str) -> bytes:
         raise _unanswered(url, f"{type(error).__name__}: {reason}.") from error
     except ValueError as error:
         raise RowProblem(
-            f"The image's URL is none: {url[:100]}.", f"{error}.", "Correct it."
+            f"The image {url[:100]} cannot be fetched.",
+            f"The URL is not one that is followed: {error}.",
+            "Correct the URL, or delete the row.",
         ) from error
     check_image(content)
     _keep(url, content)

@@ -325,13 +325,13 @@ def _not_csv(why: str) -> RowProblem:
 
 
 def read_caption(path: Path) -> Iterator[RawRow]:
-    """The one row of a .txt file beside an image of the same name: the image and its caption."""
+    """A row for each image of the same name as the .txt file: the image and its caption."""
     size = path.stat().st_size
-    image = next(
+    images = [
         other.name
         for other in sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
-        if other.name.lower().endswith(IMAGE_ENDINGS)
-    )
+        if other.stem == path.stem and other.name.lower().endswith(IMAGE_ENDINGS)
+    ]
     with _open(path) as file:
         text = file.read(ROW_LIMIT_BYTES + 1)
     if len(text) > ROW_LIMIT_BYTES:
@@ -342,7 +342,8 @@ def read_caption(path: Path) -> Iterator[RawRow]:
     except UnicodeDecodeError as error:
         yield RawRow(1, None, _not_utf8(f"Byte {error.start + 1} is {error.reason}."), size)
     else:
-        yield RawRow(1, {"image": image, "caption": caption}, None, size)
+        for image in images:
+            yield RawRow(1, {"image": image, "caption": caption}, None, size)
 
 
 def read_image_without_caption(path: Path) -> Iterator[RawRow]:

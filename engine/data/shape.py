@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from engine.chat.messages import Conversation, Image, Part, RowFormat, RowProblem, Think, read_row
+from engine.chat.messages.image import looks_like_image
 from engine.config import DatasetConfig
 from engine.data.sources import iterate_rows
 
@@ -22,6 +23,11 @@ _NAMES = {
     "thinking": ("reasoning_content", "reasoning", "thinking", "thoughts", "thought", "rationale"),
 }
 """Our property -> the keys that are usual for it, best first."""
+_COLUMNS = {
+    "field_question": ("question", "instruction", "prompt", "query", "input"),
+    "field_answer": ("answer", "output", "response", "completion", "reply"),
+}
+"""The same for the columns of a table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +45,18 @@ class FirstRow:
 class Shape:
     """What the first rows have in common.
 
-    `lists` maps each column that holds a list of objects to the keys of those objects; `proposed`
-    is the mapping of `propose_mapping` for them.
+    `lists` maps each column that holds a list of objects to the keys of those objects; `images`
+    and `texts` are the columns that hold those; `proposed` is the mapping of `propose_mapping`.
+    `shows_images` says whether a row that can be read has an image.
     """
 
     title: str
     columns: tuple[str, ...]
     lists: dict[str, tuple[str, ...]]
+    images: tuple[str, ...]
+    texts: tuple[str, ...]
     proposed: dict[str, str]
+    shows_images: bool
     rows: tuple[FirstRow, ...]
 
 
@@ -54,50 +64,103 @@ def read_shape(dataset: DatasetConfig, folder: Path, count: int) -> Shape:
     """The shape of the first `count` rows. Raises what `iterate_rows` raises."""
     row_format = RowFormat.from_config(dataset)
     columns: dict[str, None] = {}
+    images: dict[str, None] = {}
+    texts: dict[str, None] = {}
     lists: dict[str, dict[str, None]] = {}
+    shows_images = False
     rows = []
     for source in islice(iterate_rows(dataset, folder), count):
         raw: Mapping[str, object] = source.row or {}
         columns.update(dict.fromkeys(raw))
         for column, keys in _lists(raw):
             lists.setdefault(column, {}).update(dict.fromkeys(keys))
+        images.update(dict.fromkeys(name for name, value in raw.items() if looks_like_image(value)))
+        texts.update(dict.fromkeys(name for name, value in raw.items() if isinstance(value, str)))
         text = json.dumps(source.row, ensure_ascii=False, default=_shown)[:_SHOWN_CHARACTERS]
-        messages, problem = _understand(raw, row_format, source.problem)
+        conversation, problem = _understand(raw, row_format, source.problem)
+        shows_images = shows_images or _has_image(conversation)
+        messages = tuple(_messages(conversation)) if conversation else ()
         rows.append(FirstRow(source.line, source.file, text, messages, problem))
-    found = {column: tuple(keys) for column, keys in lists.items()}
+    found = {column: tuple(keys) for column, keys in lists.items() if column not in images}
+    written = tuple(name for name in texts if name not in images and name not in found)
     return Shape(
         _title(dataset, tuple(columns), found),
         tuple(columns),
         found,
-        propose_mapping(found),
+        tuple(images),
+        written,
+        propose_mapping(found, tuple(images), written),
+        shows_images,
         tuple(rows),
     )
 
 
-def propose_mapping(lists: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """`field_messages`, `role`, `content` and `thinking` by the usual names; absent if unknown.
+def propose_mapping(
+    lists: Mapping[str, Sequence[str]], images: Sequence[str] = (), texts: Sequence[str] = ()
+) -> dict[str, str]:
+    """What `mapped` takes: our name of a column or key -> the dataset's; empty if unknown.
 
-    `lists` as in `Shape`: the first column whose messages have a role and a content is taken.
+    The arguments are as in `Shape`. The first column whose messages have a role and a content is
+    taken; where there are none, the columns of a table by the usual names, else in their order.
     """
+    image = {"field_image": images[0]} if images else {}
     for column, keys in lists.items():
         found = {
             name: next((key for key in usual if key in keys), None)
             for name, usual in _NAMES.items()
         }
         if found["role"] and found["content"]:
-            return {"field_messages": column, **{k: key for k, key in found.items() if key}}
-    return {}
+            return {
+                "field_messages": column,
+                **{k: key for k, key in found.items() if key},
+                **image,
+            }
+    return {} if lists else _propose_columns(texts, images)
+
+
+def mapped(dataset: DatasetConfig, mapping: Mapping[str, str]) -> DatasetConfig:
+    """The dataset read by `mapping`, as `propose_mapping` gives it."""
+    columns = {name: key for name, key in mapping.items() if name.startswith("field_")}
+    keys = {name: key for name, key in mapping.items() if name not in columns}
+    return dataset.model_copy(update={**columns, "message_property_mappings": keys or None})
+
+
+def _propose_columns(texts: Sequence[str], images: Sequence[str]) -> dict[str, str]:
+    """The columns of a table: a question and an answer, or an image and its caption."""
+    image = {"field_image": images[0]} if images else {}
+    named = {
+        name: key
+        for name, usual in _COLUMNS.items()
+        if (key := next((each for each in usual if each in texts), None))
+    }
+    left = [text for text in texts if text not in named.values()]
+    missing = [name for name in _COLUMNS if name not in named]
+    if len(left) == len(missing):
+        named |= dict(zip(missing, left, strict=True))
+    elif images and len(texts) == 1:
+        named = {"field_answer": texts[0]}
+    complete = "field_answer" in named and (images or "field_question" in named)
+    return {**image, **named} if complete else {}
+
+
+def _has_image(conversation: Conversation | None) -> bool:
+    return conversation is not None and any(
+        isinstance(part, Image)
+        for message in conversation.messages
+        if not isinstance(message.content, str)
+        for part in message.content
+    )
 
 
 def _understand(
     row: Mapping[str, object], row_format: RowFormat, problem: RowProblem | None
-) -> tuple[tuple[tuple[str, str], ...], str | None]:
+) -> tuple[Conversation | None, str | None]:
     if problem is None:
         try:
-            return tuple(_messages(read_row(row, row_format))), None
+            return read_row(row, row_format), None
         except RowProblem as found:
             problem = found
-    return (), str(problem)
+    return None, str(problem)
 
 
 def _messages(conversation: Conversation) -> Iterator[tuple[str, str]]:

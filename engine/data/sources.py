@@ -196,10 +196,10 @@ def _captioned_images(root: Path) -> tuple[Path, ...]:
     """The captions of a folder of images, with the images that lack one; none without a caption."""
     names = {path.name for path in root.iterdir() if not path.name.startswith(".")}
     images = sorted(name for name in names if name.lower().endswith(IMAGE_ENDINGS))
-    files = []
+    files: dict[Path, None] = {}  # two images may share a caption
     for name in images:
         caption = f"{os.path.splitext(name)[0]}.txt"
-        files.append(root / (caption if caption in names else name))
+        files[root / (caption if caption in names else name)] = None
     return tuple(files) if any(ending_of(file) == ".txt" for file in files) else ()
 
 

@@ -52,7 +52,7 @@ def missing_packages(machine: Machine) -> tuple[Missing, ...]:
         return tuple(found)  # nothing for a GPU works with it
     majors = {gpu.compute_capability[0] for gpu in machine.usable_gpus if gpu.compute_capability}
     if majors and min(majors) >= 8 and machine.stack["flash-attn"] is None:
-        why = "It keeps packed rows apart without a mask, which torch's own attention needs."
+        why = "Attention that knows packed rows; torch's own does too and is used without it."
         # Its build reads the torch that is installed, which pip hides from a build by default.
         command = "pip install --no-build-isolation 'windtunnel[fa2]'"
         found.append(Missing("fa2", ("flash-attn",), why, command))

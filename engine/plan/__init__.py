@@ -3,9 +3,11 @@
 Everything here is arithmetic over the catalog's module table, the machine and the counts of a
 dataset: `memory` estimates a config, `targets` counts what its adapter lands on, `attention`
 chooses a backend, `recommend` makes a whole config with a reason for every value, `ladder` makes
-one fit, `survey` compares the models of the catalog on a device.
+one fit, `remarks` says what a config does less of than it seems to, `answering` whether a result
+can be asked here, `survey` compares the models of the catalog on a device.
 """
 
+from engine.plan.answering import refuse_answering
 from engine.plan.attention import Attention, Heads, Task, choose_attention, heads_of
 from engine.plan.device import Device, best_device, cpu_device, gpu_device
 from engine.plan.documents import (
@@ -18,6 +20,7 @@ from engine.plan.ladder import Alternative, changed, list_alternatives, make_fit
 from engine.plan.limits import Goal, why_not_trained
 from engine.plan.memory import Estimate, Verdict, estimate
 from engine.plan.recommend import Recommendation, assess, recommend
+from engine.plan.remarks import remarks
 from engine.plan.statistics import Statistics, read_statistics
 from engine.plan.survey import Prospect, propose, survey
 
@@ -50,6 +53,8 @@ __all__ = [
     "propose",
     "read_statistics",
     "recommend",
+    "refuse_answering",
+    "remarks",
     "survey",
     "why_not_trained",
 ]

@@ -71,7 +71,9 @@ class Backend:
     title: str
     package: str
     also_named: tuple[str, ...] = ()
-    """Other values of `attn_implementation` that this one stands in for, with the same result."""
+    """Other values of `attn_implementation` that this one carries out, with the same result."""
+    stands_in_for: tuple[str, ...] = ()
+    """Backends whose work it does, as exactly, where their package or a GPU is missing."""
     architectures: tuple[str, ...]
     packing: Literal["cut", "mask", "blocks"]
     """How it keeps packed rows apart; a mask grows with sequence_len squared."""
@@ -164,15 +166,30 @@ def why_not(name: str, device: Device, task: Task) -> str | None:
     return None
 
 
-def refuse_attention(name: str, device: Device, task: Task) -> None:
-    """Raises UserError where the backend that a config asks for cannot carry out `task` here."""
-    if reason := why_not(name, device, task):
-        better = choose_attention(device, task)
-        raise UserError(
-            f"attn_implementation: {name} cannot be used here.",
-            reason,
-            f"Write attn_implementation: {better.backend} ({better.reason}), or remove the key.",
-        )
+def follow_attention(name: str, device: Device, task: Task) -> Attention:
+    """The backend that carries out a config's `attn_implementation: name` here.
+
+    FlashAttention 2 is what most files name: where only its package or a GPU is missing, what
+    PyTorch has of it stands in. Raises UserError where the request does not suit card or task.
+    """
+    reason = why_not(name, device, task)
+    if reason is None:
+        return Attention(name, "as the config says")
+    if other := _stand_in(find_backend(name), device, task):
+        return Attention(other.name, f"{reason} This computes the same")
+    better = choose_attention(device, task)
+    raise UserError(
+        f"attn_implementation: {name} cannot be used here.",
+        reason,
+        f"Write attn_implementation: {better.backend} ({better.reason}), or remove the key.",
+    )
+
+
+def _stand_in(backend: Backend, device: Device, task: Task) -> Backend | None:
+    if device.kind == "cuda" and _unsuited(backend, device, task):
+        return None
+    others = (o for o in attention_backends().values() if backend.name in o.stands_in_for)
+    return next((other for other in others if why_not(other.name, device, task) is None), None)
 
 
 def needs_mask(name: str | None, device: Device) -> bool:
@@ -180,7 +197,7 @@ def needs_mask(name: str | None, device: Device) -> bool:
 
     None is the one that is chosen by itself.
     """
-    if name is None:
+    if name is None or device.kind == "cpu":
         return device.kind == "cpu"
     return find_backend(name).packing == "mask"
 

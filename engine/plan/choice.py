@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.catalog import Architecture, linear_targets
+from engine.catalog import Architecture
 from engine.config import DatasetConfig, RunConfig
 from engine.plan.attention import Attention, Task, choose_attention, heads_of
 from engine.plan.device import Device
@@ -18,6 +18,7 @@ from engine.plan.memory import Estimate, estimate
 from engine.plan.rates import learning_rate
 from engine.plan.recipe import Recipe
 from engine.plan.statistics import Statistics
+from engine.plan.targets import linear_endings
 from engine.plan.vision import largest_image_tokens
 from engine.units import gib
 
@@ -96,7 +97,11 @@ class Choice:
         }
         four_bit: dict[str, Any] = {"adapter": "qlora", "load_in_4bit": True}
         if self._has_experts() and self.fixed.get("adapter", "qlora") == "qlora":
-            self.put("lora_target_modules", self._module_endings(), "attention and shared experts")
+            self.put(
+                "lora_target_modules",
+                linear_endings(self.architecture.table),
+                "attention and shared experts",
+            )
             four_bit["quantize_moe_experts"] = True
         if "adapter" in self.fixed:
             if self.fixed["adapter"] == "qlora" and self._has_experts():
@@ -207,8 +212,6 @@ class Choice:
             self.put("train_on_thinking", True, words)
         if known and known.prompts:
             self.put("sample_prompts", known.prompts[:3], "answered before, during and after")
-        if self.device.kind == "cuda" and not self.device.planned:
-            self.put("attn_implementation", self.attention.backend, self.attention.reason)
 
     def fit(self) -> None:
         """Take the rungs that lead to a better verdict; none changes what the person chose."""
@@ -255,7 +258,3 @@ class Choice:
 
     def _has_experts(self) -> bool:
         return bool(self.architecture.table.counts_by_group()["experts"])
-
-    def _module_endings(self) -> list[str]:
-        names = linear_targets(self.architecture.table)
-        return sorted({name.rpartition(".")[2] for name in names})

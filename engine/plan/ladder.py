@@ -14,6 +14,7 @@ from engine.plan.device import Device
 from engine.plan.memory import Estimate, estimate
 from engine.plan.rates import learning_rate
 from engine.plan.statistics import Statistics
+from engine.plan.targets import linear_endings
 
 _SMALLEST_RANK, _SMALLEST_LENGTH = 8, 512
 
@@ -64,7 +65,7 @@ def _next_rung(
     keep: Container[str],
 ) -> Alternative | None:
     """The first change beyond `taken` that saves anything."""
-    for name, changes, trade in _rungs(changed(config, taken), device, statistics):
+    for name, changes, trade in _rungs(changed(config, taken), architecture, device, statistics):
         if any(key in keep for key in changes):
             continue
         trial = {**taken, **changes}
@@ -88,7 +89,7 @@ def list_alternatives(
             estimate(changed(config, changes), architecture, device, statistics),
             trade,
         )
-        for name, changes, trade in _others(config, architecture.table.total_parameters)
+        for name, changes, trade in _others(config, architecture)
     )
 
 
@@ -104,7 +105,12 @@ def changed(config: RunConfig, changes: Mapping[str, object]) -> RunConfig:
 _Change = tuple[str, Mapping[str, object], str]
 
 
-def _rungs(config: RunConfig, device: Device, statistics: Statistics | None) -> Iterator[_Change]:
+def _rungs(
+    config: RunConfig,
+    architecture: Architecture,
+    device: Device,
+    statistics: Statistics | None,
+) -> Iterator[_Change]:
     micro, steps = config.micro_batch_size, config.gradient_accumulation_steps
     if micro > 1:
         both = {"micro_batch_size": 1, "gradient_accumulation_steps": steps * micro}
@@ -118,8 +124,7 @@ def _rungs(config: RunConfig, device: Device, statistics: Statistics | None) -> 
     if device.kind == "cuda" and config.optimizer.startswith("adamw_torch"):
         yield "8-bit optimizer", {"optimizer": "adamw_bnb_8bit"}, "its states are rounded"
     if config.adapter == "lora":
-        four_bit = {"adapter": "qlora", "load_in_4bit": True}
-        yield "qlora", four_bit, "4-bit weights are a little less exact"
+        yield "qlora", _in_4_bits(config, architecture), "4-bit weights are a little less exact"
     if device.kind == "cuda" and not config.optimizer.startswith("paged"):
         paged = {"optimizer": "paged_adamw_8bit"}
         yield "paged optimizer", paged, "its states move to RAM when the card is full: slower"
@@ -135,13 +140,24 @@ def _rungs(config: RunConfig, device: Device, statistics: Statistics | None) -> 
         yield f"sequence_len {length}", {"sequence_len": length}, cost
 
 
-def _others(config: RunConfig, total_parameters: int) -> Iterator[_Change]:
+def _in_4_bits(config: RunConfig, architecture: Architecture) -> dict[str, object]:
+    """The changes to QLoRA; experts are quantized too, being most of their model."""
+    changes: dict[str, object] = {"adapter": "qlora", "load_in_4bit": True}
+    if architecture.table.counts_by_group()["experts"]:
+        changes["quantize_moe_experts"] = True
+        if config.lora_target_linear or not config.lora_target_modules:
+            endings = linear_endings(architecture.table)
+            changes |= {"lora_target_linear": False, "lora_target_modules": endings}
+    return changes
+
+
+def _others(config: RunConfig, architecture: Architecture) -> Iterator[_Change]:
     # What goes with a full fine-tune and with no adapter.
     back: dict[str, object] = {"unfrozen_parameters": None} if config.unfrozen_parameters else {}
     if not (config.lora_target_linear or config.lora_target_modules):
         back["lora_target_linear"] = True
     if config.adapter != "qlora":
-        four_bit = {"adapter": "qlora", "load_in_4bit": True, **back}
+        four_bit = back | _in_4_bits(config, architecture)
         yield "qlora", four_bit, "least memory; 4-bit weights are a little less exact"
     if config.adapter != "lora" and not config.quantize_moe_experts:
         plain = {"adapter": "lora", "load_in_4bit": False, **back}
@@ -151,7 +167,7 @@ def _others(config: RunConfig, total_parameters: int) -> Iterator[_Change]:
             "adapter": None,
             "load_in_4bit": False,
             "lora_target_linear": False,
-            "learning_rate": learning_rate(total_parameters, whole=True)[0],
+            "learning_rate": learning_rate(architecture.table.total_parameters, whole=True)[0],
         }
         yield "full", whole, "every weight moves: most capacity, most forgetting"
     if config.adapter:

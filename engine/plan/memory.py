@@ -14,12 +14,13 @@ from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
 from engine.plan.attention import needs_mask
 from engine.plan.device import Device
-from engine.plan.layers import Widths, kept_bytes, transient_bytes, widths
+from engine.plan.layers import Widths, expert_bytes, kept_bytes, transient_bytes, widths
 from engine.plan.quantized import is_kept, kept_modules
 from engine.plan.statistics import Statistics
 from engine.plan.targets import (
     adapter_parameters,
     count_targets,
+    expert_adapter_parameters,
     trained_parameters,
     trains_head,
 )
@@ -243,9 +244,12 @@ def _step(
         one = kept_bytes(config, sizes, tokens, base_bytes)
         kept = sizes.layers * one
         layer = max(0, transient_bytes(config, sizes, tokens, base_bytes) - one)
-    if sizes.expert_weights:
-        # Both dequantized stacks of a layer are kept for its backward pass.
-        layer += sizes.expert_weights * base_bytes
+    if sizes.expert_rows:
+        adapter = expert_adapter_parameters(table, config) // sizes.layers
+        resting, held = expert_bytes(config, sizes, tokens, base_bytes, adapter)
+        if not config.gradient_checkpointing:
+            kept, held = kept + sizes.layers * resting, held - resting
+        layer += held
     head = trains_head(table, config)
     loss = _loss_bytes(sizes, device, base_bytes, tokens, head)
     # bfloat16 gradients are float32 ones while the weights move; nothing is kept by then.

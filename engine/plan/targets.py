@@ -25,6 +25,14 @@ EYES: dict[str, Group] = {"vision_tower": "vision", "multi_modal_projector": "pr
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
+def linear_endings(table: ModuleTable) -> list[str]:
+    """Ends of the names of every linear layer that an adapter can sit on, as a config lists them.
+
+    What `lora_target_linear` means where that key is not allowed: beside quantized experts.
+    """
+    return sorted({name.rpartition(".")[2] for name in linear_targets(table)})
+
+
 def choose_targets(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
     """Full names of the modules that get an adapter.
 
@@ -88,8 +96,13 @@ def adapter_parameters(table: ModuleTable, config: RunConfig) -> int:
     DoRA adds one for each output of a module.
     """
     edges, outputs = _edges(table, _modules(table, config))
-    stacks = _stack_edges(table, choose_stacks(table, config))
-    return config.lora_r * (edges + stacks) + (outputs if config.peft_use_dora else 0)
+    linears = config.lora_r * edges + (outputs if config.peft_use_dora else 0)
+    return linears + expert_adapter_parameters(table, config)
+
+
+def expert_adapter_parameters(table: ModuleTable, config: RunConfig) -> int:
+    """Numbers of the adapter on the experts alone."""
+    return config.lora_r * _stack_edges(table, choose_stacks(table, config))
 
 
 def saved_parameters(table: ModuleTable, config: RunConfig) -> int:

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from engine.catalog import Architecture
 from engine.config import RunConfig
 from engine.plan import Device, Task, choose_attention, heads_of
-from engine.plan.attention import Attention, attention_backends, find_backend, refuse_attention
+from engine.plan.attention import Attention, attention_backends, find_backend, follow_attention
 
 TORCH_VARLEN = "torch_varlen"
 """Our name in transformers for PyTorch's kernel; one that holds "flash" is taken for the package
@@ -231,8 +231,7 @@ def pick_attention(
     task = Task(heads_of(architecture), images, _is_half(config, device))
     if config.attn_implementation is None:
         return choose_attention(place, task)
-    refuse_attention(config.attn_implementation, place, task)
-    return Attention(config.attn_implementation, "as the config says")
+    return follow_attention(config.attn_implementation, place, task)
 
 
 def _is_half(config: RunConfig, device: torch.device) -> bool:

@@ -163,7 +163,8 @@ def divergences(
         ids, expected, rest = base.ids[part], base.logs[part], base.rest[part]
         known = (expected.exp() * (expected - logs.gather(1, ids))).sum(-1)
         others = rest.exp() * (rest - _rest(logs, ids))
-        found.append(known + torch.where(rest.exp() > 0, others, 0.0))
+        each = known + torch.where(rest.exp() > 0, others, 0.0)
+        found.append(each.clamp(min=0.0))  # below zero lies only rounding
     return torch.cat(found)
 
 

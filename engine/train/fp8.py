@@ -8,12 +8,13 @@ of Mistral's repositories (one scale a matrix, or one an expert) and of block-wi
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.train.checkpoint_files import StoredTensor, read_tensor
+from engine.train.checkpoint_files import StoredTensor, read_slice, read_tensor
 from engine.visible import visible
 
 CHUNK_NUMBERS = 2**24
@@ -39,14 +40,14 @@ class Fp8Layout:
 
 
 def find_layout(
-    tensors: Mapping[str, StoredTensor], folder: Path, block: Sequence[int] | None
+    tensors: Mapping[str, StoredTensor], folder: Path, config: Mapping[str, Any]
 ) -> Fp8Layout:
-    """Pair every FP8 tensor with its scale; `block` is the config's `weight_block_size`.
+    """Pair every FP8 tensor with its scale; `config` is that of the model in `folder`.
 
     A scale that belongs to no FP8 tensor is in no pair: it is left over. Raises UserError for an
     FP8 tensor without a scale, or with one whose shape does not fit.
     """
-    weights, companions = {}, set[str]()
+    weights, companions, block = {}, set[str](), _block_size(config)
     for name, tensor in tensors.items():
         if not tensor.is_fp8:
             continue
@@ -65,6 +66,13 @@ def find_layout(
         activations = (f"{name}_activation_scale", f"{stem}.activation_scale", f"{stem}.qscale_act")
         companions |= {found[0], *(scale for scale in activations if scale in tensors)}
     return Fp8Layout(weights, frozenset(companions))
+
+
+def _block_size(config: Mapping[str, Any]) -> list[int] | None:
+    settings = config.get("quantization_config")
+    block = settings.get("weight_block_size") if isinstance(settings, Mapping) else None
+    fits = isinstance(block, list) and all(isinstance(n, int) and n > 0 for n in block)
+    return block if fits else None
 
 
 def _block(
@@ -91,7 +99,23 @@ def _block(
     )
 
 
-def read_scale(weight: Fp8Weight) -> Tensor:
+def read_matrix(
+    tensor: StoredTensor,
+    fp8: Fp8Weight,
+    device: torch.device,
+    dtype: torch.dtype,
+    expert: int | None = None,
+) -> Tensor:
+    """The numbers that an FP8 matrix means, or those of one expert of a stack."""
+    part = read_tensor(tensor) if expert is None else read_slice(tensor, expert)
+    scale = _read_scale(fp8)
+    own = scale[expert] if expert is not None and scale.ndim else scale
+    weight = torch.empty(part.shape, dtype=dtype, device=device)
+    dequantize(part.to(device), own.to(device), fp8.block, weight)
+    return weight
+
+
+def _read_scale(weight: Fp8Weight) -> Tensor:
     """The scale in float32: 0-d, (E,), (rows, columns) of blocks, or (E, rows, columns)."""
     scale = read_tensor(weight.scale).to(torch.float32, copy=True)
     if weight.block is None:

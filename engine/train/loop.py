@@ -19,7 +19,7 @@ from engine.events import Ended, Eval, Note, Phase, Sample, SampleTime, Saved, S
 from engine.publish import publish_result
 from engine.train.batches import PAD, Order, Rows, StepBatch
 from engine.train.checkpoint import Checkpoints, Position, random_tensors, restore_random
-from engine.train.evaluate import RiseWatch, mean_loss, row_losses, score, score_all
+from engine.train.evaluate import RiseWatch, Score, mean_loss, row_losses, score, score_all
 from engine.train.experts import balance_loss, balance_weight, watch_routers
 from engine.train.forward import Model, head_of, hidden_states
 from engine.train.generate import generate, readable
@@ -229,21 +229,9 @@ class Training:
 
     def evaluate(self) -> bool:
         """Score the held-out rows; True when their loss is the lowest so far."""
-        step = self.position.step
-        if self.held_out:
-            self.session.emit(Phase("evaluate", 0, len(self.held_out)))
-        inside = 0 < step < self.order.total_steps
-        for event in self.measures.take(step, inside=inside) if self.measures else ():
-            self.session.emit(event)
-        if not self.held_out:
+        step, scores = self.position.step, self.measure()
+        if not scores:
             return False
-        scores = score_all(self.model, self.base, self.held_out, self.config)
-        if self.config.eval_train_rows and step in (0, self.order.total_steps):
-            seen = self.rows.first(self.config.eval_train_rows)
-            result = score(self.model, self.base, seen, self.config)
-            self.session.emit(result.told(step, "train"))
-        for name, result in scores.items():
-            self.session.emit(result.told(step, name))
         loss = mean_loss(scores)
         self.session.emit(Eval(step, loss))
         if words := self.rises.add_evaluation(loss, self.position.best_step):
@@ -253,6 +241,25 @@ class Training:
             return False
         self.position.best_loss, self.position.best_step = loss, step
         return True
+
+    def measure(self) -> Mapping[str, Score]:
+        """Tell what the model as it is says and how it scores; the scores by held-out set."""
+        step = self.position.step
+        if self.held_out:
+            self.session.emit(Phase("evaluate", 0, len(self.held_out)))
+        inside = 0 < step < self.order.total_steps
+        for event in self.measures.take(step, inside=inside) if self.measures else ():
+            self.session.emit(event)
+        if not self.held_out:
+            return {}
+        scores = score_all(self.model, self.base, self.held_out, self.config)
+        if self.config.eval_train_rows and step in (0, self.order.total_steps):
+            seen = self.rows.first(self.config.eval_train_rows)
+            result = score(self.model, self.base, seen, self.config)
+            self.session.emit(result.told(step, "train"))
+        for name, result in scores.items():
+            self.session.emit(result.told(step, name))
+        return scores
 
     def sample(self, prompts: Sequence[Prompt], when: SampleTime) -> None:
         """Let the model answer every prompt as its makers advise, each time with equal luck."""
@@ -287,6 +294,7 @@ class Training:
         if folder is not None and self.position.best_step != self.position.step:
             load_trained(self.model, folder)
             self.session.emit(Note("info", f"ends with {folder.name}, the lowest evaluation loss"))
+            self.measure()  # the last figures that a run tells are those of its result
 
     def _stopped(self, what: str, batch: StepBatch) -> WorkError:
         self.session.emit(Note("error", what))

@@ -24,7 +24,7 @@ from engine.train.adapter_files import Adapter
 from engine.train.checkpoint_files import StoredTensor, list_tensors, read_slice, read_tensor
 from engine.train.companions import copy_companions
 from engine.train.fetch import locate_base
-from engine.train.fp8 import Fp8Layout, dequantize, find_layout, read_scale
+from engine.train.fp8 import Fp8Layout, find_layout, read_matrix
 from engine.train.shards import SHARD_BYTES, Planned, write_shards
 from engine.train.trained import find_trained
 from engine.units import GIB
@@ -85,7 +85,7 @@ class _Merge:
     def __init__(self, base: Path, adapter: Path) -> None:
         self.architecture: Architecture = read_architecture(base)
         stored = list_tensors(base)
-        self._layout: Fp8Layout = find_layout(stored, base, _block_size(self.architecture))
+        self._layout: Fp8Layout = find_layout(stored, base, self.architecture.config)
         names = {p.name for p in self.architecture.table.parameters}
         _refuse_unknown(base, stored, self._layout, names)
         self._stored = {n: t for n, t in stored.items() if n not in self._layout.companions}
@@ -128,15 +128,9 @@ class _Merge:
     def _read(self, name: str, expert: int | None) -> Tensor:
         """A tensor, or one expert of a stack; FP8 numbers as what they mean, float32."""
         stored = self._stored[name]
-        part = read_tensor(stored) if expert is None else read_slice(stored, expert)
-        fp8 = self._layout.weights.get(name)
-        if fp8 is None:
-            return part
-        scale = read_scale(fp8)
-        out = torch.empty(part.shape)
-        own = scale[expert] if expert is not None and scale.ndim else scale
-        dequantize(part, own, fp8.block, out)
-        return out
+        if fp8 := self._layout.weights.get(name):
+            return read_matrix(stored, fp8, torch.device("cpu"), torch.float32, expert)
+        return read_tensor(stored) if expert is None else read_slice(stored, expert)
 
 
 def _tied_head(architecture: Architecture) -> dict[str, str]:
@@ -158,12 +152,6 @@ def _untied(adapter: Adapter, tied: dict[str, str]) -> list[str]:
                 adapter.changes.setdefault(source, adapter.changes[head])
         return []
     return [h for h, source in tied.items() if h in adapter.changes or source in adapter.changes]
-
-
-def _block_size(architecture: Architecture) -> list[int] | None:
-    settings = architecture.config.get("quantization_config")
-    block = settings.get("weight_block_size") if isinstance(settings, dict) else None
-    return block if isinstance(block, list) else None
 
 
 def _refuse_unknown(

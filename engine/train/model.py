@@ -27,7 +27,7 @@ from engine.errors import UserError
 from engine.train.attention import pick_attention, use_attention
 from engine.train.checkpoint_files import StoredTensor, list_tensors, read_slice, read_tensor
 from engine.train.experts import GroupedLinear, replace_experts
-from engine.train.fp8 import Fp8Layout, dequantize, find_layout, read_scale
+from engine.train.fp8 import Fp8Layout, find_layout, read_matrix
 from engine.train.load_report import LoadReport, describe_load
 from engine.train.quantize import hold_quantized, swap_linears
 from engine.visible import visible
@@ -75,7 +75,7 @@ def load_base(folder: Path, config: RunConfig, tell: Tell = lambda done, total: 
     tensors = list_tensors(folder)
     model = build_empty(architecture, folder, dtype, attention.backend)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    layout = find_layout(tensors, folder, _block_size(architecture.config))
+    layout = find_layout(tensors, folder, architecture.config)
     missing = refuse_mismatch(folder, tensors, shapes, layout, model.all_tied_weights_keys)
     swap_linears(model, config, dtype)
     replace_experts(model, config, dtype)
@@ -159,13 +159,6 @@ def _read_generation_config(folder: Path, default: GenerationConfig) -> Generati
         return default
 
 
-def _block_size(config: Mapping[str, Any]) -> list[int] | None:
-    settings = config.get("quantization_config")
-    block = settings.get("weight_block_size") if isinstance(settings, Mapping) else None
-    fits = isinstance(block, list) and all(isinstance(n, int) and n > 0 for n in block)
-    return block if fits else None
-
-
 def refuse_mismatch(
     folder: Path,
     tensors: Mapping[str, StoredTensor],
@@ -232,17 +225,14 @@ def _read(
     name: str, tensor: StoredTensor, layout: Fp8Layout, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """One tensor on its device in the base precision; a stack of experts slice by slice."""
-    if len(tensor.shape) != 3 and name not in layout.weights:
-        return read_tensor(tensor).to(device, dtype, copy=True)
-    weight = torch.empty(tensor.shape, dtype=dtype, device=device)
-    if len(tensor.shape) != 3:
-        fp8 = layout.weights[name]
-        scale = read_scale(fp8).to(device)
-        dequantize(read_tensor(tensor).to(device), scale, fp8.block, weight)
+    if len(tensor.shape) == 3:
+        weight = torch.empty(tensor.shape, dtype=dtype, device=device)
+        for index, part in enumerate(_slices(name, tensor, layout, device, dtype)):
+            weight[index] = part
         return weight
-    for index, part in enumerate(_slices(name, tensor, layout, device, dtype)):
-        weight[index] = part
-    return weight
+    if fp8 := layout.weights.get(name):
+        return read_matrix(tensor, fp8, device, dtype)
+    return read_tensor(tensor).to(device, dtype, copy=True)
 
 
 def _slices(
@@ -250,13 +240,8 @@ def _slices(
 ) -> Iterator[Tensor]:
     """The experts of a stack, (outputs, inputs) each, on the device in the base precision."""
     fp8 = layout.weights.get(name)
-    scale = read_scale(fp8).to(device) if fp8 else None
     for index in range(tensor.shape[0]):
-        part = read_slice(tensor, index)
-        if fp8 is None or scale is None:
-            yield part.to(device, dtype)
-            continue
-        weight = torch.empty(tensor.shape[1:], dtype=dtype, device=device)
-        own = scale[index] if scale.ndim else scale
-        dequantize(part.to(device), own, fp8.block, weight)
-        yield weight
+        if fp8:
+            yield read_matrix(tensor, fp8, device, dtype, index)
+        else:
+            yield read_slice(tensor, index).to(device, dtype)

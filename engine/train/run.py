@@ -22,6 +22,7 @@ from engine.data.pack import Indices
 from engine.data.prepare import Progress, default_store, label_rule, prepare
 from engine.data.prepared import Prepared
 from engine.events import Note, Phase, Started
+from engine.plan import remarks
 from engine.publish.facts import find_base
 from engine.train.attention import pick_attention
 from engine.train.batches import Rows
@@ -60,6 +61,8 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
     for part in (rows, *held_out.values()):
         refuse_unread(read_architecture(session.base_folder), part.prepared)
     leave_hub()
+    for sentence in remarks(config, read_architecture(session.base_folder)):
+        session.emit(Note("warning", sentence))
     config = settle_attention(config, session, rows, held_out)
     session.emit(Phase("load", detail=config.base_model))
     base = load_base(session.base_folder, config, teller(session, "load"))

@@ -36,8 +36,8 @@ class LossWatch:
             return None
         return (
             f"the first loss is {loss:.2f}, worse than {self._guessing:.2f}, which a model has "
-            "that takes every token for equally likely: the weights are not read as they were "
-            "trained, or the tokenizer is another model's"
+            "that takes every token for equally likely: usual for a base that was never trained; "
+            "of a trained one the weights or the tokenizer are not its own"
         )
 
     def spike(self, loss: float) -> float | None:

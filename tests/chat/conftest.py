@@ -3,7 +3,8 @@ from collections.abc import Callable
 import pytest
 
 from engine.chat.messages import Conversation, RowFormat, read_row
-from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, build_tokenizer
+from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
+from tests.tokenizers import tokenizer_of
 
 SPECS = {
     "v7": TokenizerSpec("v7"),
@@ -14,10 +15,10 @@ SPECS = {
 
 
 class Tokenizers(dict[str, ChatTokenizer]):
-    """One tokenizer of each version, made when first asked for: each takes a second."""
+    """One tokenizer of each version, made when first asked for."""
 
     def __missing__(self, version: str) -> ChatTokenizer:
-        self[version] = build_tokenizer(SPECS[version])
+        self[version] = tokenizer_of(SPECS[version])
         return self[version]
 
 

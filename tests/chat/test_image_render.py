@@ -22,9 +22,10 @@ from engine.chat.render import (
     render_exact,
     truncate,
 )
-from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, build_tokenizer
+from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
 from tests.chat import oracle
 from tests.chat.pictures import png
+from tests.tokenizers import tokenizer_of
 
 IMAGE = (14, 1540, 2)
 SPECS = {
@@ -40,7 +41,7 @@ ANSWER = {"role": "assistant", "content": "A cat."}
 
 class Tokenizers(dict[str, ChatTokenizer]):
     def __missing__(self, version: str) -> ChatTokenizer:
-        self[version] = build_tokenizer(SPECS[version])
+        self[version] = tokenizer_of(SPECS[version])
         return self[version]
 
 
@@ -103,7 +104,7 @@ def test_ids_and_kinds_equal_mistral_commons(tokenizers: Tokenizers) -> None:
     counts: Counter[str] = Counter()
 
     @settings(
-        max_examples=80, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=50, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(rows())
     def compare(row: dict[str, Any]) -> None:
@@ -175,7 +176,7 @@ def test_a_cut_keeps_whole_images_and_their_files(tokenizers: Tokenizers) -> Non
 
 
 def test_a_text_model_refuses_an_image() -> None:
-    tokenizer = build_tokenizer(TokenizerSpec("v13", think=True))
+    tokenizer = tokenizer_of(TokenizerSpec("v13", think=True))
     with pytest.raises(RowProblem) as caught:
         render(read_row(ask(shown((20, 20))), RowFormat()), tokenizer)
     assert caught.value.what == "The message has an image, and this model reads only text."

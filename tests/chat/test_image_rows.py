@@ -25,6 +25,16 @@ def ask(*chunks: object, role: str = "user", **columns: object) -> dict[str, Any
     return {"messages": [{"role": role, "content": list(chunks)}, ANSWER], **columns}
 
 
+@pytest.mark.parametrize("column", ["image_path", "file_name"])
+def test_an_image_in_a_column_of_another_name_is_never_dropped_silently(column: str) -> None:
+    row = {"messages": [{"role": "user", "content": "What is it?"}, ANSWER], column: "cat.png"}
+    (note,) = read_row(row, RowFormat()).notes
+    assert note.id == "image_left_out"
+    assert f"field_image: {column}" in note.text
+    assert first(row, field_image=column)[0] == CAT
+    assert not read_row({**row, column: "a cat on a mat"}, RowFormat()).notes
+
+
 SPELLINGS = {
     "a URL": ({"type": "image_url", "image_url": "https://x.org/a.png"}, "https://x.org/a.png"),
     "a URL in an object": ({"type": "image_url", "image_url": {"url": "file:///a.png"}}, None),

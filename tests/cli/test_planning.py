@@ -142,7 +142,8 @@ class TestRecommend:
         printed = json.loads(out)
         assert printed["device"]["uuid"] == "GPU-bbbb-1"
         assert not printed["device"]["planned"]
-        assert printed["config"]["attn_implementation"] == "flash_attention_torch"
+        assert printed["attention"]["backend"] == "flash_attention_torch"
+        assert "attn_implementation" not in printed["config"]
         used = 25757220864 - 600000000 - 400000000
         assert printed["device"]["can_give_bytes"] <= used
 

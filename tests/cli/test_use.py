@@ -17,7 +17,7 @@ from tests.publish.runs import write_run
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return write_run(tmp_path / "pilot").path
+    return write_run(tmp_path / "pilot", base_model="demo-tiny").path
 
 
 def command(*words: str | Path) -> int:
@@ -84,6 +84,21 @@ def test_settings_reach_the_model_and_others_stay_open(
     image, text = question["content"]
     assert image == {"type": "image", "path": str(tmp_path / "x.png")}
     assert text == {"type": "text", "text": "Hi"}
+
+
+@pytest.mark.parametrize("words", [["generate", "--prompt", "Hi"], ["chat"]])
+def test_a_model_that_does_not_fit_is_not_loaded_unless_anyway(
+    words: list[str], tmp_path: Path, capfd: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    run = write_run(tmp_path / "large", base_model="mistral-medium-3.5").path
+    assert command(words[0], run, *words[1:]) == 3
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("The model does not fit: ")
+    assert "adapter: qlora" in lines[2]
+    assert command(words[0], run, *words[1:], "--anyway") == 0
+    assert capfd.readouterr().out.startswith("tuned:1")
 
 
 def test_an_answer_that_was_cut_off_says_so(run: Path, capfd: Out) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, build_tokenizer, write_tekken
+from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, write_tekken
+from tests.tokenizers import tokenizer_of
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -18,7 +19,7 @@ def children_find_this_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> ChatTokenizer:
-    return build_tokenizer(TokenizerSpec("v13", think=True))
+    return tokenizer_of(TokenizerSpec("v13", think=True))
 
 
 @pytest.fixture(scope="session")

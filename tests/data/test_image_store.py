@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.chat.images import ImageSpec, pixels
-from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, build_tokenizer
+from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
 from engine.config import DatasetConfig, RunConfig
 from engine.data import array_writer
 from engine.data.array_writer import Interval
@@ -20,11 +20,12 @@ from tests.chat.pictures import png
 from tests.data.conftest import chat
 from tests.data.test_images import about
 from tests.data.test_prepare import content, killed_child
+from tests.tokenizers import tokenizer_of
 
 
 @pytest.fixture(scope="module")
 def seeing() -> ChatTokenizer:
-    return build_tokenizer(TokenizerSpec("v13", think=True, image=(14, 1540, 2)))
+    return tokenizer_of(TokenizerSpec("v13", think=True, image=(14, 1540, 2)))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from engine.chat.render import LabelRule
-from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, build_tokenizer
+from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
 from engine.config import DatasetConfig, RunConfig
 from engine.data.checkup import check, image_sentence
 from engine.data.image_fetch import find_fetched
@@ -24,11 +24,12 @@ from engine.data.rows import RenderedRow, iterate_rendered
 from engine.data.shape import read_shape
 from engine.errors import UserError, WorkError
 from tests.chat.pictures import png
+from tests.tokenizers import tokenizer_of
 
 
 @pytest.fixture(scope="module")
 def seeing() -> ChatTokenizer:
-    return build_tokenizer(TokenizerSpec("v13", think=True, image=(14, 1540, 2)))
+    return tokenizer_of(TokenizerSpec("v13", think=True, image=(14, 1540, 2)))
 
 
 def about(*names: object, **columns: object) -> dict[str, object]:
@@ -172,7 +173,7 @@ class TestFetching:
                 pass
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", asked
         server.shutdown()
         server.server_close()
@@ -192,7 +193,7 @@ class TestFetching:
             ("/page", "cannot be read"),
             ("/large", "too many bytes"),
             ("/away", "cannot be fetched"),
-            ("/ftp", "URL is none"),
+            ("/ftp", "cannot be fetched"),
         ],
     )
     def test_what_is_no_image_is_a_bad_row_and_is_not_kept(self, read, data, site, path, words):
@@ -239,6 +240,13 @@ class TestSources:
         assert "no caption" in alone.problem.what
         assert (cat.file, cat.line) == ("cat.txt", 1)
         assert cat.conversation.messages[1].content == "A cat."
+
+    def test_two_images_with_one_caption_are_two_rows(self, data):
+        (data / "cat.txt").write_text("A cat.\n", "utf-8")
+        (data / "cat.jpg").write_bytes(png(20, 20))
+        rows = list(iterate_rendered([DatasetConfig(path=str(data))], data.parent, None))
+        sizes = [row.conversation.messages[0].content[0].size for row in rows]
+        assert sizes == [(20, 20), (60, 40)]
 
     def test_a_text_file_alone_is_still_refused(self, data):
         (data / "cat.txt").write_text("A cat.\n", "utf-8")

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from engine.config import DatasetConfig
-from engine.data.shape import propose_mapping, read_shape
+from engine.data.shape import mapped, propose_mapping, read_shape
 from tests.data.conftest import chat
 
 SPOKEN = {"dialog": [{"speaker": "human", "text": "hi"}, {"speaker": "gpt", "text": "yo"}]}
@@ -42,9 +42,9 @@ def test_the_usual_names_are_proposed_and_make_the_rows_readable(write_jsonl):
     assert found.lists == {"dialog": ("speaker", "text")}
     assert found.proposed == {"field_messages": "dialog", "role": "speaker", "content": "text"}
     mappings = {"role": "speaker", "content": "text"}
-    mapped = shape_of(path, field_messages="dialog", message_property_mappings=mappings)
-    assert mapped.rows[0].messages == (("user", "hi"), ("assistant", "yo"))
-    assert mapped.title == "dialog (speaker, text)"
+    read = shape_of(path, field_messages="dialog", message_property_mappings=mappings)
+    assert read.rows[0].messages == (("user", "hi"), ("assistant", "yo"))
+    assert read.title == "dialog (speaker, text)"
 
 
 def test_messages_may_be_the_json_text_of_a_list(write_jsonl):
@@ -60,3 +60,35 @@ def test_nothing_is_proposed_where_no_name_is_usual():
 def test_a_huge_row_is_shown_in_part(write_jsonl):
     (row,) = shape_of(write_jsonl([chat("x" * 10**5)])).rows
     assert len(row.raw) == 4000
+
+
+@pytest.mark.parametrize(
+    ("row", "proposed"),
+    [
+        (
+            {"image_id": "a.png", "question": "q", "answer": "a"},
+            {"field_image": "image_id", "field_question": "question", "field_answer": "answer"},
+        ),
+        (
+            {"scan": "a.png", "asked": "q", "said": "a"},
+            {"field_image": "scan", "field_question": "asked", "field_answer": "said"},
+        ),
+        ({"scan": "a.png", "finding": "a"}, {"field_image": "scan", "field_answer": "finding"}),
+        ({"asked": "q", "reply": "a"}, {"field_question": "asked", "field_answer": "reply"}),
+        ({"a": "x", "b": "y", "c": "z"}, {}),
+        ({"scan": "a.png"}, {}),
+    ],
+)
+def test_the_columns_of_a_table_are_proposed(write_jsonl, row, proposed):
+    found = shape_of(write_jsonl([row]))
+    assert found.proposed == proposed
+    if proposed:
+        dataset = mapped(DatasetConfig(path="rows.jsonl"), found.proposed)
+        assert dataset.message_property_mappings is None
+        keys = {name: getattr(dataset, name) for name in proposed}
+        assert shape_of(write_jsonl([row]), **keys).rows[0].problem is None
+
+
+def test_rows_show_images_whatever_model_reads_them(write_jsonl):
+    assert not shape_of(write_jsonl([chat("q", "a")])).shows_images
+    assert shape_of(write_jsonl([chat("q", "a") | {"images": ["a.png"]}])).shows_images

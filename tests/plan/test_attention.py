@@ -9,8 +9,8 @@ from engine.plan import Device, Heads, Task, choose_attention, heads_of
 from engine.plan.attention import (
     attention_backends,
     find_backend,
+    follow_attention,
     needs_mask,
-    refuse_attention,
     why_not,
 )
 from tests.plan.machines import MODELS, card, cpu, model
@@ -121,7 +121,7 @@ def test_a_backward_pass_that_must_be_built_is_never_chosen_but_may_be_asked_for
         ("flash_attention_3", "A100 80GB", NONE, TEXT, "does not run on", TORCH),
         ("flash_attention_2", "T4", ALL, TEXT, "does not run on", TORCH),
         ("flash_attention_2", "H100", ALL, Task(DENSE, half=False), "16-bit", TORCH),
-        ("flash_attention_2", "CPU", ALL, TEXT, "needs a GPU", "sdpa"),
+        ("flash_attention_3", "CPU", ALL, TEXT, "needs a GPU", "sdpa"),
         ("flex_attention", "T4", ALL, TEXT, "does not run on", TORCH),
     ],
 )
@@ -129,10 +129,22 @@ def test_a_wrong_request_is_refused_with_what_to_use_instead(
     backend: str, name: str, installed: tuple[str, ...], task: Task, why: str, instead: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        refuse_attention(backend, device(name, installed), task)
+        follow_attention(backend, device(name, installed), task)
     assert why in caught.value.why
     assert f"Write attn_implementation: {instead} (" in caught.value.fix
-    refuse_attention(instead, device(name, installed), task)
+    assert follow_attention(instead, device(name, installed), task).backend == instead
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "instead"),
+    [("H100", TEXT, TORCH), ("H100", Task(DENSE, images=True), TORCH), ("CPU", TEXT, "sdpa")],
+)
+def test_flash_attention_2_of_pytorch_stands_in_where_the_package_is_missing(
+    name: str, task: Task, instead: str
+) -> None:
+    chosen = follow_attention("flash_attention_2", device(name, NONE), task)
+    assert chosen.backend == instead
+    assert "computes the same" in chosen.reason
 
 
 def test_what_a_mask_costs_follows_the_table() -> None:

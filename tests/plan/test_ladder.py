@@ -43,6 +43,16 @@ def test_rungs_lead_a_24b_model_down_to_a_small_card(gigabytes: str) -> None:
     assert (names[-1] == "sequence_len 512") == (gigabytes == "16 GB")
 
 
+def test_experts_go_to_4_bits_with_the_rest_of_their_model() -> None:
+    small_4 = model("mistral-small-4")
+    rungs = make_fit(config(**BIG), small_4, card("H200"))
+    assert rungs[-1].estimate.verdict == "fits"
+    assert rungs[-1].changes["quantize_moe_experts"] is True
+    fitting = changed(config(**BIG), rungs[-1].changes)
+    require_supported(fitting)
+    assert not fitting.lora_target_linear, "experts are no linear layers"
+
+
 def test_no_rung_is_taken_beyond_the_first_that_fits() -> None:
     rungs = make_fit(config(**BIG), LARGE, card("24 GB"))
     assert [rung.estimate.verdict == "fits" for rung in rungs] == [False] * (len(rungs) - 1) + [

@@ -1,5 +1,6 @@
 """A whole config from a model, a device and a dataset: it can be saved and trained as it is."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,10 +112,11 @@ class TestWhatMemoryDecides:
         needed = float(advice.reasons["load_in_4bit"].split("bits: ")[1].split()[0])
         assert needed < 100
 
-    def test_attention_is_said_only_for_a_card_that_is_here(self) -> None:
-        advice = advised(model("ministral-3-3b"), card("H100"))
+    def test_attention_that_the_trainer_takes_by_itself_is_told_and_not_written(self) -> None:
+        here = replace(card("RTX 4090"), planned=False, stack={"torch": "2.13.0"})
+        advice = advised(model("ministral-3-3b"), here)
         assert advice.config.attn_implementation is None
-        assert advice.attention.backend
+        assert advice.attention.backend == "flash_attention_torch"
 
 
 class TestWhatTheRowsDecide:

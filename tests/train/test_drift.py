@@ -120,6 +120,20 @@ class TestTheNumber:
         assert in_chunks[0] == pytest.approx(once[0], rel=1e-5)
         assert in_chunks[1] == once[1]
 
+    def test_rounding_makes_no_negative_drift(
+        self, model_folder: Callable[[str], Path], uneven: Rows, tmp_path: Path
+    ) -> None:
+        run = adapted(model_folder("ministral3"), tmp_path, uneven)
+        with torch.no_grad():
+            for name, parameter in run.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.mul_(1e-4)
+            with without_adapter(run.model):
+                base = expect(run.model, CPU, TEXTS)
+        found = divergences(base, run.model, CPU, TEXTS)
+        assert float(found.min()) == 0.0
+        assert float(found.max()) < 1e-5
+
 
 class TestTheBase:
     def test_without_its_adapter_a_model_is_its_base(

@@ -169,7 +169,7 @@ def test_a_layer_of_the_step_takes_the_planned_bytes(regime: Regime) -> None:
         lora_dropout=regime.dropout,
         gradient_checkpointing=not regime.kept,
     )
-    sizes = Widths(1, shape.hidden, shape.intermediate, shape.attention, VOCABULARY, 0)
+    sizes = Widths(1, shape.hidden, shape.intermediate, shape.attention, VOCABULARY, 0, 0, 0)
     width = regime.dtype.itemsize
     formula = kept_bytes if regime.kept else transient_bytes
     assert formula(config, sizes, tokens, width) == pytest.approx(measured, rel=0.06)

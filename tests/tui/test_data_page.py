@@ -6,7 +6,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.tui.screens import assert_golden
 from tests.tui.stand_in import SAMPLE, draft_on, opened, run
@@ -102,7 +105,7 @@ def test_a_dataset_that_cannot_be_used_does_not_pass(folder) -> None:
             await screen.until("✗ not usable  none of 2 rows can be used")
             assert "columns  a" in screen.text
             await screen.press("m")
-            assert "no column holds a list of messages; there are a" in screen.text
+            assert "no column holds messages or texts; there are a" in screen.text
             await screen.press("enter")
             assert "● Data" in screen.text
             assert draft.dataset is None
@@ -265,3 +268,68 @@ def test_a_spark_has_a_bar_for_every_count_above_nothing() -> None:
     assert spark([0, 1, 100], 3) == "▁▂█"
     assert spark([1, 1, 1, 1], 2) == "██"
     assert spark([], 5) == ""
+
+
+def picture(path: Path, shade: int = 0) -> bytes:
+    """A PNG of 64 x 32 pixels."""
+    Image.new("RGB", (64, 32), (shade, 90, 90)).save(path)
+    return path.read_bytes()
+
+
+def test_images_are_counted_and_missing_ones_listed_by_line(folder) -> None:
+    picture(folder / "a.png")
+    rows = [chat("what is it?") | {"images": [name]} for name in ("a.png", "a.png", "b.png")]
+    write(folder / "rows.jsonl", *rows)
+
+    async def work() -> None:
+        async with opened(draft_on("demo-tiny-vision"), "Data") as screen:
+            await screen.until("rows.jsonl")
+            await screen.press("down")
+            await screen.until("2 conversations")
+            assert "images   2 in 2 rows, " in screen.text
+            assert "1 different, " in screen.text
+            assert "up to 64x32" in screen.text
+            assert "There is no image b.png. (line 3 of rows.jsonl" in screen.text
+            assert screen.app.draft.shows_images
+
+    run(work())
+
+
+def test_a_text_model_over_images_is_said_in_the_verdict(folder) -> None:
+    picture(folder / "a.png")
+    write(folder / "rows.jsonl", chat("q"), chat("q") | {"images": ["a.png"]})
+
+    async def work() -> None:
+        async with opened(draft_on("demo-tiny"), "Data", (120, 40)) as screen:
+            await screen.until("rows.jsonl")
+            await screen.press("down")
+            await screen.until("the model reads only text, and rows have images")
+
+    run(work())
+
+
+def test_the_columns_of_a_table_are_mapped_too(folder) -> None:
+    scan = {"bytes": picture(folder / "a.png"), "path": None}
+    row = {"scan": scan, "asked": "Which organ?", "said": "A lung."}
+    pq.write_table(pa.Table.from_pylist([row, row]), folder / "scans.parquet")
+
+    async def work() -> None:
+        draft = draft_on("demo-tiny-vision")
+        async with opened(draft, "Data") as screen:
+            await screen.press("down", "down")
+            await screen.until("a path")
+            await screen.press("enter")
+            await screen.type("scans.parquet")
+            await screen.press("enter")
+            await screen.until("none of 2 rows can be used")
+            assert "m maps them: image = scan, question = asked, answer = said" in screen.text
+            await screen.press("escape", "m", "enter")
+            await screen.until("2 conversations")
+            await screen.press("enter")
+            await screen.until(lambda: screen.went_on)
+            taken = draft.dataset
+            assert (taken.field_image, taken.field_question, taken.field_answer) == (
+                *("scan", "asked", "said"),
+            )
+
+    run(work())

@@ -3,7 +3,20 @@
 import math
 from pathlib import Path
 
-from engine.events import Ack, Ended, Eval, Event, Note, Phase, Recorded, Saved, Started
+from engine.events import (
+    Ack,
+    Answers,
+    Drift,
+    Ended,
+    Eval,
+    Event,
+    Note,
+    Phase,
+    Recorded,
+    Saved,
+    Score,
+    Started,
+)
 from engine.runs import Follower
 from tests.tui.told_runs import AFTER, BEFORE, PROMPT, step_event, told_run
 from tui.history import Answer, History
@@ -71,3 +84,20 @@ def test_a_run_without_a_total_has_no_time_left() -> None:
     assert math.isnan(History().seconds_left)
     started = Started("r", "m", "lora", ("cpu",), 1, 10, 5)
     assert math.isnan(history_of(started).seconds_left)
+
+
+def test_the_figures_are_those_of_the_last_evaluation_of_held_out_rows() -> None:
+    kinds = {"think": 1.25, "text": 0.5}
+    history = history_of(
+        Score(10, "held out", 0.9, 0.2, 8, kinds),
+        Score(10, "train", 0.1, 1.0, 8, {"think": 0.1, "text": 0.1}),
+        Answers(10, "held out", 8, 0.875, 1.1, 0.2),
+        Drift(10, 0.123, 900),
+    )
+    assert history.figures == [
+        ("by kind", "think 1.25  answer 0.50"),
+        ("stop by themselves", "88%"),
+        ("drift", "0.12"),
+    ]
+    assert history.log[0].text == "held out: 20% of 8 rows exact; loss think 1.25, answer 0.50"
+    assert history_of(Score(10, "held out", 0.9, 0.2, 8, {"text": 0.5})).figures == []

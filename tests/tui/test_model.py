@@ -72,8 +72,29 @@ def test_every_model_has_its_verdict_on_the_device() -> None:
             assert "made here" in line(screen, "Demo (tiny)")
             assert "<think>" in line(screen, "Magistral Small 1.0")
         async with opened(on("H200"), "Model") as screen:
-            await screen.until("❯ Magistral Small 1.2")
-            assert "· plan only" in line(screen, "Mistral Medium 3.5")
+            await screen.until("❯ Mistral Medium 3.5")
+            assert "✓ fits" in line(screen, "Mistral Small 4")
+
+    run(work())
+
+
+def test_models_that_read_only_text_are_refused_for_rows_with_images() -> None:
+    async def work() -> None:
+        async with opened(on("H200"), "Model") as screen:
+            await screen.until("❯ Mistral Medium 3.5")
+            assert "✓ fits" in line(screen, "Magistral Small 1.1")
+            screen.app.draft.shows_images = True  # read on the Data page, then back
+            screen.app.screen.refresh_from_draft()
+            await screen.pilot.pause()
+            assert "✗ no images" in line(screen, "Magistral Small 1.1")
+            assert "✓ fits" in line(screen, "Magistral Small 1.2")
+            for _ in range(4):
+                await screen.press("up")
+            assert "reads only text, and the rows have images" in screen.text
+            await screen.press("enter")
+            assert "those rows" in screen.text
+            assert "left out" in screen.text
+            assert not is_left(screen)
 
     run(work())
 
@@ -104,18 +125,19 @@ def test_another_model_forgets_the_lengths_and_the_same_one_keeps_them() -> None
     run(work())
 
 
-@pytest.mark.parametrize(
-    ("gpu", "told"),
-    [("RTX 4090", "This version cannot train it."), ("T4", "It needs ")],
-)
-def test_what_cannot_be_trained_here_is_asked_about_first(gpu: str, told: str) -> None:
-    wanted = "mistral-small-4" if gpu == "RTX 4090" else "mistral-small-3.2"
+@pytest.mark.parametrize("told", ["This version cannot train it.", "It needs "])
+def test_what_cannot_be_trained_here_is_asked_about_first(told: str, tmp_path: Path) -> None:
+    gptq = {"quant_method": "gptq", "bits": 4}
+    planned_only = model_folder(tmp_path / "gptq", quantization_config=gptq)
+    gpu, wanted = "RTX 4090", str(planned_only)
+    if told == "It needs ":
+        gpu, wanted = "T4", "mistral-small-3.2"
 
     async def work() -> None:
         async with opened(on(gpu, model=wanted), "Model") as screen:
             await screen.until("parameters.")
             await screen.press("enter")
-            assert "anyway?" in screen.text
+            assert "enter plans it" in screen.text
             assert told in screen.text
             await screen.press("escape")
             assert not is_left(screen)

@@ -135,7 +135,7 @@ def test_what_was_typed_is_told_back_without_its_escapes() -> None:
 
 
 def test_a_gpu_can_be_planned_for_and_its_config_is_only_saved() -> None:
-    told = converse("2", "H1000000", "H100 PCIe", "3", "", "", "", "", "1", "out.yml")
+    told = converse("2", "H1000000", "H100 PCIe", "4", "", "", "", "", "1", "out.yml")
     assert "There is no GPU named H1000000." in told.text
     assert "H100 PCIe is planned for and not here." in told.text
     assert "start now" not in told.text

@@ -10,15 +10,21 @@ from textual.pilot import Pilot
 from engine.config import DatasetConfig
 from engine.hardware import assume
 from engine.plan import Statistics, best_device
+from engine.units import gib
 from tests.tui.screens import assert_golden, screen_text
 from tui.app import WindtunnelApp
 from tui.draft import Draft
 from tui.page import Page
+from tui.screens.plan.settings import list_fields
 from tui.values import set_value
 from tui.widgets.fields import Fields
 from tui.widgets.memory_bar import bar_parts, share_cells
 
 ROWS = Statistics(480, 480, 142_150, 74_498, 33_180, 296.1, 688, 1213, (1213,) * 9 + (688,) * 471)
+
+
+EXPERT_TENSORS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+"""As the recipe of Mistral Small 4 names them."""
 
 
 def planned(gpu: str, model: str) -> Draft:
@@ -143,12 +149,36 @@ def test_a_typed_value_that_is_none_keeps_the_last_good_plan(keys: tuple[str, ..
     assert isinstance(draft.config().lora_r, int)
 
 
+def test_experts_and_attention_are_offered_as_they_fit_the_model_and_the_card() -> None:
+    fields = {
+        each.key: each
+        for each in list_fields(planned("T4", "ministral-3-3b"), every=False, wrong=None)
+    }
+    assert not {"lora_target_parameters", "quantize_moe_experts"} & set(fields)
+    assert "flash_attention_2" not in fields["attn_implementation"].usual  # needs Ampere
+    draft = planned("H200", "mistral-small-4")
+    fields = {each.key: each for each in list_fields(draft, every=False, wrong=None)}
+    assert "flash_attention_3" in fields["attn_implementation"].usual
+    before = draft.advice().estimate.device_bytes
+    told = fields["lora_target_parameters"].reason
+    set_value(draft, "lora_target_parameters", "experts")
+    assert draft.config().lora_target_parameters == EXPERT_TENSORS
+    after = draft.advice().estimate.device_bytes
+    assert after > before
+    assert told.startswith(f"with: {gib(after)}")
+    fields = {each.key: each for each in list_fields(draft, every=False, wrong=None)}
+    assert fields["lora_target_parameters"].value == "experts"
+    assert fields["lora_target_parameters"].reason.startswith(f"without: {gib(before)}")
+    set_value(draft, "lora_target_parameters", "none")
+    assert draft.config().lora_target_parameters is None
+
+
 def test_full_qlora_and_lora_take_what_belongs_to_them_along() -> None:
     draft = planned("H200", "ministral-3-8b")
     set_value(draft, "adapter", "full")
     assert draft.config().adapter is None
     assert not draft.config().load_in_4bit
-    assert draft.config().learning_rate == pytest.approx(1e-5)
+    assert draft.config().learning_rate == pytest.approx(2e-5)
     set_value(draft, "adapter", "qlora")
     assert draft.config().load_in_4bit
     draft.reset("adapter")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from engine.chat.render import LabelRule, labels
 from engine.chat.tokenizer import open_tokenizer
@@ -308,5 +309,28 @@ def test_five_thousand_rows_do_not_keep_the_screen_from_drawing(tmp_path) -> Non
             ended = True
             await watching
             assert worst < 0.2
+
+    run(work())
+
+
+def test_an_image_is_one_chip_that_the_cursor_steps_over_and_nobody_learns(tmp_path) -> None:
+    Image.new("RGB", (448, 336)).save(tmp_path / "lamp.png")
+    row = chat("What is it?", "A lamp.", images=["lamp.png"])
+
+    async def work() -> None:
+        draft = draft_of(tmp_path, row, model="demo-tiny-vision")
+        async with opened(draft, "Preview") as screen:
+            await screen.until("every row learns something")
+            assert screen.text.count("[image 448x336: 8 x 6 tokens]") == 1
+            await screen.press("right", "right")
+            told = "54 tokens from 3  image 448x336: 8 x 6 tokens  only read: image  message 0"
+            assert told in screen.text
+            assert "54 are of images" in screen.text
+            view = screen.app.screen.query_one(TokenView)
+            assert not any(view.is_learned(at) for at in range(2, 56))
+            await screen.press("right")
+            assert view.cursor == 56
+            await screen.press("left", "left")
+            assert view.cursor == 1
 
     run(work())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from textual.pilot import Pilot
 
-from engine.events import Ended, Eval, Note, Phase, Sample
+from engine.events import Drift, Ended, Eval, Note, Phase, Recorded, Sample
 from engine.runs import Follower, RunFolder, RunLock, Status
 from tests.tui.screens import assert_golden, screen_text, wait_for_text
 from tests.tui.told_runs import BEGAN, ToldRun, step_event, told_run
@@ -261,3 +261,37 @@ def test_a_rising_held_out_loss_names_the_best_step(tmp_path: Path) -> None:
 )
 def test_durations_are_short(seconds: float, words: str) -> None:
     assert wording.duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("phase", "told"),
+    [
+        (Phase("download", 1_200_000_000, 8_000_000_000, "bytes"), "1.2 of 8.0 GB, 15%"),
+        (Phase("load", 33_000_000, 66_000_000, "bytes"), "33.0 of 66.0 MB, 50%"),
+        (Phase("tokenizing", 1_000_000, 4_000_000, "bytes, 120 rows"), "4.0 MB, 25%  120 rows"),
+        (Phase("load", detail="demo-tiny"), "loading the model  demo-tiny"),
+    ],
+)
+def test_what_is_read_is_told_in_bytes_and_percent(phase: Phase, told: str) -> None:
+    history = History()
+    history.add([Recorded(1, NOW, phase)])
+    line = wording.headline(history, "running", NOW)
+    assert told in line.text
+    assert line.share == (phase.done / phase.total if phase.total else None)
+
+
+def test_figures_stand_below_the_curves_and_a_finished_run_says_what_is_next(
+    tmp_path: Path,
+) -> None:
+    told = ToldRun(tmp_path / "run")
+    told.begin()
+    told.train(1, 20)
+    told.tell(Drift(20, 0.04, 900), Ended("finished", 20))
+
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "✓ done")
+        await wait_for_text(pilot, "drift 0.04")
+        await wait_for_text(pilot, wording.NEXT)
+        await wait_for_text(pilot, "$ windtunnel generate run --prompt 'My lamp (order 4471)")
+
+    shown(told.folder, work, alive=False)

@@ -80,6 +80,8 @@ def _choose_dataset(setup: Setup) -> DatasetConfig | None:
 
 def _consider(setup: Setup, dataset: DatasetConfig) -> bool:
     """Read a dataset and say what is in it; whether the person takes it."""
+    from engine.data.checkup import image_sentence
+
     dialogue = setup.dialogue
     if not _may_connect(dialogue, dataset):
         return False
@@ -89,6 +91,8 @@ def _consider(setup: Setup, dataset: DatasetConfig) -> bool:
     assert found is not None
     remarks = list_remarks(trial)
     length = found.tokens.row_length if found.tokens else None
+    if found.images.count:
+        remarks.insert(0, f"  {image_sentence(found)}.")
     told = f"  Read {found.rows:,} rows: {found.usable:,} usable"
     if found.tokens and length and found.usable:
         told += f", {found.tokens.total:,} tokens, longest row {length.max:,}"
@@ -118,19 +122,18 @@ def _may_connect(dialogue: Dialogue, dataset: DatasetConfig) -> bool:
 
 def _offer_mapping(setup: Setup, dataset: DatasetConfig) -> bool:
     """Read the rows again by the names that they use, where these are usual ones."""
-    from engine.data.shape import read_shape
+    from engine.data.shape import mapped, read_shape
 
-    proposed = dict(read_shape(dataset, Path.cwd(), _SHOWN).proposed)
-    if not proposed or dataset.message_property_mappings:
+    proposed = read_shape(dataset, Path.cwd(), _SHOWN).proposed
+    if not proposed or mapped(dataset, proposed) == dataset:
         setup.dialogue.say("  No row can be used: repair the rows or take others.")
         return False
-    column = proposed.pop("field_messages")
-    named = ", ".join(f"{ours} = {theirs}" for ours, theirs in proposed.items())
-    choices = [Choice(f"map columns: messages = {column}, {named}"), Choice("take other rows")]
-    if setup.dialogue.choose(choices):
+    named = ", ".join(
+        f"{ours.removeprefix('field_')} = {theirs}" for ours, theirs in proposed.items()
+    )
+    if setup.dialogue.choose([Choice(f"map columns: {named}"), Choice("take other rows")]):
         return False
-    mapped = {"field_messages": column, "message_property_mappings": proposed}
-    return _consider(setup, dataset.model_copy(update=mapped))
+    return _consider(setup, mapped(dataset, proposed))
 
 
 def _with_dataset(draft: Draft, dataset: DatasetConfig) -> Draft:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from engine.cli.planning import headline
-from engine.config import RunConfig, spell
+from engine.config import NONE, RunConfig, spell
 from engine.config.explanation import explain_key
 from engine.errors import UserError
 from engine.plan import Recommendation, make_fit
@@ -16,7 +16,7 @@ from engine.units import gib
 from tui.draft import Draft
 from tui.plain.dialogue import EXPLAIN, Choice, Dialogue
 from tui.plain.setup import Setup, ask_text
-from tui.values import set_value
+from tui.values import EXPERTS, expert_tensors, set_value, spelled
 
 _FIT: Final = "f"
 _RECOMMENDED: Final = "u"
@@ -67,7 +67,9 @@ def _carry_out(setup: Setup, text: str, keys: list[str]) -> None:
 
 def _ask_value(setup: Setup, key: str) -> None:
     draft = setup.draft
-    now = spell(key, getattr(draft.config(), key))
+    now = spelled(key, draft.config())
+    if key == "lora_target_parameters":
+        now += f"; {EXPERTS} or {NONE}"
 
     def take(text: str) -> None:
         if text == _RECOMMENDED:
@@ -130,7 +132,10 @@ def _keys(draft: Draft) -> list[str]:
     """The values worth a line: single ones, recommended, or of the config that was opened."""
     advice = draft.advice()
     names = dict.fromkeys([*(advice.recommended or advice.config.file_values()), *draft.changes])
-    return [name for name in names if _is_single(getattr(advice.config, name))]
+    names = {name: None for name in names if _is_single(getattr(advice.config, name))}
+    if expert_tensors(draft.architecture()):
+        names["lora_target_parameters"] = None
+    return list(names)
 
 
 def _is_single(value: object) -> bool:
@@ -142,7 +147,7 @@ def _list_values(setup: Setup, keys: list[str]) -> None:
     for number, key in enumerate(keys, 1):
         own = "*" if key in setup.draft.changes else " "
         reason = f" ({advice.reasons[key]})" if key in advice.reasons else ""
-        value = spell(key, getattr(advice.config, key))
+        value = spelled(key, advice.config)
         setup.dialogue.say(f"  {own} {number:>2}  {key} {value}{reason}")
 
 

@@ -134,7 +134,11 @@ class TokenView(ScrollView, can_focus=True):
 
     def action_move(self, tokens: int) -> None:
         if self.row:
-            self.cursor = max(0, min(len(self.row) - 1, self.cursor + tokens))
+            last = len(self.row) - 1
+            target = max(0, min(last, self.cursor + tokens))
+            while 0 < target < last and self.row.is_inside_image(target):
+                target += 1 if tokens > 0 else -1
+            self.cursor = target
 
     def action_line(self, lines: int) -> None:
         if not self._line_of:

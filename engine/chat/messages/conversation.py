@@ -85,7 +85,12 @@ class Note:
     """Something about a usable row that a person should know, such as a repair."""
 
     id: Literal[
-        "trimmed", "call_ids_made", "effort_contradicts_thinking", "empty_thinking", "blank_answer"
+        "trimmed",
+        "call_ids_made",
+        "effort_contradicts_thinking",
+        "empty_thinking",
+        "blank_answer",
+        "image_left_out",
     ]
     text: str
     message: int | None = None

@@ -50,6 +50,7 @@ def read_row(row: Mapping[str, object], row_format: RowFormat) -> Conversation:
         text = "The assistant thinks although reasoning_effort is none."
         thinking = [message.source for message in kept if _thinks(message)]
         notes += [Note("effort_contradicts_thinking", text, at) for at in thinking[:1]]
+    notes += _images_left_out(kept, row, row_format)
     tools = read_tools(row.get(row_format.field_tools))
     return Conversation(tuple(kept), tools, effort, tuple(notes))
 
@@ -110,6 +111,20 @@ def _find_images(
             if looks_like_image(row.get(column)):
                 return column, read_images(row[column], column)
     return "", ()
+
+
+def _images_left_out(
+    messages: Sequence[Message], row: Mapping[str, object], row_format: RowFormat
+) -> Sequence[Note]:
+    """A note where a column seems to hold an image and no message shows one."""
+    if row_format.field_image is not None:
+        return ()
+    parts = (part for m in messages if not isinstance(m.content, str) for part in m.content)
+    column = next((c for c in _PERHAPS_IMAGE_COLUMNS if looks_like_image(row.get(c))), None)
+    if column is None or any(isinstance(part, Image) for part in parts):
+        return ()
+    text = f"No message shows the image in {column}; field_image: {column} would put it there."
+    return (Note("image_left_out", text),)
 
 
 def _read_columns(

@@ -12,7 +12,10 @@ from engine.visible import visible
 
 _BARS: Final = "▁▂▃▄▅▆▇█"
 # What teaches something that nobody wants is worse than a repair.
-_SERIOUS: Final = ("blank_answer", "effort_contradicts_thinking", "nothing_learned")
+_SERIOUS: Final = (
+    *("blank_answer", "effort_contradicts_thinking", "nothing_learned"),
+    "image_left_out",
+)
 _RANKS: Final = "✗!·✓"
 
 
@@ -72,16 +75,29 @@ def _usable_lines(
         ("shape", f"{shape['title']}, {turns}, {found['usable']:,} of {found['rows']:,} rows"),
         ("roles", "  ".join(f"{role} {count:,}" for role, count in found["roles"].items())),
         ("thinking", (thinks if tokens["thinking"] else "in no answer") + calls),
+        *([("images", _images(found))] if found["images"]["count"] else []),
         ("length", f"{bars}  {told}"),
     ]
+
+
+def _images(found: Mapping[str, Any]) -> str:
+    images, tokens = found["images"], found["tokens"]["by_kind"]["image"]
+    width, height = images["largest"]
+    many = images["different_bytes"]
+    size = f"{many / 1e6:,.1f} MB" if many >= 10**6 else f"{many / 1e3:,.0f} kB"
+    different = f"{images['different']:,} different, " * (images["different"] < images["count"])
+    return (
+        f"{images['count']:,} in {_rows(images['rows'])}, {tokens:,} tokens; {different}{size},"
+        f" up to {width}x{height}"
+    )
 
 
 def _unusable_lines(shape: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [("columns", ", ".join(shape["columns"]) or "none")]
     lines += [(f"{name}", "a list of " + ", ".join(keys)) for name, keys in shape["lists"].items()]
     if proposed := shape["proposed"]:
-        named = ", ".join(f"{word} = {key}" for word, key in proposed.items())
-        lines.append(("try", f"m maps them: {named.replace('field_messages', 'messages')}"))
+        named = (f"{word.removeprefix('field_')} = {key}" for word, key in proposed.items())
+        lines.append(("try", f"m maps them: {', '.join(named)}"))
     return lines
 
 

@@ -17,10 +17,12 @@ from textual.widgets import Input, Static
 
 from engine.config import DatasetConfig
 from engine.data.samples import SAMPLE_PREFIX
+from engine.data.shape import mapped
 from engine.data.sources import locate
 from engine.errors import UserError
 from engine.plan import read_statistics
 from engine.visible import visible
+from tui.draft import is_named_by_path
 from tui.page import HelpText, Key, Page
 from tui.screens.data.findings import Remark, describe_rows, list_remarks, say_verdict
 from tui.screens.data.panels import MappingPanel, first_rows
@@ -199,9 +201,8 @@ class DataPage(Page):
         self.query_one("#rows", Static).update(Content(f"reading {name}"))
         self.query_one("#found", Pane).show_subtitle("")
         self._show_remarks([])
-        mapped = dataset.message_property_mappings
         words = ["check", dataset.path, "--model", self._model or ""]
-        self.show_command([] if mapped else words)
+        self.show_command(words if is_named_by_path(dataset) else [])
 
     async def _read(self, dataset: DatasetConfig) -> None:
         await asyncio.sleep(_SETTLE_SECONDS)
@@ -215,6 +216,7 @@ class DataPage(Page):
         worker = self.app.data_worker
         try:
             self._shape = await worker.ask("shape", count=20, **request)
+            self.app.draft.shows_images = self._shape["shows_images"]
             self._found = await worker.ask("check", progress=self._tell_progress, **request)
         except UserError as error:
             self._refuse(error)
@@ -250,7 +252,10 @@ class DataPage(Page):
     def _redraw(self) -> None:
         if self._found is None or self._shape is None:
             return
-        self.say(*say_verdict(self._found, *self._held_out()))
+        mark, word, text = say_verdict(self._found, *self._held_out())
+        if self.app.draft.is_blind:
+            text = "the model reads only text, and rows have images: esc, then choose one that sees"
+        self.say(mark, word, text)
         width = self.query_one("#rows").size.width
         described = describe_rows(self._found, self._shape, width)
         self.query_one("#rows", Static).update(described)
@@ -341,26 +346,17 @@ class DataPage(Page):
     def action_map(self) -> None:
         if not self._shape:
             return
-        if self._shape["lists"]:
-            panel = MappingPanel(self._shape["lists"], self._shape["proposed"])
+        if MappingPanel.applies_to(self._shape):
+            panel = MappingPanel(self._shape)
             self.cover(panel, [Key("enter", "use this"), Key("space", "turn"), Key("esc", "close")])
         else:
             names = ", ".join(self._shape["columns"])
-            self.say(
-                "!", "nothing to map", f"no column holds a list of messages; there are {names}"
-            )
+            self.say("!", "nothing to map", f"no column holds messages or texts; there are {names}")
 
     def on_mapping_panel_applied(self, message: MappingPanel.Applied) -> None:
         self.uncover()
         assert self._dataset is not None
-        self._consider(
-            self._dataset.model_copy(
-                update={
-                    "field_messages": message.field_messages,
-                    "message_property_mappings": message.mappings,
-                }
-            )
-        )
+        self._consider(mapped(self._dataset, message.mapping))
 
     def action_hold_out(self) -> None:
         if self._state != "read":
@@ -376,7 +372,7 @@ class DataPage(Page):
                 "a path or a hub id",
                 [
                     ("file", ".jsonl, .jsonl.gz, .json, .csv or .parquet, one conversation a row"),
-                    ("folder", "all such files in it, one after another"),
+                    ("folder", "all such files in it, one after another; or images with captions"),
                     ("org/name", "a dataset on huggingface.co; asked before anything is sent"),
                     ("sample:x", "a dataset that comes with Windtunnel"),
                 ],
@@ -390,5 +386,11 @@ class DataPage(Page):
                 ),
                 ("held out", "rows that are only evaluated, so that learning by heart is seen"),
                 ("length", "tokens a row; the longest decides how much memory a step needs"),
+                (
+                    "images",
+                    "found beside the rows, or inside them; their tokens count into the length "
+                    "and are read, never learned",
+                ),
+                ("map", "m says which column is the question, the answer, the image, ..."),
             ],
         )

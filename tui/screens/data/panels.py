@@ -17,7 +17,16 @@ from tui.widgets.switches import Switch, Switches
 _RAW_CHARACTERS: Final = 600
 _MESSAGE_CHARACTERS: Final = 300
 _NONE: Final = "none"
-_PROPERTIES: Final = ("role", "content", "thinking")
+_KEYS: Final = ("role", "content", "thinking")
+"""Of a message; the other names are of columns."""
+_ABOUT_LISTS: Final = (
+    "messages is the column with the list of messages; role, content and thinking are keys of "
+    "each message. The usual names are proposed."
+)
+_ABOUT_TABLE: Final = (
+    "answer is what is learned, question and image are what it answers. Without a question an "
+    "image gets its caption alone. The usual names are proposed."
+)
 
 
 def first_rows(rows: Sequence[Mapping[str, Any]]) -> TextPane:
@@ -43,73 +52,76 @@ def _cut(text: str, limit: int) -> str:
 
 
 class MappingPanel(Pane):
-    """Which column holds the messages, and which of their keys is what. Posts Applied."""
+    """Which column holds the messages, and which of their keys is what; in a table, which columns
+    are the question and the answer; and which column is the image. Posts Applied.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "apply", "use this", show=False)]
 
     class Applied(Message):
-        """`field_messages` and `message_property_mappings` of the dataset."""
+        """`mapping` as `engine.data.shape.mapped` takes it."""
 
-        def __init__(self, field_messages: str, mappings: dict[str, str]) -> None:
+        def __init__(self, mapping: dict[str, str]) -> None:
             super().__init__()
-            self.field_messages = field_messages
-            self.mappings = mappings
+            self.mapping = mapping
 
-    def __init__(self, lists: Mapping[str, Sequence[str]], proposed: Mapping[str, str]) -> None:
+    def __init__(self, shape: Mapping[str, Any]) -> None:
         super().__init__(title="which column is which", subtitle="enter uses this, esc does not")
-        self._lists = lists
-        self._taken = {
-            "messages": next(iter(lists)),
-            "role": "",
-            "content": "",
-            "thinking": _NONE,
-        }
-        if proposed:
-            self._taken["messages"] = proposed["field_messages"]
+        self._lists: Mapping[str, Sequence[str]] = shape["lists"]
+        self._images: Sequence[str] = shape["images"]
+        self._texts: Sequence[str] = shape["texts"]
+        proposed: Mapping[str, str] = shape["proposed"]
+        first = next(iter(self._lists), "")
+        self._taken = {"field_messages": proposed.get("field_messages", first)}
         self._propose(proposed)
+
+    @staticmethod
+    def applies_to(shape: Mapping[str, Any]) -> bool:
+        """Whether there is anything to choose: messages, or texts of a table."""
+        return bool(shape["lists"] or shape["texts"])
 
     def compose(self) -> ComposeResult:
         yield Switches()
-        yield Static(
-            Content.styled(
-                "\nmessages is the column with the list of messages; the others are keys of "
-                "each message. The usual names are proposed.",
-                "$muted",
-            ),
-            markup=False,
-        )
+        about = _ABOUT_LISTS if self._lists else _ABOUT_TABLE
+        yield Static(Content.styled(f"\n{about}", "$muted"), markup=False)
 
     def on_mount(self) -> None:
         self._show()
 
+    def _answers(self) -> dict[str, tuple[str, ...]]:
+        """What each name can be, in the order of the panel."""
+        image = {"field_image": (_NONE, *self._images)} if self._images else {}
+        if not self._lists:
+            texts = tuple(self._texts)
+            return {"field_question": (_NONE, *texts), "field_answer": texts, **image}
+        keys = tuple(self._lists[self._taken["field_messages"]])
+        own = {"field_messages": tuple(self._lists), "role": keys, "content": keys}
+        return {**own, "thinking": (_NONE, *keys), **image}
+
     def _propose(self, proposed: Mapping[str, str]) -> None:
-        keys = self._lists[self._taken["messages"]]
-        for name in ("role", "content"):
-            self._taken[name] = proposed.get(name, keys[0])
-        self._taken["thinking"] = proposed.get("thinking", _NONE)
+        """The proposed answer of each name, else its first."""
+        messages = self._taken["field_messages"]
+        answers = self._answers()
+        self._taken = {name: proposed.get(name, values[0]) for name, values in answers.items()}
+        self._taken["field_messages"] = messages
 
     def _show(self) -> None:
-        keys = tuple(self._lists[self._taken["messages"]])
-        answers = {
-            "messages": tuple(self._lists),
-            "role": keys,
-            "content": keys,
-            "thinking": (_NONE, *keys),
-        }
         self.query_one(Switches).show_switches(
             [
-                Switch(name, values, values.index(self._taken[name]))
-                for name, values in answers.items()
+                Switch(name.removeprefix("field_"), values, values.index(self._taken[name]))
+                for name, values in self._answers().items()
             ]
         )
 
     def on_switches_turned(self, message: Switches.Turned) -> None:
         message.stop()
-        self._taken[message.name] = message.answer
-        if message.name == "messages":
-            self._propose({})
+        name = message.name if message.name in _KEYS else f"field_{message.name}"
+        self._taken[name] = message.answer
+        if name == "field_messages":
+            kept = {"field_image": self._taken["field_image"]} if self._images else {}
+            self._propose(kept)
         self._show()
 
     def action_apply(self) -> None:
-        mappings = {name: self._taken[name] for name in _PROPERTIES if self._taken[name] != _NONE}
-        self.post_message(self.Applied(self._taken["messages"], mappings))
+        taken = {name: self._taken[name] for name in self._answers()}
+        self.post_message(self.Applied({name: key for name, key in taken.items() if key != _NONE}))

@@ -25,6 +25,7 @@ from engine.visible import visible
 from tui.screens.machine.wording import Choice
 from tui.screens.plan.comparisons import MARKS
 
+TITLE_CELLS: Final = 19
 _METHODS: Final = {"lora": "LoRA", "qlora": "QLoRA", None: "all weights"}
 
 
@@ -79,14 +80,18 @@ def headline(found: Survey) -> str:
 
 
 def prospect_lines(found: Survey) -> Content:
-    """One line a model: mark, what it needs, what is left, and how it is trained."""
-    width = max(len(prospect.card.title) for prospect in found.prospects)
-    return Content("\n").join(
-        _line(prospect, found.proposed, found.device, width) for prospect in found.prospects
-    )
+    """One line a model, the proposed one first: what it needs, what is left, how it is trained."""
+    lines = sorted(found.prospects, key=lambda prospect: prospect is not found.proposed)
+    return Content("\n").join(_line(prospect, found.proposed, found.device) for prospect in lines)
 
 
-def _line(prospect: Prospect, proposed: Prospect, device: Device, width: int) -> Content:
+def title_cells(title: str) -> Content:
+    """A model's title in TITLE_CELLS cells, cut where it is longer."""
+    cut = Content(visible(title, one_line=True)).truncate(TITLE_CELLS, ellipsis=True)
+    return cut.pad_right(TITLE_CELLS - cut.cell_length)
+
+
+def _line(prospect: Prospect, proposed: Prospect, device: Device) -> Content:
     plan, needs = prospect.plan, prospect.plan.estimate
     mark, style = mark_of(plan)
     spare = needs.spare_bytes / GIB
@@ -100,7 +105,8 @@ def _line(prospect: Prospect, proposed: Prospect, device: Device, width: int) ->
         note = f"{note}, slow"
     return Content.assemble(
         (mark, style),
-        (f" {visible(prospect.card.title):<{width}}", "$lit" if prospect is proposed else ""),
+        " ",
+        title_cells(prospect.card.title).stylize("$lit" if prospect is proposed else ""),
         f"  needs {needs.device_bytes / GIB:>5.1f} GiB ± {needs.uncertainty:>3.0%}",
         f"  {left}",
         (f"  {note}", "" if prospect is proposed else "$muted"),

@@ -6,6 +6,7 @@ with another device. A folder or hub id is read only after it was typed; nothing
 
 import asyncio
 from collections.abc import Collection
+from dataclasses import replace
 from typing import ClassVar
 
 from textual import work
@@ -88,6 +89,7 @@ class ModelPage(Page):
         planned = " (planned)" if device.planned else ""
         self.show_title(f"{device.name}{planned}")
         if device == self._device:
+            self._mark_images()
             return
         self._device, self._survey = device, None
         self.say("·", "planning", f"working out what fits on {device.name}")
@@ -109,11 +111,24 @@ class ModelPage(Page):
             except UserError:
                 self._own = None  # its folder is gone; the field still has its name
         self._survey = found
+        self._mark_images()
         self._show()
         self._point_at(self.app.draft.model or found.proposed.card.name)
         if self._goes_on:
             self._goes_on = False
             self.action_accept()
+
+    def _mark_images(self) -> None:
+        """Tell every candidate whether the rows have images: they may have been read since."""
+        shows_images = self.app.draft.shows_images
+        before = [*self._catalog, *([self._own] if self._own else [])]
+        if self._survey is None or all(each.shows_images == shows_images for each in before):
+            return
+        self._catalog = [replace(each, shows_images=shows_images) for each in self._catalog]
+        if self._own:
+            self._own = replace(self._own, shows_images=shows_images)
+        self._show()
+        self._show_here()
 
     def _point_at(self, name: str) -> None:
         names = [candidate.name for candidate in self._shown]
@@ -190,7 +205,8 @@ class ModelPage(Page):
     async def _read_typed(self, name: str) -> None:
         assert self._device is not None
         try:
-            self._own = await asyncio.to_thread(_read_own, name, self._device)
+            own = await asyncio.to_thread(_read_own, name, self._device)
+            self._own = replace(own, shows_images=self.app.draft.shows_images)
         except UserError as error:
             self._own = None
             self._show()
@@ -274,7 +290,7 @@ class ModelPage(Page):
         self.app.push_screen(
             Confirm(
                 f"plan {candidate.title} anyway?",
-                f"{candidate.doubt} Preview, plan and save work; the start does not.",
+                candidate.doubt,
                 yes="plans it",
                 no="goes back to the list",
             ),
@@ -303,6 +319,7 @@ class ModelPage(Page):
                 ("needs", "GiB on the device at the peak, with the recommended values"),
                 ("tight", "less than 1 GiB would be left"),
                 ("plan only", "fits, and this version cannot train it yet"),
+                ("reads", "image: text too; no images: the rows have some, and it reads only text"),
                 ("thinks", "[THINK] are tokens, <think> is plain text, on/off is asked for"),
                 ("download", "the weights, once; on disk: in the hub cache already"),
             ],

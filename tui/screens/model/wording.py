@@ -14,13 +14,14 @@ from engine.catalog import Architecture, ModelCard
 from engine.plan import Device, Recommendation
 from engine.units import GIB, gib
 from engine.visible import visible
-from tui.screens.machine.prospects import mark_of, method
+from tui.draft import reads_images
+from tui.screens.machine.prospects import TITLE_CELLS, mark_of, method, title_cells
 
-TITLE_CELLS: Final = 19
 TITLE: Final = f"{'models':<{TITLE_CELLS + 8}}{'needs':>6}  verdict     reads  thinks   download"
 OWN: Final = "own folder or hub id"
 
 _STORED_BYTES: Final = {"bf16": 2, "fp8": 1}
+_PLAN_ONLY: Final = "Preview, plan and save work; the start does not."
 _THINKS: Final = {"none": "-", "text tags": "<think>", "tokens": "[THINK]", "effort": "on/off"}
 
 
@@ -35,17 +36,32 @@ class Candidate:
     card: ModelCard | None = None
     architecture: Architecture | None = None
     """Of a model that was typed."""
+    shows_images: bool = False
+    """Whether rows that were read have images."""
+
+    @property
+    def sees(self) -> bool:
+        """Whether it reads images."""
+        if self.architecture:
+            return reads_images(self.architecture)
+        return self.card is not None and "vision" in self.card.modalities
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether the rows have images that it cannot read."""
+        return self.shows_images and not self.sees
 
     @property
     def doubt(self) -> str:
         """Why a person is asked again before it is taken; empty where it can be trained here."""
         needs = self.plan.estimate
         if self.plan.not_trained:
-            return f"This version cannot train it. {self.plan.not_trained}"
+            return f"This version cannot train it. {self.plan.not_trained} {_PLAN_ONLY}"
         if needs.verdict == "does not fit":
-            return (
-                f"It needs {gib(needs.device_bytes)}, and {gib(needs.can_give_bytes)} can be given."
-            )
+            given = gib(needs.can_give_bytes)
+            return f"It needs {gib(needs.device_bytes)}, and {given} can be given. {_PLAN_ONLY}"
+        if self.is_blind:
+            return "It reads only text, and the rows have images: those rows would be left out."
         return ""
 
 
@@ -61,14 +77,16 @@ def model_line(candidate: Candidate, cached: Collection[str]) -> Content:
     """One line of the list; `cached` are the names of models that are on this computer."""
     card, plan = candidate.card, candidate.plan
     mark, style = mark_of(plan)
-    reads = "-" if card is None else "image" if "vision" in card.modalities else "text"
+    verdict = verdict_words(plan)
+    if candidate.is_blind:
+        mark, style, verdict = "✗", "$muted", "no images"
+    reads = "image" if candidate.sees else "text"
     thinks = "-" if card is None else _THINKS[card.thinking]
-    title = Content(visible(candidate.title, one_line=True)).truncate(TITLE_CELLS, ellipsis=True)
     return Content.assemble(
-        title.pad_right(TITLE_CELLS - title.cell_length),
+        title_cells(candidate.title).stylize("$muted" if candidate.is_blind else ""),
         f" {size(plan.estimate.total_parameters):>6}",
         f"{plan.estimate.device_bytes / GIB:>6.1f}  ",
-        (f"{mark} {verdict_words(plan):<10}", style),
+        (f"{mark} {verdict:<10}", style),
         (f"{reads:<7}{thinks:<9}{_where_from(candidate, cached)}", "$muted"),
     )
 
@@ -100,6 +118,8 @@ def headline(candidate: Candidate, device: Device, proposed: str) -> tuple[str, 
         return mark, title, "can be planned and previewed, and is not trained yet"
     if needs.verdict == "does not fit":
         return mark, title, f"does not fit: needs {given}"
+    if candidate.is_blind:
+        return "✗", title, "reads only text, and the rows have images"
     if candidate.name != proposed:
         return mark, title, f"{needs.verdict}: needs {given}"
     if device.kind == "cpu":

@@ -12,8 +12,10 @@ from textual.widgets import Static
 from engine.config import assignment
 from engine.config.explanation import explain_key
 from engine.errors import UserError
+from engine.plan import remarks
 from engine.units import GIB, gib
 from engine.visible import visible
+from tui.draft import is_named_by_path
 from tui.page import HelpText, Key, Page
 from tui.screens.plan.comparisons import (
     MARKS,
@@ -118,7 +120,8 @@ class PlanPage(Page):
         )
         self.say(mark, needs.verdict, sentence)
         untrained = f"planned only: {advice.not_trained}" if advice.not_trained else ""
-        self.query_one("#settings", Pane).show_subtitle(untrained)
+        told = [untrained] if untrained else list(remarks(advice.config, draft.architecture()))
+        self.query_one("#settings", Pane).show_subtitle(visible("".join(told[:1]), one_line=True))
         planned = " (planned)" if device.planned else ""
         self.show_title(f"{device.name}{planned}")
         self.query_one(MemoryBar).show_estimate(needs, device)
@@ -131,10 +134,12 @@ class PlanPage(Page):
     def _show_command(self) -> None:
         """The person's values first: they are what has just changed."""
         draft = self.app.draft
-        plain = (bool, int, float, str, type(None))
-        changes = {k: v for k, v in draft.changes.items() if isinstance(v, plain)}
+        changes = {key: value for key, value in draft.changes.items() if _can_be_typed(value)}
         values = [assignment(*change) for change in changes.items()]
         words = ["recommend", *values, "--model", draft.model or ""]
+        if draft.dataset and not is_named_by_path(draft.dataset):
+            self.show_command([])
+            return
         words += ["--data", draft.dataset.path] if draft.dataset else []
         if draft.device and draft.device.planned:
             words += ["--assume", draft.device.name]
@@ -255,3 +260,10 @@ class PlanPage(Page):
         told = [("means", found.meaning), ("takes", found.takes), ("default", found.default)]
         told += [("here", field.reason), ("keys", _TYPED_NUMBERS)]
         return HelpText(field.key, told, ("explain", field.key))
+
+
+def _can_be_typed(value: object) -> bool:
+    """Whether `key=value` of a command line says it: one value, or a list of names."""
+    if isinstance(value, list | tuple):
+        return all(isinstance(each, str) for each in value)
+    return value is None or isinstance(value, bool | int | float | str)

@@ -3,11 +3,15 @@
 Pure: from a draft to the lines of the list.
 """
 
+from collections.abc import Iterator
 from typing import Final
 
-from engine.config import FULL, spell
-from engine.plan import Recommendation
+from engine.config import FULL, NONE
+from engine.plan import Recommendation, Task, changed, estimate, heads_of
+from engine.plan.attention import attention_backends, why_not
+from engine.units import gib
 from tui.draft import Draft
+from tui.values import EXPERTS, expert_tensors, spelled
 from tui.widgets.fields import Field
 
 _POWERS: Final = tuple(str(2**n) for n in range(7, 18))
@@ -25,11 +29,17 @@ _FIRST: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
         "optimizer",
         ("adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit"),
     ),
-    ("attn_implementation", ("none", "sdpa", "flash_attention_2", "flash_attention_3")),
+    ("attn_implementation", (NONE,)),
     ("sample_packing", ("false", "true")),
     ("gradient_checkpointing", ("false", "true")),
     ("lora_dropout", ("0", "0.05", "0.1")),
 )
+_EXPERTS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
+    ("quantize_moe_experts", ("false", "true")),
+    ("lora_target_parameters", (NONE, EXPERTS)),
+)
+_IMAGES: Final = (("image_size", (NONE, "448", "672", "1024", "1540")),)
+_THINKING: Final = (("train_on_thinking", ("true", "false")),)
 _MORE: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("val_set_size", ("0", "0.05", "0.1", "0.2")),
     ("lr_scheduler", ("cosine", "linear", "constant")),
@@ -50,16 +60,14 @@ def list_fields(draft: Draft, *, every: bool, wrong: tuple[str, str] | None) -> 
     """The lines of the page. `wrong` is a key with what is wrong with its typed value."""
     advice = draft.advice()
     fields = []
-    for key, usual in _FIRST + (_MORE if every else ()):
-        if advice.config.adapter is None and key in _ADAPTER_ONLY:
-            continue
+    for key, usual in _keys(draft, every):
         bad = wrong is not None and wrong[0] == key
         fields.append(
             Field(
                 key,
-                spell(key, getattr(advice.config, key)),
+                spelled(key, advice.config),
                 usual,
-                wrong[1] if wrong and bad else _reason(advice, key),
+                wrong[1] if wrong and bad else _reason(draft, advice, key),
                 chosen=key in draft.changes,
                 wrong=bad,
             )
@@ -67,8 +75,53 @@ def list_fields(draft: Draft, *, every: bool, wrong: tuple[str, str] | None) -> 
     return fields
 
 
-def _reason(advice: Recommendation, key: str) -> str:
+def _keys(draft: Draft, every: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each key of the page with its usual values, the keys of what this model has among them."""
+    config, known = draft.config(), draft.statistics
+    special = _EXPERTS if expert_tensors(draft.architecture()) and config.adapter else ()
+    special += _IMAGES if known and known.image_tokens else ()
+    thinks = bool(known and known.thinking_tokens)
+    for key, usual in (*_FIRST[:1], *special, *(_THINKING * thinks), *_FIRST[1:]):
+        if config.adapter is None and key in _ADAPTER_ONLY:
+            continue
+        yield key, (NONE, *_attention_here(draft)) if key == "attn_implementation" else usual
+    if every:
+        yield from _MORE if thinks else (*_MORE, *_THINKING)
+
+
+def _attention_here(draft: Draft) -> Iterator[str]:
+    """The attention codes that can carry out the plan on its device."""
+    config, device = draft.config(), draft.device
+    assert device is not None
+    images = config.processor_type is not None
+    task = Task(heads_of(draft.architecture()), images=images, half=config.bf16 is not False)
+    return (name for name in attention_backends() if why_not(name, device, task) is None)
+
+
+def _reason(draft: Draft, advice: Recommendation, key: str) -> str:
     if key == "num_epochs" and advice.config.max_steps:
         return "max_steps ends it"
-    without = {"attn_implementation": "the best that is installed", "max_steps": "all epochs"}
+    if key in dict(_EXPERTS):
+        return _price_of_experts(draft, advice, key)
+    without = {
+        "attn_implementation": "the best that is installed",
+        "max_steps": "all epochs",
+        "image_size": "the model's own limit; less gives an image fewer tokens",
+    }
     return advice.reasons.get(key) or without.get(key, "the usual value")
+
+
+def _price_of_experts(draft: Draft, advice: Recommendation, key: str) -> str:
+    """What the value of a key about experts means, and what the other one would need."""
+    architecture, device = draft.architecture(), draft.device
+    assert device is not None
+    here = getattr(advice.config, key)
+    other: dict[str, object]
+    if key == "lora_target_parameters":
+        other = {key: None if here else expert_tensors(architecture)}
+        means = "all experts learn too" if here else "attention and shared experts learn"
+    else:
+        other = {key: not here}
+        means = "experts in 4 bits" if here else "experts in 16 bits"
+    needs = estimate(changed(advice.config, other), architecture, device, draft.statistics)
+    return f"{'without' if here else 'with'}: {gib(needs.device_bytes)}; {means}"

@@ -66,6 +66,12 @@ class LearnedCounts(Widget):
         ]
 
 
+def say_images(counts: Counts) -> str:
+    """How many of the tokens are of images; empty where none is."""
+    tokens = count_groups(counts, LabelRule())["images"].total
+    return f"{tokens:,} are of images" if tokens else ""
+
+
 def _line(
     name: str,
     here: Mapping[str, GroupCount],

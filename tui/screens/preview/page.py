@@ -21,7 +21,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.visible import visible
 from tui.page import HelpText, Key, Page
-from tui.screens.preview.counts import LearnedCounts
+from tui.screens.preview.counts import LearnedCounts, say_images
 from tui.screens.preview.inspecting import MARKS, describe_token
 from tui.screens.preview.judging import OddRow, Verdict, judge, kind_counts, list_odd_rows
 from tui.screens.preview.switching import (
@@ -256,6 +256,7 @@ class PreviewPage(Page):
         total = f"all {self._found['rows']:,}" if self._found else "all rows"
         here = Counter(entry["stored_kinds"]) if entry else {}
         self.query_one(LearnedCounts).show_counts(here, counts, self._rule, total)
+        self.query_one("#counts", Pane).show_subtitle(say_images(counts or here))
         self._redraw_verdict()
         self._redraw_titles()
         self._inspect()

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from engine.config import RunConfig
+from tui.draft import is_named_by_path
 from tui.widgets.switches import Switch
 
 SWITCH_HELP: Final = {
@@ -57,7 +58,7 @@ def change_of(name: str, answer: str) -> tuple[str, object]:
 def equivalent_command(config: RunConfig, number: int) -> list[str]:
     """The words after `windtunnel` that print row `number` alike; none where only a config can."""
     dataset = config.datasets[0]
-    if config.history_thinking == "drop" or dataset.message_property_mappings:
+    if config.history_thinking == "drop" or not is_named_by_path(dataset):
         return []
     words = ["preview", dataset.path, "--model", config.base_model, "--row", str(number)]
     words += [] if config.train_on_thinking else ["--no-think"]

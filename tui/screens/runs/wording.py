@@ -107,6 +107,9 @@ def details(facts: RunFacts) -> list[tuple[str, str]]:
     if facts.best:
         step, loss = facts.best
         lines.append(("best", f"held-out {loss:.3f} at step {step}"))
+    if facts.figures:
+        told = "  ·  ".join(f"{name} {value}" for name, value in facts.figures)
+        lines.append(("figures", told))
     if facts.saved:
         lines.append(("saved", ", ".join(each.rsplit("/", 1)[-1] for each in facts.saved[-4:])))
     if facts.ended_what:

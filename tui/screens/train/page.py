@@ -283,9 +283,7 @@ class TrainPage(Page):
             Curves(self._history).show(self)
             self._show_answers()
             self.query_one(Log).show(self._history.log)
-            note = wording.notes(self._history)
-            self.query_one("#note", Static).update(note)
-            self.query_one("#note").display = bool(note)
+            self._show_note()
             self._show_end()
 
     def _show_headline(self) -> None:
@@ -298,6 +296,18 @@ class TrainPage(Page):
             text = wording.asked(word, since, now, self._history)
         self.say(line.mark, line.word, f"{self._folder.name}  {text}")
         self.query_one(ProgressRow).show(line)
+
+    def _show_note(self) -> None:
+        """What to look at, the figures of the last evaluation, what a finished run is good for."""
+        note = wording.notes(self._history)
+        lines = [Content.styled(note, "$warning")] if note else []
+        if told := wording.figures(self._history):
+            lines.append(Content.styled(visible(told, one_line=True), "$muted"))
+        if self._status == "finished":
+            lines.append(Content(wording.NEXT))
+            self.show_command(wording.ask_command(self._history, self._folder.name))
+        self.query_one("#note", Static).update(Content("\n").join(lines))
+        self.query_one("#note").display = bool(lines)
 
     def _show_answers(self) -> None:
         prompts = list(self._history.answers)
@@ -327,6 +337,10 @@ _HELP: Final = {
     "is better. The thin line is each step, the bold one its average over the last steps, a "
     "diamond the loss on held-out rows that are never learned. When the diamonds rise while the "
     "lines fall, the model learns its rows by heart.",
+    "figures": "By kind: the held-out loss of thinking, answers and calls apart. Stop by "
+    "themselves: the share of answers to held-out rows, written freely, that end before the limit. "
+    "Drift: how far the model has moved from its base on general questions, in nats a token; 0 is "
+    "not at all.",
     "samples": "The same prompts, answered before training, at each evaluation and at the end, "
     "with the settings that the model's makers advise and always equal luck: whatever changes in "
     "them was learned.",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from engine.events import Phase
 from engine.runs import Status, Word
 from tui.history import History, phase_words
 
@@ -88,6 +89,20 @@ def notes(history: History) -> str:
     return ""
 
 
+def figures(history: History) -> str:
+    """What the last evaluation said beside its loss; empty before the first."""
+    return "  ·  ".join(f"{name} {value}" for name, value in history.figures)
+
+
+NEXT: Final = "next: ask it as below, or windtunnel chat, merge -o FOLDER, serve-hint"
+"""What a finished run is good for; the command below it is `ask_command`."""
+
+
+def ask_command(history: History, name: str) -> list[str]:
+    """The words after `windtunnel` that ask a finished run what it was asked while it learned."""
+    return ["generate", name, "--prompt", next(iter(history.answers), "Hello")]
+
+
 def duration(seconds: float) -> str:
     """`5:41`, or `3 h 20 min`."""
     if not math.isfinite(seconds):
@@ -140,16 +155,25 @@ def _running(history: History, now: float) -> Headline:
 def _in_phase(history: History) -> Headline:
     phase = history.phase
     assert phase
-    words = phase_words(phase.name)
-    if phase.total:
-        words += f"  {phase.done or 0:,} of {phase.total:,}"
-    if phase.detail:
-        words += f"  {phase.detail}"
+    words = f"{phase_words(phase.name)}  {_amount(phase)}".strip()
     if history.started and history.step:
         word = "checking" if phase.name == "evaluate" else "training"
         return Headline("▶", word, f"{steps(history)}  {words}", _share(history))
     share = (phase.done or 0) / phase.total if phase.total else None
     return Headline("◌", "loading", words, share)
+
+
+def _amount(phase: Phase) -> str:
+    """How far a phase is: bytes as people say them, and in percent; other things are counted."""
+    done, total, detail = phase.done or 0, phase.total, phase.detail
+    if not total:
+        return detail
+    if not detail.startswith("bytes"):
+        return f"{done:,} of {total:,}  {detail}".strip()
+    unit, name = (10**9, "GB") if total >= 10**9 else (10**6, "MB")
+    rest = detail.removeprefix("bytes").lstrip(", ")
+    told = f"{done / unit:,.1f} of {total / unit:,.1f} {name}, {done / total:.0%}  {rest}"
+    return told.strip()
 
 
 def _silent(history: History, quiet: float) -> Headline:
@@ -169,8 +193,6 @@ def _finished(history: History, now: float) -> Headline:
     if history.best:
         step, loss = history.best
         text += f"   best held-out {loss:.3f} at step {step}"
-    if history.drift:
-        text += f"   drift {history.drift.kl:.2f}"
     return Headline("✓", "done", text)
 
 

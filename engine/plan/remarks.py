@@ -1,0 +1,50 @@
+"""What a config does less of on its model than it seems to say, in sentences.
+
+Separate from `targets`, which refuses what matches nothing, and from the config's own notes, which
+know no model: here both are read together, before a plan is believed or a run is started.
+"""
+
+from engine.catalog import Architecture, ModuleTable
+from engine.config import RunConfig
+from engine.plan.limits import why_not_trained
+from engine.plan.targets import choose_targets
+
+
+def remarks(config: RunConfig, architecture: Architecture) -> tuple[str, ...]:
+    """A sentence for each surprise, empty where the model does what the config reads like.
+
+    Raises UserError where an entry of the adapter's targets matches no module.
+    """
+    table = architecture.table
+    refused = why_not_trained(architecture)
+    found = (refused, _narrow_adapter(config, table), _no_routers(config, table))
+    return tuple(sentence for sentence in found if sentence)
+
+
+def _narrow_adapter(config: RunConfig, table: ModuleTable) -> str | None:
+    """An expression written for another model's names may match a few of this one's, silently."""
+    if not config.adapter or not isinstance(config.lora_target_modules, str):
+        return None
+    every = {"lora_target_modules": None, "lora_target_linear": True}
+    modules = choose_targets(table, config.model_copy(update=every))
+    chosen = set(choose_targets(table, config)).intersection(modules)
+    if not chosen or 2 * len(chosen) >= len(modules):
+        return None
+    left = sorted({_ending(n) for n in modules} - {_ending(n) for n in chosen})
+    reached = " and ".join(sorted({_ending(name) for name in chosen}))
+    rest = f"; {', '.join(left)} get none" if left else ""
+    return (
+        f"the adapter sits on {reached} alone: {len(chosen)} of {len(modules)} linear layers{rest}."
+        " lora_target_linear: true adapts all"
+    )
+
+
+def _no_routers(config: RunConfig, table: ModuleTable) -> str | None:
+    overrides = config.overrides_of_model_config or {}
+    if not overrides.get("output_router_logits") or table.counts_by_group()["experts"]:
+        return None
+    return "output_router_logits has no effect: the model has no experts whose use to balance"
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,57 @@
+"""What a config does less of on its model than it seems to say is told in a sentence."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.catalog import list_models
+from engine.config import read_config
+from engine.plan import remarks
+from tests.plan.machines import config, model
+
+EXAMPLE = Path(__file__).parent.parent / "golden" / "config" / "mistral4-qlora-text.yml"
+ROUTERS = {"overrides_of_model_config": {"output_router_logits": True}}
+
+
+def test_an_expression_that_reaches_few_layers_is_counted_and_the_others_named() -> None:
+    (told,) = remarks(read_config(EXAMPLE).config, model("mistral-small-4"))
+    assert told.startswith("the adapter sits on o_proj alone: 36 of 288 linear layers; ")
+    for missed in ("q_a_proj", "kv_b_proj", "gate_proj", "up_proj", "down_proj"):
+        assert missed in told.split(";")[1]
+
+
+@pytest.mark.parametrize("name", [card.name for card in list_models()])
+def test_every_linear_layer_is_no_surprise(name: str) -> None:
+    assert remarks(config(base_model=name), model(name)) == ()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"lora_target_modules": ["o_proj"]},  # a list says what it means
+        {"lora_target_modules": r".*\.(q|k|v|o)_proj"},  # 4 of 7
+        {"lora_target_modules": r".*_proj", "peft_layers_to_transform": [3]},
+        {"adapter": None, "lora_target_modules": r".*\.o_proj"},
+    ],
+)
+def test_a_wish_that_reaches_what_it_names_is_no_surprise(keys: dict[str, Any]) -> None:
+    assert remarks(config(**keys), model("ministral-3-3b")) == ()
+
+
+def test_one_layer_of_all_is_a_surprise_without_endings_that_are_left_out() -> None:
+    asked = config(lora_target_modules=r".*\.layers\.0\..*")
+    (told,) = remarks(asked, model("ministral-3-3b"))
+    assert "alone: 7 of 182 linear layers. " in told
+
+
+def test_routers_are_balanced_only_where_there_are_experts() -> None:
+    (told,) = remarks(config(**ROUTERS), model("mistral-medium-3.5"))
+    assert told.startswith("output_router_logits has no effect")
+    assert remarks(config(**ROUTERS), model("mistral-small-4")) == ()
+
+
+def test_weights_that_cannot_be_read_are_told_before_a_run_is_refused() -> None:
+    (told,) = remarks(config(), replace(model("ministral-3-3b"), checkpoint="gptq"))
+    assert told.startswith("Its weights are stored as GPTQ")

@@ -1,0 +1,348 @@
+"""Each guard against silent failure has a test that fails when the guard is taken out.
+
+A row names a file, the text that guards, what stands there without the guard, and the test. The
+test runs on a copy of the code with the guard taken out and has to fail there; on the copy as it
+is, all of them pass.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("engine", "presets", "tests", "tui", "pyproject.toml")
+LIMIT_SECONDS = 600
+EQUIVALENCE = "tests/train/test_equivalence.py"
+APART = f"{EQUIVALENCE}::TestWhatKeepsPackedRowsApart"
+ALONE = f"{APART}::test_the_path_of_the_trainer_sees_every_row_alone"
+FIRST_TOKEN = f"{EQUIVALENCE}::TestMaskedTokens"
+FP8 = "tests/train/test_fp8.py::TestRefused"
+TARGETS = "tests/plan/test_targets.py"
+LORA = "tests/train/test_lora.py"
+MODEL = "tests/train/test_model.py"
+ATTENTION = "tests/train/test_attention.py"
+VISION = "tests/train/test_vision.py"
+ARCHITECTURE = "tests/catalog/test_architecture.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What may not be taken out unnoticed."""
+
+    file: str
+    text: str
+    without: str
+    """What stands in the text's place when the guard is gone."""
+    test: str
+
+
+GUARDS = {
+    "no attention mask with packed rows": Guard(
+        "engine/train/forward.py",
+        'position_ids=batch["position_ids"],',
+        'position_ids=batch["position_ids"],\n'
+        '            attention_mask=torch.ones_like(batch["input_ids"]),',
+        ALONE,
+    ),
+    "no cache with packed rows": Guard(
+        "engine/train/forward.py", "use_cache=False,", "use_cache=True,", ALONE
+    ),
+    "positions begin anew with every row": Guard(
+        "engine/train/batches.py",
+        "positions.append(np.arange(len(tokens), dtype=np.int64))",
+        "begun = sum(map(len, positions))\n"
+        "            positions.append(np.arange(begun, begun + len(tokens), dtype=np.int64))",
+        ALONE,
+    ),
+    "no row predicts the next one": Guard(
+        "engine/train/batches.py",
+        "target[0] = IGNORED_LABEL",
+        "pass",
+        f"{FIRST_TOKEN}::test_a_row_never_learns_its_first_token_from_the_row_before",
+    ),
+    "4-bit weights are not repacked on a CPU": Guard(
+        "engine/train/quantize.py",
+        "module.support_avx512bf16_for_cpu = False",
+        "pass",
+        "tests/train/test_quantize.py::TestGradientsAfterAnEvaluation"
+        "::test_the_repacking_is_off_in_every_layer",
+    ),
+    "scales that belong to nothing": Guard(
+        "engine/train/model.py",
+        "n not in layout.companions]",
+        'n not in layout.companions and "scale" not in n]',
+        f"{FP8}::test_a_scale_that_belongs_to_nothing",
+    ),
+    "weights that the model has no place for": Guard(
+        "engine/train/model.py",
+        '"holds weights that the model has no place for": extra,',
+        "",
+        f"{MODEL}::TestWhatIsRefused::test_a_weight_that_the_model_has_no_place_for",
+    ),
+    "weights that are missing": Guard(
+        "engine/train/model.py",
+        "[n for n in missing if n not in shared]",
+        "[n for n in missing if n not in shapes]",
+        f"{MODEL}::TestWhatIsRefused::test_a_missing_weight",
+    ),
+    "FP8 without its scale": Guard(
+        "engine/train/fp8.py",
+        "        if not found:\n",
+        "        if not found:\n            continue\n",
+        f"{FP8}::test_fp8_numbers_without_their_scale",
+    ),
+    "FP8 experts without their scale": Guard(
+        "engine/train/fp8.py",
+        "        if not found:\n",
+        "        if not found:\n            continue\n",
+        f"{FP8}::test_experts_without_their_scale",
+    ),
+    "FP8 scales of another shape": Guard(
+        "engine/train/fp8.py",
+        "    shown = visible(weight.name, one_line=True)\n",
+        "    return None\n    shown = visible(weight.name, one_line=True)\n",
+        f"{FP8}::test_a_scale_of_a_shape_that_fits_no_layout",
+    ),
+    "weights quantized in another way": Guard(
+        "engine/train/model.py",
+        "    refuse_other_formats(folder, architecture.config)\n",
+        "",
+        f"{FP8}::test_other_quantized_formats",
+    ),
+    "the class of config.architectures": Guard(
+        "engine/train/model.py",
+        "model_class = getattr(transformers, architecture.class_name)",
+        "model_class = transformers.MistralForCausalLM",
+        f"{MODEL}::TestWhatIsLoaded::test_the_class_comes_from_the_configs_architectures",
+    ),
+    "a LoRA target of a list that matches nothing": Guard(
+        "engine/plan/targets.py",
+        "            raise _no_match(ending, modules)",
+        "            continue",
+        f"{TARGETS}::TestTargets::test_a_wish_that_matches_nothing_is_refused",
+    ),
+    "a LoRA target as an expression that matches nothing": Guard(
+        "engine/plan/targets.py",
+        "        raise _no_match(expression, modules)",
+        "        return ()",
+        f"{TARGETS}::TestTargets::test_a_wish_that_matches_nothing_is_refused",
+    ),
+    "an adapter on nothing at all": Guard(
+        "engine/plan/targets.py",
+        "if not found and not config.lora_target_parameters:",
+        "if False:",
+        f"{TARGETS}::TestTargets::test_no_target_at_all_is_refused",
+    ),
+    "an expert target that matches nothing": Guard(
+        "engine/plan/targets.py",
+        "        if not matches:\n            raise UserError(\n"
+        '                f"lora_target_param',
+        "        if not matches:\n            continue\n            raise UserError(\n"
+        '                f"lora_target_param',
+        f"{TARGETS}::TestExperts::test_an_entry_that_matches_nothing_is_refused",
+    ),
+    "an unfrozen parameter that matches nothing": Guard(
+        "engine/plan/targets.py",
+        '        if not matches:\n            raise UserError(\n                f"unfrozen',
+        "        if not matches:\n            continue\n            raise UserError(\n"
+        '                f"unfrozen',
+        f"{LORA}::TestWhatMoves::test_an_unfrozen_parameter_that_matches_nothing_is_refused",
+    ),
+    "an adapter on other modules than were chosen": Guard(
+        "engine/train/lora.py",
+        "    if reached != wanted:",
+        "    if False:",
+        f"{LORA}::test_a_model_that_is_not_built_as_described_is_refused",
+    ),
+    "targets inside the language model": Guard(
+        "engine/catalog/modules.py",
+        'if row.group in ("attention", "mlp") and row.quantizable',
+        'if row.group in ("attention", "mlp", "vision") and row.quantizable',
+        f"{VISION}::TestWhatMoves::test_an_adapter_stays_out_of_the_tower",
+    ),
+    "an expression for PEFT inside the language model": Guard(
+        "engine/train/lora.py",
+        "re.escape(name)) for name in names})",
+        '".*" + re.escape(name.rpartition(".")[2])) for name in names})',
+        f"{LORA}::test_the_expression_for_all_layers_covers_them_and_nothing_else",
+    ),
+    "a full fine-tune freezes tower and projector": Guard(
+        "engine/plan/targets.py",
+        "if row.group not in EYES.values()]",
+        "if row.group]",
+        f"{VISION}::TestWhatMoves::test_a_full_fine_tune_leaves_tower_and_projector_as_they_are",
+    ),
+    "a first step that reaches nothing": Guard(
+        "engine/train/loop.py",
+        'raise UserError(\n                "Nothing would be trained',
+        'UserError(\n                "Nothing would be trained',
+        "tests/train/test_watchdog.py::TestStart::test_a_run_that_trains_nothing_ends_with_a_sentence",
+    ),
+    "a dataset in which nothing is learned": Guard(
+        "engine/data/prepare.py",
+        "    prepared.refuse_if_nothing_learned(label_rule(config))\n",
+        "",
+        "tests/data/test_prepare.py::TestRefusals::test_nothing_learned",
+    ),
+    "rows beyond the length that teach nothing": Guard(
+        "engine/data/prepared.py",
+        "        if self.learned_tokens(rule):\n            return\n",
+        "        return\n",
+        "tests/data/test_prepared.py::TestSelect::test_nothing_left_is_refused",
+    ),
+    "FlashAttention is told where rows begin": Guard(
+        "engine/train/attention.py",
+        "        if attention_mask is not None:\n            options |= {",
+        "        if False:\n            options |= {",
+        f"{ATTENTION}::"
+        "test_flash_attention_is_told_where_rows_begin_in_a_batch_of_several_sequences",
+    ),
+    "every FlashAttention is told": Guard(
+        "engine/train/attention.py",
+        "AttentionInterface.register(name, hand_over_rows(flash_attention_forward))",
+        "pass",
+        f"{ATTENTION}::test_every_flash_attention_gets_the_rows",
+    ),
+    "a mask of padding is not ignored": Guard(
+        "engine/train/attention.py",
+        '        raise ValueError("rows are kept apart',
+        '        ValueError("rows are kept apart',
+        f"{ATTENTION}::test_a_mask_of_padding_is_an_error_rather_than_ignored",
+    ),
+    "image tokens agree with the images' grids": Guard(
+        "engine/train/batches.py",
+        "if (tokens[:whole].sum(), patches) != (of_images.sum(), found):",
+        "if False:",
+        f"{VISION}::TestImagesOfARow"
+        "::test_tokens_that_do_not_fit_the_images_are_refused_with_their_row",
+    ),
+    "tokenizer and model cut images alike": Guard(
+        "engine/train/images.py",
+        "if (patch, merge, token) != (spec.patch, spec.merge, IMAGE_TOKEN):",
+        "if False:",
+        "tests/train/test_images.py::TestRefusal"
+        "::test_a_model_that_cuts_images_otherwise_is_refused",
+    ),
+    "images for a model that reads them": Guard(
+        "engine/train/images.py",
+        "    if not vision:",
+        "    if False:",
+        "tests/train/test_images.py::TestRefusal::test_a_text_model_is_refused",
+    ),
+    "a lone image of one token": Guard(
+        "engine/train/forward.py",
+        "if group == [[side, side]]:",
+        "if False:",
+        f"{VISION}::TestSameNumbers::test_a_lone_image_of_one_token_is_seen_as_among_others",
+    ),
+    "no image from outside the dataset": Guard(
+        "engine/data/images.py",
+        '            raise RowProblem(\n                f"The image {_short(name)} is outside',
+        "            return Path(real)\n            raise RowProblem(\n"
+        '                f"The image {_short(name)} is outside',
+        "tests/data/test_images.py::TestPlaces::test_nothing_outside_is_read",
+    ),
+    "no kernels from the hub": Guard(
+        "engine/train/__init__.py",
+        'sys.modules["kernels"] = None',
+        'sys.modules["kernels_"] = None',
+        "tests/train/test_hub_guard.py::test_no_kernel_is_imported_and_nothing_is_asked_of_the_hub",
+    ),
+    "no code from a model": Guard(
+        "engine/catalog/architecture.py",
+        'if key == "auto_map" and value:',
+        "if False:",
+        f"{ARCHITECTURE}::TestStrangersConfig::test_code_that_came_with_the_model_is_refused",
+    ),
+    "a model does not choose its kernels": Guard(
+        "engine/catalog/architecture.py",
+        "            if _KERNEL_KEY.match(key):",
+        "            if False:",
+        f"{MODEL}::TestWhoChoosesTheKernels::test_a_kernel_from_the_hub_is_refused",
+    ),
+    "a first loss worse than guessing is told": Guard(
+        "engine/train/watchdog.py",
+        "        if loss <= self._guessing:",
+        "        if True:",
+        "tests/train/test_watchdog.py::TestStart::test_a_loss_above_that_of_guessing_is_told",
+    ),
+    "a loss that is no number ends the run": Guard(
+        "engine/train/loop.py",
+        "if not (math.isfinite(loss) and math.isfinite(norm)):",
+        "if False:",
+        "tests/train/test_process_failures.py"
+        "::test_a_loss_that_is_no_number_ends_the_run_before_it_touches_a_weight",
+    ),
+    "nothing of an image is learned": Guard(
+        "engine/chat/render/kinds.py",
+        "Kind.TOOL_RESULT]] = rule.inputs",
+        "Kind.TOOL_RESULT, Kind.IMAGE]] = rule.inputs",
+        "tests/chat/test_image_render.py::test_nothing_of_an_image_is_ever_learned",
+    ),
+    "what a row keeps out of the loss": Guard(
+        "engine/chat/render/kinds.py",
+        "_learned_by_kind(rule)[kinds]",
+        "_learned_by_kind(rule)[kinds & ~np.uint8(WITHHELD)]",
+        "tests/chat/test_kinds.py::test_a_rule_learns_its_kinds_and_nothing_withheld",
+    ),
+}
+
+
+def run_tests(folder: Path, *tests: str) -> subprocess.CompletedProcess[str]:
+    """pytest on the code in `folder`, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", "not gpu"]
+    return subprocess.run(
+        [*command, *tests],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The code and its tests in a folder of their own."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        else:
+            shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("guard", GUARDS.values(), ids=GUARDS)
+def test_what_is_taken_out_is_still_there(guard: Guard) -> None:
+    assert (ROOT / guard.file).read_text("utf-8").count(guard.text) == 1
+    assert guard.text != guard.without
+
+
+@pytest.mark.slow
+def test_with_all_guards_the_tests_pass(copy: Path) -> None:
+    done = run_tests(copy, *sorted({guard.test for guard in GUARDS.values()}))
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guard", GUARDS.values(), ids=GUARDS)
+def test_without_the_guard_its_test_fails(copy: Path, guard: Guard) -> None:
+    file = copy / guard.file
+    whole = file.read_text("utf-8")
+    file.write_text(whole.replace(guard.text, guard.without), "utf-8")
+    try:
+        done = run_tests(copy, guard.test)
+    finally:
+        file.write_text(whole, "utf-8")
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
+    assert " failed" in done.stdout, done.stdout
