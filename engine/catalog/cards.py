@@ -79,6 +79,8 @@ class ModelCard:
     """The content of config.json, shared by all readers: copy it before changing it."""
     sources: tuple[Source, ...]
     notes: tuple[str, ...] = ()
+    offered: bool = True
+    """Whether the wizard offers it; the vision demo's base is of use to that demo alone."""
 
     @property
     def hub_id(self) -> str | None:

@@ -20,7 +20,7 @@ class Prospect:
 
 def survey(device: Device) -> tuple[Prospect, ...]:
     """Every model of the catalog as it would be recommended on `device`, the smallest first."""
-    plans = [Prospect(card, _plan(card, device)) for card in list_models()]
+    plans = [Prospect(card, _plan(card, device)) for card in list_models() if card.offered]
     return tuple(sorted(plans, key=lambda p: p.plan.estimate.total_parameters))
 
 

@@ -118,7 +118,7 @@ def test_a_detached_run_goes_on_without_us(config: Path, capfd: pytest.CaptureFi
         (["train", "{config}", "trust_remote_code=true"], 2, ["trust_remote_code"]),
         (["train", "{config}", "adapter=qlora"], 2, ["load_in_4bit"]),
         (["train", "{config}", "--no-such-flag"], 2, ["--no-such-flag"]),
-        (["train", "{config}", "--max-steps", "0"], 2, ["max_steps"]),
+        (["train", "{config}", "--max-steps", "-1"], 2, ["max_steps"]),
         (["demo", "--no-such-flag"], 2, ["--no-such-flag"]),
         (["demo", "{tmp}/run", "max_stepz=3"], 2, ["max_stepz", "max_steps"]),
         (["no-such-command"], 2, ["no-such-command"]),

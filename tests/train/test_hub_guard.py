@@ -16,8 +16,9 @@ import pytest
 from huggingface_hub import constants
 
 from engine.config import write_config
+from engine.train.batches import Rows
 from engine.train.run import run
-from tests.train.tiny import open_session, settings
+from tests.train.tiny import UNEVEN, open_session, settings, write_rows
 
 REPOSITORY = Path(__file__).parents[2]
 KERNELS = "from pathlib import Path\nPath(__file__).with_name('imported').touch()\n"
@@ -143,9 +144,9 @@ def test_the_hub_is_left_when_model_and_rows_are_there_and_not_before(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     seen = []
 
-    def read_rows(*_: object) -> tuple[list[object], dict[str, object]]:
+    def read_rows(*_: object) -> tuple[Rows, dict[str, Rows]]:
         seen.append((os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE))
-        return [], {}
+        return write_rows(tmp_path / "rows", UNEVEN), {}
 
     def load(*_: object) -> None:
         seen.append((os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE))

@@ -135,7 +135,7 @@ def test_what_was_typed_is_told_back_without_its_escapes() -> None:
 
 
 def test_a_gpu_can_be_planned_for_and_its_config_is_only_saved() -> None:
-    told = converse("2", "H1000000", "H100 PCIe", "4", "", "", "", "", "1", "out.yml")
+    told = converse("2", "H1000000", "H100 PCIe", "3", "", "", "", "", "1", "out.yml")
     assert "There is no GPU named H1000000." in told.text
     assert "H100 PCIe is planned for and not here." in told.text
     assert "start now" not in told.text
@@ -352,7 +352,6 @@ def undone(**answers: object) -> Draft:
         (Draft, "No device is chosen.", 2),
         (lambda: undone(model=None), "No model is chosen.", 2),
         (lambda: undone(model="ministral-3-3b", dataset=None), "No dataset is chosen.", 2),
-        (lambda: undone(model="mistral-small-4"), "mistral-small-4 is not trained yet.", 2),
         (lambda: drafted("H100"), "is planned for and not here.", 2),
         (lambda: drafted(resume_from_checkpoint=True), "goes on with a run", 2),
         (lambda: without(drafted(), "torch"), "The training stack is not installed.", 2),
