@@ -19,6 +19,7 @@ from engine.train.forward import Model, head_of, hidden_states, unwrapped
 from engine.train.generate import generate
 from engine.train.model import load_base
 from engine.train.prompts import ask_about_images
+from engine.train.weights import trained_tensors
 from tests.train.pictures import (
     MIXED,
     Pictured,
@@ -306,3 +307,22 @@ class TestOrder:
         ]
         flat = [size for part in sizes for size in part]
         assert flat == [[28, 56], [84, 112], [84, 56], [112, 112], [84, 84]]
+
+    def test_a_resumed_run_takes_the_same_steps(
+        self, ministral: Path, mixed: Rows, tmp_path: Path
+    ) -> None:
+        keys = {"adapter": "lora", "sample_packing": True, "sequence_len": 64, "max_steps": 4}
+        config = settings(ministral, **keys, gradient_accumulation_steps=1, learning_rate=0.01)
+        whole = training(tmp_path / "whole", config, mixed)
+        for number, batch in whole.order.steps(0):
+            whole.step(number, batch)
+        first = training(tmp_path / "cut", config, mixed)
+        for number in (1, 2):
+            first.step(number, first.order.step(number))
+        first.save()
+        second = training(tmp_path / "cut", config, mixed)
+        second.restore(None)
+        for number, batch in second.order.steps(second.position.step):
+            second.step(number, batch)
+        ours, theirs = trained_tensors(second.model), trained_tensors(whole.model)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
