@@ -95,6 +95,7 @@ def test_the_loss_falls_from_the_start(plain: Path) -> None:
 
 
 @needs_trainer
+@pytest.mark.slow
 def test_another_seed_gives_other_figures(plain: Path, tmp_path: Path, few_rows: Path) -> None:
     short_demo(tmp_path / "run", few_rows, "seed=7")
     assert losses(tmp_path / "run") != losses(plain)

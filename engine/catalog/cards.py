@@ -80,7 +80,7 @@ class ModelCard:
     sources: tuple[Source, ...]
     notes: tuple[str, ...] = ()
     offered: bool = True
-    """Whether the wizard offers it; the vision demo's base is of use to that demo alone."""
+    """Whether lists offer it; the vision demo's base is of use to that demo alone."""
 
     @property
     def hub_id(self) -> str | None:

@@ -46,7 +46,8 @@ def print_models(
     as_json
         Print one JSON document.
     """
-    catalog = [(card, module_table(card.config, where=card.name)) for card in list_models()]
+    offered = [card for card in list_models() if card.offered]
+    catalog = [(card, module_table(card.config, where=card.name)) for card in offered]
     catalog.sort(key=lambda entry: entry[1].total_parameters)
     if assumed is None:
         document = {"models": [describe(*entry) for entry in catalog]}

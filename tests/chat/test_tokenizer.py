@@ -251,6 +251,7 @@ def open_all(*repo_ids: str, **environment: str) -> list[str]:
     return run.stdout.splitlines()
 
 
+@pytest.mark.slow  # the hub library tries an address that does not answer for half a minute
 def test_what_a_hub_refuses_is_a_sentence(hub: str, tmp_path: Path) -> None:
     said = open_all(
         *("org/gated", "org/other", "org/missing", "org/broken"),
@@ -265,6 +266,7 @@ def test_what_a_hub_refuses_is_a_sentence(hub: str, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_offline_is_a_sentence(tmp_path: Path) -> None:
     for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         assert open_all("org/model", HF_HOME=str(tmp_path), **environment) == [
