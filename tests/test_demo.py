@@ -102,6 +102,7 @@ def test_another_seed_gives_other_figures(plain: Path, tmp_path: Path, few_rows:
 
 
 @needs_trainer
+@pytest.mark.slow
 def test_one_edited_row_gives_other_figures(plain: Path, tmp_path: Path, few_rows: Path) -> None:
     rows = tmp_path / "train.jsonl"
     text = (SAMPLE / "train.jsonl").read_text("utf-8")

@@ -69,6 +69,7 @@ def test_the_same_seed_draws_the_same(drawings: Path, tmp_path: Path) -> None:
 
 
 @needs_trainer
+@pytest.mark.slow
 def test_three_steps_ask_about_three_held_out_images_and_score_every_set(tmp_path: Path) -> None:
     result = demo(tmp_path / "run", "max_steps=3", "eval_train_rows=4")
     assert set(result) == {"run", "before", "after", "scores"}
