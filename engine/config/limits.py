@@ -207,14 +207,15 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "tf32": _note("Float32 products are computed in float32.", lambda value: value is True),
         "fp8": _error("The computation is in bfloat16 or float32.", "Remove it."),
         "gradient_checkpointing": _error(
-            "Intermediate values are computed again, not moved away.",
-            "Write gradient_checkpointing: true.",
+            "Intermediate values are computed again, and kept in RAM by another key.",
+            "Write gradient_checkpointing: true and activation_offloading: true.",
             lambda value: isinstance(value, str),
         ),
         "gradient_checkpointing_kwargs": _note("Both ways give the same result."),
         "activation_offloading": _error(
-            "Intermediate values stay on the GPU so far.",
-            "Remove it; gradient_checkpointing: true saves most of that memory.",
+            "Intermediate values are kept in RAM, not on the disk.",
+            "Write activation_offloading: true.",
+            lambda value: value == "disk",
         ),
         "attn_implementation": _error(
             "The trainer runs sdpa, eager, flex_attention, and flash_attention_2, 3, 4 and _torch.",

@@ -97,6 +97,10 @@ class AdapterKeys(Section):
     peft_init_lora_weights: bool | str = True
     """First values of the adapter's A matrices: true, uniform as PEFT does it, or gaussian. B
     starts at zero either way, so that a run starts from the untouched model."""
+    peft_autocast_adapter_dtype: bool | None = None
+    """false: the adapter is held in bfloat16 instead of float32, which saves 4 bytes of each of
+    its numbers, weight and gradient; its steps are rounded at random, so that small ones are not
+    lost on average."""
     peft_layers_to_transform: list[Whole] | Whole | None = None
     """Numbers of the layers that get an adapter, from 0. Absent: all."""
     lora_target_modules: list[str] | str | None = None

@@ -140,7 +140,7 @@ CHANGING = _names(
     fsdp_final_state_dict_type full_determinism gemma4_hybrid_attn_impl gptq
     jagged_restart_anneal_steps jagged_restart_steps jagged_restart_warmup_steps
     kd_alpha kd_ce_alpha kd_temperature kd_trainer kto_desirable_weight kto_undesirable_weight
-    label_balance_window_optim_steps large_head_attention layer_offloading
+    label_balance_window_optim_steps large_head_attention
     liger_use_token_scaling lisa_layers_attribute lisa_n_layers lisa_step_interval
     llama4_linearized_experts local_rank lora_alpha_pattern lora_fan_in_fan_out
     lora_fp32_gradients lora_rank_pattern loraplus_lr_embedding
@@ -148,7 +148,7 @@ CHANGING = _names(
     mean_resizing_embeddings mixlora_expert_lora_alpha mixlora_expert_lora_dropout
     mixlora_expert_lora_r mixlora_jitter_noise mixlora_num_experts mixlora_router_aux_loss_coef
     mixlora_router_init_range mixlora_top_k model_quantization_config_kwargs num_labels
-    nvfp4_merge_aware optim_target_modules peft peft_autocast_adapter_dtype
+    nvfp4_merge_aware optim_target_modules peft
     peft_ensure_weight_tying peft_layer_replication peft_layers_pattern
     peft_trainable_token_indices
     ple_cpu_offload pose_max_context_len pose_num_chunks pose_split_on_token_ids

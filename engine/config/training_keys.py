@@ -119,8 +119,24 @@ class MemoryKeys(Section):
     3B on."""
     gradient_checkpointing_kwargs: dict[str, object] | None = None
     """{use_reentrant: false} or true: how the second computation is done; same result."""
-    activation_offloading: bool | str | None = None
-    """Keep intermediate values in the computer's RAM."""
+    activation_offloading: bool | Literal["legacy", "disk", "hidden_states"] | None = None
+    """Keep what gradient_checkpointing keeps in this computer's RAM, and fetch each layer's part
+    back before it is needed: the same result, a little slower, and long rows cost the GPU little.
+    true, legacy and hidden_states are the same here."""
+    layer_offloading: bool | None = None
+    """Keep the frozen weights of the language model's layers in this computer's RAM, and bring
+    each layer to the GPU while the one before it computes: the same result and room for a larger
+    model, slower where the GPU waits for the copy."""
+    offloaded_layers: Count | None = None
+    """With layer_offloading: how many of the layers, from the first on; the others stay on the
+    GPU. Absent: all."""
+    offload_embeddings: bool = False
+    """Keep the embedding and the head in this computer's RAM: a batch's rows of the one are
+    looked up there, and the other is brought to the GPU for the loss alone. The same result, a
+    little slower."""
+    auto_fit: bool = False
+    """After running out of memory, change the config by the next step that saves some and changes
+    no result, say so, and go on from the last checkpoint."""
     attn_implementation: AttentionBackend | None = None
     """The attention code. Absent: the best that is installed and that this GPU runs. sdpa runs
     everywhere; flash_attention_2 needs Ampere or newer."""
