@@ -19,7 +19,6 @@ from engine.config import read_config, require_supported
 from engine.errors import UserError
 from engine.hardware import assume
 from engine.plan import best_device, estimate
-from engine.plan.layers import widths
 from engine.plan.sharding import cards_laid_out, cards_needed
 
 FOLDER = Path(__file__).parents[1] / "presets" / "recipes"
@@ -194,13 +193,12 @@ class TestHere:
         assert words
         config, card = read_config(path).config, best_device(assume(f"{words[2]} GB"))
         architecture = read_architecture(config.base_model)
-        needs = estimate(config, architecture, card)
         count = 1 if words[1] == "One" else int(words[1])
         assert cards_laid_out(config) == count
         if count == 1:
-            assert needs.verdict == "fits"
+            assert estimate(config, architecture, card).verdict == "fits"
         else:
-            fewest = cards_needed(config, needs, widths(architecture.table), card)
+            fewest = cards_needed(config, architecture, card)
             assert fewest is not None
             assert 1 < fewest <= count
 

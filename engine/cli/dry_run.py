@@ -13,7 +13,6 @@ from engine.config import RunConfig
 from engine.errors import UserError, WorkError
 from engine.hardware import assume
 from engine.plan import best_device, estimate, remarks
-from engine.plan.layers import widths
 from engine.plan.sharding import cards_laid_out, cards_needed
 from engine.visible import visible
 
@@ -50,7 +49,7 @@ def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
     lines = (*(f"! {odd}" for odd in remarks(config, architecture)), *_row_lines(found))
     if laid_out == 1:
         return (f"{sentence}.", headline(needs, card), *lines)
-    fewest = cards_needed(config, needs, widths(architecture.table), card)
+    fewest = cards_needed(config, architecture, card)
     meant = f"on {laid_out} GPUs" if laid_out else "on several GPUs"
     least = f"{fewest} of {card.name} are the fewest" if fewest else f"{card.name} is too small"
     return (f"{sentence}, {meant}; this version runs one.", f"{least}.", *lines)

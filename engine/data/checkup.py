@@ -65,6 +65,9 @@ class TokenStatistics:
     longest_rows: tuple[int, ...]
     row_length: Lengths
     learned_a_row: Lengths
+    most_image_tokens: int = 0
+    """Of one row; the next is its number, None where no row has an image."""
+    most_images_row: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +174,8 @@ class _Notebook:
     kind_counts: Any = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
     turns: tuple[int, int] | None = None
     thinking_answers: int = 0
+    most_image_tokens: int = 0
+    most_images_row: int | None = None
     call_answers: int = 0
     prompts: list[str] = field(default_factory=list)
     images: "_ImageCounts" = field(default_factory=lambda: _ImageCounts())
@@ -203,6 +208,9 @@ class _Notebook:
         self.hashes.append(content_hash(rendered))
         self.kind_counts += np.bincount(rendered.kinds, minlength=256)
         self.odd.add(row.number, rendered)
+        of_images = np.count_nonzero(rendered.kinds & ~np.uint8(WITHHELD) == Kind.IMAGE)
+        if of_images > self.most_image_tokens:
+            self.most_image_tokens, self.most_images_row = int(of_images), row.number
         self.thinking_answers += _messages_of(Kind.THINK, rendered)
         self.call_answers += _messages_of(Kind.CALL, rendered)
         if carried == 0:
@@ -249,6 +257,8 @@ class _Notebook:
             longest_rows=tuple(np.sort(lengths)[::-1][:LISTED_LONGEST].tolist()),
             row_length=length_statistics(lengths),
             learned_a_row=length_statistics(np.array(self.learned, dtype=np.int64)),
+            most_image_tokens=self.most_image_tokens,
+            most_images_row=self.most_images_row,
         )
 
 

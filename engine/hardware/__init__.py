@@ -6,7 +6,7 @@ here; `reading` puts them together.
 """
 
 from engine.hardware.machine import Gpu, GpuProcess, Machine, Problem
-from engine.hardware.planned import KnownGpu, known_gpus
+from engine.hardware.planned import KnownGpu, Speed, known_gpus, speed_of
 from engine.hardware.reading import assume, poll, read_machine
 from engine.hardware.software import Missing, missing_packages
 from engine.hardware.visibility import cuda_environment
@@ -18,10 +18,12 @@ __all__ = [
     "Machine",
     "Missing",
     "Problem",
+    "Speed",
     "assume",
     "cuda_environment",
     "known_gpus",
     "missing_packages",
     "poll",
     "read_machine",
+    "speed_of",
 ]

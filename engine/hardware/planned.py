@@ -29,6 +29,19 @@ _NOISE = {"nvidia", "geforce", "tesla", "quadro", "gpu", "graphics", "card", "ge
 
 
 @dataclass(frozen=True, slots=True)
+class Speed:
+    """What a card's maker says that it does, per second, and what an hour of it costs."""
+
+    bf16_flops: float
+    """Dense products in bfloat16."""
+    memory_bytes: float
+    """To and from its own memory."""
+    link_bytes: float
+    """To or from this computer's memory."""
+    usd_an_hour: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class KnownGpu:
     """A GPU by name, with the memory that the driver reports for it."""
 
@@ -41,6 +54,7 @@ class KnownGpu:
     source: str
     """A link or words."""
     aliases: tuple[str, ...] = ()
+    speed: Speed | None = None
 
 
 @cache
@@ -54,7 +68,22 @@ def known_gpus() -> tuple[KnownGpu, ...]:
     content = YAML(typ="safe", pure=True).load(text)
     for entry in content:
         entry["memory_total_bytes"] = entry.pop("memory_total_mib") * 2**20
+        entry["speed"] = {
+            "bf16_flops": entry.pop("bf16_tflops") * 1e12,
+            "memory_bytes": entry.pop("memory_gb_s") * 1e9,
+            "link_bytes": entry.pop("link_gb_s") * 1e9,
+            "usd_an_hour": entry.pop("usd_an_hour", None),
+        }
     return TypeAdapter(tuple[KnownGpu, ...]).validate_python(content)
+
+
+def speed_of(name: str) -> Speed | None:
+    """The speed of the card that the driver calls `name`; None for one that is not listed."""
+    wanted = "".join(_words(name))
+    for gpu in known_gpus():
+        if wanted in {"".join(_words(each)) for each in (gpu.name, *gpu.aliases)}:
+            return gpu.speed
+    return None
 
 
 def plan_gpus(text: str) -> tuple[Gpu, ...]:

@@ -16,15 +16,17 @@ from engine.plan.documents import (
     estimate_document,
     plan_document,
 )
-from engine.plan.ladder import Alternative, changed, list_alternatives, make_fit
+from engine.plan.ladder import Alternative, list_alternatives, make_fit
 from engine.plan.limits import Goal, why_not_trained
-from engine.plan.memory import Estimate, Verdict, estimate
+from engine.plan.memory import WEIGHTS, Estimate, Verdict, estimate
 from engine.plan.recommend import Recommendation, assess, recommend
 from engine.plan.remarks import remarks
+from engine.plan.rungs import changed
 from engine.plan.statistics import Statistics, read_statistics
 from engine.plan.survey import Prospect, propose, survey
 
 __all__ = [
+    "WEIGHTS",
     "Alternative",
     "Attention",
     "Device",

@@ -1,23 +1,23 @@
 """Whether the model of a run can be asked on a device: its weights alone, without what trains them.
 
-Separate from `memory`, which counts a training step. The cache of an answer is left out: a few
-thousand tokens of it are small beside the weights.
+Separate from `memory`, which counts a training run: nothing of what trains is there to answer.
 """
 
 from engine.catalog import Architecture
 from engine.config import RunConfig
 from engine.errors import DOES_NOT_FIT, UserError
 from engine.plan.device import Device
-from engine.plan.memory import estimate, on_device
+from engine.plan.memory import Stack, moment_parts, on_device
 from engine.units import gib
 
-_HELD = ("weights", "experts", "embeddings", "vision", "adapter")
+ANSWERING = Stack("answering", tower="on the device")
+"""A question may come with an image, whatever the run's rows had."""
 
 
 def answering_bytes(config: RunConfig, architecture: Architecture, device: Device) -> int:
-    """What has to be free on `device` to hold the run's model as `config` loads it."""
-    parts = estimate(config, architecture, device).parts
-    return on_device(sum(parts.get(name, 0) for name in _HELD), device)
+    """What has to be free on `device` to hold the run's model, and one long answer's cache."""
+    parts = moment_parts(config, architecture, device, "generation", stack=ANSWERING)
+    return on_device(sum(parts.values()) - parts.get("optimizer", 0), device)
 
 
 def refuse_answering(config: RunConfig, architecture: Architecture, device: Device) -> None:

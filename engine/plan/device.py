@@ -30,8 +30,12 @@ class Device:
     uuid: str | None = None
     planned: bool = False
     """A card that is not here."""
+    card: str = ""
+    """Its name as the driver says it."""
     count: int = 1
     """Cards of this kind; a run uses one so far."""
+    ram_bytes: int | None = None
+    """What this computer's own memory can give; None where that is not known."""
     stack: Mapping[str, str | None] | None = None
     """Installed packages by name; None where that was not looked up."""
 
@@ -53,7 +57,9 @@ def gpu_device(gpu: Gpu, machine: Machine) -> Device:
         compute_capability=gpu.compute_capability,
         uuid=None if machine.assumed else gpu.uuid,
         planned=machine.assumed,
+        card=gpu.name,
         count=sum(other.name == gpu.name for other in machine.gpus),
+        ram_bytes=None if machine.assumed else _ram_bytes(machine),
         stack=machine.stack,
     )
 
@@ -64,9 +70,14 @@ def cpu_device(machine: Machine) -> Device:
         name="this computer's CPU",
         kind="cpu",
         total_bytes=machine.ram_total_bytes,
-        can_give_bytes=int(machine.ram_available_bytes * (1 - RAM_MARGIN)),
+        can_give_bytes=_ram_bytes(machine),
+        ram_bytes=_ram_bytes(machine),
         stack=machine.stack,
     )
+
+
+def _ram_bytes(machine: Machine) -> int:
+    return int(machine.ram_available_bytes * (1 - RAM_MARGIN))
 
 
 def best_device(machine: Machine) -> Device:

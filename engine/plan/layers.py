@@ -158,3 +158,8 @@ def expert_bytes(
     elif config.adapter is None:
         held += sizes.expert_stack
     return kept * base_bytes, held * base_bytes
+
+
+def inference_bytes(config: RunConfig, sizes: Widths, tokens: int, base_bytes: int) -> int:
+    """What one layer holds in a forward pass without gradients."""
+    return tokens * base_bytes * (3 * sizes.intermediate + 6 * sizes.hidden + 2 * sizes.attention)

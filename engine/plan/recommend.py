@@ -15,10 +15,11 @@ from engine.errors import UserError
 from engine.plan.attention import Attention, Task, choose_attention, heads_of
 from engine.plan.choice import Choice
 from engine.plan.device import Device
-from engine.plan.ladder import Alternative, changed, list_alternatives
+from engine.plan.ladder import Alternative, list_alternatives
 from engine.plan.limits import Goal, refuse_goal, why_not_trained
 from engine.plan.memory import Estimate, estimate
 from engine.plan.recipe import find_recipe
+from engine.plan.rungs import changed
 from engine.plan.statistics import Statistics
 
 

@@ -1,39 +1,48 @@
-"""How many cards a run needs that one cannot hold, when its weights are sharded over them.
+"""How many cards a run needs that one cannot hold.
 
-Separate from `memory`, whose figures are of one card: here they are split by FSDP's rule. Weights,
-gradients, optimizer state and what moving the weights takes are divided; what a forward and
-backward pass holds is each card's own, and so are two layers that are gathered whole, one at work
-and the next one on its way.
+Separate from `memory`, which divides a run over a number of cards that is given: here the fewest
+are found that hold it.
 """
 
-from math import ceil
+from dataclasses import replace
 
+from engine.catalog import Architecture
 from engine.config import RunConfig
 from engine.plan.device import Device
-from engine.plan.layers import Widths, transient_bytes
-from engine.plan.memory import Estimate, on_device
+from engine.plan.memory import cards_of_a_copy, estimate
+from engine.plan.statistics import Statistics
 
-BF16_BYTES = 2
+MOST_CARDS = 1024
 
 
 def cards_laid_out(config: RunConfig) -> int | None:
     """Cards that a config is written for: 1 without sharding, None where it does not say."""
-    if config.fsdp_config is None and not config.deepspeed:
-        return 1
-    if config.dp_shard_size is None:
-        return None
-    return config.dp_shard_size * (config.dp_replicate_size or 1)
+    each = cards_of_a_copy(config)
+    return None if each is None else each * (config.dp_replicate_size or 1)
 
 
-def cards_needed(config: RunConfig, needs: Estimate, sizes: Widths, device: Device) -> int | None:
+def cards_needed(
+    config: RunConfig,
+    architecture: Architecture,
+    device: Device,
+    statistics: Statistics | None = None,
+) -> int | None:
     """The fewest cards like `device` that hold a bfloat16 run sharded over them; None: none would.
 
-    `needs` is the same run's need on a single card of that kind.
+    One card where the run fits it as it is.
     """
-    parts = needs.parts
-    working = transient_bytes(config, sizes, needs.tokens_at_once, BF16_BYTES)
-    own = parts["activations"] + min(parts["layer"], working) + parts.get("mask", 0)
-    divided = needs.peak_allocated_bytes - own
-    gathered = 2 * (parts.get("weights", 0) + parts.get("experts", 0)) // sizes.layers
-    spare = device.can_give_bytes - on_device(own + gathered, device)
-    return ceil((on_device(divided, device) - on_device(0, device)) / spare) if spare > 0 else None
+    sharded = {"fsdp_config": config.fsdp_config or {}, "dp_shard_size": None, "bf16": True}
+
+    def fits(cards: int) -> bool:
+        keys = {**sharded, "dp_shard_size": cards} if cards > 1 else {"fsdp_config": None}
+        laid_out = config.model_copy(update=keys)
+        found = estimate(laid_out, architecture, replace(device, count=1), statistics)
+        return found.device_bytes <= device.can_give_bytes
+
+    if not fits(MOST_CARDS):
+        return None
+    least, enough = 0, MOST_CARDS
+    while enough - least > 1:
+        middle = (least + enough) // 2
+        least, enough = (least, middle) if fits(middle) else (middle, enough)
+    return enough

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.config import RunConfig
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
@@ -28,12 +30,26 @@ class Statistics:
     prompts: tuple[str, ...] = ()
     """Opening questions of a few rows."""
     image_tokens: int = 0
+    most_image_tokens: int = 0
+    """Of one row."""
+    p99_tokens: int = 0
+    longest_row: int | None = None
+    """Number of the longest row, counted from 1 over all rows; the next one likewise."""
+    most_images_row: int | None = None
 
     def rows_over(self, sequence_len: int) -> tuple[int, bool]:
         """Rows longer than `sequence_len`, and whether there may be more of them than counted."""
         shortest_first = self.longest_rows[::-1]
         over = len(shortest_first) - bisect_right(shortest_first, sequence_len)
         return over, over == len(shortest_first) < self.usable_rows and over > 0
+
+    def longest_kept(self, config: RunConfig) -> int:
+        """Tokens of the longest row that trains under `config`'s sequence_len, after any cut."""
+        limit = config.sequence_len
+        if self.longest_tokens <= limit or config.excess_length_strategy == "truncate":
+            return min(limit, self.longest_tokens)
+        # A list of rows that are all longer leaves the limit itself as all that is known.
+        return next((length for length in self.longest_rows if length <= limit), limit)
 
 
 def read_statistics(checkup: Mapping[str, Any]) -> Statistics | None:
@@ -54,4 +70,8 @@ def read_statistics(checkup: Mapping[str, Any]) -> Statistics | None:
         longest_rows=tuple(tokens["longest_rows"]),
         prompts=tuple(checkup["prompts"]),
         image_tokens=tokens["by_kind"]["image"],
+        most_image_tokens=tokens["most_image_tokens"],
+        p99_tokens=lengths["p99"],
+        longest_row=next(iter(checkup["odd"]["longest"]), None),
+        most_images_row=tokens["most_images_row"],
     )

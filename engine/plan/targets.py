@@ -25,12 +25,15 @@ EYES: dict[str, Group] = {"vision_tower": "vision", "multi_modal_projector": "pr
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
-def linear_endings(table: ModuleTable) -> list[str]:
+def linear_endings(table: ModuleTable, *, group: Group | None = None) -> list[str]:
     """Ends of the names of every linear layer that an adapter can sit on, as a config lists them.
 
-    What `lora_target_linear` means where that key is not allowed: beside quantized experts.
+    What `lora_target_linear` means where that key is not allowed: beside quantized experts. `group`
+    leaves out the layers of the others.
     """
-    return sorted({name.rpartition(".")[2] for name in linear_targets(table)})
+    modules = set(linear_targets(table))
+    rows = (row for row in table.parameters if row.module in modules)
+    return sorted({_ending(row.module) for row in rows if group in (None, row.group)})
 
 
 def choose_targets(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
@@ -167,6 +170,10 @@ def _names(table: ModuleTable, rows: Iterable[Parameter]) -> frozenset[str]:
     """The rows' names, a tied head's replaced by the embedding's."""
     embedding = next(row.name for row in table.parameters if row.group == "embedding")
     return frozenset(embedding if row.tied else row.name for row in rows)
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _ends(name: str, entry: str) -> bool:

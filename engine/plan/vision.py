@@ -59,16 +59,27 @@ def largest_image_tokens(architecture: Architecture) -> int | None:
 def image_tokens_at_once(
     config: RunConfig, table: ModuleTable, tokens: int, statistics: Statistics | None
 ) -> int:
-    """Image tokens among the `tokens` of one forward pass.
+    """Image tokens among the `tokens` of the forward pass that has most of them.
 
     Rows of unknown data are all image where the config says that they have images, as Axolotl's
-    configs do with `processor_type`.
+    configs do with `processor_type`. Packed sequences have their usual share, and at least the row
+    with the most; without packing a batch can be made of such rows.
     """
     if tower_of(table) is None:
         return 0
     if statistics is None:
         return tokens if config.processor_type else 0
-    return math.ceil(tokens * statistics.image_tokens / max(1, statistics.total_tokens))
+    share = math.ceil(tokens * statistics.image_tokens / max(1, statistics.total_tokens))
+    rows = 1 if config.sample_packing else config.micro_batch_size
+    return min(tokens, max(share, rows * statistics.most_image_tokens))
+
+
+def tower_works(config: RunConfig, table: ModuleTable, statistics: Statistics | None) -> bool:
+    """Whether a run needs the vision tower: for images in its rows, or because it is trained."""
+    if tower_of(table) is None:
+        return False
+    images = bool(config.processor_type) if statistics is None else statistics.image_tokens > 0
+    return images or trains_tower(config)
 
 
 def tower_bytes(
@@ -88,13 +99,14 @@ def tower_bytes(
     one = (8 * tower.hidden + 3 * tower.intermediate) * base_bytes
     held = at_once * (one + 3 * at_once)  # three bytes a pair for the mask, as for packed rows
     pixels = patches * 3 * tower.patch**2 * (4 + base_bytes)
-    if not _trains_tower(config):
+    if not trains_tower(config):
         return pixels, held
     kept = tower.hidden * base_bytes if config.gradient_checkpointing else one
     return pixels + patches * tower.layers * kept, held
 
 
-def _trains_tower(config: RunConfig) -> bool:
+def trains_tower(config: RunConfig) -> bool:
+    """Whether anything of the tower or the projector moves."""
     modules = config.lora_target_modules
     named: Iterable[str] = [modules] if isinstance(modules, str) else modules or ()
     if config.adapter is None:

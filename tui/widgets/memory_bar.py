@@ -10,10 +10,9 @@ from textual.app import RenderResult
 from textual.content import Content
 from textual.widget import Widget
 
-from engine.plan import Device, Estimate
+from engine.plan import WEIGHTS, Device, Estimate
 from engine.units import GIB
 
-_WEIGHTS = ("weights", "experts", "embeddings", "vision")
 _ADAPTER = ("adapter", "gradients", "optimizer")
 
 
@@ -42,7 +41,7 @@ def bar_parts(needs: Estimate, device: Device) -> list[Part]:
         room -= drawn
         return Part(glyph, name, size, style, drawn)
 
-    weights = sum(needs.parts.get(name, 0) for name in _WEIGHTS)
+    weights = sum(needs.parts.get(name, 0) for name in WEIGHTS)
     moving = sum(needs.parts.get(name, 0) for name in _ADAPTER)
     rest = needs.peak_allocated_bytes - weights - moving
     parts = [

@@ -11,7 +11,7 @@ from typing import Final
 from textual.content import Content
 
 from engine.catalog import Architecture, ModelCard
-from engine.plan import Device, Recommendation
+from engine.plan import WEIGHTS, Device, Recommendation
 from engine.units import GIB, gib
 from engine.visible import visible
 from tui.draft import reads_images
@@ -160,7 +160,7 @@ def _sizes(candidate: Candidate, device: Device) -> str:
 
 def _weights(candidate: Candidate) -> str:
     parts = candidate.plan.estimate.parts
-    held = sum(parts.get(name, 0) for name in ("weights", "experts", "embeddings", "vision"))
+    held = sum(parts.get(name, 0) for name in WEIGHTS)
     return gib(held) if held >= GIB / 10 else f"{held / 2**20:.0f} MiB"
 
 

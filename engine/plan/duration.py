@@ -1,0 +1,158 @@
+"""How long a run takes and what it costs, before its first step.
+
+Separate from `memory`: here the same config is counted in floating-point operations and in bytes
+that move, against what the card's maker says of it (presets/gpus.yml). What a card reaches of that
+is known from published runs only, so the answer is a rough one until a measurement replaces it:
+`windtunnel fit`, or the run's own first steps.
+
+Operations a token: 2 a weight forward, 2 again where checkpointing computes the layer a second
+time, 2 for the gradient of its input, and 2 for its own where it moves (PaLM, arXiv 2204.02311,
+appendix B). Attention inside a row of n tokens: 2 n a number of the queries forward, half of what
+it takes without its mask, and 2.5 times that backward (FlashAttention-2, arXiv 2307.08691).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, prod
+
+from engine.catalog import Architecture, ModuleTable
+from engine.config import RunConfig
+from engine.hardware import speed_of
+from engine.plan.device import Device
+from engine.plan.layers import widths
+from engine.plan.memory import frozen_of, kept_in_ram, packed_numbers, tokens_at_once
+from engine.plan.statistics import Statistics
+from engine.plan.targets import trained_parameters
+
+REACHED = 0.40
+"""Share of a card's products that training reaches: 0.41 on an H100 (NeMo AutoModel's performance
+page, Llama 3 8B LoRA), 0.47 to 0.60 on an RTX 4090 and 0.57 on an A100 (torchtune's README)."""
+MOVED = 0.80
+"""The same of the bytes that move, in the card and to it. Taken, not measured."""
+FP32_SHARE = 1 / 8
+"""Speed of float32 products beside 16-bit ones, on a card that has no bfloat16 (T4: 8 of 65)."""
+UNPACKED_BYTES = 0.5 + 2 + 2
+"""A 4-bit weight that is read, written in 16 bits and read again by the product."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """How long a run is expected to take."""
+
+    steps: int
+    """Optimizer steps."""
+    seconds: float
+    """Of all steps; loading, evaluations and saves come on top."""
+    tokens_per_second: float
+    usd: float | None
+    """At the card's usual price; None where none is known."""
+    source: str
+    """`formula` or `measured`."""
+
+
+def expected_duration(
+    config: RunConfig,
+    architecture: Architecture,
+    device: Device,
+    statistics: Statistics | None,
+    measured_tokens_per_second: float | None = None,
+) -> Duration | None:
+    """The duration of `config` on `device`, at a measured pace where one is given.
+
+    None where neither the pace nor the card is known, and where the number of steps is not.
+    """
+    steps = count_steps(config, statistics)
+    pace = measured_tokens_per_second or pace_of(config, architecture, device, statistics)
+    if steps is None or pace is None:
+        return None
+    seconds = steps * _step_tokens(config, statistics) / pace
+    speed = speed_of(device.card)
+    usd = speed.usd_an_hour * seconds / 3600 if speed and speed.usd_an_hour else None
+    source = "measured" if measured_tokens_per_second else "formula"
+    return Duration(steps, seconds, pace, usd, source)
+
+
+def count_steps(config: RunConfig, statistics: Statistics | None) -> int | None:
+    """Optimizer steps of a run; None for rows that are not known yet."""
+    if config.max_steps is not None:
+        return config.max_steps
+    if statistics is None:
+        return None
+    held = config.val_set_size
+    share = 1 - (held if held < 1 else min(1.0, held / max(1, statistics.usable_rows)))
+    sequences = statistics.usable_rows * share
+    if config.sample_packing:
+        sequences = statistics.total_tokens * share / config.sequence_len
+    a_step = config.micro_batch_size * config.gradient_accumulation_steps
+    return max(1, ceil(ceil(sequences / a_step) * config.num_epochs))
+
+
+def _step_tokens(config: RunConfig, statistics: Statistics | None) -> float:
+    """Tokens of an optimizer step, padding left out."""
+    sequences = config.micro_batch_size * config.gradient_accumulation_steps
+    if statistics is None:
+        return sequences * config.sequence_len
+    if config.sample_packing:
+        return min(sequences * config.sequence_len, max(1, statistics.total_tokens))
+    return sequences * min(config.sequence_len, statistics.mean_tokens)
+
+
+def pace_of(
+    config: RunConfig,
+    architecture: Architecture,
+    device: Device,
+    statistics: Statistics | None = None,
+) -> float | None:
+    """Tokens a second of training by the card's data sheet; None for a card without one."""
+    speed = speed_of(device.card) if device.kind == "cuda" else None
+    if speed is None:
+        return None
+    tokens = tokens_at_once(config, statistics)
+    row = min(statistics.mean_tokens if statistics else config.sequence_len, config.sequence_len)
+    rate = speed.bf16_flops * REACHED * (1 if device.computes_bf16 else FP32_SHARE)
+    computing = _operations(config, architecture.table, row) * tokens / rate
+    passes = 3 if config.gradient_checkpointing else 2
+    unpacked = packed_numbers(config, architecture.table) * UNPACKED_BYTES * passes
+    computing += unpacked / (speed.memory_bytes * MOVED)
+    waiting = _copied_bytes(config, architecture, device, statistics) / (speed.link_bytes * MOVED)
+    return tokens / max(computing, waiting)
+
+
+def _operations(config: RunConfig, table: ModuleTable, row_tokens: float) -> float:
+    """Floating-point operations a token of a forward and backward pass."""
+    again = 1 if config.gradient_checkpointing else 0
+    numbers = passed_numbers(table) * 2 * (2 + again)
+    moving = trained_parameters(table, config)
+    numbers += 2 * moving * (3 + again if config.adapter else 1)
+    sizes = widths(table)
+    attention = 2 * row_tokens * _query_width(table) * sizes.layers
+    return numbers + attention * (1 + again + 2.5)
+
+
+@lru_cache(maxsize=32)
+def passed_numbers(table: ModuleTable) -> int:
+    """Weights that a token's products pass: its own experts, and the head, tied or not."""
+    passed = sum(
+        row.count * (table.routed_share if row.group == "experts" else 1)
+        for row in table.parameters
+        if row.group in ("attention", "mlp", "experts", "router")
+    )
+    head = next(row for row in table.parameters if row.group == "head")
+    return int(passed) + prod(head.shape)
+
+
+def _copied_bytes(
+    config: RunConfig, architecture: Architecture, device: Device, statistics: Statistics | None
+) -> float:
+    """What a micro-batch brings from RAM and takes there: layers twice, states there and back."""
+    frozen = frozen_of(config, architecture, device, statistics)
+    layers = sum(frozen.host.get(part, 0) for part in ("linear", "experts"))
+    return 2 * layers + 2 * kept_in_ram(config, architecture, device, statistics) + frozen.head
+
+
+@lru_cache(maxsize=32)
+def _query_width(table: ModuleTable) -> int:
+    """Numbers of a token's queries in one layer, of all heads."""
+    named = (row for row in table.parameters if row.group == "attention")
+    ends = ("q_proj", "q_b_proj")
+    return max(row.shape[0] for row in named if row.module.rpartition(".")[2] in ends)

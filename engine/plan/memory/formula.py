@@ -1,0 +1,259 @@
+"""How much memory a run needs, by part, before anything is loaded or downloaded.
+
+A closed formula over the module table, cheap enough to run at every keystroke. Each part follows
+what the trainer does; the peak is that of the fullest moment.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.catalog import Architecture, ModuleTable
+from engine.config import RunConfig
+from engine.plan.device import Device
+from engine.plan.memory.frozen import Frozen, frozen_bytes, sizes_of
+from engine.plan.memory.host import disk_bytes, host_bytes
+from engine.plan.memory.moments import Step, kept_states, list_moments
+from engine.plan.memory.ranks import cards_of_a_copy, divide
+from engine.plan.memory.stack import WINDTUNNEL, Stack
+from engine.plan.memory.trained import moving_numbers, trained_bytes
+from engine.plan.quantized import kept_modules
+from engine.plan.statistics import Statistics
+from engine.plan.targets import count_targets
+from engine.plan.vision import image_tokens_at_once
+from engine.units import GIB
+
+Verdict = Literal["fits", "tight", "does not fit"]
+
+TIGHT_BYTES = GIB
+"""A plan with less to spare is called tight."""
+
+# Peak allocated -> what the card has to hold: CUDA's context, and what the allocator keeps beyond.
+CONTEXT_BYTES, ALLOCATOR_SLACK = int(0.55 * GIB), 0.03
+# The same for a CPU: a process with torch, transformers and peft before it loads a model.
+PROCESS_BYTES, HEAP_SLACK = int(0.75 * GIB), 0.10
+
+PACKED_SPREAD, OTHER_SPREAD, WIDE_SPREAD = 0.06, 0.10, 0.15
+"""How far a measured peak may lie from the formula: packed text of dense models is closest; then
+other text; furthest off are images, experts, and batches of rows whose lengths differ."""
+UNEVEN = 1.5
+"""Rows are of different lengths where the longest has so many times the tokens of the mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run needs, and whether its device can give it. All sizes in bytes."""
+
+    parts: Mapping[str, int]
+    """By name, of what torch allocates at the fullest moment; they add up to it."""
+    peak_allocated_bytes: int
+    device_bytes: int
+    """With the driver's context and the allocator's slack: what has to be free."""
+    range_bytes: tuple[int, int]
+    """Where the peak allocated is expected to lie."""
+    can_give_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    trainable_parameters: int
+    total_parameters: int
+    targets: Mapping[str, int]
+    """Modules that each entry of the adapter's targets matches."""
+    tokens_at_once: int
+    verdict: Verdict
+    source: Literal["formula", "measured"] = "formula"
+    moment: str = "backward pass"
+    """Of the run, the fullest."""
+    moments: Mapping[str, int] = field(default_factory=dict)
+    """What is allocated at each moment that could be it."""
+    decided_by: str = ""
+    """The row whose length the peak follows from, in words."""
+    cards: int = 1
+    """Over which the run is divided; the sizes are those of one."""
+
+    @property
+    def spare_bytes(self) -> int:
+        """What the device could give beyond; negative where it does not fit."""
+        return self.can_give_bytes - self.device_bytes
+
+    @property
+    def uncertainty(self) -> float:
+        """Half the width of the range, as a share of the peak."""
+        return self.range_bytes[1] / max(1, self.peak_allocated_bytes) - 1
+
+
+def estimate(
+    config: RunConfig,
+    architecture: Architecture,
+    device: Device,
+    statistics: Statistics | None = None,
+    *,
+    stack: Stack = WINDTUNNEL,
+) -> Estimate:
+    """The memory of `config` on `device`; rows of unknown data have `sequence_len` tokens.
+
+    For a config that is laid out for several cards the sizes are those of one of them. Raises
+    UserError where an entry of the adapter's targets matches no module.
+    """
+    step = _step(config, architecture, device, statistics, stack)
+    frozen = _frozen(step, statistics)
+    cards = cards_of_a_copy(config) or device.count
+    moments = _moments(step, frozen, cards)
+    sums = {name: int(sum(parts.values())) for name, parts in moments.items()}
+    fullest = max(sums, key=lambda name: sums[name])
+    parts = {name: int(size) for name, size in moments[fullest].items() if size >= 1}
+    peak = sum(parts.values())
+    spread = _spread(config, step, statistics)
+    sizes = sizes_of(step.table, kept_modules(config))
+    needed = on_device(peak, device)
+    return Estimate(
+        parts=parts,
+        peak_allocated_bytes=peak,
+        device_bytes=needed,
+        range_bytes=(int(peak * (1 - spread)), int(peak * (1 + spread))),
+        can_give_bytes=device.can_give_bytes,
+        host_bytes=needed if device.kind == "cpu" else host_bytes(step, frozen, sizes),
+        disk_bytes=disk_bytes(step, architecture, sizes, statistics),
+        trainable_parameters=step.moving.all,
+        total_parameters=sizes.all,
+        targets=count_targets(step.table, config) if config.adapter else {},
+        tokens_at_once=step.tokens,
+        verdict=judge(needed, device.can_give_bytes),
+        moment=fullest,
+        moments=sums,
+        decided_by=_decided_by(step, statistics),
+        cards=cards,
+    )
+
+
+def moment_parts(
+    config: RunConfig,
+    architecture: Architecture,
+    device: Device,
+    moment: str,
+    *,
+    stack: Stack = WINDTUNNEL,
+) -> dict[str, int]:
+    """What one moment holds by part, in bytes; its name is one of `Estimate.moments`."""
+    step = _step(config, architecture, device, None, stack)
+    cards = cards_of_a_copy(config) or device.count
+    parts = _moments(step, _frozen(step, None), cards)[moment]
+    return {name: int(size) for name, size in parts.items() if size >= 1}
+
+
+def frozen_of(
+    config: RunConfig, architecture: Architecture, device: Device, statistics: Statistics | None
+) -> Frozen:
+    """Where the weights of a run lie."""
+    return _frozen(_step(config, architecture, device, statistics, WINDTUNNEL), statistics)
+
+
+def kept_in_ram(
+    config: RunConfig, architecture: Architecture, device: Device, statistics: Statistics | None
+) -> float:
+    """Bytes that the layers of one forward pass keep in this computer's memory."""
+    return kept_states(_step(config, architecture, device, statistics, WINDTUNNEL))[1]
+
+
+def packed_numbers(config: RunConfig, table: ModuleTable) -> int:
+    """Weights that a run holds in 4 bits."""
+    sizes = sizes_of(table, kept_modules(config))
+    linears = sum(held.packed for held in sizes.parts.values()) if config.load_in_4bit else 0
+    return linears + (sizes.parts["experts"].plain if config.quantize_moe_experts else 0)
+
+
+def _step(
+    config: RunConfig,
+    architecture: Architecture,
+    device: Device,
+    statistics: Statistics | None,
+    stack: Stack,
+) -> Step:
+    table, tokens = architecture.table, tokens_at_once(config, statistics)
+    return Step(
+        config,
+        table,
+        device,
+        base_bytes_of(config, device),
+        tokens,
+        image_tokens_at_once(config, table, tokens, statistics),
+        moving_numbers(table, config),
+        stack,
+    )
+
+
+def _frozen(step: Step, statistics: Statistics | None) -> Frozen:
+    return frozen_bytes(
+        step.config,
+        step.table,
+        step.base_bytes,
+        statistics,
+        offloads=step.offloads,
+        stack=step.stack,
+    )
+
+
+def _moments(step: Step, frozen: Frozen, cards: int) -> dict[str, dict[str, float]]:
+    trained = trained_bytes(step.config, step.moving, step.base_bytes, step.stack)
+    moments = list_moments(step, frozen, trained)
+    if cards == 1:
+        return moments
+    return {name: divide(parts, step, cards) for name, parts in moments.items()}
+
+
+def judge(needed_bytes: int, can_give_bytes: int) -> Verdict:
+    """Whether `needed_bytes` fit, with how little to spare they are called tight."""
+    if needed_bytes > can_give_bytes:
+        return "does not fit"
+    return "tight" if can_give_bytes - needed_bytes < TIGHT_BYTES else "fits"
+
+
+def on_device(peak_bytes: int, device: Device) -> int:
+    """What has to be free for `peak_bytes` of tensors."""
+    if device.kind == "cpu":
+        return int(peak_bytes * (1 + HEAP_SLACK)) + PROCESS_BYTES
+    return int(peak_bytes * (1 + ALLOCATOR_SLACK)) + CONTEXT_BYTES
+
+
+def base_bytes_of(config: RunConfig, device: Device) -> int:
+    """Of one weight that is not quantized; `bf16: auto` is float32 where bfloat16 is emulated."""
+    bf16 = device.computes_bf16 if config.bf16 == "auto" else config.bf16
+    return 2 if bf16 else 4
+
+
+def tokens_at_once(config: RunConfig, statistics: Statistics | None) -> int:
+    """Tokens of one forward pass: full sequences when packed, else the longest row that is kept."""
+    row = config.sequence_len
+    if statistics and not config.sample_packing:
+        row = min(row, statistics.longest_kept(config))
+    tokens = config.micro_batch_size * row
+    return min(tokens, max(1, statistics.total_tokens)) if statistics else tokens
+
+
+def _decided_by(step: Step, statistics: Statistics | None) -> str:
+    """Whose length the tokens of a forward pass follow from."""
+    config = step.config
+    if statistics is None:
+        return f"rows are taken to have sequence_len: {config.sequence_len:,} tokens"
+    if config.sample_packing and step.tokens < statistics.total_tokens:
+        return f"packed sequences are full: {config.sequence_len:,} tokens each"
+    if config.sample_packing:
+        return f"all rows together: {statistics.total_tokens:,} tokens"
+    longest = statistics.longest_kept(config)
+    named = statistics.longest_row is not None and longest == statistics.longest_tokens
+    row = f"row {statistics.longest_row:,}" if named else "the longest row that is kept"
+    words = f"{row} has {longest:,} tokens"
+    if statistics.most_images_row is not None:
+        words += f"; row {statistics.most_images_row:,} has {statistics.most_image_tokens:,} of"
+        words += " images"
+    return words
+
+
+def _spread(config: RunConfig, step: Step, statistics: Statistics | None) -> float:
+    uneven = (
+        statistics is not None
+        and not config.sample_packing
+        and statistics.longest_kept(config) > UNEVEN * statistics.mean_tokens
+    )
+    if step.widths.expert_rows or step.of_images or uneven:
+        return WIDE_SPREAD
+    return PACKED_SPREAD if config.sample_packing else OTHER_SPREAD

@@ -1,0 +1,214 @@
+"""What the device holds at each moment of a run that can be its fullest.
+
+Separate from what is held throughout (`frozen`, `trained`): a run's peak is that of its fullest
+moment, and saying which one that is says what would help.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from engine.catalog import ModuleTable
+from engine.config import RunConfig
+from engine.plan.attention import needs_mask
+from engine.plan.device import Device
+from engine.plan.layers import (
+    Widths,
+    expert_bytes,
+    inference_bytes,
+    kept_bytes,
+    transient_bytes,
+    widths,
+)
+from engine.plan.memory.frozen import Frozen
+from engine.plan.memory.stack import Stack
+from engine.plan.memory.trained import Moving
+from engine.plan.targets import expert_adapter_parameters, trains_head
+from engine.plan.vision import tower_bytes
+
+LOSS_CHUNK_BYTES = 64 * 2**20
+"""One chunk of float32 logits where no fused kernel computes the loss: 128 rows at 131,072. On two
+cores 8 MiB chunks took 1.5 times as long and 128 MiB ones 0.92 times (336 learned tokens, width
+128)."""
+SCORED_CHUNKS = 3
+"""Chunks of logits that scoring holds: as computed, in float32, and what their sum is made of."""
+ANSWER_TOKENS = 512
+"""Longest answer to a question of the run: twice 256 where a thought comes before it."""
+STATES_AT_LOSS = 3
+"""The learned states, their gradient, and the gradient of all of them."""
+OFFLOADED_STATES = 2
+"""Layer inputs that are on the device at once where they are kept in RAM."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What decides the moments of one run."""
+
+    config: RunConfig
+    table: ModuleTable
+    device: Device
+    base_bytes: int
+    tokens: int
+    """Of one forward pass."""
+    of_images: int
+    """Of them, image tokens."""
+    moving: Moving
+    stack: Stack
+
+    @property
+    def widths(self) -> Widths:
+        return widths(self.table)
+
+    @property
+    def offloads(self) -> bool:
+        """On a CPU there is no other memory to move to."""
+        return self.device.kind == "cuda"
+
+
+def list_moments(
+    step: Step, frozen: Frozen, trained: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """What each moment holds on the device by part, the weights included, by the moment's name."""
+    resting = {**frozen.device, **trained}
+    idle = {**resting, "gradients": 0.0}
+    kept, _ = kept_states(step)
+    seen, seeing = tower_bytes(step.config, step.table, step.of_images, step.base_bytes)
+    mask = _mask_bytes(step)
+    backward = _gradients(step, resting)
+    return {
+        "loading": {**frozen.device, "loading": frozen.in_flight},
+        "backward pass": {
+            **backward,
+            "activations": kept + seen,
+            "layer": max(_layer_bytes(step), seeing),
+            "mask": mask,
+        },
+        "loss": {
+            **backward,
+            "activations": kept + seen,
+            "loss": _loss_bytes(step) + frozen.head,
+            "mask": mask,
+        },
+        "optimizer step": {**resting, "widening": _widening_bytes(step)},
+        "evaluation": {
+            **idle,
+            "activations": seen,
+            "layer": inference_bytes(step.config, step.widths, step.tokens, step.base_bytes),
+            "loss": SCORED_CHUNKS * _chunk_bytes(step) + frozen.head,
+            "mask": mask,
+        },
+        "generation": {
+            **idle,
+            "cache": cache_bytes(step),
+            "loss": frozen.head,
+            "layer": inference_bytes(
+                step.config, step.widths, step.config.sequence_len, step.base_bytes
+            ),
+        },
+    }
+
+
+def _gradients(step: Step, resting: Mapping[str, float]) -> Mapping[str, float]:
+    """Where weights move in the backward pass, only the largest gradient is there at once."""
+    if not step.stack.steps_in_backward:
+        return resting
+    largest = max(row.count for row in step.table.parameters)
+    return {**resting, "gradients": largest * step.base_bytes}
+
+
+def kept_states(step: Step) -> tuple[float, float]:
+    """What the layers keep from the forward to the backward pass: (on the device, in RAM)."""
+    config, sizes = step.config, step.widths
+    state = step.tokens * sizes.hidden * step.base_bytes
+    if config.gradient_checkpointing:
+        every = sizes.layers * state
+        if step.offloads and config.activation_offloading:
+            on_device = min(OFFLOADED_STATES, sizes.layers) * state
+            return on_device, every
+        return every, 0
+    one = kept_bytes(config, sizes, step.tokens, step.base_bytes)
+    return sizes.layers * (one + _experts(step)[0]), 0
+
+
+def _layer_bytes(step: Step) -> float:
+    """What the one layer holds whose backward pass is running, beside what was kept for it."""
+    config, sizes = step.config, step.widths
+    layer = transient_bytes(config, sizes, step.tokens, step.base_bytes)
+    resting, held = _experts(step)
+    if not config.gradient_checkpointing:
+        one = kept_bytes(config, sizes, step.tokens, step.base_bytes)
+        return max(0, layer - one) + held - resting
+    return layer + held
+
+
+def _experts(step: Step) -> tuple[float, float]:
+    """(kept by a layer of experts, held in its backward pass); nothing without experts."""
+    config, sizes, stack = step.config, step.widths, step.stack
+    if not sizes.expert_rows:
+        return 0, 0
+    adapter = expert_adapter_parameters(step.table, config) // sizes.layers
+    kept, held = expert_bytes(config, sizes, step.tokens, step.base_bytes, adapter)
+    formed = stack.stacks_formed if adapter else stack.stacks_at_once
+    return kept, held + formed * sizes.expert_stack * step.base_bytes / 2
+
+
+def _loss_bytes(step: Step) -> float:
+    """The learned states, their gradient, and logits: chunks of them where no kernel fuses them.
+
+    A head that is trained is never left to that kernel, and adds up its gradient in float32.
+    """
+    sizes, stack = step.widths, step.stack
+    states = STATES_AT_LOSS * step.tokens * sizes.hidden * step.base_bytes
+    if stack.logits_bytes:
+        return states + stack.logits_bytes * step.tokens * sizes.vocabulary
+    trained = trains_head(step.table, step.config)
+    if (
+        step.device.kind == "cuda"
+        and step.base_bytes == 2
+        and not trained
+        and stack.loss_chunk_bytes is None
+    ):
+        return states
+    head = 4 * sizes.hidden * sizes.vocabulary if trained and stack.keeps_rest else 0
+    return states + head + 2 * _chunk_bytes(step)
+
+
+def _chunk_bytes(step: Step) -> int:
+    chunk = step.stack.loss_chunk_bytes or LOSS_CHUNK_BYTES
+    return min(chunk, 4 * step.tokens * step.widths.vocabulary)
+
+
+def _widening_bytes(step: Step) -> float:
+    """bfloat16 weights and gradients are float32 while they move, the rest in the weights."""
+    return (4 - step.base_bytes) * step.moving.whole if step.stack.keeps_rest else 0
+
+
+def _mask_bytes(step: Step) -> int:
+    """Packed rows are kept apart by a mask of (tokens, tokens) where the backend cannot cut them.
+
+    One byte a pair as transformers makes it, two more as PyTorch's kernel reads it.
+    """
+    config = step.config
+    if not config.sample_packing or not needs_mask(config.attn_implementation, step.device):
+        return 0
+    return 3 * step.tokens * min(config.sequence_len, step.tokens)
+
+
+def cache_bytes(step: Step) -> float:
+    """Keys and values of one answer behind the longest prompt, in every layer."""
+    tokens = step.config.sequence_len + max(ANSWER_TOKENS, step.config.eval_max_new_tokens)
+    return cached_width(step.table) * tokens * step.base_bytes
+
+
+@lru_cache(maxsize=32)
+def cached_width(table: ModuleTable) -> int:
+    """Numbers that a token leaves in the cache, all layers together.
+
+    Keys and values; of latent attention the compressed state, from which both are computed anew.
+    """
+    width = 0
+    for row in table.parameters:
+        name = row.module.rpartition(".")[2]
+        if row.group == "attention" and name in ("k_proj", "v_proj", "kv_a_proj_with_mqa"):
+            width += row.shape[0]
+    return width

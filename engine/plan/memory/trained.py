@@ -1,0 +1,79 @@
+"""What moves in a run, with its gradients and its optimizer's state.
+
+Separate from `frozen` because each trained number is held up to four times, in types of its own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from engine.catalog import ModuleTable
+from engine.config import RunConfig
+from engine.plan.memory.stack import Stack
+from engine.plan.targets import adapter_parameters, trained_parameters
+
+REST_BYTES = 2
+"""What bfloat16 cuts off of a trained float32 number, which the trainer keeps beside it."""
+STATE_BYTES: Mapping[str, float] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            ("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), 2 + 8 / 256
+        ),
+        **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"), 8),
+    }
+)
+"""State of a trained number: two float32 moments, or two 8-bit ones, each with a float32 scale for
+256."""
+PAGED = ("paged_adamw_8bit", "paged_adamw_32bit")
+"""Optimizers whose state is in unified memory, which makes room on the device when it must."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """Numbers that move."""
+
+    adapter: int
+    whole: int
+    """Of weights that are trained whole."""
+
+    @property
+    def all(self) -> int:
+        return self.adapter + self.whole
+
+
+def moving_numbers(table: ModuleTable, config: RunConfig) -> Moving:
+    """How many numbers of the adapter and of whole weights `config` trains."""
+    adapter = adapter_parameters(table, config) if config.adapter else 0
+    return Moving(adapter, trained_parameters(table, config) - adapter)
+
+
+def adapter_bytes(config: RunConfig, stack: Stack) -> int:
+    """Of one number of the adapter, and of its gradient."""
+    return 2 if config.peft_autocast_adapter_dtype is False else stack.adapter_bytes
+
+
+def state_bytes(config: RunConfig, stack: Stack) -> float:
+    """Of the optimizer, for one trained number, wherever it lies."""
+    return stack.state_bytes.get(config.optimizer, STATE_BYTES[config.optimizer])
+
+
+def trained_bytes(
+    config: RunConfig, moving: Moving, base_bytes: int, stack: Stack
+) -> dict[str, float]:
+    """Adapter, gradients and optimizer state on the device.
+
+    Weights that are trained whole keep their type, and beside an adapter they are a copy.
+    """
+    narrow = adapter_bytes(config, stack)
+    held = moving.adapter * narrow + moving.whole * base_bytes
+    state = 0.0 if config.optimizer in PAGED else moving.all * state_bytes(config, stack)
+    return {
+        "adapter": held if config.adapter else 0,
+        "gradients": held,
+        "optimizer": state + rest_bytes(moving, base_bytes, stack),
+    }
+
+
+def rest_bytes(moving: Moving, base_bytes: int, stack: Stack) -> int:
+    """What is kept beside whole weights in bfloat16, so that small steps move them."""
+    return REST_BYTES * moving.whole if base_bytes == 2 and stack.keeps_rest else 0

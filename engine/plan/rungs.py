@@ -1,0 +1,235 @@
+"""The single changes that make a plan smaller, from the cheapest to the dearest.
+
+Separate from `ladder`, which climbs them: each is a function of the config as it is by then, and
+says what it changes and what that costs. Every one of them is something that the trainer does.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from pydantic import ValidationError
+
+from engine.catalog import Architecture
+from engine.config import RunConfig
+from engine.plan.device import Device
+from engine.plan.duration import pace_of
+from engine.plan.layers import widths
+from engine.plan.memory import Estimate, estimate
+from engine.plan.memory.frozen import SLOTS
+from engine.plan.statistics import Statistics
+from engine.plan.targets import linear_endings
+from engine.plan.vision import tower_works
+
+SMALLEST_RANK, SMALLEST_LENGTH = 8, 512
+SLOWER_SHARE = 1.05
+"""A change that costs less of the pace is called hardly slower."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a change is judged on."""
+
+    architecture: Architecture
+    device: Device
+    statistics: Statistics | None
+
+    def needs(self, config: RunConfig) -> Estimate:
+        """The estimate of `config` here."""
+        return estimate(config, self.architecture, self.device, self.statistics)
+
+    def pace(self, config: RunConfig) -> float | None:
+        """Tokens a second of `config` here, where the card is known."""
+        return pace_of(config, self.architecture, self.device, self.statistics)
+
+
+Change: TypeAlias = tuple[str, Mapping[str, object], str]
+"""Its name, the values by key, and what it costs."""
+Rung: TypeAlias = Callable[[RunConfig, Place], Iterator[Change]]
+"""The changes of one kind, the smaller ones first; none where it does not apply."""
+
+
+def changed(config: RunConfig, changes: Mapping[str, object]) -> RunConfig:
+    """`config` with other values; a default that follows from a changed key follows.
+
+    Raises pydantic's ValidationError where they contradict the rest.
+    """
+    given = {key: getattr(config, key) for key in config.model_fields_set}
+    return RunConfig.model_validate({**given, **changes})
+
+
+def slower(place: Place, config: RunConfig, changes: Mapping[str, object]) -> str:
+    """How much longer a run takes after a change, where the card's speed is known."""
+    before = place.pace(config)
+    try:
+        after = place.pace(changed(config, changes))
+    except ValidationError:
+        after = None
+    if before is None or after is None:
+        return "slower"
+    longer = before / after
+    return f"takes {longer:.1f} times as long" if longer > SLOWER_SHARE else "hardly slower"
+
+
+def smaller_batches(config: RunConfig, place: Place) -> Iterator[Change]:
+    """Fewer sequences at once, and as many more of them before a step."""
+    micro, steps = config.micro_batch_size, config.gradient_accumulation_steps
+    for size in sorted((n for n in range(1, micro) if micro % n == 0), reverse=True):
+        total = steps * micro // size
+        keys = {"micro_batch_size": size, "gradient_accumulation_steps": total}
+        yield f"micro_batch_size {size}, accumulation {total}", keys, "the same result, slower"
+
+
+def checkpointing(config: RunConfig, place: Place) -> Iterator[Change]:
+    """Layers are computed a second time instead of being kept."""
+    if not config.gradient_checkpointing:
+        keys = {"gradient_checkpointing": True}
+        yield "gradient_checkpointing", keys, f"the same result, {slower(place, config, keys)}"
+
+
+def embeddings_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
+    """Embedding and head wait in RAM."""
+    frozen = config.adapter and not config.lora_modules_to_save
+    if place.device.kind == "cuda" and frozen and not config.offload_embeddings:
+        keys = {"offload_embeddings": True}
+        words = f"the same result, {slower(place, config, keys)}; embedding and head wait in RAM"
+        yield "offload_embeddings", keys, words
+
+
+def states_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
+    """What checkpointing keeps waits in RAM."""
+    if place.device.kind == "cuda" and config.gradient_checkpointing:
+        keys = {"activation_offloading": True}
+        if not config.activation_offloading:
+            words = f"the same result, {slower(place, config, keys)}; they wait in RAM"
+            yield "activation_offloading", keys, words
+
+
+def small_states(config: RunConfig, place: Place) -> Iterator[Change]:
+    """The optimizer's state in 8 bits."""
+    if place.device.kind == "cuda" and config.optimizer.startswith("adamw_torch"):
+        yield "8-bit optimizer", {"optimizer": "adamw_bnb_8bit"}, "its states are rounded"
+
+
+def four_bits(config: RunConfig, place: Place) -> Iterator[Change]:
+    """Frozen weights in 4 bits."""
+    if config.adapter == "lora":
+        keys = in_4_bits(config, place.architecture)
+        yield "qlora", keys, "4-bit weights are a little less exact"
+
+
+def small_tower(config: RunConfig, place: Place) -> Iterator[Change]:
+    """The vision tower in the format of the other frozen weights."""
+    quantized = config.load_in_4bit or config.load_in_8bit
+    works = tower_works(config, place.architecture.table, place.statistics)
+    if quantized and works and not config.bnb_config_kwargs:
+        keys: dict[str, object] = {"bnb_config_kwargs": {"llm_int8_skip_modules": []}}
+        bits = 4 if config.load_in_4bit else 8
+        yield f"vision tower in {bits} bits", keys, "images are seen a little less exactly"
+
+
+def paged_states(config: RunConfig, place: Place) -> Iterator[Change]:
+    """The optimizer's state gives way to RAM."""
+    if place.device.kind == "cuda" and not config.optimizer.startswith("paged"):
+        keys = {"optimizer": "paged_adamw_8bit"}
+        yield "paged optimizer", keys, "its states move to RAM when the card is full: slower"
+
+
+def narrow_adapter(config: RunConfig, place: Place) -> Iterator[Change]:
+    """The adapter in bfloat16."""
+    if config.adapter and config.peft_autocast_adapter_dtype is not False:
+        keys = {"peft_autocast_adapter_dtype": False}
+        yield "bf16 adapter", keys, "its steps are rounded, at random so that none is lost"
+
+
+def layers_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
+    """As few of the frozen layers as will do wait in RAM; all where that is not enough."""
+    waits = place.device.kind == "cuda" and config.adapter and config.gradient_checkpointing
+    if not waits or config.layer_offloading:
+        return
+    layers = widths(place.architecture.table).layers
+
+    def keys(count: int) -> dict[str, object]:
+        return {"layer_offloading": True, "offloaded_layers": count if count < layers else None}
+
+    least, enough = SLOTS, layers
+    if place.needs(changed(config, keys(enough))).verdict == "fits":
+        while enough - least > 1:
+            middle = (least + enough) // 2
+            fits = place.needs(changed(config, keys(middle))).verdict == "fits"
+            least, enough = (least, middle) if fits else (middle, enough)
+    name = f"layer_offloading, {enough} of {layers} layers"
+    words = f"the same result, {slower(place, config, keys(enough))}; they wait in RAM"
+    yield name, keys(enough), words
+
+
+def lower_rank(config: RunConfig, place: Place) -> Iterator[Change]:
+    """Half the adapter."""
+    if config.adapter and config.lora_r > SMALLEST_RANK:
+        rank = max(SMALLEST_RANK, config.lora_r // 2)
+        yield f"lora_r {rank}", with_rank(config, rank), "less room to learn"
+
+
+def no_experts(config: RunConfig, place: Place) -> Iterator[Change]:
+    """No adapter on the experts."""
+    if config.lora_target_parameters:
+        keys: dict[str, object] = {"lora_target_parameters": None}
+        if not config.lora_target_modules and not config.lora_target_linear:
+            keys["lora_target_modules"] = linear_endings(place.architecture.table)
+        yield "experts off", keys, "the experts learn nothing, attention and shared experts do"
+
+
+def fewer_targets(config: RunConfig, place: Place) -> Iterator[Change]:
+    """An adapter on attention alone."""
+    endings = linear_endings(place.architecture.table, group="attention")
+    own = config.lora_target_modules
+    if config.adapter and not isinstance(own, str) and set(own or ()) != set(endings):
+        keys: dict[str, object] = {"lora_target_modules": endings, "lora_target_linear": False}
+        yield "adapter on attention alone", keys, "learns less, even at an equal size"
+
+
+def shorter_rows(config: RunConfig, place: Place) -> Iterator[Change]:
+    """Half the length."""
+    if config.sequence_len <= SMALLEST_LENGTH:
+        return
+    length = max(SMALLEST_LENGTH, config.sequence_len // 2)
+    cost = "longer rows are left out"
+    if place.statistics:
+        over, more = place.statistics.rows_over(length)
+        cost = f"{over:,}{' or more' if more else ''} longer rows are left out"
+    yield f"sequence_len {length}", {"sequence_len": length}, cost
+
+
+RUNGS: tuple[Rung, ...] = (
+    smaller_batches,
+    checkpointing,
+    embeddings_in_ram,
+    states_in_ram,
+    small_states,
+    four_bits,
+    small_tower,
+    paged_states,
+    narrow_adapter,
+    layers_in_ram,
+    lower_rank,
+    no_experts,
+    fewer_targets,
+    shorter_rows,
+)
+
+
+def in_4_bits(config: RunConfig, architecture: Architecture) -> dict[str, object]:
+    """The changes to QLoRA; experts are quantized too, being most of their model."""
+    changes: dict[str, object] = {"adapter": "qlora", "load_in_4bit": True, "load_in_8bit": False}
+    if architecture.table.counts_by_group()["experts"]:
+        changes["quantize_moe_experts"] = True
+        if config.lora_target_linear or not config.lora_target_modules:
+            endings = linear_endings(architecture.table)
+            changes |= {"lora_target_linear": False, "lora_target_modules": endings}
+    return changes
+
+
+def with_rank(config: RunConfig, rank: int) -> dict[str, object]:
+    """Another rank at the same scale, which is lora_alpha over lora_r."""
+    alpha = max(1, round(config.lora_alpha * rank / config.lora_r))
+    return {"lora_r": rank, "lora_alpha": alpha}
