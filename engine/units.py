@@ -1,4 +1,4 @@
-"""Sizes of memory as people say them.
+"""Sizes of memory and lengths of time as people say them.
 
 Apart from those who measure (`hardware`), predict (`plan`) and draw (`tui`), who all say them.
 """
@@ -9,3 +9,13 @@ GIB = 2**30
 def gib(size: int) -> str:
     """A size in bytes as people say it: 19.8 GiB, and MiB below a quarter of one."""
     return f"{size / GIB:,.1f} GiB" if abs(size) >= GIB // 4 else f"{size / 2**20:,.1f} MiB"
+
+
+def spoken(seconds: float) -> str:
+    """A length of time that is only roughly known: 40 seconds, 12 minutes, 3.5 hours, 2 days."""
+    for unit, size in (("day", 86_400), ("hour", 3600), ("minute", 60)):
+        if seconds >= 1.5 * size:
+            count = seconds / size
+            shown = f"{count:.0f}" if count >= 10 or unit == "minute" else f"{count:.1f}"
+            return f"{shown} {unit}s"
+    return f"{max(1, seconds):.0f} seconds"

@@ -5,14 +5,16 @@ rows are checked in this one, and a config for more cards than this version uses
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.cli.planning import find_device, headline, read_planned
-from engine.config import RunConfig
-from engine.errors import UserError, WorkError
+from engine.cli.plan_lines import headline
+from engine.cli.planning import find_device, read_planned
+from engine.cli.row_counts import check_rows
+from engine.errors import UserError
 from engine.hardware import assume
-from engine.plan import best_device, estimate, remarks
+from engine.plan import best_device, estimate, read_statistics, remarks
 from engine.plan.sharding import cards_laid_out, cards_needed
 from engine.visible import visible
 
@@ -29,7 +31,7 @@ def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
     Raises UserError where the config is wrong, the model is not known, or no row can be used.
     """
     config, architecture = read_planned(file, tuple(changes), sharded=True)
-    found = _check_rows(config, file.absolute().parent)
+    found = check_rows(config, file.absolute().parent)
     if not found.usable:
         name = visible(file.name, one_line=True)
         raise UserError(
@@ -40,7 +42,8 @@ def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
     device = find_device(None)
     laid_out = cards_laid_out(config)
     card = device if device.kind == "cuda" or laid_out == 1 else best_device(assume(USUAL_CARD))
-    needs = estimate(config, architecture, card)
+    counted = read_statistics(asdict(found))
+    needs = estimate(config, architecture, card, counted)
     sentence = (
         "Dry run, nothing was loaded: it would train"
         f" {needs.trainable_parameters:,} of {needs.total_parameters:,} parameters of"
@@ -49,33 +52,10 @@ def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
     lines = (*(f"! {odd}" for odd in remarks(config, architecture)), *_row_lines(found))
     if laid_out == 1:
         return (f"{sentence}.", headline(needs, card), *lines)
-    fewest = cards_needed(config, architecture, card)
+    fewest = cards_needed(config, architecture, card, counted)
     meant = f"on {laid_out} GPUs" if laid_out else "on several GPUs"
     least = f"{fewest} of {card.name} are the fewest" if fewest else f"{card.name} is too small"
     return (f"{sentence}, {meant}; this version runs one.", f"{least}.", *lines)
-
-
-def _check_rows(config: RunConfig, folder: Path) -> "Checkup":
-    """Every row read, and counted in tokens where the tokenizer can be had."""
-    from engine.chat.tokenizer import open_tokenizer
-    from engine.data.checkup import check
-    from engine.data.images import ImageRules
-    from engine.data.prepare import label_rule
-    from engine.data.rows import effective_datasets, tokenizer_name
-
-    try:
-        tokenizer = open_tokenizer(tokenizer_name(config), folder)
-    except WorkError:  # offline, and the tokenizer is not here yet
-        tokenizer = None
-    return check(
-        effective_datasets(config),
-        folder,
-        tokenizer,
-        rule=label_rule(config),
-        history_thinking=config.history_thinking,
-        images=ImageRules.from_config(config, folder),
-        sequence_len=config.sequence_len,
-    )
 
 
 def _row_lines(found: "Checkup") -> list[str]:

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from engine.catalog import ModelCard, ModuleTable, list_models, module_table
 from engine.cli.hardware import find_machine
-from engine.cli.planning import MARKS
+from engine.cli.plan_lines import MARKS
 from engine.plan import Device, Prospect, best_device, device_document, survey
 from engine.units import gib
 
@@ -106,7 +106,7 @@ def show_planned(planned: Sequence[Prospect], device: Device) -> str:
                 _short(needs.total_parameters),
                 f"{MARKS[needs.verdict]} {needs.verdict}",
                 gib(needs.device_bytes),
-                config.adapter or "full",
+                (config.adapter or "full") + (", RAM" if prospect.plan.waits_in_ram else ""),
                 f"{config.sequence_len:,}",
                 f"{needs.tokens_at_once:,}",
             )
@@ -116,6 +116,7 @@ def show_planned(planned: Sequence[Prospect], device: Device) -> str:
         f"{device.name} can give {gib(device.can_give_bytes)}\n"
         + _table(_PLANNED_HEADINGS, rows)
         + "\n\nlength: tokens of a sequence; at once: tokens in one forward pass."
+        + "\nRAM: part of it waits in this computer's memory, which takes longer."
         + (f"\nPlanned, and not trained yet: {', '.join(waiting)}." if waiting else "")
     )
 

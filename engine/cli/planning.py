@@ -5,7 +5,6 @@ They only read arguments and print; what fits and what is advised is in `engine.
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,15 @@ from cyclopts import Parameter
 
 from engine.catalog import Architecture, UnknownModel, read_architecture
 from engine.cli.hardware import find_machine
+from engine.cli.plan_lines import (
+    advice_lines,
+    duration_lines,
+    estimate_lines,
+    ladder_lines,
+    larger_card_lines,
+    row_lines,
+)
+from engine.cli.row_counts import count_config_rows
 from engine.config import (
     ConfigFile,
     DatasetConfig,
@@ -29,16 +37,17 @@ from engine.data.config_paths import with_absolute_paths
 from engine.errors import DOES_NOT_FIT, UserError
 from engine.plan import (
     Device,
-    Estimate,
     Goal,
     Recommendation,
     Statistics,
     Task,
     advice_document,
+    alternative_document,
     best_device,
     device_document,
     estimate,
     estimate_document,
+    expected_duration,
     heads_of,
     make_fit,
     plan_document,
@@ -49,8 +58,6 @@ from engine.plan import (
 from engine.plan.attention import follow_attention
 from engine.units import gib
 from engine.visible import fold, visible
-
-MARKS: Mapping[str, str] = {"fits": "✓", "tight": "!", "does not fit": "✗"}
 
 AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
 _WIDTH = 80
@@ -111,7 +118,7 @@ def print_recommendation(
     if as_json:
         print(json.dumps(advice_document(advice, device)))
         return 0
-    for line in _advice_lines(advice, device):
+    for line in advice_lines(advice, device):
         _print(line)
     if out:
         where = visible(str(out), one_line=True)
@@ -135,18 +142,32 @@ def print_estimate(
     assumed
         Estimate for this GPU instead of what is here: "RTX 4090", "H100 x2", "24 GB".
     """
-    run, architecture = read_planned(Path(config), changes, sharded=True)
+    file = Path(config)
+    run, architecture = read_planned(file, changes, sharded=True)
     device = find_device(assumed)
-    needs = estimate(run, architecture, device)
+    statistics, uncounted = count_config_rows(run, architecture, file.absolute().parent)
+    needs = estimate(run, architecture, device, statistics)
+    rungs = make_fit(run, architecture, device, statistics)
+    duration = expected_duration(run, architecture, device, statistics)
     odd = remarks(run, architecture)
     if as_json:
-        more = {"device": device_document(device), "remarks": odd}
+        more = {
+            "device": device_document(device),
+            "remarks": odd,
+            "rows_counted": statistics.usable_rows if statistics else None,
+            "ladder": [alternative_document(rung) for rung in rungs],
+            "duration": asdict(duration) if duration else None,
+        }
         print(json.dumps(estimate_document(needs) | more))
     else:
         for line in (
-            *_estimate_lines(needs, device),
+            *estimate_lines(needs, device),
+            *row_lines(needs, uncounted),
+            *duration_lines(duration),
             *_attention_lines(run, architecture, device),
             *(f"! {sentence}" for sentence in odd),
+            *ladder_lines(needs, rungs),
+            *(larger_card_lines(run, architecture, device, statistics) if rungs else ()),
         ):
             _print(line)
     return DOES_NOT_FIT if needs.verdict == "does not fit" else 0
@@ -180,16 +201,18 @@ def plan_run(
     except UnknownModel:
         return None
     device = find_device(None)
-    needs = estimate(config, architecture, device)
+    statistics, _ = count_config_rows(config, architecture, file.absolute().parent)
+    needs = estimate(config, architecture, device, statistics)
     if needs.verdict == "does not fit" and not anyway:
-        raise _too_large(config, architecture, device, needs)
+        raise _too_large(config, architecture, device, statistics)
     return plan_document(needs, device)
 
 
 def _too_large(
-    config: RunConfig, architecture: Architecture, device: Device, needs: Estimate
+    config: RunConfig, architecture: Architecture, device: Device, statistics: Statistics | None
 ) -> UserError:
-    rungs = make_fit(config, architecture, device)
+    needs = estimate(config, architecture, device, statistics)
+    rungs = make_fit(config, architecture, device, statistics)
     fix = "Train it on a larger GPU"
     if rungs and rungs[-1].estimate.verdict != "does not fit":
         values = " ".join(assignment(*change) for change in rungs[-1].changes.items())
@@ -222,48 +245,6 @@ def count_rows(dataset: DatasetConfig, model: str) -> Statistics:
     return statistics
 
 
-def headline(needs: Estimate, device: Device) -> str:
-    """Verdict, number and what the device can give, in one line."""
-    return (
-        f"{MARKS[needs.verdict]} {needs.verdict}: needs {gib(needs.device_bytes)}"
-        f" ± {needs.uncertainty:.0%}, {visible(device.name, one_line=True)} can give"
-        f" {gib(device.can_give_bytes)} of {gib(device.total_bytes)}"
-    )
-
-
-def _advice_lines(advice: Recommendation, device: Device) -> list[str]:
-    lines = [headline(advice.estimate, device), *_count_lines(device)]
-    if advice.not_trained:
-        lines.append(f"✗ not trained yet: {advice.not_trained}")
-    lines.append(f"· attention: {advice.attention.backend}, {advice.attention.reason}")
-    if advice.attention.worth_installing:
-        package = advice.attention.worth_installing
-        lines.append(f"· attention: {package} would be faster here; it is not installed")
-    lines += [
-        f"  {MARKS[other.estimate.verdict]} {other.name}: {gib(other.estimate.device_bytes)},"
-        f" {other.trade}"
-        for other in advice.alternatives
-    ]
-    return lines
-
-
-def _estimate_lines(needs: Estimate, device: Device) -> list[str]:
-    overhead = needs.device_bytes - needs.peak_allocated_bytes
-    around = "driver and slack" if device.kind == "cuda" else "the process itself"
-    sizes = {**needs.parts, around: overhead}
-    width = max(map(len, sizes))
-    share = needs.trainable_parameters / max(1, needs.total_parameters)
-    return [
-        headline(needs, device),
-        *_count_lines(device),
-        *(f"  {name:<{width}}  {gib(size):>10}" for name, size in sizes.items()),
-        f"{needs.tokens_at_once:,} tokens at once; {needs.trainable_parameters:,} of"
-        f" {needs.total_parameters:,} parameters move ({share:.2%})",
-        *(f"adapter on {count} modules by {entry}" for entry, count in needs.targets.items()),
-        f"this computer: {gib(needs.host_bytes)} of memory, {gib(needs.disk_bytes)} of disk",
-    ]
-
-
 def _attention_lines(config: RunConfig, architecture: Architecture, device: Device) -> list[str]:
     """Why the attention code that the config asks for cannot be used, if it cannot."""
     if config.attn_implementation is None:
@@ -274,12 +255,6 @@ def _attention_lines(config: RunConfig, architecture: Architecture, device: Devi
     except UserError as refusal:
         return [f"✗ attn_implementation: {refusal.why} {refusal.fix}"]
     return []
-
-
-def _count_lines(device: Device) -> list[str]:
-    if device.count < 2:
-        return []
-    return [f"· there are {device.count} of them; a run uses one so far"]
 
 
 def _reasons(advice: Recommendation) -> dict[str, str]:

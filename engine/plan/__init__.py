@@ -12,10 +12,12 @@ from engine.plan.attention import Attention, Heads, Task, choose_attention, head
 from engine.plan.device import Device, best_device, cpu_device, gpu_device
 from engine.plan.documents import (
     advice_document,
+    alternative_document,
     device_document,
     estimate_document,
     plan_document,
 )
+from engine.plan.duration import Duration, expected_duration, pace_of
 from engine.plan.ladder import Alternative, list_alternatives, make_fit
 from engine.plan.limits import Goal, why_not_trained
 from engine.plan.memory import WEIGHTS, Estimate, Verdict, estimate
@@ -30,6 +32,7 @@ __all__ = [
     "Alternative",
     "Attention",
     "Device",
+    "Duration",
     "Estimate",
     "Goal",
     "Heads",
@@ -39,6 +42,7 @@ __all__ = [
     "Task",
     "Verdict",
     "advice_document",
+    "alternative_document",
     "assess",
     "best_device",
     "changed",
@@ -47,10 +51,12 @@ __all__ = [
     "device_document",
     "estimate",
     "estimate_document",
+    "expected_duration",
     "gpu_device",
     "heads_of",
     "list_alternatives",
     "make_fit",
+    "pace_of",
     "plan_document",
     "propose",
     "read_statistics",

@@ -1,26 +1,32 @@
 """The values of a recommended config, chosen one after another, each with its reason.
 
-Rules, each from published practice: all linear layers get an adapter, rank 16 or 32 on small data,
-a learning rate by method and size (`rates`); small batches, 1 to 3 epochs, 5 to 10 % held out.
-Memory decides the rest: a value grows only while the estimate still says `fits`.
+Rules, each from published practice: all linear layers get an adapter (Thinking Machines, "LoRA
+without regret": attention alone learns less at an equal size), rank 16 or 32 on small data
+(Unsloth's guide, the QLoRA paper's settings), a learning rate by method and size (`rates`), small
+batches (adapters lose more in large ones: the same note), 1 to 3 epochs, 5 to 10 % held out, a
+warmup of 5 %, the best save kept as a guard against learning by heart. Memory decides the rest: a
+value grows only while the estimate still says `fits`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 from engine.catalog import Architecture
 from engine.config import DatasetConfig, RunConfig
 from engine.plan.attention import Attention, Task, choose_attention, heads_of
 from engine.plan.device import Device
+from engine.plan.duration import expected_duration
 from engine.plan.ladder import make_fit
+from engine.plan.limits import Goal
 from engine.plan.memory import Estimate, estimate
 from engine.plan.rates import learning_rate
 from engine.plan.recipe import Recipe
 from engine.plan.statistics import Statistics
 from engine.plan.targets import linear_endings
 from engine.plan.vision import largest_image_tokens
-from engine.units import gib
+from engine.units import gib, spoken
 
 TOKENS_AT_ONCE = 8192
 """Beyond this a GPU is busy anyway, and activations only cost memory."""
@@ -28,6 +34,14 @@ TOKENS_A_STEP = 32768
 UPDATES_AN_EPOCH = 30
 """Fewer leave the learning rate no room to fall."""
 CHECKPOINTED_MODEL = 10**9
+LOST_SECONDS = 1800
+"""Between two saves at most, where the pace is known: what a power cut may cost."""
+MOST_SAVES, LEAST_SAVES = 8, 2
+"""Of an epoch; each comes with an evaluation."""
+OUTLIER = 2
+"""A row that has so many times the tokens of 99 in 100 decides no length."""
+USUAL_LENGTHS = {"text": 2048, "vision": 2048, "tools": 4096, "think": 8192}
+"""Until the rows are counted: most conversations; with tools and their results; with thoughts."""
 
 _EITHER_OR = (
     {"warmup_ratio", "warmup_steps"},
@@ -52,6 +66,7 @@ class Choice:
     fixed: dict[str, object]
     images: bool = False
     """Whether the rows have images."""
+    goal: Goal = "text"
     values: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -134,10 +149,21 @@ class Choice:
         if self.architecture.table.total_parameters >= CHECKPOINTED_MODEL:
             self.put("gradient_checkpointing", True, "a third slower, a fraction of the memory")
         self.put("sequence_len", length, reason)
-        least = {"lora_r": 16, "optimizer": "adamw_bnb_8bit"}
-        while self.needs(**least).verdict != "fits" and length > 1024:
-            length //= 2
-            self.put("sequence_len", length, self._cut(length))
+        least = {"lora_r": 16, "optimizer": "adamw_bnb_8bit", **self._waiting()}
+        shorter = length
+        while self.needs(sequence_len=shorter, **least).verdict != "fits" and shorter > 1024:
+            shorter //= 2
+        # Where even the shortest does not fit, leaving rows out would be for nothing.
+        if shorter < length and self.needs(sequence_len=shorter, **least).verdict == "fits":
+            self.put("sequence_len", shorter, self._cut(shorter))
+
+    def _waiting(self) -> dict[str, object]:
+        """What makes room without leaving a row out: what can wait in RAM does."""
+        config = self.config()
+        if self.device.kind != "cuda" or not config.gradient_checkpointing:
+            return {}
+        frozen = config.adapter is not None and not config.lora_modules_to_save
+        return {"activation_offloading": True, "offload_embeddings": frozen}
 
     def adapter(self) -> None:
         """Rank and scale, where there is an adapter."""
@@ -201,17 +227,32 @@ class Choice:
             share = 0.05 if known.usable_rows >= 1000 else 0.1
             held = round(known.usable_rows * share)
             self.put("val_set_size", share, f"{held:,} rows are held out, to see memorising")
-            self.put("evals_per_epoch", 2, "held-out loss rises before anyone notices otherwise")
         elif known:
             self.put("val_set_size", 0, f"{known.usable_rows} rows are too few to hold any out")
         else:
             self.put("val_set_size", 0.05, "some rows are held out, to see memorising")
-        self.put("saves_per_epoch", 2, "a power cut costs half an epoch at most")
         if known and known.thinking_tokens:
             words = f"{known.thinking_tokens:,} tokens of thinking are learned"
             self.put("train_on_thinking", True, words)
         if known and known.prompts:
             self.put("sample_prompts", known.prompts[:3], "answered before, during and after")
+        card = self.architecture.card
+        if self.goal == "think" and card and card.thinking == "effort":
+            words = "rows that think are rendered as the model thinks: on request"
+            self.put("chat_template_kwargs", {"reasoning_effort": "high"}, words)
+
+    def intervals(self) -> None:
+        """How often it is saved and evaluated."""
+        config = self.config()
+        needed = expected_duration(config, self.architecture, self.device, self.statistics)
+        epoch = needed.seconds / config.num_epochs if needed and not config.max_steps else 0.0
+        saves = int(min(MOST_SAVES, max(LEAST_SAVES, ceil(epoch / LOST_SECONDS))))
+        lost = f"about {spoken(epoch / saves)}" if epoch else f"1/{saves} of an epoch"
+        self.put("saves_per_epoch", saves, f"a power cut costs {lost} at most")
+        if config.val_set_size and self.statistics:
+            self.put("evals_per_epoch", saves, "as often as it is saved, to see memorising")
+            best = "the save with the lowest held-out loss counts, not the last one"
+            self.put("load_best_model_at_end", True, best)
 
     def fit(self) -> None:
         """Take the rungs that lead to a better verdict; none changes what the person chose."""
@@ -230,17 +271,26 @@ class Choice:
 
     def _sequence_len(self) -> tuple[int, str]:
         most = self.architecture.card.context_tokens if self.architecture.card else 2**18
-        if self.statistics is None:
+        known = self.statistics
+        if known is None:
             image = largest_image_tokens(self.architecture) if self.images else None
             if image is None:
-                return min(2048, most), "rows are not known yet; 2048 suits most conversations"
+                usual = USUAL_LENGTHS[self.goal]
+                words = f"rows are not known yet; {usual} suits most of this kind"
+                return min(usual, most), words
             length = 1 << image.bit_length()
             return min(length, most), f"the largest image has {image:,} tokens"
-        longest = self.statistics.longest_tokens
+        longest = known.longest_tokens
+        odd = known.p99_tokens and longest > OUTLIER * known.p99_tokens
+        held = known.p99_tokens if odd else longest
         least = 1024 if self.device.kind == "cuda" else 128
-        length = max(least, 1 << max(0, longest - 1).bit_length())
+        length = max(least, 1 << max(0, held - 1).bit_length())
         if length > most:
             return most, f"the model reads no more; {self._left_out(most)}"
+        if longest > length:
+            row = f"row {known.longest_row:,}" if known.longest_row else "the longest"
+            words = f"99 in 100 rows have at most {held:,} tokens and {row} {longest:,}"
+            return length, f"{words}; {self._left_out(length)}"
         return length, f"longest row has {longest:,} tokens, so none is left out"
 
     def _cut(self, length: int) -> str:

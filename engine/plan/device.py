@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.hardware import Gpu, Machine
+from engine.units import gib
+from engine.visible import visible
 
 GPU_MARGIN = 0.05
 """Share of a card's memory that a plan leaves alone: what a display or another program takes while
@@ -34,6 +36,8 @@ class Device:
     """Its name as the driver says it."""
     count: int = 1
     """Cards of this kind; a run uses one so far."""
+    used_by: str = ""
+    """What takes memory of it already, in words; empty where nothing does."""
     ram_bytes: int | None = None
     """What this computer's own memory can give; None where that is not known."""
     stack: Mapping[str, str | None] | None = None
@@ -58,6 +62,7 @@ def gpu_device(gpu: Gpu, machine: Machine) -> Device:
         uuid=None if machine.assumed else gpu.uuid,
         planned=machine.assumed,
         card=gpu.name,
+        used_by=_used_by(gpu),
         count=sum(other.name == gpu.name for other in machine.gpus),
         ram_bytes=None if machine.assumed else _ram_bytes(machine),
         stack=machine.stack,
@@ -84,3 +89,17 @@ def best_device(machine: Machine) -> Device:
     """The usable GPU that can give the most memory, else the CPU."""
     devices = [gpu_device(gpu, machine) for gpu in machine.usable_gpus]
     return max(devices, key=lambda device: device.can_give_bytes, default=cpu_device(machine))
+
+
+def _used_by(gpu: Gpu) -> str:
+    """Other programs by name and size, the display among them; nothing below 1 % of the card."""
+    used = gpu.memory_used_bytes or 0
+    if used < (gpu.memory_total_bytes or 0) // 100:
+        return ""
+    known = sorted(gpu.processes or (), key=lambda process: -(process.memory_bytes or 0))
+    names = [
+        f"{visible(p.command or str(p.pid), one_line=True)[:40]} {gib(p.memory_bytes)}"
+        for p in known
+        if p.memory_bytes
+    ]
+    return f"{gib(used)}" + (f" ({', '.join(names[:3])})" if names else "")

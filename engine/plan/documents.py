@@ -37,9 +37,11 @@ def advice_document(advice: Recommendation, device: Device) -> dict[str, Any]:
         "config": advice.config.file_values(),
         "reasons": dict(advice.reasons),
         "estimate": estimate_document(advice.estimate),
-        "alternatives": [_alternative_document(other) for other in advice.alternatives],
+        "alternatives": [alternative_document(other) for other in advice.alternatives],
         "attention": asdict(advice.attention),
         "not_trained": advice.not_trained,
+        "duration": asdict(advice.duration) if advice.duration else None,
+        "tokens_per_second": advice.tokens_per_second,
         "device": device_document(device),
     }
 
@@ -55,11 +57,13 @@ def plan_document(
     }
 
 
-def _alternative_document(other: Alternative) -> dict[str, Any]:
+def alternative_document(other: Alternative) -> dict[str, Any]:
+    """Another plan, or a rung of the ladder; sizes in bytes."""
     return {
         "name": other.name,
         "changes": dict(other.changes),
         "device_bytes": other.estimate.device_bytes,
+        "saves_bytes": other.saves_bytes,
         "verdict": other.estimate.verdict,
         "trade": other.trade,
     }

@@ -2,7 +2,7 @@
 
 Separate from `recommend` because it is asked of any config, a person's own above all. It goes from
 what changes no result, over what costs time, exactness and capacity, to what costs data. Rungs that
-the later ones turn out not to need are left out again, the dearest first.
+the later ones make needless are left out again, the dearest first.
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -49,14 +49,23 @@ def make_fit(
     """
     ladder = _Ladder(config, Place(architecture, device, statistics), keep, only)
     found = ladder.climb(RUNGS)
-    if found and found[-1][1].estimate.verdict == "fits":
+    if _fits(found):
         needed = [rung for rung in RUNGS if any(rung is taken for taken, _ in found)]
         for rung in needed[-2::-1]:
             fewer = [each for each in needed if each is not rung]
             shorter = ladder.climb(fewer)
-            if shorter and shorter[-1][1].estimate.verdict == "fits":
+            if _fits(shorter) and _names(shorter) <= _names(found):
                 found, needed = shorter, fewer
     return tuple(alternative for _, alternative in found)
+
+
+def _fits(taken: _Taken) -> bool:
+    return bool(taken) and taken[-1][1].estimate.verdict == "fits"
+
+
+def _names(taken: _Taken) -> set[str]:
+    """A rung that would have to give more without another has another name."""
+    return {alternative.name for _, alternative in taken}
 
 
 @dataclass(frozen=True, slots=True)

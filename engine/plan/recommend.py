@@ -15,6 +15,7 @@ from engine.errors import UserError
 from engine.plan.attention import Attention, Task, choose_attention, heads_of
 from engine.plan.choice import Choice
 from engine.plan.device import Device
+from engine.plan.duration import Duration, expected_duration, pace_of
 from engine.plan.ladder import Alternative, list_alternatives
 from engine.plan.limits import Goal, refuse_goal, why_not_trained
 from engine.plan.memory import Estimate, estimate
@@ -37,6 +38,18 @@ class Recommendation:
     attention: Attention
     not_trained: str | None
     """Why this version plans the model and cannot train it; None where it can."""
+    duration: Duration | None = None
+    """How long it takes; None for a card or rows that are not known."""
+    tokens_per_second: float | None = None
+    """Of training; None for a card that is not known."""
+
+    @property
+    def waits_in_ram(self) -> bool:
+        """Whether the plan fits only because something waits in this computer's memory."""
+        config = self.config
+        return bool(
+            config.layer_offloading or config.activation_offloading or config.offload_embeddings
+        )
 
 
 def recommend(
@@ -56,7 +69,8 @@ def recommend(
     refuse_goal(goal, architecture)
     try:
         images = goal == "vision" or bool(statistics and statistics.image_tokens)
-        return _recommend(architecture, device, statistics, dataset, dict(fixed or {}), images)
+        asked = _Asked(architecture, device, statistics, dataset, images, goal)
+        return _recommend(asked, dict(fixed or {}))
     except ValidationError as error:
         raise _contradiction(error) from None
 
@@ -87,6 +101,8 @@ def assess(
             device, Task(heads_of(architecture), images=kept.processor_type is not None)
         ),
         not_trained=why_not_trained(architecture),
+        duration=expected_duration(kept, architecture, device, statistics),
+        tokens_per_second=pace_of(kept, architecture, device, statistics),
     )
 
 
@@ -104,16 +120,22 @@ def _contradiction(error: ValidationError) -> UserError:
     )
 
 
-def _recommend(
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None,
-    dataset: DatasetConfig | None,
-    fixed: dict[str, object],
-    images: bool,
-) -> Recommendation:
-    choice = _choose(architecture, device, statistics, dataset, _with_method(fixed), images)
-    free = _choose(architecture, device, statistics, dataset, {}, images) if fixed else choice
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a config is recommended for."""
+
+    architecture: Architecture
+    device: Device
+    statistics: Statistics | None
+    dataset: DatasetConfig | None
+    images: bool
+    goal: Goal
+
+
+def _recommend(asked: _Asked, fixed: dict[str, object]) -> Recommendation:
+    architecture, device, statistics = asked.architecture, asked.device, asked.statistics
+    choice = _choose(asked, _with_method(fixed))
+    free = _choose(asked, {}) if fixed else choice
     config = choice.config()
     reasons = {key: _own_reason(free, key, value) for key, value in choice.fixed.items()}
     return Recommendation(
@@ -124,6 +146,8 @@ def _recommend(
         alternatives=list_alternatives(config, architecture, device, statistics),
         attention=choice.attention,
         not_trained=why_not_trained(architecture),
+        duration=expected_duration(config, architecture, device, statistics),
+        tokens_per_second=pace_of(config, architecture, device, statistics),
     )
 
 
@@ -138,15 +162,11 @@ def _with_method(fixed: dict[str, object]) -> dict[str, object]:
     return {"load_in_4bit": fixed["adapter"] == "qlora", **fixed} if "adapter" in fixed else fixed
 
 
-def _choose(
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None,
-    dataset: DatasetConfig | None,
-    fixed: dict[str, object],
-    images: bool,
-) -> Choice:
-    choice = Choice(architecture, device, statistics, dataset, fixed, images)
+def _choose(asked: _Asked, fixed: dict[str, object]) -> Choice:
+    architecture, dataset = asked.architecture, asked.dataset
+    choice = Choice(
+        architecture, asked.device, asked.statistics, dataset, fixed, asked.images, asked.goal
+    )
     recipe = find_recipe(architecture, dataset)
     if recipe is None or not recipe.whole:
         choice.habits()
@@ -155,9 +175,11 @@ def _choose(
         choice.adapter()
         choice.batch()
         choice.optimization()
+        choice.fit()
+        choice.intervals()
     if recipe is not None:
         choice.follow(recipe)
-    choice.fit()
+        choice.fit()
     return choice
 
 

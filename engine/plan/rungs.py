@@ -25,6 +25,14 @@ SMALLEST_RANK, SMALLEST_LENGTH = 8, 512
 SLOWER_SHARE = 1.05
 """A change that costs less of the pace is called hardly slower."""
 
+SAME_RESULT = frozenset(
+    {
+        *("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+        *("offload_embeddings", "activation_offloading", "layer_offloading", "offloaded_layers"),
+    }
+)
+"""Keys that a run can change on its way: the steps to come compute what they would have."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:

@@ -25,7 +25,8 @@ def survey(device: Device) -> tuple[Prospect, ...]:
 
 
 def propose(prospects: tuple[Prospect, ...], device: Device) -> Prospect:
-    """The model to begin with: on a CPU the one that is made here; on a GPU the largest that fits.
+    """The model to begin with: on a CPU the one that is made here; on a GPU the largest that fits
+    with all that it needs on the card, else the smallest.
 
     Among equals the one that thinks, then the newest.
     """
@@ -33,7 +34,8 @@ def propose(prospects: tuple[Prospect, ...], device: Device) -> Prospect:
     if device.kind == "cpu":
         return next(p for p in trained if not p.card.repositories)
     fitting = [p for p in trained if p.plan.estimate.verdict == "fits"]
-    return max(fitting or trained[:1], key=_rank)
+    whole = [p for p in fitting if not p.plan.waits_in_ram]
+    return max(whole or trained[:1], key=_rank)
 
 
 def _rank(prospect: Prospect) -> tuple[int, bool, str]:

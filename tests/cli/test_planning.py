@@ -194,7 +194,7 @@ class TestEstimate:
 
     @pytest.mark.parametrize(
         ("assumed", "mark", "code"),
-        [("RTX 4090", "✓ fits", 0), ("12 GB", "! tight", 0), ("8 GB", "✗ does not fit", 3)],
+        [("RTX 4090", "✓ fits", 0), ("11 GB", "! tight", 0), ("8 GB", "✗ does not fit", 3)],
     )
     def test_the_exit_status_is_3_only_where_it_does_not_fit(
         self, run: Command, config: Path, assumed: str, mark: str, code: int
@@ -205,8 +205,9 @@ class TestEstimate:
         assert run("estimate", str(config), "--assume", assumed, "--json")[0] == code
 
     def test_parts_modules_and_parameters_are_listed(self, run: Command, config: Path) -> None:
+        (config.parent / "rows.jsonl").unlink()
         _, out, _ = run("estimate", str(config), "lora_target_modules=[q_proj]", "--assume", "4090")
-        assert re.search(r"^  weights +\d+\.\d GiB$", out, re.MULTILINE)
+        assert re.search(r"^  linear +\d+\.\d GiB$", out, re.MULTILINE)
         assert re.search(r"^  driver and slack +\d+\.\d GiB$", out, re.MULTILINE)
         assert "8,192 tokens at once; 2,981,888 of 3,849,090,048 parameters move (0.08%)" in out
         assert "adapter on 26 modules by q_proj\n" in out
@@ -216,8 +217,39 @@ class TestEstimate:
             _, out, _ = run("estimate", str(config), *changes, "--assume", "H100", "--json")
             return int(json.loads(out)["device_bytes"])
 
+        (config.parent / "rows.jsonl").unlink()
         assert needed("micro_batch_size=8") > needed() > needed("adapter=qlora", "load_in_4bit=1")
         assert config.read_text("utf-8") == LARGE
+
+    def test_the_rows_are_counted_and_the_deciding_one_is_named(
+        self, run: Command, config: Path
+    ) -> None:
+        plain = ("estimate", str(config), "sample_packing=false", "--assume", "4090")
+        _, out, _ = run(*plain)
+        assert re.search(r"^row \d+ has 70 tokens$", out, re.MULTILINE)
+        assert re.search(r"^· \d+ steps, about .* tokens a second \(formula\)$", out, re.MULTILINE)
+        counted = json.loads(run(*plain, "--json")[1])
+        assert counted["rows_counted"] == 104
+        assert counted["tokens_at_once"] == 4 * 70
+        (config.parent / "rows.jsonl").unlink()
+        _, out, _ = run(*plain)
+        assert "rows are taken to have sequence_len: 4,096 tokens (its rows could not be" in out
+        assert json.loads(run(*plain, "--json")[1])["rows_counted"] is None
+
+    def test_what_does_not_fit_is_followed_by_the_ladder_and_by_larger_cards(
+        self, run: Command, config: Path
+    ) -> None:
+        (config.parent / "rows.jsonl").unlink()
+        code, out, _ = run("estimate", str(config), "--assume", "8 GB")
+        assert code == 3
+        assert "to make it fit, each on top of those above:" in out
+        assert re.search(r"^  ✓ \d\.\d GiB  .*: saves \d", out, re.MULTILINE)
+        (values,) = re.findall(r"^behind the config, that is: (.*)$", out, re.MULTILINE)
+        assert run("estimate", str(config), *values.split(), "--assume", "8 GB")[0] == 0
+        assert "as it is it fits: " in out
+        printed = json.loads(run("estimate", str(config), "--assume", "8 GB", "--json")[1])
+        assert [rung["verdict"] for rung in printed["ladder"]][-1] == "fits"
+        assert all(rung["saves_bytes"] > 0 for rung in printed["ladder"])
 
     def test_a_model_folder_beside_the_config_is_read(
         self, run: Command, config: Path, tmp_path: Path

@@ -57,5 +57,7 @@ def dataset(rows: int, mean: int, longest: int, **more: Any) -> Statistics:
         p95_tokens=(mean + longest) // 2,
         longest_tokens=longest,
         longest_rows=lengths,
+        p99_tokens=lengths[min(len(lengths) - 1, rows // 100)],
+        longest_row=1,
         prompts=more.pop("prompts", ()),
     )

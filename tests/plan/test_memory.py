@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.plan import Estimate, estimate
 from engine.plan.layers import kept_bytes, widths
-from engine.plan.memory import TIGHT_BYTES, judge
+from engine.plan.memory import TIGHT_BYTES, judge, moment_parts
 from engine.units import GIB
 from tests.plan.machines import card, config, cpu, dataset, model, sized
 from tests.plan.published import (
@@ -67,9 +67,10 @@ def test_packed_experts_add_one_matrix_and_no_whole_tensor(adapted: bool) -> Non
 
 
 def test_experts_that_stay_whole_are_held_once_and_trained_ones_have_a_whole_gradient() -> None:
-    table = model("mistral-small-4").table
+    small_4 = model("mistral-small-4")
+    table = small_4.table
     frozen, moving = (
-        estimate(config(adapter=adapter, sequence_len=256), model("mistral-small-4"), H200).parts
+        moment_parts(config(adapter=adapter, sequence_len=256), small_4, H200, "backward pass")
         for adapter in ("lora", None)
     )
     stack = max(p.count for p in table.parameters if p.group == "experts")

@@ -97,11 +97,17 @@ class TestWhatMemoryDecides:
         assert {p.config.optimizer for p in plans} == {"adamw_torch_fused"}
 
     def test_what_would_only_be_tight_is_made_to_fit(self) -> None:
-        device = card("80 GB")
-        advice = advised(model("mistral-medium-3.5"), device, ROWS["few"])
+        advice = advised(model("mistral-medium-3.5"), card("80 GB"), ROWS["long"])
         assert advice.estimate.verdict == "fits"
-        assert advice.config.optimizer == "paged_adamw_8bit"
-        assert "without it 75." in advice.reasons["optimizer"]
+        assert advice.config.offload_embeddings
+        assert "without it" in advice.reasons["offload_embeddings"]
+        assert advice.waits_in_ram
+
+    def test_no_row_is_left_out_while_something_can_wait_in_ram(self) -> None:
+        advice = advised(model("magistral-small-2509"), card("RTX 4090"), dataset(500, 300, 9000))
+        assert advice.config.sequence_len == 16_384
+        assert advice.estimate.verdict == "fits"
+        assert advice.config.activation_offloading
 
     def test_experts_are_planned_in_4_bit_with_what_that_needs(self) -> None:
         advice = advised(model("mistral-small-4"), card("H200"))
@@ -144,9 +150,42 @@ class TestWhatTheRowsDecide:
         assert "the model reads no more" in advice.reasons["sequence_len"]
 
     def test_a_sequence_that_does_not_fit_says_what_it_costs(self) -> None:
-        advice = advised(model("magistral-small-2509"), card("RTX 4090"), dataset(500, 300, 9000))
-        assert advice.config.sequence_len < 9000
+        rows = dataset(500, 300, 90_000)
+        advice = advised(model("magistral-small-2509"), card("RTX 4090"), rows)
+        assert advice.config.sequence_len < 90_000
         assert "of 500 rows are longer and left out" in advice.reasons["sequence_len"]
+
+    def test_one_odd_row_decides_no_length(self) -> None:
+        rows = replace(dataset(500, 300, 1100), longest_tokens=9000, longest_row=77)
+        rows = replace(rows, longest_rows=(9000, *rows.longest_rows[1:]))
+        advice = self.on_a_card(rows)
+        assert advice.config.sequence_len == 2048
+        reason = advice.reasons["sequence_len"]
+        assert "99 in 100 rows" in reason
+        assert "row 77 9,000; 1 of 500 rows are longer and left out" in reason
+
+    @pytest.mark.parametrize(("goal", "length"), [("text", 2048), ("tools", 4096), ("think", 8192)])
+    def test_unknown_rows_have_the_usual_length_of_their_goal(self, goal: Any, length: int) -> None:
+        advice = recommend(model("ministral-3-3b"), card("H100"), goal=goal)
+        assert advice.config.sequence_len == length
+
+    def test_a_long_epoch_is_saved_more_often(self) -> None:
+        short, long = self.on_a_card(ROWS["some"]), self.on_a_card(dataset(90_000, 3000, 9000))
+        assert short.config.saves_per_epoch == 2
+        assert long.config.saves_per_epoch == long.config.evals_per_epoch == 8
+        assert "minutes at most" in long.reasons["saves_per_epoch"]
+        assert long.config.load_best_model_at_end
+
+    def test_steps_duration_and_price_follow_from_rows_and_card(self) -> None:
+        advice = self.on_a_card(ROWS["many"])
+        assert advice.duration
+        assert advice.duration.steps > 100
+        trained = ROWS["many"].total_tokens * 0.95  # type: ignore[union-attr]
+        assert advice.duration.seconds == pytest.approx(
+            trained / advice.duration.tokens_per_second, rel=0.05
+        )
+        assert advice.duration.usd == pytest.approx(advice.duration.seconds / 3600 * 3.0)
+        assert advised(model("ministral-3-3b"), sized(24), ROWS["many"]).duration is None
 
     def test_uneven_rows_share_a_sequence(self) -> None:
         uneven, even = self.on_a_card(dataset(200, 300, 1200)), self.on_a_card(dataset(200, 30, 33))
@@ -258,10 +297,20 @@ class TestWhatThePersonChose:
         assert advice.estimate.targets == {"q_proj": 26}
 
     def test_nothing_that_was_chosen_is_given_up_to_fit(self) -> None:
-        fixed: dict[str, object] = {"adapter": "lora", "lora_r": 128, "sequence_len": 4096}
+        fixed: dict[str, object] = {
+            "adapter": "lora",
+            "lora_r": 128,
+            "sequence_len": 4096,
+            "layer_offloading": False,
+        }
         advice = advised(model("magistral-small-2509"), card("RTX 4090"), **fixed)
         assert advice.estimate.verdict == "does not fit"
         assert (advice.config.adapter, advice.config.lora_r) == ("lora", 128)
+        del fixed["layer_offloading"]
+        advice = advised(model("magistral-small-2509"), card("RTX 4090"), **fixed)
+        assert advice.estimate.verdict == "fits"
+        assert (advice.config.adapter, advice.config.lora_r) == ("lora", 128)
+        assert advice.config.layer_offloading
 
     @pytest.mark.parametrize(
         ("fixed", "words"),
@@ -301,6 +350,11 @@ class TestGoals:
         assert seen.attention.backend != "flash_attention_4"
         assert seen.estimate.uncertainty == pytest.approx(0.15, abs=1e-6)
         assert text.estimate.uncertainty < 0.15
+
+    def test_a_model_that_thinks_on_request_is_asked_to(self) -> None:
+        advice = recommend(model("mistral-small-4"), card("H200"), goal="think")
+        assert advice.config.chat_template_kwargs == {"reasoning_effort": "high"}
+        assert not recommend(model("mistral-small-4"), card("H200")).config.chat_template_kwargs
 
     def test_thinking_is_refused_for_a_model_without_the_tokens(self) -> None:
         with pytest.raises(UserError, match="does not think"):

@@ -7,7 +7,7 @@ a sentence.
 from collections.abc import Mapping
 from typing import Final
 
-from engine.cli.planning import headline
+from engine.cli.plan_lines import headline
 from engine.config import NONE, RunConfig, spell
 from engine.config.explanation import explain_key
 from engine.errors import UserError

@@ -1,0 +1,137 @@
+"""A plan as lines for people: verdict, parts, rows, time, and what would make it fit.
+
+Separate from `planning`, which finds out what there is to say.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from engine.catalog import Architecture
+from engine.config import RunConfig, assignment
+from engine.hardware import assume, known_gpus
+from engine.plan import (
+    Alternative,
+    Device,
+    Duration,
+    Estimate,
+    Recommendation,
+    Statistics,
+    best_device,
+    estimate,
+)
+from engine.plan.sharding import cards_needed
+from engine.units import gib, spoken
+from engine.visible import visible
+
+MARKS: Mapping[str, str] = {"fits": "✓", "tight": "!", "does not fit": "✗"}
+
+
+def headline(needs: Estimate, device: Device) -> str:
+    """Verdict, number and what the device can give, in one line."""
+    sure = "measured" if needs.source == "measured" else f"± {needs.uncertainty:.0%}"
+    each = f" on each of {needs.cards}" if needs.cards > 1 else ""
+    return (
+        f"{MARKS[needs.verdict]} {needs.verdict}: needs {gib(needs.device_bytes)}{each}"
+        f" {sure}, {visible(device.name, one_line=True)} can give"
+        f" {gib(device.can_give_bytes)} of {gib(device.total_bytes)}"
+    )
+
+
+def advice_lines(advice: Recommendation, device: Device) -> list[str]:
+    """What `recommend` says above the config."""
+    lines = [headline(advice.estimate, device), *_device_lines(device)]
+    if advice.not_trained:
+        lines.append(f"✗ not trained yet: {advice.not_trained}")
+    lines += duration_lines(advice.duration)
+    if advice.duration is None and advice.tokens_per_second:
+        lines.append(f"· about {advice.tokens_per_second:,.0f} tokens a second, by the data sheet")
+    lines.append(f"· attention: {advice.attention.backend}, {advice.attention.reason}")
+    if advice.attention.worth_installing:
+        package = advice.attention.worth_installing
+        lines.append(f"· attention: {package} would be faster here; it is not installed")
+    lines += [
+        f"  {MARKS[other.estimate.verdict]} {other.name}: {gib(other.estimate.device_bytes)},"
+        f" {other.trade}"
+        for other in advice.alternatives
+    ]
+    return lines
+
+
+def estimate_lines(needs: Estimate, device: Device) -> list[str]:
+    """The parts of an estimate, and what moves."""
+    overhead = needs.device_bytes - needs.peak_allocated_bytes
+    around = "driver and slack" if device.kind == "cuda" else "the process itself"
+    sizes = {**needs.parts, around: overhead}
+    width = max(map(len, sizes))
+    share = needs.trainable_parameters / max(1, needs.total_parameters)
+    return [
+        headline(needs, device),
+        *_device_lines(device),
+        f"fullest at: {needs.moment}",
+        *(f"  {name:<{width}}  {gib(size):>10}" for name, size in sizes.items()),
+        f"{needs.tokens_at_once:,} tokens at once; {needs.trainable_parameters:,} of"
+        f" {needs.total_parameters:,} parameters move ({share:.2%})",
+        *(f"adapter on {count} modules by {entry}" for entry, count in needs.targets.items()),
+        f"this computer: {gib(needs.host_bytes)} of memory, {gib(needs.disk_bytes)} of disk",
+    ]
+
+
+def row_lines(needs: Estimate, uncounted: str) -> list[str]:
+    """Which row decides, or why `sequence_len` does."""
+    return [f"{needs.decided_by}{f' ({uncounted})' if uncounted else ''}"]
+
+
+def duration_lines(duration: Duration | None) -> list[str]:
+    """Steps, time and cost."""
+    if duration is None:
+        return []
+    words = (
+        f"· {duration.steps:,} steps, about {spoken(duration.seconds)} at"
+        f" {duration.tokens_per_second:,.0f} tokens a second ({duration.source})"
+    )
+    if duration.usd is not None:
+        words += f", about ${duration.usd:,.2f} at a usual price"
+    return [words]
+
+
+def ladder_lines(needs: Estimate, rungs: Sequence[Alternative]) -> Iterator[str]:
+    """What would make it fit, the cheapest first, and the command that says so."""
+    if not rungs:
+        return
+    enough = rungs[-1].estimate.verdict == "fits"
+    yield "to make it fit, each on top of those above:" if enough else "all of this is not enough:"
+    for rung in rungs:
+        now = rung.estimate
+        yield (
+            f"  {MARKS[now.verdict]} {gib(now.device_bytes)}  {rung.name}: saves"
+            f" {gib(rung.saves_bytes)}; {rung.trade}"
+        )
+    if enough:
+        values = " ".join(assignment(*change) for change in rungs[-1].changes.items())
+        yield f"behind the config, that is: {values}"
+    else:
+        yield f"{gib(-rungs[-1].estimate.spare_bytes)} are still missing"
+
+
+def larger_card_lines(
+    config: RunConfig, architecture: Architecture, device: Device, statistics: Statistics | None
+) -> Iterator[str]:
+    """The smallest card that holds the plan as it is, and how many of this one would."""
+    for gpu in known_gpus():
+        other = best_device(assume(gpu.name))
+        if estimate(config, architecture, other, statistics).verdict == "fits":
+            yield f"as it is it fits: {visible(other.name, one_line=True)}"
+            break
+    if device.kind == "cuda":
+        count = cards_needed(config, architecture, device, statistics)
+        if count is not None and count > 1:
+            name = visible(device.name, one_line=True)
+            yield f"sharded over {count} of {name} too (FSDP2); this version runs one"
+
+
+def _device_lines(device: Device) -> list[str]:
+    lines = []
+    if device.count > 1:
+        lines.append(f"· there are {device.count} of them; a run uses one so far")
+    if device.used_by:
+        lines.append(f"· in use already: {device.used_by}")
+    return lines

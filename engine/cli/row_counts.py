@@ -1,0 +1,79 @@
+"""The rows of a config, counted for its plan: how long they are decides what fits.
+
+Separate from `planning` because counting reads files, and because it has to say why it did not:
+rows that are not here, on the hub, or too many to read before an answer leave `sequence_len` to
+count with.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.catalog import Architecture
+from engine.config import RunConfig
+from engine.errors import UserError, WorkError
+from engine.plan import Statistics, read_statistics
+
+if TYPE_CHECKING:
+    from engine.data.checkup import Checkup
+
+MOST_BYTES = 256 * 2**20
+"""Files beyond this are not read for an estimate: some 100,000 conversations, a minute or two."""
+
+
+def check_rows(config: RunConfig, folder: Path) -> "Checkup":
+    """Every row of a config read, and counted in tokens where the tokenizer can be had.
+
+    Raises UserError where a dataset cannot be read.
+    """
+    from engine.chat.tokenizer import open_tokenizer
+    from engine.data.checkup import check
+    from engine.data.images import ImageRules
+    from engine.data.prepare import label_rule
+    from engine.data.rows import effective_datasets, tokenizer_name
+
+    try:
+        tokenizer = open_tokenizer(tokenizer_name(config), folder)
+    except WorkError:  # offline, and the tokenizer is not here yet
+        tokenizer = None
+    return check(
+        effective_datasets(config),
+        folder,
+        tokenizer,
+        rule=label_rule(config),
+        history_thinking=config.history_thinking,
+        images=ImageRules.from_config(config, folder),
+        sequence_len=config.sequence_len,
+    )
+
+
+def count_config_rows(
+    config: RunConfig, architecture: Architecture, folder: Path
+) -> tuple[Statistics | None, str]:
+    """The counts of a config's rows, or None with the reason in a few words; nothing is fetched."""
+    if not config.datasets:
+        return None, "the config names no dataset"
+    if architecture.card is None and architecture.folder is None:
+        return None, "its tokenizer is not here"
+    try:
+        reason = _why_not(config, folder)
+        if reason:
+            return None, reason
+        statistics = read_statistics(asdict(check_rows(config, folder)))
+    except UserError as error:
+        return None, f"its rows could not be read: {error.what}"
+    if statistics is None:
+        return None, "no row of it can be used, or its tokenizer is not here"
+    return statistics, ""
+
+
+def _why_not(config: RunConfig, folder: Path) -> str:
+    from engine.data.sources import locate
+
+    size = 0
+    for dataset in config.datasets:
+        location = locate(dataset, folder)
+        if location.hub_id is not None:
+            return "its rows are on the hub"
+        size += sum(file.stat().st_size for file in location.files)
+    return "its rows are too many to count for an estimate" if size > MOST_BYTES else ""
