@@ -13,6 +13,7 @@ from engine.plan import (
     Device,
     Duration,
     Estimate,
+    LengthPrice,
     Recommendation,
     Statistics,
     best_device,
@@ -126,6 +127,26 @@ def larger_card_lines(
         if count is not None and count > 1:
             name = visible(device.name, one_line=True)
             yield f"sharded over {count} of {name} too (FSDP2); this version runs one"
+
+
+def length_lines(prices: Sequence[LengthPrice], device: Device) -> list[str]:
+    """A table of lengths, one sequence at a time."""
+    lines = [
+        f"one sequence at a time; {visible(device.name, one_line=True)} can give"
+        f" {gib(device.can_give_bytes)}",
+        f"{'tokens':>9}  {'needs':>10}  verdict         with the same result",
+    ]
+    for price in prices:
+        verdict = f"{MARKS[price.verdict]} {price.verdict}"
+        how = ", ".join(price.changes)
+        if price.fitting_bytes is not None and how:
+            how = f"{gib(price.fitting_bytes)} by {how}"
+        pace = f"{price.tokens_per_second:,.0f} tokens/s" if price.tokens_per_second else ""
+        rest = ", ".join(words for words in (how, pace) if words)
+        row = f"{price.sequence_len:>9,}  {gib(price.device_bytes):>10}  {verdict:<14}  {rest}"
+        lines.append(row.rstrip())
+    lines.append("A row has to fit on one card: it is not spread over several.")
+    return lines
 
 
 def _device_lines(device: Device) -> list[str]:

@@ -20,6 +20,7 @@ from engine.cli.plan_lines import (
     estimate_lines,
     ladder_lines,
     larger_card_lines,
+    length_lines,
     row_lines,
 )
 from engine.cli.row_counts import count_config_rows
@@ -51,6 +52,7 @@ from engine.plan import (
     heads_of,
     make_fit,
     plan_document,
+    price_lengths,
     read_statistics,
     recommend,
     remarks,
@@ -133,6 +135,7 @@ def print_estimate(
     /,
     *changes: Annotated[str, Parameter(help="Changes, such as sequence_len=4096.")],
     assumed: Annotated[str | None, Parameter("--assume")] = None,
+    lengths: Annotated[bool, Parameter(negative="")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Estimate the memory of a config by part, and say whether it fits. Exit status 3: it does not.
@@ -141,10 +144,19 @@ def print_estimate(
     ----------
     assumed
         Estimate for this GPU instead of what is here: "RTX 4090", "H100 x2", "24 GB".
+    lengths
+        What each sequence_len would cost, up to the most that the model reads.
     """
     file = Path(config)
     run, architecture = read_planned(file, changes, sharded=True)
     device = find_device(assumed)
+    if lengths:
+        prices = price_lengths(run, architecture, device)
+        if as_json:
+            print(json.dumps({"lengths": [asdict(price) for price in prices]}))
+        else:
+            print("\n".join(length_lines(prices, device)))
+        return 0
     statistics, uncounted = count_config_rows(run, architecture, file.absolute().parent)
     needs = estimate(run, architecture, device, statistics)
     rungs = make_fit(run, architecture, device, statistics)

@@ -19,6 +19,7 @@ from engine.plan.documents import (
 )
 from engine.plan.duration import Duration, expected_duration, pace_of
 from engine.plan.ladder import Alternative, list_alternatives, make_fit
+from engine.plan.lengths import LengthPrice, price_lengths
 from engine.plan.limits import Goal, why_not_trained
 from engine.plan.memory import WEIGHTS, Estimate, Verdict, estimate
 from engine.plan.recommend import Recommendation, assess, recommend
@@ -36,6 +37,7 @@ __all__ = [
     "Estimate",
     "Goal",
     "Heads",
+    "LengthPrice",
     "Prospect",
     "Recommendation",
     "Statistics",
@@ -58,6 +60,7 @@ __all__ = [
     "make_fit",
     "pace_of",
     "plan_document",
+    "price_lengths",
     "propose",
     "read_statistics",
     "recommend",

@@ -67,6 +67,8 @@ class Choice:
     images: bool = False
     """Whether the rows have images."""
     goal: Goal = "text"
+    layers_may_wait: bool = True
+    """Whether layers may wait in RAM to make the plan fit, which can take many times as long."""
     values: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -160,7 +162,7 @@ class Choice:
     def _waiting(self) -> dict[str, object]:
         """What makes room without leaving a row out: what can wait in RAM does."""
         config = self.config()
-        if self.device.kind != "cuda" or not config.gradient_checkpointing:
+        if not (self.device.has_ram_beside and config.gradient_checkpointing):
             return {}
         frozen = config.adapter is not None and not config.lora_modules_to_save
         return {"activation_offloading": True, "offload_embeddings": frozen}
@@ -257,9 +259,8 @@ class Choice:
     def fit(self) -> None:
         """Take the rungs that lead to a better verdict; none changes what the person chose."""
         needed = self.needs()
-        rungs = make_fit(
-            self.config(), self.architecture, self.device, self.statistics, keep=self.fixed
-        )
+        keep = {*self.fixed, *(() if self.layers_may_wait else ("layer_offloading",))}
+        rungs = make_fit(self.config(), self.architecture, self.device, self.statistics, keep=keep)
         if not rungs or _RANKS[rungs[-1].estimate.verdict] <= _RANKS[needed.verdict]:
             return
         for rung in rungs:

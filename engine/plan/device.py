@@ -36,12 +36,19 @@ class Device:
     """Its name as the driver says it."""
     count: int = 1
     """Cards of this kind; a run uses one so far."""
+    unified: bool = False
+    """Its memory is the computer's own."""
     used_by: str = ""
     """What takes memory of it already, in words; empty where nothing does."""
     ram_bytes: int | None = None
     """What this computer's own memory can give; None where that is not known."""
     stack: Mapping[str, str | None] | None = None
     """Installed packages by name; None where that was not looked up."""
+
+    @property
+    def has_ram_beside(self) -> bool:
+        """Whether this computer's memory is another than the device's own."""
+        return self.kind == "cuda" and not self.unified
 
     @property
     def computes_bf16(self) -> bool:
@@ -62,6 +69,7 @@ def gpu_device(gpu: Gpu, machine: Machine) -> Device:
         uuid=None if machine.assumed else gpu.uuid,
         planned=machine.assumed,
         card=gpu.name,
+        unified=gpu.unified,
         used_by=_used_by(gpu),
         count=sum(other.name == gpu.name for other in machine.gpus),
         ram_bytes=None if machine.assumed else _ram_bytes(machine),

@@ -134,8 +134,11 @@ class _Asked:
 
 def _recommend(asked: _Asked, fixed: dict[str, object]) -> Recommendation:
     architecture, device, statistics = asked.architecture, asked.device, asked.statistics
-    choice = _choose(asked, _with_method(fixed))
-    free = _choose(asked, {}) if fixed else choice
+    free = choice = _choose(asked, {})
+    if fixed:
+        # A value that a person changes makes no plan slow by itself: that is asked for.
+        waits = "layer_offloading" in free.values
+        choice = _choose(asked, _with_method(fixed), layers_may_wait=waits)
     config = choice.config()
     reasons = {key: _own_reason(free, key, value) for key, value in choice.fixed.items()}
     return Recommendation(
@@ -162,10 +165,17 @@ def _with_method(fixed: dict[str, object]) -> dict[str, object]:
     return {"load_in_4bit": fixed["adapter"] == "qlora", **fixed} if "adapter" in fixed else fixed
 
 
-def _choose(asked: _Asked, fixed: dict[str, object]) -> Choice:
+def _choose(asked: _Asked, fixed: dict[str, object], *, layers_may_wait: bool = True) -> Choice:
     architecture, dataset = asked.architecture, asked.dataset
     choice = Choice(
-        architecture, asked.device, asked.statistics, dataset, fixed, asked.images, asked.goal
+        architecture,
+        asked.device,
+        asked.statistics,
+        dataset,
+        fixed,
+        asked.images,
+        asked.goal,
+        layers_may_wait,
     )
     recipe = find_recipe(architecture, dataset)
     if recipe is None or not recipe.whole:

@@ -98,7 +98,7 @@ def checkpointing(config: RunConfig, place: Place) -> Iterator[Change]:
 def embeddings_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
     """Embedding and head wait in RAM."""
     frozen = config.adapter and not config.lora_modules_to_save
-    if place.device.kind == "cuda" and frozen and not config.offload_embeddings:
+    if place.device.has_ram_beside and frozen and not config.offload_embeddings:
         keys = {"offload_embeddings": True}
         words = f"the same result, {slower(place, config, keys)}; embedding and head wait in RAM"
         yield "offload_embeddings", keys, words
@@ -106,7 +106,7 @@ def embeddings_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
 
 def states_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
     """What checkpointing keeps waits in RAM."""
-    if place.device.kind == "cuda" and config.gradient_checkpointing:
+    if place.device.has_ram_beside and config.gradient_checkpointing:
         keys = {"activation_offloading": True}
         if not config.activation_offloading:
             words = f"the same result, {slower(place, config, keys)}; they wait in RAM"
@@ -138,7 +138,7 @@ def small_tower(config: RunConfig, place: Place) -> Iterator[Change]:
 
 def paged_states(config: RunConfig, place: Place) -> Iterator[Change]:
     """The optimizer's state gives way to RAM."""
-    if place.device.kind == "cuda" and not config.optimizer.startswith("paged"):
+    if place.device.has_ram_beside and not config.optimizer.startswith("paged"):
         keys = {"optimizer": "paged_adamw_8bit"}
         yield "paged optimizer", keys, "its states move to RAM when the card is full: slower"
 
@@ -152,7 +152,7 @@ def narrow_adapter(config: RunConfig, place: Place) -> Iterator[Change]:
 
 def layers_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
     """As few of the frozen layers as will do wait in RAM; all where that is not enough."""
-    waits = place.device.kind == "cuda" and config.adapter and config.gradient_checkpointing
+    waits = place.device.has_ram_beside and config.adapter and config.gradient_checkpointing
     if not waits or config.layer_offloading:
         return
     layers = widths(place.architecture.table).layers

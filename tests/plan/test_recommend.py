@@ -297,20 +297,18 @@ class TestWhatThePersonChose:
         assert advice.estimate.targets == {"q_proj": 26}
 
     def test_nothing_that_was_chosen_is_given_up_to_fit(self) -> None:
-        fixed: dict[str, object] = {
-            "adapter": "lora",
-            "lora_r": 128,
-            "sequence_len": 4096,
-            "layer_offloading": False,
-        }
+        fixed: dict[str, object] = {"adapter": "lora", "lora_r": 128, "sequence_len": 4096}
         advice = advised(model("magistral-small-2509"), card("RTX 4090"), **fixed)
         assert advice.estimate.verdict == "does not fit"
         assert (advice.config.adapter, advice.config.lora_r) == ("lora", 128)
-        del fixed["layer_offloading"]
-        advice = advised(model("magistral-small-2509"), card("RTX 4090"), **fixed)
-        assert advice.estimate.verdict == "fits"
-        assert (advice.config.adapter, advice.config.lora_r) == ("lora", 128)
-        assert advice.config.layer_offloading
+
+    def test_layers_wait_in_ram_by_themselves_only_where_the_model_cannot_do_without(self) -> None:
+        large = model("mistral-medium-3.5")
+        alone = advised(large, card("RTX 4090"))
+        changed = advised(large, card("RTX 4090"), lora_r=8)
+        assert alone.config.layer_offloading
+        assert changed.config.layer_offloading
+        assert changed.estimate.verdict == alone.estimate.verdict == "fits"
 
     @pytest.mark.parametrize(
         ("fixed", "words"),

@@ -61,8 +61,8 @@ class Step:
 
     @property
     def offloads(self) -> bool:
-        """On a CPU there is no other memory to move to."""
-        return self.device.kind == "cuda"
+        """Whether there is another memory to move to."""
+        return self.device.has_ram_beside
 
 
 def list_moments(

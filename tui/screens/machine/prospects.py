@@ -65,9 +65,12 @@ def method(plan: Recommendation) -> str:
 
 
 def mark_of(plan: Recommendation) -> tuple[str, str]:
-    """The mark of a plan and its style; a model that is not trained yet is not called fitting."""
+    """The mark of a plan and its style; a model that is not trained yet is not called fitting, and
+    one whose layers wait in RAM is, with a warning."""
     if plan.not_trained and plan.estimate.verdict != "does not fit":
         return "·", "$muted"
+    if plan.config.layer_offloading and plan.estimate.verdict == "fits":
+        return "!", "$warning"
     return MARKS[plan.estimate.verdict]
 
 
@@ -103,6 +106,8 @@ def _line(prospect: Prospect, proposed: Prospect, device: Device) -> Content:
         note = f"{note}, proposed"
     elif device.kind == "cpu":
         note = f"{note}, slow"
+    elif plan.config.layer_offloading:
+        note = f"{note}, in RAM: slow"
     return Content.assemble(
         (mark, style),
         " ",

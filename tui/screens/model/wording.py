@@ -66,11 +66,13 @@ class Candidate:
 
 
 def verdict_words(plan: Recommendation) -> str:
-    """The verdict on the device in a few letters: fits, tight, 46.1 over, plan only."""
+    """The verdict on the device in a few letters: fits, tight, slow, 46.1 over, plan only."""
     needs = plan.estimate
     if needs.verdict == "does not fit":
         return f"{-needs.spare_bytes / GIB:.1f} over"
-    return "plan only" if plan.not_trained else needs.verdict
+    if plan.not_trained:
+        return "plan only"
+    return "slow" if plan.config.layer_offloading and needs.verdict == "fits" else needs.verdict
 
 
 def model_line(candidate: Candidate, cached: Collection[str]) -> Content:
@@ -120,6 +122,8 @@ def headline(candidate: Candidate, device: Device, proposed: str) -> tuple[str, 
         return mark, title, f"does not fit: needs {given}"
     if candidate.is_blind:
         return "✗", title, "reads only text, and the rows have images"
+    if candidate.plan.config.layer_offloading:
+        return mark, title, f"fits with layers in RAM, slow: needs {given}"
     if candidate.name != proposed:
         return mark, title, f"{needs.verdict}: needs {given}"
     if device.kind == "cpu":

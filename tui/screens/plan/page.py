@@ -13,7 +13,7 @@ from engine.config import assignment
 from engine.config.explanation import explain_key
 from engine.errors import UserError
 from engine.plan import remarks
-from engine.units import GIB, gib
+from engine.units import GIB
 from engine.visible import visible
 from tui.draft import is_named_by_path
 from tui.page import HelpText, Key, Page
@@ -25,7 +25,7 @@ from tui.screens.plan.comparisons import (
     list_rungs,
     rung_lines,
 )
-from tui.screens.plan.settings import list_fields
+from tui.screens.plan.settings import amount_words, list_fields
 from tui.values import set_value
 from tui.widgets.choices import Choices
 from tui.widgets.fields import Fields
@@ -114,8 +114,9 @@ class PlanPage(Page):
         needs, device = advice.estimate, draft.device
         assert device is not None
         mark, _ = MARKS[needs.verdict]
+        sure = "measured" if needs.source == "measured" else f"± {needs.uncertainty:.0%}"
         sentence = (
-            f"needs {needs.device_bytes / GIB:.1f} GiB ± {needs.uncertainty:.0%}, {device.name}"
+            f"needs {needs.device_bytes / GIB:.1f} GiB {sure}, {device.name}"
             f" can give {device.can_give_bytes / GIB:.1f} of {device.total_bytes / GIB:.1f}"
         )
         self.say(mark, needs.verdict, sentence)
@@ -164,13 +165,7 @@ class PlanPage(Page):
         field = self.query_one(Fields).field
         if field is None:
             return
-        needs = self.app.draft.advice().estimate
-        config = self.app.draft.config()
-        a_step = needs.tokens_at_once * config.gradient_accumulation_steps
-        amounts = (
-            f"{a_step:,} tokens a step · {needs.trainable_parameters:,} parameters move ·"
-            f" {gib(needs.disk_bytes)} of disk"
-        )
+        amounts = amount_words(self.app.draft.advice())
         reason = visible(field.reason, one_line=True)
         first = Content.assemble((f"{field.key}  ", "$lit"), reason)
         self.query_one("#told", Static).update(Content("\n").join([first, Content(amounts)]))

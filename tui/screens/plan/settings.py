@@ -9,7 +9,7 @@ from typing import Final
 from engine.config import FULL, NONE
 from engine.plan import Recommendation, Task, changed, estimate, heads_of
 from engine.plan.attention import attention_backends, why_not
-from engine.units import gib
+from engine.units import gib, spoken
 from tui.draft import Draft
 from tui.values import EXPERTS, expert_tensors, spelled
 from tui.widgets.fields import Field
@@ -53,6 +53,13 @@ _MORE: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("bf16", ("auto", "true", "false")),
     ("seed", ("0", "1", "42")),
 )
+_WAITING: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
+    ("offload_embeddings", ("false", "true")),
+    ("activation_offloading", ("none", "true")),
+    ("layer_offloading", ("none", "true")),
+    ("offloaded_layers", ("none", "4", "8", "16", "32")),
+)
+"""What can wait in RAM: shown where it does, and among all settings."""
 _ADAPTER_ONLY: Final = ("lora_r", "lora_alpha", "lora_dropout")
 
 
@@ -75,6 +82,19 @@ def list_fields(draft: Draft, *, every: bool, wrong: tuple[str, str] | None) -> 
     return fields
 
 
+def amount_words(advice: Recommendation) -> str:
+    """What the run amounts to: steps, time and price where they are known, and what moves."""
+    needs, duration = advice.estimate, advice.duration
+    a_step = needs.tokens_at_once * advice.config.gradient_accumulation_steps
+    words = [f"{a_step:,} tokens a step", f"{needs.trainable_parameters:,} parameters move"]
+    if duration is not None:
+        words[:1] = [f"{duration.steps:,} steps, about {spoken(duration.seconds)}"]
+        words += [f"about ${duration.usd:,.2f}"] if duration.usd is not None else []
+    elif advice.tokens_per_second:
+        words.append(f"about {advice.tokens_per_second:,.0f} tokens a second")
+    return " · ".join([*words, f"{gib(needs.disk_bytes)} of disk"])
+
+
 def _keys(draft: Draft, every: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Each key of the page with its usual values, the keys of what this model has among them."""
     config, known = draft.config(), draft.statistics
@@ -85,6 +105,7 @@ def _keys(draft: Draft, every: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
         if config.adapter is None and key in _ADAPTER_ONLY:
             continue
         yield key, (NONE, *_attention_here(draft)) if key == "attn_implementation" else usual
+    yield from (entry for entry in _WAITING if every or getattr(config, entry[0]))
     if every:
         yield from _MORE if thinks else (*_MORE, *_THINKING)
 

@@ -1,0 +1,106 @@
+"""Makes presets/FITS.md: what is recommended for every card, model and goal, and whether it fits.
+
+`python -m tests.make.fits` writes the page; a test makes it anew and compares, so that the page
+never says what the product does not. Rows are not known there: each goal has its usual length.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from engine.catalog import list_models, read_architecture
+from engine.errors import UserError
+from engine.hardware import assume, known_gpus
+from engine.plan import Device, Goal, Recommendation, best_device, recommend
+from engine.units import GIB
+
+PAGE = Path(__file__).parents[2] / "presets" / "FITS.md"
+SIZES = ("6 GB", "8 GB", "12 GB")
+"""Cards smaller than those that are known by name."""
+GOALS: tuple[Goal, ...] = get_args(Goal)
+MARKS = {"fits": "✓", "tight": "!", "does not fit": "✗"}
+HEAD = """# What fits on which card
+
+Made by `python -m tests.make.fits`, from the same functions as `windtunnel recommend`; nothing here
+was measured. Each line is what is recommended for a card that nothing else uses, before the rows
+are known: text has {text} tokens a sequence, tools {tools}, thinking {think}, images room for the
+largest one. `windtunnel recommend --data` counts your rows and plans for them.
+
+needs: GiB on the device, driver and allocator included; ±: how far a measured peak may lie from it.
+In RAM: what waits in this computer's memory (`states`, `embedding` and head, or so many `layers`),
+for the same result in a longer time. Tokens a second follow from the card's data sheet.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One card, model and goal."""
+
+    card: str
+    model: str
+    goal: Goal
+    device: Device
+    advice: Recommendation
+
+
+def cells() -> Iterator[Cell]:
+    """Every cell of the table whose model can meet the goal."""
+    for name in (*SIZES, *(gpu.name for gpu in known_gpus())):
+        device = best_device(assume(name))
+        for card in list_models():
+            if card.offered and card.repositories:
+                architecture = read_architecture(card.name)
+                for goal in GOALS:
+                    try:
+                        advice = recommend(architecture, device, goal=goal)
+                    except UserError:
+                        continue
+                    yield Cell(device.name, card.name, goal, device, advice)
+
+
+def line_of(cell: Cell) -> str:
+    """One row of the table."""
+    config, needs = cell.advice.config, cell.advice.estimate
+    waiting = [
+        *(["states"] if config.activation_offloading else []),
+        *(["embedding"] if config.offload_embeddings else []),
+        *([f"{config.offloaded_layers or 'all'} layers"] if config.layer_offloading else []),
+    ]
+    pace = cell.advice.tokens_per_second
+    columns = (
+        cell.model,
+        cell.goal,
+        config.adapter or "full",
+        f"{config.sequence_len:,} x {config.micro_batch_size}",
+        f"{config.lora_r}" if config.adapter else "-",
+        config.optimizer,
+        ", ".join(waiting) or "-",
+        f"{needs.device_bytes / GIB:.1f} ± {needs.uncertainty:.0%}",
+        f"{MARKS[needs.verdict]} {needs.verdict}",
+        f"{pace:,.0f}" if pace else "-",
+    )
+    return "| " + " | ".join(columns) + " |"
+
+
+def page() -> str:
+    """The whole of presets/FITS.md."""
+    from engine.plan.choice import USUAL_LENGTHS
+
+    parts = [HEAD.format(**{goal: f"{USUAL_LENGTHS[goal]:,}" for goal in GOALS})]
+    before = ""
+    for cell in cells():
+        if cell.card != before:
+            before = cell.card
+            parts.append(
+                f"\n## {cell.card}: can give {cell.device.can_give_bytes / GIB:.1f} GiB\n\n"
+                "| model | goal | method | tokens at once | rank | optimizer | in RAM |"
+                " needs | verdict | tokens/s |\n|---|---|---|---|---|---|---|---|---|---|\n"
+            )
+        parts.append(line_of(cell) + "\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
