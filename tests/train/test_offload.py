@@ -10,58 +10,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.train.batches import Rows
 from engine.train.evaluate import score
-from engine.train.forward import head_of, hidden_states, unwrapped
+from engine.train.forward import head_module, head_of, hidden_states, unwrapped
 from engine.train.generate import generate
-from engine.train.loop import Training
 from engine.train.model import load_base
-from engine.train.offload import decoder_layers
-from engine.train.offload.layers import movable_tensors
+from engine.train.offload import checkpoints, decoder_layers, head_at_hand
 from engine.train.offload.transfer import HostMemory
-from tests.train.test_checkpoint import everything, steps
-from tests.train.test_first_step import NF4, ON_EXPERTS
-from tests.train.tiny import (
-    MINISTRAL3,
-    MISTRAL,
-    MISTRAL4,
-    gradients,
-    settings,
-    training,
-    wake_adapter,
-    with_vision,
-    write_model,
+from engine.train.weights import export_trained
+from tests.train import stock
+from tests.train.offloading import (
+    BASES,
+    EVERYTHING,
+    NF4,
+    NF4_EXPERTS,
+    OFFLOADS,
+    PLAIN,
+    Residents,
+    begun,
+    keys_of,
+    weights_of_layers,
 )
+from tests.train.test_checkpoint import everything, steps
+from tests.train.tiny import gradients, settings
 
-DEEP: dict[str, Any] = {"num_hidden_layers": 4}
-FOLDERS = {
-    "mistral": MISTRAL | DEEP,
-    "ministral3": MINISTRAL3 | DEEP,
-    "mistral4": MISTRAL4 | DEEP,
-    "tied": MINISTRAL3 | DEEP | {"tie_word_embeddings": True},
-    "seeing": with_vision(MINISTRAL3 | DEEP),
-}
-NF4_EXPERTS = NF4 | ON_EXPERTS | {"quantize_moe_experts": True}
-BASES: dict[str, dict[str, Any]] = {
-    "float32": {"adapter": "lora"},
-    "bfloat16": {"adapter": "lora", "bf16": True},
-    "int8": {"adapter": "lora", "bf16": True, "load_in_8bit": True},
-    "NF4": NF4,
-    "NF4 experts": NF4_EXPERTS,
-    "experts": {"adapter": "lora"} | ON_EXPERTS,
-    "NF4, q_proj alone": NF4 | {"lora_target_modules": ["q_proj"]},
-}
-PACKED = {"sample_packing": True, "sequence_len": 64, "micro_batch_size": 2}
-PLAIN: dict[str, Any] = {"gradient_checkpointing": True, "learning_rate": 0.01} | PACKED
-OFFLOADS: dict[str, dict[str, Any]] = {
-    "checkpoints": {"activation_offloading": True},
-    "layers": {"layer_offloading": True},
-    "two layers": {"layer_offloading": True, "offloaded_layers": 2},
-    "tables": {"offload_embeddings": True},
-}
-EVERYTHING = OFFLOADS["checkpoints"] | OFFLOADS["layers"] | OFFLOADS["tables"]
 COMBINATIONS = [
     *(("ministral3", "NF4", name) for name in OFFLOADS),
     ("mistral", "bfloat16", "everything"),
@@ -76,74 +49,11 @@ COMBINATIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a model of four layers, by its name in `FOLDERS`."""
-    home = tmp_path_factory.mktemp("deep")
-
-    def folder(name: str) -> Path:
-        path = home / name
-        return path if path.exists() else write_model(path, FOLDERS[name])
-
-    return folder
-
-
-def begun(home: Path, folder: Path, rows: Rows, **keys: Any) -> Training:
-    run = training(home, settings(folder, **(PLAIN | keys)), rows)
-    wake_adapter(run.model)
-    return run
-
-
-def weights_of_layers(model: Any) -> list[list[Tensor]]:
-    """Of each layer, what `layer_offloading` moves."""
-    found = []
-    for layer in decoder_layers(unwrapped(model)):
-        held: list[Tensor] = []
-        for module in layer.modules():
-            names = [n for n, p in module.named_parameters(recurse=False) if not p.requires_grad]
-            names += [name for name in ("gate_up_proj", "down_proj") if hasattr(module, name)]
-            for name in names:
-                own = getattr(module, name)
-                # What an adapter wraps is found inside it; a linear layer is a module of its own.
-                if isinstance(own, Tensor) or type(own).__name__.startswith("Grouped"):
-                    held += movable_tensors(module, name)
-            if type(module).__name__ == "LoraGrouped":
-                held += movable_tensors(module, "base_layer")
-        found.append(list({id(t): t for t in held}.values()))
-    return found
-
-
-class Residents(TorchDispatchMode):
-    """Notes, at every operation, how many layers have a weight in memory and how many bytes."""
-
-    def __init__(self, layers: list[list[Tensor]]) -> None:
-        super().__init__()
-        self.layers = layers
-        self.most = self.most_bytes = 0
-
-    def now(self) -> list[int]:
-        """The bytes of each layer."""
-        return [sum(t.untyped_storage().nbytes() for t in tensors) for tensors in self.layers]
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        held = self.now()
-        self.most = max(self.most, sum(size > 0 for size in held))
-        self.most_bytes = max(self.most_bytes, sum(held))
-        return result
-
-
-def keys_of(name: str) -> dict[str, Any]:
-    return EVERYTHING if name == "everything" else OFFLOADS[name]
-
-
 @pytest.mark.parametrize(("architecture", "base", "name"), COMBINATIONS)
 class TestSameNumbers:
     def test_of_a_loss_and_of_every_gradient_and_of_every_step(
         self,
-        deep: Callable[[str], Path],
+        deep_model: Callable[[str], Path],
         uneven: Rows,
         tmp_path: Path,
         architecture: str,
@@ -152,7 +62,9 @@ class TestSameNumbers:
     ) -> None:
         found = []
         for number, keys in enumerate(({}, keys_of(name))):
-            run = begun(tmp_path / str(number), deep(architecture), uneven, **BASES[base], **keys)
+            run = begun(
+                tmp_path / str(number), deep_model(architecture), uneven, **BASES[base], **keys
+            )
             first = run.gradients(run.order.step(1)), gradients(run.model)
             run.optimizer.zero_grad(set_to_none=True)
             trained = steps(run, 3)
@@ -175,14 +87,14 @@ class TestLayers:
     )
     def test_no_more_than_two_are_ever_there(
         self,
-        deep: Callable[[str], Path],
+        deep_model: Callable[[str], Path],
         uneven: Rows,
         tmp_path: Path,
         architecture: str,
         base: str,
     ) -> None:
         keys = BASES[base] | OFFLOADS["layers"]
-        run = begun(tmp_path, deep(architecture), uneven, **keys)
+        run = begun(tmp_path, deep_model(architecture), uneven, **keys)
         layers = weights_of_layers(run.model)
         whole = [sum(t.nbytes for t in tensors) for tensors in layers]
         residents = Residents(layers)
@@ -196,16 +108,16 @@ class TestLayers:
         assert residents.most_bytes == 2 * whole[0]
 
     def test_those_behind_the_first_n_stay(
-        self, deep: Callable[[str], Path], uneven: Rows, tmp_path: Path
+        self, deep_model: Callable[[str], Path], uneven: Rows, tmp_path: Path
     ) -> None:
-        run = begun(tmp_path, deep("ministral3"), uneven, **NF4, **OFFLOADS["two layers"])
+        run = begun(tmp_path, deep_model("ministral3"), uneven, **NF4, **OFFLOADS["two layers"])
         layers = weights_of_layers(run.model)
         assert [size > 0 for size in Residents(layers).now()] == [False, False, True, True]
 
     def test_a_layers_matrices_are_all_moved(
-        self, deep: Callable[[str], Path], uneven: Rows, tmp_path: Path
+        self, deep_model: Callable[[str], Path], uneven: Rows, tmp_path: Path
     ) -> None:
-        run = begun(tmp_path, deep("mistral4"), uneven, **NF4_EXPERTS, **OFFLOADS["layers"])
+        run = begun(tmp_path, deep_model("mistral4"), uneven, **NF4_EXPERTS, **OFFLOADS["layers"])
         frozen = [t for t in run.model.parameters() if not t.requires_grad]
         frozen += [b for b in run.model.buffers() if b.dtype == torch.uint8]
         stayed = sum(t.untyped_storage().nbytes() for t in frozen if t.ndim > 1)
@@ -213,7 +125,7 @@ class TestLayers:
         assert stayed == tables
 
     def test_loading_never_holds_more_than_one_layers_matrix(
-        self, deep: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+        self, deep_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         moved: list[int] = []
         original = HostMemory.copy
@@ -225,14 +137,14 @@ class TestLayers:
 
         seen: list[Tensor] = []
         monkeypatch.setattr(HostMemory, "copy", copy)
-        folder = deep("ministral3")
+        folder = deep_model("ministral3")
         load_base(folder, settings(folder, **PLAIN, **NF4, **OFFLOADS["layers"]))
         largest = max(t.nbytes for t in seen)
         assert len(seen) == 4 * 7 * 2
         assert max(moved) < 2 * largest + 4096
 
-    def test_the_report_says_what_waits(self, deep: Callable[[str], Path]) -> None:
-        folder = deep("ministral3")
+    def test_the_report_says_what_waits(self, deep_model: Callable[[str], Path]) -> None:
+        folder = deep_model("ministral3")
         plain, ours = (
             load_base(folder, settings(folder, **PLAIN, **NF4, **keys)).report
             for keys in ({}, OFFLOADS["layers"])
@@ -246,9 +158,15 @@ class TestLayers:
 class TestCheckpoints:
     @pytest.mark.parametrize("offloads", [True, "legacy", "hidden_states", None])
     def test_a_layers_input_leaves_the_device_after_its_forward_pass(
-        self, deep: Callable[[str], Path], uneven: Rows, tmp_path: Path, offloads: Any
+        self, deep_model: Callable[[str], Path], uneven: Rows, tmp_path: Path, offloads: Any
     ) -> None:
-        run = begun(tmp_path, deep("ministral3"), uneven, **NF4, activation_offloading=offloads)
+        run = begun(
+            tmp_path,
+            deep_model("ministral3"),
+            uneven,
+            **NF4,
+            activation_offloading=offloads,
+        )
         with input_storages(run.model) as found:
             states = hidden_states(run.model, run.order.step(1).micros[0].to(run.base.device))
             alive = [not storage.expired() for storage in found]
@@ -257,11 +175,9 @@ class TestCheckpoints:
         states.sum().backward()
 
     def test_what_waits_is_freed_with_the_step(
-        self, deep: Callable[[str], Path], uneven: Rows, tmp_path: Path
+        self, deep_model: Callable[[str], Path], uneven: Rows, tmp_path: Path
     ) -> None:
-        from engine.train.offload import checkpoints
-
-        run = begun(tmp_path, deep("ministral3"), uneven, **NF4, **OFFLOADS["checkpoints"])
+        run = begun(tmp_path, deep_model("ministral3"), uneven, **NF4, **OFFLOADS["checkpoints"])
         made: list[Any] = []
         original = checkpoints._Input.__init__
 
@@ -290,3 +206,41 @@ def input_storages(model: Any) -> Iterator[list[Any]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class TestResult:
+    @pytest.mark.parametrize(
+        ("architecture", "keys"), [("ministral3", NF4), ("mistral4", NF4_EXPERTS)]
+    )
+    def test_a_run_goes_on_with_everything_in_ram_where_it_stopped_without(
+        self,
+        deep_model: Callable[[str], Path],
+        uneven: Rows,
+        tmp_path: Path,
+        architecture: str,
+        keys: dict[str, Any],
+    ) -> None:
+        keys = keys | {"num_epochs": 4, "lora_dropout": 0.0 if "experts" in str(keys) else 0.1}
+        first = begun(tmp_path, deep_model(architecture), uneven, **keys)
+        steps(first, 2)
+        first.save()
+        expected = steps(first, 2)
+        second = begun(tmp_path, deep_model(architecture), uneven, **keys, **EVERYTHING)
+        second.restore(None)
+        assert steps(second, 2) == expected
+        assert everything(second) == everything(first)
+
+    def test_an_adapter_made_with_everything_in_ram_loads_in_stock_peft(
+        self, deep_model: Callable[[str], Path], uneven: Rows, tmp_path: Path
+    ) -> None:
+        folder = deep_model("ministral3")
+        keys = EVERYTHING | {"peft_autocast_adapter_dtype": False}
+        run = begun(tmp_path / "run", folder, uneven, adapter="lora", **keys)
+        steps(run, 2)
+        row = stock.row_of(uneven, 2)
+        with head_at_hand(head_module(run.model)):
+            ours = stock.logits_of_ours(run.model, row)
+        home = export_trained(run.model, tmp_path, folder, run.config)
+        theirs = stock.open_adapter(stock.open_model(folder, stock.FLOAT32), home)
+        # PEFT widens the bfloat16 matrices, whose products ours rounds.
+        assert stock.distance(ours, stock.logits(theirs, row)) < 0.01
