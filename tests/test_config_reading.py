@@ -164,6 +164,11 @@ BROKEN_RULES = [
         "adapter: lora or qlora",
     ),
     ("adapter: lora\nlayer_offloading: true", "layer_offloading", "gradient_checkpointing: true"),
+    (
+        "adapter: lora\npeft_use_dora: true\ngradient_checkpointing: true\nlayer_offloading: true",
+        "peft_use_dora",
+        "Remove peft_use_dora",
+    ),
     ("offload_embeddings: true", "offload_embeddings", "Remove offload_embeddings"),
     (
         "adapter: lora\noffload_embeddings: true\nlora_modules_to_save: [lm_head]",

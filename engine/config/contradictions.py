@@ -184,6 +184,14 @@ RULES = (
         "Add gradient_checkpointing: true.",
     ),
     Rule(
+        "dora-not-with-layer-offloading",
+        ("peft_use_dora", "layer_offloading"),
+        lambda c: c.layer_offloading and c.peft_use_dora,
+        "peft_use_dora is true with layer_offloading.",
+        "DoRA reads every matrix before the first step, when the layers are in RAM already.",
+        "Remove peft_use_dora, or remove layer_offloading.",
+    ),
+    Rule(
         "embeddings-offloaded-are-frozen",
         ("offload_embeddings", "adapter", "lora_modules_to_save"),
         lambda c: c.offload_embeddings and (c.adapter is None or c.lora_modules_to_save),

@@ -131,6 +131,14 @@ def trains_head(table: ModuleTable, config: RunConfig) -> bool:
     return not free_parameters(table, config).isdisjoint(_names(table, [head]))
 
 
+def trains_eyes(table: ModuleTable, config: RunConfig) -> bool:
+    """Whether anything of the vision tower or the projector moves."""
+    eyes = [row for row in table.parameters if row.group in EYES.values()]
+    if config.adapter:
+        return not {row.module for row in eyes}.isdisjoint(choose_targets(table, config))
+    return not free_parameters(table, config).isdisjoint(row.name for row in eyes)
+
+
 def free_parameters(table: ModuleTable, config: RunConfig) -> frozenset[str]:
     """Names of the parameters that a full fine-tune trains; a tied head goes by the embedding's.
 

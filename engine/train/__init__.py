@@ -5,6 +5,7 @@ run       one launch, from its folder to its last event
 fetch     where the base model's files are
 model     the base model from its folder, refused when it would train broken
 forward   hidden states of a batch, packed rows kept apart
+offload   what waits in RAM for its turn on the device
 checkpoint_files  the safetensors files, one tensor at a time
 fp8       FP8 weights and their scales
 load_report  what a loaded model is made of

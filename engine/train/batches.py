@@ -241,8 +241,8 @@ class Order:
             self._config.seed,
             self._config.sample_packing,
             self._config.sequence_len if self._config.sample_packing else None,
-            self._config.micro_batch_size,
-            self._config.gradient_accumulation_steps,
+            # How a step is cut changes neither its rows nor their order.
+            self._config.micro_batch_size * self._config.gradient_accumulation_steps,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

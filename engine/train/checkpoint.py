@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine.config import RunConfig
@@ -66,8 +66,21 @@ def restore_optimizer(
         if isinstance(value, Tensor):
             # torch keeps `step` of a plain AdamW on the CPU; the fused one keeps it with the rest.
             current = parameter.device if value.ndim or _fused(optimizer) else value.device
-            value = value.to(current)
+            value = _paged(optimizer, parameter, key, value.to(current))
         optimizer.state[parameter][key] = value
+
+
+def _paged(optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Tensor) -> Tensor:
+    """A moment in memory that may leave the device, where the optimizer keeps it so."""
+    if not getattr(optimizer, "is_paged", False) or key not in ("state1", "state2"):
+        return value
+    room: Tensor = optimizer.get_state_buffer(parameter, dtype=value.dtype)  # type: ignore[attr-defined]
+    return room.copy_(value)
+
+
+def _state_kind(optimizer_class: str) -> str:
+    """What an optimizer's state is like: a paged one's differs only in where it lies."""
+    return optimizer_class.removeprefix("Paged")
 
 
 def _fused(optimizer: Optimizer) -> bool:
@@ -172,7 +185,7 @@ class Checkpoints:
             )
         state = json.loads((folder / STATE).read_text("utf-8"))
         made_by = state.pop("optimizer_class")
-        if made_by != type(optimizer).__name__:
+        if _state_kind(made_by) != _state_kind(type(optimizer).__name__):
             raise WorkError(
                 f"The optimizer of {folder.name} is {made_by}, not {type(optimizer).__name__}.",
                 "The config was changed since it was saved, and one cannot go on with the state "

@@ -23,9 +23,10 @@ from engine.config import RunConfig
 from engine.data.prepare import label_rule
 from engine.errors import UserError
 from engine.train.batches import Micro, Rows, StepBatch, evaluation_micros
-from engine.train.forward import Model, head_of, hidden_states
+from engine.train.forward import Model, head_module, head_of, hidden_states
 from engine.train.loss import score_tokens
 from engine.train.model import Base
+from engine.train.offload import head_at_hand
 
 RISES = 2
 """Rises of the held-out loss in a row that are told."""
@@ -60,10 +61,10 @@ class Score:
 
 @contextmanager
 def evaluating(model: Model) -> Iterator[None]:
-    """No gradients and no dropout inside; back to training afterwards."""
+    """No gradients and no dropout inside, and the head at hand; back to training afterwards."""
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), head_at_hand(head_module(model)):
             yield
     finally:
         model.train()

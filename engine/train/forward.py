@@ -10,9 +10,11 @@ from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from engine.train.offload import HostCheckpoints, decoder_layers
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 """A model as it trains: bare, or with an adapter around it."""
@@ -28,9 +30,15 @@ def unwrapped(model: Model) -> PreTrainedModel:
     return inner
 
 
+def head_module(model: Model) -> nn.Module:
+    """The head itself, whose weight is not always on the device: see `offload.tables`."""
+    head: nn.Module = unwrapped(model).get_output_embeddings()
+    return head
+
+
 def head_of(model: Model) -> Tensor:
     """The head's weight, (vocabulary, width); the embedding's own where the two are tied."""
-    weight: Tensor = unwrapped(model).get_output_embeddings().weight
+    weight: Tensor = head_module(model).get_parameter("weight")
     return weight
 
 
@@ -102,6 +110,11 @@ def half_precision(model: Model) -> AbstractContextManager[object]:
     )
 
 
-def use_checkpointing(model: PreTrainedModel) -> None:
-    """Keep one state a layer and recompute the rest in the backward pass."""
+def use_checkpointing(model: PreTrainedModel, *, offload_from: torch.device | None = None) -> None:
+    """Keep one state a layer and recompute the rest in the backward pass.
+
+    With `offload_from`, the device that trains, these states wait in RAM for their layer's turn.
+    """
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if offload_from:
+        HostCheckpoints(offload_from).apply(decoder_layers(model))

@@ -13,7 +13,7 @@ from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import nn
 
 from engine.catalog import ModuleTable
-from engine.train.quantize import statistics_bytes
+from engine.train.quantize import statistics
 from engine.units import gib
 
 
@@ -27,6 +27,8 @@ class LoadReport:
     """Of them, converted from FP8 on the way."""
     held_bytes: int
     """On the device, with the statistics of what is quantized."""
+    waiting_bytes: int
+    """In RAM, of what comes to the device for a while or not at all."""
     device: torch.device
 
     def sentence(self) -> str:
@@ -35,8 +37,12 @@ class LoadReport:
         for (_, held), count in self.weights.items():
             formats[held] += count
         parts = ", ".join(f"{_count(n)} in {held}" for held, n in formats.most_common())
-        where = "in memory" if self.device.type == "cpu" else "on the GPU"
-        words = f"{_count(sum(formats.values()))} weights: {parts}; {gib(self.held_bytes)} {where}."
+        places = f"{gib(self.held_bytes)} on the GPU"
+        if self.device.type == "cpu":
+            places = f"{gib(self.held_bytes + self.waiting_bytes)} in memory"
+        elif self.waiting_bytes:
+            places += f", {gib(self.waiting_bytes)} in RAM"
+        words = f"{_count(sum(formats.values()))} weights: {parts}; {places}."
         if self.from_fp8:
             words += f" {_count(self.from_fp8)} of them were FP8 on the disk and were converted."
         return words
@@ -50,10 +56,15 @@ def describe_load(
     for row in table.parameters:
         if row.count:
             weights[row.group, _held_as(model, row.name)] += row.count
-    tensors = {id(t): t.nbytes for t in chain(model.parameters(), model.buffers())}
+    tensors = {id(t): t for t in chain(model.parameters(), model.buffers())}
     quantized = [m for m in model.modules() if isinstance(m, Linear4bit | Linear8bitLt)]
-    statistics = sum(statistics_bytes(module) for module in quantized)
-    return LoadReport(weights, from_fp8, sum(tensors.values()) + statistics, device)
+    held = waiting = 0
+    for tensor in chain(tensors.values(), *map(statistics, quantized)):
+        if tensor.device == device and tensor.untyped_storage().nbytes():
+            held += tensor.nbytes
+        else:
+            waiting += tensor.nbytes
+    return LoadReport(weights, from_fp8, held, waiting, device)
 
 
 def _held_as(model: nn.Module, name: str) -> str:

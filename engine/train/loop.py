@@ -21,13 +21,14 @@ from engine.train.batches import PAD, Order, Rows, StepBatch
 from engine.train.checkpoint import Checkpoints, Position, random_tensors, restore_random
 from engine.train.evaluate import RiseWatch, Score, mean_loss, row_losses, score, score_all
 from engine.train.experts import balance_loss, balance_weight, watch_routers
-from engine.train.forward import Model, head_of, hidden_states
+from engine.train.forward import Model, head_module, head_of, hidden_states
 from engine.train.generate import generate, readable
 from engine.train.loss import summed_cross_entropy
 from engine.train.measure import Measures
 from engine.train.meter import Meter, peak_memory_bytes
 from engine.train.model import Base
-from engine.train.optim import build_optimizer, learning_rate, set_learning_rate
+from engine.train.offload import head_for_loss
+from engine.train.optim import build_optimizer, learning_rate, set_learning_rate, take_step
 from engine.train.prompts import Prompt
 from engine.train.session import Session
 from engine.train.watchdog import LossWatch
@@ -146,7 +147,7 @@ class Training:
         set_learning_rate(self.optimizer, rate)
         loss, norm = self.gradients(batch)
         self.judge(number, loss, norm, batch)
-        self.optimizer.step()
+        take_step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         seconds, speed = self.meter.stop(batch.tokens)
         self.position.step = number
@@ -180,13 +181,14 @@ class Training:
             tensors = micro.to(self.base.device)
             with watch_routers(self.model, weight > 0) as routings:
                 states = hidden_states(self.model, tensors)
-            loss = summed_cross_entropy(states, head_of(self.model), tensors["labels"])
-            mean = goal = loss / max(1, batch.learned_tokens)
-            if routings:
-                balance = balance_loss(routings, tensors["input_ids"] != PAD)
-                goal = mean + weight * balance / len(batch.micros)
-            if goal.requires_grad:  # where only the vision tower moves, text alone reaches nothing
-                goal.backward()
+            with head_for_loss(head_module(self.model), states):
+                loss = summed_cross_entropy(states, head_of(self.model), tensors["labels"])
+                mean = goal = loss / max(1, batch.learned_tokens)
+                if routings:
+                    balance = balance_loss(routings, tensors["input_ids"] != PAD)
+                    goal = mean + weight * balance / len(batch.micros)
+                if goal.requires_grad:  # where only the vision tower moves, text reaches nothing
+                    goal.backward()
             total += float(mean.detach())
         return total, clip_gradients(self.parameters, self.config.max_grad_norm)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -22,6 +23,8 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.plan.targets import choose_saved, choose_stacks, choose_targets, free_parameters
 from engine.train.experts import adapt
+from engine.train.forward import head_of
+from engine.train.optim import is_lora_matrix
 from engine.train.weights import load_trained, trained_tensors
 from engine.visible import visible
 
@@ -52,7 +55,8 @@ def as_expression(names: Sequence[str]) -> str:
 
 
 def attach_lora(model: PreTrainedModel, architecture: Architecture, config: RunConfig) -> PeftModel:
-    """Freeze `model` and put the config's adapter on it; the adapter's weights are float32.
+    """Freeze `model` and put the config's adapter on it; the adapter's weights are float32,
+    or bfloat16 with `peft_autocast_adapter_dtype: false`.
 
     Modules of `lora_modules_to_save` are trained beside it in the base's own type, a tied pair as
     the one matrix that it is. With `lora_model_dir` the adapter starts with the weights there.
@@ -81,7 +85,11 @@ def attach_lora(model: PreTrainedModel, architecture: Architecture, config: RunC
     model.requires_grad_(False)
     experts = choose_stacks(architecture.table, config)
     adapted = adapt(model, settings, experts)
-    leave_inputs_alone(adapted)
+    narrow = config.peft_autocast_adapter_dtype is False
+    if narrow:
+        hold_in_bfloat16(adapted)
+    if not narrow or head_of(model).dtype == torch.bfloat16:
+        leave_inputs_alone(adapted)
     reached = set(adapted.targeted_module_names)
     wanted = {*targets, *experts}
     if reached != wanted:
@@ -96,11 +104,19 @@ def attach_lora(model: PreTrainedModel, architecture: Architecture, config: RunC
     return adapted
 
 
+def hold_in_bfloat16(model: nn.Module) -> None:
+    """Narrow an adapter's matrices. DoRA's lengths stay: rounded, they would not be the base's."""
+    for name, parameter in model.named_parameters():
+        if is_lora_matrix(name):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def leave_inputs_alone(model: nn.Module) -> None:
     """Keep PEFT from widening an adapted layer's input to the adapter's float32.
 
     A bfloat16 base runs under autocast, which narrows it again: the wide copy would be kept for the
-    backward pass and serve nothing. For a float32 base nothing changes.
+    backward pass and serve nothing. For a float32 base nothing changes, unless its adapter is in
+    bfloat16: that one needs PEFT's cast.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer):

@@ -29,6 +29,7 @@ from engine.train.checkpoint_files import StoredTensor, list_tensors, read_slice
 from engine.train.experts import GroupedLinear, replace_experts
 from engine.train.fp8 import Fp8Layout, find_layout, read_matrix
 from engine.train.load_report import LoadReport, describe_load
+from engine.train.offload import Placement
 from engine.train.quantize import hold_quantized, swap_linears
 from engine.visible import visible
 
@@ -45,6 +46,8 @@ class Base:
     """Type of the weights that are not quantized, and of the arithmetic."""
     device: torch.device
     report: LoadReport
+    eyes_wait: bool = False
+    """Whether the vision tower and the projector stayed in RAM: they cannot be used."""
 
 
 def pick_device() -> torch.device:
@@ -60,10 +63,17 @@ def pick_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float32
 
 
-def load_base(folder: Path, config: RunConfig, tell: Tell = lambda done, total: None) -> Base:
+def load_base(
+    folder: Path,
+    config: RunConfig,
+    tell: Tell = lambda done, total: None,
+    *,
+    images: bool = True,
+) -> Base:
     """Load the model of `folder` as the config asks: float32, bfloat16, int8 or NF4.
 
-    FP8 weights are converted on the way. Raises UserError when the architecture is not one of
+    FP8 weights are converted on the way. Without `images` a vision tower that is not trained stays
+    off the device. Raises UserError when the architecture is not one of
     Mistral's, when the checkpoint is quantized in another way or cannot be read, or when its
     weights and the architecture's do not match one to one.
     """
@@ -80,15 +90,17 @@ def load_base(folder: Path, config: RunConfig, tell: Tell = lambda done, total: 
     swap_linears(model, config, dtype)
     replace_experts(model, config, dtype)
     wanted = {name: tensor for name, tensor in tensors.items() if name in shapes}
-    _fill(model, wanted, layout, device, dtype, tell)
+    placement = Placement(model, architecture.table, config, device, images=images)
+    _fill(model, wanted, layout, placement, dtype, tell)
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
     for name, buffer in list(model.named_buffers()):
         owner, _, own = name.rpartition(".")
-        setattr(model.get_submodule(owner), own, buffer.to(device))
+        setattr(model.get_submodule(owner), own, buffer.to(placement.device_of(name)))
+    placement.finish()
     model.eval()
     converted = sum(torch.Size(tensors[name].shape).numel() for name in layout.weights)
     report = describe_load(model, architecture.table, converted, device)
-    return Base(model, dtype, device, report)
+    return Base(model, dtype, device, report, placement.eyes_wait)
 
 
 def refuse_other_formats(folder: Path, config: Mapping[str, Any]) -> None:
@@ -202,21 +214,25 @@ def _fill(
     model: PreTrainedModel,
     tensors: Mapping[str, StoredTensor],
     layout: Fp8Layout,
-    device: torch.device,
+    placement: Placement,
     dtype: torch.dtype,
     tell: Tell,
 ) -> None:
-    """Read each tensor and give it to the module that holds it, in the module's own form."""
+    """Read each tensor and give it to the module that holds it, in the module's own form.
+
+    What is to stay in RAM leaves the device before the next one is read.
+    """
     done, total = 0, sum(tensor.size_bytes for tensor in tensors.values())
     for name, tensor in tensors.items():
         owner, _, own = name.rpartition(".")
-        module = model.get_submodule(owner)
+        module, device = model.get_submodule(owner), placement.device_of(name)
         if isinstance(module, Linear4bit | Linear8bitLt) and own == "weight":
             hold_quantized(module, _read(name, tensor, layout, device, dtype))
         elif isinstance(stack := getattr(module, own), GroupedLinear):
             stack.take(_slices(name, tensor, layout, device, dtype), device)
         else:
             setattr(module, own, nn.Parameter(_read(name, tensor, layout, device, dtype)))
+        placement.settle(name)
         done += tensor.size_bytes
         tell(done, total)
 

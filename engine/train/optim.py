@@ -2,11 +2,12 @@
 
 Apart from the loop because the choice is data from the config and because a resumed run must build
 the very same thing again. The schedule is a pure function of the step: it has no state to save.
-bfloat16 weights are moved in float32, or most small steps would be rounded away.
+bfloat16 weights are moved in float32, or most small steps would be rounded away. Afterwards they
+keep what was cut off (a full fine-tune), or are rounded at random (an adapter in bfloat16).
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ BITSANDBYTES = {
     "paged_adamw_32bit": "PagedAdamW32bit",
 }
 
+WIDENED_NUMBERS = 2**24
+"""bfloat16 weights that a step has in float32 at once: 128 MiB with their gradients."""
 DEFAULT_WARMUP_RATIO, DEFAULT_WARMUP_STEPS = 0.03, 100
 """Axolotl's warmup where the config names none."""
 
@@ -35,9 +38,15 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: RunConfig
     With `loraplus_lr_ratio` the adapter's B matrices are a group of their own. Raises UserError for
     an optimizer that this trainer does not have.
     """
+    named = list(named)
     optimizer = _choose(_groups(named, config), config)
-    _move_in_float32(optimizer)
+    _move_in_float32(optimizer, frozenset(p for name, p in named if is_lora_matrix(name)))
     return optimizer
+
+
+def is_lora_matrix(name: str) -> bool:
+    """Whether a parameter's name is that of one of an adapter's two factors."""
+    return "lora_A." in name or "lora_B." in name
 
 
 def _groups(named: Iterable[tuple[str, nn.Parameter]], config: RunConfig) -> list[dict[str, Any]]:
@@ -74,13 +83,14 @@ def _choose(groups: list[dict[str, Any]], config: RunConfig) -> Optimizer:
     )
 
 
-def _move_in_float32(optimizer: Optimizer) -> None:
+def _move_in_float32(optimizer: Optimizer, adapter: frozenset[nn.Parameter]) -> None:
     """Let `optimizer` move bfloat16 weights as if they were float32 ones.
 
     Near 1.0 two neighbours in bfloat16 are 0.0078 apart: a step of 1e-5 would never arrive, and a
     second moment in bfloat16 could not fall by its 0.1 % a step. So each weight keeps the 16 bits
     that bfloat16 cuts off, as the state `rest`: for the length of a step the two are one float32
     number. That is 2 bytes a weight, and the same numbers as a float32 master copy, which takes 4.
+    The matrices of an `adapter` keep none: they are rounded at random, right on average.
     """
 
     def widen(optimizer: Optimizer, *_: object) -> None:
@@ -95,7 +105,10 @@ def _move_in_float32(optimizer: Optimizer) -> None:
     def narrow(optimizer: Optimizer, *_: object) -> None:
         for parameter in widened:
             parameter.grad = None
-            parameter.data, optimizer.state[parameter]["rest"] = split(parameter.data)
+            if parameter in adapter:
+                parameter.data = round_at_random(parameter.data)
+            else:
+                parameter.data, optimizer.state[parameter]["rest"] = split(parameter.data)
         widened.clear()
 
     widened: list[nn.Parameter] = []
@@ -107,6 +120,49 @@ def _move_in_float32(optimizer: Optimizer) -> None:
 def _moving(optimizer: Optimizer, dtype: torch.dtype) -> list[nn.Parameter]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return [p for p in parameters if p.dtype == dtype and p.grad is not None]
+
+
+def take_step(optimizer: Optimizer) -> None:
+    """`optimizer.step()`, with few of the bfloat16 weights widened at any time.
+
+    The groups hold a part of the parameters in turns; no number depends on how they are cut.
+    """
+    groups = optimizer.param_groups
+    whole = [group["params"] for group in groups]
+    try:
+        for part in _parts(whole):
+            for group, members in zip(groups, part, strict=True):
+                group["params"] = members
+            optimizer.step()
+    finally:
+        for group, members in zip(groups, whole, strict=True):
+            group["params"] = members
+
+
+def _parts(groups: list[list[nn.Parameter]]) -> Iterator[list[list[nn.Parameter]]]:
+    """The groups cut so that each part widens at most `WIDENED_NUMBERS`, or one parameter."""
+    part: list[list[nn.Parameter]] = [[] for _ in groups]
+    wide = 0
+    for place, members in enumerate(groups):
+        for parameter in members:
+            added = parameter.numel() if parameter.dtype == torch.bfloat16 else 0
+            if wide and wide + added > WIDENED_NUMBERS:
+                yield part
+                part, wide = [[] for _ in groups], 0
+            part[place].append(parameter)
+            wide += added
+    yield part
+
+
+def round_at_random(weight: Tensor) -> Tensor:
+    """A float32 tensor in bfloat16, each number up or down by chance, so that the mean is kept.
+
+    A random number is added to the 16 bits that are cut off. It comes from torch's own generator,
+    whose state is part of a checkpoint.
+    """
+    bits = weight.view(torch.int32)
+    chance = torch.randint(1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
+    return (bits.add(chance) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def split(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,13 +94,12 @@ def hold_quantized(module: Linear4bit | Linear8bitLt, weight: Tensor) -> None:
     module.weight = Int8Params(numbers, requires_grad=False, CB=numbers, SCB=row_maxima)
 
 
-def statistics_bytes(module: Linear4bit | Linear8bitLt) -> int:
+def statistics(module: Linear4bit | Linear8bitLt) -> tuple[Tensor, ...]:
     """What a quantized linear holds beside its parameters."""
     weight: Any = module.weight
     if isinstance(module, Linear8bitLt):
         # The weight's own until the first forward, the module's after it.
         maxima: Any = module.state.SCB if weight.SCB is None else weight.SCB
-        return int(maxima.nbytes)
+        return (maxima,)
     state = weight.quant_state
-    tensors = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
-    return sum(int(tensor.nbytes) for tensor in tensors)
+    return (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)

@@ -5,7 +5,7 @@ and put together, each with a `phase` event, so that a person sees what is waite
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,10 +63,13 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
     leave_hub()
     for sentence in remarks(config, read_architecture(session.base_folder)):
         session.emit(Note("warning", sentence))
-    config = settle_attention(config, session, rows, held_out)
+    images = have_images(rows, *held_out.values())
+    config = settle_attention(config, session, images=images)
     session.emit(Phase("load", detail=config.base_model))
-    base = load_base(session.base_folder, config, teller(session, "load"))
+    base = load_base(session.base_folder, config, teller(session, "load"), images=images)
     session.emit(Note("info", base.report.sentence()))
+    if base.eyes_wait:
+        session.emit(Note("info", "no row has an image: the vision tower stays in RAM"))
     torch.manual_seed(config.seed)  # the adapter's first values do not depend on what was loaded
     model = put_on_training(base, session.base_folder, config)
     measures = Measures(model, base.device, held_out, config, tokenizer, session.run.path)
@@ -98,12 +101,13 @@ def sampling_of(config: RunConfig) -> Sampling:
     return replace(official, max_tokens=min(official.max_tokens or longest, longest))
 
 
-def settle_attention(
-    config: RunConfig, session: Session, rows: Rows, held_out: Mapping[str, Rows]
-) -> RunConfig:
+def have_images(*parts: Rows) -> bool:
+    """Whether any row of a run has an image."""
+    return any("image" in part.prepared.tokens_by_kind() for part in parts)
+
+
+def settle_attention(config: RunConfig, session: Session, *, images: bool) -> RunConfig:
     """`config` with the attention code that the run gets; refused here before anything loads."""
-    parts = (rows, *held_out.values())
-    images = any("image" in part.prepared.tokens_by_kind() for part in parts)
     architecture = read_architecture(session.base_folder)
     chosen = pick_attention(config, architecture, pick_device(), images=images)
     session.emit(Note("info", f"Attention by {chosen.backend}: {chosen.reason}"))
@@ -126,7 +130,8 @@ def teller(session: Session, phase: str) -> Callable[[int, int], None]:
 def put_on_training(base: Base, folder: Path, config: RunConfig) -> Model:
     """The model as it trains: an adapter on frozen weights, or the chosen weights free."""
     if config.gradient_checkpointing:
-        use_checkpointing(base.model)
+        offloads = bool(config.activation_offloading)
+        use_checkpointing(base.model, offload_from=base.device if offloads else None)
     if config.adapter is None:
         return choose_trained(base.model, read_architecture(folder), config)
     return attach_lora(base.model, read_architecture(folder), config)

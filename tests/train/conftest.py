@@ -7,6 +7,7 @@ import torch
 # First, because it decides what transformers may load.
 import engine.train  # noqa: F401
 from engine.train.batches import Rows
+from tests.train.offloading import DEEP_MODELS
 from tests.train.tiny import ARCHITECTURES, UNEVEN, Row, write_model, write_rows
 
 torch.set_num_threads(1)  # toy shapes: a second thread only waits
@@ -20,6 +21,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     def folder(name: str) -> Path:
         path = home / name.replace(" ", "-")
         return path if path.exists() else write_model(path, ARCHITECTURES[name])
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a model of four layers, by its name in `DEEP_MODELS`."""
+    home = tmp_path_factory.mktemp("deep")
+
+    def folder(name: str) -> Path:
+        path = home / name
+        return path if path.exists() else write_model(path, DEEP_MODELS[name])
 
     return folder
 

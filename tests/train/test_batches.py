@@ -135,11 +135,35 @@ class TestFingerprint:
             {"lora_r": 4},
             {"eval_sample_packing": True},
             {"optimizer": "adamw_torch"},
+            {"activation_offloading": True, "gradient_checkpointing": True},
         ],
         ids=str,
     )
     def test_it_does_not_change_with_anything_else(self, many: Rows, keys: dict[str, Any]) -> None:
         assert Order(many, settings(**keys)).fingerprint() == Order(many, settings()).fingerprint()
+
+    @pytest.mark.parametrize("packs", [False, True])
+    @pytest.mark.parametrize("product", [1, 4, 6, 12])
+    def test_how_a_step_is_cut_changes_neither_its_rows_nor_it(
+        self, many: Rows, packs: bool, product: int
+    ) -> None:
+        orders = [
+            Order(
+                many,
+                settings(
+                    micro_batch_size=size,
+                    gradient_accumulation_steps=product // size,
+                    sample_packing=packs,
+                    sequence_len=96 if packs else 128,
+                    num_epochs=2.5,
+                ),
+            )
+            for size in range(1, product + 1)
+            if product % size == 0
+        ]
+        steps = [walk(order) for order in orders]
+        assert all(each == steps[0] for each in steps)
+        assert len({order.fingerprint() for order in orders}) == 1
 
     def test_it_changes_with_the_rows_and_with_where_they_are_cut(self, many: Rows) -> None:
         rule = LabelRule()

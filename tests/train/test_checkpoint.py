@@ -49,11 +49,16 @@ def steps(run: Training, count: int) -> list[tuple[float, float]]:
     return found
 
 
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """Its numbers, of any type."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def everything(run: Training) -> dict[str, Any]:
     """All that has to survive, bit for bit."""
     tensors, values = optimizer_tensors(run.model, run.optimizer)
     tensors |= {f"weight {name}": t.clone() for name, t in trained_tensors(run.model).items()}
-    bits = {name: (t.dtype, tuple(t.shape), t.numpy().tobytes()) for name, t in tensors.items()}
+    bits = {name: (t.dtype, tuple(t.shape), bytes_of(t)) for name, t in tensors.items()}
     return bits | values
 
 
@@ -69,6 +74,8 @@ class TestRoundTrip:
             ("paged_adamw_8bit", FULL),
             ("paged_adamw_32bit", LORA),
             ("adamw_bnb_8bit", LORA | {"adapter": "qlora", "load_in_4bit": True, "lora_r": 64}),
+            ("adamw_torch_fused", LORA | {"peft_autocast_adapter_dtype": False}),
+            ("adamw_bnb_8bit", LORA | {"peft_autocast_adapter_dtype": False, "lora_r": 64}),
         ],
         ids=lambda value: value if isinstance(value, str) else value.get("adapter", "full"),
     )
@@ -94,6 +101,50 @@ class TestRoundTrip:
         )
         assert steps(second, 3) == expected
         assert everything(second) == everything(first)
+
+    @pytest.mark.parametrize("before", [True, False])
+    @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+    def test_a_state_of_8_bits_goes_on_paged_and_back(
+        self, ministral: Path, uneven: Rows, tmp_path: Path, before: bool
+    ) -> None:
+        names = ["adamw_bnb_8bit", "paged_adamw_8bit"]
+        first, second = (
+            training(
+                tmp_path / "run",
+                settings(ministral, optimizer=name, micro_batch_size=2, **LORA, lora_r=64),
+                uneven,
+            )
+            for name in (names if before else reversed(names))
+        )
+        steps(first, 3)
+        first.save()
+        expected = steps(first, 2)
+        second.restore(None)
+        assert steps(second, 2) == expected
+        assert everything(second) == everything(first)
+
+    def test_a_run_goes_on_with_a_smaller_micro_batch(
+        self, ministral: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
+        large, small = (
+            training(
+                tmp_path / "run",
+                settings(
+                    ministral,
+                    adapter="lora",
+                    num_epochs=4,
+                    micro_batch_size=size,
+                    gradient_accumulation_steps=4 // size,
+                ),
+                uneven,
+            )
+            for size in (4, 1)
+        )
+        steps(large, 2)
+        large.save()
+        expected = [loss for loss, _ in steps(large, 3)]
+        small.restore(None)
+        assert [loss for loss, _ in steps(small, 3)] == pytest.approx(expected, rel=1e-4)
 
     def test_the_position_comes_back_whole(
         self, ministral: Path, uneven: Rows, tmp_path: Path

@@ -14,8 +14,10 @@ from engine.train.optim import (
     build_optimizer,
     join,
     learning_rate,
+    round_at_random,
     set_learning_rate,
     split,
+    take_step,
     warmup_steps,
 )
 from tests.train.tiny import settings
@@ -248,6 +250,33 @@ class TestBfloat16:
         self.train(weight, optimizer, 1)
         assert "rest" not in optimizer.state[weight]
 
+    def test_a_step_in_parts_is_the_same_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = []
+        for most in (2**24, 1000):
+            monkeypatch.setattr("engine.train.optim.WIDENED_NUMBERS", most)
+            torch.manual_seed(0)
+            named = [(f"{n}.lora_A.w", nn.Parameter(torch.randn(32, n + 8))) for n in range(9)]
+            named += [(f"{n}.bias", nn.Parameter(torch.randn(40))) for n in range(3)]
+            for _, parameter in named[::2]:
+                parameter.data = parameter.data.bfloat16()
+            optimizer = build_optimizer(named, settings(weight_decay=0.1))
+            groups = [list(group["params"]) for group in optimizer.param_groups]
+            steps = 0
+
+            def count(*_: Any) -> None:
+                nonlocal steps
+                steps += 1
+
+            optimizer.register_step_pre_hook(count)
+            for _ in range(3):
+                for _, parameter in named:
+                    parameter.grad = torch.randn(parameter.shape).to(parameter.dtype)
+                take_step(optimizer)
+            assert [group["params"] for group in optimizer.param_groups] == groups
+            assert steps == (3 if most > 1000 else 6)
+            found.append([parameter.detach().clone() for _, parameter in named])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
     def test_split_and_join_are_exact_for_every_number(self) -> None:
         generator = torch.Generator().manual_seed(2)
         bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator).int()
@@ -258,3 +287,43 @@ class TestBfloat16:
         assert torch.equal(join(weight, rest), numbers)
         nearest = numbers.bfloat16().float()
         assert torch.equal((weight.float() - numbers).abs(), (nearest - numbers).abs())
+
+
+class TestBfloat16Adapter:
+    """An adapter's matrices in bfloat16 keep nothing beside them, and move right on average."""
+
+    def test_steps_far_below_the_spacing_move_the_mean(self) -> None:
+        # Between 1 and 2 two neighbours are 0.0078 apart: 20 steps of 1e-5 are a fortieth of that.
+        torch.manual_seed(0)
+        start = torch.rand(256, 256).add_(1).bfloat16()
+        weight = nn.Parameter(start.clone())
+        config = settings(adapter="lora", learning_rate=1e-5, lr_scheduler="constant")
+        optimizer = build_optimizer([("q_proj.lora_A.default.weight", weight)], config)
+        for _ in range(20):
+            weight.grad = torch.ones_like(weight)
+            take_step(optimizer)
+        moved = (weight.detach().float() - start.float()).mean()
+        assert moved == pytest.approx(-20 * 1e-5, rel=0.1)
+        assert (weight != start).float().mean() < 0.05, "most of them have not moved at all"
+
+    @pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"])
+    def test_nothing_is_kept_beside_the_moments(self, name: str) -> None:
+        weight = nn.Parameter(torch.ones(64, 128, dtype=torch.bfloat16))
+        config = settings(adapter="lora", optimizer=name)
+        optimizer = build_optimizer([("x.lora_B.default.weight", weight)], config)
+        weight.grad = torch.ones_like(weight)
+        take_step(optimizer)
+        assert weight.dtype == torch.bfloat16
+        assert "rest" not in optimizer.state[weight]
+        moments = [v for k, v in optimizer.state[weight].items() if k in ("exp_avg", "exp_avg_sq")]
+        assert {moment.dtype for moment in moments} <= {torch.float32}
+
+    def test_a_number_goes_to_a_neighbour_as_often_as_it_is_near(self) -> None:
+        torch.manual_seed(0)
+        for value in (1 + 0.25 * 2**-7, -1 - 0.75 * 2**-7, 3e-39):
+            rounded = round_at_random(torch.full((200_000,), value)).float()
+            assert len(rounded.unique()) == 2
+            spacing = float(rounded.unique().diff())
+            assert abs(float(rounded.double().mean()) - value) < 0.01 * spacing
+        exact = torch.randn(1000).bfloat16()
+        assert torch.equal(round_at_random(exact.float()), exact)
