@@ -5,17 +5,17 @@ alone, which is why a plan with images has a wider range.
 """
 
 import math
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
 from engine.plan.statistics import Statistics
+from engine.plan.targets import trains_eyes
 
 PATCHES_AT_ONCE = 4096
-"""As `TOWER_PATCHES` of the trainer's forward pass; one image that has more goes alone."""
+"""Patches that go through the vision tower together, where one image has no more: their mask takes
+at most 64 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def tower_works(config: RunConfig, table: ModuleTable, statistics: Statistics | 
     if tower_of(table) is None:
         return False
     images = bool(config.processor_type) if statistics is None else statistics.image_tokens > 0
-    return images or trains_tower(config)
+    return images or trains_eyes(table, config)
 
 
 def tower_bytes(
@@ -99,16 +99,7 @@ def tower_bytes(
     one = (8 * tower.hidden + 3 * tower.intermediate) * base_bytes
     held = at_once * (one + 3 * at_once)  # three bytes a pair for the mask, as for packed rows
     pixels = patches * 3 * tower.patch**2 * (4 + base_bytes)
-    if not trains_tower(config):
+    if not trains_eyes(table, config):
         return pixels, held
     kept = tower.hidden * base_bytes if config.gradient_checkpointing else one
     return pixels + patches * tower.layers * kept, held
-
-
-def trains_tower(config: RunConfig) -> bool:
-    """Whether anything of the tower or the projector moves."""
-    modules = config.lora_target_modules
-    named: Iterable[str] = [modules] if isinstance(modules, str) else modules or ()
-    if config.adapter is None:
-        named = config.unfrozen_parameters or ()
-    return any(re.search("vision|projector", name) for name in named)

@@ -29,10 +29,11 @@ from engine.chat.messages import RowFormat, read_row
 from engine.chat.render import IGNORED_LABEL, LabelRule, labels, render
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig
+from engine.plan.memory.moments import LOSS_CHUNK_BYTES
 from engine.train.batches import PAD
 from engine.train.evaluate import evaluating
 from engine.train.forward import Model, head_of, hidden_states
-from engine.train.loss import CHUNK_BYTES, shift
+from engine.train.loss import shift
 
 TOP = 64
 """Tokens of the base that are kept for each place. All others count as one outcome, which can only
@@ -178,7 +179,7 @@ def _log_probabilities(
 ) -> Iterator[Tensor]:
     """Logarithms of all probabilities for some places at a time, float32 (some, vocabulary)."""
     head = head_of(model)
-    rows = max(1, CHUNK_BYTES // (4 * head.shape[0]))
+    rows = max(1, LOSS_CHUNK_BYTES // (4 * head.shape[0]))
     with evaluating(model):
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             batch = _batch(texts[start : start + _TEXTS_AT_ONCE])

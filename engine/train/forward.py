@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from engine.plan.vision import PATCHES_AT_ONCE
 from engine.train.offload import HostCheckpoints, decoder_layers
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 """A model as it trains: bare, or with an adapter around it."""
-TOWER_PATCHES = 4096
-"""Patches that go through the vision tower together, where one image has no more: their mask takes
-at most 64 MiB."""
 
 
 def unwrapped(model: Model) -> PreTrainedModel:
@@ -90,7 +88,7 @@ def _tower_groups(sizes: Sequence[Sequence[int]], patch: int) -> Iterator[tuple[
     start, patches = 0, 0
     for place, (height, width) in enumerate(sizes):
         own = (height // patch) * (width // patch)
-        if patches and patches + own > TOWER_PATCHES:
+        if patches and patches + own > PATCHES_AT_ONCE:
             yield start, place
             start, patches = place, 0
         patches += own

@@ -16,6 +16,7 @@ from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig
 from engine.errors import UserError, WorkError
 from engine.events import Ended, Eval, Note, Phase, Sample, SampleTime, Saved, Step
+from engine.plan.memory.moments import SAMPLE_TOKENS
 from engine.publish import publish_result
 from engine.train.batches import PAD, Order, Rows, StepBatch
 from engine.train.checkpoint import Checkpoints, Position, random_tensors, restore_random
@@ -34,8 +35,6 @@ from engine.train.session import Session
 from engine.train.watchdog import LossWatch
 from engine.train.weights import export_trained, load_trained, trained_parameters
 
-SAMPLE_TOKENS = 256
-"""Longest answer of a sample: enough for a first look, and what a model that never stops costs."""
 NAMED_ROWS = 3
 """Rows that a bad step is told with."""
 

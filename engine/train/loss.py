@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.chat.render import IGNORED_LABEL
-
-CHUNK_BYTES = 64 * 2**20
-"""One chunk of float32 logits: 128 rows at 131,072. On two cores 8 MiB chunks took 1.5 times as
-long and 128 MiB ones 0.92 times (336 learned tokens, width 128)."""
+from engine.plan.memory.moments import LOSS_CHUNK_BYTES
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -27,7 +24,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        rows = max(1, CHUNK_BYTES // (4 * head.shape[0]))
+        rows = max(1, LOSS_CHUNK_BYTES // (4 * head.shape[0]))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # float32: chunks are added up, and bfloat16 would round each addition.
@@ -107,7 +104,7 @@ def score_tokens(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, 
     Returns float32 (learned,) and bool (learned,).
     """
     states, targets = shift(hidden, labels)
-    rows = max(1, CHUNK_BYTES // (4 * head.shape[0]))
+    rows = max(1, LOSS_CHUNK_BYTES // (4 * head.shape[0]))
     losses = torch.empty(targets.shape, dtype=torch.float32, device=targets.device)
     right = torch.empty(targets.shape, dtype=torch.bool, device=targets.device)
     for start in range(0, targets.numel(), rows):

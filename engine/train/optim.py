@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.plan.memory.trained import WIDENED_NUMBERS
 
 ADAMW = {"adamw_torch": False, "adamw_torch_fused": True}
 """PyTorch's own, by whether the update is one fused kernel."""
@@ -26,8 +27,6 @@ BITSANDBYTES = {
     "paged_adamw_32bit": "PagedAdamW32bit",
 }
 
-WIDENED_NUMBERS = 2**24
-"""bfloat16 weights that a step has in float32 at once: 128 MiB with their gradients."""
 DEFAULT_WARMUP_RATIO, DEFAULT_WARMUP_STEPS = 0.03, 100
 """Axolotl's warmup where the config names none."""
 

@@ -23,13 +23,14 @@ from engine.data.prepare import Progress, default_store, label_rule, prepare
 from engine.data.prepared import Prepared
 from engine.events import Note, Phase, Started
 from engine.plan import remarks
+from engine.plan.memory.moments import ANSWER_TOKENS, SAMPLE_TOKENS
 from engine.publish.facts import find_base
 from engine.train.attention import pick_attention
 from engine.train.batches import Rows
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model, use_checkpointing
 from engine.train.images import refuse_unread
-from engine.train.loop import SAMPLE_TOKENS, Training
+from engine.train.loop import Training
 from engine.train.lora import attach_lora, choose_trained
 from engine.train.measure import Measures
 from engine.train.model import Base, load_base, pick_device
@@ -39,8 +40,6 @@ from engine.train.weights import trained_parameters
 
 PROGRESS_SECONDS = 0.5
 """Between two words on downloading, tokenizing or loading."""
-THOUGHTFUL_TOKENS = 2 * SAMPLE_TOKENS
-"""Longest answer to a question of the run where a thought comes before it."""
 PACKAGES = ("windtunnel", "torch", "transformers", "peft", "bitsandbytes", "mistral_common")
 
 
@@ -97,7 +96,7 @@ def sampling_of(config: RunConfig) -> Sampling:
     effort = (config.chat_template_kwargs or {}).get("reasoning_effort")
     official = official_sampling(config.base_model, effort if isinstance(effort, str) else None)
     thinks = effort == "high" or (card and card.thinking in ("tokens", "text tags"))
-    longest = THOUGHTFUL_TOKENS if thinks else SAMPLE_TOKENS
+    longest = ANSWER_TOKENS if thinks else SAMPLE_TOKENS
     return replace(official, max_tokens=min(official.max_tokens or longest, longest))
 
 

@@ -33,7 +33,7 @@ def textbook(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 def test_fused_loss_and_gradients_equal_the_textbook(
     chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_rows * 4 * 101)
+    monkeypatch.setattr(module, "LOSS_CHUNK_BYTES", chunk_rows * 4 * 101)
     hidden, head, labels = example(torch.float32)
     expected = torch.autograd.grad(textbook(hidden, head, labels) / 7, (hidden, head))
     fused = summed_cross_entropy(hidden, head, labels)

@@ -117,8 +117,8 @@ class TestSameNumbers:
         tensors = collate(mixed, [range(len(mixed))], LabelRule()).tensors
         found = []
         with torch.no_grad():
-            for patches in (forward.TOWER_PATCHES, 40, 1):
-                monkeypatch.setattr(forward, "TOWER_PATCHES", patches)
+            for patches in (forward.PATCHES_AT_ONCE, 40, 1):
+                monkeypatch.setattr(forward, "PATCHES_AT_ONCE", patches)
                 found.append(hidden_states(model, tensors))
         torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found[2], found[0], rtol=1e-5, atol=1e-5)

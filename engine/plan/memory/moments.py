@@ -22,7 +22,7 @@ from engine.plan.layers import (
 )
 from engine.plan.memory.frozen import Frozen
 from engine.plan.memory.stack import Stack
-from engine.plan.memory.trained import Moving
+from engine.plan.memory.trained import WIDENED_NUMBERS, Moving, largest_moving
 from engine.plan.targets import expert_adapter_parameters, trains_head
 from engine.plan.vision import tower_bytes
 
@@ -32,12 +32,16 @@ cores 8 MiB chunks took 1.5 times as long and 128 MiB ones 0.92 times (336 learn
 128)."""
 SCORED_CHUNKS = 3
 """Chunks of logits that scoring holds: as computed, in float32, and what their sum is made of."""
-ANSWER_TOKENS = 512
-"""Longest answer to a question of the run: twice 256 where a thought comes before it."""
+SAMPLE_TOKENS = 256
+"""Longest answer to a question of the run: enough for a first look, and what a model that never
+stops costs."""
+ANSWER_TOKENS = 2 * SAMPLE_TOKENS
+"""The same where a thought comes before it."""
 STATES_AT_LOSS = 3
 """The learned states, their gradient, and the gradient of all of them."""
-OFFLOADED_STATES = 2
-"""Layer inputs that are on the device at once where they are kept in RAM."""
+OFFLOADED_STATES = 3
+"""Layer inputs that are on the device at once where they are kept in RAM: the first layer's, which
+stays, that of the layer at work, and that of the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +183,14 @@ def _chunk_bytes(step: Step) -> int:
 
 
 def _widening_bytes(step: Step) -> float:
-    """bfloat16 weights and gradients are float32 while they move, the rest in the weights."""
-    return (4 - step.base_bytes) * step.moving.whole if step.stack.keeps_rest else 0
+    """bfloat16 weights and gradients are float32 while they move, the rest in the weights.
+
+    A few of them at a time, and at least the largest one that moves.
+    """
+    if step.base_bytes == 4 or not step.moving.whole or not step.stack.keeps_rest:
+        return 0
+    largest = largest_moving(step.table, step.config)
+    return (4 - step.base_bytes) * min(step.moving.whole, max(WIDENED_NUMBERS, largest))
 
 
 def _mask_bytes(step: Step) -> int:

@@ -10,7 +10,12 @@ from types import MappingProxyType
 from engine.catalog import ModuleTable
 from engine.config import RunConfig
 from engine.plan.memory.stack import Stack
-from engine.plan.targets import adapter_parameters, trained_parameters
+from engine.plan.targets import (
+    adapter_parameters,
+    choose_saved,
+    free_parameters,
+    trained_parameters,
+)
 
 REST_BYTES = 2
 """What bfloat16 cuts off of a trained float32 number, which the trainer keeps beside it."""
@@ -24,6 +29,8 @@ STATE_BYTES: Mapping[str, float] = MappingProxyType(
 )
 """State of a trained number: two float32 moments, or two 8-bit ones, each with a float32 scale for
 256."""
+WIDENED_NUMBERS = 2**24
+"""bfloat16 weights that a step has in float32 at once: 128 MiB with their gradients."""
 PAGED = ("paged_adamw_8bit", "paged_adamw_32bit")
 """Optimizers whose state is in unified memory, which makes room on the device when it must."""
 
@@ -45,6 +52,15 @@ def moving_numbers(table: ModuleTable, config: RunConfig) -> Moving:
     """How many numbers of the adapter and of whole weights `config` trains."""
     adapter = adapter_parameters(table, config) if config.adapter else 0
     return Moving(adapter, trained_parameters(table, config) - adapter)
+
+
+def largest_moving(table: ModuleTable, config: RunConfig) -> int:
+    """Numbers of the largest tensor that is trained whole."""
+    if config.adapter:
+        names = choose_saved(table, config)
+        return max((r.count for r in table.parameters if r.module in names), default=0)
+    free = free_parameters(table, config)
+    return max((r.count for r in table.parameters if r.name in free), default=0)
 
 
 def adapter_bytes(config: RunConfig, stack: Stack) -> int:
