@@ -1,0 +1,118 @@
+"""The plan against the oracle, and the oracle against steps that really run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.catalog import read_architecture
+from engine.plan import estimate
+from engine.train.model import load_base
+from engine.train.run import put_on_training
+from engine.train.weights import trained_parameters
+from tests.plan.live import LiveBytes
+from tests.plan.machines import card, config, model
+from tests.plan.oracle import Run, dry_run, make_batch, passes
+from tests.train.tiny import MINISTRAL3, settings, write_model
+
+LENGTH = 2048
+QLORA: dict[str, Any] = {
+    "adapter": "qlora",
+    "lora_r": 32,
+    "sequence_len": LENGTH,
+    "sample_packing": True,
+    "gradient_checkpointing": True,
+    "optimizer": "adamw_bnb_8bit",
+    "bf16": True,
+}
+SMALL_4: dict[str, Any] = {"quantize_moe_experts": True, "lora_target_modules": ["o_proj"]}
+EXPERTS = {"lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+
+def compared(name: str, sequences: int, keys: dict[str, Any]) -> tuple[float, Run]:
+    """The plan's peak as a share of the oracle's."""
+    settings = config(**QLORA | keys | {"micro_batch_size": sequences})
+    run = dry_run(model(name), settings, tokens_per_sequence=LENGTH, sequences=sequences)
+    planned = estimate(settings, model(name), card("H200"))
+    return planned.peak_allocated_bytes / run.peak_bytes, run
+
+
+@pytest.mark.parametrize(
+    ("name", "sequences", "keys"),
+    [
+        ("ministral-3-3b", 2, {}),
+        *(
+            pytest.param(name, 2, {}, marks=pytest.mark.slow)
+            for name in (
+                *("ministral-3-8b", "ministral-3-14b", "magistral-small-2506"),
+                *("magistral-small-2507", "magistral-small-2509", "mistral-small-3.2"),
+                "mistral-medium-3.5",
+            )
+        ),
+        pytest.param("mistral-small-4", 1, SMALL_4, marks=pytest.mark.slow),
+        pytest.param("mistral-small-4", 1, SMALL_4 | EXPERTS, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_plan_is_within_3_percent_of_the_dry_run(
+    name: str, sequences: int, keys: dict[str, Any]
+) -> None:
+    share, run = compared(name, sequences, keys)
+    assert share == pytest.approx(1, abs=0.03), run
+
+
+WIDE = MINISTRAL3 | {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers that are wide enough for tensors to weigh more than their granules."""
+    return write_model(tmp_path_factory.mktemp("wide") / "wide", WIDE)
+
+
+def really_run(folder: Path, keys: dict[str, Any], tokens: int, sequences: int) -> tuple[int, int]:
+    """(kept, peak) over what rests, of the trainer's own model on tensors with contents."""
+    given = settings(folder, **keys)
+    trained = put_on_training(load_base(folder, given), folder, given)
+    trained.train()
+    counter = LiveBytes()
+    for tensor in [*trained.parameters(), *trained.buffers()]:
+        counter.count(tensor)
+    with counter:
+        batch = make_batch(tokens, sequences, ())
+        kept, peak = passes(trained, given, batch, counter, fused=False)
+    gradients = [p.grad for _, p in trained_parameters(trained) if p.grad is not None]
+    held = LiveBytes()
+    for tensor in [*trained.parameters(), *trained.buffers(), *gradients]:
+        held.count(tensor)
+    return kept - held.now, peak - held.now
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"adapter": "lora", "gradient_checkpointing": True},
+        {"adapter": "lora", "bf16": True, "lora_dropout": 0.05},
+        {"adapter": "qlora", "load_in_4bit": True, "bf16": True, "gradient_checkpointing": True},
+        {"bf16": True, "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_a_dry_run_takes_what_the_same_step_takes_when_it_runs(
+    wide: Path, keys: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    kept, peak = really_run(wide, keys, 256, 2)
+    given = settings(wide, **keys)
+    found = dry_run(
+        read_architecture(wide), given, tokens_per_sequence=256, sequences=2, cuda=False
+    )
+    assert found.kept_bytes == pytest.approx(kept, rel=0.05)
+    assert found.pass_bytes - found.resting_bytes == pytest.approx(peak, rel=0.05)
