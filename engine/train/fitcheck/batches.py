@@ -136,16 +136,18 @@ def _put_images(
     patch = config["vision_config"].get("patch_size", 16) * config.get("spatial_merge_size", 2)
     pixels = config["vision_config"].get("image_size", 1024)
     largest = largest_image_tokens(architecture) or (pixels // patch) * (pixels // patch + 1)
-    # n rows of n tokens and one at each row's end.
-    side = math.isqrt(min(largest, len(sequence) - 1))
-    side -= side * (side + 1) > len(sequence) - 1
-    if side < 1:
-        return
-    tokens = side * (side + 1)
-    for start in range(1, len(sequence) - tokens + 1, tokens):
-        block = sequence[start : start + tokens].reshape(side, side + 1)
+    start = 1
+    # n rows of n tokens, and one more at each row's end.
+    while (side := _largest_side(min(largest, len(sequence) - start))) > 0:
+        block = sequence[start : start + side * (side + 1)].reshape(side, side + 1)
         block[:, :side] = IMAGE_TOKEN
+        start += block.size
         yield chance.standard_normal((3, side * patch, side * patch), np.float32)
+
+
+def _largest_side(tokens: int) -> int:
+    """n of the largest n (n + 1) that is at most `tokens`."""
+    return (math.isqrt(4 * tokens + 1) - 1) // 2
 
 
 def _repeat(micro: Micro, config: RunConfig) -> StepBatch:
