@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from engine.errors import UserError, WorkError
+from engine.errors import DOES_NOT_FIT, UserError, WorkError
 from engine.launch import TRAINER, last_words, trainer_environment
 
 _GRACE_SECONDS: Final = 10.0
@@ -100,6 +100,7 @@ class TorchProcess:
 
 def _told(error: Mapping[str, Any]) -> UserError:
     what, why, fix = (str(error.get(key, "")) for key in ("what", "why", "fix"))
-    if error.get("exit_status") == 1:
+    status = error.get("exit_status")
+    if status == 1:
         return WorkError(what, why, fix)
-    return UserError(what, why, fix)
+    return UserError(what, why, fix, exit_status=DOES_NOT_FIT if status == DOES_NOT_FIT else 2)

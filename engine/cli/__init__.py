@@ -16,6 +16,7 @@ from engine.cli import (
     dataset,
     demo,
     explain,
+    fit,
     hardware,
     models,
     planning,
@@ -44,6 +45,7 @@ def build_app(
         default_parameter=cyclopts.Parameter(negative=(), show_default=False),
     )
     training.register(app, make_watch)
+    fit.register(app)
     demo.register(app, make_watch)
     planning.register(app)
     dataset.register(app)

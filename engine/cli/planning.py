@@ -160,7 +160,7 @@ def print_estimate(
     statistics, uncounted = count_config_rows(run, architecture, file.absolute().parent)
     needs = estimate(run, architecture, device, statistics)
     rungs = make_fit(run, architecture, device, statistics)
-    duration = expected_duration(run, architecture, device, statistics)
+    duration = expected_duration(run, architecture, device, statistics, needs.tokens_per_second)
     odd = remarks(run, architecture)
     if as_json:
         more = {

@@ -91,18 +91,20 @@ def assess(
         kept = changed(config, changes or {})
     except ValidationError as error:
         raise _contradiction(error) from None
+    needs = estimate(kept, architecture, device, statistics)
     return Recommendation(
         config=kept,
         reasons={key: "yours" for key in changes or {}},
         recommended={},
-        estimate=estimate(kept, architecture, device, statistics),
+        estimate=needs,
         alternatives=list_alternatives(kept, architecture, device, statistics),
         attention=choose_attention(
             device, Task(heads_of(architecture), images=kept.processor_type is not None)
         ),
         not_trained=why_not_trained(architecture),
-        duration=expected_duration(kept, architecture, device, statistics),
-        tokens_per_second=pace_of(kept, architecture, device, statistics),
+        duration=expected_duration(kept, architecture, device, statistics, needs.tokens_per_second),
+        tokens_per_second=needs.tokens_per_second
+        or pace_of(kept, architecture, device, statistics),
     )
 
 
@@ -140,17 +142,21 @@ def _recommend(asked: _Asked, fixed: dict[str, object]) -> Recommendation:
         waits = "layer_offloading" in free.values
         choice = _choose(asked, _with_method(fixed), layers_may_wait=waits)
     config = choice.config()
+    needs = estimate(config, architecture, device, statistics)
     reasons = {key: _own_reason(free, key, value) for key, value in choice.fixed.items()}
     return Recommendation(
         config=config,
         reasons={**choice.reasons, **reasons},
         recommended=dict(free.values),
-        estimate=estimate(config, architecture, device, statistics),
+        estimate=needs,
         alternatives=list_alternatives(config, architecture, device, statistics),
         attention=choice.attention,
         not_trained=why_not_trained(architecture),
-        duration=expected_duration(config, architecture, device, statistics),
-        tokens_per_second=pace_of(config, architecture, device, statistics),
+        duration=expected_duration(
+            config, architecture, device, statistics, needs.tokens_per_second
+        ),
+        tokens_per_second=needs.tokens_per_second
+        or pace_of(config, architecture, device, statistics),
     )
 
 

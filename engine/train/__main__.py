@@ -2,7 +2,8 @@
 
 The lock is taken before anything heavy is imported, and whatever happens ends in an `ended` event
 with three sentences: a run is never just gone. `generate FOLDER` and `merge FOLDER OUT` use what a
-run left; they take no lock, and tell all that they have to say in lines of JSON on stdout.
+run left, and `fit FOLDER` measures what one would take; they take no lock, and tell all that they
+have to say in lines of JSON on stdout.
 """
 
 import argparse
@@ -17,10 +18,8 @@ from typing import Any
 from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter, Phase
 from engine.runs import ControlReader, RunFolder, RunLock, StopSignals
+from engine.train.shortage import is_shortage, words_of
 from engine.visible import visible
-
-# torch's allocator on a CPU raises a plain RuntimeError; the other words are CUDA's.
-_MEMORY_WORDS = ("can't allocate memory", "out of memory")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     merging = commands.add_parser("merge", help="put a run's adapter into its base's weights")
     merging.add_argument("folder", type=Path)
     merging.add_argument("target", type=Path)
+    fitting = commands.add_parser("fit", help="measure a few steps on random weights")
+    fitting.add_argument("folder", type=Path)
+    fitting.add_argument("--steps", type=int, required=True)
     options = parser.parse_args(arguments)
     if options.command != "run":
         return use(options)
@@ -66,13 +68,17 @@ def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
 
 
 def use(options: argparse.Namespace) -> int:
-    """Carry out `generate` or `merge`; an error becomes a line with its sentences."""
+    """Carry out `generate`, `merge` or `fit`; an error becomes a line with its sentences."""
     run = RunFolder(options.folder.resolve())
     try:
         if options.command == "generate":
             from engine.train.answers import serve
 
             serve(run, sys.stdin, _tell)
+        elif options.command == "fit":
+            from engine.train.fitcheck import check
+
+            check(run, options.steps, _tell)
         else:
             from engine.train.merge import merge
 
@@ -117,11 +123,10 @@ def explain(error: Exception) -> UserError:
             "The base install plans and previews; the training stack is an extra of its own.",
             "Install it: pip install 'windtunnel[train]'",
         )
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
-        told = said.rpartition("DefaultCPUAllocator: ")[2].split(". ")[:2]
+    if is_shortage(error):
         return WorkError(
             "The run needed more memory than there is.",
-            f"The system says: {'. '.join(told).rstrip('.')}.",
+            f"The system says: {words_of(error)}.",
             "Set gradient_checkpointing: true or adapter: qlora and resume, or start a new run "
             "with a lower micro_batch_size or sequence_len.",
         )

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -55,6 +54,20 @@ class StoredTensor:
         """Whether it holds plain numbers or FP8: packed formats hold integers."""
         return self.dtype in _ITEM_BYTES
 
+    def read(self, index: int | None = None) -> Tensor:
+        """All of it, or entry `index` of its first dimension."""
+        # Opened anew for each: pages that were read stay mapped, and counted, until the file is
+        # closed.
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                if index is None:
+                    found: Tensor = file.get_tensor(self.name)
+                else:
+                    found = file.get_slice(self.name)[index]
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(self.file.parent, error) from error
+        return found
+
 
 def list_tensors(folder: Path) -> Mapping[str, StoredTensor]:
     """Every tensor of the folder's model by its name in memory, in the order of the files.
@@ -83,22 +96,12 @@ def list_tensors(folder: Path) -> Mapping[str, StoredTensor]:
 
 def read_tensor(tensor: StoredTensor) -> Tensor:
     """The tensor, still mapped from its file: copy it, and the mapping ends with it."""
-    return _open(tensor, lambda file: file.get_tensor(tensor.name))
+    return tensor.read()
 
 
 def read_slice(tensor: StoredTensor, index: int) -> Tensor:
     """Entry `index` of the first dimension."""
-    return _open(tensor, lambda file: file.get_slice(tensor.name)[index])
-
-
-def _open(tensor: StoredTensor, read: Any) -> Tensor:
-    # Opened anew for each: pages that were read stay mapped, and counted, until the file is closed.
-    try:
-        with safe_open(tensor.file, framework="pt") as file:
-            found: Tensor = read(file)
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(tensor.file.parent, error) from error
-    return found
+    return tensor.read(index)
 
 
 def _files(folder: Path) -> Iterator[Path]:

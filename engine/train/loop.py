@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch.optim import Optimizer
 
 from engine.catalog.cards import Sampling
 from engine.catalog.sampling import GREEDY
@@ -146,8 +147,7 @@ class Training:
         set_learning_rate(self.optimizer, rate)
         loss, norm = self.gradients(batch)
         self.judge(number, loss, norm, batch)
-        take_step(self.optimizer)
-        self.optimizer.zero_grad(set_to_none=True)
+        move(self.optimizer)
         seconds, speed = self.meter.stop(batch.tokens)
         self.position.step = number
         self.position.tokens += batch.tokens
@@ -175,21 +175,7 @@ class Training:
         The loss is the mean over all learned tokens of the step, without the routers' balance, the
         norm is the one before clipping to `max_grad_norm`.
         """
-        total, weight = 0.0, balance_weight(self.config)
-        for micro in batch.micros:
-            tensors = micro.to(self.base.device)
-            with watch_routers(self.model, weight > 0) as routings:
-                states = hidden_states(self.model, tensors)
-            with head_for_loss(head_module(self.model), states):
-                loss = summed_cross_entropy(states, head_of(self.model), tensors["labels"])
-                mean = goal = loss / max(1, batch.learned_tokens)
-                if routings:
-                    balance = balance_loss(routings, tensors["input_ids"] != PAD)
-                    goal = mean + weight * balance / len(batch.micros)
-                if goal.requires_grad:  # where only the vision tower moves, text reaches nothing
-                    goal.backward()
-            total += float(mean.detach())
-        return total, clip_gradients(self.parameters, self.config.max_grad_norm)
+        return fill_gradients(self.model, self.parameters, batch, self.base.device, self.config)
 
     def judge(self, number: int, loss: float, norm: float, batch: StepBatch) -> None:
         """Say what is odd about a step before it moves anything; WorkError ends the run."""
@@ -314,6 +300,37 @@ class Training:
         return "; ".join(
             f"{self.rows.place(row)} ({loss:.2f})" for row, loss in losses[:NAMED_ROWS]
         )
+
+
+def move(optimizer: Optimizer) -> None:
+    """Move the weights by their gradients, and drop those."""
+    take_step(optimizer)
+    optimizer.zero_grad(set_to_none=True)
+
+
+def fill_gradients(
+    model: Model,
+    parameters: Sequence[torch.nn.Parameter],
+    batch: StepBatch,
+    device: torch.device,
+    config: RunConfig,
+) -> tuple[float, float]:
+    """`Training.gradients` of any model: its trained `parameters` get their gradients, clipped."""
+    total, weight = 0.0, balance_weight(config)
+    for micro in batch.micros:
+        tensors = micro.to(device)
+        with watch_routers(model, weight > 0) as routings:
+            states = hidden_states(model, tensors)
+        with head_for_loss(head_module(model), states):
+            loss = summed_cross_entropy(states, head_of(model), tensors["labels"])
+            mean = goal = loss / max(1, batch.learned_tokens)
+            if routings:
+                balance = balance_loss(routings, tensors["input_ids"] != PAD)
+                goal = mean + weight * balance / len(batch.micros)
+            if goal.requires_grad:  # where only the vision tower moves, text reaches nothing
+                goal.backward()
+        total += float(mean.detach())
+    return total, clip_gradients(parameters, config.max_grad_norm)
 
 
 def clip_gradients(parameters: Sequence[torch.nn.Parameter], limit: float) -> float:

@@ -67,12 +67,14 @@ def load_base(
     folder: Path,
     config: RunConfig,
     tell: Tell = lambda done, total: None,
+    tensors: Mapping[str, StoredTensor] | None = None,
     *,
     images: bool = True,
 ) -> Base:
     """Load the model of `folder` as the config asks: float32, bfloat16, int8 or NF4.
 
-    FP8 weights are converted on the way. Without `images` a vision tower that is not trained stays
+    FP8 weights are converted on the way. `tensors`, by their name in memory, take the place of the
+    folder's own: `fitcheck` draws them. Without `images` a vision tower that is not trained stays
     off the device. Raises UserError when the architecture is not one of
     Mistral's, when the checkpoint is quantized in another way or cannot be read, or when its
     weights and the architecture's do not match one to one.
@@ -82,7 +84,7 @@ def load_base(
     architecture = read_architecture(folder)
     attention = pick_attention(config, architecture, device)
     refuse_other_formats(folder, architecture.config)
-    tensors = list_tensors(folder)
+    tensors = list_tensors(folder) if tensors is None else tensors
     model = build_empty(architecture, folder, dtype, attention.backend)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     layout = find_layout(tensors, folder, architecture.config)

@@ -4,6 +4,7 @@ Separate from `oracle`, which builds models and runs steps: here is only the cou
 kernels of a card take inside, where a fake or a CPU kernel would take something else.
 """
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -140,7 +141,7 @@ class _Known(list[int]):
     """Where rows begin, as numbers: what a tensor would be asked for on a fake has no value."""
 
     def diff(self) -> "_Known":
-        return _Known(b - a for a, b in zip(self, self[1:], strict=False))
+        return _Known(b - a for a, b in itertools.pairwise(self))
 
     def tolist(self) -> list[int]:
         return list(self)

@@ -39,7 +39,7 @@ from tests.plan.live import ALLOCATION_BYTES, CutCrossEntropy, LiveBytes, as_on_
 
 VISION = ("vision_tower", "multi_modal_projector")
 PAGED_NUMBERS = 100_000
-"""A paged optimizer's state of fewer numbers stays on the card (bitsandbytes/optim/optimizer.py)."""
+"""A paged optimizer's state of fewer numbers stays on the card (bitsandbytes/optim)."""
 
 
 @dataclass(frozen=True, slots=True)

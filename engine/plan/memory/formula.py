@@ -11,6 +11,7 @@ from typing import Literal
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
 from engine.plan.device import Device
+from engine.plan.measured import corrected, find_measured
 from engine.plan.memory.frozen import Frozen, frozen_bytes, sizes_of
 from engine.plan.memory.host import disk_bytes, host_bytes
 from engine.plan.memory.moments import Step, kept_states, list_moments
@@ -67,6 +68,8 @@ class Estimate:
     """What is allocated at each moment that could be it."""
     decided_by: str = ""
     """The row whose length the peak follows from, in words."""
+    tokens_per_second: float | None = None
+    """Measured; None where nothing was."""
     cards: int = 1
     """Over which the run is divided; the sizes are those of one."""
 
@@ -92,7 +95,8 @@ def estimate(
     """The memory of `config` on `device`; rows of unknown data have `sequence_len` tokens.
 
     For a config that is laid out for several cards the sizes are those of one of them. Raises
-    UserError where an entry of the adapter's targets matches no module.
+    UserError where an entry of the adapter's targets matches no module. A measurement of the very
+    same run on the same device beats the formula.
     """
     step = _step(config, architecture, device, statistics, stack)
     frozen = _frozen(step, statistics)
@@ -105,7 +109,7 @@ def estimate(
     spread = _spread(config, step, statistics)
     sizes = sizes_of(step.table, kept_modules(config))
     needed = on_device(peak, device)
-    return Estimate(
+    found = Estimate(
         parts=parts,
         peak_allocated_bytes=peak,
         device_bytes=needed,
@@ -123,6 +127,10 @@ def estimate(
         decided_by=_decided_by(step, statistics),
         cards=cards,
     )
+    if stack is not WINDTUNNEL or cards > 1:
+        return found
+    measured = find_measured(config, architecture, device, step.tokens, step.of_images)
+    return corrected(found, measured) if measured else found
 
 
 def moment_parts(

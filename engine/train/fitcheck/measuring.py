@@ -1,0 +1,316 @@
+"""From a config to measured figures: build, attach, step, and say what each took.
+
+Separate from the parts that it puts together: here is their order, the clock, and which sentence is
+told where memory runs out on the way.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.catalog import Architecture, read_architecture
+from engine.chat.tokenizer import open_tokenizer
+from engine.config import RunConfig, read_config
+from engine.errors import DOES_NOT_FIT, UserError
+from engine.events import Event, EventWriter, Note, Phase, Recorded, Step, format_line
+from engine.hardware import read_machine
+from engine.plan import Device, Statistics, best_device, cpu_device, estimate, estimate_document
+from engine.plan.measured import Measurement, key_of, step_bytes
+from engine.plan.vision import image_tokens_at_once
+from engine.runs import ControlReader, RunFolder, StopSignals
+from engine.train.attention import pick_attention
+from engine.train.batches import Order, Rows, StepBatch
+from engine.train.fetch import leave_hub
+from engine.train.fitcheck.batches import count_rows, heaviest_step, run_tokens, synthetic_step
+from engine.train.fitcheck.gauges import Gauge, Peak, held, open_gauge
+from engine.train.fitcheck.random_weights import draw_weights
+from engine.train.fitcheck.reduced import Built, as_it_is, reduce_for_cpu
+from engine.train.forward import Model
+from engine.train.images import refuse_unread
+from engine.train.loop import fill_gradients, move
+from engine.train.model import load_base, pick_device, pick_dtype
+from engine.train.optim import build_optimizer, learning_rate, set_learning_rate
+from engine.train.run import prepare_rows, put_on_training, teller
+from engine.train.session import Session
+from engine.train.shortage import is_shortage, words_of
+from engine.train.weights import trained_parameters
+
+Tell = Callable[[Mapping[str, Any]], None]
+LOADING = "loading the model"
+ATTACHING = "putting on what is trained"
+OPTIMIZER = "making the optimizer"
+
+
+class ToldSession(Session):
+    """A session whose events also go, as lines, to whoever started the process."""
+
+    def __init__(self, run: RunFolder, tell: Tell) -> None:
+        control = ControlReader(run.control, since=time.time())
+        super().__init__(run, EventWriter(run.events), control, StopSignals())
+        self._tell, self._count = tell, 0
+
+    def emit(self, event: Event) -> None:
+        """Tell one event in the form that it has in events.jsonl."""
+        self._tell(json.loads(format_line(Recorded(self._count, time.time(), event))))
+        self._count += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What the measured step is made of, and what is known of the run's length."""
+
+    batch: StepBatch
+    statistics: Statistics | None
+    steps: int | None
+    """Of the whole run; None where no rows and no max_steps say it."""
+    tokens: int | None
+    """Of the whole run; None without rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """One measured step."""
+
+    loss: float
+    gradient_seconds: float
+    """Of all its forward and backward passes."""
+    move_seconds: float
+
+
+def check(run: RunFolder, steps: int, tell: Tell) -> None:
+    """Measure the config of a folder, and tell events and, at the end, the record `fitted`.
+
+    Raises UserError with exit status 3 where memory runs out, in the three sentences.
+    """
+    leave_hub()
+    session = ToldSession(run, tell)
+    config = _settled(read_config(run.config).config)
+    device = pick_device()
+    machine = read_machine()
+    place = best_device(machine) if device.type == "cuda" else cpu_device(machine)
+    rows = _find_rows(config, session)
+    statistics = count_rows(rows) if rows else None
+    architecture = read_architecture(config.base_model)
+    built = _choose(architecture, config, place, statistics)
+    session.base_folder = _write_model(run.path / "model", built.architecture)
+    built = replace(built, architecture=read_architecture(session.base_folder))
+    if not built.whole:
+        session.emit(Note("warning", built.sentence()))
+    images = _has_images(rows, config)
+    attention = pick_attention(config, built.architecture, device, images=images)
+    settled = config.model_copy(update={"attn_implementation": attention.backend})
+    data = _choose_data(rows, statistics, built.architecture, config)
+    gauge = open_gauge(device)
+    model = _build(built.architecture, settled, session, gauge, images=images)
+    paces = _step(model, settled, data.batch, steps, session, gauge)
+    tell({"fitted": _figures(built, config, place, data, gauge, paces)})
+
+
+def _settled(config: RunConfig) -> RunConfig:
+    """Without what only real weights can give: an adapter to go on from."""
+    return config.model_copy(update={"lora_model_dir": None})
+
+
+def _choose(
+    architecture: Architecture, config: RunConfig, place: Device, statistics: Statistics | None
+) -> Built:
+    if place.kind == "cuda":
+        return as_it_is(architecture)
+    return reduce_for_cpu(architecture, config, place, statistics)
+
+
+def _write_model(folder: Path, architecture: Architecture) -> Path:
+    """The folder of a model that has only a description."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(architecture.config), "utf-8")
+    return folder
+
+
+def _find_rows(config: RunConfig, session: Session) -> Rows | None:
+    """The person's own rows; None, with a word on why, where they or their tokenizer are not here.
+
+    Raises UserError where the model cannot read them.
+    """
+    try:
+        tokenizer = open_tokenizer(config.tokenizer_config or config.base_model)
+        rows, _ = prepare_rows(config, tokenizer, session)
+    except UserError as error:
+        session.emit(Note("warning", f"Random tokens stand in for the rows. {error.what}"))
+        return None
+    if not len(rows):
+        session.emit(Note("warning", "Random tokens stand in for the rows. None can be used."))
+        return None
+    refuse_unread(read_architecture(config.base_model), rows.prepared)
+    return rows
+
+
+def _has_images(rows: Rows | None, config: RunConfig) -> bool:
+    if rows is None:
+        return config.processor_type is not None
+    return "image" in rows.prepared.tokens_by_kind()
+
+
+def _choose_data(
+    rows: Rows | None, statistics: Statistics | None, architecture: Architecture, config: RunConfig
+) -> Data:
+    if rows is None:
+        return Data(synthetic_step(architecture, config), None, config.max_steps, None)
+    order = Order(rows, config)
+    tokens = run_tokens(rows, config, order.total_steps, order.steps_per_epoch())
+    return Data(heaviest_step(rows, config), statistics, order.total_steps, tokens)
+
+
+def _build(
+    architecture: Architecture,
+    config: RunConfig,
+    session: Session,
+    gauge: Gauge,
+    *,
+    images: bool,
+) -> Model:
+    """The model as it trains, its weights drawn."""
+    folder = session.base_folder
+    session.emit(Phase("load", detail=f"{architecture.class_name}, random weights"))
+    with _part(LOADING, gauge):
+        weights = draw_weights(architecture, pick_dtype(config, gauge.device), gauge.device, 0)
+        base = load_base(folder, config, teller(session, "load"), weights, images=images)
+    session.emit(Note("info", base.report.sentence()))
+    with _part(ATTACHING, gauge):
+        torch.manual_seed(config.seed)
+        model = put_on_training(base, folder, config)
+        model.train()
+    return model
+
+
+def _step(
+    model: Model,
+    config: RunConfig,
+    batch: StepBatch,
+    steps: int,
+    session: Session,
+    gauge: Gauge,
+) -> list[Pace]:
+    """Make `steps` steps of the same batch, at the learning rate of a run's first."""
+    with _part(OPTIMIZER, gauge):
+        named = list(trained_parameters(model))
+        optimizer = build_optimizer(named, config)
+    parameters = [parameter for _, parameter in named]
+    set_learning_rate(optimizer, learning_rate(1, max(steps, 1), config))
+    paces = []
+    for number in range(1, steps + 1):
+        with _part(f"step {number}", gauge):
+            started = time.perf_counter()
+            loss, norm = fill_gradients(model, parameters, batch, gauge.device, config)
+            gauge.wait()
+            moving = time.perf_counter()
+            move(optimizer)
+            gauge.wait()
+            ended = time.perf_counter()
+        paces.append(Pace(loss, moving - started, ended - moving))
+        session.emit(
+            Step(
+                step=number,
+                epoch=0.0,
+                loss=loss,
+                learned_tokens=batch.learned_tokens,
+                tokens=batch.tokens,
+                lr=optimizer.param_groups[0]["lr"],
+                grad_norm=norm,
+                seconds=ended - started,
+                tokens_per_second=batch.tokens / (ended - started),
+                peak_memory_bytes=gauge.peaks[f"step {number}"].allocated_bytes,
+                total_steps=steps,
+            )
+        )
+    return paces
+
+
+@contextmanager
+def _part(name: str, gauge: Gauge) -> Iterator[None]:
+    """A measured piece of work. Where memory runs out in it, that is what the person is told."""
+    try:
+        with gauge.measure(name):
+            yield
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        raise UserError(
+            f"It does not fit: memory ran out in {name}.",
+            f"{held(gauge, name)} were allocated at the most; the system says: {words_of(error)}.",
+            "Set gradient_checkpointing: true or adapter: qlora, or lower micro_batch_size or "
+            "sequence_len; `windtunnel estimate` shows what each part takes.",
+            exit_status=DOES_NOT_FIT,
+        ) from error
+
+
+def _figures(
+    built: Built,
+    config: RunConfig,
+    place: Device,
+    data: Data,
+    gauge: Gauge,
+    paces: list[Pace],
+) -> dict[str, Any]:
+    """The record for whoever asked: figures, the formula's, and the measurement to be stored."""
+    needs = estimate(config, built.architecture, place, data.statistics)
+    peak = _highest([gauge.peaks[f"step {n + 1}"] for n in range(len(paces))])
+    loading = _highest([gauge.peaks[name] for name in (LOADING, ATTACHING, OPTIMIZER)])
+    later = paces[1:] or paces  # the first step makes the optimizer's state and warms up
+    micros = len(data.batch.micros)
+    micro_seconds = sum(p.gradient_seconds for p in later) / len(later) / micros
+    move_seconds = sum(p.move_seconds for p in later) / len(later)
+    step_seconds = config.gradient_accumulation_steps * micro_seconds + move_seconds
+    micro_tokens = data.batch.tokens / micros
+    speed = config.gradient_accumulation_steps * micro_tokens / step_seconds
+    images = image_tokens_at_once(
+        config, built.architecture.table, needs.tokens_at_once, data.statistics
+    )
+    measurement = Measurement(
+        key=key_of(config, built.architecture, place, needs.tokens_at_once, images),
+        model=built.architecture.class_name,
+        peak_allocated_bytes=peak.allocated_bytes,
+        peak_reserved_bytes=peak.reserved_bytes,
+        device_bytes=gauge.device_bytes(),
+        load_peak_bytes=loading.allocated_bytes,
+        tokens_per_second=speed,
+        formula_bytes=step_bytes(needs),
+        measured_at=time.strftime("%Y-%m-%d", time.gmtime()),
+    )
+    return {
+        "measurement": asdict(measurement),
+        "estimate": estimate_document(needs) | {"step_bytes": step_bytes(needs)},
+        "device": place.name,
+        "kind": place.kind,
+        "layers": built.layers,
+        "of_layers": built.of_layers,
+        "widths_divided_by": built.factor,
+        "whole": built.whole,
+        "own_rows": data.statistics is not None,
+        "tokens": int(micro_tokens),
+        "losses": [pace.loss for pace in paces],
+        "step_seconds": step_seconds,
+        "run_seconds": _run_seconds(built, data, micro_seconds / micro_tokens, move_seconds, speed),
+        "total_steps": data.steps,
+    }
+
+
+def _run_seconds(
+    built: Built, data: Data, token_seconds: float, move_seconds: float, speed: float
+) -> float | None:
+    """Of the whole run, without its evaluations; None where its length is not known."""
+    if not built.whole or data.steps is None:
+        return None
+    if data.tokens is None:
+        return data.steps * (data.batch.tokens / speed)
+    return data.tokens * token_seconds + data.steps * move_seconds
+
+
+def _highest(peaks: list[Peak]) -> Peak:
+    reserved = [peak.reserved_bytes for peak in peaks if peak.reserved_bytes is not None]
+    return Peak(max(peak.allocated_bytes for peak in peaks), max(reserved, default=None))

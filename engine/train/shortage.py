@@ -1,0 +1,21 @@
+"""Which errors mean that memory ran out, and what the system says of it.
+
+Apart, and without torch, because they come from the computer, from CUDA and from whatever library
+asked last, and because a run and a measurement answer them differently.
+"""
+
+from engine.visible import visible
+
+# torch's allocator on a CPU raises a plain RuntimeError; the other words are CUDA's.
+_WORDS = ("can't allocate memory", "out of memory")
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether `error` says that there is no more memory."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _WORDS)
+
+
+def words_of(error: BaseException) -> str:
+    """The first two sentences of what the system says, without the last full stop."""
+    said = visible(next(iter(str(error).splitlines()), "") or type(error).__name__, one_line=True)
+    return ". ".join(said.rpartition("DefaultCPUAllocator: ")[2].split(". ")[:2]).rstrip(".")
