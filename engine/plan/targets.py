@@ -131,6 +131,19 @@ def trains_head(table: ModuleTable, config: RunConfig) -> bool:
     return not free_parameters(table, config).isdisjoint(_names(table, [head]))
 
 
+def is_tied(table: ModuleTable) -> bool:
+    """Whether the head shares the embedding's weights."""
+    return any(row.tied for row in table.parameters)
+
+
+def moves_embedding(table: ModuleTable, config: RunConfig) -> bool:
+    """Whether the embedding's own weight moves."""
+    embedding = next(row for row in table.parameters if row.group == "embedding")
+    if config.adapter:
+        return embedding.module in choose_saved(table, config)
+    return embedding.name in free_parameters(table, config)
+
+
 def trains_eyes(table: ModuleTable, config: RunConfig) -> bool:
     """Whether anything of the vision tower or the projector moves."""
     eyes = [row for row in table.parameters if row.group in EYES.values()]

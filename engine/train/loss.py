@@ -48,6 +48,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 torch.mm(narrow, head, out=hidden_grad[part])
             if head_grad is not None:
                 head_grad.addmm_(slope.t(), states.float())
+            del logits, slope, narrow  # or they lie beside the next chunk
         ctx.save_for_backward(hidden_grad, head_grad)
         ctx.head_dtype = head.dtype
         return total
@@ -58,7 +59,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         hidden_grad, head_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
-            None if head_grad is None else (head_grad * scale).to(ctx.head_dtype),
+            None if head_grad is None else head_grad.mul_(scale).to(ctx.head_dtype),
             None,
         )
 
@@ -113,4 +114,5 @@ def score_tokens(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, 
         wanted = targets[part]
         losses[part] = torch.logsumexp(logits, -1) - logits.gather(1, wanted[:, None]).squeeze(1)
         right[part] = logits.argmax(dim=-1) == wanted
+        del logits
     return losses, right

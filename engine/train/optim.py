@@ -165,18 +165,23 @@ def round_at_random(weight: Tensor) -> Tensor:
 
 
 def split(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A float32 tensor as its nearest bfloat16 one, and the int16 that `join` needs beside it."""
+    """A float32 tensor as its nearest bfloat16 one, and the int16 that `join` needs beside it.
+
+    With one more tensor of its size beside it, whatever the order of the steps suggests.
+    """
     bits = weight.view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    rest = (bits - (high << 16)).to(torch.int16)
-    return high.to(torch.int16).view(torch.bfloat16), rest
+    work = bits.add(0x8000).bitwise_right_shift_(16)
+    high = work.to(torch.int16)
+    rest = work.bitwise_left_shift_(16).neg_().add_(bits).to(torch.int16)
+    return high.view(torch.bfloat16), rest
 
 
 def join(weight: Tensor, rest: Tensor | None) -> Tensor:
     """The float32 tensor that `split` took apart, bit for bit; without `rest` the plain value."""
     if rest is None:
         return weight.float()
-    return ((weight.view(torch.int16).to(torch.int32) << 16) + rest).view(torch.float32)
+    bits = weight.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    return bits.add_(rest).view(torch.float32)
 
 
 def warmup_steps(config: RunConfig, total_steps: int) -> int:

@@ -23,15 +23,20 @@ from engine.plan.layers import (
 from engine.plan.memory.frozen import Frozen
 from engine.plan.memory.stack import Stack
 from engine.plan.memory.trained import WIDENED_NUMBERS, Moving, largest_moving
-from engine.plan.targets import expert_adapter_parameters, trains_head
+from engine.plan.targets import (
+    expert_adapter_parameters,
+    is_tied,
+    moves_embedding,
+    trains_head,
+)
 from engine.plan.vision import tower_bytes
 
 LOSS_CHUNK_BYTES = 64 * 2**20
 """One chunk of float32 logits where no fused kernel computes the loss: 128 rows at 131,072. On two
 cores 8 MiB chunks took 1.5 times as long and 128 MiB ones 0.92 times (336 learned tokens, width
 128)."""
-SCORED_CHUNKS = 3
-"""Chunks of logits that scoring holds: as computed, in float32, and what their sum is made of."""
+CHUNKS_AT_ONCE = 2
+"""Chunks of logits that the loss and scoring hold: one, and what its sum is made of."""
 SAMPLE_TOKENS = 256
 """Longest answer to a question of the run: enough for a first look, and what a model that never
 stops costs."""
@@ -84,7 +89,7 @@ def list_moments(
         "backward pass": {
             **backward,
             "activations": kept + seen,
-            "layer": max(_layer_bytes(step), seeing),
+            "layer": _table_bytes(step, max(_layer_bytes(step), seeing), kept),
             "mask": mask,
         },
         "loss": {
@@ -98,7 +103,7 @@ def list_moments(
             **idle,
             "activations": seen,
             "layer": inference_bytes(step.config, step.widths, step.tokens, step.base_bytes),
-            "loss": SCORED_CHUNKS * _chunk_bytes(step) + frozen.head,
+            "loss": CHUNKS_AT_ONCE * _chunk_bytes(step) + frozen.head,
             "mask": mask,
         },
         "generation": {
@@ -159,7 +164,8 @@ def _experts(step: Step) -> tuple[float, float]:
 def _loss_bytes(step: Step) -> float:
     """The learned states, their gradient, and logits: chunks of them where no kernel fuses them.
 
-    A head that is trained is never left to that kernel, and adds up its gradient in float32.
+    A head that is trained is never left to that kernel, and adds up its gradient in float32, beside
+    which the one in its own type comes to lie.
     """
     sizes, stack = step.widths, step.stack
     states = STATES_AT_LOSS * step.tokens * sizes.hidden * step.base_bytes
@@ -173,8 +179,11 @@ def _loss_bytes(step: Step) -> float:
         and stack.loss_chunk_bytes is None
     ):
         return states
-    head = 4 * sizes.hidden * sizes.vocabulary if trained and stack.keeps_rest else 0
-    return states + head + 2 * _chunk_bytes(step)
+    if not (trained and stack.keeps_rest):
+        return states + CHUNKS_AT_ONCE * _chunk_bytes(step)
+    head = 4 * sizes.hidden * sizes.vocabulary
+    narrow = head / 2 if step.base_bytes == 2 else 0
+    return states + head + max(narrow, CHUNKS_AT_ONCE * _chunk_bytes(step))
 
 
 def _chunk_bytes(step: Step) -> int:
@@ -183,14 +192,28 @@ def _chunk_bytes(step: Step) -> int:
 
 
 def _widening_bytes(step: Step) -> float:
-    """bfloat16 weights and gradients are float32 while they move, the rest in the weights.
+    """What moving bfloat16 weights in float32 takes: weight, gradient and a tensor to work in, less
+    what they replace.
 
     A few of them at a time, and at least the largest one that moves.
     """
     if step.base_bytes == 4 or not step.moving.whole or not step.stack.keeps_rest:
         return 0
     largest = largest_moving(step.table, step.config)
-    return (4 - step.base_bytes) * min(step.moving.whole, max(WIDENED_NUMBERS, largest))
+    return 6 * min(step.moving.whole, max(WIDENED_NUMBERS, largest))
+
+
+def _table_bytes(step: Step, layer: float, kept: float) -> float:
+    """What the layers' part of a backward pass holds where the embedding moves.
+
+    Its gradient is a whole table, at the end, when nothing is kept any more. Of a tied one that of
+    the head waits through the whole pass to be added to it.
+    """
+    if not moves_embedding(step.table, step.config) or not step.stack.keeps_rest:
+        return layer
+    table = step.widths.hidden * step.widths.vocabulary * step.base_bytes
+    waiting = table if is_tied(step.table) else 0
+    return max(layer + waiting, table + waiting - kept)
 
 
 def _mask_bytes(step: Step) -> int:
