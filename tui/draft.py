@@ -106,6 +106,10 @@ class Draft:
         architecture = self.architecture()
         return assess(self.own, architecture, device, self.statistics, changes=changes)
 
+    def look_again(self) -> None:
+        """Make the plan anew: something was measured meanwhile."""
+        self._made = None
+
     def config(self) -> RunConfig:
         """The recommended values with the person's changes. Raises what `advice` raises."""
         return self.advice().config

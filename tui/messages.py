@@ -85,3 +85,11 @@ class RunsCompared(Message):
         self.differences = differences
         self.same = same
         """How many keys have one value in both."""
+
+
+class PlanMeasured(Message):
+    """A plan was measured on this computer; its figures are kept, and the estimate has them."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__()
+        self.sentence = sentence

@@ -16,8 +16,8 @@ from cyclopts import Parameter
 
 from engine.cli.planning import find_device, read_planned
 from engine.cli.training import AsEvents, AsJson, EventLines
-from engine.cli.watch import PlainWatch
-from engine.config import write_config
+from engine.cli.watch import PlainWatch, Watch
+from engine.config import RunConfig, write_config
 from engine.events import Recorded, parse
 from engine.hardware import cuda_environment, read_machine
 from engine.launch import TRAINER
@@ -51,10 +51,8 @@ def register(app: cyclopts.App, module: str = TRAINER) -> None:
         does not fit.
         """
         run, _ = read_planned(config, changes)
-        with tempfile.TemporaryDirectory(prefix="windtunnel-fit-") as scratch:
-            folder = RunFolder(Path(scratch).resolve())
-            write_config(run, {}, folder.config)
-            fitted = _measure(folder, max(1, steps), module, as_json=as_json, as_events=as_events)
+        watch = EventLines() if as_events else None if as_json else PlainWatch(sys.stderr)
+        fitted = measure(run, max(1, steps), module, watch)
         measured = Measurement(**fitted["measurement"])
         kept = [store(measured)] + ([store(measured, keep)] if keep else [])
         if as_json:
@@ -65,17 +63,22 @@ def register(app: cyclopts.App, module: str = TRAINER) -> None:
         return 0
 
 
-def _measure(
-    folder: RunFolder, steps: int, module: str, *, as_json: bool, as_events: bool
+def measure(
+    run: RunConfig, steps: int = STEPS, module: str = TRAINER, watch: Watch | None = None
 ) -> dict[str, Any]:
-    """The record of a process that measures; its events are shown while they come."""
-    watch = EventLines() if as_events else None if as_json else PlainWatch(sys.stderr)
-    arguments = ["fit", str(folder.path), "--steps", str(steps)]
-    with TorchProcess(arguments, _one_gpu(), module) as process:
-        for record in process.listen(until="fitted"):
-            event = parse(record)
-            if event and watch:
-                watch.show(Recorded(record["seq"], record["time"], event))
+    """The record of a process that measures `run` here; `watch` is shown its events.
+
+    Paths of `run` are absolute. Raises UserError with exit status 3 where memory runs out.
+    """
+    with tempfile.TemporaryDirectory(prefix="windtunnel-fit-") as scratch:
+        folder = RunFolder(Path(scratch).resolve())
+        write_config(run, {}, folder.config)
+        arguments = ["fit", str(folder.path), "--steps", str(steps)]
+        with TorchProcess(arguments, _one_gpu(), module) as process:
+            for record in process.listen(until="fitted"):
+                event = parse(record)
+                if event and watch:
+                    watch.show(Recorded(record["seq"], record["time"], event))
     found: dict[str, Any] = record["fitted"]
     return found
 

@@ -1,13 +1,15 @@
 """What the layers of a step cost: the widths of a model, and bytes a token for each of them.
 
-Separate from `memory` because these figures are measured, not derived: `python -m
-tests.make.layer_memory` runs transformers' layers with PEFT and bitsandbytes on fake tensors, at
-the versions of constraints.txt, and prints them with their worst residual; `python -m
-tests.make.expert_memory` does so for the trainer's layer of experts.
+Separate from `memory` because these figures are profiled, not derived. They are data,
+presets/memory.yml, with their origin: `python -m tests.make.layer_memory` makes them anew for the
+versions of constraints.txt, and a test profiles layers again and compares. `python -m
+tests.make.expert_memory` prints those of the trainer's layer of experts.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.resources import files
 from typing import NamedTuple
 
 from engine.catalog import ModuleTable
@@ -83,53 +85,62 @@ class LayerCost(NamedTuple):
         return int(tokens * a_token + self.weight * sizes.hidden * sizes.intermediate)
 
 
-# What one layer adds to its own backward pass, checkpointed, and what it keeps without: figures of
-# `python -m tests.make.layer_memory` with torch 2.13.0, transformers 5.23.0 and peft 0.21.2, over
-# four models, two lengths and two ranks. The worst of them is off by 4.3 %.
-_TRANSIENT = {
-    ("bf16", "lora"): LayerCost(12.15, 15.19, 8.99, 57.06, 0.0),
-    ("bf16", "4-bit"): LayerCost(10.61, 18.51, 7.83, 48.12, 1.62),
-    ("bf16", "dropout"): LayerCost(12.01, 40.95, 11.37, 67.25, 0.0),
-    ("bf16", "full"): LayerCost(10.61, 22.83, 7.75, 0.0, 1.57),
-    ("fp32", "lora"): LayerCost(24.18, 18.30, 17.62, 27.95, 0.0),
-    ("fp32", "4-bit"): LayerCost(24.18, 18.30, 17.62, 27.95, 4.0),
-    ("fp32", "dropout"): LayerCost(23.88, 65.41, 22.72, 25.12, 0.0),
-    ("fp32", "full"): LayerCost(21.06, 33.40, 14.98, 0.0, 3.22),
-}
-_KEPT = {
-    ("bf16", "lora"): LayerCost(7.99, 13.12, 7.21, 66.90, 0.0),
-    ("bf16", "full"): LayerCost(7.99, 16.12, 7.92, 0.0, 0.0),
-    ("fp32", "lora"): LayerCost(15.99, 16.27, 15.79, 27.69, 0.0),
-    ("fp32", "full"): LayerCost(15.99, 24.25, 15.81, 0.0, 0.0),
-}
+@cache
+def _costs() -> Mapping[tuple[str, str, str], LayerCost]:
+    """presets/memory.yml by moment, type of the products, and what is trained over which base."""
+    # Imported here so that the wizard's first page does not wait for a YAML parser.
+    from ruamel.yaml import YAML
+
+    text = (files("presets") / "memory.yml").read_text(encoding="utf-8")
+    content = YAML(typ="safe", pure=True).load(text)
+    return {
+        (entry["moment"], entry["type"], entry["method"]): LayerCost(
+            *(float(entry[name]) for name in LayerCost._fields)
+        )
+        for entry in content["layers"]
+    }
+
+
+def _cost(moment: str, base_bytes: int, method: str) -> LayerCost:
+    return _costs()[moment, "bf16" if base_bytes == 2 else "fp32", method]
 
 
 def transient_bytes(config: RunConfig, sizes: Widths, tokens: int, base_bytes: int) -> int:
     """What the one layer needs whose backward pass is running, recomputed from its input."""
-    width = "bf16" if base_bytes == 2 else "fp32"
     if config.adapter is None:
-        return _TRANSIENT[width, "full"].bytes(sizes, tokens, 0)
+        return _cost("transient", base_bytes, "full").bytes(sizes, tokens, 0)
     quantized = config.load_in_4bit or config.load_in_8bit
-    cost = _TRANSIENT[width, "4-bit" if quantized else "lora"]
-    return cost.bytes(sizes, tokens, config.lora_r) + _dropout_bytes(config, sizes, tokens, width)
+    method = "4-bit" if quantized and base_bytes == 2 else "lora"
+    found = _cost("transient", base_bytes, method).bytes(sizes, tokens, config.lora_r)
+    if quantized and base_bytes == 4:
+        # In float32 that moment has no dequantized weight among its terms: one is added whole.
+        found += base_bytes * sizes.hidden * sizes.intermediate
+    return found + _dropout_bytes(config, sizes, tokens, base_bytes)
 
 
 def kept_bytes(config: RunConfig, sizes: Widths, tokens: int, base_bytes: int) -> int:
     """What each layer keeps from its forward to its backward pass without checkpointing."""
-    width = "bf16" if base_bytes == 2 else "fp32"
     if config.adapter is None:
-        return _KEPT[width, "full"].bytes(sizes, tokens, 0)
-    kept = _KEPT[width, "lora"].bytes(sizes, tokens, config.lora_r)
-    return kept + _dropout_bytes(config, sizes, tokens, width)
+        return _cost("kept", base_bytes, "full").bytes(sizes, tokens, 0)
+    kept = _cost("kept", base_bytes, "lora").bytes(sizes, tokens, config.lora_r)
+    return kept + _dropout_bytes(config, sizes, tokens, base_bytes)
 
 
-def _dropout_bytes(config: RunConfig, sizes: Widths, tokens: int, width: str) -> int:
+def inference_bytes(config: RunConfig, sizes: Widths, tokens: int, base_bytes: int) -> int:
+    """What one layer holds in a forward pass without gradients, at an evaluation or an answer."""
+    found = _cost("inference", base_bytes, "lora").bytes(sizes, tokens, config.lora_r)
+    if config.load_in_4bit or config.load_in_8bit:
+        found += base_bytes * sizes.hidden * sizes.intermediate
+    return found
+
+
+def _dropout_bytes(config: RunConfig, sizes: Widths, tokens: int, base_bytes: int) -> int:
     """Each adapted layer keeps its thinned input beside the input."""
     if not config.lora_dropout:
         return 0
-    more, plain = _TRANSIENT[width, "dropout"], _TRANSIENT[width, "lora"]
-    rank = config.lora_r
-    return more.bytes(sizes, tokens, rank) - plain.bytes(sizes, tokens, rank)
+    more = _cost("transient", base_bytes, "dropout")
+    plain = _cost("transient", base_bytes, "lora")
+    return more.bytes(sizes, tokens, config.lora_r) - plain.bytes(sizes, tokens, config.lora_r)
 
 
 # Rows of the hidden width that a layer of experts holds for each expert of a token, beside the
@@ -158,8 +169,3 @@ def expert_bytes(
     elif config.adapter is None:
         held += sizes.expert_stack
     return kept * base_bytes, held * base_bytes
-
-
-def inference_bytes(config: RunConfig, sizes: Widths, tokens: int, base_bytes: int) -> int:
-    """What one layer holds in a forward pass without gradients."""
-    return tokens * base_bytes * (3 * sizes.intermediate + 6 * sizes.hidden + 2 * sizes.attention)

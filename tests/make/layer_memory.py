@@ -1,10 +1,10 @@
-"""Measures what one layer of a step costs, and prints the coefficients of `plan.activations`.
+"""Measures what one layer of a step costs, and writes the coefficients of `plan.layers`.
 
-`python -m tests.make.layer_memory` runs the real transformers layers with real PEFT adapters and
-real bitsandbytes modules on fake tensors: shapes and lifetimes are exact, nothing is computed, no
-GPU is needed. Two layers of several shapes and lengths give the peak of a training step over its
-resting state; least squares gives bytes a token for each width of the layer. The worst residual is
-printed beside them.
+`python -m tests.make.layer_memory` makes presets/memory.yml. It runs the real transformers layers
+with real PEFT adapters and real bitsandbytes modules on fake tensors: shapes and lifetimes are
+exact, nothing is computed, no GPU is needed. Two layers of several shapes and lengths give the peak
+of a training step over its resting state; least squares gives bytes a token for each width of the
+layer. The worst residual is kept beside them.
 """
 
 import gc
@@ -12,6 +12,9 @@ import itertools
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,24 @@ from transformers import Ministral3Config, Ministral3ForCausalLM
 
 from engine.train.forward import hidden_states, use_checkpointing
 from engine.train.lora import leave_inputs_alone
+
+PAGE = Path(__file__).parents[2] / "presets" / "memory.yml"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+HEAD = """\
+# What one layer of a dense model costs, in bytes a token for each unit of a width: of the MLP's
+# intermediate size, the hidden size, queries plus keys, the adapter's rank; and `weight`, in bytes
+# a number of the MLP's matrix. moment: transient, what a layer adds to its own backward pass when
+# it is computed again from its input; kept, what it keeps for that pass without checkpointing;
+# inference, a forward pass without gradients. worst: the furthest that one of the profiled layers
+# is from it. Nothing here is fitted to a measured run: transformers' layers with PEFT and
+# bitsandbytes were run on tensors without contents, in the shapes of Ministral 3 3B and 8B, the 24B
+# models and Medium 3.5.
+origin:
+  command: python -m tests.make.layer_memory
+  date: {date}
+  versions: {{{versions}}}
+layers:
+"""
 
 LAYERS = 2
 VOCABULARY = 256
@@ -72,6 +93,25 @@ class Regime:
     quantized: bool = False
     kept: bool = False
     """Without checkpointing: what a layer keeps from its forward to its backward pass."""
+    inference: bool = False
+    """A forward pass without gradients."""
+
+    @property
+    def moment(self) -> str:
+        """What of a layer the regime measures, as presets/memory.yml calls it."""
+        return "kept" if self.kept else "inference" if self.inference else "transient"
+
+    @property
+    def width(self) -> str:
+        """The type of the products."""
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+    @property
+    def method(self) -> str:
+        """What is trained, over which base."""
+        if not self.lora:
+            return "full"
+        return "dropout" if self.dropout else "4-bit" if self.quantized else "lora"
 
 
 REGIMES = (
@@ -86,6 +126,8 @@ REGIMES = (
     Regime("bf16 full, kept", torch.bfloat16, lora=False, kept=True),
     Regime("fp32 lora, kept", torch.float32, lora=True, kept=True),
     Regime("fp32 full, kept", torch.float32, lora=False, kept=True),
+    Regime("bf16 lora, inference", torch.bfloat16, lora=True, inference=True),
+    Regime("fp32 lora, inference", torch.float32, lora=True, inference=True),
 )
 
 
@@ -216,9 +258,15 @@ def step_bytes(shape: Shape, layers: int, tokens: int, rank: int, regime: Regime
     counter = LiveBytes()
     with FakeTensorMode(allow_non_fake_inputs=True), counter:
         make_fake(model)
-        model.train()
+        model.train(not regime.inference)
         ids = torch.zeros((1, tokens), dtype=torch.long)
         batch = {"input_ids": ids, "position_ids": torch.arange(tokens)[None]}
+        if regime.inference:
+            gc.collect()
+            resting = counter.peak = counter.now
+            with torch.no_grad():
+                hidden_states(model, batch)
+            return counter.peak - resting
         for _ in range(2):
             gc.collect()
             # The gradients of the first round are at rest in the second.
@@ -236,33 +284,45 @@ def layer_bytes(shape: Shape, tokens: int, rank: int, regime: Regime) -> int:
     if regime.kept:
         return (step_bytes(shape, 2 * LAYERS, tokens, rank, regime) - peak) // LAYERS
     width = torch.finfo(regime.dtype).bits // 8
-    return peak - LAYERS * tokens * shape.hidden * width
+    states = 1 if regime.inference else LAYERS
+    return peak - states * tokens * shape.hidden * width
 
 
 def samples(regime: "Regime") -> Iterator[tuple[list[int], int]]:
     """Rows of the least squares: what each coefficient multiplies, and the bytes."""
     for shape, tokens, rank in itertools.product(SHAPES, LENGTHS, RANKS if regime.lora else (0,)):
         terms = [tokens * shape.intermediate, tokens * shape.hidden, tokens * shape.attention]
-        whole = regime.quantized or not (regime.lora or regime.kept)
+        whole = regime.quantized or not (regime.lora or regime.kept or regime.inference)
         weight = shape.hidden * shape.intermediate if whole else 0
         yield [*terms, tokens * rank, weight], layer_bytes(shape, tokens, rank, regime)
 
 
+def fit(regime: Regime) -> dict[str, Any]:
+    """The coefficients of one regime, as an entry of presets/memory.yml."""
+    rows = list(samples(regime))
+    terms = np.array([row for row, _ in rows], dtype=float)
+    measured = np.array([found for _, found in rows], dtype=float)
+    used = terms.any(axis=0)
+    found = np.zeros(terms.shape[1])
+    # Relative errors: a small layer counts as much as a large one.
+    relative = terms[:, used] / measured[:, None]
+    found[used] = np.linalg.lstsq(relative, np.ones(len(rows)), rcond=None)[0]
+    names = ("intermediate", "hidden", "attention", "rank", "weight")
+    figures = {name: round(float(figure), 2) for name, figure in zip(names, found, strict=True)}
+    worst = float(np.abs(terms @ found / measured - 1).max())
+    key = {"moment": regime.moment, "type": regime.width, "method": regime.method}
+    return key | figures | {"worst": round(worst, 3)}
+
+
 def main() -> None:
-    """Print one line of coefficients a regime."""
-    print(f"{'regime':<24} {'intermediate':>12} hidden attention rank weight worst")
+    """Write presets/memory.yml, a line a regime."""
+    versions = ", ".join(f"{name}: {version(name)}" for name in PACKAGES)
+    lines = [HEAD.format(date=date.today(), versions=versions)]
     for regime in REGIMES:
-        rows = list(samples(regime))
-        terms = np.array([row for row, _ in rows], dtype=float)
-        measured = np.array([found for _, found in rows], dtype=float)
-        used = terms.any(axis=0)
-        found = np.zeros(terms.shape[1])
-        # Relative errors: a small layer counts as much as a large one.
-        relative = terms[:, used] / measured[:, None]
-        found[used] = np.linalg.lstsq(relative, np.ones(len(rows)), rcond=None)[0]
-        worst = np.abs(terms @ found / measured - 1).max()
-        figures = " ".join(f"{figure:8.2f}" for figure in found)
-        print(f"{regime.name:<24} {figures} {worst:7.1%}", flush=True)
+        entry = ", ".join(f"{key}: {value}" for key, value in fit(regime).items())
+        lines.append(f"  - {{{entry}}}\n")
+        print(lines[-1], end="", flush=True)
+    PAGE.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,16 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
 
 from engine.config import DatasetConfig
 from engine.hardware import assume
-from engine.plan import Statistics, best_device
+from engine.plan import Statistics, best_device, cpu_device
 from engine.units import gib
-from tests.tui.screens import assert_golden, screen_text
+from tests.tui.screens import assert_golden, screen_text, wait_for, wait_for_text
 from tui.app import WindtunnelApp
 from tui.draft import Draft
 from tui.page import Page
@@ -267,3 +268,33 @@ def test_the_bar_adds_up_and_an_overflow_is_drawn() -> None:
     assert sum(p.drawn_bytes for p in parts) == pytest.approx(large.device_bytes + kept, abs=1)
     assert sum(share_cells([3, 3, 3, 1], 71)) == 71
     assert share_cells([0, 0], 10) == [0, 0]
+
+
+def test_a_card_that_is_not_here_is_not_measured() -> None:
+    async def act(pilot: Pilot[int]) -> None:
+        await pilot.press("F")
+        await pilot.pause()
+        assert "is not here: it can be planned for, and not measured" in screen_text(pilot.app)
+
+    on_page(planned("RTX 4090", "ministral-3-3b"), act)
+
+
+@pytest.mark.slow
+def test_big_f_measures_here_and_the_plan_believes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setenv("WINDTUNNEL_MEASURED", str(tmp_path))
+    draft = planned("RTX 4090", "demo-tiny")
+    draft.device = cpu_device(assume("24 GB"))
+    draft.statistics = draft.dataset = None
+
+    async def act(pilot: Pilot[int]) -> None:
+        await pilot.press("F")
+        await wait_for(pilot, lambda: list(tmp_path.glob("*.json")), seconds=120)
+        await wait_for_text(pilot, "measured peak")
+
+    on_page(draft, act)
+    assert draft.advice().tokens_per_second
+    assert draft.advice().duration
+    assert draft.advice().duration.source == "measured"

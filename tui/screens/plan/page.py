@@ -1,5 +1,6 @@
 """The page on which memory is seen: a value changes, and bar, verdict and reasons follow."""
 
+from functools import partial
 from typing import ClassVar, Final
 
 from textual.app import ComposeResult
@@ -16,6 +17,7 @@ from engine.plan import remarks
 from engine.units import GIB
 from engine.visible import visible
 from tui.draft import is_named_by_path
+from tui.messages import PlanMeasured, WorkRefused
 from tui.page import HelpText, Key, Page
 from tui.screens.plan.comparisons import (
     MARKS,
@@ -25,6 +27,7 @@ from tui.screens.plan.comparisons import (
     list_rungs,
     rung_lines,
 )
+from tui.screens.plan.measuring import MEASURING, measure_plan
 from tui.screens.plan.settings import amount_words, list_fields
 from tui.values import set_value
 from tui.widgets.choices import Choices
@@ -56,12 +59,14 @@ class PlanPage(Page):
         Key("←→", "change", 8),
         Key("f", "make it fit", 7),
         Key("g", "other GPUs", 6),
+        Key("F", "measure here", 1),
         Key("u", "recommended", 3),
         Key("a", "all settings", 2),
         Key("esc", "back", 9),
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f", "make_fit", "make it fit", show=False),
+        Binding("F", "measure", "measure it here, on random weights", show=False),
         Binding("g", "other_gpus", "the same plan on other GPUs", show=False),
         Binding("u", "recommended", "the recommended value", show=False),
         Binding("a", "all_settings", "all settings", show=False),
@@ -83,6 +88,7 @@ class PlanPage(Page):
         self._every = False
         self._wrong: tuple[str, str] | None = None
         self._cards: list[Card] = []
+        self._measuring = False
 
     def compose_body(self) -> ComposeResult:
         yield MemoryBar()
@@ -220,6 +226,29 @@ class PlanPage(Page):
             cursor=len(rungs) - 1,
         )
         self.cover(panel, [Key("enter", "take them"), Key("esc", "close")])
+
+    def action_measure(self) -> None:
+        """Build the real shape with random weights and make a few steps of it, in a process."""
+        device = self.app.draft.device
+        assert device is not None
+        if device.planned:
+            words = f"{device.name} is not here: it can be planned for, and not measured"
+            self.app.notify(words, severity="warning", markup=False)
+        elif not self._measuring:
+            self._measuring = True
+            self.app.notify(MEASURING[device.kind], timeout=10, markup=False)
+            work = partial(measure_plan, self.app.draft.config(), self.post_message)
+            self.run_worker(work, thread=True)
+
+    def on_plan_measured(self, message: PlanMeasured) -> None:
+        self._measuring = False
+        self.app.notify(visible(message.sentence, one_line=True), timeout=20, markup=False)
+        self.app.draft.look_again()
+        self._show_plan()
+
+    def on_work_refused(self, message: WorkRefused) -> None:
+        self._measuring = False
+        self.show_problem(message.error)
 
     def action_other_gpus(self) -> None:
         draft = self.app.draft
