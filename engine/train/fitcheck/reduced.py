@@ -20,6 +20,8 @@ LAYERS = 2
 PRODUCTS = 2.5e11
 """Tokens times weights that one may pass: a step is some eight multiplications and additions of
 each, a minute on two cores."""
+NUMBERS = 10**9
+"""Weights that are drawn and quantized in less than a minute."""
 FACTORS = (1, 2, 4, 8, 16, 32)
 BLOCK = 64
 """bitsandbytes' NF4 takes whole blocks of so many numbers on a CPU."""
@@ -68,7 +70,8 @@ def reduce_for_cpu(
     def affordable(model: Architecture) -> bool:
         needs = estimate(config, model, device, statistics)
         products = needs.tokens_at_once * model.table.active_parameters
-        return needs.verdict != "does not fit" and products <= PRODUCTS
+        quick = products <= PRODUCTS and model.table.total_parameters <= NUMBERS
+        return needs.verdict != "does not fit" and quick
 
     built = as_it_is(architecture)
     if affordable(architecture):
