@@ -1,0 +1,254 @@
+"""Measured figures: found again for the very same run and for no other, and put in the plan."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from engine.catalog import Architecture, module_table
+from engine.config import RunConfig
+from engine.errors import WorkError
+from engine.plan import Device, estimate
+from engine.plan.measured import (
+    HOME_VARIABLE,
+    INDIFFERENT,
+    Measurement,
+    corrected,
+    find_measured,
+    key_of,
+    measured_home,
+    step_bytes,
+    store,
+)
+from engine.units import GIB
+from tests.plan.machines import card, config, cpu, model
+
+H100 = card("H100 80GB")
+RUN = config(adapter="qlora", sequence_len=2048, sample_packing=True, gradient_checkpointing=True)
+TOKENS = 2048
+COUNTING = sorted(set(RunConfig.model_fields) - INDIFFERENT)
+ONCE = hypothesis_settings(
+    max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "measured"))
+    return tmp_path / "measured"
+
+
+def figure(peak: int = 9 * GIB, day: str = "2026-11-26", **changes: Any) -> Measurement:
+    """A measurement of `RUN`, of which `changes` are other arguments of its key."""
+    given: dict[str, Any] = {
+        "config": RUN,
+        "architecture": model("ministral-3-3b"),
+        "device": H100,
+        "tokens_at_once": TOKENS,
+        "image_tokens": 0,
+    }
+    return Measurement(
+        key=key_of(**given | changes),
+        model="Mistral3ForConditionalGeneration",
+        peak_allocated_bytes=peak,
+        peak_reserved_bytes=peak + GIB // 8,
+        device_bytes=peak + GIB,
+        load_peak_bytes=4 * GIB,
+        tokens_per_second=1234.5,
+        formula_bytes=10 * GIB,
+        measured_at=day,
+    )
+
+
+def found(
+    config: RunConfig = RUN,
+    architecture: Architecture | None = None,
+    device: Device = H100,
+    tokens: int = TOKENS,
+    images: int = 0,
+) -> Measurement | None:
+    return find_measured(config, architecture or model("ministral-3-3b"), device, tokens, images)
+
+
+def with_shapes(**text: Any) -> Architecture:
+    """Ministral 3 3B with other sizes."""
+    plain = model("ministral-3-3b")
+    content = {**plain.config, "text_config": {**plain.config["text_config"], **text}}
+    return replace(plain, config=content, table=module_table(content))
+
+
+class TestTheKey:
+    def test_what_is_stored_is_found_again_as_it_was(self, home: Path) -> None:
+        assert found() is None
+        path = store(figure())
+        assert path.parent == home
+        again = found()
+        assert again is not None
+        assert json.loads(json.dumps(asdict(again))) == json.loads(json.dumps(asdict(figure())))
+
+    @given(name=st.sampled_from(COUNTING))
+    @ONCE
+    def test_another_value_of_any_key_with_a_part_in_memory_is_another_run(self, name: str) -> None:
+        store(figure())
+        value: Any = 2 if name == "gradient_accumulation_steps" else ("something", "else")
+        assert found(RUN.model_copy(update={name: value})) is None
+        assert found() is not None
+
+    @given(name=st.sampled_from(sorted(INDIFFERENT)))
+    @ONCE
+    def test_other_keys_change_nothing(self, name: str) -> None:
+        store(figure())
+        assert found(RUN.model_copy(update={name: ("something", "else")})) is not None
+
+    def test_every_key_that_is_left_out_is_one_of_the_configs(self) -> None:
+        assert set(RunConfig.model_fields) >= INDIFFERENT
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda: found(device=card("RTX 4090")),
+            lambda: found(device=cpu()),
+            lambda: found(tokens=TOKENS + 1),
+            lambda: found(images=1),
+            lambda: found(architecture=model("ministral-3-8b")),
+            lambda: found(architecture=with_shapes(num_hidden_layers=25)),
+            # The same shapes of all parameters, cut into other heads.
+            lambda: found(architecture=with_shapes(num_attention_heads=16, head_dim=256)),
+            lambda: found(architecture=with_shapes(sliding_window=512)),
+        ],
+    )
+    def test_another_model_place_or_batch_is_another_run(
+        self, change: Callable[[], Measurement | None]
+    ) -> None:
+        store(figure())
+        assert change() is None
+
+    def test_a_fine_tune_of_the_same_shapes_is_the_same_run(self) -> None:
+        store(figure())
+        tuned = replace(model("ministral-3-3b"), name="./my-own", card=None)
+        assert found(architecture=with_shapes(eos_token_id=7)) is not None
+        assert found(architecture=tuned) is not None
+
+    def test_more_forward_passes_than_two_change_nothing(self) -> None:
+        several = RUN.model_copy(update={"gradient_accumulation_steps": 4})
+        store(figure(config=several))
+        assert found(several.model_copy(update={"gradient_accumulation_steps": 16})) is not None
+        assert found() is None
+
+    def test_a_version_that_is_here_must_be_the_same_and_one_that_is_not_here_need_not(
+        self,
+    ) -> None:
+        measured = figure()
+        versions = measured.key["versions"]
+        here = next(name for name, number in versions.items() if number)
+        absent = next(name for name, number in versions.items() if not number)
+        older = {**measured.key, "versions": {**versions, here: "0.0"}}
+        store(replace(measured, key=older))
+        assert found() is None
+        elsewhere = {**measured.key, "versions": {**versions, absent: "9.9"}}
+        store(replace(measured, key=elsewhere))
+        assert found() is not None
+
+
+class TestTheStore:
+    def test_the_newest_wins_and_the_same_key_has_one_file(self, home: Path) -> None:
+        store(figure(peak=9 * GIB))
+        store(figure(peak=8 * GIB, day="2026-11-27"))
+        assert len(list(home.iterdir())) == 1
+        again = found()
+        assert again is not None
+        assert again.peak_allocated_bytes == 8 * GIB
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"key": {}}'])
+    def test_a_damaged_file_costs_its_own_figure_only(self, home: Path, text: str) -> None:
+        store(figure())
+        (home / "damaged.json").write_text(text, "utf-8")
+        assert found() is not None
+
+    @pytest.mark.parametrize("peak", [-1, 0, "9", None, True])
+    def test_a_figure_that_is_no_size_is_not_believed(self, home: Path, peak: Any) -> None:
+        store(replace(figure(), peak_allocated_bytes=peak))
+        assert found() is None
+
+    def test_a_folder_that_cannot_be_written_is_said(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("in the way", "utf-8")
+        with pytest.raises(WorkError, match="could not be written"):
+            store(figure(), tmp_path / "file" / "folder")
+
+    def test_without_the_variable_it_lies_in_the_data_folder(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv(HOME_VARIABLE)
+        assert measured_home().name == "measured"
+        assert "windtunnel" in str(measured_home())
+
+    def test_no_path_of_the_person_is_in_a_file(self, tmp_path: Path) -> None:
+        private = RUN.model_copy(
+            update={"base_model": "/secret/model", "image_folder": "/secret/images"}
+        )
+        assert "secret" not in store(figure(config=private)).read_text("utf-8")
+
+    def test_what_ships_can_be_read_and_is_explained(self) -> None:
+        ours = files("presets") / "measured"
+        assert (ours / "README.md").is_file()
+        for entry in ours.iterdir():
+            if entry.name.endswith(".json"):
+                Measurement(**json.loads(entry.read_text("utf-8")))
+
+    @pytest.mark.parametrize("stored", [False, True])
+    def test_a_plan_asks_at_every_keystroke(self, stored: bool) -> None:
+        if stored:
+            store(figure())
+        assert bool(found()) == stored  # reads the store once
+        times = []
+        for _ in range(50):
+            started = time.perf_counter()
+            found()
+            times.append(time.perf_counter() - started)
+        assert min(times) < 0.0002
+
+
+class TestThePlan:
+    def test_a_measured_peak_beats_the_formula_and_says_so(self) -> None:
+        plain = estimate(RUN, model("ministral-3-3b"), H100)
+        peak = step_bytes(plain) + GIB
+        store(figure(peak=peak))
+        plan = estimate(RUN, model("ministral-3-3b"), H100)
+        assert (plain.source, plan.source) == ("formula", "measured")
+        assert plan.peak_allocated_bytes == sum(plan.parts.values()) == peak
+        assert plan.device_bytes == peak + GIB
+        assert plan.tokens_per_second == 1234.5
+        assert plan.uncertainty == pytest.approx(0.02)
+
+    @given(share=st.floats(0.5, 2.0))
+    @hypothesis_settings(max_examples=50, deadline=None)
+    def test_the_parts_add_up_to_what_was_measured(self, share: float) -> None:
+        plain = estimate(config(adapter="lora"), model("ministral-3-3b"), H100)
+        plain = replace(plain, moments={"loss": plain.peak_allocated_bytes})
+        peak = int(plain.peak_allocated_bytes * share)
+        plan = corrected(plain, figure(peak=peak))
+        assert sum(plan.parts.values()) == plan.peak_allocated_bytes == peak
+        assert ("unexplained" in plan.parts) == (peak > plain.peak_allocated_bytes)
+        assert all(size >= 0 for size in plan.parts.values())
+        assert set(plain.parts) <= set(plan.parts)
+
+    @pytest.mark.parametrize("over", [-2 * GIB, GIB])
+    def test_the_verdict_follows_the_measurement(self, over: int) -> None:
+        plain = estimate(RUN, model("ministral-3-3b"), H100)
+        plain = replace(plain, moments={"loss": plain.peak_allocated_bytes})
+        measured = replace(figure(), device_bytes=plain.can_give_bytes + over)
+        assert corrected(plain, measured).verdict == ("does not fit" if over > 0 else "fits")
+
+    def test_a_moment_beside_the_steps_that_is_fuller_stays(self) -> None:
+        plain = estimate(RUN, model("ministral-3-3b"), H100)
+        plain = replace(plain, moments={**plain.moments, "evaluation": 30 * GIB})
+        plan = corrected(plain, figure(peak=20 * GIB))
+        assert plan == replace(plain, tokens_per_second=1234.5)
