@@ -18,8 +18,8 @@ from engine.plan import Device, Statistics, estimate
 LAYERS = 2
 """Enough for a kept state to lie between two layers, and for the last one to be freed first."""
 PRODUCTS = 1e11
-"""Tokens times weights of one forward pass. Three steps of Ministral 3 3B, Small 4 and Medium 3.5 in
-4 bits, 2,048 tokens at once, took 35, 44 and 78 seconds on one core."""
+"""Tokens times weights of one forward pass. Three steps of Ministral 3 3B, Small 4 and Medium 3.5
+in 4 bits, 2,048 tokens at once, took 35, 44 and 78 seconds on one core."""
 NUMBERS = 10**9
 """Weights that are drawn and quantized in less than a minute."""
 FACTORS = (1, 2, 4, 8, 16, 32)
