@@ -13,16 +13,18 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from engine.config import override, read_config, write_config
 from engine.errors import UserError, WorkError
 from engine.events import Ack
 from engine.hardware import cuda_environment, read_machine
+from engine.plan import SAME_RESULT
 from engine.runs.control import ask
 from engine.runs.folder import RunFolder
 from engine.runs.lock import LAUNCH_VARIABLE, in_use, is_locked, read_claim
@@ -104,6 +106,7 @@ def resume_run(
     run: RunFolder,
     *,
     checkpoint: str | None = None,
+    changes: Sequence[str] = (),
     detach: bool = True,
     environment: Mapping[str, str] | None = None,
     module: str = TRAINER,
@@ -111,14 +114,18 @@ def resume_run(
 ) -> Resumed:
     """Go on with a run: a paused one is sent `resume`, a dead one is started again.
 
+    `changes` of its config, as `change_config` takes them, are for a dead one.
+
     A dead one goes on from its last checkpoint, or from `checkpoint` (a name in checkpoints/); one
     that was never started begins. Waits for the answer or for the lock. Raises UserError where
     there is nothing to resume, and what `ask` and `launch` raise.
     """
     word = status(run)
-    if word == "paused" and checkpoint is None:
+    if word == "paused" and checkpoint is None and not changes:
         return Resumed(ack=ask(run, "resume", timeout_seconds=timeout_seconds))
     _require_resumable(run, word, checkpoint)
+    if changes:
+        change_config(run, changes)
     process = launch(
         run,
         detach=detach,
@@ -195,6 +202,26 @@ def _fill(run: RunFolder, config: str | None, plan: Mapping[str, object] | None)
         _replace(run.config, config)
     if plan is not None:
         _replace(run.plan, json.dumps(plan, indent=2) + "\n")
+
+
+def change_config(run: RunFolder, changes: Sequence[str]) -> None:
+    """Change values of a run's config.yml that alter no step to come; the old file stays beside it.
+
+    Raises UserError for a `key=value` that cannot be read, and for a key that would make another
+    run of it.
+    """
+    given = read_config(run.config)
+    for change in changes:
+        key = change.partition("=")[0]
+        if key not in SAME_RESULT | {"auto_fit"}:
+            raise UserError(
+                f"{visible(key, one_line=True)} cannot change while a run goes on.",
+                "The steps to come would no longer be those of the run that was begun.",
+                f"What can change: {', '.join(sorted(SAME_RESULT))}; or start a new run.",
+            )
+    text = write_config(override(given.config, changes), document=given.document)
+    _keep_other(run.config, text)
+    _replace(run.config, text)
 
 
 def _keep_other(path: Path, text: str) -> None:

@@ -27,6 +27,7 @@ from engine.events import (
     Sample,
     Saved,
     Score,
+    Shortage,
     Started,
     Step,
     format_line,
@@ -58,6 +59,21 @@ EXAMPLES: list[Event] = [
     Sample(3, "Who?", "Me.\n", "before"),
     Saved(3, "checkpoints/step-3"),
     Note("warning", "slow"),
+    Shortage(
+        3,
+        "step 3",
+        held_bytes=5,
+        asked_bytes=2,
+        predicted_bytes=4,
+        parts={"weights": 3},
+        predicted_parts={"weights": 2},
+        grew="weights",
+        longest="rows.jsonl line 3, 70 tokens",
+        changes={"micro_batch_size": "1"},
+        trade="slower",
+        saves_bytes=1,
+        taken=True,
+    ),
     Ack("1f", "pause", "done"),
     Ended("failed", 3, "what", "why", "fix"),
 ]
@@ -74,6 +90,8 @@ CONTRACT = {
     "sample": "step prompt text when",
     "saved": "step path",
     "note": "level text",
+    "shortage": "step where held_bytes asked_bytes predicted_bytes parts predicted_parts grew "
+    "longest changes trade saves_bytes taken",
     "ack": "id command outcome",
     "ended": "outcome step what why fix",
 }

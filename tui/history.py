@@ -22,10 +22,11 @@ from engine.events import (
     Sample,
     Saved,
     Score,
+    Shortage,
     Started,
     Step,
 )
-from engine.units import GIB
+from engine.units import GIB, gib
 from tui.series import Series
 from tui.token_row import ROLES
 
@@ -84,6 +85,8 @@ class History:
         self.step: Step | None = None
         self.total_steps: int | None = None
         self.ended: Ended | None = None
+        self.shortage: Shortage | None = None
+        """Of this launch, the newest: memory that ran out."""
         self.last_time = math.nan
         """Unix seconds of the newest event."""
         self.began_time = math.nan
@@ -193,6 +196,9 @@ class History:
                 self._tell(recorded.time, f"saved {event.path}")
             case Note():
                 self._tell(recorded.time, event.text, event.level)
+            case Shortage():
+                self.shortage = event
+                self._tell(recorded.time, _held_words(event), "error")
             case Ack():
                 self.acks[event.id] = event
             case Ended():
@@ -200,7 +206,7 @@ class History:
 
     def _start(self, event: Started, time: float) -> None:
         self.started, self.total_steps = event, event.total_steps
-        self.ended = self.phase = None
+        self.ended = self.phase = self.shortage = None
         self.began_time = time
         if not self.loss.raw:
             # A thirtieth of the run: follows a fall in 100 steps, calms the noise of 10,000.
@@ -272,6 +278,17 @@ class History:
 
     def _tell(self, time: float, text: str, level: str = "info") -> None:
         self.log.append(LogLine(time, text, level))
+
+
+def _held_words(told: Shortage) -> str:
+    """What was held when memory ran out, beside what was planned."""
+    parts = [
+        f"{name} {gib(size)}"
+        + (f" (planned {gib(told.predicted_parts[name])})" if name in told.predicted_parts else "")
+        for name, size in told.parts.items()
+        if size
+    ]
+    return f"memory ran out in {told.where}" + (f": {', '.join(parts)}" if parts else "")
 
 
 def best_of(held_out: Sequence[tuple[int, float]]) -> tuple[int, float] | None:

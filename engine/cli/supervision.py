@@ -71,7 +71,10 @@ def register(
     def resume(
         name: RunName,
         /,
-        *,
+        *changes: Annotated[
+            str,
+            cyclopts.Parameter(help="Changes that alter no result: micro_batch_size=1."),
+        ],
         checkpoint: Annotated[
             str | None, cyclopts.Parameter(name="--from", help="Checkpoint to go back to: step-N.")
         ] = None,
@@ -86,7 +89,13 @@ def register(
         run = find_run(name, home)
         follower = Follower(run.events, from_end=True)
         patience = _patience_seconds(run)
-        resumed = resume_run(run, checkpoint=checkpoint, detach=detach, timeout_seconds=patience)
+        resumed = resume_run(
+            run,
+            checkpoint=checkpoint,
+            changes=changes,
+            detach=detach,
+            timeout_seconds=patience,
+        )
         if resumed.ack:
             _require_done(run, resumed.ack)
         if resumed.process and not detach:

@@ -24,6 +24,7 @@ from engine.events.vocabulary import (
     SampleTime,
     Saved,
     Score,
+    Shortage,
     Started,
     Step,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "SampleTime",
     "Saved",
     "Score",
+    "Shortage",
     "Started",
     "Step",
     "format_line",

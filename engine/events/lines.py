@@ -43,7 +43,7 @@ def _check_for(hint: Any) -> _Check:
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is float:
         return _read_float
-    if hint in (int, str):
+    if hint in (int, str, bool):
         # bool is a subclass of int in Python and another type in JSON.
         return lambda value: value if type(value) is hint else _WRONG
     if origin is Literal:

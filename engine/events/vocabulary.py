@@ -165,6 +165,39 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
+class Shortage:
+    """Memory ran out: `ended` follows, or the run goes on with `changes`. Sizes in bytes."""
+
+    step: int
+    """The optimizer step that did not fit; 0 before the first."""
+    where: str
+    """What the trainer was doing."""
+    held_bytes: int
+    """Allocated by then; resident bytes on a CPU."""
+    asked_bytes: int | None = None
+    """What was asked for beyond; None where the system did not say."""
+    predicted_bytes: int | None = None
+    """What the plan said of the fullest moment; None where a run has no plan."""
+    parts: Mapping[str, int] = field(default_factory=dict)
+    """What was held: weights, adapter, gradients, optimizer, and the rest, which is activations."""
+    predicted_parts: Mapping[str, int] = field(default_factory=dict)
+    """The same of the plan."""
+    grew: str = ""
+    """The part that was furthest above the plan; empty where none was."""
+    longest: str = ""
+    """The longest row of the step's batch: where it is and its tokens."""
+    changes: Mapping[str, str] = field(default_factory=dict)
+    """The next change that saves memory and alters no result, by key as in `key=value`; empty
+    where there is none."""
+    trade: str = ""
+    """What that change costs."""
+    saves_bytes: int = 0
+    """What it saves, by the formula."""
+    taken: bool = False
+    """Whether the run goes on with it by itself, as `auto_fit` asks."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ack:
     """Answer to one line of `control.jsonl`, written when the trainer has acted on it.
 
@@ -191,7 +224,19 @@ class Ended:
 
 
 Event = (
-    Started | Phase | Step | Eval | Score | Answers | Drift | Sample | Saved | Note | Ack | Ended
+    Started
+    | Phase
+    | Step
+    | Eval
+    | Score
+    | Answers
+    | Drift
+    | Sample
+    | Saved
+    | Note
+    | Shortage
+    | Ack
+    | Ended
 )
 
 

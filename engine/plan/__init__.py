@@ -18,17 +18,18 @@ from engine.plan.documents import (
     plan_document,
 )
 from engine.plan.duration import Duration, expected_duration, pace_of
-from engine.plan.ladder import Alternative, list_alternatives, make_fit
+from engine.plan.ladder import Alternative, list_alternatives, make_fit, next_rung
 from engine.plan.lengths import LengthPrice, price_lengths
 from engine.plan.limits import Goal, why_not_trained
 from engine.plan.memory import WEIGHTS, Estimate, Verdict, estimate
 from engine.plan.recommend import Recommendation, assess, recommend
 from engine.plan.remarks import remarks
-from engine.plan.rungs import changed
+from engine.plan.rungs import SAME_RESULT, changed
 from engine.plan.statistics import Statistics, read_statistics
 from engine.plan.survey import Prospect, propose, survey
 
 __all__ = [
+    "SAME_RESULT",
     "WEIGHTS",
     "Alternative",
     "Attention",
@@ -58,6 +59,7 @@ __all__ = [
     "heads_of",
     "list_alternatives",
     "make_fit",
+    "next_rung",
     "pace_of",
     "plan_document",
     "price_lengths",

@@ -68,6 +68,29 @@ def _names(taken: _Taken) -> set[str]:
     return {alternative.name for _, alternative in taken}
 
 
+def next_rung(
+    config: RunConfig,
+    architecture: Architecture,
+    device: Device,
+    statistics: Statistics | None = None,
+    *,
+    only: Container[str] | None = None,
+) -> Alternative | None:
+    """The cheapest change that saves anything, whether or not the formula calls the config fitting.
+
+    For a run that has shown that it does not fit; None where nothing is left. Of a kind that can
+    give more or less, such as smaller batches, it is the least.
+    """
+    place = Place(architecture, device, statistics)
+    needed = place.needs(config)
+    ladder = _Ladder(config, place, (), only)
+    for rung in RUNGS:
+        for change in rung(config, place):
+            if found := ladder.try_change(change, {}, needed):
+                return found
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class _Ladder:
     """One config that is made to fit."""
@@ -98,16 +121,17 @@ class _Ladder:
         for rung in rungs:
             found = None
             for change in rung(config, self.place):
-                found = self._try(change, taken, needed) or found
+                found = self.try_change(change, taken, needed) or found
                 if found and found.estimate.verdict == "fits":
                     break
             if found:
                 return rung, found
         return None
 
-    def _try(
+    def try_change(
         self, change: Change, taken: Mapping[str, object], needed: Estimate
     ) -> Alternative | None:
+        """`change` on top of `taken`; None where it saves nothing or may not be made."""
         name, keys, trade = change
         if any(
             key in self.keep or (self.only is not None and key not in self.only) for key in keys

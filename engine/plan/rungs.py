@@ -153,15 +153,18 @@ def narrow_adapter(config: RunConfig, place: Place) -> Iterator[Change]:
 def layers_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
     """As few of the frozen layers as will do wait in RAM; all where that is not enough."""
     waits = place.device.has_ram_beside and config.adapter and config.gradient_checkpointing
-    if not waits or config.layer_offloading:
-        return
     layers = widths(place.architecture.table).layers
+    now = (config.offloaded_layers or layers) if config.layer_offloading else 0
+    if not waits or now >= layers:
+        return
 
     def keys(count: int) -> dict[str, object]:
         return {"layer_offloading": True, "offloaded_layers": count if count < layers else None}
 
     least, enough = SLOTS, layers
-    if place.needs(changed(config, keys(enough))).verdict == "fits":
+    if now:  # some were not enough: twice as many
+        enough = min(layers, 2 * now)
+    elif place.needs(changed(config, keys(enough))).verdict == "fits":
         while enough - least > 1:
             middle = (least + enough) // 2
             fits = place.needs(changed(config, keys(middle))).verdict == "fits"

@@ -32,6 +32,9 @@ merge     an adapter put into its base's weights
 shards    safetensors files written as a stream
 session   lock, events, control and signals of one process
 meter     speed and peak memory
+shortage  which errors mean that memory ran out
+shortfall what is told then, and what makes room
+fitcheck  what a config really takes, measured on random weights
 demo      the embedded tiny base models
 """
 

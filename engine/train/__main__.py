@@ -125,10 +125,10 @@ def explain(error: Exception) -> UserError:
         )
     if is_shortage(error):
         return WorkError(
-            "The run needed more memory than there is.",
+            "There is not as much memory as this needs.",
             f"The system says: {words_of(error)}.",
-            "Set gradient_checkpointing: true or adapter: qlora and resume, or start a new run "
-            "with a lower micro_batch_size or sequence_len.",
+            "Close other programs, or use a larger machine; `windtunnel estimate` shows what each "
+            "part takes.",
         )
     if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
         return WorkError(

@@ -27,12 +27,14 @@ from engine.train.forward import Model, head_module, head_of, hidden_states
 from engine.train.generate import generate, readable
 from engine.train.loss import summed_cross_entropy
 from engine.train.measure import Measures
-from engine.train.meter import Meter, peak_memory_bytes
+from engine.train.meter import Meter, held_memory_bytes, peak_memory_bytes
 from engine.train.model import Base
 from engine.train.offload import head_for_loss
 from engine.train.optim import build_optimizer, learning_rate, set_learning_rate, take_step
 from engine.train.prompts import Prompt
 from engine.train.session import Session
+from engine.train.shortage import is_shortage
+from engine.train.shortfall import MemoryRanOut, describe, in_a_step
 from engine.train.watchdog import LossWatch
 from engine.train.weights import export_trained, load_trained, trained_parameters
 
@@ -99,7 +101,7 @@ class Training:
             self.between_steps(prompts)
             if self.session.stopping:
                 break
-            self.step(number, batch)
+            self.try_step(number, batch)
             due = every_eval is not None and number % every_eval == 0 and number < last
             if due:
                 self.sample(prompts, "during")
@@ -139,6 +141,19 @@ class Training:
             self.session.emit(event)
         self.session.emit(Saved(self.position.step, exported.name))
         self.session.emit(Ended("finished", self.position.step))
+
+    def try_step(self, number: int, batch: StepBatch) -> None:
+        """One optimizer step; MemoryRanOut, with what was held, where it did not fit."""
+        try:
+            self.step(number, batch)
+        except Exception as error:
+            if not is_shortage(error):
+                raise
+            told = describe(
+                error, f"step {number}", held_memory_bytes(self.base.device), self.session.run
+            )
+            # From nothing: the error's own frames hold the memory of the step.
+            raise MemoryRanOut(in_a_step(told, self, number, batch)) from None
 
     def step(self, number: int, batch: StepBatch) -> None:
         """One optimizer step and its event."""

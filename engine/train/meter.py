@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from engine.plan.memory.formula import PROCESS_BYTES
+
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak bytes allocated on the card, or the process's peak resident bytes on a CPU."""
@@ -17,6 +19,14 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def held_memory_bytes(device: torch.device) -> int:
+    """Bytes allocated on the card now; on a CPU what the process held at most, less what it takes
+    before it loads anything."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return max(0, peak_memory_bytes(device) - PROCESS_BYTES)
 
 
 class Meter:

@@ -4,6 +4,7 @@ Apart from `loop`, which knows only steps: here the pieces are fetched, checked 
 and put together, each with a `phase` event, so that a person sees what is waited for.
 """
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +22,8 @@ from engine.config import DatasetConfig, RunConfig, read_config
 from engine.data.pack import Indices
 from engine.data.prepare import Progress, default_store, label_rule, prepare
 from engine.data.prepared import Prepared
-from engine.events import Note, Phase, Started
+from engine.events import Note, Phase, Shortage, Started
+from engine.launch import change_config
 from engine.plan import remarks
 from engine.plan.memory.moments import ANSWER_TOKENS, SAMPLE_TOKENS
 from engine.publish.facts import find_base
@@ -33,21 +35,72 @@ from engine.train.images import refuse_unread
 from engine.train.loop import Training
 from engine.train.lora import attach_lora, choose_trained
 from engine.train.measure import Measures
+from engine.train.meter import held_memory_bytes
 from engine.train.model import Base, load_base, pick_device
 from engine.train.prompts import ask, ask_about_images, ask_by_default
 from engine.train.session import Session
+from engine.train.shortage import is_shortage
+from engine.train.shortfall import (
+    MemoryRanOut,
+    describe,
+    device_of_the_run,
+    sentences,
+    with_way_out,
+)
 from engine.train.weights import trained_parameters
 
 PROGRESS_SECONDS = 0.5
 """Between two words on downloading, tokenizing or loading."""
+PLACES = {
+    "load": "loading the model",
+    "evaluate": "an evaluation",
+    "save": "a save",
+    "export": "the export",
+}
+"""Phases in which memory can run out, in words."""
 PACKAGES = ("windtunnel", "torch", "transformers", "peft", "bitsandbytes", "mistral_common")
 
 
 def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> None:
     """Carry out the run of `session`'s folder; returns after its `ended` event.
 
-    Raises UserError and WorkError with the sentence for the person.
+    Where memory runs out and the config has `auto_fit`, it goes on from the last checkpoint with
+    the next change that saves some and alters no result, as often as there is one. Raises UserError
+    and WorkError with the sentence for the person.
     """
+    device = device_of_the_run()
+    while told := _try(session, resume=resume, checkpoint=checkpoint):
+        # Nothing of the failed attempt is alive any more: its frames ended with it.
+        gc.collect()
+        torch.cuda.empty_cache()
+        config = read_config(session.run.config).config
+        told = with_way_out(told, config, read_architecture(session.base_folder), device)
+        told = replace(told, taken=config.auto_fit and bool(told.changes))
+        session.emit(told)
+        if not told.taken:
+            raise sentences(told, session.run)
+        values = [f"{key}={value}" for key, value in told.changes.items()]
+        change_config(session.run, values)
+        words = f"memory ran out in {told.where}: goes on with {' '.join(values)}, {told.trade}"
+        session.emit(Note("warning", words))
+        resume, checkpoint = True, None
+
+
+def _try(session: Session, *, resume: bool, checkpoint: str | None) -> Shortage | None:
+    """Carry the run out; what there is to tell where memory runs out on the way."""
+    try:
+        _carry_out(session, resume=resume, checkpoint=checkpoint)
+    except MemoryRanOut as error:
+        return error.told
+    except Exception as error:
+        if not is_shortage(error) or session.base_folder == session.run.path:
+            raise
+        where = PLACES.get(session.doing, "preparing the run")
+        return describe(error, where, held_memory_bytes(pick_device()), session.run)
+    return None
+
+
+def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> None:
     file = read_config(session.run.config)
     for finding in file.require_supported():
         session.emit(Note("info", finding.sentence()))

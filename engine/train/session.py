@@ -29,6 +29,8 @@ class Session:
         self.base_folder: Path = run.path
         """Folder of the base model, known once it is located."""
         self._events, self._control, self._signals, self._sleep = events, control, signals, sleep
+        self.doing = ""
+        """Name of the newest phase."""
         self.paused = False
         """Whether a command asked to wait between two steps."""
         self._stop_asked = False
@@ -38,6 +40,7 @@ class Session:
         """Write one event. At each phase commands are taken in too: loading can take minutes."""
         self._events.emit(event)
         if isinstance(event, Phase):
+            self.doing = event.name
             self.read()
 
     @property

@@ -4,10 +4,14 @@ Apart, and without torch, because they come from the computer, from CUDA and fro
 asked last, and because a run and a measurement answer them differently.
 """
 
+import re
+
 from engine.visible import visible
 
 # torch's allocator on a CPU raises a plain RuntimeError; the other words are CUDA's.
 _WORDS = ("can't allocate memory", "out of memory")
+_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)")
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def is_shortage(error: BaseException) -> bool:
@@ -19,3 +23,9 @@ def words_of(error: BaseException) -> str:
     """The first two sentences of what the system says, without the last full stop."""
     said = visible(next(iter(str(error).splitlines()), "") or type(error).__name__, one_line=True)
     return ". ".join(said.rpartition("DefaultCPUAllocator: ")[2].split(". ")[:2]).rstrip(".")
+
+
+def asked_bytes(error: BaseException) -> int | None:
+    """What was asked for when memory ran out, as torch says it; None where it does not."""
+    found = _ASKED.search(str(error))
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None

@@ -10,8 +10,10 @@ from engine.cli import fit, main, print_sentence
 from engine.errors import UserError
 from engine.plan.measured import HOME_VARIABLE
 from tests.extras import needs_trainer
+from tests.fakes.processes import ROOT
 
 Out = pytest.CaptureFixture[str]
+DEMO = ROOT / "presets" / "recipes" / "demo-tiny" / "lora.yml"
 
 
 @pytest.fixture(autouse=True)
@@ -129,10 +131,19 @@ def test_a_wrong_request_starts_nothing(config: str, words: list[str], capfd: Ou
 
 @needs_trainer
 @pytest.mark.slow
-def test_a_real_process_measures_the_embedded_model(config: str, capfd: Out) -> None:
-    assert main(["fit", config, "--json"]) == 0
+def test_a_real_process_measures_the_demo_on_its_own_rows(
+    capfd: Out, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["fit", str(DEMO), "--steps", "2", "--json"]) == 0
     document = json.loads(capfd.readouterr().out)
-    assert document["peak_allocated_bytes"] == pytest.approx(document["formula_bytes"], rel=0.1)
-    assert (document["whole"], document["own_rows"]) == (True, False)
-    assert len(document["losses"]) == 3
+    assert abs(document["difference"]) < 0.1
+    assert (document["whole"], document["own_rows"]) == (True, True)
+    assert len(document["losses"]) == 2
+    assert document["run_seconds"] > 0
     assert document["device_bytes"] > document["peak_allocated_bytes"]
+    assert main(["estimate", str(DEMO), "--json"]) == 0
+    plan = json.loads(capfd.readouterr().out)
+    assert plan["tokens_per_second"] == pytest.approx(document["tokens_per_second"])
+    assert plan["duration"]["source"] == "measured"

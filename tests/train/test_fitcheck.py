@@ -49,6 +49,7 @@ WIDE = MINISTRAL3 | {
 PACKED = {"sequence_len": 512, "sample_packing": True, "gradient_accumulation_steps": 2}
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 16}
 QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True}
+CHECKPOINTED = {"gradient_checkpointing": True}
 MIB = 2**20
 
 
@@ -93,14 +94,32 @@ def memory_at_most(more_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": LORA,
+    "lora, checkpointed": LORA | CHECKPOINTED,
+    "lora, one row a sequence": LORA | {"sample_packing": False},
+    "lora, rank 64": LORA | CHECKPOINTED | {"lora_r": 64},
+    "lora, 8-bit states": LORA | {"optimizer": "adamw_bnb_8bit"},
+    "qlora": QLORA,
+    "qlora, checkpointed": QLORA | CHECKPOINTED,
+    "full": {},
+    "full, checkpointed": CHECKPOINTED,
+}
+RARE = ("lora, one row a sequence", "lora, rank 64", "lora, 8-bit states")
+
+
 class TestTheFormula:
-    @pytest.mark.parametrize("checkpointing", [False, True])
-    @pytest.mark.parametrize("keys", [LORA, QLORA, {}], ids=["lora", "qlora", "full"])
+    @pytest.mark.parametrize(
+        "keys",
+        [
+            pytest.param(keys, id=name, marks=pytest.mark.slow if name in RARE else ())
+            for name, keys in METHODS.items()
+        ],
+    )
     def test_the_measured_peak_is_within_a_tenth_of_the_formulas(
-        self, wide: Path, tmp_path: Path, keys: dict[str, Any], checkpointing: bool
+        self, wide: Path, tmp_path: Path, keys: dict[str, Any]
     ) -> None:
-        more = {"gradient_checkpointing": checkpointing, "micro_batch_size": 2}
-        config = settings(wide, **PACKED, **keys, **more)
+        config = settings(wide, **PACKED | {"micro_batch_size": 2} | keys)
         fitted = told(tmp_path / "run", config)[-1]["fitted"]
         formula = estimate(config, read_architecture(wide), cpu())
         steps = max(formula.moments[name] for name in ("backward pass", "loss", "optimizer step"))

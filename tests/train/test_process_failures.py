@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import os
-import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -23,7 +22,6 @@ from tests.train.processes import (
     VOCABULARY,
     Workshop,
     at_folder,
-    at_step,
     evaluations,
     events_of,
     figures,
@@ -216,23 +214,6 @@ def test_a_trainer_without_torch_says_what_to_install(workshop: Workshop, tmp_pa
     process = launch(run, detach=True, environment={"PYTHONPATH": path})
     assert process.wait(60) == 1
     assert_told(run, "Training needs the package torch", "pip install 'windtunnel[train]'")
-
-
-def limit_memory(more_bytes: int) -> None:
-    """From the first step on, let this process map only so much more than it has then."""
-
-    def limit() -> None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * os.sysconf("SC_PAGESIZE") + more_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-    at_step(1, limit)
-
-
-def test_a_run_that_needs_too_much_memory_is_told_what_to_change(workshop: Workshop) -> None:
-    run = workshop.new(micro_batch_size=32, sample_packing=False)
-    assert finish(run, before=functools.partial(limit_memory, 4 * 2**20)) == 1
-    assert_told(run, "more memory than there is", "tried to allocate", "gradient_checkpointing")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from textual.pilot import Pilot
 
-from engine.events import Drift, Ended, Eval, Note, Phase, Recorded, Sample
+from engine.events import Drift, Ended, Eval, EventWriter, Note, Phase, Recorded, Sample, Shortage
 from engine.runs import Follower, RunFolder, RunLock, Status
 from tests.tui.screens import assert_golden, screen_text, wait_for_text
 from tests.tui.told_runs import BEGAN, ToldRun, step_event, told_run
@@ -71,6 +71,46 @@ def test_a_run_that_has_finished(tmp_path: Path) -> None:
         assert_golden("train-done-80x24", screen_text(pilot.app))
 
     shown(told_run(tmp_path / "support-magistral-1", 99, Ended("finished", 99)), work, alive=False)
+
+
+OUT_OF_MEMORY = Shortage(
+    62,
+    "step 62",
+    held_bytes=int(21.9 * 2**30),
+    asked_bytes=int(2.6 * 2**30),
+    predicted_bytes=int(19.8 * 2**30),
+    parts={"weights": int(13.4 * 2**30), "activations": int(6.9 * 2**30)},
+    predicted_parts={"weights": int(13.4 * 2**30), "activations": int(3.8 * 2**30)},
+    grew="activations",
+    longest="rows.jsonl line 1877, 8,012 tokens",
+    changes={"micro_batch_size": "1", "gradient_accumulation_steps": "2"},
+    trade="the same result, slower",
+    saves_bytes=int(1.8 * 2**30),
+)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+def test_a_run_without_memory_offers_what_makes_room(tmp_path: Path, size: tuple[int, int]) -> None:
+    run = told_run(tmp_path / "support-magistral-1")
+    end = Ended(
+        "failed",
+        61,
+        "Memory ran out in step 62: 21.9 GiB were held and 2.6 GiB more were asked for.",
+        "19.8 GiB were predicted for its fullest moment. Furthest above that are the activations, "
+        "by 3.1 GiB. The longest row of the batch is rows.jsonl line 1877, 8,012 tokens.",
+        "Go on with 1.8 GiB less, the same result, slower: `windtunnel resume "
+        "support-magistral-1 micro_batch_size=1 gradient_accumulation_steps=2`.",
+    )
+    with EventWriter(run.events, clock=lambda: NOW) as writer:
+        writer.emit(OUT_OF_MEMORY)
+        writer.emit(end)
+
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "go on with micro_batch_size 1")
+        await pilot.pause()
+        assert_golden(f"train-memory-{size[0]}x{size[1]}", screen_text(pilot.app))
+
+    shown(run, work, size, alive=False)
 
 
 def test_a_run_that_failed_says_what_why_kept_and_what_can_be_done(tmp_path: Path) -> None:

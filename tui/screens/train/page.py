@@ -80,6 +80,7 @@ class TrainPage(Page):
         Binding("c", "ask('save')", "save now", show=False),
         Binding("s", "stop", "stop and save", show=False),
         Binding("r", "resume", "resume", show=False),
+        Binding("f", "make_room", "make room and go on", show=False),
         Binding("v", "samples", "all samples", show=False),
         Binding("l", "log", "the log", show=False),
         Binding("z", "maximise", "maximise a pane", show=False),
@@ -205,6 +206,16 @@ class TrainPage(Page):
             self._changed = True
             self.run_worker(self._resume, thread=True)
 
+    def action_make_room(self) -> None:
+        """Go on with the change that saves memory and alters no result."""
+        told = self._history.shortage
+        if told is None or not told.changes or self._resuming or self._status in _ALIVE:
+            return
+        self._resuming = True
+        self._changed = True
+        changes = [f"{key}={value}" for key, value in told.changes.items()]
+        self.run_worker(partial(self._resume, changes), thread=True)
+
     def action_samples(self) -> None:
         columns = max(20, self.size.width - 6)
         texts = [
@@ -261,9 +272,9 @@ class TrainPage(Page):
         worker = get_current_worker()
         follow_run(self._folder, self.post_message, lambda: worker.is_cancelled)
 
-    def _resume(self) -> None:
+    def _resume(self, changes: Sequence[str] = ()) -> None:
         try:
-            resume_run(self._folder, timeout_seconds=_RESUME_SECONDS)
+            resume_run(self._folder, changes=changes, timeout_seconds=_RESUME_SECONDS)
         except UserError as error:
             self.post_message(WorkRefused(error))
         else:
@@ -328,6 +339,8 @@ class TrainPage(Page):
         actions.append(("show the log", self.action_log))
         if last:
             actions.insert(0, (f"resume from {last.rsplit('/', 1)[-1]}", self.action_resume))
+        if words := wording.room_words(self._history.shortage):
+            actions.insert(0, (words, self.action_make_room))
         kept = f"{last} is whole." if last else "nothing was saved yet."
         self.show_problem(_end_of(self._history, self._folder), kept=kept, actions=actions)
 

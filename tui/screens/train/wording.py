@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from engine.events import Phase
+from engine.events import Phase, Shortage
 from engine.runs import Status, Word
+from engine.units import gib
 from tui.history import History, phase_words
 
 SILENT_SECONDS: Final = 30.0
@@ -217,3 +218,11 @@ def _share(history: History) -> float | None:
 
 def _elapsed(history: History) -> str:
     return duration(history.last_time - history.began_time)
+
+
+def room_words(told: Shortage | None) -> str:
+    """What makes room after memory ran out, and what it costs; empty where nothing does."""
+    if told is None or not told.changes or told.taken:
+        return ""
+    values = ", ".join(f"{key} {value}" for key, value in told.changes.items())
+    return f"go on with {values}: {gib(told.saves_bytes)} less; {told.trade}"

@@ -1,0 +1,175 @@
+"""Memory that runs out: what is told, what makes room, and that a run goes on as if it had not."""
+
+import functools
+import json
+import re
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from engine.cli import main
+from engine.events import Note, Saved, Shortage
+from engine.runs import RunFolder, read_steps
+from engine.train.shortage import asked_bytes, is_shortage, words_of
+from tests.train.processes import (
+    LORA,
+    Workshop,
+    at_step,
+    events_of,
+    figures,
+    finish,
+    last_end,
+)
+
+KEYS = LORA | {
+    "lora_dropout": 0.0,
+    "max_steps": 4,
+    "save_steps": 1,
+    "sample_packing": False,
+    "micro_batch_size": 32,
+    "gradient_accumulation_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("shortage"), KEYS)
+
+
+def hold_at_most(tokens: int, *, from_step: int = 1) -> None:
+    """From a step on, a forward and backward pass of more tokens asks torch's allocator for more
+    than there is, as one on a small card does."""
+    from engine.train import loop
+
+    began, compute = False, loop.hidden_states
+
+    def begin() -> None:
+        nonlocal began
+        began = True
+
+    def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if began and batch["input_ids"].numel() > tokens:
+            torch.empty(2**50, dtype=torch.uint8)
+        return compute(model, batch)
+
+    loop.hidden_states = hidden_states
+    at_step(from_step, begin)
+
+
+def small_card(tokens: int = 1000, from_step: int = 1) -> Callable[[], None]:
+    return functools.partial(hold_at_most, tokens, from_step=from_step)
+
+
+def shortages(run: RunFolder) -> list[Shortage]:
+    return [event for event in events_of(run) if isinstance(event, Shortage)]
+
+
+class TestWithoutAutoFit:
+    def test_it_ends_with_what_was_held_and_the_next_rung_as_a_command(
+        self, workshop: Workshop
+    ) -> None:
+        run = workshop.new()
+        planned = {"peak_allocated_bytes": 10**6, "parts": {"linear": 900_000, "layer": 100_000}}
+        run.plan.write_text(json.dumps({"estimate": planned}), "utf-8")
+        assert finish(run, before=small_card()) == 1
+        (told,) = shortages(run)
+        assert told.predicted_bytes == 10**6
+        assert told.predicted_parts == {"weights": 900_000, "activations": 100_000}
+        assert told.step == 1
+        assert told.asked_bytes
+        assert sum(told.parts.values()) >= told.held_bytes
+        assert told.parts["weights"] > 0 < told.parts["adapter"]
+        assert re.fullmatch(r"rows\.jsonl line \d+, \d+ tokens", told.longest)
+        assert told.changes == {"micro_batch_size": "16", "gradient_accumulation_steps": "2"}
+        assert told.saves_bytes > 0
+        assert not told.taken
+        end = last_end(run)
+        assert end.what.startswith("Memory ran out in step 1: ")
+        assert "more were asked for" in end.what
+        assert "1.0 MiB were predicted for its fullest moment." in end.why
+        assert f"above that are the {told.grew}, by " in end.why
+        assert told.longest in end.why
+        assert f"`windtunnel resume {run.path} micro_batch_size=16 " in end.fix
+
+    def test_the_command_goes_on_to_the_steps_of_a_run_that_never_stopped(
+        self, workshop: Workshop, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        run = workshop.new()
+        assert finish(run, before=small_card(from_step=3)) == 1
+        assert [step.step for step in read_steps(run)] == [1, 2]
+        (command,) = re.findall(r"`windtunnel (.*)`", last_end(run).fix)
+        assert main(shlex.split(command)) == 0
+        capfd.readouterr()
+        assert last_end(run).outcome == "finished"
+        kept = sorted(path.name for path in run.path.glob("config*.yml"))
+        assert kept == ["config-1.yml", "config.yml"]
+        whole = workshop.finished()
+        assert [f[0] for f in figures(run)] == [f[0] for f in figures(whole)]
+        for after, before in zip(figures(run), figures(whole), strict=True):
+            assert after == pytest.approx(before, rel=1e-4)
+
+    def test_what_would_make_another_run_of_it_is_refused(
+        self, workshop: Workshop, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        run = workshop.new()
+        assert finish(run, before=small_card(from_step=2)) == 1
+        assert main(["resume", str(run.path), "lora_r=2"]) == 2
+        assert "lora_r cannot change while a run goes on." in capfd.readouterr().err
+
+
+class TestWithAutoFit:
+    def test_it_takes_the_rungs_itself_and_goes_on_from_the_last_save(
+        self, workshop: Workshop
+    ) -> None:
+        run = workshop.new(auto_fit=True)
+        assert finish(run, before=small_card(from_step=3)) == 0
+        told = shortages(run)
+        assert [each.changes["micro_batch_size"] for each in told] == ["16", "8"]
+        assert all(each.taken for each in told)
+        assert told[0].step == 3
+        assert last_end(run).outcome == "finished"
+        notes = [e.text for e in events_of(run) if isinstance(e, Note)]
+        assert any("goes on with micro_batch_size=16" in text for text in notes)
+        config = run.config.read_text("utf-8")
+        assert '"micro_batch_size": 32' not in config
+        assert '"auto_fit": true' in config
+        saved = [e.step for e in events_of(run) if isinstance(e, Saved)]
+        assert saved == [1, 2, 3, 4, 4], "no step is made twice"
+        whole = workshop.finished()
+        for after, before in zip(figures(run), figures(whole), strict=True):
+            assert after == pytest.approx(before, rel=1e-4)
+
+    def test_without_another_rung_it_ends_all_the_same(self, workshop: Workshop) -> None:
+        keys = {"micro_batch_size": 1, "sequence_len": 1024, "gradient_checkpointing": True}
+        run = workshop.new(auto_fit=True, **keys)
+        assert finish(run, before=small_card(0)) == 1
+        assert shortages(run)
+        assert not shortages(run)[-1].taken
+        assert last_end(run).outcome == "failed"
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.6 GiB"
+            " of which 1.12 GiB is free.",
+            int(2.5 * 2**30),
+        ),
+        (
+            "[enforce fail at alloc_cpu.cpp:128] . DefaultCPUAllocator: can't allocate memory: you "
+            "tried to allocate 16384000 bytes. Error code 12 (Cannot allocate memory)",
+            16_384_000,
+        ),
+        ("out of memory", None),
+    ],
+)
+def test_what_the_system_says(words: str, asked: int | None) -> None:
+    error = RuntimeError(words)
+    assert is_shortage(error)
+    assert asked_bytes(error) == asked
+    assert "enforce" not in words_of(error)
+    assert not is_shortage(RuntimeError("shapes do not match"))
