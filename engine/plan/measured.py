@@ -187,6 +187,7 @@ def store(found: Measurement, folder: Path | None = None) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(asdict(found), indent=1) + "\n", "utf-8")
         partial.replace(path)
+        _read_all.cache_clear()  # two files may appear within one tick of the folder's clock
     except OSError as error:
         raise WorkError(
             f"The measurement could not be written to {visible(str(place), one_line=True)}.",

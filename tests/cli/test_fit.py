@@ -1,46 +1,149 @@
-"""`windtunnel fit` as a person types it: a real process, its figures, and where they are kept."""
+"""`fit` on the command line: what it prints, where figures are kept, and how it fails."""
 
 import json
 from pathlib import Path
 
+import cyclopts
 import pytest
 
-from engine.cli import main
+from engine.cli import fit, main, print_sentence
+from engine.errors import UserError
 from engine.plan.measured import HOME_VARIABLE
+from tests.extras import needs_trainer
 from tests.fakes.processes import ROOT
 
-pytest.importorskip("torch")
+Out = pytest.CaptureFixture[str]
 DEMO = ROOT / "presets" / "recipes" / "demo-tiny" / "lora.yml"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "measured"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
     return tmp_path / "measured"
 
 
-def test_the_demo_is_measured_kept_and_believed(
-    home: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    (tmp_path / "tiny.yml").write_text(
+        "base_model: demo-tiny\n"
+        "datasets: [{path: rows.jsonl, type: chat_template}]\n"
+        "adapter: lora\nsequence_len: 64\nsample_packing: true\n"
+    )
+    return "tiny.yml"
+
+
+def command(*words: str) -> int:
+    """One command line, with a process that needs no torch."""
+    app = cyclopts.App(result_action="return_value")
+    fit.register(app, module="tests.fakes.fitter")
+    try:
+        status: int = app(["fit", *words], exit_on_error=False, print_error=False)
+    except UserError as error:
+        print_sentence(error)
+        return error.exit_status
+    return status
+
+
+def test_a_person_reads_what_was_built_measured_and_kept(
+    config: str, home: Path, capfd: Out
 ) -> None:
-    assert main(["fit", str(DEMO), "--steps", "2", "--keep", str(tmp_path / "ours"), "--json"]) == 0
-    printed = json.loads(capfd.readouterr().out)
-    assert printed.keys() >= {"peak_allocated_bytes", "tokens_per_second", "estimate"}
-    assert abs(printed["difference"]) < 0.10
-    assert [Path(path).parent for path in printed["kept"]] == [home, tmp_path / "ours"]
-    assert all(Path(path).is_file() for path in printed["kept"])
-    assert printed["whole"]
-    assert printed["own_rows"]
-    assert printed["run_seconds"] > 0
+    assert command(config) == 0
+    printed = capfd.readouterr()
+    assert "64 tokens at once of your rows, on this computer's CPU\n" in printed.out
+    assert "of RAM at most" in printed.out
+    assert "measured is +25.0% from it" in printed.out
+    assert "2,000  tokens/s" in printed.out
+    assert "7,200 steps, evaluations aside" in printed.out
+    (kept,) = home.iterdir()
+    assert printed.out.endswith(f"Kept in {kept}\n")
+    assert "3 steps␛[31m" in printed.err
+
+
+def test_a_part_of_a_model_says_what_it_stands_for(
+    config: str, capfd: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_PART", "1")
+    assert command(config) == 0
+    out = capfd.readouterr().out
+    assert "2 of 3 layers, all widths divided by 4: it checks the formula" in out
+    assert "of random tokens" in out
+    assert "the whole run" not in out
+
+
+def test_json_is_one_document_with_what_the_contract_names(
+    config: str, capfd: Out, tmp_path: Path
+) -> None:
+    assert command(config, "--json", "--keep", str(tmp_path / "ours")) == 0
+    printed = capfd.readouterr()
+    document = json.loads(printed.out)
+    assert not printed.err
+    assert document["peak_allocated_bytes"] == document["formula_bytes"] * 5 // 4
+    assert document["tokens_per_second"] == 2000.0
+    assert document["estimate"]["parts"]
+    assert document["difference"] == pytest.approx(0.25, abs=1e-6)
+    assert [Path(path).is_file() for path in document["kept"]] == [True, True]
+    assert Path(document["kept"][1]).parent == tmp_path / "ours"
+
+
+def test_events_are_lines_of_the_vocabulary(config: str, capfd: Out) -> None:
+    assert command(config, "--events") == 0
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line["type"] for line in lines] == ["phase", "note"]
+    assert [line["seq"] for line in lines] == [0, 1]
+
+
+def test_changes_reach_the_measurement(config: str, capfd: Out) -> None:
+    assert command(config, "sequence_len=32", "--steps", "5") == 0
+    printed = capfd.readouterr()
+    assert "32 tokens at once" in printed.out
+    assert "5 steps" in printed.err
+
+
+def test_what_does_not_fit_leaves_with_3_and_keeps_nothing(
+    config: str, home: Path, capfd: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_FAILS", "It does not fit: memory ran out in step 1.")
+    assert command(config) == 3
+    lines = capfd.readouterr().err.splitlines()[-3:]
+    assert lines == ["It does not fit: memory ran out in step 1.", "It was full.", "Use less."]
+    assert not home.exists()
+
+
+def test_a_plan_knows_the_figure_from_then_on(
+    config: str, capfd: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["estimate", config, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["tokens_per_second"] is None
+    assert command(config, "--json") == 0
+    assert main(["estimate", config, "--json"]) == 0
+    *_, last = capfd.readouterr().out.splitlines()
+    assert json.loads(last)["tokens_per_second"] == 2000.0
+
+
+@pytest.mark.parametrize("words", [["gone.yml"], ["tiny.yml", "nonsense=1"]])
+def test_a_wrong_request_starts_nothing(config: str, words: list[str], capfd: Out) -> None:
+    assert command(*words) == 2
+    assert len(capfd.readouterr().err.splitlines()) == 3
+
+
+@needs_trainer
+@pytest.mark.slow
+def test_a_real_process_measures_the_demo_on_its_own_rows(
+    capfd: Out, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["fit", str(DEMO), "--steps", "2", "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert abs(document["difference"]) < 0.1
+    assert (document["whole"], document["own_rows"]) == (True, True)
+    assert len(document["losses"]) == 2
+    assert document["run_seconds"] > 0
+    assert document["device_bytes"] > document["peak_allocated_bytes"]
     assert main(["estimate", str(DEMO), "--json"]) == 0
-    after = json.loads(capfd.readouterr().out)
-    assert after["tokens_per_second"] == pytest.approx(printed["tokens_per_second"])
-    assert after["duration"]["source"] == "measured"
-
-
-def test_a_config_that_cannot_be_read_is_a_sentence(
-    home: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    (tmp_path / "bad.yml").write_text("base_model: nope\n", "utf-8")
-    assert main(["fit", str(tmp_path / "bad.yml")]) == 2
-    assert "nope" in capfd.readouterr().err
+    plan = json.loads(capfd.readouterr().out)
+    assert plan["tokens_per_second"] == pytest.approx(document["tokens_per_second"])
+    assert plan["duration"]["source"] == "measured"

@@ -1,164 +1,254 @@
-"""A measured figure is found for the very same run, beats the formula there, and nowhere else."""
+"""Measured figures: found again for the very same run and for no other, and put in the plan."""
 
 import json
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from engine.catalog import Architecture, module_table
 from engine.config import RunConfig
-from engine.plan import Estimate, estimate
+from engine.errors import WorkError
+from engine.plan import Device, estimate
 from engine.plan.measured import (
     HOME_VARIABLE,
     INDIFFERENT,
-    RANGE,
     Measurement,
+    corrected,
     find_measured,
     key_of,
+    measured_home,
     step_bytes,
     store,
 )
-from tests.plan.machines import card, config, model
+from engine.units import GIB
+from tests.plan.machines import card, config, cpu, model
 
-H200 = card("H200")
-QLORA: dict[str, Any] = {
-    "adapter": "qlora",
-    "sequence_len": 2048,
-    "sample_packing": True,
-    "gradient_checkpointing": True,
-}
+H100 = card("H100 80GB")
+RUN = config(adapter="qlora", sequence_len=2048, sample_packing=True, gradient_checkpointing=True)
+TOKENS = 2048
+COUNTING = sorted(set(RunConfig.model_fields) - INDIFFERENT)
+ONCE = hypothesis_settings(
+    max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "measured"))
     return tmp_path / "measured"
 
 
-def measured(run: RunConfig, share: float = 1.05, name: str = "ministral-3-8b") -> Measurement:
-    needs = estimate(run, model(name), H200)
-    peak = int(step_bytes(needs) * share)
+def figure(peak: int = 9 * GIB, day: str = "2026-11-26", **changes: Any) -> Measurement:
+    """A measurement of `RUN`, of which `changes` are other arguments of its key."""
+    given: dict[str, Any] = {
+        "config": RUN,
+        "architecture": model("ministral-3-3b"),
+        "device": H100,
+        "tokens_at_once": TOKENS,
+        "image_tokens": 0,
+    }
     return Measurement(
-        key=key_of(run, model(name), H200, needs.tokens_at_once, 0),
-        model=name,
+        key=key_of(**given | changes),
+        model="Mistral3ForConditionalGeneration",
         peak_allocated_bytes=peak,
-        peak_reserved_bytes=int(peak * 1.02),
-        device_bytes=int(peak * 1.05),
-        load_peak_bytes=peak // 2,
-        tokens_per_second=4321.0,
-        formula_bytes=step_bytes(needs),
-        measured_at="2026-11-26",
+        peak_reserved_bytes=peak + GIB // 8,
+        device_bytes=peak + GIB,
+        load_peak_bytes=4 * GIB,
+        tokens_per_second=1234.5,
+        formula_bytes=10 * GIB,
+        measured_at=day,
     )
 
 
-def planned(run: RunConfig, name: str = "ministral-3-8b") -> Estimate:
-    return estimate(run, model(name), H200)
+def found(
+    config: RunConfig = RUN,
+    architecture: Architecture | None = None,
+    device: Device = H100,
+    tokens: int = TOKENS,
+    images: int = 0,
+) -> Measurement | None:
+    return find_measured(config, architecture or model("ministral-3-3b"), device, tokens, images)
 
 
-@pytest.mark.parametrize("share", [0.99, 1.0, 1.2])
-def test_it_beats_the_formula_and_says_so(home: Path, share: float) -> None:
-    run = config(**QLORA)
-    before, found = planned(run), measured(run, share)
-    store(found)
-    after = planned(run)
-    assert (before.source, after.source) == ("formula", "measured")
-    assert after.peak_allocated_bytes == found.peak_allocated_bytes
-    assert after.device_bytes == found.device_bytes
-    assert sum(after.parts.values()) == after.peak_allocated_bytes
-    assert after.uncertainty == pytest.approx(RANGE, abs=1e-6)
-    assert after.tokens_per_second == 4321.0
+def with_shapes(**text: Any) -> Architecture:
+    """Ministral 3 3B with other sizes."""
+    plain = model("ministral-3-3b")
+    content = {**plain.config, "text_config": {**plain.config["text_config"], **text}}
+    return replace(plain, config=content, table=module_table(content))
 
 
-def test_a_fuller_moment_than_the_steps_is_still_the_formulas(home: Path) -> None:
-    run = config(**QLORA)
-    store(replace(measured(run), peak_allocated_bytes=1))
-    after = planned(run)
-    assert after.source == "formula"
-    assert after.tokens_per_second == 4321.0
+class TestTheKey:
+    def test_what_is_stored_is_found_again_as_it_was(self, home: Path) -> None:
+        assert found() is None
+        path = store(figure())
+        assert path.parent == home
+        again = found()
+        assert again is not None
+        assert json.loads(json.dumps(asdict(again))) == json.loads(json.dumps(asdict(figure())))
 
+    @given(name=st.sampled_from(COUNTING))
+    @ONCE
+    def test_another_value_of_any_key_with_a_part_in_memory_is_another_run(self, name: str) -> None:
+        store(figure())
+        value: Any = 2 if name == "gradient_accumulation_steps" else ("something", "else")
+        assert found(RUN.model_copy(update={name: value})) is None
+        assert found() is not None
 
-CHANGED: dict[str, Any] = {
-    "lora_r": 8,
-    "lora_dropout": 0.1,
-    "micro_batch_size": 3,
-    "sequence_len": 1024,
-    "sample_packing": False,
-    "gradient_checkpointing": False,
-    "optimizer": "paged_adamw_8bit",
-    "bf16": False,
-    "peft_use_dora": True,
-    "peft_autocast_adapter_dtype": False,
-    "activation_offloading": True,
-    "layer_offloading": True,
-    "offload_embeddings": True,
-    "lora_target_modules": ["q_proj"],
-    "lora_modules_to_save": ["lm_head"],
-    "attn_implementation": "sdpa",
-    "gradient_accumulation_steps": 2,
-}
+    @given(name=st.sampled_from(sorted(INDIFFERENT)))
+    @ONCE
+    def test_other_keys_change_nothing(self, name: str) -> None:
+        store(figure())
+        assert found(RUN.model_copy(update={name: ("something", "else")})) is not None
 
+    def test_every_key_that_is_left_out_is_one_of_the_configs(self) -> None:
+        assert set(RunConfig.model_fields) >= INDIFFERENT
 
-@pytest.mark.parametrize("key", CHANGED)
-def test_another_value_that_has_a_part_in_memory_is_another_run(home: Path, key: str) -> None:
-    run = config(**QLORA)
-    store(measured(run))
-    keys = {key: CHANGED[key]}
-    if key == "gradient_checkpointing":
-        keys |= {"activation_offloading": None}
-    other = config(**QLORA | keys)
-    assert planned(other).source == "formula"
-    assert planned(run).source == "measured"
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.sampled_from(sorted(RunConfig.model_fields)))
-def test_every_key_either_counts_or_is_listed_as_having_no_part(name: str) -> None:
-    run = config(**QLORA)
-    assert (name in key_of(run, model("ministral-3-8b"), H200, 2048, 0)["run"]) == (
-        name not in INDIFFERENT
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda: found(device=card("RTX 4090")),
+            lambda: found(device=cpu()),
+            lambda: found(tokens=TOKENS + 1),
+            lambda: found(images=1),
+            lambda: found(architecture=model("ministral-3-8b")),
+            lambda: found(architecture=with_shapes(num_hidden_layers=25)),
+            # The same shapes of all parameters, cut into other heads.
+            lambda: found(architecture=with_shapes(num_attention_heads=16, head_dim=256)),
+            lambda: found(architecture=with_shapes(sliding_window=512)),
+        ],
     )
-    assert set(RunConfig.model_fields) >= INDIFFERENT
+    def test_another_model_place_or_batch_is_another_run(
+        self, change: Callable[[], Measurement | None]
+    ) -> None:
+        store(figure())
+        assert change() is None
+
+    def test_a_fine_tune_of_the_same_shapes_is_the_same_run(self) -> None:
+        store(figure())
+        tuned = replace(model("ministral-3-3b"), name="./my-own", card=None)
+        assert found(architecture=with_shapes(eos_token_id=7)) is not None
+        assert found(architecture=tuned) is not None
+
+    def test_more_forward_passes_than_two_change_nothing(self) -> None:
+        several = RUN.model_copy(update={"gradient_accumulation_steps": 4})
+        store(figure(config=several))
+        assert found(several.model_copy(update={"gradient_accumulation_steps": 16})) is not None
+        assert found() is None
+
+    def test_a_version_that_is_here_must_be_the_same_and_one_that_is_not_here_need_not(
+        self,
+    ) -> None:
+        measured = figure()
+        versions = measured.key["versions"]
+        here = next(name for name, number in versions.items() if number)
+        absent = next(name for name, number in versions.items() if not number)
+        older = {**measured.key, "versions": {**versions, here: "0.0"}}
+        store(replace(measured, key=older))
+        assert found() is None
+        elsewhere = {**measured.key, "versions": {**versions, absent: "9.9"}}
+        store(replace(measured, key=elsewhere))
+        assert found() is not None
 
 
-def test_another_model_card_length_or_version_is_another_run(home: Path) -> None:
-    run = config(**QLORA)
-    found = measured(run)
-    store(found)
-    tokens = found.key["tokens_at_once"]
-    assert find_measured(run, model("ministral-3-8b"), H200, tokens, 0) == found
-    assert find_measured(run, model("ministral-3-14b"), H200, tokens, 0) is None
-    assert find_measured(run, model("ministral-3-8b"), card("H100"), tokens, 0) is None
-    assert find_measured(run, model("ministral-3-8b"), H200, tokens + 1, 0) is None
-    assert find_measured(run, model("ministral-3-8b"), H200, tokens, 5) is None
-    (path,) = home.iterdir()
-    older = json.loads(path.read_text("utf-8"))
-    older["key"]["versions"]["peft"] = "0.1"
-    path.unlink()
-    (home / "older.json").write_text(json.dumps(older), "utf-8")
-    assert find_measured(run, model("ministral-3-8b"), H200, tokens, 0) is None
+class TestTheStore:
+    def test_the_newest_wins_and_the_same_key_has_one_file(self, home: Path) -> None:
+        store(figure(peak=9 * GIB))
+        store(figure(peak=8 * GIB, day="2026-11-27"))
+        assert len(list(home.iterdir())) == 1
+        again = found()
+        assert again is not None
+        assert again.peak_allocated_bytes == 8 * GIB
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"key": {}}'])
+    def test_a_damaged_file_costs_its_own_figure_only(self, home: Path, text: str) -> None:
+        store(figure())
+        (home / "damaged.json").write_text(text, "utf-8")
+        assert found() is not None
+
+    @pytest.mark.parametrize("peak", [-1, 0, "9", None, True])
+    def test_a_figure_that_is_no_size_is_not_believed(self, home: Path, peak: Any) -> None:
+        store(replace(figure(), peak_allocated_bytes=peak))
+        assert found() is None
+
+    def test_a_folder_that_cannot_be_written_is_said(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("in the way", "utf-8")
+        with pytest.raises(WorkError, match="could not be written"):
+            store(figure(), tmp_path / "file" / "folder")
+
+    def test_without_the_variable_it_lies_in_the_data_folder(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv(HOME_VARIABLE)
+        assert measured_home().name == "measured"
+        assert "windtunnel" in str(measured_home())
+
+    def test_no_path_of_the_person_is_in_a_file(self, tmp_path: Path) -> None:
+        private = RUN.model_copy(
+            update={"base_model": "/secret/model", "image_folder": "/secret/images"}
+        )
+        assert "secret" not in store(figure(config=private)).read_text("utf-8")
+
+    def test_what_ships_can_be_read_and_is_explained(self) -> None:
+        ours = files("presets") / "measured"
+        assert (ours / "README.md").is_file()
+        for entry in ours.iterdir():
+            if entry.name.endswith(".json"):
+                Measurement(**json.loads(entry.read_text("utf-8")))
+
+    @pytest.mark.parametrize("stored", [False, True])
+    def test_a_plan_asks_at_every_keystroke(self, stored: bool) -> None:
+        if stored:
+            store(figure())
+        assert bool(found()) == stored  # reads the store once
+        times = []
+        for _ in range(50):
+            started = time.perf_counter()
+            found()
+            times.append(time.perf_counter() - started)
+        assert min(times) < 0.0002
 
 
-def test_what_does_not_matter_to_memory_does_not_separate(home: Path) -> None:
-    store(measured(config(**QLORA)))
-    other = config(**QLORA, learning_rate=1e-5, num_epochs=3, seed=7, val_set_size=0.1)
-    assert planned(other).source == "measured"
+class TestThePlan:
+    def test_a_measured_peak_beats_the_formula_and_says_so(self) -> None:
+        plain = estimate(RUN, model("ministral-3-3b"), H100)
+        peak = step_bytes(plain) + GIB
+        store(figure(peak=peak))
+        plan = estimate(RUN, model("ministral-3-3b"), H100)
+        assert (plain.source, plan.source) == ("formula", "measured")
+        assert plan.peak_allocated_bytes == sum(plan.parts.values()) == peak
+        assert plan.device_bytes == peak + GIB
+        assert plan.tokens_per_second == 1234.5
+        assert plan.uncertainty == pytest.approx(0.02)
 
+    @given(share=st.floats(0.5, 2.0))
+    @hypothesis_settings(max_examples=50, deadline=None)
+    def test_the_parts_add_up_to_what_was_measured(self, share: float) -> None:
+        plain = estimate(config(adapter="lora"), model("ministral-3-3b"), H100)
+        plain = replace(plain, moments={"loss": plain.peak_allocated_bytes})
+        peak = int(plain.peak_allocated_bytes * share)
+        plan = corrected(plain, figure(peak=peak))
+        assert sum(plan.parts.values()) == plan.peak_allocated_bytes == peak
+        assert ("unexplained" in plan.parts) == (peak > plain.peak_allocated_bytes)
+        assert all(size >= 0 for size in plan.parts.values())
+        assert set(plain.parts) <= set(plan.parts)
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"key": 3}', ""])
-def test_a_damaged_file_only_costs_its_figure(home: Path, damage: str) -> None:
-    home.mkdir()
-    (home / "broken.json").write_text(damage, "utf-8")
-    run = config(**QLORA)
-    assert planned(run).source == "formula"
-    store(measured(run))
-    assert planned(run).source == "measured"
+    @pytest.mark.parametrize("over", [-2 * GIB, GIB])
+    def test_the_verdict_follows_the_measurement(self, over: int) -> None:
+        plain = estimate(RUN, model("ministral-3-3b"), H100)
+        plain = replace(plain, moments={"loss": plain.peak_allocated_bytes})
+        measured = replace(figure(), device_bytes=plain.can_give_bytes + over)
+        assert corrected(plain, measured).verdict == ("does not fit" if over > 0 else "fits")
 
-
-def test_a_newer_figure_replaces_the_older(home: Path) -> None:
-    run = config(**QLORA)
-    first, second = measured(run, 1.1), measured(run, 1.2)
-    assert store(first) == store(second)
-    assert planned(run).peak_allocated_bytes == second.peak_allocated_bytes
+    def test_a_moment_beside_the_steps_that_is_fuller_stays(self) -> None:
+        plain = estimate(RUN, model("ministral-3-3b"), H100)
+        plain = replace(plain, moments={**plain.moments, "evaluation": 30 * GIB})
+        plan = corrected(plain, figure(peak=20 * GIB))
+        assert plan == replace(plain, tokens_per_second=1234.5)
