@@ -281,7 +281,7 @@ def test_a_card_that_is_not_here_is_not_measured() -> None:
 
 
 @pytest.mark.slow
-def test_big_f_measures_here_and_the_plan_believes_it(
+def test_big_f_measures_here_and_keeps_the_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch")
@@ -292,10 +292,11 @@ def test_big_f_measures_here_and_the_plan_believes_it(
 
     async def act(pilot: Pilot[int]) -> None:
         await pilot.press("F")
-        await wait_for(pilot, lambda: list(tmp_path.glob("*.json")), seconds=120)
-        await wait_for(pilot, lambda: len(pilot.app._notifications) == 2)
+        await wait_for(
+            pilot,
+            lambda: any("measured peak" in told.message for told in pilot.app._notifications),
+            seconds=120,
+        )
 
     on_page(draft, act)
-    assert draft.advice().tokens_per_second
-    assert draft.advice().duration
-    assert draft.advice().duration.source == "measured"
+    assert list(tmp_path.glob("*.json"))
