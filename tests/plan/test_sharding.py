@@ -2,7 +2,8 @@
 
 import pytest
 
-from engine.plan import estimate
+from engine.plan import Estimate, estimate
+from engine.plan.memory import moment_parts
 from engine.plan.sharding import cards_laid_out, cards_needed
 from tests.plan.machines import config, model, sized
 
@@ -45,3 +46,39 @@ def test_a_card_too_small_for_one_layer_is_none_of_many() -> None:
 )
 def test_a_config_says_how_many_cards_it_is_for(keys: dict[str, object], count: int | None) -> None:
     assert cards_laid_out(config(**keys)) == count
+
+
+def on_each(name: str = "magistral-small-2506", **keys: object) -> Estimate:
+    return estimate(config(**FULL | FSDP | keys), model(name), sized(80))
+
+
+def test_a_card_holds_its_share_and_what_is_gathered() -> None:
+    whole = estimate(config(**FULL), model("magistral-small-2506"), sized(80))
+    each = on_each(dp_shard_size=8)
+    assert each.cards == 8
+    for part in ("linear", "gradients", "optimizer"):
+        assert each.parts[part] == pytest.approx(whole.parts[part] / 8, abs=2)
+    assert each.parts["activations"] == moment("activations") > 0
+    # Two layers of forty, and the embedding with the head, which stay gathered.
+    assert each.parts["gathered"] > whole.parts["embeddings"] + whole.parts["linear"] * 2 // 40
+
+
+def moment(part: str) -> int:
+    found = moment_parts(config(**FULL), model("magistral-small-2506"), sized(80), "backward pass")
+    return found[part]
+
+
+def test_more_copies_change_nothing_on_a_card() -> None:
+    plain, copies = (
+        on_each(dp_shard_size=8, dp_replicate_size=copies).parts for copies in (None, 4)
+    )
+    assert plain == copies
+
+
+def test_experts_that_are_spread_are_never_gathered() -> None:
+    gathered, spread = (
+        on_each("mistral-small-4", dp_shard_size=32, expert_parallel_size=size).parts
+        for size in (None, 32)
+    )
+    assert gathered["experts"] == spread["experts"]
+    assert gathered["gathered"] - spread["gathered"] > 8 * 2**30
