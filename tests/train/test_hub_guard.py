@@ -148,7 +148,7 @@ def test_the_hub_is_left_when_model_and_rows_are_there_and_not_before(
         seen.append((os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE))
         return write_rows(tmp_path / "rows", UNEVEN), {}
 
-    def load(*_: object) -> None:
+    def load(*_: object, **__: object) -> None:
         seen.append((os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE))
         raise Reached
 

@@ -108,11 +108,12 @@ class TestEyes:
 class TestHosted:
     def test_it_comes_and_goes_and_stays_the_same_tensor(self) -> None:
         numbers = torch.randn(64, 32)
-        parameter = nn.Parameter(numbers.clone(), requires_grad=False)
-        view = parameter[3]
+        parameter = nn.Parameter(numbers.clone())  # as loading makes them
+        view = parameter.detach()[3]
         hosted = Hosted(parameter, HostMemory(CPU).copy(parameter))
         for _ in range(2):
             assert (parameter.untyped_storage().nbytes(), hosted.present) == (0, False)
+            assert not hosted.host.requires_grad
             hosted.fill()
             assert torch.equal(parameter, numbers)
             assert torch.equal(view, numbers[3])

@@ -40,7 +40,7 @@ class HostMemory:
         block = self._blocks[place]
         self._blocks[place] = block[size:]
         host = block[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        host.copy_(tensor)
+        host.copy_(tensor.detach())
         return host
 
 
