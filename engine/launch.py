@@ -20,11 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from engine.config import override, read_config, write_config
 from engine.errors import UserError, WorkError
 from engine.events import Ack
 from engine.hardware import cuda_environment, read_machine
-from engine.plan import SAME_RESULT
 from engine.runs.control import ask
 from engine.runs.folder import RunFolder
 from engine.runs.lock import LAUNCH_VARIABLE, in_use, is_locked, read_claim
@@ -210,6 +208,10 @@ def change_config(run: RunFolder, changes: Sequence[str]) -> None:
     Raises UserError for a `key=value` that cannot be read, and for a key that would make another
     run of it.
     """
+    # Here and not above: whoever only starts or watches a run stays without pydantic.
+    from engine.config import override, read_config, write_config
+    from engine.plan import SAME_RESULT
+
     given = read_config(run.config)
     for change in changes:
         key = change.partition("=")[0]

@@ -233,7 +233,7 @@ class TestEstimate:
         assert counted["tokens_at_once"] == 4 * 70
         (config.parent / "rows.jsonl").unlink()
         _, out, _ = run(*plain)
-        assert "rows are taken to have sequence_len: 4,096 tokens (its rows could not be" in out
+        assert "rows are taken to have sequence_len: 2,048 tokens (its rows could not be" in out
         assert json.loads(run(*plain, "--json")[1])["rows_counted"] is None
 
     def test_what_does_not_fit_is_followed_by_the_ladder_and_by_larger_cards(
