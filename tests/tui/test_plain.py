@@ -355,7 +355,7 @@ def undone(**answers: object) -> Draft:
         (lambda: drafted("H100"), "is planned for and not here.", 2),
         (lambda: drafted(resume_from_checkpoint=True), "goes on with a run", 2),
         (lambda: without(drafted(), "torch"), "The training stack is not installed.", 2),
-        (lambda: undone(model="magistral-small-2509", device=small_gpu()), "It does not fit", 3),
+        (lambda: undone(model="mistral-medium-3.5", device=small_gpu()), "It does not fit", 3),
     ],
 )
 def test_why_a_run_cannot_start(make: Callable[[], Draft], what: str, status: int) -> None:
@@ -368,7 +368,7 @@ def test_why_a_run_cannot_start(make: Callable[[], Draft], what: str, status: in
 
 
 def small_gpu() -> object:
-    return replace(best_device(assume("8 GB")), planned=False)
+    return replace(best_device(assume("6 GB")), planned=False)
 
 
 @needs_trainer
