@@ -9,7 +9,6 @@ layer. The worst residual is kept beside them.
 
 import gc
 import itertools
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
@@ -23,12 +22,11 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import Ministral3Config, Ministral3ForCausalLM
 
 from engine.train.forward import hidden_states, use_checkpointing
 from engine.train.lora import leave_inputs_alone
+from tests.make.live_bytes import LiveBytes
 
 PAGE = Path(__file__).parents[2] / "presets" / "memory.yml"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -51,8 +49,6 @@ layers:
 LAYERS = 2
 VOCABULARY = 256
 """Small, so that embedding and loss vanish beside the layers."""
-ALLOCATION_BYTES = 512
-"""Granularity of PyTorch's CUDA allocator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,39 +125,6 @@ REGIMES = (
     Regime("bf16 lora, inference", torch.bfloat16, lora=True, inference=True),
     Regime("fp32 lora, inference", torch.float32, lora=True, inference=True),
 )
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that live, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.count(leaf)
-        return result
-
-    def count(self, tensor: torch.Tensor) -> None:
-        """Begin to count the storage of `tensor`, until it is freed."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        size = -(-storage.nbytes() // ALLOCATION_BYTES) * ALLOCATION_BYTES
-        self._sizes[key] = size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key)
-
-    def _free(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
 
 
 class _Product(torch.autograd.Function):

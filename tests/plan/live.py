@@ -1,11 +1,9 @@
-"""Counts the memory of real or fake tensors as a CUDA card would hold them.
+"""What a CUDA card's kernels take inside, where a fake or a CPU kernel would take something else.
 
-Separate from `oracle`, which builds models and runs steps: here is only the counting, and what the
-kernels of a card take inside, where a fake or a CPU kernel would take something else.
+Separate from `oracle`, which builds models and runs steps, and from the plain counter of bytes.
 """
 
 import itertools
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,28 +14,19 @@ from bitsandbytes.autograd._functions import MatMul8bitLt
 from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
 from torch import Tensor
 from torch.nn.attention import varlen
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionMaskInterface
 
 from engine.train import attention
 from engine.train.attention import TORCH_VARLEN, Segments
 from engine.train.experts import Groups
+from tests.make.live_bytes import LiveBytes
 
-ALLOCATION_BYTES = 512
-"""Granularity of PyTorch's CUDA allocator."""
 FLASH_ROWS = 128
 """Rows of padding for each sequence in what FlashAttention's backward pass adds up."""
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that live, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._held: dict[int, weakref.ref[Any]] = {}
-        self._sizes: dict[int, int] = {}
+class CardBytes(LiveBytes):
+    """Counts also what the kernels of a card take inside, by `INSIDES`."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -46,27 +35,7 @@ class LiveBytes(TorchDispatchMode):
         if inside is not None:
             with self:
                 return inside(*args, **(kwargs or {}))
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.count(leaf)
-        return result
-
-    def count(self, tensor: Tensor) -> None:
-        """Begin to count the storage of `tensor`, until it is freed."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        size = -(-storage.nbytes() // ALLOCATION_BYTES) * ALLOCATION_BYTES
-        self._sizes[key] = size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        self._held[key] = weakref.ref(storage, lambda _: self._free(key))
-
-    def _free(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
-        del self._held[key]
+        return super().__torch_dispatch__(function, types, args, kwargs)
 
 
 def _vectorwise_quant(states: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

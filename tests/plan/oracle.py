@@ -35,7 +35,8 @@ from engine.train.model import build_empty
 from engine.train.optim import build_optimizer
 from engine.train.quantize import swap_linears
 from engine.train.weights import trained_parameters
-from tests.plan.live import ALLOCATION_BYTES, CutCrossEntropy, LiveBytes, as_on_cuda
+from tests.make.live_bytes import ALLOCATION_BYTES
+from tests.plan.live import CardBytes, CutCrossEntropy, as_on_cuda
 
 VISION = ("vision_tower", "multi_modal_projector")
 PAGED_NUMBERS = 100_000
@@ -95,7 +96,7 @@ def dry_run(
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     with torch.device("meta"):
         model = build(architecture, config, dtype)
-    counter = LiveBytes()
+    counter = CardBytes()
     with (
         as_on_cuda(tokens_per_sequence, sequences, cuda),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -287,7 +288,7 @@ class Sizes(list[list[int]]):
 
 
 def passes(
-    model: Model, config: RunConfig, batch: dict[str, Any], counter: LiveBytes, *, fused: bool
+    model: Model, config: RunConfig, batch: dict[str, Any], counter: CardBytes, *, fused: bool
 ) -> tuple[int, int]:
     """Two passes as `Training.gradients` makes them, with what its variables keep alive.
 
@@ -318,7 +319,7 @@ def cross_entropy(states: Tensor, head: Tensor, labels: Tensor, *, fused: bool) 
     return loss
 
 
-def move(optimizer: Optimizer, counter: LiveBytes) -> int:
+def move(optimizer: Optimizer, counter: CardBytes) -> int:
     """The peak while bfloat16 weights move as float32 ones; others move in their place."""
     counter.peak = counter.now
     for hook in (

@@ -11,7 +11,7 @@ from engine.plan import estimate
 from engine.train.model import load_base
 from engine.train.run import put_on_training
 from engine.train.weights import trained_parameters
-from tests.plan.live import LiveBytes
+from tests.plan.live import CardBytes
 from tests.plan.machines import card, config, model
 from tests.plan.oracle import Run, dry_run, make_batch, passes
 from tests.train.tiny import MINISTRAL3, settings, write_model
@@ -88,14 +88,14 @@ def really_run(folder: Path, keys: dict[str, Any], tokens: int, sequences: int) 
     given = settings(folder, **keys)
     trained = put_on_training(load_base(folder, given), folder, given)
     trained.train()
-    counter = LiveBytes()
+    counter = CardBytes()
     for tensor in [*trained.parameters(), *trained.buffers()]:
         counter.count(tensor)
     with counter:
         batch = make_batch(tokens, sequences, ())
         kept, peak = passes(trained, given, batch, counter, fused=False)
     gradients = [p.grad for _, p in trained_parameters(trained) if p.grad is not None]
-    held = LiveBytes()
+    held = CardBytes()
     for tensor in [*trained.parameters(), *trained.buffers(), *gradients]:
         held.count(tensor)
     return kept - held.now, peak - held.now
