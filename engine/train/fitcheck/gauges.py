@@ -5,6 +5,7 @@ nothing does, but torch's profiler is told by the allocator itself of every bloc
 that a kernel takes and gives back inside one operation, which no counter of tensors sees.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -54,6 +55,7 @@ class CpuGauge:
     def __init__(self) -> None:
         self.peaks: dict[str, Peak] = {}
         self._live_bytes = 0
+        gc.collect()  # an earlier measurement's garbage would be taken off this one's
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
