@@ -274,8 +274,8 @@ class Choice:
         most = self.architecture.card.context_tokens if self.architecture.card else 2**18
         known = self.statistics
         if known is None:
-            image = largest_image_tokens(self.architecture) if self.images else None
-            if image is None:
+            image = largest_image_tokens(self.architecture) if self.images else 0
+            if not image:
                 usual = USUAL_LENGTHS[self.goal]
                 words = f"rows are not known yet; {usual} suits most of this kind"
                 return min(usual, most), words

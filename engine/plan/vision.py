@@ -15,7 +15,11 @@ from engine.plan.targets import trains_eyes
 
 PATCHES_AT_ONCE = 4096
 """Patches that go through the vision tower together, where one image has no more: their mask takes
-at most 64 MiB."""
+at most 64 MiB. A larger image goes alone, under a mask of its own patches squared."""
+
+
+IMAGE_PIXELS = 1024
+"""A side of the largest image where a config leaves it to transformers (PixtralVisionConfig)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,11 @@ class Tower:
     """Patches of one image token."""
     patch: int
     """Pixels of a patch's side."""
+
+    @property
+    def token_pixels(self) -> int:
+        """Of the side of what one image token shows."""
+        return self.patch * math.isqrt(self.merged)
 
 
 @lru_cache(maxsize=32)
@@ -46,14 +55,28 @@ def tower_of(table: ModuleTable) -> Tower | None:
     return Tower(layers, hidden, intermediate, merged, patch) if hidden else None
 
 
-def largest_image_tokens(architecture: Architecture) -> int | None:
-    """Tokens of the largest image that the model's tokenizer makes; None where none is known."""
-    card = architecture.card
-    if card is None or card.tokenizer.image is None:
-        return None
-    patch, longest, merge = card.tokenizer.image
-    side = math.ceil(longest / (patch * merge))
+def largest_image_tokens(architecture: Architecture) -> int:
+    """Tokens of the largest image that a model takes; 0 for a text model.
+
+    A row of patches ends in a token of its own.
+    """
+    tower = tower_of(architecture.table)
+    if tower is None:
+        return 0
+    pixels: int = architecture.config.get("vision_config", {}).get("image_size", IMAGE_PIXELS)
+    side = math.ceil(pixels / tower.token_pixels)
     return side * (side + 1)
+
+
+def tokens_of_one_image(
+    architecture: Architecture, image_tokens: int, statistics: Statistics | None
+) -> int:
+    """What one image can have of the `image_tokens` of a forward pass, in tokens.
+
+    No more than all images of the row that has most: what they have one by one is not counted.
+    """
+    row = statistics.most_image_tokens if statistics else image_tokens
+    return min(largest_image_tokens(architecture), row, image_tokens)
 
 
 def image_tokens_at_once(
@@ -83,21 +106,22 @@ def tower_works(config: RunConfig, table: ModuleTable, statistics: Statistics | 
 
 
 def tower_bytes(
-    config: RunConfig, table: ModuleTable, image_tokens: int, base_bytes: int
+    config: RunConfig, table: ModuleTable, image_tokens: int, largest: int, base_bytes: int
 ) -> tuple[int, int]:
     """(kept from the forward to the backward pass, held while a part of the tower runs).
 
-    A frozen tower keeps nothing but the pixels, as decoded and in the model's type. A trained one
-    keeps a state a layer with gradient checkpointing, everything without.
+    `largest` is what one image has of the tokens. A frozen tower keeps nothing but the pixels, as
+    decoded and in the model's type. A trained one keeps a state a layer with gradient
+    checkpointing, everything without.
     """
     tower = tower_of(table)
     if tower is None or not image_tokens:
         return 0, 0
     patches = image_tokens * tower.merged
-    at_once = min(patches, PATCHES_AT_ONCE)
+    at_once = min(patches, max(PATCHES_AT_ONCE, largest * tower.merged))
     # Of a layer: its input, both norms, queries, keys, values, the heads' output and the MLP.
     one = (8 * tower.hidden + 3 * tower.intermediate) * base_bytes
-    held = at_once * (one + 3 * at_once)  # three bytes a pair for the mask, as for packed rows
+    held = at_once * (one + base_bytes * at_once)  # the mask: a number of the model's type a pair
     pixels = patches * 3 * tower.patch**2 * (4 + base_bytes)
     if not trains_eyes(table, config):
         return pixels, held

@@ -131,7 +131,15 @@ def test_packed_rows_need_a_mask_unless_they_are_cut_apart() -> None:
             ("apart", False, "sdpa"),
         ]
     }
-    assert needs["torch"]["mask"] == 3 * 4096**2
+    assert needs["torch"]["mask"] == 26 * 2 * 4096**2  # a copy in bfloat16 for every layer
+    again = config(
+        sample_packing=True,
+        sequence_len=4096,
+        attn_implementation="sdpa",
+        gradient_checkpointing=True,
+    )
+    computed = estimate(again, model("ministral-3-3b"), H200).parts["mask"]
+    assert computed == (1 + 2) * 4096**2  # the one for all, and that of the layer at work
     assert "mask" not in needs["flash"]
     assert "mask" not in needs["chosen"]
     assert "mask" not in needs["apart"]
@@ -147,6 +155,7 @@ def test_a_batch_beyond_the_rows_needs_no_smaller_mask() -> None:
                 sequence_len=300,
                 micro_batch_size=size,
                 attn_implementation="sdpa",
+                gradient_checkpointing=True,
             ),
             model("ministral-3-3b"),
             H200,

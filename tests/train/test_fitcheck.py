@@ -1,5 +1,6 @@
 """`fit`: the measured peak against the formula, what is measured, and where memory runs out."""
 
+import gc
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from engine.train.fitcheck.random_weights import DrawnTensor, draw_weights
 from engine.train.fitcheck.reduced import as_it_is, reduce_for_cpu, shrink
 from engine.train.images import IMAGE_TOKEN
 from engine.train.model import build_empty, load_base
-from tests.make.layer_memory import LiveBytes
+from tests.make.live_bytes import LiveBytes
 from tests.plan.machines import cpu
 from tests.train.pictures import MIXED, seeing, write_pictured
 from tests.train.tiny import MINISTRAL3, settings, with_vision
@@ -129,6 +130,36 @@ class TestTheFormula:
         assert all(0 < loss - math.log(4096) < 1.5 for loss in fitted["losses"])
         assert fitted["whole"]
 
+    @pytest.mark.parametrize("keys", [{}, CHECKPOINTED], ids=["", "checkpointed"])
+    def test_packed_rows_take_the_masks_that_the_formula_counts(
+        self, tmp_path: Path, keys: dict[str, Any]
+    ) -> None:
+        folder = describe(tmp_path / "model", MINISTRAL3)  # narrow: the masks are the most of it
+        measured, planned = [], []
+        for packed in (True, False):
+            own = LORA | keys | {"sequence_len": 2048, "sample_packing": packed}
+            fitted = told(tmp_path / str(packed), settings(folder, **own), steps=1)[-1]["fitted"]
+            measured.append(fitted["measurement"]["peak_allocated_bytes"])
+            planned.append(fitted["measurement"]["formula_bytes"])
+        assert measured[0] - measured[1] == pytest.approx(planned[0] - planned[1], rel=0.1)
+
+    def test_an_image_larger_than_a_towers_group_goes_under_a_mask_of_its_own(
+        self, tmp_path: Path
+    ) -> None:
+        sides = 80  # 6,400 patches: in float32 their mask takes 156 MiB, that of 4,096 ones 64
+        content = seeing(WIDE, image_size=14 * sides)
+        folder = describe(tmp_path / "eyes", content)
+        config = settings(
+            folder,
+            processor_type="AutoProcessor",
+            sequence_len=sides // 2 * (sides // 2 + 1) + 1,
+            **LORA | CHECKPOINTED,
+        )
+        fitted = told(tmp_path / "run", config)[-1]["fitted"]["measurement"]
+        formula = estimate(config, read_architecture(folder), cpu()).moments
+        assert fitted["peak_allocated_bytes"] == pytest.approx(fitted["formula_bytes"], rel=0.1)
+        assert formula["backward pass"] == fitted["formula_bytes"]
+
     def test_loading_holds_one_tensor_beside_the_model(self, wide: Path, tmp_path: Path) -> None:
         fitted = told(tmp_path / "run", settings(wide, **LORA), steps=1)[-1]["fitted"]
         numbers = [p.count for p in read_architecture(wide).table.parameters]
@@ -173,6 +204,17 @@ class TestTheGauge:
             torch.logsumexp(logits, -1)
         assert gauge.peaks["kernel"].allocated_bytes >= logits.nbytes
         assert seen.peak < logits.nbytes / 10  # a counter of tensors does not
+
+    def test_garbage_of_an_earlier_measurement_is_not_taken_off(self) -> None:
+        with CpuGauge().measure("earlier"):  # torch knows the size of what it saw taken
+            circle: list[object] = [torch.empty(MIB, dtype=torch.uint8)]
+            circle.append(circle)
+            del circle
+        gauge = CpuGauge()
+        with gauge.measure("work"):
+            gc.collect()
+            torch.empty(MIB, dtype=torch.uint8)
+        assert gauge.peaks["work"].allocated_bytes == MIB
 
     def test_the_peak_of_what_fails_is_kept(self) -> None:
         gauge = CpuGauge()

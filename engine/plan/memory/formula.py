@@ -21,7 +21,7 @@ from engine.plan.memory.trained import moving_numbers, trained_bytes
 from engine.plan.quantized import kept_modules
 from engine.plan.statistics import Statistics
 from engine.plan.targets import count_targets
-from engine.plan.vision import image_tokens_at_once
+from engine.plan.vision import image_tokens_at_once, tokens_of_one_image
 from engine.units import GIB
 
 Verdict = Literal["fits", "tight", "does not fit"]
@@ -177,13 +177,15 @@ def _step(
     stack: Stack,
 ) -> Step:
     table, tokens = architecture.table, tokens_at_once(config, statistics)
+    of_images = image_tokens_at_once(config, table, tokens, statistics)
     return Step(
         config,
         table,
         device,
         base_bytes_of(config, device),
         tokens,
-        image_tokens_at_once(config, table, tokens, statistics),
+        of_images,
+        tokens_of_one_image(architecture, of_images, statistics),
         moving_numbers(table, config),
         stack,
     )

@@ -61,6 +61,8 @@ class Step:
     """Of one forward pass."""
     of_images: int
     """Of them, image tokens."""
+    largest_image: int
+    """Tokens that one image can have."""
     moving: Moving
     stack: Stack
 
@@ -81,8 +83,10 @@ def list_moments(
     resting = {**frozen.device, **trained}
     idle = {**resting, "gradients": 0.0}
     kept, _ = kept_states(step)
-    seen, seeing = tower_bytes(step.config, step.table, step.of_images, step.base_bytes)
-    mask = _mask_bytes(step)
+    seen, seeing = tower_bytes(
+        step.config, step.table, step.of_images, step.largest_image, step.base_bytes
+    )
+    masks_kept, mask = _mask_bytes(step)
     backward = _gradients(step, resting)
     return {
         "loading": {**frozen.device, "loading": frozen.in_flight},
@@ -90,13 +94,13 @@ def list_moments(
             **backward,
             "activations": kept + seen,
             "layer": _table_bytes(step, max(_layer_bytes(step), seeing), kept),
-            "mask": mask,
+            "mask": mask if step.config.gradient_checkpointing else masks_kept,
         },
         "loss": {
             **backward,
             "activations": kept + seen,
             "loss": _loss_bytes(step) + frozen.head,
-            "mask": mask,
+            "mask": masks_kept,
         },
         "optimizer step": {**resting, "widening": _widening_bytes(step)},
         "evaluation": {
@@ -216,15 +220,20 @@ def _table_bytes(step: Step, layer: float, kept: float) -> float:
     return max(layer + waiting, table + waiting - kept)
 
 
-def _mask_bytes(step: Step) -> int:
-    """Packed rows are kept apart by a mask of (tokens, tokens) where the backend cannot cut them.
+def _mask_bytes(step: Step) -> tuple[int, int]:
+    """Of the mask (tokens, tokens) that keeps packed rows apart where the backend cannot cut them:
+    (kept from the forward to the backward pass, held while a layer is computed).
 
-    One byte a pair as transformers makes it, two more as PyTorch's kernel reads it.
+    One byte a pair as transformers makes it for all layers; PyTorch turns it into a number of the
+    queries' type in every layer, which is kept for the layer's backward pass unless that computes
+    the layer again (convert_boolean_attn_mask in sdp_utils).
     """
     config = step.config
     if not config.sample_packing or not needs_mask(config.attn_implementation, step.device):
-        return 0
-    return 3 * step.tokens * min(config.sequence_len, step.tokens)
+        return 0, 0
+    pairs = step.tokens * min(config.sequence_len, step.tokens)
+    kept = 1 if config.gradient_checkpointing else step.widths.layers * step.base_bytes
+    return pairs * kept, pairs * (1 + step.base_bytes)
 
 
 def cache_bytes(step: Step) -> float:

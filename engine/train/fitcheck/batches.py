@@ -115,9 +115,10 @@ def synthetic_step(architecture: Architecture, config: RunConfig) -> StepBatch:
     words = next(p.shape[0] for p in architecture.table.parameters if p.group == "embedding")
     ids = chance.integers(min(FIRST_PIECE, words // 2), words, (size, length))
     pixels: list[Pixels] = []
-    if config.processor_type and tower_of(architecture.table):
+    tower = tower_of(architecture.table)
+    if config.processor_type and tower:
         for sequence in ids:
-            pixels += _put_images(sequence, architecture, chance)
+            pixels += _put_images(sequence, architecture, tower.token_pixels, chance)
     labels = np.where(ids == IMAGE_TOKEN, IGNORED_LABEL, ids)
     positions = np.tile(np.arange(length), (size, 1))
     if config.sample_packing and not pixels:
@@ -131,20 +132,20 @@ def synthetic_step(architecture: Architecture, config: RunConfig) -> StepBatch:
 
 
 def _put_images(
-    sequence: NDArray[np.int64], architecture: Architecture, chance: np.random.Generator
+    sequence: NDArray[np.int64],
+    architecture: Architecture,
+    token_pixels: int,
+    chance: np.random.Generator,
 ) -> Iterator[Pixels]:
     """Write as many of the model's largest images into a sequence as there is room for."""
-    config = architecture.config
-    patch = config["vision_config"].get("patch_size", 16) * config.get("spatial_merge_size", 2)
-    pixels = config["vision_config"].get("image_size", 1024)
-    largest = largest_image_tokens(architecture) or (pixels // patch) * (pixels // patch + 1)
+    largest = largest_image_tokens(architecture)
     start = 1
     # n rows of n tokens, and one more at each row's end.
     while (side := _largest_side(min(largest, len(sequence) - start))) > 0:
         block = sequence[start : start + side * (side + 1)].reshape(side, side + 1)
         block[:, :side] = IMAGE_TOKEN
         start += block.size
-        yield chance.standard_normal((3, side * patch, side * patch), np.float32)
+        yield chance.standard_normal((3, side * token_pixels, side * token_pixels), np.float32)
 
 
 def _largest_side(tokens: int) -> int:
