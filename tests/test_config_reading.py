@@ -158,14 +158,9 @@ BROKEN_RULES = [
         "offloaded_layers",
         "layer_offloading: true",
     ),
+    ("layer_offloading: true", "layer_offloading", "adapter: lora or qlora"),
     (
-        "gradient_checkpointing: true\nlayer_offloading: true",
-        "layer_offloading",
-        "adapter: lora or qlora",
-    ),
-    ("adapter: lora\nlayer_offloading: true", "layer_offloading", "gradient_checkpointing: true"),
-    (
-        "adapter: lora\npeft_use_dora: true\ngradient_checkpointing: true\nlayer_offloading: true",
+        "adapter: lora\npeft_use_dora: true\nlayer_offloading: true",
         "peft_use_dora",
         "Remove peft_use_dora",
     ),

@@ -176,14 +176,6 @@ RULES = (
         "Add adapter: lora or qlora, or remove layer_offloading.",
     ),
     Rule(
-        "layer-offloading-needs-checkpointing",
-        ("layer_offloading", "gradient_checkpointing"),
-        lambda c: c.layer_offloading and not c.gradient_checkpointing,
-        "layer_offloading is true without gradient_checkpointing.",
-        "Without it every layer keeps its weights on the GPU until its backward pass.",
-        "Add gradient_checkpointing: true.",
-    ),
-    Rule(
         "dora-not-with-layer-offloading",
         ("peft_use_dora", "layer_offloading"),
         lambda c: c.layer_offloading and c.peft_use_dora,

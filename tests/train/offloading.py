@@ -45,6 +45,7 @@ PLAIN: dict[str, Any] = {"gradient_checkpointing": True, "learning_rate": 0.01} 
 OFFLOADS: dict[str, dict[str, Any]] = {
     "checkpoints": {"activation_offloading": True},
     "layers": {"layer_offloading": True},
+    "layers, all values kept": {"layer_offloading": True, "gradient_checkpointing": False},
     "two layers": {"layer_offloading": True, "offloaded_layers": 2},
     "tables": {"offload_embeddings": True},
 }

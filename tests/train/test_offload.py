@@ -1,6 +1,7 @@
 """What waits in RAM for its turn: the same numbers as on the device, and never much at once."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from engine.train.forward import head_module, head_of, hidden_states, unwrapped
 from engine.train.generate import generate
 from engine.train.model import load_base
 from engine.train.offload import checkpoints, decoder_layers, head_at_hand
-from engine.train.offload.transfer import HostMemory
+from engine.train.offload.transfer import Hosted, HostMemory
 from engine.train.weights import export_trained
 from tests.train import stock
 from tests.train.offloading import (
@@ -44,6 +45,7 @@ COMBINATIONS = [
     ("mistral4", "NF4 experts", "everything"),
     ("mistral4", "experts", "everything"),
     ("mistral4", "float32", "layers"),
+    ("mistral4", "NF4 experts", "layers, all values kept"),
     ("tied", "NF4", "everything"),
     ("seeing", "NF4", "everything"),
 ]
@@ -106,6 +108,36 @@ class TestLayers:
             generate(run.model, run.base.device, [1, 40, 50], end=-1, max_new_tokens=3)
         assert residents.most == 2
         assert residents.most_bytes == 2 * whole[0]
+
+    @pytest.mark.parametrize("name", ["layers", "layers, all values kept"])
+    def test_each_is_copied_once_a_pass(
+        self,
+        deep_model: Callable[[str], Path],
+        uneven: Rows,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        name: str,
+    ) -> None:
+        run = begun(tmp_path, deep_model("ministral3"), uneven, **NF4, **OFFLOADS[name])
+        step = run.order.step(1)
+        run.gradients(step)  # leaves the first layer there
+        filled: list[Hosted] = []
+        original = Hosted.fill
+
+        def fill(self: Hosted) -> None:
+            filled.append(self)
+            original(self)
+
+        monkeypatch.setattr(Hosted, "fill", fill)
+        run.gradients(step)
+        copies = Counter(map(id, filled))
+        forward_and_backward = 2 * len(step.micros)
+        at_a_turn = len(step.micros)  # the first and the last layer are there from the pass before
+        matrices = 7 * 2  # of each the packed weights and their scales
+        assert sorted(copies.values()) == [
+            *[at_a_turn] * 2 * matrices,
+            *[forward_and_backward] * 2 * matrices,
+        ]
 
     def test_those_behind_the_first_n_stay(
         self, deep_model: Callable[[str], Path], uneven: Rows, tmp_path: Path

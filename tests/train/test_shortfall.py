@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import shlex
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from engine.cli import main
 from engine.events import Note, Saved, Shortage
 from engine.runs import RunFolder, read_steps
+from engine.train.forward import unwrapped
+from engine.train.offload import decoder_layers
 from engine.train.shortage import asked_bytes, is_shortage, words_of
 from tests.train.processes import (
     LORA,
@@ -41,18 +44,24 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 def hold_at_most(tokens: int, *, from_step: int = 1) -> None:
     """From a step on, a forward and backward pass of more tokens asks torch's allocator for more
-    than there is, as one on a small card does."""
+    than there is, as one on a small card does: between two layers, in the middle of the pass."""
     from engine.train import loop
 
     began, compute = False, loop.hidden_states
+    failed: list[weakref.ref[Any]] = []
+
+    def ask(*_: Any) -> None:
+        torch.empty(2**50, dtype=torch.uint8)
 
     def begin() -> None:
         nonlocal began
         began = True
 
     def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        assert not any(ref() is not model and ref() for ref in failed), "held beside the next one"
         if began and batch["input_ids"].numel() > tokens:
-            torch.empty(2**50, dtype=torch.uint8)
+            failed.append(weakref.ref(model))
+            decoder_layers(unwrapped(model))[-1].register_forward_pre_hook(ask)
         return compute(model, batch)
 
     loop.hidden_states = hidden_states
@@ -121,10 +130,11 @@ class TestWithoutAutoFit:
 
 
 class TestWithAutoFit:
+    @pytest.mark.parametrize("keys", [{}, {"layer_offloading": True}], ids=["", "offloading"])
     def test_it_takes_the_rungs_itself_and_goes_on_from_the_last_save(
-        self, workshop: Workshop
+        self, workshop: Workshop, keys: dict[str, bool]
     ) -> None:
-        run = workshop.new(auto_fit=True)
+        run = workshop.new(auto_fit=True, **keys)
         assert finish(run, before=small_card(from_step=3)) == 0
         told = shortages(run)
         assert [each.changes["micro_batch_size"] for each in told] == ["16", "8"]
