@@ -7,6 +7,7 @@ import pytest
 
 from engine.config import read_config
 from engine.errors import UserError
+from tests.extras import needs_trainer
 from tests.tui.test_watch import Terminal, windtunnel
 from tui.__main__ import WizardRequest, make_draft, read_request
 
@@ -121,6 +122,7 @@ def test_what_cannot_be_opened_is_a_sentence(arguments: tuple[str, ...], sentenc
     assert "Traceback" not in terminal.written
 
 
+@needs_trainer
 def test_a_config_opens_with_its_own_values_at_the_review(config: Path) -> None:
     terminal = Terminal(str(config), "--plain")
     terminal.wait_for("6 of 6  Review: mine")
@@ -134,6 +136,7 @@ def test_a_config_opens_with_its_own_values_at_the_review(config: Path) -> None:
     assert read_config(config.with_name("copy.yml")).config.max_steps == 2
 
 
+@needs_trainer
 def test_an_opened_config_can_be_changed_and_keeps_its_comments(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

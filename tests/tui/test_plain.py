@@ -87,6 +87,7 @@ def saved(name: str = "out.yml") -> RunConfig:
     return read_config(Path(name)).config
 
 
+@needs_trainer
 def test_enter_alone_comes_to_the_review_of_the_demo() -> None:
     told = converse(*TO_PLAN, "", "2", "out.yml")
     assert told.headings() == list(SIX)
@@ -159,6 +160,7 @@ def test_an_own_model_is_read_before_it_is_taken(folder: Path) -> None:
     assert "*  7  Magistral Small 1.2" in told.text
 
 
+@needs_trainer
 def test_a_file_is_read_whole_and_what_is_wrong_is_told_by_line(folder: Path) -> None:
     write_rows(folder / "rows.jsonl", chat("hi", "ho"), {"messages": []}, chat("who", "me"))
     told = converse("", "", "2", "nope.jsonl", "rows.jsonl", "", "", "", "2", "out.yml")
@@ -187,6 +189,7 @@ def test_text_of_strangers_cannot_act_on_the_terminal(folder: Path) -> None:
     assert not {"\x1b", "\x07", "\u202e"} & set("".join(set(told.lines) - {typed}))
 
 
+@needs_trainer
 def test_columns_of_other_names_are_mapped_when_asked(folder: Path) -> None:
     turns = [{"speaker": "user", "body": "hi"}, {"speaker": "assistant", "body": "ho"}]
     write_rows(folder / "rows.jsonl", {"dialogue": turns})
@@ -235,6 +238,7 @@ def test_after_the_last_row_comes_the_first(folder: Path) -> None:
     assert rows == ["row 1", "row 2", "row 1"]
 
 
+@needs_trainer
 def test_thinking_can_be_left_out_of_what_is_learned() -> None:
     told = converse("", "", "", "", "3", "", "", "2", "out.yml")
     assert any(line.startswith("  - think") for line in told.lines)
@@ -251,6 +255,7 @@ def test_rows_that_teach_nothing_stop_at_the_preview(folder: Path) -> None:
     assert told.headings()[-1] == "Preview"
 
 
+@needs_trainer
 def test_a_changed_value_reaches_the_config() -> None:
     told = converse(*TO_PLAN, "2", "4", "seed=11", "", "2", "out.yml")
     assert "lora_r, now 16: 4" in told.text
@@ -259,6 +264,7 @@ def test_a_changed_value_reaches_the_config() -> None:
     assert "seed: 11" in Path("out.yml").read_text("utf-8")
 
 
+@needs_trainer
 def test_a_bad_value_is_a_sentence_and_changes_nothing() -> None:
     bad = {
         "lora_r=3x": 'lora_r is "3x".',
@@ -280,6 +286,7 @@ def test_a_bad_value_is_a_sentence_and_changes_nothing() -> None:
     assert (saved().lora_r, saved().lora_target_linear) == (16, True)
 
 
+@needs_trainer
 def test_u_takes_the_recommended_value_back_and_a_number_is_explained() -> None:
     told = converse(*TO_PLAN, "2", "4", "lora_r", "u", "? 2", "", "2", "out.yml")
     assert "lora_r 4 -> 16" in told.text
@@ -287,6 +294,7 @@ def test_u_takes_the_recommended_value_back_and_a_number_is_explained() -> None:
     assert saved().lora_r == 16
 
 
+@needs_trainer
 def test_the_method_is_one_value_and_what_follows_from_it_follows() -> None:
     draft = Draft()
     methods = ("1", "qlora", "1", "full", "1", "lora")
@@ -309,12 +317,14 @@ def test_f_makes_a_plan_fit() -> None:
     assert saved().adapter == "qlora"
 
 
+@needs_trainer
 def test_the_config_is_shown_and_the_run_renamed() -> None:
     told = converse(*TO_PLAN, "", "3", "4", "harbour-2", "2", "")
     assert "base_model: demo-tiny" in told.text
     assert read_config(Path("harbour-2.yml")).config.base_model == "demo-tiny"
 
 
+@needs_trainer
 def test_a_file_is_replaced_only_when_asked(folder: Path) -> None:
     (folder / "mine.yml").write_text("mine", "utf-8")
     converse(*TO_PLAN, "", "2", "mine.yml", "", "q")
@@ -323,6 +333,7 @@ def test_a_file_is_replaced_only_when_asked(folder: Path) -> None:
     assert saved("mine.yml").base_model == "demo-tiny"
 
 
+@needs_trainer
 def test_a_config_that_cannot_be_written_is_a_sentence(folder: Path) -> None:
     (folder / "file").write_text("", "utf-8")
     told = converse(*TO_PLAN, "", "2", "a\0b.yml", "file/out.yml", "q")

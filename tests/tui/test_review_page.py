@@ -11,6 +11,7 @@ from textual.pilot import Pilot
 from engine.config import DatasetConfig, read_config
 from engine.hardware import assume, read_machine
 from engine.plan import best_device, cpu_device
+from tests.extras import needs_trainer
 from tests.tui.screens import screen_text
 from tui.app import WindtunnelApp
 from tui.draft import Draft
@@ -104,6 +105,7 @@ def test_start_is_refused_with_its_reason() -> None:
     assert "kept" in text
 
 
+@needs_trainer
 def test_n_names_the_run() -> None:
     draft = for_the_demo()
 
