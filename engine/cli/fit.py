@@ -46,9 +46,9 @@ def register(app: cyclopts.App, module: str = TRAINER) -> None:
     ) -> int:
         """Measure what a config takes here, in a few real steps on random weights.
 
-        Nothing is downloaded. Without a GPU a model of two layers is measured, which checks the
-        formula only. The figures are kept, and beat the formula from then on. Exit status 3: it
-        does not fit.
+        Nothing is downloaded. The figures are kept, and beat the formula from then on.
+        Without a GPU a model of two layers is measured, which checks the formula only.
+        Exit status 3: it does not fit.
         """
         run, _ = read_planned(config, changes)
         watch = EventLines() if as_events else None if as_json else PlainWatch(sys.stderr)

@@ -72,7 +72,8 @@ def estimate_lines(needs: Estimate, device: Device) -> list[str]:
         f"{needs.tokens_at_once:,} tokens at once; {needs.trainable_parameters:,} of"
         f" {needs.total_parameters:,} parameters move ({share:.2%})",
         *(f"adapter on {count} modules by {entry}" for entry, count in needs.targets.items()),
-        f"this computer: {gib(needs.host_bytes)} of memory, {gib(needs.disk_bytes)} of disk",
+        f"takes {gib(needs.host_bytes)} of this computer's memory,"
+        f" {gib(needs.disk_bytes)} of its disk",
     ]
 
 
