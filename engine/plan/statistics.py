@@ -36,6 +36,8 @@ class Statistics:
     longest_row: int | None = None
     """Number of the longest row, counted from 1 over all rows; the next one likewise."""
     most_images_row: int | None = None
+    most_learned_tokens: int | None = None
+    """Of one row; None where they were not counted."""
 
     def rows_over(self, sequence_len: int) -> tuple[int, bool]:
         """Rows longer than `sequence_len`, and whether there may be more of them than counted."""
@@ -74,4 +76,5 @@ def read_statistics(checkup: Mapping[str, Any]) -> Statistics | None:
         p99_tokens=lengths["p99"],
         longest_row=next(iter(checkup["odd"]["longest"]), None),
         most_images_row=tokens["most_images_row"],
+        most_learned_tokens=tokens["learned_a_row"]["max"],
     )

@@ -1,12 +1,13 @@
 """The estimate against published figures, its verdicts, and what must hold for any config."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.plan import Estimate, estimate
+from engine.plan import Estimate, Statistics, estimate
 from engine.plan.layers import kept_bytes, widths
 from engine.plan.memory import TIGHT_BYTES, judge, moment_parts
 from engine.units import GIB
@@ -164,6 +165,21 @@ def test_a_batch_beyond_the_rows_needs_no_smaller_mask() -> None:
         for size in (2, 4, 80)
     ]
     assert masks == [3 * 600 * 300, 3 * 1200 * 300, 3 * 1200 * 300]
+
+
+def test_rows_that_learn_little_take_as_few_logits() -> None:
+    rows = dataset(100, 50, 100)
+
+    def loss(rows: Statistics, **keys: Any) -> float:
+        settings = config(sequence_len=1024, **keys)
+        return estimate(settings, model("demo-tiny"), cpu(), rows).moments["loss"]
+
+    few = replace(rows, most_learned_tokens=10)
+    width, vocabulary = 128, 131072
+    spared = 2 * 4 * width + 2 * 4 * vocabulary  # state and gradient, logits and their slopes
+    assert loss(rows) - loss(few) == 90 * spared
+    packed = {"sample_packing": True}
+    assert loss(rows, **packed) == loss(few, **packed), "all of a sequence may be learned"
 
 
 def test_rows_that_are_known_to_be_short_need_less() -> None:

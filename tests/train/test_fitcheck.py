@@ -105,6 +105,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora, checkpointed": QLORA | CHECKPOINTED,
     "full": {},
     "full, checkpointed": CHECKPOINTED,
+    "full, one pass a step": {"gradient_accumulation_steps": 1},
+    "full, bfloat16": {"bf16": True},
 }
 RARE = ("lora, one row a sequence", "lora, rank 64", "lora, 8-bit states")
 
@@ -159,6 +161,15 @@ class TestTheFormula:
         formula = estimate(config, read_architecture(folder), cpu()).moments
         assert fitted["peak_allocated_bytes"] == pytest.approx(fitted["formula_bytes"], rel=0.1)
         assert formula["backward pass"] == fitted["formula_bytes"]
+
+    @pytest.mark.parametrize("keys", [{}, {"train_on_thinking": False}], ids=["", "answers"])
+    def test_rows_that_learn_little_take_as_few_logits(
+        self, tmp_path: Path, keys: dict[str, Any]
+    ) -> None:
+        sample = [{"path": "sample:harbour-pilot"}]
+        config = settings("demo-tiny", datasets=sample, **LORA, sequence_len=256, **keys)
+        fitted = told(tmp_path / "run", config, steps=1)[-1]["fitted"]["measurement"]
+        assert fitted["peak_allocated_bytes"] == pytest.approx(fitted["formula_bytes"], rel=0.1)
 
     def test_loading_holds_one_tensor_beside_the_model(self, wide: Path, tmp_path: Path) -> None:
         fitted = told(tmp_path / "run", settings(wide, **LORA), steps=1)[-1]["fitted"]
@@ -286,7 +297,9 @@ class TestBatches:
         for keys in ({}, {"sample_packing": True, "sequence_len": 64}, {"micro_batch_size": 3}):
             config = settings("demo-tiny", adapter="lora", **keys)
             step = heaviest_step(uneven, config)
-            planned = estimate(config, architecture, cpu(), count_rows(uneven)).tokens_at_once
+            planned = estimate(
+                config, architecture, cpu(), count_rows(uneven, config)
+            ).tokens_at_once
             assert step.micros[0].tensors["input_ids"].numel() == planned
 
     def test_rows_with_images_weigh_their_tower_too(self, tmp_path: Path) -> None:

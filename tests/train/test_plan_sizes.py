@@ -15,6 +15,7 @@ from engine.config import RunConfig
 from engine.hardware import assume
 from engine.plan import WEIGHTS, Estimate, cpu_device, estimate
 from engine.plan.layers import Widths, inference_bytes, kept_bytes, transient_bytes
+from engine.plan.memory import moment_parts
 from engine.plan.targets import adapter_parameters, count_targets, trained_parameters
 from engine.train.batches import Order, Rows
 from engine.train.lora import attach_lora, choose_trained
@@ -143,7 +144,7 @@ class TestWhatMoves:
     ) -> None:
         config = settings(wide, max_steps=1, lora_r=64, **keys)
         run = training(tmp_path, config, uneven)
-        parts = planned(wide, config).parts
+        parts = moment_parts(config, read_architecture(wide), CPU, "optimizer step")
         run.gradients(Order(uneven, config).step(1))
         grads = [p.grad for p in run.model.parameters() if p.grad is not None]
         assert parts["gradients"] == held_bytes(*grads)

@@ -184,6 +184,7 @@ def _step(
         device,
         base_bytes_of(config, device),
         tokens,
+        _learned_at_once(config, tokens, statistics),
         of_images,
         tokens_of_one_image(architecture, of_images, statistics),
         moving_numbers(table, config),
@@ -237,6 +238,14 @@ def tokens_at_once(config: RunConfig, statistics: Statistics | None) -> int:
         row = min(row, statistics.longest_kept(config))
     tokens = config.micro_batch_size * row
     return min(tokens, max(1, statistics.total_tokens)) if statistics else tokens
+
+
+def _learned_at_once(config: RunConfig, tokens: int, statistics: Statistics | None) -> int:
+    """Of the tokens of a forward pass, those that the loss can see; a packed sequence may be made
+    of nothing else."""
+    if config.sample_packing or statistics is None or statistics.most_learned_tokens is None:
+        return tokens
+    return min(tokens, config.micro_batch_size * statistics.most_learned_tokens)
 
 
 def _decided_by(step: Step, statistics: Statistics | None) -> str:

@@ -42,8 +42,8 @@ SAMPLE_TOKENS = 256
 stops costs."""
 ANSWER_TOKENS = 2 * SAMPLE_TOKENS
 """The same where a thought comes before it."""
-STATES_AT_LOSS = 3
-"""The learned states, their gradient, and the gradient of all of them."""
+LEARNED_AT_LOSS = 2
+"""The learned states and their gradient, beside which the gradient of all states comes to lie."""
 OFFLOADED_STATES = 3
 """Layer inputs that are on the device at once where they are kept in RAM: the first layer's, which
 stays, that of the layer at work, and that of the next one."""
@@ -59,6 +59,8 @@ class Step:
     base_bytes: int
     tokens: int
     """Of one forward pass."""
+    learned: int
+    """Of them, those that are learned at most."""
     of_images: int
     """Of them, image tokens."""
     largest_image: int
@@ -97,7 +99,7 @@ def list_moments(
             "mask": mask if step.config.gradient_checkpointing else masks_kept,
         },
         "loss": {
-            **backward,
+            **(backward if _adds_up(step) else idle),
             "activations": kept + seen,
             "loss": _loss_bytes(step) + frozen.head,
             "mask": masks_kept,
@@ -121,12 +123,30 @@ def list_moments(
     }
 
 
+def _adds_up(step: Step) -> bool:
+    """Whether a backward pass finds gradients of an earlier one."""
+    return step.config.gradient_accumulation_steps > 1
+
+
 def _gradients(step: Step, resting: Mapping[str, float]) -> Mapping[str, float]:
-    """Where weights move in the backward pass, only the largest gradient is there at once."""
-    if not step.stack.steps_in_backward:
+    """Gradients before the last one of a backward pass is formed, that of the embedding.
+
+    Where weights move in the backward pass, only the largest one is there at once.
+    """
+    if step.stack.steps_in_backward:
+        largest = max(row.count for row in step.table.parameters)
+        return {**resting, "gradients": largest * step.base_bytes}
+    if _adds_up(step) or not _forms_table(step):
         return resting
-    largest = max(row.count for row in step.table.parameters)
-    return {**resting, "gradients": largest * step.base_bytes}
+    return {**resting, "gradients": resting["gradients"] - _embedding_bytes(step)}
+
+
+def _forms_table(step: Step) -> bool:
+    return moves_embedding(step.table, step.config) and step.stack.keeps_rest
+
+
+def _embedding_bytes(step: Step) -> int:
+    return step.widths.hidden * step.widths.vocabulary * step.base_bytes
 
 
 def kept_states(step: Step) -> tuple[float, float]:
@@ -172,7 +192,8 @@ def _loss_bytes(step: Step) -> float:
     which the one in its own type comes to lie.
     """
     sizes, stack = step.widths, step.stack
-    states = STATES_AT_LOSS * step.tokens * sizes.hidden * step.base_bytes
+    learned = step.learned * sizes.hidden * step.base_bytes
+    states = LEARNED_AT_LOSS * learned + step.tokens * sizes.hidden * step.base_bytes
     if stack.logits_bytes:
         return states + stack.logits_bytes * step.tokens * sizes.vocabulary
     trained = trains_head(step.table, step.config)
@@ -192,19 +213,21 @@ def _loss_bytes(step: Step) -> float:
 
 def _chunk_bytes(step: Step) -> int:
     chunk = step.stack.loss_chunk_bytes or LOSS_CHUNK_BYTES
-    return min(chunk, 4 * step.tokens * step.widths.vocabulary)
+    return min(chunk, 4 * step.learned * step.widths.vocabulary)
 
 
 def _widening_bytes(step: Step) -> float:
     """What moving bfloat16 weights in float32 takes: weight, gradient and a tensor to work in, less
     what they replace.
 
-    A few of them at a time, and at least the largest one that moves.
+    A few of them at a time, and at least the largest one that moves. A CPU adds the cut-off bits by
+    way of a copy in int32.
     """
     if step.base_bytes == 4 or not step.moving.whole or not step.stack.keeps_rest:
         return 0
     largest = largest_moving(step.table, step.config)
-    return 6 * min(step.moving.whole, max(WIDENED_NUMBERS, largest))
+    each = 10 if step.device.kind == "cpu" else 6
+    return each * min(step.moving.whole, max(WIDENED_NUMBERS, largest))
 
 
 def _table_bytes(step: Step, layer: float, kept: float) -> float:
@@ -213,9 +236,9 @@ def _table_bytes(step: Step, layer: float, kept: float) -> float:
     Its gradient is a whole table, at the end, when nothing is kept any more. Of a tied one that of
     the head waits through the whole pass to be added to it.
     """
-    if not moves_embedding(step.table, step.config) or not step.stack.keeps_rest:
+    if not _forms_table(step):
         return layer
-    table = step.widths.hidden * step.widths.vocabulary * step.base_bytes
+    table = _embedding_bytes(step)
     waiting = table if is_tied(step.table) else 0
     return max(layer + waiting, table + waiting - kept)
 

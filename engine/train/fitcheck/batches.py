@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.catalog import Architecture
-from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind
+from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind, learned
 from engine.config import RunConfig
 from engine.data.pack import pack
 from engine.data.prepare import label_rule
@@ -31,14 +31,15 @@ FIRST_PIECE = 1000
 """Ids below are control tokens in every Tekken vocabulary."""
 
 
-def count_rows(rows: Rows) -> Statistics:
+def count_rows(rows: Rows, config: RunConfig) -> Statistics:
     """What a plan has to know of the rows."""
-    lengths, of_images = rows.lengths, _image_tokens(rows)
+    lengths, of_images, rule = rows.lengths, _image_tokens(rows), label_rule(config)
+    learns = [np.count_nonzero(learned(rows.kinds(row), rule)) for row in range(len(rows))]
     return Statistics(
         rows=len(rows),
         usable_rows=len(rows),
         total_tokens=int(lengths.sum()),
-        learned_tokens=0,
+        learned_tokens=int(sum(learns)),
         thinking_tokens=0,
         mean_tokens=float(lengths.mean()),
         p95_tokens=int(np.percentile(lengths, 95)),
@@ -46,6 +47,7 @@ def count_rows(rows: Rows) -> Statistics:
         p99_tokens=int(np.percentile(lengths, 99)),
         image_tokens=int(of_images.sum()),
         most_image_tokens=int(of_images.max()),
+        most_learned_tokens=int(max(learns)),
     )
 
 
@@ -127,8 +129,8 @@ def synthetic_step(architecture: Architecture, config: RunConfig) -> StepBatch:
             labels[:, start] = IGNORED_LABEL
     text = {"input_ids": ids, "labels": labels, "position_ids": positions}
     tensors = {name: torch.from_numpy(values.astype(np.int64)) for name, values in text.items()}
-    learned = int((labels != IGNORED_LABEL).sum())
-    return _repeat(Micro(tensors | stack(pixels), (), ids.size, learned), config)
+    learns = int((labels != IGNORED_LABEL).sum())
+    return _repeat(Micro(tensors | stack(pixels), (), ids.size, learns), config)
 
 
 def _put_images(

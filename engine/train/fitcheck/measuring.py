@@ -95,7 +95,7 @@ def check(run: RunFolder, steps: int, tell: Tell) -> None:
     machine = read_machine()
     place = best_device(machine) if device.type == "cuda" else cpu_device(machine)
     rows = _find_rows(config, session)
-    statistics = count_rows(rows) if rows else None
+    statistics = count_rows(rows, config) if rows else None
     architecture = read_architecture(config.base_model)
     built = _choose(architecture, config, place, statistics)
     session.base_folder = _write_model(run.path / "model", built.architecture)
