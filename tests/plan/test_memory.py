@@ -178,8 +178,8 @@ def test_rows_that_learn_little_take_as_few_logits() -> None:
     width, vocabulary = 128, 131072
     spared = 2 * 4 * width + 2 * 4 * vocabulary  # state and gradient, logits and their slopes
     assert loss(rows) - loss(few) == 90 * spared
-    packed = {"sample_packing": True}
-    assert loss(rows, **packed) == loss(few, **packed), "all of a sequence may be learned"
+    for keys in ({"sample_packing": True}, {"train_on_inputs": True}):  # all may be learned
+        assert loss(rows, **keys) == loss(few, **keys)
 
 
 def test_rows_that_are_known_to_be_short_need_less() -> None:

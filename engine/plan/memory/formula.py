@@ -242,10 +242,11 @@ def tokens_at_once(config: RunConfig, statistics: Statistics | None) -> int:
 
 def _learned_at_once(config: RunConfig, tokens: int, statistics: Statistics | None) -> int:
     """Of the tokens of a forward pass, those that the loss can see; a packed sequence may be made
-    of nothing else."""
-    if config.sample_packing or statistics is None or statistics.most_learned_tokens is None:
+    of nothing else. Rows may have been counted before `train_on_inputs` was set."""
+    most = statistics.most_learned_tokens if statistics else None
+    if most is None or config.sample_packing or config.train_on_inputs:
         return tokens
-    return min(tokens, config.micro_batch_size * statistics.most_learned_tokens)
+    return min(tokens, config.micro_batch_size * most)
 
 
 def _decided_by(step: Step, statistics: Statistics | None) -> str:
