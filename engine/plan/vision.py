@@ -16,8 +16,6 @@ from engine.plan.targets import trains_eyes
 PATCHES_AT_ONCE = 4096
 """Patches that go through the vision tower together, where one image has no more: their mask takes
 at most 64 MiB. A larger image goes alone, under a mask of its own patches squared."""
-
-
 IMAGE_PIXELS = 1024
 """A side of the largest image where a config leaves it to transformers (PixtralVisionConfig)."""
 

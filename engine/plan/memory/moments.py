@@ -217,17 +217,16 @@ def _chunk_bytes(step: Step) -> int:
 
 
 def _widening_bytes(step: Step) -> float:
-    """What moving bfloat16 weights in float32 takes: weight, gradient and a tensor to work in, less
-    what they replace.
+    """What moving bfloat16 weights in float32 takes: weights and gradients of a few at a time, at
+    least of the largest, less what they replace, and what one of them is joined and split with.
 
-    A few of them at a time, and at least the largest one that moves. A CPU adds the cut-off bits by
-    way of a copy in int32.
+    A CPU adds the cut-off bits by way of a copy in int32.
     """
     if step.base_bytes == 4 or not step.moving.whole or not step.stack.keeps_rest:
         return 0
     largest = largest_moving(step.table, step.config)
-    each = 10 if step.device.kind == "cpu" else 6
-    return each * min(step.moving.whole, max(WIDENED_NUMBERS, largest))
+    at_once = min(step.moving.whole, max(WIDENED_NUMBERS, largest))
+    return 2 * at_once + (8 if step.device.kind == "cpu" else 4) * largest
 
 
 def _table_bytes(step: Step, layer: float, kept: float) -> float:
