@@ -203,23 +203,25 @@ def test_the_last_step_is_found_behind_long_samples(run: RunFolder) -> None:
     assert summarize(run).loss == loss_at(5)
 
 
+def bytes_read() -> int:
+    """What this process has read so far, of files and of pipes."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["rchar"])
+
+
 def test_a_million_steps_cost_no_more_than_ten(run: RunFolder) -> None:
     line = format_line(Recorded(10**6, time.time(), step_event(10**6)))
     with run.events.open("wb") as file:
         file.write(format_line(Recorded(0, time.time(), STARTED)))
         for _ in range(100):
             file.write(line * 10_000)
+    size = run.events.stat().st_size
     try:
-        took: list[float] = []
-        for _ in range(5):
-            begun = time.perf_counter()
-            assert summarize(run).step == 10**6
-            took.append(time.perf_counter() - begun)
-        assert min(took) < 0.02
-        begun = time.perf_counter()
+        before = bytes_read()
+        assert summarize(run).step == 10**6
         write(run, Ended("finished", 10**6))
-        assert time.perf_counter() - begun < 0.5
         assert status(run) == "finished"
+        assert bytes_read() - before < size / 100
     finally:
         run.events.unlink()
 
