@@ -7,6 +7,7 @@ are kept when they are left, so that going back loses nothing.
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -17,13 +18,15 @@ from textual.filter import LineFilter
 from textual.screen import Screen
 from textual.theme import Theme
 
+from engine.errors import UserError
 from tui.page import Page
 from tui.widgets.steps import STEPS
 
 if TYPE_CHECKING:
+    from engine.config import RunConfig
     from engine.runs import RunFolder
     from tui.data_worker import DataWorker
-    from tui.draft import Draft
+    from tui.draft import Counted, Draft
 
 PAGES: Final[Mapping[str, str]] = {
     "Machine": "tui.screens.machine:MachinePage",
@@ -135,6 +138,7 @@ class WindtunnelApp(App[int]):
         self._opened: dict[str, Page] = {}
         self._shown = ""
         self._data_worker: DataWorker | None = None
+        self._counting: Counted | None = None
         self._ascii: list[LineFilter] = []
         if ascii_only:
             from tui.ascii import AsciiFilter
@@ -183,6 +187,28 @@ class WindtunnelApp(App[int]):
     async def on_unmount(self) -> None:
         if self._data_worker:
             await self._data_worker.close()
+
+    def count_rows(self) -> None:
+        """Have the rows of the draft's config counted where its plan is without them.
+
+        The page that is shown then gets RowsCounted.
+        """
+        from tui.counting import counted_of, next_count
+
+        with suppress(UserError):  # the page says itself why there is no plan
+            config = next_count(self.draft)
+            if config is not None and counted_of(config) != self._counting:
+                self._counting = counted_of(config)
+                self.run_worker(self._count_rows(config), group="rows", exclusive=True)
+
+    async def _count_rows(self, config: "RunConfig") -> None:
+        from tui.counting import count_rows
+        from tui.messages import RowsCounted
+
+        new = await count_rows(self.draft, config, self.data_worker)
+        self._counting = None
+        if new and isinstance(self.screen, Page):
+            self.screen.post_message(RowsCounted())
 
     def open_step(self, name: str) -> None:
         """Show the page of one of STEPS, made when it is first asked for."""

@@ -20,6 +20,16 @@ _FOLLOWS: Final[Mapping[str, tuple[str, ...]]] = {"adapter": ("load_in_4bit",)}
 """Keys that a change of another key takes along."""
 
 
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What a count of rows holds for."""
+
+    which: str
+    """The rows and the tokenizer."""
+    switches: str
+    """What becomes of each row, and what of it is learned."""
+
+
 @dataclass(slots=True)
 class Draft:
     """The answers of one wizard."""
@@ -32,6 +42,10 @@ class Draft:
     dataset: DatasetConfig | None = None
     statistics: Statistics | None = None
     """Of the dataset under the model's tokenizer."""
+    counted: Counted | None = None
+    """What `statistics`, or the reason why there are none, hold for."""
+    uncounted: str = ""
+    """Why the plan is without its rows, or with those of other switches, in a few words."""
     shows_images: bool = False
     """Whether rows that were read have images; the tokenizer of a text model cannot say."""
     changes: dict[str, object] = field(default_factory=dict)

@@ -87,6 +87,10 @@ class RunsCompared(Message):
         """How many keys have one value in both."""
 
 
+class RowsCounted(Message):
+    """The plan has the rows of its config now, or the reason why it has not."""
+
+
 class PlanMeasured(Message):
     """A plan was measured on this computer; its figures are kept, and the estimate has them."""
 

@@ -17,6 +17,7 @@ from engine.plan import Statistics, read_statistics
 if TYPE_CHECKING:
     from engine.data.checkup import Checkup
 
+NO_ROW = "no row of it can be used, or its tokenizer is not here"
 MOST_BYTES = 256 * 2**20
 """Files beyond this are not read for an estimate: some 100,000 conversations, a minute or two."""
 
@@ -51,29 +52,38 @@ def count_config_rows(
     config: RunConfig, architecture: Architecture, folder: Path
 ) -> tuple[Statistics | None, str]:
     """The counts of a config's rows, or None with the reason in a few words; nothing is fetched."""
-    if not config.datasets:
-        return None, "the config names no dataset"
-    if architecture.card is None and architecture.folder is None:
-        return None, "its tokenizer is not here"
+    reason = why_uncounted(config, architecture, folder)
+    if reason:
+        return None, reason
     try:
-        reason = _why_not(config, folder)
-        if reason:
-            return None, reason
         statistics = read_statistics(asdict(check_rows(config, folder)))
     except UserError as error:
-        return None, f"its rows could not be read: {error.what}"
-    if statistics is None:
-        return None, "no row of it can be used, or its tokenizer is not here"
-    return statistics, ""
+        return None, _unreadable(error)
+    return statistics, "" if statistics else NO_ROW
 
 
-def _why_not(config: RunConfig, folder: Path) -> str:
+def why_uncounted(config: RunConfig, architecture: Architecture, folder: Path) -> str:
+    """Why the rows of a config are not counted for a plan, in a few words; empty where they can be.
+
+    Looks at the names and sizes of files alone.
+    """
     from engine.data.sources import locate
 
+    if not config.datasets:
+        return "the config names no dataset"
+    if architecture.card is None and architecture.folder is None:
+        return "its tokenizer is not here"
     size = 0
-    for dataset in config.datasets:
-        location = locate(dataset, folder)
-        if location.hub_id is not None:
-            return "its rows are on the hub"
-        size += sum(file.stat().st_size for file in location.files)
+    try:
+        for dataset in config.datasets:
+            location = locate(dataset, folder)
+            if location.hub_id is not None:
+                return "its rows are on the hub"
+            size += sum(file.stat().st_size for file in location.files)
+    except UserError as error:
+        return _unreadable(error)
     return "its rows are too many to count for an estimate" if size > MOST_BYTES else ""
+
+
+def _unreadable(error: UserError) -> str:
+    return f"its rows could not be read: {error.what}"

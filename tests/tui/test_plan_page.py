@@ -14,6 +14,7 @@ from engine.plan import Statistics, best_device, cpu_device
 from engine.units import gib
 from tests.tui.screens import assert_golden, screen_text, wait_for
 from tui.app import WindtunnelApp
+from tui.counting import counted_of
 from tui.draft import Draft
 from tui.page import Page
 from tui.screens.plan.settings import list_fields
@@ -31,13 +32,15 @@ EXPERT_TENSORS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 def planned(gpu: str, model: str) -> Draft:
     """A draft for a card that nothing else uses."""
     machine = assume(gpu)
-    return Draft(
+    draft = Draft(
         machine=machine,
         device=best_device(machine),
         model=model,
         dataset=DatasetConfig(path="chats.jsonl", type="chat_template"),
         statistics=ROWS,
     )
+    draft.counted = counted_of(draft.config())
+    return draft
 
 
 class Beyond(Page):

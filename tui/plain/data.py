@@ -4,18 +4,17 @@ The tokenizer is imported when the first row is read. There is no event loop to 
 read in this process.
 """
 
-import json
 import time
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from engine.config import DatasetConfig, RunConfig
+from engine.config import DatasetConfig
 from engine.data.samples import SAMPLE_PREFIX, list_samples
 from engine.data.sources import KNOWN_ENDINGS, locate
 from engine.errors import UserError
-from engine.plan import read_statistics
+from tui.counting import counted_of, take_count
 from tui.draft import Draft
 from tui.plain.dialogue import Choice, Dialogue
 from tui.plain.setup import Setup, ask_text
@@ -107,8 +106,8 @@ def _consider(setup: Setup, dataset: DatasetConfig) -> bool:
         dialogue.say(*remarks)
     if index:
         return False
-    setup.draft.dataset, setup.draft.statistics = dataset, trial.draft.statistics
-    setup.found, setup.counted = found, trial.counted
+    setup.draft.take(trial.draft)
+    setup.found = found
     return True
 
 
@@ -155,12 +154,13 @@ def count(setup: Setup) -> "Checkup | None":
     UserError where the rows or the tokenizer cannot be read.
     """
     from engine.data.checkup import check
+    from engine.data.images import ImageRules
     from engine.data.prepare import label_rule
     from engine.data.rows import effective_datasets
 
     config = setup.draft.config()
-    state = _counted_state(config)
-    if not config.datasets or (setup.found is not None and setup.counted == state):
+    known = setup.found is not None and setup.draft.counted == counted_of(config)
+    if not config.datasets or known:
         return setup.found
     names = ", ".join(dataset.path for dataset in config.datasets)
     tokenizer = setup.tokenizer()
@@ -179,17 +179,11 @@ def count(setup: Setup) -> "Checkup | None":
         tokenizer,
         rule=label_rule(config),
         history_thinking=config.history_thinking,
+        images=ImageRules.from_config(config, Path.cwd()),
         progress=tell,
     )
-    setup.counted = state
-    setup.draft.statistics = read_statistics(asdict(setup.found))
+    take_count(setup.draft, config, asdict(setup.found))
     return setup.found
-
-
-def _counted_state(config: RunConfig) -> str:
-    keys = ("base_model", "tokenizer_config", "datasets", "chat_template_kwargs")
-    switches = ("train_on_thinking", "train_on_inputs", "history_thinking")
-    return json.dumps(config.model_dump(mode="json", include={*keys, *switches}), sort_keys=True)
 
 
 def list_remarks(setup: Setup) -> list[str]:

@@ -33,8 +33,6 @@ class Setup:
     """Folder that holds runs/, None for the usual one."""
     found: "Checkup | None" = None
     """Of the draft's datasets under the model's tokenizer and the switches."""
-    counted: str = ""
-    """What `found` was counted of."""
     _tokenizers: dict[str, "ChatTokenizer"] = field(default_factory=dict)
 
     def plan_for(self, gpus: str) -> None:

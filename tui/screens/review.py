@@ -21,6 +21,7 @@ from engine.errors import UserError
 from engine.runs import RunFolder
 from engine.units import gib
 from engine.visible import visible
+from tui.counting import next_count
 from tui.draft import draft_from
 from tui.page import Key, Page
 from tui.start import free_config_path, save_config, start_run, why_not
@@ -78,7 +79,12 @@ class ReviewPage(Page):
     def on_mount(self) -> None:
         self.query_one(Choices).focus()
 
+    def on_rows_counted(self) -> None:
+        if not self._starting:
+            self.refresh_from_draft()
+
     def refresh_from_draft(self) -> None:
+        self.app.count_rows()
         draft = self.app.draft
         try:
             text = draft.config_text()
@@ -94,12 +100,14 @@ class ReviewPage(Page):
         self._say()
 
     def _say(self) -> None:
-        needs = self.app.draft.advice().estimate
-        amounts = (
-            f"{gib(needs.device_bytes)} of {gib(needs.can_give_bytes)},"
-            f" up to {gib(needs.disk_bytes)} written"
-        )
-        device = self.app.draft.device
+        draft = self.app.draft
+        needs = draft.advice().estimate
+        amounts = f"{gib(needs.device_bytes)} of {gib(needs.can_give_bytes)}"
+        if draft.uncounted:
+            amounts += f"{'' if draft.statistics else ' for full rows'}; {draft.uncounted}"
+        else:
+            amounts += f", up to {gib(needs.disk_bytes)} written"
+        device = draft.device
         if self._refused is None:
             self.say("✓", "ready to start", amounts)
         elif device and device.planned:
@@ -235,7 +243,8 @@ class ReviewPage(Page):
         try:
             edited = draft_from(parse_config(text, "config.yml"), Path.cwd())
             edited.machine, edited.device, edited.name = draft.machine, draft.device, draft.name
-            edited.statistics = draft.statistics if edited.model == draft.model else None
+            edited.statistics, edited.counted = draft.statistics, draft.counted
+            next_count(edited)
             edited.advice()
         except UserError as error:
             self.show_problem(error, kept="The config is as it was before you edited it.")

@@ -76,9 +76,12 @@ class Fields(Widget, can_focus=True):
         return self._fields[self.cursor] if self._fields else None
 
     def show_fields(self, fields: Sequence[Field]) -> None:
-        """Other values; the cursor stays on its line."""
+        """Other values; the cursor stays on its key, else on its line."""
+        keys = [field.key for field in fields]
+        before = self.field.key if self.field else ""
         self._fields = fields
-        self.cursor = max(0, min(self.cursor, len(fields) - 1))
+        at = keys.index(before) if before in keys else self.cursor
+        self.cursor = max(0, min(at, len(fields) - 1))
         self.refresh(layout=True)
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:

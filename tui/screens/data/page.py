@@ -20,8 +20,8 @@ from engine.data.samples import SAMPLE_PREFIX
 from engine.data.shape import mapped
 from engine.data.sources import locate
 from engine.errors import UserError
-from engine.plan import read_statistics
 from engine.visible import visible
+from tui.counting import rows_request, take_count, with_rows
 from tui.draft import is_named_by_path
 from tui.page import HelpText, Key, Page
 from tui.screens.data.findings import Remark, describe_rows, list_remarks, say_verdict
@@ -206,13 +206,7 @@ class DataPage(Page):
 
     async def _read(self, dataset: DatasetConfig) -> None:
         await asyncio.sleep(_SETTLE_SECONDS)
-        request: dict[str, Any] = {
-            "config": {
-                "base_model": self._model,
-                "datasets": [dataset.model_dump(mode="json")],
-            },
-            "folder": str(Path.cwd()),
-        }
+        request = rows_request(with_rows(self.app.draft, dataset))
         worker = self.app.data_worker
         try:
             self._shape = await worker.ask("shape", count=20, **request)
@@ -284,8 +278,10 @@ class DataPage(Page):
     def _held_out(self) -> tuple[float, int]:
         """val_set_size and the number of test sets that would go with what was read here."""
         assert self._found is not None
+        assert self._dataset is not None
         draft = copy(self.app.draft)
-        draft.dataset, draft.statistics = self._dataset, read_statistics(self._found)
+        draft.dataset = self._dataset
+        take_count(draft, with_rows(draft, self._dataset), self._found)
         try:
             config = draft.config()
         except UserError:  # it is Plan that says what does not go together
@@ -302,8 +298,9 @@ class DataPage(Page):
 
     def _take(self) -> None:
         assert self._found is not None
+        assert self._dataset is not None
         self.app.draft.dataset = self._dataset
-        self.app.draft.statistics = read_statistics(self._found)
+        take_count(self.app.draft, with_rows(self.app.draft, self._dataset), self._found)
         self.app.next_step()
 
     def on_choices_chosen(self, message: Choices.Chosen) -> None:

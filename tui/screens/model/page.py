@@ -300,7 +300,7 @@ class ModelPage(Page):
     def _take(self, candidate: Candidate) -> None:
         draft = self.app.draft
         if draft.model != candidate.name:
-            draft.model, draft.statistics = candidate.name, None
+            draft.model, draft.statistics, draft.counted = candidate.name, None, None
         self.app.next_step()
 
     def help_for(self, focused: Widget | None) -> HelpText:

@@ -109,7 +109,11 @@ class PlanPage(Page):
         self._wrong = None
         self._show_plan()
 
+    def on_rows_counted(self) -> None:
+        self._show_plan()
+
     def _show_plan(self) -> None:
+        self.app.count_rows()
         draft = self.app.draft
         try:
             advice = draft.advice()
@@ -126,9 +130,7 @@ class PlanPage(Page):
             f" can give {device.can_give_bytes / GIB:.1f} of {device.total_bytes / GIB:.1f}"
         )
         self.say(mark, needs.verdict, sentence)
-        untrained = f"planned only: {advice.not_trained}" if advice.not_trained else ""
-        told = [untrained] if untrained else list(remarks(advice.config, draft.architecture()))
-        self.query_one("#settings", Pane).show_subtitle(visible("".join(told[:1]), one_line=True))
+        self.query_one("#settings", Pane).show_subtitle(visible(self._to_know(), one_line=True))
         planned = " (planned)" if device.planned else ""
         self.show_title(f"{device.name}{planned}")
         self.query_one(MemoryBar).show_estimate(needs, device)
@@ -137,6 +139,17 @@ class PlanPage(Page):
         self._show_command()
         self._show_beside()
         self._tell()
+
+    def _to_know(self) -> str:
+        """What matters most of what is not in the numbers."""
+        draft = self.app.draft
+        advice = draft.advice()
+        if advice.not_trained:
+            return f"planned only: {advice.not_trained}"
+        if draft.uncounted:
+            known = "counted before a change" if draft.statistics else "planned for full rows"
+            return f"{known}: {draft.uncounted}"
+        return next(iter(remarks(advice.config, draft.architecture())), "")
 
     def _show_command(self) -> None:
         """The person's values first: they are what has just changed."""

@@ -20,6 +20,7 @@ from engine.chat.render import LabelRule, learned
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.visible import visible
+from tui.counting import RENDER_KEYS, WHICH_KEYS
 from tui.page import HelpText, Key, Page
 from tui.screens.preview.counts import LearnedCounts, say_images
 from tui.screens.preview.inspecting import MARKS, describe_token
@@ -37,10 +38,7 @@ from tui.widgets.prompt import Prompt
 from tui.widgets.switches import Switches
 from tui.widgets.tokens import TokenView
 
-_ARRAY_KEYS: Final = {
-    *("base_model", "tokenizer_config", "datasets"),
-    *("history_thinking", "chat_template_kwargs", "train_on_inputs"),
-}
+_ARRAY_KEYS: Final = WHICH_KEYS | RENDER_KEYS
 """The keys of the config that decide tokens and kinds: with the same, rows are not asked again."""
 _KEPT_ROWS: Final = 500
 _LEGEND: Final = "underlined = learned, dim = only read"
@@ -137,7 +135,7 @@ class PreviewPage(Page):
             self.show_problem(error)
             return
         request: dict[str, Any] = {
-            "config": self._config.model_dump(mode="json", include=_ARRAY_KEYS),
+            "config": self._config.model_dump(mode="json", include=set(_ARRAY_KEYS)),
             "folder": str(Path.cwd()),
         }
         if request != self._request:

@@ -1,0 +1,105 @@
+"""The rows of the draft in its plan: what their lengths follow from, and when they are counted.
+
+Apart from the pages because each of them can change what a row becomes: another model, another
+dataset, images of another size, an edited file. Whoever shows a plan asks for the rows first.
+"""
+
+import json
+from copy import copy
+from pathlib import Path
+from typing import Any, Final
+
+from engine.cli.row_counts import NO_ROW, why_uncounted
+from engine.config import DatasetConfig, RunConfig
+from engine.errors import UserError
+from engine.plan import read_statistics
+from tui.data_worker import DataWorker
+from tui.draft import Counted, Draft
+
+COUNTING: Final = "its rows are being counted"
+WHICH_KEYS: Final = frozenset({"base_model", "tokenizer_config", "datasets"})
+"""Which rows, in the tokens of which model."""
+RENDER_KEYS: Final = frozenset(
+    {
+        *("history_thinking", "chat_template_kwargs", "train_on_inputs"),
+        *("image_folder", "image_size", "image_resize_algorithm"),
+    }
+)
+"""What a row becomes: its tokens and their kinds."""
+
+
+def counted_of(config: RunConfig) -> Counted:
+    """What a count of a config's rows holds for."""
+
+    def text(keys: frozenset[str]) -> str:
+        return json.dumps(config.model_dump(mode="json", include=set(keys)), sort_keys=True)
+
+    return Counted(text(WHICH_KEYS), text(RENDER_KEYS | {"train_on_thinking"}))
+
+
+def next_count(draft: Draft) -> RunConfig | None:
+    """The config whose rows are to be counted now; None where its plan has them or cannot.
+
+    Counts of other rows are taken out of the plan; those of the same rows under other switches
+    stay until there are better ones. Raises what `Draft.config` raises.
+    """
+    config = draft.config()
+    now = counted_of(config)
+    if draft.counted == now and draft.uncounted == COUNTING:
+        draft.uncounted = ""  # of switches that were turned back
+    if draft.counted == now and (draft.statistics or draft.uncounted):
+        return None
+    if draft.counted is None or draft.counted.which != now.which:
+        draft.statistics = None
+    reason = why_uncounted(config, draft.architecture(), Path.cwd())
+    if reason:
+        draft.counted, draft.uncounted = now, reason
+        return None
+    draft.uncounted = COUNTING
+    return config
+
+
+def with_rows(draft: Draft, dataset: DatasetConfig) -> RunConfig:
+    """What decides what the rows of `dataset` alone become: an opened config has its say."""
+    other = copy(draft)
+    other.dataset, other.statistics = dataset, None
+    try:
+        config = other.config()
+    except UserError:  # it is Plan that says what does not go together
+        config = RunConfig(base_model=draft.model or "")
+    return config.model_copy(update={"datasets": (dataset,)})
+
+
+def rows_request(config: RunConfig) -> dict[str, Any]:
+    """The fields of a request of the worker for the rows of a config."""
+    keys = WHICH_KEYS | RENDER_KEYS | {"train_on_thinking"}
+    return {
+        "config": config.model_dump(mode="json", include=set(keys)),
+        "folder": str(Path.cwd()),
+    }
+
+
+def take_count(draft: Draft, config: RunConfig, found: dict[str, Any]) -> None:
+    """Put what the worker found in the rows of `config` into the plan."""
+    draft.statistics = read_statistics(found)
+    draft.counted = counted_of(config)
+    draft.uncounted = "" if draft.statistics else NO_ROW
+
+
+async def count_rows(draft: Draft, config: RunConfig, worker: DataWorker) -> bool:
+    """Count the rows of `config` for the plan; whether the draft still asks for them."""
+    try:
+        found = await worker.ask("check", **rows_request(config))
+        trouble = ""
+    except UserError as error:
+        found, trouble = {}, f"its rows could not be counted: {error.what}"
+    try:
+        if counted_of(draft.config()) != counted_of(config):
+            return False
+    except UserError:  # the answers have come to contradict each other
+        return False
+    if trouble:
+        draft.counted, draft.uncounted = counted_of(config), trouble
+    else:
+        take_count(draft, config, found)
+    return True
