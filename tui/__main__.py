@@ -138,7 +138,7 @@ def make_draft(request: WizardRequest) -> "Draft":
         from engine.config import read_config
 
         draft = draft_from(read_config(request.config), request.config.absolute().parent)
-        draft.name = run_name(request.config)
+        draft.path, draft.name = request.config, run_name(request.config)
     if request.config is not None or request.assumed is not None:
         from engine.cli.hardware import find_machine
         from engine.plan import best_device

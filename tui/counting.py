@@ -51,6 +51,8 @@ def next_count(draft: Draft) -> RunConfig | None:
         return None
     if draft.counted is None or draft.counted.which != now.which:
         draft.statistics = None
+        config = draft.config()  # what was recommended for other rows goes with them
+        now = counted_of(config)
     reason = why_uncounted(config, draft.architecture(), Path.cwd())
     if reason:
         draft.counted, draft.uncounted = now, reason

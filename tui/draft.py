@@ -54,6 +54,8 @@ class Draft:
     """Of the run; None follows from dataset and model."""
     opened: ConfigFile | None = None
     """The file that the wizard was opened on: its text and comments are kept."""
+    path: Path | None = None
+    """Where that file lies, as it was named; None once its text was edited here."""
     own: RunConfig | None = None
     """What that file says, its paths absolute: nothing is recommended over it."""
     _made: tuple[object, Recommendation] | None = field(default=None, repr=False, compare=False)

@@ -23,7 +23,7 @@ _MOST_GIGABYTES = 4096
 _COUNT_FIRST = re.compile(r"^\s*(\d{1,9})\s*[x×*]\s*(?=\S)", re.IGNORECASE)
 # "h100x2" is two of them, "MX450" is a name.
 _COUNT_LAST = re.compile(r"(?:(?<![a-z])x|(?<=gb)x|[×*:])\s*(\d{1,9})\s*$", re.IGNORECASE)
-_SIZE = re.compile(r"^(\d+(?:\.\d+)?) ?(?:gb|gib|g)$")
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?) ?(?:gb|gib|g)(?: gpus?)?$")
 _EVIDENCE = {"measured": "as measured", "published": "as published", "assumed": "not checked"}
 _NOISE = {"nvidia", "geforce", "tesla", "quadro", "gpu", "graphics", "card", "generation"}
 

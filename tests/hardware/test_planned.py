@@ -31,6 +31,7 @@ from engine.units import GIB
         ("24 GB", 1, "24 GB GPU", 24.0),
         ("2x80GB", 2, "80 GB GPU", 80.0),
         ("24gb x 2", 2, "24 GB GPU", 24.0),
+        ("16 GB GPU", 1, "16 GB GPU", 16.0),  # as it is called once it is planned
         ("80 GiB", 1, "80 GB GPU", 80.0),
     ],
 )

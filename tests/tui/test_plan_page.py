@@ -13,6 +13,7 @@ from engine.hardware import assume
 from engine.plan import Statistics, best_device, cpu_device
 from engine.units import gib
 from tests.tui.screens import assert_golden, screen_text, wait_for
+from tui.__main__ import WizardRequest, make_draft
 from tui.app import WindtunnelApp
 from tui.counting import counted_of
 from tui.draft import Draft
@@ -23,6 +24,21 @@ from tui.widgets.fields import Fields
 from tui.widgets.memory_bar import bar_parts, share_cells
 
 ROWS = Statistics(480, 480, 142_150, 74_498, 33_180, 296.1, 688, 1213, (1213,) * 9 + (688,) * 471)
+
+
+OPENED = """\
+base_model: mistralai/Magistral-Small-2509
+adapter: qlora
+load_in_4bit: true
+lora_r: 32
+sequence_len: 8192
+sample_packing: true
+micro_batch_size: 2
+attn_implementation: sdpa
+gradient_checkpointing: true
+datasets:
+  - path: chats.jsonl
+"""
 
 
 EXPERT_TENSORS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -105,6 +121,16 @@ def test_the_page_looks_as_it_should(
     if "too-large" in name:
         draft.change("adapter", "lora")
     assert_golden(name, on_page(draft, press(), size))
+
+
+def test_an_opened_config_has_its_ladder_beside_it_in_whole_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yml").write_text(OPENED, "utf-8")
+    draft = make_draft(WizardRequest(Path("mine.yml"), assumed="16 GB"))
+    draft.statistics, draft.counted = ROWS, counted_of(draft.config())
+    assert_golden("plan-120x40-opened", on_page(draft, press(), (120, 40)))
 
 
 def test_typing_a_rank_moves_the_verdict_the_bar_and_the_config() -> None:

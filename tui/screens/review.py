@@ -21,6 +21,7 @@ from engine.errors import UserError
 from engine.runs import RunFolder
 from engine.units import gib
 from engine.visible import visible
+from tui.commands import plan_command
 from tui.counting import next_count
 from tui.draft import draft_from
 from tui.page import Key, Page
@@ -111,7 +112,7 @@ class ReviewPage(Page):
         if self._refused is None:
             self.say("✓", "ready to start", amounts)
         elif device and device.planned:
-            self.say("·", "ready to save", f"{device.name} is planned, not here; {amounts}")
+            self.say("·", "ready to save", f"{amounts}; {device.name} is planned, not here")
         else:
             self.say("✗", "cannot start", self._refused.what)
         self.show_title(device.name if device else "")
@@ -142,9 +143,8 @@ class ReviewPage(Page):
         if self.query_one(Choices).cursor == _START:
             self.show_command(["train", path])
             return
-        words = ["recommend", "--model", draft.model or ""]
-        words += ["--data", draft.dataset.path] if draft.dataset else []
-        self.show_command([*words, "-o", path])
+        words = plan_command(draft)
+        self.show_command([*words, "-o", path] if words and draft.own is None else [])
 
     # --- keys
 

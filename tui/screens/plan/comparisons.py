@@ -5,14 +5,17 @@ when asked for.
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 from textual.content import Content
 
 from engine.hardware import assume, known_gpus
 from engine.plan import Alternative, Device, Estimate, best_device, estimate, make_fit
 from engine.units import GIB
+from engine.visible import fold
 from tui.draft import Draft
 
+_INDENT: Final = "    "
 MARKS = {
     "fits": ("✓", "$success"),
     "tight": ("!", "$warning"),
@@ -44,17 +47,21 @@ def list_cards(draft: Draft) -> list[Card]:
     ]
 
 
-def rung_lines(rungs: tuple[Alternative, ...], *, below: bool = False) -> list[Content]:
-    """One line a rung: what changes, what is then needed, and beside or `below` it the cost."""
-    gap = "\n    " if below else "  "
+def rung_lines(rungs: tuple[Alternative, ...], columns: int | None = None) -> list[Content]:
+    """One line a rung: what changes, what is then needed, and the cost.
+
+    In `columns` the cost stands below, in lines of its own that are broken between words.
+    """
     lines = []
     for rung in rungs:
         mark, style = MARKS[rung.estimate.verdict]
+        below = fold(rung.trade, columns and columns - len(_INDENT))
+        cost = f"  {rung.trade}" if columns is None else "".join(f"\n{_INDENT}{x}" for x in below)
         lines.append(
             Content.assemble(
                 f"{rung.name:<34}{rung.estimate.device_bytes / GIB:>6.1f} ",
                 (mark, style),
-                (f"{gap}{rung.trade}", "$muted"),
+                (cost, "$muted"),
             )
         )
     return lines

@@ -10,13 +10,12 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
-from engine.config import assignment
 from engine.config.explanation import explain_key
 from engine.errors import UserError
 from engine.plan import remarks
 from engine.units import GIB
 from engine.visible import visible
-from tui.draft import is_named_by_path
+from tui.commands import plan_command
 from tui.messages import PlanMeasured, WorkRefused
 from tui.page import HelpText, Key, Page
 from tui.screens.plan.comparisons import (
@@ -35,6 +34,8 @@ from tui.widgets.fields import Fields
 from tui.widgets.memory_bar import MemoryBar
 from tui.widgets.pane import Pane
 
+_BESIDE_CELLS: Final = 42
+"""Of a line in a pane beside the settings, its scroll bar not counted."""
 _TYPED_NUMBERS: Final = "a digit types a number, left and right step through the usual values"
 
 
@@ -73,7 +74,7 @@ class PlanPage(Page):
     ]
     CSS = """
     PlanPage #settings { height: 1fr; width: 1fr; }
-    PlanPage #beside { display: none; width: 48; height: 100%; }
+    PlanPage #beside { display: none; width: 48; height: 100%; }  /* _BESIDE_CELLS and frames */
     PlanPage.-wide #beside { display: block; }
     PlanPage #beside Pane { height: 1fr; }
     PlanPage #beside Static { width: 100%; height: auto; text-wrap: nowrap; }
@@ -136,7 +137,7 @@ class PlanPage(Page):
         self.query_one(MemoryBar).show_estimate(needs, device)
         fields = list_fields(draft, every=self._every, wrong=self._wrong)
         self.query_one(Fields).show_fields(fields)
-        self._show_command()
+        self.show_command(plan_command(draft))
         self._show_beside()
         self._tell()
 
@@ -151,27 +152,13 @@ class PlanPage(Page):
             return f"{known}: {draft.uncounted}"
         return next(iter(remarks(advice.config, draft.architecture())), "")
 
-    def _show_command(self) -> None:
-        """The person's values first: they are what has just changed."""
-        draft = self.app.draft
-        changes = {key: value for key, value in draft.changes.items() if _can_be_typed(value)}
-        values = [assignment(*change) for change in changes.items()]
-        words = ["recommend", *values, "--model", draft.model or ""]
-        if draft.dataset and not is_named_by_path(draft.dataset):
-            self.show_command([])
-            return
-        words += ["--data", draft.dataset.path] if draft.dataset else []
-        if draft.device and draft.device.planned:
-            words += ["--assume", draft.device.name]
-        self.show_command(words)
-
     def _show_beside(self) -> None:
         if not self.has_class("-wide"):
             return
         draft = self.app.draft
         assert draft.device is not None
         rungs = list_rungs(draft)
-        lines = rung_lines(rungs, below=True) if rungs else [Content("it fits as it is")]
+        lines = rung_lines(rungs, _BESIDE_CELLS) if rungs else [Content("it fits as it is")]
         self.query_one("#rungs", Static).update(Content("\n").join(lines))
         lines = card_lines(list_cards(draft), draft.device)
         self.query_one("#cards", Static).update(Content("\n").join(lines))
@@ -297,10 +284,3 @@ class PlanPage(Page):
         told = [("means", found.meaning), ("takes", found.takes), ("default", found.default)]
         told += [("here", field.reason), ("keys", _TYPED_NUMBERS)]
         return HelpText(field.key, told, ("explain", field.key))
-
-
-def _can_be_typed(value: object) -> bool:
-    """Whether `key=value` of a command line says it: one value, or a list of names."""
-    if isinstance(value, list | tuple):
-        return all(isinstance(each, str) for each in value)
-    return value is None or isinstance(value, bool | int | float | str)

@@ -129,7 +129,16 @@ def _reason(draft: Draft, advice: Recommendation, key: str) -> str:
         "max_steps": "all epochs",
         "image_size": "the model's own limit; less gives an image fewer tokens",
     }
+    if draft.own is not None and key not in advice.reasons:
+        return _reason_of_own(draft, advice, key) or without.get(key, "left out: as usual")
     return advice.reasons.get(key) or without.get(key, "the usual value")
+
+
+def _reason_of_own(draft: Draft, advice: Recommendation, key: str) -> str:
+    """What is known of a value of an opened config; empty where the file does not name it."""
+    if key == "sequence_len":
+        return advice.estimate.decided_by
+    return "in the config" if draft.opened and key in draft.opened.document.values else ""
 
 
 def _price_of_experts(draft: Draft, advice: Recommendation, key: str) -> str:

@@ -1,0 +1,349 @@
+"""A plan has the rows of its config: counted when a config is opened, again when they change."""
+
+import asyncio
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from engine.cli.row_counts import MOST_BYTES, check_rows, count_config_rows
+from engine.config import DatasetConfig, RunConfig
+from engine.errors import UserError
+from engine.hardware import assume
+from engine.plan import Statistics, best_device, estimate
+from engine.units import gib
+from tests.tui.stand_in import SAMPLE, WORKER, Screen, draft_on, opened, run
+from tui.__main__ import WizardRequest, make_draft
+from tui.app import WindtunnelApp
+from tui.commands import plan_command
+from tui.counting import COUNTING, count_rows, counted_of, next_count, take_count
+from tui.data_worker import DataWorker
+from tui.draft import Draft
+from tui.screens.plan import PlanPage
+from tui.screens.review import ReviewPage
+
+CONFIG = """\
+base_model: demo-tiny
+adapter: lora
+sequence_len: 4096
+micro_batch_size: 4
+datasets:
+  - path: {path}
+    type: chat_template
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def chat(question: str, answer: str, thought: str = "", **more: object) -> dict[str, Any]:
+    content: list[dict[str, str]] = [{"type": "text", "text": answer}]
+    if thought:
+        content.insert(0, {"type": "thinking", "thinking": thought})
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": content if thought else answer},
+    ]
+    return {"messages": messages, **more}
+
+
+def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def opened_draft(path: Path, text: str, gpu: str = "24 GB") -> Draft:
+    path.write_text(text, "utf-8")
+    return make_draft(WizardRequest(path, assumed=gpu))
+
+
+def counted(draft: Draft) -> Statistics:
+    """What the command line counts of the draft's config."""
+    found, why = count_config_rows(draft.config(), draft.architecture(), Path.cwd())
+    assert found is not None, why
+    return found
+
+
+def needs(draft: Draft, rows: Statistics | None) -> str:
+    assert draft.device is not None
+    return gib(estimate(draft.config(), draft.architecture(), draft.device, rows).device_bytes)
+
+
+def on_screen(draft: Draft, page: str, work: Any) -> None:
+    async def follow() -> None:
+        async with opened(draft, page, (120, 40)) as screen:
+            await work(screen)
+
+    run(follow())
+
+
+class Held(DataWorker):
+    """Answers a count when it is told to."""
+
+    def __init__(self, found: dict[str, Any] | UserError) -> None:
+        super().__init__()
+        self.found = found
+        self.asked: list[dict[str, Any]] = []
+        self.told = asyncio.Event()
+
+    async def ask(self, request: str, **fields: Any) -> dict[str, Any]:
+        self.asked.append(fields["config"])
+        await self.told.wait()
+        if isinstance(self.found, UserError):
+            raise self.found
+        return self.found
+
+
+def found_in(draft: Draft) -> dict[str, Any]:
+    found = asdict(check_rows(draft.config(), Path.cwd()))
+    return found | {"problems": [], "bad_rows": 0}
+
+
+class TestOpened:
+    @pytest.mark.parametrize("page", ["Review", "Plan"])
+    def test_its_rows_are_counted_and_the_plan_is_that_of_the_command(
+        self, tmp_path: Path, page: str
+    ) -> None:
+        draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
+        full, own = needs(draft, None), needs(draft, counted(draft))
+        assert full != own
+
+        async def work(screen: Screen) -> None:
+            await screen.until(lambda: draft.statistics is not None)
+            await screen.until(f"needs {own.removesuffix(' GiB')}" if page == "Plan" else own)
+            assert COUNTING not in screen.text
+
+        on_screen(draft, page, work)
+        assert draft.statistics == counted(draft)
+        assert draft.uncounted == ""
+
+    @pytest.mark.parametrize("page", ["Review", "Plan"])
+    def test_until_then_it_says_that_rows_are_taken_to_be_full(
+        self, tmp_path: Path, page: str
+    ) -> None:
+        draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
+        full = needs(draft, None)
+
+        async def follow() -> None:
+            app = WindtunnelApp(draft, start=page)
+            app._data_worker = held = Held(found_in(draft))
+            async with app.run_test(size=(120, 40)) as pilot:
+                screen = Screen(app, pilot)
+                await screen.until(COUNTING)
+                assert "full rows" in screen.text
+                assert full.removesuffix(" GiB") in screen.text
+                held.told.set()
+                await screen.until(lambda: COUNTING not in screen.text)
+            assert len(held.asked) == 1
+
+        run(follow())
+        assert draft.statistics is not None
+
+    @pytest.mark.parametrize(
+        ("path", "reason"),
+        [
+            ("org/name", "its rows are on the hub"),
+            ("./nowhere.jsonl", "its rows could not be read: There is no"),
+            ("large.jsonl", "its rows are too many to count for an estimate"),
+        ],
+    )
+    def test_what_cannot_be_counted_says_why_and_asks_nobody(
+        self, tmp_path: Path, path: str, reason: str
+    ) -> None:
+        with (tmp_path / "large.jsonl").open("wb") as file:
+            file.truncate(MOST_BYTES + 1)
+        draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=path))
+        WORKER.asked.clear()
+
+        async def work(screen: Screen) -> None:
+            await screen.until(reason[:30])
+
+        on_screen(draft, "Plan", work)
+        assert draft.uncounted.startswith(reason)
+        assert "check" not in WORKER.asked
+
+    def test_a_count_that_fails_says_why_once(self, tmp_path: Path) -> None:
+        draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
+
+        async def follow() -> None:
+            app = WindtunnelApp(draft, start="Review")
+            app._data_worker = held = Held(UserError("It ended.", "Why.", "Fix."))
+            held.told.set()
+            async with app.run_test(size=(120, 40)) as pilot:
+                await Screen(app, pilot).until("its rows could not be counted: It ended.")
+            assert len(held.asked) == 1
+
+        run(follow())
+        assert next_count(draft) is None
+
+    def test_images_are_looked_up_where_the_config_says(self, tmp_path: Path) -> None:
+        there, here = tmp_path / "there", tmp_path / "here"
+        rows = chat("What is it?", "A lamp.", images=["lamp.png"])
+        write_rows(there / "rows.jsonl", rows)
+        for folder in (there / "pictures", here):
+            folder.mkdir()
+        Image.new("RGB", (448, 336)).save(there / "pictures" / "lamp.png")
+        text = CONFIG.format(path="rows.jsonl").replace("demo-tiny", "demo-tiny-vision")
+        text += "processor_type: AutoProcessor\nimage_folder: pictures\n"
+
+        async def on_data(screen: Screen) -> None:
+            await screen.until("1 in 1 row")
+
+        async def on_preview(screen: Screen) -> None:
+            await screen.until("[image 448x336: 8 x 6 tokens]")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(here)
+            on_screen(opened_draft(there / "mine.yml", text), "Data", on_data)
+            on_screen(opened_draft(there / "mine.yml", text), "Preview", on_preview)
+
+
+class TestChanged:
+    def test_smaller_images_are_counted_anew_and_take_less(self, tmp_path: Path) -> None:
+        rows = [chat("What is it?", "A lamp.", images=["lamp.png"])] * 3
+        write_rows(tmp_path / "rows.jsonl", *rows)
+        Image.new("RGB", (896, 896)).save(tmp_path / "lamp.png")
+        text = CONFIG.format(path="rows.jsonl").replace("demo-tiny", "demo-tiny-vision")
+        draft = opened_draft(tmp_path / "mine.yml", text + "processor_type: AutoProcessor\n")
+
+        async def work(screen: Screen) -> None:
+            await screen.until(lambda: draft.statistics is not None)
+            assert draft.statistics is not None
+            large, before = draft.statistics.image_tokens, draft.advice().estimate
+            page = screen.app.screen
+            assert isinstance(page, PlanPage)
+            draft.change("image_size", 112)
+            page.refresh_from_draft()
+            assert draft.statistics.image_tokens == large  # until there is a better one
+            await screen.until(lambda: draft.statistics == counted(draft))
+            assert draft.statistics.image_tokens < large
+            assert draft.advice().estimate.moments["loss"] < before.moments["loss"]
+
+        on_screen(draft, "Plan", work)
+
+    def test_thoughts_that_are_only_read_are_not_learned_tokens(self, tmp_path: Path) -> None:
+        write_rows(tmp_path / "rows.jsonl", *[chat("one?", "two", "a long thought " * 9)] * 3)
+        draft = draft_on(dataset=DatasetConfig(path="rows.jsonl"), train_on_thinking=True)
+        take_count(draft, draft.config(), found_in(draft))
+        assert next_count(draft) is None
+        assert draft.statistics is not None
+        learned = draft.statistics.most_learned_tokens
+        draft.change("train_on_thinking", False)
+        assert next_count(draft) == draft.config()
+        assert draft.statistics.most_learned_tokens == learned
+        assert draft.uncounted == COUNTING
+        take_count(draft, draft.config(), found_in(draft))
+        assert draft.statistics.most_learned_tokens < learned
+
+    def test_a_switch_that_is_turned_back_leaves_nothing_to_count(self) -> None:
+        draft = draft_on(dataset=DatasetConfig(path=SAMPLE), train_on_thinking=True)
+        take_count(draft, draft.config(), found_in(draft))
+        draft.change("train_on_thinking", False)
+        assert next_count(draft) is not None
+        draft.change("train_on_thinking", True)
+        assert next_count(draft) is None
+        assert draft.uncounted == ""
+
+    def test_a_count_that_nobody_asks_for_any_more_is_dropped(self) -> None:
+        draft = draft_on(dataset=DatasetConfig(path=SAMPLE))
+        config = next_count(draft)
+        assert config is not None
+        found = found_in(draft)
+
+        async def work() -> bool:
+            held = Held(found)
+            counting = asyncio.create_task(count_rows(draft, config, held))
+            await asyncio.sleep(0)
+            draft.change("train_on_thinking", False)
+            held.told.set()
+            return await counting
+
+        assert asyncio.run(work()) is False
+        assert draft.statistics is None
+
+    def test_another_model_counts_the_same_rows_anew(self) -> None:
+        draft = draft_on(dataset=DatasetConfig(path=SAMPLE))
+        take_count(draft, draft.config(), found_in(draft))
+        draft.model = "ministral-3-3b"
+        assert next_count(draft) == draft.config()
+        assert draft.statistics is None
+
+    def test_other_rows_in_the_editor_leave_the_plan(self, tmp_path: Path) -> None:
+        write_rows(tmp_path / "rows.jsonl", *[chat("one?", "two")] * 3)
+        draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
+
+        async def work(screen: Screen) -> None:
+            await screen.until(lambda: draft.statistics is not None)
+            page = screen.app.screen
+            assert isinstance(page, ReviewPage)
+            before = draft.statistics
+            page.take_text(draft.config_text().replace("lora_r", "seed: 7\nlora_r"))
+            page.take_text(draft.config_text() + "seed: 7\n")
+            assert draft.statistics is before
+            page.take_text(draft.config_text().replace(SAMPLE, "rows.jsonl"))
+            assert draft.statistics is None
+            await screen.until(lambda: draft.statistics is not None)
+            assert draft.statistics is not None
+            assert draft.statistics.usable_rows == 3
+
+        on_screen(draft, "Review", work)
+
+    def test_all_datasets_of_a_config_are_counted_not_the_first_alone(self, tmp_path: Path) -> None:
+        write_rows(tmp_path / "rows.jsonl", *[chat("one?", "two")] * 3)
+        draft = opened_draft(
+            tmp_path / "mine.yml", CONFIG.format(path="rows.jsonl") + f"  - path: {SAMPLE}\n"
+        )
+        first = draft.config().model_copy(update={"datasets": draft.config().datasets[:1]})
+        take_count(draft, first, asdict(check_rows(first, Path.cwd())))
+        assert next_count(draft) == draft.config()
+
+
+class TestCommand:
+    def test_of_an_opened_config_is_an_estimate_of_the_file(self, tmp_path: Path) -> None:
+        draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
+        draft.change("lora_r", 8)
+        path = str(tmp_path / "mine.yml")
+        device = draft.device
+        assert device is not None
+        assert plan_command(draft) == ["estimate", path, "lora_r=8", "--assume", device.name]
+
+    @pytest.mark.parametrize("gpus", ["16 GB", "H100 80GB HBM3 x2", "RTX 4090"])
+    def test_it_plans_for_the_same_gpus(self, gpus: str) -> None:
+        draft = draft_on(dataset=DatasetConfig(path=SAMPLE))
+        draft.device = best_device(assume(gpus))
+        *_, flag, named = plan_command(draft)
+        assert flag == "--assume"
+        assert best_device(assume(named)) == draft.device
+
+    def test_none_says_what_only_the_wizard_knows(self, tmp_path: Path) -> None:
+        draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
+        draft.path = None  # edited
+        assert plan_command(draft) == []
+        draft.path = tmp_path / "mine.yml"
+        draft.dataset = DatasetConfig(path="other.jsonl")
+        assert plan_command(draft) == []
+        mapped = DatasetConfig(path=SAMPLE, field_messages="turns")
+        assert plan_command(draft_on(dataset=mapped)) == []
+
+
+def test_what_a_count_holds_for_has_every_key_that_changes_a_row() -> None:
+    plain = RunConfig(base_model="demo-tiny")
+    for key, value in {
+        "train_on_inputs": True,
+        "train_on_thinking": False,
+        "history_thinking": "drop",
+        "image_size": 448,
+        "image_folder": "there",
+        "image_resize_algorithm": "nearest",
+        "chat_template_kwargs": {"reasoning_effort": "none"},
+        "tokenizer_config": "there",
+        "datasets": (DatasetConfig(path="a"),),
+    }.items():
+        assert counted_of(plain.model_copy(update={key: value})) != counted_of(plain)
+    assert counted_of(plain.model_copy(update={"lora_r": 4})) == counted_of(plain)
