@@ -204,6 +204,27 @@ class TestOpened:
             on_screen(opened_draft(there / "mine.yml", text), "Preview", on_preview)
 
 
+@pytest.mark.parametrize("thought", ["", "a thought"])
+@pytest.mark.parametrize("model", ["demo-tiny", "magistral-small-2507"])
+def test_what_the_data_page_has_counted_is_not_counted_again(
+    tmp_path: Path, model: str, thought: str
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", *[chat("one?", "two", thought)] * 30)
+    draft = draft_on(model)
+
+    async def work(screen: Screen) -> None:
+        await screen.until("where from")
+        await screen.press("down")
+        await screen.until("✓ 30 conversations")
+        await screen.press("enter")
+        await screen.until(lambda: draft.statistics is not None)
+
+    on_screen(draft, "Data", work)
+    assert draft.statistics is not None
+    assert draft.statistics.usable_rows == 30
+    assert next_count(draft) is None
+
+
 class TestChanged:
     def test_smaller_images_are_counted_anew_and_take_less(self, tmp_path: Path) -> None:
         rows = [chat("What is it?", "A lamp.", images=["lamp.png"])] * 3
