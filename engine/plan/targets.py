@@ -122,6 +122,18 @@ def trained_parameters(table: ModuleTable, config: RunConfig) -> int:
     return sum(prod(row.shape) for row in table.parameters if row.name in free)
 
 
+def largest_moving(table: ModuleTable, config: RunConfig) -> int:
+    """Numbers of the largest tensor that moves: a weight, or one of the two factors of a module's
+    or of a fused expert tensor's adapter."""
+    if not config.adapter:
+        free = free_parameters(table, config)
+        return max((row.count for row in table.parameters if row.name in free), default=0)
+    saved = choose_saved(table, config)
+    whole = max((row.count for row in table.parameters if row.module in saved), default=0)
+    longest = _longest_edge(table, _modules(table, config), choose_stacks(table, config))
+    return max(whole, config.lora_r * longest)
+
+
 def trains_head(table: ModuleTable, config: RunConfig) -> bool:
     """Whether the head's own weight moves, or the embedding that it shares."""
     head = next(row for row in table.parameters if row.group == "head")
@@ -214,6 +226,15 @@ def _stack_edges(table: ModuleTable, names: tuple[str, ...]) -> int:
     """Inputs plus outputs of each expert of the fused tensors, (experts, outputs, inputs)."""
     shapes = [row.shape for row in table.parameters if row.name in names]
     return sum(experts * (outputs + inputs) for experts, outputs, inputs in shapes)
+
+
+@lru_cache(maxsize=32)
+def _longest_edge(table: ModuleTable, matches: Matches, stacks: tuple[str, ...]) -> int:
+    """Of all that is adapted, the most inputs or outputs; those of all experts of a tensor."""
+    chosen = {name for _, names in matches for name in names}
+    linears = (max(r.shape) for r in table.parameters if r.quantizable and r.module in chosen)
+    fused = (r.shape[0] * max(r.shape[1:]) for r in table.parameters if r.name in stacks)
+    return max((*linears, *fused), default=0)
 
 
 def _modules(table: ModuleTable, config: RunConfig) -> Matches:

@@ -294,3 +294,13 @@ def test_qlora_never_needs_more_than_lora(
     packed = planned(keys | {"adapter": "qlora"}, name, device, rows)
     assert packed.device_bytes <= whole.device_bytes
     assert packed.trainable_parameters == whole.trainable_parameters
+
+
+def test_where_there_is_no_memory_beside_the_devices_nothing_is_paged_out() -> None:
+    """bitsandbytes keeps the state in RAM itself on a CPU, and RAM is what a unified card has."""
+    for device in (cpu(), replace(card("24 GB"), unified=True)):
+        paged, plain = (
+            estimate(config(optimizer=name), model("ministral-3-3b"), device)
+            for name in ("paged_adamw_8bit", "adamw_bnb_8bit")
+        )
+        assert paged.parts["optimizer"] == plain.parts["optimizer"] > 0

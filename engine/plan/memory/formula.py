@@ -204,7 +204,9 @@ def _frozen(step: Step, statistics: Statistics | None) -> Frozen:
 
 
 def _moments(step: Step, frozen: Frozen, cards: int) -> dict[str, dict[str, float]]:
-    trained = trained_bytes(step.config, step.moving, step.base_bytes, step.stack)
+    trained = trained_bytes(
+        step.config, step.moving, step.base_bytes, step.stack, pages=step.offloads
+    )
     moments = list_moments(step, frozen, trained)
     if cards == 1:
         return moments

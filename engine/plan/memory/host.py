@@ -30,7 +30,7 @@ def host_bytes(step: Step, frozen: Frozen, sizes: Sizes) -> int:
     config, moving = step.config, step.moving
     state = moving.all * state_bytes(config, step.stack)
     gathered = moving.all * adapter_bytes(config, step.stack) + state
-    paged = state if config.optimizer in PAGED else 0
+    paged = state if step.offloads and config.optimizer in PAGED else 0
     loaded = 2 * sizes.largest * step.base_bytes
     kept = sum(frozen.host.values()) + kept_states(step)[1]
     return int(PROCESS_BYTES + kept + paged + max(loaded, gathered))

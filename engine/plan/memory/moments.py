@@ -22,7 +22,8 @@ from engine.plan.layers import (
 )
 from engine.plan.memory.frozen import Frozen
 from engine.plan.memory.stack import Stack
-from engine.plan.memory.trained import WIDENED_NUMBERS, Moving, largest_moving
+from engine.plan.memory.trained import Moving
+from engine.plan.memory.update import update_bytes
 from engine.plan.targets import (
     expert_adapter_parameters,
     is_tied,
@@ -104,7 +105,7 @@ def list_moments(
             "loss": _loss_bytes(step) + frozen.head,
             "mask": masks_kept,
         },
-        "optimizer step": {**resting, "widening": _widening_bytes(step)},
+        "optimizer step": {**resting, "update": update_bytes(step)},
         "evaluation": {
             **idle,
             "activations": seen,
@@ -214,19 +215,6 @@ def _loss_bytes(step: Step) -> float:
 def _chunk_bytes(step: Step) -> int:
     chunk = step.stack.loss_chunk_bytes or LOSS_CHUNK_BYTES
     return min(chunk, 4 * step.learned * step.widths.vocabulary)
-
-
-def _widening_bytes(step: Step) -> float:
-    """What moving bfloat16 weights in float32 takes: weights and gradients of a few at a time, at
-    least of the largest, less what they replace, and what one of them is joined and split with.
-
-    A CPU adds the cut-off bits by way of a copy in int32.
-    """
-    if step.base_bytes == 4 or not step.moving.whole or not step.stack.keeps_rest:
-        return 0
-    largest = largest_moving(step.table, step.config)
-    at_once = min(step.moving.whole, max(WIDENED_NUMBERS, largest))
-    return 2 * at_once + (8 if step.device.kind == "cpu" else 4) * largest
 
 
 def _table_bytes(step: Step, layer: float, kept: float) -> float:

@@ -13,7 +13,7 @@ from engine.config import RunConfig
 from engine.plan.memory.frozen import WEIGHTS
 from engine.plan.memory.moments import Step
 
-DIVIDED = (*WEIGHTS, "adapter", "gradients", "optimizer", "loading", "widening")
+DIVIDED = (*WEIGHTS, "adapter", "gradients", "optimizer", "loading", "update")
 GATHERED_LAYERS = 2
 
 

@@ -12,18 +12,15 @@ from engine.config import RunConfig
 from engine.plan.memory.stack import Stack
 from engine.plan.targets import (
     adapter_parameters,
-    choose_saved,
-    free_parameters,
     trained_parameters,
 )
 
 REST_BYTES = 2
 """What bfloat16 cuts off of a trained float32 number, which the trainer keeps beside it."""
+EIGHT_BIT = ("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "paged_adamw_8bit")
 STATE_BYTES: Mapping[str, float] = MappingProxyType(
     {
-        **dict.fromkeys(
-            ("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), 2 + 8 / 256
-        ),
+        **dict.fromkeys(EIGHT_BIT, 2 + 8 / 256),
         **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"), 8),
     }
 )
@@ -54,15 +51,6 @@ def moving_numbers(table: ModuleTable, config: RunConfig) -> Moving:
     return Moving(adapter, trained_parameters(table, config) - adapter)
 
 
-def largest_moving(table: ModuleTable, config: RunConfig) -> int:
-    """Numbers of the largest tensor that is trained whole."""
-    if config.adapter:
-        names = choose_saved(table, config)
-        return max((r.count for r in table.parameters if r.module in names), default=0)
-    free = free_parameters(table, config)
-    return max((r.count for r in table.parameters if r.name in free), default=0)
-
-
 def adapter_bytes(config: RunConfig, stack: Stack) -> int:
     """Of one number of the adapter, and of its gradient."""
     return 2 if config.peft_autocast_adapter_dtype is False else stack.adapter_bytes
@@ -74,15 +62,16 @@ def state_bytes(config: RunConfig, stack: Stack) -> float:
 
 
 def trained_bytes(
-    config: RunConfig, moving: Moving, base_bytes: int, stack: Stack
+    config: RunConfig, moving: Moving, base_bytes: int, stack: Stack, *, pages: bool
 ) -> dict[str, float]:
-    """Adapter, gradients and optimizer state on the device.
+    """Adapter, gradients and optimizer state on the device, which `pages` paged state out or not.
 
     Weights that are trained whole keep their type, and beside an adapter they are a copy.
     """
     narrow = adapter_bytes(config, stack)
     held = moving.adapter * narrow + moving.whole * base_bytes
-    state = 0.0 if config.optimizer in PAGED else moving.all * state_bytes(config, stack)
+    paged = pages and config.optimizer in PAGED
+    state = 0.0 if paged else moving.all * state_bytes(config, stack)
     return {
         "adapter": held if config.adapter else 0,
         "gradients": held,
