@@ -108,9 +108,9 @@ def tower_bytes(
 ) -> tuple[int, int]:
     """(kept from the forward to the backward pass, held while a part of the tower runs).
 
-    `largest` is what one image has of the tokens. A frozen tower keeps nothing but the pixels, as
-    decoded and in the model's type. A trained one keeps a state a layer with gradient
-    checkpointing, everything without.
+    `largest` is what one image has of the tokens. A frozen tower keeps nothing but the pixels as
+    they were decoded, and has those that it sees in its own type as well. A trained one keeps a
+    state a layer with gradient checkpointing, everything without.
     """
     tower = tower_of(table)
     if tower is None or not image_tokens:
@@ -119,8 +119,9 @@ def tower_bytes(
     at_once = min(patches, max(PATCHES_AT_ONCE, largest * tower.merged))
     # Of a layer: its input, both norms, queries, keys, values, the heads' output and the MLP.
     one = (8 * tower.hidden + 3 * tower.intermediate) * base_bytes
-    held = at_once * (one + base_bytes * at_once)  # the mask: a number of the model's type a pair
-    pixels = patches * 3 * tower.patch**2 * (4 + base_bytes)
+    own = 3 * tower.patch**2 * base_bytes
+    held = at_once * (own + one + base_bytes * at_once)  # the mask: a number of its type a pair
+    pixels = patches * 3 * tower.patch**2 * 4
     if not trains_eyes(table, config):
         return pixels, held
     kept = tower.hidden * base_bytes if config.gradient_checkpointing else one

@@ -27,7 +27,7 @@ from engine.runs import RunFolder
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model
 from engine.train.generate import generate, readable
-from engine.train.images import stack
+from engine.train.images import join
 from engine.train.model import Base, load_base
 from engine.train.prompts import Prompt
 from engine.train.run import put_on_training
@@ -157,7 +157,7 @@ class Answering:
         ]
         own = learned(rendered.kinds, LabelRule()) & (rendered.sources == len(messages))
         begins = int(np.flatnonzero(own)[0])
-        return Prompt("", tuple(rendered.input_ids[:begins].tolist()), stack(images))
+        return Prompt("", tuple(rendered.input_ids[:begins].tolist()), join(images))
 
 
 class _Pieces:

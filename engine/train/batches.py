@@ -23,7 +23,7 @@ from engine.data.pack import Indices, efficiency, pack, shuffle_order
 from engine.data.prepare import label_rule
 from engine.data.prepared import Prepared, StoredImage
 from engine.errors import WorkError
-from engine.train.images import IMAGE_TOKEN, ImagePixels, stack
+from engine.train.images import IMAGE_TOKEN, ImagePixels, join
 
 StepRows: TypeAlias = list[list[list[int]]]
 """Rows of one optimizer step: micro-batches of sequences of rows."""
@@ -99,7 +99,7 @@ class Micro:
     tensors: dict[str, Tensor]
     """input_ids, labels, position_ids: int64, (sequences, length).
 
-    Where the rows have images, also `pixel_values` and `image_sizes` as `images.stack` makes them,
+    Where the rows have images, also `pixels` and `image_sizes` as `images.join` makes them,
     in the order of the image tokens.
     """
     rows: tuple[int, ...]
@@ -164,7 +164,7 @@ def collate(
     flat = tuple(itertools.chain.from_iterable(sequences))
     text = dict(zip(("input_ids", "labels", "position_ids"), tensors, strict=True))
     pixels = pixels or open_pixels(rows)
-    images = stack([pixels.read(image) for image in images_of(rows, sequences)]) if pixels else {}
+    images = join([pixels.read(image) for image in images_of(rows, sequences)]) if pixels else {}
     return Micro(
         tensors=text | images,
         rows=flat,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from engine.plan.vision import PATCHES_AT_ONCE
+from engine.train.images import pad
 from engine.train.offload import HostCheckpoints, decoder_layers
 
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -64,17 +65,18 @@ def image_features(model: Model, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     of (patches, patches): 18 GiB for eight images of 1540 x 1540, of which only the blocks on the
     diagonal count.
     """
-    if "pixel_values" not in batch:
+    if "pixels" not in batch:
         return {}
     body: Any = unwrapped(model).model
-    values = batch["pixel_values"].to(body.vision_tower.patch_conv.weight.dtype)
+    kind = body.vision_tower.patch_conv.weight.dtype
     sizes = batch["image_sizes"].tolist()
+    waiting = batch["pixels"]
     side = body.vision_tower.patch_size * body.config.spatial_merge_size
     features: Any = []  # one tensor an image, where transformers declares one for all
     for start, end in _tower_groups(sizes, body.vision_tower.patch_size):
         group = sizes[start:end]
-        height, width = (max(size[k] for size in group) for k in (0, 1))
-        pixels = values[start:end, :, :height, :width]
+        numbers = sum(3 * height * width for height, width in group)
+        pixels, waiting = pad(waiting[:numbers], group, kind), waiting[numbers:]
         if group == [[side, side]]:
             # transformers squeezes an only token away with the batch: a second image keeps it.
             group, pixels = group * 2, pixels.expand(2, -1, -1, -1)
@@ -84,14 +86,16 @@ def image_features(model: Model, batch: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _tower_groups(sizes: Sequence[Sequence[int]], patch: int) -> Iterator[tuple[int, int]]:
-    """Which images go through the tower together: from one to before another, in order."""
-    start, patches = 0, 0
+    """Which images go through the tower together: from one to before another, in order.
+
+    Counted as they are padded, each to the largest.
+    """
+    start, high, wide = 0, 0, 0
     for place, (height, width) in enumerate(sizes):
-        own = (height // patch) * (width // patch)
-        if patches and patches + own > PATCHES_AT_ONCE:
+        high, wide = max(high, height // patch), max(wide, width // patch)
+        if start < place and (place + 1 - start) * high * wide > PATCHES_AT_ONCE:
             yield start, place
-            start, patches = place, 0
-        patches += own
+            start, high, wide = place, height // patch, width // patch
     yield start, len(sizes)
 
 

@@ -71,20 +71,33 @@ class ImagePixels:
         return 3 * 4 * image.rows * image.columns * self._spec.side**2
 
 
-def stack(images: Sequence[Pixels]) -> dict[str, Tensor]:
-    """Images of several sizes as one batch: what a vision model reads beside the tokens.
+def join(images: Sequence[Pixels]) -> dict[str, Tensor]:
+    """Images of several sizes as one batch, for `forward.image_features`; empty without images.
 
-    `pixel_values` float32 (images, 3, largest height, largest width), zero behind each image's own
-    edges; `image_sizes` int64 (images, 2), each one's height and width. Empty without images.
+    `pixels` float32, one image behind the other, so that a small one costs no more beside a large
+    one; `image_sizes` int64 (images, 2), each one's height and width.
     """
     if not images:
         return {}
     sizes = np.array([image.shape[1:] for image in images], np.int64)
-    height, width = sizes.max(axis=0)
-    values = np.zeros((len(images), 3, height, width), np.float32)
-    for place, image in zip(values, images, strict=True):
-        place[:, : image.shape[1], : image.shape[2]] = image
-    return {"pixel_values": torch.from_numpy(values), "image_sizes": torch.from_numpy(sizes)}
+    flat = np.concatenate([image.reshape(-1) for image in images])
+    return {"pixels": torch.from_numpy(flat), "image_sizes": torch.from_numpy(sizes)}
+
+
+def pad(
+    pixels: Tensor, sizes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The images of `join` as a vision tower reads them: (images, 3, largest height, largest
+    width), zero behind each image's own edges."""
+    parts: Sequence[Tensor] = pixels.split([3 * height * width for height, width in sizes])
+    if len(parts) == 1:
+        one: Tensor = parts[0].view(1, 3, *sizes[0]).to(dtype)
+        return one
+    height, width = (max(size[k] for size in sizes) for k in (0, 1))
+    padded = pixels.new_zeros((len(parts), 3, height, width), dtype=dtype)
+    for place, part, (high, wide) in zip(padded, parts, sizes, strict=True):
+        place[:, :high, :wide] = part.view(3, high, wide)
+    return padded
 
 
 def refuse_unread(architecture: Architecture, prepared: Prepared) -> None:

@@ -134,7 +134,7 @@ class Measures:
             self._model,
             self._device,
             begun,
-            images={k: v for k, v in tensors.items() if k in ("pixel_values", "image_sizes")},
+            images={k: v for k, v in tensors.items() if k in ("pixels", "image_sizes")},
             end=self._tokenizer.specials.eos,
             max_new_tokens=self._config.eval_max_new_tokens - agreed,
         )

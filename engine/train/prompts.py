@@ -19,7 +19,7 @@ from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig
 from engine.train.batches import Rows, open_pixels
 from engine.train.drift import general_questions
-from engine.train.images import stack
+from engine.train.images import join
 
 IMAGE_QUESTIONS = 3
 """Held-out rows with images that a run asks: enough to see a pattern, little to wait for."""
@@ -34,7 +34,7 @@ class Prompt:
     text: str
     tokens: tuple[int, ...]
     images: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
-    """As `images.stack` makes them."""
+    """As `images.join` makes them."""
 
 
 def ask(text: str, tokenizer: ChatTokenizer, config: RunConfig) -> Prompt:
@@ -83,7 +83,7 @@ def _question(rows: Rows, row: int, tokenizer: ChatTokenizer) -> Prompt:
     one = slice(row, row + 1)
     asked = replace(rows, chosen=rows.chosen[one], lengths=np.array([begins], np.int64))
     pixels = open_pixels(rows)
-    images = stack([pixels.read(image) for image in asked.images(0)]) if pixels else {}
+    images = join([pixels.read(image) for image in asked.images(0)]) if pixels else {}
     ids = asked.ids(0)
     of_user = asked.kinds(0) & ~np.uint8(WITHHELD) == Kind.USER
     tekken = tokenizer.mistral.instruct_tokenizer.tokenizer

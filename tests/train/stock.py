@@ -14,12 +14,20 @@ from engine.chat.render import LabelRule
 from engine.train.batches import Rows, collate
 from engine.train.experts import GroupedNF4
 from engine.train.forward import Model, half_precision, head_of, hidden_states
+from engine.train.images import pad
 from tests.train.tiny import edit_config
 
 KEPT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 """Names as they begin in memory: transformers quantizes the tower of a mere `vision_tower`."""
-SEEN = ("input_ids", "pixel_values", "image_sizes")
-"""What a stock model is given of a batch."""
+
+
+def seen(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a stock model is given of a batch."""
+    given = {"input_ids": tensors["input_ids"]}
+    if "pixels" in tensors:
+        sizes = tensors["image_sizes"]
+        given |= {"pixel_values": pad(tensors["pixels"], sizes.tolist()), "image_sizes": sizes}
+    return given
 
 
 def quantized(**keys: Any) -> dict[str, Any]:
@@ -84,8 +92,7 @@ def take_step(model: Any, rows: Rows) -> tuple[float, dict[str, Tensor]]:
         for row in range(len(rows)):
             tensors = row_of(rows, row)
             count = int((tensors["labels"] != -100).sum())
-            seen = {key: tensors[key] for key in SEEN if key in tensors}
-            loss = model(**seen, labels=tensors["labels"], use_cache=False).loss * count
+            loss = model(**seen(tensors), labels=tensors["labels"], use_cache=False).loss * count
             loss.backward()
             total, learned = total + loss.item(), learned + count
     named = model.named_parameters()
@@ -99,9 +106,8 @@ def row_of(rows: Rows, row: int) -> dict[str, Tensor]:
 
 def logits(model: Any, tensors: dict[str, Tensor]) -> Tensor:
     """Of every token of a batch, by the model's own forward pass."""
-    seen = {key: tensors[key] for key in SEEN if key in tensors}
     with torch.no_grad(), half_precision(model):
-        found: Tensor = model.eval()(**seen).logits.float()
+        found: Tensor = model.eval()(**seen(tensors)).logits.float()
     return found
 
 

@@ -112,20 +112,19 @@ def in_stock(run: Training, base: Path, home: Path, method: Method) -> Any:
 def answers(run: Training, model: Any, row: dict[str, Tensor]) -> tuple[list[int], list[int]]:
     """Greedy tokens after a row's images and first words: ours, and those of stock `generate`."""
     prompt = row["input_ids"][:, : max(PROMPT_TOKENS, row["input_ids"].shape[1] - MADE_TOKENS)]
-    images = {key: row[key] for key in ("pixel_values", "image_sizes") if key in row}
+    images = {key: row[key] for key in ("pixels", "image_sizes") if key in row}
     ours = generate(
         run.model, CPU, prompt[0].tolist(), images=images, end=-1, max_new_tokens=MADE_TOKENS
     )
     model.eval()
     with torch.no_grad(), half_precision(model):
         made = model.generate(
-            input_ids=prompt,
+            **stock.seen(row | {"input_ids": prompt}),
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
             max_new_tokens=MADE_TOKENS,
             min_new_tokens=MADE_TOKENS,
             eos_token_id=None,
-            **images,
         )
     return ours, made[0, prompt.shape[1] :].tolist()
 

@@ -11,7 +11,7 @@ from engine.catalog import read_architecture
 from engine.chat.images import ImageSpec, pixels
 from engine.data.prepared import StoredImage
 from engine.errors import UserError
-from engine.train.images import ImagePixels, refuse_unread, stack
+from engine.train.images import ImagePixels, join, pad, refuse_unread
 from tests.train.pictures import SPEC, Pictured, picture, seeing, stored, write_pictured
 from tests.train.tiny import MINISTRAL3, edit_config, write_model
 
@@ -58,18 +58,29 @@ class TestDecoding:
             ImagePixels(SPEC).read(broken)
 
 
-class TestStack:
-    def test_sizes_are_kept_and_the_rest_is_zero(self) -> None:
-        small, wide = np.ones((3, 28, 56), np.float32), np.ones((3, 56, 28), np.float32)
-        found = stack([small, wide])
-        assert found["pixel_values"].shape == (2, 3, 56, 56)
+class TestJoin:
+    def test_images_lie_behind_one_another_and_are_padded_with_zeros(self) -> None:
+        chance = np.random.default_rng(1)
+        flat, high = (chance.random((3, *size), np.float32) for size in ((28, 56), (56, 28)))
+        found = join([flat, high])
+        assert found["pixels"].shape == (2 * 3 * 28 * 56,)
         assert found["image_sizes"].tolist() == [[28, 56], [56, 28]]
         assert found["image_sizes"].dtype == torch.int64
-        assert found["pixel_values"].sum(dim=(1, 2, 3)).tolist() == [3 * 28 * 56] * 2
-        assert found["pixel_values"][0, :, 28:].abs().sum() == 0
+        padded = pad(found["pixels"], found["image_sizes"].tolist())
+        assert padded.shape == (2, 3, 56, 56)
+        for place, image in zip(padded.numpy(), (flat, high), strict=True):
+            own = place[:, : image.shape[1], : image.shape[2]]
+            assert np.array_equal(own, image)
+            assert place.sum() == pytest.approx(own.sum())
+
+    def test_one_image_is_read_where_it_lies(self) -> None:
+        found = join([np.ones((3, 28, 56), np.float32)])
+        padded = pad(found["pixels"], found["image_sizes"].tolist())
+        assert padded.shape == (1, 3, 28, 56)
+        assert padded.data_ptr() == found["pixels"].data_ptr()
 
     def test_without_images_there_is_nothing(self) -> None:
-        assert stack([]) == {}
+        assert join([]) == {}
 
 
 class TestRefusal:

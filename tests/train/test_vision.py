@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.chat.render import Kind, LabelRule, Rendered
 from engine.chat.tokenizer import TokenizerSpec, build_tokenizer
@@ -28,6 +30,7 @@ from tests.train.pictures import (
     write_pictured,
     write_rendered,
 )
+from tests.train.stock import seen
 from tests.train.tiny import (
     MINISTRAL3,
     MISTRAL,
@@ -102,12 +105,48 @@ class TestSameNumbers:
             together = hidden_states(model, collate(rows, [[0, 1]], LabelRule()).tensors)[0]
             torch.testing.assert_close(together, alone(model, rows), rtol=1e-5, atol=1e-5)
 
+    def test_a_small_image_takes_no_more_beside_a_large_one(
+        self, ministral: Path, tmp_path: Path
+    ) -> None:
+        tiny = [Pictured((picture(28, 28, seed),), seed=seed) for seed in range(9)]
+        rows = write_pictured(tmp_path / "rows", [Pictured((picture(112, 112),)), *tiny])
+        model = load_base(ministral, settings(ministral)).model
+        tensors = collate(rows, [range(len(rows))], LabelRule()).tensors
+        assert tensors["pixels"].numel() == 3 * (112**2 + 9 * 28**2)
+        given: list[torch.Size] = []
+        unwrapped(model).model.vision_tower.patch_conv.register_forward_pre_hook(
+            lambda _, inputs: given.append(inputs[0].shape)
+        )
+        with torch.no_grad():
+            together = hidden_states(model, tensors)[0]
+            assert given == [(10, 3, 112, 112)]
+            torch.testing.assert_close(together, alone(model, rows), rtol=1e-5, atol=1e-5)
+
+    @given(
+        st.lists(st.tuples(st.integers(1, 110), st.integers(1, 110)), min_size=1, max_size=60),
+        st.integers(1, 5000),
+    )
+    def test_no_more_goes_through_the_tower_together_than_one_mask_may_have(
+        self, shapes: list[tuple[int, int]], most: int
+    ) -> None:
+        """Each image once and in order, padded to the largest of its group."""
+        sizes = [(14 * high, 14 * wide) for high, wide in shapes]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(forward, "PATCHES_AT_ONCE", most)
+            groups = list(forward._tower_groups(sizes, 14))
+        assert [place for start, end in groups for place in range(start, end)] == [
+            *range(len(sizes))
+        ]
+        for start, end in groups:
+            high, wide = (max(shape[k] for shape in shapes[start:end]) for k in (0, 1))
+            assert end - start == 1 or (end - start) * high * wide <= most
+
     def test_an_image_is_seen(self, ministral: Path, mixed: Rows) -> None:
         model = load_base(ministral, settings(ministral)).model
         tensors = collate(mixed, [[0]], LabelRule()).tensors
         with torch.no_grad():
             seen = hidden_states(model, tensors)
-            other = tensors | {"pixel_values": tensors["pixel_values"].flip(-1)}
+            other = tensors | {"pixels": tensors["pixels"].flip(-1)}
             assert (hidden_states(model, other) - seen).abs().max() > 1e-3
 
     def test_a_tower_that_sees_few_images_at_a_time_sees_the_same(
@@ -158,11 +197,8 @@ def stock_step(folder: Path, rows: Rows) -> tuple[float, dict[str, torch.Tensor]
     total, learned = 0.0, 0
     for row in range(len(rows)):
         tensors = collate(rows, [[row]], LabelRule()).tensors
-        images = {k: v for k, v in tensors.items() if k in ("pixel_values", "image_sizes")}
         count = int((tensors["labels"] != -100).sum())
-        loss = stock(
-            input_ids=tensors["input_ids"], labels=tensors["labels"], use_cache=False, **images
-        ).loss
+        loss = stock(**seen(tensors), labels=tensors["labels"], use_cache=False).loss
         (loss * count).backward()
         total, learned = total + loss.item() * count, learned + count
     named = stock.named_parameters()
@@ -230,7 +266,7 @@ def test_a_question_with_images_is_answered_with_a_cache_as_without(
     model = load_base(ministral, settings(ministral)).model
     tensors = collate(mixed, [[2]], LabelRule()).tensors
     begins = int(np.flatnonzero(mixed.kinds(2) == Kind.TEXT)[0])
-    images = {k: tensors[k] for k in ("pixel_values", "image_sizes")}
+    images = {k: tensors[k] for k in ("pixels", "image_sizes")}
     prompt = mixed.ids(2)[:begins].tolist()
     made = generate(model, torch.device("cpu"), prompt, images=images, end=-1, max_new_tokens=12)
     ids = list(prompt)

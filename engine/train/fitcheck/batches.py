@@ -20,7 +20,7 @@ from engine.data.prepare import label_rule
 from engine.plan import Statistics
 from engine.plan.vision import largest_image_tokens, tower_of
 from engine.train.batches import Micro, Rows, StepBatch, collate
-from engine.train.images import IMAGE_TOKEN, Pixels, stack
+from engine.train.images import IMAGE_TOKEN, Pixels, join
 
 MICROS = 2
 """Forward passes of a measured step, where a run has as many: from the second one on gradients lie
@@ -130,7 +130,7 @@ def synthetic_step(architecture: Architecture, config: RunConfig) -> StepBatch:
     text = {"input_ids": ids, "labels": labels, "position_ids": positions}
     tensors = {name: torch.from_numpy(values.astype(np.int64)) for name, values in text.items()}
     learns = int((labels != IGNORED_LABEL).sum())
-    return _repeat(Micro(tensors | stack(pixels), (), ids.size, learns), config)
+    return _repeat(Micro(tensors | join(pixels), (), ids.size, learns), config)
 
 
 def _put_images(
