@@ -116,10 +116,12 @@ def tower_bytes(
     if tower is None or not image_tokens:
         return 0, 0
     patches = image_tokens * tower.merged
-    at_once = min(patches, max(PATCHES_AT_ONCE, largest * tower.merged))
+    lone = (largest - math.isqrt(largest)) * tower.merged  # its rows end in tokens of their own
+    at_once = min(patches, max(PATCHES_AT_ONCE, lone))
     # Of a layer: its input, both norms, queries, keys, values, the heads' output and the MLP.
     one = (8 * tower.hidden + 3 * tower.intermediate) * base_bytes
-    own = 3 * tower.patch**2 * base_bytes
+    # Read where it lies by a tower in float32, unless several are padded to one size.
+    own = 0 if at_once == lone and base_bytes == 4 else 3 * tower.patch**2 * base_bytes
     held = at_once * (own + one + base_bytes * at_once)  # the mask: a number of its type a pair
     pixels = patches * 3 * tower.patch**2 * 4
     if not trains_eyes(table, config):

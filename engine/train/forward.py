@@ -5,7 +5,7 @@ can be used wrongly: a mask or a cache mixes packed rows without a word.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -112,11 +112,29 @@ def half_precision(model: Model) -> AbstractContextManager[object]:
     )
 
 
+@contextmanager
+def frozen_inputs(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, what `model`'s embeddings and its patch convolution give out is not made to require
+    gradients, as transformers and PEFT do for the reentrant kind of checkpointing.
+
+    Ours needs none, and a frozen vision tower would be gone back through for nothing: twice its
+    work more in a step with images, and its masks, of (patches, patches), kept meanwhile.
+    """
+    held: Any = model
+    held.enable_input_require_grads = lambda: None
+    try:
+        yield
+    finally:
+        del held.enable_input_require_grads
+
+
 def use_checkpointing(model: PreTrainedModel, *, offload_from: torch.device | None = None) -> None:
     """Keep one state a layer and recompute the rest in the backward pass.
 
     With `offload_from`, the device that trains, these states wait in RAM for their layer's turn.
     """
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    kind = {"use_reentrant": False}
+    with frozen_inputs(model):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
     if offload_from:
         HostCheckpoints(offload_from).apply(decoder_layers(model))

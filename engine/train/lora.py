@@ -23,7 +23,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.plan.targets import choose_saved, choose_stacks, choose_targets, free_parameters
 from engine.train.experts import adapt
-from engine.train.forward import head_of
+from engine.train.forward import frozen_inputs, head_of
 from engine.train.optim import is_lora_matrix
 from engine.train.weights import load_trained, trained_tensors
 from engine.visible import visible
@@ -84,7 +84,8 @@ def attach_lora(model: PreTrainedModel, architecture: Architecture, config: RunC
     )
     model.requires_grad_(False)
     experts = choose_stacks(architecture.table, config)
-    adapted = adapt(model, settings, experts)
+    with frozen_inputs(model):
+        adapted = adapt(model, settings, experts)
     narrow = config.peft_autocast_adapter_dtype is False
     if narrow:
         hold_in_bfloat16(adapted)

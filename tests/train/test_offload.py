@@ -202,8 +202,7 @@ class TestCheckpoints:
         with input_storages(run.model) as found:
             states = hidden_states(run.model, run.order.step(1).micros[0].to(run.base.device))
             alive = [not storage.expired() for storage in found]
-            # The first one's is the embedding's output, to which autograd itself holds on.
-            assert alive == [True, *[not offloads] * 3]
+            assert alive == [not offloads] * 4
         states.sum().backward()
 
     def test_what_waits_is_freed_with_the_step(

@@ -17,7 +17,7 @@ from engine.errors import WorkError
 from engine.train import forward
 from engine.train.batches import Order, Rows, collate, evaluation_micros
 from engine.train.evaluate import evaluating, score
-from engine.train.forward import Model, head_of, hidden_states, unwrapped
+from engine.train.forward import Model, head_of, hidden_states, image_features, unwrapped
 from engine.train.generate import generate
 from engine.train.model import load_base
 from engine.train.prompts import ask_about_images
@@ -206,6 +206,20 @@ def stock_step(folder: Path, rows: Rows) -> tuple[float, dict[str, torch.Tensor]
 
 
 class TestWhatMoves:
+    @pytest.mark.parametrize("adapter", ["lora", None])
+    def test_nothing_goes_back_through_a_frozen_tower(
+        self, ministral: Path, mixed: Rows, adapter: str | None
+    ) -> None:
+        """PEFT would have it so: twice the tower's work more, and its masks kept meanwhile."""
+        config = settings(ministral, adapter=adapter, gradient_checkpointing=True)
+        model = training(ministral, config, mixed).model.train()
+        batch = collate(mixed, [range(len(mixed))], LabelRule()).tensors
+        seen = image_features(model, batch)["mm_encoder_outputs"]["image"].pooler_output
+        assert not any(feature.requires_grad for feature in seen)
+        words = unwrapped(model).get_input_embeddings()(batch["input_ids"])
+        assert words.requires_grad == (adapter is None)
+        assert hidden_states(model, batch).requires_grad
+
     def moved(self, folder: Path, config: Any, rows: Rows) -> set[str]:
         """Names of the base's parameters that one step changed."""
         run = training(folder, config, rows)

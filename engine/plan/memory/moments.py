@@ -45,9 +45,9 @@ ANSWER_TOKENS = 2 * SAMPLE_TOKENS
 """The same where a thought comes before it."""
 LEARNED_AT_LOSS = 2
 """The learned states and their gradient, beside which the gradient of all states comes to lie."""
-OFFLOADED_STATES = 3
-"""Layer inputs that are on the device at once where they are kept in RAM: the first layer's, which
-stays, that of the layer at work, and that of the next one."""
+OFFLOADED_STATES = 2
+"""Layer inputs that are on the device at once where they are kept in RAM: that of the layer at work
+and that of the next one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,7 @@
 transformers 5.23 has this as `activation_checkpointing_enable(offload=True)`, PyTorch's
 `save_on_cpu` around each checkpoint. Both of its copies run on the stream that computes, so the
 device waits for each of them, and nothing is fetched ahead. Here they run on a stream of their own,
-and while one layer's backward pass runs, the input of the next comes back. One state stays on the
-device all the same: the first layer's input, the embedding's output, is a leaf of autograd's graph.
+and while one layer's backward pass runs, the input of the next comes back.
 """
 
 import weakref
