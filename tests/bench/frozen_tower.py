@@ -5,7 +5,7 @@
 The same model, batch and adapter, in turns in one process. The other way is what transformers and
 PEFT set up on their own: the patch convolution's output made to require gradients. The gradients of
 the adapter have to agree, so that nobody wins by doing something else. The weights are random: two
-layers of the width of Ministral 3's tower, over a narrow language model, where it is most of a step.
+layers of the width of Ministral 3's tower, over a narrow language model.
 """
 
 import argparse
@@ -86,9 +86,8 @@ def print_ratios(found: dict[str, list[tuple[float, int]]]) -> None:
     for way, (seconds, size) in medians.items():
         print(f"{way:<18} {seconds:8.2f} s {size / 2**20:8.0f} MiB")
     (ours, least), (theirs, most) = medians.values()
-    print(
-        f"through the tower it takes {theirs / ours:.2f} times the time, {most / least:.2f} the memory"
-    )
+    ratios = f"{theirs / ours:.2f} times the time, {most / least:.2f} the memory"
+    print(f"through the tower it takes {ratios}")
 
 
 if __name__ == "__main__":
