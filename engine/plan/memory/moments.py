@@ -96,7 +96,8 @@ def list_moments(
         "backward pass": {
             **backward,
             "activations": kept + seen,
-            "layer": _table_bytes(step, max(_layer_bytes(step), seeing), kept),
+            # The tower runs before anything is kept, and back through it when nothing is any more.
+            "layer": _table_bytes(step, max(_layer_bytes(step), seeing - kept), kept),
             "mask": mask if step.config.gradient_checkpointing else masks_kept,
         },
         "loss": {
