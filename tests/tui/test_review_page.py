@@ -93,6 +93,17 @@ def test_for_a_planned_card_the_first_answer_is_to_save() -> None:
     assert "❯ save only" in text
 
 
+def test_a_plan_that_does_not_fit_is_saved_and_said_to_be_one() -> None:
+    draft = for_a_planned_card()
+    draft.change("adapter", None)
+
+    async def run() -> str:
+        async with review_page(draft) as pilot:
+            return screen_text(pilot.app)
+
+    assert "· ready to save  does not fit: " in asyncio.run(run())
+
+
 def test_start_is_refused_with_its_reason() -> None:
     async def run() -> str:
         async with review_page(for_a_planned_card()) as pilot:

@@ -103,7 +103,8 @@ class ReviewPage(Page):
     def _say(self) -> None:
         draft = self.app.draft
         needs = draft.advice().estimate
-        amounts = f"{gib(needs.device_bytes)} of {gib(needs.can_give_bytes)}"
+        over = "" if needs.verdict == "fits" else f"{needs.verdict}: "
+        amounts = f"{over}{gib(needs.device_bytes)} of {gib(needs.can_give_bytes)}"
         if draft.uncounted:
             amounts += f"{'' if draft.statistics else ' for full rows'}; {draft.uncounted}"
         else:
