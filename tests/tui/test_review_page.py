@@ -95,7 +95,8 @@ def test_for_a_planned_card_the_first_answer_is_to_save() -> None:
 
 def test_a_plan_that_does_not_fit_is_saved_and_said_to_be_one() -> None:
     draft = for_a_planned_card()
-    draft.change("adapter", None)
+    draft.model = "mistral-medium-3.5"
+    draft.change("adapter", "lora")
 
     async def run() -> str:
         async with review_page(draft) as pilot:
