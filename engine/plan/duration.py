@@ -8,12 +8,13 @@ is known from published runs only, so the answer is a rough one until a measurem
 Operations a token: 2 a weight forward, 2 again where checkpointing computes the layer a second
 time, 2 for the gradient of its input, and 2 for its own where it moves (PaLM, arXiv 2204.02311,
 appendix B). Attention inside a row of n tokens: 2 n a number of the queries forward, half of what
-it takes without its mask, and 2.5 times that backward (FlashAttention-2, arXiv 2307.08691).
+it takes without its mask, and 2.5 times that backward (FlashAttention-2, arXiv 2307.08691). A
+vision tower has the same for each patch, without a mask to halve it.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, prod
+from math import ceil, isqrt, prod
 
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
@@ -22,7 +23,8 @@ from engine.plan.device import Device
 from engine.plan.layers import widths
 from engine.plan.memory import frozen_of, kept_in_ram, packed_numbers, tokens_at_once
 from engine.plan.statistics import Statistics
-from engine.plan.targets import trained_parameters
+from engine.plan.targets import trained_parameters, trains_eyes
+from engine.plan.vision import PATCHES_AT_ONCE, tokens_of_one_image, tower_of
 
 REACHED = 0.40
 """Share of a card's products that training reaches: 0.41 on an H100 (NeMo AutoModel's performance
@@ -110,7 +112,9 @@ def pace_of(
     tokens = tokens_at_once(config, statistics)
     row = min(statistics.mean_tokens if statistics else config.sequence_len, config.sequence_len)
     rate = speed.bf16_flops * REACHED * (1 if device.computes_bf16 else FP32_SHARE)
-    computing = _operations(config, architecture.table, row) * tokens / rate
+    operations = _operations(config, architecture.table, row) * tokens
+    operations += tower_operations(config, architecture, tokens, statistics)
+    computing = operations / rate
     passes = 3 if config.gradient_checkpointing else 2
     unpacked = packed_numbers(config, architecture.table) * UNPACKED_BYTES * passes
     computing += unpacked / (speed.memory_bytes * MOVED)
@@ -127,6 +131,40 @@ def _operations(config: RunConfig, table: ModuleTable, row_tokens: float) -> flo
     sizes = widths(table)
     attention = 2 * row_tokens * _query_width(table) * sizes.layers
     return numbers + attention * (1 + again + 2.5)
+
+
+def tower_operations(
+    config: RunConfig, architecture: Architecture, tokens: int, statistics: Statistics | None
+) -> float:
+    """Floating-point operations of the vision tower and projector for `tokens` of usual rows.
+
+    Frozen, images are seen once, and nothing goes back. The tower's attention is of all patches
+    that it sees together to all, under a mask.
+    """
+    table = architecture.table
+    tower = tower_of(table)
+    share = image_share(config, statistics)
+    if tower is None or not share:
+        return 0
+    sizes = {"vision": 0, "projector": 0}
+    for row in table.parameters:
+        if row.group in sizes:
+            sizes[row.group] += row.count
+    one = tokens_of_one_image(architecture, ceil(tokens * share), statistics)
+    lone = one - isqrt(one)  # its rows of patches end in tokens of their own
+    seen = tokens * share * lone / one
+    together = min(seen, max(PATCHES_AT_ONCE / tower.merged, lone)) * tower.merged
+    patch = 2 * sizes["vision"] + 4 * together * tower.hidden * tower.layers
+    forward = seen * (tower.merged * patch + 2 * sizes["projector"])
+    again = 1 if config.gradient_checkpointing else 0
+    return forward * (3 + again) if trains_eyes(table, config) else forward
+
+
+def image_share(config: RunConfig, statistics: Statistics | None) -> float:
+    """Of all tokens, those of images; unknown rows are all image where the config has them."""
+    if statistics is None:
+        return 1.0 if config.processor_type else 0.0
+    return statistics.image_tokens / max(1, statistics.total_tokens)
 
 
 @lru_cache(maxsize=32)
