@@ -184,6 +184,12 @@ class WindtunnelApp(App[int]):
         elif self._draft is None:
             self.call_after_refresh(self.run_worker, self._prepare)
 
+    async def _close_all(self) -> None:
+        # A page is taken apart from its leaves on: a worker that came back meanwhile would find
+        # nothing to show its answer on, and end the wizard with a traceback.
+        self.workers.cancel_all()
+        await super()._close_all()
+
     async def on_unmount(self) -> None:
         if self._data_worker:
             await self._data_worker.close()

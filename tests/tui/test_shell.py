@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.containers import Vertical
 from textual.content import Content
 from textual.pilot import Pilot
 from textual.widgets import Input, Static
@@ -15,6 +16,7 @@ from engine.errors import UserError
 from tests.tui.screens import screen_text
 from tui.app import WindtunnelApp
 from tui.ascii import to_ascii
+from tui.draft import Draft
 from tui.page import Key, Page
 from tui.widgets.choices import Choices
 from tui.widgets.confirm import Confirm
@@ -357,3 +359,44 @@ def test_no_color_leaves_no_hue(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_moves_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TEXTUAL_ANIMATIONS", raising=False)
     assert WindtunnelApp().animation_level == "none"
+
+
+class Leaf(Static):
+    """Takes its time to go."""
+
+    going: ClassVar[asyncio.Event]
+
+    async def on_unmount(self) -> None:
+        self.going.set()
+        await asyncio.sleep(0.1)
+
+
+class Busy(Page):
+    """Shows an answer that comes while the page is taken apart."""
+
+    STEP = "Machine"
+
+    def compose_body(self) -> ComposeResult:
+        with Vertical():
+            yield Leaf(id="leaf")
+
+    def on_mount(self) -> None:
+        self.run_worker(self._answer())
+
+    async def _answer(self) -> None:
+        await Leaf.going.wait()
+        await asyncio.sleep(0.05)
+        self.query_one("#leaf", Leaf).update("answered")
+        self.app.copied = True  # type: ignore[attr-defined]
+
+
+def test_an_answer_that_comes_while_the_app_ends_ends_nothing_else() -> None:
+    async def work() -> WindtunnelApp:
+        Leaf.going = asyncio.Event()
+        app = WindtunnelApp(Draft(), pages={"Machine": Busy})
+        async with app.run_test(size=(80, 24)) as pilot:
+            await pilot.pause()
+        return app
+
+    app = asyncio.run(work())
+    assert not hasattr(app, "copied")
