@@ -15,10 +15,8 @@ def plan_command(draft: Draft) -> list[str]:
     device = draft.device
     assume = []
     if device and device.planned:
-        assume = [
-            "--assume",
-            device.name if device.count == 1 else f"{device.name} x{device.count}",
-        ]
+        cards = f" x{device.count}" if device.count > 1 else ""
+        assume = ["--assume", device.name + cards]
     if draft.own is not None:
         if draft.path is None or (draft.dataset and draft.dataset not in draft.own.datasets):
             return []

@@ -26,6 +26,8 @@ RENDER_KEYS: Final = frozenset(
     }
 )
 """What a row becomes: its tokens and their kinds."""
+LABEL_KEYS: Final = frozenset({"train_on_thinking"})
+"""What of it is learned, beside them."""
 
 
 def counted_of(config: RunConfig) -> Counted:
@@ -34,7 +36,7 @@ def counted_of(config: RunConfig) -> Counted:
     def text(keys: frozenset[str]) -> str:
         return json.dumps(config.model_dump(mode="json", include=set(keys)), sort_keys=True)
 
-    return Counted(text(WHICH_KEYS), text(RENDER_KEYS | {"train_on_thinking"}))
+    return Counted(text(WHICH_KEYS), text(RENDER_KEYS | LABEL_KEYS))
 
 
 def next_count(draft: Draft) -> RunConfig | None:
@@ -72,9 +74,10 @@ def with_rows(draft: Draft, dataset: DatasetConfig) -> RunConfig:
     return config.model_copy(update={"datasets": (dataset,)})
 
 
-def rows_request(config: RunConfig) -> dict[str, Any]:
-    """The fields of a request of the worker for the rows of a config."""
-    keys = WHICH_KEYS | RENDER_KEYS | {"train_on_thinking"}
+def rows_request(config: RunConfig, *, labels: bool = True) -> dict[str, Any]:
+    """The fields of a request of the worker for the rows of a config; without `labels` they are
+    the same whatever is learned."""
+    keys = WHICH_KEYS | RENDER_KEYS | (LABEL_KEYS if labels else frozenset())
     return {
         "config": config.model_dump(mode="json", include=set(keys)),
         "folder": str(Path.cwd()),

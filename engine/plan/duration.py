@@ -14,7 +14,7 @@ vision tower has the same for each patch, without a mask to halve it.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, isqrt, prod
+from math import ceil, prod
 
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
@@ -24,7 +24,13 @@ from engine.plan.layers import widths
 from engine.plan.memory import frozen_of, kept_in_ram, packed_numbers, tokens_at_once
 from engine.plan.statistics import Statistics
 from engine.plan.targets import trained_parameters, trains_eyes
-from engine.plan.vision import PATCHES_AT_ONCE, tokens_of_one_image, tower_of
+from engine.plan.vision import (
+    PATCHES_AT_ONCE,
+    image_share,
+    patches_of,
+    tokens_of_one_image,
+    tower_of,
+)
 
 REACHED = 0.40
 """Share of a card's products that training reaches: 0.41 on an H100 (NeMo AutoModel's performance
@@ -151,20 +157,13 @@ def tower_operations(
         if row.group in sizes:
             sizes[row.group] += row.count
     one = tokens_of_one_image(architecture, ceil(tokens * share), statistics)
-    lone = one - isqrt(one)  # its rows of patches end in tokens of their own
+    lone = patches_of(one, tower)
     seen = tokens * share * lone / one
-    together = min(seen, max(PATCHES_AT_ONCE / tower.merged, lone)) * tower.merged
+    together = min(seen, max(PATCHES_AT_ONCE, lone))
     patch = 2 * sizes["vision"] + 4 * together * tower.hidden * tower.layers
-    forward = seen * (tower.merged * patch + 2 * sizes["projector"])
+    forward = seen * (patch + 2 * sizes["projector"] / tower.merged)
     again = 1 if config.gradient_checkpointing else 0
     return forward * (3 + again) if trains_eyes(table, config) else forward
-
-
-def image_share(config: RunConfig, statistics: Statistics | None) -> float:
-    """Of all tokens, those of images; unknown rows are all image where the config has them."""
-    if statistics is None:
-        return 1.0 if config.processor_type else 0.0
-    return statistics.image_tokens / max(1, statistics.total_tokens)
 
 
 @lru_cache(maxsize=32)

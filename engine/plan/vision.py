@@ -77,30 +77,40 @@ def tokens_of_one_image(
     return min(largest_image_tokens(architecture), row, image_tokens)
 
 
+def image_share(config: RunConfig, statistics: Statistics | None) -> float:
+    """Of all tokens, those of images; unknown rows are all image where the config says that they
+    have images, as Axolotl's configs do with `processor_type`."""
+    if statistics is None:
+        return 1.0 if config.processor_type else 0.0
+    return statistics.image_tokens / max(1, statistics.total_tokens)
+
+
+def patches_of(image_tokens: int, tower: Tower) -> int:
+    """Patches of one square image, whose rows each end in a token of its own."""
+    return (image_tokens - math.isqrt(image_tokens)) * tower.merged
+
+
 def image_tokens_at_once(
     config: RunConfig, table: ModuleTable, tokens: int, statistics: Statistics | None
 ) -> int:
     """Image tokens among the `tokens` of the forward pass that has most of them.
 
-    Rows of unknown data are all image where the config says that they have images, as Axolotl's
-    configs do with `processor_type`. Packed sequences have their usual share, and at least the row
-    with the most; without packing a batch can be made of such rows.
+    Packed sequences have their usual share, and at least the row with the most; without packing a
+    batch can be made of such rows.
     """
     if tower_of(table) is None:
         return 0
-    if statistics is None:
-        return tokens if config.processor_type else 0
-    share = math.ceil(tokens * statistics.image_tokens / max(1, statistics.total_tokens))
+    usual = math.ceil(tokens * image_share(config, statistics))
     rows = 1 if config.sample_packing else config.micro_batch_size
-    return min(tokens, max(share, rows * statistics.most_image_tokens))
+    most = rows * statistics.most_image_tokens if statistics else 0
+    return min(tokens, max(usual, most))
 
 
 def tower_works(config: RunConfig, table: ModuleTable, statistics: Statistics | None) -> bool:
     """Whether a run needs the vision tower: for images in its rows, or because it is trained."""
     if tower_of(table) is None:
         return False
-    images = bool(config.processor_type) if statistics is None else statistics.image_tokens > 0
-    return images or trains_eyes(table, config)
+    return image_share(config, statistics) > 0 or trains_eyes(table, config)
 
 
 def tower_bytes(
@@ -116,7 +126,7 @@ def tower_bytes(
     if tower is None or not image_tokens:
         return 0, 0
     patches = image_tokens * tower.merged
-    lone = (largest - math.isqrt(largest)) * tower.merged  # its rows end in tokens of their own
+    lone = patches_of(largest, tower)
     at_once = min(patches, max(PATCHES_AT_ONCE, lone))
     # Of a layer: its input, both norms, queries, keys, values, the heads' output and the MLP.
     one = (8 * tower.hidden + 3 * tower.intermediate) * base_bytes

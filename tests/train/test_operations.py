@@ -9,14 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.catalog import read_architecture
 from engine.chat.render import LabelRule
-from engine.plan.duration import image_share, tower_operations
+from engine.plan.duration import tower_operations
+from engine.plan.vision import image_share
 from engine.train.batches import collate
 from engine.train.fitcheck.batches import count_rows
 from engine.train.forward import hidden_states
 from tests.train.pictures import Pictured, picture, seeing, write_pictured
 from tests.train.tiny import MINISTRAL3, settings, training, write_model
 
-# As many heads as the tower of Ministral 3 has, so that its products are most of it.
+# Wide enough that the products are most of its work.
 TOWER = {
     "hidden_size": 256,
     "intermediate_size": 1024,
@@ -33,10 +34,8 @@ def test_a_tower_takes_what_the_plan_counts(
 ) -> None:
     base = write_model(tmp_path / "model", seeing(MINISTRAL3, **TOWER))
     rows = write_pictured(tmp_path / "rows", [Pictured((picture(112, 112),) * 2)] * 2)
-    free = [r"model\.vision_tower\.", r"model\.multi_modal_projector\."] if trained else None
-    if trained:
-        keys = keys | {"unfrozen_parameters": [*free, r"model\.language_model\."]}
-    config = settings(base, attn_implementation="sdpa", **keys)
+    free = [r"model\."] if trained else None
+    config = settings(base, attn_implementation="sdpa", unfrozen_parameters=free, **keys)
     model = training(base, config, rows).model.train()
     batch = collate(rows, [[0], [1]], LabelRule()).tensors
     # The other kernels of a CPU are not counted.

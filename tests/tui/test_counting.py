@@ -304,7 +304,6 @@ class TestChanged:
             page = screen.app.screen
             assert isinstance(page, ReviewPage)
             before = draft.statistics
-            page.take_text(draft.config_text().replace("lora_r", "seed: 7\nlora_r"))
             page.take_text(draft.config_text() + "seed: 7\n")
             assert draft.statistics is before
             page.take_text(draft.config_text().replace(SAMPLE, "rows.jsonl"))

@@ -5,7 +5,6 @@ asks nobody; only what changes the tokens themselves is asked for again.
 """
 
 from collections import Counter
-from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -20,7 +19,7 @@ from engine.chat.render import LabelRule, learned
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.visible import visible
-from tui.counting import RENDER_KEYS, WHICH_KEYS
+from tui.counting import rows_request
 from tui.page import HelpText, Key, Page
 from tui.screens.preview.counts import LearnedCounts, say_images
 from tui.screens.preview.inspecting import MARKS, describe_token
@@ -38,8 +37,6 @@ from tui.widgets.prompt import Prompt
 from tui.widgets.switches import Switches
 from tui.widgets.tokens import TokenView
 
-_ARRAY_KEYS: Final = WHICH_KEYS | RENDER_KEYS
-"""The keys of the config that decide tokens and kinds: with the same, rows are not asked again."""
 _KEPT_ROWS: Final = 500
 _LEGEND: Final = "underlined = learned, dim = only read"
 
@@ -134,10 +131,7 @@ class PreviewPage(Page):
         except UserError as error:
             self.show_problem(error)
             return
-        request: dict[str, Any] = {
-            "config": self._config.model_dump(mode="json", include=set(_ARRAY_KEYS)),
-            "folder": str(Path.cwd()),
-        }
+        request = rows_request(self._config, labels=False)
         if request != self._request:
             same_rows = (
                 self._request.get("config", {}).get("datasets") == (request["config"]["datasets"])
