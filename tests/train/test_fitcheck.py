@@ -161,6 +161,20 @@ class TestTheFormula:
         assert fitted["peak_allocated_bytes"] == pytest.approx(fitted["formula_bytes"], rel=0.1)
         assert formula["backward pass"] == fitted["formula_bytes"]
 
+    def test_what_many_layers_keep_is_not_there_while_the_tower_works(self, tmp_path: Path) -> None:
+        sides, layers = 80, 36
+        narrow = WIDE | {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
+        content = seeing(narrow | {"num_hidden_layers": layers}, image_size=14 * sides)
+        folder = describe(tmp_path / "eyes", content)
+        tokens = sides // 2 * (sides // 2 + 1) + 1
+        config = settings(
+            folder, processor_type="AutoProcessor", sequence_len=tokens, **LORA | CHECKPOINTED
+        )
+        fitted = told(tmp_path / "run", config, steps=1)[-1]["fitted"]["measurement"]
+        kept = layers * tokens * 256 * 4
+        assert kept > 0.15 * fitted["formula_bytes"]  # it would be seen
+        assert fitted["peak_allocated_bytes"] == pytest.approx(fitted["formula_bytes"], rel=0.1)
+
     @pytest.mark.parametrize("vocabulary", [4096, 32768], ids=["many small", "one large"])
     def test_bfloat16_weights_that_move_in_float32(self, tmp_path: Path, vocabulary: int) -> None:
         content = WIDE | {"vocab_size": vocabulary, "tie_word_embeddings": True}

@@ -14,11 +14,12 @@ from engine.plan.memory.formula import _step
 from engine.plan.memory.stack import WINDTUNNEL
 from engine.plan.memory.update import CPU_BYTES, FOREACH_BYTES, update_bytes
 from engine.plan.targets import adapter_parameters, choose_targets, largest_moving
+from engine.train.batches import Rows
 from engine.train.fitcheck.gauges import CpuGauge
 from engine.train.optim import build_optimizer, take_step
-from tests.plan.machines import cpu
+from tests.plan.machines import card, cpu
 from tests.train.test_fitcheck import WIDE, describe
-from tests.train.tiny import settings
+from tests.train.tiny import MISTRAL4, settings, training, write_model
 
 OPTIMIZERS = sorted(set(CPU_BYTES) - {"adamw_torch_8bit", "adamw_8bit"})  # torchao's; another name
 LOOSE = {
@@ -113,9 +114,45 @@ def test_on_a_gpu_the_plain_one_takes_the_roots_of_all_second_moments(tmp_path: 
     assert taken == pytest.approx(FOREACH_BYTES * numbers, rel=0.02)
 
 
-def test_the_largest_tensor_is_found_among_weights_and_factors(tmp_path: Path) -> None:
-    table = read_architecture(describe(tmp_path / "model", WIDE)).table
+def test_on_a_gpu_only_that_and_what_is_widened_count(tmp_path: Path) -> None:
+    architecture = read_architecture(describe(tmp_path / "model", WIDE))
+
+    def counted(name: str, **keys: Any) -> tuple[float, int, int]:
+        config = settings(tmp_path / "model", optimizer=name, **keys)
+        step = _step(config, architecture, card("H100 80GB"), None, WINDTUNNEL)
+        return update_bytes(step), step.moving.all, largest_moving(step.table, config)
+
     for keys in KINDS.values():
-        config = settings(tmp_path, **keys)
-        made = max(p.numel() for _, p in parameters(table, config))
-        assert largest_moving(table, config) == made
+        plain, numbers, largest = counted("adamw_torch", **keys)
+        for name in set(CPU_BYTES) - {"adamw_torch"}:
+            kernel, _, _ = counted(name, **keys)
+            widened = {"full in bfloat16": 2, "bfloat16 adapter": 4}
+            more = next((size for kind, size in widened.items() if KINDS[kind] is keys), 0)
+            cut = {0: 0, 2: 4, 4: 12}[more] * largest
+            assert kernel == more * numbers + cut
+            assert plain == more * numbers + max(cut, 4 * numbers)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"adapter": "lora", "lora_r": 8, "lora_target_linear": True},
+        {
+            "adapter": "lora",
+            "lora_r": 8,
+            "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "lora_dropout": 0.0,
+        },
+        {"adapter": "lora", "lora_r": 8, "lora_modules_to_save": ["embed_tokens", "lm_head"]},
+        {},
+    ],
+    ids=["linears", "experts", "saved", "full"],
+)
+def test_the_largest_tensor_that_moves_is_that_of_the_model(
+    tmp_path: Path, uneven: Rows, keys: dict[str, Any]
+) -> None:
+    base = write_model(tmp_path / "model", MISTRAL4)
+    config = settings(base, **keys)
+    model = training(base, config, uneven).model
+    made = max(p.numel() for p in model.parameters() if p.requires_grad)
+    assert largest_moving(read_architecture(base).table, config) == made

@@ -24,6 +24,7 @@ from tui.data_worker import DataWorker
 from tui.draft import Draft
 from tui.screens.plan import PlanPage
 from tui.screens.review import ReviewPage
+from tui.widgets.fields import Fields
 
 CONFIG = """\
 base_model: demo-tiny
@@ -144,6 +145,29 @@ class TestOpened:
 
         run(follow())
         assert draft.statistics is not None
+
+    def test_the_cursor_stays_on_its_value_when_the_rows_bring_another_line(
+        self, tmp_path: Path
+    ) -> None:
+        draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
+
+        async def follow() -> None:
+            app = WindtunnelApp(draft, start="Plan")
+            app._data_worker = held = Held(found_in(draft))
+            async with app.run_test(size=(120, 40)) as pilot:
+                screen = Screen(app, pilot)
+                await screen.until(COUNTING)
+                assert "train_on_thinking" not in screen.text
+                await screen.press("down", "down")
+                fields = app.screen.query_one(Fields)
+                before = fields.field
+                held.told.set()
+                await screen.until("train_on_thinking")
+                assert before
+                assert fields.field
+                assert fields.field.key == before.key == "micro_batch_size"
+
+        run(follow())
 
     @pytest.mark.parametrize(
         ("path", "reason"),
