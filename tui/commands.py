@@ -1,7 +1,20 @@
-"""The command line that comes to the same plan as the pages, for those that show it."""
+"""The command lines that say what the pages say, for those that show one."""
 
-from engine.config import assignment
+from engine.config import DatasetConfig, assignment
 from tui.draft import Draft, is_named_by_path
+
+
+def check_command(draft: Draft, dataset: DatasetConfig) -> list[str]:
+    """The words after `windtunnel` that report on the same rows; none where no command does.
+
+    Those of an opened config are read as it says: with its image folder, its switches.
+    """
+    own = draft.own
+    if own is not None and dataset in own.datasets:
+        same = draft.path is not None and not draft.changes and draft.model == own.base_model
+        return ["check", str(draft.path)] if same and len(own.datasets) == 1 else []
+    words = ["check", dataset.path, "--model", draft.model or ""]
+    return words if is_named_by_path(dataset) else []
 
 
 def plan_command(draft: Draft) -> list[str]:

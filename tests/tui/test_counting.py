@@ -18,7 +18,7 @@ from engine.units import gib
 from tests.tui.stand_in import SAMPLE, WORKER, Screen, draft_on, opened, run
 from tui.__main__ import WizardRequest, make_draft
 from tui.app import WindtunnelApp
-from tui.commands import plan_command
+from tui.commands import check_command, plan_command
 from tui.counting import COUNTING, count_rows, counted_of, next_count, take_count
 from tui.data_worker import DataWorker
 from tui.draft import Draft
@@ -356,6 +356,20 @@ class TestCommand:
         device = draft.device
         assert device is not None
         assert plan_command(draft) == ["estimate", path, "lora_r=8", "--assume", device.name]
+
+    def test_of_an_opened_configs_rows_is_a_check_of_the_file(self, tmp_path: Path) -> None:
+        """Of the rows alone it would look for their images elsewhere."""
+        path = tmp_path / "mine.yml"
+        draft = opened_draft(path, CONFIG.format(path=SAMPLE) + "image_folder: pictures\n")
+        (own,) = draft.config().datasets
+        other = DatasetConfig(path="other.jsonl")
+        assert check_command(draft, own) == ["check", str(path)]
+        assert check_command(draft, other) == ["check", "other.jsonl", "--model", "demo-tiny"]
+        assert check_command(draft_on(), other) == check_command(draft, other)
+        draft.change("image_size", 112)
+        assert check_command(draft, own) == []
+        two = opened_draft(path, CONFIG.format(path=SAMPLE) + "  - path: other.jsonl\n")
+        assert check_command(two, two.config().datasets[0]) == []
 
     @pytest.mark.parametrize("gpus", ["16 GB", "H100 80GB HBM3 x2", "RTX 4090"])
     def test_it_plans_for_the_same_gpus(self, gpus: str) -> None:

@@ -21,8 +21,8 @@ from engine.data.shape import mapped
 from engine.data.sources import locate
 from engine.errors import UserError
 from engine.visible import visible
+from tui.commands import check_command
 from tui.counting import rows_request, take_count, with_rows
-from tui.draft import is_named_by_path
 from tui.page import HelpText, Key, Page
 from tui.screens.data.findings import Remark, describe_rows, list_remarks, say_verdict
 from tui.screens.data.panels import MappingPanel, first_rows
@@ -201,8 +201,7 @@ class DataPage(Page):
         self.query_one("#rows", Static).update(Content(f"reading {name}"))
         self.query_one("#found", Pane).show_subtitle("")
         self._show_remarks([])
-        words = ["check", dataset.path, "--model", self._model or ""]
-        self.show_command(words if is_named_by_path(dataset) else [])
+        self.show_command(check_command(self.app.draft, dataset))
 
     async def _read(self, dataset: DatasetConfig) -> None:
         await asyncio.sleep(_SETTLE_SECONDS)
