@@ -1,7 +1,13 @@
 """The command lines that say what the pages say, for those that show one."""
 
-from engine.config import DatasetConfig, assignment
+from typing import Final
+
+from engine.config import DatasetConfig, RunConfig, assignment
+from tui.counting import RENDER_KEYS, WHICH_KEYS
 from tui.draft import Draft, is_named_by_path
+
+_SAID_BY_FILE: Final = (WHICH_KEYS | RENDER_KEYS) - {"chat_template_kwargs"}
+"""What decides a previewed row and has no flag."""
 
 
 def check_command(draft: Draft, dataset: DatasetConfig) -> list[str]:
@@ -15,6 +21,26 @@ def check_command(draft: Draft, dataset: DatasetConfig) -> list[str]:
         return ["check", str(draft.path)] if same and len(own.datasets) == 1 else []
     words = ["check", dataset.path, "--model", draft.model or ""]
     return words if is_named_by_path(dataset) else []
+
+
+def preview_command(draft: Draft, config: RunConfig, number: int) -> list[str]:
+    """The words after `windtunnel` that print row `number` of `config` alike; none where only
+    another file could."""
+    (dataset, *more), path = config.datasets, draft.path
+    own = draft.own or RunConfig(base_model=config.base_model, datasets=config.datasets)
+    same = all(getattr(config, key) == getattr(own, key) for key in _SAID_BY_FILE)
+    if draft.own is not None:
+        words = ["preview", str(path)] if same and path else []
+    else:
+        named = same and not more and is_named_by_path(dataset)
+        words = ["preview", dataset.path, "--model", config.base_model] if named else []
+    words += ["--row", str(number)] if words else []
+    if words and config.train_on_thinking != own.train_on_thinking:
+        words.append("--think" if config.train_on_thinking else "--no-think")
+    if config.chat_template_kwargs != own.chat_template_kwargs:
+        effort = (config.chat_template_kwargs or {}).get("reasoning_effort")
+        words = [*words, "--reasoning-effort", effort] if words and effort else []
+    return words
 
 
 def plan_command(draft: Draft) -> list[str]:

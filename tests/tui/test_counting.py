@@ -18,7 +18,7 @@ from engine.units import gib
 from tests.tui.stand_in import SAMPLE, WORKER, Screen, draft_on, opened, run
 from tui.__main__ import WizardRequest, make_draft
 from tui.app import WindtunnelApp
-from tui.commands import check_command, plan_command
+from tui.commands import check_command, plan_command, preview_command
 from tui.counting import COUNTING, count_rows, counted_of, next_count, take_count
 from tui.data_worker import DataWorker
 from tui.draft import Draft
@@ -370,6 +370,22 @@ class TestCommand:
         assert check_command(draft, own) == []
         two = opened_draft(path, CONFIG.format(path=SAMPLE) + "  - path: other.jsonl\n")
         assert check_command(two, two.config().datasets[0]) == []
+
+    def test_of_a_row_it_is_a_preview_of_the_file_or_of_the_rows(self, tmp_path: Path) -> None:
+        path = tmp_path / "mine.yml"
+        draft = opened_draft(path, CONFIG.format(path=SAMPLE) + "image_folder: pictures\n")
+        assert preview_command(draft, draft.config(), 3) == ["preview", str(path), "--row", "3"]
+        draft.change("train_on_thinking", False)
+        assert preview_command(draft, draft.config(), 3)[-1] == "--no-think"
+        draft.change("chat_template_kwargs", {"reasoning_effort": "high"})
+        assert preview_command(draft, draft.config(), 3)[-2:] == ["--reasoning-effort", "high"]
+        draft.change("history_thinking", "drop")
+        assert preview_command(draft, draft.config(), 3) == []
+        plain = draft_on(dataset=DatasetConfig(path=SAMPLE), train_on_thinking=False)
+        words = ["preview", SAMPLE, "--model", "demo-tiny", "--row", "1", "--no-think"]
+        assert preview_command(plain, plain.config(), 1) == words
+        plain.change("train_on_inputs", True)
+        assert preview_command(plain, plain.config(), 1) == []
 
     @pytest.mark.parametrize("gpus", ["16 GB", "H100 80GB HBM3 x2", "RTX 4090"])
     def test_it_plans_for_the_same_gpus(self, gpus: str) -> None:

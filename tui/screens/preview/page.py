@@ -19,6 +19,7 @@ from engine.chat.render import LabelRule, learned
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.visible import visible
+from tui.commands import preview_command
 from tui.counting import rows_request
 from tui.page import HelpText, Key, Page
 from tui.screens.preview.counts import LearnedCounts, say_images
@@ -27,7 +28,6 @@ from tui.screens.preview.judging import OddRow, Verdict, judge, kind_counts, lis
 from tui.screens.preview.switching import (
     SWITCH_HELP,
     change_of,
-    equivalent_command,
     list_switches,
 )
 from tui.token_row import read_row
@@ -298,7 +298,7 @@ class PreviewPage(Page):
 
     def _show_equivalent(self) -> None:
         assert self._config is not None
-        self.show_command(equivalent_command(self._config, self._number))
+        self.show_command(preview_command(self.app.draft, self._config, self._number))
 
     def action_accept(self) -> None:
         if self._config is not None and not self._verdict.stops:

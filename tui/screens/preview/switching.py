@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from engine.config import RunConfig
-from tui.draft import is_named_by_path
 from tui.widgets.switches import Switch
 
 SWITCH_HELP: Final = {
@@ -53,14 +52,3 @@ def change_of(name: str, answer: str) -> tuple[str, object]:
     if name == "old thinking":
         return "history_thinking", answer
     return "chat_template_kwargs", None if answer == "by row" else {"reasoning_effort": answer}
-
-
-def equivalent_command(config: RunConfig, number: int) -> list[str]:
-    """The words after `windtunnel` that print row `number` alike; none where only a config can."""
-    dataset = config.datasets[0]
-    if config.history_thinking == "drop" or not is_named_by_path(dataset):
-        return []
-    words = ["preview", dataset.path, "--model", config.base_model, "--row", str(number)]
-    words += [] if config.train_on_thinking else ["--no-think"]
-    effort = (config.chat_template_kwargs or {}).get("reasoning_effort")
-    return [*words, *(["--reasoning-effort", effort] if effort else [])]
