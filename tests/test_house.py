@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("engine", "tui", "presets")
-FILE_LINES, FUNCTION_LINES, LOOP_LINES = 400, 60, 120
+FILE_LINES, FUNCTION_LINES, LOOP_LINES = 700, 60, 120
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 TOP_LEVEL = {
     *("pyproject.toml", "README.md", "tui", "engine", "tests", "presets", "Makefile"),
