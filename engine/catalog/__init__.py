@@ -1,22 +1,40 @@
 """What a model is made of, before any weight is read.
 
 `cards` are the named models of presets/; `architecture` reads a name, a folder or a cached hub id
-and refuses what may not be built; `modules` is the one table of parameters that everything that
-plans reads, made from the checked `sizes` by `rows`. No torch: tests prove the tables equal to the
-models that transformers builds.
+and refuses what may not be built; `agreement` holds such a file against the model's card; `modules`
+is the one table of parameters that everything that plans reads, made from the checked `sizes` by
+`rows`. No torch: tests prove the tables equal to the models that transformers builds.
 """
 
+from engine.catalog.agreement import (
+    Contradiction,
+    attention_factor,
+    contradictions,
+    repaired_rope,
+    with_overrides,
+)
 from engine.catalog.architecture import Architecture, UnknownModel, read_architecture
-from engine.catalog.cards import ModelCard, find_model, find_repository, list_models, model_names
+from engine.catalog.cards import (
+    ModelCard,
+    find_card,
+    find_model,
+    find_repository,
+    list_models,
+    model_names,
+)
 from engine.catalog.modules import ModuleTable, Parameter, linear_targets, module_table
 from engine.catalog.sampling import official_sampling
 
 __all__ = [
     "Architecture",
+    "Contradiction",
     "ModelCard",
     "ModuleTable",
     "Parameter",
     "UnknownModel",
+    "attention_factor",
+    "contradictions",
+    "find_card",
     "find_model",
     "find_repository",
     "linear_targets",
@@ -25,4 +43,6 @@ __all__ = [
     "module_table",
     "official_sampling",
     "read_architecture",
+    "repaired_rope",
+    "with_overrides",
 ]

@@ -6,7 +6,7 @@ for, and once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -57,6 +57,9 @@ class Source:
     fact: str
     link: str
     confidence: Confidence
+    keys: tuple[str, ...] = ()
+    """Of the text model's config, those that it vouches for: a config.json that says otherwise is
+    contradicted where the confidence is high. A section stands for all that is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,9 @@ class ModelCard:
     config: Mapping[str, Any]
     """The content of config.json, shared by all readers: copy it before changing it."""
     sources: tuple[Source, ...]
+    corrected: Mapping[str, Any] = field(default_factory=dict)
+    """By key of the text model's config, what its makers published at first and corrected since: a
+    copy of the weights may still have it."""
     notes: tuple[str, ...] = ()
     offered: bool = True
     """Whether lists offer it; the vision demo's base is of use to that demo alone."""
@@ -126,6 +132,14 @@ def find_repository(repo_id: str) -> tuple[ModelCard, Repository] | None:
             if repository.id == repo_id:
                 return card, repository
     return None
+
+
+def find_card(base_model: str) -> ModelCard | None:
+    """The card of a catalog name or of a hub id that a card lists; None for anything else."""
+    if base_model in model_names():
+        return find_model(base_model)
+    found = find_repository(base_model)
+    return found[0] if found else None
 
 
 @cache

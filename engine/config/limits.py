@@ -87,13 +87,27 @@ def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
+_BALANCE = ("output_router_logits", "router_aux_loss_coef")
+
+
+def _is_no_rope(value: object) -> bool:
+    return not isinstance(value, dict) or not all(
+        isinstance(key, str) and isinstance(item, int | float | str) for key, item in value.items()
+    )
+
+
 def _other_overrides(value: object) -> bool:
-    """Anything but the router's balance."""
+    """Anything but the router's balance and the rotation of positions."""
     if not isinstance(value, dict):
         return value is not None
     weight = value.get("router_aux_loss_coef", 0.0)
+    text = value.get("text_config", {})
+    parts = (value, text) if isinstance(text, dict) else ()
     return (
-        not value.keys() <= {"output_router_logits", "router_aux_loss_coef"}
+        not parts
+        or not value.keys() <= {*_BALANCE, "rope_parameters", "text_config"}
+        or not text.keys() <= {"rope_parameters"}
+        or any(_is_no_rope(part.get("rope_parameters", {})) for part in parts)
         or not isinstance(value.get("output_router_logits", False), bool)
         or isinstance(weight, bool)
         or not isinstance(weight, int | float)
@@ -119,9 +133,10 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "processor_type": _note("Images in the rows are trained as they are, without it."),
         "role_boundaries": _note("Windtunnel knows the source of every token without markers."),
         "overrides_of_model_config": _error(
-            "The model is built as its own config.json says; only output_router_logits and"
-            " router_aux_loss_coef are taken here.",
-            "Keep those two at most: true or false, and a number from 0.",
+            "The model is built as its own config.json says; only output_router_logits,"
+            " router_aux_loss_coef and rope_parameters are taken here.",
+            "Keep those at most: true or false, a number from 0, and names with numbers, which"
+            " stand under text_config where the model reads images.",
             _other_overrides,
         ),
         "overrides_of_model_kwargs": _error(

@@ -33,7 +33,9 @@ class ModelKeys(Section):
     """Run Python that a model repository ships. Refused when true: Windtunnel knows the
     architectures that it trains and never runs downloaded code."""
     overrides_of_model_config: dict[str, object] | None = None
-    """Values that replace those of the model's config.json; also written model_config."""
+    """Values that replace those of the model's config.json; also written model_config. Taken are
+    output_router_logits and router_aux_loss_coef, and `rope_parameters` as a whole, under
+    `text_config` where the model reads images."""
     overrides_of_model_kwargs: dict[str, object] | None = None
     """Extra arguments for loading the weights; also written model_kwargs."""
     model_quantization_config: str | None = None

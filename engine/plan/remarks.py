@@ -4,10 +4,21 @@ Separate from `targets`, which refuses what matches nothing, and from the config
 know no model: here both are read together, before a plan is believed or a run is started.
 """
 
-from engine.catalog import Architecture, ModuleTable
+from engine.catalog import (
+    Architecture,
+    Contradiction,
+    ModuleTable,
+    attention_factor,
+    contradictions,
+    find_card,
+    repaired_rope,
+    with_overrides,
+)
+from engine.catalog.agreement import ROPE
 from engine.config import RunConfig
 from engine.plan.limits import why_not_trained
 from engine.plan.targets import choose_targets
+from engine.visible import visible
 
 
 def remarks(config: RunConfig, architecture: Architecture) -> tuple[str, ...]:
@@ -17,8 +28,45 @@ def remarks(config: RunConfig, architecture: Architecture) -> tuple[str, ...]:
     """
     table = architecture.table
     refused = why_not_trained(architecture)
-    found = (refused, _narrow_adapter(config, table), _no_routers(config, table))
+    found = (
+        refused,
+        _other_than_its_makers(config, architecture),
+        _narrow_adapter(config, table),
+        _no_routers(config, table),
+    )
     return tuple(sentence for sentence in found if sentence)
+
+
+def _other_than_its_makers(config: RunConfig, architecture: Architecture) -> str | None:
+    """A config.json whose numbers are not those of the model, and what repairs it."""
+    built = with_overrides(architecture, config.overrides_of_model_config)
+    found = contradictions(built, find_card(config.base_model))
+    if not found:
+        return None
+    says = ", ".join(f"{each.key.removeprefix(f'{ROPE}.')}: {_shown(each)}" for each in found)
+    has = ", ".join(_value(each.official) for each in found)
+    sentence = f"config.json says {says}, {found[0].card.title} has {has}"
+    if not all(each.key.startswith(ROPE) for each in found):
+        return f"{sentence}: another model would be trained. Correct the file"
+    here, right = (repaired_rope(built, each) for each in ((), found))
+    factors = [f"{attention_factor(rope):.4g}" for rope in (here, right)]
+    if factors[0] != factors[1]:
+        sentence += f": attention is scaled by {factors[0]} instead of {factors[1]}"
+    values = ", ".join(f"{key}: {_value(value)}" for key, value in right.items())
+    override = f"{{{ROPE}: {{{values}}}}}"
+    if "text_config" in built.config:
+        override = f"{{text_config: {override}}}"
+    return f"{sentence}. Correct the file, or write overrides_of_model_config: {override}"
+
+
+def _shown(each: Contradiction) -> str:
+    return "nothing" if each.given is None else visible(str(each.given), one_line=True)
+
+
+def _value(value: object) -> str:
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
+    )
 
 
 def _narrow_adapter(config: RunConfig, table: ModuleTable) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.catalog import ModelCard, find_model, find_repository, model_names
+from engine.catalog import ModelCard, find_card
 from engine.config import RunConfig, read_config, write_config
 from engine.data.prepared import Prepared
 from engine.errors import UserError
@@ -75,13 +75,8 @@ def read_facts(run: RunFolder) -> RunFacts:
 
 def find_base(base_model: str) -> tuple[ModelCard | None, str | None]:
     """The catalog's card of a base model, and the hub id that stands for it."""
-    if base_model in model_names():
-        card = find_model(base_model)
-        bf16 = [r.id for r in card.repositories if r.checkpoint == "bf16"]
-        ids = bf16 or [r.id for r in card.repositories]
-        return card, ids[0] if ids else None
-    if found := find_repository(base_model):
-        return found[0], base_model
+    if card := find_card(base_model):
+        return card, card.hub_id if base_model == card.name else base_model
     is_id = _HUB_ID.fullmatch(base_model) and not Path(base_model).exists()
     return None, base_model if is_id else None
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.config import RunConfig
 from engine.publish.facts import RunFacts, read_facts
 from engine.runs import RunFolder
 
@@ -69,6 +70,10 @@ def serve_model(facts: RunFacts, folder: str, *, merged: bool) -> Hint | None:
     else:
         flags.append(("--served-model-name", facts.name, "requests name the model by this name"))
     flags += _format_flags(facts)
+    rope = _overridden_rope(facts.config)
+    if rope and not merged:
+        why = "the positions of the training; the base's own config.json says otherwise"
+        flags.append(("--hf-overrides", json.dumps(rope), why))
     model = folder if merged else facts.base_id or facts.config.base_model
     words = [w for flag, value, _ in flags for w in (flag, *([value] if value else []))]
     reasons = tuple((flag, why) for flag, _, why in flags)
@@ -92,6 +97,12 @@ def why_not_beside(facts: RunFacts) -> str | None:
     if config.lora_r > VLLM_RANKS[-1]:
         return f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}"
     return None
+
+
+def _overridden_rope(config: RunConfig) -> dict[str, object]:
+    """What a run took instead of its base's `rope_parameters`, as transformers is told it."""
+    given = config.overrides_of_model_config or {}
+    return {key: given[key] for key in ("rope_parameters", "text_config") if key in given}
 
 
 def _format_flags(facts: RunFacts) -> Iterator[tuple[str, str | None, str]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.catalog import Architecture, read_architecture
+from engine.catalog import Architecture, read_architecture, with_overrides
 from engine.config import RunConfig, read_config
 from engine.errors import UserError, WorkError
 from engine.publish import write_card
@@ -172,7 +172,8 @@ def _refuse_unknown(
 def _write_beside(
     folder: Path, plan: _Merge, base: Path, run: RunFolder, config: RunConfig
 ) -> None:
-    content = deepcopy(dict(plan.architecture.config))
+    built = with_overrides(plan.architecture, config.overrides_of_model_config)
+    content = deepcopy(dict(built.config))
     for part in (content, content.get("text_config"), content.get("vision_config")):
         if isinstance(part, dict):
             part.pop("quantization_config", None)

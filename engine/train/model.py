@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import no_tie_weights
 
-from engine.catalog import Architecture, read_architecture
+from engine.catalog import Architecture, read_architecture, with_overrides
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.train.attention import pick_attention, use_attention
@@ -81,7 +81,7 @@ def load_base(
     """
     device = pick_device()
     dtype = pick_dtype(config, device)
-    architecture = read_architecture(folder)
+    architecture = with_overrides(read_architecture(folder), config.overrides_of_model_config)
     attention = pick_attention(config, architecture, device)
     refuse_other_formats(folder, architecture.config)
     tensors = list_tensors(folder) if tensors is None else tensors

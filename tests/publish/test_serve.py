@@ -1,5 +1,6 @@
 """What `serve-hint` prints can be served: no flag for an adapter that the server refuses."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ def test_an_adapter_is_served_beside_its_base_with_room_for_its_rank(tmp_path: P
     assert command[command.index("--max-lora-rank") + 1] == "32"
     assert 32 in VLLM_RANKS
     assert command[command.index("--tokenizer-mode") + 1] == "mistral"
+
+
+def test_a_base_is_served_with_the_positions_that_the_adapter_was_trained_with(
+    tmp_path: Path,
+) -> None:
+    rope = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}}
+    run = write_run(tmp_path / "pilot", overrides_of_model_config=rope)
+    command = words(run, "vLLM, the adapter")
+    assert json.loads(command[command.index("--hf-overrides") + 1]) == rope
+    assert "--hf-overrides" not in words(run, "vLLM, merged")  # its config.json has them
 
 
 @pytest.mark.parametrize(

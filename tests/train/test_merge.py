@@ -126,6 +126,15 @@ class TestMerged:
         wanted = merged_by_peft(ministral, run.adapter)
         torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
 
+    def test_an_override_of_the_bases_rotation_is_written(
+        self, ministral: Path, finished: Callable[..., RunFolder], tmp_path: Path
+    ) -> None:
+        rope = json.loads((ministral / "config.json").read_text())["rope_parameters"]
+        other = rope | {"rope_theta": 5e5}
+        run = finished(ministral, overrides_of_model_config={"rope_parameters": other})
+        folder = merge(run, tmp_path / "merged")
+        assert json.loads((folder / "config.json").read_text())["rope_parameters"] == other
+
     @pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
     def test_a_tied_pair_that_was_trained_as_one_stays_one(
         self, saved: str, finished: Callable[..., RunFolder], tmp_path: Path

@@ -16,9 +16,11 @@ from engine.train.model import load_base, pick_device, pick_dtype
 from tests.train.tiny import (
     ARCHITECTURES,
     MINISTRAL3,
+    YARN,
     edit_config,
     edit_weights,
     settings,
+    with_vision,
     write_model,
 )
 
@@ -45,6 +47,20 @@ class TestWhatIsLoaded:
         folder = model_folder(name)
         base = load_base(folder, settings(folder))
         assert [type(base.model).__name__] == ARCHITECTURES[name]["architectures"]
+
+    @pytest.mark.parametrize("sees", [False, True])
+    def test_an_override_of_its_rotation_is_what_is_built(self, sees: bool, tmp_path: Path) -> None:
+        wrong = dict(YARN, factor=64.0, mscale=1.0, mscale_all_dim=1.0)
+        text = MINISTRAL3 | {"rope_parameters": wrong}
+        folder = write_model(tmp_path / "base", with_vision(text) if sees else text)
+        right = {"rope_parameters": wrong | {"mscale_all_dim": 0.0}}
+        override = {"text_config": right} if sees else right
+        factors = []
+        for keys in ({}, {"overrides_of_model_config": override}):
+            model = load_base(folder, settings(folder, **keys)).model
+            text_model = model.model.language_model if sees else model.model
+            factors.append(text_model.rotary_emb.attention_scaling)
+        assert factors == [1.0, pytest.approx(1.4159, abs=1e-4)]
 
     def test_every_weight_is_the_files(self, ministral: Path) -> None:
         loaded = load_base(ministral, settings(ministral)).model.state_dict()
