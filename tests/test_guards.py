@@ -42,6 +42,19 @@ class Guard:
 
 
 GUARDS = {
+    "a config.json whose numbers are not its model's": Guard(
+        "engine/plan/remarks.py",
+        "        _other_than_its_makers(config, architecture),\n",
+        "",
+        "tests/catalog/test_agreement.py"
+        "::test_the_first_config_of_medium_is_told_with_what_repairs_it",
+    ),
+    "an override of the rotation that is built": Guard(
+        "engine/train/model.py",
+        "with_overrides(read_architecture(folder), config.overrides_of_model_config)",
+        "read_architecture(folder)",
+        f"{MODEL}::TestWhatIsLoaded::test_an_override_of_its_rotation_is_what_is_built",
+    ),
     "no attention mask with packed rows": Guard(
         "engine/train/forward.py",
         'position_ids=batch["position_ids"],',
