@@ -16,6 +16,7 @@ from engine.chat.images import IMAGE_LIMIT_BYTES
 from engine.config import DatasetConfig
 from engine.data.readers import RawRow, without_nulls
 from engine.errors import UserError, WorkError
+from engine.hardware.requirements import install_command
 
 
 def child_environment() -> dict[str, str]:
@@ -83,7 +84,7 @@ def stream_hub(dataset: DatasetConfig) -> Iterator[dict[str, Any]]:
         raise UserError(
             f"{dataset.path} is on the hub and cannot be read here.",
             f"The package {error.name} is not installed.",
-            "Install it with pip install 'windtunnel[train]', or name a local file.",
+            f"Install it with {install_command('train')}, or name a local file.",
         ) from error
     try:
         rows = load_dataset(

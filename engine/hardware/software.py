@@ -8,9 +8,9 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from engine.hardware.machine import Machine, Problem
+from engine.hardware.requirements import install_command, installed
 
 _TRAINING = (
     *("torch", "transformers", "peft", "bitsandbytes", "datasets", "cut-cross-entropy"),
@@ -33,7 +33,7 @@ class Missing:
 
 def read_stack() -> dict[str, str | None]:
     """The version of each package, None where it is not installed."""
-    return {package: _version(package) for package in _PACKAGES}
+    return {package: installed(package) for package in _PACKAGES}
 
 
 def missing_packages(machine: Machine) -> tuple[Missing, ...]:
@@ -47,20 +47,20 @@ def missing_packages(machine: Machine) -> tuple[Missing, ...]:
     )
     if training:
         why = "Training needs them; preview, plan and config work without."
-        found.append(Missing("train", training, why, "pip install 'windtunnel[train]'"))
+        found.append(Missing("train", training, why, install_command("train")))
     if (machine.stack["torch"] or "").endswith("+cpu"):
         return tuple(found)  # nothing for a GPU works with it
     majors = {gpu.compute_capability[0] for gpu in machine.usable_gpus if gpu.compute_capability}
     if majors and min(majors) >= 8 and machine.stack["flash-attn"] is None:
         why = "Attention that knows packed rows; torch's own does too and is used without it."
         # Its build reads the torch that is installed, which pip hides from a build by default.
-        command = "pip install --no-build-isolation 'windtunnel[fa2]'"
+        command = install_command("fa2", "--no-build-isolation")
         found.append(Missing("fa2", ("flash-attn",), why, command))
     if majors and majors <= {9, 10} and machine.stack["flash-attn-4"] is None:
         why = "Attention made for Hopper and Blackwell data-centre cards; a pre-release."
         if 9 in majors:
             why += " On Hopper its backward pass has to be built from source."
-        found.append(Missing("fa4", ("flash-attn-4",), why, "pip install 'windtunnel[fa4]'"))
+        found.append(Missing("fa4", ("flash-attn-4",), why, install_command("fa4")))
     return tuple(found)
 
 
@@ -106,16 +106,9 @@ def cuda_of_torch(torch: str | None) -> str | None:
     if match := re.search(r"\+cu(\d+)(\d)$", torch):
         return f"{match[1]}.{match[2]}"
     for package in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12"):
-        if found := _version(package):
+        if found := installed(package):
             return ".".join(found.split(".")[:2])
     return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _major(cuda: str) -> int:

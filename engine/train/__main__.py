@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter, Phase
+from engine.hardware.requirements import install_command, installed, out_of_range
 from engine.runs import ControlReader, RunFolder, RunLock, StopSignals
 from engine.train.shortage import is_shortage, words_of
 from engine.visible import visible
@@ -55,6 +56,7 @@ def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
         control = ControlReader(run.control, since=lock.since)
         try:
             events.emit(Phase("import", detail="PyTorch and transformers"))
+            require_stack()
             from engine.train.run import run as carry_out
             from engine.train.session import Session
 
@@ -71,6 +73,7 @@ def use(options: argparse.Namespace) -> int:
     """Carry out `generate`, `merge` or `fit`; an error becomes a line with its sentences."""
     run = RunFolder(options.folder.resolve())
     try:
+        require_stack()
         if options.command == "generate":
             from engine.train.answers import serve
 
@@ -92,6 +95,21 @@ def use(options: argparse.Namespace) -> int:
         _tell({"error": told | {"exit_status": sentence.exit_status}})
         return sentence.exit_status
     return 0
+
+
+def require_stack() -> None:
+    """Raise WorkError where a package of the training stack has a version that is not asked for.
+
+    One that is missing is told by its import: not every run needs all of them.
+    """
+    if others := out_of_range("train"):
+        listed = ", ".join(f"{each.package} {each.version} ({each.asked})" for each in others)
+        raise WorkError(
+            "The installed training stack has other versions than Windtunnel needs: "
+            f"{visible(listed, one_line=True)}.",
+            "With others the trainer fails, or computes something that no test has seen.",
+            f"Install the versions that it needs: {install_command('train')}",
+        )
 
 
 def _tell(record: Mapping[str, Any]) -> None:
@@ -116,13 +134,8 @@ def explain(error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error
     said = visible(next(iter(str(error).splitlines()), "") or type(error).__name__, one_line=True)
-    if isinstance(error, ModuleNotFoundError):
-        return WorkError(
-            f"Training needs the package {(error.name or said).partition('.')[0]}, which is not "
-            "installed.",
-            "The base install plans and previews; the training stack is an extra of its own.",
-            "Install it: pip install 'windtunnel[train]'",
-        )
+    if isinstance(error, ImportError):
+        return _not_imported(error, said)
     if is_shortage(error):
         return WorkError(
             "There is not as much memory as this needs.",
@@ -141,6 +154,24 @@ def explain(error: Exception) -> UserError:
         "The trainer stopped at an error that it does not know.",
         f"{type(error).__name__}: {said.rstrip('.')}.",
         "engine.log in the run's folder has the details; the run resumes from its last checkpoint.",
+    )
+
+
+def _not_imported(error: ImportError, said: str) -> WorkError:
+    """The sentences for a package that is not there, or of which a part is not."""
+    package, _, inner = (error.name or "training stack").partition(".")
+    command = install_command("train")
+    if isinstance(error, ModuleNotFoundError) and not inner:
+        return WorkError(
+            f"Training needs the package {package}, which is not installed.",
+            "The base install plans and previews; the training stack is an extra of its own.",
+            f"Install it: {command}",
+        )
+    return WorkError(
+        f"A part of the installed {package} {installed(package) or ''}".rstrip()
+        + " cannot be imported.",
+        f"The system says: {said.rstrip('.')}.",
+        f"Install the versions that Windtunnel needs: {command}",
     )
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from engine.data.hub import child_environment, pin_revision
 from engine.data.prepare import prepare
 from engine.data.sources import iterate_rows
 from engine.errors import UserError
+from engine.hardware.requirements import install_command
 from tests.data.conftest import chat
 
 
@@ -263,7 +265,7 @@ class TestHub:
         (self.packages / "datasets" / "__init__.py").write_text(
             "raise ModuleNotFoundError(\"No module named 'datasets'\", name='datasets')"
         )
-        with pytest.raises(UserError, match=r"pip install 'windtunnel\[train\]'"):
+        with pytest.raises(UserError, match=re.escape(install_command("train"))):
             list(iterate_rows(DatasetConfig(path="org/set"), tmp_path))
 
     def test_a_child_that_dies_is_not_taken_for_the_end(self, tmp_path):

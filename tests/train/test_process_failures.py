@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.events import Note
+from engine.hardware.requirements import install_command
 from engine.launch import launch
 from engine.runs import RunFolder, is_locked, read_steps, status
+from tests.fakes.packages import package
 from tests.fakes.processes import ROOT, wait_until
 from tests.train.processes import (
     LORA,
@@ -213,7 +215,31 @@ def test_a_trainer_without_torch_says_what_to_install(workshop: Workshop, tmp_pa
     path = os.pathsep.join([str(without("torch", tmp_path)), str(ROOT)])
     process = launch(run, detach=True, environment={"PYTHONPATH": path})
     assert process.wait(60) == 1
-    assert_told(run, "Training needs the package torch", "pip install 'windtunnel[train]'")
+    assert_told(run, "Training needs the package torch", install_command("train"))
+
+
+def test_a_trainer_with_an_old_torch_says_which_versions_it_needs(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    package(tmp_path, "windtunnel", "0.1.0", ["torch<3,>=2.12; extra == 'train'"])
+    package(tmp_path, "torch", "2.11.0")
+    run = workshop.new()
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    assert launch(run, detach=True, environment={"PYTHONPATH": path}).wait(60) == 1
+    assert_told(run, "torch 2.11.0 (>=2.12,<3)", "'windtunnel[train]'")
+
+
+@pytest.mark.parametrize("module", ["torch.nn.functional", "torch.nn"])
+def test_a_module_that_a_package_lacks_is_no_missing_package(
+    workshop: Workshop, tmp_path: Path, module: str
+) -> None:
+    run = workshop.new()
+    path = os.pathsep.join([str(without(module, tmp_path)), str(ROOT)])
+    assert launch(run, detach=True, environment={"PYTHONPATH": path}).wait(60) == 1
+    assert_told(
+        run, "A part of the installed torch 2", module.split(".")[-1], install_command("train")
+    )
+    assert "not installed" not in last_end(run).what
 
 
 @pytest.fixture
