@@ -14,6 +14,7 @@ from engine.plan import (
     Duration,
     Estimate,
     LengthPrice,
+    Peer,
     Recommendation,
     Statistics,
     best_device,
@@ -24,6 +25,9 @@ from engine.units import gib, spoken
 from engine.visible import visible
 
 MARKS: Mapping[str, str] = {"fits": "✓", "tight": "!", "does not fit": "✗"}
+
+NOTABLE = 0.02
+"""Of our peak, by which that of another trainer has to differ to be worth a line."""
 
 
 def headline(needs: Estimate, device: Device) -> str:
@@ -74,6 +78,20 @@ def estimate_lines(needs: Estimate, device: Device) -> list[str]:
         *(f"adapter on {count} modules by {entry}" for entry, count in needs.targets.items()),
         f"takes {gib(needs.host_bytes)} of this computer's memory,"
         f" {gib(needs.disk_bytes)} of its disk",
+    ]
+
+
+def peer_lines(needs: Estimate, peer: Peer) -> list[str]:
+    """What another trainer would hold for the same config, where that is another figure."""
+    if abs(sum(peer.differences.values())) < NOTABLE * needs.peak_allocated_bytes:
+        return []
+    why = ", ".join(
+        f"{words} {'+' if size > 0 else '-'}{gib(abs(size))}"
+        for words, size in peer.differences.items()
+    )
+    return [
+        f"· without driver and slack {gib(needs.peak_allocated_bytes)}; {peer.name} would hold"
+        f" {gib(peer.peak_allocated_bytes)}: {why}"
     ]
 
 

@@ -21,6 +21,7 @@ from engine.cli.plan_lines import (
     ladder_lines,
     larger_card_lines,
     length_lines,
+    peer_lines,
     row_lines,
 )
 from engine.cli.row_counts import count_config_rows
@@ -37,6 +38,7 @@ from engine.config import (
 from engine.data.config_paths import with_absolute_paths
 from engine.errors import DOES_NOT_FIT, UserError
 from engine.plan import (
+    AXOLOTL,
     Device,
     Goal,
     Recommendation,
@@ -45,6 +47,7 @@ from engine.plan import (
     advice_document,
     alternative_document,
     best_device,
+    compare_peer,
     device_document,
     estimate,
     estimate_document,
@@ -162,8 +165,10 @@ def print_estimate(
     rungs = make_fit(run, architecture, device, statistics)
     duration = expected_duration(run, architecture, device, statistics, needs.tokens_per_second)
     odd = remarks(run, architecture)
+    peer = compare_peer(AXOLOTL, run, architecture, device, statistics)
     if as_json:
         more = {
+            "axolotl": asdict(peer),
             "device": device_document(device),
             "remarks": odd,
             "rows_counted": statistics.usable_rows if statistics else None,
@@ -174,6 +179,7 @@ def print_estimate(
     else:
         for line in (
             *estimate_lines(needs, device),
+            *peer_lines(needs, peer),
             *row_lines(needs, uncounted),
             *duration_lines(duration),
             *_attention_lines(run, architecture, device),

@@ -21,7 +21,7 @@ from engine.plan.duration import Duration, expected_duration, pace_of
 from engine.plan.ladder import Alternative, list_alternatives, make_fit, next_rung
 from engine.plan.lengths import LengthPrice, price_lengths
 from engine.plan.limits import Goal, why_not_trained
-from engine.plan.memory import WEIGHTS, Estimate, Verdict, estimate
+from engine.plan.memory import AXOLOTL, WEIGHTS, Estimate, Peer, Verdict, compare_peer, estimate
 from engine.plan.recommend import Recommendation, assess, recommend
 from engine.plan.remarks import remarks
 from engine.plan.rungs import SAME_RESULT, changed
@@ -29,6 +29,7 @@ from engine.plan.statistics import Statistics, read_statistics
 from engine.plan.survey import Prospect, propose, survey
 
 __all__ = [
+    "AXOLOTL",
     "SAME_RESULT",
     "WEIGHTS",
     "Alternative",
@@ -39,6 +40,7 @@ __all__ = [
     "Goal",
     "Heads",
     "LengthPrice",
+    "Peer",
     "Prospect",
     "Recommendation",
     "Statistics",
@@ -50,6 +52,7 @@ __all__ = [
     "best_device",
     "changed",
     "choose_attention",
+    "compare_peer",
     "cpu_device",
     "device_document",
     "estimate",

@@ -212,6 +212,20 @@ class TestEstimate:
         assert "8,192 tokens at once; 2,981,888 of 3,849,090,048 parameters move (0.08%)" in out
         assert "adapter on 26 modules by q_proj\n" in out
 
+    def test_what_axolotl_would_hold_is_named_where_it_differs(
+        self, run: Command, config: Path
+    ) -> None:
+        _, out, _ = run("estimate", str(config), "--assume", "4090")
+        (line,) = [line for line in out.splitlines() if "Axolotl would hold" in line]
+        assert line.startswith("· without driver and slack ")
+        _, out, _ = run(
+            "estimate", str(config), "base_model=magistral-small-2507", "--assume", "H200"
+        )
+        assert "Axolotl" not in out  # it has no vision tower
+        found = json.loads(run("estimate", str(config), "--assume", "4090", "--json")[1])
+        gained = sum(found["axolotl"]["differences"].values())
+        assert found["axolotl"]["peak_allocated_bytes"] == found["peak_allocated_bytes"] + gained
+
     def test_changes_are_estimated_and_not_written(self, run: Command, config: Path) -> None:
         def needed(*changes: str) -> int:
             _, out, _ = run("estimate", str(config), *changes, "--assume", "H100", "--json")

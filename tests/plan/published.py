@@ -69,6 +69,8 @@ class Row:
     outlier: bool
     measured_gib: float
     predicted_gib: float
+    ours_gib: float
+    """What our own trainer needs for it: other figures than those of the trainer that ran it."""
     spread: float
     note: str
 
@@ -120,9 +122,15 @@ def predict(entry: Mapping[str, Any]) -> Row:
         }
     )
     device, stack = card("H200"), STACKS[entry["stack"]]
-    found = estimate(config, find_architecture(entry["model"]), device, stack=stack)
-    peak = found.peak_allocated_bytes
-    whole = on_device(peak, device) if entry["kind"] == "nvidia-smi" else peak
+    architecture = find_architecture(entry["model"])
+    found = estimate(config, architecture, device, stack=stack)
+    whole, ours = (
+        on_device(peak, device) if entry["kind"] == "nvidia-smi" else peak
+        for peak in (
+            found.peak_allocated_bytes,
+            estimate(config, architecture, device).peak_allocated_bytes,
+        )
+    )
     mistral = entry["group"] == "mistral"
     return Row(
         entry["id"],
@@ -131,6 +139,7 @@ def predict(entry: Mapping[str, Any]) -> Row:
         entry.get("outlier", False),
         entry["measured_gib"],
         whole / GIB,
+        ours / GIB,
         found.uncertainty,
         entry.get("note", ""),
     )
@@ -169,12 +178,14 @@ def share_inside() -> float:
 
 def main() -> int:
     """Print the table; the exit status says whether the formula is good enough."""
-    print(f"{'run':34} {'measured':>8} {'formula':>8} {'error':>7}  range")
+    print("formula: of the trainer that was measured; ours: of Windtunnel for the same config\n")
+    print(f"{'run':34} {'measured':>8} {'formula':>8} {'error':>7} {'ours':>7}  range")
     for row in read_rows():
         where = "inside" if row.inside else "OUTSIDE"
         where += "" if row.counted else ", not counted"
         where += ", known outlier" if row.outlier else ""
         figures = f"{row.measured_gib:8.2f} {row.predicted_gib:8.2f} {row.error:+7.1%}"
+        figures += f" {row.ours_gib:7.2f}"
         print(f"{row.id:34} {figures}  ± {row.spread:.0%}: {where}  {row.note}")
     rows = mistral_rows()
     error, inside = mean_error(rows), share_inside()

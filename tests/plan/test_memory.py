@@ -1,6 +1,6 @@
 """The estimate against published figures, its verdicts, and what must hold for any config."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from engine.plan import Estimate, Statistics, estimate
 from engine.plan.layers import kept_bytes, widths
-from engine.plan.memory import TIGHT_BYTES, judge, moment_parts
+from engine.plan.memory import AXOLOTL as AXOLOTL_STACK
+from engine.plan.memory import (
+    TIGHT_BYTES,
+    WINDTUNNEL,
+    Stack,
+    compare_peer,
+    judge,
+    moment_parts,
+)
+from engine.plan.memory.stack import DIFFERENCES
 from engine.units import GIB
 from tests.plan.machines import card, config, cpu, dataset, model, sized
 from tests.plan.published import (
@@ -47,6 +56,37 @@ def test_published_peaks_lie_in_the_range_and_close() -> None:
     assert mean_error(mistral_rows()) <= LARGEST_MEAN_ERROR
     assert share_inside() >= LEAST_INSIDE
     assert published() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "words"),
+    [
+        ("mistral-small-4", SMALL_4, "a layer's experts in 16 bits at once"),
+        (
+            "mistral-small-4",
+            SMALL_4 | {"lora_target_parameters": EXPERTS},
+            "the update of a layer's experts formed whole",
+        ),
+        ("mistral-medium-3.5", IMAGES, "the vision tower"),
+        ("ministral-3-8b", {"adapter": None}, "what bfloat16 weights keep beside them"),
+    ],
+)
+def test_a_peer_is_counted_as_it_is_built_and_the_difference_has_a_name(
+    name: str, keys: dict[str, Any], words: str
+) -> None:
+    run, read = config(**AXOLOTL | keys), model(name)
+    peer = compare_peer(AXOLOTL_STACK, run, read, H200)
+    ours, theirs = (
+        estimate(run, read, H200, stack=stack).peak_allocated_bytes
+        for stack in (WINDTUNNEL, AXOLOTL_STACK)
+    )
+    assert peer.peak_allocated_bytes == theirs
+    assert sum(peer.differences.values()) == theirs - ours
+    assert max(peer.differences, key=lambda each: abs(peer.differences[each])) == words
+
+
+def test_every_way_in_which_a_stack_can_differ_has_words() -> None:
+    assert set(DIFFERENCES) == {field.name for field in fields(Stack)} - {"name"}
 
 
 def test_the_table_fails_where_the_formula_gets_worse(monkeypatch: pytest.MonkeyPatch) -> None:

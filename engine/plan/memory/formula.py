@@ -5,7 +5,7 @@ what the trainer does; the peak is that of the fullest moment.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from engine.catalog import Architecture, ModuleTable
@@ -16,7 +16,7 @@ from engine.plan.memory.frozen import Frozen, frozen_bytes, sizes_of
 from engine.plan.memory.host import disk_bytes, host_bytes
 from engine.plan.memory.moments import Step, kept_states, list_moments
 from engine.plan.memory.ranks import cards_of_a_copy, divide
-from engine.plan.memory.stack import WINDTUNNEL, Stack
+from engine.plan.memory.stack import DIFFERENCES, WINDTUNNEL, Stack
 from engine.plan.memory.trained import moving_numbers, trained_bytes
 from engine.plan.quantized import kept_modules
 from engine.plan.statistics import Statistics
@@ -131,6 +131,43 @@ def estimate(
         return found
     measured = find_measured(config, architecture, device, step.tokens, step.of_images)
     return corrected(found, measured) if measured else found
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The peak of the same config in another trainer, counted by the same formula."""
+
+    name: str
+    peak_allocated_bytes: int
+    differences: Mapping[str, int]
+    """Bytes that its peak has more than ours by what it does otherwise, in words; they add up to
+    the whole difference."""
+
+
+def compare_peer(
+    peer: Stack,
+    config: RunConfig,
+    architecture: Architecture,
+    device: Device,
+    statistics: Statistics | None = None,
+) -> Peer:
+    """What `peer` would hold at its peak, and where that differs from ours.
+
+    A published figure of another trainer is compared with this one, not with ours. Raises UserError
+    where an entry of the adapter's targets matches no module.
+    """
+    stack = replace(WINDTUNNEL, name=peer.name)  # another object: by the formula, never measured
+    peak = estimate(config, architecture, device, statistics, stack=stack).peak_allocated_bytes
+    differences = {}
+    for name, words in DIFFERENCES.items():
+        if getattr(stack, name) == getattr(peer, name):
+            continue
+        stack = replace(stack, **{name: getattr(peer, name)})
+        found = estimate(config, architecture, device, statistics, stack=stack)
+        if found.peak_allocated_bytes != peak:
+            differences[words] = found.peak_allocated_bytes - peak
+        peak = found.peak_allocated_bytes
+    return Peer(peer.name, peak, differences)
 
 
 def moment_parts(

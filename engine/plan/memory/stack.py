@@ -38,6 +38,21 @@ class Stack:
     """Whether a weight moves as soon as its gradient is there, which is then dropped."""
 
 
+DIFFERENCES: Mapping[str, str] = MappingProxyType(
+    {
+        "tower": "the vision tower",
+        "stacks_at_once": "a layer's experts in 16 bits at once",
+        "stacks_formed": "the update of a layer's experts formed whole",
+        "logits_bytes": "whole logits",
+        "loss_chunk_bytes": "the loss",
+        "adapter_bytes": "the adapter's type",
+        "state_bytes": "the optimizer's states",
+        "keeps_rest": "what bfloat16 weights keep beside them",
+        "steps_in_backward": "weights that move in the backward pass",
+    }
+)
+"""What each field decides, in words."""
+
 WINDTUNNEL = Stack()
 AXOLOTL = Stack("Axolotl", tower="quantized", stacks_at_once=3, stacks_formed=5, keeps_rest=False)
 """Without `llm_int8_skip_modules` bitsandbytes takes every linear but the head. Its parametrization
