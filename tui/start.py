@@ -10,7 +10,7 @@ from typing import Final
 from engine.config import RunConfig, parse_config, require_supported, write_config
 from engine.data.config_paths import with_absolute_paths
 from engine.errors import UserError
-from engine.hardware import Machine, missing_packages
+from engine.hardware import Machine, missing_packages, torch_problem
 from engine.launch import launch
 from engine.plan import Device, Estimate
 from engine.runs import RunFolder, create_run
@@ -20,7 +20,6 @@ from tui.draft import Draft
 
 _NEEDED: Final = frozenset({"torch", "transformers", "peft", "safetensors"})
 """Without one of them no run begins; the others are for some methods only."""
-_USELESS_TORCH: Final = ("torch_without_cuda", "driver_too_old_for_torch")
 
 
 def why_not(draft: Draft) -> UserError | None:
@@ -129,6 +128,6 @@ def _require_stack(machine: Machine, device: Device) -> None:
                 f"Training needs {', '.join(absent)}; preview, plan and config work without.",
                 f"Install it, then start: {missing.command}",
             )
-    for problem in machine.problems:
-        if device.kind == "cuda" and problem.id in _USELESS_TORCH:
-            raise UserError(problem.what, problem.why, problem.fix)
+    for gpu in machine.gpus:
+        if gpu.uuid == device.uuid and (problem := torch_problem(machine, gpu)):
+            raise UserError(problem.what, problem.why, problem.cure)

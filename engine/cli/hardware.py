@@ -6,6 +6,7 @@ with 0 there; what is wrong is in the text and in `problems`.
 
 import json
 from dataclasses import asdict
+from textwrap import wrap
 from typing import Annotated, Any
 
 import cyclopts
@@ -126,7 +127,8 @@ def show_stack(machine: Machine, missing: tuple[Missing, ...]) -> str:
         elif package in wanted:
             lines.append(f"✗ {package:<18} not installed")
     for each in missing:
-        lines += ["", *_fold(f"{', '.join(each.packages)}: {each.why}"), f"  {each.command}"]
+        lines += ["", *_fold(f"{', '.join(each.packages)}: {each.why}")]
+        lines += command_lines(each.command)
     for problem in machine.problems:
         lines += ["", *_sentences(problem)]
     return "\n".join(lines)
@@ -210,7 +212,20 @@ def _rest(machine: Machine) -> list[str]:
 
 def _sentences(problem: Problem) -> list[str]:
     text = f"{problem.severity}: {problem.what} {problem.why} {problem.fix}"
-    return _fold(visible(text, one_line=True))
+    return _fold(visible(text, one_line=True)) + command_lines(problem.command)
+
+
+def command_lines(command: str) -> list[str]:
+    """A command as a shell reads it from several lines of at most 80 columns."""
+    lines = wrap(
+        command,
+        _COLUMNS - 2,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [*(f"{line} \\" for line in lines[:-1]), *lines[-1:]]
 
 
 def _fold(text: str, columns: int = _COLUMNS) -> list[str]:

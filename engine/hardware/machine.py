@@ -38,6 +38,13 @@ class Problem:
     what: str
     why: str
     fix: str
+    command: str = ""
+    """What does `fix`, to be copied; empty where no one command does."""
+
+    @property
+    def cure(self) -> str:
+        """`fix` with its command, in one line."""
+        return f"{self.fix.rstrip('.')}: {self.command}" if self.command else self.fix
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +129,9 @@ class Machine:
     stack: Mapping[str, str | None]
     """Version of each package of the training stack, None where it is not installed."""
     problems: tuple[Problem, ...]
+    torch_cuda: str | None = None
+    """The CUDA that the installed torch was built for, "" for a torch without; None where that is
+    not known."""
     assumed: bool = False
     """Whether its GPUs are planned for and not here."""
 

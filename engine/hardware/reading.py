@@ -14,7 +14,9 @@ from typing import Final
 from engine.hardware.host import Host, read_host, read_memory
 from engine.hardware.machine import Gpu, Machine, Problem
 from engine.hardware.planned import plan_gpus
-from engine.hardware.software import cuda_of_torch, read_stack, stack_problems
+from engine.hardware.software import read_stack
+from engine.hardware.toolchain import toolchain_problems
+from engine.hardware.torch_build import read_torch_cuda, torch_problems
 from engine.hardware.visibility import hide
 
 _TIMEOUT_SECONDS: Final = 3.0
@@ -40,16 +42,13 @@ def read_machine(
     ram = host.ram_total_bytes, host.ram_available_bytes
     answer = driver.ask(lambda: driver.read_cards(ram), timeout_seconds)
     gpus, hidden = hide(answer.gpus, os.environ if environment is None else environment)
-    machine = _machine(host, gpus, (*answer.problems, *hidden))
-    torch = stack_problems(
-        machine.stack, answer.cuda_version if gpus else None, cuda_of_torch(machine.stack["torch"])
-    )
-    return replace(
-        machine,
+    machine = replace(
+        _machine(host, gpus, (*answer.problems, *hidden)),
         driver_version=answer.driver_version,
         cuda_version=answer.cuda_version,
-        problems=(*machine.problems, *torch),
     )
+    found = (*torch_problems(machine), *toolchain_problems(machine))
+    return replace(machine, problems=(*machine.problems, *found))
 
 
 def poll(machine: Machine, *, timeout_seconds: float = _TIMEOUT_SECONDS) -> Machine:
@@ -115,5 +114,6 @@ def _machine(host: Host, gpus: tuple[Gpu, ...], problems: tuple[Problem, ...]) -
         disk_path=host.disk_path,
         disk_free_bytes=host.disk_free_bytes,
         stack=read_stack(),
+        torch_cuda=read_torch_cuda(),
         problems=problems,
     )

@@ -9,10 +9,11 @@ import shlex
 import sys
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, requires, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
+
+from engine.hardware.commands import python_installer
 
 _OWN: Final = "windtunnel"
 
@@ -63,10 +64,8 @@ def install_command(extra: str, *flags: str) -> str:
     """
     if Path(sys.prefix, "uv-receipt.toml").exists():
         program = ["uv", "tool", "install", "--force"]
-    elif find_spec("pip") is None:
-        program = ["uv", "pip", "install"]
     else:
-        program = ["pip", "install"]
+        program = [*python_installer(), "install"]
     return shlex.join([*program, *flags, *_source(f"{_OWN}[{extra}]")])
 
 

@@ -4,19 +4,18 @@ Versions come from the packages' metadata and nothing is imported: that would ta
 wizard must never load torch. What suits a machine follows from the generations of its GPUs.
 """
 
-import re
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from engine.hardware.machine import Machine, Problem
+from engine.hardware.machine import Machine
 from engine.hardware.requirements import install_command, installed
 
 _TRAINING = (
     *("torch", "transformers", "peft", "bitsandbytes", "datasets", "cut-cross-entropy"),
     *("safetensors", "accelerate", "pillow"),
 )
-_PACKAGES = (*_TRAINING, "flash-attn", "flash-attn-3", "flash-attn-4", "mistral-common")
+_ATTENTION = ("flash-attn", "flash-attn-3", "flash-attn-4")
+_PACKAGES = (*_TRAINING, "triton", *_ATTENTION, "mistral-common")
 _LINUX_ONLY = ("cut-cross-entropy",)
 
 
@@ -48,7 +47,7 @@ def missing_packages(machine: Machine) -> tuple[Missing, ...]:
     if training:
         why = "Training needs them; preview, plan and config work without."
         found.append(Missing("train", training, why, install_command("train")))
-    if (machine.stack["torch"] or "").endswith("+cpu"):
+    if machine.torch_cuda == "":
         return tuple(found)  # nothing for a GPU works with it
     majors = {gpu.compute_capability[0] for gpu in machine.usable_gpus if gpu.compute_capability}
     if majors and min(majors) >= 8 and machine.stack["flash-attn"] is None:
@@ -62,54 +61,3 @@ def missing_packages(machine: Machine) -> tuple[Missing, ...]:
             why += " On Hopper its backward pass has to be built from source."
         found.append(Missing("fa4", ("flash-attn-4",), why, install_command("fa4")))
     return tuple(found)
-
-
-def stack_problems(
-    stack: Mapping[str, str | None], cuda_version: str | None, cuda_of_torch: str | None
-) -> list[Problem]:
-    """What keeps the installed torch from using the GPUs that the driver shows.
-
-    `cuda_version` is the newest CUDA that the driver runs, `cuda_of_torch` the one torch was built
-    for; a driver runs every CUDA of its own major version and of older ones.
-    """
-    torch = stack["torch"]
-    if torch is None or cuda_version is None:
-        return []
-    if torch.endswith("+cpu"):
-        return [
-            Problem(
-                "torch_without_cuda",
-                "error",
-                f"The installed torch {torch} cannot use a GPU.",
-                "It was built for the processor only.",
-                "Install the torch for CUDA over it, as pytorch.org/get-started says.",
-            )
-        ]
-    if cuda_of_torch and _major(cuda_of_torch) > _major(cuda_version):
-        return [
-            Problem(
-                "driver_too_old_for_torch",
-                "error",
-                f"The NVIDIA driver is too old for the installed torch {torch}.",
-                f"The driver runs CUDA up to {cuda_version}; torch was built for {cuda_of_torch}.",
-                f"Update the driver, or install a torch for CUDA {_major(cuda_version)}.",
-            )
-        ]
-    return []
-
-
-def cuda_of_torch(torch: str | None) -> str | None:
-    """The CUDA that a torch of this version was built for, None where it cannot be told."""
-    if torch is None:
-        return None
-    # "2.13.0+cu129"; the last digit is the minor version.
-    if match := re.search(r"\+cu(\d+)(\d)$", torch):
-        return f"{match[1]}.{match[2]}"
-    for package in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12"):
-        if found := installed(package):
-            return ".".join(found.split(".")[:2])
-    return None
-
-
-def _major(cuda: str) -> int:
-    return int(cuda.partition(".")[0])

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from engine.cli import main
+from engine.cli.hardware import command_lines
 from engine.hardware import missing_packages, read_machine
 from tests.fakes.nvml import H100, RTX_4090, FakeDriver
 
@@ -78,7 +79,7 @@ def test_probe_without_a_gpu_has_done_its_work(nvml: FakeDriver, run) -> None:
     assert printed["gpus"] == []
     assert printed["host"]["driver_version"] is None
     (problem,) = printed["problems"]
-    assert problem.keys() == {"id", "severity", "what", "why", "fix"}
+    assert problem.keys() >= {"id", "severity", "what", "why", "fix"}
     assert problem["id"] == "no_driver"
 
 
@@ -143,7 +144,7 @@ def test_doctor_prints_what_to_install(nvml: FakeDriver, run) -> None:
     status, out, _ = run("doctor")
     assert status == 0
     for each in missing:
-        assert f"\n  {each.command}\n" in f"{out}\n"
+        assert "\n".join(command_lines(each.command)) in out
         assert all(f"✗ {package}" in out for package in each.packages)
     assert "✓ mistral-common" in out
     assert max(map(len, out.splitlines())) <= 80

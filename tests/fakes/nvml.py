@@ -15,6 +15,11 @@ from pathlib import Path
 import pynvml
 import pytest
 
+ABOUT_THE_STACK = {
+    *("torch_without_cuda", "driver_too_old_for_torch", "card_not_in_torch"),
+    *("cuda_library_missing", "kernels_cannot_be_built", "bitsandbytes_without_library"),
+}
+"""Problems that depend on what is installed where the tests run."""
 SOURCE = Path(__file__).with_name("nvml.c")
 H100 = (
     "gpu name=NVIDIA_H100_80GB_HBM3 uuid=GPU-aaaa-1 pci=00000000:3B:00.0 total=85520809984"
@@ -50,6 +55,7 @@ def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     command = [compiler] if compiler else [sys.executable, "-m", "ziglang", "cc"]
     build_library(command, library)
+    library.with_name("libcuda.so.1").touch()  # a driver has it, and nothing here computes
     return library
 
 
@@ -65,7 +71,8 @@ def nvml(nvml_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A computer with the fake driver and, until `set`, no card."""
     driver = FakeDriver(nvml_library, tmp_path / "nvml.txt")
     driver.set()
-    monkeypatch.setenv("FAKE_NVML", driver.environment["FAKE_NVML"])
+    for name, value in driver.environment.items():
+        monkeypatch.setenv(name, value)
     for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pynvml, "nvmlLib", ctypes.CDLL(os.fspath(nvml_library)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.hardware import Machine, Problem, poll, read_machine
-from tests.fakes.nvml import H100, RTX_4090, FakeDriver, build_library
+from tests.fakes.nvml import ABOUT_THE_STACK, H100, RTX_4090, FakeDriver, build_library
 
 SLICES = (
     H100.replace("mig=0", "mig=1"),
@@ -29,8 +29,7 @@ def problem(machine: Machine, name: str) -> Problem:
 
 
 def ids(machine: Machine) -> set[str]:
-    about_torch = {"torch_without_cuda", "driver_too_old_for_torch"}
-    return {each.id for each in machine.problems} - about_torch
+    return {each.id for each in machine.problems} - ABOUT_THE_STACK
 
 
 def test_a_card_is_read_whole(nvml: FakeDriver) -> None:

@@ -83,6 +83,7 @@ def test_an_extra_is_installed_from_where_the_package_came(
 ) -> None:
     package(tmp_path, "windtunnel", "0.1.0", origin=origin)
     (tmp_path / "pip.py").touch()
+    monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert shlex.split(install_command("train")) == ["pip", "install", *named]
 
@@ -92,7 +93,7 @@ def test_what_uv_installed_uv_installs_again(
 ) -> None:
     package(tmp_path, "windtunnel", "0.1.0")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("engine.hardware.requirements.find_spec", lambda name: None)
+    monkeypatch.setattr("engine.hardware.commands.find_spec", lambda name: None)
     assert install_command("train") == "uv pip install 'windtunnel[train]'"
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     (tmp_path / "uv-receipt.toml").touch()

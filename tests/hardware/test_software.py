@@ -7,7 +7,7 @@ import pytest
 
 from engine.hardware import Machine, assume, missing_packages
 from engine.hardware.requirements import install_command
-from engine.hardware.software import cuda_of_torch, read_stack, stack_problems
+from engine.hardware.software import read_stack
 
 INSTALLED = dict.fromkeys(read_stack(), "1.0") | {"torch": "2.13.0", "flash-attn": None}
 INSTALLED |= {"flash-attn-3": None, "flash-attn-4": None}
@@ -16,7 +16,8 @@ INSTALLED |= {"flash-attn-3": None, "flash-attn-4": None}
 def machine(gpu: str | None, **versions: str | None) -> Machine:
     stack = INSTALLED | {name.replace("_", "-"): found for name, found in versions.items()}
     planned = assume(gpu or "RTX 4090")
-    return replace(planned, stack=stack, gpus=planned.gpus if gpu else ())
+    cuda = "" if (stack["torch"] or "").endswith("+cpu") else "13.0"
+    return replace(planned, stack=stack, torch_cuda=cuda, gpus=planned.gpus if gpu else ())
 
 
 def test_versions_come_from_metadata() -> None:
@@ -63,29 +64,3 @@ def test_flash_attention_is_not_named_for_a_torch_without_cuda() -> None:
 def test_on_hopper_the_backward_pass_of_flash_attention_4_is_mentioned() -> None:
     assert "built from source" in missing_packages(machine("H100"))[1].why
     assert "built from source" not in missing_packages(machine("B200"))[1].why
-
-
-@pytest.mark.parametrize(
-    ("torch", "driver", "built_for", "found"),
-    [
-        ("2.13.0+cpu", "13.0", None, ["torch_without_cuda"]),
-        ("2.13.0", "12.9", "13.0", ["driver_too_old_for_torch"]),
-        ("2.13.0", "13.0", "13.1", []),
-        ("2.13.0", "13.0", "12.8", []),
-        ("2.13.0", "12.4", None, []),
-        ("2.13.0+cpu", None, None, []),
-        (None, "13.0", None, []),
-    ],
-)
-def test_a_torch_that_cannot_use_the_gpus_is_a_problem(
-    torch: str | None, driver: str | None, built_for: str | None, found: list[str]
-) -> None:
-    problems = stack_problems({**INSTALLED, "torch": torch}, driver, built_for)
-    assert [each.id for each in problems] == found
-
-
-@pytest.mark.parametrize(
-    ("torch", "cuda"), [("2.13.0+cu129", "12.9"), ("2.13.0+cu130", "13.0"), (None, None)]
-)
-def test_the_cuda_of_torch_is_in_its_version(torch: str | None, cuda: str | None) -> None:
-    assert cuda_of_torch(torch) == cuda

@@ -12,7 +12,7 @@ import pytest
 
 from engine.hardware import Machine, poll, read_machine
 from engine.units import GIB
-from tests.fakes.nvml import H100, RTX_4090, FakeDriver
+from tests.fakes.nvml import ABOUT_THE_STACK, H100, RTX_4090, FakeDriver
 from tests.tui.screens import assert_golden
 from tests.tui.stand_in import Beyond, Screen
 from tui.app import WindtunnelApp
@@ -39,12 +39,12 @@ STACK = {
     "flash-attn-3": None,
     "flash-attn-4": "4.0.0",
     "mistral-common": "1.13.1",
+    "triton": "3.7.1",
 }
 
 
 def fixed(machine: Machine) -> Machine:
     """The same GPUs in a computer that is the same everywhere."""
-    about_torch = {"torch_without_cuda", "driver_too_old_for_torch"}
     return replace(
         machine,
         cpu_name="a CPU",
@@ -54,7 +54,8 @@ def fixed(machine: Machine) -> Machine:
         disk_path="/data/sam/runs",
         disk_free_bytes=62 * 10**9,
         stack=STACK,
-        problems=tuple(each for each in machine.problems if each.id not in about_torch),
+        torch_cuda="13.0",
+        problems=tuple(each for each in machine.problems if each.id not in ABOUT_THE_STACK),
     )
 
 

@@ -40,6 +40,8 @@ _TOLD_FIRST: Final[Mapping[str, tuple[str, str]]] = {
     "no_gpu": ("no GPU", ""),
     "driver_too_old_for_torch": ("driver", ""),
     "torch_without_cuda": ("torch", ""),
+    "card_not_in_torch": ("torch", ""),
+    "cuda_library_missing": ("driver", ""),
     "gpu_lost": ("lost", ""),
     "gpu_unreadable": ("partial", ""),
     "memory_unknown": ("partial", ""),
@@ -47,6 +49,8 @@ _TOLD_FIRST: Final[Mapping[str, tuple[str, str]]] = {
     "cuda_list_ends": ("hidden", ""),
     "cuda_hidden": ("hidden", ""),
     "answers_refused": ("partial", ""),
+    "kernels_cannot_be_built": ("kernels", ""),
+    "bitsandbytes_without_library": ("4-bit", ""),
 }
 _SHOWN_PACKAGES: Final = ("torch", "transformers", "peft", "bitsandbytes", "flash-attn")
 
@@ -202,7 +206,7 @@ def _rows(machine: "Machine") -> list[tuple[str, str, str]]:
 
 def _sentences(problem: "Problem", cells: int) -> list[Content]:
     mark, style = _SEVERITIES[problem.severity]
-    text = f"{problem.what} {problem.why} {problem.fix}"
+    text = f"{problem.what} {problem.why} {problem.cure}"
     return _hang(Content.assemble((mark, style), " "), text, cells)
 
 

@@ -1,0 +1,200 @@
+"""What kernels need beside torch, on computers that are described by folders."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.hardware import Machine, assume
+from engine.hardware.machine import Problem
+from engine.hardware.toolchain import python_headers, toolchain_problems
+
+PYTHON = "python{}.{}".format(*sys.version_info)
+DEBIAN = "ID=debian\nVERSION_ID=12\n"
+UBUNTU = 'ID=ubuntu\nID_LIKE=debian\nVERSION_ID="24.04"\n'
+FEDORA = "ID=fedora\n"
+ROCKY = 'ID="rocky"\nID_LIKE="rhel centos fedora"\n'
+SUSE = 'ID="opensuse-leap"\nID_LIKE="suse opensuse"\n'
+ARCH = "ID=arch\n"
+OTHER = "ID=plan9\n"
+
+
+def system(root: Path, release: str = DEBIAN, *, cache: str = "libcuda.so.1") -> Path:
+    """A file system with this /etc/os-release and these libraries in the linker's list."""
+    (root / "etc").mkdir()
+    (root / "etc" / "os-release").write_text(release)
+    (root / "etc" / "ld.so.cache").write_bytes(b"\0" + cache.encode() + b"\0")
+    return root
+
+
+def tools(folder: Path, *names: str) -> dict[str, str]:
+    """An environment whose PATH has these programs and no other."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+    return {"PATH": str(folder)}
+
+
+def machine(**versions: str | None) -> Machine:
+    planned = assume("H100")
+    stack = {**planned.stack, "torch": "2.13.0", "triton": "3.7.1", "bitsandbytes": None}
+    return replace(planned, torch_cuda="13.0", stack={**stack, **versions})
+
+
+@pytest.fixture
+def headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which this Python's headers would be, empty as on a system without them."""
+    folder = tmp_path / "include"
+    folder.mkdir()
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(folder)})
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    return folder
+
+
+def only(problems: list[Problem]) -> Problem:
+    (found,) = problems
+    for sentence in (found.what, found.why, found.fix):
+        assert sentence.endswith(".")
+    return found
+
+
+@pytest.mark.parametrize("there", [("gcc",), ("clang",)])
+def test_a_compiler_and_headers_are_all_that_triton_wants(
+    tmp_path: Path, headers: Path, there: tuple[str, ...]
+) -> None:
+    (headers / "Python.h").touch()
+    assert not toolchain_problems(machine(), tools(tmp_path / "bin", *there), system(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("release", "command"),
+    [
+        (DEBIAN, "sudo apt-get install gcc"),
+        (UBUNTU, "sudo apt-get install gcc"),
+        (FEDORA, "sudo dnf install gcc"),
+        (ROCKY, "sudo dnf install gcc"),
+        (SUSE, "sudo zypper install gcc"),
+        (ARCH, "sudo pacman -S gcc"),
+        (OTHER, ""),
+    ],
+)
+def test_without_a_compiler_the_system_s_own_command_is_named(
+    tmp_path: Path, headers: Path, release: str, command: str
+) -> None:
+    (headers / "Python.h").touch()
+    # Triton does not take cc, the one name that every compiler answers to.
+    found = only(
+        toolchain_problems(machine(), tools(tmp_path / "b", "cc"), system(tmp_path, release))
+    )
+    assert (found.id, found.command) == ("kernels_cannot_be_built", command)
+    assert "a C compiler (gcc) is missing" in found.what
+
+
+@pytest.mark.parametrize(
+    ("release", "own", "command"),
+    [
+        (DEBIAN, PYTHON, f"sudo apt-get install gcc {PYTHON}-dev"),
+        (FEDORA, PYTHON, "sudo dnf install gcc python3-devel"),
+        (ROCKY, "python3.9", f"sudo dnf install gcc {PYTHON}-devel"),
+        (SUSE, PYTHON, f"sudo zypper install gcc {PYTHON.replace('.', '')}-devel"),
+    ],
+)
+def test_headers_are_named_by_the_version_of_this_python(
+    tmp_path: Path,
+    headers: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    release: str,
+    own: str,
+    command: str,
+) -> None:
+    monkeypatch.setattr("sys.base_prefix", "/usr")
+    (tmp_path / "usr" / "bin").mkdir(parents=True)
+    (tmp_path / "usr" / "bin" / own).touch()
+    (tmp_path / "usr" / "bin" / "python3").symlink_to(own)
+    found = only(toolchain_problems(machine(), tools(tmp_path / "b"), system(tmp_path, release)))
+    assert found.command == command
+    assert "headers of Python {}.{} are missing".format(*sys.version_info) in found.what
+
+
+def test_a_python_from_elsewhere_has_no_package_of_headers(
+    tmp_path: Path, headers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.base_prefix", "/opt/python")
+    found = only(toolchain_problems(machine(), tools(tmp_path / "b", "gcc"), system(tmp_path)))
+    assert found.command == ""
+    assert found.fix.startswith("Give this Python the headers of Python ")
+
+
+def test_a_compiler_that_cc_names_has_to_be_there(tmp_path: Path, headers: Path) -> None:
+    (headers / "Python.h").touch()
+    environment = tools(tmp_path / "bin", "gcc") | {"CC": "icx"}
+    found = only(toolchain_problems(machine(), environment, system(tmp_path)))
+    assert "the compiler icx that CC names is missing" in found.what
+
+
+def test_headers_are_sought_where_triton_seeks_them() -> None:
+    build = pytest.importorskip("triton.runtime.build")
+    source = Path(build.__file__).read_text()
+    assert "sysconfig.get_default_scheme()" in source
+    assert "'posix_local'" in source
+    assert python_headers().name == PYTHON
+
+
+def test_nothing_is_wanted_of_a_computer_whose_torch_has_no_cuda(
+    tmp_path: Path, headers: Path
+) -> None:
+    for cuda in (None, ""):
+        here = replace(machine(), torch_cuda=cuda)
+        assert not toolchain_problems(here, tools(tmp_path / f"b{cuda}"), tmp_path)
+
+
+def test_the_library_of_the_driver_is_missing_in_a_container_for_pictures(
+    tmp_path: Path, headers: Path
+) -> None:
+    (headers / "Python.h").touch()
+    environment = tools(tmp_path / "bin", "gcc")
+    root = system(tmp_path, cache="libcuda.so.0")
+    found = only(toolchain_problems(machine(), environment, root))
+    assert (found.id, found.severity) == ("cuda_library_missing", "error")
+    assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in found.fix
+    (root / "usr" / "lib64").mkdir(parents=True)
+    (root / "usr" / "lib64" / "libcuda.so.1").touch()
+    assert only(toolchain_problems(machine(), environment, root)).command == "sudo ldconfig"
+    environment["LD_LIBRARY_PATH"] = f":{root}/usr/lib64"
+    assert not toolchain_problems(machine(), environment, root)
+
+
+@pytest.mark.parametrize(
+    ("libraries", "cuda", "fits"),
+    [
+        (("130",), "13.0", True),
+        (("130",), "13.2", True),  # the nearest of the same major version
+        (("126", "128"), "13.0", False),
+        (("126", "130"), "12.9", True),
+        ((), "13.0", False),
+    ],
+)
+def test_bitsandbytes_needs_a_library_of_torch_s_cuda(
+    tmp_path: Path,
+    headers: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    libraries: tuple[str, ...],
+    cuda: str,
+    fits: bool,
+) -> None:
+    (headers / "Python.h").touch()
+    packages = tmp_path / "site-packages"
+    (packages / "bitsandbytes").mkdir(parents=True)
+    info = packages / "bitsandbytes-0.50.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bitsandbytes\nVersion: 0.50.2\n")
+    for library in (*(f"cuda{each}" for each in libraries), "cpu", "rocm72"):
+        (packages / "bitsandbytes" / f"libbitsandbytes_{library}.so").touch()
+    monkeypatch.syspath_prepend(packages)
+    here = replace(machine(bitsandbytes="0.50.2"), torch_cuda=cuda)
+    found = toolchain_problems(here, tools(tmp_path / "bin", "gcc"), system(tmp_path))
+    assert [each.id for each in found] == ["bitsandbytes_without_library"] * (not fits)
+    if not fits:
+        assert only(found).command.endswith("install --upgrade bitsandbytes")
