@@ -28,6 +28,7 @@ MODEL = "tests/train/test_model.py"
 ATTENTION = "tests/train/test_attention.py"
 VISION = "tests/train/test_vision.py"
 ARCHITECTURE = "tests/catalog/test_architecture.py"
+SAVING = "tests/train/test_save_memory.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +310,48 @@ GUARDS = {
         "_learned_by_kind(rule)[kinds]",
         "_learned_by_kind(rule)[kinds & ~np.uint8(WITHHELD)]",
         "tests/chat/test_kinds.py::test_a_rule_learns_its_kinds_and_nothing_withheld",
+    ),
+    "a save copies no state on the device": Guard(
+        "engine/train/checkpoint.py",
+        'tensors[f"{name}|{key}"] = value',
+        'tensors[f"{name}|{key}"] = value.clone()',
+        f"{SAVING}::test_a_save_takes_one_piece",
+    ),
+    "a save holds one piece of a tensor": Guard(
+        "engine/train/shards.py",
+        "for part in _parts(tensor.detach(), PIECE_BYTES // tensor.dtype.itemsize):",
+        "for part in [tensor.detach()]:",
+        f"{SAVING}::test_a_save_takes_one_piece",
+    ),
+    "a piece is given up before the next one": Guard(
+        "engine/train/shards.py",
+        "_bytes_of(piece.contiguous()))\n                del piece",
+        "_bytes_of(piece.contiguous()))\n                pass",
+        f"{SAVING}::test_a_save_takes_one_piece",
+    ),
+    "a resume holds one piece of a tensor": Guard(
+        "engine/train/shards.py",
+        "for part in _parts(place(entry), PIECE_BYTES // entry.dtype.itemsize):",
+        "for part in [place(entry)]:",
+        f"{SAVING}::test_a_resume_takes_the_state_and_one_piece",
+    ),
+    "a finished model is written piece by piece": Guard(
+        "engine/train/weights.py",
+        "lambda entry: in_pieces(named[entry.name])",
+        "lambda entry: iter([named[entry.name].cpu()])",
+        f"{SAVING}::test_what_a_run_leaves_takes_one_piece",
+    ),
+    "a file that does not read back": Guard(
+        "engine/train/shards.py",
+        "    if not same:\n",
+        "    if False:\n",
+        "tests/train/test_shards.py::test_a_file_that_does_not_read_back_is_an_error",
+    ),
+    "a file that ends while it is read": Guard(
+        "engine/train/shards.py",
+        "!= piece.nbytes:",
+        "< 0:",
+        "tests/train/test_shards.py::test_a_file_that_is_cut_while_it_is_read_is_refused",
     ),
 }
 

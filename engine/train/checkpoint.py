@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine.config import RunConfig
 from engine.errors import WorkError
 from engine.train.forward import Model
+from engine.train.shards import Entry, list_entries, read_tensors, write_tensors
 from engine.train.weights import load_trained, save_trained, trained_parameters
 
 OPTIMIZER, RANDOM, STATE = "optimizer.safetensors", "random.safetensors", "state.json"
@@ -43,39 +44,48 @@ class Position:
 def optimizer_tensors(
     model: Model, optimizer: Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by `parameter|key`, and as JSON values for the rest."""
+    """An optimizer's state as tensors by `parameter|key`, and as JSON values for the rest.
+
+    The tensors are the optimizer's own.
+    """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for name, parameter in trained_parameters(model):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}|{key}"] = value.detach().contiguous().clone()
+                tensors[f"{name}|{key}"] = value
             else:
                 values[f"{name}|{key}"] = value
     return tensors, values
 
 
 def restore_optimizer(
-    model: Model, optimizer: Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]
+    model: Model, optimizer: Optimizer, file: Path, values: dict[str, Any]
 ) -> None:
-    """Put a saved state back without the type casts of `load_state_dict`."""
+    """Put a saved state back without the type casts of `load_state_dict`, and without a copy."""
     parameters = dict(trained_parameters(model))
-    for full_name, value in [*tensors.items(), *values.items()]:
+    optimizer.state.clear()
+
+    def place(entry: Entry) -> Tensor:
+        name, key = entry.name.rsplit("|", 1)
+        room = _room(optimizer, parameters[name], key, entry)
+        optimizer.state[parameters[name]][key] = room
+        return room
+
+    read_tensors(file, place)
+    for full_name, value in values.items():
         name, key = full_name.rsplit("|", 1)
-        parameter = parameters[name]
-        if isinstance(value, Tensor):
-            # torch keeps `step` of a plain AdamW on the CPU; the fused one keeps it with the rest.
-            current = parameter.device if value.ndim or _fused(optimizer) else value.device
-            value = _paged(optimizer, parameter, key, value.to(current))
-        optimizer.state[parameter][key] = value
+        optimizer.state[parameters[name]][key] = value
 
 
-def _paged(optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Tensor) -> Tensor:
-    """A moment in memory that may leave the device, where the optimizer keeps it so."""
-    if not getattr(optimizer, "is_paged", False) or key not in ("state1", "state2"):
-        return value
-    room: Tensor = optimizer.get_state_buffer(parameter, dtype=value.dtype)  # type: ignore[attr-defined]
-    return room.copy_(value)
+def _room(optimizer: Optimizer, parameter: nn.Parameter, key: str, entry: Entry) -> Tensor:
+    """Memory for a part of the state, where the optimizer keeps it: a moment's may be paged."""
+    if getattr(optimizer, "is_paged", False) and key in ("state1", "state2"):
+        paged: Tensor = optimizer.get_state_buffer(parameter, dtype=entry.dtype)  # type: ignore[attr-defined]
+        return paged
+    # torch keeps `step` of a plain AdamW on the CPU; the fused one keeps it with the rest.
+    device = parameter.device if entry.shape or _fused(optimizer) else "cpu"
+    return torch.empty(entry.shape, dtype=entry.dtype, device=device)
 
 
 def _state_kind(optimizer_class: str) -> str:
@@ -148,11 +158,11 @@ class Checkpoints:
             if position.best_step == position.step:
                 self._mark("BEST", target)
             shutil.rmtree(replaced, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)  # or a full disk has no room for `ended`
             raise WorkError(
                 f"The checkpoint of step {position.step} could not be written to {self.root}.",
-                f"The system says: {getattr(error, 'strerror', None) or error}.",
+                f"The system says: {error.strerror or error}.",
                 "Free disk space or choose another output_dir; the run resumes from the "
                 "checkpoint before.",
             ) from error
@@ -193,18 +203,15 @@ class Checkpoints:
                 "Undo the change to `optimizer`, or train into a new output_dir.",
             )
         load_trained(model, folder)
-        restore_optimizer(model, optimizer, load_file(folder / OPTIMIZER), state.pop("optimizer"))
+        restore_optimizer(model, optimizer, folder / OPTIMIZER, state.pop("optimizer"))
         restore_random(load_file(folder / RANDOM))
         return Position(**state)
 
     def _write(self, partial: Path, model: Model, optimizer: Optimizer, position: Position) -> None:
         save_trained(model, partial, self._config)
         tensors, values = optimizer_tensors(model, optimizer)
-        for name, wanted in ((OPTIMIZER, tensors), (RANDOM, random_tensors())):
-            save_file(wanted, partial / name)
-            with safe_open(partial / name, "pt") as written:
-                if set(written.keys()) != set(wanted):
-                    raise OSError(f"{name} does not read back as it was written")
+        write_tensors(partial / OPTIMIZER, tensors)
+        write_tensors(partial / RANDOM, random_tensors())
         kind = type(optimizer).__name__
         state = {**asdict(position), "optimizer_class": kind, "optimizer": values}
         (partial / STATE).write_text(json.dumps(state), "utf-8")
@@ -241,8 +248,7 @@ def is_complete(folder: Path) -> bool:
     try:
         json.loads((folder / STATE).read_text("utf-8"))
         for file in tensors:
-            with safe_open(file, "pt"):
-                pass
+            list_entries(file)
     except (OSError, ValueError, SafetensorError):
         return False
     return {OPTIMIZER, RANDOM} < {file.name for file in tensors}

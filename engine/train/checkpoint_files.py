@@ -78,7 +78,7 @@ def list_tensors(folder: Path) -> Mapping[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     try:
         for path in _files(folder):
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:
                 for name in file.offset_keys():
                     part = file.get_slice(name)
                     tensor = StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())

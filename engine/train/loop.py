@@ -65,7 +65,7 @@ class Training:
         self.optimizer = build_optimizer(trained_parameters(model), config)
         self.checkpoints = Checkpoints(session.run.checkpoints, config)
         self.position = Position(fingerprint=self.order.fingerprint())
-        self.meter = Meter()
+        self.meter = Meter(base.device)
         self.watch = LossWatch(config, vocabulary=head_of(model).shape[0])
         self.rises = RiseWatch()
         self._saved_step = -1
@@ -97,10 +97,13 @@ class Training:
         steps_per_epoch, last = self.order.steps_per_epoch(), self.order.total_steps
         every_eval = eval_interval(self.config, steps_per_epoch)
         every_save = save_interval(self.config, steps_per_epoch)
-        for number, batch in self.order.steps(self.position.step):
+        batches = self.order.steps(self.position.step)
+        while self.position.step < last:
             self.between_steps(prompts)
             if self.session.stopping:
                 break
+            self.meter.start()
+            number, batch = next(batches)
             self.try_step(number, batch)
             due = every_eval is not None and number % every_eval == 0 and number < last
             if due:
@@ -156,8 +159,7 @@ class Training:
             raise MemoryRanOut(in_a_step(told, self, number, batch)) from None
 
     def step(self, number: int, batch: StepBatch) -> None:
-        """One optimizer step and its event."""
-        self.meter.start()
+        """One optimizer step and its event; its time began when its batch was asked for."""
         rate = learning_rate(number, self.order.total_steps, self.config)
         set_learning_rate(self.optimizer, rate)
         loss, norm = self.gradients(batch)
@@ -330,8 +332,12 @@ def fill_gradients(
     device: torch.device,
     config: RunConfig,
 ) -> tuple[float, float]:
-    """`Training.gradients` of any model: its trained `parameters` get their gradients, clipped."""
-    total, weight = 0.0, balance_weight(config)
+    """`Training.gradients` of any model: its trained `parameters` get their gradients, clipped.
+
+    Both numbers are read once, at the end: each reading waits for the device.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    weight = balance_weight(config)
     for micro in batch.micros:
         tensors = micro.to(device)
         with watch_routers(model, weight > 0) as routings:
@@ -344,11 +350,13 @@ def fill_gradients(
                 goal = mean + weight * balance / len(batch.micros)
             if goal.requires_grad:  # where only the vision tower moves, text reaches nothing
                 goal.backward()
-        total += float(mean.detach())
-    return total, clip_gradients(parameters, config.max_grad_norm)
+        total += mean.detach()
+    norm = clip_gradients(parameters, config.max_grad_norm)
+    found: tuple[float, float] = tuple(torch.stack([total, norm.to(total)]).tolist())
+    return found
 
 
-def clip_gradients(parameters: Sequence[torch.nn.Parameter], limit: float) -> float:
+def clip_gradients(parameters: Sequence[torch.nn.Parameter], limit: float) -> torch.Tensor:
     """Shorten the gradients together to `limit` where they are longer; the norm from before.
 
     Summed up in float32: PyTorch's own norm of bfloat16 gradients has their eight bits.
@@ -357,7 +365,7 @@ def clip_gradients(parameters: Sequence[torch.nn.Parameter], limit: float) -> fl
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return float(norm)
+    return norm
 
 
 def eval_interval(config: RunConfig, steps_per_epoch: int) -> int | None:

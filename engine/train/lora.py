@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,6 +25,7 @@ from engine.plan.targets import choose_saved, choose_stacks, choose_targets, fre
 from engine.train.experts import adapt
 from engine.train.forward import frozen_inputs, head_of
 from engine.train.optim import is_lora_matrix
+from engine.train.shards import list_entries
 from engine.train.weights import load_trained, trained_tensors
 from engine.visible import visible
 
@@ -150,8 +151,7 @@ def go_on_from(model: PeftModel, folder: Path) -> None:
             )
     names = set(trained_tensors(model))
     try:
-        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-            stored = set(file.keys())
+        stored = {entry.name for entry in list_entries(folder / SAFETENSORS_WEIGHTS_NAME)}
     except (OSError, SafetensorError) as error:
         raise _no_adapter(folder, f"{SAFETENSORS_WEIGHTS_NAME} cannot be read") from error
     if names != stored:

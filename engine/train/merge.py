@@ -25,14 +25,13 @@ from engine.train.checkpoint_files import StoredTensor, list_tensors, read_slice
 from engine.train.companions import copy_companions
 from engine.train.fetch import locate_base
 from engine.train.fp8 import Fp8Layout, find_layout, read_matrix
-from engine.train.shards import SHARD_BYTES, Planned, write_shards
+from engine.train.shards import DTYPES, SHARD_BYTES, Entry, write_shards
 from engine.train.trained import find_trained
 from engine.units import GIB
 from engine.visible import visible
 
 Tell = Callable[[int, int], None]
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SPARE_BYTES = 256 * 2**20
 """Left free on the disk, for the small files and for whoever else writes there."""
 
@@ -94,36 +93,35 @@ class _Merge:
         self.untied = _untied(self.adapter, tied)
         kept = [n for n in self._stored if n not in tied or n in self.untied]
         self._names = {self._stored[n].name: n for n in kept}
-        self.tensors = [self._planned(self._stored[n].name, self._stored[n]) for n in kept]
+        self.tensors = [self._entry(self._stored[n].name, self._stored[n]) for n in kept]
         for head in self.untied:
             if head not in self._stored:  # its numbers were the embedding's until now
                 source = self._stored[tied[head]]
                 self._stored[head] = source
                 prefix = "language_model." if source.name.startswith("language_model.") else ""
                 self._names[prefix + head] = head
-                self.tensors.append(self._planned(prefix + head, source))
+                self.tensors.append(self._entry(prefix + head, source))
 
     @property
     def size_bytes(self) -> int:
         return sum(tensor.size_bytes for tensor in self.tensors)
 
-    def pieces(self, planned: Planned) -> Iterator[Tensor]:
+    def pieces(self, entry: Entry) -> Iterator[Tensor]:
         """The merged numbers of one tensor: whole, or expert by expert."""
-        name = self._names[planned.name]
+        name = self._names[entry.name]
         stored = self._stored[name]
         if len(stored.shape) == 3:
             for expert in range(stored.shape[0]):
                 weight = self._read(name, expert)
-                yield self.adapter.merged_expert(name, expert, stored.shape[0], weight).to(
-                    planned.dtype
-                )
+                merged = self.adapter.merged_expert(name, expert, stored.shape[0], weight)
+                yield merged.to(entry.dtype)
         elif name in self.adapter.changes:
-            yield self.adapter.merged(name, self._read(name, None)).to(planned.dtype)
+            yield self.adapter.merged(name, self._read(name, None)).to(entry.dtype)
         else:
-            yield self._read(name, None).to(planned.dtype)
+            yield self._read(name, None).to(entry.dtype)
 
-    def _planned(self, name: str, stored: StoredTensor) -> Planned:
-        return Planned(name, stored.shape, _DTYPES.get(stored.dtype, torch.bfloat16))
+    def _entry(self, name: str, stored: StoredTensor) -> Entry:
+        return Entry(name, stored.shape, torch.bfloat16 if stored.is_fp8 else DTYPES[stored.dtype])
 
     def _read(self, name: str, expert: int | None) -> Tensor:
         """A tensor, or one expert of a stack; FP8 numbers as what they mean, float32."""

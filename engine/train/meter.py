@@ -30,10 +30,10 @@ def held_memory_bytes(device: torch.device) -> int:
 
 
 class Meter:
-    """Seconds and tokens of each optimizer step."""
+    """Seconds and tokens of each optimizer step, from making its batch to its last moved weight."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
+        self._device, self._clock = device, clock
         self._started = clock()
 
     def start(self) -> None:
@@ -41,6 +41,12 @@ class Meter:
         self._started = self._clock()
 
     def stop(self, tokens: int) -> tuple[float, float]:
-        """End a step; returns its seconds and its tokens a second."""
+        """End a step when the device has done it; returns its seconds and its tokens a second.
+
+        Waits for the optimizer alone, as the loss was read before the weights moved. Events on the
+        device would be waited for as well, because the step's figures are written at once.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         seconds = self._clock() - self._started
         return seconds, tokens / seconds if seconds > 0 else 0.0

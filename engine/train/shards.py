@@ -1,31 +1,49 @@
-"""safetensors files written as a stream: a shard never lies in memory, only one matrix of it.
+"""safetensors files written and read as a stream: of a file, one piece of one tensor is in RAM.
 
-Apart from `merge` because it knows nothing of adapters. safetensors' own writer wants every tensor
-of a file at once, and a shard of 5 GB is more than many computers have to spare.
+safetensors' own writer wants every tensor of a file at once and holds its bytes in RAM; its reader
+keeps every page that it has read mapped. A full fine-tune's state is larger than what many cards
+and computers have to spare.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from engine.plan.memory.trained import PIECE_BYTES
 
 SHARD_BYTES = 5_000_000_000
 """Largest file, as transformers splits models; one tensor that is larger has a file of its own."""
-_WORDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""safetensors' words for the types that weights and states have."""
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """One tensor of the written model."""
+class Entry:
+    """One tensor of a file."""
 
     name: str
-    """On disk."""
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -34,63 +52,152 @@ class Planned:
         return prod(self.shape) * self.dtype.itemsize
 
 
+def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
+    """The entries that a file of `tensors` has."""
+    return [Entry(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+
+
+def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The numbers of `tensor` in their order, on the CPU, at most `PIECE_BYTES` at a time."""
+    for part in _parts(tensor.detach(), PIECE_BYTES // tensor.dtype.itemsize):
+        yield part.cpu().contiguous()
+
+
+def _parts(tensor: Tensor, numbers: int) -> Iterator[Tensor]:
+    """Views that hold at most so many numbers, in the order of the numbers."""
+    if tensor.numel() <= numbers:
+        yield tensor
+        return
+    rows = numbers * len(tensor) // tensor.numel()
+    for part in tensor.split(rows) if rows else tensor:
+        yield from _parts(part, numbers)
+
+
+def _bytes_of(piece: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return piece.view(-1).view(torch.uint8).numpy().data
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors`, on whatever device they are, as one file. OSError as `write_file`."""
+    write_file(file, entries_of(tensors), lambda entry: in_pieces(tensors[entry.name]))
+
+
+def write_file(
+    path: Path, entries: Iterable[Entry], pieces: Callable[[Entry], Iterator[Tensor]]
+) -> None:
+    """Write a file, sync it, and see that safetensors' own reader finds `entries` in it.
+
+    `pieces` gives a tensor's numbers in their order, in any number of parts, in its dtype. Raises
+    OSError where there is no room, and where the file does not read back.
+    """
+    # Wide numbers first, so that every tensor begins at a multiple of its own width.
+    ordered = sorted(entries, key=lambda each: -each.dtype.itemsize)
+    with path.open("wb") as file:
+        file.write(_header(ordered))
+        for entry in ordered:
+            for piece in pieces(entry):
+                file.write(_bytes_of(piece.contiguous()))
+                del piece  # or it lies beside the next one
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        same = set(list_entries(path)) == set(ordered)
+    except SafetensorError:
+        same = False
+    if not same:
+        raise OSError(f"{path.name} does not read back as it was written")
+
+
+def list_entries(path: Path) -> list[Entry]:
+    """What a file holds, in the order of its bytes.
+
+    Raises SafetensorError where it is damaged, or holds numbers of a type that is not in `DTYPES`.
+    """
+    entries = []
+    with safe_open(path, framework="np") as file:  # "pt" takes the whole file's size from torch
+        for name in file.offset_keys():
+            part = file.get_slice(name)
+            if part.get_dtype() not in DTYPES:
+                raise SafetensorError(f"{path.name} holds numbers of the type {part.get_dtype()}")
+            entries.append(Entry(name, tuple(part.get_shape()), DTYPES[part.get_dtype()]))
+    return entries
+
+
+@torch.no_grad()
+def read_tensors(path: Path, place: Callable[[Entry], Tensor]) -> None:
+    """Fill the tensor that `place` gives for each entry of a file, on whatever device it is.
+
+    Raises SafetensorError where the file is damaged, OSError where it cannot be read to its end.
+    """
+    with path.open("rb") as file:
+        file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
+        for entry in list_entries(path):  # which says that there are no gaps between them
+            for part in _parts(place(entry), PIECE_BYTES // entry.dtype.itemsize):
+                piece = torch.empty(part.shape, dtype=entry.dtype)
+                if file.readinto(_bytes_of(piece)) != piece.nbytes:
+                    raise OSError(f"{path.name} ends before its last tensor")
+                part.copy_(piece)
+                del piece  # or it lies beside the next one
+
+
 def write_shards(
     folder: Path,
-    tensors: Sequence[Planned],
-    pieces: Callable[[Planned], Iterator[Tensor]],
+    entries: Sequence[Entry],
+    pieces: Callable[[Entry], Iterator[Tensor]],
     tell: Callable[[int, int], None] = lambda done, total: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `tensors` as model.safetensors, or as numbered shards with their index.
+    """Write `entries` as model.safetensors, or as numbered shards with their index.
 
-    `pieces` gives a tensor's numbers in their order, in any number of parts, in its dtype. `tell`
-    hears of bytes written and bytes in all.
+    `pieces` and what is raised are as in `write_file`. `tell` hears of bytes written and bytes in
+    all.
     """
-    shards = _split(tensors, shard_bytes)
-    total, done = sum(tensor.size_bytes for tensor in tensors), 0
+    total, done = sum(entry.size_bytes for entry in entries), 0
+
+    def counted(entry: Entry) -> Iterator[Tensor]:
+        nonlocal done
+        for piece in pieces(entry):
+            done += piece.nbytes
+            yield piece
+            del piece
+            tell(done, total)
+
+    shards = _split(entries, shard_bytes)
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else _SINGLE
-        with (folder / name).open("wb") as file:
-            file.write(_header(shard))
-            for tensor in shard:
-                weight_map[tensor.name] = name
-                for piece in pieces(tensor):
-                    file.write(piece.contiguous().view(torch.uint8).numpy().data)
-                    done += piece.nbytes
-                    tell(done, total)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(folder / name, shard, counted)
+        weight_map.update({entry.name: name for entry in shard})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _split(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
-    shards: list[list[Planned]] = [[]]
+def _split(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
     room = shard_bytes
-    for tensor in tensors:
-        if shards[-1] and tensor.size_bytes > room:
+    for entry in entries:
+        if shards[-1] and entry.size_bytes > room:
             shards.append([])
             room = shard_bytes
-        shards[-1].append(tensor)
-        room -= tensor.size_bytes
-    # Wide numbers first, so that every tensor begins at a multiple of its own width.
-    return [sorted(shard, key=lambda each: -each.dtype.itemsize) for shard in shards]
+        shards[-1].append(entry)
+        room -= entry.size_bytes
+    return shards
 
 
-def _header(shard: Sequence[Planned]) -> bytes:
+def _header(entries: Sequence[Entry]) -> bytes:
     """A length of 8 bytes, then JSON that is padded to a multiple of 8: safetensors' own format."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for tensor in shard:
-        end = start + tensor.size_bytes
-        entries[tensor.name] = {
-            "dtype": _WORDS[tensor.dtype],
-            "shape": list(tensor.shape),
+    for entry in entries:
+        end = start + entry.size_bytes
+        content[entry.name] = {
+            "dtype": _WORDS[entry.dtype],
+            "shape": list(entry.shape),
             "data_offsets": [start, end],
         }
         start = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -10,19 +10,26 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from engine.catalog import find_model, model_names
 from engine.config import RunConfig
 from engine.errors import WorkError
+from engine.train.checkpoint_files import list_tensors
 from engine.train.companions import copy_companions
 from engine.train.experts import stock_names
 from engine.train.forward import Model, unwrapped
+from engine.train.shards import (
+    entries_of,
+    in_pieces,
+    list_entries,
+    read_tensors,
+    write_shards,
+    write_tensors,
+)
 
 TRAINED = "trained.safetensors"
 
@@ -49,12 +56,7 @@ def _stock_name(name: str, experts: Mapping[str, str]) -> str:
 
 def save_trained(model: Model, folder: Path, config: RunConfig) -> None:
     """Write the trained tensors into `folder`: an adapter in PEFT's layout, or `TRAINED`."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in trained_tensors(model).items():
-        # PEFT writes a tied head out beside its embedding, and a file may not share memory.
-        tied = any(tensor.data_ptr() == other.data_ptr() for other in tensors.values())
-        tensors[name] = tensor.clone() if tied else tensor.contiguous()
-    save_file(tensors, folder / _file_name(model), metadata={"format": "pt"})
+    write_tensors(folder / _file_name(model), trained_tensors(model))
     if isinstance(model, PeftModel):
         settings = copy.copy(model.peft_config["default"])
         settings.base_model_name_or_path = _public_name(config.base_model)
@@ -71,8 +73,8 @@ def _public_name(base_model: str) -> str:
 def load_trained(model: Model, folder: Path) -> None:
     """Put what `save_trained` wrote back, bit for bit. WorkError when a name or shape differs."""
     path, own = folder / _file_name(model), trained_tensors(model)
-    saved = load_file(path) if path.is_file() else {}
-    wrong = [k for k in own if k not in saved or saved[k].shape != own[k].shape]
+    saved = {each.name: each.shape for each in list_entries(path)} if path.is_file() else {}
+    wrong = [k for k in own if saved.get(k) != own[k].shape]
     wrong += [k for k in saved if k not in own]
     if wrong:
         raise WorkError(
@@ -80,9 +82,7 @@ def load_trained(model: Model, folder: Path) -> None:
             "The config was changed since they were saved, so they cannot be put back.",
             "Undo the change to the config, or train into a new output_dir.",
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
+    read_tensors(path, lambda entry: own[entry.name])
 
 
 def _file_name(model: Model) -> str:
@@ -102,18 +102,27 @@ def export_trained(model: Model, folder: Path, base: Path, config: RunConfig) ->
     try:
         partial.mkdir(parents=True)
         if config.adapter is None:
-            unwrapped(model).save_pretrained(partial)
+            _write_model(unwrapped(model), partial, base)
         else:
             save_trained(model, partial, config)
         copy_companions(base, partial, config, whole=config.adapter is None)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)  # or a full disk has no room for `ended`
         raise WorkError(
             f"The finished {target.name} could not be written to {folder}.",
-            f"The system says: {getattr(error, 'strerror', None) or error}.",
+            f"The system says: {error.strerror or error}.",
             "Free disk space, then resume: the last checkpoint has all that was learned.",
         ) from error
     return target
+
+
+def _write_model(model: PreTrainedModel, folder: Path, base: Path) -> None:
+    """A whole model by the names that its base has on disk; a tied head only as the embedding."""
+    model.save_pretrained(folder, state_dict={})  # its configs alone
+    stored = list_tensors(base)
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    named = {stored[name].name if name in stored else name: t for name, t in own.items()}
+    write_shards(folder, entries_of(named), lambda entry: in_pieces(named[entry.name]))

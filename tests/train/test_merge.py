@@ -21,7 +21,7 @@ from engine.runs import RunFolder
 from engine.train.adapter_files import CONFIG, WEIGHTS
 from engine.train.batches import Rows
 from engine.train.merge import merge
-from engine.train.shards import Planned, write_shards
+from engine.train.shards import Entry, write_shards
 from tests.train.test_weights import logits, stock_model
 from tests.train.tiny import (
     MINISTRAL3,
@@ -320,7 +320,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     config |= {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 64}
     from engine.catalog import module_table
 
-    tensors = [Planned(p.name, p.shape, torch.bfloat16) for p in module_table(config).parameters]
+    tensors = [Entry(p.name, p.shape, torch.bfloat16) for p in module_table(config).parameters]
     write_shards(base, tensors, lambda each: iter([torch.ones(each.shape, dtype=torch.bfloat16)]))
     (base / "config.json").write_text(json.dumps(config))
     run = RunFolder(tmp_path / "run")

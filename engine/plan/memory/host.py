@@ -9,6 +9,7 @@ from engine.plan.memory.frozen import Frozen, Sizes
 from engine.plan.memory.moments import Step, kept_states
 from engine.plan.memory.trained import (
     PAGED,
+    PIECE_BYTES,
     adapter_bytes,
     rest_bytes,
     state_bytes,
@@ -23,17 +24,16 @@ TOKEN_BYTES = 7
 
 
 def host_bytes(step: Step, frozen: Frozen, sizes: Sizes) -> int:
-    """The process, what is kept here for the device, and what a save gathers.
+    """The process, what is kept here for the device, and what loading or a save passes on.
 
     A tensor that is loaded is here twice: as it is in its file, and in the base precision.
     """
-    config, moving = step.config, step.moving
-    state = moving.all * state_bytes(config, step.stack)
-    gathered = moving.all * adapter_bytes(config, step.stack) + state
+    config = step.config
+    state = step.moving.all * state_bytes(config, step.stack)
     paged = state if step.offloads and config.optimizer in PAGED else 0
     loaded = 2 * sizes.largest * step.base_bytes
     kept = sum(frozen.host.values()) + kept_states(step)[1]
-    return int(PROCESS_BYTES + kept + paged + max(loaded, gathered))
+    return int(PROCESS_BYTES + kept + paged + max(loaded, PIECE_BYTES))
 
 
 def disk_bytes(

@@ -22,11 +22,12 @@ from engine.plan.layers import (
 )
 from engine.plan.memory.frozen import Frozen
 from engine.plan.memory.stack import Stack
-from engine.plan.memory.trained import Moving
+from engine.plan.memory.trained import PIECE_BYTES, Moving
 from engine.plan.memory.update import update_bytes
 from engine.plan.targets import (
     expert_adapter_parameters,
     is_tied,
+    largest_moving,
     moves_embedding,
     trains_head,
 )
@@ -107,6 +108,7 @@ def list_moments(
             "mask": masks_kept,
         },
         "optimizer step": {**resting, "update": update_bytes(step)},
+        "save": {**idle, "piece": 0 if step.offloads else _piece_bytes(step)},
         "evaluation": {
             **idle,
             "activations": seen,
@@ -123,6 +125,11 @@ def list_moments(
             ),
         },
     }
+
+
+def _piece_bytes(step: Step) -> int:
+    """Of the largest tensor that is saved or read back, what a save and a resume have at once."""
+    return min(PIECE_BYTES, 4 * largest_moving(step.table, step.config))
 
 
 def _adds_up(step: Step) -> bool:
