@@ -28,6 +28,7 @@ MODEL = "tests/train/test_model.py"
 ATTENTION = "tests/train/test_attention.py"
 VISION = "tests/train/test_vision.py"
 ARCHITECTURE = "tests/catalog/test_architecture.py"
+SECONDS = "tests/train/test_step_seconds.py"
 SAVING = "tests/train/test_save_memory.py"
 
 
@@ -340,6 +341,24 @@ GUARDS = {
         "lambda entry: in_pieces(named[entry.name])",
         "lambda entry: iter([named[entry.name].cpu()])",
         f"{SAVING}::test_what_a_run_leaves_takes_one_piece",
+    ),
+    "a batch is made in its step's time": Guard(
+        "engine/train/loop.py",
+        "            self.meter.start()\n            number, batch = next(batches)\n",
+        "            number, batch = next(batches)\n            self.meter.start()\n",
+        f"{SECONDS}::test_collating_and_the_optimizer_count_and_what_lies_between_steps_does_not",
+    ),
+    "a step ends when the card has moved the weights": Guard(
+        "engine/train/meter.py",
+        "            torch.cuda.synchronize(self._device)",
+        "            pass",
+        f"{SECONDS}::test_the_clock_is_read_when_the_card_has_moved_the_weights",
+    ),
+    "losses are read once a step": Guard(
+        "engine/train/loop.py",
+        "total += mean.detach()",
+        "total += float(mean.detach())",
+        f"{SECONDS}::test_no_forward_pass_waits_for_its_loss",
     ),
     "a file that does not read back": Guard(
         "engine/train/shards.py",

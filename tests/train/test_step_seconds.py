@@ -1,0 +1,136 @@
+"""A step's seconds are its batch, its passes and its optimizer, and nothing between two steps."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.events import SampleTime
+from engine.runs import RunFolder, read_steps
+from engine.train.batches import Order, Rows, StepBatch
+from engine.train.evaluate import Score
+from engine.train.loop import Training
+from engine.train.meter import Meter
+from engine.train.model import load_base
+from engine.train.prompts import Prompt
+from engine.train.run import put_on_training
+from tests.train.tiny import open_session, settings, training
+
+COLLATING, MOVING, BETWEEN = 7.0, 5.0, 1000.0
+
+
+class Clock:
+    """Time that passes only where a test says so."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class SlowOrder(Order):
+    """Rows that take long to be laid side by side."""
+
+    clock: Clock
+
+    def step(self, number: int) -> StepBatch:
+        self.clock.now += COLLATING
+        return super().step(number)
+
+
+class SlowTraining(Training):
+    """A run in which everything takes long, and which leaves nothing behind."""
+
+    clock: Clock
+
+    def between_steps(self, prompts: Sequence[Prompt]) -> None:
+        self.clock.now += BETWEEN
+        super().between_steps(prompts)
+
+    def measure(self) -> Mapping[str, Score]:
+        self.clock.now += BETWEEN
+        return super().measure()
+
+    def sample(self, prompts: Sequence[Prompt], when: SampleTime) -> None:
+        self.clock.now += BETWEEN
+
+    def save(self) -> None:
+        self.clock.now += BETWEEN
+        super().save()
+
+    def finish(self, prompts: Sequence[Prompt]) -> None:
+        pass
+
+
+def test_collating_and_the_optimizer_count_and_what_lies_between_steps_does_not(
+    ministral: Path, uneven: Rows, tmp_path: Path
+) -> None:
+    config = settings(
+        ministral,
+        adapter="lora",
+        micro_batch_size=2,
+        max_steps=4,
+        val_set_size=0.25,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    base, clock = load_base(ministral, config), Clock()
+    model = put_on_training(base, ministral, config)
+    held_out = {"validation": uneven.first(2)}
+    run = SlowTraining(base, model, uneven, held_out, config, open_session(tmp_path), None)  # type: ignore[arg-type]
+    run.order = SlowOrder(uneven, config)
+    run.meter = Meter(base.device, clock)
+    run.clock = run.order.clock = clock
+
+    def move(*_: object) -> None:
+        clock.now += MOVING
+
+    run.optimizer.register_step_post_hook(move)
+    run.fit([])
+    steps = read_steps(RunFolder(tmp_path))
+    assert [step.step for step in steps] == [1, 2, 3, 4]
+    assert [step.seconds for step in steps] == [COLLATING + MOVING] * 4
+    assert steps[0].tokens_per_second == steps[0].tokens / (COLLATING + MOVING)
+
+
+def test_the_clock_is_read_when_the_card_has_moved_the_weights(
+    ministral: Path, uneven: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the step is judged before they move."""
+    found: list[str] = []
+
+    def noting(name: str, act: Callable[..., Any] = lambda *_: 0.0) -> Callable[..., Any]:
+        def noted(*arguments: object) -> Any:
+            found.append(name)
+            return act(*arguments)
+
+        return noted
+
+    run = training(tmp_path, settings(ministral, adapter="lora"), uneven)
+    run.meter = Meter(torch.device("cuda"), noting("clock"))
+    monkeypatch.setattr(torch.cuda, "synchronize", noting("synchronize"))
+    monkeypatch.setattr(run, "judge", noting("judge", run.judge))
+    run.optimizer.register_step_post_hook(noting("optimizer", lambda *_: None))
+    found.clear()
+    run.step(1, run.order.step(1))
+    assert found == ["judge", "optimizer", "synchronize", "clock"]
+
+
+def test_no_forward_pass_waits_for_its_loss(
+    ministral: Path, uneven: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of a step are added up on the device and read once, with the norm."""
+    run = training(tmp_path, settings(ministral, gradient_accumulation_steps=4), uneven)
+    batch, read = run.order.step(1), []
+    whole = Tensor.__float__
+    monkeypatch.setattr(Tensor, "__float__", lambda tensor: read.append(1) or whole(tensor))
+    loss, norm = run.gradients(batch)
+    assert len(batch.micros) == 4
+    assert loss > 0
+    assert norm > 0
+    assert not read
