@@ -29,7 +29,7 @@ answers   questions to what a run trained
 trained   where a run's newest result lies
 adapter_files a saved adapter, read without its model
 merge     an adapter put into its base's weights
-shards    safetensors files written as a stream
+shards    safetensors files written and read as a stream
 session   lock, events, control and signals of one process
 meter     speed and peak memory
 shortage  which errors mean that memory ran out

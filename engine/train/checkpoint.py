@@ -81,6 +81,7 @@ def restore_optimizer(
 def _room(optimizer: Optimizer, parameter: nn.Parameter, key: str, entry: Entry) -> Tensor:
     """Memory for a part of the state, where the optimizer keeps it: a moment's may be paged."""
     if getattr(optimizer, "is_paged", False) and key in ("state1", "state2"):
+        # Zeroed by the device, which bitsandbytes waits for: the CPU may write into it.
         paged: Tensor = optimizer.get_state_buffer(parameter, dtype=entry.dtype)  # type: ignore[attr-defined]
         return paged
     # torch keeps `step` of a plain AdamW on the CPU; the fused one keeps it with the rest.

@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "full, 8 bits": {"bf16": True, "optimizer": "adamw_bnb_8bit"},
     "full, paged": {"bf16": True, "optimizer": "paged_adamw_8bit"},
     "lora": LORA | {"optimizer": "adamw_torch_fused"},
+    "qlora": LORA | {"adapter": "qlora", "load_in_4bit": True},
     "lora with whole tables": LORA | {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
     "dora": LORA | {"optimizer": "adamw_torch_fused", "peft_use_dora": True},
 }
