@@ -19,6 +19,7 @@ from engine.hardware import (
     Missing,
     Problem,
     assume,
+    flash_4_on,
     missing_packages,
     read_machine,
 )
@@ -96,6 +97,7 @@ def _gpu_entry(gpu: Gpu) -> dict[str, Any]:
         "short_name": gpu.short_name,
         "architecture": gpu.architecture,
         "compute_capability": None if capability is None else "{}.{}".format(*capability),
+        "flash_attention_4": None if capability is None else flash_4_on(capability),
     }
 
 
@@ -200,6 +202,10 @@ def _rest(machine: Machine) -> list[str]:
     rows.append(("memory", f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"))
     rows.append(("disk", f"{machine.disk_free_bytes / 1e9:.0f} GB free for {machine.disk_path}"))
     stack = [f"{name} {version}" for name, version in machine.stack.items() if version]
+    cards = {gpu.compute_capability: gpu for gpu in machine.usable_gpus if gpu.compute_capability}
+    for capability, gpu in cards.items():
+        which = f"{gpu.short_name}: " if len(cards) > 1 else ""
+        rows.append(("flash 4", f"{which}{flash_4_on(capability)}"))
     rows.append(("stack", ", ".join(stack) or "nothing for training"))
     if missing := [package for each in missing_packages(machine) for package in each.packages]:
         rows.append(("missing", f"{', '.join(missing)} (see `windtunnel doctor`)"))

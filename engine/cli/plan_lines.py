@@ -50,9 +50,10 @@ def advice_lines(advice: Recommendation, device: Device) -> list[str]:
     if advice.duration is None and advice.tokens_per_second:
         lines.append(f"· about {advice.tokens_per_second:,.0f} tokens a second, by the data sheet")
     lines.append(f"· attention: {advice.attention.backend}, {advice.attention.reason}")
-    if advice.attention.worth_installing:
-        package = advice.attention.worth_installing
-        lines.append(f"· attention: {package} would be faster here; it is not installed")
+    if advice.attention.flash_4:
+        lines.append(f"· {advice.attention.flash_4}")
+    if package := advice.attention.worth_installing:
+        lines.append(f"· {package} is not installed; `windtunnel doctor` has the command")
     lines += [
         f"  {MARKS[other.estimate.verdict]} {other.name}: {gib(other.estimate.device_bytes)},"
         f" {other.trade}"

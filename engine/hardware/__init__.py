@@ -6,6 +6,7 @@ keeps them from working together, `commands` how to mend it; `planned` stands in
 not here; `reading` puts them together.
 """
 
+from engine.hardware.attention import attention_backends, flash_4_on
 from engine.hardware.machine import Gpu, GpuProcess, Machine, Problem
 from engine.hardware.planned import KnownGpu, Speed, known_gpus, speed_of
 from engine.hardware.reading import assume, poll, read_machine
@@ -22,7 +23,9 @@ __all__ = [
     "Problem",
     "Speed",
     "assume",
+    "attention_backends",
     "cuda_environment",
+    "flash_4_on",
     "known_gpus",
     "missing_packages",
     "poll",

@@ -7,6 +7,7 @@ wizard must never load torch. What suits a machine follows from the generations 
 import sys
 from dataclasses import dataclass
 
+from engine.hardware.attention import worth_installing
 from engine.hardware.machine import Machine
 from engine.hardware.requirements import install_command, installed
 
@@ -49,15 +50,9 @@ def missing_packages(machine: Machine) -> tuple[Missing, ...]:
         found.append(Missing("train", training, why, install_command("train")))
     if machine.torch_cuda == "":
         return tuple(found)  # nothing for a GPU works with it
-    majors = {gpu.compute_capability[0] for gpu in machine.usable_gpus if gpu.compute_capability}
-    if majors and min(majors) >= 8 and machine.stack["flash-attn"] is None:
-        why = "Attention that knows packed rows; torch's own does too and is used without it."
-        # Its build reads the torch that is installed, which pip hides from a build by default.
-        command = install_command("fa2", "--no-build-isolation")
-        found.append(Missing("fa2", ("flash-attn",), why, command))
-    if majors and majors <= {9, 10} and machine.stack["flash-attn-4"] is None:
-        why = "Attention made for Hopper and Blackwell data-centre cards; a pre-release."
-        if 9 in majors:
-            why += " On Hopper its backward pass has to be built from source."
-        found.append(Missing("fa4", ("flash-attn-4",), why, install_command("fa4")))
+    cards = [gpu.compute_capability for gpu in machine.usable_gpus if gpu.compute_capability]
+    best = worth_installing(cards)
+    if best and not any(machine.stack.get(each) for each in (best.package, *best.overwritten_by)):
+        why = f"{best.title}: faster attention on these cards; a run works without it."
+        found.append(Missing("fa4", (best.package,), why, install_command("fa4")))
     return tuple(found)

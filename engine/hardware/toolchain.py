@@ -14,8 +14,10 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Final
 
-from engine.hardware.commands import as_root, pip_install, system_install
+from engine.hardware.attention import FLASH_4, attention_backends, worth_installing
+from engine.hardware.commands import as_root, pip_install, pip_uninstall, system_install
 from engine.hardware.machine import Machine, Problem
+from engine.hardware.requirements import install_command
 
 _BNB_LIBRARY: Final = re.compile(r"^libbitsandbytes_cuda(\d\d)\d+\.so$")
 _DRIVER_LIBRARY: Final = "libcuda.so.1"
@@ -31,9 +33,11 @@ def toolchain_problems(
 
     `root` stands for "/" so that a test can describe a computer with files.
     """
+    clash = _attention_packages(machine)
     if not machine.torch_cuda or not machine.usable_gpus:
-        return []
+        return [clash] if clash else []
     found = (
+        clash,
         _driver_library(environment, root),
         _launchers(environment, root) if machine.stack.get("triton") else None,
         _bitsandbytes(machine.torch_cuda) if machine.stack.get("bitsandbytes") else None,
@@ -145,6 +149,28 @@ def _bitsandbytes(cuda: str) -> Problem | None:
         "4-bit and 8-bit weights, and optimizers in 8 bits, need the one of torch's CUDA.",
         "Install the newest bitsandbytes.",
         pip_install("--upgrade", "bitsandbytes"),
+    )
+
+
+def _attention_packages(machine: Machine) -> Problem | None:
+    """Two packages that hold files of the same name: the one to keep is the one for these cards."""
+    backend = attention_backends()[FLASH_4]
+    other = next((each for each in backend.overwritten_by if machine.stack.get(each)), None)
+    if other is None or not machine.stack.get(backend.package):
+        return None
+    cards = [gpu.compute_capability for gpu in machine.usable_gpus if gpu.compute_capability]
+    fix, command = f"Keep {other} alone.", pip_uninstall(backend.package)
+    if worth_installing(cards) is backend:
+        fix = f"Keep {backend.package} alone, which is made for these cards."
+        command = f"{pip_uninstall(other, backend.package)} && {install_command('fa4')}"
+    return Problem(
+        "attention_packages_overwritten",
+        "warning",
+        f"{other} and {backend.package} are both installed.",
+        f"Both hold the folder flash_attn/cute, so {backend.title} may be the other's old files and"
+        " is not used.",
+        fix,
+        command,
     )
 
 

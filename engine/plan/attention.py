@@ -1,23 +1,20 @@
 """Which attention code a run uses, and why: of the installed ones the best that fits the card.
 
-Separate from `recommend` because the trainer asks the same table before it loads anything. What
-each one can do is data, presets/attention.yml; here is how a row of it is found for a model, a
-card and rows with or without images.
+The trainer asks the same table before it loads anything. What each one can do is data,
+presets/attention.yml; here is how a row of it is found for a model, a card and rows with or without
+images.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from typing import Literal
 
 from engine.catalog import Architecture
 from engine.errors import UserError
+from engine.hardware import attention_backends, flash_4_on
+from engine.hardware.attention import FLASH_4, Backend
 from engine.plan.device import Device
 
 PATH_ON_CPU = "sdpa"
-UNKNOWN_CAPABILITY = (8, 0)
-"""A card that only its memory is known of is taken for Ampere, the oldest that most people have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +27,8 @@ class Heads:
     """Numbers of a query's and a key's head."""
     value: int
     """Numbers of a value's head; another width than `query` in multi-head latent attention."""
+    dropout: float = 0.0
+    """The share of attention weights that the model's config leaves out while training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,54 +40,6 @@ class Task:
     """Whether rows have images."""
     half: bool = True
     """Whether the run computes in 16-bit numbers."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Support:
-    """One backend on one range of cards."""
-
-    first: tuple[int, int]
-    """Compute capability; also `last`, which is included."""
-    last: tuple[int, int]
-    forward: Literal["yes", "no"]
-    backward: Literal["yes", "no", "source"]
-    """`source`: only in a build from source, which nothing but a run shows."""
-    largest_query_head: int
-    largest_value_head: int
-    uneven: bool = False
-    """Whether queries and values may have heads of different widths."""
-    reason: str
-    source: str
-    confidence: Literal["high", "medium", "low"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backend:
-    """One attention code, and the cards that it runs on."""
-
-    name: str
-    """A value of `attn_implementation`."""
-    title: str
-    package: str
-    also_named: tuple[str, ...] = ()
-    """Other values of `attn_implementation` that this one carries out, with the same result."""
-    stands_in_for: tuple[str, ...] = ()
-    """Backends whose work it does, as exactly, where their package or a GPU is missing."""
-    architectures: tuple[str, ...]
-    packing: Literal["cut", "mask", "blocks"]
-    """How it keeps packed rows apart; a mask grows with sequence_len squared."""
-    vision: bool
-    vision_reason: str = ""
-    vision_source: str = ""
-    half_only: bool = False
-    """Whether it computes in 16-bit numbers alone."""
-    cpu: bool = False
-    cards: tuple[Support, ...]
-
-    def on(self, device: Device) -> Support | None:
-        """What is known of it on cards as `device` is one."""
-        capability = device.compute_capability or UNKNOWN_CAPABILITY
-        return next((card for card in self.cards if card.first <= capability <= card.last), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +55,6 @@ class Attention:
     """Whether FlashAttention 4 is eligible, in a sentence."""
 
 
-@cache
-def attention_backends() -> dict[str, Backend]:
-    """The table of presets/attention.yml by name, best first."""
-    from pydantic import TypeAdapter
-    from ruamel.yaml import YAML
-
-    text = (files("presets") / "attention.yml").read_text(encoding="utf-8")
-    content = YAML(typ="safe", pure=True).load(text)
-    for entry in content:
-        for card in entry["cards"]:
-            card["first"], card["last"] = card.pop("from"), card.pop("to")
-    found = TypeAdapter(tuple[Backend, ...]).validate_python(content)
-    return {backend.name: backend for backend in found}
-
-
 def find_backend(name: str) -> Backend:
     """The backend of a value of `attn_implementation`; KeyError for one that is none of ours."""
     backends = attention_backends()
@@ -130,10 +66,11 @@ def heads_of(architecture: Architecture) -> Heads:
     """The attention heads of the language model."""
     text = architecture.config.get("text_config", architecture.config)
     if "kv_lora_rank" in text:
-        query = text["qk_nope_head_dim"] + text["qk_rope_head_dim"]
-        return Heads(text["model_type"], query, text["v_head_dim"])
-    width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    return Heads(text["model_type"], width, width)
+        query, value = text["qk_nope_head_dim"] + text["qk_rope_head_dim"], text["v_head_dim"]
+    else:
+        query = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        value = query
+    return Heads(text["model_type"], query, value, text.get("attention_dropout") or 0.0)
 
 
 def choose_attention(device: Device, task: Task) -> Attention:
@@ -142,11 +79,10 @@ def choose_attention(device: Device, task: Task) -> Attention:
         return Attention(PATH_ON_CPU, "the one that a CPU runs")
     suited = list(_suited(device, task))
     backend, reason = next((item for item in suited if _installed(item[0], device)), suited[-1])
-    best = suited[0][0]
     return Attention(
         backend.name,
         reason,
-        worth_installing=None if _installed(best, device) else best.package,
+        worth_installing=_worth_installing(suited[0][0], backend, device),
         flash_4=_flash_4(device, task),
     )
 
@@ -161,9 +97,14 @@ def why_not(name: str, device: Device, task: Task) -> str | None:
         return None if backend.cpu else f"{backend.title} needs a GPU."
     if reason := _unsuited(backend, device, task):
         return f"{backend.title}: {reason}."
-    if not device.planned and not _installed(backend, device):
-        return f"{backend.title} is not installed (package {backend.package})."
-    return None
+    if device.planned or _installed(backend, device):
+        return None
+    if clash := _overwritten(backend, device):
+        return (
+            f"{backend.title} may be broken: {clash} is installed too, with files of the same name."
+        )
+    where = f"(package {backend.package})" if backend.on_index else "and on no package index"
+    return f"{backend.title} is not installed {where}."
 
 
 def follow_attention(name: str, device: Device, task: Task) -> Attention:
@@ -208,14 +149,14 @@ def _suited(device: Device, task: Task) -> Iterator[tuple[Backend, str]]:
     The last of them are part of PyTorch and run on every card.
     """
     for backend in attention_backends().values():
-        support = backend.on(device)
+        support = backend.on(device.compute_capability)
         if support and support.backward == "yes" and not _unsuited(backend, device, task):
             yield backend, support.reason
 
 
 def _unsuited(backend: Backend, device: Device, task: Task) -> str:
     """What speaks against a backend, installed or not; empty where nothing does."""
-    support, heads = backend.on(device), task.heads
+    support, heads = backend.on(device.compute_capability), task.heads
     if heads.architecture not in backend.architectures:
         return f"it does not know {heads.architecture}"
     if support is None:
@@ -226,7 +167,10 @@ def _unsuited(backend: Backend, device: Device, task: Task) -> str:
         return backend.vision_reason
     if backend.half_only and not task.half:
         return "it computes in 16-bit numbers only, and this run in float32"
-    if heads.query > support.largest_query_head or heads.value > support.largest_value_head:
+    if heads.dropout and not backend.dropout:
+        return f"it has no dropout, and this model's attention_dropout is {heads.dropout:g}"
+    wide = heads.query > support.largest_query_head or heads.value > support.largest_value_head
+    if wide and heads.query not in support.also_heads:
         return f"its heads are up to {support.largest_query_head} wide, this model's {heads.query}"
     if heads.query != heads.value and not support.uneven:
         return f"it wants heads of one width, this model's are {heads.query} and {heads.value}"
@@ -234,16 +178,29 @@ def _unsuited(backend: Backend, device: Device, task: Task) -> str:
 
 
 def _flash_4(device: Device, task: Task) -> str:
-    """Whether FlashAttention 4 is eligible here, in a sentence."""
-    backend = attention_backends()["flash_attention_4"]
-    if reason := _unsuited(backend, device, task):
-        return f"FlashAttention 4 is not eligible: {reason}"
-    support = backend.on(device)
-    if support and support.backward == "source":
-        return f"FlashAttention 4 is {support.reason}"
-    return "FlashAttention 4 is eligible"
+    """Whether FlashAttention 4 is eligible here, and why, in a sentence without its full stop."""
+    backend = attention_backends()[FLASH_4]
+    if backend.on(device.compute_capability) and (reason := _unsuited(backend, device, task)):
+        return f"{backend.title} is not eligible: {reason}"
+    return f"{backend.title} is {flash_4_on(device.compute_capability)}"
+
+
+def _worth_installing(best: Backend, chosen: Backend, device: Device) -> str | None:
+    """The package to install for `best`; none where it would overwrite one that is installed."""
+    support = best.on(device.compute_capability)
+    if best is chosen or support is None or not support.worth_installing:
+        return None
+    return None if _overwritten(best, device) else best.package
+
+
+def _overwritten(backend: Backend, device: Device) -> str:
+    """An installed package that has files of the same name; empty where none is."""
+    stack = device.stack or {}
+    return next((package for package in backend.overwritten_by if stack.get(package)), "")
 
 
 def _installed(backend: Backend, device: Device) -> bool:
-    """Whether its package is there; torch is what every run brings."""
-    return backend.package == "torch" or bool((device.stack or {}).get(backend.package))
+    """Whether its package is there, and whole; torch is what every run brings."""
+    if backend.package == "torch":
+        return True
+    return bool((device.stack or {}).get(backend.package)) and not _overwritten(backend, device)

@@ -20,8 +20,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from engine.catalog import Architecture
 from engine.config import RunConfig
+from engine.hardware import attention_backends
 from engine.plan import Device, Task, choose_attention, heads_of
-from engine.plan.attention import Attention, attention_backends, find_backend, follow_attention
+from engine.plan.attention import Attention, find_backend, follow_attention
 
 TORCH_VARLEN = "torch_varlen"
 """Our name in transformers for PyTorch's kernel; one that holds "flash" is taken for the package

@@ -18,6 +18,7 @@ import pytest
 ABOUT_THE_STACK = {
     *("torch_without_cuda", "driver_too_old_for_torch", "card_not_in_torch"),
     *("cuda_library_missing", "kernels_cannot_be_built", "bitsandbytes_without_library"),
+    "attention_packages_overwritten",
 }
 """Problems that depend on what is installed where the tests run."""
 SOURCE = Path(__file__).with_name("nvml.c")

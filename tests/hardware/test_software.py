@@ -5,9 +5,10 @@ from importlib.metadata import version
 
 import pytest
 
-from engine.hardware import Machine, assume, missing_packages
+from engine.hardware import Machine, assume, known_gpus, missing_packages
 from engine.hardware.requirements import install_command
 from engine.hardware.software import read_stack
+from engine.plan import Heads, Task, best_device, choose_attention
 
 INSTALLED = dict.fromkeys(read_stack(), "1.0") | {"torch": "2.13.0", "flash-attn": None}
 INSTALLED |= {"flash-attn-3": None, "flash-attn-4": None}
@@ -32,11 +33,11 @@ def test_versions_come_from_metadata() -> None:
         (None, []),
         ("T4", []),
         ("24 GB", []),
-        ("RTX 3090", ["fa2"]),
-        ("RTX 4090", ["fa2"]),
-        ("RTX PRO 6000", ["fa2"]),
-        ("H100", ["fa2", "fa4"]),
-        ("B200", ["fa2", "fa4"]),
+        ("RTX 3090", []),  # PyTorch has the algorithm of flash-attn
+        ("RTX 4090", []),
+        ("RTX PRO 6000", []),
+        ("H100", ["fa4"]),
+        ("B200", ["fa4"]),
     ],
 )
 def test_only_what_suits_the_gpu_is_named(gpu: str | None, extras: list[str]) -> None:
@@ -54,13 +55,22 @@ def test_the_training_stack_is_one_command() -> None:
 
 
 def test_nothing_is_missing_when_all_is_there() -> None:
-    assert missing_packages(machine("H100", flash_attn="2.8", flash_attn_4="4.0")) == ()
+    assert missing_packages(machine("H100", flash_attn_4="4.0")) == ()
 
 
 def test_flash_attention_is_not_named_for_a_torch_without_cuda() -> None:
     assert missing_packages(machine("H100", torch="2.13.0+cpu")) == ()
 
 
-def test_on_hopper_the_backward_pass_of_flash_attention_4_is_mentioned() -> None:
-    assert "built from source" in missing_packages(machine("H100"))[1].why
-    assert "built from source" not in missing_packages(machine("B200"))[1].why
+@pytest.mark.parametrize("here", ["flash_attn", "flash_attn_4"])
+def test_of_two_packages_that_overwrite_each_other_one_is_enough(here: str) -> None:
+    assert missing_packages(machine("H100", **{here: "1.0"})) == ()
+
+
+@pytest.mark.parametrize("name", [gpu.name for gpu in known_gpus()])
+def test_a_plan_and_the_doctor_name_the_same_package(name: str) -> None:
+    here = machine(name)
+    named = [package for each in missing_packages(here) for package in each.packages]
+    device = best_device(here)
+    chosen = choose_attention(device, Task(Heads("ministral3", 128, 128)))
+    assert named == [chosen.worth_installing] * bool(chosen.worth_installing)

@@ -8,6 +8,7 @@ import pytest
 
 from engine.hardware import Machine, assume
 from engine.hardware.machine import Problem
+from engine.hardware.requirements import install_command
 from engine.hardware.toolchain import python_headers, toolchain_problems
 
 PYTHON = "python{}.{}".format(*sys.version_info)
@@ -198,3 +199,22 @@ def test_bitsandbytes_needs_a_library_of_torch_s_cuda(
     assert [each.id for each in found] == ["bitsandbytes_without_library"] * (not fits)
     if not fits:
         assert only(found).command.endswith("install --upgrade bitsandbytes")
+
+
+@pytest.mark.parametrize(
+    ("card", "keep"),
+    [("H100", "flash-attn-4"), ("B200", "flash-attn-4"), ("RTX 4090", "flash-attn")],
+)
+def test_packages_that_overwrite_each_other_are_told_with_the_one_to_keep(
+    tmp_path: Path, headers: Path, card: str, keep: str
+) -> None:
+    (headers / "Python.h").touch()
+    here = machine(**{"flash-attn": "2.8.3", "flash-attn-4": "4.0.0b36"})
+    here = replace(here, gpus=assume(card).gpus)
+    found = only(toolchain_problems(here, tools(tmp_path / "bin", "gcc"), system(tmp_path)))
+    assert found.id == "attention_packages_overwritten"
+    assert f"Keep {keep} alone" in found.fix
+    removed = {"flash-attn", "flash-attn-4"} if keep == "flash-attn-4" else {"flash-attn-4"}
+    first, *rest = found.command.split(" && ")
+    assert removed == {word for word in first.split() if word.startswith("flash-attn")}
+    assert rest == [install_command("fa4")] * (keep == "flash-attn-4")

@@ -16,7 +16,7 @@ from engine.plan.attention import (
 from tests.plan.machines import MODELS, card, cpu, model
 
 PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
-NONE, TWO, ALL = (), PACKAGES[:1], PACKAGES
+NONE, TWO, FOUR, ALL = (), PACKAGES[:1], PACKAGES[2:], PACKAGES
 DENSE = Heads("ministral3", 128, 128)
 TEXT = Task(DENSE)
 TORCH = "flash_attention_torch"
@@ -35,22 +35,25 @@ def device(name: str, installed: tuple[str, ...] = ALL) -> Device:
         ("CPU", ALL, "sdpa", None),
         ("T4", NONE, TORCH, None),
         ("T4", ALL, TORCH, None),
-        ("A100 80GB", NONE, TORCH, "flash-attn"),
+        ("A100 80GB", NONE, TORCH, None),  # flash-attn would be the algorithm that PyTorch has
         ("A100 80GB", ALL, "flash_attention_2", None),
-        ("RTX 4090", NONE, TORCH, "flash-attn"),
+        ("A100 80GB", FOUR, TORCH, None),
+        ("RTX 4090", NONE, TORCH, None),
         ("RTX 4090", TWO, "flash_attention_2", None),
         ("RTX 4090", ALL, "flash_attention_2", None),
-        ("H100", NONE, TORCH, "flash-attn-3"),
-        ("H100", TWO, "flash_attention_2", "flash-attn-3"),
+        ("H100", NONE, TORCH, "flash-attn-4"),
+        ("H100", TWO, "flash_attention_2", None),  # both at once overwrite each other
+        ("H100", FOUR, "flash_attention_4", None),
+        ("H100", ("flash-attn-3",), "flash_attention_3", "flash-attn-4"),
         ("H100", ALL, "flash_attention_3", None),
-        ("H100", ("flash-attn-4",), TORCH, "flash-attn-3"),
         ("B200", NONE, TORCH, "flash-attn-4"),
-        ("B200", TWO, "flash_attention_2", "flash-attn-4"),
-        ("B200", ALL, "flash_attention_4", None),
-        ("RTX 5090", NONE, TORCH, "flash-attn"),
+        ("B200", TWO, "flash_attention_2", None),
+        ("B200", FOUR, "flash_attention_4", None),
+        ("B200", ALL, "flash_attention_2", None),
+        ("RTX 5090", NONE, TORCH, None),
+        ("RTX 5090", FOUR, "flash_attention_4", None),
         ("RTX 5090", ALL, "flash_attention_2", None),
-        ("RTX 5090", ("flash-attn-4",), TORCH, "flash-attn"),
-        ("24 GB", NONE, TORCH, "flash-attn"),
+        ("24 GB", NONE, TORCH, None),
     ],
 )
 def test_the_best_installed_backend_that_suits_the_card(
@@ -69,7 +72,7 @@ def test_packed_rows_never_need_a_quadratic_mask_on_a_gpu(
     name: str, half: bool, images: bool, model_name: str
 ) -> None:
     task = Task(heads_of(model(model_name)), images, half)
-    for installed in (NONE, TWO, ALL):
+    for installed in (NONE, TWO, FOUR, ALL):
         chosen = choose_attention(device(name, installed), task)
         assert find_backend(chosen.backend).packing == "cut"
         assert why_not(chosen.backend, device(name, installed), task) is None
@@ -78,20 +81,28 @@ def test_packed_rows_never_need_a_quadratic_mask_on_a_gpu(
 @pytest.mark.parametrize(
     ("name", "task", "words"),
     [
-        ("T4", TEXT, "is not eligible: it does not run on "),
-        ("RTX 4090", TEXT, "is not eligible: it does not run on "),
-        ("RTX 5090", TEXT, "is not eligible: consumer Blackwell has no upstream support"),
-        ("H100", TEXT, "is eligible; on Hopper its backward pass must be built from source"),
-        ("B200", TEXT, "is eligible"),
+        ("T4", TEXT, "is not eligible: it needs Hopper or newer to train"),
+        ("RTX 4090", TEXT, "is not eligible: it trains from Hopper on"),
+        ("RTX 5090", TEXT, "is eligible: both passes are in its wheel, by Ampere's instructions"),
+        ("H100", TEXT, "is eligible: made for Hopper, both passes are in its wheel"),
+        ("B200", TEXT, "is eligible: made for this Blackwell card"),
         ("B200", Task(DENSE, images=True), "is not eligible: training with images"),
         ("B200", Task(DENSE, half=False), "is not eligible: it computes in 16-bit numbers only"),
-        ("B200", Task(Heads("mistral", 256, 256)), "is not eligible: its heads are up to 128"),
-        ("B200", Task(Heads("mistral4", 128, 64)), "is not eligible: it wants heads of one width"),
+        ("H100", Task(Heads("mistral", 256, 256)), "is eligible"),
+        ("B200", Task(Heads("mistral", 256, 256)), "is eligible"),
+        ("B200", Task(Heads("mistral", 160, 160)), "is not eligible: its heads are up to 128"),
+        ("RTX 5090", Task(Heads("mistral", 256, 256)), "is not eligible: its heads are up to 128"),
+        # transformers widens the values' heads to the queries'.
+        ("H100", Task(Heads("mistral4", 192, 128)), "is eligible"),
+        ("B200", Task(Heads("mistral4", 192, 128)), "is not eligible: its heads are up to 128"),
+        ("B200", Task(Heads("mistral4", 128, 64)), "is eligible"),
+        ("H100", Task(replace(DENSE, dropout=0.1)), "is not eligible: it has no dropout, and this"),
     ],
 )
 def test_whether_flash_attention_4_is_eligible(name: str, task: Task, words: str) -> None:
-    assert choose_attention(device(name), task).flash_4.startswith(f"FlashAttention 4 {words}")
-    assert ("not eligible" in words) == bool(why_not("flash_attention_4", device(name), task))
+    gpu = device(name, FOUR)
+    assert choose_attention(gpu, task).flash_4.startswith(f"FlashAttention 4 {words}")
+    assert ("not eligible" in words) == bool(why_not("flash_attention_4", gpu, task))
 
 
 def test_a_model_of_another_family_is_not_guessed_at() -> None:
@@ -105,18 +116,37 @@ def test_a_card_newer_than_the_table_gets_what_torch_brings() -> None:
     assert choose_attention(newer, TEXT).backend == TORCH
 
 
-def test_a_backward_pass_that_must_be_built_is_never_chosen_but_may_be_asked_for() -> None:
-    hopper = device("H100", ("flash-attn-4",))
-    assert choose_attention(hopper, TEXT).backend != "flash_attention_4"
-    assert why_not("flash_attention_4", hopper, TEXT) is None
+def test_two_packages_that_overwrite_each_other_are_not_used_as_if_both_were_whole() -> None:
+    both = device("H100", ("flash-attn", "flash-attn-4"))
+    assert choose_attention(both, TEXT).backend == "flash_attention_2"
+    reason = why_not("flash_attention_4", both, TEXT)
+    assert reason == (
+        "FlashAttention 4 may be broken: flash-attn is installed too, with files of the same name."
+    )
+
+
+def test_nobody_is_sent_for_a_package_that_no_index_has() -> None:
+    backends = attention_backends().values()
+    assert [backend.name for backend in backends if not backend.on_index] == ["flash_attention_3"]
+    for backend in backends:
+        assert backend.on_index or not any(card.worth_installing for card in backend.cards)
+    reason = why_not("flash_attention_3", device("H100", NONE), TEXT)
+    assert reason == "FlashAttention 3 is not installed and on no package index."
 
 
 @pytest.mark.parametrize(
     ("backend", "name", "installed", "task", "why", "instead"),
     [
-        ("flash_attention_4", "RTX 4090", ALL, TEXT, "does not run on", "flash_attention_2"),
-        ("flash_attention_4", "RTX 5090", ALL, TEXT, "no upstream support", "flash_attention_2"),
-        ("flash_attention_4", "B200", TWO, TEXT, "package flash-attn-4", "flash_attention_2"),
+        ("flash_attention_4", "RTX 4090", ALL, TEXT, "no backward pass", "flash_attention_2"),
+        (
+            "flash_attention_4",
+            "RTX 5090",
+            ALL,
+            TEXT,
+            "flash-attn is installed",
+            "flash_attention_2",
+        ),
+        ("flash_attention_4", "B200", NONE, TEXT, "package flash-attn-4", TORCH),
         ("flash_attention_4", "B200", ALL, Task(DENSE, True), "images", "flash_attention_2"),
         ("flash_attention_3", "A100 80GB", NONE, TEXT, "does not run on", TORCH),
         ("flash_attention_2", "T4", ALL, TEXT, "does not run on", TORCH),

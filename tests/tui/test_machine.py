@@ -37,7 +37,7 @@ STACK = {
     "pillow": "13.0.0",
     "flash-attn": "2.8.3",
     "flash-attn-3": None,
-    "flash-attn-4": "4.0.0",
+    "flash-attn-4": None,
     "mistral-common": "1.13.1",
     "triton": "3.7.1",
 }

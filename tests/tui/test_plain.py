@@ -11,7 +11,7 @@ from engine.config import DatasetConfig, RunConfig, read_config
 from engine.errors import UserError
 from engine.events import Ended
 from engine.hardware import assume
-from engine.plan import best_device
+from engine.plan import best_device, gpu_device
 from engine.runs import RunFolder, create_run, find_run, summarize
 from tests.extras import needs_trainer
 from tests.fakes.nvml import RTX_4090, FakeDriver
@@ -367,6 +367,8 @@ def undone(**answers: object) -> Draft:
         (lambda: drafted(resume_from_checkpoint=True), "goes on with a run", 2),
         (lambda: without(drafted(), "torch"), "The training stack is not installed.", 2),
         (lambda: undone(model="mistral-medium-3.5", device=small_gpu()), "It does not fit", 3),
+        (lambda: on_gpu(""), "torch 2.13.0 cannot use a GPU.", 2),
+        (lambda: on_gpu("13.0"), "driver is too old for the installed torch 2.13.0.", 2),
     ],
 )
 def test_why_a_run_cannot_start(make: Callable[[], Draft], what: str, status: int) -> None:
@@ -376,6 +378,14 @@ def test_why_a_run_cannot_start(make: Callable[[], Draft], what: str, status: in
     assert error.exit_status == status
     with pytest.raises(UserError):
         start_run(make())
+
+
+def on_gpu(torch_cuda: str) -> Draft:
+    """A card that is here, under a driver of CUDA 12."""
+    machine = replace(assume("H100"), assumed=False, cuda_version="12.2", torch_cuda=torch_cuda)
+    stack = {**machine.stack, **dict.fromkeys(("transformers", "peft", "safetensors"), "1.0")}
+    machine = replace(machine, stack={**stack, "torch": "2.13.0"})
+    return undone(machine=machine, device=gpu_device(machine.gpus[0], machine))
 
 
 def small_gpu() -> object:

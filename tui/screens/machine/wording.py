@@ -51,6 +51,7 @@ _TOLD_FIRST: Final[Mapping[str, tuple[str, str]]] = {
     "answers_refused": ("partial", ""),
     "kernels_cannot_be_built": ("kernels", ""),
     "bitsandbytes_without_library": ("4-bit", ""),
+    "attention_packages_overwritten": ("attention", ""),
 }
 _SHOWN_PACKAGES: Final = ("torch", "transformers", "peft", "bitsandbytes", "flash-attn")
 
@@ -176,14 +177,14 @@ def rest(machine: "Machine", cells: int) -> Content:
     for problem in machine.problems:
         lines += _sentences(problem, cells)
     for mark, heading, text in _rows(machine):
-        style = "$success" if mark == "✓" else "$warning"
+        style = {"✓": "$success", "·": "$muted"}.get(mark, "$warning")
         lines += _hang(Content.assemble((mark, style), f" {heading:<8} "), text, cells)
     return Content("\n").join(lines)
 
 
 def _rows(machine: "Machine") -> list[tuple[str, str, str]]:
     # Imported here, as in the page: the first frame waits for neither.
-    from engine.hardware import missing_packages
+    from engine.hardware import flash_4_on, missing_packages
 
     rows = []
     if machine.driver_version:
@@ -197,6 +198,9 @@ def _rows(machine: "Machine") -> list[tuple[str, str, str]]:
     here = [f"{name} {stack[name]}" for name in _SHOWN_PACKAGES if stack.get(name)]
     if here:
         rows.append(("✓", "engine", ", ".join(here)))
+    for capability in dict.fromkeys(gpu.compute_capability for gpu in machine.usable_gpus):
+        if capability:
+            rows.append(("·", "flash 4", flash_4_on(capability)))
     rows += [
         ("!", "missing", f"{', '.join(each.packages)}: {each.command}")
         for each in missing_packages(machine)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Final
 
 from engine.config import FULL, NONE
-from engine.plan import Recommendation, Task, changed, estimate, heads_of
-from engine.plan.attention import attention_backends, why_not
+from engine.hardware import attention_backends
+from engine.plan import Attention, Recommendation, Task, changed, estimate, heads_of
+from engine.plan.attention import why_not
 from engine.units import gib, spoken
 from tui.draft import Draft
 from tui.values import EXPERTS, expert_tensors, spelled
@@ -125,13 +126,20 @@ def _reason(draft: Draft, advice: Recommendation, key: str) -> str:
     if key in dict(_EXPERTS):
         return _price_of_experts(draft, advice, key)
     without = {
-        "attn_implementation": "the best that is installed",
+        "attn_implementation": _attention_words(advice.attention),
         "max_steps": "all epochs",
         "image_size": "the model's own limit; less gives an image fewer tokens",
     }
     if draft.own is not None and key not in advice.reasons:
         return _reason_of_own(draft, advice, key) or without.get(key, "left out: as usual")
     return advice.reasons.get(key) or without.get(key, "the usual value")
+
+
+def _attention_words(chosen: Attention) -> str:
+    """What runs where the config names none, and whether FlashAttention 4 could."""
+    return "; ".join(
+        words for words in (f"{chosen.backend}: {chosen.reason}", chosen.flash_4) if words
+    )
 
 
 def _reason_of_own(draft: Draft, advice: Recommendation, key: str) -> str:
