@@ -65,7 +65,7 @@ class Step:
     grad_norm: float
     """L2 norm of the gradient before clipping; nan where it was not measured."""
     seconds: float
-    """Wall time of this step from making its batch to moving the weights; no evals, saves, pauses."""
+    """Wall time of this step, its batch and optimizer included, without evals, saves and pauses."""
     tokens_per_second: float
     """`tokens` over `seconds`."""
     peak_memory_bytes: int
