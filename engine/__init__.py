@@ -14,6 +14,7 @@
     config/     RunConfig: Axolotl's keys, read with all problems at once, written with reasons
     events      the vocabulary of events.jsonl
     errors      UserError(what, why, fix): the only error a person sees
+    interrupt   ctrl+c at every moment, with exit status 130
     units       sizes as people say them
     visible     text of strangers made safe for a terminal
 

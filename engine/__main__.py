@@ -2,7 +2,13 @@
 
 import sys
 
-from engine.cli import main
+try:
+    from engine.interrupt import interruptible, leave_at_once
+
+    leave_at_once()
+    from engine.cli import main
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -11,8 +11,11 @@ from tests.fakes.nvml import nvml_library as nvml_library
 # Without the extra [train] everything else is still tested.
 collect_ignore = [] if find_spec("torch") else ["train", "gpu", "plan/test_oracle.py"]
 
-# What is started by nohup ignores hangups, and so would every process that the tests start.
+# What is started by nohup ignores hangups, what a shell starts with `&` ignores ctrl+c, and so
+# would every process that the tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,188 +1,19 @@
-"""The console script `windtunnel`: the wizard, the screen of a run, and the engine's commands.
+"""The console script `windtunnel`: ctrl+c is heeded before anything that takes time is imported."""
 
-It decides what a command line without a command asks for, and whether there is a terminal to ask
-on. Textual would write its escapes into a pipe and wait for keys from /dev/null, so that is found
-out here, before anything of it is imported.
-"""
-
-import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
 
-from engine.errors import UserError
-from engine.visible import visible
+try:
+    from engine.interrupt import interruptible, leave_at_once
 
-if TYPE_CHECKING:
-    from engine.cli.watch import Watch
-    from engine.runs import RunFolder
-    from tui.app import WindtunnelApp
-    from tui.draft import Draft
-
-_INTERRUPTED: Final = 130
-_CONFIG_ENDINGS: Final = (".yml", ".yaml")
-_HELP_FLAGS: Final = ("--help", "-h")
-_HELP: Final = """
-Without a command: windtunnel [CONFIG] [--plain] [--ascii] [--assume GPU]
-  The wizard: machine, model, data, preview, plan, review, in six questions.
-  CONFIG    open it on that config file, at the review
-  --plain   numbered questions on plain lines instead of a screen
-  --ascii   draw with ASCII alone
-  --assume  plan for GPUs that are not here, such as 'H100 x2' or '24 GB'\
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class WizardRequest:
-    """What a command line without a command asks for."""
-
-    config: Path | None = None
-    plain: bool = False
-    ascii_only: bool = False
-    assumed: str | None = None
-    """The GPUs to plan for."""
+    leave_at_once()
+    from tui.entry import carry_out
+except KeyboardInterrupt:
+    sys.exit(130)
 
 
 def main() -> None:
     """Carry out the command line and leave with its exit status."""
-    arguments = sys.argv[1:]
-    try:
-        request = read_request(arguments)
-        status = run_command(arguments) if request is None else open_wizard(request)
-    except UserError as error:
-        from engine.cli import print_sentence
-
-        print_sentence(error)
-        status = error.exit_status
-    except KeyboardInterrupt:
-        status = _INTERRUPTED
-    sys.exit(status)
-
-
-def read_request(arguments: Sequence[str]) -> WizardRequest | None:
-    """What the wizard is asked for; None where the arguments are a command of the engine's.
-
-    Raises UserError for a wizard's command line that cannot be understood.
-    """
-    flags: set[str] = set()
-    config: Path | None = None
-    assumed: str | None = None
-    words = iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if word in ("--plain", "--ascii"):
-            flags.add(word)
-        elif name == "--assume":
-            assumed = value if equals else next(words, "")
-        elif config is None and word.lower().endswith(_CONFIG_ENDINGS) and word[:1] != "-":
-            config = Path(word)
-        elif config is None:
-            return None
-        else:
-            raise UserError(
-                f"{visible(word, one_line=True)} has no meaning behind a config.",
-                "The wizard takes one config, --plain, --ascii and --assume GPU.",
-                "To train without questions: windtunnel train config.yml key=value",
-            )
-    return WizardRequest(config, "--plain" in flags, "--ascii" in flags, assumed)
-
-
-def run_command(arguments: list[str]) -> int:
-    """One command of the engine, drawn where there is a terminal; returns its exit status."""
-    from engine.cli import main as run
-
-    status = run(
-        arguments,
-        make_watch=_draw if _is_screen(sys.stderr) else None,
-        open_run=_open_run if _has_screen() else None,
-    )
-    if len(arguments) == 1 and arguments[0] in _HELP_FLAGS:
-        print(_HELP)
-    return status
-
-
-def open_wizard(request: WizardRequest) -> int:
-    """The wizard, on a screen where the terminal has one; returns its exit status.
-
-    Raises UserError where no answers can be asked, for a config that cannot be read, a GPU that is
-    not known, and a run that failed.
-    """
-    if not _is_terminal(sys.stdin) or not _is_terminal(sys.stdout):
-        raise UserError(
-            "No answers can be asked here.",
-            "The wizard needs a terminal to write to and keys to read.",
-            "Give a config: `windtunnel train config.yml`; `windtunnel --help` lists all commands.",
-        )
-    if request.plain or not _has_screen():
-        from tui.plain import run_plain, stream_dialogue
-
-        run_plain(make_draft(request), stream_dialogue(ascii_only=request.ascii_only))
-        return 0
-    # Without a word of the person's the draft is empty: the first frame does not wait for it.
-    draft = make_draft(request) if request.config or request.assumed else None
-    from tui.app import WindtunnelApp
-
-    start = "Review" if request.config else "Machine"
-    return show(WindtunnelApp(draft, start=start, ascii_only=request.ascii_only))
-
-
-def make_draft(request: WizardRequest) -> "Draft":
-    """The answers that the command line gives. Raises UserError for one that cannot be taken."""
-    from tui.draft import Draft, draft_from
-
-    draft = Draft()
-    if request.config is not None:
-        from engine.cli.training import run_name
-        from engine.config import read_config
-
-        draft = draft_from(read_config(request.config), request.config.absolute().parent)
-        draft.path, draft.name = request.config, run_name(request.config)
-    if request.config is not None or request.assumed is not None:
-        from engine.cli.hardware import find_machine
-        from engine.plan import best_device
-
-        draft.machine = find_machine(request.assumed)
-        draft.device = best_device(draft.machine)
-    return draft
-
-
-def show(app: "WindtunnelApp") -> int:
-    """Run the app to its end, then print its parting line; returns the exit status."""
-    status = app.run()
-    if app.parting:
-        print(visible(app.parting, one_line=True))
-    return status or app.return_code or 0
-
-
-def _has_screen() -> bool:
-    """Whether a person can see a screen and answer it."""
-    return _is_screen(sys.stdout) and _is_terminal(sys.stdin)
-
-
-def _is_screen(stream: object) -> bool:
-    return _is_terminal(stream) and os.environ.get("TERM", "dumb") != "dumb"
-
-
-def _is_terminal(stream: object) -> bool:
-    # A standard stream is None where it was closed before we began.
-    isatty = getattr(stream, "isatty", None)
-    return bool(isatty and isatty())
-
-
-def _draw() -> "Watch":
-    # Imported here: most commands draw nothing, and rich takes 0.1 s.
-    from tui.progress import Progress
-
-    return Progress()
-
-
-def _open_run(run: "RunFolder", ascii_only: bool) -> int:
-    from tui.app import WindtunnelApp
-    from tui.draft import Draft
-
-    return show(WindtunnelApp(Draft(), run=run, ascii_only=ascii_only))
+    sys.exit(interruptible(carry_out))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ from engine.cli import (
 )
 from engine.cli.watch import PlainWatch, Watch
 from engine.errors import UserError, WorkError
+from engine.interrupt import INTERRUPTED, interrupted
 from engine.visible import visible
 
-WORK_FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
+WORK_FAILED, WRONG_REQUEST = 1, 2
 
 
 def build_app(
@@ -106,7 +107,9 @@ def _print_any_letter() -> None:
 
 
 def print_sentence(error: UserError) -> None:
-    """What, why and what to do, a line each, on stderr."""
+    """What, why and what to do, a line each, on stderr; nothing after ctrl+c."""
+    if interrupted():
+        return
     for line in (error.what, error.why, error.fix):
         if line:
             print(visible(line), file=sys.stderr)

@@ -20,6 +20,7 @@ from engine.catalog import UnknownModel
 from engine.cli.planning import find_device, read_planned
 from engine.cli.supervision import AsJson, RunName, RunsFolder
 from engine.errors import UserError
+from engine.interrupt import wait_for_line
 from engine.launch import TRAINER, planned_gpu
 from engine.plan import refuse_answering
 from engine.runs import RunFolder, find_run
@@ -273,6 +274,7 @@ def _prompts(prompt: str | None) -> Iterator[str]:
     while True:
         if asks:
             print("> ", end="", file=sys.stderr, flush=True)
+            wait_for_line(sys.stdin)
         line = sys.stdin.readline()
         if not line:
             return

@@ -26,11 +26,10 @@ from engine.events import (
     Started,
     Step,
 )
+from engine.interrupt import INTERRUPTED
 from engine.launch import forwarded_signals
 from engine.runs import Follower, RunFolder, follow
 from engine.visible import visible
-
-INTERRUPTED = 130
 
 
 class Watch(Protocol):

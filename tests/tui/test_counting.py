@@ -16,12 +16,12 @@ from engine.hardware import assume
 from engine.plan import Statistics, best_device, estimate
 from engine.units import gib
 from tests.tui.stand_in import SAMPLE, WORKER, Screen, draft_on, opened, run
-from tui.__main__ import WizardRequest, make_draft
 from tui.app import WindtunnelApp
 from tui.commands import check_command, plan_command, preview_command
 from tui.counting import COUNTING, count_rows, counted_of, next_count, take_count
 from tui.data_worker import DataWorker
 from tui.draft import Draft
+from tui.entry import WizardRequest, make_draft
 from tui.screens.plan import PlanPage
 from tui.screens.review import ReviewPage
 from tui.widgets.fields import Fields

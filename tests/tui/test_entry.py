@@ -9,7 +9,7 @@ from engine.config import read_config
 from engine.errors import UserError
 from tests.extras import needs_trainer
 from tests.tui.test_watch import Terminal, windtunnel
-from tui.__main__ import WizardRequest, make_draft, read_request
+from tui.entry import WizardRequest, make_draft, read_request
 
 CONFIG = """\
 base_model: demo-tiny

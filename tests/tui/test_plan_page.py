@@ -13,10 +13,10 @@ from engine.hardware import assume
 from engine.plan import Statistics, best_device, cpu_device
 from engine.units import gib
 from tests.tui.screens import assert_golden, screen_text, wait_for
-from tui.__main__ import WizardRequest, make_draft
 from tui.app import WindtunnelApp
 from tui.counting import counted_of
 from tui.draft import Draft
+from tui.entry import WizardRequest, make_draft
 from tui.page import Page
 from tui.screens.plan.settings import list_fields
 from tui.values import set_value

@@ -6,6 +6,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from engine.events import Ended
 from engine.runs import create_run
 from tests.fakes.processes import ROOT, running_fake
 from tests.tui.told_runs import told_run
+
+PATIENCE_SECONDS = 120.0
+"""Until a program that says nothing is taken for hung, on a machine that does other work too."""
 
 
 def windtunnel(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -24,17 +28,19 @@ def windtunnel(*arguments: str, **environment: str) -> "subprocess.CompletedProc
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
 
 
 class Terminal:
     """A program on a terminal of 80 columns and 24 rows, and all that it has written."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self, *arguments: str, program: Sequence[str] = ("-m", "tui"), **environment: str
+    ) -> None:
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tui", *arguments],
+            [sys.executable, *program, *arguments],
             cwd=ROOT,
             stdin=slave,
             stdout=slave,
@@ -44,8 +50,8 @@ class Terminal:
         os.close(slave)
         self.written = ""
 
-    def wait_for(self, text: str, seconds: float = 30.0) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while text not in self.written:
             if not self._read(deadline):
                 raise AssertionError(f"{text!r} is not in {self.written!r}")
@@ -55,10 +61,13 @@ class Terminal:
 
     def end(self) -> int:
         """Read to the end; the exit status."""
-        while self._read(time.monotonic() + 30):
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self._read(deadline):
             pass
+        # Before the terminal is closed: that would end the program in another way.
+        status = self.process.wait(max(1.0, deadline - time.monotonic()))
         os.close(self.master)
-        return self.process.wait(30)
+        return status
 
     def _read(self, deadline: float) -> bool:
         ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
@@ -106,7 +115,9 @@ def test_a_pipe_gets_lines(home: Path) -> None:
 def test_the_engine_alone_follows_too(home: Path) -> None:
     told_run(create_run("told").path, 20, Ended("finished", 20))
     command = [sys.executable, "-m", "engine", "watch", "told"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 0
     assert "told is finished" in done.stdout
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 
 from engine.errors import UserError
+from engine.interrupt import wait_for_line
 from engine.visible import fold, visible
 
 BACK, LEAVE, EXPLAIN = "b", "q", "?"
@@ -33,11 +34,18 @@ class Choice:
     explanation: str = ""
 
 
+def read_line(prompt: str) -> str:
+    """As `input` at a terminal, only that ctrl+c right after the prompt is not lost."""
+    print(prompt, end="", flush=True)
+    wait_for_line(sys.stdin)
+    return input()
+
+
 @dataclass(frozen=True, slots=True)
 class Dialogue:
     """Where lines go and where answers come from."""
 
-    read: Callable[[str], str] = input
+    read: Callable[[str], str] = read_line
     write: Callable[[str], None] = print
     ascii_only: bool = False
 
