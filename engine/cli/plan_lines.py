@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from engine.catalog import Architecture
 from engine.config import RunConfig, assignment
-from engine.hardware import assume, known_gpus
+from engine.hardware import assume, listed_gpus
 from engine.plan import (
     Alternative,
     Device,
@@ -137,7 +137,7 @@ def larger_card_lines(
     config: RunConfig, architecture: Architecture, device: Device, statistics: Statistics | None
 ) -> Iterator[str]:
     """The smallest card that holds the plan as it is, and how many of this one would."""
-    for gpu in known_gpus():
+    for gpu in listed_gpus():
         other = best_device(assume(gpu.name))
         if estimate(config, architecture, other, statistics).verdict == "fits":
             yield f"as it is it fits: {visible(other.name, one_line=True)}"

@@ -8,7 +8,7 @@ not here; `reading` puts them together.
 
 from engine.hardware.attention import attention_backends, flash_4_on
 from engine.hardware.machine import Gpu, GpuProcess, Machine, Problem
-from engine.hardware.planned import KnownGpu, Speed, known_gpus, speed_of
+from engine.hardware.planned import KnownGpu, Speed, known_gpus, listed_gpus, speed_of
 from engine.hardware.reading import assume, poll, read_machine
 from engine.hardware.software import Missing, missing_packages
 from engine.hardware.torch_build import torch_problem
@@ -27,6 +27,7 @@ __all__ = [
     "cuda_environment",
     "flash_4_on",
     "known_gpus",
+    "listed_gpus",
     "missing_packages",
     "poll",
     "read_machine",

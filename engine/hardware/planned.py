@@ -2,12 +2,13 @@
 
 The list is presets/gpus.yml. What a person types is matched by words, so that the driver's own
 name, a shop's name and "4090" all find the same card; a name that fits two cards of different
-memory is refused, because a plan for the wrong one is worth nothing.
+memory is refused, because a plan for the wrong one is worth nothing. A card that is not listed can
+be planned for by its memory, and its name may tell the generation.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -15,6 +16,7 @@ from typing import Literal
 
 from engine.errors import UserError
 from engine.hardware.machine import Gpu, is_unified, short_name
+from engine.hardware.torch_build import cuda_facts
 from engine.units import GIB
 from engine.visible import visible
 
@@ -24,6 +26,8 @@ _COUNT_FIRST = re.compile(r"^\s*(\d{1,9})\s*[x×*]\s*(?=\S)", re.IGNORECASE)
 # "h100x2" is two of them, "MX450" is a name.
 _COUNT_LAST = re.compile(r"(?:(?<![a-z])x|(?<=gb)x|[×*:])\s*(\d{1,9})\s*$", re.IGNORECASE)
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?) ?(?:gb|gib|g)(?: gpus?)?$")
+# A number of GB in a name: "RTX 3060 12GB".
+_SIZE_WITHIN = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?(?:gb|gib|g)\b", re.IGNORECASE)
 _EVIDENCE = {"measured": "as measured", "published": "as published", "assumed": "not checked"}
 _NOISE = {"nvidia", "geforce", "tesla", "quadro", "gpu", "graphics", "card", "generation"}
 
@@ -54,7 +58,14 @@ class KnownGpu:
     source: str
     """A link or words."""
     aliases: tuple[str, ...] = ()
+    listed: bool = False
+    """Whether tables of cards show it; the others are found by name."""
     speed: Speed | None = None
+
+    @property
+    def spellings(self) -> set[str]:
+        """Its name and aliases, as `_spell` makes any of them alike."""
+        return {_spell(each) for each in (self.name, *self.aliases)}
 
 
 @cache
@@ -68,22 +79,24 @@ def known_gpus() -> tuple[KnownGpu, ...]:
     content = YAML(typ="safe", pure=True).load(text)
     for entry in content:
         entry["memory_total_bytes"] = entry.pop("memory_total_mib") * 2**20
-        entry["speed"] = {
-            "bf16_flops": entry.pop("bf16_tflops") * 1e12,
-            "memory_bytes": entry.pop("memory_gb_s") * 1e9,
-            "link_bytes": entry.pop("link_gb_s") * 1e9,
-            "usd_an_hour": entry.pop("usd_an_hour", None),
-        }
+        if "bf16_tflops" in entry:
+            entry["speed"] = {
+                "bf16_flops": entry.pop("bf16_tflops") * 1e12,
+                "memory_bytes": entry.pop("memory_gb_s") * 1e9,
+                "link_bytes": entry.pop("link_gb_s") * 1e9,
+                "usd_an_hour": entry.pop("usd_an_hour", None),
+            }
     return TypeAdapter(tuple[KnownGpu, ...]).validate_python(content)
 
 
+def listed_gpus() -> tuple[KnownGpu, ...]:
+    """Those that tables of cards show: one of each kind, not every card that there is."""
+    return tuple(gpu for gpu in known_gpus() if gpu.listed)
+
+
 def speed_of(name: str) -> Speed | None:
-    """The speed of the card that the driver calls `name`; None for one that is not listed."""
-    wanted = "".join(_words(name))
-    for gpu in known_gpus():
-        if wanted in {"".join(_words(each)) for each in (gpu.name, *gpu.aliases)}:
-            return gpu.speed
-    return None
+    """The speed of the card that the driver calls `name`; None for one that is not known."""
+    return next((gpu.speed for gpu in known_gpus() if _spell(name) in gpu.spellings), None)
 
 
 def plan_gpus(text: str) -> tuple[Gpu, ...]:
@@ -131,42 +144,102 @@ def _unnamed(gigabytes: float, text: str) -> KnownGpu:
 
 
 def _find(name: str) -> KnownGpu:
-    wanted = _words(name)
-    spelled = "".join(wanted)
-    for gpu in known_gpus():
-        if spelled and spelled in {"".join(_words(each)) for each in (gpu.name, *gpu.aliases)}:
-            return gpu
-    fitting = [gpu for gpu in known_gpus() if wanted and set(wanted) <= _all_words(gpu)]
+    rest, gigabytes = _split_size(name)
+    fitting = _fitting(name)
+    if gigabytes and not fitting:
+        fitting = [gpu for gpu in _fitting(rest) if _holds(gpu, gigabytes)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        choices = _either(fitting)
         raise UserError(
             f"{visible(name, one_line=True)} means more than one GPU.",
-            f"It can be {choices}, and their memory or generation differ.",
+            f"It can be {_either(fitting)}, and their memory or generation differ.",
             f"Write which: --assume '{short_name(fitting[0].name)}'.",
         )
+    capability = _capability_of(rest)
+    oldest = min(cuda_facts().torch_builds[0].capabilities["x86_64"])
+    if capability and capability < oldest:
+        raise _too_old(rest, capability, oldest)
+    if capability is None or gigabytes is None:
+        raise _unknown(name, capability)
+    return replace(
+        _unnamed(gigabytes, name),
+        name=f"{rest} {gigabytes:g}GB",
+        compute_capability=capability,
+    )
+
+
+def _fitting(name: str) -> list[KnownGpu]:
+    """The cards that a name means: those that are called so, else those that have all its words."""
+    called = [gpu for gpu in known_gpus() if _spell(name) in gpu.spellings]
+    words = set(_words(name))
+    return called or [gpu for gpu in known_gpus() if words and words <= _all_words(gpu)]
+
+
+def _split_size(name: str) -> tuple[str, float | None]:
+    """A name without the memory that it says, and that in GB."""
+    match = _SIZE_WITHIN.search(name)
+    if match is None:
+        return name, None
+    rest = " ".join((name[: match.start()] + " " + name[match.end() :]).split())
+    return rest, float(match[1])
+
+
+def _holds(gpu: KnownGpu, gigabytes: float) -> bool:
+    """Whether a shop would say this memory of the card, of which the driver reports less."""
+    return 0.98 * gpu.memory_total_bytes <= gigabytes * GIB <= 1.11 * gpu.memory_total_bytes
+
+
+def _capability_of(name: str) -> tuple[int, int] | None:
+    """What a name tells of a card that is not listed."""
+    spoken = " ".join(_words(name))
+    for pattern, capability in cuda_facts().generations:
+        if re.search(rf"\b(?:{pattern})\b", spoken):
+            return capability
+    return None
+
+
+def _unknown(name: str, capability: tuple[int, int] | None) -> UserError:
+    shown = visible(name, one_line=True)
     nearest = _nearest(name)
-    raise UserError(
-        f"There is no GPU named {visible(name, one_line=True)}." if name else "No GPU is named.",
-        f"Known are {', '.join(short_name(gpu.name) for gpu in known_gpus())}.",
-        (f"Did you mean {_either(nearest)}? " if nearest else "")
-        + "The memory of one card works too: --assume '24 GB'.",
+    guess = f"Did you mean {_either(nearest)}? " if nearest else ""
+    if capability:
+        why = "Its memory is not known here."
+        fix = f"Write that too, as in --assume '{shown} 8GB'."
+    else:
+        why = f"It is none of the {len(known_gpus())} cards that are known."
+        if not nearest:
+            listed = ", ".join(short_name(gpu.name) for gpu in listed_gpus())
+            why = f"Known are {listed} and {len(known_gpus()) - len(listed_gpus())} more."
+        fix = "The memory of one card works too: --assume '24 GB'."
+    return UserError(
+        f"There is no GPU named {shown}." if name else "No GPU is named.", why, guess + fix
+    )
+
+
+def _too_old(name: str, capability: tuple[int, int], oldest: tuple[int, int]) -> UserError:
+    return UserError(
+        f"{visible(name, one_line=True)} is too old to plan for.",
+        "Its compute capability is {}.{}, and the torch of the package index begins with"
+        " {}.{}.".format(*capability, *oldest),
+        "Name a card from Turing on, as in --assume 'T4'.",
     )
 
 
 def _nearest(name: str) -> list[KnownGpu]:
-    spellings = {
-        "".join(_words(each)): gpu for gpu in known_gpus() for each in (gpu.name, *gpu.aliases)
-    }
-    close = get_close_matches("".join(_words(name)), spellings, n=6, cutoff=0.5)
+    spellings = {spelling: gpu for gpu in known_gpus() for spelling in gpu.spellings}
+    close = get_close_matches(_spell(name), spellings, n=6, cutoff=0.5)
     return list(dict.fromkeys(spellings[spelling] for spelling in close))[:3]
+
+
+def _spell(name: str) -> str:
+    return "".join(_words(name))
 
 
 def _words(name: str) -> list[str]:
     """Lower-case words; "80 GB" is one, "RTX4090" are two, the maker's name is none."""
     text = re.sub(r"(\d)\s+g(?:i?b)?\b", r"\1gb", name.casefold())
-    text = re.sub(r"(?<=\d)g(?:ib)?\b", "gb", re.sub(r"\brtx(?=\d)", "rtx ", text))
+    text = re.sub(r"\b(\d+)g(?:ib)?\b", r"\1gb", re.sub(r"\brtx(?=\d)", "rtx ", text))
     return [word for word in re.findall(r"[a-z0-9]+", text) if word not in _NOISE]
 
 

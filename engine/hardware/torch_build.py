@@ -48,22 +48,25 @@ class TorchBuild:
 
 
 @dataclass(frozen=True, slots=True)
-class _Facts:
+class CudaFacts:
     """presets/cuda.yml."""
 
     drivers: dict[int, int]
     """Oldest driver of each major version of CUDA."""
     torch_builds: tuple[TorchBuild, ...]
     """The one to take first on top."""
+    generations: tuple[tuple[str, Version], ...]
+    """Patterns of names, with the compute capability that they tell."""
 
 
 @cache
-def _facts() -> _Facts:
+def cuda_facts() -> CudaFacts:
+    """What is known of drivers, builds of torch and generations of cards."""
     from pydantic import TypeAdapter
     from ruamel.yaml import YAML
 
     text = (files("presets") / "cuda.yml").read_text(encoding="utf-8")
-    return TypeAdapter(_Facts).validate_python(YAML(typ="safe", pure=True).load(text))
+    return TypeAdapter(CudaFacts).validate_python(YAML(typ="safe", pure=True).load(text))
 
 
 def read_torch_cuda() -> str | None:
@@ -92,7 +95,7 @@ def torch_problem(machine: Machine, gpu: Gpu) -> Problem | None:
     built_for = _version(cuda)
     if _is_driver_too_old(machine, built_for):
         return _driver_too_old(machine, gpu, torch, built_for)
-    build = next((each for each in _facts().torch_builds if each.cuda == built_for), None)
+    build = next((each for each in cuda_facts().torch_builds if each.cuda == built_for), None)
     if build and gpu.compute_capability and not build.runs_on(gpu.compute_capability):
         return _card_not_in_torch(machine, gpu, torch, built_for)
     return next((each for each in machine.problems if each.id == "cuda_library_missing"), None)
@@ -119,7 +122,7 @@ def _without_cuda(machine: Machine, gpu: Gpu, torch: str) -> Problem:
 
 def _driver_too_old(machine: Machine, gpu: Gpu, torch: str, built_for: Version) -> Problem:
     runs = f"Driver {machine.driver_version}" if machine.driver_version else "The driver"
-    needed = _facts().drivers.get(built_for[0])
+    needed = cuda_facts().drivers.get(built_for[0])
     fix, command = _other_build(machine, gpu, torch)
     return Problem(
         "driver_too_old_for_torch",
@@ -154,7 +157,7 @@ def _other_build(machine: Machine, gpu: Gpu, torch: str) -> tuple[str, str]:
     release = torch.partition("+")[0]  # "+cpu" and "+cu126" are builds of one release
     suited = [
         build
-        for build in _facts().torch_builds
+        for build in cuda_facts().torch_builds
         if (capability is None or build.runs_on(capability))
         and (build.until is None or _version(release) <= build.until)
     ]
@@ -168,7 +171,7 @@ def _other_build(machine: Machine, gpu: Gpu, torch: str) -> tuple[str, str]:
                 "Install the build of torch for CUDA {}.{}.".format(*build.cuda),
                 pip_install(f"torch=={release}+{tag}", "--index-url", where),
             )
-    needed = min(_facts().drivers[build.cuda[0]] for build in suited)
+    needed = min(cuda_facts().drivers[build.cuda[0]] for build in suited)
     return f"Update the NVIDIA driver to {needed} or newer.", update_driver()
 
 
@@ -176,7 +179,7 @@ def _is_driver_too_old(machine: Machine, cuda: Version) -> bool:
     """By the newest CUDA that the driver says it runs, else by its own number."""
     if machine.cuda_version:
         return cuda[0] > _version(machine.cuda_version)[0]
-    needed = _facts().drivers.get(cuda[0])
+    needed = cuda_facts().drivers.get(cuda[0])
     if needed is None or not machine.driver_version:
         return False
     return _version(machine.driver_version)[0] < needed

@@ -11,7 +11,7 @@ from typing import get_args
 
 from engine.catalog import list_models, read_architecture
 from engine.errors import UserError
-from engine.hardware import assume, known_gpus
+from engine.hardware import assume, listed_gpus
 from engine.plan import Device, Goal, Recommendation, best_device, recommend
 from engine.units import GIB
 
@@ -46,7 +46,7 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """Every cell of the table whose model can meet the goal."""
-    for name in (*SIZES, *(gpu.name for gpu in known_gpus())):
+    for name in (*SIZES, *(gpu.name for gpu in listed_gpus())):
         device = best_device(assume(name))
         for card in list_models():
             if card.offered and card.repositories:

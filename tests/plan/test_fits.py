@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from engine.catalog import Architecture, read_architecture
-from engine.hardware import known_gpus
+from engine.hardware import listed_gpus
 from engine.plan import make_fit
 from engine.plan.measured import step_bytes
 from tests.make.fits import GOALS, PAGE, Cell, cells, line_of, page
@@ -34,9 +34,9 @@ def test_the_whole_page_is_what_is_made_now() -> None:
 
 def test_every_card_model_and_goal_has_its_line() -> None:
     counts = Counter(cell.goal for cell in every_cell())
-    assert len({cell.card for cell in every_cell()}) == len(known_gpus()) + 3
+    assert len({cell.card for cell in every_cell()}) == len(listed_gpus()) + 3
     assert set(counts) == set(GOALS)
-    assert counts["text"] == 9 * (len(known_gpus()) + 3)
+    assert counts["text"] == 9 * (len(listed_gpus()) + 3)
 
 
 def test_none_is_worse_than_the_ladder_can_make_it() -> None:

@@ -8,12 +8,12 @@ import pytest
 from engine.catalog import Architecture
 from engine.config import DatasetConfig, parse_config, require_supported, write_config
 from engine.errors import UserError
-from engine.hardware import known_gpus
+from engine.hardware import listed_gpus
 from engine.plan import Device, Recommendation, Statistics, make_fit, recommend
 from engine.units import GIB
 from tests.plan.machines import MODELS, card, cpu, dataset, model, sized
 
-GPUS = [gpu.name for gpu in known_gpus()]
+GPUS = [gpu.name for gpu in listed_gpus()]
 SMALLER = ("2 GB", "4 GB", "8 GB", "12 GB", "16 GB")
 ROWS = {
     "unknown": None,

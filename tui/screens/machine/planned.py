@@ -11,7 +11,7 @@ from textual.message import Message
 from textual.widgets import Input, Static
 
 from engine.errors import UserError
-from engine.hardware import Gpu, Machine, assume, known_gpus
+from engine.hardware import Gpu, Machine, assume, listed_gpus
 from engine.plan import best_device
 from engine.units import GIB
 from engine.visible import visible
@@ -142,7 +142,7 @@ def _is_number(text: str) -> bool:
 
 
 def _assume_all() -> list[Machine]:
-    machines = [assume(gpu.name) for gpu in known_gpus()]
+    machines = [assume(gpu.name) for gpu in listed_gpus()]
     return sorted(machines, key=lambda machine: best_device(machine).total_bytes)
 
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from textual.content import Content
 
-from engine.hardware import assume, known_gpus
+from engine.hardware import assume, listed_gpus
 from engine.plan import Alternative, Device, Estimate, best_device, estimate, make_fit
 from engine.units import GIB
 from engine.visible import fold
@@ -40,7 +40,7 @@ def list_rungs(draft: Draft) -> tuple[Alternative, ...]:
 def list_cards(draft: Draft) -> list[Card]:
     """The plan as it is on every known GPU, the smallest first."""
     config, architecture = draft.config(), draft.architecture()
-    devices = [best_device(assume(gpu.name)) for gpu in known_gpus()]
+    devices = [best_device(assume(gpu.name)) for gpu in listed_gpus()]
     devices.sort(key=lambda device: device.total_bytes)
     return [
         Card(device, estimate(config, architecture, device, draft.statistics)) for device in devices
