@@ -116,7 +116,7 @@ def _other_overrides(value: object) -> bool:
 
 
 def _other_plugins(value: object) -> bool:
-    """Cut cross-entropy is what we do; Liger and the expert kernels compute the same numbers."""
+    """Cut cross-entropy has a kernel here too; Liger and the expert kernels change no number."""
     same = ("CutCrossEntropyPlugin", "LigerPlugin", "KernelsPlugin")
     return isinstance(value, list) and any(
         not isinstance(name, str) or name.rsplit(".", 1)[-1] not in same for name in value
@@ -239,8 +239,7 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         ),
         "scaling_softmax": _error("Attention is computed as the model was trained.", "Remove it."),
         "plugins": _error(
-            "Plugins are not run; only the cut cross-entropy, Liger and kernel plugins are known,"
-            " which change no result.",
+            "Plugins are not run; only the cut cross-entropy, Liger and kernel plugins are known.",
             "Remove the others.",
             _other_plugins,
         ),

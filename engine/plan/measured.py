@@ -51,8 +51,7 @@ output_dir logging_steps saves_per_epoch save_steps save_strategy save_total_lim
 save_only_model load_best_model_at_end evals_per_epoch eval_steps eval_train_rows eval_table_size
 eval_max_new_tokens eval_drift eval_strategy sample_prompts resume_from_checkpoint
 auto_resume_from_checkpoints hub_model_id hub_strategy wandb_project wandb_entity wandb_name
-wandb_run_id wandb_mode wandb_watch wandb_log_model use_wandb use_tensorboard use_trackio plugins
-cut_cross_entropy
+wandb_run_id wandb_mode wandb_watch wandb_log_model use_wandb use_tensorboard use_trackio
 """
 INDIFFERENT: Final = frozenset(_NAMES.split())
 """Keys of a config that change nothing in a step's memory, or are in the figure's key by what they

@@ -15,6 +15,7 @@ from engine.config import RunConfig
 from engine.plan.device import Device
 from engine.plan.duration import pace_of
 from engine.plan.layers import widths
+from engine.plan.loss import PLUGIN, PRICE, names_cut_loss
 from engine.plan.memory import Estimate, estimate
 from engine.plan.memory.frozen import SLOTS
 from engine.plan.statistics import Statistics
@@ -174,6 +175,17 @@ def layers_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
     yield name, keys(enough), words
 
 
+def cut_loss(config: RunConfig, place: Place) -> Iterator[Change]:
+    """The loss by a kernel that forms no logits at all."""
+    device, stack = place.device, place.device.stack
+    here = stack is None or device.planned or stack.get("cut-cross-entropy")
+    if not here or not device.computes_bf16 or config.cut_cross_entropy is not None:
+        return
+    plugins = [*(config.plugins or ()), PLUGIN]
+    if not names_cut_loss(config):
+        yield "cut cross-entropy", {"plugins": plugins, "cut_cross_entropy": True}, PRICE
+
+
 def lower_rank(config: RunConfig, place: Place) -> Iterator[Change]:
     """Half the adapter."""
     if config.adapter and config.lora_r > SMALLEST_RANK:
@@ -222,6 +234,7 @@ RUNGS: tuple[Rung, ...] = (
     paged_states,
     narrow_adapter,
     layers_in_ram,
+    cut_loss,
     lower_rank,
     no_experts,
     fewer_targets,

@@ -39,6 +39,8 @@ class Position:
     best_step: int | None = None
     fingerprint: str = ""
     """Hash of what decides the order of the batches; a checkpoint of another order is refused."""
+    loss_chunk_bytes: int = 0
+    """Logits that the loss held at once; 0 where that was not written down."""
 
 
 def optimizer_tensors(

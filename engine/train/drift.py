@@ -29,11 +29,11 @@ from engine.chat.messages import RowFormat, read_row
 from engine.chat.render import IGNORED_LABEL, LabelRule, labels, render
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig
-from engine.plan.memory.moments import LOSS_CHUNK_BYTES
+from engine.plan.loss import SMALLEST_CHUNK_BYTES, chunk_rows
 from engine.train.batches import PAD
 from engine.train.evaluate import evaluating
 from engine.train.forward import Model, head_of, hidden_states
-from engine.train.loss import shift
+from engine.train.loss import product, shift
 
 TOP = 64
 """Tokens of the base that are kept for each place. All others count as one outcome, which can only
@@ -179,14 +179,14 @@ def _log_probabilities(
 ) -> Iterator[Tensor]:
     """Logarithms of all probabilities for some places at a time, float32 (some, vocabulary)."""
     head = head_of(model)
-    rows = max(1, LOSS_CHUNK_BYTES // (4 * head.shape[0]))
+    rows = chunk_rows(SMALLEST_CHUNK_BYTES // 2, head.shape[0])  # their logarithms lie beside
     with evaluating(model):
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             batch = _batch(texts[start : start + _TEXTS_AT_ONCE])
             batch = {name: value.to(device) for name, value in batch.items()}
             states, _ = shift(hidden_states(model, batch), batch["labels"])
             for part in states.split(rows):
-                yield torch.mm(part, head.t()).float().log_softmax(-1)
+                yield product(part, head.t()).log_softmax(-1)
 
 
 def _batch(texts: Sequence[Text]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ step weigh the same, however the step is cut into forward passes.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch.optim import Optimizer
@@ -25,7 +26,7 @@ from engine.train.evaluate import RiseWatch, Score, mean_loss, row_losses, score
 from engine.train.experts import balance_loss, balance_weight, watch_routers
 from engine.train.forward import Model, head_module, head_of, hidden_states
 from engine.train.generate import generate, readable
-from engine.train.loss import summed_cross_entropy
+from engine.train.loss import IN_CHUNKS, Loss, summed_cross_entropy
 from engine.train.measure import Measures
 from engine.train.meter import Meter, held_memory_bytes, peak_memory_bytes
 from engine.train.model import Base
@@ -56,15 +57,18 @@ class Training:
         tokenizer: ChatTokenizer,
         measures: Measures | None = None,
         sampling: Sampling = GREEDY,
+        loss: Loss = IN_CHUNKS,
     ) -> None:
         self.base, self.model, self.config, self.session = base, model, config, session
         self.rows, self.held_out, self.tokenizer = rows, held_out, tokenizer
-        self.measures, self.sampling = measures, sampling
+        self.measures, self.sampling, self.loss = measures, sampling, loss
         self.order = Order(rows, config)
         self.parameters = [p for _, p in trained_parameters(model)]
         self.optimizer = build_optimizer(trained_parameters(model), config)
         self.checkpoints = Checkpoints(session.run.checkpoints, config)
-        self.position = Position(fingerprint=self.order.fingerprint())
+        self.position = Position(
+            fingerprint=self.order.fingerprint(), loss_chunk_bytes=loss.chunk_bytes
+        )
         self.meter = Meter(base.device)
         self.watch = LossWatch(config, vocabulary=head_of(model).shape[0])
         self.rises = RiseWatch()
@@ -85,6 +89,10 @@ class Training:
                 "Undo the change, or start a new run with another output_dir.",
             )
         self.checkpoints.go_on_from(folder, position)
+        if 0 < position.loss_chunk_bytes < self.loss.chunk_bytes:
+            # Other chunks round otherwise, and a new plan may have found more room than the first.
+            self.loss = replace(self.loss, chunk_bytes=position.loss_chunk_bytes)
+        position.loss_chunk_bytes = self.loss.chunk_bytes
         self.position = position
         self._saved_step = position.step
 
@@ -192,7 +200,9 @@ class Training:
         The loss is the mean over all learned tokens of the step, without the routers' balance, the
         norm is the one before clipping to `max_grad_norm`.
         """
-        return fill_gradients(self.model, self.parameters, batch, self.base.device, self.config)
+        return fill_gradients(
+            self.model, self.parameters, batch, self.base.device, self.config, self.loss
+        )
 
     def judge(self, number: int, loss: float, norm: float, batch: StepBatch) -> None:
         """Say what is odd about a step before it moves anything; WorkError ends the run."""
@@ -331,6 +341,7 @@ def fill_gradients(
     batch: StepBatch,
     device: torch.device,
     config: RunConfig,
+    way: Loss,
 ) -> tuple[float, float]:
     """`Training.gradients` of any model: its trained `parameters` get their gradients, clipped.
 
@@ -343,7 +354,7 @@ def fill_gradients(
         with watch_routers(model, weight > 0) as routings:
             states = hidden_states(model, tensors)
         with head_for_loss(head_module(model), states):
-            loss = summed_cross_entropy(states, head_of(model), tensors["labels"])
+            loss = summed_cross_entropy(states, head_of(model), tensors["labels"], way)
             mean = goal = loss / max(1, batch.learned_tokens)
             if routings:
                 balance = balance_loss(routings, tensors["input_ids"] != PAD)

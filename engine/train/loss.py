@@ -6,16 +6,76 @@ Every function returns a sum, never a mean: the loop divides by the learned toke
 optimizer step, so each learned token weighs the same however batches are cut.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.chat.render import IGNORED_LABEL
-from engine.plan.memory.moments import LOSS_CHUNK_BYTES
+from engine.plan.loss import SMALLEST_CHUNK_BYTES, chunk_rows
 
 
-class _FusedCrossEntropy(torch.autograd.Function):
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """How a run computes its loss; settled while it loads."""
+
+    chunk_bytes: int = SMALLEST_CHUNK_BYTES
+    """Float32 logits of one chunk."""
+    cut: bool = False
+    """Whether cut-cross-entropy does it where the head is frozen."""
+
+
+IN_CHUNKS = Loss()
+"""As on a CPU, and where no plan says how much room there is."""
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """The matrix product in float32, (rows, columns)."""
+    if _widens(left):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right).float()
+
+
+def _widens(left: Tensor) -> bool:
+    """Whether a half-precision product can be had as it is added up, in float32.
+
+    A card's can; else it is rounded to half precision at the end, as a CPU's is (torch 2.13).
+    """
+    return left.is_cuda and left.dtype != torch.float32
+
+
+def _exponentials(logits: Tensor, highest: Tensor) -> Tensor:
+    """Turn `logits` into exp(logits - highest), in place; returns their sums, (rows, 1)."""
+    return logits.sub_(highest).exp_().sum(-1, keepdim=True)
+
+
+def _add_chunk(
+    states: Tensor, head: Tensor, targets: Tensor, grad: Tensor | None, head_grad: Tensor | None
+) -> Tensor:
+    """One chunk's sum of cross entropies. The states' gradient is written into `grad`, the head's
+    added to `head_grad`.
+
+    A row's slope stays multiplied by the sum of its exponentials: the narrow products are divided
+    by it instead of the wide chunk. The target's slope outweighs all others, and rounded with them
+    it would be most of the error: it joins in float32.
+    """
+    wanted = targets[:, None]
+    logits = product(states, head.t())
+    highest = logits.amax(-1, keepdim=True)
+    reached = logits.gather(1, wanted)
+    sums = _exponentials(logits, highest)
+    of_target = logits.gather(1, wanted) - sums
+    if head_grad is not None:
+        slope = logits.scatter_(1, wanted, of_target)
+        head_grad.addmm_(slope.t(), states.float() / sums)
+    if grad is not None:
+        moved = product(logits.scatter_(1, wanted, 0.0).to(head.dtype), head)
+        grad.copy_(moved.addcmul_(of_target, head[targets].float()).div_(sums))
+    return (sums.log() + highest - reached).sum()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
     """Exact sum of cross entropies whose gradient is formed while the logits chunk is at hand.
 
     The checkpointed alternative computes each chunk of logits twice; this one computes it once,
@@ -23,8 +83,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        rows = max(1, LOSS_CHUNK_BYTES // (4 * head.shape[0]))
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, rows: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # float32: chunks are added up, and bfloat16 would round each addition.
@@ -35,31 +94,23 @@ class _FusedCrossEntropy(torch.autograd.Function):
         )
         for start in range(0, targets.numel(), rows):
             part = slice(start, start + rows)
-            states, wanted = hidden[part], targets[part, None]
-            logits = torch.mm(states, head.t()).float()
-            log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (log_sum - logits.gather(1, wanted)).sum()
-            if hidden_grad is None and head_grad is None:
-                continue
-            slope = logits.sub_(log_sum).exp_()
-            slope.scatter_add_(1, wanted, torch.full_like(log_sum, -1.0))
-            narrow = slope.to(head.dtype)
-            if hidden_grad is not None:
-                torch.mm(narrow, head, out=hidden_grad[part])
-            if head_grad is not None:
-                head_grad.addmm_(slope.t(), states.float())
-            del logits, slope, narrow  # or they lie beside the next chunk
+            grad = None if hidden_grad is None else hidden_grad[part]
+            total += _add_chunk(hidden[part], head, targets[part], grad, head_grad)
         ctx.save_for_backward(hidden_grad, head_grad)
-        ctx.head_dtype = head.dtype
+        ctx.head_dtype, ctx.rows = head.dtype, rows
         return total
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (scale,) = outputs
         hidden_grad, head_grad = ctx.saved_tensors
+        if hidden_grad is not None:
+            for part in hidden_grad.split(ctx.rows):
+                part.copy_(part.float().mul_(scale))  # of bfloat16, `scale` would be rounded too
         return (
-            None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
+            hidden_grad,
             None if head_grad is None else head_grad.mul_(scale).to(ctx.head_dtype),
+            None,
             None,
         )
 
@@ -76,25 +127,33 @@ def shift(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return states.index_select(0, keep), targets.index_select(0, keep)
 
 
-def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+def summed_cross_entropy(
+    hidden: Tensor, head: Tensor, labels: Tensor, loss: Loss = IN_CHUNKS
+) -> Tensor:
     """Sum over the learned tokens of -log p(token), float32, differentiable in hidden and head.
 
-    On a CUDA card in half precision this is Apple's cut-cross-entropy kernel (arXiv 2411.09009),
-    unless the head itself is trained: that kernel leaves out slopes below 2^-12 and adds up the
-    head's gradient in bfloat16. There and elsewhere it is the fused chunks above. A batch in which
-    nothing is learned gives a zero that still reaches the graph.
+    Repeatable bit for bit, unless `loss` asks for Apple's cut-cross-entropy kernel (arXiv
+    2411.09009) and the head is frozen: that one adds up the states' gradient in bfloat16, in an
+    order that its threads decide. A batch in which nothing is learned gives a zero that still
+    reaches the graph.
     """
     states, targets = shift(hidden, labels)
     if targets.numel() == 0:
         return hidden.sum() * 0.0
-    if states.is_cuda and states.dtype == torch.bfloat16 and not head.requires_grad:
-        from cut_cross_entropy import linear_cross_entropy
+    if loss.cut and not head.requires_grad:
+        return cut_cross_entropy(states, head, targets)
+    rows = chunk_rows(loss.chunk_bytes, head.shape[0])
+    total: Tensor = _ChunkedCrossEntropy.apply(states, head, targets, rows)
+    return total
 
-        loss: Tensor = linear_cross_entropy(
-            states, head, targets, reduction="sum", filter_eps="auto", impl="cce"
-        )
-        return loss
-    loss = _FusedCrossEntropy.apply(states, head, targets)
+
+def cut_cross_entropy(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """The same sum by Apple's kernel, for a frozen head and bfloat16 on a card."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    loss: Tensor = linear_cross_entropy(
+        states, head, targets, reduction="sum", filter_eps="auto", impl="cce"
+    )
     return loss
 
 
@@ -105,14 +164,16 @@ def score_tokens(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, 
     Returns float32 (learned,) and bool (learned,).
     """
     states, targets = shift(hidden, labels)
-    rows = max(1, LOSS_CHUNK_BYTES // (4 * head.shape[0]))
+    rows = chunk_rows(SMALLEST_CHUNK_BYTES, head.shape[0])
     losses = torch.empty(targets.shape, dtype=torch.float32, device=targets.device)
     right = torch.empty(targets.shape, dtype=torch.bool, device=targets.device)
     for start in range(0, targets.numel(), rows):
         part = slice(start, start + rows)
-        logits = torch.mm(states[part], head.t()).float()
-        wanted = targets[part]
-        losses[part] = torch.logsumexp(logits, -1) - logits.gather(1, wanted[:, None]).squeeze(1)
-        right[part] = logits.argmax(dim=-1) == wanted
+        wanted = targets[part, None]
+        logits = product(states[part], head.t())
+        highest, likeliest = logits.max(-1, keepdim=True)
+        reached = logits.gather(1, wanted)
+        losses[part] = (_exponentials(logits, highest).log() + highest - reached).squeeze(1)
+        right[part] = (likeliest == wanted).squeeze(1)
         del logits
     return losses, right

@@ -25,12 +25,15 @@ from engine.data.prepared import Prepared
 from engine.events import Note, Phase, Shortage, Started
 from engine.launch import change_config
 from engine.plan import remarks
+from engine.plan.loss import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from engine.plan.memory.moments import ANSWER_TOKENS, SAMPLE_TOKENS
 from engine.publish.facts import find_base
+from engine.runs import RunFolder
 from engine.train.attention import pick_attention
 from engine.train.batches import Rows
+from engine.train.cut_loss import settle_loss
 from engine.train.fetch import leave_hub, locate_base
-from engine.train.forward import Model, use_checkpointing
+from engine.train.forward import Model, head_of, use_checkpointing
 from engine.train.images import refuse_unread
 from engine.train.loop import Training
 from engine.train.lora import attach_lora, choose_trained
@@ -44,6 +47,7 @@ from engine.train.shortfall import (
     MemoryRanOut,
     describe,
     device_of_the_run,
+    read_estimate,
     sentences,
     with_way_out,
 )
@@ -124,11 +128,15 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
         session.emit(Note("info", "no row has an image: the vision tower stays in RAM"))
     torch.manual_seed(config.seed)  # the adapter's first values do not depend on what was loaded
     model = put_on_training(base, session.base_folder, config)
+    loss, words = settle_loss(config, head_of(model), base.device, planned_chunk(session.run))
+    if words:
+        session.emit(Note("info", words))
     measures = Measures(model, base.device, held_out, config, tokenizer, session.run.path)
     training = Training(
         *(base, model, rows, held_out, config, session, tokenizer),
         measures=measures,
         sampling=sampling_of(config),
+        loss=loss,
     )
     if resume:
         training.restore(checkpoint)
@@ -141,6 +149,12 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
     if not prompts and config.eval_table_size:
         prompts = ask_by_default(held_out, tokenizer, config)
     training.fit(prompts + ask_about_images(held_out, tokenizer))
+
+
+def planned_chunk(run: RunFolder) -> int:
+    """The logits that the run's plan has room for at once; few where there is no plan."""
+    planned = read_estimate(run).get("loss_chunk_bytes")
+    return planned if planned in CHUNK_BYTES else SMALLEST_CHUNK_BYTES
 
 
 def sampling_of(config: RunConfig) -> Sampling:

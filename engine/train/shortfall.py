@@ -40,7 +40,7 @@ class MemoryRanOut(Exception):
 
 def describe(error: BaseException, where: str, held_bytes: int, run: RunFolder) -> Shortage:
     """What is known wherever it happened: what was held, what was asked for, what was planned."""
-    plan = _read_plan(run)
+    plan = read_estimate(run)
     return Shortage(
         step=0,
         where=where,
@@ -127,7 +127,7 @@ def _grouped(parts: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def _read_plan(run: RunFolder) -> Mapping[str, Any]:
+def read_estimate(run: RunFolder) -> Mapping[str, Any]:
     """The estimate in plan.json; empty where there is none."""
     try:
         found = json.loads(run.plan.read_text("utf-8"))["estimate"]

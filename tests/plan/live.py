@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import AttentionMaskInterface
 
-from engine.train import attention
+from engine.train import attention, loss
 from engine.train.attention import TORCH_VARLEN, Segments
 from engine.train.experts import Groups
 from tests.make.live_bytes import LiveBytes
@@ -149,6 +149,9 @@ def as_on_cuda(tokens_per_sequence: int, sequences: int, cuda: bool = True) -> I
     def table(**_: object) -> Tensor:
         return torch.empty(256)
 
+    def widens(left: Tensor) -> bool:
+        return left.dtype == torch.bfloat16
+
     start = Groups.__init__
     with ExitStack() as stack:
         stack.callback(attention.register_backends)
@@ -159,4 +162,5 @@ def as_on_cuda(tokens_per_sequence: int, sequences: int, cuda: bool = True) -> I
         stack.enter_context(patch("bitsandbytes.functional.create_dynamic_map", table))
         if cuda:
             stack.enter_context(patch("bitsandbytes.matmul", product))
+            stack.enter_context(patch.object(loss, "_widens", widens))
         yield

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from engine.catalog import Architecture
 from engine.config import RunConfig
+from engine.plan.loss import CHUNK_BYTES, SMALLEST_CHUNK_BYTES, chunk_rows, names_cut_loss
 from engine.train.experts import (
     GroupedNF4,
     balance_loss,
@@ -30,7 +31,7 @@ from engine.train.experts import (
 )
 from engine.train.forward import Model, head_of, hidden_states, use_checkpointing
 from engine.train.lora import attach_lora, choose_trained
-from engine.train.loss import _FusedCrossEntropy
+from engine.train.loss import Loss, _ChunkedCrossEntropy
 from engine.train.model import build_empty
 from engine.train.optim import build_optimizer
 from engine.train.quantize import swap_linears
@@ -111,9 +112,9 @@ def dry_run(
         optimizer_bytes = counter.now - sum(static.values())
         batch = make_batch(tokens_per_sequence, sequences, image_sizes)
         model.train()
-        after_forward, in_pass = passes(
-            model, config, batch, counter, fused=cuda and dtype == torch.bfloat16
-        )
+        cut = cuda and dtype == torch.bfloat16 and names_cut_loss(config)
+        loss = Loss(CHUNK_BYTES[0] if cuda else SMALLEST_CHUNK_BYTES, cut)
+        after_forward, in_pass = passes(model, config, batch, counter, loss)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         gradients_bytes = sum(map(on_card, gradients))
         del gradients
@@ -288,7 +289,7 @@ class Sizes(list[list[int]]):
 
 
 def passes(
-    model: Model, config: RunConfig, batch: dict[str, Any], counter: CardBytes, *, fused: bool
+    model: Model, config: RunConfig, batch: dict[str, Any], counter: CardBytes, loss: Loss
 ) -> tuple[int, int]:
     """Two passes as `Training.gradients` makes them, with what its variables keep alive.
 
@@ -300,23 +301,26 @@ def passes(
         with watch_routers(model, weight > 0) as routings:
             states = hidden_states(model, batch)
         after_forward = counter.now
-        loss = cross_entropy(states, head_of(model), batch["labels"], fused=fused)
-        mean = goal = loss / 2
+        total = cross_entropy(states, head_of(model), batch["labels"], loss)
+        mean = goal = total / 2
         if routings:
             goal = mean + weight * balance_loss(routings, batch["input_ids"] != 0)
         goal.backward()  # type: ignore[no-untyped-call]
     return after_forward, counter.peak
 
 
-def cross_entropy(states: Tensor, head: Tensor, labels: Tensor, *, fused: bool) -> Tensor:
-    """As the trainer's loss chooses it, where every token but the first of a row is learned."""
+def cross_entropy(states: Tensor, head: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+    """As the trainer computes it, where every token but the first of a row is learned."""
     chosen = states[:, :-1].reshape(-1, states.shape[-1])
     targets = labels[:, 1:].reshape(-1)
     keep = torch.arange(len(targets))
     chosen, targets = chosen.index_select(0, keep), targets.index_select(0, keep)
-    kind = CutCrossEntropy if fused and not head.requires_grad else _FusedCrossEntropy
-    loss: Tensor = kind.apply(chosen, head, targets)
-    return loss
+    if loss.cut and not head.requires_grad:
+        found: Tensor = CutCrossEntropy.apply(chosen, head, targets)
+        return found
+    rows = chunk_rows(loss.chunk_bytes, head.shape[0])
+    found = _ChunkedCrossEntropy.apply(chosen, head, targets, rows)
+    return found
 
 
 def move(optimizer: Optimizer, counter: CardBytes) -> int:

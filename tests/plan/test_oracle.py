@@ -8,6 +8,7 @@ import torch
 
 from engine.catalog import read_architecture
 from engine.plan import estimate
+from engine.train.loss import Loss
 from engine.train.model import load_base
 from engine.train.run import put_on_training
 from engine.train.weights import trained_parameters
@@ -48,6 +49,7 @@ def compared(name: str, sequences: int, keys: dict[str, Any]) -> tuple[float, Ru
     ("name", "sequences", "keys"),
     [
         ("ministral-3-3b", 2, {}),
+        ("ministral-3-3b", 2, {"cut_cross_entropy": True}),
         *(
             pytest.param(name, 2, {}, marks=pytest.mark.slow)
             for name in (
@@ -93,7 +95,7 @@ def really_run(folder: Path, keys: dict[str, Any], tokens: int, sequences: int) 
         counter.count(tensor)
     with counter:
         batch = make_batch(tokens, sequences, ())
-        kept, peak = passes(trained, given, batch, counter, fused=False)
+        kept, peak = passes(trained, given, batch, counter, Loss())
     gradients = [p.grad for _, p in trained_parameters(trained) if p.grad is not None]
     held = CardBytes()
     for tensor in [*trained.parameters(), *trained.buffers(), *gradients]:

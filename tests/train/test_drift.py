@@ -113,7 +113,7 @@ class TestTheNumber:
             )
 
         once = found()
-        monkeypatch.setattr("engine.train.drift.LOSS_CHUNK_BYTES", 4 * VOCABULARY * 7)
+        monkeypatch.setattr("engine.train.drift.SMALLEST_CHUNK_BYTES", 4 * VOCABULARY * 7)
         in_chunks = found()
         assert once
         assert in_chunks

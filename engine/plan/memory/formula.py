@@ -11,10 +11,11 @@ from typing import Literal
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
 from engine.plan.device import Device
+from engine.plan.loss import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from engine.plan.measured import corrected, find_measured
 from engine.plan.memory.frozen import Frozen, frozen_bytes, sizes_of
 from engine.plan.memory.host import disk_bytes, host_bytes
-from engine.plan.memory.moments import Step, kept_states, list_moments
+from engine.plan.memory.moments import Step, cuts_loss, kept_states, list_moments
 from engine.plan.memory.ranks import cards_of_a_copy, divide
 from engine.plan.memory.stack import DIFFERENCES, WINDTUNNEL, Stack
 from engine.plan.memory.trained import moving_numbers, trained_bytes
@@ -72,6 +73,8 @@ class Estimate:
     """Measured; None where nothing was."""
     cards: int = 1
     """Over which the run is divided; the sizes are those of one."""
+    loss_chunk_bytes: int = SMALLEST_CHUNK_BYTES
+    """Float32 logits that the run's loss holds at once, where no kernel cuts them."""
 
     @property
     def spare_bytes(self) -> int:
@@ -101,14 +104,14 @@ def estimate(
     step = _step(config, architecture, device, statistics, stack)
     frozen = _frozen(step, statistics)
     cards = cards_of_a_copy(config) or device.count
-    moments = _moments(step, frozen, cards)
+    step, moments = _roomiest(step, frozen, cards)
     sums = {name: int(sum(parts.values())) for name, parts in moments.items()}
     fullest = max(sums, key=lambda name: sums[name])
     parts = {name: int(size) for name, size in moments[fullest].items() if size >= 1}
     peak = sum(parts.values())
+    needed = on_device(peak, device)
     spread = _spread(config, step, statistics)
     sizes = sizes_of(step.table, kept_modules(config))
-    needed = on_device(peak, device)
     found = Estimate(
         parts=parts,
         peak_allocated_bytes=peak,
@@ -126,6 +129,7 @@ def estimate(
         moments=sums,
         decided_by=_decided_by(step, statistics),
         cards=cards,
+        loss_chunk_bytes=step.chunk_bytes,
     )
     if stack is not WINDTUNNEL or cards > 1:
         return found
@@ -181,7 +185,7 @@ def moment_parts(
     """What one moment holds by part, in bytes; its name is one of `Estimate.moments`."""
     step = _step(config, architecture, device, None, stack)
     cards = cards_of_a_copy(config) or device.count
-    parts = _moments(step, _frozen(step, None), cards)[moment]
+    parts = _roomiest(step, _frozen(step, None), cards)[1][moment]
     return {name: int(size) for name, size in parts.items() if size >= 1}
 
 
@@ -238,6 +242,18 @@ def _frozen(step: Step, statistics: Statistics | None) -> Frozen:
         offloads=step.offloads,
         stack=step.stack,
     )
+
+
+def _roomiest(step: Step, frozen: Frozen, cards: int) -> tuple[Step, dict[str, dict[str, float]]]:
+    """`step` with the largest chunk of logits with which it fits, and its moments."""
+    cut = step.device.kind == "cpu" or cuts_loss(step)
+    for chunk in (SMALLEST_CHUNK_BYTES,) if cut else CHUNK_BYTES:
+        step = replace(step, chunk_bytes=chunk)
+        moments = _moments(step, frozen, cards)
+        peak = max(int(sum(parts.values())) for parts in moments.values())
+        if judge(on_device(peak, step.device), step.device.can_give_bytes) == "fits":
+            break
+    return step, moments
 
 
 def _moments(step: Step, frozen: Frozen, cards: int) -> dict[str, dict[str, float]]:

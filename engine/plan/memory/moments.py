@@ -20,6 +20,7 @@ from engine.plan.layers import (
     transient_bytes,
     widths,
 )
+from engine.plan.loss import SMALLEST_CHUNK_BYTES, names_cut_loss
 from engine.plan.memory.frozen import Frozen
 from engine.plan.memory.stack import Stack
 from engine.plan.memory.trained import PIECE_BYTES, Moving
@@ -33,12 +34,6 @@ from engine.plan.targets import (
 )
 from engine.plan.vision import tower_bytes
 
-LOSS_CHUNK_BYTES = 64 * 2**20
-"""One chunk of float32 logits where no fused kernel computes the loss: 128 rows at 131,072. On two
-cores 8 MiB chunks took 1.5 times as long and 128 MiB ones 0.92 times (336 learned tokens, width
-128)."""
-CHUNKS_AT_ONCE = 2
-"""Chunks of logits that the loss and scoring hold: one, and what its sum is made of."""
 SAMPLE_TOKENS = 256
 """Longest answer to a question of the run: enough for a first look, and what a model that never
 stops costs."""
@@ -69,6 +64,8 @@ class Step:
     """Tokens that one image can have."""
     moving: Moving
     stack: Stack
+    chunk_bytes: int = SMALLEST_CHUNK_BYTES
+    """Float32 logits that the loss holds at once."""
 
     @property
     def widths(self) -> Widths:
@@ -113,7 +110,7 @@ def list_moments(
             **idle,
             "activations": seen,
             "layer": inference_bytes(step.config, step.widths, step.tokens, step.base_bytes),
-            "loss": CHUNKS_AT_ONCE * _chunk_bytes(step) + frozen.head,
+            "loss": _scored_bytes(step) + frozen.head,
             "mask": mask,
         },
         "generation": {
@@ -195,34 +192,45 @@ def _experts(step: Step) -> tuple[float, float]:
 
 
 def _loss_bytes(step: Step) -> float:
-    """The learned states, their gradient, and logits: chunks of them where no kernel fuses them.
+    """The learned states, their gradient, and logits: a chunk of them where no kernel cuts them.
 
-    A head that is trained is never left to that kernel, and adds up its gradient in float32, beside
-    which the one in its own type comes to lie.
+    After the last chunk, the gradient of all states. A head that is trained adds up its gradient in
+    float32, beside which the one in its own type comes to lie.
     """
     sizes, stack = step.widths, step.stack
-    learned = step.learned * sizes.hidden * step.base_bytes
-    states = LEARNED_AT_LOSS * learned + step.tokens * sizes.hidden * step.base_bytes
+    learned = LEARNED_AT_LOSS * step.learned * sizes.hidden * step.base_bytes
+    every = step.tokens * sizes.hidden * step.base_bytes
     if stack.logits_bytes:
-        return states + stack.logits_bytes * step.tokens * sizes.vocabulary
-    trained = trains_head(step.table, step.config)
-    if (
-        step.device.kind == "cuda"
-        and step.base_bytes == 2
-        and not trained
-        and stack.loss_chunk_bytes is None
-    ):
-        return states
-    if not (trained and stack.keeps_rest):
-        return states + CHUNKS_AT_ONCE * _chunk_bytes(step)
+        return learned + every + stack.logits_bytes * step.tokens * sizes.vocabulary
+    if cuts_loss(step):
+        return learned + every
+    logits = _logits_bytes(step, step.chunk_bytes)
+    # Beside a chunk in half precision: its slope in the head's type, and the product of the two in
+    # float32. In float32 the slope is the chunk, and the targets' rows of the head come beside.
+    share = sizes.hidden / sizes.vocabulary
+    chunk = logits * (1.5 + share if step.base_bytes == 2 else 1 + 2 * share)
+    if not (trains_head(step.table, step.config) and stack.keeps_rest):
+        return learned + max(every, chunk)
     head = 4 * sizes.hidden * sizes.vocabulary
     narrow = head / 2 if step.base_bytes == 2 else 0
-    return states + head + max(narrow, CHUNKS_AT_ONCE * _chunk_bytes(step))
+    return learned + head + max(every, narrow, chunk)
 
 
-def _chunk_bytes(step: Step) -> int:
-    chunk = step.stack.loss_chunk_bytes or LOSS_CHUNK_BYTES
-    return min(chunk, 4 * step.learned * step.widths.vocabulary)
+def _scored_bytes(step: Step) -> float:
+    """A chunk of logits; a CPU's product of half precision is widened beside itself."""
+    widened = step.device.kind == "cpu" and step.base_bytes == 2
+    return _logits_bytes(step, SMALLEST_CHUNK_BYTES) * (1.5 if widened else 1)
+
+
+def cuts_loss(step: Step) -> bool:
+    """Whether cut-cross-entropy computes the loss: where asked for, for a frozen head."""
+    asked = step.stack.cuts_loss or names_cut_loss(step.config)
+    half = step.device.computes_bf16 and step.base_bytes == 2
+    return asked and half and not trains_head(step.table, step.config)
+
+
+def _logits_bytes(step: Step, chunk_bytes: int) -> int:
+    return min(chunk_bytes, 4 * step.learned * step.widths.vocabulary)
 
 
 def _table_bytes(step: Step, layer: float, kept: float) -> float:

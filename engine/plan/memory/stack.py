@@ -26,8 +26,8 @@ class Stack:
     """The same in a run with an adapter on the experts, where the update is formed whole."""
     logits_bytes: float = 0.0
     """Held for each learned token and word of the vocabulary; 0 where the loss is fused."""
-    loss_chunk_bytes: int | None = None
-    """Largest chunk of logits where the loss is computed in chunks; None: as ours."""
+    cuts_loss: bool = False
+    """Whether cut-cross-entropy computes the loss of a config that does not name it, too."""
     adapter_bytes: int = 4
     """Of one number of the adapter and of its gradient, unless the config says otherwise."""
     state_bytes: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
@@ -44,7 +44,7 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
         "stacks_at_once": "a layer's experts in 16 bits at once",
         "stacks_formed": "the update of a layer's experts formed whole",
         "logits_bytes": "whole logits",
-        "loss_chunk_bytes": "the loss",
+        "cuts_loss": "the loss by cut-cross-entropy",
         "adapter_bytes": "the adapter's type",
         "state_bytes": "the optimizer's states",
         "keeps_rest": "what bfloat16 weights keep beside them",
@@ -54,8 +54,16 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
 """What each field decides, in words."""
 
 WINDTUNNEL = Stack()
-AXOLOTL = Stack("Axolotl", tower="quantized", stacks_at_once=3, stacks_formed=5, keeps_rest=False)
-"""Without `llm_int8_skip_modules` bitsandbytes takes every linear but the head. Its parametrization
-of experts caches the dequantized tensors of a layer during the layer's backward pass, gate and up
-twice the size of down; PEFT's adapter on them forms the update of the larger one beside it. In
-halves of the larger tensor: 3, and 5 with the adapter."""
+AXOLOTL = Stack(
+    "Axolotl",
+    tower="quantized",
+    stacks_at_once=3,
+    stacks_formed=5,
+    cuts_loss=True,
+    keeps_rest=False,
+)
+"""With cut-cross-entropy, as its Mistral examples are run. Without `llm_int8_skip_modules`
+bitsandbytes takes every linear but the head. Its parametrization of experts caches the dequantized
+tensors of a layer during the layer's backward pass, gate and up twice the size of down; PEFT's
+adapter on them forms the update of the larger one beside it. In halves of the larger tensor: 3, and
+5 with the adapter."""

@@ -26,14 +26,16 @@ from engine.plan.vision import image_tokens_at_once
 from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.attention import pick_attention
 from engine.train.batches import Order, Rows, StepBatch
+from engine.train.cut_loss import settle_loss
 from engine.train.fetch import leave_hub
 from engine.train.fitcheck.batches import count_rows, heaviest_step, run_tokens, synthetic_step
 from engine.train.fitcheck.gauges import Gauge, Peak, held, open_gauge
 from engine.train.fitcheck.random_weights import draw_weights
 from engine.train.fitcheck.reduced import Built, as_it_is, reduce_for_cpu
-from engine.train.forward import Model
+from engine.train.forward import Model, head_of
 from engine.train.images import refuse_unread
 from engine.train.loop import fill_gradients, move
+from engine.train.loss import Loss
 from engine.train.model import load_base, pick_device, pick_dtype
 from engine.train.optim import build_optimizer, learning_rate, set_learning_rate
 from engine.train.run import prepare_rows, put_on_training, teller
@@ -108,7 +110,11 @@ def check(run: RunFolder, steps: int, tell: Tell) -> None:
     data = _choose_data(rows, statistics, built.architecture, config)
     gauge = open_gauge(device)
     model = _build(built.architecture, settled, session, gauge, images=images)
-    paces = _step(model, settled, data.batch, steps, session, gauge)
+    planned = estimate(config, built.architecture, place, statistics)
+    loss, words = settle_loss(settled, head_of(model), device, planned.loss_chunk_bytes)
+    if words:
+        session.emit(Note("info", words))
+    paces = _step(model, settled, loss, data.batch, steps, session, gauge)
     tell({"fitted": _figures(built, config, place, data, gauge, paces)})
 
 
@@ -191,6 +197,7 @@ def _build(
 def _step(
     model: Model,
     config: RunConfig,
+    way: Loss,
     batch: StepBatch,
     steps: int,
     session: Session,
@@ -206,7 +213,7 @@ def _step(
     for number in range(1, steps + 1):
         with _part(f"step {number}", gauge):
             started = time.perf_counter()
-            loss, norm = fill_gradients(model, parameters, batch, gauge.device, config)
+            loss, norm = fill_gradients(model, parameters, batch, gauge.device, config, way)
             gauge.wait()
             moving = time.perf_counter()
             move(optimizer)
