@@ -13,6 +13,7 @@ import torch
 
 from engine.config import RunConfig
 from engine.errors import UserError, WorkError
+from engine.plan.loss import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from engine.train.batches import Rows
 from engine.train.checkpoint import (
     OPTIMIZER,
@@ -24,6 +25,7 @@ from engine.train.checkpoint import (
     optimizer_tensors,
 )
 from engine.train.loop import Training
+from engine.train.loss import Loss
 from engine.train.model import Base, load_base
 from engine.train.weights import trained_tensors
 from tests.train.tiny import assemble, files_at_most, settings, training, wake_adapter
@@ -97,10 +99,26 @@ class TestRoundTrip:
         second.restore(None)
         assert everything(second) == saved
         assert second.position == Position(
-            3, second.position.tokens, None, None, second.order.fingerprint()
+            3,
+            second.position.tokens,
+            fingerprint=second.order.fingerprint(),
+            loss_chunk_bytes=SMALLEST_CHUNK_BYTES,
         )
         assert steps(second, 3) == expected
         assert everything(second) == everything(first)
+
+    @pytest.mark.parametrize(("saved", "planned"), [(3, 0), (0, 3), (2, 2)])
+    def test_it_goes_on_in_the_chunks_that_it_had_unless_there_is_less_room(
+        self, ministral: Path, uneven: Rows, tmp_path: Path, saved: int, planned: int
+    ) -> None:
+        config = settings(ministral, **LORA)
+        first, second = (training(tmp_path / "run", config, uneven) for _ in range(2))
+        first.position.loss_chunk_bytes = CHUNK_BYTES[saved]
+        first.save()
+        second.loss = Loss(CHUNK_BYTES[planned])
+        second.restore(None)
+        smaller = min(CHUNK_BYTES[saved], CHUNK_BYTES[planned])
+        assert second.loss.chunk_bytes == second.position.loss_chunk_bytes == smaller
 
     @pytest.mark.parametrize("before", [True, False])
     @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")

@@ -1,7 +1,8 @@
-"""Cut-cross-entropy is tried before a run needs it, and left where it does not run."""
+"""How a run settles its loss: the chunks of its plan, or cut-cross-entropy where that runs."""
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.config import RunConfig
 from engine.events import Note
-from engine.plan.loss import PRICE, SMALLEST_CHUNK_BYTES
+from engine.plan import estimate, plan_document
+from engine.plan.loss import CHUNK_BYTES, PRICE, SMALLEST_CHUNK_BYTES
 from engine.train import cut_loss
+from engine.train.checkpoint import STATE
 from engine.train.cut_loss import settle_loss
 from engine.train.loss import IN_CHUNKS, Loss, summed_cross_entropy
+from tests.plan.machines import config, cpu, model
 from tests.train.processes import LORA, Workshop, events_of, figures, finish
 
 PLUGINS = ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]
@@ -168,3 +172,16 @@ def test_a_run_trains_by_the_kernel_where_it_runs(workshop: Workshop) -> None:
     assert PRICE in told
     losses, others = ([f[2] for f in figures(each)] for each in (run, workshop.finished()))
     assert losses == pytest.approx(others, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("planned", "taken"), [(CHUNK_BYTES[0], CHUNK_BYTES[0]), (12, SMALLEST_CHUNK_BYTES)]
+)
+def test_a_run_takes_the_chunks_of_its_plan(workshop: Workshop, planned: int, taken: int) -> None:
+    run = workshop.new()
+    needs = estimate(config(), model("ministral-3-3b"), cpu())
+    plan = plan_document(replace(needs, loss_chunk_bytes=planned), cpu())
+    run.plan.write_text(json.dumps(plan), "utf-8")
+    assert finish(run) == 0, run.log.read_text()
+    state = json.loads((run.checkpoints / "step-2" / STATE).read_text("utf-8"))
+    assert state["loss_chunk_bytes"] == taken
