@@ -22,6 +22,7 @@ from engine.hardware import (
     flash_4_on,
     missing_packages,
     read_machine,
+    torch_problem,
 )
 from engine.runs import run_home
 from engine.units import GIB
@@ -55,7 +56,8 @@ def doctor(*, as_json: AsJson = False) -> None:
     if as_json:
         problems = [asdict(problem) for problem in machine.problems]
         entries = [asdict(each) for each in missing]
-        print(json.dumps({"stack": machine.stack, "missing": entries, "problems": problems}))
+        found = {"stack": machine.stack, "torch_cuda": machine.torch_cuda}
+        print(json.dumps({**found, "missing": entries, "problems": problems}))
     else:
         print(show_stack(machine, missing))
 
@@ -86,6 +88,7 @@ def describe(machine: Machine) -> dict[str, Any]:
             "cuda_version": machine.cuda_version,
         },
         "stack": dict(machine.stack),
+        "torch_cuda": machine.torch_cuda,
         "missing": [asdict(each) for each in missing_packages(machine)],
         "problems": [asdict(problem) for problem in machine.problems],
     }
@@ -116,24 +119,48 @@ def show(machine: Machine) -> str:
 
 
 def show_stack(machine: Machine, missing: tuple[Missing, ...]) -> str:
-    """What is installed and what to install, as text at most 80 columns wide."""
-    wanted = {package for each in missing for package in each.packages}
-    if wanted:
-        verdict = f"{_counted(len(wanted), 'package')} missing for this computer."
-    else:
-        verdict = "No package is missing for this computer."
-    lines = [verdict, ""]
+    """What is installed and what to install, as text at most 80 columns wide; faults first."""
+    wanted = {package: each.needed for each in missing for package in each.packages}
+    lines = [_health(machine, missing), ""]
+    if machine.driver_version:
+        driver = f"{machine.driver_version}, runs CUDA up to {machine.cuda_version or 'unknown'}"
+        lines.append(f"✓ {'NVIDIA driver':<18} {visible(driver, one_line=True)}")
     for package, version in machine.stack.items():
         if version is not None:
-            lines.append(f"✓ {package:<18} {visible(version, one_line=True)}")
+            built_for = _built_for(machine) if package == "torch" else ""
+            lines.append(f"✓ {package:<18} {visible(version, one_line=True)}{built_for}")
         elif package in wanted:
-            lines.append(f"✗ {package:<18} not installed")
+            lines.append(f"{'✗' if wanted[package] else '·'} {package:<18} not installed")
+    faults = [problem for problem in machine.problems if problem.severity != "note"]
+    for problem in faults:
+        lines += ["", *_sentences(problem)]
     for each in missing:
         lines += ["", *_fold(f"{', '.join(each.packages)}: {each.why}")]
         lines += command_lines(each.command)
     for problem in machine.problems:
-        lines += ["", *_sentences(problem)]
+        if problem not in faults:
+            lines += ["", *_sentences(problem)]
     return "\n".join(lines)
+
+
+def _health(machine: Machine, missing: tuple[Missing, ...]) -> str:
+    """The gravest of what `doctor` found, in one sentence."""
+    needed = [package for each in missing if each.needed for package in each.packages]
+    errors = sum(problem.severity == "error" for problem in machine.problems)
+    if needed:
+        return f"{_counted(len(needed), 'package')} missing for this computer."
+    if errors:
+        return f"{_counted(errors, 'fault')} on this computer: what mends it is below."
+    if missing:
+        return "No package is missing for this computer; one more would make it faster."
+    return "No package is missing for this computer."
+
+
+def _built_for(machine: Machine) -> str:
+    """What the installed torch was built for, to stand behind its version."""
+    if machine.torch_cuda is None:
+        return ""
+    return f", built for CUDA {machine.torch_cuda}" if machine.torch_cuda else ", without CUDA"
 
 
 def _verdict(machine: Machine) -> str:
@@ -147,8 +174,12 @@ def _verdict(machine: Machine) -> str:
     cards = cards.removeprefix("1 x ")
     total = sum(gpu.memory_total_bytes or 0 for gpu in usable)
     free = sum(gpu.memory_free_bytes or 0 for gpu in usable)
-    word = "planned" if machine.assumed else "ready"
-    return f"{word}: {cards}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    memory = f"{cards}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    if machine.assumed:
+        return f"planned: {memory}"
+    if all(torch_problem(machine, gpu) for gpu in usable):
+        return f"not ready: {cards}, {total / GIB:.1f} GiB: the installed torch cannot use it"
+    return f"ready: {memory}"
 
 
 def _card(gpu: Gpu) -> list[str]:
@@ -201,10 +232,14 @@ def _rest(machine: Machine) -> list[str]:
     rows.append(("cpu", f"{machine.cpu_name}, {_counted(machine.cpu_count, 'core')}"))
     rows.append(("memory", f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"))
     rows.append(("disk", f"{machine.disk_free_bytes / 1e9:.0f} GB free for {machine.disk_path}"))
-    stack = [f"{name} {version}" for name, version in machine.stack.items() if version]
+    stack = [
+        f"{name} {version}" + (_built_for(machine).replace(",", "") if name == "torch" else "")
+        for name, version in machine.stack.items()
+        if version
+    ]
     cards = {gpu.compute_capability: gpu for gpu in machine.usable_gpus if gpu.compute_capability}
     for capability, gpu in cards.items():
-        which = f"{gpu.short_name}: " if len(cards) > 1 else ""
+        which = f"{gpu.short_name} is " if len(cards) > 1 else ""
         rows.append(("flash 4", f"{which}{flash_4_on(capability)}"))
     rows.append(("stack", ", ".join(stack) or "nothing for training"))
     if missing := [package for each in missing_packages(machine) for package in each.packages]:

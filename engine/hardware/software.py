@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from engine.hardware.attention import worth_installing
 from engine.hardware.machine import Machine
 from engine.hardware.requirements import install_command, installed
+from engine.hardware.torch_build import torch_problem
 
 _TRAINING = (
     *("torch", "transformers", "peft", "bitsandbytes", "datasets", "cut-cross-entropy"),
@@ -29,6 +30,8 @@ class Missing:
     packages: tuple[str, ...]
     why: str
     command: str
+    needed: bool = True
+    """Whether something cannot be done without them; else they make it faster."""
 
 
 def read_stack() -> dict[str, str | None]:
@@ -48,11 +51,11 @@ def missing_packages(machine: Machine) -> tuple[Missing, ...]:
     if training:
         why = "Training needs them; preview, plan and config work without."
         found.append(Missing("train", training, why, install_command("train")))
-    if machine.torch_cuda == "":
-        return tuple(found)  # nothing for a GPU works with it
+    if any(torch_problem(machine, gpu) for gpu in machine.usable_gpus):
+        return tuple(found)  # nothing for a GPU works with this torch
     cards = [gpu.compute_capability for gpu in machine.usable_gpus if gpu.compute_capability]
     best = worth_installing(cards)
     if best and not any(machine.stack.get(each) for each in (best.package, *best.overwritten_by)):
         why = f"{best.title}: faster attention on these cards; a run works without it."
-        found.append(Missing("fa4", (best.package,), why, install_command("fa4")))
+        found.append(Missing("fa4", (best.package,), why, install_command("fa4"), False))
     return tuple(found)

@@ -7,7 +7,7 @@ would do, and the command that installs it.
 
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.resources import files
@@ -102,10 +102,16 @@ def torch_problem(machine: Machine, gpu: Gpu) -> Problem | None:
 
 
 def torch_problems(machine: Machine) -> list[Problem]:
-    """`torch_problem` of every card that is ready or hidden, each sentence once."""
+    """`torch_problem` of every card that is ready or hidden, each sentence once.
+
+    A warning where torch can use another card.
+    """
     cards = [gpu for gpu in machine.gpus if gpu.state in ("ready", "hidden")]
     found = [torch_problem(machine, gpu) for gpu in cards]
-    return list(dict.fromkeys(problem for problem in found if problem))
+    problems = list(dict.fromkeys(problem for problem in found if problem))
+    if None in found:
+        return [replace(problem, severity="warning") for problem in problems]
+    return problems
 
 
 def _without_cuda(machine: Machine, gpu: Gpu, torch: str) -> Problem:
@@ -153,25 +159,28 @@ def _card_not_in_torch(machine: Machine, gpu: Gpu, torch: str, built_for: Versio
 
 def _other_build(machine: Machine, gpu: Gpu, torch: str) -> tuple[str, str]:
     """What to install in place of `torch` for this card and driver: a sentence and a command."""
-    capability = gpu.compute_capability
     release = torch.partition("+")[0]  # "+cpu" and "+cu126" are builds of one release
-    suited = [
+    builds = [
         build
         for build in cuda_facts().torch_builds
-        if (capability is None or build.runs_on(capability))
-        and (build.until is None or _version(release) <= build.until)
+        if build.until is None or _version(release) <= build.until
     ]
-    if not suited:
+    here = {each.compute_capability for each in machine.usable_gpus} | {gpu.compute_capability}
+    suited = [
+        build for build in builds if all(each is None or build.runs_on(each) for each in here)
+    ]
+    if not suited and not any(build.runs_on(gpu.compute_capability or (0, 0)) for build in builds):
         return "Use another card: no build of this torch has code for it.", ""
+    if not suited:
+        return "Use the other cards: no build of this torch has code for all of them.", ""
     for build in suited:
         if not _is_driver_too_old(machine, build.cuda):
             tag = "cu{}{}".format(*build.cuda)
-            where = f"{_INDEX}/{tag}"
             return (
                 "Install the build of torch for CUDA {}.{}.".format(*build.cuda),
-                pip_install(f"torch=={release}+{tag}", "--index-url", where),
+                pip_install(f"torch=={release}+{tag}", "--index-url", f"{_INDEX}/{tag}"),
             )
-    needed = min(cuda_facts().drivers[build.cuda[0]] for build in suited)
+    needed = cuda_facts().drivers[suited[0].cuda[0]]
     return f"Update the NVIDIA driver to {needed} or newer.", update_driver()
 
 

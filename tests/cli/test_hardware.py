@@ -11,6 +11,7 @@ from engine.cli import main
 from engine.cli.hardware import command_lines
 from engine.hardware import missing_packages, read_machine
 from tests.fakes.nvml import H100, RTX_4090, FakeDriver
+from tests.fakes.packages import install_torch
 
 CONTRACT = {
     *("uuid", "index", "name", "memory_total_bytes", "memory_free_bytes", "compute_capability"),
@@ -31,6 +32,15 @@ def run(capsys):
         return main(words), *capsys.readouterr()
 
     return command
+
+
+@pytest.fixture
+def torch_for_cuda(tmp_path, monkeypatch):
+    """A torch that the fake driver's cards can use."""
+    folder = tmp_path / "site-packages"
+    install_torch(folder, "2.13.0", cuda="'13.0'")
+    monkeypatch.syspath_prepend(folder)
+    return folder
 
 
 def said(text: str) -> str:
@@ -56,7 +66,7 @@ def test_probe_prints_what_the_contract_promises(nvml: FakeDriver, run, tmp_path
     assert "torch" in printed["stack"]
 
 
-def test_probe_says_first_what_can_be_used(nvml: FakeDriver, run) -> None:
+def test_probe_says_first_what_can_be_used(nvml: FakeDriver, run, torch_for_cuda) -> None:
     nvml.set(RTX_4090, f"{H100} procs={os.getpid()}:1073741824")
     status, out, _ = run("probe")
     assert status == 0
@@ -104,7 +114,9 @@ def test_probe_puts_trouble_into_a_sentence(nvml: FakeDriver, run, lines, words)
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_probe_shows_hidden_cards_with_the_reason(nvml: FakeDriver, run, monkeypatch) -> None:
+def test_probe_shows_hidden_cards_with_the_reason(
+    nvml: FakeDriver, run, monkeypatch, torch_for_cuda
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b")
     nvml.set(RTX_4090, H100)
     _, out, _ = run("probe")
@@ -138,21 +150,53 @@ def test_probe_refuses_a_card_that_it_does_not_know(run) -> None:
     assert "80.0 GiB" in err
 
 
-def test_doctor_prints_what_to_install(nvml: FakeDriver, run) -> None:
+def test_doctor_prints_what_to_install(nvml: FakeDriver, run, torch_for_cuda) -> None:
     nvml.set(H100)
     missing = missing_packages(read_machine())
     status, out, _ = run("doctor")
     assert status == 0
     for each in missing:
         assert "\n".join(command_lines(each.command)) in out
-        assert all(f"✗ {package}" in out for package in each.packages)
+        mark = "✗" if each.needed else "·"
+        assert all(f"{mark} {package}" in out for package in each.packages)
     assert "✓ mistral-common" in out
     assert max(map(len, out.splitlines())) <= 80
     status, out, _ = run("doctor", "--json")
     assert status == 0
     printed = json.loads(out)
-    assert printed.keys() == {"stack", "missing", "problems"}
+    assert printed.keys() >= {"stack", "missing", "problems", "torch_cuda"}
     assert [entry["command"] for entry in printed["missing"]] == [each.command for each in missing]
+
+
+def test_a_torch_without_cuda_is_the_first_thing_that_both_say(
+    nvml: FakeDriver, run, torch_for_cuda
+) -> None:
+    (torch_for_cuda / "torch" / "version.py").write_text("cuda: Optional[str] = None\n")
+    nvml.set(H100)
+    _, out, _ = run("probe")
+    assert out.startswith(
+        "not ready: H100 80GB HBM3, 79.6 GiB: the installed torch cannot use it\n"
+    )
+    _, out, _ = run("doctor")
+    assert out.startswith("1 fault on this computer: what mends it is below.\n")
+    assert "✓ torch              2.13.0, without CUDA\n" in out
+    (problem,) = read_machine().problems
+    assert out.endswith("\n".join(["", *command_lines(problem.command), ""]))
+    assert " \\\n    --index-url https://download.pytorch.org/whl/cu130\n" in out
+    assert max(map(len, out.splitlines()[:-2])) <= 80
+
+
+def test_both_say_whether_flash_attention_4_suits_the_cards(
+    nvml: FakeDriver, run, torch_for_cuda
+) -> None:
+    nvml.set(RTX_4090, H100)
+    _, out, _ = run("probe")
+    assert "flash 4  RTX 4090 is not eligible: it trains from Hopper on" in out
+    assert "flash 4 H100 80GB HBM3 is eligible: made for Hopper" in said(out)
+    _, out, _ = run("probe", "--json")
+    first, second = (card["flash_attention_4"] for card in json.loads(out)["gpus"])
+    assert first.startswith("not eligible: ")
+    assert second.startswith("eligible: ")
 
 
 @pytest.mark.parametrize("command", ["probe", "doctor"])

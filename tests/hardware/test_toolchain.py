@@ -10,6 +10,7 @@ from engine.hardware import Machine, assume
 from engine.hardware.machine import Problem
 from engine.hardware.requirements import install_command
 from engine.hardware.toolchain import python_headers, toolchain_problems
+from tests.fakes.packages import package
 
 PYTHON = "python{}.{}".format(*sys.version_info)
 DEBIAN = "ID=debian\nVERSION_ID=12\n"
@@ -188,9 +189,7 @@ def test_bitsandbytes_needs_a_library_of_torch_s_cuda(
     (headers / "Python.h").touch()
     packages = tmp_path / "site-packages"
     (packages / "bitsandbytes").mkdir(parents=True)
-    info = packages / "bitsandbytes-0.50.2.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bitsandbytes\nVersion: 0.50.2\n")
+    package(packages, "bitsandbytes", "0.50.2")
     for library in (*(f"cuda{each}" for each in libraries), "cpu", "rocm72"):
         (packages / "bitsandbytes" / f"libbitsandbytes_{library}.so").touch()
     monkeypatch.syspath_prepend(packages)

@@ -11,6 +11,7 @@ from engine.hardware import Gpu, Machine, assume, read_machine, torch_problem
 from engine.hardware.machine import Problem
 from engine.hardware.torch_build import read_torch_cuda
 from tests.fakes.nvml import H100, FakeDriver
+from tests.fakes.packages import install_torch
 
 INDEX = "--index-url https://download.pytorch.org/whl"
 T4 = "gpu name=Tesla_T4 uuid=GPU-t4 total=16106127360 cc=7.5"
@@ -18,25 +19,6 @@ V100 = "gpu name=Tesla_V100-SXM2-16GB uuid=GPU-v total=16935682048 cc=7.0"
 RTX_5090 = "gpu name=NVIDIA_GeForce_RTX_5090 uuid=GPU-5 total=34190917632 cc=12.0"
 # Driver, and the newest CUDA that it runs.
 DRIVERS = {"470": 11040, "535": 12020, "570": 12080, "580": 13000}
-
-
-def install_torch(
-    folder: Path, version: str, *, cuda: str | None = None, requires: tuple[str, ...] = ()
-) -> None:
-    """torch as a wheel lays it out, as far as anybody may look; `cuda` is its own word for it."""
-    info = folder / f"torch-{version}.dist-info"
-    info.mkdir()
-    lines = [f"Requires-Dist: {each}\n" for each in requires]
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n{''.join(lines)}"
-    )
-    (folder / "torch").mkdir()
-    (folder / "torch" / "__init__.py").write_text("raise SystemExit('torch was imported')\n")
-    if cuda is not None:
-        (folder / "torch" / "version.py").write_text(
-            f"from typing import Optional\n__version__ = '{version}'\n"
-            f"cuda: Optional[str] = {cuda}\nhip: Optional[str] = None\n"
-        )
 
 
 @pytest.fixture
@@ -141,7 +123,7 @@ def test_a_driver_for_which_no_build_is_left_has_to_be_updated(
         "Driver 470.10 runs CUDA up to 11.4;"
         " torch was built for 13.0, which begins with driver 580."
     )
-    assert found.fix == "Update the NVIDIA driver to 525 or newer."
+    assert found.fix == "Update the NVIDIA driver to 580 or newer."
     assert "torch" not in found.command
 
 
@@ -165,7 +147,20 @@ def test_of_two_cards_only_the_one_that_torch_leaves_out_is_named(
     machine = machine_with(nvml, "580", H100, V100)
     assert about(machine, 0) is None
     assert "V100-SXM2-16GB" in (about(machine, 1) or machine.problems[0]).what
-    assert [each.id for each in machine.problems if "torch" in each.id] == ["card_not_in_torch"]
+    # A warning: the other card works, and the build that is proposed has code for both.
+    (told,) = [each for each in machine.problems if "torch" in each.id]
+    assert (told.id, told.severity) == ("card_not_in_torch", "warning")
+    assert "cu126" in told.command
+
+
+def test_no_build_is_proposed_that_leaves_out_the_other_card(
+    nvml: FakeDriver, packages: Path
+) -> None:
+    install_torch(packages, "2.13.0", cuda="'13.0'")
+    found = about(machine_with(nvml, "580", RTX_5090, V100), 1)
+    assert found
+    assert found.command == ""
+    assert found.fix == "Use the other cards: no build of this torch has code for all of them."
 
 
 def test_the_wheels_of_arm_leave_out_other_cards(
