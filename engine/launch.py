@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 from engine.errors import UserError, WorkError
 from engine.events import Ack
-from engine.hardware import cuda_environment, read_machine
+from engine.hardware import Machine, cuda_environment, read_machine, torch_problem
 from engine.runs.control import ask
 from engine.runs.folder import RunFolder
 from engine.runs.lock import LAUNCH_VARIABLE, in_use, is_locked, read_claim
@@ -82,6 +82,7 @@ def launch(
     token = uuid.uuid4().hex
     try:
         _fill(run, config, plan)
+        require_planned(run)
         added = {**planned_gpu(run), **(environment or {}), LAUNCH_VARIABLE: token}
         child_environment = trainer_environment(added)
         log_start = run.log.stat().st_size if run.log.exists() else 0
@@ -249,14 +250,57 @@ def planned_gpu(run: RunFolder) -> dict[str, str]:
     By UUID: CUDA's own order need not be the driver's. Empty where the plan names none, and where
     that card is not here, as when a run goes on on another computer.
     """
-    try:
-        uuid_planned = json.loads(run.plan.read_text("utf-8"))["device"]["uuid"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    uuid_planned = planned_device(run).get("uuid")
     if not isinstance(uuid_planned, str):
         return {}
     here = [g for g in read_machine().gpus if g.uuid == uuid_planned and g.state == "ready"]
     return cuda_environment(here) if here else {}
+
+
+def planned_device(run: RunFolder) -> Mapping[str, Any]:
+    """The device in plan.json; empty where there is none."""
+    try:
+        found = json.loads(run.plan.read_text("utf-8"))["device"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def require_planned(run: RunFolder) -> None:
+    """Raises UserError with the cure where a run that is planned for a card would miss it.
+
+    PyTorch would train it on the processor without a word. Another usable card than the planned one
+    will do: a run may go on on another computer.
+    """
+    planned = planned_device(run)
+    if planned.get("kind") != "cuda":
+        return
+    machine = read_machine()
+    if not machine.usable_gpus:
+        errors = [problem.what for problem in machine.problems if problem.severity == "error"]
+        raise without_its_card(planned, " ".join(errors[:1]))
+    ready = [gpu for gpu in machine.gpus if gpu.state == "ready"]
+    here = [gpu for gpu in ready if gpu.uuid == planned.get("uuid")]
+    for gpu in here or machine.usable_gpus[:1]:
+        require_torch(machine, gpu.uuid)
+
+
+def require_torch(machine: Machine, uuid: str | None) -> None:
+    """Raises UserError with the cure where the installed torch cannot use the card of this UUID."""
+    for gpu in machine.gpus:
+        if gpu.uuid == uuid and (problem := torch_problem(machine, gpu)):
+            raise UserError(problem.what, problem.why, problem.cure)
+
+
+def without_its_card(planned: Mapping[str, Any], why: str = "") -> UserError:
+    """A run that is planned for a card and finds none that it can use."""
+    name = visible(str(planned.get("name") or "a GPU"), one_line=True)
+    return UserError(
+        f"The run is planned for {name}, and no GPU can be used here.",
+        why or "On the processor it would be another run: far slower, and in another precision.",
+        "`windtunnel doctor` says what is missing. To train on the processor, start a new run with"
+        " CUDA_VISIBLE_DEVICES set to nothing.",
+    )
 
 
 def trainer_environment(added: Mapping[str, str]) -> dict[str, str]:

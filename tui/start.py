@@ -10,8 +10,8 @@ from typing import Final
 from engine.config import RunConfig, parse_config, require_supported, write_config
 from engine.data.config_paths import with_absolute_paths
 from engine.errors import UserError
-from engine.hardware import Machine, missing_packages, torch_problem
-from engine.launch import launch
+from engine.hardware import Machine, missing_packages
+from engine.launch import launch, require_torch
 from engine.plan import Device, Estimate
 from engine.runs import RunFolder, create_run
 from engine.units import gib
@@ -128,6 +128,4 @@ def _require_stack(machine: Machine, device: Device) -> None:
                 f"Training needs {', '.join(absent)}; preview, plan and config work without.",
                 f"Install it, then start: {missing.command}",
             )
-    for gpu in machine.gpus:
-        if gpu.uuid == device.uuid and (problem := torch_problem(machine, gpu)):
-            raise UserError(problem.what, problem.why, problem.cure)
+    require_torch(machine, device.uuid)

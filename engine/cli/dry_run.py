@@ -13,7 +13,8 @@ from engine.cli.plan_lines import headline
 from engine.cli.planning import find_device, read_planned
 from engine.cli.row_counts import check_rows
 from engine.errors import UserError
-from engine.hardware import assume
+from engine.hardware import assume, read_machine
+from engine.launch import require_torch
 from engine.plan import best_device, estimate, read_statistics, remarks
 from engine.plan.sharding import cards_laid_out, cards_needed
 from engine.visible import visible
@@ -40,6 +41,7 @@ def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
             f"`windtunnel check {name}` lists them, with repairs.",
         )
     device = find_device(None)
+    require_torch(read_machine(), device.uuid)
     laid_out = cards_laid_out(config)
     card = device if device.kind == "cuda" or laid_out == 1 else best_device(assume(USUAL_CARD))
     counted = read_statistics(asdict(found))

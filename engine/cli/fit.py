@@ -20,7 +20,7 @@ from engine.cli.watch import PlainWatch, Watch
 from engine.config import RunConfig, write_config
 from engine.events import Recorded, parse
 from engine.hardware import cuda_environment, read_machine
-from engine.launch import TRAINER
+from engine.launch import TRAINER, require_torch
 from engine.plan.measured import Measurement, store
 from engine.runs import RunFolder
 from engine.torch_process import TorchProcess
@@ -85,10 +85,9 @@ def measure(
 
 def _one_gpu() -> dict[str, str]:
     """What makes CUDA show the process the card that a run would be given."""
-    uuid = find_device(None).uuid
-    return cuda_environment(
-        [gpu for gpu in read_machine().gpus if gpu.uuid == uuid] if uuid else []
-    )
+    uuid, machine = find_device(None).uuid, read_machine()
+    require_torch(machine, uuid)
+    return cuda_environment([gpu for gpu in machine.gpus if gpu.uuid == uuid] if uuid else [])
 
 
 def document(fitted: Mapping[str, Any], kept: list[Path]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from engine.catalog import Architecture
 from engine.config import RunConfig, assignment
+from engine.errors import UserError
 from engine.hardware import assume, listed_gpus
 from engine.plan import (
     Alternative,
@@ -20,6 +21,7 @@ from engine.plan import (
     best_device,
     estimate,
 )
+from engine.plan.device import refuse_bf16, why_float32
 from engine.plan.sharding import cards_needed
 from engine.units import gib, spoken
 from engine.visible import visible
@@ -49,6 +51,7 @@ def advice_lines(advice: Recommendation, device: Device) -> list[str]:
     lines += duration_lines(advice.duration)
     if advice.duration is None and advice.tokens_per_second:
         lines.append(f"· about {advice.tokens_per_second:,.0f} tokens a second, by the data sheet")
+    lines += precision_lines(advice.config, device)
     lines.append(f"· attention: {advice.attention.backend}, {advice.attention.reason}")
     if advice.attention.flash_4:
         lines.append(f"· {advice.attention.flash_4}")
@@ -80,6 +83,17 @@ def estimate_lines(needs: Estimate, device: Device) -> list[str]:
         f"takes {gib(needs.host_bytes)} of this computer's memory,"
         f" {gib(needs.disk_bytes)} of its disk",
     ]
+
+
+def precision_lines(config: RunConfig, device: Device) -> list[str]:
+    """Why a run computes in another precision than others would, or cannot in the one it names."""
+    if why := why_float32(config, device):
+        return [f"· {why}"]
+    try:
+        refuse_bf16(config, device)
+    except UserError as refusal:
+        return [f"✗ bf16: {refusal.why} {refusal.fix}"]
+    return []
 
 
 def peer_lines(needs: Estimate, peer: Peer) -> list[str]:

@@ -22,6 +22,7 @@ from engine.cli.plan_lines import (
     larger_card_lines,
     length_lines,
     peer_lines,
+    precision_lines,
     row_lines,
 )
 from engine.cli.row_counts import count_config_rows
@@ -37,6 +38,7 @@ from engine.config import (
 )
 from engine.data.config_paths import with_absolute_paths
 from engine.errors import DOES_NOT_FIT, UserError
+from engine.launch import require_torch
 from engine.plan import (
     AXOLOTL,
     Device,
@@ -61,6 +63,8 @@ from engine.plan import (
     remarks,
 )
 from engine.plan.attention import follow_attention
+from engine.plan.device import refuse_bf16
+from engine.plan.sharding import refuse_unshardable
 from engine.units import gib
 from engine.visible import fold, visible
 
@@ -182,6 +186,7 @@ def print_estimate(
             *peer_lines(needs, peer),
             *row_lines(needs, uncounted),
             *duration_lines(duration),
+            *precision_lines(run, device),
             *_attention_lines(run, architecture, device),
             *(f"! {sentence}" for sentence in odd),
             *ladder_lines(needs, rungs),
@@ -202,6 +207,7 @@ def read_planned(
     given: ConfigFile = read_config(file)
     config = override(given.config, changes) if changes else given.config
     require_supported(config, given.document, sharded=sharded)
+    refuse_unshardable(config)
     config = with_absolute_paths(config, file.absolute().parent)
     return config, read_architecture(config.base_model)
 
@@ -211,14 +217,18 @@ def plan_run(
 ) -> dict[str, object] | None:
     """The plan of a config's run on this machine, for its folder.
 
-    None where the model's shape is not known before it is fetched. Raises UserError with exit
-    status 3 where the run does not fit, unless `anyway`.
+    None where the model's shape is not known before it is fetched. Raises UserError where the
+    installed torch cannot use the card that the plan is for, and with exit status 3 where the run
+    does not fit, unless `anyway`.
     """
     try:
         config, architecture = read_planned(file, changes)
     except UnknownModel:
         return None
-    device = find_device(None)
+    machine = find_machine(None)
+    device = best_device(machine)
+    require_torch(machine, device.uuid)
+    refuse_bf16(config, device)
     statistics, _ = count_config_rows(config, architecture, file.absolute().parent)
     needs = estimate(config, architecture, device, statistics)
     if needs.verdict == "does not fit" and not anyway:

@@ -20,8 +20,9 @@ from engine.catalog import UnknownModel
 from engine.cli.planning import find_device, read_planned
 from engine.cli.supervision import AsJson, RunName, RunsFolder
 from engine.errors import UserError
+from engine.hardware import read_machine
 from engine.interrupt import wait_for_line
-from engine.launch import TRAINER, planned_gpu
+from engine.launch import TRAINER, planned_gpu, require_torch
 from engine.plan import refuse_answering
 from engine.runs import RunFolder, find_run
 from engine.torch_process import TorchProcess
@@ -229,11 +230,17 @@ def compare(
 
 
 def _open(run: RunFolder, module: str, anyway: bool) -> TorchProcess:
-    """The process that answers; UserError where the model does not fit, unless `anyway`."""
+    """The process that answers.
+
+    Raises UserError where the model does not fit, and where the installed torch cannot use the card
+    that is here, unless `anyway`.
+    """
     if not anyway:
+        device = find_device(None)
+        require_torch(read_machine(), device.uuid)
         with contextlib.suppress(UnknownModel):  # its shape is known only after it is fetched
             config, architecture = read_planned(run.config)
-            refuse_answering(config, architecture, find_device(None))
+            refuse_answering(config, architecture, device)
     return TorchProcess(["generate", str(run.path)], planned_gpu(run), module)
 
 

@@ -18,6 +18,7 @@ from engine.plan.layers import widths
 from engine.plan.loss import PLUGIN, PRICE, names_cut_loss
 from engine.plan.memory import Estimate, estimate
 from engine.plan.memory.frozen import SLOTS
+from engine.plan.sharding import SHARDED_OPTIMIZERS, is_sharded
 from engine.plan.statistics import Statistics
 from engine.plan.targets import linear_endings
 from engine.plan.vision import tower_works
@@ -116,8 +117,10 @@ def states_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
 
 def small_states(config: RunConfig, place: Place) -> Iterator[Change]:
     """The optimizer's state in 8 bits."""
-    if place.device.kind == "cuda" and config.optimizer.startswith("adamw_torch"):
-        yield "8-bit optimizer", {"optimizer": "adamw_bnb_8bit"}, "its states are rounded"
+    if place.device.kind == "cuda" and config.optimizer in ("adamw_torch", "adamw_torch_fused"):
+        small = "adamw_bnb_8bit"
+        keys = {"optimizer": SHARDED_OPTIMIZERS[small] if is_sharded(config) else small}
+        yield "8-bit optimizer", keys, "its states are rounded"
 
 
 def four_bits(config: RunConfig, place: Place) -> Iterator[Change]:
@@ -139,7 +142,8 @@ def small_tower(config: RunConfig, place: Place) -> Iterator[Change]:
 
 def paged_states(config: RunConfig, place: Place) -> Iterator[Change]:
     """The optimizer's state gives way to RAM."""
-    if place.device.has_ram_beside and not config.optimizer.startswith("paged"):
+    pages = place.device.has_ram_beside and not is_sharded(config)
+    if pages and not config.optimizer.startswith("paged"):
         keys = {"optimizer": "paged_adamw_8bit"}
         yield "paged optimizer", keys, "its states move to RAM when the card is full: slower"
 

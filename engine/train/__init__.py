@@ -47,4 +47,6 @@ sys.modules["kernels"] = None  # type: ignore[assignment]
 os.environ["USE_HUB_KERNELS"] = "0"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# Under its older name torch would read ours first, and a person's own settings would be lost.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -8,7 +8,7 @@ pass, and every backend that can cut gets them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from engine.catalog import Architecture
 from engine.config import RunConfig
 from engine.hardware import attention_backends
-from engine.plan import Device, Task, choose_attention, heads_of
+from engine.plan import Task, choose_attention, heads_of
 from engine.plan.attention import Attention, find_backend, follow_attention
+from engine.plan.device import computes_in_bf16
+from engine.train.device import as_planned
 
 TORCH_VARLEN = "torch_varlen"
 """Our name in transformers for PyTorch's kernel; one that holds "flash" is taken for the package
@@ -87,7 +89,7 @@ def attend_cut(
     (batch, heads, length, width) -> (batch, length, heads, width), like every one of them.
     """
     if attention_mask is None:
-        return sdpa_attention_forward(
+        return attend_stock(
             module, query, key, value, None, dropout=dropout, scaling=scaling, **options
         )
     dtype = query.dtype
@@ -99,6 +101,32 @@ def attend_cut(
     else:
         mixed = attend_row_by_row(q, k, v, attention_mask, scaling, sliding_window, dropout)
     return mixed.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def attend_stock(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' `sdpa`, with as many heads of keys as of queries where that saves memory."""
+    holder: Any = module
+    if query.shape[2] > 1 and needs_equal_heads(query):
+        key, value = (repeat_heads(state, query.shape[1], 1) for state in (key, value))
+        holder = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
+    return sdpa_attention_forward(holder, query, key, value, *rest, **options)
+
+
+def needs_equal_heads(query: Tensor) -> bool:
+    """Whether PyTorch would keep every score if keys had fewer heads than queries.
+
+    In float32 a card has one kernel that keeps none, the memory-efficient one, and that takes no
+    grouped heads (`can_use_mem_efficient_attention` in sdp_utils.cpp).
+    """
+    return query.device.type == "cuda" and query.dtype == torch.float32
+
+
+def repeat_heads(state: Tensor, heads: int, dim: int) -> Tensor:
+    """Each head of `dim` as often as it takes to make so many."""
+    shared = heads // state.shape[dim]
+    return state.repeat_interleave(shared, dim) if shared > 1 else state
 
 
 def attend_row_by_row(
@@ -115,6 +143,8 @@ def attend_row_by_row(
     (tokens, heads, width) -> (tokens, heads, width of a value); keys may have fewer heads. A
     `window` lets a token see so many up to itself.
     """
+    if needs_equal_heads(query):
+        key, value = (repeat_heads(state, query.shape[1], 1) for state in (key, value))
     sizes = rows.bounds.diff().tolist()
     states = [state.transpose(0, 1).split(sizes, 1) for state in (query, key, value)]
     mixed = []
@@ -214,6 +244,7 @@ def use_attention(settings: PreTrainedConfig, backend: str) -> None:
 def register_backends() -> None:
     """Make transformers cut rows apart under our backend and under every FlashAttention."""
     AttentionInterface.register(TORCH_VARLEN, attend_cut)
+    AttentionInterface.register("sdpa", attend_stock)
     AttentionMaskInterface.register(TORCH_VARLEN, find_segments)
     for name in attention_backends():
         if name in ("flash_attention_2", "flash_attention_3", "flash_attention_4"):
@@ -228,38 +259,8 @@ def pick_attention(
 
     Raises UserError where the config asks for one that cannot train this model here.
     """
-    place = _as_planned(device)
-    task = Task(heads_of(architecture), images, _is_half(config, device))
+    place = as_planned(device)
+    task = Task(heads_of(architecture), images, computes_in_bf16(config, place))
     if config.attn_implementation is None:
         return choose_attention(place, task)
     return follow_attention(config.attn_implementation, place, task)
-
-
-def _is_half(config: RunConfig, device: torch.device) -> bool:
-    if config.bf16 == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return bool(config.bf16)
-
-
-def _as_planned(device: torch.device) -> Device:
-    """`device` as the table of backends asks for it."""
-    stack = {
-        backend.package: _version(backend.package) for backend in attention_backends().values()
-    }
-    if device.type == "cpu":
-        return Device("this computer's CPU", "cpu", 0, 0, stack=stack)
-    return Device(
-        torch.cuda.get_device_name(device),
-        "cuda",
-        0,
-        0,
-        compute_capability=torch.cuda.get_device_capability(device),
-        stack=stack,
-    )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -26,6 +26,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.train.attention import pick_attention, use_attention
 from engine.train.checkpoint_files import StoredTensor, list_tensors, read_slice, read_tensor
+from engine.train.device import pick_device, pick_dtype
 from engine.train.experts import GroupedLinear, replace_experts
 from engine.train.fp8 import Fp8Layout, find_layout, read_matrix
 from engine.train.load_report import LoadReport, describe_load
@@ -48,19 +49,6 @@ class Base:
     report: LoadReport
     eyes_wait: bool = False
     """Whether the vision tower and the projector stayed in RAM: they cannot be used."""
-
-
-def pick_device() -> torch.device:
-    """The first visible CUDA card, else this computer's CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def pick_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """`bf16: auto` is bfloat16 where the card has it and float32 on a CPU, which emulates it."""
-    if config.bf16 == "auto":
-        fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if fits else torch.float32
-    return torch.bfloat16 if config.bf16 else torch.float32
 
 
 def load_base(

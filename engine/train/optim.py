@@ -6,12 +6,16 @@ bfloat16 weights are moved in float32, or most small steps would be rounded away
 keep what was cut off (a full fine-tune), or are rounded at random (an adapter in bfloat16).
 """
 
+import ctypes
+import gc
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 
 from engine.config import RunConfig
@@ -80,6 +84,38 @@ def _choose(groups: list[dict[str, Any]], config: RunConfig) -> Optimizer:
         "Set `optimizer` to one of them; adamw_torch_fused is the exact one, adamw_bnb_8bit the "
         "small one.",
     )
+
+
+def free_paged_state() -> int:
+    """Give back the unified memory of paged states that nobody holds any more; returns its bytes.
+
+    bitsandbytes never frees it: each tensor stays in a list of its own, and the memory was never
+    PyTorch's. For a run that begins anew in the same process after memory ran out.
+    """
+    if "bitsandbytes" not in sys.modules:
+        return 0
+    from bitsandbytes.functional import GlobalPageManager
+
+    manager = GlobalPageManager.get_instance()
+    held = [
+        (StorageWeakRef(each.untyped_storage()), each.data_ptr(), each.nbytes)
+        for each in manager.paged_tensors
+    ]
+    manager.paged_tensors = []
+    gc.collect()
+    # What lives on keeps its memory: to read what was freed would end the process.
+    gone = [(pointer, size) for storage, pointer, size in held if storage.expired()]
+    if gone:
+        runtime = cuda_runtime()
+        torch.cuda.synchronize()
+        for pointer, _ in gone:
+            runtime.cudaFree(ctypes.c_void_p(pointer))
+    return sum(size for _, size in gone)
+
+
+def cuda_runtime() -> ctypes.CDLL:
+    """CUDA's runtime library, which torch has loaded."""
+    return ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).partition('.')[0]}")
 
 
 def _move_in_float32(optimizer: Optimizer, adapter: frozenset[nn.Parameter]) -> None:

@@ -25,6 +25,7 @@ from engine.data.prepared import Prepared
 from engine.events import Note, Phase, Shortage, Started
 from engine.launch import change_config
 from engine.plan import remarks
+from engine.plan.device import refuse_bf16, why_float32
 from engine.plan.loss import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from engine.plan.memory.moments import ANSWER_TOKENS, SAMPLE_TOKENS
 from engine.publish.facts import find_base
@@ -32,6 +33,7 @@ from engine.runs import RunFolder
 from engine.train.attention import pick_attention
 from engine.train.batches import Rows
 from engine.train.cut_loss import settle_loss
+from engine.train.device import as_planned, pick_device, require_planned_device
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model, head_of, use_checkpointing
 from engine.train.images import refuse_unread
@@ -39,7 +41,8 @@ from engine.train.loop import Training
 from engine.train.lora import attach_lora, choose_trained
 from engine.train.measure import Measures
 from engine.train.meter import held_memory_bytes
-from engine.train.model import Base, load_base, pick_device
+from engine.train.model import Base, load_base
+from engine.train.optim import free_paged_state
 from engine.train.prompts import ask, ask_about_images, ask_by_default
 from engine.train.session import Session
 from engine.train.shortage import is_shortage
@@ -76,6 +79,7 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
     while told := _try(session, resume=resume, checkpoint=checkpoint):
         # Nothing of the failed attempt is alive any more: its frames ended with it.
         gc.collect()
+        free_paged_state()
         torch.cuda.empty_cache()
         config = read_config(session.run.config).config
         told = with_way_out(told, config, read_architecture(session.base_folder), device)
@@ -109,6 +113,11 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
     for finding in file.require_supported():
         session.emit(Note("info", finding.sentence()))
     config = file.config
+    require_planned_device(session.run)
+    place = as_planned(pick_device())
+    refuse_bf16(config, place)
+    if why := why_float32(config, place):
+        session.emit(Note("info", f"The run {why}"))
     torch.manual_seed(config.seed)
     session.emit(Phase("model", detail=config.base_model))
     session.base_folder = locate_base(config, session.run.path, teller(session, "download"))

@@ -8,8 +8,11 @@ import re
 
 from engine.visible import visible
 
-# torch's allocator on a CPU raises a plain RuntimeError; the other words are CUDA's.
-_WORDS = ("can't allocate memory", "out of memory")
+_WORDS = (
+    *("can't allocate memory", "not enough memory"),  # torch's allocator, a plain RuntimeError
+    *("out of memory", "CUDA_ERROR_OUT_OF_MEMORY", "cudaErrorMemoryAllocation"),  # CUDA's
+    "_STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER and cuSPARSE, which allocate on their own
+)
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 

@@ -175,6 +175,10 @@ class TestWithAutoFit:
             16_384_000,
         ),
         ("out of memory", None),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", None),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", None),
+        ("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY", None),
+        ("cudaErrorMemoryAllocation", None),
     ],
 )
 def test_what_the_system_says(words: str, asked: int | None) -> None:
@@ -183,3 +187,5 @@ def test_what_the_system_says(words: str, asked: int | None) -> None:
     assert asked_bytes(error) == asked
     assert "enforce" not in words_of(error)
     assert not is_shortage(RuntimeError("shapes do not match"))
+    # Of a kernel that does not suit the card: less memory for the run would not help.
+    assert not is_shortage(RuntimeError("out of resource: shared memory, Required: 98304"))

@@ -10,7 +10,7 @@ from typing import Literal
 
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
-from engine.plan.device import Device
+from engine.plan.device import Device, computes_in_bf16
 from engine.plan.loss import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from engine.plan.measured import corrected, find_measured
 from engine.plan.memory.frozen import Frozen, frozen_bytes, sizes_of
@@ -281,9 +281,8 @@ def on_device(peak_bytes: int, device: Device) -> int:
 
 
 def base_bytes_of(config: RunConfig, device: Device) -> int:
-    """Of one weight that is not quantized; `bf16: auto` is float32 where bfloat16 is emulated."""
-    bf16 = device.computes_bf16 if config.bf16 == "auto" else config.bf16
-    return 2 if bf16 else 4
+    """Of one weight that is not quantized."""
+    return 2 if computes_in_bf16(config, device) else 4
 
 
 def tokens_at_once(config: RunConfig, statistics: Statistics | None) -> int:

@@ -27,6 +27,7 @@ from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.attention import pick_attention
 from engine.train.batches import Order, Rows, StepBatch
 from engine.train.cut_loss import settle_loss
+from engine.train.device import pick_device, pick_dtype
 from engine.train.fetch import leave_hub
 from engine.train.fitcheck.batches import count_rows, heaviest_step, run_tokens, synthetic_step
 from engine.train.fitcheck.gauges import Gauge, Peak, held, open_gauge
@@ -36,7 +37,7 @@ from engine.train.forward import Model, head_of
 from engine.train.images import refuse_unread
 from engine.train.loop import fill_gradients, move
 from engine.train.loss import Loss
-from engine.train.model import load_base, pick_device, pick_dtype
+from engine.train.model import load_base
 from engine.train.optim import build_optimizer, learning_rate, set_learning_rate
 from engine.train.run import prepare_rows, put_on_training, teller
 from engine.train.session import Session
