@@ -227,12 +227,12 @@ def plan_run(
         return None
     machine = find_machine(None)
     device = best_device(machine)
-    require_torch(machine, device.uuid)
     refuse_bf16(config, device)
     statistics, _ = count_config_rows(config, architecture, file.absolute().parent)
     needs = estimate(config, architecture, device, statistics)
     if needs.verdict == "does not fit" and not anyway:
         raise _too_large(config, architecture, device, statistics)
+    require_torch(machine, device.uuid)
     return plan_document(needs, device)
 
 

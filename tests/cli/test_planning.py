@@ -5,14 +5,15 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytest
 
 from engine.catalog import find_model
 from engine.cli import main
 from engine.config import read_config
-from engine.runs import RunFolder, status
+from engine.events import Ended, Event
+from engine.runs import Follower, RunFolder, status
 from tests.extras import needs_trainer
 from tests.fakes.nvml import RTX_4090, FakeDriver
 
@@ -37,6 +38,12 @@ ESTIMATE_KEYS = {
     *("peak_allocated_bytes", "device_bytes", "host_bytes", "disk_bytes", "parts"),
     *("trainable_parameters", "total_parameters", "targets", "verdict", "range_bytes", "source"),
 }
+
+
+def is_end(event: Event) -> TypeGuard[Ended]:
+    return isinstance(event, Ended)
+
+
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -321,6 +328,43 @@ def write_shape(folder: Path) -> Path:
     return folder
 
 
+@needs_trainer
+class TestTrainIsRefusedWhereItWouldMissTheCard:
+    """The driver shows a card, and the torch of the tests computes on the CPU alone."""
+
+    @pytest.fixture(autouse=True)
+    def card(self, nvml: FakeDriver) -> None:
+        nvml.set(RTX_4090)
+
+    @pytest.mark.parametrize("more", [(), ("--detach",), ("--max-steps", "0")])
+    def test_before_there_is_a_run(
+        self, run: Command, config: Path, home: Path, more: tuple[str, ...]
+    ) -> None:
+        code, out, err = run("train", str(config), *more)
+        assert (code, out) == (2, "")
+        assert re.match(r"The installed torch \S+ cannot use a GPU\.", err)
+        assert "Install the build of torch for CUDA" in err
+        assert not home.exists()
+
+    def test_a_measurement(self, run: Command, config: Path) -> None:
+        code, _, err = run("fit", str(config))
+        assert (code, "cannot use a GPU" in err) == (2, True)
+
+    @pytest.mark.parametrize("here", [(), (RTX_4090,)])
+    def test_a_run_that_was_planned_on_another_computer(
+        self, run: Command, config: Path, tmp_path: Path, nvml: FakeDriver, here: tuple[str, ...]
+    ) -> None:
+        nvml.set(*here)
+        folder = RunFolder(tmp_path / "there")
+        folder.path.mkdir()
+        folder.config.write_text(config.read_text("utf-8"), "utf-8")
+        folder.plan.write_text(json.dumps({"device": {"kind": "cuda", "name": "H100"}}), "utf-8")
+        code, _, err = run("resume", str(folder.path))
+        assert code == 2
+        assert "no GPU can be used here" in err or "cannot use a GPU" in err
+        assert not folder.events.exists()
+
+
 class TestTrainIsRefusedWhereItDoesNotFit:
     @pytest.fixture(autouse=True)
     def small_gpu(self, nvml: FakeDriver) -> None:
@@ -350,14 +394,21 @@ class TestTrainIsRefusedWhereItDoesNotFit:
         assert (code, out[:6]) == (0, "✓ fits")
 
     @needs_trainer
-    def test_unless_anyway(self, run: Command, config: Path, tmp_path: Path) -> None:
-        # Its model has no weights and no tokenizer: it starts, and ends at once.
+    def test_unless_anyway(
+        self, run: Command, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("engine.hardware.reading.read_torch_cuda", lambda: "13.0")
         folder = tmp_path / "here"
         changes = [f"base_model={write_shape(tmp_path / 'model')}", f"output_dir={folder}"]
         assert run("train", str(config), *changes)[0] == 3
         assert not folder.exists()
         code, _, err = run("train", str(config), *changes, "--anyway")
-        assert code in (1, 2), err
+        assert code == 2, err
+        # The torch of the tests computes on the CPU alone, which the trainer sees.
+        (ended,) = [e.event for e in Follower(folder / "events.jsonl").read() if is_end(e.event)]
+        assert ended.outcome == "failed"
+        assert ended.what == "The run is planned for Small, and no GPU can be used here."
+        assert "sees none" in ended.why
         assert status(RunFolder(folder)) == "failed"
         plan = json.loads((folder / "plan.json").read_text("utf-8"))
         assert plan["estimate"]["verdict"] == "does not fit"
