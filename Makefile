@@ -32,6 +32,7 @@ check: install
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	$(PY) -m pytest tests/test_house.py
+	$(PY) -m tests.install.resolve
 
 bench: install
 	$(PY) -m tests.bench

@@ -1,0 +1,1 @@
+"""What a newcomer installs, on this computer and on others."""
