@@ -158,7 +158,7 @@ def test_a_run_is_paused_resumed_and_stopped(
         stopped = document(capsys)
         assert stopped["status"] == "stopped"
         assert not is_locked(run), "what was asked to stop has saved and is gone"
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert (run.checkpoints / "LATEST").read_text() == f"step-{stopped['step']}"
 
 
@@ -208,7 +208,7 @@ def test_a_dead_run_is_resumed_in_the_foreground_to_its_end(run: RunFolder) -> N
         process.kill()
         process.wait()
     resumed = start_resume("first", "--json", steps=8)
-    out, err = resumed.communicate(timeout=30)
+    out, err = resumed.communicate(timeout=60)
     assert resumed.returncode == 0, err
     assert json.loads(out)["status"] == "finished"
     assert [step.step for step in read_steps(run)] == list(range(1, 9))
@@ -218,7 +218,7 @@ def test_ctrl_c_in_the_foreground_saves_and_leaves_with_130(run: RunFolder) -> N
     resumed = start_resume("first")
     wait_until(lambda: len(read_steps(run)) > 2)
     os.killpg(resumed.pid, signal.SIGINT)
-    _, err = resumed.communicate(timeout=30)
+    _, err = resumed.communicate(timeout=60)
     assert resumed.returncode == 130
     assert "Traceback" not in err
     assert status(run) == "stopped"
@@ -227,7 +227,7 @@ def test_ctrl_c_in_the_foreground_saves_and_leaves_with_130(run: RunFolder) -> N
 
 def test_a_run_that_fails_in_the_foreground_says_why(run: RunFolder) -> None:
     resumed = start_resume("first", fails_at=2)
-    _, err = resumed.communicate(timeout=30)
+    _, err = resumed.communicate(timeout=60)
     assert resumed.returncode != 0
     assert "The loss is NaN. It diverged. Lower lr." in err
 
@@ -237,7 +237,7 @@ def test_a_run_that_is_killed_in_the_foreground_is_called_lost(run: RunFolder) -
     wait_until(lambda: len(read_steps(run)) > 2)
     (trainer,) = processes_of(run.path)
     os.kill(trainer, signal.SIGKILL)
-    _, err = resumed.communicate(timeout=30)
+    _, err = resumed.communicate(timeout=60)
     assert "The run first is lost." in err
 
 
@@ -245,7 +245,7 @@ def test_resume_in_the_background_returns_at_once(
     run: RunFolder, app: cyclopts.App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resumed = start_resume("first", "--detach", "--json")
-    out, err = resumed.communicate(timeout=30)
+    out, err = resumed.communicate(timeout=60)
     assert resumed.returncode == 0, err
     assert json.loads(out)["status"] == "running"
     assert ask(run, "stop", timeout_seconds=20).outcome == "done"

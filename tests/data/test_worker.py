@@ -56,7 +56,7 @@ def wizard(tmp_path) -> Iterator[Wizard]:
     found = Wizard(tmp_path)
     yield found
     found.child.stdin.close()
-    assert found.child.wait(10) == 0
+    assert found.child.wait(60) == 0
     found.child.stdout.close()
 
 
@@ -163,7 +163,7 @@ def test_it_ends_with_the_wizard_even_in_the_middle_of_work(wizard, tmp_path, wr
     path = write_jsonl([chat(f"q {n}") for n in range(20_000)])
     wizard.send(id=1, request="check", config=config(path, model), folder=str(tmp_path))
     wizard.child.stdin.close()
-    assert wizard.child.wait(20) == 0
+    assert wizard.child.wait(60) == 0
 
 
 def test_neither_torch_nor_datasets_is_loaded(tmp_path):

@@ -15,7 +15,7 @@ from engine.runs.lock import read_claim
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     """Poll until the condition holds; fails the test when it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():

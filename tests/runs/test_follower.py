@@ -222,7 +222,7 @@ def test_a_line_torn_by_kill_9_is_skipped_once_and_the_next_launch_is_followed(
         file.write(b'{"v": 1, "seq": 99, "ty')
     assert follower.read() == []
     with running_fake(run, steps=2) as process:
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     events = follower.read()
     assert follower.garbage == 1
     assert isinstance(events[-1].event, Ended)

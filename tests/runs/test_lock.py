@@ -28,7 +28,7 @@ def test_a_run_is_locked_exactly_while_its_trainer_lives(run: RunFolder) -> None
 def test_a_second_trainer_is_refused_with_a_sentence(run: RunFolder) -> None:
     with running_fake(run) as first:
         second = start_fake(run)
-        _, printed = second.communicate(timeout=20)
+        _, printed = second.communicate(timeout=60)
         assert second.returncode == 2
         assert b"already running" in printed
         assert b"windtunnel stop first" in printed
@@ -66,7 +66,7 @@ def test_a_program_that_the_trainer_starts_does_not_hold_the_lock(run: RunFolder
         )
         assert is_locked(run)
     assert not is_locked(run)
-    program.communicate(timeout=20)
+    program.communicate(timeout=60)
 
 
 def test_looking_at_a_run_never_keeps_its_trainer_out(run: RunFolder) -> None:

@@ -119,7 +119,7 @@ def test_a_run_goes_through_all_its_words(run: RunFolder) -> None:
         ask(run, "resume", timeout_seconds=20)
         assert status(run) == "running"
         ask(run, "stop", timeout_seconds=20)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert status(run) == "stopped"
     with running_fake(run, "--resume") as process:
         assert status(run) == "running"

@@ -28,7 +28,7 @@ def assert_golden(name: str, text: str) -> None:
 
 
 async def wait_for(
-    pilot: Pilot[Any], condition: Callable[[], object], seconds: float = 20.0
+    pilot: Pilot[Any], condition: Callable[[], object], seconds: float = 60.0
 ) -> None:
     """Let the app work until the condition holds; fails the test when it does not in time."""
     deadline = time.monotonic() + seconds

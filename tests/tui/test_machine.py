@@ -168,7 +168,7 @@ def test_enter_before_the_driver_has_answered_waits_says_so_and_goes_on(nvml: Fa
     answers = threading.Event()
 
     def read() -> Machine:
-        answers.wait(20)
+        answers.wait(60)
         return read_fixed()
 
     async def work() -> None:
