@@ -26,6 +26,7 @@ TARGETS = "tests/plan/test_targets.py"
 LORA = "tests/train/test_lora.py"
 MODEL = "tests/train/test_model.py"
 ATTENTION = "tests/train/test_attention.py"
+LOSS = "tests/train/test_loss.py"
 VISION = "tests/train/test_vision.py"
 ARCHITECTURE = "tests/catalog/test_architecture.py"
 SECONDS = "tests/train/test_step_seconds.py"
@@ -371,6 +372,40 @@ GUARDS = {
         "!= piece.nbytes:",
         "< 0:",
         "tests/train/test_shards.py::test_a_file_that_is_cut_while_it_is_read_is_refused",
+    ),
+    "cut-cross-entropy is tried before a run needs it": Guard(
+        "engine/train/cut_loss.py",
+        " or _failed(head, device)",
+        "",
+        "tests/train/test_cut_loss.py"
+        "::test_a_run_without_a_compiler_trains_in_chunks_to_the_same_losses",
+    ),
+    "a head that is trained is never left to cut-cross-entropy": Guard(
+        "engine/train/loss.py",
+        "loss.cut and not head.requires_grad",
+        "loss.cut",
+        "tests/train/test_cut_loss.py::test_a_head_that_is_trained_is_never_left_to_it",
+    ),
+    "a card's logits are not rounded to half precision": Guard(
+        "engine/train/loss.py",
+        "left.is_cuda and left.dtype != torch.float32",
+        "False",
+        f"{LOSS}::test_on_a_card_a_product_of_bfloat16_is_asked_for_in_float32",
+    ),
+    "the target's slope joins in float32": Guard(
+        "engine/train/loss.py",
+        "product(logits.scatter_(1, wanted, 0.0).to(head.dtype), head)\n"
+        "        grad.copy_(moved.addcmul_(of_target, head[targets].float()).div_(sums))",
+        "product(logits.scatter_(1, wanted, of_target).to(head.dtype), head)\n"
+        "        grad.copy_(moved.div_(sums))",
+        f"{LOSS}::TestAtTheRealVocabulary::test_bfloat16_on_a_card",
+    ),
+    "a resumed run keeps the chunks of its loss": Guard(
+        "engine/train/loop.py",
+        "if 0 < position.loss_chunk_bytes < self.loss.chunk_bytes:",
+        "if False:",
+        "tests/train/test_checkpoint.py::TestRoundTrip"
+        "::test_it_goes_on_in_the_chunks_that_it_had_unless_there_is_less_room",
     ),
 }
 
