@@ -3,19 +3,28 @@
 import pytest
 import torch
 
+pytest.importorskip("transformers")
+
 from engine.train.attention import Segments, attend_by_kernel, attend_row_by_row
+from tests.gpu.conftest import Card
 from tests.train.test_attention import CUT, positions, states, tiny, tokens
 from tests.train.tiny import ARCHITECTURES
 
-pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["even", "grouped"])
 @pytest.mark.parametrize("widths", [(128, 128), (128, 64), (64, 64)])
 @pytest.mark.parametrize("window", [None, 100])
 def test_the_kernel_agrees_with_rows_one_after_another(
-    heads: tuple[int, int], widths: tuple[int, int], window: int | None
+    card: Card, heads: tuple[int, int], widths: tuple[int, int], window: int | None
 ) -> None:
+    if card.half != torch.bfloat16:
+        pytest.skip("PyTorch's kernel needs capability 8.0")
+    with card.here():
+        check_kernel(heads, widths, window)
+
+
+def check_kernel(heads: tuple[int, int], widths: tuple[int, int], window: int | None) -> None:
     bounds = torch.tensor([0, 300, 301, 700, 1024], dtype=torch.int32, device="cuda")
     rows = Segments(bounds, 399)
     torch.manual_seed(0)
@@ -35,9 +44,12 @@ def test_the_kernel_agrees_with_rows_one_after_another(
 
 
 @pytest.mark.parametrize("name", ["mistral", "ministral3", "mistral4"])
-def test_a_model_on_the_kernel_agrees_with_one_under_a_mask(name: str) -> None:
+def test_a_model_on_the_kernel_agrees_with_one_under_a_mask(card: Card, name: str) -> None:
+    if card.half != torch.bfloat16:
+        pytest.skip("PyTorch's kernel needs capability 8.0")
     found = []
-    for backend in (CUT, "sdpa"):
-        model = tiny(ARCHITECTURES[name], backend).to("cuda", torch.bfloat16)
-        found.append(states(model, tokens().cuda(), positions().cuda()).float())
+    with card.here():
+        for backend in (CUT, "sdpa"):
+            model = tiny(ARCHITECTURES[name], backend).to("cuda", torch.bfloat16)
+            found.append(states(model, tokens().cuda(), positions().cuda()).float())
     assert (found[0] - found[1]).norm() / found[1].norm() < 0.02

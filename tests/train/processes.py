@@ -214,10 +214,12 @@ def wait(process: BaseProcess, seconds: float = 120.0) -> int:
 
 
 @contextlib.contextmanager
-def training(run: RunFolder, *arguments: str, steps: int = 0) -> Iterator[BaseProcess]:
+def training(
+    run: RunFolder, *arguments: str, steps: int = 0, before: Callable[[], object] | None = None
+) -> Iterator[BaseProcess]:
     """A trainer that has done `steps` steps of this launch; killed at the end where it lives."""
     follower = Follower(run.events, from_end=True)
-    process = start(run, *arguments)
+    process = start(run, *arguments, before=before)
     try:
         seen = 0
 

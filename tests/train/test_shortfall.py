@@ -46,12 +46,13 @@ def hold_at_most(tokens: int, *, from_step: int = 1) -> None:
     """From a step on, a forward and backward pass of more tokens asks torch's allocator for more
     than there is, as one on a small card does: between two layers, in the middle of the pass."""
     from engine.train import loop
+    from engine.train.model import pick_device
 
     began, compute = False, loop.hidden_states
     failed: list[weakref.ref[Any]] = []
 
     def ask(*_: Any) -> None:
-        torch.empty(2**50, dtype=torch.uint8)
+        torch.empty(2**50, dtype=torch.uint8, device=pick_device())
 
     def begin() -> None:
         nonlocal began
