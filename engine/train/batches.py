@@ -27,6 +27,8 @@ from engine.train.images import IMAGE_TOKEN, ImagePixels, join
 
 StepRows: TypeAlias = list[list[list[int]]]
 """Rows of one optimizer step: micro-batches of sequences of rows."""
+NAMED_ROWS = 3
+"""Rows that a bad step, or a note on rows that are left out, is told with."""
 PAD = 11
 """`<pad>` of every Tekken vocabulary. It is never learned and nothing attends to it."""
 
@@ -80,8 +82,21 @@ class Rows:
 
     def place(self, row: int) -> str:
         """Where a person finds the row."""
-        index = int(self.chosen[row])
+        return self._place(int(self.chosen[row]))
+
+    def _place(self, index: int) -> str:
         return f"{self.prepared.file(index)} line {self.prepared.line(index)}"
+
+    def left_out(self) -> str:
+        """A sentence that names rows which are not among the chosen; empty where all are."""
+        missing = np.setdiff1d(np.arange(len(self.prepared)), self.chosen)
+        if not len(missing):
+            return ""
+        named = ", ".join(self._place(int(index)) for index in missing[:NAMED_ROWS])
+        return (
+            f"{len(missing)} of {len(self.prepared)} rows are left out, longer than sequence_len "
+            f"or with nothing to learn: {named}{' and others' * (len(missing) > NAMED_ROWS)}"
+        )
 
     def fingerprint(self) -> str:
         """Hash of which rows these are and where each is cut."""

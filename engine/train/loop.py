@@ -20,7 +20,7 @@ from engine.errors import UserError, WorkError
 from engine.events import Ended, Eval, Note, Phase, Sample, SampleTime, Saved, Step
 from engine.plan.memory.moments import SAMPLE_TOKENS
 from engine.publish import publish_result
-from engine.train.batches import PAD, Order, Rows, StepBatch
+from engine.train.batches import NAMED_ROWS, PAD, Order, Rows, StepBatch
 from engine.train.checkpoint import Checkpoints, Position, random_tensors, restore_random
 from engine.train.evaluate import RiseWatch, Score, mean_loss, row_losses, score, score_all
 from engine.train.experts import balance_loss, balance_weight, watch_routers
@@ -38,9 +38,6 @@ from engine.train.shortage import is_shortage
 from engine.train.shortfall import MemoryRanOut, describe, in_a_step
 from engine.train.watchdog import LossWatch
 from engine.train.weights import export_trained, load_trained, trained_parameters
-
-NAMED_ROWS = 3
-"""Rows that a bad step is told with."""
 
 
 class Training:

@@ -222,6 +222,8 @@ def prepare_rows(
     prepared = _prepare(config, config.datasets, tokenizer, session)
     prepared.link_into(session.run.data)
     rows = select_rows(prepared, config)
+    if words := rows.left_out():
+        session.emit(Note("warning", words))
     if not config.test_datasets:
         if not config.val_set_size:
             return rows, {}

@@ -1,9 +1,9 @@
 """A CUDA card made of this computer's CPU: the branches that only a card takes, run in CI.
 
 Inside `card()` every tensor says that it is on `cuda:0` and computes on the CPU, torch.cuda answers
-for a card of the given capability, and what only CUDA has stands in by a slow reference that asserts
-the contract of the real thing. It shows no kernel's numbers, no asynchrony and no mixing of devices:
-those need a card, and `make gpu` runs the same tests on one.
+for a card of the given capability, and what only CUDA has is computed by a slow reference that
+asserts the contract of the real thing. It shows no kernel's numbers, no asynchrony and no mixing of
+devices: those need a card, and `make gpu` runs the same tests on one.
 """
 
 import ctypes

@@ -76,7 +76,7 @@ def attend(
 def check_rows(
     states: tuple[Tensor, Tensor, Tensor], bounds: tuple[Any, Any], longest: tuple[Any, Any]
 ) -> None:
-    """What every kernel for rows of different lengths asserts, or reads beyond where it is not so."""
+    """What every kernel for rows of different lengths asserts, or silently takes for granted."""
     query, key, value = states
     for state in states:
         assert state.dtype in HALVES, f"half precision only, not {state.dtype}"

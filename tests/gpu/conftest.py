@@ -1,4 +1,4 @@
-"""Where the tests of this folder run: on a card, or in CI on a stand-in of one; and their report."""
+"""Where these tests run: on a card, or in CI on a stand-in of one; and the report of a card."""
 
 import datetime
 import os
@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from tests.fakes import card as fake
-
+WHOLE_MODELS = [f"test_{part}.py" for part in ("attention", "fit", "offload", "process", "steps")]
+collect_ignore = [] if find_spec("transformers") and find_spec("peft") else WHOLE_MODELS
+"""Without them kernels are tested all the same."""
 BUDGET_SECONDS = 360
 """A test that would begin later is skipped: `make gpu` is for six minutes."""
 REPORT_VARIABLE = "WINDTUNNEL_GPU_REPORT"
@@ -44,6 +46,8 @@ class Card:
 def card(request: pytest.FixtureRequest) -> Iterator[Card]:
     """Both; `-m gpu` chooses the real one."""
     if request.param == "stand-in":
+        from tests.fakes import card as fake  # it reads what torch before 2.12 lacks
+
         yield Card(False, (9, 0), fake.UUID, fake.card)
         return
     found = torch.cuda.is_available()
@@ -71,9 +75,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report: pytest.TestReport = yield  # type: ignore[assignment]
     told = report.when == "call" or (report.when == "setup" and report.outcome != "passed")
     if told and item.get_closest_marker("gpu"):
@@ -107,6 +109,11 @@ def _head(name: str, today: str) -> list[str]:
         "",
         f"Capability {properties.major}.{properties.minor}, {properties.total_memory / 2**30:.1f} "
         f"GiB, driver {_driver()}, CUDA {torch.version.cuda}. {found}. Not installed: {lacking}.",
+        *(
+            ["", f"Not run for lack of transformers or peft: {', '.join(collect_ignore)}."]
+            if collect_ignore
+            else []
+        ),
         "",
         "| test | outcome | seconds | what it found |",
         "|---|---|---|---|",

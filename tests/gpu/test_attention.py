@@ -3,13 +3,10 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 from engine.train.attention import Segments, attend_by_kernel, attend_row_by_row
 from tests.gpu.conftest import Card
 from tests.train.test_attention import CUT, positions, states, tiny, tokens
 from tests.train.tiny import ARCHITECTURES
-
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["even", "grouped"])

@@ -13,7 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.train.loss import summed_cross_entropy
+from engine.config import RunConfig
+from engine.plan.loss import CHUNK_BYTES
+from engine.train.cut_loss import settle_loss
+from engine.train.loss import Loss, summed_cross_entropy
 from tests.fakes.processes import ROOT
 from tests.gpu.conftest import Card
 
@@ -54,30 +57,66 @@ def exact(states: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 
 def sizes(card: Card) -> tuple[int, int]:
     """Tokens and width: those of Ministral 3 8B, in two chunks."""
-    return (1500, 4096) if card.real else (40, 32)
+    return (1500, 4096) if card.real else (24, 32)
 
 
 class TestLoss:
+    def twice(self, problem: tuple[Tensor, Tensor, Tensor], loss: Loss) -> list[Tensor]:
+        """The loss and the gradient of the states, computed two times."""
+        states, head, labels = problem
+        found = []
+        for _ in range(2):
+            states.grad = None
+            ours = summed_cross_entropy(states, head, labels, loss)
+            ours.backward()
+            assert states.grad is not None
+            found += [ours.detach(), states.grad]
+        return found
+
     def test_own_chunks_are_exact_at_the_real_vocabulary_and_repeatable(
         self, card: Card, record_property: Callable[[str, object], None]
     ) -> None:
         with card.here():
-            states, head, labels = problem(card, *sizes(card))
-            loss, grad = exact(states, head, labels)
-            found = []
-            for _ in range(2):
-                states.grad = None
-                ours = summed_cross_entropy(states, head, labels)
-                ours.backward()
-                assert states.grad is not None
-                found.append((ours.detach(), states.grad))
-            (first, slopes), (second, again) = found
+            given = problem(card, *sizes(card))
+            loss, grad = exact(*given)
+            first, slopes, second, again = self.twice(given, Loss(CHUNK_BYTES[0]))
             assert torch.equal(first, second)
             assert torch.equal(slopes, again)
             off = distance(slopes, grad)
             record_property("relative error of the states' gradient", f"{off:.2g}")
             assert float(first) == pytest.approx(float(loss), rel=1e-5)
             assert off < (0.004 if card.half == torch.bfloat16 else 1e-5)
+
+    def test_a_head_that_is_trained_gets_the_exact_gradient(self, card: Card) -> None:
+        with card.here():
+            states, head, labels = problem(card, 40, 32)
+            trained = head.clone().requires_grad_()
+            summed_cross_entropy(
+                states, trained, labels, Loss(CHUNK_BYTES[-1], cut=True)
+            ).backward()
+            wide = head.double().requires_grad_()
+            logits = states.detach()[0, :-1].double() @ wide.t()
+            torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").backward()
+            assert trained.grad is not None
+            assert wide.grad is not None
+            assert distance(trained.grad, wide.grad) < 0.004
+
+    def test_cut_cross_entropy_is_as_near_as_its_price_says(
+        self, card: Card, record_property: Callable[[str, object], None]
+    ) -> None:
+        config = RunConfig(base_model="any", cut_cross_entropy=True)
+        with card.here():
+            given = problem(card, *sizes(card))
+            kind, words = settle_loss(config, given[1], torch.device(CUDA), CHUNK_BYTES[0])
+            if not kind.cut:
+                pytest.skip(words)
+            loss, grad = exact(*given)
+            first, slopes, _, again = self.twice(given, kind)
+            off = distance(slopes, grad)
+            record_property("relative error of the states' gradient", f"{off:.2g}")
+            record_property("repeatable", torch.equal(slopes, again))
+            assert float(first) == pytest.approx(float(loss), rel=1e-3)
+            assert off < 0.05
 
 
 def grouped_module() -> Any:
@@ -202,9 +241,8 @@ class TestOptimizers:
     ) -> None:
         pytest.importorskip("bitsandbytes")
         from engine.train.optim import build_optimizer
-        from tests.train.tiny import settings
 
-        config = settings(optimizer=name, learning_rate=0.01)
+        config = RunConfig(base_model="any", optimizer=name, learning_rate=0.01)
         if dtype == torch.bfloat16 and card.half != dtype:
             pytest.skip("this card has no bfloat16")
         reference = self.network("cpu", dtype).float()
@@ -231,9 +269,8 @@ class TestOptimizers:
         pytest.importorskip("transformers")
         from engine.train.checkpoint import Checkpoints, Position
         from engine.train.optim import build_optimizer
-        from tests.train.tiny import settings
 
-        config = settings(optimizer=name, learning_rate=0.01)
+        config = RunConfig(base_model="any", optimizer=name, learning_rate=0.01)
         with card.here():
             first, second = self.network(CUDA, torch.float32), self.network(CUDA, torch.float32)
             optimizers = [build_optimizer(each.items(), config) for each in (first, second)]
@@ -246,3 +283,7 @@ class TestOptimizers:
             self.steps(second, optimizers[1], 2)
             for key in SHAPES:
                 assert torch.equal(first[key], second[key]), key
+            state = optimizers[1].state[second["paged"]]
+            moments = [state[key] for key in ("state1", "state2") if key in state]
+            paged = name.startswith("paged")
+            assert all(getattr(moment, "is_paged", False) == paged for moment in moments)

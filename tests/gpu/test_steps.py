@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from engine.catalog import read_architecture
 from engine.errors import UserError
 from engine.train.attention import pick_attention
 from engine.train.batches import Rows
 from engine.train.generate import generate
+from tests.fakes import card as fake
 from tests.fakes import packages
 from tests.gpu.conftest import Card
 from tests.train.pictures import MIXED, seeing, write_pictured
@@ -112,12 +112,23 @@ def test_a_step_of_every_method_is_that_of_float32(
     assert off < tolerance
 
 
-def test_bfloat16_is_used_where_the_card_has_it_alone(card: Card, tmp_path: Path) -> None:
-    folder = write_rounded(tmp_path / "model", MISTRAL)
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_bfloat16_is_used_where_the_card_has_it_alone(
+    card: Card, capability: tuple[int, int], tmp_path: Path
+) -> None:
+    if card.real:
+        if (card.capability >= (8, 0)) != (capability >= (8, 0)):
+            pytest.skip(f"this card has capability {card.capability}")
+    else:
+        card = replace(card, capability=capability, here=partial(fake.card, capability))
+    folder = write_model(tmp_path / "model", MISTRAL)
     rows = write_rows(tmp_path / "rows", UNEVEN)
     with card.here():
-        run = training(tmp_path / "run", settings(folder, bf16="auto", adapter="lora"), rows)
+        config = settings(folder, bf16="auto", adapter="lora", **PACKED)
+        run = training(tmp_path / "run", config, rows)
+        loss, _ = run.gradients(run.order.step(1))
     assert run.base.dtype == card.half
+    assert loss > 0
 
 
 def test_a_step_with_images_is_that_of_float32(
@@ -136,9 +147,7 @@ BACKENDS = ["flash_attention_2", "flash_attention_4", "flash_attention_torch", "
 
 
 @contextmanager
-def installed(
-    card: Card, backend: str, folder: Path, patch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def installed(card: Card, backend: str, folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside, the package of a backend is there: on a stand-in, a stand-in of it."""
     if not card.real and backend in packages.FLASH:
         name, version = packages.FLASH[backend]
@@ -172,7 +181,9 @@ def test_packed_rows_learn_what_separate_ones_do(
     keys = {"bf16": "auto", "attn_implementation": backend} | LORA
     with installed(card, backend, tmp_path / "packages", monkeypatch):
         try:
-            pick_attention(settings(folder, **keys), read_architecture(folder), torch.device("cuda"))
+            pick_attention(
+                settings(folder, **keys), read_architecture(folder), torch.device("cuda")
+            )
         except UserError as error:
             pytest.skip(f"{error.what} {error.why}")
         packed = step(folder, rows, **keys, **PACKED)
