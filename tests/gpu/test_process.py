@@ -67,8 +67,14 @@ def device(run: RunFolder) -> str:
     return name
 
 
-@pytest.mark.parametrize("keys", [{}, QLORA, {"optimizer": "paged_adamw_8bit"}],
-                         ids=["lora", "qlora", "paged"])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param({}, id="lora"),
+        pytest.param(QLORA, id="qlora", marks=pytest.mark.slow),
+        pytest.param({"optimizer": "paged_adamw_8bit"}, id="paged", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_was_stopped_goes_on_to_equal_losses(
     card: Card, workshop: Workshop, trainer: Callable[..., Hook], keys: dict[str, Any]
 ) -> None:

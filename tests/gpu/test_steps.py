@@ -18,7 +18,7 @@ from engine.train.attention import pick_attention
 from engine.train.batches import Rows
 from engine.train.generate import generate
 from tests.fakes import card as fake
-from tests.fakes import packages
+from tests.fakes import flash
 from tests.gpu.conftest import Card
 from tests.train.pictures import MIXED, seeing, write_pictured
 from tests.train.test_first_step import ON_EXPERTS
@@ -149,22 +149,25 @@ BACKENDS = ["flash_attention_2", "flash_attention_4", "flash_attention_torch", "
 @contextmanager
 def installed(card: Card, backend: str, folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside, the package of a backend is there: on a stand-in, a stand-in of it."""
-    if not card.real and backend in packages.FLASH:
-        name, version = packages.FLASH[backend]
+    if not card.real and backend in flash.FLASH:
+        name, version = flash.FLASH[backend]
         folder.mkdir()
-        packages.install(folder, name, version, packages.KERNELS[name])
+        flash.install(folder, name, version, flash.KERNELS[name])
         patch.syspath_prepend(str(folder))
-        packages.forget(patch)
+        flash.forget(patch)
     with card.here():
         yield
     if not card.real:
         patch.undo()
-        packages.forget(patch)
+        flash.forget(patch)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "flex_attention"])
-@pytest.mark.parametrize("text", [MINISTRAL3, MISTRAL4, MISTRAL | {"sliding_window": 9}],
-                         ids=["ministral3", "mistral4", "window"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [MINISTRAL3, MISTRAL4, MISTRAL | {"sliding_window": 9}],
+    ids=["ministral3", "mistral4", "window"],
+)
 def test_packed_rows_learn_what_separate_ones_do(
     card: Card,
     backend: str,

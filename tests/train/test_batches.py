@@ -279,3 +279,15 @@ class TestEvaluation:
 
 def test_a_row_is_named_by_file_and_line(many: Rows) -> None:
     assert many.place(7) == "rows.jsonl line 8"
+
+
+def test_rows_that_are_left_out_are_named(make_rows: Callable[[list[Row]], Rows]) -> None:
+    rows = make_rows([row(3, 2, n) for n in range(6)])
+    assert rows.left_out() == ""
+    one, many = (
+        Rows(rows.prepared, np.array(kept), rows.lengths[kept]).left_out()
+        for kept in ([0, 2, 3, 4, 5], [1])
+    )
+    assert one.startswith("1 of 6 rows are left out")
+    assert one.endswith(": rows.jsonl line 2")
+    assert many.endswith(": rows.jsonl line 1, rows.jsonl line 3, rows.jsonl line 4 and others")
