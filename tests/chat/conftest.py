@@ -7,6 +7,7 @@ from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
 from tests.tokenizers import tokenizer_of
 
 SPECS = {
+    "v3": TokenizerSpec("v3"),
     "v7": TokenizerSpec("v7"),
     "v11": TokenizerSpec("v11"),
     "v13": TokenizerSpec("v13", think=True, image=(14, 1540, 2)),

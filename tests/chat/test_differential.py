@@ -9,10 +9,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from engine.chat.messages import RowFormat, RowProblem, read_row
-from engine.chat.render import LabelRule, labels, render, render_exact
+from engine.chat.render import Kind, LabelRule, labels, render
 from engine.chat.tokenizer import ChatTokenizer
 from tests.chat import oracle
 from tests.chat.conftest import SPECS, Tokenizers
+from tests.chat.exact import render_exact
 from tests.chat.strategies import NON_LATIN, efforts, rows
 
 FEATURES = ("tools and results", "thinking", "several system prompts", "non-Latin text")
@@ -51,7 +52,10 @@ def compare(row: dict[str, Any], effort: str | None, tokenizer: ChatTokenizer) -
     conversation = read_row(row, RowFormat())
     fast, exact = render(conversation, tokenizer), render_exact(conversation, tokenizer)
     assert fast.input_ids.tolist() == expected
-    assert fast.kinds.tolist() == oracle.scan(expected, tokenizer).tolist()
+    # The ids do not say that a text of v3's user is the system prompt; `exact` does.
+    kinds = np.where(fast.kinds == Kind.SYSTEM, Kind.USER, fast.kinds)
+    kinds = kinds if tokenizer.version == "v3" else fast.kinds
+    assert kinds.tolist() == oracle.scan(expected, tokenizer).tolist()
     learned = labels(fast.input_ids, fast.kinds, LabelRule()).tolist()
     assert learned == oracle.scan_labels(expected, tokenizer)
     for one, other in zip(
@@ -99,8 +103,10 @@ def test_ids_kinds_sources_and_labels_equal_both_oracles(tokenizers: Tokenizers)
 def test_two_thousand_conversations_of_every_version_equal_both_oracles(
     tokenizers: Tokenizers,
 ) -> None:
-    for version, count in compare_many(tokenizers, examples=3200).items():
+    for version, count in compare_many(tokenizers, examples=4000).items():
         assert count["all"] >= 2000
         for feature in FEATURES:
-            # v7 and v11 have no thinking tokens: mistral-common refuses it there, and so do we.
-            assert count[feature] >= 300 or (feature == "thinking" and version in ("v7", "v11"))
+            # v3 to v11 have no thinking tokens: mistral-common refuses it there, and so do we.
+            assert count[feature] >= 300 or (
+                feature == "thinking" and version in ("v3", "v7", "v11")
+            )

@@ -19,16 +19,17 @@ from engine.chat.render import (
     LabelRule,
     labels,
     render,
-    render_exact,
     truncate,
 )
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
 from tests.chat import oracle
+from tests.chat.exact import render_exact
 from tests.chat.pictures import png
 from tests.tokenizers import tokenizer_of
 
 IMAGE = (14, 1540, 2)
 SPECS = {
+    "v3": TokenizerSpec("v3", image=IMAGE),
     "v7": TokenizerSpec("v7", image=IMAGE),
     "v11": TokenizerSpec("v11", image=IMAGE),
     "v13": TokenizerSpec("v13", think=True, image=IMAGE),
@@ -85,6 +86,8 @@ chunks = st.lists(
 @st.composite
 def rows(draw: Any) -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
+    if draw(st.booleans()):
+        messages.append({"role": "system", "content": draw(st.sampled_from(("Look well.", "")))})
     for turn in range(draw(st.integers(1, 3))):
         for _ in range(draw(st.sampled_from((1, 1, 2)))):
             messages.append({"role": "user", "content": draw(st.one_of(chunks, st.just("q")))})

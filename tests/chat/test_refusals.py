@@ -97,6 +97,21 @@ TABLE: list[tuple[str, list[dict[str, Any]], dict[str, str]]] = [
     ),
     ("calls last", [USER, call()], {}),
     (
+        "text beside a call",
+        [USER, call() | {"content": "Let me look."}],
+        {"v3": "The assistant message has text and tool calls."},
+    ),
+    (
+        "text before a call, in a message of its own",
+        [USER, ANSWER, call()],
+        {"v3": "The assistant message has text and tool calls."},
+    ),
+    (
+        "an empty message before the answer",
+        [USER, ANSWER | {"content": ""}, ANSWER],
+        {"v3": "The assistant message is empty."},
+    ),
+    (
         "call first",
         [call(), result(), ANSWER],
         dict.fromkeys(SPECS, "The row starts with a tool call."),
@@ -120,7 +135,7 @@ TABLE: list[tuple[str, list[dict[str, Any]], dict[str, str]]] = [
     (
         "a long call id",
         [USER, call("call_12345")],
-        dict.fromkeys(("v7", "v11"), "A tool call's id is 'call_12345'."),
+        dict.fromkeys(("v3", "v7", "v11"), "A tool call's id is 'call_12345'."),
     ),
     (
         "no call id, last",
@@ -155,12 +170,15 @@ TABLE: list[tuple[str, list[dict[str, Any]], dict[str, str]]] = [
     (
         "thinking",
         [USER, {"role": "assistant", "content": [{"type": "thinking", "thinking": "t"}]}],
-        dict.fromkeys(("v7", "v11"), "The message thinks, and this model has no thinking tokens."),
+        dict.fromkeys(
+            ("v3", "v7", "v11"), "The message thinks, and this model has no thinking tokens."
+        ),
     ),
     (
         "thinking in the system prompt",
         [{"role": "system", "content": [{"type": "thinking", "thinking": "t"}]}, USER, ANSWER],
         {
+            "v3": "The message thinks, and this model has no thinking tokens.",
             "v7": "The message thinks, and this model has no thinking tokens.",
             "v11": "The message thinks, and this model has no thinking tokens.",
             "v15": "The system prompt has a thinking chunk.",
@@ -182,7 +200,7 @@ TABLE: list[tuple[str, list[dict[str, Any]], dict[str, str]]] = [
         {
             **dict.fromkeys(SPECS, "The image was not looked up."),
             **dict.fromkeys(
-                ("v7", "v11"), "The message has an image, and this model reads only text."
+                ("v3", "v7", "v11"), "The message has an image, and this model reads only text."
             ),
         },
     ),
@@ -199,7 +217,9 @@ TABLE: list[tuple[str, list[dict[str, Any]], dict[str, str]]] = [
                 ],
             },
         ],
-        dict.fromkeys(("v7", "v11"), "The message thinks, and this model has no thinking tokens."),
+        dict.fromkeys(
+            ("v3", "v7", "v11"), "The message thinks, and this model has no thinking tokens."
+        ),
     ),
     (
         "thinking cut off and followed by text",
@@ -263,7 +283,7 @@ def test_an_unknown_role_names_the_known_ones_and_the_key(
     assert "`roles`" in caught.value.fix
 
 
-@pytest.mark.parametrize("version", ["v7", "v11", "v13"])
+@pytest.mark.parametrize("version", ["v3", "v7", "v11", "v13"])
 def test_a_reasoning_effort_is_refused_where_there_are_no_settings(
     version: str, read: Callable[..., Conversation], tokenizers: Tokenizers
 ) -> None:

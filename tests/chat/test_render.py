@@ -1,7 +1,7 @@
 """What rendering decides beyond mistral-common: thinking, effort, withheld messages, sources."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -15,11 +15,11 @@ from engine.chat.render import (
     labels,
     learned,
     render,
-    render_exact,
 )
 from engine.chat.tokenizer import ChatTokenizer
 from tests.chat import oracle
 from tests.chat.conftest import Tokenizers
+from tests.chat.exact import render_exact
 
 Read = Callable[..., Conversation]
 USER: dict[str, Any] = {"role": "user", "content": "q"}
@@ -54,7 +54,7 @@ def test_think_tags_become_tokens_where_there_are_tokens_for_them(
         assert text.partition("[/INST]")[2] == thinking_tokens
 
 
-@pytest.mark.parametrize("version", ["v7", "v11"])
+@pytest.mark.parametrize("version", ["v3", "v7", "v11"])
 def test_think_tags_stay_text_where_there_are_no_tokens_for_them(
     version: str, read: Read, tokenizers: Tokenizers
 ) -> None:
@@ -137,7 +137,7 @@ def test_effort_is_high_where_a_row_thinks_and_says_nothing(
     assert text_of(rendered, tokenizers["v15"]).startswith(expected)
 
 
-@pytest.mark.parametrize("version", ["v7", "v11", "v13", "v15"])
+@pytest.mark.parametrize("version", ["v3", "v7", "v11", "v13", "v15"])
 def test_look_alikes_in_text_never_become_control_tokens(
     version: str, read: Read, tokenizers: Tokenizers
 ) -> None:
@@ -196,7 +196,13 @@ def test_tool_results_come_in_the_order_of_their_calls_with_their_own_sources(
         {"role": "tool", "tool_call_id": "1bcdefghi", "content": "first"},
         ANSWER,
     )
-    for version, order in (("v7", [2, 3]), ("v11", [3, 2]), ("v13", [3, 2]), ("v15", [3, 2])):
+    for version, order in (
+        ("v3", [2, 3]),
+        ("v7", [2, 3]),
+        ("v11", [3, 2]),
+        ("v13", [3, 2]),
+        ("v15", [3, 2]),
+    ):
         rendered = render(row, tokenizers[version])
         results = rendered.sources[rendered.kinds == Kind.TOOL_RESULT].tolist()
         assert list(dict.fromkeys(results)) == order
@@ -238,19 +244,6 @@ def test_the_call_id_that_v11_writes_is_learned_with_its_call(
     assert learned_text(rendered, tokenizers["v11"], LabelRule()) == (
         '[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"a": 1}</s>'
     )
-
-
-def test_a_version_that_the_fast_path_does_not_know_is_rendered_exactly(
-    read: Read, tokenizers: Tokenizers
-) -> None:
-    row = read(*TWO_TURNS, system="S")
-    newer = replace(tokenizers["v13"], version="v99")
-    expected = render(row, tokenizers["v13"])
-    found = render(row, newer)
-    assert found.input_ids.tolist() == expected.input_ids.tolist()
-    assert found.kinds.tolist() == expected.kinds.tolist()
-    with pytest.raises(RowProblem, match="mistral-common refuses"):
-        render(Conversation((Message("assistant", ""),)), newer)
 
 
 def test_unclosed_thinking_at_the_end_has_no_end_token(read: Read, tokenizers: Tokenizers) -> None:

@@ -1,6 +1,7 @@
 """Tokenizers made in memory, read from files, found by name, fetched from a hub."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,14 +11,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import mistral_common
 import pytest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from engine.catalog import list_models
 from engine.chat.tokenizer import TokenizerSpec, build_tokenizer, open_tokenizer, write_tekken
+from engine.chat.tokenizer_file import check_tokenizer
 from engine.errors import UserError
 from tests.chat.conftest import SPECS, Tokenizers
 
+PUBLISHED = Path(mistral_common.__file__).parent / "data"
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -156,7 +160,7 @@ def test_a_folder_with_several_tekken_files_asks_which(tekken: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"config": {"version": "v99"}}', '{"config": 5}', "[" * 100_000],
+    ["", "{", "[]", "{}", '{"config": {"version": "v7"}}', '{"config": 5}', "[" * 100_000],
 )
 def test_a_damaged_file_is_a_sentence(content: str, tmp_path: Path) -> None:
     path = tmp_path / "tekken.json"
@@ -176,10 +180,74 @@ def test_a_file_that_lacks_a_part_is_a_sentence(
         open_tokenizer(damaged(tekken, tmp_path, **changes))
 
 
-def test_a_tokenizer_older_than_v7_is_refused(tmp_path: Path) -> None:
-    write_tekken(TokenizerSpec("v3"), tmp_path / "tekken.json")
-    with pytest.raises(UserError, match=r"is v3\."):
-        open_tokenizer(tmp_path)
+def test_the_published_file_of_mistral_nemo_is_the_v3_that_is_built(tokenizers: Tokenizers) -> None:
+    # Of July 2024, as it lies beside the weights of Mistral Nemo.
+    published = open_tokenizer(PUBLISHED / "tekken_240718.json")
+    assert published.version == "v3"
+    assert published.fingerprint == tokenizers["v3"].fingerprint
+    assert published.specials == tokenizers["v3"].specials
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v16", "v99"])
+def test_another_version_is_refused_by_its_name(version: str, tmp_path: Path) -> None:
+    data = json.loads((PUBLISHED / "tekken_240718.json").read_text(encoding="utf-8"))
+    data["config"]["version"] = version
+    (tmp_path / "tekken.json").write_text(json.dumps(data))
+    # A program may sort the keys: then the version stands behind the vocabulary.
+    later = tmp_path / "sorted" / "tekken.json"
+    later.parent.mkdir()
+    later.write_text(json.dumps({"vocab": data["vocab"], "config": data["config"]}))
+    for place in (tmp_path, later):
+        for ask in (open_tokenizer, check_tokenizer):
+            with pytest.raises(UserError, match=rf"is {version}\.") as caught:
+                ask(place)
+            assert "exactly for v3, v7, v11, v13 and v15" in caught.value.why
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model.v3", "tokenizer.model", "x_240323.model.v3"])
+def test_a_sentencepiece_tokenizer_is_refused_as_one(name: str, tmp_path: Path) -> None:
+    shutil.copyfile(PUBLISHED / "mistral_instruct_tokenizer_240323.model.v3", tmp_path / name)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for place in (tmp_path, tmp_path / name):
+        for ask in (open_tokenizer, check_tokenizer):
+            with pytest.raises(UserError, match="a sentencepiece one") as caught:
+                ask(place)
+            assert "(Mistral 7B, Mixtral) are not supported" in caught.value.why
+    # Where Mistral's Tekken lies beside it, that is the tokenizer.
+    shutil.copyfile(PUBLISHED / "tekken_240718.json", tmp_path / "tekken.json")
+    assert open_tokenizer(tmp_path).version == "v3"
+    check_tokenizer(tmp_path)
+
+
+def test_what_is_not_here_is_not_refused_before_it_is_opened(tmp_path: Path) -> None:
+    for name in (tmp_path, tmp_path / "missing", "org/model", "ministral-3-8b", "no-such-model"):
+        check_tokenizer(name)
+    damaged = tmp_path / "tekken.json"
+    damaged.write_text("{")
+    check_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("repository", ["mistralai/Mistral-7B-v0.3", "catalog"])
+def test_a_sentencepiece_file_in_the_hub_cache_is_refused(
+    repository: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    listed = next(card for card in list_models() if card.repositories).repositories[0].id
+    name = listed if repository == "catalog" else repository
+    snapshot = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (snapshot / "config.json").write_text("{}")
+    check_tokenizer(name)
+    (snapshot / "tokenizer.json").write_text("{}")
+    check_tokenizer(name)  # a tekken.json may be in the repository
+    (snapshot / "tokenizer.model.v3").write_bytes(b"")
+    if name == listed:
+        check_tokenizer(name)  # the catalog knows its tokenizer
+        return
+    with pytest.raises(UserError, match="a sentencepiece one"):
+        check_tokenizer(name)
 
 
 def test_a_file_is_only_written_under_a_name_that_others_know(tmp_path: Path) -> None:
@@ -229,6 +297,7 @@ def hub() -> Iterator[str]:
 OPEN_ALL = """
 import sys
 from engine.chat.tokenizer import open_tokenizer
+from engine.chat.tokenizer_file import check_tokenizer
 from engine.errors import UserError
 for repo_id in sys.argv[1:]:
     try:

@@ -114,7 +114,7 @@ def _refuse_count(unanswered: int, calls_at: int | None, message: Message) -> No
 def _check_turn(turn: Sequence[Message]) -> None:
     """Messages of the assistant in a row: they are rendered as one."""
     last = turn[-1]
-    if not any(message.tool_calls or _has_content(message) for message in turn):
+    if not any(message.tool_calls or has_content(message) for message in turn):
         raise RowProblem(
             "The assistant message is empty.",
             "It has neither text nor tool calls.",
@@ -143,7 +143,8 @@ def _check_turn(turn: Sequence[Message]) -> None:
                 open_thinking = message
 
 
-def _has_content(message: Message) -> bool:
+def has_content(message: Message) -> bool:
+    """Whether it holds more than calls and empty texts."""
     if isinstance(message.content, str):
         return bool(message.content)
     return any(not isinstance(part, Text) or part.text for part in message.content)

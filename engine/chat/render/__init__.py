@@ -2,14 +2,12 @@
 
 mistral-common encodes every piece of a conversation on its own, and no text ever becomes a
 control token: so piece boundaries are token boundaries and the masks are exact by construction.
-`fast` writes the pieces itself; `exact` walks mistral-common's own encoders, slower, and serves
-versions that `fast` does not know. Both give the same arrays.
 """
 
 from typing import TYPE_CHECKING, Literal
 
 from engine.chat.messages import Conversation, RowProblem
-from engine.chat.render.fast import FAST_VERSIONS, encode_fast
+from engine.chat.render.fast import encode_fast
 from engine.chat.render.kinds import (
     IGNORED_LABEL,
     WITHHELD,
@@ -39,7 +37,6 @@ __all__ = [
     "labels",
     "learned",
     "render",
-    "render_exact",
     "truncate",
 ]
 
@@ -59,8 +56,6 @@ def render(
     as some servers do. Raises RowProblem where the tokenizer's version refuses the conversation.
     """
     settled = settle(conversation, tokenizer, history_thinking)
-    if tokenizer.version not in FAST_VERSIONS:
-        return _encode_exact(settled, tokenizer)
     try:
         return encode_fast(settled, tokenizer)
     except BaseException as error:
@@ -72,19 +67,3 @@ def render(
             "It holds a run of blanks, or of one character, that is too long for the tokenizer.",
             "Shorten the run, or delete the row.",
         ) from None
-
-
-def render_exact(
-    conversation: Conversation,
-    tokenizer: "ChatTokenizer",
-    *,
-    history_thinking: Literal["keep", "drop"] = "keep",
-) -> Rendered:
-    """The same arrays as `render`, through mistral-common's validator and encoders."""
-    return _encode_exact(settle(conversation, tokenizer, history_thinking), tokenizer)
-
-
-def _encode_exact(conversation: Conversation, tokenizer: "ChatTokenizer") -> Rendered:
-    from engine.chat.render.exact import encode_exact  # brings mistral-common, half a second
-
-    return encode_exact(conversation, tokenizer)

@@ -1,8 +1,11 @@
 """The renderer that prepare, preview and training use: pieces straight to tokens.
 
-It writes what mistral-common's normalizer and encoders of v7, v11, v13 and v15 would, with one
+It writes what mistral-common's normalizer and encoders of v3, v7, v11, v13 and v15 would, with one
 tokenizer call a piece and no pydantic, and knows each token's kind because it wrote the piece.
 The tests hold it to `encode_chat_completion`.
+
+v3 has no system message: the prompt is written into the last user message of the conversation, in
+one piece with its text. What comes before that message sees neither it nor the tools.
 """
 
 import json
@@ -11,15 +14,22 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from engine.chat.messages import Conversation, Image, Message, Part, Text, Think, ToolCall
-from engine.chat.render.image_run import image_first, measure
+from engine.chat.images import grid, read_size
+from engine.chat.messages import (
+    Conversation,
+    Image,
+    Message,
+    Part,
+    RowProblem,
+    Text,
+    Think,
+    ToolCall,
+)
 from engine.chat.render.kinds import WITHHELD, Kind, Rendered, RenderedImage
-from engine.chat.render.rules import check_tools, check_version, write_json
+from engine.chat.render.rules import check_tools, check_version, write_json, write_result
 
 if TYPE_CHECKING:
     from engine.chat.tokenizer.chat_tokenizer import ChatTokenizer
-
-FAST_VERSIONS = frozenset({"v7", "v11", "v13", "v15"})
 
 # Plain integers: numpy reads a list of IntEnum members ten times slower.
 _BOS, _SYSTEM, _TOOLS, _SETTINGS, _USER, _IMAGE = map(int, tuple(Kind)[:6])
@@ -36,6 +46,8 @@ def encode_fast(conversation: Conversation, tokenizer: "ChatTokenizer") -> Rende
     page = _Page(conversation, tokenizer)
     page.write(_BOS, -1, tokenizer.specials.bos)
     messages = conversation.messages
+    if tokenizer.version == "v3" and next(m for m in messages if m.role != "system").role != "user":
+        messages = (Message("user", ""), *messages)  # as mistral-common does
     tools_at = _place_of_tools(messages, tokenizer.version)
     calls: Sequence[ToolCall] = ()
     start = 0
@@ -52,7 +64,7 @@ def encode_fast(conversation: Conversation, tokenizer: "ChatTokenizer") -> Rende
             page.write_user(turn, start <= tools_at < end)
         elif role == "tool":
             page.write_results(turn, calls)
-        else:
+        elif tokenizer.version != "v3":
             page.write_system(turn)
         start = end
     return page.finish()
@@ -63,7 +75,7 @@ def _place_of_tools(messages: Sequence[Message], version: str) -> int:
     users = [index for index, message in enumerate(messages) if message.role == "user"]
     if not users:
         return -1
-    return users[-1] if version in ("v7", "v11") else users[0]
+    return users[-1] if version in ("v3", "v7", "v11") else users[0]
 
 
 class _Page:
@@ -77,6 +89,9 @@ class _Page:
         "_kinds",
         "_lengths",
         "_offset",
+        "_prompt",
+        "_prompt_kind",
+        "_prompt_source",
         "_sources",
         "_tokenizer",
         "_tools_json",
@@ -91,13 +106,23 @@ class _Page:
             self._tools_json = write_json(conversation.tools, "The tools", None)
             check_tools(self._tools_json)
         self._chunk_join = "" if tokenizer.version == "v15" else _JOIN
-        self._writes_ids = tokenizer.version in ("v7", "v11")
+        self._writes_ids = tokenizer.version in ("v3", "v7", "v11")
         self._offset = tokenizer.first_text_id
         self._ids: list[int] = []
         self._images: list[RenderedImage] = []
         self._lengths: list[int] = []
         self._kinds: list[int] = []
         self._sources: list[int] = []
+        systems = [message for message in conversation.messages if message.role == "system"]
+        self._prompt = self._join_prompt(systems) if tokenizer.version == "v3" else ""
+        self._prompt_kind = _SYSTEM | _mark(systems)
+        self._prompt_source = systems[-1].source if systems else -1
+
+    def _join_prompt(self, systems: Sequence[Message]) -> str:
+        """What v3 writes before the last user's text; empty where there is no system prompt."""
+        texts = [self._join((message,)) for message in systems if message.content]
+        prompt = _JOIN.join(text for text in texts if isinstance(text, str))
+        return prompt and prompt + _JOIN
 
     def write(self, kind: int, source: int, *pieces: Piece) -> None:
         ids = self._ids
@@ -139,13 +164,30 @@ class _Page:
         mark, source = _mark(turn), turn[-1].source
         if with_tools:
             self._write_tools(mark, source)
-        content = self._join(turn)
-        if isinstance(content, str):
+        content, prompt = self._join(turn), self._prompt if with_tools else ""
+        if isinstance(content, str) and not prompt:
             self.write(_USER | mark, source, special.inst, content, special.end_inst)
             return
         self.write(_USER | mark, source, special.inst)
-        self._write_shown(_USER, mark, source, image_first(content))
+        if isinstance(content, str):
+            self._write_prompted(content, mark, source)
+        else:
+            if prompt:
+                self.write(self._prompt_kind, self._prompt_source, prompt)
+            self._write_shown(_USER, mark, source, _image_first(content))
         self.write(_USER | mark, source, special.end_inst)
+
+    def _write_prompted(self, text: str, mark: int, source: int) -> None:
+        """The user's text behind v3's system prompt; a token that holds some of both is its."""
+        ids, start = self._ids, len(self._ids)
+        ids += self._tokenizer.encode_ordinary(self._prompt + text)
+        end, left = start, _utf8_size(self._prompt)
+        while end < len(ids) and (left := left - self._tokenizer.size(ids[end])) >= 0:
+            end += 1
+        self._lengths.append(end - start)
+        self._kinds.append(self._prompt_kind)
+        self._sources.append(self._prompt_source)
+        self._close_run(_USER | mark, source, end)
 
     def _write_shown(self, kind: int, mark: int, source: int, parts: Sequence[Part]) -> None:
         """Texts and images of a user or a tool."""
@@ -206,7 +248,7 @@ class _Page:
     def _call_pieces(self, calls: Sequence[ToolCall], source: int) -> list[Piece]:
         special = self._tokenizer.specials
         what = "A tool call's arguments"
-        if self._tokenizer.version == "v7":
+        if self._tokenizer.version in ("v3", "v7"):
             listed = [
                 {"name": call.name, "arguments": call.arguments}
                 | ({"id": call.id} if call.id is not None else {})
@@ -226,7 +268,8 @@ class _Page:
     def write_results(self, turn: Sequence[Message], calls: Sequence[ToolCall]) -> None:
         """One block a result; from v11 on in the order of the calls."""
         special = self._tokenizer.specials
-        if self._tokenizer.version != "v7":
+        version = self._tokenizer.version
+        if version not in ("v3", "v7"):
             place = {call.id: index for index, call in enumerate(calls)}
             turn = sorted(turn, key=lambda message: place[message.tool_call_id])
         for message in turn:
@@ -240,6 +283,8 @@ class _Page:
             if self._writes_ids:
                 assert message.tool_call_id is not None
                 pieces = (message.tool_call_id, special.result_content, content)
+                if version == "v3":
+                    pieces = (write_result(content, message.tool_call_id, message.source),)
             kind = _RESULT | mark
             self.write(kind, message.source, special.results, *pieces, special.end_results)
 
@@ -280,3 +325,33 @@ class _Page:
 
 def _mark(turn: Sequence[Message]) -> int:
     return 0 if all(message.learn for message in turn) else WITHHELD
+
+
+def _utf8_size(text: str) -> int:
+    """Bytes of a text as the tokenizer reads it: half a surrogate pair becomes U+FFFD."""
+    return len(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode())
+
+
+def measure(image: Image, tokenizer: "ChatTokenizer", source: int) -> RenderedImage:
+    """The image with its grid. Raises RowProblem where it was not looked up or is no image."""
+    if isinstance(image.content, str):
+        raise RowProblem(
+            "The image was not looked up.",
+            f"It is only named: {image.content[:100]}.",
+            "Prepare the dataset from its file, so that the image is read from its folder.",
+            source,
+        )
+    assert tokenizer.image is not None
+    width, height = image.size or read_size(image.content)
+    return RenderedImage(image.content, *grid(width, height, tokenizer.image))
+
+
+def _image_first(parts: Sequence[Part]) -> Sequence[Part]:
+    """An image that ends a message of texts comes first, as in mistral-common's encoders."""
+    if (
+        len(parts) > 1
+        and isinstance(parts[-1], Image)
+        and all(isinstance(part, Text) for part in parts[:-1])
+    ):
+        return [parts[-1], *parts[:-1]]
+    return parts

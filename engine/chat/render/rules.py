@@ -8,16 +8,19 @@ name classes and stop at the first; a person needs the message and the repair.
 import json
 import re
 from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from engine.chat.messages import Conversation, Image, Message, RowProblem, Think
 from engine.chat.messages.conversation import describe
+from engine.chat.messages.order import has_content
 
 if TYPE_CHECKING:
     from engine.chat.tokenizer.chat_tokenizer import ChatTokenizer
 
 _SHORT_ID = re.compile(r"^[a-zA-Z0-9]{9}$")
-_SHORT_ID_VERSIONS = ("v7", "v11")
+_SHORT_ID_VERSIONS = ("v3", "v7", "v11")
+_UNSORTED_VERSIONS = ("v3", "v7")
 _THINKING_SYSTEM_VERSION = "v13"
 _IMAGE_RESULT_VERSION = "v15"
 
@@ -36,7 +39,10 @@ def check_version(conversation: Conversation, tokenizer: "ChatTokenizer") -> Non
             _check_result_id(message, tokenizer.version)
         for call in message.tool_calls:
             _check_call_id(call.id, message, message is last, tokenizer.version)
-    if tokenizer.version != "v7" and (answered or any(m.tool_calls for m in conversation.messages)):
+    if tokenizer.version == "v3":
+        _check_one_thing(conversation.messages)
+    calls = answered or any(message.tool_calls for message in conversation.messages)
+    if calls and tokenizer.version not in _UNSORTED_VERSIONS:
         _check_pairs(conversation.messages)
 
 
@@ -128,6 +134,29 @@ def _id_problem(what: str, version: str, source: int) -> RowProblem:
     return RowProblem(what, why, "Give every call an id and its result the same one.", source)
 
 
+def _check_one_thing(messages: tuple[Message, ...]) -> None:
+    """v3 takes text or calls from a message of the assistant, and from several in a row."""
+    for role, group in groupby(messages, lambda message: message.role):
+        turn = list(group) if role == "assistant" else []
+        speaks = False
+        for message in turn:
+            if not has_content(message) and not message.tool_calls:
+                raise RowProblem(
+                    "The assistant message is empty.",
+                    "It has neither text nor tool calls.",
+                    "Write the answer, or delete the message.",
+                    message.source,
+                )
+            speaks |= has_content(message)
+            if speaks and any(each.tool_calls for each in turn):
+                raise RowProblem(
+                    "The assistant message has text and tool calls.",
+                    "v3 writes either the one or the other.",
+                    "Delete the text, or choose a newer model, such as ministral-3-8b.",
+                    message.source,
+                )
+
+
 def _check_pairs(messages: tuple[Message, ...]) -> None:
     called: set[str | None] = set()
     answered: set[str | None] = set()
@@ -166,6 +195,24 @@ def write_json(value: object, what: str, source: int | None) -> str:
             "Use only objects, lists, strings, numbers, true, false and null.",
             source,
         ) from error
+
+
+def write_result(content: str, call_id: str, source: int) -> str:
+    """A tool result as v3 writes it: the value where the text is JSON, else the text."""
+    value: object = {}
+    if content:
+        try:
+            value = json.loads(content)
+        except json.JSONDecodeError:
+            value = content
+        except (ValueError, RecursionError) as error:
+            raise RowProblem(
+                "The tool result's JSON cannot be read.",
+                f"v3 writes its value, and reading it ended in: {error}.",
+                "Shorten the result, or delete the row.",
+                source,
+            ) from error
+    return write_json({"content": value, "call_id": call_id}, "The tool result", source)
 
 
 @lru_cache(256)

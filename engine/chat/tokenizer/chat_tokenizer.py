@@ -93,6 +93,10 @@ class ChatTokenizer:
     def is_control(self, token_id: int) -> bool:
         return token_id < self.first_text_id
 
+    def size(self, rank: int) -> int:
+        """Bytes of text behind a rank of `encode_ordinary`."""
+        return len(self._bytes(rank + self.first_text_id))
+
     def piece(self, token_id: int) -> str:
         """One token for display: safe on a terminal, on one line, stray bytes as <E2>."""
         return _show(self._bytes(token_id))

@@ -7,28 +7,17 @@ nor in the catalog is fetched, its tokenizer file alone.
 
 import logging
 import os
-import re
 from pathlib import Path
 from typing import NoReturn
 
-from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from engine.catalog import ModelCard, find_model, list_models
 from engine.chat.tokenizer.build import TokenizerSpec, build_tokenizer
 from engine.chat.tokenizer.chat_tokenizer import ChatTokenizer, assemble
+from engine.chat.tokenizer_file import HUB_ID, TEKKEN, check_file, find_in_folder
 from engine.errors import UserError, WorkError
 from engine.visible import visible
-
-_TEKKEN = "tekken.json"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Files by which people know that a folder has a tokenizer, only not this one.
-_OTHER_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer.model.v*",
-    "tokenizer_config.json",
-)
 
 
 def open_tokenizer(model: str | Path, folder: Path | None = None) -> ChatTokenizer:
@@ -36,8 +25,8 @@ def open_tokenizer(model: str | Path, folder: Path | None = None) -> ChatTokeniz
 
     Relative paths start at `folder`, else at the working directory. A catalog name means the
     catalog even where a folder has the same name; `./name` means the folder. Raises UserError
-    where there is none, where its file is damaged, and where it is older than v7; WorkError where
-    a hub id cannot be fetched.
+    where there is none, where its file is damaged and where `check_tokenizer` does; WorkError
+    where a hub id cannot be fetched.
     """
     name = str(model)
     cards = {} if isinstance(model, Path) else {card.name: card for card in list_models()}
@@ -46,10 +35,10 @@ def open_tokenizer(model: str | Path, folder: Path | None = None) -> ChatTokeniz
     # os.path, unlike pathlib, answers a name that no file system can hold with False.
     path = os.path.join(folder or "", os.path.expanduser(name))
     if os.path.isdir(path):
-        return _open_file(_find_in_folder(Path(path)))
+        return _open_folder(Path(path))
     if os.path.isfile(path):
         return _open_file(Path(path))
-    if isinstance(model, str) and _HUB_ID.fullmatch(name) and not name.startswith("."):
+    if isinstance(model, str) and HUB_ID.fullmatch(name) and not name.startswith("."):
         return _open_hub_id(name)
     if isinstance(model, Path) or os.sep in name or name.startswith((".", "~")):
         raise UserError(
@@ -87,7 +76,7 @@ def _open_hub_id(repo_id: str) -> ChatTokenizer:
 def _find_in_cache(repo_id: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo_id, _TEKKEN)
+    found = try_to_load_from_cache(repo_id, TEKKEN)
     return Path(found) if isinstance(found, str) else None
 
 
@@ -97,7 +86,7 @@ def _fetch(repo_id: str) -> Path:
     # Its warnings, one a retry, would stand before the three sentences.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        return Path(hf_hub_download(repo_id, _TEKKEN))
+        return Path(hf_hub_download(repo_id, TEKKEN))
     except errors.GatedRepoError as error:
         raise WorkError(
             f"{repo_id} asks for a login.",
@@ -114,66 +103,44 @@ def _fetch(repo_id: str) -> Path:
         raise WorkError(
             f"The tokenizer of {repo_id} is not on this computer.",
             "The hub could not be reached or did not answer, or HF_HUB_OFFLINE is set.",
-            f"Try again online, or copy the model's {_TEKKEN} here and name its folder.",
+            f"Try again online, or copy the model's {TEKKEN} here and name its folder.",
         ) from error
     except errors.EntryNotFoundError as error:
         raise UserError(
-            f"{repo_id} has no {_TEKKEN}.",
-            "Windtunnel reads Mistral's own tokenizer files only, so that masks are exact.",
+            f"{repo_id} has no {TEKKEN}.",
+            "Only Tekken tokenizers are read: sentencepiece ones (Mistral 7B, Mixtral) are not"
+            " supported.",
             "Choose a repository of Mistral's that has the file, or name a folder that holds it.",
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise WorkError(
             f"The tokenizer of {repo_id} could not be fetched.",
             f"{visible(str(error).splitlines()[0], one_line=True)}.",
-            f"Try again later, or copy the model's {_TEKKEN} here and name its folder.",
+            f"Try again later, or copy the model's {TEKKEN} here and name its folder.",
         ) from error
 
 
-def _find_in_folder(folder: Path) -> Path:
-    found = sorted(path for path in folder.glob("*tekken*.json") if path.is_file())
-    exact = folder / _TEKKEN
-    if exact in found:
-        return exact
-    if len(found) == 1:
-        return found[0]
-    where = visible(str(folder), one_line=True)
-    if found:
+def _open_folder(folder: Path) -> ChatTokenizer:
+    file = find_in_folder(folder)
+    if file is None:
         raise UserError(
-            f"{where} has several tekken files.",
-            f"They are {_list_names(found)}.",
-            "Name the file instead of the folder.",
+            f"{visible(str(folder), one_line=True)} has no {TEKKEN}.",
+            "It has no tokenizer file at all.",
+            f"Copy {TEKKEN} from the model's page on the hub into the folder.",
         )
-    others = sorted({path for pattern in _OTHER_TOKENIZERS for path in folder.glob(pattern)})
-    raise UserError(
-        f"{where} has no {_TEKKEN}.",
-        f"It has {_list_names(others)}, which is not Mistral's own format."
-        if others
-        else "It has no tokenizer file at all.",
-        f"Copy {_TEKKEN} from the model's page on the hub into the folder.",
-    )
-
-
-def _list_names(paths: list[Path]) -> str:
-    return ", ".join(visible(path.name, one_line=True) for path in paths)
+    return _open_file(file)
 
 
 def _open_file(path: Path) -> ChatTokenizer:
+    check_file(path)
     try:
-        tekken = Tekkenizer.from_file(path)
-        if tekken.version >= TokenizerVersion.v7:
-            return assemble(tekken)
+        return assemble(Tekkenizer.from_file(path))
     # mistral-common asserts, and reads keys, of whatever JSON the file holds.
     except (
         *(AssertionError, AttributeError, IndexError, KeyError, OSError, RecursionError),
         *(TypeError, ValueError),
     ) as error:
         _refuse_damaged(path, error)
-    raise UserError(
-        f"The tokenizer in {visible(str(path), one_line=True)} is {tekken.version.value}.",
-        "Before v7 the system prompt moved with every turn; only v7 and newer are rendered.",
-        "Choose a newer model.",
-    )
 
 
 def _refuse_damaged(path: Path, error: Exception) -> NoReturn:

@@ -1,12 +1,12 @@
 """The same arrays through mistral-common's own validator, normalizer and encoders.
 
-It serves tokenizer versions that `fast` does not know, and in the tests it stands between `fast`
-and `encode_chat_completion`: it shares with `fast` nothing but the settled conversation.
+It stands between `render` and `encode_chat_completion`: the first knows the kind and source of each
+token and shares only the settled conversation with this, the second gives ids alone.
 """
 
 import json
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from mistral_common.exceptions import MistralCommonException
@@ -24,21 +24,28 @@ from mistral_common.protocol.instruct.messages import (
 )
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import FunctionCall, Tool, ToolCall
+from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from pydantic import ValidationError
 
 from engine.chat.messages import Conversation, Image, Message, Part, RowProblem, Text, Think
-from engine.chat.render.image_run import measure
+from engine.chat.render.fast import measure
 from engine.chat.render.kinds import WITHHELD, Kind, Kinds, Rendered, RenderedImage
+from engine.chat.render.thinking import settle
 from engine.chat.tokenizer.chat_tokenizer import ChatTokenizer, grid_url
 
 # What mistral-common raises at a conversation that it refuses; asserts are among its checks.
 _REFUSALS = (MistralCommonException, ValidationError, ValueError, AssertionError, RecursionError)
 
 
-def encode_exact(conversation: Conversation, tokenizer: ChatTokenizer) -> Rendered:
-    """The arrays of a settled conversation. Raises RowProblem where mistral-common refuses it."""
+def render_exact(
+    conversation: Conversation,
+    tokenizer: ChatTokenizer,
+    *,
+    history_thinking: Literal["keep", "drop"] = "keep",
+) -> Rendered:
+    """The arrays that `render` should give. Raises RowProblem where mistral-common refuses."""
     try:
-        return _encode(conversation, tokenizer)
+        return _encode(settle(conversation, tokenizer, history_thinking), tokenizer)
     except _REFUSALS as error:
         raise RowProblem(
             "mistral-common refuses the conversation.",
@@ -47,7 +54,7 @@ def encode_exact(conversation: Conversation, tokenizer: ChatTokenizer) -> Render
         ) from error
 
 
-def to_request(conversation: Conversation, tokenizer: ChatTokenizer) -> ChatCompletionRequest[Any]:
+def _to_request(conversation: Conversation, tokenizer: ChatTokenizer) -> ChatCompletionRequest[Any]:
     """The request that mistral-common would encode for a settled conversation."""
     return ChatCompletionRequest(
         messages=[_to_mistral(message, tokenizer) for message in conversation.messages],
@@ -94,7 +101,7 @@ def _to_mistral(message: Message, tokenizer: ChatTokenizer) -> Any:
 def _encode(conversation: Conversation, tokenizer: ChatTokenizer) -> Rendered:
     mistral = tokenizer.mistral
     encoder: Any = mistral.instruct_tokenizer
-    asked = to_request(conversation, tokenizer)
+    asked = _to_request(conversation, tokenizer)
     request = mistral._chat_completion_request_validator.validate_request(asked)
     instruct = mistral._instruct_request_normalizer.from_chat_completion_request(request)
     encoder.validate_messages(instruct.messages)
@@ -121,16 +128,36 @@ def _encode(conversation: Conversation, tokenizer: ChatTokenizer) -> Rendered:
             tokens = encoder.encode_assistant_message(message, index < last_user)
         else:
             tokens, _ = encoder.encode_system_message(message)
-        mark = 0 if all(part.learn for part in turn) else WITHHELD
+        found = _find_kinds(tokens, message, tokenizer) | np.uint8(_mark(turn))
+        found_sources = np.full(len(tokens), turn[-1].source, np.int32)
+        if index == last_user and instruct.system_prompt:
+            systems = [each for each in conversation.messages if each.role == "system"]
+            of_system = _find_prompt(tokens, f"{instruct.system_prompt}\n\n", tokenizer)
+            found[of_system] = Kind.SYSTEM | _mark(tuple(systems))
+            found_sources[of_system] = systems[-1].source
         ids += tokens
-        kinds.append(_find_kinds(tokens, message, tokenizer) | np.uint8(mark))
-        sources.append(np.full(len(tokens), turn[-1].source, np.int32))
+        kinds.append(found)
+        sources.append(found_sources)
     return Rendered(
         np.array(ids, np.uint32),
         np.concatenate(kinds),
         np.concatenate(sources),
         _images(turns, tokenizer),
     )
+
+
+def _mark(turn: tuple[Message, ...]) -> int:
+    return 0 if all(part.learn for part in turn) else WITHHELD
+
+
+def _find_prompt(tokens: list[int], prompt: str, tokenizer: ChatTokenizer) -> slice:
+    """The tokens of a user message of v3 that hold its system prompt and nothing else."""
+    tekken: Any = tokenizer.mistral.instruct_tokenizer.tokenizer
+    start = tokens.index(tokenizer.specials.inst) + 1
+    size = len(tekken.decode(tekken.encode(prompt, bos=False, eos=False)).encode())
+    shown = SpecialTokenPolicy.KEEP
+    ends = np.cumsum([len(tekken.id_to_byte_piece(token, shown)) for token in tokens[start:-1]])
+    return slice(start, start + int(np.searchsorted(ends, size, "right")))
 
 
 def _images(
@@ -148,20 +175,23 @@ def _images(
 def _group_turns(messages: tuple[Message, ...], version: str) -> list[tuple[Message, ...]]:
     """The messages behind each normalized message: users and assistants in a row are merged.
 
-    Replays the grouping of mistral-common's `_aggregate_messages`, and from v11 on its sorting of
-    tool results.
+    Replays the grouping of mistral-common's `_aggregate_messages`, from v11 on its sorting of tool
+    results, and for v3 its user message where the row begins with none.
     """
     turns: list[tuple[Message, ...]] = []
     called: list[str] = []
+    first = next(message.role for message in messages if message.role != "system")
+    if version == "v3" and first != "user":
+        turns.append((Message("user", ""),))
     for role, group in groupby(messages, lambda message: message.role):
         turn = list(group)
         if role in ("user", "assistant"):
             turns.append(tuple(turn))
         if role == "assistant":
             called = [call.id or "null" for message in turn for call in message.tool_calls]
-        if role == "tool" and version != "v7":
+        if role == "tool" and version not in ("v3", "v7"):
             turn.sort(key=lambda message: called.index(message.tool_call_id or "null"))
-        if role in ("tool", "system"):
+        if role == "tool" or (role == "system" and version != "v3"):
             turns += [(message,) for message in turn]
     return turns
 
