@@ -16,11 +16,10 @@ from engine.chat.render import Kind, learned
 from engine.chat.tokenizer import ChatTokenizer
 from engine.chat.tokenizer.find import spec_of
 from engine.config import RunConfig, read_config
-from engine.data.images import ImageRules
 from engine.data.prepare import label_rule, prepare
 from engine.data.preview import preview_entry
 from engine.data.preview_text import row_text
-from engine.data.rows import effective_datasets, iterate_rendered
+from engine.data.rows import iterate_rendered
 from tests.tokenizers import tokenizer_of
 
 FOLDER = Path(__file__).parent / "golden" / "documented"
@@ -37,10 +36,7 @@ def model_tokenizer(base_model: str) -> ChatTokenizer:
 
 def entries(config: RunConfig, case: Path) -> list[dict[str, Any]]:
     """Every row as `windtunnel preview` shows it."""
-    images = ImageRules.from_config(config, case)
-    rows = iterate_rendered(
-        effective_datasets(config), case, model_tokenizer(config.base_model), images=images
-    )
+    rows = iterate_rendered(config, case, model_tokenizer(config.base_model))
     return [preview_entry(row, label_rule(config)) for row in rows]
 
 
@@ -68,10 +64,7 @@ class TestEachCase:
         self, case: Path, tmp_path: Path
     ) -> None:
         config = read_config(case / "config.yml").config
-        datasets = effective_datasets(config)
-        prepared = prepare(
-            config, case, model_tokenizer(config.base_model), tmp_path, datasets=datasets
-        )
+        prepared = prepare(config, case, model_tokenizer(config.base_model), tmp_path)
         shown = entries(config, case)
         assert len(prepared) == len(shown)
         for index, entry in enumerate(shown):

@@ -12,7 +12,7 @@ from typing import Any, Final
 from engine.cli.row_counts import NO_ROW, why_uncounted
 from engine.config import DatasetConfig, RunConfig
 from engine.errors import UserError
-from engine.plan import read_statistics
+from engine.plan import Statistics, read_statistics
 from tui.data_worker import DataWorker
 from tui.draft import Counted, Draft
 
@@ -84,9 +84,9 @@ def rows_request(config: RunConfig, *, labels: bool = True) -> dict[str, Any]:
     }
 
 
-def take_count(draft: Draft, config: RunConfig, found: dict[str, Any]) -> None:
-    """Put what the worker found in the rows of `config` into the plan."""
-    draft.statistics = read_statistics(found)
+def take_count(draft: Draft, config: RunConfig, statistics: Statistics | None) -> None:
+    """Put what was found in the rows of `config` into the plan."""
+    draft.statistics = statistics
     draft.counted = counted_of(config)
     draft.uncounted = "" if draft.statistics else NO_ROW
 
@@ -106,5 +106,5 @@ async def count_rows(draft: Draft, config: RunConfig, worker: DataWorker) -> boo
     if trouble:
         draft.counted, draft.uncounted = counted_of(config), trouble
     else:
-        take_count(draft, config, found)
+        take_count(draft, config, read_statistics(found["statistics"]))
     return True

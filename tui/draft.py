@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from engine.catalog import Architecture, read_architecture
+from engine.chat.tokenizer_file import check_tokenizer, tokenizer_name
 from engine.config import ConfigFile, DatasetConfig, RunConfig, write_config
 from engine.data.config_paths import with_absolute_paths
 from engine.errors import UserError
@@ -176,10 +177,12 @@ def is_named_by_path(dataset: DatasetConfig) -> bool:
 def draft_from(file: ConfigFile, folder: Path) -> Draft:
     """The answers in a config file of `folder`, which stays as it is but for what is changed.
 
-    Raises UserError where a key of it would not be acted on.
+    Raises UserError where a key of it would not be acted on, and where rows cannot be rendered by
+    its model's tokenizer.
     """
     file.require_supported()
     config = with_absolute_paths(file.config, folder)
+    check_tokenizer(tokenizer_name(config), folder)
     draft = Draft(model=config.base_model, opened=file, own=config)
     draft.dataset = config.datasets[0] if config.datasets else None
     return draft

@@ -18,15 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import cyclopts
 from cyclopts import Parameter
 
+from engine.chat.tokenizer_file import tokenizer_name
 from engine.config import ConfigError, DatasetConfig, RunConfig, read_config
 from engine.config.data_keys import DataKeys, LearningKeys
 from engine.errors import UserError
 from engine.visible import fold, visible
 
 if TYPE_CHECKING:
-    from engine.chat.render import LabelRule
     from engine.data.checkup import Checkup
-    from engine.data.images import ImageRules
     from engine.data.prepare import Progress
 
 Effort = Literal["none", "high"]
@@ -46,16 +45,13 @@ def register(app: cyclopts.App) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What a command line says about data: DATA itself, or the config that stands for it."""
+    """What a command line says about data: the config that was named, or one that holds DATA."""
 
-    datasets: tuple[DatasetConfig, ...]
+    config: RunConfig
     folder: Path
     model: str | None
     model_folder: Path
     """Where a relative path in `model` starts."""
-    rule: "LabelRule"
-    images: "ImageRules"
-    history_thinking: Literal["keep", "drop"] = "keep"
     sequence_len: int | None = None
 
 
@@ -63,31 +59,25 @@ def _is_config(data: str) -> bool:
     return Path(data).suffix.lower() in (".yml", ".yaml")
 
 
-def _read_request(
-    data: str, model: str | None, think: bool | None = None, effort: str | None = None
-) -> _Request:
-    from engine.chat.render import LabelRule
-    from engine.data.images import ImageRules
-    from engine.data.rows import effective_datasets, tokenizer_name, with_template_kwargs
-    from engine.data.sources import locate
-
+def _read_request(data: str, model: str | None, think: bool | None = None) -> _Request:
     if not _is_config(data):
-        forced = {"reasoning_effort": effort} if effort else {}
-        dataset = with_template_kwargs(DatasetConfig(path=data), {}, forced)
+        from engine.data.sources import locate
+
+        dataset = DatasetConfig(path=data)
         locate(dataset, Path.cwd())  # a missing file is said before a tokenizer is opened
-        rule = LabelRule(thinking=think is not False)
-        images = ImageRules(Path.cwd())
-        return _Request((dataset,), Path.cwd(), model, Path.cwd(), rule, images)
+        # Not validated: a config's names are stricter than those of a command line.
+        given = RunConfig(base_model="any").model_copy(
+            update={"datasets": (dataset,), "train_on_thinking": think is not False}
+        )
+        return _Request(given, Path.cwd(), model, Path.cwd())
     config, folder = _load(data), Path(data).resolve().parent
-    thinking = config.train_on_thinking if think is None else think
+    if think is not None:
+        config = config.model_copy(update={"train_on_thinking": think})
     return _Request(
-        effective_datasets(config, reasoning_effort=effort),
+        config,
         folder,
         model or tokenizer_name(config),
         Path.cwd() if model else folder,
-        LabelRule(thinking=thinking, inputs=config.train_on_inputs),
-        ImageRules.from_config(config, folder),
-        config.history_thinking,
         config.sequence_len,
     )
 
@@ -132,17 +122,14 @@ def check_data(
         Print one JSON document.
     """
     from engine.chat.tokenizer import open_tokenizer
-    from engine.data.checkup import check
+    from engine.data.checkup import check_config
 
     request = _read_request(data, model)
     tokenizer = open_tokenizer(request.model, request.model_folder) if request.model else None
-    found = check(
-        request.datasets,
+    found = check_config(
+        request.config,
         request.folder,
         tokenizer,
-        rule=request.rule,
-        history_thinking=request.history_thinking,
-        images=request.images,
         sequence_len=request.sequence_len,
         progress=_show_reading if _shows_progress(as_json) else None,
     )
@@ -231,14 +218,14 @@ def preview_data(
         Print JSON.
     """
     first = _first_row(row, every)
-    request = _read_request(data, model, think, reasoning_effort)
+    request = _read_request(data, model, think)
     if request.model is None:
         raise UserError(
             "preview needs a model.",
             "Only its tokenizer knows what it sees.",
             "Add --model, such as --model ministral-3-8b.",
         )
-    shown, learns_nothing = _show_rows(request, first, every, as_json)
+    shown, learns_nothing = _show_rows(request, first, every, as_json, reasoning_effort)
     if shown == 0:
         raise UserError(
             f"{data} has no row {first}.",
@@ -250,9 +237,12 @@ def preview_data(
     return int(strict and learns_nothing > 0)
 
 
-def _show_rows(request: _Request, first: int, every: bool, as_json: bool) -> tuple[int, int]:
+def _show_rows(
+    request: _Request, first: int, every: bool, as_json: bool, effort: str | None
+) -> tuple[int, int]:
     """Prints the row `first`, or every row from it on; how many, and how many learn nothing."""
     from engine.chat.tokenizer import open_tokenizer
+    from engine.data.prepare import label_rule
     from engine.data.preview import preview_entry
     from engine.data.preview_text import legend, row_text
     from engine.data.rows import iterate_rendered
@@ -260,17 +250,13 @@ def _show_rows(request: _Request, first: int, every: bool, as_json: bool) -> tup
     assert request.model is not None
     tokenizer = open_tokenizer(request.model, request.model_folder)
     rows = iterate_rendered(
-        request.datasets,
-        request.folder,
-        tokenizer,
-        history_thinking=request.history_thinking,
-        images=request.images,
-        skip=first - 1,
+        request.config, request.folder, tokenizer, reasoning_effort=effort, skip=first - 1
     )
+    rule = label_rule(request.config)
     underline, columns = _underlines(), _columns()
     shown = learns_nothing = good = 0
     for rendered in rows if every else islice(rows, 1):
-        entry = preview_entry(rendered, request.rule)
+        entry = preview_entry(rendered, rule)
         learns_nothing += all(label == -100 for label in entry["labels"])
         if as_json:
             print(json.dumps(entry))
@@ -316,7 +302,6 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
     """
     from engine.chat.tokenizer import open_tokenizer
     from engine.data.prepare import default_store, label_rule, prepare
-    from engine.data.rows import tokenizer_name
 
     start = time.monotonic()
     if not _is_config(config):

@@ -5,7 +5,6 @@ rows are checked in this one, and a config for more cards than this version uses
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from engine.cli.row_counts import check_rows
 from engine.errors import UserError
 from engine.hardware import assume, read_machine
 from engine.launch import require_torch
-from engine.plan import best_device, estimate, read_statistics, remarks
+from engine.plan import best_device, estimate, remarks
 from engine.plan.sharding import cards_laid_out, cards_needed
 from engine.visible import visible
 
@@ -44,7 +43,7 @@ def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
     require_torch(read_machine(), device.uuid)
     laid_out = cards_laid_out(config)
     card = device if device.kind == "cuda" or laid_out == 1 else best_device(assume(USUAL_CARD))
-    counted = read_statistics(asdict(found))
+    counted = found.statistics()
     needs = estimate(config, architecture, card, counted)
     sentence = (
         "Dry run, nothing was loaded: it would train"

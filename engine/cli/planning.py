@@ -13,6 +13,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.catalog import Architecture, UnknownModel, read_architecture
+from engine.chat.tokenizer_file import check_tokenizer, tokenizer_name
 from engine.cli.hardware import find_machine
 from engine.cli.plan_lines import (
     advice_lines,
@@ -58,7 +59,6 @@ from engine.plan import (
     make_fit,
     plan_document,
     price_lengths,
-    read_statistics,
     recommend,
     remarks,
 )
@@ -111,15 +111,13 @@ def print_recommendation(
     device = find_device(assumed)
     architecture = read_architecture(model)
     dataset = DatasetConfig(path=data, type="chat_template") if data else None
-    statistics = count_rows(dataset, model) if dataset else None
-    advice = recommend(
-        architecture,
-        device,
-        statistics,
-        dataset=dataset,
-        goal=goal,
-        fixed=_fixed_values(model, changes),
-    )
+    fixed = _fixed_values(model, changes)
+    advice = recommend(architecture, device, dataset=dataset, goal=goal, fixed=fixed)
+    check_tokenizer(tokenizer_name(advice.config))
+    if dataset:
+        # Goal and changes decide what a row becomes, so that its lengths are those of the config.
+        counts = _count_rows(advice.config)
+        advice = recommend(architecture, device, counts, dataset=dataset, goal=goal, fixed=fixed)
     config = advice.config
     if out and out.absolute().parent != Path.cwd():
         config = with_absolute_paths(config, Path.cwd())
@@ -201,7 +199,8 @@ def read_planned(
 ) -> tuple[RunConfig, Architecture]:
     """The config of a file with its changes, and the architecture of its model.
 
-    Raises UserError where either cannot be read, and where a key would not be acted on; with
+    Raises UserError where either cannot be read, where a key would not be acted on and where the
+    model's tokenizer is none that rows can be rendered by; with
     `sharded` one for several GPUs passes, which can be planned and not run.
     """
     given: ConfigFile = read_config(file)
@@ -209,7 +208,9 @@ def read_planned(
     require_supported(config, given.document, sharded=sharded)
     refuse_unshardable(config)
     config = with_absolute_paths(config, file.absolute().parent)
-    return config, read_architecture(config.base_model)
+    architecture = read_architecture(config.base_model)
+    check_tokenizer(tokenizer_name(config), file.absolute().parent)
+    return config, architecture
 
 
 def plan_run(
@@ -253,18 +254,19 @@ def _too_large(
     )
 
 
-def count_rows(dataset: DatasetConfig, model: str) -> Statistics:
+def _count_rows(config: RunConfig) -> Statistics:
     """Read and tokenize every row once, to know lengths and how much is learned.
 
     Raises UserError where the dataset cannot be read or no row of it can be used.
     """
     from engine.chat.tokenizer import open_tokenizer
-    from engine.data.checkup import check
+    from engine.data.checkup import check_config
 
-    found = check([dataset], Path.cwd(), open_tokenizer(model, Path.cwd()))
-    statistics = read_statistics(asdict(found))
+    tokenizer = open_tokenizer(tokenizer_name(config), Path.cwd())
+    found = check_config(config, Path.cwd(), tokenizer)
+    statistics = found.statistics()
     if statistics is None:
-        path = visible(dataset.path, one_line=True)
+        path = visible(config.datasets[0].path, one_line=True)
         raise UserError(
             f"No row of {path} can be used.",
             f"{found.rows} were read, and each has a problem.",

@@ -5,14 +5,14 @@ rows that are not here, on the hub, or too many to read before an answer leave `
 count with.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.catalog import Architecture
+from engine.chat.tokenizer_file import tokenizer_name
 from engine.config import RunConfig
 from engine.errors import UserError, WorkError
-from engine.plan import Statistics, read_statistics
+from engine.plan import Statistics
 
 if TYPE_CHECKING:
     from engine.data.checkup import Checkup
@@ -28,24 +28,13 @@ def check_rows(config: RunConfig, folder: Path) -> "Checkup":
     Raises UserError where a dataset cannot be read.
     """
     from engine.chat.tokenizer import open_tokenizer
-    from engine.data.checkup import check
-    from engine.data.images import ImageRules
-    from engine.data.prepare import label_rule
-    from engine.data.rows import effective_datasets, tokenizer_name
+    from engine.data.checkup import check_config
 
     try:
         tokenizer = open_tokenizer(tokenizer_name(config), folder)
     except WorkError:  # offline, and the tokenizer is not here yet
         tokenizer = None
-    return check(
-        effective_datasets(config),
-        folder,
-        tokenizer,
-        rule=label_rule(config),
-        history_thinking=config.history_thinking,
-        images=ImageRules.from_config(config, folder),
-        sequence_len=config.sequence_len,
-    )
+    return check_config(config, folder, tokenizer, sequence_len=config.sequence_len)
 
 
 def count_config_rows(
@@ -56,7 +45,7 @@ def count_config_rows(
     if reason:
         return None, reason
     try:
-        statistics = read_statistics(asdict(check_rows(config, folder)))
+        statistics = check_rows(config, folder).statistics()
     except UserError as error:
         return None, _unreadable(error)
     return statistics, "" if statistics else NO_ROW

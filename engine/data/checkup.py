@@ -17,11 +17,13 @@ import numpy as np
 from engine.chat.messages import Conversation, Image, Text
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, learned
 from engine.chat.tokenizer import ChatTokenizer
-from engine.config import DatasetConfig
+from engine.config import RunConfig
 from engine.data.array_writer import content_hash, problem_entry
-from engine.data.images import ImageRules, image_digest
+from engine.data.images import image_digest
 from engine.data.odd_rows import LISTED_LONGEST, OddRowFinder, OddRows
-from engine.data.rows import HistoryThinking, RenderedRow, iterate_rendered
+from engine.data.prepare import label_rule
+from engine.data.rows import RenderedRow, iterate_rendered
+from engine.data.statistics import Statistics
 
 # Below this a first fine-tune tends to memorise instead of generalise.
 FEW_ROWS = 100
@@ -122,29 +124,47 @@ class Checkup:
     odd: OddRows | None
     images: ImageStatistics
 
+    def statistics(self) -> Statistics | None:
+        """What a plan needs of it; None where no row can be used or no token was counted."""
+        tokens, odd = self.tokens, self.odd
+        if tokens is None or odd is None or not self.usable:
+            return None
+        return Statistics(
+            rows=self.rows,
+            usable_rows=self.usable,
+            total_tokens=tokens.total,
+            learned_tokens=tokens.learned,
+            thinking_tokens=tokens.thinking,
+            mean_tokens=tokens.row_length.mean,
+            p95_tokens=tokens.row_length.p95,
+            longest_tokens=tokens.row_length.max,
+            longest_rows=tokens.longest_rows,
+            prompts=self.prompts,
+            image_tokens=tokens.by_kind[Kind.IMAGE.word],
+            most_image_tokens=tokens.most_image_tokens,
+            p99_tokens=tokens.row_length.p99,
+            longest_row=next(iter(odd.longest), None),
+            most_images_row=tokens.most_images_row,
+            most_learned_tokens=tokens.learned_a_row.max,
+        )
 
-def check(
-    datasets: Sequence[DatasetConfig],
+
+def check_config(
+    config: RunConfig,
     folder: Path,
     tokenizer: ChatTokenizer | None = None,
     *,
-    rule: LabelRule | None = None,
-    history_thinking: HistoryThinking = "keep",
-    images: ImageRules | None = None,
     sequence_len: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Checkup:
-    """Reads every row of `datasets` (as `rows.effective_datasets` gives them) and reports.
+    """Reads every row of a config's datasets as a run of it would, and reports.
 
-    `images` says where they are, `folder` by default. `progress` gets (rows, bytes read) and may
-    raise to cancel. Raises `UserError` where a dataset cannot be read at all.
+    Paths start at `folder`. `progress` gets (rows, bytes read) and may raise to cancel. Raises
+    what `iterate_rendered` raises.
     """
-    rule = rule or LabelRule()
+    rule = label_rule(config)
     notebook = _Notebook(rule, OddRowFinder(rule))
-    rows = iterate_rendered(
-        datasets, folder, tokenizer, history_thinking=history_thinking, images=images
-    )
-    for row in rows:
+    for row in iterate_rendered(config, folder, tokenizer):
         notebook.rows += 1
         notebook.images.named += len(row.image_names)
         if row.problem is not None:

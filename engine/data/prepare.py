@@ -128,6 +128,7 @@ class _Job:
 
 def _plan(config: RunConfig, folder: Path, tokenizer: ChatTokenizer, report: OnProgress) -> _Job:
     datasets = tuple(_pinned(dataset, folder) for dataset in effective_datasets(config))
+    pinned = config.model_copy(update={"datasets": datasets})
     locations = tuple(locate(dataset, folder) for dataset in datasets)
     stamps = _stamps(locations)
     total_bytes = sum(size for size, *_ in stamps)
@@ -148,14 +149,7 @@ def _plan(config: RunConfig, folder: Path, tokenizer: ChatTokenizer, report: OnP
         stamps,
         total_bytes,
         hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
-        lambda skip: iterate_rendered(
-            datasets,
-            folder,
-            tokenizer,
-            history_thinking=config.history_thinking,
-            images=rules,
-            skip=skip,
-        ),
+        lambda skip: iterate_rendered(pinned, folder, tokenizer, skip=skip, fetch=True),
         tuple(ImageFinder(index, place, rules) for index, place in enumerate(locations)),
         spec,
     )

@@ -4,10 +4,9 @@ What a person previews and what training reads are made by this same generator, 
 cannot differ.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from engine.chat.messages import Conversation, RowFormat, RowProblem, read_row
 from engine.chat.render import Rendered, render
@@ -15,8 +14,6 @@ from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig
 from engine.data.images import ImageFinder, ImageName, ImageRules
 from engine.data.sources import SourceRow, iterate_rows, locate
-
-HistoryThinking = Literal["keep", "drop"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +34,6 @@ class RenderedRow:
     rendered: Rendered | None = None
     image_names: tuple[ImageName, ...] = ()
     """Paths and URLs that the row, good or bad, named."""
-
-
-def tokenizer_name(config: RunConfig) -> str:
-    """What names the run's tokenizer; as a path it starts at the config's folder."""
-    return config.tokenizer_config or config.base_model
 
 
 def effective_datasets(
@@ -67,22 +59,24 @@ def with_template_kwargs(
 
 
 def iterate_rendered(
-    datasets: Sequence[DatasetConfig],
+    config: RunConfig,
     folder: Path,
     tokenizer: ChatTokenizer | None,
     *,
-    history_thinking: HistoryThinking = "keep",
-    images: ImageRules | None = None,
+    reasoning_effort: str | None = None,
     skip: int = 0,
+    fetch: bool = False,
 ) -> Iterator[RenderedRow]:
-    """Every row of every dataset, in order; the first `skip` are read but not rendered.
+    """Every row of every dataset of a config, in order; the first `skip` are read, not rendered.
 
-    `datasets` as `effective_datasets` gives them; without `images` they are looked up in `folder`.
-    Raises what `iterate_rows` raises; a bad row is yielded with its problem.
+    Paths start at `folder`. `reasoning_effort` wins over what config and datasets say; `fetch`
+    lets images come from the web. Raises what `iterate_rows` raises, and UserError where
+    `image_folder` is none; a bad row is yielded with its problem.
     """
-    rules = images or ImageRules(folder)
+    rules = ImageRules.from_config(config, folder, fetch=fetch)
     tokenizer = adapt_tokenizer(tokenizer, rules) if tokenizer else None
     number = 0
+    datasets = effective_datasets(config, reasoning_effort=reasoning_effort)
     for index, dataset in enumerate(datasets):
         row_format = RowFormat.from_config(dataset)
         finder = ImageFinder(index, locate(dataset, folder), rules)
@@ -94,7 +88,7 @@ def iterate_rendered(
             try:
                 conversation = finder.resolve(_read(source, row_format), source.file)
                 rendered = (
-                    render(conversation, tokenizer, history_thinking=history_thinking)
+                    render(conversation, tokenizer, history_thinking=config.history_thinking)
                     if tokenizer
                     else None
                 )

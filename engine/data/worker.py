@@ -26,13 +26,13 @@ from typing import IO, Any
 from pydantic import ValidationError
 
 from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
+from engine.chat.tokenizer_file import tokenizer_name
 from engine.config import DatasetConfig, RunConfig
-from engine.data.checkup import check, group_problems
+from engine.data.checkup import check_config, group_problems
 from engine.data.hub import plain, resolve_revision, stream_hub
-from engine.data.images import ImageRules
 from engine.data.prepare import Progress, default_store, label_rule, prepare
 from engine.data.preview import preview_entry, preview_pieces
-from engine.data.rows import effective_datasets, iterate_rendered, tokenizer_name
+from engine.data.rows import effective_datasets, iterate_rendered
 from engine.data.shape import read_shape
 from engine.data.sources import locate
 from engine.errors import UserError, WorkError
@@ -140,7 +140,7 @@ class Worker:
         return asdict(read_shape(dataset, folder, request.get("count", _PREVIEW_ROWS)))
 
     def _check(self, request_id: int, request: dict[str, Any]) -> dict[str, Any]:
-        """The checkup with equal problems grouped, as no screen takes every one of them.
+        """The checkup with its `statistics`, and equal problems grouped: no screen takes them all.
 
         Length limits are left out: they change while a plan is made, and `longest_rows` answers
         for any of them. The last few answers are remembered.
@@ -159,13 +159,10 @@ class Worker:
         )
         if key not in self._checked:
             total_bytes = sum(size for place in locations for size, *_ in place.stamps())
-            found = check(
-                datasets,
+            found = check_config(
+                config,
                 folder,
                 tokenizer,
-                rule=rule,
-                history_thinking=config.history_thinking,
-                images=ImageRules.from_config(config, folder),
                 progress=lambda rows, done: self._report(
                     request_id,
                     {
@@ -176,7 +173,9 @@ class Worker:
                     },
                 ),
             )
+            counted = found.statistics()
             answer = asdict(found) | {
+                "statistics": asdict(counted) if counted else None,
                 "problems": group_problems(found.problems),
                 "bad_rows": len(found.problems),
             }
@@ -196,11 +195,10 @@ class Worker:
         config, folder = _config(request)
         tokenizer = self._tokenizer(request_id, config, folder)
         rows = iterate_rendered(
-            effective_datasets(config, reasoning_effort=request.get("reasoning_effort")),
+            config,
             folder,
             tokenizer,
-            history_thinking=config.history_thinking,
-            images=ImageRules.from_config(config, folder),
+            reasoning_effort=request.get("reasoning_effort"),
             skip=request.get("row", 1) - 1,
         )
         entries: list[dict[str, Any]] = []

@@ -7,6 +7,7 @@ one fit, `remarks` says what a config does less of than it seems to, `answering`
 can be asked here, `survey` compares the models of the catalog on a device.
 """
 
+from engine.data.statistics import Statistics, read_statistics
 from engine.plan.answering import refuse_answering
 from engine.plan.attention import Attention, Heads, Task, choose_attention, heads_of
 from engine.plan.device import Device, best_device, cpu_device, gpu_device
@@ -25,7 +26,6 @@ from engine.plan.memory import AXOLOTL, WEIGHTS, Estimate, Peer, Verdict, compar
 from engine.plan.recommend import Recommendation, assess, recommend
 from engine.plan.remarks import remarks
 from engine.plan.rungs import SAME_RESULT, changed
-from engine.plan.statistics import Statistics, read_statistics
 from engine.plan.survey import Prospect, propose, survey
 
 __all__ = [

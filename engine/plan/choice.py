@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.catalog import Architecture
 from engine.config import DatasetConfig, RunConfig
+from engine.data.statistics import Statistics
 from engine.plan.attention import Attention, Task, choose_attention, heads_of
 from engine.plan.device import Device
 from engine.plan.duration import expected_duration
@@ -23,7 +24,6 @@ from engine.plan.limits import Goal
 from engine.plan.memory import Estimate, estimate
 from engine.plan.rates import learning_rate
 from engine.plan.recipe import Recipe
-from engine.plan.statistics import Statistics
 from engine.plan.targets import linear_endings
 from engine.plan.vision import largest_image_tokens
 from engine.units import gib, spoken

@@ -18,11 +18,11 @@ from math import ceil, prod
 
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
+from engine.data.statistics import Statistics
 from engine.hardware import speed_of
 from engine.plan.device import Device
 from engine.plan.layers import widths
 from engine.plan.memory import frozen_of, kept_in_ram, packed_numbers, tokens_at_once
-from engine.plan.statistics import Statistics
 from engine.plan.targets import trained_parameters, trains_eyes
 from engine.plan.vision import (
     PATCHES_AT_ONCE,

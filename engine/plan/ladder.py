@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from engine.catalog import Architecture
 from engine.config import RunConfig
+from engine.data.statistics import Statistics
 from engine.plan.device import Device
 from engine.plan.memory import Estimate, estimate
 from engine.plan.rates import learning_rate
 from engine.plan.rungs import RUNGS, Change, Place, Rung, changed, in_4_bits, with_rank
-from engine.plan.statistics import Statistics
 
 
 @dataclass(frozen=True, slots=True)

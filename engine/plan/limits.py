@@ -6,6 +6,7 @@ Separate from `recommend`, whose rules are about values: a model here has a plan
 from typing import Literal
 
 from engine.catalog import Architecture
+from engine.config import RunConfig
 from engine.errors import UserError
 
 Goal = Literal["text", "think", "tools", "vision"]
@@ -20,6 +21,24 @@ def why_not_trained(architecture: Architecture) -> str | None:
             " weights can be trained."
         )
     return None
+
+
+def refuse_window(config: RunConfig, architecture: Architecture) -> None:
+    """Raises UserError for rows that are longer than the window of attention in config.json.
+
+    There it is every layer's. The model may leave it out in some (Ministral 8B of October 2024
+    does), which no key of this architecture says; up to the window there is no difference.
+    """
+    text = architecture.config.get("text_config", architecture.config)
+    window = text.get("sliding_window")
+    if not isinstance(window, int) or config.sequence_len <= window:
+        return
+    raise UserError(
+        f"sequence_len is {config.sequence_len:,}, and attention sees {window:,} tokens.",
+        "config.json gives sliding_window for all layers. Models such as Ministral 8B have layers"
+        " without it, and on longer rows another model would be trained.",
+        f"Set sequence_len to {window} or less.",
+    )
 
 
 def refuse_goal(goal: Goal, architecture: Architecture) -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from engine.catalog import Architecture
 from engine.config import DatasetConfig, RunConfig, spell
+from engine.data.statistics import Statistics
 from engine.errors import UserError
 from engine.plan.attention import Attention, Task, choose_attention, heads_of
 from engine.plan.choice import Choice
@@ -21,7 +22,6 @@ from engine.plan.limits import Goal, refuse_goal, why_not_trained
 from engine.plan.memory import Estimate, estimate
 from engine.plan.recipe import find_recipe
 from engine.plan.rungs import changed
-from engine.plan.statistics import Statistics
 
 
 @dataclass(frozen=True, slots=True)

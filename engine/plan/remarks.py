@@ -16,7 +16,7 @@ from engine.catalog import (
 )
 from engine.catalog.agreement import ROPE
 from engine.config import RunConfig
-from engine.plan.limits import why_not_trained
+from engine.plan.limits import refuse_window, why_not_trained
 from engine.plan.targets import choose_targets
 from engine.visible import visible
 
@@ -24,8 +24,10 @@ from engine.visible import visible
 def remarks(config: RunConfig, architecture: Architecture) -> tuple[str, ...]:
     """A sentence for each surprise, empty where the model does what the config reads like.
 
-    Raises UserError where an entry of the adapter's targets matches no module.
+    Raises UserError where an entry of the adapter's targets matches no module, and for rows longer
+    than the model's window of attention.
     """
+    refuse_window(config, with_overrides(architecture, config.overrides_of_model_config))
     table = architecture.table
     refused = why_not_trained(architecture)
     found = (

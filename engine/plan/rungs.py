@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from engine.catalog import Architecture
 from engine.config import RunConfig
+from engine.data.statistics import Statistics
 from engine.plan.device import Device
 from engine.plan.duration import pace_of
 from engine.plan.layers import widths
@@ -19,7 +20,6 @@ from engine.plan.loss import PLUGIN, PRICE, names_cut_loss
 from engine.plan.memory import Estimate, estimate
 from engine.plan.memory.frozen import SLOTS
 from engine.plan.sharding import SHARDED_OPTIMIZERS, is_sharded
-from engine.plan.statistics import Statistics
 from engine.plan.targets import linear_endings
 from engine.plan.vision import tower_works
 

@@ -10,10 +10,10 @@ from types import MappingProxyType
 
 from engine.catalog import Architecture
 from engine.config import RunConfig
+from engine.data.statistics import Statistics
 from engine.errors import UserError
 from engine.plan.device import Device
 from engine.plan.memory import cards_of_a_copy, estimate
-from engine.plan.statistics import Statistics
 
 MOST_CARDS = 1024
 SHARDED_OPTIMIZERS: Mapping[str, str] = MappingProxyType(

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
-from engine.plan.statistics import Statistics
+from engine.data.statistics import Statistics
 from engine.plan.targets import trains_eyes
 
 PATCHES_AT_ONCE = 4096

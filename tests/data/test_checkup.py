@@ -4,14 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.chat.render import LabelRule
 from engine.config import DatasetConfig
-from engine.data.checkup import FEW_ROWS, check, group_problems, length_statistics
-from tests.data.conftest import chat
+from engine.data.checkup import FEW_ROWS, check_config, group_problems, length_statistics
+from tests.data.conftest import chat, config_of
 
 
-def checked(path: Path, tokenizer=None, **keys):
-    return check([DatasetConfig(path=str(path))], path.parent, tokenizer, **keys)
+def checked(path: Path, tokenizer=None, *, progress=None, **keys):
+    config = config_of(DatasetConfig(path=str(path)), **keys)
+    return check_config(config, path.parent, tokenizer, progress=progress)
 
 
 def test_every_bad_row_is_listed_with_line_reason_and_repair(write_jsonl, tokenizer):
@@ -36,7 +36,7 @@ def test_tokens_are_counted_by_kind_and_by_row(write_jsonl, tokenizer):
     assert tokens.by_kind["bos"] == tokens.by_kind["eos"] == 2
     assert asdict(tokens.row_length) == {"mean": 7.5, "p50": 6, "p95": 9, "p99": 9, "max": 9}
     assert tokens.learned_a_row.max == 5
-    quiet = checked(write_jsonl([thinking]), tokenizer, rule=LabelRule(thinking=False))
+    quiet = checked(write_jsonl([thinking]), tokenizer, train_on_thinking=False)
     assert quiet.tokens.learned == 2
 
 
@@ -51,7 +51,7 @@ def test_duplicates_long_rows_and_rows_that_teach_nothing_are_counted(write_json
     muted["messages"][1]["train"] = False
     path = write_jsonl([chat("q"), chat("q"), chat("q"), chat("word " * 50), muted])
     dataset = DatasetConfig(path=str(path), message_field_training="train")
-    found = check([dataset], path.parent, tokenizer, sequence_len=30)
+    found = check_config(config_of(dataset), path.parent, tokenizer, sequence_len=30)
     assert (found.duplicates, found.over_sequence_len, found.nothing_learned) == (2, 1, 1)
     (finding,) = (finding for finding in found.findings if finding.id == "nothing_learned")
     assert finding.lines == (5,)

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from engine.chat.render import LabelRule
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
 from engine.config import DatasetConfig, RunConfig
-from engine.data.checkup import check, image_sentence
+from engine.data.checkup import check_config, image_sentence
 from engine.data.image_fetch import find_fetched
 from engine.data.images import ImageRules
 from engine.data.preview import preview_entry, preview_pieces
@@ -24,6 +24,7 @@ from engine.data.rows import RenderedRow, iterate_rendered
 from engine.data.shape import read_shape
 from engine.errors import UserError, WorkError
 from tests.chat.pictures import png
+from tests.data.conftest import config_of
 from tests.tokenizers import tokenizer_of
 
 
@@ -59,11 +60,14 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def read(data: Path) -> Callable[..., list[RenderedRow]]:
-    def read_rows(*rows: object, rules: ImageRules | None = None, **keys: Any) -> list[RenderedRow]:
+    def read_rows(
+        *rows: object, beside: Path | None = None, fetch: bool = False, **keys: Any
+    ) -> list[RenderedRow]:
         path = data / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         dataset = DatasetConfig(path=str(path), **keys)
-        return list(iterate_rendered([dataset], data, None, images=rules))
+        config = config_of(dataset, image_folder=str(beside) if beside else None)
+        return list(iterate_rendered(config, data, None, fetch=fetch))
 
     return read_rows
 
@@ -78,12 +82,12 @@ class TestPlaces:
     def test_the_datasets_folder_comes_first_and_image_folder_after_it(self, data, read):
         photos = data.parent / "photos"
         (photos / "cat.png").write_bytes(b"not this one")
-        rows = read(about("cat.png", "dog.png"), rules=ImageRules(photos))
+        rows = read(about("cat.png", "dog.png"), beside=photos)
         assert [image.size for image in images_of(rows[0])] == [(60, 40), (20, 20)]
 
     @pytest.mark.parametrize("form", ["{}", "file://{}"])
     def test_an_absolute_path_inside_them_is_read(self, data, read, form):
-        (row,) = read(about(form.format(data / "cat.png")), rules=ImageRules(data))
+        (row,) = read(about(form.format(data / "cat.png")), beside=data)
         assert images_of(row)[0].size == (60, 40)
 
     def test_a_file_in_a_subfolder_finds_images_beside_it(self, data):
@@ -91,7 +95,7 @@ class TestPlaces:
         (data / "part" / "own.png").write_bytes(png(30, 30))
         (data / "part" / "rows.jsonl").write_text(json.dumps(about("own.png")), "utf-8")
         dataset = DatasetConfig(path=str(data), data_files="part/rows.jsonl")
-        (row,) = iterate_rendered([dataset], data, None)
+        (row,) = iterate_rendered(config_of(dataset), data, None)
         assert images_of(row)[0].size == (30, 30)
 
     @pytest.mark.parametrize("how", ["dots", "absolute", "link", "file URL"])
@@ -99,11 +103,11 @@ class TestPlaces:
         secret = data.parent / "secret.png"
         (data / "link.png").symlink_to(secret)
         names = {"dots": "../secret.png", "absolute": str(secret), "link": "link.png"}
-        (row,) = read(about(names.get(how, f"file://{secret}")), rules=ImageRules(data))
+        (row,) = read(about(names.get(how, f"file://{secret}")), beside=data)
         assert "is outside the dataset" in row.problem.what
         assert "image_folder" in row.problem.fix
         assert row.problem.message == 0
-        (row,) = read(about(names.get(how, f"file://{secret}")), rules=ImageRules(data.parent))
+        (row,) = read(about(names.get(how, f"file://{secret}")), beside=data.parent)
         assert images_of(row)[0].size == (20, 20)
 
     def test_image_folder_of_a_config(self, data):
@@ -181,7 +185,7 @@ class TestFetching:
     def test_an_image_is_fetched_once_and_then_known(self, read, data, site):
         url, asked = site
         row = about(f"{url}/cat.png")
-        assert images_of(read(row, row, rules=ImageRules(data, fetch=True))[1])[0].size == (60, 40)
+        assert images_of(read(row, row, fetch=True)[1])[0].size == (60, 40)
         assert asked == ["/cat.png"]
         assert images_of(read(row)[0])
         assert asked == ["/cat.png"]
@@ -197,14 +201,14 @@ class TestFetching:
         ],
     )
     def test_what_is_no_image_is_a_bad_row_and_is_not_kept(self, read, data, site, path, words):
-        (row,) = read(about(site[0] + path), rules=ImageRules(data, fetch=True))
+        (row,) = read(about(site[0] + path), fetch=True)
         assert words in row.problem.what
         assert find_fetched(site[0] + path) is None
 
     def test_a_server_that_does_not_answer_stops_the_work(self, read, data, site):
         for url in (site[0] + "/busy", "http://127.0.0.1:9/cat.png"):
             with pytest.raises(WorkError, match="could not be fetched"):
-                read(about(url), rules=ImageRules(data, fetch=True))
+                read(about(url), fetch=True)
 
 
 class TestSources:
@@ -221,7 +225,7 @@ class TestSources:
         )
         parquet.write_table(table, data / "rows.parquet")
         dataset = DatasetConfig(path=str(data / "rows.parquet"))
-        for row in iterate_rendered([dataset], data, seeing):
+        for row in iterate_rendered(config_of(dataset), data, seeing):
             assert [(image.rows, image.columns) for image in row.rendered.images] == [(2, 3)]
         shape = read_shape(dataset, data, 2)
         assert "bytes>" in shape.rows[0].raw
@@ -229,14 +233,14 @@ class TestSources:
 
     def test_a_folder_with_metadata(self, data):
         (data / "metadata.csv").write_text("file_name,text\ncat.png,A cat.\n", "utf-8")
-        (row,) = iterate_rendered([DatasetConfig(path=str(data))], data.parent, None)
+        (row,) = iterate_rendered(config_of(DatasetConfig(path=str(data))), data.parent, None)
         assert row.problem is None
         assert row.conversation.messages[0].content[0].size == (60, 40)
 
     def test_a_folder_of_images_with_captions(self, data):
         (data / "cat.txt").write_text("A cat.\n", "utf-8")
         (data / "alone.jpg").write_bytes(png())
-        alone, cat = iterate_rendered([DatasetConfig(path=str(data))], data.parent, None)
+        alone, cat = iterate_rendered(config_of(DatasetConfig(path=str(data))), data.parent, None)
         assert "no caption" in alone.problem.what
         assert (cat.file, cat.line) == ("cat.txt", 1)
         assert cat.conversation.messages[1].content == "A cat."
@@ -244,14 +248,14 @@ class TestSources:
     def test_two_images_with_one_caption_are_two_rows(self, data):
         (data / "cat.txt").write_text("A cat.\n", "utf-8")
         (data / "cat.jpg").write_bytes(png(20, 20))
-        rows = list(iterate_rendered([DatasetConfig(path=str(data))], data.parent, None))
+        rows = list(iterate_rendered(config_of(DatasetConfig(path=str(data))), data.parent, None))
         sizes = [row.conversation.messages[0].content[0].size for row in rows]
         assert sizes == [(20, 20), (60, 40)]
 
     def test_a_text_file_alone_is_still_refused(self, data):
         (data / "cat.txt").write_text("A cat.\n", "utf-8")
         with pytest.raises(UserError, match="not a data file"):
-            list(iterate_rendered([DatasetConfig(path=str(data / "cat.txt"))], data, None))
+            list(iterate_rendered(config_of(DatasetConfig(path=str(data / "cat.txt"))), data, None))
 
 
 class TestReports:
@@ -259,7 +263,7 @@ class TestReports:
         path = data / "rows.jsonl"
         rows = [about("cat.png", "cat.png"), about("none.png"), about()]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        found = check([DatasetConfig(path=str(path))], data, seeing)
+        found = check_config(config_of(DatasetConfig(path=str(path))), data, seeing)
         images = found.images
         assert (images.count, images.rows, images.different, images.named) == (2, 1, 1, 3)
         assert images.largest == (60, 40)
@@ -270,7 +274,7 @@ class TestReports:
     def test_a_preview_shows_an_image_as_one_mark(self, data, seeing):
         path = data / "rows.jsonl"
         path.write_text(json.dumps(about("cat.png", "cat.png")), "utf-8")
-        (row,) = iterate_rendered([DatasetConfig(path=str(path))], data, seeing)
+        (row,) = iterate_rendered(config_of(DatasetConfig(path=str(path))), data, seeing)
         entry = preview_entry(row, LabelRule())
         assert entry["images"] == [{"rows": 2, "columns": 3, "width": 60, "height": 40}] * 2
         assert entry["kinds"].count("image") == 16

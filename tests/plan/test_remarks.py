@@ -8,6 +8,7 @@ import pytest
 
 from engine.catalog import list_models
 from engine.config import read_config
+from engine.errors import UserError
 from engine.plan import remarks
 from tests.plan.machines import config, model
 
@@ -55,3 +56,14 @@ def test_routers_are_balanced_only_where_there_are_experts() -> None:
 def test_weights_that_cannot_be_read_are_told_before_a_run_is_refused() -> None:
     (told,) = remarks(config(), replace(model("ministral-3-3b"), checkpoint="gptq"))
     assert told.startswith("Its weights are stored as GPTQ")
+
+
+def test_rows_beyond_a_window_of_attention_are_refused_and_up_to_it_nothing_is_said() -> None:
+    found = model("magistral-small-2506")
+    windowed = replace(found, config={**found.config, "sliding_window": 4096})
+    assert remarks(config(sequence_len=4096), windowed) == remarks(config(sequence_len=4096), found)
+    with pytest.raises(UserError, match="attention sees 4,096 tokens") as caught:
+        remarks(config(sequence_len=4097), windowed)
+    assert caught.value.fix == "Set sequence_len to 4096 or less."
+    overridden = {"overrides_of_model_config": {"sliding_window": None}}
+    remarks(config(sequence_len=4097, **overridden), windowed)

@@ -102,8 +102,12 @@ class Held(DataWorker):
 
 
 def found_in(draft: Draft) -> dict[str, Any]:
-    found = asdict(check_rows(draft.config(), Path.cwd()))
-    return found | {"problems": [], "bad_rows": 0}
+    found = check_rows(draft.config(), Path.cwd())
+    return asdict(found) | {
+        "statistics": asdict(told) if (told := found.statistics()) else None,
+        "problems": [],
+        "bad_rows": 0,
+    }
 
 
 class TestOpened:
@@ -275,7 +279,7 @@ class TestChanged:
     def test_thoughts_that_are_only_read_are_not_learned_tokens(self, tmp_path: Path) -> None:
         write_rows(tmp_path / "rows.jsonl", *[chat("one?", "two", "a long thought " * 9)] * 3)
         draft = draft_on(dataset=DatasetConfig(path="rows.jsonl"), train_on_thinking=True)
-        take_count(draft, draft.config(), found_in(draft))
+        take_count(draft, draft.config(), counted(draft))
         assert next_count(draft) is None
         assert draft.statistics is not None
         learned = draft.statistics.most_learned_tokens
@@ -283,12 +287,12 @@ class TestChanged:
         assert next_count(draft) == draft.config()
         assert draft.statistics.most_learned_tokens == learned
         assert draft.uncounted == COUNTING
-        take_count(draft, draft.config(), found_in(draft))
+        take_count(draft, draft.config(), counted(draft))
         assert draft.statistics.most_learned_tokens < learned
 
     def test_a_switch_that_is_turned_back_leaves_nothing_to_count(self) -> None:
         draft = draft_on(dataset=DatasetConfig(path=SAMPLE), train_on_thinking=True)
-        take_count(draft, draft.config(), found_in(draft))
+        take_count(draft, draft.config(), counted(draft))
         draft.change("train_on_thinking", False)
         assert next_count(draft) is not None
         draft.change("train_on_thinking", True)
@@ -314,7 +318,7 @@ class TestChanged:
 
     def test_another_model_counts_the_same_rows_anew(self) -> None:
         draft = draft_on(dataset=DatasetConfig(path=SAMPLE))
-        take_count(draft, draft.config(), found_in(draft))
+        take_count(draft, draft.config(), counted(draft))
         draft.model = "ministral-3-3b"
         assert next_count(draft) == draft.config()
         assert draft.statistics is None
@@ -344,7 +348,7 @@ class TestChanged:
             tmp_path / "mine.yml", CONFIG.format(path="rows.jsonl") + f"  - path: {SAMPLE}\n"
         )
         first = draft.config().model_copy(update={"datasets": draft.config().datasets[:1]})
-        take_count(draft, first, asdict(check_rows(first, Path.cwd())))
+        take_count(draft, first, check_rows(first, Path.cwd()).statistics())
         assert next_count(draft) == draft.config()
 
 

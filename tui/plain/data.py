@@ -6,7 +6,6 @@ read in this process.
 
 import time
 from copy import copy
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -153,10 +152,7 @@ def count(setup: Setup) -> "Checkup | None":
     Keeps what was found, and the draft's statistics; None where there is no dataset. Raises
     UserError where the rows or the tokenizer cannot be read.
     """
-    from engine.data.checkup import check
-    from engine.data.images import ImageRules
-    from engine.data.prepare import label_rule
-    from engine.data.rows import effective_datasets
+    from engine.data.checkup import check_config
 
     config = setup.draft.config()
     known = setup.found is not None and setup.draft.counted == counted_of(config)
@@ -173,16 +169,8 @@ def count(setup: Setup) -> "Checkup | None":
             told_at = time.monotonic()
             setup.dialogue.say(f"  {rows:,} rows so far.")
 
-    setup.found = check(
-        effective_datasets(config),
-        Path.cwd(),
-        tokenizer,
-        rule=label_rule(config),
-        history_thinking=config.history_thinking,
-        images=ImageRules.from_config(config, Path.cwd()),
-        progress=tell,
-    )
-    take_count(setup.draft, config, asdict(setup.found))
+    setup.found = check_config(config, Path.cwd(), tokenizer, progress=tell)
+    take_count(setup.draft, config, setup.found.statistics())
     return setup.found
 
 

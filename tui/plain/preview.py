@@ -41,22 +41,14 @@ def ask_preview(setup: Setup) -> None:
 
 
 def _show_row(setup: Setup, row: int) -> None:
-    from engine.data.images import ImageRules
     from engine.data.prepare import label_rule
     from engine.data.preview import preview_entry
     from engine.data.preview_text import legend, row_text
-    from engine.data.rows import effective_datasets, iterate_rendered
+    from engine.data.rows import iterate_rendered
 
     config = setup.draft.config()
     tokenizer = setup.tokenizer()
-    rows = iterate_rendered(
-        effective_datasets(config),
-        Path.cwd(),
-        tokenizer,
-        history_thinking=config.history_thinking,
-        images=ImageRules.from_config(config, Path.cwd()),
-        skip=row - 1,
-    )
+    rows = iterate_rendered(config, Path.cwd(), tokenizer, skip=row - 1)
     rendered = next(rows, None)
     if rendered is None:
         raise UserError(

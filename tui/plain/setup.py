@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.catalog import ModelCard, read_architecture
+from engine.chat.tokenizer_file import check_tokenizer, tokenizer_name
 from engine.cli.hardware import find_machine
 from engine.errors import UserError
 from engine.plan import Device, Prospect, best_device, cpu_device, gpu_device, propose, survey
@@ -40,8 +41,9 @@ class Setup:
         self.draft.device = best_device(find_machine(gpus))
 
     def take_model(self, name: str) -> None:
-        """Take a model. Raises UserError where its shape cannot be read."""
+        """Take a model. Raises UserError where its shape or its tokenizer cannot be read."""
         read_architecture(name)
+        check_tokenizer(name)
         self.draft.model = name
 
     def tokenizer(self) -> "ChatTokenizer":
@@ -50,7 +52,6 @@ class Setup:
         Raises UserError where it cannot be read.
         """
         from engine.chat.tokenizer import open_tokenizer
-        from engine.data.rows import tokenizer_name
 
         name = tokenizer_name(self.draft.config())
         if name not in self._tokenizers:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
+from engine.data.statistics import Statistics
 from engine.plan.device import Device, computes_in_bf16
 from engine.plan.loss import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from engine.plan.measured import corrected, find_measured
@@ -20,7 +21,6 @@ from engine.plan.memory.ranks import cards_of_a_copy, divide
 from engine.plan.memory.stack import DIFFERENCES, WINDTUNNEL, Stack
 from engine.plan.memory.trained import moving_numbers, trained_bytes
 from engine.plan.quantized import kept_modules
-from engine.plan.statistics import Statistics
 from engine.plan.targets import count_targets
 from engine.plan.vision import image_tokens_at_once, tokens_of_one_image
 from engine.units import GIB

@@ -5,6 +5,7 @@ room there.
 """
 
 from engine.catalog import Architecture
+from engine.data.statistics import Statistics
 from engine.plan.memory.frozen import Frozen, Sizes
 from engine.plan.memory.moments import Step, kept_states
 from engine.plan.memory.trained import (
@@ -14,7 +15,6 @@ from engine.plan.memory.trained import (
     rest_bytes,
     state_bytes,
 )
-from engine.plan.statistics import Statistics
 from engine.units import GIB
 
 PROCESS_BYTES = 3 * GIB

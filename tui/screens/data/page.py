@@ -20,6 +20,7 @@ from engine.data.samples import SAMPLE_PREFIX
 from engine.data.shape import mapped
 from engine.data.sources import locate
 from engine.errors import UserError
+from engine.plan import read_statistics
 from engine.visible import visible
 from tui.commands import check_command
 from tui.counting import rows_request, take_count, with_rows
@@ -280,7 +281,9 @@ class DataPage(Page):
         assert self._dataset is not None
         draft = copy(self.app.draft)
         draft.dataset = self._dataset
-        take_count(draft, with_rows(draft, self._dataset), self._found)
+        take_count(
+            draft, with_rows(draft, self._dataset), read_statistics(self._found["statistics"])
+        )
         try:
             config = draft.config()
         except UserError:  # it is Plan that says what does not go together
@@ -299,7 +302,11 @@ class DataPage(Page):
         assert self._found is not None
         assert self._dataset is not None
         self.app.draft.dataset = self._dataset
-        take_count(self.app.draft, with_rows(self.app.draft, self._dataset), self._found)
+        take_count(
+            self.app.draft,
+            with_rows(self.app.draft, self._dataset),
+            read_statistics(self._found["statistics"]),
+        )
         self.app.next_step()
 
     def on_choices_chosen(self, message: Choices.Chosen) -> None:

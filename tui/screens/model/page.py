@@ -17,6 +17,7 @@ from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from engine.catalog import ModelCard, read_architecture
+from engine.chat.tokenizer_file import check_tokenizer
 from engine.errors import UserError
 from engine.plan import Device, recommend
 from engine.visible import visible
@@ -329,6 +330,7 @@ class ModelPage(Page):
 
 def _read_own(name: str, device: Device) -> Candidate:
     architecture = read_architecture(name)
+    check_tokenizer(name)
     plan = recommend(architecture, device)
     return Candidate(name, name, plan, architecture.card, architecture)
 

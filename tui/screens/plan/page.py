@@ -150,7 +150,10 @@ class PlanPage(Page):
         if draft.uncounted:
             known = "counted before a change" if draft.statistics else "planned for full rows"
             return f"{known}: {draft.uncounted}"
-        return next(iter(remarks(advice.config, draft.architecture())), "")
+        try:
+            return next(iter(remarks(advice.config, draft.architecture())), "")
+        except UserError as error:
+            return error.what
 
     def _show_beside(self) -> None:
         if not self.has_class("-wide"):

@@ -1,7 +1,7 @@
 """What a plan has to know of a dataset: a few counts, never its rows.
 
-Separate from `data`, which makes the counts, so that planning imports no tokenizer: they arrive as
-the document that `windtunnel check --json` prints and that the worker process sends.
+A checkup makes the counts; planning imports no tokenizer for them, and takes them from the worker
+process as a document.
 """
 
 from bisect import bisect_right
@@ -54,27 +54,9 @@ class Statistics:
         return next((length for length in self.longest_rows if length <= limit), limit)
 
 
-def read_statistics(checkup: Mapping[str, Any]) -> Statistics | None:
-    """The statistics in a document of `windtunnel check --json`; None without counted tokens."""
-    tokens = checkup["tokens"]
-    if not tokens or not checkup["usable"]:
+def read_statistics(document: Mapping[str, Any] | None) -> Statistics | None:
+    """The statistics that `asdict` and JSON made a document of."""
+    if document is None:
         return None
-    lengths = tokens["row_length"]
-    return Statistics(
-        rows=checkup["rows"],
-        usable_rows=checkup["usable"],
-        total_tokens=tokens["total"],
-        learned_tokens=tokens["learned"],
-        thinking_tokens=tokens["thinking"],
-        mean_tokens=lengths["mean"],
-        p95_tokens=lengths["p95"],
-        longest_tokens=lengths["max"],
-        longest_rows=tuple(tokens["longest_rows"]),
-        prompts=tuple(checkup["prompts"]),
-        image_tokens=tokens["by_kind"]["image"],
-        most_image_tokens=tokens["most_image_tokens"],
-        p99_tokens=lengths["p99"],
-        longest_row=next(iter(checkup["odd"]["longest"]), None),
-        most_images_row=tokens["most_images_row"],
-        most_learned_tokens=tokens["learned_a_row"]["max"],
-    )
+    lists: dict[str, Any] = {k: tuple(v) for k, v in document.items() if isinstance(v, list)}
+    return Statistics(**{**document, **lists})

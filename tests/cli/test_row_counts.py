@@ -1,0 +1,151 @@
+"""Every way to the rows of a config counts the same: what a plan believes is what trains."""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.chat.tokenizer import open_tokenizer
+from engine.cli import main
+from engine.cli.planning import read_planned
+from engine.cli.row_counts import check_rows, count_config_rows
+from engine.config import read_config
+from engine.data.prepare import label_rule, prepare
+from engine.data.statistics import Statistics, read_statistics
+from engine.data.worker import Worker
+from engine.hardware import assume
+from engine.plan import best_device
+from tests.chat.pictures import png
+from tests.tui.test_plain import Conversation
+from tui.draft import draft_from
+from tui.plain.data import count
+from tui.plain.setup import Setup
+
+QUESTION = {"role": "user", "content": "Why?"}
+TURNS = [
+    QUESTION,
+    {"role": "assistant", "content": "So.", "reasoning_content": "a long thought " * 20},
+    QUESTION,
+    {"role": "assistant", "content": "Because of it.", "reasoning_content": "short"},
+]
+SHOWN = {
+    "role": "user",
+    "content": [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "?"}],
+}
+FILES: Mapping[str, list[dict[str, Any]]] = {
+    "rows": [{"messages": TURNS}, {"messages": TURNS[:2]}, {"messages": "bad"}],
+    "more": [{"messages": [QUESTION, {"role": "assistant", "content": "yes " * 90}]}],
+    "images": [{"messages": [SHOWN, TURNS[-1]]}, {"messages": TURNS}],
+    "other": [{"talk": [{"who": "user", "said": "q"}, {"who": "assistant", "said": "a b c"}]}],
+}
+MAPPED = {
+    "path": "other.jsonl",
+    "field_messages": "talk",
+    "message_property_mappings": {"role": "who", "content": "said"},
+}
+IMAGES = {"datasets": [{"path": "images.jsonl"}], "processor_type": "AutoProcessor"}
+CASES: Mapping[str, dict[str, Any]] = {
+    "plain": {},
+    "thinking not learned": {"train_on_thinking": False},
+    "old thinking dropped": {"history_thinking": "drop"},
+    "inputs learned": {"train_on_inputs": True},
+    "effort": {
+        "base_model": "mistral-small-4",
+        "chat_template_kwargs": {"reasoning_effort": "none"},
+    },
+    "images elsewhere": IMAGES | {"image_folder": "photos"},
+    "small images": IMAGES | {"image_folder": "photos", "image_size": 56},
+    "two sets, one mapped": {"datasets": [{"path": "rows.jsonl"}, MAPPED, {"path": "more.jsonl"}]},
+}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, rows in FILES.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text, "utf-8")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(png(300, 200))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(values: Mapping[str, Any]) -> Path:
+    base = {"base_model": "ministral-3-3b", "datasets": [{"path": "rows.jsonl"}]}
+    path = Path("config.yml").absolute()
+    path.write_text(json.dumps(base | {"adapter": "lora", "lora_r": 8} | values), "utf-8")
+    return path
+
+
+def of_worker(path: Path) -> Statistics | None:
+    config, answers = read_config(path).config, io.StringIO()
+    request = {"config": config.model_dump(mode="json"), "folder": str(path.parent)}
+    Worker(answers).serve({"id": 1, "request": "check", **request})
+    return read_statistics(json.loads(answers.getvalue().splitlines()[-1])["result"]["statistics"])
+
+
+def of_plain(path: Path) -> Statistics | None:
+    draft = draft_from(read_config(path), path.parent)
+    draft.device = best_device(assume("H100 80GB"))
+    count(Setup(draft, Conversation().dialogue))
+    return draft.statistics
+
+
+def command(capfd: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main([*words, "--json"]) in (0, 3)
+    answer: dict[str, Any] = json.loads(capfd.readouterr().out)
+    return answer
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_has_the_same_rows_for_everybody(
+    case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write(CASES[case])
+    config, architecture = read_planned(path)
+    estimated, why = count_config_rows(config, architecture, tmp_path)
+    assert estimated is not None, why
+    dry = check_rows(config, tmp_path).statistics()
+    assert dry == of_worker(path) == of_plain(path) == estimated
+
+    prepared = prepare(config, tmp_path, open_tokenizer(config.base_model), tmp_path / "store")
+    rule, kinds = label_rule(config), prepared.tokens_by_kind()
+    assert len(prepared) == estimated.usable_rows
+    assert prepared.meta["tokens"] == estimated.total_tokens
+    assert prepared.learned_tokens(rule) == estimated.learned_tokens
+    assert int(np.max(prepared.lengths)) == estimated.longest_tokens
+    assert kinds.get("image", 0) == estimated.image_tokens
+    assert kinds.get("think", 0) == estimated.thinking_tokens
+
+    told = command(capfd, "check", "config.yml")
+    assert (told["rows"], told["usable"]) == (estimated.rows, estimated.usable_rows)
+    assert told["tokens"]["learned"] == estimated.learned_tokens
+
+
+@pytest.mark.parametrize("goal", ["text", "think"])
+@pytest.mark.parametrize("case", ["old thinking dropped", "effort", "images elsewhere"])
+def test_what_is_recommended_counts_the_rows_of_the_config_that_it_writes(
+    case: str, goal: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    values = dict(CASES[case])
+    model = values.pop("base_model", "ministral-3-3b")
+    (dataset,) = values.pop("datasets", [{"path": "rows.jsonl"}])
+    changes = [
+        f"{key}={json.dumps(value) if not isinstance(value, str) else value}"
+        for key, value in values.items()
+    ]
+    where = ("--assume", "H100 80GB")
+    advised = command(
+        capfd,
+        *("recommend", "--goal", goal, "--model", model, "--data", dataset["path"], *where),
+        *("-o", "made.yml", *changes),
+    )
+    counted = command(capfd, "estimate", "made.yml", *where)
+    assert counted["rows_counted"] == 2
+    for key in ("peak_allocated_bytes", "device_bytes", "parts", "tokens_at_once"):
+        assert advised["estimate"][key] == counted[key], key
