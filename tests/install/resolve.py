@@ -86,7 +86,7 @@ def main(constraints: Path = CONSTRAINTS) -> int:
     titles = ["base" if not each else f"[{','.join(each)}]" for each in EXTRAS]
     print(f"{'packages resolved':17} {'Python':>6} " + " ".join(f"{each:>12}" for each in titles))
     keys = [(system, python) for system in SYSTEMS for python in PYTHONS]
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}  # where, by reason
     with ThreadPoolExecutor(4) as pool:  # a resolver mostly waits for the index
         try:
             newest = pool.submit(Resolver("Linux x86_64", PYTHONS[-1], None).resolve, ["train"])
@@ -97,19 +97,27 @@ def main(constraints: Path = CONSTRAINTS) -> int:
             }
             for key in keys:
                 row = [cells[key, extras].result() for extras in EXTRAS]
-                problems += [cell.problem for cell in row if cell.problem]
+                for extras, cell in zip(EXTRAS, row, strict=True):
+                    if cell.problem:
+                        where = f"{' '.join(key)} {'+'.join(extras) or 'base'}"
+                        problems.setdefault(cell.problem, []).append(where)
                 shown = " ".join(f"{cell.shown:>12}" for cell in row)
                 print(f"{key[0]:17} {key[1]:>6} {shown}", flush=True)
-            listed = ", ".join(f"{name} {newest.result()[name]}" for name in DECISIVE)
-            print(f"Without constraints, today: {listed}.")
+            try:
+                listed = ", ".join(f"{name} {newest.result()[name]}" for name in DECISIVE)
+                print(f"Without constraints, today: {listed}.")
+            except Unresolvable as error:
+                problems[str(error)] = ["without constraints"]
         except NoIndex as error:
             pool.shutdown(cancel_futures=True)
             print(f"The package index cannot be reached, so this was not resolved.\n{error}")
             return 0
     found = {name for cell in cells.values() for name in cell.result().pinned}
     pins = {_name(line) for line in constraints.read_text("utf-8").splitlines()}
-    problems += [f"constraints.txt does not pin {name}." for name in sorted(found - pins)]
-    print("\n\n".join(problems) or "All of it can be installed.")
+    problems |= {f"constraints.txt does not pin {name}.": [] for name in sorted(found - pins)}
+    for reason, places in problems.items():
+        print(f"\n{', '.join(places)}\n{reason}")
+    print("" if problems else "All of it can be installed.")
     return 1 if problems else 0
 
 
@@ -129,8 +137,7 @@ def _resolve(resolver: Resolver, extras: Sequence[str]) -> Cell:
     try:
         found = resolver.resolve(extras)
     except Unresolvable as error:
-        where = f"{resolver.system}, Python {resolver.python}, {', '.join(extras) or 'base'}"
-        return Cell("none", f"{where}:\n{error}")
+        return Cell("none", str(error))
     names = frozenset(map(_name, found)) if not set(extras) & CUDA_EXTRAS else frozenset()
     return Cell(
         str(len(found)),
