@@ -14,6 +14,7 @@ from typing import Final
 from engine.hardware.host import Host, read_host, read_memory
 from engine.hardware.machine import Gpu, Machine, Problem
 from engine.hardware.planned import plan_gpus
+from engine.hardware.requirements import version_problem
 from engine.hardware.software import read_stack
 from engine.hardware.toolchain import toolchain_problems
 from engine.hardware.torch_build import read_torch_cuda, torch_problems
@@ -47,7 +48,12 @@ def read_machine(
         driver_version=answer.driver_version,
         cuda_version=answer.cuda_version,
     )
-    found = (*torch_problems(machine), *toolchain_problems(machine))
+    versions = version_problem()
+    found = (
+        *((versions,) if versions else ()),
+        *torch_problems(machine),
+        *toolchain_problems(machine),
+    )
     return replace(machine, problems=(*machine.problems, *found))
 
 

@@ -14,6 +14,8 @@ from typing import Final
 from urllib.parse import unquote, urlsplit
 
 from engine.hardware.commands import python_installer
+from engine.hardware.machine import Problem
+from engine.visible import visible
 
 _OWN: Final = "windtunnel"
 
@@ -47,6 +49,22 @@ def out_of_range(extra: str) -> tuple[OutOfRange, ...]:
             asked = ",".join(sorted(map(str, each.specifier), reverse=True))
             found.append(OutOfRange(each.name, has, asked))
     return tuple(found)
+
+
+def version_problem() -> Problem | None:
+    """The installed training stack where it has versions that Windtunnel does not ask for."""
+    others = out_of_range("train")
+    if not others:
+        return None
+    listed = ", ".join(f"{each.package} {each.version} ({each.asked})" for each in others)
+    return Problem(
+        "stack_of_other_versions",
+        "error",
+        "The installed training stack has other versions than Windtunnel needs: "
+        f"{visible(listed, one_line=True)}.",
+        "With others training fails, or computes something that no test has seen.",
+        f"Install the versions that it needs: {install_command('train')}",
+    )
 
 
 def installed(package: str) -> str | None:

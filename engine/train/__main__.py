@@ -17,7 +17,7 @@ from typing import Any
 
 from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter, Phase
-from engine.hardware.requirements import install_command, installed, out_of_range
+from engine.hardware.requirements import install_command, installed, version_problem
 from engine.runs import ControlReader, RunFolder, RunLock, StopSignals
 from engine.train.shortage import is_shortage, words_of
 from engine.visible import visible
@@ -102,14 +102,8 @@ def require_stack() -> None:
 
     One that is missing is told by its import: not every run needs all of them.
     """
-    if others := out_of_range("train"):
-        listed = ", ".join(f"{each.package} {each.version} ({each.asked})" for each in others)
-        raise WorkError(
-            "The installed training stack has other versions than Windtunnel needs: "
-            f"{visible(listed, one_line=True)}.",
-            "With others the trainer fails, or computes something that no test has seen.",
-            f"Install the versions that it needs: {install_command('train')}",
-        )
+    if problem := version_problem():
+        raise WorkError(problem.what, problem.why, problem.fix)
 
 
 def _tell(record: Mapping[str, Any]) -> None:

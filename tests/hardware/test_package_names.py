@@ -39,7 +39,17 @@ VERB = re.compile(
     r"\b(?:pip3?|uv tool|uv pip) (?:un)?install((?:[ \t]+(?:--?\S+|'[^']+'|[\w.<>=\[\],+-]+))+)"
 )
 NAME = re.compile(r"[A-Za-z][\w.-]*")
-WITH_VALUE = ("--index-url", "--python", "--constraint", "-c", "-r", "--with", "--editable", "-e")
+WITH_VALUE = (
+    "--index-url",
+    "--python",
+    "--constraint",
+    "--constraints",
+    "-c",
+    "-r",
+    "--with",
+    "--editable",
+    "-e",
+)
 
 
 def named(text: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from engine.hardware import read_machine
 from engine.hardware.requirements import OutOfRange, install_command, out_of_range
 from tests.fakes.packages import package
 
@@ -42,6 +43,14 @@ def test_a_package_that_is_missing_is_not_out_of_range(
     package(tmp_path, "windtunnel", "0.1.0", ["nowhere-at-all>=1; extra == 'train'"])
     monkeypatch.syspath_prepend(str(tmp_path))
     assert out_of_range("train") == ()
+
+
+def test_probe_says_what_the_trainer_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, "windtunnel", "0.1.0", ASKED)
+    package(tmp_path, "torch", "2.11.0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = {problem.id: problem.what for problem in read_machine().problems}
+    assert "torch 2.11.0 (>=2.12,<3)" in said["stack_of_other_versions"]
 
 
 def test_torch_has_the_attention_and_the_products_that_the_trainer_calls() -> None:
