@@ -27,7 +27,7 @@ def remarks(config: RunConfig, architecture: Architecture) -> tuple[str, ...]:
     Raises UserError where an entry of the adapter's targets matches no module, and for rows longer
     than the model's window of attention.
     """
-    refuse_window(config, with_overrides(architecture, config.overrides_of_model_config))
+    refuse_window(config, architecture)
     table = architecture.table
     refused = why_not_trained(architecture)
     found = (

@@ -92,7 +92,7 @@ ROWS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         },
     ),
     "sharegpt": (
-        ("v11", "v15"),
+        ("v3", "v11", "v15"),
         {
             "system": "You are a robot.",
             "conversations": [

@@ -65,5 +65,3 @@ def test_rows_beyond_a_window_of_attention_are_refused_and_up_to_it_nothing_is_s
     with pytest.raises(UserError, match="attention sees 4,096 tokens") as caught:
         remarks(config(sequence_len=4097), windowed)
     assert caught.value.fix == "Set sequence_len to 4096 or less."
-    overridden = {"overrides_of_model_config": {"sliding_window": None}}
-    remarks(config(sequence_len=4097, **overridden), windowed)
