@@ -160,6 +160,14 @@ RULES = (
         "Add gradient_checkpointing: true.",
     ),
     Rule(
+        "layers-named-for-checkpointing",
+        ("checkpointed_layers", "gradient_checkpointing"),
+        lambda c: c.checkpointed_layers and not c.gradient_checkpointing,
+        "checkpointed_layers is set without gradient_checkpointing: true.",
+        "It says how many layers gradient_checkpointing computes a second time.",
+        "Add gradient_checkpointing: true, or remove checkpointed_layers.",
+    ),
+    Rule(
         "layers-named-for-offloading",
         ("offloaded_layers", "layer_offloading"),
         lambda c: c.offloaded_layers and not c.layer_offloading,

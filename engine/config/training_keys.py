@@ -117,6 +117,10 @@ class MemoryKeys(Section):
     """Compute the layers a second time in the backward pass instead of keeping their
     intermediate values: about a third slower, a fraction of the memory. Usual for models from
     3B on."""
+    checkpointed_layers: Count | None = None
+    """With gradient_checkpointing: how many of the layers are computed a second time, from the
+    first on; the others keep their intermediate values, which the backward pass frees first. The
+    same result: more memory, less time. Absent: all."""
     gradient_checkpointing_kwargs: dict[str, object] | None = None
     """{use_reentrant: false} or true: how the second computation is done; same result."""
     activation_offloading: bool | Literal["legacy", "disk", "hidden_states"] | None = None

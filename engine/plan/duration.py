@@ -21,7 +21,7 @@ from engine.config import RunConfig
 from engine.data.statistics import Statistics
 from engine.hardware import speed_of
 from engine.plan.device import Device
-from engine.plan.layers import widths
+from engine.plan.layers import recomputed_layers, widths
 from engine.plan.memory import frozen_of, kept_in_ram, packed_numbers, tokens_at_once
 from engine.plan.targets import trained_parameters, trains_eyes
 from engine.plan.vision import (
@@ -121,7 +121,7 @@ def pace_of(
     operations = _operations(config, architecture.table, row) * tokens
     operations += tower_operations(config, architecture, tokens, statistics)
     computing = operations / rate
-    passes = 3 if config.gradient_checkpointing else 2
+    passes = 2 + _again(config, architecture.table)
     unpacked = packed_numbers(config, architecture.table) * UNPACKED_BYTES * passes
     computing += unpacked / (speed.memory_bytes * MOVED)
     waiting = _copied_bytes(config, architecture, device, statistics) / (speed.link_bytes * MOVED)
@@ -129,14 +129,21 @@ def pace_of(
 
 
 def _operations(config: RunConfig, table: ModuleTable, row_tokens: float) -> float:
-    """Floating-point operations a token of a forward and backward pass."""
-    again = 1 if config.gradient_checkpointing else 0
-    numbers = passed_numbers(table) * 2 * (2 + again)
+    """Floating-point operations a token of a forward and backward pass; the head's products are
+    computed once at any rate."""
+    again = _again(config, table)
+    numbers = passed_numbers(table) * 2 * (2 + again) - 2 * again * _head_numbers(table)
     moving = trained_parameters(table, config)
     numbers += 2 * moving * (3 + again if config.adapter else 1)
     sizes = widths(table)
     attention = 2 * row_tokens * _query_width(table) * sizes.layers
     return numbers + attention * (1 + again + 2.5)
+
+
+def _again(config: RunConfig, table: ModuleTable) -> float:
+    """Share of the layers that are computed a second time."""
+    sizes = widths(table)
+    return recomputed_layers(config, sizes) / sizes.layers
 
 
 def tower_operations(
@@ -174,8 +181,11 @@ def passed_numbers(table: ModuleTable) -> int:
         for row in table.parameters
         if row.group in ("attention", "mlp", "experts", "router")
     )
-    head = next(row for row in table.parameters if row.group == "head")
-    return int(passed) + prod(head.shape)
+    return int(passed) + _head_numbers(table)
+
+
+def _head_numbers(table: ModuleTable) -> int:
+    return prod(next(row for row in table.parameters if row.group == "head").shape)
 
 
 def _copied_bytes(

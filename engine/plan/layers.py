@@ -65,6 +65,13 @@ def widths(table: ModuleTable) -> Widths:
     )
 
 
+def recomputed_layers(config: RunConfig, sizes: Widths) -> int:
+    """Layers, from the first on, that a step computes a second time instead of keeping them."""
+    if not config.gradient_checkpointing:
+        return 0
+    return min(config.checkpointed_layers or sizes.layers, sizes.layers)
+
+
 class LayerCost(NamedTuple):
     """Bytes a token for each unit of a width, and bytes a number of the largest weight."""
 

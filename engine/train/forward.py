@@ -128,13 +128,20 @@ def frozen_inputs(model: PreTrainedModel) -> Iterator[None]:
         del held.enable_input_require_grads
 
 
-def use_checkpointing(model: PreTrainedModel, *, offload_from: torch.device | None = None) -> None:
+def use_checkpointing(
+    model: PreTrainedModel, first: int | None = None, *, offload_from: torch.device | None = None
+) -> None:
     """Keep one state a layer and recompute the rest in the backward pass.
 
+    Of the language model only the `first` layers, if given: what the last ones keep is freed before
+    any layer is computed again, so that it adds nothing to the room that a recomputation takes.
     With `offload_from`, the device that trains, these states wait in RAM for their layer's turn.
     """
     kind = {"use_reentrant": False}
     with frozen_inputs(model):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
+    layers = decoder_layers(model)
+    for layer in layers[len(layers) if first is None else first :]:
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
     if offload_from:
-        HostCheckpoints(offload_from).apply(decoder_layers(model))
+        HostCheckpoints(offload_from).apply(layers)

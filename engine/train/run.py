@@ -206,7 +206,11 @@ def put_on_training(base: Base, folder: Path, config: RunConfig) -> Model:
     """The model as it trains: an adapter on frozen weights, or the chosen weights free."""
     if config.gradient_checkpointing:
         offloads = bool(config.activation_offloading)
-        use_checkpointing(base.model, offload_from=base.device if offloads else None)
+        use_checkpointing(
+            base.model,
+            config.checkpointed_layers,
+            offload_from=base.device if offloads else None,
+        )
     if config.adapter is None:
         return choose_trained(base.model, read_architecture(folder), config)
     return attach_lora(base.model, read_architecture(folder), config)

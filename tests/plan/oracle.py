@@ -138,7 +138,7 @@ def build(architecture: Architecture, config: RunConfig, dtype: torch.dtype) -> 
     replace_experts(model, config, dtype)
     model.eval()
     if config.gradient_checkpointing:
-        use_checkpointing(model)
+        use_checkpointing(model, config.checkpointed_layers)
     attach = choose_trained if config.adapter is None else attach_lora
     return attach(model, architecture, config)
 

@@ -17,6 +17,7 @@ from engine.plan.layers import (
     expert_bytes,
     inference_bytes,
     kept_bytes,
+    recomputed_layers,
     transient_bytes,
     widths,
 )
@@ -96,7 +97,7 @@ def list_moments(
             "activations": kept + seen,
             # The tower runs before anything is kept, and back through it when nothing is any more.
             "layer": _table_bytes(step, max(_layer_bytes(step), seeing - kept), kept),
-            "mask": mask if step.config.gradient_checkpointing else masks_kept,
+            "mask": max(mask, masks_kept),
         },
         "loss": {
             **(backward if _adds_up(step) else idle),
@@ -158,23 +159,25 @@ def _embedding_bytes(step: Step) -> int:
 def kept_states(step: Step) -> tuple[float, float]:
     """What the layers keep from the forward to the backward pass: (on the device, in RAM)."""
     config, sizes = step.config, step.widths
+    again = recomputed_layers(config, sizes)
     state = step.tokens * sizes.hidden * step.base_bytes
-    if config.gradient_checkpointing:
-        every = sizes.layers * state
-        if step.offloads and config.activation_offloading:
-            on_device = min(OFFLOADED_STATES, sizes.layers) * state
-            return on_device, every
-        return every, 0
-    one = kept_bytes(config, sizes, step.tokens, step.base_bytes)
-    return sizes.layers * (one + _experts(step)[0]), 0
+    one = kept_bytes(config, sizes, step.tokens, step.base_bytes) + _experts(step)[0]
+    whole = (sizes.layers - again) * one
+    if step.offloads and config.activation_offloading:
+        return min(OFFLOADED_STATES, again) * state + whole, again * state
+    return again * state + whole, 0
 
 
 def _layer_bytes(step: Step) -> float:
-    """What the one layer holds whose backward pass is running, beside what was kept for it."""
+    """What the one layer holds whose backward pass is running, beside what was kept for it.
+
+    Of the layers that were kept where there are some: they come first, and make more room as they
+    go than a layer takes that is computed again.
+    """
     config, sizes = step.config, step.widths
     layer = transient_bytes(config, sizes, step.tokens, step.base_bytes)
     resting, held = _experts(step)
-    if not config.gradient_checkpointing:
+    if recomputed_layers(config, sizes) < sizes.layers:
         one = kept_bytes(config, sizes, step.tokens, step.base_bytes)
         return max(0, layer - one) + held - resting
     return layer + held
@@ -254,11 +257,12 @@ def _mask_bytes(step: Step) -> tuple[int, int]:
     queries' type in every layer, which is kept for the layer's backward pass unless that computes
     the layer again (convert_boolean_attn_mask in sdp_utils).
     """
-    config = step.config
+    config, sizes = step.config, step.widths
     if not config.sample_packing or not needs_mask(config.attn_implementation, step.device):
         return 0, 0
     pairs = step.tokens * min(config.sequence_len, step.tokens)
-    kept = 1 if config.gradient_checkpointing else step.widths.layers * step.base_bytes
+    again = recomputed_layers(config, sizes)
+    kept = (1 if again else 0) + (sizes.layers - again) * step.base_bytes
     return pairs * kept, pairs * (1 + step.base_bytes)
 
 
