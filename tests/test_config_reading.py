@@ -153,6 +153,7 @@ BROKEN_RULES = [
         "use_reentrant: false",
     ),
     ("activation_offloading: true", "activation_offloading", "gradient_checkpointing: true"),
+    ("checkpointed_layers: 4", "checkpointed_layers", "gradient_checkpointing: true"),
     (
         "adapter: lora\noffloaded_layers: 2",
         "offloaded_layers",

@@ -20,6 +20,7 @@ from engine.plan import (
     Statistics,
     best_device,
     estimate,
+    faster_words,
 )
 from engine.plan.device import refuse_bf16, why_float32
 from engine.plan.sharding import cards_needed
@@ -126,6 +127,11 @@ def duration_lines(duration: Duration | None) -> list[str]:
     if duration.usd is not None:
         words += f", about ${duration.usd:,.2f} at a usual price"
     return [words]
+
+
+def faster_lines(faster: Alternative | None) -> list[str]:
+    """What the room that is left could be used for."""
+    return [f"· {faster_words(faster)}"] if faster else []
 
 
 def ladder_lines(needs: Estimate, rungs: Sequence[Alternative]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from engine.cli.plan_lines import (
     advice_lines,
     duration_lines,
     estimate_lines,
+    faster_lines,
     ladder_lines,
     larger_card_lines,
     length_lines,
@@ -56,6 +57,7 @@ from engine.plan import (
     estimate_document,
     expected_duration,
     heads_of,
+    make_faster,
     make_fit,
     plan_document,
     price_lengths,
@@ -165,6 +167,7 @@ def print_estimate(
     statistics, uncounted = count_config_rows(run, architecture, file.absolute().parent)
     needs = estimate(run, architecture, device, statistics)
     rungs = make_fit(run, architecture, device, statistics)
+    faster = make_faster(run, architecture, device, statistics)
     duration = expected_duration(run, architecture, device, statistics, needs.tokens_per_second)
     odd = remarks(run, architecture)
     peer = compare_peer(AXOLOTL, run, architecture, device, statistics)
@@ -175,6 +178,7 @@ def print_estimate(
             "remarks": odd,
             "rows_counted": statistics.usable_rows if statistics else None,
             "ladder": [alternative_document(rung) for rung in rungs],
+            "faster": alternative_document(faster) if faster else None,
             "duration": asdict(duration) if duration else None,
         }
         print(json.dumps(estimate_document(needs) | more))
@@ -184,6 +188,7 @@ def print_estimate(
             *peer_lines(needs, peer),
             *row_lines(needs, uncounted),
             *duration_lines(duration),
+            *faster_lines(faster),
             *precision_lines(run, device),
             *_attention_lines(run, architecture, device),
             *(f"! {sentence}" for sentence in odd),

@@ -19,7 +19,14 @@ from engine.plan.documents import (
     plan_document,
 )
 from engine.plan.duration import Duration, expected_duration, pace_of
-from engine.plan.ladder import Alternative, list_alternatives, make_fit, next_rung
+from engine.plan.ladder import (
+    Alternative,
+    faster_words,
+    list_alternatives,
+    make_faster,
+    make_fit,
+    next_rung,
+)
 from engine.plan.lengths import LengthPrice, price_lengths
 from engine.plan.limits import Goal, why_not_trained
 from engine.plan.memory import AXOLOTL, WEIGHTS, Estimate, Peer, Verdict, compare_peer, estimate
@@ -58,9 +65,11 @@ __all__ = [
     "estimate",
     "estimate_document",
     "expected_duration",
+    "faster_words",
     "gpu_device",
     "heads_of",
     "list_alternatives",
+    "make_faster",
     "make_fit",
     "next_rung",
     "pace_of",

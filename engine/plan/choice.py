@@ -19,11 +19,12 @@ from engine.data.statistics import Statistics
 from engine.plan.attention import Attention, Task, choose_attention, heads_of
 from engine.plan.device import Device
 from engine.plan.duration import expected_duration
-from engine.plan.ladder import make_fit
+from engine.plan.ladder import make_faster, make_fit
 from engine.plan.limits import Goal
 from engine.plan.memory import Estimate, estimate
 from engine.plan.rates import learning_rate
 from engine.plan.recipe import Recipe
+from engine.plan.rungs import BUSY_TOKENS
 from engine.plan.targets import linear_endings
 from engine.plan.vision import largest_image_tokens
 from engine.units import gib, spoken
@@ -195,6 +196,10 @@ class Choice:
         micro = self.largest("micro_batch_size", (*sizes, 1))
         needed = gib(self.needs(micro_batch_size=2 * micro).device_bytes)
         self.put("micro_batch_size", micro, f"{2 * micro} would need {needed}")
+        self._accumulate()
+
+    def _accumulate(self) -> None:
+        """How many micro-batches make a step."""
         at_once = self.needs().tokens_at_once
         known = self.statistics
         if known is None:
@@ -269,6 +274,39 @@ class Choice:
                     without = gib(needed.device_bytes)
                     self.put(key, value, f"{rung.trade}; without it {without} would be needed")
             needed = rung.estimate
+
+    def recomputation(self) -> None:
+        """Every layer is computed once where there is room, as many as there is room for elsewhere.
+
+        A GPU is busy with few tokens, so this comes before the rest of a micro-batch.
+        """
+        config = self.config()
+        needed, micro, length = self.needs(), config.micro_batch_size, config.sequence_len
+        asked = {"gradient_checkpointing", "checkpointed_layers"} & self.fixed.keys()
+        asked |= {"activation_offloading"} if self.fixed.get("activation_offloading") else set()
+        if asked or not config.gradient_checkpointing or needed.verdict != "fits":
+            return
+        busy = min(BUSY_TOKENS, micro * length) if self.device.kind == "cuda" else micro * length
+        sizes = sorted({micro, *(n for n in (4, 2, 1) if n < micro and n * length >= busy)})
+        if "micro_batch_size" in self.fixed:
+            sizes = [micro]
+        place = self.architecture, self.device, self.statistics
+        faster = make_faster(config, *place, sizes=sizes)
+        if faster is None:
+            return
+        count = faster.changes.get("checkpointed_layers")
+        reason = f"{faster.trade}; all computed twice need {gib(needed.device_bytes)}"
+        self.put("gradient_checkpointing", count is not None, reason)
+        if count is not None:
+            self.put("checkpointed_layers", count, "there is room to keep what the others compute")
+        if "micro_batch_size" in faster.changes:
+            size = faster.estimate.tokens_at_once
+            why = f"{size:,} tokens keep a GPU busy, and more would leave less room for layers"
+            self.put("micro_batch_size", faster.changes["micro_batch_size"], why)
+            self._accumulate()
+        else:
+            more = gib(self.needs(micro_batch_size=2 * micro).device_bytes)
+            self.put("micro_batch_size", micro, f"{2 * micro} would need {more}")
 
     def _sequence_len(self) -> tuple[int, str]:
         most = self.architecture.card.context_tokens if self.architecture.card else 2**18

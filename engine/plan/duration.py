@@ -128,6 +128,23 @@ def pace_of(
     return tokens / max(computing, waiting)
 
 
+def speedup(
+    before: RunConfig,
+    after: RunConfig,
+    architecture: Architecture,
+    device: Device,
+    statistics: Statistics | None = None,
+) -> float:
+    """How many times as fast `after` is, by the card's data sheet; without one by the operations of
+    a token alone."""
+    paces = [pace_of(config, architecture, device, statistics) for config in (before, after)]
+    if paces[0] and paces[1]:
+        return paces[1] / paces[0]
+    row = statistics.mean_tokens if statistics else before.sequence_len
+    work = [_operations(config, architecture.table, row) for config in (before, after)]
+    return work[0] / work[1]
+
+
 def _operations(config: RunConfig, table: ModuleTable, row_tokens: float) -> float:
     """Floating-point operations a token of a forward and backward pass; the head's products are
     computed once at any rate."""

@@ -9,12 +9,29 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.catalog import Architecture
-from engine.config import RunConfig
+from engine.config import RunConfig, assignment
 from engine.data.statistics import Statistics
 from engine.plan.device import Device
-from engine.plan.memory import Estimate, estimate
+from engine.plan.duration import speedup
+from engine.plan.layers import recomputed_layers, widths
+from engine.plan.memory import Estimate
 from engine.plan.rates import learning_rate
-from engine.plan.rungs import RUNGS, Change, Place, Rung, changed, in_4_bits, with_rank
+from engine.plan.rungs import (
+    RUNGS,
+    SLOWER_SHARE,
+    Change,
+    Place,
+    Rung,
+    batch_of,
+    changed,
+    checkpointing,
+    fewest_recomputed,
+    in_4_bits,
+    recomputing,
+    with_rank,
+)
+from engine.plan.sharding import is_sharded
+from engine.units import GIB, gib
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +108,48 @@ def next_rung(
     return None
 
 
+def make_faster(
+    config: RunConfig,
+    architecture: Architecture,
+    device: Device,
+    statistics: Statistics | None = None,
+    *,
+    sizes: Sequence[int] = (),
+) -> Alternative | None:
+    """What a config that fits could make of the room that is left: layers computed once, all of
+    them or as many as there is room for; None where that would hardly be faster.
+
+    `sizes` are micro-batches to choose from, the smaller ones first, which divide the config's own.
+    """
+    place = Place(architecture, device, statistics)
+    layers = widths(architecture.table).layers
+    now, needed = recomputed_layers(config, widths(architecture.table)), place.needs(config)
+    if not now or needed.verdict != "fits" or is_sharded(config):
+        return None
+    best, most = None, SLOWER_SHARE
+    for size in sizes or (config.micro_batch_size,):
+        batch = batch_of(config, size)
+        start = changed(config, batch)
+        count = fewest_recomputed(start, place)
+        keys = recomputing(start, layers, count)
+        trial = changed(start, keys)
+        gain = speedup(config, trial, architecture, device, statistics)
+        if count < now and gain >= most:
+            left = f"{layers - count} of {layers} layers" if count else "every layer"
+            name = " ".join(assignment(*change) for change in keys.items())
+            words, needs = f"{left} computed once: about {gain - 1:.0%} faster", place.needs(trial)
+            saved = needed.device_bytes - needs.device_bytes
+            best, most = Alternative(name, {**batch, **keys}, needs, words, saved), gain
+    return best
+
+
+def faster_words(faster: Alternative) -> str:
+    """That change, what it needs and what it gains, in one sentence."""
+    needs = faster.estimate
+    size = f"{needs.device_bytes / GIB:.1f} of {gib(needs.can_give_bytes)}"
+    return f"{faster.name} would fit: {size}, {faster.trade}"
+
+
 @dataclass(frozen=True, slots=True)
 class _Ladder:
     """One config that is made to fit."""
@@ -151,11 +210,17 @@ def list_alternatives(
     device: Device,
     statistics: Statistics | None = None,
 ) -> tuple[Alternative, ...]:
-    """The same plan with another method, and with half or twice the rank."""
-    here = estimate(config, architecture, device, statistics)
+    """The same plan with another method, and with half or twice the rank; layers are computed a
+    second time where that is what each takes."""
+    place = Place(architecture, device, statistics)
+    here = place.needs(config)
     found = []
     for name, changes, trade in _others(config, architecture):
-        needs = estimate(changed(config, changes), architecture, device, statistics)
+        trial = changed(config, changes)
+        needs = place.needs(trial)
+        if needs.verdict != "fits" and (again := next(checkpointing(trial, place), None)):
+            changes, trade = {**changes, **again[1]}, f"{trade}; with {again[0]}"
+            needs = place.needs(changed(config, changes))
         saved = here.device_bytes - needs.device_bytes
         found.append(Alternative(name, changes, needs, trade, saved))
     return tuple(found)

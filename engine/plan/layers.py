@@ -125,11 +125,17 @@ def transient_bytes(config: RunConfig, sizes: Widths, tokens: int, base_bytes: i
     return found + _dropout_bytes(config, sizes, tokens, base_bytes)
 
 
-def kept_bytes(config: RunConfig, sizes: Widths, tokens: int, base_bytes: int) -> int:
-    """What each layer keeps from its forward to its backward pass without checkpointing."""
+def kept_bytes(
+    config: RunConfig, sizes: Widths, tokens: int, base_bytes: int, *, flash: bool = False
+) -> int:
+    """What each layer keeps from its forward to its backward pass without checkpointing.
+
+    With `flash` attention is a card's kernel in 16 bits, which repeats no keys and values.
+    """
+    moment = "flash kept" if flash else "kept"
     if config.adapter is None:
-        return _cost("kept", base_bytes, "full").bytes(sizes, tokens, 0)
-    kept = _cost("kept", base_bytes, "lora").bytes(sizes, tokens, config.lora_r)
+        return _cost(moment, base_bytes, "full").bytes(sizes, tokens, 0)
+    kept = _cost(moment, base_bytes, "lora").bytes(sizes, tokens, config.lora_r)
     return kept + _dropout_bytes(config, sizes, tokens, base_bytes)
 
 

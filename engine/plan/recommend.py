@@ -192,6 +192,7 @@ def _choose(asked: _Asked, fixed: dict[str, object], *, layers_may_wait: bool = 
         choice.batch()
         choice.optimization()
         choice.fit()
+        choice.recomputation()
         choice.intervals()
     if recipe is not None:
         choice.follow(recipe)

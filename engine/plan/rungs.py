@@ -15,7 +15,7 @@ from engine.config import RunConfig
 from engine.data.statistics import Statistics
 from engine.plan.device import Device
 from engine.plan.duration import pace_of
-from engine.plan.layers import widths
+from engine.plan.layers import recomputed_layers, widths
 from engine.plan.loss import PLUGIN, PRICE, names_cut_loss
 from engine.plan.memory import Estimate, estimate
 from engine.plan.memory.frozen import SLOTS
@@ -26,10 +26,13 @@ from engine.plan.vision import tower_works
 SMALLEST_RANK, SMALLEST_LENGTH = 8, 512
 SLOWER_SHARE = 1.05
 """A change that costs less of the pace is called hardly slower."""
+BUSY_TOKENS = 4096
+"""So many at once keep a GPU's products busy: fewer would make it slower, more hardly faster."""
 
 SAME_RESULT = frozenset(
     {
         *("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+        "checkpointed_layers",
         *("offload_embeddings", "activation_offloading", "layer_offloading", "offloaded_layers"),
     }
 )
@@ -81,20 +84,77 @@ def slower(place: Place, config: RunConfig, changes: Mapping[str, object]) -> st
     return f"takes {longer:.1f} times as long" if longer > SLOWER_SHARE else "hardly slower"
 
 
+def busy_batches(config: RunConfig, place: Place) -> Iterator[Change]:
+    """Fewer sequences at once that still keep the device busy."""
+    least = BUSY_TOKENS if place.device.kind == "cuda" else 1
+    for change in smaller_batches(config, place):
+        size = change[1]["micro_batch_size"]
+        assert isinstance(size, int)
+        if size * config.sequence_len >= least:
+            yield change
+
+
 def smaller_batches(config: RunConfig, place: Place) -> Iterator[Change]:
     """Fewer sequences at once, and as many more of them before a step."""
-    micro, steps = config.micro_batch_size, config.gradient_accumulation_steps
+    micro = config.micro_batch_size
     for size in sorted((n for n in range(1, micro) if micro % n == 0), reverse=True):
-        total = steps * micro // size
-        keys = {"micro_batch_size": size, "gradient_accumulation_steps": total}
-        yield f"micro_batch_size {size}, accumulation {total}", keys, "the same result, slower"
+        keys = batch_of(config, size)
+        name = f"micro_batch_size {size}, accumulation {keys['gradient_accumulation_steps']}"
+        yield name, keys, "the same result, slower"
+
+
+def batch_of(config: RunConfig, size: int) -> dict[str, object]:
+    """The changes to `size` sequences at once, and as many in a step as there are."""
+    if size == config.micro_batch_size:
+        return {}
+    steps = config.gradient_accumulation_steps * config.micro_batch_size // size
+    return {"micro_batch_size": size, "gradient_accumulation_steps": steps}
 
 
 def checkpointing(config: RunConfig, place: Place) -> Iterator[Change]:
-    """Layers are computed a second time instead of being kept."""
-    if not config.gradient_checkpointing:
-        keys = {"gradient_checkpointing": True}
-        yield "gradient_checkpointing", keys, f"the same result, {slower(place, config, keys)}"
+    """Layers are computed a second time instead of being kept: as few as will do, all where that
+    is not enough."""
+    sizes = widths(place.architecture.table)
+    now, layers = recomputed_layers(config, sizes), sizes.layers
+    if now == layers:
+        return
+    if is_sharded(config):  # Axolotl, which would run it, knows all or none
+        count = layers
+    elif place.needs(config).verdict == "fits":  # and yet memory ran out: half of those kept
+        count = (now + layers + 1) // 2
+    else:
+        count = fewest_recomputed(config, place, least=now + 1)
+    for each in sorted({count, layers}):
+        keys = recomputing(config, layers, each)
+        some = "" if each == layers else f", {each} of {layers} layers"
+        words = f"the same result, {slower(place, config, keys)}"
+        yield f"gradient_checkpointing{some}", keys, words
+
+
+def fewest_recomputed(config: RunConfig, place: Place, *, least: int = 0) -> int:
+    """The fewest layers, from `least` on, that have to be computed a second time for `config` to
+    fit; all of them where it does not either way."""
+    layers = widths(place.architecture.table).layers
+
+    def fits(count: int) -> bool:
+        return place.needs(changed(config, recomputing(config, layers, count))).verdict == "fits"
+
+    few, enough = least - 1, layers
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (few, middle) if fits(middle) else (middle, enough)
+    return enough
+
+
+def recomputing(config: RunConfig, layers: int, count: int) -> dict[str, object]:
+    """What changes for `count` of the `layers` to be computed a second time."""
+    keys: dict[str, object] = {
+        "gradient_checkpointing": count > 0,
+        "checkpointed_layers": count if 0 < count < layers else None,
+    }
+    if count == 0 and config.activation_offloading:
+        keys["activation_offloading"] = None
+    return {key: value for key, value in keys.items() if getattr(config, key) != value}
 
 
 def embeddings_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
@@ -228,8 +288,9 @@ def shorter_rows(config: RunConfig, place: Place) -> Iterator[Change]:
 
 
 RUNGS: tuple[Rung, ...] = (
-    smaller_batches,
+    busy_batches,
     checkpointing,
+    smaller_batches,
     embeddings_in_ram,
     states_in_ram,
     small_states,

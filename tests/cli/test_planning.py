@@ -188,6 +188,22 @@ class TestRecommendWithData:
 
 
 class TestEstimate:
+    def test_a_card_with_room_is_told_what_computing_every_layer_once_gains(
+        self, run: Command, config: Path
+    ) -> None:
+        _, out, _ = run("estimate", str(config), "--assume", "H100")
+        (line,) = [line for line in out.splitlines() if "would fit" in line]
+        assert re.match(
+            r"· gradient_checkpointing=false would fit: [\d.]+ of 75.7 GiB, every", line
+        )
+        _, out, _ = run("estimate", str(config), "--assume", "H100", "--json")
+        faster = json.loads(out)["faster"]
+        assert faster["changes"] == {"gradient_checkpointing": False}
+        assert faster["verdict"] == "fits"
+        more = str(config), "gradient_checkpointing=false"
+        _, out, _ = run("estimate", *more, "--assume", "H100", "--json")
+        assert json.loads(out)["faster"] is None
+
     def test_json_holds_what_the_contract_promises(self, run: Command, config: Path) -> None:
         code, out, err = run("estimate", str(config), "--assume", "RTX 4090", "--json")
         assert (code, err) == (0, "")

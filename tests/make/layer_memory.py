@@ -10,6 +10,7 @@ layer. The worst residual is kept beside them.
 import gc
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -24,9 +25,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Ministral3Config, Ministral3ForCausalLM
 
+from engine.train.attention import TORCH_VARLEN, register_backends
 from engine.train.forward import hidden_states, use_checkpointing
 from engine.train.lora import leave_inputs_alone
 from tests.make.live_bytes import LiveBytes
+from tests.plan.live import CardBytes, as_on_cuda
 
 PAGE = Path(__file__).parents[2] / "presets" / "memory.yml"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -34,7 +37,8 @@ HEAD = """\
 # What one layer of a dense model costs, in bytes a token for each unit of a width: of the MLP's
 # intermediate size, the hidden size, queries plus keys, the adapter's rank; and `weight`, in bytes
 # a number of the MLP's matrix. moment: transient, what a layer adds to its own backward pass when
-# it is computed again from its input; kept, what it keeps for that pass without checkpointing;
+# it is computed again from its input; kept, what it keeps for that pass without checkpointing, and
+# flash kept, the same with a card's kernel for attention, which repeats no keys and values;
 # inference, a forward pass without gradients. worst: the furthest that one of the profiled layers
 # is from it. Nothing here is fitted to a measured run: transformers' layers with PEFT and
 # bitsandbytes were run on tensors without contents, in the shapes of Ministral 3 3B and 8B, the 24B
@@ -91,11 +95,14 @@ class Regime:
     """Without checkpointing: what a layer keeps from its forward to its backward pass."""
     inference: bool = False
     """A forward pass without gradients."""
+    flash: bool = False
+    """With a card's kernel for attention, which keeps keys and values as they are."""
 
     @property
     def moment(self) -> str:
         """What of a layer the regime measures, as presets/memory.yml calls it."""
-        return "kept" if self.kept else "inference" if self.inference else "transient"
+        kept = "flash kept" if self.flash else "kept"
+        return kept if self.kept else "inference" if self.inference else "transient"
 
     @property
     def width(self) -> str:
@@ -120,6 +127,8 @@ REGIMES = (
     Regime("fp32 full", torch.float32, lora=False),
     Regime("bf16 lora, kept", torch.bfloat16, lora=True, kept=True),
     Regime("bf16 full, kept", torch.bfloat16, lora=False, kept=True),
+    Regime("bf16 lora, flash kept", torch.bfloat16, lora=True, kept=True, flash=True),
+    Regime("bf16 full, flash kept", torch.bfloat16, lora=False, kept=True, flash=True),
     Regime("fp32 lora, kept", torch.float32, lora=True, kept=True),
     Regime("fp32 full, kept", torch.float32, lora=False, kept=True),
     Regime("bf16 lora, inference", torch.bfloat16, lora=True, inference=True),
@@ -172,7 +181,7 @@ def build(shape: Shape, layers: int, rank: int, regime: Regime) -> Any:
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
+        attn_implementation=TORCH_VARLEN if regime.flash else "sdpa",
     )
     model = Ministral3ForCausalLM(settings).to(regime.dtype)
     linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -216,10 +225,12 @@ def make_fake(model: nn.Module) -> None:
 
 def step_bytes(shape: Shape, layers: int, tokens: int, rank: int, regime: Regime) -> int:
     """Peak of a step over weights and gradients. Rank 0 trains every weight."""
+    register_backends()
     with torch.device("meta"):
         model = build(shape, layers, rank, regime)
-    counter = LiveBytes()
-    with FakeTensorMode(allow_non_fake_inputs=True), counter:
+    counter = CardBytes() if regime.flash else LiveBytes()
+    card = as_on_cuda(tokens, 1) if regime.flash else nullcontext()
+    with card, FakeTensorMode(allow_non_fake_inputs=True), counter:
         make_fake(model)
         model.train(not regime.inference)
         ids = torch.zeros((1, tokens), dtype=torch.long)

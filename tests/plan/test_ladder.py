@@ -1,14 +1,24 @@
 """What makes a plan fit: rung by rung, each of them something that the trainer does."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import require_supported
-from engine.plan import Alternative, changed, estimate, list_alternatives, make_fit, recommend
+from engine.plan import (
+    Alternative,
+    changed,
+    estimate,
+    faster_words,
+    list_alternatives,
+    make_faster,
+    make_fit,
+    next_rung,
+    recommend,
+)
 from engine.plan.rungs import SAME_RESULT
 from engine.units import GIB
 from tests.plan.machines import card, config, cpu, dataset, model, sized
@@ -43,6 +53,72 @@ def test_rungs_lead_a_24b_model_down_to_a_small_card(gigabytes: str) -> None:
     assert "qlora" in names_of(rungs)
     assert rungs[-1].estimate.verdict == "fits"
     assert not {"sequence_len", "lora_target_modules"} & set(rungs[-1].changes)
+
+
+def test_only_as_many_layers_are_computed_again_as_have_to() -> None:
+    """The cheapest change, beside batches that keep the card busy all the same."""
+    start = config(**BIG | {"micro_batch_size": 1, "lora_r": 32, "sequence_len": 4096})
+    device = card("16 GB")
+    (rung,) = make_fit(start, SMALL, device)
+    count = rung.changes["checkpointed_layers"]
+    assert isinstance(count, int)
+    assert rung.name == f"gradient_checkpointing, {count} of 26 layers"
+    assert rung.estimate.verdict == "fits"
+    fewer = changed(start, {**rung.changes, "checkpointed_layers": count - 1})
+    assert estimate(fewer, SMALL, device).verdict != "fits"
+    (none,) = make_fit(start, SMALL, device, only={"gradient_checkpointing"})
+    assert none.changes == {"gradient_checkpointing": True}
+
+
+def test_a_run_that_was_planned_to_fit_and_did_not_computes_half_of_the_others_again() -> None:
+    start = config(**BIG | {"micro_batch_size": 1, "sequence_len": 1024})
+    for count in (13, 20, 23):
+        rung = next_rung(start, SMALL, card("H200"), only=SAME_RESULT)
+        assert rung
+        start = changed(start, rung.changes)
+        assert start.checkpointed_layers == count
+
+
+def test_a_sharded_plan_computes_all_layers_again_or_none() -> None:
+    sharded = {"fsdp_config": {}, "fsdp_version": 2, "dp_shard_size": 2}
+    start = config(**BIG | {"micro_batch_size": 1, "sequence_len": 4096} | sharded)
+    rungs = make_fit(start, LARGE, card("48 GB"), only=SAME_RESULT)
+    assert "checkpointed_layers" not in rungs[-1].changes
+    roomy = changed(start, {"gradient_checkpointing": True})
+    assert estimate(roomy, LARGE, card("H200")).verdict == "fits"
+    assert make_faster(roomy, LARGE, card("H200")) is None
+
+
+class TestFaster:
+    START: ClassVar[dict[str, Any]] = BIG | {
+        **{"micro_batch_size": 1, "sequence_len": 4096, "gradient_checkpointing": True},
+    }
+
+    def test_a_roomy_card_computes_every_layer_once(self) -> None:
+        faster = make_faster(config(**self.START), SMALL, card("H100"))
+        assert faster
+        assert faster.changes == {"gradient_checkpointing": False}
+        assert "every layer computed once: about 4" in faster.trade
+        assert faster.estimate.verdict == "fits"
+        assert faster_words(faster).startswith("gradient_checkpointing=false would fit: ")
+
+    def test_a_smaller_one_as_many_as_there_is_room_for(self) -> None:
+        start, device = config(**self.START), sized(18)
+        faster = make_faster(start, SMALL, device)
+        assert faster
+        count = faster.changes["checkpointed_layers"]
+        assert isinstance(count, int)
+        assert f"{26 - count} of 26 layers computed once" in faster.trade
+        assert faster.estimate.verdict == "fits"
+        fewer = changed(start, {"checkpointed_layers": count - 1})
+        assert estimate(fewer, SMALL, device).verdict != "fits"
+
+    def test_nothing_is_said_where_it_would_hardly_be_faster_or_does_not_fit(self) -> None:
+        start = config(**self.START)
+        needed = estimate(start, SMALL, card("H100")).device_bytes
+        assert make_faster(start, SMALL, sized(needed / GIB + 1.2)) is None
+        assert make_faster(start, SMALL, sized(needed / GIB - 1)) is None
+        assert make_faster(config(**BIG), SMALL, card("H200")) is None
 
 
 def test_a_rung_that_the_later_ones_make_needless_is_left_out() -> None:

@@ -123,7 +123,7 @@ def test_without_checkpointing_every_layer_keeps_its_routed_rows() -> None:
     keys = AXOLOTL | SMALL_4 | {"gradient_checkpointing": False}
     found = estimate(config(**keys), model("mistral-small-4"), H200)
     sizes = widths(model("mistral-small-4").table)
-    dense = sizes.layers * kept_bytes(config(**keys), sizes, found.tokens_at_once, 2)
+    dense = sizes.layers * kept_bytes(config(**keys), sizes, found.tokens_at_once, 2, flash=True)
     assert found.parts["activations"] == dense + 36 * 4 * found.tokens_at_once * 4096 * 2
 
 
@@ -184,7 +184,8 @@ def test_packed_rows_need_a_mask_unless_they_are_cut_apart() -> None:
     assert "mask" not in needs["flash"]
     assert "mask" not in needs["chosen"]
     assert "mask" not in needs["apart"]
-    assert needs["torch"]["activations"] == needs["flash"]["activations"]
+    # Under a mask keys and values are repeated for every head of the queries, and kept so.
+    assert needs["torch"]["activations"] > 1.1 * needs["flash"]["activations"]
 
 
 def test_a_batch_beyond_the_rows_needs_no_smaller_mask() -> None:

@@ -8,12 +8,13 @@ import torch
 
 from engine.catalog import read_architecture
 from engine.plan import estimate
+from engine.plan.memory import moment_parts
 from engine.train.loss import Loss
 from engine.train.model import load_base
 from engine.train.run import put_on_training
 from engine.train.weights import trained_parameters
 from tests.plan.live import CardBytes
-from tests.plan.machines import card, config, model
+from tests.plan.machines import card, config, cpu, model
 from tests.plan.oracle import Run, dry_run, make_batch, passes
 from tests.train.tiny import MINISTRAL3, settings, write_model
 
@@ -29,6 +30,15 @@ QLORA: dict[str, Any] = {
 }
 SMALL_4: dict[str, Any] = {"quantize_moe_experts": True, "lora_target_modules": ["o_proj"]}
 EXPERTS = {"lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+
+KEPT: dict[str, Any] = {"gradient_checkpointing": False}
+"""No layer is computed a second time."""
+LORA: dict[str, Any] = {"adapter": "lora", "load_in_4bit": False}
+FULL: dict[str, Any] = {
+    **{"adapter": None, "load_in_4bit": False, "lora_target_linear": False},
+    "gradient_accumulation_steps": 2,
+}
 
 
 def compared(name: str, sequences: int, keys: dict[str, Any]) -> tuple[float, Run]:
@@ -58,7 +68,15 @@ def compared(name: str, sequences: int, keys: dict[str, Any]) -> tuple[float, Ru
                 "mistral-medium-3.5",
             )
         ),
+        ("ministral-3-3b", 2, KEPT),
+        ("ministral-3-3b", 2, {"checkpointed_layers": 13}),
+        *(
+            pytest.param("ministral-3-8b", 2, keys, marks=pytest.mark.slow)
+            for keys in (LORA | KEPT, LORA | {"checkpointed_layers": 17}, FULL | KEPT)
+        ),
+        ("ministral-3-3b", 2, FULL | {"checkpointed_layers": 13}),
         pytest.param("mistral-small-4", 1, SMALL_4, marks=pytest.mark.slow),
+        pytest.param("mistral-small-4", 1, SMALL_4 | KEPT, marks=pytest.mark.slow),
         pytest.param("mistral-small-4", 1, SMALL_4 | EXPERTS, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -85,8 +103,11 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("wide") / "wide", WIDE)
 
 
-def really_run(folder: Path, keys: dict[str, Any], tokens: int, sequences: int) -> tuple[int, int]:
-    """(kept, peak) over what rests, of the trainer's own model on tensors with contents."""
+def really_run(
+    folder: Path, keys: dict[str, Any], tokens: int, sequences: int, rows: int = 1
+) -> tuple[int, int]:
+    """(kept, peak) over what rests, of the trainer's own model on tensors with contents; each
+    sequence is made of `rows`."""
     given = settings(folder, **keys)
     trained = put_on_training(load_base(folder, given), folder, given)
     trained.train()
@@ -95,6 +116,7 @@ def really_run(folder: Path, keys: dict[str, Any], tokens: int, sequences: int) 
         counter.count(tensor)
     with counter:
         batch = make_batch(tokens, sequences, ())
+        batch["position_ids"] %= tokens // rows
         kept, peak = passes(trained, given, batch, counter, Loss())
     gradients = [p.grad for _, p in trained_parameters(trained) if p.grad is not None]
     held = CardBytes()
@@ -107,6 +129,7 @@ def really_run(folder: Path, keys: dict[str, Any], tokens: int, sequences: int) 
     "keys",
     [
         {"adapter": "lora", "gradient_checkpointing": True},
+        {"adapter": "lora", "gradient_checkpointing": True, "checkpointed_layers": 1},
         {"adapter": "lora", "bf16": True, "lora_dropout": 0.05},
         {"adapter": "qlora", "load_in_4bit": True, "bf16": True, "gradient_checkpointing": True},
         {"bf16": True, "gradient_checkpointing": True},
@@ -124,3 +147,19 @@ def test_a_dry_run_takes_what_the_same_step_takes_when_it_runs(
     )
     assert found.kept_bytes == pytest.approx(kept, rel=0.05)
     assert found.pass_bytes - found.resting_bytes == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("again", [KEPT, {"checkpointed_layers": 1}, {}], ids=str)
+@pytest.mark.parametrize("method", ["lora", None])
+def test_packed_rows_under_a_mask_take_what_the_plan_says(
+    wide: Path, again: dict[str, Any], method: str | None
+) -> None:
+    """On a CPU, whose attention turns the mask into numbers for every layer that keeps it."""
+    tokens = 1024
+    keys = {"adapter": method, "sample_packing": True, "sequence_len": tokens, "bf16": False}
+    keys |= {"gradient_checkpointing": True, "gradient_accumulation_steps": 2} | again
+    _, peak = really_run(wide, keys, tokens, 1, rows=2)
+    architecture = read_architecture(wide)
+    planned = moment_parts(settings(wide, **keys), architecture, cpu(64), "backward pass")
+    more = sum(planned.get(part, 0) for part in ("activations", "layer", "mask"))
+    assert more == pytest.approx(peak, rel=0.1)

@@ -96,6 +96,33 @@ class TestWhatMemoryDecides:
         plans = [advised(model("ministral-3-3b"), device) for device in (card("H100"), cpu(64))]
         assert {p.config.optimizer for p in plans} == {"adamw_torch_fused"}
 
+    def test_layers_are_computed_again_only_where_there_is_no_room_to_keep_them(self) -> None:
+        plans = [advised(model("ministral-3-8b"), sized(size)) for size in (75, 36, 26, 21)]
+        again = [
+            p.config.checkpointed_layers or 34 * p.config.gradient_checkpointing for p in plans
+        ]
+        assert again[0] == 0 < again[1] < again[2] < 34
+        assert again[3] == 34
+        paces = [p.tokens_per_second for p in plans]
+        assert {p.estimate.verdict for p in plans} == {"fits"}
+        assert "every layer computed once: about 4" in plans[0].reasons["gradient_checkpointing"]
+        assert "all computed twice need" in plans[1].reasons["gradient_checkpointing"]
+        assert plans[1].config.micro_batch_size * plans[1].config.sequence_len == 4096
+        assert paces == [None] * 4, "a card by its memory alone has no data sheet"
+        once, twice = (
+            advised(model("ministral-3-8b"), card("H100"), **keys).tokens_per_second or 0
+            for keys in ({}, {"gradient_checkpointing": True})
+        )
+        assert once > 1.4 * twice > 0
+
+    def test_a_longer_method_says_that_its_layers_are_computed_again(self) -> None:
+        advice = advised(model("ministral-3-8b"), card("H200"))
+        assert advice.config.gradient_checkpointing is False
+        (full,) = [other for other in advice.alternatives if other.name == "full"]
+        assert full.estimate.verdict == "fits"
+        assert full.changes["gradient_checkpointing"] is True
+        assert "with gradient_checkpointing" in full.trade
+
     def test_what_would_only_be_tight_is_made_to_fit(self) -> None:
         advice = advised(model("mistral-medium-3.5"), card("80 GB"), ROWS["long"])
         assert advice.estimate.verdict == "fits"
@@ -170,7 +197,7 @@ class TestWhatTheRowsDecide:
         assert advice.config.sequence_len == length
 
     def test_a_long_epoch_is_saved_more_often(self) -> None:
-        short, long = self.on_a_card(ROWS["some"]), self.on_a_card(dataset(90_000, 3000, 9000))
+        short, long = self.on_a_card(ROWS["some"]), self.on_a_card(dataset(150_000, 3000, 9000))
         assert short.config.saves_per_epoch == 2
         assert long.config.saves_per_epoch == long.config.evals_per_epoch == 8
         assert "minutes at most" in long.reasons["saves_per_epoch"]
@@ -253,6 +280,7 @@ class TestWhatThePersonChose:
             {"sample_packing": False},
             {"micro_batch_size": 64},
             {"gradient_checkpointing": False},
+            {"gradient_checkpointing": True},
             {"optimizer": "paged_adamw_8bit"},
             {"learning_rate": 2e-4},
             {"lora_target_modules": ["q_proj"]},

@@ -1,6 +1,7 @@
 """The plan's sizes against what the trainer really holds: parameters, bytes, optimizer state."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,12 @@ def test_a_layer_of_the_step_takes_the_planned_bytes(regime: Regime) -> None:
     )
     sizes = Widths(1, shape.hidden, shape.intermediate, shape.attention, VOCABULARY, 0, 0, 0)
     width = regime.dtype.itemsize
-    formula = {"kept": kept_bytes, "inference": inference_bytes, "transient": transient_bytes}
+    formula = {
+        "kept": kept_bytes,
+        "flash kept": partial(kept_bytes, flash=True),
+        "inference": inference_bytes,
+        "transient": transient_bytes,
+    }
     found = formula[regime.moment](config, sizes, tokens, width)
     assert found == pytest.approx(measured, rel=0.05), "python -m tests.make.layer_memory"
 

@@ -161,8 +161,7 @@ def kept_states(step: Step) -> tuple[float, float]:
     config, sizes = step.config, step.widths
     again = recomputed_layers(config, sizes)
     state = step.tokens * sizes.hidden * step.base_bytes
-    one = kept_bytes(config, sizes, step.tokens, step.base_bytes) + _experts(step)[0]
-    whole = (sizes.layers - again) * one
+    whole = (sizes.layers - again) * (_one_kept(step) + _experts(step)[0])
     if step.offloads and config.activation_offloading:
         return min(OFFLOADED_STATES, again) * state + whole, again * state
     return again * state + whole, 0
@@ -178,9 +177,15 @@ def _layer_bytes(step: Step) -> float:
     layer = transient_bytes(config, sizes, step.tokens, step.base_bytes)
     resting, held = _experts(step)
     if recomputed_layers(config, sizes) < sizes.layers:
-        one = kept_bytes(config, sizes, step.tokens, step.base_bytes)
-        return max(0, layer - one) + held - resting
+        return max(0, layer - _one_kept(step)) + held - resting
     return layer + held
+
+
+def _one_kept(step: Step) -> int:
+    """What one layer keeps that is not computed again, its experts not counted."""
+    config, device = step.config, step.device
+    flash = step.base_bytes == 2 and not needs_mask(config.attn_implementation, device)
+    return kept_bytes(config, step.widths, step.tokens, step.base_bytes, flash=flash)
 
 
 def _experts(step: Step) -> tuple[float, float]:

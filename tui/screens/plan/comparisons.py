@@ -10,7 +10,16 @@ from typing import Final
 from textual.content import Content
 
 from engine.hardware import assume, listed_gpus
-from engine.plan import Alternative, Device, Estimate, best_device, estimate, make_fit
+from engine.plan import (
+    Alternative,
+    Device,
+    Estimate,
+    best_device,
+    estimate,
+    faster_words,
+    make_faster,
+    make_fit,
+)
 from engine.units import GIB
 from engine.visible import fold
 from tui.draft import Draft
@@ -35,6 +44,15 @@ def list_rungs(draft: Draft) -> tuple[Alternative, ...]:
     """Changes that make the plan fit, each on top of those before; empty where it fits."""
     assert draft.device is not None
     return make_fit(draft.config(), draft.architecture(), draft.device, draft.statistics)
+
+
+def roomy_lines(draft: Draft, columns: int) -> list[Content]:
+    """What is said of a plan that fits: what the room that is left could be used for."""
+    assert draft.device is not None
+    place = draft.architecture(), draft.device, draft.statistics
+    faster = make_faster(draft.config(), *place)
+    more = fold(faster_words(faster), columns) if faster else []
+    return [Content("it fits as it is"), *map(Content, more)]
 
 
 def list_cards(draft: Draft) -> list[Card]:

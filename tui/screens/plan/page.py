@@ -24,6 +24,7 @@ from tui.screens.plan.comparisons import (
     card_lines,
     list_cards,
     list_rungs,
+    roomy_lines,
     rung_lines,
 )
 from tui.screens.plan.measuring import MEASURING, measure_plan
@@ -161,7 +162,7 @@ class PlanPage(Page):
         draft = self.app.draft
         assert draft.device is not None
         rungs = list_rungs(draft)
-        lines = rung_lines(rungs, _BESIDE_CELLS) if rungs else [Content("it fits as it is")]
+        lines = rung_lines(rungs, _BESIDE_CELLS) if rungs else roomy_lines(draft, _BESIDE_CELLS)
         self.query_one("#rungs", Static).update(Content("\n").join(lines))
         lines = card_lines(list_cards(draft), draft.device)
         self.query_one("#cards", Static).update(Content("\n").join(lines))

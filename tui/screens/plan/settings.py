@@ -33,6 +33,7 @@ _FIRST: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("attn_implementation", (NONE,)),
     ("sample_packing", ("false", "true")),
     ("gradient_checkpointing", ("false", "true")),
+    ("checkpointed_layers", ("none", "4", "8", "16", "32")),
     ("lora_dropout", ("0", "0.05", "0.1")),
 )
 _EXPERTS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
@@ -104,6 +105,8 @@ def _keys(draft: Draft, every: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
     thinks = bool(known and known.thinking_tokens)
     for key, usual in (*_FIRST[:1], *special, *(_THINKING * thinks), *_FIRST[1:]):
         if config.adapter is None and key in _ADAPTER_ONLY:
+            continue
+        if key == "checkpointed_layers" and not (config.checkpointed_layers or every):
             continue
         yield key, (NONE, *_attention_here(draft)) if key == "attn_implementation" else usual
     yield from (entry for entry in _WAITING if every or getattr(config, entry[0]))
