@@ -70,7 +70,7 @@ def measured(dtype: torch.dtype, chunk_bytes: int, *, trained: bool) -> int:
 @pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES[0], SMALLEST_CHUNK_BYTES])
 def test_a_chunk_takes_what_is_planned_for_it(chunk_bytes: int, bf16: bool, trained: bool) -> None:
     keys = KEYS | {"micro_batch_size": 1, "bf16": bf16} | (TRAINED_HEAD if trained else {})
-    device = card("H200") if chunk_bytes == CHUNK_BYTES[0] else sized(1)
+    device = card("H200") if chunk_bytes == CHUNK_BYTES[0] else cpu()
     loss = moment_parts(config(**keys), SMALL, device, "loss")["loss"]
     dtype = torch.bfloat16 if bf16 else torch.float32
     assert loss == pytest.approx(measured(dtype, chunk_bytes, trained=trained), rel=0.02)
@@ -90,6 +90,13 @@ def test_a_chunk_shrinks_before_a_plan_stops_to_fit() -> None:
         found.append(plan.loss_chunk_bytes)
     assert found == sorted(found)
     assert set(found) == set(CHUNK_BYTES)
+
+
+def test_a_chunk_stays_large_where_it_is_not_what_is_in_the_way() -> None:
+    needs = estimate(config(**KEYS), SMALL, sized(0))
+    assert (needs.moment, needs.verdict) == ("backward pass", "does not fit")
+    assert CHUNK_BYTES[0] >= needs.loss_chunk_bytes > SMALLEST_CHUNK_BYTES
+    assert needs.moments["loss"] <= needs.moments["backward pass"]
 
 
 def test_a_cpu_and_a_kernel_have_the_smallest() -> None:

@@ -245,15 +245,20 @@ def _frozen(step: Step, statistics: Statistics | None) -> Frozen:
 
 
 def _roomiest(step: Step, frozen: Frozen, cards: int) -> tuple[Step, dict[str, dict[str, float]]]:
-    """`step` with the largest chunk of logits with which it fits, and its moments."""
+    """`step` with the largest chunk of logits with which it fits, and its moments.
+
+    Where it does not fit with any, the largest that makes its peak no higher.
+    """
     cut = step.device.kind == "cpu" or cuts_loss(step)
+    tried = []
     for chunk in (SMALLEST_CHUNK_BYTES,) if cut else CHUNK_BYTES:
         step = replace(step, chunk_bytes=chunk)
         moments = _moments(step, frozen, cards)
         peak = max(int(sum(parts.values())) for parts in moments.values())
         if judge(on_device(peak, step.device), step.device.can_give_bytes) == "fits":
-            break
-    return step, moments
+            return step, moments
+        tried.append((peak, step, moments))
+    return next((step, moments) for least, step, moments in tried if least == peak)
 
 
 def _moments(step: Step, frozen: Frozen, cards: int) -> dict[str, dict[str, float]]:
