@@ -270,13 +270,14 @@ def require_planned(run: RunFolder) -> None:
     """Raises UserError with the cure where a run that is planned for a card would miss it.
 
     PyTorch would train it on the processor without a word. Another usable card than the planned one
-    will do: a run may go on on another computer.
+    will do: a run may go on on another computer. Without a plan, as for a model that has to be
+    fetched first, it is the card that is here.
     """
     planned = planned_device(run)
-    if planned.get("kind") != "cuda":
+    if planned.get("kind") == "cpu":
         return
     machine = read_machine()
-    if not machine.usable_gpus:
+    if planned and not machine.usable_gpus:
         errors = [problem.what for problem in machine.problems if problem.severity == "error"]
         raise without_its_card(planned, " ".join(errors[:1]))
     ready = [gpu for gpu in machine.gpus if gpu.state == "ready"]

@@ -13,6 +13,7 @@ from engine.errors import UserError
 from engine.hardware import Machine, missing_packages
 from engine.launch import launch, require_torch
 from engine.plan import Device, Estimate
+from engine.plan.device import refuse_bf16
 from engine.runs import RunFolder, create_run
 from engine.units import gib
 from engine.visible import visible
@@ -94,6 +95,7 @@ def _require_startable(draft: Draft) -> None:
         )
     require_supported(advice.config)
     _require_new(advice.config)
+    refuse_bf16(advice.config, device)
     _require_fit(advice.estimate, device)
     if draft.machine is not None:
         _require_stack(draft.machine, device)

@@ -15,6 +15,7 @@ from engine.errors import UserError
 from engine.hardware import assume, read_machine
 from engine.launch import require_torch
 from engine.plan import best_device, estimate, remarks
+from engine.plan.device import refuse_bf16
 from engine.plan.sharding import cards_laid_out, cards_needed
 from engine.visible import visible
 
@@ -41,6 +42,7 @@ def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
         )
     device = find_device(None)
     require_torch(read_machine(), device.uuid)
+    refuse_bf16(config, device)
     laid_out = cards_laid_out(config)
     card = device if device.kind == "cuda" or laid_out == 1 else best_device(assume(USUAL_CARD))
     counted = found.statistics()

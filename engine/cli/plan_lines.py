@@ -6,7 +6,7 @@ Separate from `planning`, which finds out what there is to say.
 from collections.abc import Iterator, Mapping, Sequence
 
 from engine.catalog import Architecture
-from engine.config import RunConfig, assignment
+from engine.config import SHARDED_OPTIMIZERS, RunConfig, assignment
 from engine.errors import UserError
 from engine.hardware import assume, listed_gpus
 from engine.plan import (
@@ -166,7 +166,9 @@ def larger_card_lines(
         count = cards_needed(config, architecture, device, statistics)
         if count is not None and count > 1:
             name = visible(device.name, one_line=True)
-            yield f"sharded over {count} of {name} too (FSDP2); this version runs one"
+            instead = SHARDED_OPTIMIZERS.get(config.optimizer)
+            means = f"FSDP2, optimizer={instead}" if instead else "FSDP2"
+            yield f"sharded over {count} of {name} too ({means}); this version runs one"
 
 
 def length_lines(prices: Sequence[LengthPrice], device: Device) -> list[str]:

@@ -66,7 +66,6 @@ from engine.plan import (
 )
 from engine.plan.attention import follow_attention
 from engine.plan.device import refuse_bf16
-from engine.plan.sharding import refuse_unshardable
 from engine.units import gib
 from engine.visible import fold, visible
 
@@ -211,7 +210,6 @@ def read_planned(
     given: ConfigFile = read_config(file)
     config = override(given.config, changes) if changes else given.config
     require_supported(config, given.document, sharded=sharded)
-    refuse_unshardable(config)
     config = with_absolute_paths(config, file.absolute().parent)
     architecture = read_architecture(config.base_model)
     check_tokenizer(tokenizer_name(config), file.absolute().parent)
@@ -227,12 +225,13 @@ def plan_run(
     installed torch cannot use the card that the plan is for, and with exit status 3 where the run
     does not fit, unless `anyway`.
     """
+    machine = find_machine(None)
+    device = best_device(machine)
     try:
         config, architecture = read_planned(file, changes)
     except UnknownModel:
+        require_torch(machine, device.uuid)
         return None
-    machine = find_machine(None)
-    device = best_device(machine)
     refuse_bf16(config, device)
     statistics, _ = count_config_rows(config, architecture, file.absolute().parent)
     needs = estimate(config, architecture, device, statistics)

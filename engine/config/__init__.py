@@ -9,6 +9,7 @@ go between text and RunConfig, and never lose a comment on the way.
 from engine.config.data_keys import DatasetConfig
 from engine.config.document import Document
 from engine.config.finding import ConfigError, Finding
+from engine.config.limits import SHARDED_OPTIMIZERS
 from engine.config.overriding import FULL, NONE, assignment, override, spell
 from engine.config.reading import ConfigFile, parse_config, read_config
 from engine.config.run import SECTIONS, RunConfig, section_title
@@ -20,6 +21,7 @@ __all__ = [
     "FULL",
     "NONE",
     "SECTIONS",
+    "SHARDED_OPTIMIZERS",
     "ConfigError",
     "ConfigFile",
     "DatasetConfig",

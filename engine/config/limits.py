@@ -40,7 +40,8 @@ def _above_1(value: object) -> bool:
 
 _ONE_GPU = _error(
     "A run uses one GPU so far.",
-    "Remove it and train on one GPU, or run this file with Axolotl.",
+    "Run this file with Axolotl, or remove it where one GPU is enough: `windtunnel estimate` counts"
+    " the GPUs.",
 )._replace(several_gpus=True)
 _ANSWERS_ONLY = _error(
     "Windtunnel trains on answers, not on preferences or rewards.",
@@ -64,6 +65,17 @@ def _more_than_padding(value: object) -> bool:
     return isinstance(value, dict) and any(key != "pad_token" for key in value)
 
 
+SHARDED_OPTIMIZERS: Mapping[str, str] = MappingProxyType(
+    {
+        "adamw_bnb_8bit": "adamw_torch_8bit",
+        "adamw_8bit": "adamw_torch_8bit",
+        "paged_adamw_8bit": "adamw_torch_8bit",
+        "paged_adamw_32bit": "adamw_torch_fused",
+    }
+)
+"""bitsandbytes' optimizers, which cannot be sharded, and what takes their place in a run that is:
+FSDP2 hands an optimizer parts of tensors of a type of its own, on which those kernels fail. Axolotl
+refuses them with fsdp_config too."""
 FP8_CONFIG = "FineGrainedFP8Config"
 """The value of `model_quantization_config` with which Axolotl reads FP8 weights."""
 

@@ -11,8 +11,16 @@ from pydantic import BaseModel
 
 from engine.config.document import Document
 from engine.config.finding import ConfigError, Finding, shown
-from engine.config.limits import DATASET_LIMITS, FP8_CONFIG, LIMITS, Limit
+from engine.config.limits import (
+    DATASET_LIMITS,
+    FP8_CONFIG,
+    LIMITS,
+    SHARDED_OPTIMIZERS,
+    Limit,
+)
 from engine.config.run import RunConfig
+
+WHOLE_STATES = "cannot-be-sharded"
 
 
 def unsupported(config: RunConfig, document: Document | None = None) -> list[Finding]:
@@ -24,7 +32,7 @@ def unsupported(config: RunConfig, document: Document | None = None) -> list[Fin
     for key in ("datasets", "test_datasets"):
         for index, dataset in enumerate(getattr(config, key)):
             found += _limited(dataset, DATASET_LIMITS, f"{key}[{index}].")
-    found += _without_effect(config)
+    found += [*_whole_states(config), *_without_effect(config)]
     if document is None:
         return found
     return [replace(finding, line=document.line(finding.key)) for finding in found]
@@ -39,7 +47,9 @@ def require_supported(
     """
     found = unsupported(config, document)
     allowed = {key for key, limit in LIMITS.items() if limit.several_gpus} if sharded else set()
-    errors = [f for f in found if f.severity == "error" and f.key not in allowed]
+    errors = [
+        f for f in found if f.severity == "error" and (f.id == WHOLE_STATES or f.key not in allowed)
+    ]
     if errors:
         raise ConfigError(document.name if document else "The config", errors)
     return found
@@ -65,6 +75,18 @@ def _limited(section: BaseModel, limits: Mapping[str, Limit], prefix: str) -> li
                 )
             )
     return found
+
+
+def _whole_states(config: RunConfig) -> list[Finding]:
+    """An optimizer that cannot be sharded, in a config that shards."""
+    instead = SHARDED_OPTIMIZERS.get(config.optimizer)
+    if config.fsdp_config is None or instead is None:
+        return []
+    what = f"optimizer: {config.optimizer} cannot be sharded, and fsdp_config is set."
+    why = "bitsandbytes' optimizers take whole tensors, and FSDP2 gives each GPU parts of them."
+    return [
+        Finding(WHOLE_STATES, "error", "optimizer", None, what, why, f"Write optimizer: {instead}.")
+    ]
 
 
 def _without_effect(config: RunConfig) -> list[Finding]:

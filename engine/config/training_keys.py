@@ -106,7 +106,7 @@ class MemoryKeys(Section):
 
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16: half the memory of float32, same range. auto: where the GPU can
-    (Ampere and newer); false: float32."""
+    (Ampere and newer), float32 on older ones, where true is refused; false: float32."""
     fp16: bool | None = None
     """Compute in float16, for GPUs without bfloat16."""
     tf32: bool | Literal["auto"] = "auto"

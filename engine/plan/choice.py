@@ -14,7 +14,7 @@ from math import ceil
 from typing import Any
 
 from engine.catalog import Architecture
-from engine.config import DatasetConfig, RunConfig
+from engine.config import SHARDED_OPTIMIZERS, DatasetConfig, RunConfig
 from engine.data.statistics import Statistics
 from engine.plan.attention import Attention, Task, choose_attention, heads_of
 from engine.plan.device import Device
@@ -80,6 +80,8 @@ class Choice:
     def put(self, key: str, value: object, reason: str) -> None:
         """Advise a value, unless the person chose it or said the same in another way."""
         said = {other for group in _EITHER_OR if key in group for other in group}
+        if key == "optimizer" and self.fixed.get("fsdp_config") is not None:
+            value = SHARDED_OPTIMIZERS.get(str(value), value)
         if key not in self.fixed and not any(self.fixed.get(other) for other in said):
             self.values[key], self.reasons[key] = value, reason
 

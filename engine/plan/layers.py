@@ -33,6 +33,8 @@ class Widths:
     """Numbers of the larger matrix of one expert."""
     expert_stack: int
     """Numbers of the larger fused tensor of one layer, all experts together."""
+    repeated: int = 0
+    """Keys and values once each head of queries has its own; 0 where it has them anyway."""
 
 
 @lru_cache(maxsize=32)
@@ -62,6 +64,7 @@ def widths(table: ModuleTable) -> Widths:
         expert_rows=chosen,
         expert_matrix=matrix,
         expert_stack=stack,
+        repeated=2 * sizes["q_proj"] if sizes["q_proj"] > sizes["k_proj"] > 0 else 0,
     )
 
 

@@ -4,45 +4,15 @@ Separate from `memory`, which divides a run over a number of cards that is given
 are found that hold it.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 
 from engine.catalog import Architecture
-from engine.config import RunConfig
+from engine.config import SHARDED_OPTIMIZERS, RunConfig
 from engine.data.statistics import Statistics
-from engine.errors import UserError
 from engine.plan.device import Device
 from engine.plan.memory import cards_of_a_copy, estimate
 
 MOST_CARDS = 1024
-SHARDED_OPTIMIZERS: Mapping[str, str] = MappingProxyType(
-    {
-        "adamw_bnb_8bit": "adamw_torch_8bit",
-        "adamw_8bit": "adamw_torch_8bit",
-        "paged_adamw_8bit": "adamw_torch_8bit",
-        "paged_adamw_32bit": "adamw_torch_fused",
-    }
-)
-"""For each optimizer of bitsandbytes the one to use where weights are sharded: its own state is
-made for whole tensors, and Axolotl refuses it with FSDP2 too."""
-
-
-def is_sharded(config: RunConfig) -> bool:
-    """Whether a config divides its weights over cards."""
-    return cards_of_a_copy(config) != 1
-
-
-def refuse_unshardable(config: RunConfig) -> None:
-    """Raises UserError where a sharded run would keep its optimizer's state whole."""
-    other = SHARDED_OPTIMIZERS.get(config.optimizer)
-    if other and is_sharded(config):
-        raise UserError(
-            f"optimizer: {config.optimizer} cannot be sharded.",
-            "The config divides the weights over several cards, and bitsandbytes knows whole"
-            " tensors only; Axolotl refuses this too.",
-            f"Write optimizer: {other}.",
-        )
 
 
 def cards_laid_out(config: RunConfig) -> int | None:
@@ -57,14 +27,12 @@ def cards_needed(
     device: Device,
     statistics: Statistics | None = None,
 ) -> int | None:
-    """The fewest cards like `device` that hold a bfloat16 run sharded over them; None: none would.
+    """The fewest cards like `device` that hold the run sharded over them; None: none would.
 
     One card where the run fits it as it is.
     """
     sharded = {
         "fsdp_config": config.fsdp_config or {},
-        "dp_shard_size": None,
-        "bf16": True,
         "optimizer": SHARDED_OPTIMIZERS.get(config.optimizer, config.optimizer),
     }
 

@@ -7,9 +7,10 @@ from engine.errors import WorkError
 from engine.hardware import attention_backends
 from engine.hardware.requirements import installed
 from engine.launch import planned_device, without_its_card
-from engine.plan import Device
+from engine.plan import Device, device_document
 from engine.plan.device import computes_in_bf16, refuse_bf16
 from engine.runs import RunFolder
+from engine.visible import visible
 
 
 def pick_device() -> torch.device:
@@ -17,11 +18,31 @@ def pick_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def require_planned_device(run: RunFolder) -> None:
-    """Raises UserError where the run's plan is for a card, and torch would compute on the CPU."""
-    planned = planned_device(run)
-    if planned.get("kind") == "cuda" and pick_device().type != "cuda":
+def require_planned_device(run: RunFolder, here: Device) -> str | None:
+    """Raises UserError where the run is planned for a card, and torch would compute on the CPU.
+
+    Without a plan it is for `here`, the best device of this computer. Returns a sentence where
+    torch computes on another card than the planned one.
+    """
+    planned = planned_device(run) or device_document(here)
+    if planned.get("kind") != "cuda":
+        return None
+    device = pick_device()
+    if device.type != "cuda":
         raise without_its_card(planned, f"The installed torch {torch.__version__} sees none.")
+    own, uuid = name_of(device), str(planned.get("uuid"))
+    if not uuid.startswith("GPU-") or uuid == own:  # torch names a MIG slice in another way
+        return None
+    name = visible(torch.cuda.get_device_name(device), one_line=True)
+    asked = visible(uuid, one_line=True)
+    return f"the plan is for another card, {asked}: this run computes on {name}, {own}"
+
+
+def name_of(device: torch.device) -> str:
+    """How events name a device: cpu, or the card's UUID."""
+    if device.type == "cpu":
+        return "cpu"
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def pick_dtype(config: RunConfig, device: torch.device) -> torch.dtype:

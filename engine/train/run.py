@@ -33,7 +33,7 @@ from engine.runs import RunFolder
 from engine.train.attention import pick_attention
 from engine.train.batches import Rows
 from engine.train.cut_loss import settle_loss
-from engine.train.device import as_planned, pick_device, require_planned_device
+from engine.train.device import as_planned, name_of, pick_device, require_planned_device
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model, head_of, use_checkpointing
 from engine.train.images import refuse_unread
@@ -76,6 +76,8 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
     and WorkError with the sentence for the person.
     """
     device = device_of_the_run()
+    if other := require_planned_device(session.run, device):
+        session.emit(Note("warning", other))
     while told := _try(session, resume=resume, checkpoint=checkpoint):
         # Nothing of the failed attempt is alive any more: its frames ended with it.
         gc.collect()
@@ -113,7 +115,6 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
     for finding in file.require_supported():
         session.emit(Note("info", finding.sentence()))
     config = file.config
-    require_planned_device(session.run)
     place = as_planned(pick_device())
     refuse_bf16(config, place)
     if why := why_float32(config, place):
@@ -279,18 +280,12 @@ def _started(session: Session, config: RunConfig, base: Base, training: Training
         run=session.run.name,
         model=config.base_model,
         method=config.adapter or "full",
-        devices=(_device_name(base.device),),
+        devices=(name_of(base.device),),
         world_size=1,
         total_steps=training.order.total_steps,
         trainable_parameters=sum(p.numel() for _, p in trained_parameters(training.model)),
         versions={name: _version(name) for name in PACKAGES},
     )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "cpu"
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def _version(package: str) -> str:

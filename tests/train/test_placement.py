@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.train.attention import _as_planned
+from engine.train.device import as_planned
 from engine.train.batches import Rows
 from engine.train.evaluate import score
 from engine.train.forward import head_of, unwrapped
@@ -63,7 +63,7 @@ class TestEyes:
     @pytest.fixture
     def device(self, monkeypatch: pytest.MonkeyPatch) -> torch.device:
         """A device that is not the CPU and takes any tensor."""
-        monkeypatch.setattr("engine.train.attention._as_planned", lambda _: _as_planned(CPU))
+        monkeypatch.setattr("engine.train.attention.as_planned", lambda _: as_planned(CPU))
         monkeypatch.setattr("engine.train.model.pick_device", lambda: torch.device("meta"))
         return torch.device("meta")
 

@@ -174,7 +174,7 @@ def _layer_bytes(step: Step) -> float:
     go than a layer takes that is computed again.
     """
     config, sizes = step.config, step.widths
-    layer = transient_bytes(config, sizes, step.tokens, step.base_bytes)
+    layer = transient_bytes(config, sizes, step.tokens, step.base_bytes) + _repeated_bytes(step)
     resting, held = _experts(step)
     if recomputed_layers(config, sizes) < sizes.layers:
         return max(0, layer - _one_kept(step)) + held - resting
@@ -185,7 +185,18 @@ def _one_kept(step: Step) -> int:
     """What one layer keeps that is not computed again, its experts not counted."""
     config, device = step.config, step.device
     flash = step.base_bytes == 2 and not needs_mask(config.attn_implementation, device)
-    return kept_bytes(config, step.widths, step.tokens, step.base_bytes, flash=flash)
+    one = kept_bytes(config, step.widths, step.tokens, step.base_bytes, flash=flash)
+    return one + _repeated_bytes(step)
+
+
+def _repeated_bytes(step: Step) -> int:
+    """What a layer's attention keeps of keys and values that were repeated for every head.
+
+    In float32 a card has one kernel that keeps no scores, and it takes no grouped heads.
+    """
+    if step.device.kind != "cuda" or step.base_bytes != 4:
+        return 0
+    return step.tokens * step.widths.repeated * step.base_bytes
 
 
 def _experts(step: Step) -> tuple[float, float]:
