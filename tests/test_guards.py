@@ -45,6 +45,24 @@ class Guard:
 
 
 GUARDS = {
+    "a plan for a card that torch cannot use": Guard(
+        "engine/train/run.py",
+        "if other := require_planned_device(session.run, device):",
+        "if other := None:",
+        "tests/train/test_process_failures.py::test_a_plan_for_a_card_never_ends_on_the_processor",
+    ),
+    "bfloat16 only where it is the card's own": Guard(
+        "engine/train/device.py",
+        "is_bf16_supported(including_emulation=False)",
+        "is_bf16_supported()",
+        "tests/train/test_device.py::test_torch_has_to_agree",
+    ),
+    "float32 on a card keeps no scores": Guard(
+        "engine/train/attention.py",
+        'return query.device.type == "cuda" and query.dtype == torch.float32',
+        "return False",
+        "tests/train/test_device.py::test_float32_on_a_card_gets_a_head_of_keys_for_each_of_queries",
+    ),
     "a config.json whose numbers are not its model's": Guard(
         "engine/plan/remarks.py",
         "        _other_than_its_makers(config, architecture),\n",

@@ -362,6 +362,27 @@ class TestTrainIsRefusedWhereItWouldMissTheCard:
         assert "Install the build of torch for CUDA" in err
         assert not home.exists()
 
+    def test_a_model_that_has_to_be_fetched_first(
+        self, run: Command, config: Path, home: Path
+    ) -> None:
+        code, _, err = run("train", str(config), "base_model=someone/another-model")
+        assert (code, "cannot use a GPU" in err) == (2, True)
+        assert not home.exists()
+
+    def test_whoever_wants_the_processor_hides_the_card(
+        self, run: Command, config: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        code, out, _ = run("train", str(config), "base_model=demo-tiny", "--max-steps", "0")
+        assert (code, "Dry run" in out) == (0, True)
+
+    def test_an_answer(self, run: Command, config: Path, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path / "there")
+        folder.path.mkdir()
+        folder.config.write_text(config.read_text("utf-8"), "utf-8")
+        code, _, err = run("generate", str(folder.path), "--prompt", "hi")
+        assert (code, "cannot use a GPU" in err) == (2, True)
+
     def test_a_measurement(self, run: Command, config: Path) -> None:
         code, _, err = run("fit", str(config))
         assert (code, "cannot use a GPU" in err) == (2, True)
@@ -429,3 +450,44 @@ class TestTrainIsRefusedWhereItDoesNotFit:
         plan = json.loads((folder / "plan.json").read_text("utf-8"))
         assert plan["estimate"]["verdict"] == "does not fit"
         assert plan["device"]["uuid"] == "GPU-cccc-1"
+
+
+class TestPrecision:
+    def test_a_card_before_ampere_trains_in_float32_and_says_so(
+        self, run: Command, config: Path
+    ) -> None:
+        why = "bfloat16 begins with compute capability 8.0, and T4 has 7.5"
+        for card, said in (("T4", True), ("RTX 4090", False)):
+            for words in (("estimate", str(config)), ("recommend", "--model", "ministral-3-3b")):
+                _, out, _ = run(*words, "--assume", card)
+                assert (why in out) == said, out
+
+    def test_bfloat16_is_not_emulated_there(
+        self, run: Command, config: Path, nvml: FakeDriver, home: Path
+    ) -> None:
+        _, out, _ = run("estimate", str(config), "bf16=true", "--assume", "T4")
+        assert "✗ bf16: It has compute capability 7.5" in out
+        nvml.set("gpu name=Tesla_T4 uuid=GPU-t4 total=16106127360 cc=7.5")
+        code, _, err = run("train", str(config), "bf16=true")
+        assert code == 2
+        assert err.startswith("bf16: true cannot be used on T4.")
+        assert not home.exists()
+
+
+class TestShardedOptimizers:
+    FILE = str(Path(__file__).parents[1] / "golden" / "config" / "mistral4-fft-text.yml")
+
+    def test_one_that_cannot_be_sharded_is_refused_with_the_one_that_can(
+        self, run: Command
+    ) -> None:
+        code, out, err = run("estimate", self.FILE, "--assume", "H200 x8")
+        assert (code, out) == (2, "")
+        assert "optimizer: adamw_bnb_8bit cannot be sharded, and fsdp_config is set." in err
+        assert "Write optimizer: adamw_torch_8bit." in err
+
+    def test_no_line_proposes_one(self, run: Command) -> None:
+        code, out, _ = run(
+            "estimate", self.FILE, "optimizer=adamw_torch_8bit", "--assume", "H200 x8"
+        )
+        assert code in (0, 3)
+        assert not {"bnb", "paged"} & set(re.findall("bnb|paged", out)), out

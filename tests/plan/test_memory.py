@@ -347,3 +347,15 @@ def test_where_there_is_no_memory_beside_the_devices_nothing_is_paged_out() -> N
             for name in ("paged_adamw_8bit", "adamw_bnb_8bit")
         )
         assert paged.parts["optimizer"] == plain.parts["optimizer"] > 0
+
+
+def test_float32_on_a_card_keeps_keys_and_values_for_every_head() -> None:
+    """A CPU has a kernel for grouped heads, a card has none in float32."""
+    keys = {"bf16": False, "gradient_checkpointing": False, "sample_packing": False}
+    run, name = config(**keys, sequence_len=1024), model("ministral-3-3b")
+    kept = [
+        moment_parts(run, name, device, "backward pass")["activations"]
+        for device in (card("T4"), cpu())
+    ]
+    layers, heads = 26, 32 * 128
+    assert kept[0] - kept[1] == layers * 1024 * 2 * heads * 4

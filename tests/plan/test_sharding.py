@@ -1,8 +1,14 @@
 """How many cards hold a run whose weights are sharded over them."""
 
+from pathlib import Path
+
 import pytest
 
-from engine.plan import Estimate, estimate
+from engine.catalog import read_architecture
+from engine.config import SHARDED_OPTIMIZERS, read_config, require_supported
+from engine.errors import UserError
+from engine.hardware import assume
+from engine.plan import Estimate, best_device, changed, estimate, make_fit, recommend
 from engine.plan.memory import moment_parts
 from engine.plan.sharding import cards_laid_out, cards_needed
 from tests.plan.machines import config, model, sized
@@ -88,3 +94,47 @@ def test_experts_that_are_spread_are_never_gathered() -> None:
     )
     assert gathered["experts"] == spread["experts"]
     assert gathered["gathered"] - spread["gathered"] > 8 * 2**30
+
+
+RECIPES = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "presets" / "recipes").glob("*/*.yml")
+    if cards_laid_out(read_config(path).config) != 1
+)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_no_sharded_plan_gets_an_optimizer_that_cannot_be_sharded(path: Path) -> None:
+    """On machines with several cards of each size, whichever optimizer the config begins with."""
+    given = read_config(path).config
+    architecture = read_architecture(given.base_model)
+    for name in ("T4 x4", "RTX 4090 x2", "A100 80GB x8", "H100 x8", "H200 x8", "B200 x8"):
+        device = best_device(assume(name))
+        for optimizer in ("adamw_torch", "adamw_torch_fused", "adamw_torch_8bit"):
+            run = changed(given, {"optimizer": optimizer})
+            for rung in make_fit(run, architecture, device):
+                assert rung.changes.get("optimizer") not in SHARDED_OPTIMIZERS, (name, rung.name)
+
+
+def test_none_is_recommended_beside_fsdp() -> None:
+    fixed = {"adapter": None, "fsdp_config": {"reshard_after_forward": True}}
+    for name in ("24 GB", "H100 x8"):
+        advice = recommend(model("ministral-3-8b"), best_device(assume(name)), fixed=fixed)
+        assert advice.config.optimizer not in SHARDED_OPTIMIZERS
+        require_supported(advice.config, sharded=True)
+
+
+@pytest.mark.parametrize("optimizer", SHARDED_OPTIMIZERS)
+def test_a_config_with_one_is_refused(optimizer: str) -> None:
+    with pytest.raises(UserError, match=f"Write optimizer: {SHARDED_OPTIMIZERS[optimizer]}"):
+        require_supported(config(optimizer=optimizer, **FSDP), sharded=True)
+    require_supported(config(optimizer=optimizer))
+
+
+def test_cards_are_counted_with_one_that_can_be_sharded() -> None:
+    """A paged state would take no room on any of them."""
+    counts = {
+        cards_needed(config(optimizer=name, **FULL), model("magistral-small-2506"), sized(40))
+        for name in ("adamw_torch_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+    }
+    assert len(counts) == 1

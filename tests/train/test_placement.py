@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine.train.device import as_planned
 from engine.train.batches import Rows
+from engine.train.device import as_planned
 from engine.train.evaluate import score
 from engine.train.forward import head_of, unwrapped
 from engine.train.model import load_base
@@ -63,7 +63,8 @@ class TestEyes:
     @pytest.fixture
     def device(self, monkeypatch: pytest.MonkeyPatch) -> torch.device:
         """A device that is not the CPU and takes any tensor."""
-        monkeypatch.setattr("engine.train.attention.as_planned", lambda _: as_planned(CPU))
+        for module in ("attention", "device"):
+            monkeypatch.setattr(f"engine.train.{module}.as_planned", lambda _: as_planned(CPU))
         monkeypatch.setattr("engine.train.model.pick_device", lambda: torch.device("meta"))
         return torch.device("meta")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.events import Note
+from engine.events import Note, Phase, Started
 from engine.hardware.requirements import install_command
 from engine.launch import launch
 from engine.runs import RunFolder, is_locked, read_steps, status
@@ -57,6 +57,17 @@ def assert_told(run: RunFolder, *words: str) -> None:
     assert "Traceback" not in run.events.read_text("utf-8")
     assert status(run) == "failed"
     assert not is_locked(run)
+
+
+def test_a_plan_for_a_card_never_ends_on_the_processor(workshop: Workshop) -> None:
+    run = workshop.new()
+    device = {"kind": "cuda", "name": "H100 80GB HBM3", "uuid": "GPU-aaaa-1"}
+    run.plan.write_text(json.dumps({"device": device}), "utf-8")
+    assert finish(run) == 2
+    assert_told(run, "planned for H100 80GB HBM3, and no GPU can be used", "sees none")
+    assert not any(isinstance(event, Started) for event in events_of(run))
+    phases = {event.name for event in events_of(run) if isinstance(event, Phase)}
+    assert not phases & {"model", "load"}, "refused before anything is fetched or loaded"
 
 
 def break_config(run: RunFolder, _: Workshop) -> None:

@@ -6,6 +6,7 @@ import re
 import shlex
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,6 +72,24 @@ def hold_at_most(tokens: int, *, from_step: int = 1) -> None:
 
 def small_card(tokens: int = 1000, from_step: int = 1) -> Callable[[], None]:
     return functools.partial(hold_at_most, tokens, from_step=from_step)
+
+
+def small_card_with_pages(freed: Path) -> None:
+    """A small card; bitsandbytes has a page in its list, of a state that nobody holds."""
+    import bitsandbytes.functional as bnb
+
+    from engine.train import optim
+
+    class Runtime:
+        def cudaFree(self, _: object) -> None:
+            with freed.open("a") as file:
+                file.write(f"{size}\n")
+
+    manager, size = bnb.GlobalPageManager.get_instance(), 4096
+    manager.paged_tensors = [torch.empty(size, dtype=torch.uint8)]
+    setattr(optim, "cuda_runtime", Runtime)  # noqa: B010
+    setattr(torch.cuda, "synchronize", lambda: None)  # noqa: B010
+    hold_at_most(1000, from_step=3)
 
 
 def shortages(run: RunFolder) -> list[Shortage]:
@@ -152,6 +171,12 @@ class TestWithAutoFit:
         whole = workshop.finished()
         for after, before in zip(figures(run), figures(whole), strict=True):
             assert after == pytest.approx(before, rel=1e-4)
+
+    def test_unified_memory_of_the_failed_attempt_is_given_back(self, workshop: Workshop) -> None:
+        run = workshop.new(auto_fit=True)
+        freed = run.path / "freed"
+        assert finish(run, before=functools.partial(small_card_with_pages, freed)) == 0
+        assert freed.read_text("utf-8") == "4096\n"
 
     def test_without_another_rung_it_ends_all_the_same(self, workshop: Workshop) -> None:
         keys = {"micro_batch_size": 1, "sequence_len": 1024, "gradient_checkpointing": True}
