@@ -19,6 +19,7 @@ from engine.plan.layers import recomputed_layers, widths
 from engine.plan.loss import PLUGIN, PRICE, names_cut_loss
 from engine.plan.memory import Estimate, estimate
 from engine.plan.memory.frozen import SLOTS
+from engine.plan.sharding import is_sharded
 from engine.plan.targets import linear_endings
 from engine.plan.vision import tower_works
 
@@ -178,7 +179,7 @@ def small_states(config: RunConfig, place: Place) -> Iterator[Change]:
     """The optimizer's state in 8 bits."""
     if place.device.kind == "cuda" and config.optimizer in ("adamw_torch", "adamw_torch_fused"):
         small = "adamw_bnb_8bit"
-        keys = {"optimizer": small if config.fsdp_config is None else SHARDED_OPTIMIZERS[small]}
+        keys = {"optimizer": SHARDED_OPTIMIZERS[small] if is_sharded(config) else small}
         yield "8-bit optimizer", keys, "its states are rounded"
 
 
@@ -201,7 +202,7 @@ def small_tower(config: RunConfig, place: Place) -> Iterator[Change]:
 
 def paged_states(config: RunConfig, place: Place) -> Iterator[Change]:
     """The optimizer's state gives way to RAM."""
-    pages = place.device.has_ram_beside and config.fsdp_config is None
+    pages = place.device.has_ram_beside and not is_sharded(config)
     if pages and not config.optimizer.startswith("paged"):
         keys = {"optimizer": "paged_adamw_8bit"}
         yield "paged optimizer", keys, "its states move to RAM when the card is full: slower"

@@ -15,6 +15,11 @@ from engine.plan.memory import cards_of_a_copy, estimate
 MOST_CARDS = 1024
 
 
+def is_sharded(config: RunConfig) -> bool:
+    """Whether a config divides its weights over cards."""
+    return cards_of_a_copy(config) != 1
+
+
 def cards_laid_out(config: RunConfig) -> int | None:
     """Cards that a config is written for: 1 without sharding, None where it does not say."""
     each = cards_of_a_copy(config)
