@@ -8,6 +8,7 @@ devices: those need a card, and `make gpu` runs the same tests on one.
 
 import ctypes
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from tests.fakes.kernels import KERNELS, check_grouped_product, matrix_product
 
@@ -48,9 +50,7 @@ class PretendCuda(TorchFunctionMode):
         if function == DEVICE:
             found = function(*args)
             return CUDA if found.type == "cpu" else found
-        if function is Tensor.pin_memory:
-            return args[0]
-        if function is Tensor.cuda:
+        if function in (Tensor.pin_memory, Tensor.cuda):
             return args[0]
         kwargs.pop("pin_memory", None)
         if function is torch.mm and kwargs.get("out_dtype") is not None:
@@ -177,6 +177,10 @@ def card(capability: tuple[int, int] = (9, 0)) -> Iterator[ManagedMemory]:
             stack.enter_context(patch(place, kernel))
         memory = ManagedMemory(bnb.lib)
         stack.enter_context(patch.object(bnb, "lib", memory))
+        stack.enter_context(patch.object(Tensor, "record_stream", lambda *_: None))
+        # Autograd leaves every mode, so what is computed again in it has to enter this one.
+        again = {"context_fn": lambda: (nullcontext(), PretendCuda())}
+        stack.enter_context(patch.dict(inspect.unwrap(checkpoint).__kwdefaults__, again))
         stack.enter_context(PretendCuda())
         yield memory
 

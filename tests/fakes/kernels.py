@@ -6,13 +6,15 @@ references are written anew, with nothing of the engine's, so that one error can
 """
 
 import inspect
-from types import ModuleType
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
+CALLS: Counter[str] = Counter()
+"""How often each attention was asked, by its name in `attn_implementation`."""
 HALVES = (torch.bfloat16, torch.float16)
 VECTOR_BYTES = 16
 REAL_VARLEN = inspect.signature(varlen.varlen_attn)
@@ -103,6 +105,7 @@ def check_rows(
 
 def varlen_attn(*args: Any, **options: Any) -> Tensor:
     """torch.nn.attention.varlen's, by its real signature."""
+    CALLS["flash_attention_torch"] += 1
     bound = REAL_VARLEN.bind(*args, **options)
     bound.apply_defaults()
     given = bound.arguments
@@ -137,6 +140,7 @@ def flash_varlen(
     block_table: None = None,
 ) -> Tensor:
     """flash_attn_varlen_func of flash-attn 2.8.3."""
+    CALLS["flash_attention_2"] += 1
     check_rows((q, k, v), (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))
     assert q.shape[-1] == v.shape[-1], "one width of all heads"
     assert [type(side) for side in window_size] == [int, int]
@@ -169,6 +173,7 @@ def cute_varlen(
     deterministic: bool = False,
 ) -> tuple[Tensor, None]:
     """flash_attn_varlen_func of flash-attn-4 4.0.0b36, as far as a training run may give."""
+    CALLS["flash_attention_4"] += 1
     check_rows((q, k, v), (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))
     assert q.shape[-1] % 8 == v.shape[-1] % 8 == 0
     assert not softcap
@@ -200,14 +205,6 @@ def linear_cross_entropy(
     assert reduction == "sum"
     logits = e.float() @ c.float().t()
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-
-
-def package(name: str, function: Any, single: Any = None) -> ModuleType:
-    """A module of FlashAttention's, with what transformers takes from it."""
-    made: Any = ModuleType(name)
-    made.flash_attn_varlen_func = function
-    made.flash_attn_func = single or function
-    return made  # type: ignore[no-any-return]
 
 
 KERNELS: dict[str, Any] = {

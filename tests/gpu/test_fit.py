@@ -4,15 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.cli import main
 from engine.plan.measured import HOME_VARIABLE
+from engine.train.fitcheck.gauges import open_gauge
 from tests.fakes.processes import ROOT
+from tests.gpu.conftest import Card
 
-pytestmark = pytest.mark.gpu
 RECIPE = ROOT / "presets" / "recipes" / "ministral-3-3b" / "qlora-text.yml"
 
 
+@pytest.mark.gpu
 def test_ministral_3b_is_measured_within_the_formulas_range_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -27,3 +30,17 @@ def test_ministral_3b_is_measured_within_the_formulas_range_and_kept(
     assert document["peak_allocated_bytes"] <= document["peak_reserved_bytes"]
     assert document["tokens_per_second"] > 0
     assert all(Path(path).is_file() for path in document["kept"])
+
+
+def test_a_gauge_reads_the_allocator_and_the_driver(card: Card) -> None:
+    with card.here():
+        device = torch.device("cuda", 0)
+        gauge = open_gauge(device)
+        with gauge.measure("a tensor"):
+            held = torch.empty(2**28, dtype=torch.uint8, device=device)
+        gauge.wait()
+        peak, taken = gauge.peaks["a tensor"], gauge.device_bytes()
+        assert peak.reserved_bytes is not None
+        assert peak.reserved_bytes >= peak.allocated_bytes >= held.nbytes
+        assert taken is None or taken >= held.nbytes
+        assert not card.real or taken

@@ -18,7 +18,7 @@ from engine.train.attention import pick_attention
 from engine.train.batches import Rows
 from engine.train.generate import generate
 from tests.fakes import card as fake
-from tests.fakes import flash
+from tests.fakes import flash, kernels
 from tests.gpu.conftest import Card
 from tests.train.pictures import MIXED, seeing, write_pictured
 from tests.train.test_first_step import ON_EXPERTS
@@ -189,7 +189,9 @@ def test_packed_rows_learn_what_separate_ones_do(
             )
         except UserError as error:
             pytest.skip(f"{error.what} {error.why}")
+        kernels.CALLS.clear()
         packed = step(folder, rows, **keys, **PACKED)
+        assert card.real or backend == "sdpa" or set(kernels.CALLS) == {backend}
         separate = step(folder, rows, **keys, **ALONE)
     tolerance = 0.16 if text is MISTRAL4 else 0.08
     assert distance(packed, expected) < tolerance
