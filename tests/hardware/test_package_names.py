@@ -58,7 +58,12 @@ def named(text: str) -> Iterator[str]:
         words = match[1].split("#")[0].split()
         for before, word in zip(["", *words], words, strict=False):
             bare = word.strip("'\"")
-            if bare.startswith("-") or before in WITH_VALUE or "/" in bare or ".whl" in bare:
+            if (
+                bare.startswith("-")
+                or before in WITH_VALUE
+                or "/" in bare
+                or bare.endswith((".whl", ".txt"))
+            ):
                 continue
             if found := NAME.match(bare):
                 yield canonicalize_name(found[0])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engine.hardware import Machine, poll, read_machine
+from engine.hardware.torch_build import torch_problems
 from engine.units import GIB
 from tests.fakes.nvml import ABOUT_THE_STACK, H100, RTX_4090, FakeDriver
 from tests.tui.screens import assert_golden
@@ -270,6 +271,34 @@ def test_what_runs_on_a_card_is_shown_without_acting_on_strange_names(nvml: Fake
             assert "66.1 GiB  somebody  process 4194305" in screen.text
             await screen.press("escape")
             await screen.until("what it is good for")
+
+    run(work())
+
+
+def test_a_torch_that_cannot_use_the_card_is_said_with_its_command_where_there_is_room(
+    nvml: FakeDriver,
+) -> None:
+    def read() -> Machine:
+        machine = replace(read_fixed(), torch_cuda="", stack={**STACK, "torch": "2.13.0+cpu"})
+        return replace(machine, problems=tuple(torch_problems(machine)))
+
+    async def work(size: tuple[int, int], words: str) -> None:
+        nvml.set(RTX_4090)
+        async with machine_page(size, read=read) as screen:
+            await screen.until("✗ torch  The installed torch 2.13.0+cpu cannot use a GPU")
+            said = " ".join(screen.text.replace("│", " ").split())
+            assert words in said
+
+    run(work((80, 24), "install torch==2.13.0+cu130 --index-url https://download"))
+    run(work((120, 40), "has the command."))
+
+
+def test_each_kind_of_card_says_whether_flash_attention_4_suits_it(nvml: FakeDriver) -> None:
+    async def work() -> None:
+        nvml.set(RTX_4090, H100)
+        async with machine_page((120, 40)) as screen:
+            await screen.until("flash 4  RTX 4090 is not")
+            await screen.until("flash 4  H100 80GB HBM3 is")
 
     run(work())
 

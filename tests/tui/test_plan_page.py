@@ -189,10 +189,12 @@ def test_experts_and_attention_are_offered_as_they_fit_the_model_and_the_card() 
     }
     assert not {"lora_target_parameters", "quantize_moe_experts"} & set(fields)
     assert "flash_attention_2" not in fields["attn_implementation"].usual  # needs Ampere
+    assert "; FlashAttention 4 is not eligible: it needs " in fields["attn_implementation"].reason
     draft = planned("H200", "mistral-small-4")
     set_value(draft, "gradient_checkpointing", "true")  # or fewer layers are kept beside experts
     fields = {each.key: each for each in list_fields(draft, every=False, wrong=None)}
     assert "flash_attention_3" in fields["attn_implementation"].usual
+    assert "; FlashAttention 4 is eligible: made for Hopper" in fields["attn_implementation"].reason
     before = draft.advice().estimate.device_bytes
     told = fields["lora_target_parameters"].reason
     set_value(draft, "lora_target_parameters", "experts")

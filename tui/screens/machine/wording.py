@@ -23,6 +23,8 @@ PLAN_ONLY: Final = ("·", "plan only", "for a GPU that is not here; preview, pla
 
 _MOST_NAME_CELLS: Final = 28
 _GAP: Final = "  "
+# Where there is less room a command would be broken inside its words.
+_COMMAND_CELLS: Final = 60
 _SEVERITIES: Final[Mapping[str, tuple[str, str]]] = {
     "error": ("✗", "$error"),
     "warning": ("!", "$warning"),
@@ -198,11 +200,12 @@ def _rows(machine: "Machine") -> list[tuple[str, str, str]]:
     here = [f"{name} {stack[name]}" for name in _SHOWN_PACKAGES if stack.get(name)]
     if here:
         rows.append(("✓", "engine", ", ".join(here)))
-    for capability in dict.fromkeys(gpu.compute_capability for gpu in machine.usable_gpus):
-        if capability:
-            rows.append(("·", "flash 4", flash_4_on(capability)))
+    cards = {gpu.compute_capability: gpu for gpu in machine.usable_gpus if gpu.compute_capability}
+    for capability, gpu in cards.items():
+        which = f"{gpu.short_name} is " if len(cards) > 1 else ""
+        rows.append(("·", "flash 4", f"{which}{flash_4_on(capability)}"))
     rows += [
-        ("!", "missing", f"{', '.join(each.packages)}: {each.command}")
+        ("!" if each.needed else "·", "missing", f"{', '.join(each.packages)}: {each.command}")
         for each in missing_packages(machine)
     ]
     return rows
@@ -210,7 +213,10 @@ def _rows(machine: "Machine") -> list[tuple[str, str, str]]:
 
 def _sentences(problem: "Problem", cells: int) -> list[Content]:
     mark, style = _SEVERITIES[problem.severity]
-    text = f"{problem.what} {problem.why} {problem.cure}"
+    cure = problem.cure
+    if problem.command and cells < _COMMAND_CELLS:
+        cure = f"{problem.fix} `windtunnel doctor` has the command."
+    text = f"{problem.what} {problem.why} {cure}"
     return _hang(Content.assemble((mark, style), " "), text, cells)
 
 

@@ -139,10 +139,10 @@ def _reason(draft: Draft, advice: Recommendation, key: str) -> str:
 
 
 def _attention_words(chosen: Attention) -> str:
-    """What runs where the config names none, and whether FlashAttention 4 could."""
-    return "; ".join(
-        words for words in (f"{chosen.backend}: {chosen.reason}", chosen.flash_4) if words
-    )
+    """What runs where the config names none, and whether FlashAttention 4 could; F1 shows all."""
+    if not chosen.flash_4:
+        return f"{chosen.backend}: {chosen.reason}"
+    return f"{chosen.backend}; {chosen.flash_4}; {chosen.reason}"
 
 
 def _reason_of_own(draft: Draft, advice: Recommendation, key: str) -> str:
