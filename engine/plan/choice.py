@@ -278,17 +278,18 @@ class Choice:
             needed = rung.estimate
 
     def recomputation(self) -> None:
-        """Every layer is computed once where there is room, as many as there is room for elsewhere.
+        """On a GPU every layer is computed once where there is room, elsewhere as many as fit.
 
-        A GPU is busy with few tokens, so this comes before the rest of a micro-batch.
+        A GPU is busy with few tokens, so this comes before the rest of a micro-batch. This
+        computer's own memory is not filled for it: other programs live there.
         """
         config = self.config()
         needed, micro, length = self.needs(), config.micro_batch_size, config.sequence_len
         asked = {"gradient_checkpointing", "checkpointed_layers"} & self.fixed.keys()
         asked |= {"activation_offloading"} if self.fixed.get("activation_offloading") else set()
-        if asked or not config.gradient_checkpointing or needed.verdict != "fits":
+        if asked or self.device.kind == "cpu" or needed.verdict != "fits":
             return
-        busy = min(BUSY_TOKENS, micro * length) if self.device.kind == "cuda" else micro * length
+        busy = min(BUSY_TOKENS, micro * length)
         sizes = sorted({micro, *(n for n in (4, 2, 1) if n < micro and n * length >= busy)})
         if "micro_batch_size" in self.fixed:
             sizes = [micro]

@@ -115,6 +115,9 @@ class TestWhatMemoryDecides:
         )
         assert once > 1.4 * twice > 0
 
+    def test_this_computers_own_memory_is_not_filled_with_layers(self) -> None:
+        assert advised(model("ministral-3-3b"), cpu(400)).config.gradient_checkpointing
+
     def test_a_longer_method_says_that_its_layers_are_computed_again(self) -> None:
         advice = advised(model("ministral-3-8b"), card("H200"))
         assert advice.config.gradient_checkpointing is False
