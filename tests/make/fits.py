@@ -13,6 +13,7 @@ from engine.catalog import list_models, read_architecture
 from engine.errors import UserError
 from engine.hardware import assume, listed_gpus
 from engine.plan import Device, Goal, Recommendation, best_device, recommend
+from engine.plan.layers import recomputed_layers, widths
 from engine.units import GIB
 
 PAGE = Path(__file__).parents[2] / "presets" / "FITS.md"
@@ -28,8 +29,9 @@ are known: text has {text} tokens a sequence, tools {tools}, thinking {think}, i
 largest one. `windtunnel recommend --data` counts your rows and plans for them.
 
 needs: GiB on the device, driver and allocator included; ±: how far a measured peak may lie from it.
-In RAM: what waits in this computer's memory (`states`, `embedding` and head, or so many `layers`),
-for the same result in a longer time. Tokens a second follow from the card's data sheet.
+Twice: layers that are computed a second time in the backward pass (gradient_checkpointing). In RAM:
+what waits in this computer's memory (`states`, `embedding` and head, or so many `layers`), for the
+same result in a longer time. Tokens a second follow from the card's data sheet.
 """
 
 
@@ -75,12 +77,19 @@ def line_of(cell: Cell) -> str:
         f"{config.sequence_len:,} x {config.micro_batch_size}",
         f"{config.lora_r}" if config.adapter else "-",
         config.optimizer,
+        _twice(cell),
         ", ".join(waiting) or "-",
         f"{needs.device_bytes / GIB:.1f} ± {needs.uncertainty:.0%}",
         f"{MARKS[needs.verdict]} {needs.verdict}",
         f"{pace:,.0f}" if pace else "-",
     )
     return "| " + " | ".join(columns) + " |"
+
+
+def _twice(cell: Cell) -> str:
+    sizes = widths(read_architecture(cell.model).table)
+    again = recomputed_layers(cell.advice.config, sizes)
+    return "all" if again == sizes.layers else f"{again}" if again else "none"
 
 
 def page() -> str:
@@ -94,8 +103,9 @@ def page() -> str:
             before = cell.card
             parts.append(
                 f"\n## {cell.card}: can give {cell.device.can_give_bytes / GIB:.1f} GiB\n\n"
-                "| model | goal | method | tokens at once | rank | optimizer | in RAM |"
-                " needs | verdict | tokens/s |\n|---|---|---|---|---|---|---|---|---|---|\n"
+                "| model | goal | method | tokens at once | rank | optimizer | twice |"
+                " in RAM | needs | verdict | tokens/s |\n"
+                "|---|---|---|---|---|---|---|---|---|---|---|\n"
             )
         parts.append(line_of(cell) + "\n")
     return "".join(parts)
