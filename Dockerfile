@@ -1,4 +1,4 @@
-# Windtunnel with its training stack, for NVIDIA GPUs: docker run --gpus all --volume "$PWD:/work" ...
+# Windtunnel with its training stack, for NVIDIA GPUs: docker run --gpus all --volume "$PWD:/data" ...
 # torch brings CUDA itself; the image adds what its kernels are compiled with at the first launch.
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 
@@ -14,10 +14,10 @@ RUN python3 -m venv /opt/windtunnel \
 
 # Runs, models and rows lie in what is mounted; the user's number is that of most first users.
 RUN useradd --create-home --non-unique --uid 1000 pilot \
- && mkdir /work \
- && chown pilot /work
+ && mkdir /data \
+ && chown pilot /data
 USER pilot
-ENV PATH=/opt/windtunnel/bin:$PATH WINDTUNNEL_RUNS=/work HF_HOME=/work/.huggingface
-WORKDIR /work
-VOLUME /work
+ENV PATH=/opt/windtunnel/bin:$PATH WINDTUNNEL_RUNS=/data HF_HOME=/data/.huggingface
+WORKDIR /data
+VOLUME /data
 ENTRYPOINT ["windtunnel"]

@@ -30,7 +30,7 @@ def arguments(word: str) -> list[str]:
 def test_it_ends_as_another_user_than_root_with_the_command_for_entry() -> None:
     assert arguments("USER") == ["pilot"]
     assert arguments("ENTRYPOINT") == ['["windtunnel"]']
-    assert arguments("VOLUME") == arguments("WORKDIR") == ["/work"]
+    assert arguments("VOLUME") == arguments("WORKDIR") == ["/data"]
 
 
 class System:
@@ -117,4 +117,4 @@ def test_its_run_lines_make_a_whole_windtunnel_for_a_user(system: System) -> Non
         "echo '#include <Python.h>' > /tmp/x.c"
         f' && gcc -shared -fPIC -I"$(python -c "{include}")" /tmp/x.c -o /tmp/x.so'
     )
-    system.run("touch /work/rows.jsonl && windtunnel runs")
+    system.run("touch /data/rows.jsonl && windtunnel runs")
