@@ -1,17 +1,14 @@
 """Packed rows that are cut apart learn what rows under a mask learn, however many sequences."""
 
-import sys
 from collections.abc import Callable
 from functools import cache
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import modeling_flash_attention_utils
-from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
 from engine.catalog import read_architecture
@@ -174,65 +171,6 @@ def test_every_flash_attention_gets_the_rows(backend: int) -> None:
     masks = transformers.AttentionMaskInterface()
     assert "hand_over_rows" in functions[f"flash_attention_{backend}"].__qualname__
     assert masks[f"flash_attention_{backend}"] is find_segments
-
-
-@pytest.mark.parametrize("window", [None, 9])
-def test_flash_attention_4_is_called_as_its_functions_want_it(
-    monkeypatch: pytest.MonkeyPatch, window: int | None
-) -> None:
-    """Its contract, read in 4.0.0b36: heads of one width, int32 bounds, no argument for dropout."""
-
-    def varlen(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        qv: None = None,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        max_seqlen_q: int | None = None,
-        max_seqlen_k: int | None = None,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        window_size: tuple[int | None, int | None] = (None, None),
-        softcap: float = 0.0,
-        deterministic: bool = False,
-    ) -> tuple[Tensor, None]:
-        assert q.shape[-1] == v.shape[-1] == k.shape[-1]
-        assert k.shape[1] == v.shape[1] == 2
-        assert cu_seqlens_q is cu_seqlens_k
-        assert cu_seqlens_q is not None
-        assert cu_seqlens_q.dtype == torch.int32
-        assert cu_seqlens_q.is_contiguous()
-        assert (max_seqlen_q, max_seqlen_k, causal, deterministic) == (25, 25, True, False)
-        seen = window_size[0]  # with `causal` nothing of the right is seen, whatever is asked
-        rows = Segments(cu_seqlens_q, 25)
-        return attend_row_by_row(
-            q, k, v, rows, softmax_scale, None if seen is None else seen + 1
-        ), None
-
-    cute = ModuleType("flash_attn.cute")
-    cute.flash_attn_func = cute.flash_attn_varlen_func = varlen  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
-    loaded = ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn")
-    helpers = (
-        "_process_flash_kwargs_fn",
-        "_process_with_kvcache_kwargs_fn",
-        "_pad_fn",
-        "_unpad_fn",
-    )
-    for name in (*loaded, *helpers):
-        monkeypatch.setattr(modeling_flash_attention_utils, name, None)
-    rows = Segments(torch.tensor([0, 13, 33, 40, 65, 80], dtype=torch.int32), 25)
-    query, key = (torch.randn(2, heads, 40, 16).double() for heads in (4, 2))
-    value = torch.randn(2, 2, 40, 8).double()
-    config = SimpleNamespace(_attn_implementation="flash_attention_4")
-    module: Any = SimpleNamespace(config=config, is_causal=True)
-    attend = hand_over_rows(flash_attention_forward)
-    found, _ = attend(module, query, key, value, rows, scaling=0.3, sliding_window=window)
-    flat = [state.transpose(1, 2).flatten(0, 1) for state in (query, key, value)]
-    wanted = attend_row_by_row(*flat, rows, 0.3, window).unflatten(0, (2, 40))
-    torch.testing.assert_close(found, wanted)
 
 
 class TestPick:
