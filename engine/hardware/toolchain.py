@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Final
@@ -55,8 +55,10 @@ def _driver_library(environment: Mapping[str, str], root: Path) -> Problem | Non
         return None
     if _DRIVER_LIBRARY.encode() in known:
         return None
-    places = ("usr/lib64", "usr/lib/*-linux-gnu", "usr/lib/wsl/lib", "usr/local/nvidia/lib64")
-    here = any(any(root.glob(f"{place}/{_DRIVER_LIBRARY}")) for place in places)
+    # The linker looks there without its list, too.
+    if _is_in(root, ("lib64", "usr/lib64", "lib/*-linux-gnu", "usr/lib/*-linux-gnu", "usr/lib")):
+        return None
+    here = _is_in(root, ("usr/lib/wsl/lib", "usr/local/nvidia/lib64"))
     return Problem(
         "cuda_library_missing",
         "error",
@@ -68,6 +70,11 @@ def _driver_library(environment: Mapping[str, str], root: Path) -> Problem | Non
         " NVIDIA_DRIVER_CAPABILITIES=compute,utility.",
         as_root("ldconfig") if here else "",
     )
+
+
+def _is_in(root: Path, places: Iterable[str]) -> bool:
+    """Whether the driver's library lies in one of these folders."""
+    return any(any(root.glob(f"{place}/{_DRIVER_LIBRARY}")) for place in places)
 
 
 def _launchers(environment: Mapping[str, str], root: Path) -> Problem | None:

@@ -161,11 +161,23 @@ def test_the_library_of_the_driver_is_missing_in_a_container_for_pictures(
     found = only(toolchain_problems(machine(), environment, root))
     assert (found.id, found.severity) == ("cuda_library_missing", "error")
     assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in found.fix
-    (root / "usr" / "lib64").mkdir(parents=True)
-    (root / "usr" / "lib64" / "libcuda.so.1").touch()
+    library = root / "usr" / "lib" / "wsl" / "lib" / "libcuda.so.1"
+    library.parent.mkdir(parents=True)
+    library.touch()
     assert only(toolchain_problems(machine(), environment, root)).command == "sudo ldconfig"
-    environment["LD_LIBRARY_PATH"] = f":{root}/usr/lib64"
+    environment["LD_LIBRARY_PATH"] = f":{library.parent}"
     assert not toolchain_problems(machine(), environment, root)
+
+
+@pytest.mark.parametrize("place", ["usr/lib64", "usr/lib/x86_64-linux-gnu"])
+def test_a_library_that_the_linker_finds_without_its_list_is_not_missing(
+    tmp_path: Path, headers: Path, place: str
+) -> None:
+    (headers / "Python.h").touch()
+    root = system(tmp_path, cache="libcuda.so.0")
+    (root / place).mkdir(parents=True)
+    (root / place / "libcuda.so.1").touch()
+    assert not toolchain_problems(machine(), tools(tmp_path / "bin", "gcc"), root)
 
 
 @pytest.mark.parametrize(
