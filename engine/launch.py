@@ -82,8 +82,9 @@ def launch(
     token = uuid.uuid4().hex
     try:
         _fill(run, config, plan)
-        require_planned(run)
-        added = {**planned_gpu(run), **(environment or {}), LAUNCH_VARIABLE: token}
+        machine = read_machine()
+        require_planned(run, machine)
+        added = {**planned_gpu(run, machine), **(environment or {}), LAUNCH_VARIABLE: token}
         child_environment = trainer_environment(added)
         log_start = run.log.stat().st_size if run.log.exists() else 0
         process = _start(arguments, run.log, child_environment, detach)
@@ -244,7 +245,7 @@ def _replace(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def planned_gpu(run: RunFolder) -> dict[str, str]:
+def planned_gpu(run: RunFolder, machine: Machine) -> dict[str, str]:
     """What makes CUDA show the trainer the card that plan.json names, and no other.
 
     By UUID: CUDA's own order need not be the driver's. Empty where the plan names none, and where
@@ -253,7 +254,7 @@ def planned_gpu(run: RunFolder) -> dict[str, str]:
     uuid_planned = planned_device(run).get("uuid")
     if not isinstance(uuid_planned, str):
         return {}
-    here = [g for g in read_machine().gpus if g.uuid == uuid_planned and g.state == "ready"]
+    here = [g for g in machine.gpus if g.uuid == uuid_planned and g.state == "ready"]
     return cuda_environment(here) if here else {}
 
 
@@ -266,7 +267,7 @@ def planned_device(run: RunFolder) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def require_planned(run: RunFolder) -> None:
+def require_planned(run: RunFolder, machine: Machine) -> None:
     """Raises UserError with the cure where a run that is planned for a card would miss it.
 
     PyTorch would train it on the processor without a word. Another usable card than the planned one
@@ -276,7 +277,6 @@ def require_planned(run: RunFolder) -> None:
     planned = planned_device(run)
     if planned.get("kind") == "cpu":
         return
-    machine = read_machine()
     if planned and not machine.usable_gpus:
         errors = [problem.what for problem in machine.problems if problem.severity == "error"]
         raise without_its_card(planned, " ".join(errors[:1]))

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.cli.hardware import find_machine
 from engine.cli.plan_lines import headline
-from engine.cli.planning import find_device, read_planned
+from engine.cli.planning import read_planned
 from engine.cli.row_counts import check_rows
 from engine.errors import UserError
-from engine.hardware import assume, read_machine
+from engine.hardware import assume
 from engine.launch import require_torch
 from engine.plan import best_device, estimate, remarks
 from engine.plan.device import refuse_bf16
@@ -40,8 +41,9 @@ def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
             f"{found.rows} were read, and each has a problem.",
             f"`windtunnel check {name}` lists them, with repairs.",
         )
-    device = find_device(None)
-    require_torch(read_machine(), device.uuid)
+    machine = find_machine(None)
+    device = best_device(machine)
+    require_torch(machine, device.uuid)
     refuse_bf16(config, device)
     laid_out = cards_laid_out(config)
     card = device if device.kind == "cuda" or laid_out == 1 else best_device(assume(USUAL_CARD))

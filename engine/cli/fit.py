@@ -14,13 +14,15 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import Parameter
 
-from engine.cli.planning import find_device, read_planned
+from engine.cli.hardware import find_machine
+from engine.cli.planning import read_planned
 from engine.cli.training import AsEvents, AsJson, EventLines
 from engine.cli.watch import PlainWatch, Watch
 from engine.config import RunConfig, write_config
 from engine.events import Recorded, parse
-from engine.hardware import cuda_environment, read_machine
+from engine.hardware import cuda_environment
 from engine.launch import TRAINER, require_torch
+from engine.plan import best_device
 from engine.plan.measured import Measurement, store
 from engine.runs import RunFolder
 from engine.torch_process import TorchProcess
@@ -85,7 +87,8 @@ def measure(
 
 def _one_gpu() -> dict[str, str]:
     """What makes CUDA show the process the card that a run would be given."""
-    uuid, machine = find_device(None).uuid, read_machine()
+    machine = find_machine(None)
+    uuid = best_device(machine).uuid
     require_torch(machine, uuid)
     return cuda_environment([gpu for gpu in machine.gpus if gpu.uuid == uuid] if uuid else [])
 

@@ -204,8 +204,8 @@ def read_planned(
     """The config of a file with its changes, and the architecture of its model.
 
     Raises UserError where either cannot be read, where a key would not be acted on and where the
-    model's tokenizer is none that rows can be rendered by; with
-    `sharded` one for several GPUs passes, which can be planned and not run.
+    model's tokenizer is none that rows can be rendered by; with `sharded` one for several GPUs
+    passes, which can be planned and not run.
     """
     given: ConfigFile = read_config(file)
     config = override(given.config, changes) if changes else given.config

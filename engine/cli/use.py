@@ -17,13 +17,13 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.catalog import UnknownModel
-from engine.cli.planning import find_device, read_planned
+from engine.cli.hardware import find_machine
+from engine.cli.planning import read_planned
 from engine.cli.supervision import AsJson, RunName, RunsFolder
 from engine.errors import UserError
-from engine.hardware import read_machine
 from engine.interrupt import wait_for_line
 from engine.launch import TRAINER, planned_gpu, require_torch
-from engine.plan import refuse_answering
+from engine.plan import best_device, refuse_answering
 from engine.runs import RunFolder, find_run
 from engine.torch_process import TorchProcess
 from engine.units import gib
@@ -235,13 +235,14 @@ def _open(run: RunFolder, module: str, anyway: bool) -> TorchProcess:
     Raises UserError where the model does not fit, and where the installed torch cannot use the card
     that is here, unless `anyway`.
     """
+    machine = find_machine(None)
     if not anyway:
-        device = find_device(None)
-        require_torch(read_machine(), device.uuid)
+        device = best_device(machine)
+        require_torch(machine, device.uuid)
         with contextlib.suppress(UnknownModel):  # its shape is known only after it is fetched
             config, architecture = read_planned(run.config)
             refuse_answering(config, architecture, device)
-    return TorchProcess(["generate", str(run.path)], planned_gpu(run), module)
+    return TorchProcess(["generate", str(run.path)], planned_gpu(run, machine), module)
 
 
 def _ready(process: TorchProcess, as_json: bool) -> str:

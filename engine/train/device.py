@@ -24,12 +24,13 @@ def require_planned_device(run: RunFolder, here: Device) -> str | None:
     Without a plan it is for `here`, the best device of this computer. Returns a sentence where
     torch computes on another card than the planned one.
     """
-    planned = planned_device(run) or device_document(here)
-    if planned.get("kind") != "cuda":
+    planned = planned_device(run)
+    asked_for = planned or device_document(here)
+    if asked_for.get("kind") != "cuda":
         return None
     device = pick_device()
     if device.type != "cuda":
-        raise without_its_card(planned, f"The installed torch {torch.__version__} sees none.")
+        raise without_its_card(asked_for, f"The installed torch {torch.__version__} sees none.")
     own, uuid = name_of(device), str(planned.get("uuid"))
     if not uuid.startswith("GPU-") or uuid == own:  # torch names a MIG slice in another way
         return None

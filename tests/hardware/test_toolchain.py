@@ -50,7 +50,7 @@ def headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which this Python's headers would be, empty as on a system without them."""
     folder = tmp_path / "include"
     folder.mkdir()
-    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(folder)})
+    monkeypatch.setattr("engine.hardware.toolchain.python_headers", lambda: folder)
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     return folder
 

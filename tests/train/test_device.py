@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,7 +111,7 @@ def test_a_card_other_than_the_planned_one_is_named(
     card: Callable[[int, int], None], tmp_path: Path, device: dict[str, object], other: bool
 ) -> None:
     card(9, 0)
-    told = require_planned_device(planned(tmp_path, **device), H100)
+    told = require_planned_device(planned(tmp_path, **device), replace(H100, uuid="GPU-dddd-4"))
     assert bool(told) == other
     if told:
         assert "GPU-bbbb-2" in told
