@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from bitsandbytes.functional import QuantState
@@ -33,7 +34,7 @@ from engine.train.forward import Model, head_of, hidden_states, use_checkpointin
 from engine.train.lora import attach_lora, choose_trained
 from engine.train.loss import Loss, _ChunkedCrossEntropy
 from engine.train.model import build_empty
-from engine.train.optim import build_optimizer
+from engine.train.optim import build_optimizer, is_lora_matrix, take_step
 from engine.train.quantize import swap_linears
 from engine.train.weights import trained_parameters
 from tests.make.live_bytes import ALLOCATION_BYTES
@@ -108,7 +109,7 @@ def dry_run(
         if counter.now != sum(static.values()):
             raise AssertionError(f"{counter.now} bytes live, {sum(static.values())} are held")
         optimizer = build_optimizer(trained_parameters(model), config)
-        hold_state(optimizer)
+        hold_state(optimizer, {p for n, p in trained_parameters(model) if is_lora_matrix(n)})
         optimizer_bytes = counter.now - sum(static.values())
         batch = make_batch(tokens_per_sequence, sequences, image_sizes)
         model.train()
@@ -238,8 +239,9 @@ def _kind(name: str, tensor: Tensor) -> str:
     return "weights" if isinstance(tensor, nn.Parameter) else "buffers"
 
 
-def hold_state(optimizer: Optimizer) -> None:
-    """Let `optimizer` allocate its state, which it does at its first step."""
+def hold_state(optimizer: Optimizer, adapter: set[nn.Parameter]) -> None:
+    """Let `optimizer` allocate its state, which it does at its first step; matrices of an `adapter`
+    keep nothing of what bfloat16 cuts off."""
     for index, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):
             if hasattr(optimizer, "init_state"):
@@ -250,7 +252,7 @@ def hold_state(optimizer: Optimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter, dtype=torch.float32),
                     "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.float32),
                 }
-            if parameter.dtype == torch.bfloat16:
+            if parameter.dtype == torch.bfloat16 and parameter not in adapter:
                 rest = torch.empty(parameter.shape, dtype=torch.int16)
                 optimizer.state[parameter]["rest"] = rest
 
@@ -324,11 +326,17 @@ def cross_entropy(states: Tensor, head: Tensor, labels: Tensor, loss: Loss) -> T
 
 
 def move(optimizer: Optimizer, counter: CardBytes) -> int:
-    """The peak while bfloat16 weights move as float32 ones; others move in their place."""
+    """The peak while bfloat16 weights move as float32 ones, in the trainer's parts; others move in
+    their place."""
+
+    def hooks_alone() -> None:
+        for hook in (
+            *optimizer._optimizer_step_pre_hooks.values(),
+            *optimizer._optimizer_step_post_hooks.values(),
+        ):
+            hook(optimizer, (), {})
+
     counter.peak = counter.now
-    for hook in (
-        *optimizer._optimizer_step_pre_hooks.values(),
-        *optimizer._optimizer_step_post_hooks.values(),
-    ):
-        hook(optimizer, (), {})
+    with patch.object(optimizer, "step", hooks_alone):
+        take_step(optimizer)
     return counter.peak
