@@ -21,7 +21,13 @@ REAL_VARLEN = inspect.signature(varlen.varlen_attn)
 
 
 def matrix_product(left: Tensor, right: Tensor, *, out_dtype: torch.dtype) -> Tensor:
-    """torch.mm(..., out_dtype=): no gradient of its own, half precision in, float32 out."""
+    """torch.mm(..., out_dtype=)."""
+    check_product(left, right, out_dtype)
+    return torch.mm(left.float(), right.float())
+
+
+def check_product(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> None:
+    """What it asks for on a card: half precision in, float32 out, and no gradient wanted of it."""
     assert left.dtype == right.dtype, f"{left.dtype} times {right.dtype}"
     assert left.dtype in HALVES, f"out_dtype widens half precision, not {left.dtype}"
     assert out_dtype == torch.float32, out_dtype
@@ -29,7 +35,6 @@ def matrix_product(left: Tensor, right: Tensor, *, out_dtype: torch.dtype) -> Te
     assert not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
     for matrix in (left, right):
         assert 1 in matrix.stride() or 1 in matrix.shape, "cuBLAS takes rows or columns"
-    return torch.mm(left.float(), right.float())
 
 
 def check_grouped_product(rows: Tensor, stack: Tensor, *, offs: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.plan.loss import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from engine.train import loss as module
 from engine.train.loss import Loss, score_tokens, shift, summed_cross_entropy
+from tests.fakes.kernels import check_product, matrix_product
 
 
 def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,21 +109,12 @@ def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Products are asked for in float32, of a kernel that takes no more than a card's does."""
 
     def product(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
-        takes_product(left, right, out_dtype)
-        return torch.mm(left.float(), right.float())
+        return matrix_product(left, right, out_dtype=out_dtype)
 
     monkeypatch.setattr(module, "_widens", lambda left: left.dtype != torch.float32)
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("mm.dtype", product, "CPU")
         yield
-
-
-def takes_product(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> None:
-    """What mm.dtype asks for on CUDA (aten/src/ATen/native/cuda/Blas.cpp)."""
-    assert left.dim() == right.dim() == 2
-    assert left.dtype == right.dtype
-    assert left.dtype in (torch.bfloat16, torch.float16)
-    assert out_dtype == torch.float32
 
 
 def states_of(head: Tensor, count: int, sure: float = 15) -> tuple[Tensor, Tensor]:
@@ -205,7 +197,7 @@ class Products(TorchDispatchMode):
         if "mm" in str(function):
             self.made.append(function)
         if function is torch.ops.aten.mm.dtype:
-            takes_product(*args)
+            check_product(*args)
         return function(*args, **(kwargs or {}))
 
 
