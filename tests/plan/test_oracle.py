@@ -39,6 +39,11 @@ FULL: dict[str, Any] = {
     **{"adapter": None, "load_in_4bit": False, "lora_target_linear": False},
     "gradient_accumulation_steps": 2,
 }
+NARROW: dict[str, Any] = {
+    **LORA,
+    **{"peft_autocast_adapter_dtype": False, "lora_r": 256, "gradient_accumulation_steps": 2},
+}
+"""A large adapter in bfloat16."""
 
 
 def compared(name: str, sequences: int, keys: dict[str, Any]) -> tuple[float, Run]:
@@ -74,7 +79,9 @@ def compared(name: str, sequences: int, keys: dict[str, Any]) -> tuple[float, Ru
             pytest.param("ministral-3-8b", 2, keys, marks=pytest.mark.slow)
             for keys in (LORA | KEPT, LORA | {"checkpointed_layers": 17}, FULL | KEPT)
         ),
+        ("ministral-3-3b", 2, FULL),
         ("ministral-3-3b", 2, FULL | {"checkpointed_layers": 13}),
+        ("ministral-3-3b", 2, NARROW),
         pytest.param("mistral-small-4", 1, SMALL_4, marks=pytest.mark.slow),
         pytest.param("mistral-small-4", 1, SMALL_4 | KEPT, marks=pytest.mark.slow),
         pytest.param("mistral-small-4", 1, SMALL_4 | EXPERTS, marks=pytest.mark.slow),
