@@ -145,7 +145,11 @@ def _unnamed(gigabytes: float, text: str) -> KnownGpu:
 
 def _find(name: str) -> KnownGpu:
     rest, gigabytes = _split_size(name)
-    fitting = _fitting(name)
+    fitting = _called(name)
+    if gigabytes and not fitting:
+        # Before words are compared: all those of "RTX 4060 8GB" are in "RTX 4060 Ti 8GB" too.
+        fitting = [gpu for gpu in _called(rest) if _holds(gpu, gigabytes)]
+    fitting = fitting or _fitting(name)
     if gigabytes and not fitting:
         fitting = [gpu for gpu in _fitting(rest) if _holds(gpu, gigabytes)]
     if len(fitting) == 1:
@@ -171,9 +175,12 @@ def _find(name: str) -> KnownGpu:
 
 def _fitting(name: str) -> list[KnownGpu]:
     """The cards that a name means: those that are called so, else those that have all its words."""
-    called = [gpu for gpu in known_gpus() if _spell(name) in gpu.spellings]
     words = set(_words(name))
-    return called or [gpu for gpu in known_gpus() if words and words <= _all_words(gpu)]
+    return _called(name) or [gpu for gpu in known_gpus() if words and words <= _all_words(gpu)]
+
+
+def _called(name: str) -> list[KnownGpu]:
+    return [gpu for gpu in known_gpus() if _spell(name) in gpu.spellings]
 
 
 def _split_size(name: str) -> tuple[str, float | None]:
