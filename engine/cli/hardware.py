@@ -150,7 +150,7 @@ def _health(machine: Machine, missing: tuple[Missing, ...]) -> str:
     if needed:
         return f"{_counted(len(needed), 'package')} missing for this computer."
     if errors:
-        return f"{_counted(errors, 'fault')} on this computer: what mends it is below."
+        return f"{_counted(errors, 'fault')} on this computer: see below."
     if missing:
         return "No package is missing for this computer; one more would make it faster."
     return "No package is missing for this computer."

@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
 from engine.errors import WorkError
+from engine.hardware.requirements import installed
 from engine.plan.device import Device
 from engine.visible import visible
 
@@ -267,14 +267,8 @@ def _counting_keys() -> tuple[str, ...]:
 
 @cache
 def _versions() -> tuple[tuple[str, str | None], ...]:
-    return tuple((package, _version(package)) for package in PACKAGES)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return ".".join(version(package).split(".")[:2])
-    except PackageNotFoundError:
-        return None
+    found = ((package, installed(package)) for package in PACKAGES)
+    return tuple((name, has and ".".join(has.split(".")[:2])) for name, has in found)
 
 
 def _shapes(config: Mapping[str, Any]) -> tuple[str, ...]:

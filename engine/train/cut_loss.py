@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from engine.config import RunConfig
-from engine.plan.device import BF16_CAPABILITY
 from engine.plan.loss import PRICE, names_cut_loss
 from engine.train.loss import Loss, cut_cross_entropy
 from engine.train.shortage import is_shortage
@@ -38,9 +37,6 @@ def _refused(head: Tensor, device: torch.device) -> str:
         return "the head is trained, and the kernel would add up its gradient in bfloat16"
     if device.type != "cuda" or head.dtype != torch.bfloat16:
         return "the kernel computes in bfloat16 on a GPU"
-    if torch.cuda.get_device_capability(device) < BF16_CAPABILITY:
-        # Its backward pass also wants 98,304 bytes of shared memory, of 65,536 (triton 3.7.1).
-        return "the kernel needs a GPU with bfloat16"
     return ""
 
 

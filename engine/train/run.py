@@ -8,7 +8,6 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from engine.data.pack import Indices
 from engine.data.prepare import Progress, default_store, label_rule, prepare
 from engine.data.prepared import Prepared
 from engine.events import Note, Phase, Shortage, Started
+from engine.hardware.requirements import installed
 from engine.launch import change_config
 from engine.plan import remarks
 from engine.plan.device import refuse_bf16, why_float32
@@ -284,12 +284,5 @@ def _started(session: Session, config: RunConfig, base: Base, training: Training
         world_size=1,
         total_steps=training.order.total_steps,
         trainable_parameters=sum(p.numel() for _, p in trained_parameters(training.model)),
-        versions={name: _version(name) for name in PACKAGES},
+        versions={name: installed(name) or "not installed" for name in PACKAGES},
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -178,7 +178,7 @@ def test_a_torch_without_cuda_is_the_first_thing_that_both_say(
         "not ready: H100 80GB HBM3, 79.6 GiB: the installed torch cannot use it\n"
     )
     _, out, _ = run("doctor")
-    assert out.startswith("1 fault on this computer: what mends it is below.\n")
+    assert out.startswith("1 fault on this computer: see below.\n")
     assert "✓ torch              2.13.0, without CUDA\n" in out
     (problem,) = read_machine().problems
     assert out.endswith("\n".join(["", *command_lines(problem.command), ""]))

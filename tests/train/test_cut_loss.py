@@ -115,24 +115,17 @@ def test_a_shortage_is_no_reason_to_take_more_memory(kernel: type[Kernel]) -> No
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device", "trained", "capability", "why"),
+    ("dtype", "device", "trained", "why"),
     [
-        (torch.bfloat16, "cuda", True, (9, 0), "the head is trained"),
-        (torch.float32, "cuda", False, (9, 0), "bfloat16 on a GPU"),
-        (torch.bfloat16, "cpu", False, (9, 0), "bfloat16 on a GPU"),
-        (torch.bfloat16, "cuda", False, (7, 5), "a GPU with bfloat16"),
-        (torch.bfloat16, "cuda", False, (8, 0), ""),
+        (torch.bfloat16, "cuda", True, "the head is trained"),
+        (torch.float32, "cuda", False, "bfloat16 on a GPU"),
+        (torch.bfloat16, "cpu", False, "bfloat16 on a GPU"),
+        (torch.bfloat16, "cuda", False, ""),
     ],
 )
 def test_where_it_is_not_even_tried(
-    dtype: torch.dtype,
-    device: str,
-    trained: bool,
-    capability: tuple[int, int],
-    why: str,
-    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype, device: str, trained: bool, why: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     with FakeTensorMode():
         head = torch.empty(512, 64, dtype=dtype, requires_grad=trained)
         found = cut_loss._refused(head, torch.device(device))
