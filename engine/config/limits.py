@@ -104,7 +104,8 @@ _BALANCE = ("output_router_logits", "router_aux_loss_coef")
 
 def _is_no_rope(value: object) -> bool:
     return not isinstance(value, dict) or not all(
-        isinstance(key, str) and isinstance(item, int | float | str) for key, item in value.items()
+        isinstance(item, str if key in ("rope_type", "type") else int | float)
+        for key, item in value.items()
     )
 
 

@@ -18,7 +18,7 @@ from engine.catalog import (
     repaired_rope,
     with_overrides,
 )
-from engine.config import read_config
+from engine.config import ConfigError, read_config, require_supported
 from engine.plan import remarks
 from tests.extras import needs_trainer
 from tests.plan.machines import config
@@ -77,6 +77,12 @@ def test_the_first_config_of_medium_is_told_with_what_repairs_it(
     built = with_overrides(read, file.config.overrides_of_model_config)
     assert text_of(built.config)["rope_parameters"] == text_of(MEDIUM.config)["rope_parameters"]
     assert text_of(read.config)["rope_parameters"]["mscale_all_dim"] == 1.0
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": 3}, {"rope_type": "yarn", "factor": "16"}, "yarn"])
+def test_a_rotation_that_is_no_numbers_is_refused(rope: object) -> None:
+    with pytest.raises(ConfigError, match="overrides_of_model_config"):
+        require_supported(config(overrides_of_model_config={"rope_parameters": rope}))
 
 
 @pytest.mark.parametrize(
