@@ -11,6 +11,7 @@ from engine.catalog.agreement import (
     attention_factor,
     contradictions,
     repaired_rope,
+    window_of,
     with_overrides,
 )
 from engine.catalog.architecture import Architecture, UnknownModel, read_architecture
@@ -44,5 +45,6 @@ __all__ = [
     "official_sampling",
     "read_architecture",
     "repaired_rope",
+    "window_of",
     "with_overrides",
 ]

@@ -90,19 +90,30 @@ def with_overrides(architecture: Architecture, overrides: object) -> Architectur
     return replace(architecture, config=config)
 
 
+def window_of(config: Mapping[str, Any]) -> int | None:
+    """Tokens that attention sees in every layer, as transformers takes it: 4,096 where a `mistral`
+    config.json is silent. None without a window."""
+    text = _text(config)
+    silent = _LEFT_OUT_BY_TYPE.get(str(text.get("model_type")), {})
+    window = text.get("sliding_window", silent.get("sliding_window"))
+    return window if isinstance(window, int) else None
+
+
 def attention_factor(rope: Mapping[str, Any]) -> float:
     """What YaRN scales queries and keys by (transformers' `_compute_yarn_parameters`)."""
     if rope.get("rope_type", rope.get("type")) != "yarn":
         return 1.0
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    factor, mscale, all_dim = (rope.get(key) for key in ("factor", "mscale", "mscale_all_dim"))
+    keys = ("attention_factor", "factor", "mscale", "mscale_all_dim")
+    given = (rope.get(key) for key in keys)
+    whole, factor, mscale, all_dim = (v if isinstance(v, int | float) else None for v in given)
+    if whole is not None:
+        return float(whole)
     if mscale and all_dim:
         return _mscale(factor, mscale) / _mscale(factor, all_dim)
     return _mscale(factor, 1.0)
 
 
-def _mscale(factor: Any, mscale: Any) -> float:
+def _mscale(factor: float | None, mscale: float) -> float:
     return 1.0 if factor is None or factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 

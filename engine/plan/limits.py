@@ -5,7 +5,7 @@ Separate from `recommend`, whose rules are about values: a model here has a plan
 
 from typing import Literal
 
-from engine.catalog import Architecture
+from engine.catalog import Architecture, window_of
 from engine.config import RunConfig
 from engine.errors import UserError
 
@@ -29,14 +29,13 @@ def refuse_window(config: RunConfig, architecture: Architecture) -> None:
     There it is every layer's. The model may leave it out in some (Ministral 8B of October 2024
     does), which no key of this architecture says; up to the window there is no difference.
     """
-    text = architecture.config.get("text_config", architecture.config)
-    window = text.get("sliding_window")
-    if not isinstance(window, int) or config.sequence_len <= window:
+    window = window_of(architecture.config)
+    if window is None or config.sequence_len <= window:
         return
     raise UserError(
         f"sequence_len is {config.sequence_len:,}, and attention sees {window:,} tokens.",
-        "config.json gives sliding_window for all layers. Models such as Ministral 8B have layers"
-        " without it, and on longer rows another model would be trained.",
+        "By config.json sliding_window is that of all layers. Models such as Ministral 8B have"
+        " layers without it, and on longer rows another model would be trained.",
         f"Set sequence_len to {window} or less.",
     )
 

@@ -172,6 +172,14 @@ def test_the_copy_that_a_recipe_names_is_checked(
     assert any(said.startswith("config.json says") for said in remarks(run, read))
 
 
+def test_words_for_numbers_are_told_like_other_contradictions(
+    beside_weights: Callable[..., Architecture],
+) -> None:
+    read = beside_weights("ministral-3-8b", rope_parameters={"factor": "16", "mscale": "one"})
+    (said,) = remarks(config(base_model="ministral-3-8b"), read)
+    assert said.startswith("config.json says ")
+
+
 @needs_trainer
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 def test_the_attention_factor_is_transformers_own(card: Any) -> None:

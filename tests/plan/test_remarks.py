@@ -58,9 +58,13 @@ def test_weights_that_cannot_be_read_are_told_before_a_run_is_refused() -> None:
     assert told.startswith("Its weights are stored as GPTQ")
 
 
-def test_rows_beyond_a_window_of_attention_are_refused_and_up_to_it_nothing_is_said() -> None:
+@pytest.mark.parametrize("says", [{"sliding_window": 4096}, {}], ids=["it says so", "it is silent"])
+def test_rows_beyond_a_window_of_attention_are_refused_and_up_to_it_nothing_is_said(
+    says: dict[str, int],
+) -> None:
     found = model("magistral-small-2506")
-    windowed = replace(found, config={**found.config, "sliding_window": 4096})
+    silent = {key: value for key, value in found.config.items() if key != "sliding_window"}
+    windowed = replace(found, config=silent | says)
     assert remarks(config(sequence_len=4096), windowed) == remarks(config(sequence_len=4096), found)
     with pytest.raises(UserError, match="attention sees 4,096 tokens") as caught:
         remarks(config(sequence_len=4097), windowed)
