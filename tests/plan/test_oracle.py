@@ -64,7 +64,7 @@ def compared(name: str, sequences: int, keys: dict[str, Any]) -> tuple[float, Ru
     ("name", "sequences", "keys"),
     [
         ("ministral-3-3b", 2, {}),
-        ("ministral-3-3b", 2, {"cut_cross_entropy": True}),
+        pytest.param("ministral-3-3b", 2, {"cut_cross_entropy": True}, marks=pytest.mark.slow),
         *(
             pytest.param(name, 2, {}, marks=pytest.mark.slow)
             for name in (
@@ -73,13 +73,13 @@ def compared(name: str, sequences: int, keys: dict[str, Any]) -> tuple[float, Ru
                 "mistral-medium-3.5",
             )
         ),
-        ("ministral-3-3b", 2, KEPT),
+        pytest.param("ministral-3-3b", 2, KEPT, marks=pytest.mark.slow),
         ("ministral-3-3b", 2, {"checkpointed_layers": 13}),
         *(
             pytest.param("ministral-3-8b", 2, keys, marks=pytest.mark.slow)
             for keys in (LORA | KEPT, LORA | {"checkpointed_layers": 17}, FULL | KEPT)
         ),
-        ("ministral-3-3b", 2, FULL),
+        pytest.param("ministral-3-3b", 2, FULL, marks=pytest.mark.slow),
         ("ministral-3-3b", 2, FULL | {"checkpointed_layers": 13}),
         ("ministral-3-3b", 2, NARROW),
         pytest.param("mistral-small-4", 1, SMALL_4, marks=pytest.mark.slow),

@@ -74,5 +74,6 @@ def test_what_lives_on_keeps_its_memory(memory: UnifiedMemory) -> None:
 
 
 def test_a_run_without_them_asks_for_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bnb.GlobalPageManager.get_instance(), "paged_tensors", [])
     monkeypatch.setattr(optim, "cuda_runtime", None)
     assert free_paged_state() == 0
