@@ -45,6 +45,12 @@ class Guard:
 
 
 GUARDS = {
+    "no tensor of more numbers than bitsandbytes counts": Guard(
+        "engine/train/quantize.py",
+        "    if weight.numel() > MOST_NUMBERS:\n",
+        "    if weight.numel() < 0:\n",
+        "tests/train/test_quantize.py::test_more_numbers_than_its_kernels_count_are_refused",
+    ),
     "a plan for a card that torch cannot use": Guard(
         "engine/train/run.py",
         "if other := require_planned_device(session.run, device):",

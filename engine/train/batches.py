@@ -123,7 +123,7 @@ class Micro:
 
     def to(self, device: torch.device) -> dict[str, Tensor]:
         """The tensors on the device that trains."""
-        return {k: v.to(device, non_blocking=True) for k, v in self.tensors.items()}
+        return {k: v.to(device) for k, v in self.tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)

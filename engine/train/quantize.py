@@ -14,8 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.config import RunConfig
+from engine.errors import WorkError
 from engine.plan.quantized import is_kept, kept_modules
 
+MOST_NUMBERS = 2**31 - 1
+"""Of one tensor: bitsandbytes' kernels count with 32 bits, and a larger one would wrap around. All
+experts' gate and up matrices of a layer of Mistral Small 4 are 2^31 numbers together."""
 OUTLIER_THRESHOLD = 6.0
 """Inputs beyond it are multiplied in 16 bits (LLM.int8(), arXiv 2208.07339)."""
 
@@ -84,8 +88,19 @@ def _eight_bit(linear: nn.Linear) -> FlatLinear8bit:
     )
 
 
+def require_countable(weight: Tensor) -> None:
+    """Raises WorkError for a weight that bitsandbytes would quantize wrongly, without a word."""
+    if weight.numel() > MOST_NUMBERS:
+        raise WorkError(
+            f"A weight of {weight.numel():,} numbers cannot be quantized.",
+            f"bitsandbytes counts up to {MOST_NUMBERS:,} in one tensor and goes wrong beyond.",
+            "Train with adapter: lora, whose base keeps its 16 bits.",
+        )
+
+
 def hold_quantized(module: Linear4bit | Linear8bitLt, weight: Tensor) -> None:
     """Give `module` its weight, (outputs, inputs), quantized on the device where it lies."""
+    require_countable(weight)
     if isinstance(module, Linear4bit):
         packed: Any = Params4bit(weight, compress_statistics=True, quant_type="nf4", module=module)
         module.weight = packed.to(weight.device)

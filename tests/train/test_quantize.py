@@ -1,19 +1,23 @@
 """4-bit weights: the language model's linears alone, and gradients that an evaluation leaves."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import bitsandbytes
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from bitsandbytes.nn.modules import has_avx512bf16
 from torch import nn
 
 from engine.catalog import linear_targets, read_architecture
+from engine.errors import WorkError
 from engine.train.batches import Order, Rows
 from engine.train.evaluate import score
+from engine.train.experts import GroupedNF4
 from engine.train.model import Base, load_base
+from engine.train.quantize import hold_quantized
 from tests.train.tiny import gradients, settings, training, wake_adapter
 
 QLORA = {"adapter": "qlora", "load_in_4bit": True}
@@ -42,6 +46,22 @@ def test_they_are_nf4_and_their_scales_are_quantized_again(base: Base) -> None:
         state = module.weight.quant_state
         assert (state.quant_type, state.blocksize, state.nested) == ("nf4", 64, True)
         assert module.compute_dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        partial(hold_quantized, Linear4bit(1, 1)),
+        partial(hold_quantized, Linear8bitLt(1, 1)),
+        partial(GroupedNF4.store, None, 0),
+    ],
+    ids=["4 bits", "8 bits", "an expert"],
+)
+def test_more_numbers_than_its_kernels_count_are_refused(hold: Callable[..., None]) -> None:
+    """128 experts' gate and up matrices of Mistral Small 4 in one tensor: 2^31 numbers."""
+    whole = torch.empty(128 * 4096, 4096, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(WorkError, match=r"2,147,483,648 numbers cannot be quantized"):
+        hold(whole)
 
 
 def test_a_4_bit_weight_is_near_its_original(ministral: Path) -> None:

@@ -13,6 +13,8 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
+from engine.train.quantize import require_countable
+
 NF4_BLOCK = 64
 """Weights that share one scale (QLoRA, arXiv 2305.14314)."""
 NESTED_BLOCK = 256
@@ -161,6 +163,7 @@ class GroupedNF4(GroupedLinear):
         self.register_buffer(name, room, persistent=False)
 
     def store(self, expert: int, matrix: Tensor) -> None:
+        require_countable(matrix)
         packed, state = quantize_4bit(
             matrix.contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
         )
