@@ -10,6 +10,7 @@ import pytest
 from engine.cli import main
 from engine.cli.hardware import command_lines
 from engine.hardware import missing_packages, read_machine
+from tests.extras import needs_trainer
 from tests.fakes.nvml import H100, RTX_4090, FakeDriver
 from tests.fakes.packages import install_torch
 
@@ -168,6 +169,7 @@ def test_doctor_prints_what_to_install(nvml: FakeDriver, run, torch_for_cuda) ->
     assert [entry["command"] for entry in printed["missing"]] == [each.command for each in missing]
 
 
+@needs_trainer
 def test_a_torch_without_cuda_is_the_first_thing_that_both_say(
     nvml: FakeDriver, run, torch_for_cuda
 ) -> None:
