@@ -1,15 +1,12 @@
 """Ctrl-C is exit status 130 at every moment from our first import on, without a traceback."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.fakes.processes import ROOT
-from tests.tui.test_watch import PATIENCE_SECONDS, Terminal
+from tests.fakes.processes import run_python
+from tests.tui.test_watch import Terminal
 
 # Sends SIGINT at the AT-th import, opened file or started module, counted from the first import
 # that one of our modules makes.
@@ -32,18 +29,6 @@ PROGRAMS = {"script": ["-c", SCRIPT], "tui": ["-m", "tui"], "engine": ["-m", "en
 MOMENTS = (1, 2, 4, 8, 16, 50, 150, 400, 800, 1200)
 
 
-def python(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-    )
-
-
 @pytest.fixture
 def interrupter(tmp_path: Path) -> str:
     """A folder for PYTHONPATH."""
@@ -54,7 +39,7 @@ def interrupter(tmp_path: Path) -> str:
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_it_is_130_while_modules_are_imported(program: list[str], interrupter: str) -> None:
     for moment in MOMENTS:
-        done = python(*program, "models", PYTHONPATH=interrupter, AT=str(moment))
+        done = run_python(*program, "models", PYTHONPATH=interrupter, AT=str(moment))
         assert (done.returncode, done.stderr) == (130, ""), moment
 
 
@@ -79,7 +64,7 @@ def test_on_the_screen_it_leaves_and_gives_the_terminal_back() -> None:
 
 def test_it_is_130_after_the_work_while_python_ends() -> None:
     late = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
-    done = python("-c", SCRIPT.replace("; ", f"\n{late}"), "models")
+    done = run_python("-c", SCRIPT.replace("; ", f"\n{late}"), "models")
     assert (done.returncode, done.stderr) == (130, "")
     assert "ministral-3-3b" in done.stdout or done.stdout == ""
 
@@ -87,7 +72,7 @@ def test_it_is_130_after_the_work_while_python_ends() -> None:
 def test_when_all_is_done_and_python_is_taken_down_the_status_stands() -> None:
     late = "import os, signal\nclass Late:\n    def __del__(self, kill=os.kill, me=os.getpid()):\n"
     late += "        kill(me, 2)\nlate = Late()\n"
-    done = python("-c", late + SCRIPT, "models")
+    done = run_python("-c", late + SCRIPT, "models")
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -116,21 +101,21 @@ sys.exit(interruptible({work}))
 
 @pytest.mark.parametrize("work", ["lose", "turn_into_another", "answer"])
 def test_whatever_a_library_makes_of_it_it_is_130(work: str) -> None:
-    done = python("-c", WORK.replace("{work}", work))
+    done = run_python("-c", WORK.replace("{work}", work))
     assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_a_sentence_that_follows_from_it_is_not_said() -> None:
     saying = "lambda: [answer(), print_sentence(UserError('a.', 'b.', 'c.')), 1][-1]"
     code = "from engine.cli import print_sentence\nfrom engine.errors import UserError\n"
-    done = python("-c", code + WORK.replace("{work}", saying))
+    done = run_python("-c", code + WORK.replace("{work}", saying))
     assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_a_shell_that_has_it_ignored_is_obeyed(interrupter: str) -> None:
     code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     code += "os.execv(sys.executable, [sys.executable, '-m', 'tui', 'models'])"
-    done = python("-c", code, PYTHONPATH=interrupter, AT="400")
+    done = run_python("-c", code, PYTHONPATH=interrupter, AT="400")
     assert (done.returncode, done.stderr) == (0, "")
 
 

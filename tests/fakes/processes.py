@@ -13,6 +13,21 @@ from engine.runs import RunFolder
 from engine.runs.lock import read_claim
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_SECONDS = 120.0
+"""Until a program that says nothing is taken for hung, on a machine that does other work too."""
+
+
+def run_python(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """This Python on `arguments` to its end, with nothing on its standard input."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:

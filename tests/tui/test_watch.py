@@ -13,23 +13,8 @@ import pytest
 
 from engine.events import Ended
 from engine.runs import create_run
-from tests.fakes.processes import ROOT, running_fake
+from tests.fakes.processes import PATIENCE_SECONDS, ROOT, run_python, running_fake
 from tests.tui.told_runs import told_run
-
-PATIENCE_SECONDS = 120.0
-"""Until a program that says nothing is taken for hung, on a machine that does other work too."""
-
-
-def windtunnel(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "tui", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-    )
 
 
 class Terminal:
@@ -106,7 +91,7 @@ def test_plain_and_a_dumb_terminal_get_lines_without_escapes(
 
 def test_a_pipe_gets_lines(home: Path) -> None:
     told_run(create_run("told").path, 20, Ended("finished", 20))
-    done = windtunnel("watch", "told")
+    done = run_python("-m", "tui", "watch", "told")
     assert (done.returncode, done.stderr) == (0, "")
     assert "told is finished" in done.stdout
     assert "\x1b" not in done.stdout
@@ -129,7 +114,7 @@ def test_the_engine_alone_follows_too(home: Path) -> None:
 def test_no_such_run_is_a_sentence_and_exit_status_2(
     home: Path, arguments: tuple[str, ...], sentence: str
 ) -> None:
-    done = windtunnel("watch", *arguments)
+    done = run_python("-m", "tui", "watch", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(sentence)
     assert len(done.stderr.strip().splitlines()) == 3
@@ -145,7 +130,7 @@ def test_ascii_writes_nothing_else(home: Path) -> None:
 
 
 def test_the_wizard_without_a_terminal_says_so_and_leaves_with_2() -> None:
-    done = windtunnel()
+    done = run_python("-m", "tui")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("No answers can be asked here.")
