@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _STARTING_SECONDS: Final = 0.05
 _CONFIG_ENDINGS: Final = (".yml", ".yaml")
-_HELP_FLAGS: Final = ("--help", "-h")
 _HELP: Final = """
 Without a command: windtunnel [CONFIG] [--plain] [--ascii] [--assume GPU]
   The wizard: machine, model, data, preview, plan, review, in six questions.
@@ -92,14 +91,12 @@ def run_command(arguments: list[str]) -> int:
     """One command of the engine, drawn where there is a terminal; returns its exit status."""
     from engine.cli import main as run
 
-    status = run(
+    return run(
         arguments,
         make_watch=_draw if _is_screen(sys.stderr) else None,
         open_run=_open_run if _has_screen() else None,
+        more_help=_HELP,
     )
-    if len(arguments) == 1 and arguments[0] in _HELP_FLAGS:
-        print(_HELP)
-    return status
 
 
 def open_wizard(request: WizardRequest) -> int:

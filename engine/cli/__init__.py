@@ -62,13 +62,21 @@ def main(
     arguments: Sequence[str] | None = None,
     make_watch: Callable[[], Watch] | None = None,
     open_run: supervision.OpenRun | None = None,
+    more_help: str = "",
 ) -> int:
-    """Carry out one command line; returns its exit status and never shows a traceback."""
+    """Carry out one command line; returns its exit status and never shows a traceback.
+
+    `more_help` is printed below the list of commands.
+    """
     _print_any_letter()
     app = build_app(make_watch or PlainWatch, open_run)
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = app(given, exit_on_error=False, print_error=False, result_action="return_value")
+        if more_help and given in (["--help"], ["-h"]):
+            print(more_help)
+        if sys.stdout:  # now, where a reader that left is no error
+            sys.stdout.flush()
     except UserError as error:
         print_sentence(error)
         return error.exit_status

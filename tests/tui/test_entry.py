@@ -8,7 +8,8 @@ import pytest
 from engine.config import read_config
 from engine.errors import UserError
 from tests.extras import needs_trainer
-from tests.tui.test_watch import Terminal, windtunnel
+from tests.fakes.processes import run_python
+from tests.tui.test_watch import Terminal
 from tui.entry import WizardRequest, make_draft, read_request
 
 CONFIG = """\
@@ -59,7 +60,7 @@ def test_a_word_behind_a_config_names_the_command_that_takes_it(word: str) -> No
 
 @pytest.mark.parametrize("arguments", [[], ["--plain"], ["--assume", "H100"], ["mine.yml"]])
 def test_without_a_terminal_nothing_is_asked(arguments: list[str]) -> None:
-    done = windtunnel(*arguments)
+    done = run_python("-m", "tui", *arguments)
     assert done.returncode == 2
     what, _, fix = done.stderr.splitlines()
     assert what == "No answers can be asked here."
@@ -68,14 +69,14 @@ def test_without_a_terminal_nothing_is_asked(arguments: list[str]) -> None:
 
 
 def test_unknown_flags_are_a_sentence_of_the_commands() -> None:
-    done = windtunnel("--bogus")
+    done = run_python("-m", "tui", "--bogus")
     assert done.returncode == 2
     assert "--bogus" in done.stderr
     assert len(done.stderr.splitlines()) == 3
 
 
 def test_help_names_the_commands_and_the_wizard() -> None:
-    done = windtunnel("--help")
+    done = run_python("-m", "tui", "--help")
     assert done.returncode == 0
     assert "recommend" in done.stdout
     assert "--assume" in done.stdout
