@@ -1,11 +1,13 @@
 """A reader that leaves, such as `head`, is no error: nothing is said of it."""
 
+import io
 import os
 import subprocess
 import sys
 
 import pytest
 
+from engine.cli import main
 from tests.fakes.processes import PATIENCE_SECONDS, ROOT
 
 
@@ -25,4 +27,19 @@ def test_a_command_whose_reader_has_left_says_nothing(program: str, words: list[
         check=False,
     )
     os.close(sender)
-    assert (done.stderr, "Traceback" in done.stderr) == ("", False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+class Leaving(io.StringIO):
+    """A reader that leaves when the list of commands is there."""
+
+    def write(self, text: str) -> int:
+        if "THE WIZARD" in text:
+            raise BrokenPipeError
+        return super().write(text)
+
+
+def test_nor_one_that_leaves_before_the_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Leaving())
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert main(["--help"], more_help="THE WIZARD") == 0
