@@ -4,7 +4,9 @@ One module a subject adds its commands with `register(app)`; here is only what a
 request becomes an exit status, and how an error becomes three lines.
 """
 
+import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -90,8 +92,10 @@ def main(
         )
         return WRONG_REQUEST
     except BrokenPipeError:
-        # The reader of our output left; a second error while Python closes stdout helps nobody.
-        sys.stderr.close()
+        # The reader of our output left; Python would fail a second time when it closes stdout.
+        with contextlib.suppress(OSError):  # a stand-in for stdout has no descriptor
+            descriptor = sys.stdout.fileno()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         return 0
     except OSError as error:
         print_sentence(
