@@ -59,6 +59,14 @@ def test_every_module_says_what_it_decides(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text("utf-8")))
 
 
+def test_a_page_looks_for_its_parts_below_what_covers_it() -> None:
+    """`query_one` of a page finds a chart or a list of the panel that covers it first."""
+    for path in (ROOT / "tui" / "screens").rglob("*.py"):
+        text = path.read_text("utf-8")
+        if "(Page):" in text:
+            assert not re.search(r"self\.query_one\([A-Z]", text), f"{name_of(path)}: self.part"
+
+
 def unfinished(text: str) -> Iterator[str]:
     yield from re.findall(r"TODO|FIXME|XXX|NotImplementedError", text)
 

@@ -6,7 +6,7 @@ replaces the body (a problem, help) and what too small a terminal shows is decid
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 
 from textual.app import ComposeResult, RenderResult
 from textual.binding import Binding, BindingType
@@ -30,6 +30,8 @@ MIN_COLUMNS: Final = 60
 MIN_ROWS: Final = 18
 WIDE_COLUMNS: Final = 100
 TALL_ROWS: Final = 30
+
+AnyWidget = TypeVar("AnyWidget", bound=Widget)
 
 _WHILE_COVERED: Final = frozenset({"back", "help"})
 
@@ -107,6 +109,11 @@ class Page(Screen[None]):
     def compose_body(self) -> ComposeResult:
         """The panes of the page."""
         yield from ()
+
+    def part(self, kind: type[AnyWidget]) -> AnyWidget:
+        """The first widget of this kind in the body, whatever covers it. A panel may hold one too,
+        and a search of the whole page finds that one first."""
+        return self.query_one("#body").query_one(kind)
 
     def say(self, mark: str, word: str, text: str = "") -> None:
         """The page's answer: one of `✓ ! ✗ · ▶ ?`, the verdict's word, and one sentence."""

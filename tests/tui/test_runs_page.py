@@ -13,7 +13,9 @@ from tests.extras import needs_trainer
 from tests.tui.screens import assert_golden, screen_text, wait_for, wait_for_text
 from tests.tui.told_runs import BEGAN, told_run
 from tui.app import WindtunnelApp
+from tui.messages import RunsSeen
 from tui.page import Page
+from tui.run_facts import RunsReader
 from tui.screens.runs import RunsPage
 from tui.screens.train import TrainPage
 
@@ -96,6 +98,21 @@ def test_space_marks_two_and_c_compares_them(runs: list[RunFolder]) -> None:
         assert "at the same step (61)" in text
         await pilot.press("escape")
         await wait_for_text(pilot, "space marks two to compare")
+
+    listed(work)
+
+
+def test_a_comparison_stays_while_the_list_below_is_read_again(runs: list[RunFolder]) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "support-0")
+        await pilot.press("space", "j", "space", "c")
+        await wait_for_text(pilot, "keys are the same")
+        before = screen_text(pilot.app)
+        page = pilot.app.screen
+        assert isinstance(page, RunsPage)
+        page.post_message(RunsSeen(RunsReader().look()[0]))
+        await pilot.pause(0.2)
+        assert screen_text(pilot.app) == before
 
     listed(work)
 

@@ -78,7 +78,7 @@ class ReviewPage(Page):
             yield Choices(id="choices")
 
     def on_mount(self) -> None:
-        self.query_one(Choices).focus()
+        self.part(Choices).focus()
 
     def on_rows_counted(self) -> None:
         if not self._starting:
@@ -129,7 +129,7 @@ class ReviewPage(Page):
             start = Content.assemble((f"{'start now':<14}", "$faint"), (why, "$muted"))
         where = visible(str(free_config_path(self.app.draft)), one_line=True)
         save = Content.assemble(f"{'save only':<14}", (f"{where}, to run it headless", "$muted"))
-        choices = self.query_one(Choices)
+        choices = self.part(Choices)
         choices.show_lines([start, save])
         if self._refused and choices.cursor == _START:
             choices.cursor = _SAVE
@@ -141,7 +141,7 @@ class ReviewPage(Page):
     def _show_command(self) -> None:
         draft = self.app.draft
         path = str(free_config_path(draft))
-        if self.query_one(Choices).cursor == _START:
+        if self.part(Choices).cursor == _START:
             self.show_command(["train", path])
             return
         words = plan_command(draft)
@@ -152,7 +152,7 @@ class ReviewPage(Page):
     def action_accept(self) -> None:
         if self._starting:
             return
-        if self.query_one(Choices).cursor == _SAVE:
+        if self.part(Choices).cursor == _SAVE:
             self._save()
         elif self._refused:
             self.show_problem(self._refused, kept="All answers stay as they are.")
@@ -191,14 +191,14 @@ class ReviewPage(Page):
         self.app.open_run(run, fresh=True)
 
     def action_name(self) -> None:
-        field = self.query_one(NameField)
+        field = self.part(NameField)
         field.value = self.app.draft.run_name()
         field.add_class("-open")
         field.focus()
 
     def action_keep_name(self) -> None:
-        self.query_one(NameField).remove_class("-open")
-        self.query_one(Choices).focus()
+        self.part(NameField).remove_class("-open")
+        self.part(Choices).focus()
 
     def on_input_submitted(self, message: Input.Submitted) -> None:
         message.stop()

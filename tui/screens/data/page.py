@@ -128,7 +128,7 @@ class DataPage(Page):
         elif dataset.path.startswith(SAMPLE_PREFIX):
             self._consider(dataset)
         else:
-            self.query_one(PathField).value = dataset.path
+            self.part(PathField).value = dataset.path
             self._point_at("typed")
             self._consider(dataset)
 
@@ -151,7 +151,7 @@ class DataPage(Page):
         if source.path and self._model:
             if self._dataset is None or self._dataset.path != source.path:
                 self._consider(DatasetConfig(path=source.path))
-        elif typed and not self.query_one(PathField).value:
+        elif typed and not self.part(PathField).value:
             self._forget("a path" if source.kind == "typed" else "org/name")
 
     def _forget(self, wanted: str) -> None:
@@ -296,7 +296,7 @@ class DataPage(Page):
         elif self._state == "reading":
             self._goes_on = True
         elif self._state == "idle" and self._model:
-            self.query_one(PathField).focus()
+            self.part(PathField).focus()
 
     def _take(self) -> None:
         assert self._found is not None
@@ -317,7 +317,7 @@ class DataPage(Page):
             details = [(word, visible(text)) for word, text in remark.details]
             self.cover(TextPane("what to know", columns(details, "$muted")), [Key("esc", "close")])
         elif self._source.kind in ("typed", "hub") and self._state != "read":
-            self.query_one(PathField).focus()
+            self.part(PathField).focus()
         else:
             self.action_accept()
 

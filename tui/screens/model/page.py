@@ -77,7 +77,7 @@ class ModelPage(Page):
         yield pane
 
     def on_mount(self) -> None:
-        self.query_one(Choices).focus()
+        self.part(Choices).focus()
 
     # --- the catalog on the device
 
@@ -134,10 +134,10 @@ class ModelPage(Page):
     def _point_at(self, name: str) -> None:
         names = [candidate.name for candidate in self._shown]
         if name in names:
-            self.query_one(Choices).cursor = names.index(name)
+            self.part(Choices).cursor = names.index(name)
         else:
-            self.query_one(Choices).cursor = len(names)
-            self.query_one(PathField).value = name
+            self.part(Choices).cursor = len(names)
+            self.part(PathField).value = name
             if not self._own:
                 self._read(name)
         self._show_here()
@@ -152,7 +152,7 @@ class ModelPage(Page):
             lines.append(wording.model_line(self._own, self._cached))
         else:
             lines.append(Content.assemble(wording.OWN, ("  o, then type or paste it", "$muted")))
-        self.query_one(Choices).show_lines(lines)
+        self.part(Choices).show_lines(lines)
         nothing = f'nothing matches "{wanted}": esc clears' if wanted and not self._shown else ""
         self.query_one("#models", Pane).show_subtitle(
             visible(nothing, one_line=True) or "/ filters, o takes your own"
@@ -163,12 +163,12 @@ class ModelPage(Page):
     @property
     def _here(self) -> Candidate | None:
         """None on the line for an own model that was not typed yet."""
-        cursor = self.query_one(Choices).cursor
+        cursor = self.part(Choices).cursor
         return self._shown[cursor] if cursor < len(self._shown) else self._own
 
     @property
     def _on_own_line(self) -> bool:
-        return self.query_one(Choices).cursor >= len(self._shown)
+        return self.part(Choices).cursor >= len(self._shown)
 
     def on_choices_moved(self, message: Choices.Moved) -> None:
         message.stop()
@@ -215,13 +215,13 @@ class ModelPage(Page):
             self.show_problem(error, kept=f"{name} is still in the field")
             return
         self._show()
-        self.query_one(Choices).focus()
+        self.part(Choices).focus()
         self._show_here()
 
     def on_input_submitted(self, message: Input.Submitted) -> None:
         message.stop()
         if message.input.id == "filter":
-            self.query_one(Choices).focus()
+            self.part(Choices).focus()
         elif name := message.value.strip():
             self._read(name)
 
@@ -231,13 +231,11 @@ class ModelPage(Page):
             here = self._here
             self._show()
             names = [candidate.name for candidate in self._shown]
-            self.query_one(Choices).cursor = (
-                names.index(here.name) if here and here.name in names else 0
-            )
+            self.part(Choices).cursor = names.index(here.name) if here and here.name in names else 0
             self._show_here()
 
     def on_path_field_left(self) -> None:
-        self.query_one(Choices).focus()
+        self.part(Choices).focus()
 
     def on_path_field_offered(self, message: PathField.Offered) -> None:
         names = "  ".join(visible(name, one_line=True) for name in message.names)
@@ -249,7 +247,7 @@ class ModelPage(Page):
     def _clear_filter(self) -> None:
         self.query_one("#filter", Input).value = ""
         self.query_one("#models").remove_class("-filtering")
-        self.query_one(Choices).focus()
+        self.part(Choices).focus()
 
     # --- keys
 
@@ -260,8 +258,8 @@ class ModelPage(Page):
 
     def action_own(self) -> None:
         if self._survey:
-            self.query_one(Choices).cursor = len(self._shown)
-            self.query_one(PathField).focus()
+            self.part(Choices).cursor = len(self._shown)
+            self.part(PathField).focus()
 
     def action_back(self) -> None:
         """Escape: close what covers the page, then clear the filter, then go back."""
@@ -277,7 +275,7 @@ class ModelPage(Page):
             if self._goes_on:
                 self.say("·", "planning", "goes on when it is known what fits")
         elif self._here is None:
-            self.query_one(PathField).focus()
+            self.part(PathField).focus()
         elif self._here.doubt:
             self._ask(self._here)
         else:

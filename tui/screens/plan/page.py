@@ -105,7 +105,7 @@ class PlanPage(Page):
         yield Static(id="told", markup=False)
 
     def on_mount(self) -> None:
-        self.query_one(Fields).focus()
+        self.part(Fields).focus()
 
     def refresh_from_draft(self) -> None:
         self._wrong = None
@@ -135,9 +135,9 @@ class PlanPage(Page):
         self.query_one("#settings", Pane).show_subtitle(visible(self._to_know(), one_line=True))
         planned = " (planned)" if device.planned else ""
         self.show_title(f"{device.name}{planned}")
-        self.query_one(MemoryBar).show_estimate(needs, device)
+        self.part(MemoryBar).show_estimate(needs, device)
         fields = list_fields(draft, every=self._every, wrong=self._wrong)
-        self.query_one(Fields).show_fields(fields)
+        self.part(Fields).show_fields(fields)
         self.show_command(plan_command(draft))
         self._show_beside()
         self._tell()
@@ -172,7 +172,7 @@ class PlanPage(Page):
 
     def _tell(self) -> None:
         """The whole reason of the value under the cursor, and what the run amounts to."""
-        field = self.query_one(Fields).field
+        field = self.part(Fields).field
         if field is None:
             return
         amounts = amount_words(self.app.draft.advice())
@@ -205,7 +205,7 @@ class PlanPage(Page):
         self.app.next_step()
 
     def action_recommended(self) -> None:
-        field = self.query_one(Fields).field
+        field = self.part(Fields).field
         if field is not None:
             self.app.draft.reset(field.key)
             self._wrong = None
@@ -281,7 +281,7 @@ class PlanPage(Page):
         self._show_plan()
 
     def help_for(self, focused: Widget | None) -> HelpText:
-        field = self.query_one(Fields).field
+        field = self.part(Fields).field
         if field is None:
             return super().help_for(focused)
         found = explain_key(field.key)[0]

@@ -119,7 +119,7 @@ class PreviewPage(Page):
                     yield LearnedCounts()
 
     def on_mount(self) -> None:
-        self.query_one(TokenView).focus()
+        self.part(TokenView).focus()
 
     def refresh_from_draft(self) -> None:
         draft = self.app.draft
@@ -210,7 +210,7 @@ class PreviewPage(Page):
     def _show_row(self, number: int) -> None:
         entry = self._entries[number]
         moved, self._number = number != self._number, number
-        view = self.query_one(TokenView)
+        view = self.part(TokenView)
         if entry["ok"]:
             row = read_row(entry, self._first_text_id)
             cursor = 0 if moved or not view.row else min(view.cursor, len(row) - 1)
@@ -238,16 +238,16 @@ class PreviewPage(Page):
         if self._config is None:
             return
         entry = self._entries.get(self._number)
-        view = self.query_one(TokenView)
+        view = self.part(TokenView)
         if entry and entry["ok"] and view.row:
             view.relabel(self._flags(entry))
         switches = list_switches(self._config, self._found, self._efforts)
-        self.query_one(Switches).show_switches(switches)
+        self.part(Switches).show_switches(switches)
         self._show_switch_help()
         counts = kind_counts(self._found) if self._found and self._found["tokens"] else None
         total = f"all {self._found['rows']:,}" if self._found else "all rows"
         here = Counter(entry["stored_kinds"]) if entry else {}
-        self.query_one(LearnedCounts).show_counts(here, counts, self._rule, total)
+        self.part(LearnedCounts).show_counts(here, counts, self._rule, total)
         self.query_one("#counts", Pane).show_subtitle(say_images(counts or here))
         self._redraw_verdict()
         self._redraw_titles()
@@ -266,7 +266,7 @@ class PreviewPage(Page):
         self.say(self._verdict.mark, self._verdict.word, self._verdict.text)
 
     def _redraw_titles(self) -> None:
-        pane, view = self.query_one("#row", Pane), self.query_one(TokenView)
+        pane, view = self.query_one("#row", Pane), self.part(TokenView)
         total = f" of {self._found['rows']:,}" if self._found else ""
         pane.show_title(f"row {self._number:,}{total} · {_LEGEND}")
         parts = [visible(self.app.draft.model or "", one_line=True)]
@@ -281,7 +281,7 @@ class PreviewPage(Page):
         self._redraw_titles()
 
     def _inspect(self) -> None:
-        view = self.query_one(TokenView)
+        view = self.part(TokenView)
         line = describe_token(view, self._entries.get(self._number)) if view.row else Content("")
         self.query_one("#inspector", Static).update(line)
 
@@ -291,7 +291,7 @@ class PreviewPage(Page):
         self.query_one("#inspector", Static).update(line)
 
     def _show_switch_help(self) -> None:
-        switches = self.query_one(Switches)
+        switches = self.part(Switches)
         if switches.switches:
             name = switches.switches[switches.cursor].name
             self.query_one("#switch-help", Static).update(Content(SWITCH_HELP[name]))
@@ -333,10 +333,10 @@ class PreviewPage(Page):
 
     def action_ask_row(self) -> None:
         last = f" of {self._found['rows']:,}" if self._found else ""
-        self.query_one(Prompt).ask("row", f"row number{last}")
+        self.part(Prompt).ask("row", f"row number{last}")
 
     def action_ask_text(self) -> None:
-        self.query_one(Prompt).ask("text", "text in this row, or id:34")
+        self.part(Prompt).ask("text", "text in this row, or id:34")
 
     def on_prompt_answered(self, message: Prompt.Answered) -> None:
         if message.name == "row":
@@ -354,7 +354,7 @@ class PreviewPage(Page):
             self._go(int(digits))
 
     def _find(self, text: str) -> None:
-        view = self.query_one(TokenView)
+        view = self.part(TokenView)
         hit = view.row.find(text, view.cursor) if view.row else None
         if hit is None:
             self._warn(f"{text} is not in this row")
@@ -363,16 +363,16 @@ class PreviewPage(Page):
             view.focus()
 
     def action_labels(self) -> None:
-        self.query_one(TokenView).action_labels()
+        self.part(TokenView).action_labels()
 
     def action_edges(self) -> None:
-        self.query_one(TokenView).action_edges()
+        self.part(TokenView).action_edges()
 
     def action_switches(self) -> None:
-        self.set_focus(self.query_one(Switches))  # at once: the next key is for them
+        self.set_focus(self.part(Switches))  # at once: the next key is for them
 
     def action_copy_row(self) -> None:
-        row = self.query_one(TokenView).row
+        row = self.part(TokenView).row
         if row:
             columns = zip(row.kinds, row.ids, row.pieces, strict=True)
             text = "\n".join(f"{kind}\t{token}\t{piece}" for kind, token, piece in columns)

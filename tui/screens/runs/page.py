@@ -92,7 +92,7 @@ class RunsPage(Page):
         places = [facts.folder for facts in self._runs]
         self._marked = [each for each in self._marked if each in places]
         if here and here.folder in places:
-            self.query_one(Choices).cursor = places.index(here.folder)
+            self.part(Choices).cursor = places.index(here.folder)
         self.say("", "Runs")
         self.show_title(wording.totals(self._runs))
         self._show()
@@ -171,7 +171,7 @@ class RunsPage(Page):
 
     @property
     def _here(self) -> RunFacts | None:
-        cursor = self.query_one(Choices).cursor
+        cursor = self.part(Choices).cursor
         return self._runs[cursor] if cursor < len(self._runs) else None
 
     def _facts_of(self, folder: RunFolder) -> RunFacts:
@@ -187,7 +187,7 @@ class RunsPage(Page):
         ]
         if not lines:
             lines = [Content.styled(_NONE_YET, "$muted")]
-        self.query_one(Choices).show_lines(lines)
+        self.part(Choices).show_lines(lines)
         self._show_detail(self._here)
 
     def _show_detail(self, facts: RunFacts | None) -> None:
@@ -199,12 +199,12 @@ class RunsPage(Page):
         pane.show_title(visible(facts.folder.name, one_line=True))
         pane.show_subtitle(wording.change(facts))
         scale = Scale(float(facts.total_steps or 1))
-        self.query_one(Spark).show(facts.loss, Scale(scale.right, bottom=0), wording.state(facts))
+        self.part(Spark).show(facts.loss, Scale(scale.right, bottom=0), wording.state(facts))
         curves = [
             Curve(facts.loss, "bold $primary"),
             Curve([(float(step), loss) for step, loss in facts.held_out], "bold $lit", "◆"),
         ]
-        self.query_one(Chart).show(curves, scale)
+        self.part(Chart).show(curves, scale)
         told = [(word, visible(text)) for word, text in wording.details(facts)]
         self.query_one("#facts", Static).update(columns(told, "$muted"))
 

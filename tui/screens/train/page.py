@@ -293,7 +293,7 @@ class TrainPage(Page):
             self._changed = False
             Curves(self._history).show(self)
             self._show_answers()
-            self.query_one(Log).show(self._history.log)
+            self.part(Log).show(self._history.log)
             self._show_note()
             self._show_end()
 
@@ -306,7 +306,7 @@ class TrainPage(Page):
         for word, since in self._asked.values():
             text = wording.asked(word, since, now, self._history)
         self.say(line.mark, line.word, f"{self._folder.name}  {text}")
-        self.query_one(ProgressRow).show(line)
+        self.part(ProgressRow).show(line)
 
     def _show_note(self) -> None:
         """What to look at, the figures of the last evaluation, what a finished run is good for."""
@@ -326,7 +326,7 @@ class TrainPage(Page):
         more = f"   v all {len(prompts)} prompts" if len(prompts) > 1 else ""
         pane.show_title("what it says now" + more)
         if prompts:
-            self.query_one(Answers).show(prompts[0], self._history.answers[prompts[0]])
+            self.part(Answers).show(prompts[0], self._history.answers[prompts[0]])
 
     def _show_end(self) -> None:
         self.show_keys(_STATUS_KEYS.get(self._status, _LIVE_KEYS))
