@@ -1,6 +1,7 @@
 """Everything that Windtunnel does, without drawing anything. Imports go down this list, never up.
 
     cli/        the headless commands, a module a subject
+    report/     what a person is told, as lines that commands, questions and screens print
     train/      the trainer's process: the only room with torch; started by name, imported by nobody
     torch_process  one that answers or merges for a command, asked in lines of JSON
     launch      starts a trainer, detached or in the foreground, and restarts a dead one

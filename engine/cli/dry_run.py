@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.cli.hardware import find_machine
-from engine.cli.plan_lines import headline
 from engine.cli.planning import read_planned
 from engine.cli.row_counts import check_rows
 from engine.errors import UserError
@@ -18,6 +17,7 @@ from engine.launch import require_torch
 from engine.plan import best_device, estimate, remarks
 from engine.plan.device import refuse_bf16
 from engine.plan.sharding import cards_laid_out, cards_needed
+from engine.report.plan import headline
 from engine.visible import visible
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from cyclopts import Parameter
 
 from engine.catalog import ModelCard, ModuleTable, list_models, module_table
 from engine.cli.hardware import find_machine
-from engine.cli.plan_lines import MARKS
 from engine.plan import Device, Prospect, best_device, device_document, survey
+from engine.report import VERDICT_MARKS
 from engine.units import gib
 
 AsJson = Annotated[bool, Parameter("--json", negative="")]
@@ -104,7 +104,7 @@ def show_planned(planned: Sequence[Prospect], device: Device) -> str:
             (
                 prospect.card.name,
                 _short(needs.total_parameters),
-                f"{MARKS[needs.verdict]} {needs.verdict}",
+                f"{VERDICT_MARKS[needs.verdict]} {needs.verdict}",
                 gib(needs.device_bytes),
                 (config.adapter or "full") + (", RAM" if prospect.plan.waits_in_ram else ""),
                 f"{config.sequence_len:,}",

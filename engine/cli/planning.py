@@ -15,18 +15,6 @@ from cyclopts import Parameter
 from engine.catalog import Architecture, UnknownModel, read_architecture
 from engine.chat.tokenizer_file import check_tokenizer, tokenizer_name
 from engine.cli.hardware import find_machine
-from engine.cli.plan_lines import (
-    advice_lines,
-    duration_lines,
-    estimate_lines,
-    faster_lines,
-    ladder_lines,
-    larger_card_lines,
-    length_lines,
-    peer_lines,
-    precision_lines,
-    row_lines,
-)
 from engine.cli.row_counts import count_config_rows
 from engine.config import (
     ConfigFile,
@@ -66,6 +54,18 @@ from engine.plan import (
 )
 from engine.plan.attention import follow_attention
 from engine.plan.device import refuse_bf16
+from engine.report.plan import (
+    advice_lines,
+    duration_lines,
+    estimate_lines,
+    faster_lines,
+    ladder_lines,
+    larger_card_lines,
+    length_lines,
+    peer_lines,
+    precision_lines,
+    row_lines,
+)
 from engine.units import gib
 from engine.visible import fold, visible
 

@@ -7,11 +7,11 @@ a sentence.
 from collections.abc import Mapping
 from typing import Final
 
-from engine.cli.plan_lines import headline
 from engine.config import NONE, RunConfig, spell
 from engine.config.explanation import explain_key
 from engine.errors import UserError
 from engine.plan import Recommendation, make_fit
+from engine.report.plan import headline
 from engine.units import gib
 from tui.draft import Draft
 from tui.plain.dialogue import EXPLAIN, Choice, Dialogue

@@ -1,9 +1,6 @@
-"""A plan as lines for people: verdict, parts, rows, time, and what would make it fit.
+"""A plan as lines for people: verdict, parts, rows, time, and what would make it fit."""
 
-Separate from `planning`, which finds out what there is to say.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from engine.catalog import Architecture
 from engine.config import SHARDED_OPTIMIZERS, RunConfig, assignment
@@ -24,10 +21,9 @@ from engine.plan import (
 )
 from engine.plan.device import refuse_bf16, why_float32
 from engine.plan.sharding import cards_needed
+from engine.report.line import VERDICT_MARKS
 from engine.units import gib, spoken
 from engine.visible import visible
-
-MARKS: Mapping[str, str] = {"fits": "✓", "tight": "!", "does not fit": "✗"}
 
 NOTABLE = 0.02
 """Of our peak, by which that of another trainer has to differ to be worth a line."""
@@ -38,7 +34,7 @@ def headline(needs: Estimate, device: Device) -> str:
     sure = "measured" if needs.source == "measured" else f"± {needs.uncertainty:.0%}"
     each = f" on each of {needs.cards}" if needs.cards > 1 else ""
     return (
-        f"{MARKS[needs.verdict]} {needs.verdict}: needs {gib(needs.device_bytes)}{each}"
+        f"{VERDICT_MARKS[needs.verdict]} {needs.verdict}: needs {gib(needs.device_bytes)}{each}"
         f" {sure}, {visible(device.name, one_line=True)} can give"
         f" {gib(device.can_give_bytes)} of {gib(device.total_bytes)}"
     )
@@ -59,8 +55,8 @@ def advice_lines(advice: Recommendation, device: Device) -> list[str]:
     if package := advice.attention.worth_installing:
         lines.append(f"· {package} is not installed; `windtunnel doctor` has the command")
     lines += [
-        f"  {MARKS[other.estimate.verdict]} {other.name}: {gib(other.estimate.device_bytes)},"
-        f" {other.trade}"
+        f"  {VERDICT_MARKS[other.estimate.verdict]} {other.name}:"
+        f" {gib(other.estimate.device_bytes)}, {other.trade}"
         for other in advice.alternatives
     ]
     return lines
@@ -143,7 +139,7 @@ def ladder_lines(needs: Estimate, rungs: Sequence[Alternative]) -> Iterator[str]
     for rung in rungs:
         now = rung.estimate
         yield (
-            f"  {MARKS[now.verdict]} {gib(now.device_bytes)}  {rung.name}: saves"
+            f"  {VERDICT_MARKS[now.verdict]} {gib(now.device_bytes)}  {rung.name}: saves"
             f" {gib(rung.saves_bytes)}; {rung.trade}"
         )
     if enough:
@@ -179,7 +175,7 @@ def length_lines(prices: Sequence[LengthPrice], device: Device) -> list[str]:
         f"{'tokens':>9}  {'needs':>10}  verdict         with the same result",
     ]
     for price in prices:
-        verdict = f"{MARKS[price.verdict]} {price.verdict}"
+        verdict = f"{VERDICT_MARKS[price.verdict]} {price.verdict}"
         how = ", ".join(price.changes)
         if price.fitting_bytes is not None and how:
             how = f"{gib(price.fitting_bytes)} by {how}"
