@@ -344,19 +344,19 @@ GUARDS = {
         f"{SAVING}::test_a_save_takes_one_piece",
     ),
     "a save holds one piece of a tensor": Guard(
-        "engine/train/shards.py",
+        "engine/train/weight_files.py",
         "for part in _parts(tensor.detach(), PIECE_BYTES // tensor.dtype.itemsize):",
         "for part in [tensor.detach()]:",
         f"{SAVING}::test_a_save_takes_one_piece",
     ),
     "a piece is given up before the next one": Guard(
-        "engine/train/shards.py",
+        "engine/train/weight_files.py",
         "_bytes_of(piece.contiguous()))\n                del piece",
         "_bytes_of(piece.contiguous()))\n                pass",
         f"{SAVING}::test_a_save_takes_one_piece",
     ),
     "a resume holds one piece of a tensor": Guard(
-        "engine/train/shards.py",
+        "engine/train/weight_files.py",
         "for part in _parts(place(entry), PIECE_BYTES // entry.dtype.itemsize):",
         "for part in [place(entry)]:",
         f"{SAVING}::test_a_resume_takes_the_state_and_one_piece",
@@ -386,16 +386,16 @@ GUARDS = {
         f"{SECONDS}::test_no_forward_pass_waits_for_its_loss",
     ),
     "a file that does not read back": Guard(
-        "engine/train/shards.py",
+        "engine/train/weight_files.py",
         "    if not same:\n",
         "    if False:\n",
-        "tests/train/test_shards.py::test_a_file_that_does_not_read_back_is_an_error",
+        "tests/train/test_weight_files.py::test_a_file_that_does_not_read_back_is_an_error",
     ),
     "a file that ends while it is read": Guard(
-        "engine/train/shards.py",
+        "engine/train/weight_files.py",
         "!= piece.nbytes:",
         "< 0:",
-        "tests/train/test_shards.py::test_a_file_that_is_cut_while_it_is_read_is_refused",
+        "tests/train/test_weight_files.py::test_a_file_that_is_cut_while_it_is_read_is_refused",
     ),
     "cut-cross-entropy is tried before a run needs it": Guard(
         "engine/train/cut_loss.py",

@@ -6,7 +6,7 @@ fetch     where the base model's files are
 model     the base model from its folder, refused when it would train broken
 forward   hidden states of a batch, packed rows kept apart
 offload   what waits in RAM for its turn on the device
-checkpoint_files  the safetensors files, one tensor at a time
+weight_files  safetensors files, read one tensor at a time and written as a stream
 fp8       FP8 weights and their scales
 load_report  what a loaded model is made of
 quantize  NF4 and int8, and their guards
@@ -29,7 +29,6 @@ answers   questions to what a run trained
 trained   where a run's newest result lies
 adapter_files a saved adapter, read without its model
 merge     an adapter put into its base's weights
-shards    safetensors files written and read as a stream
 session   lock, events, control and signals of one process
 meter     speed and peak memory
 shortage  which errors mean that memory ran out

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import UserError, WorkError
-from engine.train.checkpoint_files import StoredTensor
+from engine.train.weight_files import StoredTensor
 from engine.visible import visible
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

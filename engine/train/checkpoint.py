@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from engine.config import RunConfig
 from engine.errors import WorkError
 from engine.train.forward import Model
-from engine.train.shards import Entry, list_entries, read_tensors, write_tensors
+from engine.train.weight_files import Entry, list_entries, read_tensors, write_tensors
 from engine.train.weights import load_trained, save_trained, trained_parameters
 
 OPTIMIZER, RANDOM, STATE = "optimizer.safetensors", "random.safetensors", "state.json"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.train.checkpoint_files import StoredTensor, read_slice, read_tensor
+from engine.train.weight_files import StoredTensor
 from engine.visible import visible
 
 CHUNK_NUMBERS = 2**24
@@ -107,7 +107,7 @@ def read_matrix(
     expert: int | None = None,
 ) -> Tensor:
     """The numbers that an FP8 matrix means, or those of one expert of a stack."""
-    part = read_tensor(tensor) if expert is None else read_slice(tensor, expert)
+    part = tensor.read(expert)
     scale = _read_scale(fp8)
     own = scale[expert] if expert is not None and scale.ndim else scale
     weight = torch.empty(part.shape, dtype=dtype, device=device)
@@ -117,7 +117,7 @@ def read_matrix(
 
 def _read_scale(weight: Fp8Weight) -> Tensor:
     """The scale in float32: 0-d, (E,), (rows, columns) of blocks, or (E, rows, columns)."""
-    scale = read_tensor(weight.scale).to(torch.float32, copy=True)
+    scale = weight.scale.read().to(torch.float32, copy=True)
     if weight.block is None:
         return scale.reshape(()) if scale.numel() == 1 else scale.flatten()
     return scale

@@ -25,7 +25,7 @@ from engine.plan.targets import choose_saved, choose_stacks, choose_targets, fre
 from engine.train.experts import adapt
 from engine.train.forward import frozen_inputs, head_of
 from engine.train.optim import is_lora_matrix
-from engine.train.shards import list_entries
+from engine.train.weight_files import list_entries
 from engine.train.weights import load_trained, trained_tensors
 from engine.visible import visible
 

@@ -21,12 +21,18 @@ from engine.errors import UserError, WorkError
 from engine.publish import write_card
 from engine.runs import RunFolder
 from engine.train.adapter_files import Adapter
-from engine.train.checkpoint_files import StoredTensor, list_tensors, read_slice, read_tensor
 from engine.train.companions import copy_companions
 from engine.train.fetch import locate_base
 from engine.train.fp8 import Fp8Layout, find_layout, read_matrix
-from engine.train.shards import DTYPES, SHARD_BYTES, Entry, write_shards
 from engine.train.trained import find_trained
+from engine.train.weight_files import (
+    DTYPES,
+    SHARD_BYTES,
+    Entry,
+    StoredTensor,
+    list_tensors,
+    write_shards,
+)
 from engine.units import GIB
 from engine.visible import visible
 
@@ -128,7 +134,7 @@ class _Merge:
         stored = self._stored[name]
         if fp8 := self._layout.weights.get(name):
             return read_matrix(stored, fp8, torch.device("cpu"), torch.float32, expert)
-        return read_tensor(stored) if expert is None else read_slice(stored, expert)
+        return stored.read(expert)
 
 
 def _tied_head(architecture: Architecture) -> dict[str, str]:

@@ -25,13 +25,13 @@ from engine.catalog import Architecture, read_architecture, with_overrides
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.train.attention import pick_attention, use_attention
-from engine.train.checkpoint_files import StoredTensor, list_tensors, read_slice, read_tensor
 from engine.train.device import pick_device, pick_dtype
 from engine.train.experts import GroupedLinear, replace_experts
 from engine.train.fp8 import Fp8Layout, find_layout, read_matrix
 from engine.train.load_report import LoadReport, describe_load
 from engine.train.offload import Placement
 from engine.train.quantize import hold_quantized, swap_linears
+from engine.train.weight_files import StoredTensor, list_tensors
 from engine.visible import visible
 
 Tell = Callable[[int, int], None]
@@ -238,7 +238,7 @@ def _read(
         return weight
     if fp8 := layout.weights.get(name):
         return read_matrix(tensor, fp8, device, dtype)
-    return read_tensor(tensor).to(device, dtype, copy=True)
+    return tensor.read().to(device, dtype, copy=True)
 
 
 def _slices(
@@ -250,4 +250,4 @@ def _slices(
         if fp8:
             yield read_matrix(tensor, fp8, device, dtype, index)
         else:
-            yield read_slice(tensor, index).to(device, dtype)
+            yield tensor.read(index).to(device, dtype)

@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 from engine.catalog import find_model, model_names
 from engine.config import RunConfig
 from engine.errors import WorkError
-from engine.train.checkpoint_files import list_tensors
 from engine.train.companions import copy_companions
 from engine.train.experts import stock_names
 from engine.train.forward import Model, unwrapped
-from engine.train.shards import (
+from engine.train.weight_files import (
     entries_of,
     in_pieces,
     list_entries,
+    list_tensors,
     read_tensors,
     write_shards,
     write_tensors,

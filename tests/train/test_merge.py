@@ -21,7 +21,7 @@ from engine.runs import RunFolder
 from engine.train.adapter_files import CONFIG, WEIGHTS
 from engine.train.batches import Rows
 from engine.train.merge import merge
-from engine.train.shards import Entry, write_shards
+from engine.train.weight_files import Entry, write_shards
 from tests.train.test_weights import logits, stock_model
 from tests.train.tiny import (
     MINISTRAL3,

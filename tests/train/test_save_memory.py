@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.catalog import read_architecture
 from engine.plan import estimate
 from engine.plan.memory import moment_parts
-from engine.train import shards
+from engine.train import weight_files
 from engine.train.batches import Rows
 from engine.train.fitcheck.gauges import CpuGauge
 from engine.train.loop import Training
@@ -23,7 +23,7 @@ from tests.plan.machines import card, config, cpu, model
 from tests.train.tiny import MINISTRAL3, settings, training, write_model
 
 WIDE = MINISTRAL3 | {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 4096}
-WHOLE_PIECE_BYTES, PIECE_BYTES = shards.PIECE_BYTES, 2**18
+WHOLE_PIECE_BYTES, PIECE_BYTES = weight_files.PIECE_BYTES, 2**18
 GENERATOR_BYTES = 8192
 """The state of torch's random generator, beside which nothing else is there."""
 LORA = {"adapter": "lora", "lora_r": 64, "lora_target_linear": True, "lora_dropout": 0.0}
@@ -47,7 +47,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def from_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "PIECE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr(weight_files, "PIECE_BYTES", PIECE_BYTES)
     monkeypatch.setattr(Tensor, "cpu", lambda tensor: tensor.clone())
 
 
@@ -105,7 +105,7 @@ def test_what_a_run_leaves_takes_one_piece(made: Run) -> None:
 
 def test_the_formula_counts_that_piece(made: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the largest tensor, where that is less: a state's numbers take up to four bytes."""
-    monkeypatch.setattr(shards, "PIECE_BYTES", WHOLE_PIECE_BYTES)
+    monkeypatch.setattr(weight_files, "PIECE_BYTES", WHOLE_PIECE_BYTES)
     run = made.run
     parts = moment_parts(run.config, read_architecture(made.base), cpu(), "save")
     grown = made.grows(run.save)

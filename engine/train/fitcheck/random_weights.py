@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.catalog import Architecture
-from engine.train.checkpoint_files import StoredTensor
+from engine.train.weight_files import StoredTensor
 
 _WORDS = {torch.bfloat16: "BF16", torch.float32: "F32"}
 """As a safetensors file would call them."""

@@ -1,8 +1,10 @@
-"""safetensors files written and read as a stream: of a file, one piece of one tensor is in RAM.
+"""Safetensors files, read one tensor at a time and written as a stream.
 
-safetensors' own writer wants every tensor of a file at once and holds its bytes in RAM; its reader
-keeps every page that it has read mapped. A full fine-tune's state is larger than what many cards
-and computers have to spare.
+A base model's files hold the names of any release of transformers, which become the names in
+memory here. safetensors' own reader keeps every page that it has read mapped, and its writer wants
+every tensor of a file at once and holds its bytes in RAM: a full fine-tune's state is larger than
+what many cards and computers have to spare. So no more than one tensor, one expert of a stack, or
+one piece of a tensor that is written, is in RAM at any time.
 """
 
 import json
@@ -16,7 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.errors import UserError
 from engine.plan.memory.trained import PIECE_BYTES
+from engine.visible import visible
 
 SHARD_BYTES = 5_000_000_000
 """Largest file, as transformers splits models; one tensor that is larger has a file of its own."""
@@ -34,9 +38,115 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-"""safetensors' words for the types that weights and states have."""
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+"""What safetensors calls the types that weights and states have."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_WEIGHT_TYPES = ("F8_E4M3", "BF16", "F16", "F32")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PREFIXES = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+"""Order of a Mistral 3 model's names on disk -> in memory; a file may have either."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file, not read yet."""
+
+    file: Path
+    name: str
+    """On disk."""
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it: BF16, F8_E4M3."""
+
+    @property
+    def size_bytes(self) -> int:
+        """On disk; 0 for a type that no weight has."""
+        return prod(self.shape) * (DTYPES[self.dtype].itemsize if self.is_weight else 0)
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether its numbers mean nothing without a scale."""
+        return self.dtype == "F8_E4M3"
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it holds plain numbers or FP8: packed formats hold integers."""
+        return self.dtype in _WEIGHT_TYPES
+
+    def read(self, index: int | None = None) -> Tensor:
+        """All of it, or entry `index` of its first dimension, still mapped from its file: copy it,
+        and the mapping ends with it."""
+        # Opened anew for each: pages that were read stay mapped, and counted, until the file is
+        # closed.
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                if index is None:
+                    found: Tensor = file.get_tensor(self.name)
+                else:
+                    found = file.get_slice(self.name)[index]
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(self.file.parent, error) from error
+        return found
+
+
+def list_tensors(folder: Path) -> Mapping[str, StoredTensor]:
+    """Every tensor of the folder's model by its name in memory, in the order of the files.
+
+    Raises UserError where a file is missing, cut off or no safetensors file, and where two tensors
+    have the same name in memory.
+    """
+    found: dict[str, StoredTensor] = {}
+    try:
+        for path in _files(folder):
+            with safe_open(path, framework="np") as file:
+                for name in file.offset_keys():
+                    part = file.get_slice(name)
+                    tensor = StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
+                    if found.setdefault(_name_in_memory(name), tensor) is not tensor:
+                        raise UserError(
+                            f"The checkpoint in {folder} holds {visible(name, one_line=True)} "
+                            "twice.",
+                            "Nothing says which of the two the model was trained with.",
+                            "Download it again.",
+                        )
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+    return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    if (folder / _SINGLE).exists() or not (folder / _INDEX).exists():
+        yield folder / _SINGLE
+        return
+    try:
+        listed = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted(set(listed))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise OSError(f"{_INDEX} is damaged") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise OSError(f"{_INDEX} names files outside the folder")
+        yield folder / name
+
+
+def _name_in_memory(name: str) -> str:
+    for on_disk, in_memory in _PREFIXES.items():
+        if name.startswith(on_disk):
+            return in_memory + name.removeprefix(on_disk)
+    return name
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    words = getattr(error, "strerror", None) or (str(error).splitlines() or ["no reason given"])[0]
+    return UserError(
+        f"The weights in {folder} cannot be read.",
+        f"{visible(str(words), one_line=True).rstrip('.')}.",
+        "Download the model again, as safetensors files.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +303,7 @@ def _header(entries: Sequence[Entry]) -> bytes:
     for entry in entries:
         end = start + entry.size_bytes
         content[entry.name] = {
-            "dtype": _WORDS[entry.dtype],
+            "dtype": _NAMES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [start, end],
         }

@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.train import shards
-from engine.train.shards import (
+from engine.train import weight_files
+from engine.train.weight_files import (
     DTYPES,
     Entry,
     entries_of,
@@ -25,7 +25,7 @@ PIECE_BYTES = 64
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "PIECE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr(weight_files, "PIECE_BYTES", PIECE_BYTES)
 
 
 def bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], list[int]]:
@@ -118,8 +118,8 @@ def test_a_file_that_does_not_read_back_is_an_error(tmp_path: Path) -> None:
 
 def test_another_header_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that safetensors can read, and that is not what was to be written."""
-    other = shards._header([Entry("one", (2, 2), torch.float32)])
-    monkeypatch.setattr(shards, "_header", lambda entries: other)
+    other = weight_files._header([Entry("one", (2, 2), torch.float32)])
+    monkeypatch.setattr(weight_files, "_header", lambda entries: other)
     with pytest.raises(OSError, match="does not read back"):
         write_tensors(tmp_path / "file", {"one": torch.ones(4)})
 
