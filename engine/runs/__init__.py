@@ -6,8 +6,8 @@ the trainer, the commands and the wizard share one set of rules.
 
 `folder` has the paths and finds runs by name; `lock` says whether a trainer lives; `lines` and
 `follower` read files that are being written; `summary` decides the word for a run; `control`
-carries commands to the trainer; `signals` turns SIGTERM into "save, then end". What a trainer does
-with them:
+carries commands to the trainer; `signals` turns SIGTERM into "save, then end"; `newest_result`
+finds what was saved. What a trainer does with them:
 
     with StopSignals() as signals, RunLock(run) as lock, EventWriter(run.events) as events:
         control = ControlReader(run.control, since=lock.since)

@@ -26,7 +26,6 @@ generate  text from a prompt
 weights   what is trained, to disk and back
 companions the files beside a result's weights
 answers   questions to what a run trained
-trained   where a run's newest result lies
 adapter_files a saved adapter, read without its model
 merge     an adapter put into its base's weights
 session   lock, events, control and signals of one process

@@ -24,6 +24,7 @@ from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.config import DatasetConfig, RunConfig, read_config
 from engine.errors import UserError
 from engine.runs import RunFolder
+from engine.runs.newest_result import newest_result
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model
 from engine.train.generate import generate, readable
@@ -31,7 +32,6 @@ from engine.train.images import join
 from engine.train.model import Base, load_base
 from engine.train.prompts import Prompt
 from engine.train.run import put_on_training
-from engine.train.trained import find_trained
 from engine.train.weights import load_trained
 
 Emit = Callable[[Mapping[str, Any]], None]
@@ -68,7 +68,7 @@ class Answering:
         """Find the run's result and its base. Raises UserError where there is none."""
         self.run = run
         self.config: RunConfig = read_config(run.config).config
-        self.trained = find_trained(run, self.config)
+        self.trained = newest_result(run, self.config)
         self._base_folder = locate_base(self.config, run.path)
         source = self.config.tokenizer_config or self._base_folder
         self.tokenizer: ChatTokenizer = open_tokenizer(source)

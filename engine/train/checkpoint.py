@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from engine.config import RunConfig
 from engine.errors import WorkError
+from engine.runs.newest_result import LATEST
 from engine.train.forward import Model
 from engine.train.weight_files import Entry, list_entries, read_tensors, write_tensors
 from engine.train.weights import load_trained, save_trained, trained_parameters
@@ -133,7 +134,7 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest checkpoint: the one marked so, else the last step that is complete."""
         complete = (folder for folder in reversed(self._steps()) if is_complete(folder))
-        return self._marked("LATEST") or next(complete, None)
+        return self._marked(LATEST) or next(complete, None)
 
     def best(self) -> Path | None:
         """The complete checkpoint with the lowest evaluation loss."""
@@ -157,7 +158,7 @@ class Checkpoints:
                 os.rename(target, replaced)
             os.rename(partial, target)
             _sync(self.root)
-            self._mark("LATEST", target)
+            self._mark(LATEST, target)
             if position.best_step == position.step:
                 self._mark("BEST", target)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -178,7 +179,7 @@ class Checkpoints:
         A run that went back stays there when it is killed again; and a kill between the two marks
         of `save` leaves no BEST that the run itself has left behind.
         """
-        self._mark("LATEST", folder)
+        self._mark(LATEST, folder)
         best = self.root / f"step-{position.best_step}"
         if is_complete(best):
             self._mark("BEST", best)

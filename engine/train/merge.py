@@ -20,11 +20,11 @@ from engine.config import RunConfig, read_config
 from engine.errors import UserError, WorkError
 from engine.publish import write_card
 from engine.runs import RunFolder
+from engine.runs.newest_result import newest_result
 from engine.train.adapter_files import Adapter
 from engine.train.companions import copy_companions
 from engine.train.fetch import locate_base
 from engine.train.fp8 import Fp8Layout, find_layout, read_matrix
-from engine.train.trained import find_trained
 from engine.train.weight_files import (
     DTYPES,
     SHARD_BYTES,
@@ -58,7 +58,7 @@ def merge(
     if config.adapter is None:
         raise _nothing_to_merge(run)
     _refuse_used(target)
-    folder = find_trained(run, config)
+    folder = newest_result(run, config)
     base = locate_base(config, run.path)
     plan = _Merge(base, folder)
     _refuse_full_disk(target, plan.size_bytes)

@@ -1,19 +1,17 @@
-"""Where a run's newest result lies: its export, else its newest checkpoint.
-
-Apart from `weights` because finding it needs no model: a merge reads the files alone.
-"""
+"""Where a run's newest result lies: its export, else its newest checkpoint."""
 
 from pathlib import Path
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.runs import RunFolder
+from engine.runs.folder import RunFolder
 from engine.visible import visible
 
-LAST_MARK = "LATEST"
+LATEST = "LATEST"
+"""File in `checkpoints/` with the name of the newest one."""
 
 
-def find_trained(run: RunFolder, config: RunConfig) -> Path:
+def newest_result(run: RunFolder, config: RunConfig) -> Path:
     """The folder of the finished adapter or model, or of the newest checkpoint.
 
     Raises UserError where nothing was saved yet.
@@ -22,7 +20,7 @@ def find_trained(run: RunFolder, config: RunConfig) -> Path:
     if exported.is_dir():
         return exported
     try:
-        name = (run.checkpoints / LAST_MARK).read_text("utf-8").strip()
+        name = (run.checkpoints / LATEST).read_text("utf-8").strip()
     except OSError:
         name = ""
     newest = run.checkpoints / name
