@@ -1,7 +1,7 @@
 """One forward pass: from a batch to hidden states, in the one way that keeps packed rows apart.
 
-Apart from `model` because loading is where a checkpoint can be wrong, and this is where a right one
-can be used wrongly: a mask or a cache mixes packed rows without a word.
+This is where a model that was loaded right can be used wrongly: a mask or a cache mixes packed rows
+without a word.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from engine.plan.vision import PATCHES_AT_ONCE
 from engine.train.images import pad
-from engine.train.offload import HostCheckpoints, decoder_layers
+from engine.train.offload import OffloadedActivations, decoder_layers
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 """A model as it trains: bare, or with an adapter around it."""
@@ -128,7 +128,7 @@ def frozen_inputs(model: PreTrainedModel) -> Iterator[None]:
         del held.enable_input_require_grads
 
 
-def use_checkpointing(
+def checkpoint_activations(
     model: PreTrainedModel, first: int | None = None, *, offload_from: torch.device | None = None
 ) -> None:
     """Keep one state a layer and recompute the rest in the backward pass.
@@ -144,4 +144,4 @@ def use_checkpointing(
     for layer in layers[len(layers) if first is None else first :]:
         layer.gradient_checkpointing = False  # type: ignore[assignment]
     if offload_from:
-        HostCheckpoints(offload_from).apply(layers)
+        OffloadedActivations(offload_from).apply(layers)

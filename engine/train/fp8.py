@@ -32,7 +32,7 @@ class Fp8Weight:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Layout:
-    """What of a checkpoint is FP8. Names are those in memory."""
+    """What of a model's files is FP8. Names are those in memory."""
 
     weights: Mapping[str, Fp8Weight]
     companions: frozenset[str]
@@ -56,7 +56,7 @@ def find_layout(
         found = [scale for scale in names if scale in tensors]
         if not found:
             raise UserError(
-                f"The checkpoint in {folder} holds 8-bit weights without their scale: "
+                f"The folder {folder} holds 8-bit weights without their scale: "
                 f"{visible(tensor.name, one_line=True)}.",
                 "Read as they are, those numbers would be thousands of times too large.",
                 "Download it again, or point `base_model` at the model's BF16 repository.",

@@ -1,8 +1,8 @@
 """The base model, from its folder to a module that is safe to train.
 
-Apart from `lora` because loading is where a checkpoint can be silently wrong: the class comes from
-config.json's own `architectures`, and a weight that is missing or left over is refused, never
-randomly initialised. The model is built empty and each tensor goes straight from its file to the
+Loading is where a model can be silently wrong: the class comes from config.json's own
+`architectures`, and a weight that is missing or left over is refused, never randomly initialised.
+The model is built empty and each tensor goes straight from its file to the
 form in which the run holds it, so that loading takes little more room than the loaded model.
 """
 
@@ -64,8 +64,8 @@ def load_base(
     FP8 weights are converted on the way. `tensors`, by their name in memory, take the place of the
     folder's own: `fitcheck` draws them. Without `images` a vision tower that is not trained stays
     off the device. Raises UserError when the architecture is not one of
-    Mistral's, when the checkpoint is quantized in another way or cannot be read, or when its
-    weights and the architecture's do not match one to one.
+    Mistral's, when its files are quantized in another way or cannot be read, or when their weights
+    and the architecture's do not match one to one.
     """
     device = pick_device()
     dtype = pick_dtype(config, device)
@@ -193,9 +193,9 @@ def refuse_mismatch(
             shown = ", ".join(visible(word, one_line=True) for word in words[:3])
             shown += f" and {len(words) - 3} more" if words[3:] else ""
             raise UserError(
-                f"The checkpoint in {folder} {problem}: {shown}.",
+                f"The folder {folder} {problem}: {shown}.",
                 "Training on it would train a broken model without a warning.",
-                "Download it again, or point `base_model` at a complete bfloat16 checkpoint.",
+                "Download it again, or point `base_model` at a complete bfloat16 model.",
             )
     return missing
 

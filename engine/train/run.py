@@ -35,7 +35,7 @@ from engine.train.batches import Rows
 from engine.train.cut_loss import settle_loss
 from engine.train.device import as_planned, name_of, pick_device, require_planned_device
 from engine.train.fetch import leave_hub, locate_base
-from engine.train.forward import Model, head_of, use_checkpointing
+from engine.train.forward import Model, checkpoint_activations, head_of
 from engine.train.images import refuse_unread
 from engine.train.loop import Training
 from engine.train.lora import attach_lora, choose_trained
@@ -207,7 +207,7 @@ def put_on_training(base: Base, folder: Path, config: RunConfig) -> Model:
     """The model as it trains: an adapter on frozen weights, or the chosen weights free."""
     if config.gradient_checkpointing:
         offloads = bool(config.activation_offloading)
-        use_checkpointing(
+        checkpoint_activations(
             base.model,
             config.checkpointed_layers,
             offload_from=base.device if offloads else None,

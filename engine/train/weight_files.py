@@ -108,8 +108,7 @@ def list_tensors(folder: Path) -> Mapping[str, StoredTensor]:
                     tensor = StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
                     if found.setdefault(_name_in_memory(name), tensor) is not tensor:
                         raise UserError(
-                            f"The checkpoint in {folder} holds {visible(name, one_line=True)} "
-                            "twice.",
+                            f"The folder {folder} holds {visible(name, one_line=True)} twice.",
                             "Nothing says which of the two the model was trained with.",
                             "Download it again.",
                         )

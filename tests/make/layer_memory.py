@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Ministral3Config, Ministral3ForCausalLM
 
 from engine.train.attention import TORCH_VARLEN, register_backends
-from engine.train.forward import hidden_states, use_checkpointing
+from engine.train.forward import checkpoint_activations, hidden_states
 from engine.train.lora import leave_inputs_alone
 from tests.make.live_bytes import LiveBytes
 from tests.plan.live import CardBytes, as_on_cuda
@@ -192,7 +192,7 @@ def build(shape: Shape, layers: int, rank: int, regime: Regime) -> Any:
                 model.set_submodule(name, four_bit(module))
         model.is_loaded_in_4bit = True
     if not regime.kept:
-        use_checkpointing(model)
+        checkpoint_activations(model)
     if rank == 0:
         return model
     model.requires_grad_(False)

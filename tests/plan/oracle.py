@@ -30,7 +30,7 @@ from engine.train.experts import (
     replace_experts,
     watch_routers,
 )
-from engine.train.forward import Model, head_of, hidden_states, use_checkpointing
+from engine.train.forward import Model, checkpoint_activations, head_of, hidden_states
 from engine.train.lora import attach_lora, choose_trained
 from engine.train.loss import Loss, _ChunkedCrossEntropy
 from engine.train.model import build_empty
@@ -139,7 +139,7 @@ def build(architecture: Architecture, config: RunConfig, dtype: torch.dtype) -> 
     replace_experts(model, config, dtype)
     model.eval()
     if config.gradient_checkpointing:
-        use_checkpointing(model, config.checkpointed_layers)
+        checkpoint_activations(model, config.checkpointed_layers)
     attach = choose_trained if config.adapter is None else attach_lora
     return attach(model, architecture, config)
 

@@ -3,7 +3,7 @@
 Apart from `run`, which trains: nothing here is kept, and no weight has to be downloaded first. What
 holds the weights, what is trained and how a step is made are a run's own functions.
 
-random_weights  tensors that stand in for a checkpoint's
+random_weights  tensors that stand in for a model's files
 reduced   the smaller model that a computer without a GPU builds
 batches   the batch that decides the memory
 gauges    the worst moment of a piece of work

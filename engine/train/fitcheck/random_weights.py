@@ -1,8 +1,7 @@
 """Weights that are drawn instead of read: the architecture is real, its numbers are not.
 
-Separate from the measuring because it has to fit into the loader's own way: each tensor stands in
-for one of a checkpoint's, and is drawn, quantized and dropped before the next, by the code that
-loads a run.
+Each tensor stands in for one of a model's files: it is drawn, quantized and dropped before the
+next, by the code that loads a run.
 """
 
 import zlib

@@ -6,19 +6,19 @@ the same RAM, so that everything but the streams is tested without a GPU.
 
 transfer     host memory, copies beside the computation, tensors whose memory comes and goes
 layers       frozen weights of the decoder layers
-checkpoints  what gradient checkpointing keeps of each layer
+activations  what activation checkpointing keeps of each layer
 tables       the embedding and the head
 placement    which weights of a model go where while it loads
 """
 
-from engine.train.offload.checkpoints import HostCheckpoints
+from engine.train.offload.activations import OffloadedActivations
 from engine.train.offload.layers import LayerTurns
 from engine.train.offload.placement import Placement, decoder_layers
 from engine.train.offload.tables import head_at_hand, head_for_loss
 
 __all__ = [
-    "HostCheckpoints",
     "LayerTurns",
+    "OffloadedActivations",
     "Placement",
     "decoder_layers",
     "head_at_hand",

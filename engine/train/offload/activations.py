@@ -1,7 +1,7 @@
-"""What gradient checkpointing keeps of each decoder layer, in RAM until its backward pass.
+"""What activation checkpointing keeps of each decoder layer, in RAM until its backward pass.
 
 transformers 5.23 has this as `activation_checkpointing_enable(offload=True)`, PyTorch's
-`save_on_cpu` around each checkpoint. Both of its copies run on the stream that computes, so the
+`save_on_cpu` around each layer. Both of its copies run on the stream that computes, so the
 device waits for each of them, and nothing is fetched ahead. Here they run on a stream of their own,
 and while one layer's backward pass runs, the input of the next comes back.
 """
@@ -48,8 +48,8 @@ class _Input:
         return state, self._lane.mark()
 
 
-class HostCheckpoints:
-    """Gradient checkpointing whose kept states lie in RAM: the same numbers as without."""
+class OffloadedActivations:
+    """Activation checkpointing whose kept states lie in RAM: the same numbers as without."""
 
     def __init__(self, device: torch.device) -> None:
         self._lane = CopyLane(device)
