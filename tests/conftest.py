@@ -9,9 +9,7 @@ from tests.fakes.nvml import nvml as nvml
 from tests.fakes.nvml import nvml_library as nvml_library
 
 # Without the extra [train] everything else is still tested.
-collect_ignore = (
-    [] if find_spec("torch") else ["train", "gpu", "plan/test_oracle.py", "plan/test_loss.py"]
-)
+collect_ignore = [] if find_spec("torch") else ["train", "gpu", "research", "plan/test_loss.py"]
 
 # What is started by nohup ignores hangups, what a shell starts with `&` ignores ctrl+c, and so
 # would every process that the tests start.

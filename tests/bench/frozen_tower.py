@@ -21,8 +21,8 @@ from engine.chat.render import LabelRule
 from engine.train.batches import collate
 from engine.train.fitcheck.gauges import CpuGauge
 from engine.train.forward import hidden_states, unwrapped
-from tests.train.pictures import Pictured, picture, seeing, write_pictured
-from tests.train.tiny import MINISTRAL3, gradients, settings, training, write_model
+from tests.support.pictured_rows import Pictured, picture, seeing, write_pictured
+from tests.support.tiny import MINISTRAL3, gradients, settings, training, write_model
 
 SIDE, IMAGES = 112, 24
 TOWER = {

@@ -20,8 +20,8 @@ from engine.catalog import (
 )
 from engine.config import ConfigError, read_config, require_supported
 from engine.plan import remarks
-from tests.extras import needs_trainer
-from tests.plan.machines import config
+from tests.support.extras import needs_trainer
+from tests.support.machines import config
 
 RECIPES = Path(__file__).parents[2] / "presets" / "recipes"
 CARDS = [card for card in list_models() if card.sources]

@@ -9,7 +9,7 @@ import pytest
 
 from engine.catalog import find_model, linear_targets, list_models, module_table, read_architecture
 from engine.errors import UserError
-from tests.catalog.sizes import BILLIONS
+from tests.support.sizes import BILLIONS
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ from cyclopts import App
 
 from engine.catalog import list_models, module_table
 from engine.cli.models import register
-from tests.catalog.sizes import BILLIONS
+from tests.support.sizes import BILLIONS
 
 OFFERED = [name for name in BILLIONS if name != "demo-tiny-vision"]
 

@@ -4,7 +4,7 @@ import pytest
 
 from engine.chat.messages import Conversation, RowFormat, read_row
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
-from tests.tokenizers import tokenizer_of
+from tests.support.tokenizers import tokenizer_of
 
 SPECS = {
     "v3": TokenizerSpec("v3"),

@@ -22,10 +22,10 @@ from engine.chat.render import (
     truncate,
 )
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
-from tests.chat import oracle
-from tests.chat.exact import render_exact
-from tests.chat.pictures import png
-from tests.tokenizers import tokenizer_of
+from tests.support import oracle
+from tests.support.exact import render_exact
+from tests.support.pictures import png
+from tests.support.tokenizers import tokenizer_of
 
 IMAGE = (14, 1540, 2)
 SPECS = {

@@ -7,7 +7,7 @@ import pytest
 
 from engine.chat.messages import Image, Message, RowFormat, RowProblem, Text, read_row
 from engine.config import DatasetConfig
-from tests.chat.pictures import picture, png
+from tests.support.pictures import picture, png
 
 CONTENT = png()
 BASE64 = base64.b64encode(CONTENT).decode()

@@ -22,7 +22,7 @@ from engine.chat.images import (
     read_size,
 )
 from engine.chat.messages import RowProblem
-from tests.chat.pictures import SIZES, file_of, picture, png
+from tests.support.pictures import SIZES, file_of, picture, png
 
 SPEC = ImageSpec(14, 1540, 2)
 SIDES = st.integers(1, 9000)

@@ -9,8 +9,8 @@ import pytest
 from engine.cli import fit, main, print_sentence
 from engine.errors import UserError
 from engine.plan.measured import HOME_VARIABLE
-from tests.extras import needs_trainer
 from tests.fakes.processes import ROOT
+from tests.support.extras import needs_trainer
 
 Out = pytest.CaptureFixture[str]
 DEMO = ROOT / "presets" / "recipes" / "demo-tiny" / "lora.yml"

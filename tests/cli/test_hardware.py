@@ -10,9 +10,9 @@ import pytest
 from engine.cli import main
 from engine.cli.hardware import command_lines
 from engine.hardware import missing_packages, read_machine
-from tests.extras import needs_trainer
 from tests.fakes.nvml import H100, RTX_4090, FakeDriver
 from tests.fakes.packages import install_torch
+from tests.support.extras import needs_trainer
 
 CONTRACT = {
     *("uuid", "index", "name", "memory_total_bytes", "memory_free_bytes", "compute_capability"),

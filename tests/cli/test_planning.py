@@ -14,8 +14,8 @@ from engine.cli import main
 from engine.config import read_config
 from engine.events import Ended, Event
 from engine.runs import Follower, RunFolder, status
-from tests.extras import needs_trainer
 from tests.fakes.nvml import RTX_4090, FakeDriver
+from tests.support.extras import needs_trainer
 
 SAMPLE = Path(__file__).parents[2] / "presets" / "samples" / "harbour-pilot" / "train.jsonl"
 SMALL_GPU = (

@@ -19,8 +19,8 @@ from engine.data.statistics import Statistics, read_statistics
 from engine.data.worker import Worker
 from engine.hardware import assume
 from engine.plan import best_device
-from tests.chat.pictures import png
-from tests.tui.test_plain import Conversation
+from tests.support.pictures import png
+from tests.tui.plain.test_wizard import Conversation
 from tui.draft import draft_from
 from tui.plain.data import count
 from tui.plain.setup import Setup

@@ -15,7 +15,7 @@ from engine.cli import main
 from engine.cli.training import create
 from engine.config import parse_config
 from engine.runs import RunFolder, is_locked, status
-from tests.extras import needs_trainer
+from tests.support.extras import needs_trainer
 
 SAMPLE = Path(__file__).parents[2] / "presets" / "samples" / "harbour-pilot" / "train.jsonl"
 SMALL = """

@@ -11,8 +11,8 @@ import pytest
 
 from engine.cli import main, print_sentence, use
 from engine.errors import UserError
-from tests.extras import needs_trainer
-from tests.publish.runs import write_run
+from tests.support.extras import needs_trainer
+from tests.support.run_folders import write_run
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, write_tekken
 from engine.config import DatasetConfig, RunConfig
-from tests.tokenizers import tokenizer_of
+from tests.support.tokenizers import tokenizer_of
 
 REPOSITORY = Path(__file__).parents[2]
 

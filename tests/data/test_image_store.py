@@ -16,11 +16,11 @@ from engine.data.array_writer import Interval
 from engine.data.config_paths import with_absolute_paths
 from engine.data.prepare import prepare
 from engine.data.prepared import ARRAYS, Prepared
-from tests.chat.pictures import png
 from tests.data.conftest import chat
 from tests.data.test_images import about
 from tests.data.test_prepare import content, killed_child
-from tests.tokenizers import tokenizer_of
+from tests.support.pictures import png
+from tests.support.tokenizers import tokenizer_of
 
 
 @pytest.fixture(scope="module")

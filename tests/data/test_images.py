@@ -23,9 +23,9 @@ from engine.data.preview_text import row_text
 from engine.data.rows import RenderedRow, iterate_rendered
 from engine.data.shape import read_shape
 from engine.errors import UserError, WorkError
-from tests.chat.pictures import png
 from tests.data.conftest import config_of
-from tests.tokenizers import tokenizer_of
+from tests.support.pictures import png
+from tests.support.tokenizers import tokenizer_of
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import torch
 
 from engine.train.attention import Segments, attend_by_kernel, attend_row_by_row
 from tests.gpu.conftest import Card
+from tests.support.tiny import ARCHITECTURES
 from tests.train.test_attention import CUT, positions, states, tiny, tokens
-from tests.train.tiny import ARCHITECTURES
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["even", "grouped"])

@@ -12,8 +12,8 @@ from engine.train.evaluate import score
 from engine.train.generate import generate
 from engine.train.loop import Training
 from tests.gpu.conftest import Card
-from tests.train.offloading import BASES, EVERYTHING, NF4_EXPERTS, OFFLOADS, PLAIN, keys_of
-from tests.train.tiny import (
+from tests.support.offloading import BASES, EVERYTHING, NF4_EXPERTS, OFFLOADS, PLAIN, keys_of
+from tests.support.tiny import (
     MINISTRAL3,
     MISTRAL4,
     UNEVEN,

@@ -21,8 +21,8 @@ from engine.runs import RunFolder
 from tests.fakes import card as fake
 from tests.fakes.processes import ROOT
 from tests.gpu.conftest import Card
-from tests.train import processes
-from tests.train.processes import (
+from tests.support import trainers
+from tests.support.trainers import (
     LORA,
     QLORA,
     Workshop,
@@ -57,7 +57,7 @@ def begin(real: bool, then: Hook | None = None) -> None:
 def trainer(card: Card, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Hook]:
     """Makes the hook of a trainer on the card, with one more where it is given."""
     if card.real:  # a fork of a process that has looked at CUDA cannot use it
-        monkeypatch.setattr(processes, "_forks", lambda: multiprocessing.get_context("spawn"))
+        monkeypatch.setattr(trainers, "_forks", lambda: multiprocessing.get_context("spawn"))
     return lambda then=None: functools.partial(begin, card.real, then)
 
 

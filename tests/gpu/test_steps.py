@@ -20,9 +20,8 @@ from engine.train.generate import generate
 from tests.fakes import card as fake
 from tests.fakes import flash, kernels
 from tests.gpu.conftest import Card
-from tests.train.pictures import MIXED, seeing, write_pictured
-from tests.train.test_first_step import ON_EXPERTS
-from tests.train.tiny import (
+from tests.support.pictured_rows import MIXED, seeing, write_pictured
+from tests.support.tiny import (
     MINISTRAL3,
     MISTRAL,
     MISTRAL4,
@@ -35,6 +34,7 @@ from tests.train.tiny import (
     write_model,
     write_rows,
 )
+from tests.train.test_first_step import ON_EXPERTS
 
 LORA = {"adapter": "lora"}
 QLORA = {"adapter": "qlora", "load_in_4bit": True}

@@ -18,7 +18,7 @@ from torch import nn
 
 from engine.train.experts import Experts, GroupedNF4
 from engine.train.experts.adapter import LoraGrouped
-from tests.make.live_bytes import LiveBytes
+from tests.support.live_bytes import LiveBytes
 
 EXPERTS, CHOSEN = 8, 4
 

@@ -28,8 +28,8 @@ from transformers import Ministral3Config, Ministral3ForCausalLM
 from engine.train.attention import TORCH_VARLEN, register_backends
 from engine.train.forward import checkpoint_activations, hidden_states
 from engine.train.lora import leave_inputs_alone
-from tests.make.live_bytes import LiveBytes
-from tests.plan.live import CardBytes, as_on_cuda
+from tests.support.card_bytes import CardBytes, as_on_cuda
+from tests.support.live_bytes import LiveBytes
 
 PAGE = Path(__file__).parents[2] / "presets" / "memory.yml"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")

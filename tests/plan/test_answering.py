@@ -6,7 +6,7 @@ from engine.errors import DOES_NOT_FIT, UserError
 from engine.plan import estimate, refuse_answering
 from engine.plan.answering import answering_bytes
 from engine.units import GIB
-from tests.plan.machines import card, config, model, sized
+from tests.support.machines import card, config, model, sized
 
 
 def test_asking_takes_the_weights_and_the_adapter_but_no_step() -> None:

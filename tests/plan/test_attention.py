@@ -13,7 +13,7 @@ from engine.plan.attention import (
     needs_mask,
     why_not,
 )
-from tests.plan.machines import MODELS, card, cpu, model
+from tests.support.machines import MODELS, card, cpu, model
 
 PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
 NONE, TWO, FOUR, ALL = (), PACKAGES[:1], PACKAGES[2:], PACKAGES

@@ -69,7 +69,7 @@ def sampled_cells(count: int) -> list[Cell]:
     "number", range(20), ids=lambda n: f"{(c := sampled_cells(20)[n]).model} {c.goal} {c.card}"
 )
 def test_a_sampled_cell_agrees_with_the_dry_run_within_its_range(number: int) -> None:
-    from tests.plan.oracle import dry_run
+    from tests.research.oracle import dry_run
 
     cell = sampled_cells(20)[number]
     config, needs = cell.advice.config, cell.advice.estimate

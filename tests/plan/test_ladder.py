@@ -21,7 +21,7 @@ from engine.plan import (
 )
 from engine.plan.rungs import SAME_RESULT
 from engine.units import GIB
-from tests.plan.machines import card, config, cpu, dataset, model, sized
+from tests.support.machines import card, config, cpu, dataset, model, sized
 
 BIG: dict[str, Any] = {
     "adapter": "lora",

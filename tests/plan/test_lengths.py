@@ -7,7 +7,7 @@ import pytest
 
 from engine.cli import main
 from engine.plan import changed, estimate, price_lengths
-from tests.plan.machines import MODELS, card, config, model
+from tests.support.machines import MODELS, card, config, model
 
 QLORA = {
     "adapter": "qlora",

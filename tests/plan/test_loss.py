@@ -13,8 +13,8 @@ from engine.plan.loss import CHUNK_BYTES, PRICE, SMALLEST_CHUNK_BYTES, chunk_row
 from engine.plan.memory import moment_parts
 from engine.train.loss import _ChunkedCrossEntropy
 from engine.units import GIB
-from tests.plan.live import CardBytes, as_on_cuda
-from tests.plan.machines import card, config, cpu, model, sized
+from tests.support.card_bytes import CardBytes, as_on_cuda
+from tests.support.machines import card, config, cpu, model, sized
 
 TOKENS = 2048
 TRAINED_HEAD = {"lora_modules_to_save": ["lm_head", "embed_tokens"]}

@@ -30,7 +30,7 @@ from engine.plan.measured import (
     store,
 )
 from engine.units import GIB
-from tests.plan.machines import card, config, cpu, model
+from tests.support.machines import card, config, cpu, model
 
 H100 = card("H100 80GB")
 RUN = config(adapter="qlora", sequence_len=2048, sample_packing=True, gradient_checkpointing=True)

@@ -20,8 +20,7 @@ from engine.plan.memory import (
 )
 from engine.plan.memory.stack import DIFFERENCES
 from engine.units import GIB
-from tests.plan.machines import card, config, cpu, dataset, model, sized
-from tests.plan.published import (
+from tests.research.published import (
     LARGEST_MEAN_ERROR,
     LEAST_INSIDE,
     mean_error,
@@ -29,7 +28,8 @@ from tests.plan.published import (
     read_rows,
     share_inside,
 )
-from tests.plan.published import main as published
+from tests.research.published import main as published
+from tests.support.machines import card, config, cpu, dataset, model, sized
 
 H200 = card("H200")
 AXOLOTL: dict[str, Any] = {
@@ -52,7 +52,7 @@ IMAGES = {"sample_packing": False, "sequence_len": 1500, "processor_type": "Auto
 
 
 def test_published_peaks_lie_in_the_range_and_close() -> None:
-    """`python -m tests.plan.published` prints the table that this is about."""
+    """`python -m tests.research.published` prints the table that this is about."""
     assert mean_error(mistral_rows()) <= LARGEST_MEAN_ERROR
     assert share_inside() >= LEAST_INSIDE
     assert published() == 0

@@ -11,7 +11,7 @@ from engine.errors import UserError
 from engine.hardware import listed_gpus
 from engine.plan import Device, Recommendation, Statistics, make_fit, recommend
 from engine.units import GIB
-from tests.plan.machines import MODELS, card, cpu, dataset, model, sized
+from tests.support.machines import MODELS, card, cpu, dataset, model, sized
 
 GPUS = [gpu.name for gpu in listed_gpus()]
 SMALLER = ("2 GB", "4 GB", "8 GB", "12 GB", "16 GB")

@@ -10,7 +10,7 @@ from engine.catalog import list_models
 from engine.config import read_config
 from engine.errors import UserError
 from engine.plan import remarks
-from tests.plan.machines import config, model
+from tests.support.machines import config, model
 
 EXAMPLE = Path(__file__).parent.parent / "golden" / "config" / "mistral4-qlora-text.yml"
 ROUTERS = {"overrides_of_model_config": {"output_router_logits": True}}

@@ -11,7 +11,7 @@ from engine.hardware import assume
 from engine.plan import Estimate, best_device, changed, estimate, make_fit, recommend
 from engine.plan.memory import moment_parts
 from engine.plan.sharding import cards_laid_out, cards_needed
-from tests.plan.machines import config, model, sized
+from tests.support.machines import config, model, sized
 
 FSDP = {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}
 FULL = {"adapter": None, "bf16": True, "gradient_checkpointing": True}

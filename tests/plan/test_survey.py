@@ -3,7 +3,7 @@
 import pytest
 
 from engine.plan import Device, propose, survey
-from tests.plan.machines import MODELS, card, cpu, sized
+from tests.support.machines import MODELS, card, cpu, sized
 
 
 def proposed(device: Device) -> str:

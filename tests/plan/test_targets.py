@@ -17,7 +17,7 @@ from engine.plan.targets import (
     saved_parameters,
     trained_parameters,
 )
-from tests.plan.machines import MODELS, config, model
+from tests.support.machines import MODELS, config, model
 
 TABLES = {card.name: module_table(card.config) for card in list_models()}
 EYES = ("vision", "projector", "lm_head", "embed")

@@ -6,7 +6,7 @@ from ruamel.yaml import YAML
 
 from engine.publish import write_card
 from engine.publish.result import publish_result
-from tests.publish.runs import write_run
+from tests.support.run_folders import write_run
 
 
 def front_matter(text: str) -> dict[str, object]:

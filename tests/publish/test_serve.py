@@ -8,7 +8,7 @@ import pytest
 
 from engine.publish import serve_hints
 from engine.publish.serve import VLLM_RANKS
-from tests.publish.runs import write_run
+from tests.support.run_folders import write_run
 
 
 def words(run: Any, title: str) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 
 from engine.events import Eval, EventWriter
 from engine.runs.comparison import compare_figures, differences, read_curves
-from tests.publish.runs import step, write_run
+from tests.support.run_folders import step, write_run
 
 
 def figures(first: Path, second: Path) -> dict[str, tuple[float, float]]:

@@ -7,8 +7,8 @@ import torch
 # First, because it decides what transformers may load.
 import engine.train  # noqa: F401
 from engine.train.batches import Rows
-from tests.train.offloading import DEEP_MODELS
-from tests.train.tiny import ARCHITECTURES, UNEVEN, Row, write_model, write_rows
+from tests.support.offloading import DEEP_MODELS
+from tests.support.tiny import ARCHITECTURES, UNEVEN, Row, write_model, write_rows
 
 torch.set_num_threads(1)  # toy shapes: a second thread only waits
 

@@ -29,9 +29,7 @@ from engine.train.measure import (
 )
 from engine.train.prompts import ask, ask_by_default
 from engine.train.run import sampling_of
-from tests.train.processes import VOCABULARY as SMALL
-from tests.train.processes import small_tekken
-from tests.train.tiny import (
+from tests.support.tiny import (
     MISTRAL,
     Row,
     row,
@@ -41,6 +39,8 @@ from tests.train.tiny import (
     write_model,
     write_rows,
 )
+from tests.support.trainers import VOCABULARY as SMALL
+from tests.support.trainers import small_tekken
 
 TAUGHT, SPECS = (
     4,

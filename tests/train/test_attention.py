@@ -22,7 +22,7 @@ from engine.train.attention import (
     pick_attention,
     use_attention,
 )
-from tests.train.tiny import ARCHITECTURES, MISTRAL, VOCABULARY, settings
+from tests.support.tiny import ARCHITECTURES, MISTRAL, VOCABULARY, settings
 
 CUT = "flash_attention_torch"
 SIZES = ([13, 20, 7], [25, 15])

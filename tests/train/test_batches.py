@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from engine.chat.render import WITHHELD, Kind, LabelRule
 from engine.train.batches import PAD, Order, Rows, collate, evaluation_micros
-from tests.train.tiny import Row, row, settings, write_rows
+from tests.support.tiny import Row, row, settings, write_rows
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from engine.events import Eval, Score
 from engine.runs import Follower
 from engine.train.batches import Rows
 from engine.train.weights import trained_tensors
-from tests.train.tiny import settings, training, wake_adapter
+from tests.support.tiny import settings, training, wake_adapter
 
 
 def test_the_last_figures_are_those_of_the_model_that_is_the_result(

@@ -28,7 +28,7 @@ from engine.train.loop import Training
 from engine.train.loss import Loss
 from engine.train.model import Base, load_base
 from engine.train.weights import trained_tensors
-from tests.train.tiny import assemble, files_at_most, settings, training, wake_adapter
+from tests.support.tiny import assemble, files_at_most, settings, training, wake_adapter
 
 FULL = {"learning_rate": 0.01, "num_epochs": 4}
 LORA = FULL | {"adapter": "lora", "lora_dropout": 0.1}

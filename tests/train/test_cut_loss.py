@@ -20,8 +20,8 @@ from engine.train import cut_loss
 from engine.train.checkpoint import STATE
 from engine.train.cut_loss import settle_loss
 from engine.train.loss import IN_CHUNKS, Loss, summed_cross_entropy
-from tests.plan.machines import config, cpu, model
-from tests.train.processes import LORA, Workshop, events_of, figures, finish
+from tests.support.machines import config, cpu, model
+from tests.support.trainers import LORA, Workshop, events_of, figures, finish
 
 PLUGINS = ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]
 ASKED = RunConfig(base_model="any", plugins=PLUGINS)

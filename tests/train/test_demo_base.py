@@ -21,7 +21,7 @@ from engine.train.demo import EMBEDDING, SPREAD, draw_embedding, write_base
 from engine.train.forward import head_of
 from engine.train.generate import generate
 from engine.train.model import load_base
-from tests.train.tiny import files_at_most, settings
+from tests.support.tiny import files_at_most, settings
 
 CONFIG = find_model("demo-tiny").config
 

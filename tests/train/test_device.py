@@ -23,7 +23,7 @@ from engine.train import attention
 from engine.train.attention import Segments, attend_row_by_row, attend_stock, needs_equal_heads
 from engine.train.device import pick_dtype, require_planned_device
 from engine.train.optim import BITSANDBYTES
-from tests.plan.machines import config
+from tests.support.machines import config
 
 CUDA = torch.device("cuda", 0)
 OWN = "aaaa-1"

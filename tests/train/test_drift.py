@@ -24,7 +24,7 @@ from engine.train.drift import (
 from engine.train.forward import Model
 from engine.train.loop import Training
 from engine.train.model import load_base
-from tests.train.tiny import ARCHITECTURES, VOCABULARY, settings, training, wake_adapter
+from tests.support.tiny import ARCHITECTURES, VOCABULARY, settings, training, wake_adapter
 
 CPU = torch.device("cpu")
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}

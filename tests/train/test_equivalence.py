@@ -23,7 +23,7 @@ from engine.train.forward import Model, hidden_states, unwrapped
 from engine.train.loop import Training
 from engine.train.model import load_base
 from engine.train.weights import save_trained
-from tests.train.tiny import Row, gradients, row, settings, training, wake_adapter
+from tests.support.tiny import Row, gradients, row, settings, training, wake_adapter
 
 ALL_IN_ONE_STEP = {"gradient_accumulation_steps": 64}
 LAYOUTS = {

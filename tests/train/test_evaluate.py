@@ -17,7 +17,7 @@ from engine.train.evaluate import RiseWatch, Score, evaluating, mean_loss, score
 from engine.train.generate import generate
 from engine.train.loop import Training
 from engine.train.model import load_base
-from tests.train.tiny import Row, row, settings, training, write_rows
+from tests.support.tiny import Row, row, settings, training, write_rows
 
 TAUGHT, OTHERS = 5, 4
 LAYOUTS: dict[str, dict[str, Any]] = {

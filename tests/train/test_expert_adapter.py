@@ -28,7 +28,7 @@ from engine.train.experts import (
 from engine.train.forward import half_precision
 from engine.train.loop import Training
 from engine.train.weights import export_trained, load_trained, save_trained, trained_tensors
-from tests.train.tiny import gradients, settings, training, wake_adapter
+from tests.support.tiny import gradients, settings, training, wake_adapter
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 LINEARS = r"model\..*layers\.\d+\.(self_attn|mlp\.shared_experts)\.\w+_(proj|mqa)"

@@ -25,7 +25,7 @@ from engine.train.experts import (
     watch_routers,
 )
 from engine.train.experts.grouped import grouped_linear
-from tests.train.tiny import MISTRAL4, settings
+from tests.support.tiny import MISTRAL4, settings
 
 CPU = torch.device("cpu")
 TOKENS, EXPERTS, CHOSEN = 37, 8, 2

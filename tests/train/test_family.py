@@ -23,10 +23,17 @@ from engine.train.forward import half_precision
 from engine.train.generate import generate
 from engine.train.loop import Training
 from engine.train.weights import export_trained
-from tests.train import stock
-from tests.train.pictures import MIXED, seeing, write_pictured
+from tests.support import stock
+from tests.support.pictured_rows import MIXED, seeing, write_pictured
+from tests.support.tiny import (
+    ARCHITECTURES,
+    gradients,
+    settings,
+    training,
+    wake_adapter,
+    write_model,
+)
 from tests.train.test_first_step import METHODS, Method
-from tests.train.tiny import ARCHITECTURES, gradients, settings, training, wake_adapter, write_model
 
 PACKED: dict[str, Any] = {
     "sample_packing": True,

@@ -16,11 +16,11 @@ import pytest
 from engine.train.batches import Rows
 from engine.train.loop import Training
 from engine.train.weights import export_trained
-from tests.train import stock
-from tests.train.fp8_checkpoints import write_fp8
-from tests.train.pictures import MIXED, seeing, write_pictured
+from tests.support import stock
+from tests.support.fp8_checkpoints import write_fp8
+from tests.support.pictured_rows import MIXED, seeing, write_pictured
+from tests.support.tiny import ARCHITECTURES, settings, training, wake_adapter, write_model
 from tests.train.test_equivalence import norm_of
-from tests.train.tiny import ARCHITECTURES, settings, training, wake_adapter, write_model
 
 IN_ONE_STEP = {"gradient_accumulation_steps": 64, "max_grad_norm": 1e9}
 LAYOUTS: dict[str, dict[str, Any]] = {

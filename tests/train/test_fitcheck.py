@@ -33,10 +33,10 @@ from engine.train.fitcheck.random_weights import DrawnTensor, draw_weights
 from engine.train.fitcheck.reduced import as_it_is, reduce_for_cpu, shrink
 from engine.train.images import IMAGE_TOKEN
 from engine.train.model import build_empty, load_base
-from tests.make.live_bytes import LiveBytes
-from tests.plan.machines import cpu
-from tests.train.pictures import MIXED, seeing, write_pictured
-from tests.train.tiny import MINISTRAL3, settings, with_vision
+from tests.support.live_bytes import LiveBytes
+from tests.support.machines import cpu
+from tests.support.pictured_rows import MIXED, seeing, write_pictured
+from tests.support.tiny import MINISTRAL3, settings, with_vision
 
 # Wide enough that the layers, not the odd small tensor, decide.
 WIDE = MINISTRAL3 | {

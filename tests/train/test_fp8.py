@@ -16,8 +16,8 @@ from engine.errors import UserError
 from engine.train import fp8
 from engine.train.fp8 import dequantize
 from engine.train.model import load_base
-from tests.train.fp8_checkpoints import quantize, write_fp8
-from tests.train.tiny import ARCHITECTURES, edit_config, edit_weights, settings
+from tests.support.fp8_checkpoints import quantize, write_fp8
+from tests.support.tiny import ARCHITECTURES, edit_config, edit_weights, settings
 
 UP = "model.layers.1.mlp.up_proj"
 EXPERTS = "language_model.model.layers.1.mlp.experts.gate_up_proj"

@@ -11,7 +11,7 @@ from engine.train.forward import Model
 from engine.train.generate import _choose, generate, readable
 from engine.train.lora import attach_lora
 from engine.train.model import load_base
-from tests.train.tiny import settings, wake_adapter
+from tests.support.tiny import settings, wake_adapter
 
 CPU = torch.device("cpu")
 PROMPT = [1, 40, 50, 60, 70]

@@ -15,9 +15,9 @@ from engine.train.answers import Answering, Request, serve
 from engine.train.batches import Rows
 from engine.train.generate import generate
 from engine.train.prompts import ask
-from tests.train.pictures import SPEC, picture, seeing
-from tests.train.processes import VOCABULARY, small_tekken
-from tests.train.tiny import MISTRAL, edit_config, settings, training, wake_adapter, write_model
+from tests.support.pictured_rows import SPEC, picture, seeing
+from tests.support.tiny import MISTRAL, edit_config, settings, training, wake_adapter, write_model
+from tests.support.trainers import VOCABULARY, small_tekken
 
 QUESTION = {"role": "user", "content": "Hello there"}
 

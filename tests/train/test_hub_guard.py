@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from engine.config import write_config
 from engine.train.batches import Rows
 from engine.train.run import run
-from tests.train.tiny import UNEVEN, open_session, settings, write_rows
+from tests.support.tiny import UNEVEN, open_session, settings, write_rows
 
 REPOSITORY = Path(__file__).parents[2]
 KERNELS = "from pathlib import Path\nPath(__file__).with_name('imported').touch()\n"
@@ -34,7 +34,7 @@ from engine.train.evaluate import score
 from engine.train.fetch import leave_hub
 from engine.train.generate import generate
 from engine.train.weights import export_trained
-from tests.train.tiny import MINISTRAL3, UNEVEN, settings, training, write_model, write_rows
+from tests.support.tiny import MINISTRAL3, UNEVEN, settings, training, write_model, write_rows
 
 home = Path(sys.argv[1])
 try:

@@ -12,8 +12,8 @@ from engine.chat.images import ImageSpec, pixels
 from engine.data.prepared import StoredImage
 from engine.errors import UserError
 from engine.train.images import ImagePixels, join, pad, refuse_unread
-from tests.train.pictures import SPEC, Pictured, picture, seeing, stored, write_pictured
-from tests.train.tiny import MINISTRAL3, edit_config, write_model
+from tests.support.pictured_rows import SPEC, Pictured, picture, seeing, stored, write_pictured
+from tests.support.tiny import MINISTRAL3, edit_config, write_model
 
 IMAGES = [stored(picture(28 * (n + 1), 28, seed=n), n) for n in range(4)]
 """One, two, three and four tokens wide; a token is 28 x 28 pixels of three float32 numbers."""

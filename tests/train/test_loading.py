@@ -19,8 +19,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from engine.errors import UserError
 from engine.train.model import Base, load_base
-from tests.train.fp8_checkpoints import write_fp8
-from tests.train.tiny import (
+from tests.support.fp8_checkpoints import write_fp8
+from tests.support.tiny import (
     ARCHITECTURES,
     MINISTRAL3,
     edit_config,
@@ -327,7 +327,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 from engine.train.model import load_base
-from tests.train.tiny import settings
+from tests.support.tiny import settings
 
 def load(folder):
     return load_base(Path(folder), settings(folder, bf16=True))

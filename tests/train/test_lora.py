@@ -15,7 +15,14 @@ from engine.train.batches import Order, Rows
 from engine.train.forward import Model, hidden_states
 from engine.train.lora import as_expression, attach_lora, choose_trained
 from engine.train.model import Base, load_base
-from tests.train.tiny import ARCHITECTURES, MINISTRAL3, settings, training, with_vision, write_model
+from tests.support.tiny import (
+    ARCHITECTURES,
+    MINISTRAL3,
+    settings,
+    training,
+    with_vision,
+    write_model,
+)
 
 TABLES = {name: module_table(config) for name, config in ARCHITECTURES.items()} | {
     card.name: module_table(card.config) for card in list_models()

@@ -18,7 +18,7 @@ from engine.train.batches import Rows
 from engine.train.forward import half_precision, head_of
 from engine.train.loop import Training
 from engine.train.weights import export_trained, trained_parameters, trained_tensors
-from tests.train.tiny import (
+from tests.support.tiny import (
     ARCHITECTURES,
     MINISTRAL3,
     VOCABULARY,

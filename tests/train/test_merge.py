@@ -22,8 +22,7 @@ from engine.train.adapter_files import CONFIG, WEIGHTS
 from engine.train.batches import Rows
 from engine.train.merge import merge
 from engine.train.weight_files import Entry, write_shards
-from tests.train.test_weights import logits, stock_model
-from tests.train.tiny import (
+from tests.support.tiny import (
     MINISTRAL3,
     edit_config,
     files_at_most,
@@ -32,6 +31,7 @@ from tests.train.tiny import (
     wake_adapter,
     write_model,
 )
+from tests.train.test_weights import logits, stock_model
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from engine.errors import UserError
 from engine.train.forward import half_precision, head_of, hidden_states
 from engine.train.model import load_base, pick_device, pick_dtype
-from tests.train.tiny import (
+from tests.support.tiny import (
     ARCHITECTURES,
     MINISTRAL3,
     YARN,

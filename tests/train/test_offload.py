@@ -20,8 +20,8 @@ from engine.train.model import load_base
 from engine.train.offload import checkpoints, decoder_layers, head_at_hand
 from engine.train.offload.transfer import Hosted, HostMemory
 from engine.train.weights import export_trained
-from tests.train import stock
-from tests.train.offloading import (
+from tests.support import stock
+from tests.support.offloading import (
     BASES,
     EVERYTHING,
     NF4,
@@ -33,8 +33,8 @@ from tests.train.offloading import (
     keys_of,
     weights_of_layers,
 )
+from tests.support.tiny import gradients, settings
 from tests.train.test_checkpoint import everything, steps
-from tests.train.tiny import gradients, settings
 
 COMBINATIONS = [
     *(("ministral3", "NF4", name) for name in OFFLOADS),

@@ -14,8 +14,8 @@ from engine.plan.vision import image_share
 from engine.train.batches import collate
 from engine.train.fitcheck.batches import count_rows
 from engine.train.forward import hidden_states
-from tests.train.pictures import Pictured, picture, seeing, write_pictured
-from tests.train.tiny import MINISTRAL3, settings, training, write_model
+from tests.support.pictured_rows import Pictured, picture, seeing, write_pictured
+from tests.support.tiny import MINISTRAL3, settings, training, write_model
 
 # Wide enough that the products are most of its work.
 TOWER = {

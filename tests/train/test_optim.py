@@ -20,7 +20,7 @@ from engine.train.optim import (
     take_step,
     warmup_steps,
 )
-from tests.train.tiny import settings
+from tests.support.tiny import settings
 
 PEAK = 0.01
 

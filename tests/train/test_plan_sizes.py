@@ -31,7 +31,7 @@ from tests.make.layer_memory import (
     Shape,
     layer_bytes,
 )
-from tests.train.tiny import MINISTRAL3, settings, training, with_vision, write_model
+from tests.support.tiny import MINISTRAL3, settings, training, with_vision, write_model
 
 CPU = cpu_device(assume("24 GB"))
 # Every matrix holds whole blocks of 64 x 256 weights, and more than the 4,096 numbers below which

@@ -9,7 +9,7 @@ import pytest
 from engine.events import Ack, Sample, Saved
 from engine.runs import RunFolder, Word, ask, read_steps, send, status
 from tests.fakes.processes import wait_until
-from tests.train.processes import (
+from tests.support.trainers import (
     LORA,
     Workshop,
     events_of,

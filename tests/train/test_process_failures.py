@@ -19,7 +19,7 @@ from engine.launch import launch
 from engine.runs import RunFolder, is_locked, read_steps, status
 from tests.fakes.packages import package
 from tests.fakes.processes import ROOT, wait_until
-from tests.train.processes import (
+from tests.support.trainers import (
     LORA,
     VOCABULARY,
     Workshop,

@@ -10,7 +10,7 @@ import pytest
 from engine.events import Phase, Step
 from engine.runs import RunFolder, status
 from tests.fakes.processes import wait_until
-from tests.train.processes import (
+from tests.support.trainers import (
     LORA,
     QLORA,
     DieAfter,

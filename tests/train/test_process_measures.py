@@ -4,7 +4,7 @@ import pytest
 
 from engine.events import Answers, Drift, Score
 from engine.runs import RunFolder
-from tests.train.processes import LORA, Workshop, events_of, finish
+from tests.support.trainers import LORA, Workshop, events_of, finish
 
 KEYS = LORA | {
     **{"max_steps": 6, "eval_steps": 3, "save_steps": 3, "val_set_size": 0.2},

@@ -14,7 +14,7 @@ from engine.data.prepared import Prepared
 from engine.events import Score
 from engine.runs import RunFolder, read_steps
 from tests.fakes.processes import wait_until
-from tests.train.processes import LORA, Workshop, events_of, finish, training
+from tests.support.trainers import LORA, Workshop, events_of, finish, training
 
 KEYS = {"max_steps": 4, "save_steps": 4, "learning_rate": 0.02}
 

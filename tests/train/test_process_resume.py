@@ -9,7 +9,7 @@ from engine.errors import UserError
 from engine.events import Note, Step
 from engine.launch import resume_run
 from engine.runs import Follower, RunFolder, read_steps, status
-from tests.train.processes import (
+from tests.support.trainers import (
     LORA,
     DieBeforeStep,
     Workshop,

@@ -14,7 +14,7 @@ from engine.events import Phase, Sample
 from engine.launch import launch
 from engine.runs import is_locked, read_steps, status
 from tests.fakes.processes import ROOT, wait_until
-from tests.train.processes import (
+from tests.support.trainers import (
     LORA,
     Workshop,
     events_of,

@@ -18,7 +18,7 @@ from engine.train.evaluate import score
 from engine.train.experts import GroupedNF4
 from engine.train.model import Base, load_base
 from engine.train.quantize import hold_quantized
-from tests.train.tiny import gradients, settings, training, wake_adapter
+from tests.support.tiny import gradients, settings, training, wake_adapter
 
 QLORA = {"adapter": "qlora", "load_in_4bit": True}
 

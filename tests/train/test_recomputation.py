@@ -12,8 +12,8 @@ from engine.train.batches import Rows
 from engine.train.forward import unwrapped
 from engine.train.loop import Training
 from engine.train.offload import decoder_layers
-from tests.train.offloading import BASES, DEEP_MODELS, OFFLOADS, begun
-from tests.train.tiny import gradients
+from tests.support.offloading import BASES, DEEP_MODELS, OFFLOADS, begun
+from tests.support.tiny import gradients
 
 ALL: dict[str, Any] = {}
 NONE: dict[str, Any] = {"gradient_checkpointing": False}

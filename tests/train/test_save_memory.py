@@ -19,8 +19,8 @@ from engine.train.batches import Rows
 from engine.train.fitcheck.gauges import CpuGauge
 from engine.train.loop import Training
 from engine.train.weights import export_trained
-from tests.plan.machines import card, config, cpu, model
-from tests.train.tiny import MINISTRAL3, settings, training, write_model
+from tests.support.machines import card, config, cpu, model
+from tests.support.tiny import MINISTRAL3, settings, training, write_model
 
 WIDE = MINISTRAL3 | {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 4096}
 WHOLE_PIECE_BYTES, PIECE_BYTES = weight_files.PIECE_BYTES, 2**18

@@ -18,7 +18,7 @@ from engine.runs import RunFolder, read_steps
 from engine.train.forward import unwrapped
 from engine.train.offload import decoder_layers
 from engine.train.shortage import asked_bytes, is_shortage, words_of
-from tests.train.processes import (
+from tests.support.trainers import (
     LORA,
     Workshop,
     at_step,

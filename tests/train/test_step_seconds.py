@@ -17,7 +17,7 @@ from engine.train.meter import Meter
 from engine.train.model import load_base
 from engine.train.prompts import Prompt
 from engine.train.run import put_on_training
-from tests.train.tiny import open_session, settings, training
+from tests.support.tiny import open_session, settings, training
 
 COLLATING, MOVING, BETWEEN = 7.0, 5.0, 1000.0
 

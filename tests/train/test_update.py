@@ -17,9 +17,9 @@ from engine.plan.targets import adapter_parameters, choose_targets, largest_movi
 from engine.train.batches import Rows
 from engine.train.fitcheck.gauges import CpuGauge
 from engine.train.optim import build_optimizer, take_step
-from tests.plan.machines import card, cpu
+from tests.support.machines import card, cpu
+from tests.support.tiny import MISTRAL4, settings, training, write_model
 from tests.train.test_fitcheck import WIDE, describe
-from tests.train.tiny import MISTRAL4, settings, training, write_model
 
 OPTIMIZERS = sorted(set(CPU_BYTES) - {"adamw_torch_8bit", "adamw_8bit"})  # torchao's; another name
 LOOSE = {

@@ -10,7 +10,7 @@ import pytest
 
 from engine.cli import main
 from engine.runs import RunFolder, status
-from tests.train.tiny import MISTRAL, write_model
+from tests.support.tiny import MISTRAL, write_model
 
 TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240718.json"
 # Nemo's heads are narrower than its width asks for: 32 of 128 on a width of 5,120.

@@ -22,7 +22,7 @@ from engine.train.generate import generate
 from engine.train.model import load_base
 from engine.train.prompts import ask_about_images
 from engine.train.weights import trained_tensors
-from tests.train.pictures import (
+from tests.support.pictured_rows import (
     MIXED,
     Pictured,
     picture,
@@ -30,8 +30,8 @@ from tests.train.pictures import (
     write_pictured,
     write_rendered,
 )
-from tests.train.stock import seen
-from tests.train.tiny import (
+from tests.support.stock import seen
+from tests.support.tiny import (
     MINISTRAL3,
     MISTRAL,
     MISTRAL4,

@@ -17,7 +17,7 @@ from engine.train.batches import Rows
 from engine.train.loop import Training
 from engine.train.model import load_base
 from engine.train.weights import export_trained, load_trained, save_trained, trained_tensors
-from tests.train.tiny import (
+from tests.support.tiny import (
     MINISTRAL3,
     files_at_most,
     settings,

@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.hardware import assume
 from engine.plan import Statistics, best_device, estimate
 from engine.units import gib
-from tests.tui.stand_in import SAMPLE, WORKER, Screen, draft_on, opened, run
+from tests.support.stand_in import SAMPLE, WORKER, Screen, draft_on, opened, run
 from tui.app import WindtunnelApp
 from tui.commands import check_command, plan_command, preview_command
 from tui.counting import COUNTING, count_rows, counted_of, next_count, take_count

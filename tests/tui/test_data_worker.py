@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from tests.tui.stand_in import SAMPLE
+from tests.support.stand_in import SAMPLE
 from tui.data_worker import DataWorker
 
 

@@ -8,7 +8,7 @@ from textual.message import Message
 from engine.events import Ended, Recorded, format_line
 from engine.runs import RunFolder, create_run
 from tests.fakes.processes import running_fake, wait_until
-from tests.tui.told_runs import step_event
+from tests.support.told_runs import step_event
 from tui.follow import follow_run, send_command
 from tui.messages import RunAsked, RunTold, RunUnreadable, WorkRefused
 

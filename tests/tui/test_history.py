@@ -18,7 +18,7 @@ from engine.events import (
     Started,
 )
 from engine.runs import Follower
-from tests.tui.told_runs import AFTER, BEFORE, PROMPT, step_event, told_run
+from tests.support.told_runs import AFTER, BEFORE, PROMPT, step_event, told_run
 from tui.history import Answer, History
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from engine.events import Event, Note, Phase, Recorded, Sample, Saved, Score, Started, Step
-from tests.extras import needs_trainer
+from tests.support.extras import needs_trainer
 from tui.progress import Progress
 
 STARTED = Started("run", "demo-tiny", "lora", ("cpu",), 1, 2, 98304)

@@ -13,7 +13,7 @@ from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
 from engine.errors import UserError
-from tests.tui.screens import screen_text
+from tests.support.screens import screen_text
 from tui.app import WindtunnelApp
 from tui.ascii import to_ascii
 from tui.draft import Draft

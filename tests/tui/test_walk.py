@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.runs import find_run, status
-from tests.extras import needs_trainer
+from tests.support.extras import needs_trainer
 
 pytestmark = [
     pytest.mark.slow,

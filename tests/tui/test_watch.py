@@ -14,7 +14,7 @@ import pytest
 from engine.events import Ended
 from engine.runs import create_run
 from tests.fakes.processes import PATIENCE_SECONDS, ROOT, run_python, running_fake
-from tests.tui.told_runs import told_run
+from tests.support.told_runs import told_run
 
 
 class Terminal:

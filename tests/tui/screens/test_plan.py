@@ -1,0 +1,334 @@
+"""The Plan page: values change as in a spreadsheet, and everything follows at once."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+
+from engine.config import DatasetConfig
+from engine.hardware import assume
+from engine.plan import Statistics, best_device, cpu_device
+from engine.units import gib
+from tests.support.screens import assert_golden, screen_text, wait_for
+from tui.app import WindtunnelApp
+from tui.counting import counted_of
+from tui.draft import Draft
+from tui.entry import WizardRequest, make_draft
+from tui.page import Page
+from tui.screens.plan.settings import list_fields
+from tui.values import set_value
+from tui.widgets.fields import Fields
+from tui.widgets.memory_bar import bar_parts, share_cells
+
+ROWS = Statistics(480, 480, 142_150, 74_498, 33_180, 296.1, 688, 1213, (1213,) * 9 + (688,) * 471)
+
+
+OPENED = """\
+base_model: mistralai/Magistral-Small-2509
+adapter: qlora
+load_in_4bit: true
+lora_r: 32
+sequence_len: 8192
+sample_packing: true
+micro_batch_size: 2
+attn_implementation: sdpa
+gradient_checkpointing: true
+datasets:
+  - path: chats.jsonl
+"""
+
+
+EXPERT_TENSORS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+"""As the recipe of Mistral Small 4 names them."""
+
+
+def planned(gpu: str, model: str) -> Draft:
+    """A draft for a card that nothing else uses."""
+    machine = assume(gpu)
+    draft = Draft(
+        machine=machine,
+        device=best_device(machine),
+        model=model,
+        dataset=DatasetConfig(path="chats.jsonl", type="chat_template"),
+        statistics=ROWS,
+    )
+    draft.counted = counted_of(draft.config())
+    return draft
+
+
+class Beyond(Page):
+    STEP = "Review"
+
+
+class Before(Page):
+    STEP = "Preview"
+
+
+@asynccontextmanager
+async def plan_page(draft: Draft, size: tuple[int, int] = (80, 24)) -> AsyncIterator[Pilot[int]]:
+    app = WindtunnelApp(draft, start="Plan", pages={"Review": Beyond, "Preview": Before})
+    async with app.run_test(size=size) as pilot:
+        await pilot.pause()
+        yield pilot
+
+
+def on_page(
+    draft: Draft, act: Callable[[Pilot[int]], Awaitable[None]], size: tuple[int, int] = (80, 24)
+) -> str:
+    """What the screen shows after `act`."""
+
+    async def run() -> str:
+        async with plan_page(draft, size) as pilot:
+            await act(pilot)
+            await pilot.pause()
+            return screen_text(pilot.app)
+
+    return asyncio.run(run())
+
+
+def press(*keys: str) -> Callable[[Pilot[int]], Awaitable[None]]:
+    async def act(pilot: Pilot[int]) -> None:
+        await pilot.press(*keys)
+
+    return act
+
+
+def go_to(key: str) -> Callable[[Pilot[int]], Awaitable[None]]:
+    async def act(pilot: Pilot[int]) -> None:
+        fields = pilot.app.screen.query_one(Fields)
+        while fields.field is not None and fields.field.key != key:
+            await pilot.press("down")
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "model", "size"),
+    [
+        ("plan-80x24", "RTX 4090", "magistral-small-2507", (80, 24)),
+        ("plan-120x40-slow", "RTX 4090", "mistral-medium-3.5", (120, 40)),
+        ("plan-120x40-too-large", "RTX 4090", "magistral-small-2507", (120, 40)),
+    ],
+)
+def test_the_page_looks_as_it_should(
+    name: str, gpu: str, model: str, size: tuple[int, int]
+) -> None:
+    draft = planned(gpu, model)
+    draft.change("attn_implementation", "sdpa")  # not what happens to be installed here
+    if "too-large" in name:
+        draft.change("adapter", "lora")
+    assert_golden(name, on_page(draft, press(), size))
+
+
+def test_an_opened_config_has_its_ladder_beside_it_in_whole_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yml").write_text(OPENED, "utf-8")
+    draft = make_draft(WizardRequest(Path("mine.yml"), assumed="16 GB"))
+    draft.statistics, draft.counted = ROWS, counted_of(draft.config())
+    assert_golden("plan-120x40-opened", on_page(draft, press(), (120, 40)))
+
+
+def test_typing_a_rank_moves_the_verdict_the_bar_and_the_config() -> None:
+    draft = planned("RTX 4090", "magistral-small-2507")
+    before = draft.advice().estimate.device_bytes
+
+    async def act(pilot: Pilot[int]) -> None:
+        await go_to("lora_r")(pilot)
+        await pilot.press("8")
+
+    text = on_page(draft, act)
+    assert draft.config().lora_r == 8
+    after = draft.advice().estimate.device_bytes
+    assert after < before
+    assert f"needs {after / 2**30:.1f} GiB" in text
+    assert "lora_r=8" in text  # the command that does the same
+    assert "8▏" in text
+
+
+def test_a_person_s_value_is_marked_and_u_puts_the_recommended_one_back() -> None:
+    draft = planned("RTX 4090", "magistral-small-2507")
+    recommended = draft.config().lora_r
+
+    async def act(pilot: Pilot[int]) -> None:
+        await go_to("lora_r")(pilot)
+        await pilot.press("left")
+        await pilot.pause()
+        assert "16›*" in screen_text(pilot.app)
+        assert draft.advice().reasons["lora_r"].startswith("yours (recommended")
+        await pilot.press("u")
+
+    on_page(draft, act)
+    assert "lora_r" not in draft.changes
+    assert draft.config().lora_r == recommended
+
+
+@pytest.mark.parametrize("keys", [("8", ".", "5"), ("0",), ("9", "e", "9", "9")])
+def test_a_typed_value_that_is_none_keeps_the_last_good_plan(keys: tuple[str, ...]) -> None:
+    draft = planned("RTX 4090", "magistral-small-2507")
+
+    async def act(pilot: Pilot[int]) -> None:
+        await go_to("lora_r")(pilot)
+        await pilot.press(*keys)
+        await pilot.press("enter")
+
+    text = on_page(draft, act)
+    assert "● Plan" in text  # enter did not pass
+    assert "lora_r" in text.split("settings", 1)[1]
+    assert isinstance(draft.config().lora_r, int)
+
+
+def test_experts_and_attention_are_offered_as_they_fit_the_model_and_the_card() -> None:
+    fields = {
+        each.key: each
+        for each in list_fields(planned("T4", "ministral-3-3b"), every=False, wrong=None)
+    }
+    assert not {"lora_target_parameters", "quantize_moe_experts"} & set(fields)
+    assert "flash_attention_2" not in fields["attn_implementation"].usual  # needs Ampere
+    assert "; FlashAttention 4 is not eligible: it needs " in fields["attn_implementation"].reason
+    draft = planned("H200", "mistral-small-4")
+    set_value(draft, "gradient_checkpointing", "true")  # or fewer layers are kept beside experts
+    fields = {each.key: each for each in list_fields(draft, every=False, wrong=None)}
+    assert "flash_attention_3" in fields["attn_implementation"].usual
+    assert "; FlashAttention 4 is eligible: made for Hopper" in fields["attn_implementation"].reason
+    before = draft.advice().estimate.device_bytes
+    told = fields["lora_target_parameters"].reason
+    set_value(draft, "lora_target_parameters", "experts")
+    assert draft.config().lora_target_parameters == EXPERT_TENSORS
+    after = draft.advice().estimate.device_bytes
+    assert after > before
+    assert told.startswith(f"with: {gib(after)}")
+    fields = {each.key: each for each in list_fields(draft, every=False, wrong=None)}
+    assert fields["lora_target_parameters"].value == "experts"
+    assert fields["lora_target_parameters"].reason.startswith(f"without: {gib(before)}")
+    set_value(draft, "lora_target_parameters", "none")
+    assert draft.config().lora_target_parameters is None
+
+
+def test_full_qlora_and_lora_take_what_belongs_to_them_along() -> None:
+    draft = planned("H200", "ministral-3-8b")
+    set_value(draft, "adapter", "full")
+    assert draft.config().adapter is None
+    assert not draft.config().load_in_4bit
+    assert draft.config().learning_rate == pytest.approx(2e-5)
+    set_value(draft, "adapter", "qlora")
+    assert draft.config().load_in_4bit
+    draft.reset("adapter")
+    assert draft.changes == {}
+
+
+def test_a_held_out_share_takes_the_place_of_the_recipe_s_sets() -> None:
+    draft = planned("H100 80GB HBM3", "demo-tiny")
+    draft.dataset = DatasetConfig(path="sample:harbour-pilot", type="chat_template")
+    assert draft.config().test_datasets
+    set_value(draft, "val_set_size", "0.2")
+    assert draft.config().val_set_size == pytest.approx(0.2)
+    assert not draft.config().test_datasets
+    draft.reset("val_set_size")
+    assert draft.config().test_datasets
+
+
+def test_f_takes_rungs_until_it_fits() -> None:
+    draft = planned("RTX 4090", "magistral-small-2507")
+    draft.change("adapter", "lora")
+    assert draft.advice().estimate.verdict == "does not fit"
+
+    async def act(pilot: Pilot[int]) -> None:
+        await pilot.press("f")
+        await pilot.pause()
+        assert "what would fit, least change first" in screen_text(pilot.app)
+        await pilot.press("enter")
+
+    assert "✓ fits" in on_page(draft, act)
+    assert draft.advice().estimate.verdict == "fits"
+    assert draft.changes["adapter"] == "qlora"
+
+
+def test_f_says_so_where_it_fits_already() -> None:
+    text = on_page(planned("H200", "ministral-3-3b"), press("f"))
+    assert "what would fit" not in text
+
+
+def test_g_plans_for_another_gpu() -> None:
+    draft = planned("RTX 4090", "mistral-medium-3.5")
+
+    async def act(pilot: Pilot[int]) -> None:
+        await pilot.press("g")
+        await pilot.pause()
+        await pilot.press("G", "enter")
+
+    on_page(draft, act)
+    assert draft.device is not None
+    assert draft.device.planned
+    assert draft.device.total_bytes > 140 * 2**30
+    assert draft.advice().estimate.verdict == "fits"
+
+
+def test_a_shows_all_settings_and_f1_explains_the_one_under_the_cursor() -> None:
+    draft = planned("RTX 4090", "magistral-small-2507")
+    text = on_page(draft, press("a", "end", "f1"))
+    assert "windtunnel explain seed" in text
+
+
+def test_enter_accepts_and_escape_goes_back() -> None:
+    draft = planned("RTX 4090", "magistral-small-2507")
+    assert "● Review" in on_page(draft, press("enter"))
+    assert "● Preview" in on_page(draft, press("escape"))
+
+
+def test_a_missing_answer_is_a_sentence() -> None:
+    text = on_page(Draft(model="ministral-3-3b"), press())
+    assert "No device is chosen." in text
+
+
+def test_the_bar_adds_up_and_an_overflow_is_drawn() -> None:
+    fits = planned("RTX 4090", "magistral-small-2507")
+    device = fits.device
+    assert device is not None
+    parts = bar_parts(fits.advice().estimate, device)
+    assert sum(part.size_bytes for part in parts) == pytest.approx(device.total_bytes, abs=1)
+    fits.change("adapter", "lora")
+    large = fits.advice().estimate
+    parts = bar_parts(large, device)
+    over = next(part for part in parts if part.name == "over by")
+    assert over.size_bytes == -large.spare_bytes
+    kept = device.total_bytes - large.can_give_bytes
+    assert sum(p.drawn_bytes for p in parts) == pytest.approx(large.device_bytes + kept, abs=1)
+    assert sum(share_cells([3, 3, 3, 1], 71)) == 71
+    assert share_cells([0, 0], 10) == [0, 0]
+
+
+def test_a_card_that_is_not_here_is_not_measured() -> None:
+    async def act(pilot: Pilot[int]) -> None:
+        await pilot.press("F")
+        await pilot.pause()
+        (told,) = pilot.app._notifications
+        assert told.message.startswith("RTX 4090 is not here")
+
+    on_page(planned("RTX 4090", "ministral-3-3b"), act)
+
+
+@pytest.mark.slow
+def test_big_f_measures_here_and_keeps_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setenv("WINDTUNNEL_MEASURED", str(tmp_path))
+    draft = planned("RTX 4090", "demo-tiny")
+    draft.device = cpu_device(assume("24 GB"))
+    draft.statistics = draft.dataset = None
+
+    async def act(pilot: Pilot[int]) -> None:
+        await pilot.press("F")
+        await wait_for(
+            pilot,
+            lambda: any("measured peak" in told.message for told in pilot.app._notifications),
+            seconds=120,
+        )
+
+    on_page(draft, act)
+    assert list(tmp_path.glob("*.json"))

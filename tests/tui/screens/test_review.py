@@ -1,0 +1,178 @@
+"""The Review page: the file as it is run, started, saved, named, edited."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+
+from engine.config import DatasetConfig, read_config
+from engine.hardware import assume, read_machine
+from engine.plan import best_device, cpu_device
+from tests.support.extras import needs_trainer
+from tests.support.screens import screen_text
+from tui.app import WindtunnelApp
+from tui.draft import Draft
+from tui.page import Page
+from tui.screens.review import ReviewPage
+from tui.widgets.keys import CommandLine
+
+SAMPLE = DatasetConfig(path="sample:harbour-pilot", type="chat_template")
+
+
+class Before(Page):
+    STEP = "Plan"
+
+
+def for_the_demo() -> Draft:
+    machine = read_machine()
+    return Draft(machine=machine, device=cpu_device(machine), model="demo-tiny", dataset=SAMPLE)
+
+
+def for_a_planned_card() -> Draft:
+    machine = assume("H100 80GB HBM3")
+    device = best_device(machine)
+    return Draft(machine=machine, device=device, model="ministral-3-8b", dataset=SAMPLE)
+
+
+@asynccontextmanager
+async def review_page(draft: Draft) -> AsyncIterator[Pilot[int]]:
+    app = WindtunnelApp(draft, start="Review", pages={"Plan": Before})
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.pause()
+        yield pilot
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_what_is_shown_is_what_is_saved(tmp_path: Path) -> None:
+    draft = for_the_demo()
+    draft.change("learning_rate", 0.003)
+
+    async def run() -> str:
+        async with review_page(draft) as pilot:
+            await pilot.press("down", "enter")
+            await pilot.pause()
+            return screen_text(pilot.app)
+
+    text = asyncio.run(run())
+    saved = tmp_path / "harbour-pilot-demo-tiny.yml"
+    assert "✓ saved" in text
+    assert f"windtunnel train {saved}"[:40] in text
+    assert saved.read_text("utf-8") == draft.config_text()
+    assert read_config(saved).config.learning_rate == pytest.approx(0.003)
+    assert "yours (recommended 0.005" in saved.read_text("utf-8")
+
+
+def test_saving_never_overwrites_a_file(tmp_path: Path) -> None:
+    (tmp_path / "harbour-pilot-demo-tiny.yml").write_text("mine\n", "utf-8")
+
+    async def run() -> None:
+        async with review_page(for_the_demo()) as pilot:
+            await pilot.press("down", "enter")
+
+    asyncio.run(run())
+    assert (tmp_path / "harbour-pilot-demo-tiny.yml").read_text("utf-8") == "mine\n"
+    assert (tmp_path / "harbour-pilot-demo-tiny-2.yml").exists()
+
+
+def test_for_a_planned_card_the_first_answer_is_to_save() -> None:
+    async def run() -> str:
+        async with review_page(for_a_planned_card()) as pilot:
+            command = pilot.app.screen.query_one(CommandLine).command
+            assert command.endswith("-o harbour-pilot-ministral-3-8b.yml")
+            return screen_text(pilot.app)
+
+    text = asyncio.run(run())
+    assert "· ready to save" in text
+    assert "❯ save only" in text
+
+
+def test_a_plan_that_does_not_fit_is_saved_and_said_to_be_one() -> None:
+    draft = for_a_planned_card()
+    draft.model = "mistral-medium-3.5"
+    draft.change("adapter", "lora")
+
+    async def run() -> str:
+        async with review_page(draft) as pilot:
+            return screen_text(pilot.app)
+
+    assert "· ready to save  does not fit: " in asyncio.run(run())
+
+
+def test_start_is_refused_with_its_reason() -> None:
+    async def run() -> str:
+        async with review_page(for_a_planned_card()) as pilot:
+            await pilot.press("up", "enter")
+            await pilot.pause()
+            return screen_text(pilot.app)
+
+    text = asyncio.run(run())
+    assert "is planned for and not here." in text
+    assert "kept" in text
+
+
+@needs_trainer
+def test_n_names_the_run() -> None:
+    draft = for_the_demo()
+
+    async def run() -> str:
+        async with review_page(draft) as pilot:
+            await pilot.press("n")
+            field = pilot.app.screen.query_one("NameField")
+            field.value = "pilots"  # type: ignore[attr-defined]
+            await pilot.press("enter")
+            await pilot.pause()
+            return screen_text(pilot.app)
+
+    text = asyncio.run(run())
+    assert draft.name == "pilots"
+    assert "windtunnel train pilots.yml" in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("lora_r: 16", "lora_r: 4", ""),
+        ("lora_r:", "lora_rank:", "did you mean"),
+        ("lora_r: 16", "lora_r: none", "lora_r"),
+    ],
+)
+def test_what_the_editor_wrote_is_taken_or_refused_with_its_reason(
+    old: str, new: str, expected: str
+) -> None:
+    draft = for_the_demo()
+
+    async def run() -> str:
+        async with review_page(draft) as pilot:
+            page = pilot.app.screen
+            assert isinstance(page, ReviewPage)
+            page.take_text(draft.config_text().replace(old, new))
+            await pilot.pause()
+            return screen_text(pilot.app)
+
+    text = asyncio.run(run())
+    if expected:
+        assert expected in text.lower()
+        assert draft.config().lora_r == 16
+    else:
+        assert draft.config().lora_r == 4
+        assert "lora_r: 4" in draft.config_text()
+
+
+def test_without_an_editor_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EDITOR", raising=False)
+    monkeypatch.delenv("VISUAL", raising=False)
+
+    async def run() -> str:
+        async with review_page(for_the_demo()) as pilot:
+            await pilot.press("e")
+            await pilot.pause()
+            return screen_text(pilot.app)
+
+    assert "There is no editor to open." in asyncio.run(run())

@@ -1,0 +1,226 @@
+"""The Runs page: the list, two runs compared, a run resumed, a run taken away."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+
+from engine.events import Ended
+from engine.runs import RunFolder, RunLock, create_run
+from tests.support.extras import needs_trainer
+from tests.support.screens import assert_golden, screen_text, wait_for, wait_for_text
+from tests.support.told_runs import BEGAN, told_run
+from tui.app import WindtunnelApp
+from tui.messages import RunsSeen
+from tui.page import Page
+from tui.run_facts import RunsReader
+from tui.screens.runs import RunsPage
+from tui.screens.train import TrainPage
+
+
+class FrozenRunsPage(RunsPage):
+    """The same page at a time that never changes."""
+
+    def __init__(self) -> None:
+        super().__init__(clock=lambda: BEGAN + 86_400 * 2)
+
+
+PAGES: dict[str, type[Page]] = {"Runs": FrozenRunsPage, "Train": TrainPage}
+
+
+@pytest.fixture
+def runs(home: Path) -> list[RunFolder]:
+    """Three runs, the newest first, as the list has them."""
+    folder = home / "runs"
+    failed = Ended("failed", 12, "The loss is NaN.", "It diverged.", "Lower the rate.")
+    made = [
+        told_run(folder / "medium-try", 12, failed),
+        told_run(folder / "support-0", 99, Ended("finished", 99), lora_r=16),
+        told_run(folder / "support-1", 61),
+    ]
+    return made[::-1]
+
+
+def listed(work: Callable[[Pilot[int]], Awaitable[None]], size: tuple[int, int] = (80, 24)) -> None:
+    async def look() -> None:
+        app = WindtunnelApp(start="Runs", pages=PAGES)
+        async with app.run_test(size=size) as pilot:
+            await work(pilot)
+
+    asyncio.run(look())
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+def test_every_run_with_its_state_and_the_one_under_the_cursor(
+    runs: list[RunFolder], size: tuple[int, int]
+) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "3 runs, 1 training")
+        await wait_for_text(pilot, "step 61/99")
+        await pilot.pause(0.2)
+        assert_golden(f"runs-{size[0]}x{size[1]}", screen_text(pilot.app))
+
+    with RunLock(runs[0]):
+        listed(work, size)
+
+
+def test_no_run_yet_says_how_to_make_one() -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "no runs yet: F2 sets one up")
+        await pilot.press("enter", "r", "delete", "space", "c")
+
+    listed(work)
+
+
+def test_enter_attaches_and_escape_comes_back_to_the_same_line(runs: list[RunFolder]) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "support-0")
+        await pilot.press("j", "enter")
+        await wait_for_text(pilot, "✓ done  support-0")
+        await pilot.press("escape")
+        await wait_for_text(pilot, "❯   ✓ support-0")
+
+    listed(work)
+
+
+def test_space_marks_two_and_c_compares_them(runs: list[RunFolder]) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "support-0")
+        await pilot.press("space", "j", "space")
+        await wait_for_text(pilot, "❯ B ✓ support-0")
+        await pilot.press("c")
+        await wait_for_text(pilot, "keys are the same")
+        text = screen_text(pilot.app)
+        assert "A ━━ support-1   B ┅┅ support-0" in text
+        assert "lora_r" in text
+        assert "at the same step (61)" in text
+        await pilot.press("escape")
+        await wait_for_text(pilot, "space marks two to compare")
+
+    listed(work)
+
+
+def test_a_comparison_stays_while_the_list_below_is_read_again(runs: list[RunFolder]) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "support-0")
+        await pilot.press("space", "j", "space", "c")
+        await wait_for_text(pilot, "keys are the same")
+        before = screen_text(pilot.app)
+        page = pilot.app.screen
+        assert isinstance(page, RunsPage)
+        page.post_message(RunsSeen(RunsReader().look()[0]))
+        await pilot.pause(0.2)
+        assert screen_text(pilot.app) == before
+
+    listed(work)
+
+
+def test_a_third_mark_takes_the_place_of_the_oldest(runs: list[RunFolder]) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "support-0")
+        await pilot.press("space", "j", "space", "j", "space")
+        await wait_for_text(pilot, "❯ B ✗ medium-try")
+        assert "A ✓ support-0" in screen_text(pilot.app)
+        await pilot.press("space")
+        await wait_for_text(pilot, "❯   ✗ medium-try")
+
+    listed(work)
+
+
+def test_a_config_that_cannot_be_read_says_so_in_the_comparison(runs: list[RunFolder]) -> None:
+    runs[1].config.write_text("lora_rank: [", "utf-8")
+
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "support-0")
+        await pilot.press("space", "j", "c")
+        await wait_for_text(pilot, "config.yml")
+
+    listed(work)
+
+
+def test_delete_says_what_goes_and_keeps_the_config(runs: list[RunFolder], home: Path) -> None:
+    config = runs[1].config.read_text("utf-8")
+
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "support-0")
+        await pilot.press("j", "delete")
+        await wait_for_text(pilot, "remove support-0")
+        assert "0 saves, 0.0 GiB go." in screen_text(pilot.app)
+        await pilot.press("escape")
+        await pilot.pause(0.2)
+        assert runs[1].path.exists()
+        await pilot.press("delete")
+        await wait_for_text(pilot, "remove support-0")
+        await pilot.press("enter")
+        await wait_for(pilot, lambda: not runs[1].path.exists())
+        await wait_for_text(pilot, "2 runs")
+
+    listed(work)
+    (kept,) = (home / "runs" / ".trash").iterdir()
+    assert kept.name.startswith("support-0-")
+    assert kept.read_text("utf-8") == config
+
+
+def test_a_live_run_is_not_removed(runs: list[RunFolder]) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "support-0")
+        await pilot.press("delete")
+        await wait_for_text(pilot, "remove support-1")
+        await pilot.press("enter")
+        await wait_for_text(pilot, "The run support-1 is already running.")
+
+    with RunLock(runs[0]):
+        listed(work)
+    assert runs[0].events.exists()
+
+
+def test_a_run_in_a_folder_that_somebody_chose_is_not_removed(tmp_path: Path) -> None:
+    chosen = told_run(create_run("mine", output_dir=tmp_path / "mine").path, 3)
+    (chosen.path / "thesis.txt").write_text("mine")
+
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "mine")
+        await pilot.press("delete")
+        await wait_for_text(pilot, "lies in a folder that somebody chose")
+
+    listed(work)
+    assert (chosen.path / "thesis.txt").exists()
+    assert chosen.events.exists()
+
+
+def test_resuming_a_finished_run_says_why_not(runs: list[RunFolder]) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "support-0")
+        await pilot.press("j", "r")
+        await wait_for_text(pilot, "The run support-0 has finished.")
+
+    listed(work)
+
+
+def test_a_run_that_cannot_be_read_stands_in_the_list_with_its_reason(
+    runs: list[RunFolder],
+) -> None:
+    runs[2].events.unlink()
+    runs[2].events.mkdir()
+
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "cannot be read")
+        assert "? medium-try" in screen_text(pilot.app)
+
+    listed(work)
+
+
+@needs_trainer
+@pytest.mark.slow
+def test_r_starts_the_trainer_again_and_shows_how_it_went(runs: list[RunFolder]) -> None:
+    """The trainer itself refuses this config: its sentence is what the page shows."""
+    runs[0].config.write_text("base_model: nobody/nothing\nlora_rank: 3\n", "utf-8")
+
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "support-1")
+        await pilot.press("r")
+        await wait_for(pilot, lambda: "lora_rank" in screen_text(pilot.app), seconds=90)
+
+    listed(work)

@@ -1,0 +1,337 @@
+"""The Train page shows a told run at any size, and says what a live one does in every state."""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+
+from engine.events import Drift, Ended, Eval, EventWriter, Note, Phase, Recorded, Sample, Shortage
+from engine.runs import Follower, RunFolder, RunLock, Status
+from tests.support.screens import assert_golden, screen_text, wait_for_text
+from tests.support.told_runs import BEGAN, ToldRun, step_event, told_run
+from tui.app import WindtunnelApp
+from tui.history import History
+from tui.page import Page
+from tui.screens.runs import RunsPage
+from tui.screens.train import TrainPage, wording
+
+NOW = BEGAN + 570
+
+
+class FrozenTrainPage(TrainPage):
+    """The same page at a time that never changes."""
+
+    def __init__(self, folder: RunFolder, *, fresh: bool = False) -> None:
+        super().__init__(folder, fresh=fresh, clock=lambda: NOW)
+
+
+PAGES: dict[str, type[Page]] = {"Train": FrozenTrainPage, "Runs": RunsPage}
+
+
+def shown(
+    run: RunFolder,
+    work: Callable[[Pilot[int]], Awaitable[None]],
+    size: tuple[int, int] = (80, 24),
+    *,
+    alive: bool = True,
+) -> WindtunnelApp:
+    app = WindtunnelApp(run=run, pages=PAGES)
+
+    async def follow() -> None:
+        async with app.run_test(size=size) as pilot:
+            await work(pilot)
+
+    if alive:
+        with RunLock(run):
+            asyncio.run(follow())
+    else:
+        asyncio.run(follow())
+    return app
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+def test_a_run_under_way(tmp_path: Path, size: tuple[int, int]) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "step 61/99")
+        await wait_for_text(pilot, "step 60  I'm sorry")
+        await pilot.pause()
+        assert_golden(f"train-{size[0]}x{size[1]}", screen_text(pilot.app))
+
+    shown(told_run(tmp_path / "support-magistral-1"), work, size)
+
+
+def test_a_run_that_has_finished(tmp_path: Path) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "✓ done")
+        await wait_for_text(pilot, "99 steps in")
+        await pilot.pause(0.3)
+        assert_golden("train-done-80x24", screen_text(pilot.app))
+
+    shown(told_run(tmp_path / "support-magistral-1", 99, Ended("finished", 99)), work, alive=False)
+
+
+OUT_OF_MEMORY = Shortage(
+    62,
+    "step 62",
+    held_bytes=int(21.9 * 2**30),
+    asked_bytes=int(2.6 * 2**30),
+    predicted_bytes=int(19.8 * 2**30),
+    parts={"weights": int(13.4 * 2**30), "activations": int(6.9 * 2**30)},
+    predicted_parts={"weights": int(13.4 * 2**30), "activations": int(3.8 * 2**30)},
+    grew="activations",
+    longest="rows.jsonl line 1877, 8,012 tokens",
+    changes={"micro_batch_size": "1", "gradient_accumulation_steps": "2"},
+    trade="the same result, slower",
+    saves_bytes=int(1.8 * 2**30),
+)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+def test_a_run_without_memory_offers_what_makes_room(tmp_path: Path, size: tuple[int, int]) -> None:
+    run = told_run(tmp_path / "support-magistral-1")
+    end = Ended(
+        "failed",
+        61,
+        "Memory ran out in step 62: 21.9 GiB were held and 2.6 GiB more were asked for.",
+        "19.8 GiB were predicted for its fullest moment. Furthest above that are the activations, "
+        "by 3.1 GiB. The longest row of the batch is rows.jsonl line 1877, 8,012 tokens.",
+        "Go on with 1.8 GiB less, the same result, slower: `windtunnel resume "
+        "support-magistral-1 micro_batch_size=1 gradient_accumulation_steps=2`.",
+    )
+    with EventWriter(run.events, clock=lambda: NOW) as writer:
+        writer.emit(OUT_OF_MEMORY)
+        writer.emit(end)
+
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "go on with micro_batch_size 1")
+        await pilot.pause()
+        assert_golden(f"train-memory-{size[0]}x{size[1]}", screen_text(pilot.app))
+
+    shown(run, work, size, alive=False)
+
+
+def test_a_run_that_failed_says_what_why_kept_and_what_can_be_done(tmp_path: Path) -> None:
+    end = Ended("failed", 61, "The save could not be written.", "The disk is full.", "Free 1 GB.")
+
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "The disk is full.")
+        assert_golden("train-failed-80x24", screen_text(pilot.app))
+        await pilot.press("escape")
+        await wait_for_text(pilot, "smoothed")
+
+    shown(told_run(tmp_path / "support-magistral-1", 61, end), work, alive=False)
+
+
+def test_a_run_that_was_killed_is_lost_and_says_so(tmp_path: Path) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "✗ lost")
+        await wait_for_text(pilot, "wrote no last word")
+        await wait_for_text(pilot, "❯ resume from step-60")
+
+    shown(told_run(tmp_path / "run"), work, alive=False)
+
+
+def test_a_folder_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.events.mkdir(parents=True)
+
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "cannot be read.")
+
+    shown(run, work, alive=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("l", "engine.log"),
+        ("v", "what it said"),
+        ("f1", "keys here"),
+        ("z", "━ smoothed"),
+        ("enter", "━ smoothed"),
+    ],
+)
+def test_a_key_shows_more_and_escape_shows_all_again(tmp_path: Path, key: str, text: str) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "grad norm")
+        await pilot.press(key)
+        await wait_for_text(pilot, text)
+        assert "grad norm" not in screen_text(pilot.app)
+        await pilot.press("escape")
+        await wait_for_text(pilot, "grad norm")
+
+    run = told_run(tmp_path / "run")
+    run.log.write_text("loading shards\rloading shards 100%\n\x1b[31mred\n")
+    shown(run, work)
+
+
+def test_the_log_of_libraries_cannot_act_on_the_terminal(tmp_path: Path) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "grad norm")
+        await pilot.press("l")
+        await wait_for_text(pilot, "␛[31mred [bold]x")
+
+    run = told_run(tmp_path / "run")
+    run.log.write_text("\x1b[31mred [bold]x\n")
+    shown(run, work)
+
+
+def test_answers_and_names_of_strangers_are_shown_and_do_nothing(tmp_path: Path) -> None:
+    told = ToldRun(tmp_path / "run")
+    told.begin(model="org/[bold]x\x1b]0;t\x07")
+    told.tell(Sample(0, "q [red]?", "a\x9b31m [/nope] \u202e", "after"), Note("error", "[/x]"))
+
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "what it says now")
+        assert "[bold]x␛]0;t␇" in screen_text(pilot.app)
+        await pilot.press("v")
+        await wait_for_text(pilot, "asked    q [red]?")
+        assert "a⟨U+009B⟩31m [/nope] ⟨U+202E⟩" in screen_text(pilot.app)
+
+    shown(told.folder, work)
+
+
+def test_leaving_a_run_that_trains_says_how_to_come_back(tmp_path: Path) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "▶ training")
+        await pilot.press("q")
+
+    assert shown(told_run(tmp_path / "run"), work).parting == "still training: windtunnel watch run"
+
+
+def test_leaving_a_run_that_has_ended_says_nothing(tmp_path: Path) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "✓ done")
+        await pilot.press("q")
+
+    run = told_run(tmp_path / "run", 99, Ended("finished", 99))
+    assert shown(run, work, alive=False).parting == ""
+
+
+def test_escape_goes_to_the_list_of_runs(tmp_path: Path) -> None:
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "▶ training")
+        await pilot.press("escape")
+        await wait_for_text(pilot, "space marks two to compare")
+
+    shown(told_run(tmp_path / "run"), work)
+
+
+# The sentences, without a screen.
+
+
+def history_of(told: ToldRun) -> History:
+    history = History()
+    history.add(Follower(told.folder.events).read())
+    return history
+
+
+def test_loading_says_what_is_waited_for(tmp_path: Path) -> None:
+    told = ToldRun(tmp_path / "run")
+    told.tell(Phase("hashing", 3, 12, "rows"))
+    line = wording.headline(history_of(told), "running", BEGAN)
+    assert (line.mark, line.word, line.share) == ("◌", "loading", 0.25)
+    assert line.text == "reading the data  3 of 12  rows"
+
+
+def test_the_first_step_is_awaited_in_words(tmp_path: Path) -> None:
+    told = ToldRun(tmp_path / "run")
+    told.begin()
+    line = wording.headline(history_of(told), "running", BEGAN + 30)
+    assert line.text == "step 0/99  the first step takes longer than the others"
+
+
+def test_a_check_in_between_is_called_one(tmp_path: Path) -> None:
+    told = ToldRun(tmp_path / "run")
+    told.begin()
+    told.train(1, 5)
+    told.tell(Phase("evaluate", 9, 24))
+    line = wording.headline(history_of(told), "running", told.time)
+    assert line.word == "checking"
+    assert line.text.endswith("scoring held-out rows  9 of 24")
+
+
+def test_silence_is_told_with_what_is_usual(tmp_path: Path) -> None:
+    told = ToldRun(tmp_path / "run")
+    told.begin()
+    told.train(1, 5)
+    history = history_of(told)
+    assert wording.headline(history, "running", told.time + 44).word == "training"
+    line = wording.headline(history, "running", told.time + 61)
+    assert (line.mark, line.word) == ("?", "silent")
+    assert line.text.startswith("no word for 61 s (a step takes 8.9). The process lives")
+
+
+@pytest.mark.parametrize(
+    ("status", "word"),
+    [("paused", "paused"), ("stopped", "stopped"), ("waiting", "starting"), (None, "starting")],
+)
+def test_other_states_have_their_word(tmp_path: Path, status: Status | None, word: str) -> None:
+    told = ToldRun(tmp_path / "run")
+    told.begin()
+    told.train(1, 5)
+    assert wording.headline(history_of(told), status, told.time).word == word
+
+
+def test_a_loss_that_is_no_number_says_what_to_do(tmp_path: Path) -> None:
+    told = ToldRun(tmp_path / "run")
+    told.begin()
+    told.train(1, 18)
+    told.tell(*(step_event(step, loss=math.nan) for step in (19, 20)))
+    sentence = wording.notes(history_of(told))
+    assert sentence == (
+        "! loss is not a number since step 19: s stops, the last good save is step 17"
+    )
+
+
+def test_a_rising_held_out_loss_names_the_best_step(tmp_path: Path) -> None:
+    told = ToldRun(tmp_path / "run")
+    told.tell(*(Eval(step, loss) for step, loss in enumerate((1.0, 0.7, 0.8, 0.9, 1.0))))
+    sentence = wording.notes(history_of(told))
+    assert "rose 3 times in a row" in sentence
+    assert "best is 0.700 at step 1" in sentence
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0:00"), (341.2, "5:41"), (3600, "1 h 00 min"), (math.nan, "?")],
+)
+def test_durations_are_short(seconds: float, words: str) -> None:
+    assert wording.duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("phase", "told"),
+    [
+        (Phase("download", 1_200_000_000, 8_000_000_000, "bytes"), "1.2 of 8.0 GB, 15%"),
+        (Phase("load", 33_000_000, 66_000_000, "bytes"), "33.0 of 66.0 MB, 50%"),
+        (Phase("tokenizing", 1_000_000, 4_000_000, "bytes, 120 rows"), "4.0 MB, 25%  120 rows"),
+        (Phase("load", detail="demo-tiny"), "loading the model  demo-tiny"),
+    ],
+)
+def test_what_is_read_is_told_in_bytes_and_percent(phase: Phase, told: str) -> None:
+    history = History()
+    history.add([Recorded(1, NOW, phase)])
+    line = wording.headline(history, "running", NOW)
+    assert told in line.text
+    assert line.share == (phase.done / phase.total if phase.total else None)
+
+
+def test_figures_stand_below_the_curves_and_a_finished_run_says_what_is_next(
+    tmp_path: Path,
+) -> None:
+    told = ToldRun(tmp_path / "run")
+    told.begin()
+    told.train(1, 20)
+    told.tell(Drift(20, 0.04, 900), Ended("finished", 20))
+
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "✓ done")
+        await wait_for_text(pilot, "drift 0.04")
+        await wait_for_text(pilot, wording.NEXT)
+        await wait_for_text(pilot, "$ windtunnel generate run --prompt 'My lamp (order 4471)")
+
+    shown(told.folder, work, alive=False)
