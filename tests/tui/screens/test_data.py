@@ -199,9 +199,30 @@ def test_a_path_is_typed_and_completed_and_a_missing_one_is_a_sentence(folder) -
             await screen.until("✗ cannot be read  There is no nothing.")
             await screen.press(*["backspace"] * 7, "t", "tab", "tab", "enter")
             await screen.until("✓ 1 conversation")
-            await screen.press("escape", "enter")
+            await screen.press("enter")
             await screen.until(lambda: screen.went_on)
             assert draft.dataset.path == "tickets/spring.jsonl"
+
+    run(work())
+
+
+def test_keys_of_the_page_work_again_once_a_typed_path_was_read(folder) -> None:
+    """`m maps them` says the page: in the field the m would become part of the path."""
+    write(folder / "deep" / "own.jsonl", {"frage": "?", "antwort": "!"})
+
+    async def work() -> None:
+        async with opened(draft_on(), "Data") as screen:
+            await screen.until("own.jsonl")
+            await screen.press("down", "down", "enter")
+            await screen.until("esc leave the field")
+            await screen.type("deep/own.jsonl")
+            await screen.press("enter")
+            await screen.until("m maps them")
+            await screen.until("m map")
+            await screen.press("m")
+            await screen.until("use this")
+            await screen.press("escape", "enter")
+            await screen.until("esc leave the field")
 
     run(work())
 
@@ -323,7 +344,7 @@ def test_the_columns_of_a_table_are_mapped_too(folder) -> None:
             await screen.press("enter")
             await screen.until("none of 2 rows can be used")
             assert "m maps them: image = scan, question = asked, answer = said" in screen.text
-            await screen.press("escape", "m", "enter")
+            await screen.press("m", "enter")
             await screen.until("2 conversations")
             await screen.press("enter")
             await screen.until(lambda: screen.went_on)

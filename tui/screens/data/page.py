@@ -211,6 +211,8 @@ class DataPage(Page):
         try:
             self._shape = await worker.ask("shape", count=20, **request)
             self.app.draft.shows_images = self._shape["shows_images"]
+            if isinstance(self.focused, PathField):
+                self.query_one("#sources").focus()  # the next key is for the page
             self._found = await worker.ask("check", progress=self._tell_progress, **request)
         except UserError as error:
             self._refuse(error)
@@ -316,7 +318,7 @@ class DataPage(Page):
             remark = self._remarks[message.choices.cursor]
             details = [(word, visible(text)) for word, text in remark.details]
             self.cover(TextPane("what to know", columns(details, "$muted")), [Key("esc", "close")])
-        elif self._source.kind in ("typed", "hub") and self._state != "read":
+        elif self._source.kind in ("typed", "hub") and self._state in ("idle", "refused"):
             self.part(PathField).focus()
         else:
             self.action_accept()

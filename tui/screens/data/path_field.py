@@ -7,6 +7,7 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import Input
 
+from tui.page import Key, Page
 from tui.screens.data.sources import complete_path
 
 
@@ -21,6 +22,12 @@ class PathField(Input):
         Binding("escape,up,down", "leave", "leave the field", show=False),
     ]
 
+    KEYS: ClassVar[tuple[Key, ...]] = (
+        Key("enter", "read it"),
+        Key("tab", "complete"),
+        Key("esc", "leave the field"),
+    )
+
     class Offered(Message):
         """Several names go on like this."""
 
@@ -30,6 +37,17 @@ class PathField(Input):
 
     class Left(Message):
         """The field gave up the focus."""
+
+    def on_focus(self) -> None:
+        self._show_keys(self.KEYS)
+
+    def on_blur(self) -> None:
+        self._show_keys(None)
+
+    def _show_keys(self, keys: tuple[Key, ...] | None) -> None:
+        page = self.screen
+        if isinstance(page, Page):
+            page.show_keys(page.KEYS if keys is None else keys)
 
     def action_complete(self) -> None:
         completed, names = complete_path(self.value, Path.cwd())
