@@ -25,8 +25,8 @@ from tui.widgets.steps import STEPS
 if TYPE_CHECKING:
     from engine.config import RunConfig
     from engine.runs import RunFolder
+    from engine.wizard.draft import Counted, Draft
     from tui.data_worker import DataWorker
-    from tui.draft import Counted, Draft
 
 PAGES: Final[Mapping[str, str]] = {
     "Machine": "tui.screens.machine:MachinePage",
@@ -151,7 +151,7 @@ class WindtunnelApp(App[int]):
         """The answers so far. Its first use imports all that plans, which takes 0.4 s: a page asks
         for it after its first frame."""
         if self._draft is None:
-            from tui.draft import Draft
+            from engine.wizard.draft import Draft
 
             self._draft = Draft()
         return self._draft
@@ -199,7 +199,7 @@ class WindtunnelApp(App[int]):
 
         The page that is shown then gets RowsCounted.
         """
-        from tui.counting import counted_of, next_count
+        from engine.wizard.counting import counted_of, next_count
 
         with suppress(UserError):  # the page says itself why there is no plan
             config = next_count(self.draft)
@@ -208,10 +208,10 @@ class WindtunnelApp(App[int]):
                 self.run_worker(self._count_rows(config), group="rows", exclusive=True)
 
     async def _count_rows(self, config: "RunConfig") -> None:
-        from tui.counting import count_rows
+        from engine.wizard.counting import count_rows
         from tui.messages import RowsCounted
 
-        new = await count_rows(self.draft, config, self.data_worker)
+        new = await count_rows(self.draft, config, self.data_worker.ask)
         self._counting = None
         if new and isinstance(self.screen, Page):
             self.screen.post_message(RowsCounted())
@@ -278,7 +278,7 @@ class WindtunnelApp(App[int]):
 
     async def _prepare(self) -> None:
         """Load what the next pages need while the person looks at the first one."""
-        for module in ("tui.draft", "tui.data_worker"):
+        for module in ("engine.wizard.draft", "tui.data_worker"):
             await asyncio.to_thread(import_module, module)
         await self.data_worker.warm()
 

@@ -20,8 +20,8 @@ from engine.visible import visible
 if TYPE_CHECKING:
     from engine.cli.watch import Watch
     from engine.runs import RunFolder
+    from engine.wizard.draft import Draft
     from tui.app import WindtunnelApp
-    from tui.draft import Draft
 
 _STARTING_SECONDS: Final = 0.05
 _CONFIG_ENDINGS: Final = (".yml", ".yaml")
@@ -126,18 +126,18 @@ def open_wizard(request: WizardRequest) -> int:
 
 def make_draft(request: WizardRequest) -> "Draft":
     """The answers that the command line gives. Raises UserError for one that cannot be taken."""
-    from tui.draft import Draft, draft_from
+    from engine.wizard.draft import Draft, draft_from
 
     draft = Draft()
     if request.config is not None:
-        from engine.cli.training import run_name
         from engine.config import read_config
+        from engine.wizard.start import run_name
 
         draft = draft_from(read_config(request.config), request.config.absolute().parent)
         draft.path, draft.name = request.config, run_name(request.config)
     if request.config is not None or request.assumed is not None:
-        from engine.cli.hardware import find_machine
         from engine.plan import best_device
+        from engine.wizard.request import find_machine
 
         draft.machine = find_machine(request.assumed)
         draft.device = best_device(draft.machine)
@@ -197,7 +197,7 @@ def _draw() -> "Watch":
 
 
 def _open_run(run: "RunFolder", ascii_only: bool) -> int:
+    from engine.wizard.draft import Draft
     from tui.app import WindtunnelApp
-    from tui.draft import Draft
 
     return show(WindtunnelApp(Draft(), run=run, ascii_only=ascii_only))

@@ -19,7 +19,6 @@ from engine.cli.training import (
     AsJson,
     EventLines,
     RunsFolder,
-    create,
     describe_state,
     start,
 )
@@ -28,6 +27,7 @@ from engine.errors import UserError
 from engine.events import Sample, Score
 from engine.runs import Follower, RunFolder
 from engine.visible import visible
+from engine.wizard.start import create
 
 RECIPES = {
     "text": ("recipes", "demo-tiny", "lora.yml"),

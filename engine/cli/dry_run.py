@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.cli.hardware import find_machine
-from engine.cli.planning import read_planned
-from engine.cli.row_counts import check_rows
 from engine.errors import UserError
 from engine.hardware import assume
 from engine.launch import require_torch
@@ -19,6 +16,8 @@ from engine.plan.device import refuse_bf16
 from engine.plan.sharding import cards_laid_out, cards_needed
 from engine.report.plan import headline
 from engine.visible import visible
+from engine.wizard.counting import check_rows
+from engine.wizard.request import find_machine, read_planned
 
 if TYPE_CHECKING:
     from engine.data.checkup import Checkup

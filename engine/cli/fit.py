@@ -6,7 +6,6 @@ given, how its figures are told, and where they are kept.
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,23 +13,14 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import Parameter
 
-from engine.cli.hardware import find_machine
-from engine.cli.planning import read_planned
 from engine.cli.training import AsEvents, AsJson, EventLines
-from engine.cli.watch import PlainWatch, Watch
-from engine.config import RunConfig, write_config
-from engine.events import Recorded, parse
-from engine.hardware import cuda_environment
-from engine.launch import TRAINER, require_torch
-from engine.plan import best_device
+from engine.cli.watch import PlainWatch
+from engine.launch import TRAINER
 from engine.plan.measured import Measurement, store
-from engine.runs import RunFolder
-from engine.torch_process import TorchProcess
 from engine.units import gib, spoken
 from engine.visible import visible
-
-STEPS = 3
-"""The first makes the optimizer's state and warms up; the others are timed."""
+from engine.wizard.measure import STEPS, measure
+from engine.wizard.request import read_planned
 
 
 def register(app: cyclopts.App, module: str = TRAINER) -> None:
@@ -54,7 +44,7 @@ def register(app: cyclopts.App, module: str = TRAINER) -> None:
         """
         run, _ = read_planned(config, changes)
         watch = EventLines() if as_events else None if as_json else PlainWatch(sys.stderr)
-        fitted = measure(run, max(1, steps), module, watch)
+        fitted = measure(run, max(1, steps), module, watch.show if watch else None)
         measured = Measurement(**fitted["measurement"])
         kept = [store(measured)] + ([store(measured, keep)] if keep else [])
         if as_json:
@@ -63,34 +53,6 @@ def register(app: cyclopts.App, module: str = TRAINER) -> None:
             for line in describe(fitted, kept):
                 print(visible(line, one_line=True))
         return 0
-
-
-def measure(
-    run: RunConfig, steps: int = STEPS, module: str = TRAINER, watch: Watch | None = None
-) -> dict[str, Any]:
-    """The record of a process that measures `run` here; `watch` is shown its events.
-
-    Paths of `run` are absolute. Raises UserError with exit status 3 where memory runs out.
-    """
-    with tempfile.TemporaryDirectory(prefix="windtunnel-fit-") as scratch:
-        folder = RunFolder(Path(scratch).resolve())
-        write_config(run, {}, folder.config)
-        arguments = ["fit", str(folder.path), "--steps", str(steps)]
-        with TorchProcess(arguments, _one_gpu(), module) as process:
-            for record in process.listen(until="fitted"):
-                event = parse(record)
-                if event and watch:
-                    watch.show(Recorded(record["seq"], record["time"], event))
-    found: dict[str, Any] = record["fitted"]
-    return found
-
-
-def _one_gpu() -> dict[str, str]:
-    """What makes CUDA show the process the card that a run would be given."""
-    machine = find_machine(None)
-    uuid = best_device(machine).uuid
-    require_torch(machine, uuid)
-    return cuda_environment([gpu for gpu in machine.gpus if gpu.uuid == uuid] if uuid else [])
 
 
 def document(fitted: Mapping[str, Any], kept: list[Path]) -> dict[str, Any]:

@@ -18,19 +18,15 @@ from engine.hardware import (
     Machine,
     Missing,
     Problem,
-    assume,
     flash_4_on,
     missing_packages,
-    read_machine,
     torch_problem,
 )
-from engine.runs import run_home
 from engine.units import GIB
 from engine.visible import fold, visible
+from engine.wizard.request import find_machine
 
 _COLUMNS = 80
-# A driver that has to wake eight cards first takes longer than a page of the wizard waits.
-_PATIENCE_SECONDS = 15.0
 AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
 Assume = Annotated[
     str | None, Parameter(help="Plan for GPUs that are not here, such as 'H100 x2' or '24 GB'.")
@@ -60,16 +56,6 @@ def doctor(*, as_json: AsJson = False) -> None:
         print(json.dumps({**found, "missing": entries, "problems": problems}))
     else:
         print(show_stack(machine, missing))
-
-
-def find_machine(planned: str | None) -> Machine:
-    """This computer, or the one that `--assume` describes.
-
-    Raises UserError for a GPU that is not known.
-    """
-    if planned is not None:
-        return assume(planned, disk=run_home())
-    return read_machine(disk=run_home(), timeout_seconds=_PATIENCE_SECONDS)
 
 
 def describe(machine: Machine) -> dict[str, Any]:

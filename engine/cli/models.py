@@ -12,10 +12,10 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.catalog import ModelCard, ModuleTable, list_models, module_table
-from engine.cli.hardware import find_machine
 from engine.plan import Device, Prospect, best_device, device_document, survey
 from engine.report import VERDICT_MARKS
 from engine.units import gib
+from engine.wizard.request import find_machine
 
 AsJson = Annotated[bool, Parameter("--json", negative="")]
 

@@ -12,23 +12,16 @@ from typing import Annotated
 import cyclopts
 from cyclopts import Parameter
 
-from engine.catalog import Architecture, UnknownModel, read_architecture
+from engine.catalog import Architecture, read_architecture
 from engine.chat.tokenizer_file import check_tokenizer, tokenizer_name
-from engine.cli.hardware import find_machine
-from engine.cli.row_counts import count_config_rows
 from engine.config import (
-    ConfigFile,
     DatasetConfig,
     RunConfig,
-    assignment,
     override,
-    read_config,
-    require_supported,
     write_config,
 )
 from engine.data.config_paths import with_absolute_paths
 from engine.errors import DOES_NOT_FIT, UserError
-from engine.launch import require_torch
 from engine.plan import (
     AXOLOTL,
     Device,
@@ -38,7 +31,6 @@ from engine.plan import (
     Task,
     advice_document,
     alternative_document,
-    best_device,
     compare_peer,
     device_document,
     estimate,
@@ -47,13 +39,11 @@ from engine.plan import (
     heads_of,
     make_faster,
     make_fit,
-    plan_document,
     price_lengths,
     recommend,
     remarks,
 )
 from engine.plan.attention import follow_attention
-from engine.plan.device import refuse_bf16
 from engine.report.plan import (
     advice_lines,
     duration_lines,
@@ -66,8 +56,9 @@ from engine.report.plan import (
     precision_lines,
     row_lines,
 )
-from engine.units import gib
 from engine.visible import fold, visible
+from engine.wizard.counting import count_config_rows
+from engine.wizard.request import find_device, read_planned
 
 AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
 _WIDTH = 80
@@ -77,14 +68,6 @@ def register(app: cyclopts.App) -> None:
     """Add the commands of this module to `app`; each returns its exit status."""
     app.command(print_recommendation, name="recommend")
     app.command(print_estimate, name="estimate")
-
-
-def find_device(assumed: str | None) -> Device:
-    """The device that a run would use here, or the planned one.
-
-    Raises UserError for a card that is not known.
-    """
-    return best_device(find_machine(assumed))
 
 
 def print_recommendation(
@@ -196,66 +179,6 @@ def print_estimate(
         ):
             _print(line)
     return DOES_NOT_FIT if needs.verdict == "does not fit" else 0
-
-
-def read_planned(
-    file: Path, changes: tuple[str, ...] = (), *, sharded: bool = False
-) -> tuple[RunConfig, Architecture]:
-    """The config of a file with its changes, and the architecture of its model.
-
-    Raises UserError where either cannot be read, where a key would not be acted on and where the
-    model's tokenizer is none that rows can be rendered by; with `sharded` one for several GPUs
-    passes, which can be planned and not run.
-    """
-    given: ConfigFile = read_config(file)
-    config = override(given.config, changes) if changes else given.config
-    require_supported(config, given.document, sharded=sharded)
-    config = with_absolute_paths(config, file.absolute().parent)
-    architecture = read_architecture(config.base_model)
-    check_tokenizer(tokenizer_name(config), file.absolute().parent)
-    return config, architecture
-
-
-def plan_run(
-    file: Path, changes: tuple[str, ...], *, anyway: bool = False
-) -> dict[str, object] | None:
-    """The plan of a config's run on this machine, for its folder.
-
-    None where the model's shape is not known before it is fetched. Raises UserError where the
-    installed torch cannot use the card that the plan is for, and with exit status 3 where the run
-    does not fit, unless `anyway`.
-    """
-    machine = find_machine(None)
-    device = best_device(machine)
-    try:
-        config, architecture = read_planned(file, changes)
-    except UnknownModel:
-        require_torch(machine, device.uuid)
-        return None
-    refuse_bf16(config, device)
-    statistics, _ = count_config_rows(config, architecture, file.absolute().parent)
-    needs = estimate(config, architecture, device, statistics)
-    if needs.verdict == "does not fit" and not anyway:
-        raise _too_large(config, architecture, device, statistics)
-    require_torch(machine, device.uuid)
-    return plan_document(needs, device)
-
-
-def _too_large(
-    config: RunConfig, architecture: Architecture, device: Device, statistics: Statistics | None
-) -> UserError:
-    needs = estimate(config, architecture, device, statistics)
-    rungs = make_fit(config, architecture, device, statistics)
-    fix = "Train it on a larger GPU"
-    if rungs and rungs[-1].estimate.verdict != "does not fit":
-        values = " ".join(assignment(*change) for change in rungs[-1].changes.items())
-        fix = f"It fits with: {values}; these can stand behind the config. Or use a larger GPU"
-    return UserError(
-        f"It does not fit: {gib(needs.device_bytes)} are needed.",
-        f"{device.name} can give {gib(needs.can_give_bytes)} of {gib(device.total_bytes)}.",
-        f"{fix}; --anyway starts it all the same.",
-        exit_status=DOES_NOT_FIT,
-    )
 
 
 def _count_rows(config: RunConfig) -> Statistics:

@@ -1,10 +1,8 @@
 """`train`: a run in the foreground, or one that is started and left alone."""
 
 import json
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -12,16 +10,14 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.cli.dry_run import try_dry
-from engine.cli.planning import plan_run
 from engine.cli.results import read_results
 from engine.cli.watch import Watch, watch_to_end
-from engine.config import override, read_config, require_supported, write_config
-from engine.data.config_paths import with_absolute_paths
-from engine.errors import UserError
 from engine.events import Recorded, format_line
 from engine.launch import launch
-from engine.runs import Follower, RunFolder, create_run, summarize
+from engine.runs import Follower, RunFolder, summarize
 from engine.visible import visible
+from engine.wizard.request import plan_run
+from engine.wizard.start import Created, create
 
 AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
 AsEvents = Annotated[
@@ -86,52 +82,6 @@ def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
             told = [] if detach else read_results(run)
             print("\n".join([*told, describe_state(run)]))
         return status
-
-
-@dataclass(frozen=True, slots=True)
-class Created:
-    """A run that can be launched."""
-
-    run: RunFolder
-    config: str
-    """Text of its config.yml."""
-    resume: bool
-    checkpoint: str | None
-    """Name of the checkpoint to go on from, None for the newest."""
-
-
-def create(
-    file: Path, changes: Sequence[str], home: Path | None, name: str | None = None
-) -> Created:
-    """The run folder for a config file and its changes.
-
-    Paths in the config are relative to its file; in the run folder they are absolute. Raises
-    UserError where the config or the folder cannot be used.
-    """
-    given = read_config(file)
-    config = override(given.config, changes) if changes else given.config
-    require_supported(config, given.document)
-    config = with_absolute_paths(config, file.absolute().parent)
-    start_from = config.resume_from_checkpoint
-    run = create_run(
-        name or run_name(file),
-        output_dir=config.output_dir,
-        home=home,
-        resume=bool(start_from),
-    )
-    checkpoint = Path(start_from).name if isinstance(start_from, str) else None
-    if checkpoint and not (run.checkpoints / checkpoint).is_dir():
-        raise UserError(
-            f"{visible(str(run.path), one_line=True)} has no checkpoint {visible(checkpoint)}.",
-            "resume_from_checkpoint names one of the run's own folder.",
-            "Set it to true for the newest, or to the name of one in its checkpoints folder.",
-        )
-    return Created(run, write_config(config, document=given.document), bool(start_from), checkpoint)
-
-
-def run_name(file: Path) -> str:
-    """A run's name from its config's: what a folder's name cannot hold becomes a dash."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._")[:80] or "run"
 
 
 def start(created: Created, watch: Watch | None, plan: Mapping[str, object] | None = None) -> int:

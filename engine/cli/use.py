@@ -17,8 +17,6 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.catalog import UnknownModel
-from engine.cli.hardware import find_machine
-from engine.cli.planning import read_planned
 from engine.cli.supervision import AsJson, RunName, RunsFolder
 from engine.errors import UserError
 from engine.interrupt import wait_for_line
@@ -28,6 +26,7 @@ from engine.runs import RunFolder, find_run
 from engine.torch_process import TorchProcess
 from engine.units import gib
 from engine.visible import visible
+from engine.wizard.request import find_machine, read_planned
 
 Prompt = Annotated[
     str | None, Parameter(help="The question; without it, or with -, each line of stdin is one.")

@@ -11,17 +11,17 @@ import pytest
 
 from engine.chat.tokenizer import open_tokenizer
 from engine.cli import main
-from engine.cli.planning import read_planned
-from engine.cli.row_counts import check_rows, count_config_rows
 from engine.config import read_config
 from engine.data.prepare import label_rule, prepare
 from engine.data.statistics import Statistics, read_statistics
 from engine.data.worker import Worker
 from engine.hardware import assume
 from engine.plan import best_device
+from engine.wizard.counting import check_rows, count_config_rows
+from engine.wizard.draft import draft_from
+from engine.wizard.request import read_planned
 from tests.support.pictures import png
 from tests.tui.plain.test_wizard import Conversation
-from tui.draft import draft_from
 from tui.plain.data import count
 from tui.plain.setup import Setup
 

@@ -12,7 +12,7 @@ from engine.catalog import find_model
 from engine.cli import main
 from engine.config import read_config
 from engine.errors import UserError
-from tui.draft import draft_from
+from engine.wizard.draft import draft_from
 
 PUBLISHED = Path(mistral_common.__file__).parent / "data"
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}

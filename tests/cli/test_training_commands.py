@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from engine.cli import main
-from engine.cli.training import create
 from engine.config import parse_config
 from engine.runs import RunFolder, is_locked, status
+from engine.wizard.start import create
 from tests.support.extras import needs_trainer
 
 SAMPLE = Path(__file__).parents[2] / "presets" / "samples" / "harbour-pilot" / "train.jsonl"

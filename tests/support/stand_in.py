@@ -14,10 +14,10 @@ from textual.pilot import Pilot
 from engine.config import DatasetConfig
 from engine.plan import Device
 from engine.units import GIB
+from engine.wizard.draft import Draft
 from tests.support.screens import screen_text
 from tui.app import WindtunnelApp
 from tui.data_worker import DataWorker
-from tui.draft import Draft
 from tui.page import Page
 
 SAMPLE = "sample:harbour-pilot"

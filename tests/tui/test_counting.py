@@ -9,18 +9,26 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from engine.cli.row_counts import MOST_BYTES, check_rows, count_config_rows
 from engine.config import DatasetConfig, RunConfig
 from engine.errors import UserError
 from engine.hardware import assume
 from engine.plan import Statistics, best_device, estimate
 from engine.units import gib
+from engine.wizard.commands import check_command, plan_command, preview_command
+from engine.wizard.counting import (
+    COUNTING,
+    MOST_BYTES,
+    check_rows,
+    count_config_rows,
+    count_rows,
+    counted_of,
+    next_count,
+    take_count,
+)
+from engine.wizard.draft import Draft
 from tests.support.stand_in import SAMPLE, WORKER, Screen, draft_on, opened, run
 from tui.app import WindtunnelApp
-from tui.commands import check_command, plan_command, preview_command
-from tui.counting import COUNTING, count_rows, counted_of, next_count, take_count
 from tui.data_worker import DataWorker
-from tui.draft import Draft
 from tui.entry import WizardRequest, make_draft
 from tui.screens.plan import PlanPage
 from tui.screens.review import ReviewPage
@@ -307,7 +315,7 @@ class TestChanged:
 
         async def work() -> bool:
             held = Held(found)
-            counting = asyncio.create_task(count_rows(draft, config, held))
+            counting = asyncio.create_task(count_rows(draft, config, held.ask))
             await asyncio.sleep(0)
             draft.change("train_on_thinking", False)
             held.told.set()

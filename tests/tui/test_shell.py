@@ -13,10 +13,10 @@ from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
 from engine.errors import UserError
+from engine.wizard.draft import Draft
 from tests.support.screens import screen_text
 from tui.app import WindtunnelApp
 from tui.ascii import to_ascii
-from tui.draft import Draft
 from tui.page import Key, Page
 from tui.widgets.choices import Choices
 from tui.widgets.confirm import Confirm

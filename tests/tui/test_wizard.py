@@ -11,10 +11,10 @@ from textual.pilot import Pilot
 from engine.config import read_config
 from engine.errors import UserError
 from engine.runs import find_run, status
+from engine.wizard.draft import Draft
 from tests.support.extras import needs_trainer
 from tests.support.screens import wait_for, wait_for_text
 from tui.app import WindtunnelApp
-from tui.draft import Draft
 from tui.screens.review import ReviewPage
 from tui.widgets.fields import Fields
 from tui.widgets.switches import Switches

@@ -13,8 +13,8 @@ from engine.config import DatasetConfig
 from engine.data.samples import SAMPLE_PREFIX, list_samples
 from engine.data.sources import KNOWN_ENDINGS, locate
 from engine.errors import UserError
-from tui.counting import counted_of, take_count
-from tui.draft import Draft
+from engine.wizard.counting import counted_of, take_count
+from engine.wizard.draft import Draft
 from tui.plain.dialogue import Choice, Dialogue
 from tui.plain.setup import Setup, ask_text
 

@@ -13,10 +13,10 @@ from engine.errors import UserError
 from engine.plan import Recommendation, make_fit
 from engine.report.plan import headline
 from engine.units import gib
-from tui.draft import Draft
+from engine.wizard.draft import Draft
+from engine.wizard.values import EXPERTS, expert_tensors, set_value, spelled
 from tui.plain.dialogue import EXPLAIN, Choice, Dialogue
 from tui.plain.setup import Setup, ask_text
-from tui.values import EXPERTS, expert_tensors, set_value, spelled
 
 _FIT: Final = "f"
 _RECOMMENDED: Final = "u"

@@ -15,10 +15,10 @@ from engine.errors import UserError, WorkError
 from engine.events import Ended, Event, Phase, Step
 from engine.runs import RunFolder, follow
 from engine.visible import visible
-from tui.draft import Draft
+from engine.wizard.draft import Draft
+from engine.wizard.start import free_config_path, save_config, start_run, why_not
 from tui.plain.dialogue import Choice, Dialogue, Leave
 from tui.plain.setup import Setup, ask_text
-from tui.start import free_config_path, save_config, start_run, why_not
 
 _LINE_STEPS: Final = 10
 _LINE_SECONDS: Final = 60.0

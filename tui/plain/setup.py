@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from engine.catalog import ModelCard, read_architecture
 from engine.chat.tokenizer_file import check_tokenizer, tokenizer_name
-from engine.cli.hardware import find_machine
 from engine.errors import UserError
 from engine.plan import Device, Prospect, best_device, cpu_device, gpu_device, propose, survey
 from engine.units import gib
 from engine.visible import visible
-from tui.draft import Draft
+from engine.wizard.draft import Draft
+from engine.wizard.request import find_machine
 from tui.plain.dialogue import Back, Choice, Dialogue
 
 if TYPE_CHECKING:

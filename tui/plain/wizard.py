@@ -7,7 +7,7 @@ from typing import Final
 
 from engine.errors import UserError, WorkError
 from engine.runs import RunFolder, is_locked, list_runs
-from tui.draft import Draft
+from engine.wizard.draft import Draft
 from tui.plain.data import ask_data, count, is_local
 from tui.plain.dialogue import Back, Dialogue, Leave
 from tui.plain.plan import ask_plan

@@ -1,6 +1,6 @@
 """The last page: the very file that is run, and what to do with it.
 
-It starts nothing by itself: `tui.start` does, for this page and for the plain questions alike.
+It starts nothing by itself: `engine.wizard.start` does.
 """
 
 import os
@@ -21,11 +21,11 @@ from engine.errors import UserError
 from engine.runs import RunFolder
 from engine.units import gib
 from engine.visible import visible
-from tui.commands import plan_command
-from tui.counting import next_count
-from tui.draft import draft_from
+from engine.wizard.commands import plan_command
+from engine.wizard.counting import next_count
+from engine.wizard.draft import draft_from
+from engine.wizard.start import free_config_path, save_config, start_run, why_not
 from tui.page import Key, Page
-from tui.start import free_config_path, save_config, start_run, why_not
 from tui.widgets.choices import Choices
 from tui.widgets.pane import Pane
 

@@ -5,7 +5,6 @@ and shows the new state.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from textual.app import RenderResult
@@ -18,24 +17,11 @@ from textual.reactive import reactive
 from textual.widget import Widget
 
 from engine.visible import visible
+from engine.wizard.settings import Field
 
 _NAME_CELLS: Final = 28
 _VALUE_CELLS: Final = 19
 _TYPED: Final = frozenset("0123456789.-e")
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """One value: as the file spells it, the usual ones, and why it is what it is."""
-
-    key: str
-    value: str
-    usual: tuple[str, ...]
-    reason: str
-    chosen: bool = False
-    """By the person: marked with a star."""
-    wrong: bool = False
-    """The reason says what is wrong with what was typed."""
 
 
 class Fields(Widget, can_focus=True):

@@ -5,7 +5,6 @@ letters stay actions of the page.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from textual.app import RenderResult
@@ -16,17 +15,9 @@ from textual.message import Message
 from textual.reactive import reactive
 from textual.widget import Widget
 
+from engine.wizard.switches import Switch
+
 _NAME_CELLS: Final = 13
-
-
-@dataclass(frozen=True, slots=True)
-class Switch:
-    """One question. `locked` says why there is no choice, and hides the answers."""
-
-    name: str
-    answers: tuple[str, ...]
-    chosen: int = 0
-    locked: str = ""
 
 
 class Switches(Widget, can_focus=True):

@@ -13,15 +13,15 @@ from engine.events import Ended
 from engine.hardware import assume
 from engine.plan import best_device, gpu_device
 from engine.runs import RunFolder, create_run, find_run, summarize
+from engine.wizard.draft import Draft, draft_from
+from engine.wizard.start import save_config, start_run, why_not
 from tests.fakes.nvml import RTX_4090, FakeDriver
 from tests.fakes.processes import running_fake, wait_until
 from tests.support.extras import needs_trainer
 from tests.support.told_runs import told_run
-from tui.draft import Draft, draft_from
 from tui.plain import Dialogue, run_plain
 from tui.plain.dialogue import Leave
 from tui.plain.review import follow_run
-from tui.start import save_config, start_run, why_not
 
 SAMPLE = DatasetConfig(path="sample:harbour-pilot")
 SIX = ("Machine", "Model", "Data", "Preview", "Plan", "Review")

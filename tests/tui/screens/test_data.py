@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from engine.wizard.offers import complete_path, find_newest
 from tests.support.screens import assert_golden
 from tests.support.stand_in import SAMPLE, draft_on, opened, run
 from tui.screens.data.findings import spark
-from tui.screens.data.sources import complete_path, find_newest
 
 
 @pytest.fixture(autouse=True)

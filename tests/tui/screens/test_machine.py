@@ -13,11 +13,11 @@ import pytest
 from engine.hardware import Machine, poll, read_machine
 from engine.hardware.torch_build import torch_problems
 from engine.units import GIB
+from engine.wizard.draft import Draft
 from tests.fakes.nvml import ABOUT_THE_STACK, H100, RTX_4090, FakeDriver
 from tests.support.screens import assert_golden
 from tests.support.stand_in import Beyond, Screen
 from tui.app import WindtunnelApp
-from tui.draft import Draft
 from tui.screens.machine import MachinePage
 
 SECOND = H100.replace("GPU-aaaa-1", "GPU-aaaa-2").replace("3B:00", "5E:00")

@@ -12,9 +12,9 @@ from engine.catalog import find_model
 from engine.hardware import assume
 from engine.plan import Device, Statistics, best_device
 from engine.units import GIB
+from engine.wizard.draft import Draft
 from tests.support.screens import assert_golden
 from tests.support.stand_in import Beyond, Screen, opened
-from tui.draft import Draft
 
 CPU = Device("this computer's CPU", "cpu", 64 * GIB, 46 * GIB)
 ROWS = Statistics(10, 10, 900, 300, 0, 90.0, 118, 120)

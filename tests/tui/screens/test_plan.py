@@ -12,14 +12,14 @@ from engine.config import DatasetConfig
 from engine.hardware import assume
 from engine.plan import Statistics, best_device, cpu_device
 from engine.units import gib
+from engine.wizard.counting import counted_of
+from engine.wizard.draft import Draft
+from engine.wizard.settings import list_fields
+from engine.wizard.values import set_value
 from tests.support.screens import assert_golden, screen_text, wait_for
 from tui.app import WindtunnelApp
-from tui.counting import counted_of
-from tui.draft import Draft
 from tui.entry import WizardRequest, make_draft
 from tui.page import Page
-from tui.screens.plan.settings import list_fields
-from tui.values import set_value
 from tui.widgets.fields import Fields
 from tui.widgets.memory_bar import bar_parts, share_cells
 

@@ -13,10 +13,10 @@ from engine.chat.render import LabelRule, labels
 from engine.chat.tokenizer import open_tokenizer
 from engine.config import DatasetConfig
 from engine.data.prepare import prepare
+from engine.wizard.counting import rows_request
+from engine.wizard.draft import Draft
 from tests.support.screens import assert_golden
 from tests.support.stand_in import SAMPLE, WORKER, draft_on, opened, run
-from tui.counting import rows_request
-from tui.draft import Draft
 from tui.widgets.keys import CommandLine
 from tui.widgets.tokens import TokenView
 

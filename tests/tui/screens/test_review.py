@@ -11,10 +11,10 @@ from textual.pilot import Pilot
 from engine.config import DatasetConfig, read_config
 from engine.hardware import assume, read_machine
 from engine.plan import best_device, cpu_device
+from engine.wizard.draft import Draft
 from tests.support.extras import needs_trainer
 from tests.support.screens import screen_text
 from tui.app import WindtunnelApp
-from tui.draft import Draft
 from tui.page import Page
 from tui.screens.review import ReviewPage
 from tui.widgets.keys import CommandLine

@@ -22,13 +22,13 @@ from engine.data.sources import locate
 from engine.errors import UserError
 from engine.plan import read_statistics
 from engine.visible import visible
-from tui.commands import check_command
-from tui.counting import rows_request, take_count, with_rows
+from engine.wizard.commands import check_command
+from engine.wizard.counting import rows_request, take_count, with_rows
+from engine.wizard.offers import Source, find_newest, list_sources
 from tui.page import HelpText, Key, Page
 from tui.screens.data.findings import Remark, describe_rows, list_remarks, say_verdict
 from tui.screens.data.panels import MappingPanel, first_rows
 from tui.screens.data.path_field import PathField
-from tui.screens.data.sources import Source, find_newest, list_sources
 from tui.screens.help import TextPane, columns
 from tui.widgets.choices import Choices
 from tui.widgets.confirm import Confirm

@@ -10,9 +10,10 @@ from textual.message import Message
 from textual.widgets import Static
 
 from engine.visible import visible
+from engine.wizard.switches import Switch
 from tui.screens.help import TextPane
 from tui.widgets.pane import Pane
-from tui.widgets.switches import Switch, Switches
+from tui.widgets.switches import Switches
 
 _RAW_CHARACTERS: Final = 600
 _MESSAGE_CHARACTERS: Final = 300

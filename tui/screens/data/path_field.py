@@ -7,8 +7,8 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import Input
 
+from engine.wizard.offers import complete_path
 from tui.page import Key, Page
-from tui.screens.data.sources import complete_path
 
 
 class PathField(Input):

@@ -14,7 +14,7 @@ from engine.catalog import Architecture, ModelCard
 from engine.plan import WEIGHTS, Device, Recommendation
 from engine.units import GIB, gib
 from engine.visible import visible
-from tui.draft import reads_images
+from engine.wizard.draft import reads_images
 from tui.screens.machine.prospects import TITLE_CELLS, mark_of, method, title_cells
 
 TITLE: Final = f"{'models':<{TITLE_CELLS + 8}}{'needs':>6}  verdict     reads  thinks   download"

@@ -22,7 +22,7 @@ from engine.plan import (
 )
 from engine.units import GIB
 from engine.visible import fold
-from tui.draft import Draft
+from engine.wizard.draft import Draft
 
 _INDENT: Final = "    "
 MARKS = {

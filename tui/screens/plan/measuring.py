@@ -25,7 +25,8 @@ MEASURING: Final = {
 def measure_plan(config: RunConfig, tell: Callable[[Message], object]) -> None:
     """Measure `config`, keep the figures, and tell the page."""
     # Imported here: the commands are not needed before, and the first page does not wait for them.
-    from engine.cli.fit import describe, measure
+    from engine.cli.fit import describe
+    from engine.wizard.measure import measure
 
     try:
         fitted = measure(with_absolute_paths(config, Path.cwd()))

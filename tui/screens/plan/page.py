@@ -15,7 +15,9 @@ from engine.errors import UserError
 from engine.plan import remarks
 from engine.units import GIB
 from engine.visible import visible
-from tui.commands import plan_command
+from engine.wizard.commands import plan_command
+from engine.wizard.settings import amount_words, list_fields
+from engine.wizard.values import set_value
 from tui.messages import PlanMeasured, WorkRefused
 from tui.page import HelpText, Key, Page
 from tui.screens.plan.comparisons import (
@@ -28,8 +30,6 @@ from tui.screens.plan.comparisons import (
     rung_lines,
 )
 from tui.screens.plan.measuring import MEASURING, measure_plan
-from tui.screens.plan.settings import amount_words, list_fields
-from tui.values import set_value
 from tui.widgets.choices import Choices
 from tui.widgets.fields import Fields
 from tui.widgets.memory_bar import MemoryBar

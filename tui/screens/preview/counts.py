@@ -8,7 +8,7 @@ from textual.content import Content
 from textual.widget import Widget
 
 from engine.chat.render import LabelRule
-from tui.screens.preview.judging import GroupCount, count_groups
+from engine.wizard.judging import GroupCount, count_groups
 
 _NAME_CELLS: Final = 14
 _STYLES: Final = {"thinking": "$think", "answers": "$answer", "tool calls": "$call"}

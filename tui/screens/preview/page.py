@@ -19,17 +19,17 @@ from engine.chat.render import LabelRule, learned
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.visible import visible
-from tui.commands import preview_command
-from tui.counting import rows_request
-from tui.page import HelpText, Key, Page
-from tui.screens.preview.counts import LearnedCounts, say_images
-from tui.screens.preview.inspecting import MARKS, describe_token
-from tui.screens.preview.judging import OddRow, Verdict, judge, kind_counts, list_odd_rows
-from tui.screens.preview.switching import (
+from engine.wizard.commands import preview_command
+from engine.wizard.counting import rows_request
+from engine.wizard.judging import OddRow, Verdict, judge, kind_counts, list_odd_rows
+from engine.wizard.switches import (
     SWITCH_HELP,
     change_of,
     list_switches,
 )
+from tui.page import HelpText, Key, Page
+from tui.screens.preview.counts import LearnedCounts, say_images
+from tui.screens.preview.inspecting import MARKS, describe_token
 from tui.token_row import read_row
 from tui.widgets.choices import Choices
 from tui.widgets.pane import Pane

@@ -10,7 +10,7 @@ from typing import Final
 from engine.catalog import Architecture
 from engine.config import FULL, NONE, RunConfig, override, require_supported, spell
 from engine.errors import UserError
-from tui.draft import Draft
+from engine.wizard.draft import Draft
 
 EXPERTS: Final = "experts"
 """lora_target_parameters as the page says it: the adapter sits on every expert."""

@@ -1,10 +1,10 @@
 """The switches of the preview: when one is no choice, and which key of the config each changes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from engine.config import RunConfig
-from tui.widgets.switches import Switch
 
 SWITCH_HELP: Final = {
     "thinking": "yes: the model learns to think as the rows do.\n"
@@ -16,6 +16,16 @@ SWITCH_HELP: Final = {
     "none over thinking would ask not to think and then think.",
 }
 _EFFORTS: Final = ("by row", "high", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """One question. `locked` says why there is no choice, and hides the answers."""
+
+    name: str
+    answers: tuple[str, ...]
+    chosen: int = 0
+    locked: str = ""
 
 
 def list_switches(

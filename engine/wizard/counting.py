@@ -1,21 +1,30 @@
-"""The rows of the draft in its plan: what their lengths follow from, and when they are counted.
+"""The rows of a config in its plan: what their lengths follow from, and when they are counted.
 
-Apart from the pages because each of them can change what a row becomes: another model, another
-dataset, images of another size, an edited file. Whoever shows a plan asks for the rows first.
+Each answer can change what a row becomes: another model, another dataset, images of another size,
+an edited file. Whoever shows a plan asks for the rows first, and says why they are not counted:
+rows that are not here, on the hub, or too many to read before an answer leave `sequence_len` to
+count with.
 """
 
 import json
+from collections.abc import Awaitable, Callable
 from copy import copy
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from engine.cli.row_counts import NO_ROW, why_uncounted
+from engine.catalog import Architecture
+from engine.chat.tokenizer_file import tokenizer_name
 from engine.config import DatasetConfig, RunConfig
-from engine.errors import UserError
+from engine.errors import UserError, WorkError
 from engine.plan import Statistics, read_statistics
-from tui.data_worker import DataWorker
-from tui.draft import Counted, Draft
+from engine.wizard.draft import Counted, Draft
 
+if TYPE_CHECKING:
+    from engine.data.checkup import Checkup
+
+NO_ROW: Final = "no row of it can be used, or its tokenizer is not here"
+MOST_BYTES: Final = 256 * 2**20
+"""Files beyond this are not read for an estimate: some 100,000 conversations, a minute or two."""
 COUNTING: Final = "its rows are being counted"
 WHICH_KEYS: Final = frozenset({"base_model", "tokenizer_config", "datasets"})
 """Which rows, in the tokens of which model."""
@@ -91,10 +100,15 @@ def take_count(draft: Draft, config: RunConfig, statistics: Statistics | None) -
     draft.uncounted = "" if draft.statistics else NO_ROW
 
 
-async def count_rows(draft: Draft, config: RunConfig, worker: DataWorker) -> bool:
-    """Count the rows of `config` for the plan; whether the draft still asks for them."""
+async def count_rows(
+    draft: Draft, config: RunConfig, ask: Callable[..., Awaitable[dict[str, Any]]]
+) -> bool:
+    """Count the rows of `config` for the plan; whether the draft still asks for them.
+
+    `ask` is `DataWorker.ask`.
+    """
     try:
-        found = await worker.ask("check", **rows_request(config))
+        found = await ask("check", **rows_request(config))
         trouble = ""
     except UserError as error:
         found, trouble = {}, f"its rows could not be counted: {error.what}"
@@ -108,3 +122,59 @@ async def count_rows(draft: Draft, config: RunConfig, worker: DataWorker) -> boo
     else:
         take_count(draft, config, read_statistics(found["statistics"]))
     return True
+
+
+def check_rows(config: RunConfig, folder: Path) -> "Checkup":
+    """Every row of a config read, and counted in tokens where the tokenizer can be had.
+
+    Raises UserError where a dataset cannot be read.
+    """
+    from engine.chat.tokenizer import open_tokenizer
+    from engine.data.checkup import check_config
+
+    try:
+        tokenizer = open_tokenizer(tokenizer_name(config), folder)
+    except WorkError:  # offline, and the tokenizer is not here yet
+        tokenizer = None
+    return check_config(config, folder, tokenizer, sequence_len=config.sequence_len)
+
+
+def count_config_rows(
+    config: RunConfig, architecture: Architecture, folder: Path
+) -> tuple[Statistics | None, str]:
+    """The counts of a config's rows, or None with the reason in a few words; nothing is fetched."""
+    reason = why_uncounted(config, architecture, folder)
+    if reason:
+        return None, reason
+    try:
+        statistics = check_rows(config, folder).statistics()
+    except UserError as error:
+        return None, _unreadable(error)
+    return statistics, "" if statistics else NO_ROW
+
+
+def why_uncounted(config: RunConfig, architecture: Architecture, folder: Path) -> str:
+    """Why the rows of a config are not counted for a plan, in a few words; empty where they can be.
+
+    Looks at the names and sizes of files alone.
+    """
+    from engine.data.sources import locate
+
+    if not config.datasets:
+        return "the config names no dataset"
+    if architecture.card is None and architecture.folder is None:
+        return "its tokenizer is not here"
+    size = 0
+    try:
+        for dataset in config.datasets:
+            location = locate(dataset, folder)
+            if location.hub_id is not None:
+                return "its rows are on the hub"
+            size += sum(file.stat().st_size for file in location.files)
+    except UserError as error:
+        return _unreadable(error)
+    return "its rows are too many to count for an estimate" if size > MOST_BYTES else ""
+
+
+def _unreadable(error: UserError) -> str:
+    return f"its rows could not be read: {error.what}"

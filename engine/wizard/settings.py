@@ -4,6 +4,7 @@ Pure: from a draft to the lines of the list.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 from engine.config import FULL, NONE
@@ -11,9 +12,8 @@ from engine.hardware import attention_backends
 from engine.plan import Attention, Recommendation, Task, changed, estimate, heads_of
 from engine.plan.attention import why_not
 from engine.units import gib, spoken
-from tui.draft import Draft
-from tui.values import EXPERTS, expert_tensors, spelled
-from tui.widgets.fields import Field
+from engine.wizard.draft import Draft
+from engine.wizard.values import EXPERTS, expert_tensors, spelled
 
 _POWERS: Final = tuple(str(2**n) for n in range(7, 18))
 _FIRST: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
@@ -63,6 +63,20 @@ _WAITING: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
 )
 """What can wait in RAM: shown where it does, and among all settings."""
 _ADAPTER_ONLY: Final = ("lora_r", "lora_alpha", "lora_dropout")
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One value: as the file spells it, the usual ones, and why it is what it is."""
+
+    key: str
+    value: str
+    usual: tuple[str, ...]
+    reason: str
+    chosen: bool = False
+    """By the person: marked with a star."""
+    wrong: bool = False
+    """The reason says what is wrong with what was typed."""
 
 
 def list_fields(draft: Draft, *, every: bool, wrong: tuple[str, str] | None) -> list[Field]:

@@ -1,13 +1,19 @@
-"""What Review does: start the run of a draft, or save its config.
+"""A run from a draft or from a config file: why it cannot start, its folder, its saved config."""
 
-Apart from the page and from plain mode so that both start the same run, and so that the reason why
-one cannot start is known before anybody presses a key.
-"""
-
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from engine.config import RunConfig, parse_config, require_supported, write_config
+from engine.config import (
+    RunConfig,
+    override,
+    parse_config,
+    read_config,
+    require_supported,
+    write_config,
+)
 from engine.data.config_paths import with_absolute_paths
 from engine.errors import UserError
 from engine.hardware import Machine, missing_packages
@@ -17,7 +23,7 @@ from engine.plan.device import refuse_bf16
 from engine.runs import RunFolder, create_run
 from engine.units import gib
 from engine.visible import visible
-from tui.draft import Draft
+from engine.wizard.draft import Draft
 
 _NEEDED: Final = frozenset({"torch", "transformers", "peft", "safetensors"})
 """Without one of them no run begins; the others are for some methods only."""
@@ -46,6 +52,52 @@ def start_run(draft: Draft, *, home: Path | None = None) -> RunFolder:
     run = create_run(draft.run_name(), output_dir=config.output_dir, home=home)
     launch(run, detach=True, config=text, plan=plan)
     return run
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """A run that can be launched."""
+
+    run: RunFolder
+    config: str
+    """Text of its config.yml."""
+    resume: bool
+    checkpoint: str | None
+    """Name of the checkpoint to go on from, None for the newest."""
+
+
+def create(
+    file: Path, changes: Sequence[str], home: Path | None, name: str | None = None
+) -> Created:
+    """The run folder for a config file and its changes.
+
+    Paths in the config are relative to its file; in the run folder they are absolute. Raises
+    UserError where the config or the folder cannot be used.
+    """
+    given = read_config(file)
+    config = override(given.config, changes) if changes else given.config
+    require_supported(config, given.document)
+    config = with_absolute_paths(config, file.absolute().parent)
+    start_from = config.resume_from_checkpoint
+    run = create_run(
+        name or run_name(file),
+        output_dir=config.output_dir,
+        home=home,
+        resume=bool(start_from),
+    )
+    checkpoint = Path(start_from).name if isinstance(start_from, str) else None
+    if checkpoint and not (run.checkpoints / checkpoint).is_dir():
+        raise UserError(
+            f"{visible(str(run.path), one_line=True)} has no checkpoint {visible(checkpoint)}.",
+            "resume_from_checkpoint names one of the run's own folder.",
+            "Set it to true for the newest, or to the name of one in its checkpoints folder.",
+        )
+    return Created(run, write_config(config, document=given.document), bool(start_from), checkpoint)
+
+
+def run_name(file: Path) -> str:
+    """A run's name from its config's: what a folder's name cannot hold becomes a dash."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._")[:80] or "run"
 
 
 def save_config(draft: Draft, path: Path) -> Path:

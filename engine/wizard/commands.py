@@ -3,8 +3,8 @@
 from typing import Final
 
 from engine.config import DatasetConfig, RunConfig, assignment
-from tui.counting import RENDER_KEYS, WHICH_KEYS
-from tui.draft import Draft, is_named_by_path
+from engine.wizard.counting import RENDER_KEYS, WHICH_KEYS
+from engine.wizard.draft import Draft, is_named_by_path
 
 _SAID_BY_FILE: Final = (WHICH_KEYS | RENDER_KEYS) - {"chat_template_kwargs"}
 """What decides a previewed row and has no flag."""
