@@ -369,12 +369,12 @@ GUARDS = {
     ),
     "a batch is made in its step's time": Guard(
         "engine/train/loop.py",
-        "            self.meter.start()\n            number, batch = next(batches)\n",
-        "            number, batch = next(batches)\n            self.meter.start()\n",
+        "            self.step_clock.start()\n            number, batch = next(batches)\n",
+        "            number, batch = next(batches)\n            self.step_clock.start()\n",
         f"{SECONDS}::test_collating_and_the_optimizer_count_and_what_lies_between_steps_does_not",
     ),
     "a step ends when the card has moved the weights": Guard(
-        "engine/train/meter.py",
+        "engine/train/loop.py",
         "            torch.cuda.synchronize(self._device)",
         "            pass",
         f"{SECONDS}::test_the_clock_is_read_when_the_card_has_moved_the_weights",

@@ -29,9 +29,7 @@ answers   questions to what a run trained
 adapter_files a saved adapter, read without its model
 merge     an adapter put into its base's weights
 session   lock, events, control and signals of one process
-meter     speed and peak memory
-shortage  which errors mean that memory ran out
-shortfall what is told then, and what makes room
+out_of_memory  which errors say so, what was held, what makes room
 fitcheck  what a config really takes, measured on random weights
 demo      the embedded tiny base models
 """

@@ -19,7 +19,6 @@ from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter, Phase
 from engine.hardware.requirements import install_command, installed, version_problem
 from engine.runs import ControlReader, RunFolder, RunLock, StopSignals
-from engine.train.shortage import is_shortage, words_of
 from engine.visible import visible
 
 
@@ -130,10 +129,12 @@ def explain(error: Exception) -> UserError:
     said = visible(next(iter(str(error).splitlines()), "") or type(error).__name__, one_line=True)
     if isinstance(error, ImportError):
         return _not_imported(error, said)
-    if is_shortage(error):
+    from engine.train.out_of_memory import is_out_of_memory, message_of
+
+    if is_out_of_memory(error):
         return WorkError(
             "There is not as much memory as this needs.",
-            f"The system says: {words_of(error)}.",
+            f"The system says: {message_of(error)}.",
             "Close other programs, or use a larger machine; `windtunnel estimate` shows what each "
             "part takes.",
         )

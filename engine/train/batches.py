@@ -87,6 +87,11 @@ class Rows:
     def _place(self, index: int) -> str:
         return f"{self.prepared.file(index)} line {self.prepared.line(index)}"
 
+    def longest(self, rows: Iterable[int]) -> str:
+        """Where the longest of `rows` is, and its tokens; empty without rows."""
+        tokens, row = max(((int(self.lengths[row]), row) for row in rows), default=(0, -1))
+        return f"{self.place(row)}, {tokens:,} tokens" if row >= 0 else ""
+
     def left_out(self) -> str:
         """A sentence that names rows which are not among the chosen; empty where all are."""
         missing = np.setdiff1d(np.arange(len(self.prepared)), self.chosen)

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.config import RunConfig
 from engine.plan.loss import PRICE, names_cut_loss
 from engine.train.loss import Loss, cut_cross_entropy
-from engine.train.shortage import is_shortage
+from engine.train.out_of_memory import is_out_of_memory
 from engine.visible import visible
 
 TRIED_ROWS, TRIED_WORDS = 16, 128
@@ -45,7 +45,7 @@ def _failed(head: Tensor, device: torch.device) -> str:
     try:
         _try(head.shape[1], head.dtype, device)
     except Exception as error:  # of triton, of torch's compiler, of the C compiler that they start
-        if is_shortage(error):
+        if is_out_of_memory(error):
             raise
         said = visible(next(iter(str(error).splitlines()), ""), one_line=True).rstrip(".")
         return (

@@ -1,14 +1,19 @@
-"""Where a run computes, and in which precision."""
+"""Where a run computes, in which precision, and what it takes of the memory there."""
+
+import resource
+import sys
+from dataclasses import replace
 
 import torch
 
 from engine.config import RunConfig
 from engine.errors import WorkError
-from engine.hardware import attention_backends
+from engine.hardware import attention_backends, read_machine
 from engine.hardware.requirements import installed
 from engine.launch import planned_device, without_its_card
-from engine.plan import Device, device_document
+from engine.plan import Device, best_device, cpu_device, device_document
 from engine.plan.device import computes_in_bf16, refuse_bf16
+from engine.plan.memory.formula import PROCESS_BYTES
 from engine.runs import RunFolder
 from engine.visible import visible
 
@@ -16,6 +21,32 @@ from engine.visible import visible
 def pick_device() -> torch.device:
     """The first visible CUDA card, else this computer's CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def read_device() -> Device:
+    """The device as a plan sees it, with all of its memory.
+
+    To be asked for before a run takes any: the driver is asked in a thread, which needs some too.
+    """
+    machine = read_machine()
+    device = best_device(machine) if machine.usable_gpus else cpu_device(machine)
+    return replace(device, can_give_bytes=device.total_bytes)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak bytes allocated on the card, or the process's peak resident bytes on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def held_memory_bytes(device: torch.device) -> int:
+    """Bytes allocated on the card now; on a CPU what the process held at most, less what it takes
+    before it loads anything."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return max(0, peak_memory_bytes(device) - PROCESS_BYTES)
 
 
 def require_planned_device(run: RunFolder, here: Device) -> str | None:

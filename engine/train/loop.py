@@ -6,7 +6,8 @@ step weigh the same, however the step is cut into forward passes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,20 +23,25 @@ from engine.plan.memory.moments import SAMPLE_TOKENS
 from engine.publish import publish_result
 from engine.train.batches import NAMED_ROWS, PAD, Order, Rows, StepBatch
 from engine.train.checkpoint import Checkpoints, Position, random_tensors, restore_random
+from engine.train.device import held_memory_bytes, peak_memory_bytes
 from engine.train.evaluate import RiseWatch, Score, mean_loss, row_losses, score, score_all
 from engine.train.experts import balance_loss, balance_weight, watch_routers
 from engine.train.forward import Model, head_module, head_of, hidden_states
 from engine.train.generate import generate, readable
 from engine.train.loss import IN_CHUNKS, Loss, summed_cross_entropy
 from engine.train.measure import Measures
-from engine.train.meter import Meter, held_memory_bytes, peak_memory_bytes
 from engine.train.model import Base
 from engine.train.offload import head_for_loss
 from engine.train.optim import build_optimizer, learning_rate, set_learning_rate, take_step
+from engine.train.out_of_memory import (
+    OutOfMemory,
+    describe,
+    held_parts,
+    in_a_step,
+    is_out_of_memory,
+)
 from engine.train.prompts import Prompt
 from engine.train.session import Session
-from engine.train.shortage import is_shortage
-from engine.train.shortfall import MemoryRanOut, describe, in_a_step
 from engine.train.watchdog import LossWatch
 from engine.train.weights import export_trained, load_trained, trained_parameters
 
@@ -66,7 +72,7 @@ class Training:
         self.position = Position(
             fingerprint=self.order.fingerprint(), loss_chunk_bytes=loss.chunk_bytes
         )
-        self.meter = Meter(base.device)
+        self.step_clock = StepClock(base.device)
         self.watch = LossWatch(config, vocabulary=head_of(model).shape[0])
         self.rises = RiseWatch()
         self._saved_step = -1
@@ -107,7 +113,7 @@ class Training:
             self.between_steps(prompts)
             if self.session.stopping:
                 break
-            self.meter.start()
+            self.step_clock.start()
             number, batch = next(batches)
             self.try_step(number, batch)
             due = every_eval is not None and number % every_eval == 0 and number < last
@@ -151,17 +157,23 @@ class Training:
         self.session.emit(Ended("finished", self.position.step))
 
     def try_step(self, number: int, batch: StepBatch) -> None:
-        """One optimizer step; MemoryRanOut, with what was held, where it did not fit."""
+        """One optimizer step; OutOfMemory, with what was held, where it did not fit."""
         try:
             self.step(number, batch)
         except Exception as error:
-            if not is_shortage(error):
+            if not is_out_of_memory(error):
                 raise
-            told = describe(
-                error, f"step {number}", held_memory_bytes(self.base.device), self.session.run
+            held_bytes = held_memory_bytes(self.base.device)
+            facts = describe(error, f"step {number}", held_bytes, self.session.run)
+            held = held_parts(
+                self.model.parameters(),
+                self.optimizer,
+                self.base.report.held_bytes,
+                adapted=self.config.adapter is not None,
             )
+            longest = self.rows.longest(batch.rows)
             # From nothing: the error's own frames hold the memory of the step.
-            raise MemoryRanOut(in_a_step(told, self, number, batch)) from None
+            raise OutOfMemory(in_a_step(facts, number, held, longest)) from None
 
     def step(self, number: int, batch: StepBatch) -> None:
         """One optimizer step and its event; its time began when its batch was asked for."""
@@ -170,7 +182,7 @@ class Training:
         loss, norm = self.gradients(batch)
         self.judge(number, loss, norm, batch)
         move(self.optimizer)
-        seconds, speed = self.meter.stop(batch.tokens)
+        seconds, speed = self.step_clock.stop(batch.tokens)
         self.position.step = number
         self.position.tokens += batch.tokens
         self.rises.add_step(loss)
@@ -324,6 +336,29 @@ class Training:
         return "; ".join(
             f"{self.rows.place(row)} ({loss:.2f})" for row, loss in losses[:NAMED_ROWS]
         )
+
+
+class StepClock:
+    """Seconds and tokens of each optimizer step, from making its batch to its last moved weight."""
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
+        self._device, self._clock = device, clock
+        self._started = clock()
+
+    def start(self) -> None:
+        """Begin a step: an eval, a save or a pause before it is not its time."""
+        self._started = self._clock()
+
+    def stop(self, tokens: int) -> tuple[float, float]:
+        """End a step when the device has done it; returns its seconds and its tokens a second.
+
+        Waits for the optimizer alone, as the loss was read before the weights moved. Events on the
+        device would be waited for as well, because the step's figures are written at once.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        seconds = self._clock() - self._started
+        return seconds, tokens / seconds if seconds > 0 else 0.0
 
 
 def move(optimizer: Optimizer) -> None:

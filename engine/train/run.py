@@ -33,27 +33,32 @@ from engine.runs import RunFolder
 from engine.train.attention import pick_attention
 from engine.train.batches import Rows
 from engine.train.cut_loss import settle_loss
-from engine.train.device import as_planned, name_of, pick_device, require_planned_device
+from engine.train.device import (
+    as_planned,
+    held_memory_bytes,
+    name_of,
+    pick_device,
+    read_device,
+    require_planned_device,
+)
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model, checkpoint_activations, head_of
 from engine.train.images import refuse_unread
 from engine.train.loop import Training
 from engine.train.lora import attach_lora, choose_trained
 from engine.train.measure import Measures
-from engine.train.meter import held_memory_bytes
 from engine.train.model import Base, load_base
 from engine.train.optim import free_paged_state
+from engine.train.out_of_memory import (
+    OutOfMemory,
+    as_error,
+    describe,
+    is_out_of_memory,
+    read_estimate,
+    with_next_rung,
+)
 from engine.train.prompts import ask, ask_about_images, ask_by_default
 from engine.train.session import Session
-from engine.train.shortage import is_shortage
-from engine.train.shortfall import (
-    MemoryRanOut,
-    describe,
-    device_of_the_run,
-    read_estimate,
-    sentences,
-    with_way_out,
-)
 from engine.train.weights import trained_parameters
 
 PROGRESS_SECONDS = 0.5
@@ -75,35 +80,35 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
     the next change that saves some and alters no result, as often as there is one. Raises UserError
     and WorkError with the sentence for the person.
     """
-    device = device_of_the_run()
+    device = read_device()
     if other := require_planned_device(session.run, device):
         session.emit(Note("warning", other))
-    while told := _try(session, resume=resume, checkpoint=checkpoint):
+    while facts := _try(session, resume=resume, checkpoint=checkpoint):
         # Nothing of the failed attempt is alive any more: its frames ended with it.
         gc.collect()
         free_paged_state()
         torch.cuda.empty_cache()
         config = read_config(session.run.config).config
-        told = with_way_out(told, config, read_architecture(session.base_folder), device)
-        told = replace(told, taken=config.auto_fit and bool(told.changes))
-        session.emit(told)
-        if not told.taken:
-            raise sentences(told, session.run)
-        values = [f"{key}={value}" for key, value in told.changes.items()]
+        facts = with_next_rung(facts, config, read_architecture(session.base_folder), device)
+        facts = replace(facts, taken=config.auto_fit and bool(facts.changes))
+        session.emit(facts)
+        if not facts.taken:
+            raise as_error(facts, session.run)
+        values = [f"{key}={value}" for key, value in facts.changes.items()]
         change_config(session.run, values)
-        words = f"memory ran out in {told.where}: goes on with {' '.join(values)}, {told.trade}"
+        words = f"memory ran out in {facts.where}: goes on with {' '.join(values)}, {facts.trade}"
         session.emit(Note("warning", words))
         resume, checkpoint = True, None
 
 
 def _try(session: Session, *, resume: bool, checkpoint: str | None) -> Shortage | None:
-    """Carry the run out; what there is to tell where memory runs out on the way."""
+    """Carry the run out; what is known where memory runs out on the way."""
     try:
         _carry_out(session, resume=resume, checkpoint=checkpoint)
-    except MemoryRanOut as error:
-        return error.told
+    except OutOfMemory as error:
+        return error.facts
     except Exception as error:
-        if not is_shortage(error) or session.base_folder == session.run.path:
+        if not is_out_of_memory(error) or session.base_folder == session.run.path:
             raise
         where = PLACES.get(session.doing, "preparing the run")
         return describe(error, where, held_memory_bytes(pick_device()), session.run)

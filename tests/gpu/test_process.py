@@ -33,7 +33,7 @@ from tests.support.trainers import (
     training,
     wait,
 )
-from tests.train.test_shortfall import hold_at_most
+from tests.train.test_out_of_memory import hold_at_most
 
 Hook = Callable[[], object]
 KEYS = LORA | {"bf16": "auto", "max_steps": 6, "save_steps": 2}

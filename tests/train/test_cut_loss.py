@@ -108,7 +108,7 @@ def test_a_kernel_that_fails_is_left_and_its_reason_told(
     assert "windtunnel doctor" in words
 
 
-def test_a_shortage_is_no_reason_to_take_more_memory(kernel: type[Kernel]) -> None:
+def test_out_of_memory_is_no_reason_to_take_more_memory(kernel: type[Kernel]) -> None:
     kernel("memory")()
     with pytest.raises(torch.OutOfMemoryError):
         settle_loss(ASKED, torch.ones(128, 64), CPU, 7)

@@ -12,8 +12,7 @@ from engine.events import SampleTime
 from engine.runs import RunFolder, read_steps
 from engine.train.batches import Order, Rows, StepBatch
 from engine.train.evaluate import Score
-from engine.train.loop import Training
-from engine.train.meter import Meter
+from engine.train.loop import StepClock, Training
 from engine.train.model import load_base
 from engine.train.prompts import Prompt
 from engine.train.run import put_on_training
@@ -84,7 +83,7 @@ def test_collating_and_the_optimizer_count_and_what_lies_between_steps_does_not(
     held_out = {"validation": uneven.first(2)}
     run = SlowTraining(base, model, uneven, held_out, config, open_session(tmp_path), None)  # type: ignore[arg-type]
     run.order = SlowOrder(uneven, config)
-    run.meter = Meter(base.device, clock)
+    run.step_clock = StepClock(base.device, clock)
     run.clock = run.order.clock = clock
 
     def move(*_: object) -> None:
@@ -112,7 +111,7 @@ def test_the_clock_is_read_when_the_card_has_moved_the_weights(
         return noted
 
     run = training(tmp_path, settings(ministral, adapter="lora"), uneven)
-    run.meter = Meter(torch.device("cuda"), noting("clock"))
+    run.step_clock = StepClock(torch.device("cuda"), noting("clock"))
     monkeypatch.setattr(torch.cuda, "synchronize", noting("synchronize"))
     monkeypatch.setattr(run, "judge", noting("judge", run.judge))
     run.optimizer.register_step_post_hook(noting("optimizer", lambda *_: None))

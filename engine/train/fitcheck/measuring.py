@@ -39,9 +39,9 @@ from engine.train.loop import fill_gradients, move
 from engine.train.loss import Loss
 from engine.train.model import load_base
 from engine.train.optim import build_optimizer, learning_rate, set_learning_rate
+from engine.train.out_of_memory import is_out_of_memory, message_of
 from engine.train.run import prepare_rows, put_on_training, teller
 from engine.train.session import Session
-from engine.train.shortage import is_shortage, words_of
 from engine.train.weights import trained_parameters
 
 Tell = Callable[[Mapping[str, Any]], None]
@@ -246,11 +246,12 @@ def _part(name: str, gauge: Gauge) -> Iterator[None]:
         with gauge.measure(name):
             yield
     except Exception as error:
-        if not is_shortage(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"It does not fit: memory ran out in {name}.",
-            f"{held(gauge, name)} were allocated at the most; the system says: {words_of(error)}.",
+            f"{held(gauge, name)} were allocated at the most; "
+            f"the system says: {message_of(error)}.",
             "Set gradient_checkpointing: true or adapter: qlora, or lower micro_batch_size or "
             "sequence_len; `windtunnel estimate` shows what each part takes.",
             exit_status=DOES_NOT_FIT,

@@ -1,4 +1,4 @@
-"""Memory that runs out: what is told, what makes room, and that a run goes on as if it had not."""
+"""Memory that runs out: what is said, what makes room, and that a run goes on as if it had not."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from engine.events import Note, Saved, Shortage
 from engine.runs import RunFolder, read_steps
 from engine.train.forward import unwrapped
 from engine.train.offload import decoder_layers
-from engine.train.shortage import asked_bytes, is_shortage, words_of
+from engine.train.out_of_memory import asked_bytes, is_out_of_memory, message_of
 from tests.support.trainers import (
     LORA,
     Workshop,
@@ -40,7 +40,7 @@ KEYS = LORA | {
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("shortage"), KEYS)
+    return Workshop(tmp_path_factory.mktemp("out-of-memory"), KEYS)
 
 
 def hold_at_most(tokens: int, *, from_step: int = 1) -> None:
@@ -92,7 +92,7 @@ def small_card_with_pages(freed: Path) -> None:
     hold_at_most(1000, from_step=3)
 
 
-def shortages(run: RunFolder) -> list[Shortage]:
+def out_of_memory(run: RunFolder) -> list[Shortage]:
     return [event for event in events_of(run) if isinstance(event, Shortage)]
 
 
@@ -104,23 +104,23 @@ class TestWithoutAutoFit:
         planned = {"peak_allocated_bytes": 10**6, "parts": {"linear": 900_000, "layer": 100_000}}
         run.plan.write_text(json.dumps({"estimate": planned}), "utf-8")
         assert finish(run, before=small_card()) == 1
-        (told,) = shortages(run)
-        assert told.predicted_bytes == 10**6
-        assert told.predicted_parts == {"weights": 900_000, "activations": 100_000}
-        assert told.step == 1
-        assert told.asked_bytes
-        assert sum(told.parts.values()) >= told.held_bytes
-        assert told.parts["weights"] > 0 < told.parts["adapter"]
-        assert re.fullmatch(r"rows\.jsonl line \d+, \d+ tokens", told.longest)
-        assert told.changes == {"micro_batch_size": "16", "gradient_accumulation_steps": "2"}
-        assert told.saves_bytes > 0
-        assert not told.taken
+        (facts,) = out_of_memory(run)
+        assert facts.predicted_bytes == 10**6
+        assert facts.predicted_parts == {"weights": 900_000, "activations": 100_000}
+        assert facts.step == 1
+        assert facts.asked_bytes
+        assert sum(facts.parts.values()) >= facts.held_bytes
+        assert facts.parts["weights"] > 0 < facts.parts["adapter"]
+        assert re.fullmatch(r"rows\.jsonl line \d+, \d+ tokens", facts.longest)
+        assert facts.changes == {"micro_batch_size": "16", "gradient_accumulation_steps": "2"}
+        assert facts.saves_bytes > 0
+        assert not facts.taken
         end = last_end(run)
         assert end.what.startswith("Memory ran out in step 1: ")
         assert "more were asked for" in end.what
         assert "1.0 MiB were predicted for its fullest moment." in end.why
-        assert f"above that are the {told.grew}, by " in end.why
-        assert told.longest in end.why
+        assert f"above that are the {facts.grew}, by " in end.why
+        assert facts.longest in end.why
         assert f"`windtunnel resume {run.path} micro_batch_size=16 " in end.fix
 
     def test_the_command_goes_on_to_the_steps_of_a_run_that_never_stopped(
@@ -156,10 +156,10 @@ class TestWithAutoFit:
     ) -> None:
         run = workshop.new(auto_fit=True, **keys)
         assert finish(run, before=small_card(from_step=3)) == 0
-        told = shortages(run)
-        assert [each.changes["micro_batch_size"] for each in told] == ["16", "8"]
-        assert all(each.taken for each in told)
-        assert told[0].step == 3
+        facts = out_of_memory(run)
+        assert [each.changes["micro_batch_size"] for each in facts] == ["16", "8"]
+        assert all(each.taken for each in facts)
+        assert facts[0].step == 3
         assert last_end(run).outcome == "finished"
         notes = [e.text for e in events_of(run) if isinstance(e, Note)]
         assert any("goes on with micro_batch_size=16" in text for text in notes)
@@ -182,8 +182,8 @@ class TestWithAutoFit:
         keys = {"micro_batch_size": 1, "sequence_len": 1024, "gradient_checkpointing": True}
         run = workshop.new(auto_fit=True, **keys)
         assert finish(run, before=small_card(0)) == 1
-        assert shortages(run)
-        assert not shortages(run)[-1].taken
+        assert out_of_memory(run)
+        assert not out_of_memory(run)[-1].taken
         assert last_end(run).outcome == "failed"
 
 
@@ -209,9 +209,9 @@ class TestWithAutoFit:
 )
 def test_what_the_system_says(words: str, asked: int | None) -> None:
     error = RuntimeError(words)
-    assert is_shortage(error)
+    assert is_out_of_memory(error)
     assert asked_bytes(error) == asked
-    assert "enforce" not in words_of(error)
-    assert not is_shortage(RuntimeError("shapes do not match"))
+    assert "enforce" not in message_of(error)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
     # Of a kernel that does not suit the card: less memory for the run would not help.
-    assert not is_shortage(RuntimeError("out of resource: shared memory, Required: 98304"))
+    assert not is_out_of_memory(RuntimeError("out of resource: shared memory, Required: 98304"))

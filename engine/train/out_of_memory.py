@@ -1,0 +1,160 @@
+"""Memory that ran out: which errors say so, what was held, which part grew, what makes room.
+
+The errors come from the computer, from CUDA and from whatever library asked last; none of it needs
+torch here. Only changes that alter no step to come are offered.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from engine.catalog import Architecture
+from engine.config import RunConfig, spell
+from engine.errors import WorkError
+from engine.events import Shortage
+from engine.plan import SAME_RESULT, Device, next_rung
+from engine.plan.memory import WEIGHTS
+from engine.runs import RunFolder
+from engine.units import gib
+from engine.visible import visible
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+_MESSAGES = (
+    *("can't allocate memory", "not enough memory"),  # torch's allocator, a plain RuntimeError
+    *("out of memory", "CUDA_ERROR_OUT_OF_MEMORY", "cudaErrorMemoryAllocation"),  # CUDA's
+    "_STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER and cuSPARSE, which allocate on their own
+)
+_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)")
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_GREW_SHARE = 0.02
+"""A part that is above the plan by less of the whole is not said to have grown."""
+ACTIVATIONS = "activations"
+
+
+class OutOfMemory(Exception):
+    """Carries the event's facts out of the frames that held the memory."""
+
+    def __init__(self, facts: Shortage) -> None:
+        super().__init__(facts.where)
+        self.facts = facts
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that there is no more memory."""
+    return isinstance(error, MemoryError) or any(part in str(error) for part in _MESSAGES)
+
+
+def message_of(error: BaseException) -> str:
+    """The first two sentences of what the system says, without the last full stop."""
+    said = visible(next(iter(str(error).splitlines()), "") or type(error).__name__, one_line=True)
+    return ". ".join(said.rpartition("DefaultCPUAllocator: ")[2].split(". ")[:2]).rstrip(".")
+
+
+def asked_bytes(error: BaseException) -> int | None:
+    """What was asked for when memory ran out, as torch says it; None where it does not."""
+    found = _ASKED.search(str(error))
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
+def describe(error: BaseException, where: str, held_bytes: int, run: RunFolder) -> Shortage:
+    """What is known wherever it happened: what was held, what was asked for, what was planned."""
+    plan = read_estimate(run)
+    return Shortage(
+        step=0,
+        where=where,
+        held_bytes=held_bytes,
+        asked_bytes=asked_bytes(error),
+        predicted_bytes=plan.get("peak_allocated_bytes"),
+        predicted_parts=_grouped(plan.get("parts", {})),
+    )
+
+
+def in_a_step(facts: Shortage, step: int, held: Mapping[str, int], longest: str) -> Shortage:
+    """The same with what a run that was training held, by part, and the batch's longest row."""
+    parts = dict(held)
+    parts[ACTIVATIONS] = max(0, facts.held_bytes - sum(parts.values()))
+    planned = facts.predicted_parts
+    above = {name: size - planned.get(name, 0) for name, size in parts.items()} if planned else {}
+    grew = max(above, key=lambda name: above[name], default="")
+    if not grew or above[grew] < _GREW_SHARE * facts.held_bytes:
+        grew = ""
+    return replace(facts, step=step, parts=parts, grew=grew, longest=longest)
+
+
+def with_next_rung(
+    facts: Shortage, config: RunConfig, architecture: Architecture, device: Device
+) -> Shortage:
+    """The same with the next change that saves memory and alters no result."""
+    rung = next_rung(config, architecture, device, only=SAME_RESULT)
+    if rung is None:
+        return facts
+    changes = {key: spell(key, value) for key, value in rung.changes.items()}
+    return replace(facts, changes=changes, trade=rung.trade, saves_bytes=rung.saves_bytes)
+
+
+def as_error(facts: Shortage, run: RunFolder) -> WorkError:
+    """The three sentences for the person."""
+    held = [f"{gib(facts.held_bytes)} were held"] if facts.held_bytes else []
+    held += [f"{gib(facts.asked_bytes)} more were asked for"] if facts.asked_bytes else []
+    what = f"Memory ran out in {facts.where}{': ' if held else ''}{' and '.join(held)}."
+    why = "Nothing was predicted for this run."
+    if facts.predicted_bytes is not None:
+        why = f"{gib(facts.predicted_bytes)} were predicted for its fullest moment."
+        if facts.grew:
+            more = facts.parts[facts.grew] - facts.predicted_parts.get(facts.grew, 0)
+            why += f" Furthest above that are the {facts.grew}, by {gib(more)}."
+    if facts.longest:
+        why += f" The longest row of the batch is {facts.longest}."
+    where = visible(str(run.path), one_line=True)
+    if not facts.changes:
+        smaller = (
+            "Train with a lower sequence_len or lora_r, with adapter: qlora, or on a larger GPU"
+        )
+        return WorkError(what, why, f"{smaller}; `windtunnel estimate` shows what each part takes.")
+    values = " ".join(f"{key}={value}" for key, value in facts.changes.items())
+    saves = f"{gib(facts.saves_bytes)} less, {facts.trade}"
+    return WorkError(what, why, f"Go on with {saves}: `windtunnel resume {where} {values}`.")
+
+
+def held_parts(
+    parameters: Iterable["nn.Parameter"], optimizer: "Optimizer", base_bytes: int, *, adapted: bool
+) -> dict[str, int]:
+    """Bytes on the device by part, of what a run holds between two passes."""
+    parameters = list(parameters)
+    trainable = [p for p in parameters if p.requires_grad] if adapted else []
+    state = (value for each in optimizer.state.values() for value in each.values())
+    return {
+        "weights": base_bytes,
+        "adapter": sum(map(_size, trainable)),
+        "gradients": sum(_size(p.grad) for p in parameters if p.grad is not None),
+        "optimizer": sum(_size(value) for value in state if hasattr(value, "untyped_storage")),
+    }
+
+
+def _size(tensor: Any) -> int:
+    return int(tensor.untyped_storage().nbytes())
+
+
+def _grouped(parts: Mapping[str, int]) -> dict[str, int]:
+    """A plan's parts under the names of what a run can tell apart."""
+    found: dict[str, int] = {}
+    for name, size in parts.items():
+        group = "weights" if name in WEIGHTS else name
+        group = group if group in ("weights", "adapter", "gradients", "optimizer") else ACTIVATIONS
+        found[group] = found.get(group, 0) + size
+    return found
+
+
+def read_estimate(run: RunFolder) -> Mapping[str, Any]:
+    """The estimate in plan.json; empty where there is none."""
+    try:
+        found = json.loads(run.plan.read_text("utf-8"))["estimate"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    whole = isinstance(found, dict) and isinstance(found.get("peak_allocated_bytes"), int)
+    return found if whole and isinstance(found.get("parts"), dict) else {}
