@@ -1,7 +1,4 @@
-"""Sizes of memory and lengths of time as people say them.
-
-Apart from those who measure (`hardware`), predict (`plan`) and draw (`tui`), who all say them.
-"""
+"""Sizes of memory, lengths of time, counts and losses as people say them: one spelling for all."""
 
 GIB = 2**30
 
@@ -18,4 +15,14 @@ def spoken(seconds: float) -> str:
             count = seconds / size
             shown = f"{count:.0f}" if count >= 10 or unit == "minute" else f"{count:.1f}"
             return f"{shown} {unit}s"
-    return f"{max(1, seconds):.0f} seconds"
+    return counted(max(1, round(seconds)), "second")
+
+
+def counted(number: int, noun: str) -> str:
+    """1 row, 1,200 rows: for nouns whose plural is an s."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def nats(loss: float) -> str:
+    """A loss, to the digit that training moves: 0.412."""
+    return f"{loss:.3f}"

@@ -22,6 +22,7 @@ from engine.chat.tokenizer_file import tokenizer_name
 from engine.config import ConfigError, DatasetConfig, RunConfig, read_config
 from engine.config.data_keys import DataKeys, LearningKeys
 from engine.errors import UserError
+from engine.units import counted
 from engine.visible import fold, visible
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _print_checkup(found: "Checkup") -> None:
     from engine.data.checkup import image_sentence
 
     _clear_progress()
-    print(f"{_rows(found.rows)}, {found.usable} usable")
+    print(f"{counted(found.rows, 'row')}, {found.usable} usable")
     if found.tokens is not None:
         tokens, length = found.tokens, found.tokens.row_length
         print(
@@ -159,7 +160,7 @@ def _print_checkup(found: "Checkup") -> None:
     for finding in found.findings:
         lines = ", ".join(map(str, finding.lines))
         more = ", ..." if finding.rows > len(finding.lines) else ""
-        _print_line(f"· {_rows(finding.rows)} (line {lines}{more}): {finding.text}")
+        _print_line(f"· {counted(finding.rows, 'row')} (line {lines}{more}): {finding.text}")
     for warning in found.warnings:
         _print_line(f"! {warning}")
     if found.tokens is None:
@@ -174,10 +175,6 @@ def _print_problems(problems: list[dict[str, Any]]) -> None:
         _print_line(f"✗ {where}: {problem['what']} {problem['why']} {problem['fix']}")
     if len(problems) > _SHOWN_PROBLEMS:
         print(f"✗ and {len(problems) - _SHOWN_PROBLEMS} more; --json lists them")
-
-
-def _rows(count: int) -> str:
-    return f"{count} row{'' if count == 1 else 's'}"
 
 
 def _print_line(text: str) -> None:
@@ -367,8 +364,9 @@ def _print_report(report: dict[str, Any], sequence_len: int) -> None:
     made = "found as they were, nothing tokenized" if report["reused"] else "tokenized"
     _clear_progress()
     print(
-        f"{_rows(report['rows'])}, {report['tokens']} tokens, {report['learned_tokens']} learned:"
-        f" {made} in {report['seconds']} s\n{visible(report['path'], one_line=True)}"
+        f"{counted(report['rows'], 'row')}, {report['tokens']} tokens,"
+        f" {report['learned_tokens']} learned: {made} in {report['seconds']} s\n"
+        f"{visible(report['path'], one_line=True)}"
     )
     left_out = {
         "that cannot be used": report["bad_rows"],

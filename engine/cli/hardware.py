@@ -22,7 +22,7 @@ from engine.hardware import (
     missing_packages,
     torch_problem,
 )
-from engine.units import GIB
+from engine.units import GIB, counted
 from engine.visible import fold, visible
 from engine.wizard.request import find_machine
 
@@ -134,9 +134,9 @@ def _health(machine: Machine, missing: tuple[Missing, ...]) -> str:
     needed = [package for each in missing if each.needed for package in each.packages]
     errors = sum(problem.severity == "error" for problem in machine.problems)
     if needed:
-        return f"{_counted(len(needed), 'package')} missing for this computer."
+        return f"{counted(len(needed), 'package')} missing for this computer."
     if errors:
-        return f"{_counted(errors, 'fault')} on this computer: see below."
+        return f"{counted(errors, 'fault')} on this computer: see below."
     if missing:
         return "No package is missing for this computer; one more would make it faster."
     return "No package is missing for this computer."
@@ -180,7 +180,7 @@ def _card(gpu: Gpu) -> list[str]:
     if gpu.architecture and gpu.compute_capability:
         figures.append("{} {}.{}".format(gpu.architecture, *gpu.compute_capability))
     if gpu.utilization_percent is not None:
-        figures.append(f"busy {gpu.utilization_percent} of 100")
+        figures.append(f"busy {gpu.utilization_percent}%")
     if gpu.temperature_celsius is not None:
         figures.append(f"{gpu.temperature_celsius} °C")
     if gpu.power_watts is not None:
@@ -215,7 +215,7 @@ def _rest(machine: Machine) -> list[str]:
             ("driver", f"{machine.driver_version}, CUDA {machine.cuda_version or 'unknown'}")
         )
     total, free = machine.ram_total_bytes, machine.ram_available_bytes
-    rows.append(("cpu", f"{machine.cpu_name}, {_counted(machine.cpu_count, 'core')}"))
+    rows.append(("cpu", f"{machine.cpu_name}, {counted(machine.cpu_count, 'core')}"))
     rows.append(("memory", f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"))
     rows.append(("disk", f"{machine.disk_free_bytes / 1e9:.0f} GB free for {machine.disk_path}"))
     stack = [
@@ -257,7 +257,3 @@ def command_lines(command: str) -> list[str]:
 
 def _fold(text: str, columns: int = _COLUMNS) -> list[str]:
     return [line.rstrip() for line in fold(text, columns)]
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -24,6 +24,7 @@ from engine.data.odd_rows import LISTED_LONGEST, OddRowFinder, OddRows
 from engine.data.prepare import label_rule
 from engine.data.rows import RenderedRow, iterate_rendered
 from engine.data.statistics import Statistics
+from engine.units import counted
 
 # Below this a first fine-tune tends to memorise instead of generalise.
 FEW_ROWS = 100
@@ -361,8 +362,8 @@ def image_sentence(found: Checkup) -> str:
     images, (width, height) = found.images, found.images.largest
     tokens = f", {found.tokens.by_kind['image']} tokens" if found.tokens else ""
     return (
-        f"{images.count} image{'' if images.count == 1 else 's'} in {images.rows}"
-        f" row{'' if images.rows == 1 else 's'}{tokens}: {images.different} different,"
+        f"{counted(images.count, 'image')} in {counted(images.rows, 'row')}{tokens}:"
+        f" {images.different:,} different,"
         f" {images.different_bytes / 1e6:.1f} MB, the largest {width}x{height}"
     )
 

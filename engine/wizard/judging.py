@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from engine.chat.render import WITHHELD, Kind, LabelRule, count_learned
+from engine.units import counted
 
 GROUPS: Final = {
     "thinking": (Kind.THINK,),
@@ -66,7 +67,8 @@ def judge(found: Mapping[str, Any], rule: LabelRule, sequence_len: int, excess: 
     `excess` is excess_length_strategy: what happens to rows longer than `sequence_len`.
     """
     if not found["usable"]:
-        return Verdict("✗", "stop", f"none of {_rows(found['rows'])} can be used", stops=True)
+        rows = counted(found["rows"], "row")
+        return Verdict("✗", "stop", f"none of {rows} can be used", stops=True)
     counts = kind_counts(found)
     if not count_learned(counts, rule):
         if count_learned(counts, LabelRule(inputs=rule.inputs)):
@@ -94,13 +96,15 @@ def _complaints(
     fate = {"truncate": "cut", "raise": "which the run refuses"}.get(excess, "left out")
     told = []
     if against:
-        told.append(f"effort is none over thinking in {_rows(against)}: space on reasoning")
+        rows = counted(against, "row")
+        told.append(f"effort is none over thinking in {rows}: space on reasoning")
     if nothing:
-        told.append(f"nothing to learn in {_rows(nothing)}, left out: w shows them")
+        told.append(f"nothing to learn in {counted(nothing, 'row')}, left out: w shows them")
     if cut:
-        told.append(f"over {sequence_len:,} tokens in {_rows(cut)}, {fate}: w shows them")
+        rows = counted(cut, "row")
+        told.append(f"over {sequence_len:,} tokens in {rows}, {fate}: w shows them")
     if found["bad_rows"]:
-        told.append(f"an error in {_rows(found['bad_rows'])}, left out: w shows them")
+        told.append(f"an error in {counted(found['bad_rows'], 'row')}, left out: w shows them")
     return told
 
 
@@ -134,7 +138,3 @@ def list_odd_rows(found: Mapping[str, Any], rule: LabelRule, sequence_len: int) 
     for number, tokens, learned in found["odd"]["least_learned"][:_SUPERLATIVES]:
         why.setdefault(number, f"among the least learned: {learned:,} of {tokens:,} tokens")
     return [OddRow(number, why[number]) for number in sorted(why)]
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"

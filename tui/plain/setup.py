@@ -103,7 +103,7 @@ def _describe_device(device: Device) -> Choice:
         )
     return Choice(
         f"use {name}, can give {give}",
-        "What it can give is its memory less what others use and 5 of 100 parts kept free.",
+        "What it can give is its memory less what others use and 5% kept free.",
     )
 
 

@@ -147,7 +147,7 @@ def test_delete_says_what_goes_and_keeps_the_config(runs: list[RunFolder], home:
         await wait_for_text(pilot, "support-0")
         await pilot.press("j", "delete")
         await wait_for_text(pilot, "remove support-0")
-        assert "0 saves, 0.0 GiB go." in screen_text(pilot.app)
+        assert "0 saves, 0.0 MiB go." in screen_text(pilot.app)
         await pilot.press("escape")
         await pilot.pause(0.2)
         assert runs[1].path.exists()

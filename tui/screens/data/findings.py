@@ -8,6 +8,7 @@ from textual.content import Content
 
 from engine.data.checkup import FEW_ROWS
 from engine.data.prepared import count_held_out
+from engine.units import counted
 from engine.visible import visible
 
 _BARS: Final = "▁▂▃▄▅▆▇█"
@@ -36,17 +37,17 @@ def say_verdict(
     if not usable:
         return "✗", "not usable", f"none of {found['rows']:,} rows can be used; see what to know"
     held_out = count_held_out(val_set_size, usable)
-    words = f"{usable:,} conversation{'' if usable == 1 else 's'}"
+    words = counted(usable, "conversation")
     text = f"{usable - held_out:,} to learn from, "
     if held_out:
         text += f"{held_out:,} held out"
     elif test_sets:
-        text += f"{test_sets:,} other set{'' if test_sets == 1 else 's'} held out"
+        text += f"{counted(test_sets, 'other set')} held out"
     else:
         text += "none held out: h changes that"
     bad = found["bad_rows"]
     if bad:
-        return "!", words, f"{text}; {_rows(bad)} left out"
+        return "!", words, f"{text}; {counted(bad, 'row')} left out"
     return "✓", words, text
 
 
@@ -63,7 +64,7 @@ def _usable_lines(
     found: Mapping[str, Any], shape: Mapping[str, Any], width: int
 ) -> list[tuple[str, str]]:
     fewest, most = found["turns"]
-    turns = f"{most:,} turn{'' if most == 1 else 's'}"
+    turns = counted(most, "turn")
     turns = turns if fewest == most else f"{fewest:,} to {turns}"
     tokens, length = found["tokens"], found["tokens"]["row_length"]
     answers = found["roles"].get("assistant", 0)
@@ -87,8 +88,8 @@ def _images(found: Mapping[str, Any]) -> str:
     size = f"{many / 1e6:,.1f} MB" if many >= 10**6 else f"{many / 1e3:,.0f} kB"
     different = f"{images['different']:,} different, " * (images["different"] < images["count"])
     return (
-        f"{images['count']:,} in {_rows(images['rows'])}, {tokens:,} tokens; {different}{size},"
-        f" up to {width}x{height}"
+        f"{images['count']:,} in {counted(images['rows'], 'row')}, {tokens:,} tokens;"
+        f" {different}{size}, up to {width}x{height}"
     )
 
 
@@ -117,11 +118,11 @@ def list_remarks(found: Mapping[str, Any]) -> list[Remark]:
     remarks += [_finding(finding) for finding in found["findings"]]
     duplicates, usable = found["duplicates"], found["usable"]
     if duplicates:
-        text = f"{_rows(duplicates)} repeating an earlier row; repeated rows weigh more"
+        text = f"{counted(duplicates, 'row')} repeating an earlier row; repeated rows weigh more"
         fix = "dataset_exact_deduplication leaves them out, or delete them."
         remarks.append(Remark("!", text, (("what", text), ("fix", fix))))
     if 0 < usable < FEW_ROWS:
-        text = f"{_rows(usable)}: a model tends to learn so few by heart"
+        text = f"{counted(usable, 'row')}: a model tends to learn so few by heart"
         fix = f"Add rows; from {FEW_ROWS} on it is less likely. Held-out rows show it: h."
         remarks.append(Remark("!", text, (("what", text), ("fix", fix))))
     if not remarks:
@@ -137,7 +138,7 @@ def _problem(group: Mapping[str, Any]) -> Remark:
     more = " …" if len(group["rows"]) < group["count"] else ""
     return Remark(
         "✗",
-        f"{_rows(group['count'])}: {group['what']} ({where})",
+        f"{counted(group['count'], 'row')}: {group['what']} ({where})",
         (
             ("what", group["what"]),
             ("why", f"{where}: {group['why']}"),
@@ -151,13 +152,9 @@ def _finding(finding: Mapping[str, Any]) -> Remark:
     mark = "!" if finding["id"] in _SERIOUS else "·"
     lines = ", ".join(f"{line:,}" for line in finding["lines"])
     more = " …" if finding["rows"] > len(finding["lines"]) else ""
-    text = f"{_rows(finding['rows'])}: {finding['text']}"
+    text = f"{counted(finding['rows'], 'row')}: {finding['text']}"
     return Remark(
         mark,
         f"{text} (line {lines}{more})",
         (("what", finding["text"]), ("lines", lines + more), ("see", "Preview lists them: w")),
     )
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"

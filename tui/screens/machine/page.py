@@ -306,7 +306,7 @@ class MachinePage(Page):
         return HelpText(
             "the device that the run computes on",
             [
-                ("can give", "its memory, less what others use, less 5 of 100 parts for safety"),
+                ("can give", "its memory, less what others use, less 5% for safety"),
                 ("used", "memory that other programs hold on it now"),
                 ("Ada 8.9", "its generation and compute capability; bf16 begins with 8.0"),
                 ("MIG", "a slice of a card; a run can use one slice and nothing beside it"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from textual.content import Content
 
-from engine.units import GIB
+from engine.units import GIB, counted
 from engine.visible import fold, visible
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def choice_lines(
 ) -> list[Content]:
     """A line for each choice; `planned` names the card that is planned for now, if one is."""
     lines = _gpu_lines([choice.gpu for choice in choices if choice.gpu], cells)
-    cores = f"{machine.cpu_count} core{'s' * (machine.cpu_count != 1)}"
+    cores = counted(machine.cpu_count, "core")
     lines.append(
         Content.assemble(
             "this computer's CPU",
@@ -131,7 +131,7 @@ def _figures(gpu: "Gpu") -> tuple[str, ...]:
         f"{gpu.architecture} {capability}".strip(),
         "" if heat is None else f"{heat} °C",
         "" if gpu.power_watts is None else f"{gpu.power_watts:.0f} W",
-        "" if load is None else f"busy {load} of 100",
+        "" if load is None else f"busy {load}%",
     )
 
 

@@ -17,7 +17,7 @@ from textual.worker import get_current_worker
 from engine.errors import UserError
 from engine.launch import resume_run
 from engine.runs import RunFolder
-from engine.units import GIB
+from engine.units import counted, gib
 from engine.visible import visible
 from tui.messages import (
     RemovalMeasured,
@@ -102,10 +102,9 @@ class RunsPage(Page):
         self._show()
 
     def on_removal_measured(self, message: RemovalMeasured) -> None:
-        saves, size = message.contents.saves, message.contents.total_bytes / GIB
+        saves, size = message.contents.saves, message.contents.total_bytes
         question = (
-            f"{saves} save{'s' * (saves != 1)}, {size:.1f} GiB go. "
-            "Its config.yml is kept in runs/.trash."
+            f"{counted(saves, 'save')}, {gib(size)} go. Its config.yml is kept in runs/.trash."
         )
         name = message.run.name
         confirm = Confirm(f"remove {name}", question, yes="removes it", no="keeps it")

@@ -9,6 +9,7 @@ from typing import Final
 from textual.content import Content
 
 from engine.runs import run_home
+from engine.units import counted
 from engine.visible import visible
 from tui.run_facts import RunFacts
 from tui.series import Point, finite
@@ -95,7 +96,7 @@ def when(facts: RunFacts, now: float) -> str:
 def totals(runs: Sequence[RunFacts]) -> str:
     """`4 runs, 1 training`."""
     live = sum(facts.status == "running" for facts in runs)
-    words = f"{len(runs)} run{'s' * (len(runs) != 1)}"
+    words = counted(len(runs), "run")
     return f"{words}, {live} training" if live else words
 
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from engine.events import Phase, Shortage
 from engine.runs import Status, Word
-from engine.units import gib
+from engine.units import counted, gib
 from tui.history import History, phase_words
 
 SILENT_SECONDS: Final = 30.0
@@ -56,7 +56,7 @@ def device_and_model(history: History) -> str:
         return ""
     devices = history.started.devices
     gpus = [each for each in devices if each != "cpu"]
-    where = f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}" if gpus else "CPU"
+    where = counted(len(gpus), "GPU") if gpus else "CPU"
     model = history.started.model.rstrip("/").rsplit("/", 1)[-1]
     return f"{where} · {model}"
 
