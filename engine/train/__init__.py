@@ -20,7 +20,7 @@ optim     optimizers and the learning-rate schedule
 loop      the steps
 checkpoint what a run needs to go on, written so that a kill cannot hurt it
 evaluate  held-out loss, whole and by kind, and exact answers
-measure   what the model writes by itself, in numbers
+text_metrics  what the model writes by itself, in numbers
 drift     how far it has moved from its base
 generate  text from a prompt
 weights   what is trained, to disk and back

@@ -88,8 +88,8 @@ def _general_rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-class DriftGauge:
-    """Measures one run's model against its base, which it remembers in `file`."""
+class BaseDrift:
+    """TextMetrics one run's model against its base, which it remembers in `file`."""
 
     def __init__(
         self, model: Model, device: torch.device, texts: Sequence[Text], file: Path

@@ -29,7 +29,6 @@ from engine.train.experts import balance_loss, balance_weight, watch_routers
 from engine.train.forward import Model, head_module, head_of, hidden_states
 from engine.train.generate import generate, readable
 from engine.train.loss import IN_CHUNKS, Loss, summed_cross_entropy
-from engine.train.measure import Measures
 from engine.train.model import Base
 from engine.train.offload import head_for_loss
 from engine.train.optim import build_optimizer, learning_rate, set_learning_rate, take_step
@@ -42,6 +41,7 @@ from engine.train.out_of_memory import (
 )
 from engine.train.prompts import Prompt
 from engine.train.session import Session
+from engine.train.text_metrics import TextMetrics
 from engine.train.watchdog import LossWatch
 from engine.train.weights import export_trained, load_trained, trained_parameters
 
@@ -58,13 +58,13 @@ class Training:
         config: RunConfig,
         session: Session,
         tokenizer: ChatTokenizer,
-        measures: Measures | None = None,
+        text_metrics: TextMetrics | None = None,
         sampling: Sampling = GREEDY,
         loss: Loss = IN_CHUNKS,
     ) -> None:
         self.base, self.model, self.config, self.session = base, model, config, session
         self.rows, self.held_out, self.tokenizer = rows, held_out, tokenizer
-        self.measures, self.sampling, self.loss = measures, sampling, loss
+        self.text_metrics, self.sampling, self.loss = text_metrics, sampling, loss
         self.order = Order(rows, config)
         self.parameters = [p for _, p in trained_parameters(model)]
         self.optimizer = build_optimizer(trained_parameters(model), config)
@@ -271,7 +271,7 @@ class Training:
         if self.held_out:
             self.session.emit(Phase("evaluate", 0, len(self.held_out)))
         inside = 0 < step < self.order.total_steps
-        for event in self.measures.take(step, inside=inside) if self.measures else ():
+        for event in self.text_metrics.take(step, inside=inside) if self.text_metrics else ():
             self.session.emit(event)
         if not self.held_out:
             return {}

@@ -46,7 +46,6 @@ from engine.train.forward import Model, checkpoint_activations, head_of
 from engine.train.images import refuse_unread
 from engine.train.loop import Training
 from engine.train.lora import attach_lora, choose_trained
-from engine.train.measure import Measures
 from engine.train.model import Base, load_base
 from engine.train.optim import free_paged_state
 from engine.train.out_of_memory import (
@@ -59,6 +58,7 @@ from engine.train.out_of_memory import (
 )
 from engine.train.prompts import ask, ask_about_images, ask_by_default
 from engine.train.session import Session
+from engine.train.text_metrics import TextMetrics
 from engine.train.weights import trained_parameters
 
 PROGRESS_SECONDS = 0.5
@@ -146,10 +146,10 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
     loss, words = settle_loss(config, head_of(model), base.device, planned_chunk(session.run))
     if words:
         session.emit(Note("info", words))
-    measures = Measures(model, base.device, held_out, config, tokenizer, session.run.path)
+    text_metrics = TextMetrics(model, base.device, held_out, config, tokenizer, session.run.path)
     training = Training(
         *(base, model, rows, held_out, config, session, tokenizer),
-        measures=measures,
+        text_metrics=text_metrics,
         sampling=sampling_of(config),
         loss=loss,
     )

@@ -19,7 +19,7 @@ import torch
 
 from engine.chat.render import LabelRule
 from engine.train.batches import collate
-from engine.train.fitcheck.gauges import CpuGauge
+from engine.train.fitcheck.peak_memory import CpuPeakMemory
 from engine.train.forward import hidden_states, unwrapped
 from tests.support.pictured_rows import Pictured, picture, seeing, write_pictured
 from tests.support.tiny import MINISTRAL3, gradients, settings, training, write_model
@@ -37,12 +37,12 @@ TOWER = {
 
 def step(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, int]:
     """Seconds of a forward and a backward pass, and the most that they allocate, in bytes."""
-    gauge = CpuGauge()
+    memory = CpuPeakMemory()
     model.zero_grad(set_to_none=True)
     started = time.perf_counter()
-    with gauge.measure("step"):
+    with memory.measure("step"):
         hidden_states(model, batch).square().sum().backward()
-    return time.perf_counter() - started, gauge.peaks["step"].allocated_bytes
+    return time.perf_counter() - started, memory.peaks["step"].allocated_bytes
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from engine.cli import main
 from engine.plan.measured import HOME_VARIABLE
-from engine.train.fitcheck.gauges import open_gauge
+from engine.train.fitcheck.peak_memory import open_peak_memory
 from tests.fakes.processes import ROOT
 from tests.gpu.conftest import Card
 
@@ -32,14 +32,14 @@ def test_ministral_3b_is_measured_within_the_formulas_range_and_kept(
     assert all(Path(path).is_file() for path in document["kept"])
 
 
-def test_a_gauge_reads_the_allocator_and_the_driver(card: Card) -> None:
+def test_peak_memory_is_what_the_allocator_and_the_driver_say(card: Card) -> None:
     with card.here():
         device = torch.device("cuda", 0)
-        gauge = open_gauge(device)
-        with gauge.measure("a tensor"):
+        memory = open_peak_memory(device)
+        with memory.measure("a tensor"):
             held = torch.empty(2**28, dtype=torch.uint8, device=device)
-        gauge.wait()
-        peak, taken = gauge.peaks["a tensor"], gauge.device_bytes()
+        memory.wait()
+        peak, taken = memory.peaks["a tensor"], memory.device_bytes()
         assert peak.reserved_bytes is not None
         assert peak.reserved_bytes >= peak.allocated_bytes >= held.nbytes
         assert taken is None or taken >= held.nbytes

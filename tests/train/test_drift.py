@@ -13,7 +13,7 @@ from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.train.batches import Rows
 from engine.train.drift import (
     TOP,
-    DriftGauge,
+    BaseDrift,
     Text,
     divergences,
     expect,
@@ -99,8 +99,8 @@ class TestTheNumber:
         self, ministral: Path, uneven: Rows, tmp_path: Path
     ) -> None:
         run = training(tmp_path, settings(ministral, **LORA), uneven)
-        gauge = DriftGauge(run.model, CPU, TEXTS, tmp_path / "drift")
-        assert gauge.measure(untouched=True) == (0.0, sum(2 + 3 * n for n in range(10)))
+        drift = BaseDrift(run.model, CPU, TEXTS, tmp_path / "drift")
+        assert drift.measure(untouched=True) == (0.0, sum(2 + 3 * n for n in range(10)))
 
     def test_it_does_not_depend_on_how_places_are_cut(
         self, ministral: Path, uneven: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -108,7 +108,7 @@ class TestTheNumber:
         run = adapted(ministral, tmp_path, uneven)
 
         def found() -> tuple[float, int] | None:
-            return DriftGauge(run.model, CPU, TEXTS, tmp_path / "none" / "file").measure(
+            return BaseDrift(run.model, CPU, TEXTS, tmp_path / "none" / "file").measure(
                 untouched=False
             )
 
@@ -154,10 +154,10 @@ class TestTheBase:
         config = settings(ministral, max_steps=3, learning_rate=0.01)
         run = training(tmp_path, config, uneven)
         file = tmp_path / "drift.safetensors"
-        assert DriftGauge(run.model, CPU, TEXTS, file).measure(untouched=True) == (0.0, 155)
+        assert BaseDrift(run.model, CPU, TEXTS, file).measure(untouched=True) == (0.0, 155)
         for number, batch in run.order.steps(0):
             run.step(number, batch)
-        resumed = DriftGauge(run.model, CPU, TEXTS, file).measure(untouched=False)
+        resumed = BaseDrift(run.model, CPU, TEXTS, file).measure(untouched=False)
         stock = load_base(ministral, settings(ministral)).model
         again = divergences(expect(stock, CPU, TEXTS), run.model, CPU, TEXTS)
         assert resumed
@@ -170,15 +170,15 @@ class TestTheBase:
     ) -> None:
         file = tmp_path / "drift.safetensors"
         full = training(tmp_path / "full", settings(ministral), uneven)
-        DriftGauge(full.model, CPU, TEXTS, file).measure(untouched=True)
+        BaseDrift(full.model, CPU, TEXTS, file).measure(untouched=True)
         texts = TEXTS[:3] if lost == "of other texts" else TEXTS
         if lost == "gone":
             file.unlink()
         elif lost == "torn":
             file.write_bytes(file.read_bytes()[:100])
-        assert DriftGauge(full.model, CPU, texts, file).measure(untouched=False) is None
+        assert BaseDrift(full.model, CPU, texts, file).measure(untouched=False) is None
         run = adapted(ministral, tmp_path / "lora", uneven)
-        found = DriftGauge(run.model, CPU, texts, file).measure(untouched=False)
+        found = BaseDrift(run.model, CPU, texts, file).measure(untouched=False)
         assert found
         assert found[0] > 0.05
 
@@ -186,9 +186,9 @@ class TestTheBase:
         self, ministral: Path, uneven: Rows, tmp_path: Path
     ) -> None:
         run = training(tmp_path, settings(ministral), uneven)
-        gauge = DriftGauge(run.model, CPU, TEXTS, tmp_path / "no folder" / "drift.safetensors")
-        assert gauge.measure(untouched=True)
-        assert gauge.measure(untouched=False)
+        drift = BaseDrift(run.model, CPU, TEXTS, tmp_path / "no folder" / "drift.safetensors")
+        assert drift.measure(untouched=True)
+        assert drift.measure(untouched=False)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from engine.runs import RunFolder
 from engine.train.batches import PAD, Rows
 from engine.train.fitcheck import check
 from engine.train.fitcheck.batches import count_rows, heaviest_step, synthetic_step
-from engine.train.fitcheck.gauges import CpuGauge, used_by_process
+from engine.train.fitcheck.peak_memory import CpuPeakMemory, used_by_process
 from engine.train.fitcheck.random_weights import DrawnTensor, draw_weights
 from engine.train.fitcheck.reduced import as_it_is, reduce_for_cpu, shrink
 from engine.train.images import IMAGE_TOKEN
@@ -214,49 +214,49 @@ class TestTheFormula:
 Sizes = st.lists(st.tuples(st.integers(1, 2**20), st.booleans()), min_size=1, max_size=12)
 
 
-class TestTheGauge:
+class TestPeakMemory:
     @given(first=Sizes, second=Sizes)
     @hypothesis_settings(max_examples=20, deadline=None)
     def test_it_counts_every_block_over_several_pieces_of_work(
         self, first: list[tuple[int, bool]], second: list[tuple[int, bool]]
     ) -> None:
-        gauge, held = CpuGauge(), list[torch.Tensor]()
+        memory, held = CpuPeakMemory(), list[torch.Tensor]()
         live = 0
         for name, blocks in (("first", first), ("second", second)):
             peak = live
-            with gauge.measure(name):
+            with memory.measure(name):
                 for size, drops in blocks:
                     held.append(torch.empty(size, dtype=torch.uint8))
                     live += size
                     peak = max(peak, live)
                     if drops:
                         live -= held.pop(0).nbytes
-            assert gauge.peaks[name].allocated_bytes == pytest.approx(peak, abs=64 * len(blocks))
+            assert memory.peaks[name].allocated_bytes == pytest.approx(peak, abs=64 * len(blocks))
 
     def test_it_sees_what_a_kernel_takes_and_gives_back(self) -> None:
         logits = torch.randn(64, 4096)
-        gauge, seen = CpuGauge(), LiveBytes()
-        with gauge.measure("kernel"), seen:
+        memory, seen = CpuPeakMemory(), LiveBytes()
+        with memory.measure("kernel"), seen:
             torch.logsumexp(logits, -1)
-        assert gauge.peaks["kernel"].allocated_bytes >= logits.nbytes
+        assert memory.peaks["kernel"].allocated_bytes >= logits.nbytes
         assert seen.peak < logits.nbytes / 10  # a counter of tensors does not
 
     def test_garbage_of_an_earlier_measurement_is_not_taken_off(self) -> None:
-        with CpuGauge().measure("earlier"):  # torch knows the size of what it saw taken
+        with CpuPeakMemory().measure("earlier"):  # torch knows the size of what it saw taken
             circle: list[object] = [torch.empty(MIB, dtype=torch.uint8)]
             circle.append(circle)
             del circle
-        gauge = CpuGauge()
-        with gauge.measure("work"):
+        memory = CpuPeakMemory()
+        with memory.measure("work"):
             gc.collect()
             torch.empty(MIB, dtype=torch.uint8)
-        assert gauge.peaks["work"].allocated_bytes == MIB
+        assert memory.peaks["work"].allocated_bytes == MIB
 
     def test_the_peak_of_what_fails_is_kept(self) -> None:
-        gauge = CpuGauge()
-        with pytest.raises(RuntimeError), gauge.measure("failed"):
+        memory = CpuPeakMemory()
+        with pytest.raises(RuntimeError), memory.measure("failed"):
             torch.empty(MIB, dtype=torch.uint8).view(3)
-        assert gauge.peaks["failed"].allocated_bytes == MIB
+        assert memory.peaks["failed"].allocated_bytes == MIB
 
     def test_a_card_is_asked_what_the_process_takes_and_else_what_it_lost(self) -> None:
         card = replace(assume("RTX 4090").gpus[0], uuid="GPU-aaaa-1")
@@ -274,7 +274,7 @@ class TestTheGauge:
         assert used_by_process(idle, named, "bbbb-2", 8) is None
 
     def test_the_process_has_taken_more_than_its_tensors(self) -> None:
-        taken = CpuGauge().device_bytes()
+        taken = CpuPeakMemory().device_bytes()
         assert taken is not None
         assert taken > 100 * MIB  # torch alone
 

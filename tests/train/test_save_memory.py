@@ -16,7 +16,7 @@ from engine.plan import estimate
 from engine.plan.memory import moment_parts
 from engine.train import weight_files
 from engine.train.batches import Rows
-from engine.train.fitcheck.gauges import CpuGauge
+from engine.train.fitcheck.peak_memory import CpuPeakMemory
 from engine.train.loop import Training
 from engine.train.weights import export_trained
 from tests.support.machines import card, config, cpu, model
@@ -55,18 +55,18 @@ class Run:
     """A run after its first step, and what the process holds for it."""
 
     def __init__(self, folder: Path, base: Path, rows: Rows, keys: dict[str, Any]) -> None:
-        self.gauge = CpuGauge()
+        self.memory = CpuPeakMemory()
         self.base = base
-        with self.gauge.measure("making it"):
+        with self.memory.measure("making it"):
             self.run: Training = training(folder, settings(base, **keys), rows)
             self.run.step(1, self.run.order.step(1))
 
     def grows(self, work: Callable[[], object]) -> int:
         """Bytes that `work` takes at most beyond what is there before it."""
-        peaks = self.gauge.peaks
-        with self.gauge.measure("before"):
+        peaks = self.memory.peaks
+        with self.memory.measure("before"):
             pass
-        with self.gauge.measure("work"):
+        with self.memory.measure("work"):
             work()
         return peaks["work"].allocated_bytes - peaks["before"].allocated_bytes
 
@@ -88,7 +88,7 @@ def test_a_save_takes_one_piece(made: Run) -> None:
 def test_a_resume_takes_the_state_and_one_piece(made: Run) -> None:
     made.run.save()
     state = made.state_bytes()
-    with made.gauge.measure("dropping the state"):
+    with made.memory.measure("dropping the state"):
         made.run.optimizer.state.clear()
     grown = made.grows(lambda: made.run.restore(None))
     assert made.state_bytes() == state

@@ -15,7 +15,7 @@ from engine.plan.memory.stack import WINDTUNNEL
 from engine.plan.memory.update import CPU_BYTES, FOREACH_BYTES, update_bytes
 from engine.plan.targets import adapter_parameters, choose_targets, largest_moving
 from engine.train.batches import Rows
-from engine.train.fitcheck.gauges import CpuGauge
+from engine.train.fitcheck.peak_memory import CpuPeakMemory
 from engine.train.optim import build_optimizer, take_step
 from tests.support.machines import card, cpu
 from tests.support.tiny import MISTRAL4, settings, training, write_model
@@ -58,24 +58,24 @@ def parameters(table: ModuleTable, config: RunConfig) -> Iterator[tuple[str, nn.
 
 def taken_bytes(table: ModuleTable, config: RunConfig) -> int:
     """By the third step beyond what was there before it."""
-    gauge = CpuGauge()
+    memory = CpuPeakMemory()
 
     def fill() -> None:
         for _, parameter in moving:
             parameter.grad = torch.ones_like(parameter)
 
-    with gauge.measure("before"):
+    with memory.measure("before"):
         moving = list(parameters(table, config))
         optimizer = build_optimizer(moving, config)
         for _ in range(2):
             fill()
             take_step(optimizer)
         fill()
-    with gauge.measure("at rest"):
+    with memory.measure("at rest"):
         pass
-    with gauge.measure("step"):
+    with memory.measure("step"):
         take_step(optimizer)
-    return gauge.peaks["step"].allocated_bytes - gauge.peaks["at rest"].allocated_bytes
+    return memory.peaks["step"].allocated_bytes - memory.peaks["at rest"].allocated_bytes
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -99,17 +99,17 @@ def test_on_a_gpu_the_plain_one_takes_the_roots_of_all_second_moments(tmp_path: 
     """Which it does wherever it moves many tensors in one call, as it does on every GPU."""
     architecture = read_architecture(describe(tmp_path / "model", WIDE))
     moving = [p for _, p in parameters(architecture.table, settings(tmp_path))]
-    gauge = CpuGauge()
-    with gauge.measure("before"):
+    memory = CpuPeakMemory()
+    with memory.measure("before"):
         optimizer = torch.optim.AdamW(moving, foreach=True)
         for parameter in moving:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-    with gauge.measure("at rest"):
+    with memory.measure("at rest"):
         pass
-    with gauge.measure("step"):
+    with memory.measure("step"):
         optimizer.step()
-    taken = gauge.peaks["step"].allocated_bytes - gauge.peaks["at rest"].allocated_bytes
+    taken = memory.peaks["step"].allocated_bytes - memory.peaks["at rest"].allocated_bytes
     numbers = sum(parameter.numel() for parameter in moving)
     assert taken == pytest.approx(FOREACH_BYTES * numbers, rel=0.02)
 

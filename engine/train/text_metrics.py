@@ -1,8 +1,8 @@
-"""What the model writes by itself on a few held-out rows, in numbers, and when it is measured.
+"""What the model writes by itself on a few held-out rows, in numbers.
 
-Apart from `evaluate`, whose figures hold for every token under the reference's own beginning: a
-model can have a low loss and never stop. Everything here is greedy, so that the numbers repeat, and
-bounded by the config: a few rows, a few tokens, a quarter of them at evaluations inside the run.
+The figures of `evaluate` hold for every token under the reference's own beginning: a model can have
+a low loss and never stop. Everything here is greedy, so that the numbers repeat, and bounded by the
+config: a few rows, a few tokens, a quarter of them at evaluations inside the run.
 """
 
 import json
@@ -22,7 +22,7 @@ from engine.data.pack import shuffle_order
 from engine.data.prepare import label_rule
 from engine.events import Answers, Drift, Event, Note
 from engine.train.batches import Rows, collate
-from engine.train.drift import FAR, DriftGauge, general_texts
+from engine.train.drift import FAR, BaseDrift, general_texts
 from engine.train.evaluate import evaluating
 from engine.train.forward import Model, head_of, hidden_states
 from engine.train.generate import generate
@@ -49,7 +49,7 @@ class Reference:
         return self.ends - self.begins
 
 
-class Measures:
+class TextMetrics:
     """What one run measures at its evaluations beside the loss."""
 
     def __init__(
@@ -67,8 +67,8 @@ class Measures:
         self._references = {
             name: choose_references(rows, config, each) for name, rows in held_out.items()
         }
-        self._gauge = (
-            DriftGauge(model, device, general_texts(tokenizer), folder / DRIFT_FILE)
+        self._base_drift = (
+            BaseDrift(model, device, general_texts(tokenizer), folder / DRIFT_FILE)
             if config.eval_drift
             else None
         )
@@ -84,8 +84,8 @@ class Measures:
                 limit = self._config.eval_max_new_tokens
                 words = f"{name}: no answer is short enough for eval_max_new_tokens: {limit}"
                 yield Note("info", f"{words}, so none is generated")
-        if self._gauge:
-            yield from self._drift(step, self._gauge)
+        if self._base_drift:
+            yield from self._drift(step, self._base_drift)
 
     def _answer(self, step: int, name: str, references: Sequence[Reference]) -> Answers:
         rows, eos = self._held_out[name], self._tokenizer.specials.eos
@@ -140,8 +140,8 @@ class Measures:
         )
         return [*begun[reference.begins :], *more]
 
-    def _drift(self, step: int, gauge: DriftGauge) -> Iterator[Event]:
-        found = gauge.measure(untouched=step == 0)
+    def _drift(self, step: int, drift: BaseDrift) -> Iterator[Event]:
+        found = drift.measure(untouched=step == 0)
         if found is None:
             return
         kl, tokens = found

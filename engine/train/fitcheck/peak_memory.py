@@ -1,8 +1,8 @@
 """What is allocated at the worst moment of a piece of work, on a GPU and on a CPU.
 
-Separate because the two are told in different ways. CUDA's allocator keeps its own peak. On a CPU
-nothing does, but torch's profiler is told by the allocator itself of every block, also of those
-that a kernel takes and gives back inside one operation, which no counter of tensors sees.
+CUDA's allocator keeps its own peak. On a CPU nothing does, but the allocator reports every block to
+torch's profiler, also those that a kernel takes and gives back inside one operation, which no
+counter of tensors sees.
 """
 
 import gc
@@ -30,8 +30,8 @@ class Peak:
     """What the allocator held; None on a CPU, which has no such store."""
 
 
-class Gauge(Protocol):
-    """Something that is told when work begins and ends."""
+class PeakMemory(Protocol):
+    """The peak of each piece of work on one device."""
 
     device: torch.device
     peaks: dict[str, Peak]
@@ -47,7 +47,7 @@ class Gauge(Protocol):
         """What the process takes of the device now, or has taken of RAM at most; None: unknown."""
 
 
-class CpuGauge:
+class CpuPeakMemory:
     """Peaks of torch's allocator on a CPU; it has to be there before what it shall count."""
 
     device = torch.device("cpu")
@@ -59,7 +59,7 @@ class CpuGauge:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """See `Gauge`. Between two contexts nothing may be given back or taken."""
+        """See `PeakMemory`. Between two contexts nothing may be given back or taken."""
         watched = profile(use_kineto=True, profile_memory=True)
         watched.__enter__()
         try:
@@ -90,7 +90,7 @@ class CpuGauge:
         return next((int(line[1]) * 1024 for line in lines if line[0] == "VmHWM:"), None)
 
 
-class CudaGauge:
+class CudaPeakMemory:
     """Peaks of CUDA's allocator, and the driver's word on what the process takes."""
 
     def __init__(self, device: torch.device) -> None:
@@ -100,7 +100,7 @@ class CudaGauge:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """See `Gauge`."""
+        """See `PeakMemory`."""
         torch.cuda.reset_peak_memory_stats(self.device)
         try:
             yield
@@ -133,12 +133,12 @@ def used_by_process(before: Machine, now: Machine, uuid: str, process: int) -> i
     return None
 
 
-def open_gauge(device: torch.device) -> Gauge:
-    """The gauge of the device on which a run would compute."""
-    return CudaGauge(device) if device.type == "cuda" else CpuGauge()
+def open_peak_memory(device: torch.device) -> PeakMemory:
+    """The memory of the device on which a run would compute."""
+    return CudaPeakMemory(device) if device.type == "cuda" else CpuPeakMemory()
 
 
-def held(gauge: Gauge, name: str) -> str:
-    """What was held at the worst moment of a piece of work, in words."""
-    peak = gauge.peaks.get(name)
+def describe_peak(memory: PeakMemory, name: str) -> str:
+    """What was held at the worst moment of a piece of work."""
+    peak = memory.peaks.get(name)
     return gib(peak.allocated_bytes) if peak else "nothing yet"

@@ -19,16 +19,16 @@ from engine.train.batches import Rows
 from engine.train.drift import general_questions
 from engine.train.generate import generate
 from engine.train.loop import Training
-from engine.train.measure import (
-    Measures,
+from engine.train.prompts import ask, ask_by_default
+from engine.train.run import sampling_of
+from engine.train.text_metrics import (
     Reference,
+    TextMetrics,
     calls_agree,
     choose_references,
     find_reference,
     read_calls,
 )
-from engine.train.prompts import ask, ask_by_default
-from engine.train.run import sampling_of
 from tests.support.tiny import (
     MISTRAL,
     Row,
@@ -89,9 +89,9 @@ def sure(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def measures(run: Training, sets: dict[str, Rows], home: Path, **keys: Any) -> Measures:
+def measures(run: Training, sets: dict[str, Rows], home: Path, **keys: Any) -> TextMetrics:
     config = settings(**({"eval_drift": False, "eval_max_new_tokens": 20} | keys))
-    return Measures(run.model, run.base.device, sets, config, tokenizer(), home)
+    return TextMetrics(run.model, run.base.device, sets, config, tokenizer(), home)
 
 
 def events(run: Training, sets: dict[str, Rows], home: Path, **keys: Any) -> list[Event]:
@@ -274,7 +274,7 @@ class TestDrift:
     ) -> None:
         run = self.run(sure, tmp_path, uneven)
         small = open_tokenizer(sure)
-        measure = Measures(run.model, run.base.device, {}, run.config, small, tmp_path)
+        measure = TextMetrics(run.model, run.base.device, {}, run.config, small, tmp_path)
         (before,) = measure.take(0, inside=False)
         assert isinstance(before, Drift)
         assert before.kl == 0.0

@@ -1,7 +1,6 @@
 """From a config to measured figures: build, attach, step, and say what each took.
 
-Separate from the parts that it puts together: here is their order, the clock, and which sentence is
-told where memory runs out on the way.
+It ends in the figures, or in a sentence on where memory ran out on the way.
 """
 
 import json
@@ -30,7 +29,7 @@ from engine.train.cut_loss import settle_loss
 from engine.train.device import pick_device, pick_dtype
 from engine.train.fetch import leave_hub
 from engine.train.fitcheck.batches import count_rows, heaviest_step, run_tokens, synthetic_step
-from engine.train.fitcheck.gauges import Gauge, Peak, held, open_gauge
+from engine.train.fitcheck.peak_memory import Peak, PeakMemory, describe_peak, open_peak_memory
 from engine.train.fitcheck.random_weights import draw_weights
 from engine.train.fitcheck.reduced import Built, as_it_is, reduce_for_cpu
 from engine.train.forward import Model, head_of
@@ -50,7 +49,7 @@ ATTACHING = "putting on what is trained"
 OPTIMIZER = "making the optimizer"
 
 
-class ToldSession(Session):
+class ReportingSession(Session):
     """A session whose events also go, as lines, to whoever started the process."""
 
     def __init__(self, run: RunFolder, tell: Tell) -> None:
@@ -92,7 +91,7 @@ def check(run: RunFolder, steps: int, tell: Tell) -> None:
     Raises UserError with exit status 3 where memory runs out, in the three sentences.
     """
     leave_hub()
-    session = ToldSession(run, tell)
+    session = ReportingSession(run, tell)
     config = _settled(read_config(run.config).config)
     device = pick_device()
     machine = read_machine()
@@ -109,14 +108,14 @@ def check(run: RunFolder, steps: int, tell: Tell) -> None:
     attention = pick_attention(config, built.architecture, device, images=images)
     settled = config.model_copy(update={"attn_implementation": attention.backend})
     data = _choose_data(rows, statistics, built.architecture, config)
-    gauge = open_gauge(device)
-    model = _build(built.architecture, settled, session, gauge, images=images)
+    memory = open_peak_memory(device)
+    model = _build(built.architecture, settled, session, memory, images=images)
     planned = estimate(config, built.architecture, place, statistics)
     loss, words = settle_loss(settled, head_of(model), device, planned.loss_chunk_bytes)
     if words:
         session.emit(Note("info", words))
-    paces = _step(model, settled, loss, data.batch, steps, session, gauge)
-    tell({"fitted": _figures(built, config, place, data, gauge, paces)})
+    paces = _step(model, settled, loss, data.batch, steps, session, memory)
+    tell({"fitted": _figures(built, config, place, data, memory, paces)})
 
 
 def _settled(config: RunConfig) -> RunConfig:
@@ -177,18 +176,18 @@ def _build(
     architecture: Architecture,
     config: RunConfig,
     session: Session,
-    gauge: Gauge,
+    memory: PeakMemory,
     *,
     images: bool,
 ) -> Model:
     """The model as it trains, its weights drawn."""
     folder = session.base_folder
     session.emit(Phase("load", detail=f"{architecture.class_name}, random weights"))
-    with _part(LOADING, gauge):
-        weights = draw_weights(architecture, pick_dtype(config, gauge.device), gauge.device, 0)
+    with _part(LOADING, memory):
+        weights = draw_weights(architecture, pick_dtype(config, memory.device), memory.device, 0)
         base = load_base(folder, config, teller(session, "load"), weights, images=images)
     session.emit(Note("info", base.report.sentence()))
-    with _part(ATTACHING, gauge):
+    with _part(ATTACHING, memory):
         torch.manual_seed(config.seed)
         model = put_on_training(base, folder, config)
         model.train()
@@ -202,23 +201,23 @@ def _step(
     batch: StepBatch,
     steps: int,
     session: Session,
-    gauge: Gauge,
+    memory: PeakMemory,
 ) -> list[Pace]:
     """Make `steps` steps of the same batch, at the learning rate of a run's first."""
-    with _part(OPTIMIZER, gauge):
+    with _part(OPTIMIZER, memory):
         named = list(trained_parameters(model))
         optimizer = build_optimizer(named, config)
     parameters = [parameter for _, parameter in named]
     set_learning_rate(optimizer, learning_rate(1, max(steps, 1), config))
     paces = []
     for number in range(1, steps + 1):
-        with _part(f"step {number}", gauge):
+        with _part(f"step {number}", memory):
             started = time.perf_counter()
-            loss, norm = fill_gradients(model, parameters, batch, gauge.device, config, way)
-            gauge.wait()
+            loss, norm = fill_gradients(model, parameters, batch, memory.device, config, way)
+            memory.wait()
             moving = time.perf_counter()
             move(optimizer)
-            gauge.wait()
+            memory.wait()
             ended = time.perf_counter()
         paces.append(Pace(loss, moving - started, ended - moving))
         session.emit(
@@ -232,7 +231,7 @@ def _step(
                 grad_norm=norm,
                 seconds=ended - started,
                 tokens_per_second=batch.tokens / (ended - started),
-                peak_memory_bytes=gauge.peaks[f"step {number}"].allocated_bytes,
+                peak_memory_bytes=memory.peaks[f"step {number}"].allocated_bytes,
                 total_steps=steps,
             )
         )
@@ -240,17 +239,17 @@ def _step(
 
 
 @contextmanager
-def _part(name: str, gauge: Gauge) -> Iterator[None]:
+def _part(name: str, memory: PeakMemory) -> Iterator[None]:
     """A measured piece of work. Where memory runs out in it, that is what the person is told."""
     try:
-        with gauge.measure(name):
+        with memory.measure(name):
             yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(
             f"It does not fit: memory ran out in {name}.",
-            f"{held(gauge, name)} were allocated at the most; "
+            f"{describe_peak(memory, name)} were allocated at the most; "
             f"the system says: {message_of(error)}.",
             "Set gradient_checkpointing: true or adapter: qlora, or lower micro_batch_size or "
             "sequence_len; `windtunnel estimate` shows what each part takes.",
@@ -263,13 +262,13 @@ def _figures(
     config: RunConfig,
     place: Device,
     data: Data,
-    gauge: Gauge,
+    memory: PeakMemory,
     paces: list[Pace],
 ) -> dict[str, Any]:
     """The record for whoever asked: figures, the formula's, and the measurement to be stored."""
     needs = estimate(config, built.architecture, place, data.statistics)
-    peak = _highest([gauge.peaks[f"step {n + 1}"] for n in range(len(paces))])
-    loading = _highest([gauge.peaks[name] for name in (LOADING, ATTACHING, OPTIMIZER)])
+    peak = _highest([memory.peaks[f"step {n + 1}"] for n in range(len(paces))])
+    loading = _highest([memory.peaks[name] for name in (LOADING, ATTACHING, OPTIMIZER)])
     later = paces[1:] or paces  # the first step makes the optimizer's state and warms up
     micros = len(data.batch.micros)
     micro_seconds = sum(p.gradient_seconds for p in later) / len(later) / micros
@@ -285,7 +284,7 @@ def _figures(
         model=built.architecture.class_name,
         peak_allocated_bytes=peak.allocated_bytes,
         peak_reserved_bytes=peak.reserved_bytes,
-        device_bytes=gauge.device_bytes(),
+        device_bytes=memory.device_bytes(),
         load_peak_bytes=loading.allocated_bytes,
         tokens_per_second=speed,
         formula_bytes=step_bytes(needs),
