@@ -16,6 +16,7 @@ TOP_LEVEL = {
     *("pyproject.toml", "README.md", "tui", "engine", "tests", "presets", "Makefile"),
     *("constraints.txt", "LICENSE", "CHANGELOG.md", "Dockerfile"),
 }
+ROOMLESS_TESTS = {"gpu", "install", "research"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "pickle.load", "pickle.loads"}
 
 
@@ -89,6 +90,22 @@ def test_every_command_that_a_sentence_names_exists() -> None:
 def test_the_top_level_holds_what_a_newcomer_expects() -> None:
     tops = {path.split("/")[0] for path in tracked()}
     assert {top for top in tops if not top.startswith(".")} <= TOP_LEVEL
+
+
+def test_tests_lie_where_their_subject_does() -> None:
+    """tests/data and tests/tui/screens exist because engine/data and tui/screens do."""
+    for name in tracked():
+        if re.fullmatch(r"tests/.*/test_\w+\.py", name):
+            room = Path(name).relative_to("tests").parent
+            known = (ROOT / "engine" / room).is_dir() or (ROOT / room).is_dir()
+            assert known or str(room) in ROOMLESS_TESTS, name
+
+
+def test_no_test_module_is_imported() -> None:
+    """What tests share lies in tests/support."""
+    shared = re.compile(r"^\s*(from|import) tests\.[\w.]*\b(test_\w+|conftest)\b", re.MULTILINE)
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not shared.search(path.read_text("utf-8")), path
 
 
 def test_no_file_knows_the_machine_it_was_written_on() -> None:

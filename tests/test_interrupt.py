@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.processes import run_python
-from tests.tui.test_watch import Terminal
+from tests.support.terminal import Terminal
 
 # Sends SIGINT at the AT-th import, opened file or started module, counted from the first import
 # that one of our modules makes.

@@ -3,24 +3,7 @@ from collections.abc import Callable
 import pytest
 
 from engine.chat.messages import Conversation, RowFormat, read_row
-from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
-from tests.support.tokenizers import tokenizer_of
-
-SPECS = {
-    "v3": TokenizerSpec("v3"),
-    "v7": TokenizerSpec("v7"),
-    "v11": TokenizerSpec("v11"),
-    "v13": TokenizerSpec("v13", think=True, image=(14, 1540, 2)),
-    "v15": TokenizerSpec("v15", think=True, image=(14, 1540, 2), settings=True),
-}
-
-
-class Tokenizers(dict[str, ChatTokenizer]):
-    """One tokenizer of each version, made when first asked for."""
-
-    def __missing__(self, version: str) -> ChatTokenizer:
-        self[version] = tokenizer_of(SPECS[version])
-        return self[version]
+from tests.support.tokenizers import Tokenizers
 
 
 @pytest.fixture(scope="session")

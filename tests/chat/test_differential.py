@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from engine.chat.messages import RowFormat, RowProblem, read_row
 from engine.chat.render import Kind, LabelRule, labels, render
 from engine.chat.tokenizer import ChatTokenizer
-from tests.chat.conftest import SPECS, Tokenizers
 from tests.support import oracle
 from tests.support.exact import render_exact
 from tests.support.strategies import NON_LATIN, efforts, rows
+from tests.support.tokenizers import SPECS, Tokenizers
 
 FEATURES = ("tools and results", "thinking", "several system prompts", "non-Latin text")
 

@@ -13,7 +13,7 @@ import pytest
 from engine.chat.messages import RowFormat, read_row
 from engine.chat.render import WITHHELD, Kind, LabelRule, learned, render
 from engine.chat.tokenizer import ChatTokenizer
-from tests.chat.conftest import Tokenizers
+from tests.support.tokenizers import Tokenizers
 
 GOLDEN = Path(__file__).parent / "golden"
 WEATHER = {

@@ -22,7 +22,7 @@ from engine.chat.messages import (
 from engine.chat.render import render
 from engine.config import DatasetConfig
 from engine.errors import UserError
-from tests.chat.conftest import Tokenizers
+from tests.support.tokenizers import Tokenizers
 
 USER: dict[str, Any] = {"role": "user", "content": "q"}
 ANSWER: dict[str, Any] = {"role": "assistant", "content": "a"}

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from engine.chat.messages import Conversation, RowFormat, RowProblem, read_row
 from engine.chat.render import render
 from engine.chat.tokenizer import ChatTokenizer
-from tests.chat.conftest import SPECS, Tokenizers
 from tests.support import oracle
 from tests.support.strategies import tangled_rows
+from tests.support.tokenizers import SPECS, Tokenizers
 
 # Rows that mistral-common encodes and that would teach something wrong.
 STRICTER = {

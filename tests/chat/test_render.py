@@ -17,9 +17,9 @@ from engine.chat.render import (
     render,
 )
 from engine.chat.tokenizer import ChatTokenizer
-from tests.chat.conftest import Tokenizers
 from tests.support import oracle
 from tests.support.exact import render_exact
+from tests.support.tokenizers import Tokenizers
 
 Read = Callable[..., Conversation]
 USER: dict[str, Any] = {"role": "user", "content": "q"}

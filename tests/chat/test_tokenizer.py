@@ -19,7 +19,7 @@ from engine.catalog import list_models
 from engine.chat.tokenizer import TokenizerSpec, build_tokenizer, open_tokenizer, write_tekken
 from engine.chat.tokenizer_file import check_tokenizer
 from engine.errors import UserError
-from tests.chat.conftest import SPECS, Tokenizers
+from tests.support.tokenizers import SPECS, Tokenizers
 
 PUBLISHED = Path(mistral_common.__file__).parent / "data"
 REPOSITORY = Path(__file__).parents[2]

@@ -20,8 +20,8 @@ from engine.plan import best_device
 from engine.wizard.counting import check_rows, count_config_rows
 from engine.wizard.draft import draft_from
 from engine.wizard.request import read_planned
+from tests.support.conversation import Conversation
 from tests.support.pictures import png
-from tests.tui.plain.test_wizard import Conversation
 from tui.plain.data import count
 from tui.plain.setup import Setup
 

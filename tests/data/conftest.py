@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, write_tekken
-from engine.config import DatasetConfig, RunConfig
 from tests.support.tokenizers import tokenizer_of
 
 REPOSITORY = Path(__file__).parents[2]
@@ -46,18 +45,3 @@ def without_privileges() -> None:
     """Skips where file modes do not bind."""
     if os.geteuid() == 0:
         pytest.skip("root reads every file")
-
-
-def config_of(*datasets: DatasetConfig, **keys: object) -> RunConfig:
-    """A config of these datasets, whose model is of no matter."""
-    return RunConfig.model_validate({"base_model": "any", "datasets": datasets, **keys})
-
-
-def chat(question: str, answer: str = "Fine.") -> dict[str, object]:
-    """A row with one question and one answer."""
-    return {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-    }

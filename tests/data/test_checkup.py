@@ -6,7 +6,7 @@ import pytest
 
 from engine.config import DatasetConfig
 from engine.data.checkup import FEW_ROWS, check_config, group_problems, length_statistics
-from tests.data.conftest import chat, config_of
+from tests.support.data import chat, config_of
 
 
 def checked(path: Path, tokenizer=None, *, progress=None, **keys):

@@ -9,7 +9,7 @@ from engine.chat.tokenizer import open_tokenizer
 from engine.cli import build_app, dataset
 from engine.cli.watch import PlainWatch
 from engine.errors import UserError
-from tests.data.conftest import chat
+from tests.support.data import chat
 
 opened = cache(open_tokenizer)
 PREVIEW_KEYS = {"row", "line", "ok", "error", "input_ids", "labels", "kinds", "sources"}

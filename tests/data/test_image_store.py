@@ -16,9 +16,7 @@ from engine.data.array_writer import Interval
 from engine.data.config_paths import with_absolute_paths
 from engine.data.prepare import prepare
 from engine.data.prepared import ARRAYS, Prepared
-from tests.data.conftest import chat
-from tests.data.test_images import about
-from tests.data.test_prepare import content, killed_child
+from tests.support.data import about, chat, content, killed_child
 from tests.support.pictures import png
 from tests.support.tokenizers import tokenizer_of
 

@@ -23,7 +23,7 @@ from engine.data.preview_text import row_text
 from engine.data.rows import RenderedRow, iterate_rendered
 from engine.data.shape import read_shape
 from engine.errors import UserError, WorkError
-from tests.data.conftest import config_of
+from tests.support.data import about, config_of
 from tests.support.pictures import png
 from tests.support.tokenizers import tokenizer_of
 
@@ -31,19 +31,6 @@ from tests.support.tokenizers import tokenizer_of
 @pytest.fixture(scope="module")
 def seeing() -> ChatTokenizer:
     return tokenizer_of(TokenizerSpec("v13", think=True, image=(14, 1540, 2)))
-
-
-def about(*names: object, **columns: object) -> dict[str, object]:
-    """A row that asks about images by their names."""
-    chunks = [{"type": "image", "path": name} for name in names]
-    content = [*chunks, {"type": "text", "text": "What is it?"}]
-    return {
-        "messages": [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": "A cat."},
-        ],
-        **columns,
-    }
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +20,7 @@ from engine.data.prepare import default_store, prepare
 from engine.data.prepared import ARRAYS, META, Prepared
 from engine.errors import UserError, WorkError
 from tests.bench.prepare_throughput import measure
-from tests.data.conftest import chat
+from tests.support.data import chat, content, killed_child
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
 VARIED_ROWS = [
@@ -61,28 +60,10 @@ def config_for(path: Path, **keys) -> RunConfig:
     return RunConfig(base_model="any", datasets=(DatasetConfig(path=str(path)),), **keys)
 
 
-def content(folder: Path, *names: str) -> dict[str, bytes]:
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    return {name: files[name] for name in names} if names else files
-
-
 def short_rows(count: int) -> list[dict[str, object]]:
     return [
         chat(f"What is {n} plus {n * 7 % 10}?", f"It is {n + n * 7 % 10}.") for n in range(count)
     ]
-
-
-def killed_child(work: Callable[[], object]) -> None:
-    """Runs `work` in a forked child that must end by SIGKILL."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGKILL
 
 
 class TestFormats:

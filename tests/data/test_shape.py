@@ -4,7 +4,7 @@ import pytest
 
 from engine.config import DatasetConfig
 from engine.data.shape import mapped, propose_mapping, read_shape
-from tests.data.conftest import chat
+from tests.support.data import chat
 
 SPOKEN = {"dialog": [{"speaker": "human", "text": "hi"}, {"speaker": "gpt", "text": "yo"}]}
 

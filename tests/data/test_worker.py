@@ -13,7 +13,7 @@ from engine.data.prepare import prepare
 from engine.data.sources import iterate_rows
 from engine.errors import UserError
 from engine.hardware.requirements import install_command
-from tests.data.conftest import chat
+from tests.support.data import chat
 
 
 class Wizard:

@@ -3,9 +3,8 @@
 import datetime
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+
+from tests.support.card import Card
 
 WHOLE_MODELS = [f"test_{part}.py" for part in ("attention", "fit", "offload", "process", "steps")]
 collect_ignore = [] if find_spec("transformers") and find_spec("peft") else WHOLE_MODELS
@@ -25,21 +26,6 @@ PACKAGES = (
     *("windtunnel", "torch", "transformers", "peft", "bitsandbytes", "triton"),
     *("cut-cross-entropy", "flash-attn", "flash-attn-3", "flash-attn-4"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A card, or its stand-in; outside of `here()` this process trains on the CPU."""
-
-    real: bool
-    capability: tuple[int, int]
-    uuid: str
-    here: Callable[[], AbstractContextManager[object]]
-
-    @property
-    def half(self) -> torch.dtype:
-        """What `bf16: auto` must be."""
-        return torch.bfloat16 if self.capability >= (8, 0) else torch.float32
 
 
 @pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])

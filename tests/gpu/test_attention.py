@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from engine.train.attention import Segments, attend_by_kernel, attend_row_by_row
-from tests.gpu.conftest import Card
+from tests.support.attention import CUT, positions, states, tiny, tokens
+from tests.support.card import Card
 from tests.support.tiny import ARCHITECTURES
-from tests.train.test_attention import CUT, positions, states, tiny, tokens
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["even", "grouped"])

@@ -10,7 +10,7 @@ from engine.cli import main
 from engine.plan.measured import HOME_VARIABLE
 from engine.train.fitcheck.peak_memory import open_peak_memory
 from tests.fakes.processes import ROOT
-from tests.gpu.conftest import Card
+from tests.support.card import Card
 
 RECIPE = ROOT / "presets" / "recipes" / "ministral-3-3b" / "qlora-text.yml"
 

@@ -18,7 +18,7 @@ from engine.plan.loss import CHUNK_BYTES
 from engine.train.cut_loss import settle_loss
 from engine.train.loss import Loss, summed_cross_entropy
 from tests.fakes.processes import ROOT
-from tests.gpu.conftest import Card
+from tests.support.card import Card
 
 VOCABULARY = 131_072
 CUDA = "cuda"

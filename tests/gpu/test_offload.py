@@ -11,7 +11,7 @@ from engine.train.batches import Rows
 from engine.train.evaluate import score
 from engine.train.generate import generate
 from engine.train.loop import Training
-from tests.gpu.conftest import Card
+from tests.support.card import Card
 from tests.support.offloading import BASES, EVERYTHING, NF4_EXPERTS, OFFLOADS, PLAIN, keys_of
 from tests.support.tiny import (
     MINISTRAL3,

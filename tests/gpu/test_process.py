@@ -20,8 +20,8 @@ from engine.events import Shortage, Started, Step
 from engine.runs import RunFolder
 from tests.fakes import card as fake
 from tests.fakes.processes import ROOT
-from tests.gpu.conftest import Card
 from tests.support import trainers
+from tests.support.card import Card
 from tests.support.trainers import (
     LORA,
     QLORA,
@@ -29,11 +29,11 @@ from tests.support.trainers import (
     events_of,
     figures,
     finish,
+    hold_at_most,
     last_end,
     training,
     wait,
 )
-from tests.train.test_out_of_memory import hold_at_most
 
 Hook = Callable[[], object]
 KEYS = LORA | {"bf16": "auto", "max_steps": 6, "save_steps": 2}

@@ -19,7 +19,8 @@ from engine.train.batches import Rows
 from engine.train.generate import generate
 from tests.fakes import card as fake
 from tests.fakes import flash, kernels
-from tests.gpu.conftest import Card
+from tests.support.card import Card
+from tests.support.methods import ON_EXPERTS
 from tests.support.pictured_rows import MIXED, seeing, write_pictured
 from tests.support.tiny import (
     MINISTRAL3,
@@ -34,7 +35,6 @@ from tests.support.tiny import (
     write_model,
     write_rows,
 )
-from tests.train.test_first_step import ON_EXPERTS
 
 LORA = {"adapter": "lora"}
 QLORA = {"adapter": "qlora", "load_in_4bit": True}

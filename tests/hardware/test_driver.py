@@ -7,25 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from engine.hardware import Machine, Problem, poll, read_machine
+from engine.hardware import Machine, poll, read_machine
 from tests.fakes.nvml import ABOUT_THE_STACK, H100, RTX_4090, FakeDriver, build_library
+from tests.support.hardware import SLICES, problem
 
-SLICES = (
-    H100.replace("mig=0", "mig=1"),
-    "slice parent=GPU-aaaa-1 uuid=MIG-s-1 name=NVIDIA_H100_80GB_HBM3_MIG_3g.40gb total=42949672960"
-    " used=10 procs=41:7",
-    "slice parent=GPU-aaaa-1 uuid=MIG-s-2 name=NVIDIA_H100_80GB_HBM3_MIG_1g.10gb total=10737418240",
-)
 GB10 = "gpu name=NVIDIA_GB10 uuid=GPU-cccc-1 total=5 cc=12.1 util=3 temp=35 power=11170"
 NO_MEMORY = ("err nvmlDeviceGetMemoryInfo 3", "err nvmlDeviceGetMemoryInfo_v2 3")
-
-
-def problem(machine: Machine, name: str) -> Problem:
-    (found,) = [each for each in machine.problems if each.id == name]
-    for sentence in (found.what, found.why, found.fix):
-        assert sentence[0].isupper()
-        assert sentence.endswith(".")
-    return found
 
 
 def ids(machine: Machine) -> set[str]:

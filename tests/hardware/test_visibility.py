@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from engine.errors import UserError
 from engine.hardware import Machine, assume, cuda_environment, read_machine
 from tests.fakes.nvml import H100, RTX_4090, FakeDriver
-from tests.hardware.test_driver import SLICES, problem
 from tests.support.extras import needs_trainer
+from tests.support.hardware import SLICES, problem
 
 # Two of a kind that share the beginning of their UUIDs, and one of another kind.
 CARDS = (H100, H100.replace("GPU-aaaa-1", "GPU-aaaa-2"), RTX_4090)

@@ -11,6 +11,7 @@ from engine.train.forward import unwrapped
 from engine.train.loop import Training
 from engine.train.offload import decoder_layers
 from engine.train.offload.layers import movable_tensors
+from tests.support.methods import NF4, ON_EXPERTS
 from tests.support.tiny import (
     MINISTRAL3,
     MISTRAL,
@@ -20,7 +21,6 @@ from tests.support.tiny import (
     wake_adapter,
     with_vision,
 )
-from tests.train.test_first_step import NF4, ON_EXPERTS
 
 FOUR: dict[str, Any] = {"num_hidden_layers": 4}
 DEEP_MODELS = {

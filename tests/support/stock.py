@@ -138,3 +138,12 @@ def write_dequantized(source: Path, folder: Path) -> Path:
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
     edit_config(folder, quantization_config=None)
     return folder
+
+
+def norm_of(tensors: dict[str, torch.Tensor]) -> float:
+    return float(torch.cat([t.flatten().double() for t in tensors.values()]).norm())
+
+
+def stock_model(folder: Path) -> Any:
+    architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)

@@ -27,11 +27,13 @@ from engine.data.rows import RenderedRow
 from engine.events import EventWriter
 from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.batches import Rows
+from engine.train.checkpoint import optimizer_tensors
 from engine.train.forward import Model
 from engine.train.loop import Training
 from engine.train.model import Base, load_base
 from engine.train.run import put_on_training
 from engine.train.session import Session
+from engine.train.weights import trained_tensors
 
 VOCABULARY = 192
 TEXT: dict[str, Any] = {
@@ -106,6 +108,18 @@ ARCHITECTURES = {
     "mistral4": MISTRAL4,
     "mistral3 over mistral4": with_vision(MISTRAL4),
 }
+
+
+WIDE = MINISTRAL3 | {
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+"""Wide enough that the layers, not the odd small tensor, decide."""
+IDS = torch.tensor([[1, 40, 50, 60, 70, 80]])
 
 
 def write_model(folder: Path, config: Mapping[str, Any], seed: int = 0) -> Path:
@@ -231,3 +245,44 @@ def files_at_most(limit_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def steps(run: Training, count: int) -> list[tuple[float, float]]:
+    """Take `count` steps from where the run is; returns each loss and a random number after it."""
+    found = []
+    for number, batch in run.order.steps(run.position.step):
+        if len(found) == count:
+            break
+        before = torch.get_rng_state()
+        loss, _ = run.gradients(batch)
+        run.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(before)
+        run.step(number, batch)
+        found.append((loss, float(torch.rand(()))))
+    return found
+
+
+def everything(run: Training) -> dict[str, Any]:
+    """All that has to survive, bit for bit."""
+    tensors, values = optimizer_tensors(run.model, run.optimizer)
+    tensors |= {f"weight {name}": t.clone() for name, t in trained_tensors(run.model).items()}
+    bits = {name: (t.dtype, tuple(t.shape), bytes_of(t)) for name, t in tensors.items()}
+    return bits | values
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+def describe(folder: Path, config: Mapping[str, Any]) -> Path:
+    """A model folder without weights."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """Its numbers, of any type."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

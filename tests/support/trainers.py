@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -23,10 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.chat.tokenizer import TokenizerSpec, write_tekken
 from engine.events import Ended, Eval, Event, Step
 from engine.runs import Follower, RunFolder, is_locked, read_steps
+from engine.train.forward import unwrapped
+from engine.train.offload import decoder_layers
 from tests.fakes.processes import ROOT, wait_until
 
 VOCABULARY = 2048
@@ -326,3 +330,30 @@ class DieBeforeStep:
 
     def __call__(self) -> None:
         at_step(self.number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def hold_at_most(tokens: int, *, from_step: int = 1) -> None:
+    """From a step on, a forward and backward pass of more tokens asks torch's allocator for more
+    than there is, as one on a small card does: between two layers, in the middle of the pass."""
+    from engine.train import loop
+    from engine.train.model import pick_device
+
+    began, compute = False, loop.hidden_states
+    failed: list[weakref.ref[Any]] = []
+
+    def ask(*_: Any) -> None:
+        torch.empty(2**50, dtype=torch.uint8, device=pick_device())
+
+    def begin() -> None:
+        nonlocal began
+        began = True
+
+    def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        assert not any(ref() is not model and ref() for ref in failed), "held beside the next one"
+        if began and batch["input_ids"].numel() > tokens:
+            failed.append(weakref.ref(model))
+            decoder_layers(unwrapped(model))[-1].register_forward_pre_hook(ask)
+        return compute(model, batch)
+
+    loop.hidden_states = hidden_states
+    at_step(from_step, begin)

@@ -1,7 +1,6 @@
 """Packed rows that are cut apart learn what rows under a mask learn, however many sequences."""
 
 from collections.abc import Callable
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,33 +21,8 @@ from engine.train.attention import (
     pick_attention,
     use_attention,
 )
-from tests.support.tiny import ARCHITECTURES, MISTRAL, VOCABULARY, settings
-
-CUT = "flash_attention_torch"
-SIZES = ([13, 20, 7], [25, 15])
-
-
-def positions(sizes: tuple[list[int], ...] = SIZES) -> Tensor:
-    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in sizes])
-
-
-@cache
-def tokens() -> Tensor:
-    return torch.randint(20, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
-
-
-def tiny(architecture: dict[str, Any], backend: str, **keys: Any) -> Any:
-    model_class = getattr(transformers, architecture["architectures"][0])
-    config = model_class.config_class.from_dict(architecture | keys)
-    use_attention(config, backend)
-    torch.manual_seed(0)
-    return model_class(config).train()
-
-
-def states(model: Any, ids: Tensor, where: Tensor) -> Tensor:
-    found = model.model(input_ids=ids, position_ids=where, use_cache=False).last_hidden_state
-    assert isinstance(found, Tensor)
-    return found
+from tests.support.attention import CUT, positions, states, tiny, tokens
+from tests.support.tiny import ARCHITECTURES, MISTRAL, settings
 
 
 def forward_and_backward(model: Any) -> tuple[Tensor, dict[str, Tensor]]:

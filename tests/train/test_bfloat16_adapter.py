@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 from engine.train.batches import Rows
 from engine.train.weights import export_trained, trained_parameters
 from tests.support import stock
-from tests.support.tiny import gradients, settings, training, wake_adapter
-from tests.train.test_checkpoint import everything, steps
-from tests.train.test_first_step import METHODS, NF4, ON_EXPERTS
+from tests.support.methods import METHODS, NF4, ON_EXPERTS
+from tests.support.tiny import everything, gradients, settings, steps, training, wake_adapter
 
 NARROW = {"peft_autocast_adapter_dtype": False}
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {

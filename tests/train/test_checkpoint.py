@@ -22,46 +22,23 @@ from engine.train.checkpoint import (
     Checkpoints,
     Position,
     is_complete,
-    optimizer_tensors,
 )
-from engine.train.loop import Training
 from engine.train.loss import Loss
 from engine.train.model import Base, load_base
-from engine.train.weights import trained_tensors
-from tests.support.tiny import assemble, files_at_most, settings, training, wake_adapter
+from tests.support.tiny import (
+    assemble,
+    everything,
+    files_at_most,
+    settings,
+    steps,
+    training,
+    wake_adapter,
+)
 
 FULL = {"learning_rate": 0.01, "num_epochs": 4}
 LORA = FULL | {"adapter": "lora", "lora_dropout": 0.1}
 # One matrix and one vector of the model: saves are small, so that a test can make many.
 SMALL = {"unfrozen_parameters": [r"model\.norm", r"model\.layers\.0\.self_attn\.k_proj"]}
-
-
-def steps(run: Training, count: int) -> list[tuple[float, float]]:
-    """Take `count` steps from where the run is; returns each loss and a random number after it."""
-    found = []
-    for number, batch in run.order.steps(run.position.step):
-        if len(found) == count:
-            break
-        before = torch.get_rng_state()
-        loss, _ = run.gradients(batch)
-        run.optimizer.zero_grad(set_to_none=True)
-        torch.set_rng_state(before)
-        run.step(number, batch)
-        found.append((loss, float(torch.rand(()))))
-    return found
-
-
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    """Its numbers, of any type."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def everything(run: Training) -> dict[str, Any]:
-    """All that has to survive, bit for bit."""
-    tensors, values = optimizer_tensors(run.model, run.optimizer)
-    tensors |= {f"weight {name}": t.clone() for name, t in trained_tensors(run.model).items()}
-    bits = {name: (t.dtype, tuple(t.shape), bytes_of(t)) for name, t in tensors.items()}
-    return bits | values
 
 
 class TestRoundTrip:

@@ -11,7 +11,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-import transformers
 
 from engine.chat.render import Kind, LabelRule
 from engine.config import RunConfig
@@ -23,6 +22,7 @@ from engine.train.forward import Model, hidden_states, unwrapped
 from engine.train.loop import Training
 from engine.train.model import load_base
 from engine.train.weights import save_trained
+from tests.support.stock import norm_of, stock_model
 from tests.support.tiny import Row, gradients, row, settings, training, wake_adapter
 
 ALL_IN_ONE_STEP = {"gradient_accumulation_steps": 64}
@@ -44,10 +44,6 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def norm_of(tensors: dict[str, torch.Tensor]) -> float:
-    return float(torch.cat([t.flatten().double() for t in tensors.values()]).norm())
-
-
 def stock_step(model: Any, rows: Rows, prefix: str = "") -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of transformers' own `model(input_ids, labels)`, row by row."""
     total, learned = 0.0, 0
@@ -61,11 +57,6 @@ def stock_step(model: Any, rows: Rows, prefix: str = "") -> tuple[float, dict[st
     named = model.named_parameters()
     found = {prefix + n: p.grad / learned for n, p in named if p.grad is not None}
     return total / learned, found
-
-
-def stock_model(folder: Path) -> Any:
-    architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
-    return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)
 
 
 class TestAgainstTransformers:

@@ -24,6 +24,7 @@ from engine.train.generate import generate
 from engine.train.loop import Training
 from engine.train.weights import export_trained
 from tests.support import stock
+from tests.support.methods import METHODS, Method
 from tests.support.pictured_rows import MIXED, seeing, write_pictured
 from tests.support.tiny import (
     ARCHITECTURES,
@@ -33,7 +34,6 @@ from tests.support.tiny import (
     wake_adapter,
     write_model,
 )
-from tests.train.test_first_step import METHODS, Method
 
 PACKED: dict[str, Any] = {
     "sample_packing": True,

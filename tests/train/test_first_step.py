@@ -7,7 +7,6 @@ saved adapter is what stock PEFT takes the step with, so that its file is proved
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from engine.train.loop import Training
 from engine.train.weights import export_trained
 from tests.support import stock
 from tests.support.fp8_checkpoints import write_fp8
+from tests.support.methods import METHODS, Method
 from tests.support.pictured_rows import MIXED, seeing, write_pictured
+from tests.support.stock import norm_of
 from tests.support.tiny import ARCHITECTURES, settings, training, wake_adapter, write_model
-from tests.train.test_equivalence import norm_of
 
 IN_ONE_STEP = {"gradient_accumulation_steps": 64, "max_grad_norm": 1e9}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -34,37 +34,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """How a run trains, and what stock transformers is told for its base weights."""
-
-    keys: dict[str, Any]
-    tolerance: float
-    """Of the loss and of the norm, relative."""
-    stock: dict[str, Any]
-    logits: float = 1e-3
-    """How near the logits of the saved adapter are in stock PEFT, relative, in the norm."""
-
-
-NF4: dict[str, Any] = {"adapter": "qlora", "load_in_4bit": True, "bf16": True}
-ON_EXPERTS: dict[str, Any] = {
-    "lora_target_modules": r"model\..*layers\.\d+\.(self_attn|mlp\.shared_experts)\.\w+_(proj|mqa)",
-    "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-}
-METHODS = {
-    "full": Method({}, 1e-5, stock.FLOAT32),
-    "full bfloat16": Method({"bf16": True}, 0.01, stock.BFLOAT16),
-    "LoRA": Method({"adapter": "lora"}, 1e-5, stock.FLOAT32),
-    "LoRA bfloat16": Method({"adapter": "lora", "bf16": True}, 0.01, stock.BFLOAT16),
-    "int8 LoRA": Method({"adapter": "lora", "load_in_8bit": True, "bf16": True}, 0.01, stock.INT8),
-    "NF4 LoRA": Method(NF4, 0.01, stock.NF4),
-    "LoRA on experts": Method({"adapter": "lora"} | ON_EXPERTS, 1e-5, stock.FLOAT32),
-    "NF4 LoRA on NF4 experts": Method(
-        NF4 | {"quantize_moe_experts": True} | ON_EXPERTS, 0.01, stock.NF4, logits=0.1
-    ),
-}
-"""The last one's arithmetic is not the same: stock PEFT rounds W + BA of an expert to bfloat16,
-ours adds two products, and a token at a router's edge goes to another expert then."""
 EYES_TOO = {
     "full with the eyes": Method({"unfrozen_parameters": [".*"]}, 1e-5, stock.FLOAT32),
 }

@@ -1,7 +1,6 @@
 """`fit`: the measured peak against the formula, what is measured, and where memory runs out."""
 
 import gc
-import json
 import math
 import os
 import resource
@@ -36,17 +35,8 @@ from engine.train.model import build_empty, load_base
 from tests.support.live_bytes import LiveBytes
 from tests.support.machines import cpu
 from tests.support.pictured_rows import MIXED, seeing, write_pictured
-from tests.support.tiny import MINISTRAL3, settings, with_vision
+from tests.support.tiny import MINISTRAL3, WIDE, describe, settings, with_vision
 
-# Wide enough that the layers, not the odd small tensor, decide.
-WIDE = MINISTRAL3 | {
-    "vocab_size": 4096,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-}
 PACKED = {"sequence_len": 512, "sample_packing": True, "gradient_accumulation_steps": 2}
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 16}
 QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True}
@@ -59,13 +49,6 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `leave_hub` switches off comes back after the test."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def describe(folder: Path, config: Mapping[str, Any]) -> Path:
-    """A model folder without weights."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    return folder
 
 
 @pytest.fixture(scope="module")

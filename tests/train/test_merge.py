@@ -22,16 +22,17 @@ from engine.train.adapter_files import CONFIG, WEIGHTS
 from engine.train.batches import Rows
 from engine.train.merge import merge
 from engine.train.weight_files import Entry, write_shards
+from tests.support.stock import stock_model
 from tests.support.tiny import (
     MINISTRAL3,
     edit_config,
     files_at_most,
+    logits,
     settings,
     training,
     wake_adapter,
     write_model,
 )
-from tests.train.test_weights import logits, stock_model
 
 
 @pytest.fixture

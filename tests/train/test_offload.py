@@ -17,7 +17,7 @@ from engine.train.evaluate import score
 from engine.train.forward import head_module, head_of, hidden_states, unwrapped
 from engine.train.generate import generate
 from engine.train.model import load_base
-from engine.train.offload import checkpoints, decoder_layers, head_at_hand
+from engine.train.offload import activations, decoder_layers, head_at_hand
 from engine.train.offload.transfer import Hosted, HostMemory
 from engine.train.weights import export_trained
 from tests.support import stock
@@ -33,8 +33,7 @@ from tests.support.offloading import (
     keys_of,
     weights_of_layers,
 )
-from tests.support.tiny import gradients, settings
-from tests.train.test_checkpoint import everything, steps
+from tests.support.tiny import everything, gradients, settings, steps
 
 COMBINATIONS = [
     *(("ministral3", "NF4", name) for name in OFFLOADS),
@@ -210,14 +209,14 @@ class TestCheckpoints:
     ) -> None:
         run = begun(tmp_path, deep_model("ministral3"), uneven, **NF4, **OFFLOADS["checkpoints"])
         made: list[Any] = []
-        original = checkpoints._Input.__init__
+        original = activations._Input.__init__
 
         def note(self: Any, *args: Any) -> None:
             original(self, *args)
             made.append(weakref.ref(self))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoints._Input, "__init__", note)
+            patch.setattr(activations._Input, "__init__", note)
             run.gradients(run.order.step(1))
         assert len(made) == 4 * len(run.order.step(1).micros)
         assert not any(ref() for ref in made)

@@ -4,10 +4,8 @@ import functools
 import json
 import re
 import shlex
-import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,16 +13,14 @@ import torch
 from engine.cli import main
 from engine.events import Note, Saved, Shortage
 from engine.runs import RunFolder, read_steps
-from engine.train.forward import unwrapped
-from engine.train.offload import decoder_layers
 from engine.train.out_of_memory import asked_bytes, is_out_of_memory, message_of
 from tests.support.trainers import (
     LORA,
     Workshop,
-    at_step,
     events_of,
     figures,
     finish,
+    hold_at_most,
     last_end,
 )
 
@@ -41,33 +37,6 @@ KEYS = LORA | {
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("out-of-memory"), KEYS)
-
-
-def hold_at_most(tokens: int, *, from_step: int = 1) -> None:
-    """From a step on, a forward and backward pass of more tokens asks torch's allocator for more
-    than there is, as one on a small card does: between two layers, in the middle of the pass."""
-    from engine.train import loop
-    from engine.train.model import pick_device
-
-    began, compute = False, loop.hidden_states
-    failed: list[weakref.ref[Any]] = []
-
-    def ask(*_: Any) -> None:
-        torch.empty(2**50, dtype=torch.uint8, device=pick_device())
-
-    def begin() -> None:
-        nonlocal began
-        began = True
-
-    def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        assert not any(ref() is not model and ref() for ref in failed), "held beside the next one"
-        if began and batch["input_ids"].numel() > tokens:
-            failed.append(weakref.ref(model))
-            decoder_layers(unwrapped(model))[-1].register_forward_pre_hook(ask)
-        return compute(model, batch)
-
-    loop.hidden_states = hidden_states
-    at_step(from_step, begin)
 
 
 def small_card(tokens: int = 1000, from_step: int = 1) -> Callable[[], None]:

@@ -18,8 +18,7 @@ from engine.train.batches import Rows
 from engine.train.fitcheck.peak_memory import CpuPeakMemory
 from engine.train.optim import build_optimizer, take_step
 from tests.support.machines import card, cpu
-from tests.support.tiny import MISTRAL4, settings, training, write_model
-from tests.train.test_fitcheck import WIDE, describe
+from tests.support.tiny import MISTRAL4, WIDE, describe, settings, training, write_model
 
 OPTIMIZERS = sorted(set(CPU_BYTES) - {"adamw_torch_8bit", "adamw_8bit"})  # torchao's; another name
 LOOSE = {

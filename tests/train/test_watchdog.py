@@ -14,8 +14,8 @@ from engine.train.batches import Order, Rows
 from engine.train.evaluate import row_losses
 from engine.train.loop import Training, clip_gradients
 from engine.train.watchdog import LEAST_STEPS, LossWatch
+from tests.support.stock import stock_model
 from tests.support.tiny import MINISTRAL3, settings, training, with_vision, write_model
-from tests.train.test_equivalence import stock_model
 
 
 def watch(**keys: Any) -> LossWatch:

@@ -7,7 +7,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from engine.catalog import find_model
@@ -17,16 +16,16 @@ from engine.train.batches import Rows
 from engine.train.loop import Training
 from engine.train.model import load_base
 from engine.train.weights import export_trained, load_trained, save_trained, trained_tensors
+from tests.support.stock import stock_model
 from tests.support.tiny import (
     MINISTRAL3,
     files_at_most,
+    logits,
     settings,
     training,
     wake_adapter,
     write_model,
 )
-
-IDS = torch.tensor([[1, 40, 50, 60, 70, 80]])
 
 
 def adapted(folder: Path, home: Path, rows: Rows, seed: int = 1, **keys: Any) -> Training:
@@ -34,17 +33,6 @@ def adapted(folder: Path, home: Path, rows: Rows, seed: int = 1, **keys: Any) ->
     run = training(home, settings(folder, adapter="lora", **keys), rows)
     wake_adapter(run.model, seed)
     return run
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=IDS).logits
-    return found
-
-
-def stock_model(folder: Path) -> Any:
-    architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
-    return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:

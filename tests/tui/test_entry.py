@@ -9,7 +9,7 @@ from engine.config import read_config
 from engine.errors import UserError
 from tests.fakes.processes import run_python
 from tests.support.extras import needs_trainer
-from tests.tui.test_watch import Terminal
+from tests.support.terminal import Terminal
 from tui.entry import WizardRequest, make_draft, read_request
 
 CONFIG = """\

@@ -17,6 +17,7 @@ from engine.wizard.draft import Draft, draft_from
 from engine.wizard.start import save_config, start_run, why_not
 from tests.fakes.nvml import RTX_4090, FakeDriver
 from tests.fakes.processes import running_fake, wait_until
+from tests.support.conversation import Conversation
 from tests.support.extras import needs_trainer
 from tests.support.told_runs import told_run
 from tui.plain import Dialogue, run_plain
@@ -27,29 +28,6 @@ SAMPLE = DatasetConfig(path="sample:harbour-pilot")
 SIX = ("Machine", "Model", "Data", "Preview", "Plan", "Review")
 TO_PLAN = ("", "", "", "", "")
 """Enter up to the question about the plan; Data asks twice."""
-
-
-class Conversation:
-    """A person who gives prepared answers and then ctrl+d; everything that they read."""
-
-    def __init__(self, *answers: str) -> None:
-        self._answers = iter(answers)
-        self.lines: list[str] = []
-        self.dialogue = Dialogue(self._read, self.lines.append)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines)
-
-    def _read(self, prompt: str) -> str:
-        answer = next(self._answers, None)
-        self.lines.append(prompt + (answer or ""))
-        if answer is None:
-            raise EOFError
-        return answer
-
-    def headings(self) -> list[str]:
-        return [line.split("  ")[1].split(":")[0] for line in self.lines if " of 6  " in line]
 
 
 @pytest.fixture(autouse=True)

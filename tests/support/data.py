@@ -1,0 +1,54 @@
+"""Rows, configs and prepared folders that the tests of data share."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.config import DatasetConfig, RunConfig
+
+
+def config_of(*datasets: DatasetConfig, **keys: object) -> RunConfig:
+    """A config of these datasets, whose model is of no matter."""
+    return RunConfig.model_validate({"base_model": "any", "datasets": datasets, **keys})
+
+
+def chat(question: str, answer: str = "Fine.") -> dict[str, object]:
+    """A row with one question and one answer."""
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+def about(*names: object, **columns: object) -> dict[str, object]:
+    """A row that asks about images by their names."""
+    chunks = [{"type": "image", "path": name} for name in names]
+    content = [*chunks, {"type": "text", "text": "What is it?"}]
+    return {
+        "messages": [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": "A cat."},
+        ],
+        **columns,
+    }
+
+
+def content(folder: Path, *names: str) -> dict[str, bytes]:
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {name: files[name] for name in names} if names else files
+
+
+def killed_child(work: Callable[[], object]) -> None:
+    """Runs `work` in a forked child that must end by SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
