@@ -218,10 +218,10 @@ GUARDS = {
         f"{VISION}::TestWhatMoves::test_a_full_fine_tune_leaves_tower_and_projector_as_they_are",
     ),
     "a first step that reaches nothing": Guard(
-        "engine/train/loop.py",
-        'raise UserError(\n                "Nothing would be trained',
-        'UserError(\n                "Nothing would be trained',
-        "tests/train/test_watchdog.py::TestStart::test_a_run_that_trains_nothing_ends_with_a_sentence",
+        "engine/train/alarms.py",
+        'raise UserError(\n            "Nothing would be trained',
+        'UserError(\n            "Nothing would be trained',
+        "tests/train/test_alarms.py::TestStart::test_a_run_that_trains_nothing_ends_with_a_sentence",
     ),
     "a dataset in which nothing is learned": Guard(
         "engine/data/prepare.py",
@@ -306,13 +306,13 @@ GUARDS = {
         f"{MODEL}::TestWhoChoosesTheKernels::test_a_kernel_from_the_hub_is_refused",
     ),
     "a first loss worse than guessing is told": Guard(
-        "engine/train/watchdog.py",
+        "engine/train/alarms.py",
         "        if loss <= self._guessing:",
         "        if True:",
-        "tests/train/test_watchdog.py::TestStart::test_a_loss_above_that_of_guessing_is_told",
+        "tests/train/test_alarms.py::TestStart::test_a_loss_above_that_of_guessing_is_reported",
     ),
     "a loss that is no number ends the run": Guard(
-        "engine/train/loop.py",
+        "engine/train/alarms.py",
         "if not (math.isfinite(loss) and math.isfinite(norm)):",
         "if False:",
         "tests/train/test_process_failures.py"

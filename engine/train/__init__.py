@@ -16,6 +16,7 @@ images    pixels of a run's images, decoded ahead
 prompts   what a run asks before, during and after
 batches   prepared arrays -> batches, in an order that a resumed run repeats
 loss      cross entropy over the full vocabulary without its logits
+alarms    what a run's losses warn of, and what ends it
 optim     optimizers and the learning-rate schedule
 loop      the steps
 checkpoint what a run needs to go on, written so that a kill cannot hurt it

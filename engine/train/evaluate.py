@@ -3,60 +3,28 @@
 Beside the loss, whole and by kind of token, it counts exact answers: a row is exact when every
 learned token is the most likely one, which is the same as greedy decoding giving the reference
 answer back word for word. Only learned tokens count anywhere: thinking that the config does not
-train is in no figure. What the model writes by itself is in `measure`, what it forgets in `drift`.
+train is in no figure. What the model writes by itself is in `text_metrics`, what it forgets in
+`drift`.
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from statistics import mean
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine import events
 from engine.chat.render import IGNORED_LABEL, Kind, LabelRule, learned
 from engine.config import RunConfig
 from engine.data.prepare import label_rule
 from engine.errors import UserError
+from engine.events import Score
 from engine.train.batches import Micro, Rows, StepBatch, evaluation_micros
 from engine.train.forward import Model, head_module, head_of, hidden_states
 from engine.train.loss import score_tokens
 from engine.train.model import Base
 from engine.train.offload import head_at_hand
-
-RISES = 2
-"""Rises of the held-out loss in a row that are told."""
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One dataset's figures."""
-
-    loss: float
-    """Mean over the learned tokens of all rows, in nats."""
-    learned_tokens: int
-    rows: int
-    exact: float
-    """Share of rows whose learned tokens are all predicted, 0 to 1."""
-    loss_by_kind: Mapping[str, float] = field(default_factory=dict)
-    """The loss of the learned tokens of each kind by its word, where there are any."""
-    tokens_by_kind: Mapping[str, int] = field(default_factory=dict)
-
-    def told(self, step: int, dataset: str) -> events.Score:
-        """The event that tells it."""
-        return events.Score(
-            step,
-            dataset,
-            self.loss,
-            self.exact,
-            self.rows,
-            loss_by_kind=self.loss_by_kind,
-            tokens_by_kind=self.tokens_by_kind,
-        )
 
 
 @contextmanager
@@ -70,8 +38,10 @@ def evaluating(model: Model) -> Iterator[None]:
         model.train()
 
 
-def score(model: Model, base: Base, rows: Rows, config: RunConfig) -> Score:
-    """Loss and exact answers of `model` over every row of `rows`."""
+def score(
+    model: Model, base: Base, rows: Rows, config: RunConfig, step: int = 0, dataset: str = ""
+) -> Score:
+    """Loss and exact answers of `model`, after `step` steps, over every row of a dataset."""
     sums, counts = np.zeros(len(Kind)), np.zeros(len(Kind), np.int64)
     exact, rule = 0, label_rule(config)
     with evaluating(model):
@@ -84,15 +54,15 @@ def score(model: Model, base: Base, rows: Rows, config: RunConfig) -> Score:
             sums += np.bincount(kinds, losses.double().cpu().numpy(), len(Kind))
             counts += np.bincount(kinds, minlength=len(Kind))
             exact += _exact_rows(tensors, right)
-    total, tokens = float(sums.sum()), int(counts.sum())
     seen = [kind for kind in Kind if counts[kind]]
     return Score(
-        total / max(1, tokens),
-        tokens,
-        len(rows),
-        exact / max(1, len(rows)),
-        {kind.word: float(sums[kind] / counts[kind]) for kind in seen},
-        {kind.word: int(counts[kind]) for kind in seen},
+        step,
+        dataset,
+        loss=float(sums.sum()) / max(1, int(counts.sum())),
+        exact=exact / max(1, len(rows)),
+        rows=len(rows),
+        loss_by_kind={kind.word: float(sums[kind] / counts[kind]) for kind in seen},
+        tokens_by_kind={kind.word: int(counts[kind]) for kind in seen},
     )
 
 
@@ -115,8 +85,8 @@ def row_losses(model: Model, base: Base, batch: StepBatch) -> list[tuple[int, fl
             totals = torch.zeros(len(micro.rows), device=losses.device)
             counts = totals.clone().scatter_add_(0, row_of_token, torch.ones_like(losses))
             means = totals.scatter_add_(0, row_of_token, losses) / counts
-            told = zip(micro.rows, means.tolist(), counts.tolist(), strict=True)
-            found += [(row, loss) for row, loss, count in told if count]
+            figures = zip(micro.rows, means.tolist(), counts.tolist(), strict=True)
+            found += [(row, loss) for row, loss, count in figures if count]
     return found
 
 
@@ -135,14 +105,19 @@ def _row_of_learned(tensors: dict[str, Tensor]) -> Tensor:
     return row_of_token[tensors["labels"][:, 1:] != IGNORED_LABEL]
 
 
+def learned_tokens(score: Score) -> int:
+    """Tokens that a score is the mean over."""
+    return sum(score.tokens_by_kind.values())
+
+
 def score_all(
-    model: Model, base: Base, datasets: Mapping[str, Rows], config: RunConfig
-) -> dict[str, Score]:
+    model: Model, base: Base, datasets: Mapping[str, Rows], config: RunConfig, step: int = 0
+) -> list[Score]:
     """The score of each dataset by its name; UserError when one teaches nothing to score."""
-    scores = {}
+    scores = []
     for name, rows in datasets.items():
-        scores[name] = score(model, base, rows, config)
-        if scores[name].learned_tokens == 0:
+        scores.append(score(model, base, rows, config, step, name))
+        if not learned_tokens(scores[-1]):
             raise UserError(
                 f"The evaluation set {name} has no answer to score.",
                 "None of its tokens is one that this config learns.",
@@ -151,40 +126,6 @@ def score_all(
     return scores
 
 
-def mean_loss(scores: Mapping[str, Score]) -> float:
+def mean_loss(scores: Sequence[Score]) -> float:
     """One loss over several datasets, every learned token weighing the same."""
-    tokens = sum(s.learned_tokens for s in scores.values())
-    return sum(s.loss * s.learned_tokens for s in scores.values()) / tokens
-
-
-class RiseWatch:
-    """Tells when the held-out loss rises while the training loss falls: learning by heart."""
-
-    def __init__(self) -> None:
-        self._steps: list[float] = []
-        self._training = math.inf
-        self._risen: list[float] = []
-        """Held-out losses of which each is above the one before."""
-
-    def add_step(self, loss: float) -> None:
-        """Take in a training step's loss."""
-        self._steps.append(loss)
-
-    def add_evaluation(self, loss: float, best_step: int | None) -> str | None:
-        """Take in a held-out loss; a sentence at the second rise in a row, since one is noise.
-
-        `best_step` is the step of the save with the lowest held-out loss so far.
-        """
-        training = mean(self._steps) if self._steps else math.inf
-        learns = training < self._training
-        self._steps, self._training = [], training
-        rises = bool(self._risen) and learns and loss > self._risen[-1]
-        self._risen = [*self._risen, loss] if rises else [loss]
-        if len(self._risen) != 1 + RISES:
-            return None
-        path = " -> ".join(f"{each:.3f}" for each in self._risen)
-        kept = f"the save of step {best_step} is the best" if best_step else "no save is better"
-        return (
-            f"the held-out loss has risen twice in a row ({path}) while the training loss still "
-            f"falls: the model learns its rows by heart, and {kept}"
-        )
+    return sum(s.loss * learned_tokens(s) for s in scores) / sum(map(learned_tokens, scores))

@@ -17,14 +17,15 @@ from engine.catalog.cards import Sampling
 from engine.catalog.sampling import GREEDY
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig
-from engine.errors import UserError, WorkError
-from engine.events import Ended, Eval, Note, Phase, Sample, SampleTime, Saved, Step
+from engine.errors import WorkError
+from engine.events import Ended, Eval, Note, Phase, Sample, SampleTime, Saved, Score, Step
 from engine.plan.memory.moments import SAMPLE_TOKENS
 from engine.publish import publish_result
+from engine.train.alarms import LossAlarm, OverfittingAlarm, unreached
 from engine.train.batches import NAMED_ROWS, PAD, Order, Rows, StepBatch
 from engine.train.checkpoint import Checkpoints, Position, random_tensors, restore_random
 from engine.train.device import held_memory_bytes, peak_memory_bytes
-from engine.train.evaluate import RiseWatch, Score, mean_loss, row_losses, score, score_all
+from engine.train.evaluate import mean_loss, row_losses, score, score_all
 from engine.train.experts import balance_loss, balance_weight, watch_routers
 from engine.train.forward import Model, head_module, head_of, hidden_states
 from engine.train.generate import generate, readable
@@ -42,7 +43,6 @@ from engine.train.out_of_memory import (
 from engine.train.prompts import Prompt
 from engine.train.session import Session
 from engine.train.text_metrics import TextMetrics
-from engine.train.watchdog import LossWatch
 from engine.train.weights import export_trained, load_trained, trained_parameters
 
 
@@ -73,8 +73,8 @@ class Training:
             fingerprint=self.order.fingerprint(), loss_chunk_bytes=loss.chunk_bytes
         )
         self.step_clock = StepClock(base.device)
-        self.watch = LossWatch(config, vocabulary=head_of(model).shape[0])
-        self.rises = RiseWatch()
+        self.alarm = LossAlarm(config, vocabulary=head_of(model).shape[0])
+        self.overfitting = OverfittingAlarm()
         self._saved_step = -1
 
     def restore(self, name: str | None) -> None:
@@ -185,7 +185,7 @@ class Training:
         seconds, speed = self.step_clock.stop(batch.tokens)
         self.position.step = number
         self.position.tokens += batch.tokens
-        self.rises.add_step(loss)
+        self.overfitting.add_step(loss)
         self.session.emit(
             Step(
                 step=number,
@@ -215,40 +215,21 @@ class Training:
 
     def judge(self, number: int, loss: float, norm: float, batch: StepBatch) -> None:
         """Say what is odd about a step before it moves anything; WorkError ends the run."""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._stopped(
-                f"Step {number} gave a loss of {loss:g} and a gradient norm of {norm:g}.", batch
-            )
-        if self.watch.too_high(loss):
-            raise self._stopped(
-                f"The loss is {loss:.2f} at step {number}, and stays above "
-                f"loss_watchdog_threshold: {self.config.loss_watchdog_threshold:g}.",
-                batch,
-            )
+        if what := self.alarm.stop_reason(number, loss, norm):
+            raise self._stopped(what, batch)
         if number == 1:
-            self._judge_start(loss)
-        usual = self.watch.spike(loss)
+            self._warn(self.alarm.odd_start(loss))
+            self._warn(unreached(trained_parameters(self.model)))
+        usual = self.alarm.spike(loss)
         if usual is not None:
-            rows = self._highest(batch)
-            words = f"step {number}: the loss leapt to {loss:.2f} from {usual:.2f}; highest: {rows}"
-            self.session.emit(Note("warning", words))
-
-    def _judge_start(self, loss: float) -> None:
-        """What only the first step can show: a base that is not itself, and what never moves."""
-        if words := self.watch.odd_start(loss):
-            self.session.emit(Note("warning", words))
-        trained = list(trained_parameters(self.model))
-        idle = [name for name, parameter in trained if parameter.grad is None]
-        if len(idle) == len(trained):
-            raise UserError(
-                "Nothing would be trained.",
-                f"No row of the first step reaches what is trained, such as {idle[0]}.",
-                "Rows with images reach the vision tower; change the rows, or what is trained.",
+            highest = self._highest(batch)
+            self._warn(
+                f"step {number}: the loss leapt to {loss:.2f} from {usual:.2f}; highest: {highest}"
             )
-        if idle:
-            words = f"{len(idle)} of {len(trained)} trained tensors were not reached by the first "
-            words += f"step, such as {idle[0]}: without rows that reach them they stay as they are"
-            self.session.emit(Note("warning", words))
+
+    def _warn(self, sentence: str | None) -> None:
+        if sentence:
+            self.session.emit(Note("warning", sentence))
 
     def evaluate(self) -> bool:
         """Score the held-out rows; True when their loss is the lowest so far."""
@@ -257,16 +238,15 @@ class Training:
             return False
         loss = mean_loss(scores)
         self.session.emit(Eval(step, loss))
-        if words := self.rises.add_evaluation(loss, self.position.best_step):
-            self.session.emit(Note("warning", words))
+        self._warn(self.overfitting.add_evaluation(loss, self.position.best_step))
         best = self.position.best_loss
         if step == 0 or not math.isfinite(loss) or (best is not None and loss >= best):
             return False
         self.position.best_loss, self.position.best_step = loss, step
         return True
 
-    def measure(self) -> Mapping[str, Score]:
-        """Tell what the model as it is says and how it scores; the scores by held-out set."""
+    def measure(self) -> list[Score]:
+        """Report what the model as it is says and how it scores; the held-out scores."""
         step = self.position.step
         if self.held_out:
             self.session.emit(Phase("evaluate", 0, len(self.held_out)))
@@ -274,14 +254,13 @@ class Training:
         for event in self.text_metrics.take(step, inside=inside) if self.text_metrics else ():
             self.session.emit(event)
         if not self.held_out:
-            return {}
-        scores = score_all(self.model, self.base, self.held_out, self.config)
-        if self.config.eval_train_rows and step in (0, self.order.total_steps):
+            return []
+        scores = score_all(self.model, self.base, self.held_out, self.config, step)
+        if self.config.eval_train_rows and not inside:
             seen = self.rows.first(self.config.eval_train_rows)
-            result = score(self.model, self.base, seen, self.config)
-            self.session.emit(result.told(step, "train"))
-        for name, result in scores.items():
-            self.session.emit(result.told(step, name))
+            self.session.emit(score(self.model, self.base, seen, self.config, step, "train"))
+        for each in scores:
+            self.session.emit(each)
         return scores
 
     def sample(self, prompts: Sequence[Prompt], when: SampleTime) -> None:

@@ -17,7 +17,7 @@ from engine.config import RunConfig
 from engine.events import Step
 from engine.runs import read_steps
 from engine.train.batches import Order, Rows, StepBatch, collate
-from engine.train.evaluate import score
+from engine.train.evaluate import learned_tokens, score
 from engine.train.forward import Model, hidden_states, unwrapped
 from engine.train.loop import Training
 from engine.train.model import load_base
@@ -112,8 +112,8 @@ class TestEvaluation:
         packed = settings(any_model, sample_packing=True, sequence_len=64, micro_batch_size=2)
         ours, theirs = (score(base.model, base, uneven, c) for c in (packed, separate))
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
-        assert (ours.learned_tokens, ours.rows) == (theirs.learned_tokens, theirs.rows)
-        assert ours.learned_tokens == 93 + 8
+        assert (ours.tokens_by_kind, ours.rows) == (theirs.tokens_by_kind, theirs.rows)
+        assert learned_tokens(ours) == 93 + 8
 
 
 class TestWhatKeepsPackedRowsApart:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from engine.chat.render import WITHHELD, Kind, LabelRule, learned
 from engine.errors import UserError
+from engine.events import Score
 from engine.train.batches import Order, Rows
-from engine.train.evaluate import RiseWatch, Score, evaluating, mean_loss, score, score_all
+from engine.train.evaluate import evaluating, learned_tokens, mean_loss, score, score_all
 from engine.train.generate import generate
 from engine.train.loop import Training
 from engine.train.model import load_base
@@ -119,18 +120,19 @@ class TestLoss:
             total, count = total + float(losses[flags[1:]].sum()), count + int(flags.sum())
         found = score(memorised.model, memorised.base, mixed, settings(**layout))
         assert found.loss == pytest.approx(total / count, rel=1e-5)
-        assert (found.learned_tokens, found.rows) == (count, len(mixed))
+        assert (learned_tokens(found), found.rows) == (count, len(mixed))
 
     def test_over_several_sets_every_token_weighs_the_same(self) -> None:
-        scores = {"a": Score(1.0, 10, 3, 0.0), "b": Score(4.0, 30, 1, 1.0)}
-        assert mean_loss(scores) == 3.25
+        few = Score(0, "a", 1.0, 0.0, 3, tokens_by_kind={"text": 8, "eos": 2})
+        many = Score(0, "b", 4.0, 1.0, 1, tokens_by_kind={"text": 30})
+        assert mean_loss([few, many]) == 3.25
 
     def test_every_set_has_its_own_score(self, memorised: Training, mixed: Rows) -> None:
         sets = {"first": mixed.first(1), "all": mixed}
-        found = score_all(memorised.model, memorised.base, sets, settings())
-        assert list(found) == ["first", "all"]
-        assert (found["first"].rows, found["first"].exact) == (1, 1.0)
-        assert found["first"].loss < found["all"].loss
+        first, every = score_all(memorised.model, memorised.base, sets, settings())
+        assert (first.dataset, every.dataset) == ("first", "all")
+        assert (first.rows, first.exact) == (1, 1.0)
+        assert first.loss < every.loss
 
     def test_a_set_with_nothing_to_score_is_refused(
         self, memorised: Training, make_rows: Callable[[list[Row]], Rows]
@@ -181,43 +183,11 @@ class TestLossByKind:
                     sums[word] = sums.get(word, 0.0) + loss
                     counts[word] = counts.get(word, 0) + 1
         config = settings(train_on_thinking=thinking, **layout)
-        found = score(memorised.model, memorised.base, rows, config)
+        found = score(memorised.model, memorised.base, rows, config, 7, "some")
         assert ("think" in found.loss_by_kind) == thinking
         assert found.tokens_by_kind == counts
         assert found.loss_by_kind == pytest.approx({w: sums[w] / counts[w] for w in sums}, rel=1e-4)
-        told = found.told(7, "some")
-        assert (told.step, told.loss_by_kind, told.rows) == (7, found.loss_by_kind, 4)
-
-
-class TestLearningByHeart:
-    def told(self, held_out: list[float], training: list[float]) -> list[bool]:
-        watch, told = RiseWatch(), []
-        for loss, steps in zip(held_out, [None, *training], strict=True):
-            if steps is not None:
-                watch.add_step(steps)
-            told.append(watch.add_evaluation(loss, best_step=20) is not None)
-        return told
-
-    def test_it_is_told_at_the_second_rise_in_a_row_and_once(self) -> None:
-        held_out, training = [2.0, 1.0, 1.1, 1.2, 1.3], [1.5, 1.0, 0.8, 0.5]
-        assert self.told(held_out, training) == [False, False, False, True, False]
-
-    def test_a_fall_in_between_begins_anew(self) -> None:
-        assert not any(self.told([1.0, 1.1, 1.05, 1.2], [0.9, 0.8, 0.7]))
-        assert self.told([1.0, 1.1, 1.0, 1.1, 1.2], [0.9, 0.8, 0.7, 0.6])[-1]
-
-    def test_a_training_loss_that_rises_too_is_another_trouble(self) -> None:
-        assert not any(self.told([1.0, 1.1, 1.2], [0.9, 1.4]))
-
-    def test_it_names_the_losses_and_the_best_save(self) -> None:
-        watch = RiseWatch()
-        for loss, step in ((1.0, None), (1.1, 0.9), (1.2, 0.8)):
-            if step:
-                watch.add_step(step)
-            words = watch.add_evaluation(loss, best_step=20)
-        assert words
-        assert "(1.000 -> 1.100 -> 1.200)" in words
-        assert words.endswith("the save of step 20 is the best")
+        assert (found.step, found.dataset, found.rows) == (7, "some", 4)
 
 
 class TestItLeavesNoTrace:

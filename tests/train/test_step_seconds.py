@@ -1,6 +1,6 @@
 """A step's seconds are its batch, its passes and its optimizer, and nothing between two steps."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.events import SampleTime
+from engine.events import SampleTime, Score
 from engine.runs import RunFolder, read_steps
 from engine.train.batches import Order, Rows, StepBatch
-from engine.train.evaluate import Score
 from engine.train.loop import StepClock, Training
 from engine.train.model import load_base
 from engine.train.prompts import Prompt
@@ -49,7 +48,7 @@ class SlowTraining(Training):
         self.clock.now += BETWEEN
         super().between_steps(prompts)
 
-    def measure(self) -> Mapping[str, Score]:
+    def measure(self) -> list[Score]:
         self.clock.now += BETWEEN
         return super().measure()
 

@@ -1,4 +1,4 @@
-"""A run says what is odd about its losses, ends where it was told to, and names the rows."""
+"""A run says what is odd about its losses, ends where it was asked to, and names the rows."""
 
 import json
 import math
@@ -10,16 +10,20 @@ import torch
 
 from engine.chat.render import Kind
 from engine.errors import UserError, WorkError
+from engine.train.alarms import LEAST_STEPS, LossAlarm, OverfittingAlarm
 from engine.train.batches import Order, Rows
 from engine.train.evaluate import row_losses
 from engine.train.loop import Training, clip_gradients
-from engine.train.watchdog import LEAST_STEPS, LossWatch
 from tests.support.stock import stock_model
 from tests.support.tiny import MINISTRAL3, settings, training, with_vision, write_model
 
 
-def watch(**keys: Any) -> LossWatch:
-    return LossWatch(settings(**keys), vocabulary=131072)
+def alarm(**keys: Any) -> LossAlarm:
+    return LossAlarm(settings(**keys), vocabulary=131072)
+
+
+def too_high(alarm: LossAlarm, loss: float) -> bool:
+    return alarm.stop_reason(1, loss, 1.0) is not None
 
 
 def notes(run: Training) -> list[tuple[str, str]]:
@@ -30,12 +34,12 @@ def notes(run: Training) -> list[tuple[str, str]]:
 
 
 class TestStart:
-    def test_a_loss_above_that_of_guessing_is_told(self) -> None:
-        assert watch().odd_start(11.7) is None
-        words = watch().odd_start(11.9)
-        assert words is not None
-        assert "11.90" in words
-        assert "11.78" in words
+    def test_a_loss_above_that_of_guessing_is_reported(self) -> None:
+        assert alarm().odd_start(11.7) is None
+        sentence = alarm().odd_start(11.9)
+        assert sentence is not None
+        assert "11.90" in sentence
+        assert "11.78" in sentence
 
     def test_only_the_first_step_of_a_run_is_judged_so(
         self, ministral: Path, uneven: Rows, tmp_path: Path
@@ -49,14 +53,16 @@ class TestStart:
         run.judge(2, 7.0, 1.0, run.order.step(2))
         assert len(notes(run)) == 1
 
-    def test_what_the_first_step_does_not_reach_is_told(self, uneven: Rows, tmp_path: Path) -> None:
+    def test_what_the_first_step_does_not_reach_is_reported(
+        self, uneven: Rows, tmp_path: Path
+    ) -> None:
         base = write_model(tmp_path / "base", with_vision(MINISTRAL3))
         wish = ["model.vision_tower.*", "model.language_model.norm"]
         run = training(tmp_path / "run", settings(base, unfrozen_parameters=wish), uneven)
         run.step(1, run.order.step(1))
-        (told,) = [text for _, text in notes(run) if "not reached" in text]
+        (note,) = [text for _, text in notes(run) if "not reached" in text]
         tower = [n for n, p in run.model.named_parameters() if "vision_tower" in n]
-        assert f"{len(tower)} of {len(tower) + 1} trained tensors" in told
+        assert f"{len(tower)} of {len(tower) + 1} trained tensors" in note
 
     def test_a_run_that_trains_nothing_ends_with_a_sentence(
         self, uneven: Rows, tmp_path: Path
@@ -70,28 +76,28 @@ class TestStart:
 
 class TestSpike:
     def test_it_is_a_leap_over_the_median_of_the_losses_before(self) -> None:
-        found = watch()
+        found = alarm()
         for _ in range(LEAST_STEPS):
             assert found.spike(1.5) is None
         assert found.spike(2.9) is None
         assert found.spike(3.1) == 1.5
 
     def test_a_few_losses_are_too_few(self) -> None:
-        found = watch()
+        found = alarm()
         assert [found.spike(loss) for loss in (1.0, 1.0, 9.0)] == [None] * 3
 
     def test_a_memorised_loss_may_double(self) -> None:
-        found = watch()
+        found = alarm()
         assert [found.spike(0.01) for _ in range(LEAST_STEPS)] == [None] * LEAST_STEPS
         assert found.spike(0.5) is None
         assert found.spike(1.2) is not None
 
-    def test_it_is_told_once_in_a_while(self) -> None:
-        found = watch()
+    def test_it_is_reported_once_in_a_while(self) -> None:
+        found = alarm()
         for _ in range(30):
             found.spike(1.0)
-        told = [found.spike(5.0) is not None for _ in range(LEAST_STEPS + 1)]
-        assert told == [True, *[False] * (LEAST_STEPS - 1), True]
+        reported = [found.spike(5.0) is not None for _ in range(LEAST_STEPS + 1)]
+        assert reported == [True, *[False] * (LEAST_STEPS - 1), True]
 
     def test_the_note_names_the_rows_with_the_highest_loss(
         self, ministral: Path, uneven: Rows, tmp_path: Path
@@ -99,26 +105,27 @@ class TestSpike:
         config = settings(ministral, gradient_accumulation_steps=8, learning_rate=1e-5)
         run = training(tmp_path, config, uneven)
         for _ in range(LEAST_STEPS):
-            run.watch.spike(0.5)
+            run.alarm.spike(0.5)
         batch = run.order.step(1)
         by_loss = sorted(row_losses(run.model, run.base, batch), key=lambda found: -found[1])
         run.step(1, batch)
-        (told,) = [text for level, text in notes(run) if "leapt" in text]
-        wanted = [f"{uneven.place(row)} ({loss:.2f})" for row, loss in by_loss[:3]]
-        assert told.endswith(f"from 0.50; highest: {'; '.join(wanted)}")
+        (note,) = [text for level, text in notes(run) if "leapt" in text]
+        expected = [f"{uneven.place(row)} ({loss:.2f})" for row, loss in by_loss[:3]]
+        assert note.endswith(f"from 0.50; highest: {'; '.join(expected)}")
 
 
 class TestLimit:
     def test_the_run_ends_after_the_steps_that_patience_grants(self) -> None:
-        found = watch(loss_watchdog_threshold=5.0, loss_watchdog_patience=2)
-        assert [found.too_high(loss) for loss in (6, 5, 6, 4, 6, 6)] == [False] * 5 + [True]
+        found = alarm(loss_watchdog_threshold=5.0, loss_watchdog_patience=2)
+        assert [too_high(found, loss) for loss in (6, 5, 6, 4, 6, 6)] == [False] * 5 + [True]
 
     def test_patience_is_three_steps_unless_named(self) -> None:
-        found = watch(loss_watchdog_threshold=5.0)
-        assert [found.too_high(6) for _ in range(3)] == [False, False, True]
+        found = alarm(loss_watchdog_threshold=5.0)
+        assert [too_high(found, 6) for _ in range(3)] == [False, False, True]
 
     def test_without_a_limit_no_loss_is_too_high(self) -> None:
-        assert not any(watch().too_high(100) for _ in range(10))
+        found = alarm()
+        assert not any(too_high(found, 100) for _ in range(10))
 
     def test_the_rows_are_named_and_the_weights_not_moved(
         self, ministral: Path, uneven: Rows, tmp_path: Path
@@ -131,6 +138,37 @@ class TestLimit:
             run.step(1, batch)
         assert uneven.place(batch.rows[0]) in caught.value.why
         assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
+
+
+class TestLearningByHeart:
+    def warned(self, held_out: list[float], training: list[float]) -> list[bool]:
+        alarm, warned = OverfittingAlarm(), []
+        for loss, steps in zip(held_out, [None, *training], strict=True):
+            if steps is not None:
+                alarm.add_step(steps)
+            warned.append(alarm.add_evaluation(loss, best_step=20) is not None)
+        return warned
+
+    def test_it_warns_at_the_second_rise_in_a_row_and_once(self) -> None:
+        held_out, training = [2.0, 1.0, 1.1, 1.2, 1.3], [1.5, 1.0, 0.8, 0.5]
+        assert self.warned(held_out, training) == [False, False, False, True, False]
+
+    def test_a_fall_in_between_begins_anew(self) -> None:
+        assert not any(self.warned([1.0, 1.1, 1.05, 1.2], [0.9, 0.8, 0.7]))
+        assert self.warned([1.0, 1.1, 1.0, 1.1, 1.2], [0.9, 0.8, 0.7, 0.6])[-1]
+
+    def test_a_training_loss_that_rises_too_is_another_trouble(self) -> None:
+        assert not any(self.warned([1.0, 1.1, 1.2], [0.9, 1.4]))
+
+    def test_it_names_the_losses_and_the_best_save(self) -> None:
+        alarm = OverfittingAlarm()
+        for loss, step in ((1.0, None), (1.1, 0.9), (1.2, 0.8)):
+            if step:
+                alarm.add_step(step)
+            sentence = alarm.add_evaluation(loss, best_step=20)
+        assert sentence
+        assert "(1.000 -> 1.100 -> 1.200)" in sentence
+        assert sentence.endswith("the save of step 20 is the best")
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
