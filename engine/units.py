@@ -1,6 +1,7 @@
 """Sizes of memory, lengths of time, counts and losses as people say them: one spelling for all."""
 
 GIB = 2**30
+_STORED = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
 def gib(size: int) -> str:
@@ -26,3 +27,11 @@ def counted(number: int, noun: str) -> str:
 def nats(loss: float) -> str:
     """A loss, to the digit that training moves: 0.412."""
     return f"{loss:.3f}"
+
+
+def stored(size: int, of: int | None = None) -> str:
+    """A size in bytes as disks and downloads count it: 16.1 GB, or 1.2 of 16.1 GB."""
+    whole = of or size
+    unit, name = next(each for each in _STORED if whole >= each[0] or each is _STORED[-1])
+    part = "" if of is None else f"{size / unit:,.1f} of "
+    return f"{part}{whole / unit:,.1f} {name}"

@@ -6,9 +6,9 @@ same files; feeding it the same events gives the same history, live or years lat
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from engine.events import (
     Ack,
@@ -16,6 +16,7 @@ from engine.events import (
     Drift,
     Ended,
     Eval,
+    Event,
     Note,
     Phase,
     Recorded,
@@ -26,44 +27,34 @@ from engine.events import (
     Started,
     Step,
 )
-from engine.units import GIB, gib
+from engine.units import GIB
 from tui.series import Series
-from tui.token_row import ROLES
 
 LOG_LINES: Final = 500
 _RECENT_STEPS: Final = 30
 
-_PHASES: Final = {
-    "import": "starting PyTorch",
-    "model": "looking for the model",
-    "download": "downloading the model",
-    "hashing": "reading the data",
-    "tokenizing": "tokenizing",
-    "waiting": "waiting for another process that prepares the same data",
-    "prepared": "data ready",
-    "load": "loading the model",
-    "evaluate": "scoring held-out rows",
-    "save": "saving",
-    "export": "writing the result",
-    "upload": "uploading the result",
-}
-
 _TOLD_BY_RESULT: Final = frozenset({"evaluate", "save"})
 
 
-def phase_words(name: str) -> str:
-    """What a phase of the trainer is called on a screen; its own name where it is new."""
-    return _PHASES.get(name, name)
-
-
 @dataclass(frozen=True, slots=True)
-class LogLine:
-    """One line of the log pane."""
+class Logged:
+    """An event that is worth a line of the log."""
 
     time: float
     """Unix seconds."""
-    text: str
-    level: str = "info"
+    event: Event
+    best: float | None = None
+    """The lowest held-out loss before it; None before the first."""
+
+
+class Figures(NamedTuple):
+    """What evaluations of held-out rows said beside the loss, the newest of each."""
+
+    score: Score | None = None
+    written: Answers | None = None
+    """Of answers that the model wrote by itself."""
+    drift: Drift | None = None
+    """How far the model has moved from its base on general questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +84,12 @@ class History:
         """Unix seconds of the first event of this launch."""
         self.held_out: list[tuple[int, float]] = []
         """Step and loss of each evaluation."""
-        self.drift: Drift | None = None
-        """The newest: how far the model has moved from its base on general questions."""
-        self.loss_by_kind: Mapping[str, float] = {}
-        """Of the newest evaluation of held-out rows, by the words of the preview."""
-        self.written: Answers | None = None
-        """The newest figures of answers that the model wrote by itself to held-out rows."""
+        self.figures = Figures()
         self.answers: dict[str, list[Answer]] = {}
         """By prompt, in the order in which they were told."""
         self.saved: list[Saved] = []
         self.acks: dict[str, Ack] = {}
-        self.log: deque[LogLine] = deque(maxlen=LOG_LINES)
+        self.log: deque[Logged] = deque(maxlen=LOG_LINES)
         self.nan_since: int | None = None
         """First step of the stretch of losses without a number that the run is in."""
         self.loss = Series()
@@ -144,19 +130,6 @@ class History:
         return best_of(self.held_out)
 
     @property
-    def figures(self) -> list[tuple[str, str]]:
-        """The newest figures of an evaluation beside its loss, each as (name, value)."""
-        told = []
-        if len(self.loss_by_kind) > 1:
-            kinds = (f"{kind} {loss:.2f}" for kind, loss in self.loss_by_kind.items())
-            told.append(("by kind", "  ".join(kinds)))
-        if self.written:
-            told.append(("stop by themselves", f"{self.written.stopped:.0%}"))
-        if self.drift:
-            told.append(("drift", f"{self.drift.kl:.2f}"))
-        return told
-
-    @property
     def rises(self) -> int:
         """How often in a row the held-out loss has risen."""
         count = 0
@@ -165,44 +138,44 @@ class History:
         return count
 
     def _take(self, recorded: Recorded) -> None:
-        event = recorded.event
+        event, time = recorded.event, recorded.time
         match event:
             case Started():
-                self._start(event, recorded.time)
+                self._start(event, time)
             case Step():
                 self._take_step(event)
             case Phase():
-                self._take_phase(event, recorded.time)
+                self._take_phase(event, time)
             case Eval():
-                self._take_eval(event, recorded.time)
-            case Score() if event.dataset != "train":
-                self._take_score(event, recorded.time)
+                self._take_eval(event, time)
+            case Score() if event.dataset == "train":
+                pass
+            case Score():
+                self.figures = self.figures._replace(score=event)
+                self._log(time, event)
             case Answers():
-                self.written = event
-                self._tell(
-                    recorded.time,
-                    f"{event.dataset}: {event.stopped:.0%} of {event.rows} written answers stop by "
-                    f"themselves, {event.length_ratio:.2f} times the reference's length",
-                )
+                self.figures = self.figures._replace(written=event)
+                self._log(time, event)
             case Drift():
-                self.drift = event
-                self._tell(recorded.time, f"drift on general questions {event.kl:.2f} nats a token")
+                self.figures = self.figures._replace(drift=event)
+                self._log(time, event)
             case Sample():
                 label = event.when if event.when != "during" else f"step {event.step}"
                 self.answers.setdefault(event.prompt, []).append(Answer(label, event.text))
             case Saved():
                 self.saved.append(event)
                 self.phase = None
-                self._tell(recorded.time, f"saved {event.path}")
+                self._log(time, event)
             case Note():
-                self._tell(recorded.time, event.text, event.level)
+                self._log(time, event)
             case Shortage():
                 self.shortage = event
-                self._tell(recorded.time, _held_words(event), "error")
+                self._log(time, event)
             case Ack():
                 self.acks[event.id] = event
             case Ended():
-                self._end(event, recorded.time)
+                self.ended, self.phase = event, None
+                self._log(time, event)
 
     def _start(self, event: Started, time: float) -> None:
         self.started, self.total_steps = event, event.total_steps
@@ -211,7 +184,7 @@ class History:
         if not self.loss.raw:
             # A thirtieth of the run: follows a fall in 100 steps, calms the noise of 10,000.
             self.loss = Series(span=min(50.0, max(3.0, event.total_steps / 30)))
-        self._tell(time, f"model ready: {event.trainable_parameters:,} parameters are trained")
+        self._log(time, event)
 
     def _take_step(self, step: Step) -> None:
         if self.step and step.step <= self.step.step:
@@ -245,50 +218,17 @@ class History:
             if self.ended:  # a new launch of a run that had ended
                 self.ended, self.began_time = None, time
             if phase.name not in _TOLD_BY_RESULT:
-                self._tell(time, phase_words(phase.name))
+                self._log(time, phase)
         self.phase = phase
 
     def _take_eval(self, event: Eval, time: float) -> None:
-        best = self.best
+        self._log(time, event)
         self.phase = None
         self.held_out = [each for each in self.held_out if each[0] < event.step]
         self.held_out.append((event.step, event.loss))
-        told = f"held-out loss {event.loss:.3f}"
-        if best:
-            better = event.loss < best[1]
-            told += f", best so far (was {best[1]:.3f})" if better else f" (best {best[1]:.3f})"
-        self._tell(time, told)
 
-    def _take_score(self, event: Score, time: float) -> None:
-        kinds = {ROLES.get(kind, kind): loss for kind, loss in event.loss_by_kind.items()}
-        self.loss_by_kind = kinds
-        told = f"{event.dataset}: {event.exact:.0%} of {event.rows} rows exact"
-        if len(kinds) > 1:
-            told += "; loss " + ", ".join(f"{kind} {loss:.2f}" for kind, loss in kinds.items())
-        self._tell(time, told)
-
-    def _end(self, event: Ended, time: float) -> None:
-        self.ended, self.phase = event, None
-        failed = event.outcome == "failed"
-        self._tell(
-            time,
-            f"{event.outcome} at step {event.step}" + (f": {event.what}" if failed else ""),
-            "error" if failed else "info",
-        )
-
-    def _tell(self, time: float, text: str, level: str = "info") -> None:
-        self.log.append(LogLine(time, text, level))
-
-
-def _held_words(told: Shortage) -> str:
-    """What was held when memory ran out, beside what was planned."""
-    parts = [
-        f"{name} {gib(size)}"
-        + (f" (planned {gib(told.predicted_parts[name])})" if name in told.predicted_parts else "")
-        for name, size in told.parts.items()
-        if size
-    ]
-    return f"memory ran out in {told.where}" + (f": {', '.join(parts)}" if parts else "")
+    def _log(self, time: float, event: Event) -> None:
+        self.log.append(Logged(time, event, self.best[1] if self.best else None))
 
 
 def best_of(held_out: Sequence[tuple[int, float]]) -> tuple[int, float] | None:

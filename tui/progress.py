@@ -9,10 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from engine.cli.watch import describe
-from engine.events import Phase, Recorded, Sample, Started, Step
+from engine.events import Ended, Phase, Recorded, Sample, Started, Step
+from engine.report.events import event_line
 from engine.visible import visible
-from tui.history import phase_words
 
 
 class Progress:
@@ -34,31 +33,31 @@ class Progress:
 
     def show(self, recorded: Recorded) -> None:
         """Take in one event."""
-        event = recorded.event
+        event, line = recorded.event, event_line(recorded.event)
+        if line is None or isinstance(event, Ended):  # whoever waits for the end tells it
+            return
         match event:
             case Phase():
-                words = visible(phase_words(event.name), one_line=True)
-                self._bar.update(self._task, description=words, refresh=True)
+                self._describe(str(line))
             case Started():
-                self._bar.update(
-                    self._task, description="training", total=event.total_steps, figures=""
-                )
-                self._keep(describe(event))
+                self._bar.update(self._task, total=event.total_steps, figures="")
+                self._describe("training")
+                self._keep(str(line))
             case Step():
-                figures = f"loss {event.loss:.3f}  {event.tokens_per_second:,.0f} tok/s"
-                self._bar.update(
-                    self._task, description="training", completed=event.step, figures=figures
-                )
+                self._bar.update(self._task, completed=event.step, figures=line.text)
+                self._describe("training")
             case Sample():
                 # `demo` and the run's own file have the answers; here they would bury the rest.
-                self._bar.update(self._task, description=f"answering ({event.when})")
+                self._describe(f"answering ({event.when})")
             case _:
-                self._keep(describe(event))
+                self._keep(str(line))
 
     def close(self) -> None:
         """Stop drawing."""
         self._bar.stop()
 
+    def _describe(self, work: str) -> None:
+        self._bar.update(self._task, description=visible(work, one_line=True), refresh=True)
+
     def _keep(self, line: str) -> None:
-        if line:
-            self._console.print(Text(visible(line, one_line=True)), soft_wrap=True)
+        self._console.print(Text(visible(line, one_line=True)), soft_wrap=True)

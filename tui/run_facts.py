@@ -5,12 +5,12 @@ what was written since the last one, and at most one piece of each run.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.errors import UserError
 from engine.runs import Follower, RunFolder, Status, list_runs, status
-from tui.history import History, best_of
+from tui.history import Figures, History, best_of
 from tui.series import Point
 
 
@@ -36,8 +36,7 @@ class RunFacts:
     saved: tuple[str, ...] = ()
     """Paths inside the folder, the newest last."""
     ended_what: str = ""
-    figures: tuple[tuple[str, str], ...] = ()
-    """Of the last evaluation, beside its loss: name and value."""
+    figures: Figures = field(default_factory=Figures)
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -95,5 +94,5 @@ def _facts(folder: RunFolder, word: Status, history: History) -> RunFacts:
         memory_gib=tuple(history.memory_gib.raw.points()),
         saved=tuple(each.path for each in history.saved),
         ended_what=history.ended.what if history.ended else "",
-        figures=tuple(history.figures),
+        figures=history.figures,
     )

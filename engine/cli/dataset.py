@@ -5,9 +5,7 @@ what is right or wrong about a dataset is decided there.
 """
 
 import json
-import os
 import re
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -19,11 +17,12 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.chat.tokenizer_file import tokenizer_name
+from engine.cli.printing import print_lines, terminal_columns, underlines
 from engine.config import ConfigError, DatasetConfig, RunConfig, read_config
 from engine.config.data_keys import DataKeys, LearningKeys
 from engine.errors import UserError
 from engine.units import counted
-from engine.visible import fold, visible
+from engine.visible import visible
 
 if TYPE_CHECKING:
     from engine.data.checkup import Checkup
@@ -160,11 +159,11 @@ def _print_checkup(found: "Checkup") -> None:
     for finding in found.findings:
         lines = ", ".join(map(str, finding.lines))
         more = ", ..." if finding.rows > len(finding.lines) else ""
-        _print_line(f"· {counted(finding.rows, 'row')} (line {lines}{more}): {finding.text}")
+        print_lines([f"· {counted(finding.rows, 'row')} (line {lines}{more}): {finding.text}"])
     for warning in found.warnings:
-        _print_line(f"! {warning}")
+        print_lines([f"! {warning}"])
     if found.tokens is None:
-        _print_line("· Tokens are not counted: name a model with --model.")
+        print_lines(["· Tokens are not counted: name a model with --model."])
 
 
 def _print_problems(problems: list[dict[str, Any]]) -> None:
@@ -172,13 +171,9 @@ def _print_problems(problems: list[dict[str, Any]]) -> None:
         where = f"{problem['file']} line {problem['line']}"
         if problem["message"] is not None:
             where += f", message {problem['message']}"
-        _print_line(f"✗ {where}: {problem['what']} {problem['why']} {problem['fix']}")
+        print_lines([f"✗ {where}: {problem['what']} {problem['why']} {problem['fix']}"])
     if len(problems) > _SHOWN_PROBLEMS:
         print(f"✗ and {len(problems) - _SHOWN_PROBLEMS} more; --json lists them")
-
-
-def _print_line(text: str) -> None:
-    print("\n".join(fold(visible(text, one_line=True), _columns())))
 
 
 def preview_data(
@@ -250,7 +245,7 @@ def _show_rows(
         request.config, request.folder, tokenizer, reasoning_effort=effort, skip=first - 1
     )
     rule = label_rule(request.config)
-    underline, columns = _underlines(), _columns()
+    underline, columns = underlines(), terminal_columns()
     shown = learns_nothing = good = 0
     for rendered in rows if every else islice(rows, 1):
         entry = preview_entry(rendered, rule)
@@ -264,15 +259,6 @@ def _show_rows(
     if good and not as_json:
         print(legend(underline=underline, columns=columns))
     return shown, learns_nothing
-
-
-def _columns() -> int | None:
-    """Width of the terminal; None where stdout is none, so that a script gets whole lines."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def _underlines() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _first_row(row: int | None, every: bool) -> int:

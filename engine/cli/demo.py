@@ -14,17 +14,18 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.cli.drawings import SEEN, UNSEEN, write_drawings
+from engine.cli.printing import print_lines
 from engine.cli.training import (
     AsEvents,
     AsJson,
     EventLines,
     RunsFolder,
-    describe_state,
     start,
 )
 from engine.cli.watch import Watch
 from engine.errors import UserError
 from engine.events import Sample, Score
+from engine.report.run import state_lines
 from engine.runs import Follower, RunFolder
 from engine.visible import visible
 from engine.wizard.start import create
@@ -89,7 +90,7 @@ def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
             print(json.dumps(result))
         elif not as_events:
             print("\n".join(describe_demo(result, vision=vision)) if status == 0 else "")
-            print(describe_state(created.run))
+            print_lines(state_lines(created.run))
         return status
 
 

@@ -4,7 +4,6 @@ They only read arguments and print; what fits and what is advised is in `engine.
 """
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ from cyclopts import Parameter
 
 from engine.catalog import Architecture, read_architecture
 from engine.chat.tokenizer_file import check_tokenizer, tokenizer_name
+from engine.cli.printing import print_lines
 from engine.config import (
     DatasetConfig,
     RunConfig,
@@ -56,12 +56,11 @@ from engine.report.plan import (
     precision_lines,
     row_lines,
 )
-from engine.visible import fold, visible
+from engine.visible import visible
 from engine.wizard.counting import count_config_rows
 from engine.wizard.request import find_device, read_planned
 
 AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
-_WIDTH = 80
 
 
 def register(app: cyclopts.App) -> None:
@@ -109,11 +108,9 @@ def print_recommendation(
     if as_json:
         print(json.dumps(advice_document(advice, device)))
         return 0
-    for line in advice_lines(advice, device):
-        _print(line)
+    print_lines(advice_lines(advice, device))
     if out:
-        where = visible(str(out), one_line=True)
-        _print(f"Written to {where}. Train it with: windtunnel train {where}")
+        print_lines([f"Written to {out}. Train it with: windtunnel train {out}"])
     else:
         print(f"\n{visible(text)}", end="")
     return 0
@@ -165,7 +162,7 @@ def print_estimate(
         }
         print(json.dumps(estimate_document(needs) | more))
     else:
-        for line in (
+        lines = (
             *estimate_lines(needs, device),
             *peer_lines(needs, peer),
             *row_lines(needs, uncounted),
@@ -176,8 +173,8 @@ def print_estimate(
             *(f"! {sentence}" for sentence in odd),
             *ladder_lines(needs, rungs),
             *(larger_card_lines(run, architecture, device, statistics) if rungs else ()),
-        ):
-            _print(line)
+        )
+        print_lines(lines)
     return DOES_NOT_FIT if needs.verdict == "does not fit" else 0
 
 
@@ -225,8 +222,3 @@ def _fixed_values(model: str, changes: tuple[str, ...]) -> dict[str, object]:
     kept = override(RunConfig(base_model=model), changes)
     unset = {change.partition("=")[0] for change in changes} & set(RunConfig.model_fields)
     return {key: getattr(kept, key) for key in (kept.model_fields_set | unset) - {"base_model"}}
-
-
-def _print(line: str) -> None:
-    columns = min(_WIDTH, os.get_terminal_size().columns) if os.isatty(1) else None
-    print("\n".join(fold(visible(line, one_line=True), columns)))

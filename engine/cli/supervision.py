@@ -18,6 +18,7 @@ from engine.cli.watch import PlainWatch, Watch, watch_to_end
 from engine.errors import UserError, WorkError
 from engine.events import Ack
 from engine.launch import resume_run
+from engine.report.run import progress_text
 from engine.runs import (
     Follower,
     RunFolder,
@@ -145,7 +146,7 @@ def show_runs(*, home: RunsFolder = None, as_json: AsJson = False) -> None:
         width = max(len(visible(run.name, one_line=True)) for run, _ in shown)
         for run, summary in shown:
             name = visible(run.name, one_line=True)
-            print(f"{name:<{width}}  {summary.status:<8}  {_progress(summary)}".rstrip())
+            print(f"{name:<{width}}  {summary.status:<8}  {progress_text(summary)}".rstrip())
     else:
         where = visible(str(run_home(home)), one_line=True)
         print(f"No runs yet under {where}. `windtunnel demo` makes one in about a minute.")
@@ -192,7 +193,7 @@ def _newest(home: Path | None) -> RunFolder:
 
 def _ending(run: RunFolder) -> str:
     summary = summarize(run)
-    return f"{visible(run.name, one_line=True)} is {summary.status}, {_progress(summary)}"
+    return f"{visible(run.name, one_line=True)} is {summary.status}, {progress_text(summary)}"
 
 
 def _ask(run: RunFolder, command: Word) -> None:
@@ -219,7 +220,7 @@ def _answer(run: RunFolder, command: Word, word: str, as_json: bool) -> None:
         answer = {"run": run.name, "command": command, "outcome": "done"}
         print(json.dumps({**answer, **_document(run, summary)}))
     else:
-        print(f"{word}: {visible(run.name, one_line=True)}, {_progress(summary)}")
+        print(f"{word}: {visible(run.name, one_line=True)}, {progress_text(summary)}")
 
 
 def _document(run: RunFolder, summary: Summary) -> dict[str, object]:
@@ -232,12 +233,6 @@ def _document(run: RunFolder, summary: Summary) -> dict[str, object]:
         "loss": loss if loss is not None and math.isfinite(loss) else None,
         "path": str(run.path),
     }
-
-
-def _progress(summary: Summary) -> str:
-    of = f" of {summary.total_steps}" if summary.total_steps else ""
-    loss = "" if summary.loss is None else f"  loss {summary.loss:.4f}"
-    return f"step {summary.step}{of}{loss}"
 
 
 def _tell(line: str) -> None:

@@ -10,12 +10,13 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.cli.dry_run import try_dry
+from engine.cli.printing import print_lines
 from engine.cli.results import read_results
 from engine.cli.watch import Watch, watch_to_end
 from engine.events import Recorded, format_line
 from engine.launch import launch
-from engine.runs import Follower, RunFolder, summarize
-from engine.visible import visible
+from engine.report.run import state_lines
+from engine.runs import Follower
 from engine.wizard.request import plan_run
 from engine.wizard.start import Created, create
 
@@ -79,8 +80,9 @@ def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
         if as_json:
             print(json.dumps({"run": str(run.path)}))
         elif not as_events:
-            told = [] if detach else read_results(run)
-            print("\n".join([*told, describe_state(run)]))
+            if not detach:
+                print_lines(read_results(run))
+            print_lines(state_lines(run))
         return status
 
 
@@ -96,22 +98,3 @@ def start(created: Created, watch: Watch | None, plan: Mapping[str, object] | No
         checkpoint=created.checkpoint,
     )
     return watch_to_end(created.run, process, follower, watch) if watch else 0
-
-
-def describe_state(run: RunFolder) -> str:
-    """Where a run is now, and how to go on with it or what came of it."""
-    summary = summarize(run)
-    where = visible(str(run.path), one_line=True)
-    of = f" of {summary.total_steps}" if summary.total_steps else ""
-    match summary.status:
-        case "finished":
-            results = [folder for folder in (run.adapter, run.model) if folder.is_dir()]
-            made = " and ".join(visible(str(folder), one_line=True) for folder in results)
-            return f"Finished at step {summary.step}: {made}"
-        case "stopped":
-            return (
-                f"Stopped at step {summary.step}{of}, and saved.\n"
-                f"Go on with: windtunnel resume {where}"
-            )
-        case _:
-            return f"It is {summary.status} in {where}"

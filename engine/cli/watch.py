@@ -11,23 +11,10 @@ from subprocess import Popen
 from typing import Protocol, TextIO
 
 from engine.errors import UserError, WorkError
-from engine.events import (
-    Answers,
-    Drift,
-    Ended,
-    Eval,
-    Event,
-    Note,
-    Phase,
-    Recorded,
-    Sample,
-    Saved,
-    Score,
-    Started,
-    Step,
-)
+from engine.events import Ended, Phase, Recorded, Step
 from engine.interrupt import INTERRUPTED
 from engine.launch import forwarded_signals
+from engine.report.events import event_line
 from engine.runs import Follower, RunFolder, follow
 from engine.visible import visible
 
@@ -55,8 +42,8 @@ class PlainWatch:
         self._next = 0.0
 
     def show(self, recorded: Recorded) -> None:
-        line = describe(recorded.event)
-        if not line:
+        line = event_line(recorded.event)
+        if line is None or isinstance(recorded.event, Ended):  # whoever waits for the end tells it
             return
         last = isinstance(recorded.event, Step) and (
             recorded.event.step == recorded.event.total_steps
@@ -65,49 +52,10 @@ class PlainWatch:
             if self._clock() < self._next:
                 return
             self._next = self._clock() + self.LINE_SECONDS
-        print(visible(line, one_line=True), file=self._out, flush=True)
+        print(visible(str(line), one_line=True), file=self._out, flush=True)
 
     def close(self) -> None:
         self._out.flush()
-
-
-def describe(event: Event) -> str:
-    """One event as a line of text, or nothing; the text may hold what a dataset or model said."""
-    match event:
-        case Started():
-            return (
-                f"training {event.model} ({event.method}) on {', '.join(event.devices)}: "
-                f"{event.total_steps} steps, {event.trainable_parameters:,} trained parameters"
-            )
-        case Phase():
-            of = f" {event.done} of {event.total}" if event.total else ""
-            return f"{event.name}{of} {event.detail}".strip()
-        case Step():
-            of = f" of {event.total_steps}" if event.total_steps else ""
-            speed = f"{event.tokens_per_second:,.0f} tokens/s"
-            return f"step {event.step}{of}  loss {event.loss:.4f}  lr {event.lr:.2e}  {speed}"
-        case Score():
-            return (
-                f"step {event.step}  {event.dataset}: loss {event.loss:.4f}, "
-                f"{event.exact:.0%} of {event.rows} answers word for word"
-            )
-        case Answers():
-            return (
-                f"step {event.step}  {event.dataset}: {event.stopped:.0%} of {event.rows} written "
-                f"answers stop by themselves, {event.length_ratio:.2f} times the reference's length"
-            )
-        case Drift():
-            return f"step {event.step}  drift on general questions {event.kl:.2f} nats a token"
-        case Eval():
-            return f"step {event.step}  held-out loss {event.loss:.4f}"
-        case Sample():
-            return f"{event.when}: {event.prompt} -> {event.text}"
-        case Saved():
-            return f"step {event.step}  saved {event.path}"
-        case Note():
-            return event.text
-        case _:
-            return ""
 
 
 def watch_to_end(run: RunFolder, process: "Popen[bytes]", follower: Follower, watch: Watch) -> int:

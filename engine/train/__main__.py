@@ -54,7 +54,7 @@ def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
     with StopSignals() as signals, RunLock(run) as lock, EventWriter(run.events) as events:
         control = ControlReader(run.control, since=lock.since)
         try:
-            events.emit(Phase("import", detail="PyTorch and transformers"))
+            events.emit(Phase("import"))
             require_stack()
             from engine.train.run import run as carry_out
             from engine.train.session import Session

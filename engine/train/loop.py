@@ -248,14 +248,19 @@ class Training:
     def measure(self) -> list[Score]:
         """Report what the model as it is says and how it scores; the held-out scores."""
         step = self.position.step
-        if self.held_out:
-            self.session.emit(Phase("evaluate", 0, len(self.held_out)))
+        total = sum(map(len, self.held_out.values()))
+        if total:
+            self.session.emit(Phase("evaluate", 0, total, "rows"))
         inside = 0 < step < self.order.total_steps
         for event in self.text_metrics.take(step, inside=inside) if self.text_metrics else ():
             self.session.emit(event)
         if not self.held_out:
             return []
-        scores = score_all(self.model, self.base, self.held_out, self.config, step)
+        scores: list[Score] = []
+        for name, rows in self.held_out.items():
+            scores += score_all(self.model, self.base, {name: rows}, self.config, step)
+            done = sum(each.rows for each in scores)
+            self.session.emit(Phase("evaluate", done, total, "rows"))
         if self.config.eval_train_rows and not inside:
             seen = self.rows.first(self.config.eval_train_rows)
             self.session.emit(score(self.model, self.base, seen, self.config, step, "train"))

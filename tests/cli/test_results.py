@@ -1,7 +1,6 @@
 """The table at the end of a run holds what its events say, and nothing that they do not."""
 
 from engine.cli.results import describe_results
-from engine.cli.watch import describe
 from engine.events import Answers, Drift, Event, Score
 
 KINDS = {"think": 2.0, "text": 1.0, "call": 0.5, "eos": 0.1}
@@ -49,11 +48,3 @@ def test_a_run_without_two_evaluations_has_no_table() -> None:
 def test_a_name_cannot_reach_the_terminal() -> None:
     told = [Score(step, "a\x1b]52;c;x\x07", 1.0, 0.0, 9) for step in (0, 5)]
     assert not any("\x1b" in line or "\x07" in line for line in describe_results(told))
-
-
-def test_they_are_told_while_it_trains() -> None:
-    assert describe(LAST[1]) == (
-        "step 20  held: 100% of 8 written answers stop by themselves, "
-        "1.00 times the reference's length"
-    )
-    assert describe(LAST[2]) == "step 20  drift on general questions 0.12 nats a token"

@@ -68,7 +68,7 @@ class ToldRun:
         for step in range(first, last + 1):
             self.tell(step_event(step, total), seconds=8.9)
             if step in held_out:
-                self.tell(Phase("evaluate", 0, 24), Eval(step, held_out[step]))
+                self.tell(Phase("evaluate", 0, 24, "rows"), Eval(step, held_out[step]))
                 self.tell(Sample(step, PROMPT, AFTER, "during"), Phase("save"))
                 self.tell(Saved(step, f"checkpoints/step-{step}"))
 

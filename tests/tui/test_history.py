@@ -36,8 +36,8 @@ def test_a_told_run_gives_curves_answers_and_a_log(tmp_path: Path) -> None:
     assert math.isclose(history.seconds_left, 38 * 8.9)
     assert history.answers[PROMPT][0] == Answer("before", BEFORE)
     assert history.answers[PROMPT][-1] == Answer("step 60", AFTER)
-    assert history.log[-1].text == "saved checkpoints/step-60"
-    assert history.log[-2].text == "held-out loss 0.731, best so far (was 0.768)"
+    assert history.log[-1].event == Saved(60, "checkpoints/step-60")
+    assert (history.log[-2].event, history.log[-2].best) == (Eval(60, 0.731), 0.768)
 
 
 def test_a_step_that_is_told_again_supersedes_what_followed_it() -> None:
@@ -74,9 +74,9 @@ def test_acks_are_found_by_the_id_of_their_command() -> None:
 
 def test_notes_keep_their_level_and_saves_their_path() -> None:
     history = history_of(Note("warning", "careful"), Saved(3, "adapter"))
-    assert [(line.level, line.text) for line in history.log] == [
-        ("warning", "careful"),
-        ("info", "saved adapter"),
+    assert [logged.event for logged in history.log] == [
+        Note("warning", "careful"),
+        Saved(3, "adapter"),
     ]
 
 
@@ -87,17 +87,9 @@ def test_a_run_without_a_total_has_no_time_left() -> None:
 
 
 def test_the_figures_are_those_of_the_last_evaluation_of_held_out_rows() -> None:
-    kinds = {"think": 1.25, "text": 0.5}
-    history = history_of(
-        Score(10, "held out", 0.9, 0.2, 8, kinds),
-        Score(10, "train", 0.1, 1.0, 8, {"think": 0.1, "text": 0.1}),
-        Answers(10, "held out", 8, 0.875, 1.1, 0.2),
-        Drift(10, 0.123, 900),
-    )
-    assert history.figures == [
-        ("by kind", "think 1.25  answer 0.50"),
-        ("stop by themselves", "88%"),
-        ("drift", "0.12"),
-    ]
-    assert history.log[0].text == "held out: 20% of 8 rows exact; loss think 1.25, answer 0.50"
-    assert history_of(Score(10, "held out", 0.9, 0.2, 8, {"text": 0.5})).figures == []
+    score = Score(10, "held out", 0.9, 0.2, 8, {"think": 1.25, "text": 0.5})
+    written, drift = Answers(10, "held out", 8, 0.875, 1.1, 0.2), Drift(10, 0.123, 900)
+    train = Score(10, "train", 0.1, 1.0, 8, {"think": 0.1, "text": 0.1})
+    history = history_of(score, train, written, drift)
+    assert history.figures == (score, written, drift)
+    assert [logged.event for logged in history.log] == [score, written, drift]

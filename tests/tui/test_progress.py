@@ -38,8 +38,8 @@ def test_what_is_worth_keeping_stays_above_the_bar() -> None:
     assert "training demo-tiny (lora) on cpu: 2 steps, 98,304 trained parameters" in text
     assert "2/2" in text
     assert "loss 0.500" in text
-    assert "heldout_wording: loss 0.4000, 50% of 52 answers word for word" in text
-    assert "saved checkpoints/step-2" in text
+    assert "step 2: heldout_wording, loss 0.400, 50% of 52 answers word for word" in text
+    assert "step 2: saved checkpoints/step-2" in text
 
 
 def test_text_of_a_dataset_cannot_act_on_the_terminal() -> None:

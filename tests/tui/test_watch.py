@@ -32,7 +32,7 @@ def test_plain_and_a_dumb_terminal_get_lines_without_escapes(
     terminal = Terminal("watch", "told", *arguments, **environment)
     assert terminal.end() == 0
     assert "\x1b" not in terminal.written
-    assert "step 17  held-out loss 1.1300" in terminal.written
+    assert "step 17: held-out loss 1.130" in terminal.written
     assert "told is finished, step 20 of 99" in terminal.written
 
 

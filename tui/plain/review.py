@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from engine.cli.training import describe_state
-from engine.cli.watch import describe
 from engine.errors import UserError, WorkError
 from engine.events import Ended, Event, Phase, Step
+from engine.report.events import event_line
+from engine.report.run import state_lines
 from engine.runs import RunFolder, follow
 from engine.visible import visible
 from engine.wizard.draft import Draft
@@ -120,8 +120,9 @@ def follow_run(
     try:
         for recorded in follow(run):
             event = recorded.event
-            if _is_due(event, last, clock() - shown_at) and (line := describe(event)):
-                dialogue.say(line)
+            line = event_line(event)
+            if line and _is_due(event, last, clock() - shown_at):
+                dialogue.say(str(line))
                 shown_at = clock()
             last = event
     except KeyboardInterrupt:
@@ -134,7 +135,7 @@ def follow_run(
             "Its trainer ended without a word.",
             f"Read {visible(str(run.log), one_line=True)}, then: windtunnel resume {name}",
         )
-    dialogue.say(*describe_state(run).splitlines())
+    dialogue.say(*map(str, state_lines(run)))
 
 
 def _is_due(event: Event, last: Event | None, silent_seconds: float) -> bool:
@@ -144,7 +145,7 @@ def _is_due(event: Event, last: Event | None, silent_seconds: float) -> bool:
     if isinstance(event, Step):
         at_end = event.step == event.total_steps
         return at_end or event.step % _LINE_STEPS == 0 or _is_long(silent_seconds)
-    return True
+    return not isinstance(event, Ended)  # what came of it is said below
 
 
 def _is_long(seconds: float) -> bool:

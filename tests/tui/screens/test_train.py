@@ -234,7 +234,7 @@ def test_loading_says_what_is_waited_for(tmp_path: Path) -> None:
     told.tell(Phase("hashing", 3, 12, "rows"))
     line = wording.headline(history_of(told), "running", BEGAN)
     assert (line.mark, line.word, line.share) == ("◌", "loading", 0.25)
-    assert line.text == "reading the data  3 of 12  rows"
+    assert line.text == "reading the data: 3 of 12 rows"
 
 
 def test_the_first_step_is_awaited_in_words(tmp_path: Path) -> None:
@@ -248,10 +248,10 @@ def test_a_check_in_between_is_called_one(tmp_path: Path) -> None:
     told = ToldRun(tmp_path / "run")
     told.begin()
     told.train(1, 5)
-    told.tell(Phase("evaluate", 9, 24))
+    told.tell(Phase("evaluate", 9, 24, "rows"))
     line = wording.headline(history_of(told), "running", told.time)
     assert line.word == "checking"
-    assert line.text.endswith("scoring held-out rows  9 of 24")
+    assert line.text.endswith("scoring what is held out: 9 of 24 rows")
 
 
 def test_silence_is_told_with_what_is_usual(tmp_path: Path) -> None:
@@ -307,9 +307,13 @@ def test_durations_are_short(seconds: float, words: str) -> None:
     ("phase", "told"),
     [
         (Phase("download", 1_200_000_000, 8_000_000_000, "bytes"), "1.2 of 8.0 GB, 15%"),
+        (Phase("hashing", 300, 300, "bytes"), "reading the data: 0.3 of 0.3 kB, 100%"),
         (Phase("load", 33_000_000, 66_000_000, "bytes"), "33.0 of 66.0 MB, 50%"),
-        (Phase("tokenizing", 1_000_000, 4_000_000, "bytes, 120 rows"), "4.0 MB, 25%  120 rows"),
-        (Phase("load", detail="demo-tiny"), "loading the model  demo-tiny"),
+        (
+            Phase("tokenizing", 1_000_000, 4_000_000, "bytes, 120 rows"),
+            "1.0 of 4.0 MB, 25%, 120 rows",
+        ),
+        (Phase("load", detail="demo-tiny"), "loading the model: demo-tiny"),
     ],
 )
 def test_what_is_read_is_told_in_bytes_and_percent(phase: Phase, told: str) -> None:
@@ -330,7 +334,7 @@ def test_figures_stand_below_the_curves_and_a_finished_run_says_what_is_next(
 
     async def work(pilot: Pilot[int]) -> None:
         await wait_for_text(pilot, "✓ done")
-        await wait_for_text(pilot, "drift 0.04")
+        await wait_for_text(pilot, "step 20: drift 0.04")
         await wait_for_text(pilot, wording.NEXT)
         await wait_for_text(pilot, "$ windtunnel generate run --prompt 'My lamp (order 4471)")
 

@@ -8,6 +8,7 @@ from typing import Final
 
 from textual.content import Content
 
+from engine.report.run import figures_text
 from engine.runs import run_home
 from engine.units import counted
 from engine.visible import visible
@@ -108,8 +109,7 @@ def details(facts: RunFacts) -> list[tuple[str, str]]:
     if facts.best:
         step, loss = facts.best
         lines.append(("best", f"held-out {loss:.3f} at step {step}"))
-    if facts.figures:
-        told = "  ·  ".join(f"{name} {value}" for name, value in facts.figures)
+    if told := figures_text(*facts.figures):
         lines.append(("figures", told))
     if facts.saved:
         lines.append(("saved", ", ".join(each.rsplit("/", 1)[-1] for each in facts.saved[-4:])))

@@ -21,6 +21,8 @@ from textual.worker import get_current_worker
 
 from engine.errors import UserError, WorkError
 from engine.launch import resume_run
+from engine.report.events import room
+from engine.report.run import figures_text
 from engine.runs import RunFolder, Status, Word
 from engine.visible import visible
 from tui.follow import follow_run, send_command
@@ -312,7 +314,7 @@ class TrainPage(Page):
         """What to look at, the figures of the last evaluation, what a finished run is good for."""
         note = wording.notes(self._history)
         lines = [Content.styled(note, "$warning")] if note else []
-        if told := wording.figures(self._history):
+        if told := figures_text(*self._history.figures):
             lines.append(Content.styled(visible(told, one_line=True), "$muted"))
         if self._status == "finished":
             lines.append(Content(wording.NEXT))
@@ -339,7 +341,8 @@ class TrainPage(Page):
         actions.append(("show the log", self.action_log))
         if last:
             actions.insert(0, (f"resume from {last.rsplit('/', 1)[-1]}", self.action_resume))
-        if words := wording.room_words(self._history.shortage):
+        shortage = self._history.shortage
+        if words := room(shortage) if shortage else "":
             actions.insert(0, (words, self.action_make_room))
         kept = f"{last} is whole." if last else "nothing was saved yet."
         self.show_problem(_end_of(self._history, self._folder), kept=kept, actions=actions)

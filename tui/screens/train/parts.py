@@ -1,14 +1,18 @@
 """The parts of the Train page that no other page has: the bar, the answers, the log."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from textual.app import RenderResult
 from textual.content import Content
 from textual.widget import Widget
 
+from engine.events import Phase
+from engine.report.events import event_line
 from engine.visible import fold, visible
-from tui.history import Answer, History, LogLine
+from tui.history import Answer, Logged
+from tui.line import line_content
 from tui.screens.train.wording import Headline, clock_time
 
 _LABEL_CELLS: Final = 9
@@ -64,9 +68,9 @@ class Log(Widget):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: Sequence[LogLine] = ()
+        self._lines: Sequence[Logged] = ()
 
-    def show(self, lines: Sequence[LogLine]) -> None:
+    def show(self, lines: Sequence[Logged]) -> None:
         """Draw these lines, given with the oldest first."""
         self._lines = lines
         self.refresh()
@@ -78,11 +82,13 @@ class Log(Widget):
         )
 
 
-def log_line(line: LogLine) -> Content:
+def log_line(line: Logged) -> Content:
     """A line of the log: the time, then what happened."""
-    style = {"warning": "$warning", "error": "$error"}.get(line.level, "")
-    text = visible(line.text, one_line=True)
-    return Content.assemble((f"{clock_time(line.time)} ", "$faint"), (text, style))
+    told = event_line(line.event, line.best)
+    assert told is not None  # what tells a person nothing is not logged
+    if isinstance(line.event, Phase):  # how far it is stands in the second row
+        told = replace(told, text="")
+    return Content.styled(f"{clock_time(line.time)} ", "$faint") + line_content(told, detail=True)
 
 
 def answer_text(prompt: str, answers: Sequence[Answer], columns: int, rows: int) -> Content:
@@ -102,11 +108,6 @@ def answer_text(prompt: str, answers: Sequence[Answer], columns: int, rows: int)
         blocks = [[_cut(block, columns)] for block in blocks]
     lines = [line for block in blocks for line in block]
     return Content("\n").join(lines[:rows])
-
-
-def answers_of(history: History) -> list[tuple[str, Sequence[Answer]]]:
-    """Each prompt with its answers, the prompts in the order in which they were asked first."""
-    return list(history.answers.items())
 
 
 def _block(label: str, text: str, style: str, columns: int) -> list[Content]:

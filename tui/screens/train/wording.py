@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from engine.events import Phase, Shortage
+from engine.report.events import event_line
 from engine.runs import Status, Word
-from engine.units import counted, gib
-from tui.history import History, phase_words
+from engine.units import counted
+from tui.history import History
 
 SILENT_SECONDS: Final = 30.0
 _SILENT_STEPS: Final = 5
@@ -90,11 +90,6 @@ def notes(history: History) -> str:
     return ""
 
 
-def figures(history: History) -> str:
-    """What the last evaluation said beside its loss; empty before the first."""
-    return "  ·  ".join(f"{name} {value}" for name, value in history.figures)
-
-
 NEXT: Final = "next: ask it as below, or windtunnel chat, merge -o FOLDER, serve-hint"
 """What a finished run is good for; the command below it is `ask_command`."""
 
@@ -156,25 +151,14 @@ def _running(history: History, now: float) -> Headline:
 def _in_phase(history: History) -> Headline:
     phase = history.phase
     assert phase
-    words = f"{phase_words(phase.name)}  {_amount(phase)}".strip()
+    line = event_line(phase)
+    assert line is not None
+    words = str(line)
     if history.started and history.step:
         word = "checking" if phase.name == "evaluate" else "training"
         return Headline("▶", word, f"{steps(history)}  {words}", _share(history))
     share = (phase.done or 0) / phase.total if phase.total else None
     return Headline("◌", "loading", words, share)
-
-
-def _amount(phase: Phase) -> str:
-    """How far a phase is: bytes as people say them, and in percent; other things are counted."""
-    done, total, detail = phase.done or 0, phase.total, phase.detail
-    if not total:
-        return detail
-    if not detail.startswith("bytes"):
-        return f"{done:,} of {total:,}  {detail}".strip()
-    unit, name = (10**9, "GB") if total >= 10**9 else (10**6, "MB")
-    rest = detail.removeprefix("bytes").lstrip(", ")
-    told = f"{done / unit:,.1f} of {total / unit:,.1f} {name}, {done / total:.0%}  {rest}"
-    return told.strip()
 
 
 def _silent(history: History, quiet: float) -> Headline:
@@ -218,11 +202,3 @@ def _share(history: History) -> float | None:
 
 def _elapsed(history: History) -> str:
     return duration(history.last_time - history.began_time)
-
-
-def room_words(told: Shortage | None) -> str:
-    """What makes room after memory ran out, and what it costs; empty where nothing does."""
-    if told is None or not told.changes or told.taken:
-        return ""
-    values = ", ".join(f"{key} {value}" for key, value in told.changes.items())
-    return f"go on with {values}: {gib(told.saves_bytes)} less; {told.trade}"
