@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.config import RunConfig
-from engine.errors import UserError
 from engine.hardware import Gpu, Machine
 from engine.units import gib
 from engine.visible import visible
@@ -60,37 +58,6 @@ class Device:
         """Whether bfloat16 products are native: from Ampere on; assumed of unknown cards."""
         capability = self.compute_capability or BF16_CAPABILITY
         return self.kind == "cuda" and capability >= BF16_CAPABILITY
-
-
-def computes_in_bf16(config: RunConfig, device: Device) -> bool:
-    """Whether a run computes in bfloat16; `bf16: auto` is float32 where it would be emulated."""
-    return device.computes_bf16 if config.bf16 == "auto" else bool(config.bf16)
-
-
-def why_float32(config: RunConfig, device: Device) -> str | None:
-    """Why a run on a card computes in float32 although its config leaves that open, or None."""
-    if device.kind != "cuda" or config.bf16 != "auto" or device.computes_bf16:
-        return None
-    return (
-        f"computes in float32: bfloat16 begins with compute capability {_version(BF16_CAPABILITY)},"
-        f" and {visible(device.name, one_line=True)} has {_version(device.compute_capability)}"
-    )
-
-
-def refuse_bf16(config: RunConfig, device: Device) -> None:
-    """Raises UserError where a config asks for bfloat16 on a card that would emulate it."""
-    if device.kind == "cuda" and config.bf16 is True and not device.computes_bf16:
-        name = visible(device.name, one_line=True)
-        raise UserError(
-            f"bf16: true cannot be used on {name}.",
-            f"It has compute capability {_version(device.compute_capability)}, and bfloat16 begins"
-            f" with {_version(BF16_CAPABILITY)}: it would be emulated, and kernels fail there.",
-            "Write bf16: auto, which is float32 on this card and bfloat16 on newer ones.",
-        )
-
-
-def _version(capability: tuple[int, int] | None) -> str:
-    return "{}.{}".format(*capability or BF16_CAPABILITY)
 
 
 def gpu_device(gpu: Gpu, machine: Machine) -> Device:

@@ -24,13 +24,8 @@ from engine.plan.device import Device
 from engine.plan.layers import recomputed_layers, widths
 from engine.plan.memory import frozen_of, kept_in_ram, packed_numbers, tokens_at_once
 from engine.plan.targets import trained_parameters, trains_eyes
-from engine.plan.vision import (
-    PATCHES_AT_ONCE,
-    image_share,
-    patches_of,
-    tokens_of_one_image,
-    tower_of,
-)
+from engine.plan.trainer import PATCHES_AT_ONCE
+from engine.plan.vision import image_share, patches_of, tokens_of_one_image, tower_of
 
 REACHED = 0.40
 """Share of a card's products that training reaches: 0.41 on an H100 (NeMo AutoModel's performance

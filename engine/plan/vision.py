@@ -12,10 +12,8 @@ from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
 from engine.data.statistics import Statistics
 from engine.plan.targets import trains_eyes
+from engine.plan.trainer import PATCHES_AT_ONCE
 
-PATCHES_AT_ONCE = 4096
-"""Patches that go through the vision tower together, where one image has no more: their mask takes
-at most 64 MiB. A larger image goes alone, under a mask of its own patches squared."""
 IMAGE_PIXELS = 1024
 """A side of the largest image where a config leaves it to transformers (PixtralVisionConfig)."""
 

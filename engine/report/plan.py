@@ -19,8 +19,8 @@ from engine.plan import (
     estimate,
     faster_words,
 )
-from engine.plan.device import refuse_bf16, why_float32
 from engine.plan.sharding import cards_needed
+from engine.plan.trainer import refuse_bf16, why_float32
 from engine.report.line import VERDICT_MARKS
 from engine.units import gib, spoken
 from engine.visible import visible

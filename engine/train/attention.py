@@ -23,7 +23,7 @@ from engine.config import RunConfig
 from engine.hardware import attention_backends
 from engine.plan import Task, choose_attention, heads_of
 from engine.plan.attention import Attention, find_backend, follow_attention
-from engine.plan.device import computes_in_bf16
+from engine.plan.trainer import computes_in_bf16
 from engine.train.device import as_planned
 
 TORCH_VARLEN = "torch_varlen"

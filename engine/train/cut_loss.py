@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.config import RunConfig
-from engine.plan.loss import PRICE, names_cut_loss
+from engine.plan.trainer import PRICE, names_cut_loss
 from engine.train.loss import Loss, cut_cross_entropy
 from engine.train.out_of_memory import is_out_of_memory
 from engine.visible import visible

@@ -12,8 +12,7 @@ from engine.hardware import attention_backends, read_machine
 from engine.hardware.requirements import installed
 from engine.launch import planned_device, without_its_card
 from engine.plan import Device, best_device, cpu_device, device_document
-from engine.plan.device import computes_in_bf16, refuse_bf16
-from engine.plan.memory.formula import PROCESS_BYTES
+from engine.plan.trainer import PROCESS_BYTES, computes_in_bf16, refuse_bf16
 from engine.runs import RunFolder
 from engine.visible import visible
 

@@ -29,7 +29,7 @@ from engine.chat.messages import RowFormat, read_row
 from engine.chat.render import IGNORED_LABEL, LabelRule, labels, render
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig
-from engine.plan.loss import SMALLEST_CHUNK_BYTES, chunk_rows
+from engine.plan.trainer import SMALLEST_CHUNK_BYTES, chunk_rows
 from engine.train.batches import PAD
 from engine.train.evaluate import evaluating
 from engine.train.forward import Model, head_of, hidden_states

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from engine.plan.vision import PATCHES_AT_ONCE
+from engine.plan.trainer import PATCHES_AT_ONCE
 from engine.train.images import pad
 from engine.train.offload import OffloadedActivations, decoder_layers
 

@@ -19,7 +19,7 @@ from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig
 from engine.errors import WorkError
 from engine.events import Ended, Eval, Note, Phase, Sample, SampleTime, Saved, Score, Step
-from engine.plan.memory.moments import SAMPLE_TOKENS
+from engine.plan.trainer import SAMPLE_TOKENS
 from engine.publish import publish_result
 from engine.train.alarms import LossAlarm, OverfittingAlarm, unreached
 from engine.train.batches import NAMED_ROWS, PAD, Order, Rows, StepBatch

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.chat.render import IGNORED_LABEL
-from engine.plan.loss import SMALLEST_CHUNK_BYTES, chunk_rows
+from engine.plan.trainer import SMALLEST_CHUNK_BYTES, chunk_rows
 
 
 @dataclass(frozen=True, slots=True)

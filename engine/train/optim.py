@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.plan.memory.trained import WIDENED_NUMBERS
+from engine.plan.trainer import WIDENED_NUMBERS
 
 ADAMW = {"adamw_torch": False, "adamw_torch_fused": True}
 """PyTorch's own, by whether the update is one fused kernel."""

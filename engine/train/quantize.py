@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from engine.config import RunConfig
 from engine.errors import WorkError
-from engine.plan.quantized import is_kept, kept_modules
+from engine.plan.trainer import is_kept, kept_modules
 
 MOST_NUMBERS = 2**31 - 1
 """Of one tensor: bitsandbytes' kernels count with 32 bits, and a larger one would wrap around. All

@@ -25,9 +25,14 @@ from engine.events import Note, Phase, Shortage, Started
 from engine.hardware.requirements import installed
 from engine.launch import change_config
 from engine.plan import remarks
-from engine.plan.device import refuse_bf16, why_float32
-from engine.plan.loss import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
-from engine.plan.memory.moments import ANSWER_TOKENS, SAMPLE_TOKENS
+from engine.plan.trainer import (
+    ANSWER_TOKENS,
+    CHUNK_BYTES,
+    SAMPLE_TOKENS,
+    SMALLEST_CHUNK_BYTES,
+    refuse_bf16,
+    why_float32,
+)
 from engine.publish.facts import find_base
 from engine.runs import RunFolder
 from engine.train.attention import pick_attention

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.plan.memory.trained import PIECE_BYTES
+from engine.plan.trainer import PIECE_BYTES
 from engine.visible import visible
 
 SHARD_BYTES = 5_000_000_000

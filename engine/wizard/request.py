@@ -11,7 +11,7 @@ from engine.errors import DOES_NOT_FIT, UserError
 from engine.hardware import Machine, assume, read_machine
 from engine.launch import require_torch
 from engine.plan import Device, Statistics, best_device, estimate, make_fit, plan_document
-from engine.plan.device import refuse_bf16
+from engine.plan.trainer import refuse_bf16
 from engine.runs import run_home
 from engine.units import gib
 from engine.wizard.counting import count_config_rows

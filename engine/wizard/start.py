@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.hardware import Machine, missing_packages
 from engine.launch import launch, require_torch
 from engine.plan import Device, Estimate
-from engine.plan.device import refuse_bf16
+from engine.plan.trainer import refuse_bf16
 from engine.runs import RunFolder, create_run
 from engine.units import gib
 from engine.visible import visible

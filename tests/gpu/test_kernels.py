@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.config import RunConfig
-from engine.plan.loss import CHUNK_BYTES
+from engine.plan.trainer import CHUNK_BYTES
 from engine.train.cut_loss import settle_loss
 from engine.train.loss import Loss, summed_cross_entropy
 from tests.fakes.processes import ROOT

@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.config import require_supported
 from engine.plan import Device, changed, estimate, make_fit
-from engine.plan.loss import CHUNK_BYTES, PRICE, SMALLEST_CHUNK_BYTES, chunk_rows, names_cut_loss
 from engine.plan.memory import moment_parts
+from engine.plan.trainer import CHUNK_BYTES, PRICE, SMALLEST_CHUNK_BYTES, chunk_rows, names_cut_loss
 from engine.train.loss import _ChunkedCrossEntropy
 from engine.units import GIB
 from tests.support.card_bytes import CardBytes, as_on_cuda

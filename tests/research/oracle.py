@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from engine.catalog import Architecture
 from engine.config import RunConfig
-from engine.plan.loss import CHUNK_BYTES, SMALLEST_CHUNK_BYTES, chunk_rows, names_cut_loss
+from engine.plan.trainer import CHUNK_BYTES, SMALLEST_CHUNK_BYTES, chunk_rows, names_cut_loss
 from engine.train.experts import (
     GroupedNF4,
     balance_loss,

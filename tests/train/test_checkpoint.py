@@ -13,7 +13,7 @@ import torch
 
 from engine.config import RunConfig
 from engine.errors import UserError, WorkError
-from engine.plan.loss import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
+from engine.plan.trainer import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from engine.train.batches import Rows
 from engine.train.checkpoint import (
     OPTIMIZER,

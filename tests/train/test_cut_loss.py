@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engine.config import RunConfig
 from engine.events import Note
 from engine.plan import estimate, plan_document
-from engine.plan.loss import CHUNK_BYTES, PRICE, SMALLEST_CHUNK_BYTES
+from engine.plan.trainer import CHUNK_BYTES, PRICE, SMALLEST_CHUNK_BYTES
 from engine.train import cut_loss
 from engine.train.checkpoint import STATE
 from engine.train.cut_loss import settle_loss

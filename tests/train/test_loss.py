@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.plan.loss import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
+from engine.plan.trainer import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from engine.train import loss as module
 from engine.train.loss import Loss, score_tokens, shift, summed_cross_entropy
 from tests.fakes.kernels import check_product, matrix_product

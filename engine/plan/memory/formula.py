@@ -11,8 +11,7 @@ from typing import Literal
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
 from engine.data.statistics import Statistics
-from engine.plan.device import Device, computes_in_bf16
-from engine.plan.loss import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
+from engine.plan.device import Device
 from engine.plan.measured import corrected, find_measured
 from engine.plan.memory.frozen import Frozen, frozen_bytes, sizes_of
 from engine.plan.memory.host import disk_bytes, host_bytes
@@ -20,8 +19,14 @@ from engine.plan.memory.moments import Step, cuts_loss, kept_states, list_moment
 from engine.plan.memory.ranks import cards_of_a_copy, divide
 from engine.plan.memory.stack import DIFFERENCES, WINDTUNNEL, Stack
 from engine.plan.memory.trained import moving_numbers, trained_bytes
-from engine.plan.quantized import kept_modules
 from engine.plan.targets import count_targets
+from engine.plan.trainer import (
+    CHUNK_BYTES,
+    PROCESS_BYTES,
+    SMALLEST_CHUNK_BYTES,
+    base_bytes_of,
+    kept_modules,
+)
 from engine.plan.vision import image_tokens_at_once, tokens_of_one_image
 from engine.units import GIB
 
@@ -32,8 +37,8 @@ TIGHT_BYTES = GIB
 
 # Peak allocated -> what the card has to hold: CUDA's context, and what the allocator keeps beyond.
 CONTEXT_BYTES, ALLOCATOR_SLACK = int(0.55 * GIB), 0.03
-# The same for a CPU: a process with torch, transformers and peft before it loads a model.
-PROCESS_BYTES, HEAP_SLACK = int(0.75 * GIB), 0.10
+HEAP_SLACK = 0.10
+"""The same for a CPU, beside PROCESS_BYTES."""
 
 PACKED_SPREAD, OTHER_SPREAD, WIDE_SPREAD = 0.06, 0.10, 0.15
 """How far a measured peak may lie from the formula: packed text of dense models is closest; then
@@ -283,11 +288,6 @@ def on_device(peak_bytes: int, device: Device) -> int:
     if device.kind == "cpu":
         return int(peak_bytes * (1 + HEAP_SLACK)) + PROCESS_BYTES
     return int(peak_bytes * (1 + ALLOCATOR_SLACK)) + CONTEXT_BYTES
-
-
-def base_bytes_of(config: RunConfig, device: Device) -> int:
-    """Of one weight that is not quantized."""
-    return 2 if computes_in_bf16(config, device) else 4
 
 
 def tokens_at_once(config: RunConfig, statistics: Statistics | None) -> int:

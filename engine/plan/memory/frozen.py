@@ -14,7 +14,7 @@ from engine.catalog import ModuleTable
 from engine.config import RunConfig
 from engine.data.statistics import Statistics
 from engine.plan.memory.stack import Stack
-from engine.plan.quantized import is_kept, kept_modules
+from engine.plan.trainer import is_kept, kept_modules
 from engine.plan.vision import tower_works
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)

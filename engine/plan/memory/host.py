@@ -8,16 +8,11 @@ from engine.catalog import Architecture
 from engine.data.statistics import Statistics
 from engine.plan.memory.frozen import Frozen, Sizes
 from engine.plan.memory.moments import Step, kept_states
-from engine.plan.memory.trained import (
-    PAGED,
-    PIECE_BYTES,
-    adapter_bytes,
-    rest_bytes,
-    state_bytes,
-)
+from engine.plan.memory.trained import PAGED, adapter_bytes, rest_bytes, state_bytes
+from engine.plan.trainer import PIECE_BYTES
 from engine.units import GIB
 
-PROCESS_BYTES = 3 * GIB
+CUDA_PROCESS_BYTES = 3 * GIB
 """A process with torch, transformers, peft and a CUDA context, beside the tensors it loads."""
 TOKEN_BYTES = 7
 """Of a prepared row, a token: its id in 4 bytes, its kind in 1, its source in 2."""
@@ -33,7 +28,7 @@ def host_bytes(step: Step, frozen: Frozen, sizes: Sizes) -> int:
     paged = state if step.offloads and config.optimizer in PAGED else 0
     loaded = 2 * sizes.largest * step.base_bytes
     kept = sum(frozen.host.values()) + kept_states(step)[1]
-    return int(PROCESS_BYTES + kept + paged + max(loaded, PIECE_BYTES))
+    return int(CUDA_PROCESS_BYTES + kept + paged + max(loaded, PIECE_BYTES))
 
 
 def disk_bytes(

@@ -21,10 +21,9 @@ from engine.plan.layers import (
     transient_bytes,
     widths,
 )
-from engine.plan.loss import SMALLEST_CHUNK_BYTES, names_cut_loss
 from engine.plan.memory.frozen import Frozen
 from engine.plan.memory.stack import Stack
-from engine.plan.memory.trained import PIECE_BYTES, Moving
+from engine.plan.memory.trained import Moving
 from engine.plan.memory.update import update_bytes
 from engine.plan.targets import (
     expert_adapter_parameters,
@@ -33,13 +32,9 @@ from engine.plan.targets import (
     moves_embedding,
     trains_head,
 )
+from engine.plan.trainer import ANSWER_TOKENS, PIECE_BYTES, SMALLEST_CHUNK_BYTES, names_cut_loss
 from engine.plan.vision import tower_bytes
 
-SAMPLE_TOKENS = 256
-"""Longest answer to a question of the run: enough for a first look, and what a model that never
-stops costs."""
-ANSWER_TOKENS = 2 * SAMPLE_TOKENS
-"""The same where a thought comes before it."""
 LEARNED_AT_LOSS = 2
 """The learned states and their gradient, beside which the gradient of all states comes to lie."""
 OFFLOADED_STATES = 2

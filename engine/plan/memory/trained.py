@@ -26,10 +26,6 @@ STATE_BYTES: Mapping[str, float] = MappingProxyType(
 )
 """State of a trained number: two float32 moments, or two 8-bit ones, each with a float32 scale for
 256."""
-WIDENED_NUMBERS = 2**24
-"""bfloat16 weights that a step has in float32 at once: 128 MiB with their gradients."""
-PIECE_BYTES = 64 * 2**20
-"""Of a tensor that is saved or read back, what is in RAM at once; nothing more on the device."""
 PAGED = ("paged_adamw_8bit", "paged_adamw_32bit")
 """Optimizers whose state is in unified memory, which makes room on the device when it must."""
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from engine.plan.memory.trained import EIGHT_BIT, WIDENED_NUMBERS, adapter_bytes
+from engine.plan.memory.trained import EIGHT_BIT, adapter_bytes
 from engine.plan.targets import largest_moving
+from engine.plan.trainer import WIDENED_NUMBERS
 
 if TYPE_CHECKING:
     from engine.plan.memory.moments import Step
