@@ -2,8 +2,9 @@
 
 `cards` are the named models of presets/; `architecture` reads a name, a folder or a cached hub id
 and refuses what may not be built; `agreement` holds such a file against the model's card; `modules`
-is the one table of parameters that everything that plans reads, made from the checked `sizes` by
-`rows`. No torch: tests prove the tables equal to the models that transformers builds.
+is the one table of parameters that everything that plans reads. `rows` makes it from the checked
+`sizes`; it loads pydantic and is imported where a table is made. No torch: tests prove the tables
+equal to the models that transformers builds.
 """
 
 from engine.catalog.agreement import (
@@ -23,7 +24,7 @@ from engine.catalog.cards import (
     list_models,
     model_names,
 )
-from engine.catalog.modules import ModuleTable, Parameter, linear_targets, module_table
+from engine.catalog.modules import ModuleTable, Parameter, linear_targets
 from engine.catalog.sampling import official_sampling
 
 __all__ = [
@@ -41,7 +42,6 @@ __all__ = [
     "linear_targets",
     "list_models",
     "model_names",
-    "module_table",
     "official_sampling",
     "read_architecture",
     "repaired_rope",

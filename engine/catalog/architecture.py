@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.catalog.cards import ModelCard, find_model, find_repository, model_names
-from engine.catalog.modules import ModuleTable, module_table
+from engine.catalog.modules import ModuleTable
 from engine.errors import UserError
 from engine.visible import visible
 
@@ -121,6 +121,9 @@ def _check(
     checkpoint: str | None,
     assumed: tuple[str, ...] = (),
 ) -> Architecture:
+    # Imported here so that `import engine.catalog` does not load pydantic.
+    from engine.catalog.rows import module_table
+
     where = visible(str(folder / "config.json"), one_line=True) if folder else name
     dropped = _drop_code_choices(config, where)
     table = module_table(config, where=where)

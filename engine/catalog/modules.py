@@ -1,4 +1,4 @@
-"""From a config.json to one table of every parameter: its name, shape, group and whether 4-bit.
+"""The table of every parameter of a model: its name, shape, group and whether 4-bit.
 
 Everything that plans (memory, LoRA targets, what is trained) reads this table and nothing else, so
 that it never disagrees with the model that transformers builds. The rows and their order are those
@@ -6,11 +6,10 @@ of `named_parameters()` in transformers 5.23; a test builds each model on the me
 compares them one by one.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 Group = Literal[
     "embedding",
@@ -81,24 +80,6 @@ class ModuleTable:
         for row in self.parameters:
             counts[row.group] += row.count
         return counts
-
-
-def module_table(config: Mapping[str, Any], *, where: str = "config.json") -> ModuleTable:
-    """The table of the model that `config`, the content of a config.json, describes.
-
-    A size that is left out is transformers' default. `where` names the config in an error. Raises
-    UserError for an architecture that is not on the allow-list, and for sizes that are no positive
-    whole numbers, or absurd.
-    """
-    # Imported here, so that `import engine.catalog` does not load pydantic.
-    from engine.catalog.rows import list_rows
-    from engine.catalog.sizes import Mistral4Sizes, read_sizes
-
-    class_name, sizes, text = read_sizes(config, where)
-    routed = Fraction(1)
-    if isinstance(text, Mistral4Sizes):
-        routed = Fraction(text.num_experts_per_tok, text.n_routed_experts)
-    return ModuleTable(class_name, tuple(list_rows(sizes, text)), routed)
 
 
 def linear_targets(table: ModuleTable) -> tuple[str, ...]:

@@ -1,22 +1,38 @@
 """Which parameters each architecture is made of, in the order of transformers' modules.
 
-The only place that knows the names below a layer. Apart from `modules`, the table that others read,
-because this changes with transformers and that does not.
+The only place that knows the names below a layer: it changes with transformers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Any
 
-from engine.catalog.modules import Group, Parameter
+from engine.catalog.modules import Group, ModuleTable, Parameter
 from engine.catalog.sizes import (
     Ministral3Sizes,
     Mistral3Sizes,
     Mistral4Sizes,
     PixtralSizes,
     TextSizes,
+    read_sizes,
 )
 
 
-def list_rows(sizes: TextSizes | Mistral3Sizes, text: TextSizes) -> Iterator[Parameter]:
+def module_table(config: Mapping[str, Any], *, where: str = "config.json") -> ModuleTable:
+    """The table of the model that `config`, the content of a config.json, describes.
+
+    A size that is left out is transformers' default. `where` names the config in an error. Raises
+    UserError for an architecture that is not on the allow-list, and for sizes that are no positive
+    whole numbers, or absurd.
+    """
+    class_name, sizes, text = read_sizes(config, where)
+    routed = Fraction(1)
+    if isinstance(text, Mistral4Sizes):
+        routed = Fraction(text.num_experts_per_tok, text.n_routed_experts)
+    return ModuleTable(class_name, tuple(_rows(sizes, text)), routed)
+
+
+def _rows(sizes: TextSizes | Mistral3Sizes, text: TextSizes) -> Iterator[Parameter]:
     """Every parameter of the model that `sizes` describes; `text` is its language model."""
     prefix = "model."
     if isinstance(sizes, Mistral3Sizes):

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import Parameter
 
-from engine.catalog import ModelCard, ModuleTable, list_models, module_table
+from engine.catalog import ModelCard, ModuleTable, list_models
+from engine.catalog.rows import module_table
 from engine.plan import Device, Prospect, best_device, device_document, survey
 from engine.report import VERDICT_MARKS
 from engine.units import gib

@@ -29,11 +29,12 @@ from engine.plan.ladder import (
 )
 from engine.plan.lengths import LengthPrice, price_lengths
 from engine.plan.limits import Goal, why_not_trained
-from engine.plan.memory import AXOLOTL, WEIGHTS, Estimate, Peer, Verdict, compare_peer, estimate
+from engine.plan.memory import AXOLOTL, WEIGHTS, Peer, compare_peer, estimate
 from engine.plan.recommend import Recommendation, assess, recommend
 from engine.plan.remarks import remarks
 from engine.plan.rungs import SAME_RESULT, changed
 from engine.plan.survey import Prospect, propose, survey
+from engine.plan.verdict import Estimate, Verdict
 
 __all__ = [
     "AXOLOTL",

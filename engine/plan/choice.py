@@ -21,11 +21,12 @@ from engine.plan.device import Device
 from engine.plan.duration import expected_duration
 from engine.plan.ladder import make_faster, make_fit
 from engine.plan.limits import Goal
-from engine.plan.memory import Estimate, estimate
+from engine.plan.memory import estimate
 from engine.plan.rates import learning_rate
 from engine.plan.recipe import Recipe
 from engine.plan.rungs import BUSY_TOKENS
 from engine.plan.targets import linear_endings
+from engine.plan.verdict import Estimate
 from engine.plan.vision import largest_image_tokens
 from engine.units import gib, spoken
 

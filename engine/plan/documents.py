@@ -9,8 +9,8 @@ from typing import Any
 
 from engine.plan.device import Device
 from engine.plan.ladder import Alternative
-from engine.plan.memory import Estimate
 from engine.plan.recommend import Recommendation
+from engine.plan.verdict import Estimate
 
 
 def estimate_document(needs: Estimate) -> dict[str, Any]:

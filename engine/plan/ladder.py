@@ -14,7 +14,6 @@ from engine.data.statistics import Statistics
 from engine.plan.device import Device
 from engine.plan.duration import speedup
 from engine.plan.layers import recomputed_layers, widths
-from engine.plan.memory import Estimate
 from engine.plan.rates import learning_rate
 from engine.plan.rungs import (
     RUNGS,
@@ -31,6 +30,7 @@ from engine.plan.rungs import (
     with_rank,
 )
 from engine.plan.sharding import is_sharded
+from engine.plan.verdict import Estimate
 from engine.units import GIB, gib
 
 

@@ -11,8 +11,9 @@ from engine.config import RunConfig
 from engine.plan.device import Device
 from engine.plan.duration import pace_of
 from engine.plan.ladder import make_fit
-from engine.plan.memory import Verdict, estimate
+from engine.plan.memory import estimate
 from engine.plan.rungs import SAME_RESULT, changed
+from engine.plan.verdict import Verdict
 
 SHORTEST = 512
 LONGEST_WITHOUT_CARD = 2**18

@@ -13,17 +13,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
 from engine.errors import WorkError
 from engine.hardware.requirements import installed
 from engine.plan.device import Device
+from engine.plan.verdict import Estimate, judge
 from engine.visible import visible
-
-if TYPE_CHECKING:
-    from engine.plan.memory import Estimate
 
 HOME_VARIABLE: Final = "WINDTUNNEL_MEASURED"
 RANGE: Final = 0.02
@@ -132,20 +130,18 @@ def find_measured(
     return None
 
 
-def step_bytes(needs: "Estimate") -> int:
+def step_bytes(needs: Estimate) -> int:
     """What the formula says of the steps alone, which is what is measured."""
     return max(needs.moments[name] for name in STEP_MOMENTS)
 
 
-def corrected(needs: "Estimate", found: Measurement) -> "Estimate":
+def corrected(needs: Estimate, found: Measurement) -> Estimate:
     """The estimate with the measured peak of the steps in place of the formula's.
 
     Unchanged but for the pace where another moment of the run is fuller than its steps. The parts
     still add up: what was measured beyond them is `unexplained`, and where less was measured all
     are scaled down.
     """
-    from engine.plan.memory import judge  # it asks this module in turn
-
     peak, formula = found.peak_allocated_bytes, needs.peak_allocated_bytes
     needs = replace(needs, tokens_per_second=found.tokens_per_second)
     others = (size for name, size in needs.moments.items() if name not in STEP_MOMENTS)

@@ -19,9 +19,10 @@ from engine.plan.device import Device
 from engine.plan.duration import Duration, expected_duration, pace_of
 from engine.plan.ladder import Alternative, list_alternatives
 from engine.plan.limits import Goal, refuse_goal, why_not_trained
-from engine.plan.memory import Estimate, estimate
+from engine.plan.memory import estimate
 from engine.plan.recipe import find_recipe
 from engine.plan.rungs import changed
+from engine.plan.verdict import Estimate
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.catalog import find_model, module_table
+from engine.catalog import find_model
+from engine.catalog.rows import module_table
 from engine.chat.tokenizer import spec_of, write_tekken
 from engine.data.pack import mix
 from engine.errors import WorkError

@@ -5,7 +5,8 @@ import json
 import pytest
 from cyclopts import App
 
-from engine.catalog import list_models, module_table
+from engine.catalog import list_models
+from engine.catalog.rows import module_table
 from engine.cli.models import register
 from tests.support.sizes import BILLIONS
 

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.catalog import find_model, module_table
+from engine.catalog import find_model
+from engine.catalog.rows import module_table
 from engine.config import parse_config, write_config
 from engine.runs import RunFolder
 from engine.train.demo import EMBEDDING, write_base

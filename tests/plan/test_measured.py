@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from engine.catalog import Architecture, module_table
+from engine.catalog import Architecture
+from engine.catalog.rows import module_table
 from engine.config import RunConfig
 from engine.errors import WorkError
 from engine.plan import Device, estimate

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from engine.catalog import ModuleTable, find_model, linear_targets, list_models, module_table
+from engine.catalog import ModuleTable, find_model, linear_targets, list_models
+from engine.catalog.rows import module_table
 
 YARN = {
     "rope_type": "yarn",

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from engine.catalog import list_models, module_table, read_architecture
+from engine.catalog import list_models, read_architecture
+from engine.catalog.rows import module_table
 from engine.chat.render import IGNORED_LABEL
 from engine.config import RunConfig, write_config
 from engine.errors import UserError

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.catalog import linear_targets, list_models, module_table, read_architecture
+from engine.catalog import linear_targets, list_models, read_architecture
+from engine.catalog.rows import module_table
 from engine.errors import UserError
 from engine.plan.targets import choose_targets
 from engine.train.batches import Order, Rows

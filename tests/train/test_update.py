@@ -11,8 +11,8 @@ from torch import nn
 from engine.catalog import ModuleTable, read_architecture
 from engine.config import RunConfig
 from engine.plan.memory.formula import _step
+from engine.plan.memory.moments import CPU_BYTES, FOREACH_BYTES, update_bytes
 from engine.plan.memory.stack import WINDTUNNEL
-from engine.plan.memory.update import CPU_BYTES, FOREACH_BYTES, update_bytes
 from engine.plan.targets import adapter_parameters, choose_targets, largest_moving
 from engine.train.batches import Rows
 from engine.train.fitcheck.peak_memory import CpuPeakMemory

@@ -3,7 +3,6 @@
 formula  the estimate: parts, peak, range, verdict
 frozen   the model's own weights, on the device or in RAM
 trained  adapter, gradients, optimizer
-update   what the optimizer's step takes beside these
 moments  what each moment of a run that can be its fullest holds
 ranks    one card's share of a run on several
 host     this computer's memory and disk
@@ -11,14 +10,10 @@ stack    how a trainer differs from ours with the same config
 """
 
 from engine.plan.memory.formula import (
-    TIGHT_BYTES,
-    Estimate,
     Peer,
-    Verdict,
     compare_peer,
     estimate,
     frozen_of,
-    judge,
     kept_in_ram,
     moment_parts,
     on_device,
@@ -32,18 +27,14 @@ from engine.plan.memory.stack import AXOLOTL, WINDTUNNEL, Stack
 __all__ = [
     "AXOLOTL",
     "NF4_BYTES",
-    "TIGHT_BYTES",
     "WEIGHTS",
     "WINDTUNNEL",
-    "Estimate",
     "Peer",
     "Stack",
-    "Verdict",
     "cards_of_a_copy",
     "compare_peer",
     "estimate",
     "frozen_of",
-    "judge",
     "kept_in_ram",
     "moment_parts",
     "on_device",

@@ -5,8 +5,7 @@ what the trainer does; the peak is that of the fullest moment.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
@@ -27,13 +26,9 @@ from engine.plan.trainer import (
     base_bytes_of,
     kept_modules,
 )
+from engine.plan.verdict import Estimate, judge
 from engine.plan.vision import image_tokens_at_once, tokens_of_one_image
 from engine.units import GIB
-
-Verdict = Literal["fits", "tight", "does not fit"]
-
-TIGHT_BYTES = GIB
-"""A plan with less to spare is called tight."""
 
 # Peak allocated -> what the card has to hold: CUDA's context, and what the allocator keeps beyond.
 CONTEXT_BYTES, ALLOCATOR_SLACK = int(0.55 * GIB), 0.03
@@ -45,51 +40,6 @@ PACKED_SPREAD, OTHER_SPREAD, WIDE_SPREAD = 0.06, 0.10, 0.15
 other text; furthest off are images, experts, and batches of rows whose lengths differ."""
 UNEVEN = 1.5
 """Rows are of different lengths where the longest has so many times the tokens of the mean."""
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a run needs, and whether its device can give it. All sizes in bytes."""
-
-    parts: Mapping[str, int]
-    """By name, of what torch allocates at the fullest moment; they add up to it."""
-    peak_allocated_bytes: int
-    device_bytes: int
-    """With the driver's context and the allocator's slack: what has to be free."""
-    range_bytes: tuple[int, int]
-    """Where the peak allocated is expected to lie."""
-    can_give_bytes: int
-    host_bytes: int
-    disk_bytes: int
-    trainable_parameters: int
-    total_parameters: int
-    targets: Mapping[str, int]
-    """Modules that each entry of the adapter's targets matches."""
-    tokens_at_once: int
-    verdict: Verdict
-    source: Literal["formula", "measured"] = "formula"
-    moment: str = "backward pass"
-    """Of the run, the fullest."""
-    moments: Mapping[str, int] = field(default_factory=dict)
-    """What is allocated at each moment that could be it."""
-    decided_by: str = ""
-    """The row whose length the peak follows from, in words."""
-    tokens_per_second: float | None = None
-    """Measured; None where nothing was."""
-    cards: int = 1
-    """Over which the run is divided; the sizes are those of one."""
-    loss_chunk_bytes: int = SMALLEST_CHUNK_BYTES
-    """Float32 logits that the run's loss holds at once, where no kernel cuts them."""
-
-    @property
-    def spare_bytes(self) -> int:
-        """What the device could give beyond; negative where it does not fit."""
-        return self.can_give_bytes - self.device_bytes
-
-    @property
-    def uncertainty(self) -> float:
-        """Half the width of the range, as a share of the peak."""
-        return self.range_bytes[1] / max(1, self.peak_allocated_bytes) - 1
 
 
 def estimate(
@@ -274,13 +224,6 @@ def _moments(step: Step, frozen: Frozen, cards: int) -> dict[str, dict[str, floa
     if cards == 1:
         return moments
     return {name: divide(parts, step, cards) for name, parts in moments.items()}
-
-
-def judge(needed_bytes: int, can_give_bytes: int) -> Verdict:
-    """Whether `needed_bytes` fit, with how little to spare they are called tight."""
-    if needed_bytes > can_give_bytes:
-        return "does not fit"
-    return "tight" if can_give_bytes - needed_bytes < TIGHT_BYTES else "fits"
 
 
 def on_device(peak_bytes: int, device: Device) -> int:

@@ -7,6 +7,8 @@ moment, and saying which one that is says what would help.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
+from typing import Final
 
 from engine.catalog import ModuleTable
 from engine.config import RunConfig
@@ -23,8 +25,7 @@ from engine.plan.layers import (
 )
 from engine.plan.memory.frozen import Frozen
 from engine.plan.memory.stack import Stack
-from engine.plan.memory.trained import Moving
-from engine.plan.memory.update import update_bytes
+from engine.plan.memory.trained import EIGHT_BIT, Moving, adapter_bytes
 from engine.plan.targets import (
     expert_adapter_parameters,
     is_tied,
@@ -32,7 +33,13 @@ from engine.plan.targets import (
     moves_embedding,
     trains_head,
 )
-from engine.plan.trainer import ANSWER_TOKENS, PIECE_BYTES, SMALLEST_CHUNK_BYTES, names_cut_loss
+from engine.plan.trainer import (
+    ANSWER_TOKENS,
+    PIECE_BYTES,
+    SMALLEST_CHUNK_BYTES,
+    WIDENED_NUMBERS,
+    names_cut_loss,
+)
 from engine.plan.vision import tower_bytes
 
 LEARNED_AT_LOSS = 2
@@ -40,6 +47,32 @@ LEARNED_AT_LOSS = 2
 OFFLOADED_STATES = 2
 """Layer inputs that are on the device at once where they are kept in RAM: that of the layer at work
 and that of the next one."""
+
+# What the optimizer's step makes follows from code of other libraries, and from how our own step
+# moves bfloat16 weights; tests/train/test_update.py holds these figures against what torch's
+# allocator was asked for.
+CPU_BYTES: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        # Its root, the quotient of that, and the quotient of the tensor before, which may be as
+        # large (torch.optim.adam, _single_tensor_adam).
+        "adamw_torch": 12,
+        # Both moments in float32, the scaled gradient, a root and its quotient; and for 32 bits
+        # the last three alone (bitsandbytes/backends/cpu/ops.py).
+        **dict.fromkeys(EIGHT_BIT, 20),
+        "paged_adamw_32bit": 12,
+        "adamw_torch_fused": 0,
+    }
+)
+"""For each number of the tensor that is moved, one after another."""
+FOREACH_BYTES: Final = 4
+"""On a GPU `adamw_torch` takes the root of all second moments at once (torch.optim.adam,
+_multi_tensor_adam). The other optimizers are kernels that work in place."""
+SPLIT_BYTES: Final = 4
+"""One number of `engine.train.optim.split`: an int32 beside the float32 that is cut in two."""
+JOIN_BYTES: Final = 8
+"""On a CPU `engine.train.optim.join` adds the cut-off bits by way of a copy in int32."""
+ROUND_BYTES: Final = 12
+"""Of `engine.train.optim.round_at_random`: chance, the sum with it, and that shifted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,3 +328,29 @@ def cached_width(table: ModuleTable) -> int:
         if row.group == "attention" and name in ("k_proj", "v_proj", "kv_a_proj_with_mqa"):
             width += row.shape[0]
     return width
+
+
+def update_bytes(step: Step) -> float:
+    """The most that the step takes, in bytes.
+
+    Weights in bfloat16 are moved in float32, a few at a time or the largest alone, each with its
+    gradient: 4 bytes more, or 2 of a weight whose cut-off bits wait beside it meanwhile.
+    """
+    moving, stack, cpu = step.moving, step.stack, step.device.kind == "cpu"
+    largest = largest_moving(step.table, step.config)
+    whole = moving.whole if step.base_bytes == 2 and stack.keeps_rest else 0
+    factors = moving.adapter if adapter_bytes(step.config, stack) == 2 else 0
+    widened = min(whole + factors, max(WIDENED_NUMBERS, largest))
+    cut = max(ROUND_BYTES * bool(factors), (JOIN_BYTES if cpu else SPLIT_BYTES) * bool(whole))
+    at_once = moving.all - whole - factors + widened
+    return (4 if factors else 2) * widened + max(cut * largest, _working(step, largest, at_once))
+
+
+def _working(step: Step, largest: int, at_once: int) -> int:
+    """What the optimizer makes for itself."""
+    optimizer = step.config.optimizer
+    if step.stack.steps_in_backward:
+        return 0
+    if step.device.kind == "cpu":
+        return CPU_BYTES[optimizer] * largest
+    return FOREACH_BYTES * at_once if optimizer == "adamw_torch" else 0

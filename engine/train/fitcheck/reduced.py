@@ -10,7 +10,8 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.catalog import Architecture, module_table
+from engine.catalog import Architecture
+from engine.catalog.rows import module_table
 from engine.catalog.sizes import Mistral3Sizes, Mistral4Sizes, TextSizes, read_sizes
 from engine.config import RunConfig
 from engine.plan import Device, Statistics, estimate
