@@ -3,7 +3,9 @@
 import ast
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,19 @@ TOP_LEVEL = {
     *("constraints.txt", "LICENSE", "CHANGELOG.md", "Dockerfile"),
 }
 ROOMLESS_TESTS = {"gpu", "install", "research"}
+CIRCLES = {
+    frozenset({"engine.config.contradictions", "engine.config.rules", "engine.config.run"}),
+    frozenset({"tui.app", "tui.page", "tui.screens.help"}),
+}
+"""Modules that still import each other in a circle: this set only shrinks."""
+CRUMBS = {
+    "engine.plan.answering",
+    "engine.publish.result",
+    "tui.line",
+    "tui.screens.plan.measuring",
+}
+"""Modules that are too small for the one other that imports them: this set only shrinks."""
+CRUMB_LINES = 40
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "pickle.load", "pickle.loads"}
 
 
@@ -41,6 +56,56 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             limit = LOOP_LINES if node.name == "fit" else FUNCTION_LINES
             assert node.end_lineno - node.lineno + 1 <= limit, node.name
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """What each module of ours imports of the others, inside functions too."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in SOURCES
+    }
+    found: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        named = set()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                named |= {each.name for each in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{each.name}" for each in node.names}
+                named |= inner & paths.keys() or {node.module}
+        found[module] = named & paths.keys() - {module}
+    return found
+
+
+def reached_from(module: str) -> set[str]:
+    found: set[str] = set()
+    open_ends = {module}
+    while open_ends:
+        more = imports()[open_ends.pop()] - found
+        found |= more
+        open_ends |= more
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    reached = {module: reached_from(module) for module in imports()}
+    circles = {
+        frozenset(other for other in reached[module] if module in reached[other])
+        for module in reached
+    }
+    assert circles - {frozenset()} == CIRCLES
+
+
+def test_a_small_module_has_more_than_one_reader() -> None:
+    importers = Counter(other for named in imports().values() for other in named)
+    crumbs = set()
+    for path in SOURCES:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        short = path.read_text("utf-8").count("\n") < CRUMB_LINES
+        if short and importers[module] == 1 and not path.stem.startswith("__"):
+            crumbs.add(module)
+    assert crumbs == CRUMBS
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
