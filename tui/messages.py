@@ -8,8 +8,8 @@ from textual.message import Message
 from engine.errors import UserError
 from engine.events import Recorded
 from engine.runs import RunFolder, Status, Word
-from tui.removal import Contents
-from tui.run_facts import RunFacts
+from engine.runs.facts import RunFacts
+from engine.runs.removal import Contents
 
 
 class RunTold(Message):

@@ -5,9 +5,10 @@ tells which. It sits below everything that starts or shows a run, and holds noth
 the trainer, the commands and the wizard share one set of rules.
 
 `folder` has the paths and finds runs by name; `lock` says whether a trainer lives; `lines` and
-`follower` read files that are being written; `summary` decides the word for a run; `control`
-carries commands to the trainer; `signals` turns SIGTERM into "save, then end"; `newest_result`
-finds what was saved. What a trainer does with them:
+`follower` read files that are being written; `summary` decides the status of a run; `history` adds
+its events up, `series` to curves, `facts` for a list of runs; `comparison` puts two side by side;
+`control` carries commands to the trainer; `signals` turns SIGTERM into "save, then end";
+`newest_result` finds what was saved; `removal` takes a run away. What a trainer does with them:
 
     with StopSignals() as signals, RunLock(run) as lock, EventWriter(run.events) as events:
         control = ControlReader(run.control, since=lock.since)

@@ -9,13 +9,13 @@ from textual.pilot import Pilot
 
 from engine.events import Ended
 from engine.runs import RunFolder, RunLock, create_run
+from engine.runs.facts import RunsReader
 from tests.support.extras import needs_trainer
 from tests.support.screens import assert_golden, screen_text, wait_for, wait_for_text
 from tests.support.told_runs import BEGAN, told_run
 from tui.app import WindtunnelApp
 from tui.messages import RunsSeen
 from tui.page import Page
-from tui.run_facts import RunsReader
 from tui.screens.runs import RunsPage
 from tui.screens.train import TrainPage
 

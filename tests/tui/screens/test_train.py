@@ -10,10 +10,10 @@ from textual.pilot import Pilot
 
 from engine.events import Drift, Ended, Eval, EventWriter, Note, Phase, Recorded, Sample, Shortage
 from engine.runs import Follower, RunFolder, RunLock, Status
+from engine.runs.history import History
 from tests.support.screens import assert_golden, screen_text, wait_for_text
 from tests.support.told_runs import BEGAN, ToldRun, step_event, told_run
 from tui.app import WindtunnelApp
-from tui.history import History
 from tui.page import Page
 from tui.screens.runs import RunsPage
 from tui.screens.train import TrainPage, wording

@@ -10,8 +10,8 @@ from textual.content import Content
 from textual.geometry import Size
 from textual.widget import Widget
 
+from engine.runs.facts import RunFacts
 from engine.visible import visible
-from tui.run_facts import RunFacts
 from tui.screens.help import TextPane
 from tui.screens.runs.wording import same_step
 from tui.widgets.braille import Curve

@@ -17,6 +17,8 @@ from textual.worker import get_current_worker
 from engine.errors import UserError
 from engine.launch import resume_run
 from engine.runs import RunFolder
+from engine.runs.facts import RunFacts, RunsReader
+from engine.runs.removal import measure, remove
 from engine.units import counted, gib
 from engine.visible import visible
 from tui.messages import (
@@ -28,8 +30,6 @@ from tui.messages import (
     WorkRefused,
 )
 from tui.page import Key, Page
-from tui.removal import measure, remove
-from tui.run_facts import RunFacts, RunsReader
 from tui.screens.help import columns
 from tui.screens.runs import wording
 from tui.screens.runs.comparison import Comparison

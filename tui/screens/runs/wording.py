@@ -10,10 +10,10 @@ from textual.content import Content
 
 from engine.report.run import figures_text
 from engine.runs import run_home
+from engine.runs.facts import RunFacts
+from engine.runs.series import Point, finite
 from engine.units import counted
 from engine.visible import visible
-from tui.run_facts import RunFacts
-from tui.series import Point, finite
 
 _STATES: Final = {
     "running": ("▶", "$success"),

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from tui.history import History
-from tui.series import Series, finite
+from engine.runs.history import History
+from engine.runs.series import Series, finite
 from tui.widgets.braille import Curve
 from tui.widgets.chart import Chart, Scale, Spark
 from tui.widgets.pane import Pane

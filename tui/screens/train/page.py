@@ -1,7 +1,7 @@
 """The Train page: a run that lives in a process of its own, followed through its files.
 
 The page asks and shows; leaving it never stops the run. What the words are is in `wording`, what
-the events add up to in `tui.history`.
+the events add up to in `engine.runs.history`.
 """
 
 import asyncio
@@ -24,9 +24,9 @@ from engine.launch import resume_run
 from engine.report.events import room
 from engine.report.run import figures_text
 from engine.runs import RunFolder, Status, Word
+from engine.runs.history import History
 from engine.visible import visible
 from tui.follow import follow_run, send_command
-from tui.history import History
 from tui.messages import RunAsked, RunResumed, RunTold, RunUnreadable, WorkRefused
 from tui.page import HelpText, Key, Page
 from tui.screens.help import TextPane

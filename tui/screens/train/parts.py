@@ -10,8 +10,8 @@ from textual.widget import Widget
 
 from engine.events import Phase
 from engine.report.events import event_line
+from engine.runs.history import Answer, Logged
 from engine.visible import fold, visible
-from tui.history import Answer, Logged
 from tui.line import line_content
 from tui.screens.train.wording import Headline, clock_time
 

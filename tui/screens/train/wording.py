@@ -11,8 +11,8 @@ from typing import Final
 
 from engine.report.events import event_line
 from engine.runs import Status, Word
+from engine.runs.history import History
 from engine.units import counted
-from tui.history import History
 
 SILENT_SECONDS: Final = 30.0
 _SILENT_STEPS: Final = 5

@@ -1,8 +1,8 @@
 """Curves of any length in bounded memory, with every spike kept.
 
-Pure arithmetic, apart from what draws: a run of a million steps must cost a chart no more than one
-of a thousand. A stream keeps the lowest and the highest point of each stretch of the run; when
-there are too many stretches, neighbours are merged in pairs.
+A run of a million steps costs a chart no more than one of a thousand: a stream keeps the lowest and
+the highest point of each stretch of the run; when there are too many stretches, neighbours are
+merged in pairs.
 """
 
 import math
@@ -72,7 +72,7 @@ class Stream:
             self._merge_pairs()
 
     def rewind(self, x: float) -> None:
-        """Forget the points at `x` and right of it: a resumed run tells them again.
+        """Forget the points at `x` and right of it: a resumed run writes them again.
 
         In a stretch that lies on both sides the older points stay with the extremes of all.
         """
@@ -125,7 +125,7 @@ class Smoothed:
 
 
 class Series:
-    """One metric over the steps of a run: as it was told, and smoothed where a span is given."""
+    """One metric over the steps of a run: as reported, and smoothed where a span is given."""
 
     def __init__(self, span: float | None = None) -> None:
         self.raw = Stream()
@@ -136,7 +136,7 @@ class Series:
         self._average = Smoothed(span) if span else None
 
     def add(self, x: float, y: float) -> None:
-        """The value at a step, right of all that were told before."""
+        """The value at a step, right of all before."""
         self.last = y
         self.raw.add(x, y)
         if self._average:

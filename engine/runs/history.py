@@ -1,7 +1,6 @@
-"""What the events of one run add up to: the curves, the last words, the numbers of the first row.
+"""What the events of one run add up to: the curves, the log, the answers, the newest figures.
 
-Pure, and apart from the page that shows it, because the list of runs and the comparison read the
-same files; feeding it the same events gives the same history, live or years later.
+The same events give the same history, live or years later.
 """
 
 import math
@@ -27,13 +26,13 @@ from engine.events import (
     Started,
     Step,
 )
+from engine.runs.series import Series
 from engine.units import GIB
-from tui.series import Series
 
 LOG_LINES: Final = 500
 _RECENT_STEPS: Final = 30
 
-_TOLD_BY_RESULT: Final = frozenset({"evaluate", "save"})
+_REPORTED_BY_RESULT: Final = frozenset({"evaluate", "save"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ class History:
         """Step and loss of each evaluation."""
         self.figures = Figures()
         self.answers: dict[str, list[Answer]] = {}
-        """By prompt, in the order in which they were told."""
+        """By prompt, in the order of the events."""
         self.saved: list[Saved] = []
         self.acks: dict[str, Ack] = {}
         self.log: deque[Logged] = deque(maxlen=LOG_LINES)
@@ -217,7 +216,7 @@ class History:
         if self.phase is None or self.phase.name != phase.name:
             if self.ended:  # a new launch of a run that had ended
                 self.ended, self.began_time = None, time
-            if phase.name not in _TOLD_BY_RESULT:
+            if phase.name not in _REPORTED_BY_RESULT:
                 self._log(time, phase)
         self.phase = phase
 

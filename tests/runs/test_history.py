@@ -18,8 +18,8 @@ from engine.events import (
     Started,
 )
 from engine.runs import Follower
+from engine.runs.history import Answer, History
 from tests.support.told_runs import AFTER, BEFORE, PROMPT, step_event, told_run
-from tui.history import Answer, History
 
 
 def history_of(*events: Event) -> History:

@@ -1,7 +1,7 @@
-"""What the list of runs shows of each: read again and again in a thread, handed over frozen.
+"""What the list of runs shows of each, read again and again in a thread and handed over frozen.
 
-Apart from the page because a file system can be slow and a run's events long: each look reads only
-what was written since the last one, and at most one piece of each run.
+A file system can be slow and a run's events long: each look reads only what was written since the
+last one, and at most one piece of each run.
 """
 
 import math
@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.runs import Follower, RunFolder, Status, list_runs, status
-from tui.history import Figures, History, best_of
-from tui.series import Point
+from engine.runs.folder import RunFolder, list_runs
+from engine.runs.follower import Follower
+from engine.runs.history import Figures, History, best_of
+from engine.runs.series import Point
+from engine.runs.summary import Status, status
 
 
 @dataclass(frozen=True, slots=True)

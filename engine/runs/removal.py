@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import UserError, WorkError
-from engine.runs import RunFolder, RunLock, run_home
+from engine.runs.folder import RunFolder, run_home
+from engine.runs.lock import RunLock
 from engine.visible import visible
 
 
