@@ -79,7 +79,7 @@ def our_path(row: Row, tokenizer: ChatTokenizer) -> IdsAndLabels:
     return rendered.input_ids, learned
 
 
-def encode(messages: list[dict[str, str]], tokenizer: ChatTokenizer) -> list[int]:
+def encode(messages: list[dict[str, Any]], tokenizer: ChatTokenizer) -> list[int]:
     request: Any = ChatCompletionRequest.from_openai(messages)
     return tokenizer.mistral.encode_chat_completion(request).tokens
 

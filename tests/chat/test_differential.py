@@ -58,11 +58,8 @@ def compare(row: dict[str, Any], effort: str | None, tokenizer: ChatTokenizer) -
     assert kinds.tolist() == oracle.scan(expected, tokenizer).tolist()
     learned = labels(fast.input_ids, fast.kinds, LabelRule()).tolist()
     assert learned == oracle.scan_labels(expected, tokenizer)
-    for one, other in zip(
-        (fast.input_ids, fast.kinds, fast.sources),
-        (exact.input_ids, exact.kinds, exact.sources),
-        strict=True,
-    ):
+    for name in ("input_ids", "kinds", "sources"):
+        one, other = getattr(fast, name), getattr(exact, name)
         assert one.dtype == other.dtype
         assert np.array_equal(one, other)
     return True

@@ -151,10 +151,11 @@ def test_the_run_is_rows_that_end_with_a_break_and_an_end(tokenizers: Tokenizers
 def test_a_smaller_limit_makes_a_smaller_grid_in_both_renderers(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["v15"]
     assert tokenizer.image is not None
-    small = replace(tokenizer, image=replace(tokenizer.image, longest=280))
+    spec = replace(tokenizer.image, longest=280)
+    small = replace(tokenizer, image=spec)
     conversation = read_row(ask(shown((2100, 1299))), RowFormat())
     fast, exact = render(conversation, small), render_exact(conversation, small)
-    assert (fast.images[0].rows, fast.images[0].columns) == grid(2100, 1299, small.image) == (7, 10)
+    assert (fast.images[0].rows, fast.images[0].columns) == grid(2100, 1299, spec) == (7, 10)
     assert np.array_equal(fast.input_ids, exact.input_ids)
 
 

@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,8 @@ class Sized:
 @given(SIDES, SIDES, st.sampled_from([(14, 1540, 2), (16, 1024, 1), (14, 56, 2), (14, 1540, 1)]))
 def test_the_grid_is_mistral_commons(width, height, numbers):
     encoder = stock.ImageEncoder(stock.ImageConfig(*numbers), stock.SpecialImageIDs(10, 12, 13))
-    columns, rows = encoder._image_to_num_tokens(Sized(width, height))
+    image: Any = Sized(width, height)
+    columns, rows = encoder._image_to_num_tokens(image)
     assert grid(width, height, ImageSpec(*numbers)) == (rows, columns)
 
 
@@ -54,7 +56,7 @@ def test_a_grid_that_transformers_would_round_down():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pixels_fill_the_grid(size):
+def test_pixels_fill_the_grid(size: tuple[int, int]):
     rows, columns = grid(*size, SPEC)
     found = pixels(png(*size), rows, columns, SPEC)
     assert found.shape == (3, rows * 28, columns * 28)
@@ -70,8 +72,10 @@ def test_pixels_are_normalized_as_mistral_common_does():
 
 def test_the_algorithm_decides_how_an_image_is_resized():
     content = png(100, 100)
-    ways = [pixels(content, 2, 2, ImageSpec(14, 56, 2, way)) for way in ("bilinear", "lanczos")]
-    assert not np.allclose(*ways)
+    one, other = (
+        pixels(content, 2, 2, ImageSpec(14, 56, 2, way)) for way in ("bilinear", "lanczos")
+    )
+    assert not np.allclose(one, other)
 
 
 def alike(content: bytes, expected: Image.Image, tolerance: float = 1e-5) -> bool:

@@ -94,7 +94,9 @@ def test_pieces_are_safe_and_show_a_character_once(tokenizers: Tokenizers) -> No
     tokenizer = tokenizers["v13"]
     text = " 漢\n\x1b[0m\u202e👩"
     ids = [rank + tokenizer.first_text_id for rank in tokenizer.encode_ordinary(text)]
-    pieces = list(tokenizer.pieces([*ids, tokenizer.specials.think]))
+    think = tokenizer.specials.think
+    assert think is not None
+    pieces = list(tokenizer.pieces([*ids, think]))
     assert len(pieces) == len(ids) + 1
     assert "".join(pieces) == " 漢␊␛[0m⟨U+202E⟩👩[THINK]"
     cut = list(tokenizer.pieces([*ids[-2:-1], tokenizer.specials.eos]))

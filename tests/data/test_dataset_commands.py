@@ -2,6 +2,7 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ def run(capsys, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def thinking_row() -> dict:
+def thinking_row() -> dict[str, Any]:
     row = chat("q", "done")
     row["messages"][1]["reasoning_content"] = "well"
     return row

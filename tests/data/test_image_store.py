@@ -16,7 +16,7 @@ from engine.data.array_writer import Interval
 from engine.data.config_paths import with_absolute_paths
 from engine.data.prepare import prepare
 from engine.data.prepared import ARRAYS, Prepared
-from tests.support.data import about, chat, content, killed_child
+from tests.support.data import about, chat, config_of, content, killed_child
 from tests.support.pictures import png
 from tests.support.tokenizers import tokenizer_of
 
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def made(folder: Path, tokenizer: ChatTokenizer, **keys: object) -> Prepared:
-    config = RunConfig(base_model="any", datasets=(DatasetConfig(path="rows.jsonl"),), **keys)
+    config = config_of(DatasetConfig(path="rows.jsonl"), **keys)
     return prepare(config, folder, tokenizer, folder.parent / "store")
 
 

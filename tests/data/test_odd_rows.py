@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,7 +8,7 @@ from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered
 from engine.data.odd_rows import LISTED_LONGEST, OddRowFinder
 
 
-def found_in(*rows: list[int], thinking: bool = True):
+def found_in(*rows: Sequence[int], thinking: bool = True):
     finder = OddRowFinder(LabelRule(thinking=thinking))
     for number, kinds in enumerate(rows, start=1):
         count = len(kinds)

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -14,13 +16,12 @@ from pyarrow import parquet
 from engine.chat.render import Kind, LabelRule
 from engine.chat.tokenizer import TokenizerSpec, build_tokenizer
 from engine.config import DatasetConfig, RunConfig
-from engine.data import array_writer
 from engine.data.array_writer import Interval
 from engine.data.prepare import default_store, prepare
 from engine.data.prepared import ARRAYS, META, Prepared
 from engine.errors import UserError, WorkError
 from tests.bench.prepare_throughput import measure
-from tests.support.data import chat, content, killed_child
+from tests.support.data import chat, config_of, content, killed_child
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
 VARIED_ROWS = [
@@ -57,10 +58,10 @@ VARIED_ROWS = [
 
 
 def config_for(path: Path, **keys) -> RunConfig:
-    return RunConfig(base_model="any", datasets=(DatasetConfig(path=str(path)),), **keys)
+    return config_of(DatasetConfig(path=str(path)), **keys)
 
 
-def short_rows(count: int) -> list[dict[str, object]]:
+def short_rows(count: int) -> list[dict[str, Any]]:
     return [
         chat(f"What is {n} plus {n * 7 % 10}?", f"It is {n + n * 7 % 10}.") for n in range(count)
     ]
@@ -173,11 +174,11 @@ class TestReuse:
         tokenizer = build_tokenizer(TokenizerSpec("v15", think=True, settings=True))
         lengths = []
         for effort in ("none", "high"):
-            kwargs = {"chat_template_kwargs": {"reasoning_effort": effort}}
-            datasets = (DatasetConfig(path=str(path), **(kwargs if of_dataset else {})),)
-            config = RunConfig(
-                base_model="any", datasets=datasets, **({} if of_dataset else kwargs)
-            )
+            kwargs = {"reasoning_effort": effort}
+            if of_dataset:
+                config = config_of(DatasetConfig(path=str(path), chat_template_kwargs=kwargs))
+            else:
+                config = config_for(path, chat_template_kwargs=kwargs)
             found = prepare(config, tmp_path, tokenizer, tmp_path / "store")
             assert not found.reused
             lengths.append(found.ids(0).tolist())
@@ -251,7 +252,7 @@ class TestInterruption:
             calls += 1
             sync(descriptor)
 
-        monkeypatch.setattr(array_writer.os, "fsync", count)
+        monkeypatch.setattr(os, "fsync", count)
         prepare(config, tmp_path, tokenizer, tmp_path / "count", interval=self.INTERVAL)
         done = []
         for last in range(1, calls + 1, 5):
@@ -264,13 +265,11 @@ class TestInterruption:
                 if left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            monkeypatch.setattr(array_writer.os, "fsync", sync_and_die)
+            monkeypatch.setattr(os, "fsync", sync_and_die)
             killed_child(
-                lambda store=store: prepare(
-                    config, tmp_path, tokenizer, store, interval=self.INTERVAL
-                )
+                partial(prepare, config, tmp_path, tokenizer, store, interval=self.INTERVAL)
             )
-            monkeypatch.setattr(array_writer.os, "fsync", sync)
+            monkeypatch.setattr(os, "fsync", sync)
             arrays, rows_done = self.resume(config, tmp_path, tokenizer, store)
             assert arrays == undisturbed, f"killed at fsync {last} of {calls}"
             done.append(rows_done)

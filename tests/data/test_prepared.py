@@ -1,5 +1,6 @@
 import errno
 import os
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -61,15 +62,20 @@ class TestLearnedLengths:
 
 
 class TestSelect:
-    ROWS = ([U, T, E], [U, U, U, T, T, E], [U, U, U, U, U, T], [U, T | WITHHELD])
+    ROWS: ClassVar[list[list[int]]] = [
+        [U, T, E],
+        [U, U, U, T, T, E],
+        [U, U, U, U, U, T],
+        [U, T | WITHHELD],
+    ]
 
     def test_drop_leaves_out_long_rows_and_rows_that_teach_nothing(self, tmp_path):
-        found = make(tmp_path / "a", list(self.ROWS)).select(RULE, 5, "drop")
+        found = make(tmp_path / "a", self.ROWS).select(RULE, 5, "drop")
         assert (found.rows.tolist(), found.lengths.tolist()) == ([0], [3])
         assert (found.too_long, found.truncated, found.nothing_learned) == (2, 0, 1)
 
     def test_truncate_cuts_and_leaves_out_what_teaches_nothing_then(self, tmp_path):
-        found = make(tmp_path / "a", list(self.ROWS)).select(RULE, 5, "truncate")
+        found = make(tmp_path / "a", self.ROWS).select(RULE, 5, "truncate")
         assert (found.rows.tolist(), found.lengths.tolist()) == ([0, 1], [3, 5])
         assert (found.too_long, found.truncated, found.nothing_learned) == (2, 1, 2)
 
@@ -78,7 +84,7 @@ class TestSelect:
         assert found.lengths.tolist() == [2]
 
     def test_raise_names_the_first_row_and_the_longest(self, tmp_path):
-        prepared = make(tmp_path / "a", list(self.ROWS))
+        prepared = make(tmp_path / "a", self.ROWS)
         with pytest.raises(UserError, match="2 of 4 rows are longer") as caught:
             prepared.select(RULE, 5, "raise")
         assert "line 2 of f with 6 tokens" in caught.value.why
@@ -159,7 +165,7 @@ class TestLinkInto:
         def refuse(source, target):
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
-        monkeypatch.setattr(module.os, "link", refuse)
+        monkeypatch.setattr(os, "link", refuse)
         prepared.link_into(tmp_path / "run")
         assert (tmp_path / "run" / "ids").stat().st_ino != (prepared.folder / "ids").stat().st_ino
         assert Prepared(tmp_path / "run").ids(1).tolist() == prepared.ids(1).tolist()

@@ -275,7 +275,9 @@ class TestUnreadableFiles:
             DatasetConfig(path=str(write(tmp_path, "a.jsonl.gz", whole[: len(whole) // 2]))),
             tmp_path,
         )
-        assert next(stream).row["n"] == 0
+        first = next(stream).row
+        assert first is not None
+        assert first["n"] == 0
         with pytest.raises(UserError, match="damaged"):
             list(stream)
         assert "damaged" in refusal(write(tmp_path, "b.jsonl.gz", b"not gzip"))

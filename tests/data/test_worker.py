@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ class Wizard:
         self.child.stdin.write(json.dumps(request) + "\n")
         self.child.stdin.flush()
 
-    def answers(self, request_id: int) -> Iterator[dict]:
+    def answers(self, request_id: int) -> Iterator[dict[str, Any]]:
         """Everything up to the last line of that request."""
         while True:
             answer = json.loads(self.child.stdout.readline())
@@ -42,7 +43,7 @@ class Wizard:
             if {"result", "error", "cancelled"} & set(answer):
                 return
 
-    def ask(self, **request) -> dict:
+    def ask(self, **request) -> dict[str, Any]:
         self.send(**request)
         *_, last = self.answers(request["id"])
         return last
@@ -60,7 +61,7 @@ def wizard(tmp_path) -> Iterator[Wizard]:
     found.child.stdout.close()
 
 
-def config(path: Path, model: str, **keys) -> dict:
+def config(path: Path, model: str, **keys) -> dict[str, Any]:
     return {"base_model": model, "datasets": [{"path": path.name}], **keys}
 
 

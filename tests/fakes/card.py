@@ -25,7 +25,7 @@ from tests.fakes.kernels import KERNELS, check_grouped_product, matrix_product
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 MEMORY_BYTES = 16 * 2**30
 IS_CUDA: Any = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
-DEVICE: Any = Tensor.device.__get__  # type: ignore[attr-defined]
+DEVICE: Any = Tensor.device.__get__
 UUID = "12345678-1234-1234-1234-123456789abc"
 
 
@@ -154,6 +154,7 @@ def _answers(capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:
 @contextmanager
 def card(capability: tuple[int, int] = (9, 0)) -> Iterator[ManagedMemory]:
     """Inside, this process has one card; bitsandbytes' paged memory is given."""
+    import bitsandbytes.cextension
     import bitsandbytes.functional as bnb
 
     begin = torch.amp.autocast_mode.autocast.__init__
@@ -175,7 +176,7 @@ def card(capability: tuple[int, int] = (9, 0)) -> Iterator[ManagedMemory]:
             stack.enter_context(patch.object(torch, name, answer))
         for place, kernel in KERNELS.items():
             stack.enter_context(patch(place, kernel))
-        memory = ManagedMemory(bnb.lib)
+        memory = ManagedMemory(bitsandbytes.cextension.lib)
         stack.enter_context(patch.object(bnb, "lib", memory))
         stack.enter_context(patch.object(Tensor, "record_stream", lambda *_: None))
         # Autograd leaves every mode, so what is computed again in it has to enter this one.

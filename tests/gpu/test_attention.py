@@ -1,5 +1,7 @@
 """PyTorch's kernel for rows of different lengths, against the same rows one after another."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,10 +28,10 @@ def check_kernel(heads: tuple[int, int], widths: tuple[int, int], window: int | 
     rows = Segments(bounds, 399)
     torch.manual_seed(0)
     shapes = [(heads[0], widths[0]), (heads[1], widths[0]), (heads[1], widths[1])]
-    exact = [torch.randn(1024, *shape, device="cuda", requires_grad=True) for shape in shapes]
-    halves = [state.detach().bfloat16().requires_grad_() for state in exact]
-    found = attend_by_kernel(*halves, rows, 0.1, window)
-    expected = attend_row_by_row(*exact, rows, 0.1, window)
+    exact: Any = [torch.randn(1024, *shape, device="cuda", requires_grad=True) for shape in shapes]
+    halves: Any = [state.detach().bfloat16().requires_grad_() for state in exact]
+    found = attend_by_kernel(*halves, rows, 0.1, window)  # type: ignore[call-arg]
+    expected = attend_row_by_row(*exact, rows, 0.1, window)  # type: ignore[call-arg]
     torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
     found.float().square().sum().backward()
     expected.square().sum().backward()

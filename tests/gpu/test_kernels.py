@@ -64,7 +64,7 @@ class TestLoss:
     def twice(self, problem: tuple[Tensor, Tensor, Tensor], loss: Loss) -> list[Tensor]:
         """The loss and the gradient of the states, computed two times."""
         states, head, labels = problem
-        found = []
+        found: list[Tensor] = []
         for _ in range(2):
             states.grad = None
             ours = summed_cross_entropy(states, head, labels, loss)
@@ -245,7 +245,8 @@ class TestOptimizers:
         pytest.importorskip("bitsandbytes")
         from engine.train.optim import build_optimizer
 
-        config = RunConfig(base_model="any", optimizer=name, learning_rate=0.01)
+        keys = {"base_model": "any", "optimizer": name, "learning_rate": 0.01}
+        config = RunConfig.model_validate(keys)
         if dtype == torch.bfloat16 and card.half != dtype:
             pytest.skip("this card has no bfloat16")
         reference = self.network("cpu", dtype).float()
@@ -273,7 +274,8 @@ class TestOptimizers:
         from engine.train.checkpoint import Checkpoints, Position
         from engine.train.optim import build_optimizer
 
-        config = RunConfig(base_model="any", optimizer=name, learning_rate=0.01)
+        keys = {"base_model": "any", "optimizer": name, "learning_rate": 0.01}
+        config = RunConfig.model_validate(keys)
         with card.here():
             first, second = self.network(CUDA, torch.float32), self.network(CUDA, torch.float32)
             optimizers = [build_optimizer(each.items(), config) for each in (first, second)]

@@ -201,7 +201,7 @@ def test_packed_rows_learn_what_separate_ones_do(
 def test_text_is_generated_as_on_a_cpu(card: Card, tmp_path: Path) -> None:
     folder = write_rounded(tmp_path / "model", MINISTRAL3)
     rows = write_rows(tmp_path / "rows", UNEVEN)
-    said = []
+    said: list[list[int]] = []
 
     def say() -> None:
         run = training(tmp_path / f"run-{len(said)}", settings(folder, bf16=False), rows)

@@ -148,8 +148,8 @@ def test_every_figure_may_be_missing(nvml: FakeDriver) -> None:
     nvml.set(*(f"err nvmlDeviceGet{each} 3" for each in questions), H100)
     machine = read_machine()
     (gpu,) = machine.usable_gpus
-    assert gpu.compute_capability is gpu.utilization_percent is gpu.temperature_celsius is None
-    assert (gpu.power_watts, gpu.architecture) == (None, "")
+    assert (gpu.compute_capability, gpu.utilization_percent) == (None, None)
+    assert (gpu.temperature_celsius, gpu.power_watts, gpu.architecture) == (None, None, "")
     assert ids(machine) == set()
 
 

@@ -105,6 +105,6 @@ def test_what_doctor_names(card: str) -> None:
             machine = replace(planned, stack=stack, torch_cuda=cuda)
             said = [*missing_packages(machine)]
             found = [*torch_problems(machine), *toolchain_problems(machine)]
-            commands = [each.command for each in (*said, *found)]
+            commands = [*(each.command for each in said), *(each.command for each in found)]
             assert set(named("\n".join(commands))) <= {*ON_PYPI, OWN}
             assert {name for each in said for name in each.packages} <= ON_PYPI

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -172,7 +172,7 @@ def four_bit(layer: nn.Linear) -> nn.Module:
 
 def build(shape: Shape, layers: int, rank: int, regime: Regime) -> Any:
     """The model as our trainer makes it, on the meta device."""
-    settings = Ministral3Config(
+    settings = Ministral3Config(  # type: ignore[call-arg]
         vocab_size=VOCABULARY,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -183,7 +183,8 @@ def build(shape: Shape, layers: int, rank: int, regime: Regime) -> Any:
         tie_word_embeddings=True,
         attn_implementation=TORCH_VARLEN if regime.flash else "sdpa",
     )
-    model = Ministral3ForCausalLM(settings).to(regime.dtype)
+    model: Any = Ministral3ForCausalLM(settings)
+    model.to(regime.dtype)
     linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     names = [name for name, _ in linear if name != "lm_head"]
     if regime.quantized:
@@ -196,10 +197,8 @@ def build(shape: Shape, layers: int, rank: int, regime: Regime) -> Any:
     if rank == 0:
         return model
     model.requires_grad_(False)
-    settings = LoraConfig(
-        r=rank, lora_alpha=rank, lora_dropout=regime.dropout, target_modules=names
-    )
-    adapted = get_peft_model(model, settings)
+    lora = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=regime.dropout, target_modules=names)
+    adapted = get_peft_model(model, lora)
     leave_inputs_alone(adapted)
     return adapted
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from engine.errors import UserError
+from engine.hardware import attention_backends
 from engine.plan import Device, Heads, Task, choose_attention, heads_of
 from engine.plan.attention import (
-    attention_backends,
     find_backend,
     follow_attention,
     needs_mask,

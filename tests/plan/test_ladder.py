@@ -261,7 +261,8 @@ def test_every_rung_saves_and_holds_those_above_it(
     start = estimate(own, architecture, device)
     rungs = make_fit(own, architecture, device)
     assert start.verdict != "fits" or rungs == ()
-    needed, held = start.device_bytes, set()
+    needed = start.device_bytes
+    held: set[str] = set()
     for rung in rungs:
         assert rung.estimate.device_bytes < needed
         assert held <= set(rung.changes)

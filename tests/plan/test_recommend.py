@@ -27,7 +27,7 @@ NEEDS_NO_REASON = {"base_model", "datasets", "test_datasets"}
 
 
 def advised(
-    architecture: Architecture, device: Device, rows: Statistics | None = None, **fixed: object
+    architecture: Architecture, device: Device, rows: Any = None, **fixed: Any
 ) -> Recommendation:
     return recommend(architecture, device, rows, dataset=OWN if rows else None, fixed=fixed)
 
@@ -210,7 +210,7 @@ class TestWhatTheRowsDecide:
         advice = self.on_a_card(ROWS["many"])
         assert advice.duration
         assert advice.duration.steps > 100
-        trained = ROWS["many"].total_tokens * 0.95  # type: ignore[union-attr]
+        trained = ROWS["many"].total_tokens * 0.95
         assert advice.duration.seconds == pytest.approx(
             trained / advice.duration.tokens_per_second, rel=0.05
         )
@@ -328,7 +328,7 @@ class TestWhatThePersonChose:
         assert advice.estimate.targets == {"q_proj": 26}
 
     def test_nothing_that_was_chosen_is_given_up_to_fit(self) -> None:
-        fixed: dict[str, object] = {"adapter": "lora", "lora_r": 128, "sequence_len": 4096}
+        fixed: dict[str, Any] = {"adapter": "lora", "lora_r": 128, "sequence_len": 4096}
         advice = advised(model("magistral-small-2509"), card("RTX 4090"), **fixed)
         assert advice.estimate.verdict == "does not fit"
         assert (advice.config.adapter, advice.config.lora_r) == ("lora", 128)

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
@@ -174,7 +174,7 @@ def materialize(model: nn.Module, dtype: torch.dtype, vision_on_device: bool) ->
                     kind = _kind(f"{name}.{own}", tensor)
                     more = sum(map(on_card, (fake, *beside)))
                     sizes[kind] = sizes.get(kind, 0) + more
-                held[own] = made[id(tensor)]  # type: ignore[assignment]
+                held[own] = made[id(tensor)]
     return sizes
 
 
@@ -307,7 +307,7 @@ def passes(
         mean = goal = total / 2
         if routings:
             goal = mean + weight * balance_loss(routings, batch["input_ids"] != 0)
-        goal.backward()  # type: ignore[no-untyped-call]
+        goal.backward()
     return after_forward, counter.peak
 
 

@@ -13,7 +13,6 @@ import torch
 from bitsandbytes.autograd._functions import MatMul8bitLt
 from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
 from torch import Tensor
-from torch.nn.attention import varlen
 from transformers import AttentionMaskInterface
 
 from engine.train import attention, loss
@@ -80,7 +79,7 @@ INSIDES: dict[Any, Callable[..., Any]] = {
     torch.ops.bitsandbytes.gemm_4bit.default: _gemm_4bit_default_impl,
     torch.ops.bitsandbytes.int8_vectorwise_quant.default: _vectorwise_quant,
     torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: _mixed_scaled_mm,
-    varlen.torch.ops.torch_attn._varlen_attn_backward.default: _flash_backward,
+    torch.ops.torch_attn._varlen_attn_backward.default: _flash_backward,
 }
 
 
@@ -116,7 +115,7 @@ class _Known(list[int]):
         return list(self)
 
 
-def even_sizes(groups: Groups) -> list[int]:
+def even_sizes(groups: Any) -> list[int]:
     """Rows of each expert where every expert gets as many."""
     experts = len(groups.ends)
     return [(groups.rows * (e + 1)) // experts - groups.rows * e // experts for e in range(experts)]

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from engine.config import DatasetConfig, RunConfig
 
@@ -13,7 +14,7 @@ def config_of(*datasets: DatasetConfig, **keys: object) -> RunConfig:
     return RunConfig.model_validate({"base_model": "any", "datasets": datasets, **keys})
 
 
-def chat(question: str, answer: str = "Fine.") -> dict[str, object]:
+def chat(question: str, answer: str = "Fine.") -> dict[str, Any]:
     """A row with one question and one answer."""
     return {
         "messages": [
@@ -23,7 +24,7 @@ def chat(question: str, answer: str = "Fine.") -> dict[str, object]:
     }
 
 
-def about(*names: object, **columns: object) -> dict[str, object]:
+def about(*names: object, **columns: object) -> dict[str, Any]:
     """A row that asks about images by their names."""
     chunks = [{"type": "image", "path": name} for name in names]
     content = [*chunks, {"type": "text", "text": "What is it?"}]

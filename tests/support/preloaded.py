@@ -11,5 +11,5 @@ from transformers.models.ministral3 import modeling_ministral3  # noqa: F401
 import engine.train.run  # noqa: F401
 from engine.config import parse_config
 
-conversion_mapping.get_checkpoint_conversion_mapping("ministral3")  # type: ignore[no-untyped-call]
+conversion_mapping.get_checkpoint_conversion_mapping("ministral3")
 parse_config("base_model: none\ndatasets: [{path: none.jsonl, type: chat_template}]")

@@ -5,7 +5,7 @@ from typing import Any
 
 from engine.config import write_config
 from engine.config.run import RunConfig
-from engine.events import Eval, EventWriter, Sample, Score, Started, Step
+from engine.events import Eval, Event, EventWriter, Sample, Score, Started, Step
 from engine.runs import RunFolder
 
 
@@ -41,7 +41,7 @@ def write_run(
     run.config.write_text(write_config(config), "utf-8")
     started = Started("r", base_model, "lora", ("GPU-1234",), 1, 4, 12345, {"torch": "2.13.0"})
     with EventWriter(run.events) as events:
-        for event in (
+        recorded: list[Event] = [
             started,
             Sample(0, "Who are you?", "A model.", "before"),
             Sample(0, "row 7, a private question", "secret", "before"),
@@ -52,6 +52,7 @@ def write_run(
             Eval(len(losses), 1.5),
             Sample(len(losses), "Who are you?", "A ```pilot``` \x1b[31mmodel.", "after"),
             Sample(len(losses), "row 7, a private question", "secret", "after"),
-        ):
+        ]
+        for event in recorded:
             events.emit(event)
     return run

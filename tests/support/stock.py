@@ -6,7 +6,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -67,7 +67,7 @@ def _flatten(module: Linear8bitLt) -> None:
         rows: Tensor = stock(inputs.flatten(0, -2))
         return rows.view(*inputs.shape[:-1], -1)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward  # type: ignore[assignment]
 
 
 def open_adapter(model: Any, folder: Path) -> Any:

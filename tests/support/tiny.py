@@ -147,7 +147,7 @@ def edit_weights(folder: Path, changes: Mapping[str, torch.Tensor | None]) -> No
 def settings(base: Path | str = "base", **keys: Any) -> RunConfig:
     """A config in float32 for rows of at most 128 tokens."""
     defaults = {"base_model": str(base), "bf16": False, "sequence_len": 128, "seed": 5}
-    return RunConfig(**(defaults | keys))
+    return RunConfig.model_validate(defaults | keys)
 
 
 Row = list[tuple[int, Kind]]
@@ -249,7 +249,7 @@ def files_at_most(limit_bytes: int) -> Iterator[None]:
 
 def steps(run: Training, count: int) -> list[tuple[float, float]]:
     """Take `count` steps from where the run is; returns each loss and a random number after it."""
-    found = []
+    found: list[tuple[float, float]] = []
     for number, batch in run.order.steps(run.position.step):
         if len(found) == count:
             break

@@ -125,9 +125,9 @@ def test_flash_attention_is_told_where_rows_begin_in_a_batch_of_several_sequence
         """What FlashAttention computes of the arguments that transformers hands on to it."""
         assert (given["max_length_q"], given["max_length_k"], attention_mask) == (25, 25, None)
         assert given["cu_seq_lens_q"] is given["cu_seq_lens_k"]
-        flat = [state.transpose(1, 2).flatten(0, 1) for state in (q, k, v)]
+        query, key, value = (state.transpose(1, 2).flatten(0, 1) for state in (q, k, v))
         told = Segments(given["cu_seq_lens_q"], given["max_length_q"])
-        return attend_row_by_row(*flat, told).unflatten(0, (2, 40)), None
+        return attend_row_by_row(query, key, value, told).unflatten(0, (2, 40)), None
 
     attend = hand_over_rows(kernel)
     module: Any = SimpleNamespace()

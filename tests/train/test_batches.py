@@ -245,7 +245,7 @@ def test_any_cut_loses_no_token(
     many: Rows, rows: int, packs: bool, micro: int, accumulated: int, epochs: float, seed: int
 ) -> None:
     chosen = many.first(rows)
-    keys = {"sample_packing": packs, "micro_batch_size": micro, "seed": seed}
+    keys: dict[str, Any] = {"sample_packing": packs, "micro_batch_size": micro, "seed": seed}
     config = settings(gradient_accumulation_steps=accumulated, num_epochs=epochs, **keys)
     order = Order(chosen, config)
     seen = Counter(row for rows in walk(order) for row in rows)

@@ -47,7 +47,7 @@ def test_its_matrices_and_their_gradients_are_bfloat16_and_near_those_of_float32
         loss, _ = run.gradients(run.order.step(1))
         found.append((loss, gradients(run.model)))
     named = dict(trained_parameters(run.model))
-    kinds = {("magnitude" in n, p.dtype, p.grad.dtype) for n, p in named.items()}  # type: ignore[union-attr]
+    kinds = {("magnitude" in n, p.dtype, p.grad.dtype) for n, p in named.items()}
     expected = {(False, torch.bfloat16, torch.bfloat16)}
     if "peft_use_dora" in keys:
         expected.add((True, torch.float32, torch.float32))

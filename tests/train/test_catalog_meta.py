@@ -226,7 +226,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
             "num_experts_per_tok": 1,
             "n_shared_experts": draw(st.integers(1, 2)),
             "first_k_dense_replace": draw(st.integers(0, 3)),
-            "q_lora_rank": draw(st.none() | widths),
+            "q_lora_rank": draw(st.none() | widths),  # type: ignore[dict-item]
             "kv_lora_rank": draw(widths),
             "qk_nope_head_dim": draw(widths),
             "qk_rope_head_dim": draw(widths),

@@ -38,7 +38,9 @@ from tests.support.tiny import (
 FULL = {"learning_rate": 0.01, "num_epochs": 4}
 LORA = FULL | {"adapter": "lora", "lora_dropout": 0.1}
 # One matrix and one vector of the model: saves are small, so that a test can make many.
-SMALL = {"unfrozen_parameters": [r"model\.norm", r"model\.layers\.0\.self_attn\.k_proj"]}
+SMALL: dict[str, Any] = {
+    "unfrozen_parameters": [r"model\.norm", r"model\.layers\.0\.self_attn\.k_proj"]
+}
 
 
 class TestRoundTrip:

@@ -166,7 +166,7 @@ class TestAccumulation:
         self, ministral: Path, uneven: Rows, tmp_path: Path, adapter: str | None, packs: bool
     ) -> None:
         # The epsilon keeps AdamW's first step, g / (|g| + eps), from being a sign alone.
-        keys = {"adapter": adapter, "sample_packing": packs, "sequence_len": 41}
+        keys: dict[str, Any] = {"adapter": adapter, "sample_packing": packs, "sequence_len": 41}
         keys |= {"adam_epsilon": 1e-4, "learning_rate": 1e-2, "max_grad_norm": 0.1}
         few, many = (
             self.take_step(
@@ -189,7 +189,7 @@ class TestAccumulation:
         self, ministral: Path, make_rows: Callable[[list[Row]], Rows], tmp_path: Path
     ) -> None:
         short, long = row(3, 1, seed=1), row(3, 40, seed=2)
-        alone = []
+        alone: list[float] = []
         for rows in ([short], [long]):
             prepared = make_rows(rows)
             run = training(tmp_path / str(len(alone)), settings(ministral), prepared)

@@ -129,7 +129,7 @@ class TestTheLayer:
         base = form(4, 64, 128, dtype)
         base.take(iter(torch.randn(4, 128, 64) * 0.1), torch.device("cpu"))
         config = peft.LoraConfig(r=rank, lora_alpha=5)
-        layer = LoraGrouped(base, "default", config, r=rank, lora_alpha=5)
+        layer: Any = LoraGrouped(base, "default", config, r=rank, lora_alpha=5)
         wake_adapter(layer)
         experts = torch.tensor([0] * 5 + [1] * 3 + [3] * 9)
         rows = torch.randn(17, 64).to(dtype)

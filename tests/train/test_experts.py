@@ -38,7 +38,7 @@ QUANTIZED = {
 }
 
 
-def stock_experts(dtype: torch.dtype = torch.float32, **sizes: int) -> Mistral4Experts:
+def stock_experts(dtype: torch.dtype = torch.float32, **sizes: Any) -> Mistral4Experts:
     """transformers' layer, not square in any way, with random weights."""
     config = Mistral4Config(
         hidden_size=64, moe_intermediate_size=128, n_routed_experts=EXPERTS, **sizes
@@ -251,7 +251,7 @@ class TestBalance:
         with watch_routers(model) as routings:
             model.model(input_ids=ids, use_cache=False)
         assert len(routings) == 2
-        logits = tuple(logits for logits, _ in routings)
+        logits: Any = tuple(logits for logits, _ in routings)
         expected = load_balancing_loss_func(logits, 8, 2, real.long())
         assert balance_loss(routings, real).item() == pytest.approx(expected.item(), rel=1e-6)
         assert balance_loss(routings, real).item() > 2.0

@@ -119,7 +119,7 @@ def in_stock(run: Training, base: Path, home: Path, method: Method) -> Any:
 def answers(run: Training, model: Any, row: dict[str, Tensor]) -> tuple[list[int], list[int]]:
     """Greedy tokens after a row's images and first words: ours, and those of stock `generate`."""
     prompt = row["input_ids"][:, : max(PROMPT_TOKENS, row["input_ids"].shape[1] - MADE_TOKENS)]
-    images = {key: row[key] for key in ("pixels", "image_sizes") if key in row}
+    images: dict[str, Any] = {key: row[key] for key in ("pixels", "image_sizes") if key in row}
     ours = generate(
         run.model, CPU, prompt[0].tolist(), images=images, end=-1, max_new_tokens=MADE_TOKENS
     )
@@ -164,7 +164,7 @@ def test_a_step_is_taken_saved_and_read_by_stock_tools(
     run.step(1, run.order.step(1))
     after = stock.logits_of_ours(run.model, row)
     assert stock.distance(after, before) > 0.01
-    model = in_stock(run, base, tmp_path, method)
+    model: Any = in_stock(run, base, tmp_path, method)
     near = 1e-5 if method.tolerance < 0.01 else method.logits
     assert stock.distance(after, stock.logits(model, row)) < near
     if near < 0.01:
@@ -186,8 +186,9 @@ def test_an_adapter_in_the_vision_tower_learns_from_images_and_stock_peft_sees_w
     assert len(found[0]) == len([p for p in run.model.parameters() if p.requires_grad])
     assert all(gradient.abs().max() > 0 for gradient in found[0].values())
     run.step(1, run.order.step(1))
-    model = in_stock(run, base, tmp_path, method)
-    assert set(model.targeted_module_names) == set(run.model.targeted_module_names)
+    trained: Any = run.model
+    model: Any = in_stock(run, base, tmp_path, method)
+    assert set(model.targeted_module_names) == set(trained.targeted_module_names)
     row = stock.row_of(mixed, 2)
     ours = stock.logits_of_ours(run.model, row)
     assert stock.distance(ours, stock.logits(model, row)) < 1e-3

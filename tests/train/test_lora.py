@@ -68,13 +68,13 @@ def test_the_expression_for_all_layers_covers_them_and_nothing_else(table: Any) 
 def test_the_adapter_lands_on_exactly_what_was_chosen(any_model: Path, wish: Any) -> None:
     config = settings(any_model, adapter="lora", lora_target_modules=wish)
     architecture = read_architecture(any_model)
-    model = attach_lora(loaded(any_model).model, architecture, config)
+    model: Any = attach_lora(loaded(any_model).model, architecture, config)
     assert adapted(model) == set(choose_targets(architecture.table, config))
 
 
 def test_many_layers_are_stored_as_one_expression(any_model: Path) -> None:
     config = settings(any_model, adapter="lora")
-    model = attach_lora(loaded(any_model).model, read_architecture(any_model), config)
+    model: Any = attach_lora(loaded(any_model).model, read_architecture(any_model), config)
     stored = model.peft_config["default"].target_modules
     assert isinstance(stored, str)
     assert r"layers\.\d+\.self_attn\.o_proj" in stored
@@ -90,7 +90,7 @@ def test_a_model_that_is_not_built_as_described_is_refused(tmp_path: Path, minis
 class TestWhatMoves:
     def test_the_adapters_settings_are_the_configs(self, ministral: Path) -> None:
         config = settings(ministral, adapter="lora", lora_r=4, lora_alpha=12, lora_dropout=0.25)
-        model = attach_lora(loaded(ministral).model, read_architecture(ministral), config)
+        model: Any = attach_lora(loaded(ministral).model, read_architecture(ministral), config)
         layer = model.base_model.model.model.layers[0].mlp.up_proj
         assert layer.lora_A["default"].weight.shape == (4, 64)
         assert layer.scaling["default"] == 3.0

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.plan.trainer import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
+from engine.plan.trainer import CHUNK_BYTES, SMALLEST_CHUNK_BYTES, chunk_rows
 from engine.train import loss as module
 from engine.train.loss import Loss, score_tokens, shift, summed_cross_entropy
 from tests.fakes.kernels import check_product, matrix_product
@@ -173,7 +173,7 @@ def test_any_chunk_gives_the_same_and_repeats_bit_for_bit(head: Tensor, dtype: t
     narrow = head[:, :32].to(dtype) * 8
     states, targets = states_of(narrow, 300)
     found = {
-        size: run(states, narrow, targets, module.chunk_rows(size, VOCABULARY))
+        size: run(states, narrow, targets, chunk_rows(size, VOCABULARY))
         for size in (SMALLEST_CHUNK_BYTES, CHUNK_BYTES[0])
     }
     few, many = found.values()

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from engine.errors import UserError
+from engine.train.device import pick_device, pick_dtype
 from engine.train.forward import half_precision, head_of, hidden_states
-from engine.train.model import load_base, pick_device, pick_dtype
+from engine.train.model import load_base
 from tests.support.tiny import (
     ARCHITECTURES,
     MINISTRAL3,

@@ -21,10 +21,10 @@ from engine.train.offload import activations, decoder_layers, head_at_hand
 from engine.train.offload.transfer import Hosted, HostMemory
 from engine.train.weights import export_trained
 from tests.support import stock
+from tests.support.methods import NF4
 from tests.support.offloading import (
     BASES,
     EVERYTHING,
-    NF4,
     NF4_EXPERTS,
     OFFLOADS,
     PLAIN,
@@ -149,7 +149,7 @@ class TestLayers:
         self, deep_model: Callable[[str], Path], uneven: Rows, tmp_path: Path
     ) -> None:
         run = begun(tmp_path, deep_model("mistral4"), uneven, **NF4_EXPERTS, **OFFLOADS["layers"])
-        frozen = [t for t in run.model.parameters() if not t.requires_grad]
+        frozen: list[Tensor] = [t for t in run.model.parameters() if not t.requires_grad]
         frozen += [b for b in run.model.buffers() if b.dtype == torch.uint8]
         stayed = sum(t.untyped_storage().nbytes() for t in frozen if t.ndim > 1)
         tables = sum(2 * t.nbytes for t in (head_of(run.model),))

@@ -16,7 +16,8 @@ from engine.train.forward import head_of, unwrapped
 from engine.train.model import load_base
 from engine.train.offload import decoder_layers
 from engine.train.offload.transfer import Hosted, HostMemory
-from tests.support.offloading import NF4, OFFLOADS, begun
+from tests.support.methods import NF4
+from tests.support.offloading import OFFLOADS, begun
 from tests.support.tiny import settings
 
 CPU = torch.device("cpu")

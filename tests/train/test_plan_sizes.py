@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn.modules import Params4bit
 from ruamel.yaml import YAML
 from torch import nn
 

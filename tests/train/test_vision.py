@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from engine.chat.render import Kind, LabelRule, Rendered
 from engine.chat.tokenizer import TokenizerSpec, build_tokenizer
 from engine.errors import WorkError
+from engine.plan.vision import PATCHES_AT_ONCE
 from engine.train import forward
 from engine.train.batches import Order, Rows, collate, evaluation_micros
 from engine.train.evaluate import evaluating, score
@@ -156,7 +157,7 @@ class TestSameNumbers:
         tensors = collate(mixed, [range(len(mixed))], LabelRule()).tensors
         found = []
         with torch.no_grad():
-            for patches in (forward.PATCHES_AT_ONCE, 40, 1):
+            for patches in (PATCHES_AT_ONCE, 40, 1):
                 monkeypatch.setattr(forward, "PATCHES_AT_ONCE", patches)
                 found.append(hidden_states(model, tensors))
         torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)

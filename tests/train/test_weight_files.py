@@ -112,7 +112,7 @@ def test_a_file_that_does_not_read_back_is_an_error(tmp_path: Path) -> None:
             write_file(
                 tmp_path / "file",
                 entries_of(tensors),
-                lambda entry, times=times: iter([tensors[entry.name]] * times),
+                lambda entry, times=times: iter([tensors[entry.name]] * times),  # type: ignore[misc]
             )
 
 

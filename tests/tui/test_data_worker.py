@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.support.stand_in import SAMPLE
 from tui.data_worker import DataWorker
 
 
-def place(path: str = SAMPLE, folder: Path = Path()) -> dict:
+def place(path: str = SAMPLE, folder: Path = Path()) -> dict[str, Any]:
     config = {"base_model": "demo-tiny", "datasets": [{"path": path}]}
     return {"config": config, "folder": str(folder)}
 
@@ -29,7 +30,7 @@ def test_requests_are_answered_by_id_and_a_preview_does_not_wait_for_a_count(tmp
     async def work() -> None:
         worker = DataWorker()
         name = rows(tmp_path / "many.jsonl", 20_000)
-        told: list[dict] = []
+        told: list[dict[str, Any]] = []
         await worker.ask("preview", row=1, count=1, **place())
         count = asyncio.create_task(
             worker.ask("check", progress=told.append, **place(name, tmp_path))
@@ -68,7 +69,7 @@ def test_a_killed_process_is_a_sentence_and_the_next_request_starts_another(tmp_
         first = worker.process_id
         asked = asyncio.create_task(worker.ask("check", **place(name, tmp_path)))
         await asyncio.sleep(0.1)
-        os.kill(first, signal.SIGKILL)
+        os.kill(first, signal.SIGKILL)  # type: ignore[arg-type]
         with pytest.raises(UserError, match="signal 9"):
             await asked
         assert (await worker.ask("shape", count=1, **place()))["columns"] == ["messages"]

@@ -78,7 +78,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write(values: Mapping[str, Any]) -> Path:
     base = {"base_model": "ministral-3-3b", "datasets": [{"path": "rows.jsonl"}]}
     path = Path("config.yml").absolute()
-    path.write_text(json.dumps(base | {"adapter": "lora", "lora_r": 8} | values), "utf-8")
+    path.write_text(json.dumps({**base, "adapter": "lora", "lora_r": 8, **values}), "utf-8")
     return path
 
 

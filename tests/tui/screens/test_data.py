@@ -253,7 +253,7 @@ def test_a_worker_that_is_killed_is_a_sentence_and_r_reads_again(folder) -> None
             await screen.press("down")
             await screen.until("rows so far")
             await screen.until(" MB")
-            os.kill(screen.app.data_worker.process_id, signal.SIGKILL)
+            os.kill(screen.app.data_worker.process_id, signal.SIGKILL)  # type: ignore[arg-type]
             await screen.until("It was stopped by signal 9.")
             await screen.press("up")
             await screen.until("104 to learn from")

@@ -344,18 +344,17 @@ def test_the_largest_model_of_each_planned_card_is_the_one_that_is_proposed(
 ) -> None:
     async def work() -> None:
         async with machine_page((120, 40)) as screen:
+
+            def listed(*parts: str) -> bool:
+                return any(all(p in line for p in parts) for line in screen.text.splitlines())
+
             await screen.until("❯ this computer's CPU")
             await screen.press("p")
             for card, can_give, model in (
                 ("T4", "14.2", "Ministral 3 8B"),
                 ("A10", "21.4", "Magistral Small 1.2"),
             ):
-                await screen.until(
-                    lambda card=card, can_give=can_give, model=model: any(
-                        f" {card} " in line and can_give in line and model in line
-                        for line in screen.text.splitlines()
-                    )
-                )
+                await screen.until(partial(listed, f" {card} ", can_give, model))
 
     run(work())
 

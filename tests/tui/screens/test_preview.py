@@ -73,7 +73,7 @@ def test_it_shows_the_very_arrays_that_training_reads(tmp_path) -> None:
             for index in range(2):
                 await screen.until(f"row {index + 1} of 2")
                 view = screen.app.screen.query_one(TokenView)
-                await screen.until(lambda view=view: view.row is not None)
+                await screen.until(lambda view=view: view.row is not None)  # type: ignore[misc]
                 ids, kinds = prepared.ids(index), prepared.kinds(index)
                 expected = labels(ids, kinds, LabelRule(thinking=False)).tolist()
                 assert list(view.row.ids) == ids.tolist()
@@ -278,9 +278,9 @@ def test_a_worker_that_is_killed_is_a_sentence_and_r_reads_again(tmp_path) -> No
         rows = [chat(f"question {n}", "a") for n in range(60)]
         async with opened(draft_of(tmp_path, *rows), "Preview") as screen:
             await screen.until("✓ good")
-            os.kill(screen.app.data_worker.process_id, signal.SIGSTOP)
+            os.kill(screen.app.data_worker.process_id, signal.SIGSTOP)  # type: ignore[arg-type]
             await screen.press("g", "5", "0", "enter")
-            os.kill(screen.app.data_worker.process_id, signal.SIGKILL)
+            os.kill(screen.app.data_worker.process_id, signal.SIGKILL)  # type: ignore[arg-type]
             await screen.until("It was stopped by signal 9")
             await screen.press("r")
             await screen.until("✓ good")
