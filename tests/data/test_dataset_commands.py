@@ -143,15 +143,15 @@ class TestPreview:
         assert "\x1b" not in out
 
     def test_a_terminal_underlines_unless_no_color_is_set(self, run, config_file, monkeypatch):
-        monkeypatch.setattr(dataset, "_underlines", lambda: True)
+        monkeypatch.setattr(dataset, "underlines", lambda: True)
         _, out, _ = run("preview", config_file, "--row", 1)
         assert "\x1b[4ma\x1b[24m" in out
         assert "underlined: learned" in out
 
     def test_a_terminal_gets_lines_no_wider_than_itself(self, run, write_jsonl, model, monkeypatch):
         path = write_jsonl([chat("why " * 40, "because " * 40 + "\nit is"), 7])
-        monkeypatch.setattr(dataset, "_columns", lambda: 60)
-        monkeypatch.setattr(dataset, "_underlines", lambda: True)
+        monkeypatch.setattr(dataset, "terminal_columns", lambda: 60)
+        monkeypatch.setattr(dataset, "underlines", lambda: True)
         _, out, _ = run("preview", path, "--model", model, "--all")
         plain = re.sub(r"\x1b\[\d+m", "", out).splitlines()
         assert max(map(len, plain)) <= 60

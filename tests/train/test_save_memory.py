@@ -12,8 +12,8 @@ import pytest
 from torch import Tensor
 
 from engine.catalog import read_architecture
-from engine.plan import estimate
-from engine.plan.memory import moment_parts, trained
+from engine.plan import estimate, trainer
+from engine.plan.memory import moment_parts
 from engine.train import weight_files
 from engine.train.batches import Rows
 from engine.train.fitcheck.peak_memory import CpuPeakMemory
@@ -23,7 +23,7 @@ from tests.support.machines import card, config, cpu, model
 from tests.support.tiny import MINISTRAL3, settings, training, write_model
 
 WIDE = MINISTRAL3 | {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 4096}
-WHOLE_PIECE_BYTES, PIECE_BYTES = trained.PIECE_BYTES, 2**18
+WHOLE_PIECE_BYTES, PIECE_BYTES = trainer.PIECE_BYTES, 2**18
 GENERATOR_BYTES = 8192
 """The state of torch's random generator, beside which nothing else is there."""
 LORA = {"adapter": "lora", "lora_r": 64, "lora_target_linear": True, "lora_dropout": 0.0}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engine.chat.render import Kind, LabelRule, Rendered
 from engine.chat.tokenizer import TokenizerSpec, build_tokenizer
 from engine.errors import WorkError
-from engine.plan.vision import PATCHES_AT_ONCE
+from engine.plan.trainer import PATCHES_AT_ONCE
 from engine.train import forward
 from engine.train.batches import Order, Rows, collate, evaluation_micros
 from engine.train.evaluate import evaluating, score
@@ -187,7 +187,7 @@ class TestSameNumbers:
         packed = settings(ministral, sample_packing=True, sequence_len=128)
         ours, theirs = (score(base.model, base, mixed, c) for c in (packed, separate))
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
-        assert ours.learned_tokens == theirs.learned_tokens
+        assert ours.tokens_by_kind == theirs.tokens_by_kind
 
 
 def stock_step(folder: Path, rows: Rows) -> tuple[float, dict[str, torch.Tensor]]:
