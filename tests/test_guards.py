@@ -213,7 +213,7 @@ GUARDS = {
     ),
     "a full fine-tune freezes tower and projector": Guard(
         "engine/plan/targets.py",
-        "if row.group not in EYES.values()]",
+        "if row.group not in VISION.values()]",
         "if row.group]",
         f"{VISION}::TestWhatMoves::test_a_full_fine_tune_leaves_tower_and_projector_as_they_are",
     ),

@@ -107,7 +107,7 @@ def show_planned(planned: Sequence[Prospect], device: Device) -> str:
                 _short(needs.total_parameters),
                 f"{VERDICT_MARKS[needs.verdict]} {needs.verdict}",
                 gib(needs.device_bytes),
-                (config.adapter or "full") + (", RAM" if prospect.plan.waits_in_ram else ""),
+                (config.adapter or "full") + (", RAM" if prospect.plan.offloads else ""),
                 f"{config.sequence_len:,}",
                 f"{needs.tokens_at_once:,}",
             )

@@ -21,7 +21,7 @@ from engine.plan.documents import (
 from engine.plan.duration import Duration, expected_duration, pace_of
 from engine.plan.ladder import (
     Alternative,
-    faster_words,
+    describe_faster,
     list_alternatives,
     make_faster,
     make_fit,
@@ -62,11 +62,11 @@ __all__ = [
     "choose_attention",
     "compare_peer",
     "cpu_device",
+    "describe_faster",
     "device_document",
     "estimate",
     "estimate_document",
     "expected_duration",
-    "faster_words",
     "gpu_device",
     "heads_of",
     "list_alternatives",

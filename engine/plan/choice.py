@@ -41,7 +41,7 @@ LOST_SECONDS = 1800
 MOST_SAVES, LEAST_SAVES = 8, 2
 """Of an epoch; each comes with an evaluation."""
 OUTLIER = 2
-"""A row that has so many times the tokens of 99 in 100 decides no length."""
+"""Rows of more than twice the 99th percentile's tokens do not decide the length of a sequence."""
 USUAL_LENGTHS = {"text": 2048, "vision": 2048, "tools": 4096, "think": 8192}
 """Until the rows are counted: most conversations; with tools and their results; with thoughts."""
 
@@ -69,8 +69,8 @@ class Choice:
     images: bool = False
     """Whether the rows have images."""
     goal: Goal = "text"
-    layers_may_wait: bool = True
-    """Whether layers may wait in RAM to make the plan fit, which can take many times as long."""
+    may_offload_layers: bool = True
+    """Whether layers may be offloaded to make the plan fit, which can take many times as long."""
     values: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -155,7 +155,7 @@ class Choice:
         if self.architecture.table.total_parameters >= CHECKPOINTED_MODEL:
             self.put("gradient_checkpointing", True, "a third slower, a fraction of the memory")
         self.put("sequence_len", length, reason)
-        least = {"lora_r": 16, "optimizer": "adamw_bnb_8bit", **self._waiting()}
+        least = {"lora_r": 16, "optimizer": "adamw_bnb_8bit", **self._offloading()}
         shorter = length
         while self.needs(sequence_len=shorter, **least).verdict != "fits" and shorter > 1024:
             shorter //= 2
@@ -163,8 +163,8 @@ class Choice:
         if shorter < length and self.needs(sequence_len=shorter, **least).verdict == "fits":
             self.put("sequence_len", shorter, self._cut(shorter))
 
-    def _waiting(self) -> dict[str, object]:
-        """What makes room without leaving a row out: what can wait in RAM does."""
+    def _offloading(self) -> dict[str, object]:
+        """What makes room without leaving a row out: all that can be offloaded is."""
         config = self.config()
         if not (self.device.has_ram_beside and config.gradient_checkpointing):
             return {}
@@ -267,7 +267,7 @@ class Choice:
     def fit(self) -> None:
         """Take the rungs that lead to a better verdict; none changes what the person chose."""
         needed = self.needs()
-        keep = {*self.fixed, *(() if self.layers_may_wait else ("layer_offloading",))}
+        keep = {*self.fixed, *(() if self.may_offload_layers else ("layer_offloading",))}
         rungs = make_fit(self.config(), self.architecture, self.device, self.statistics, keep=keep)
         if not rungs or _RANKS[rungs[-1].estimate.verdict] <= _RANKS[needed.verdict]:
             return

@@ -6,8 +6,8 @@ is known from published runs only, so the answer is a rough one until a measurem
 `windtunnel fit`, or the run's own first steps.
 
 Operations a token: 2 a weight forward, 2 again where checkpointing computes the layer a second
-time, 2 for the gradient of its input, and 2 for its own where it moves (PaLM, arXiv 2204.02311,
-appendix B). Attention inside a row of n tokens: 2 n a number of the queries forward, half of what
+time, 2 for the gradient of its input, and 2 for its own where it is trained (PaLM, arXiv
+2204.02311, appendix B). Attention inside a row of n tokens: 2 n a number of the queries forward, half of what
 it takes without its mask, and 2.5 times that backward (FlashAttention-2, arXiv 2307.08691). A
 vision tower has the same for each patch, without a mask to halve it.
 """
@@ -23,7 +23,7 @@ from engine.hardware import speed_of
 from engine.plan.device import Device
 from engine.plan.layers import recomputed_layers, widths
 from engine.plan.memory import frozen_of, kept_in_ram, packed_numbers, tokens_at_once
-from engine.plan.targets import trained_parameters, trains_eyes
+from engine.plan.targets import trainable_parameters, trains_vision
 from engine.plan.trainer import PATCHES_AT_ONCE
 from engine.plan.vision import image_share, patches_of, tokens_of_one_image, tower_of
 
@@ -145,8 +145,8 @@ def _operations(config: RunConfig, table: ModuleTable, row_tokens: float) -> flo
     computed once at any rate."""
     again = _again(config, table)
     numbers = passed_numbers(table) * 2 * (2 + again) - 2 * again * _head_numbers(table)
-    moving = trained_parameters(table, config)
-    numbers += 2 * moving * (3 + again if config.adapter else 1)
+    trained = trainable_parameters(table, config)
+    numbers += 2 * trained * (3 + again if config.adapter else 1)
     sizes = widths(table)
     attention = 2 * row_tokens * _query_width(table) * sizes.layers
     return numbers + attention * (1 + again + 2.5)
@@ -182,7 +182,7 @@ def tower_operations(
     patch = 2 * sizes["vision"] + 4 * together * tower.hidden * tower.layers
     forward = seen * (patch + 2 * sizes["projector"] / tower.merged)
     again = 1 if config.gradient_checkpointing else 0
-    return forward * (3 + again) if trains_eyes(table, config) else forward
+    return forward * (3 + again) if trains_vision(table, config) else forward
 
 
 @lru_cache(maxsize=32)

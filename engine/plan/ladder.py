@@ -143,7 +143,7 @@ def make_faster(
     return best
 
 
-def faster_words(faster: Alternative) -> str:
+def describe_faster(faster: Alternative) -> str:
     """That change, what it needs and what it gains, in one sentence."""
     needs = faster.estimate
     size = f"{needs.device_bytes / GIB:.1f} of {gib(needs.can_give_bytes)}"

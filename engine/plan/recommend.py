@@ -45,8 +45,8 @@ class Recommendation:
     """Of training; None for a card that is not known."""
 
     @property
-    def waits_in_ram(self) -> bool:
-        """Whether the plan fits only because something waits in this computer's memory."""
+    def offloads(self) -> bool:
+        """Whether the plan fits only because something is offloaded to this computer's memory."""
         config = self.config
         return bool(
             config.layer_offloading or config.activation_offloading or config.offload_embeddings
@@ -140,8 +140,8 @@ def _recommend(asked: _Asked, fixed: dict[str, object]) -> Recommendation:
     free = choice = _choose(asked, {})
     if fixed:
         # A value that a person changes makes no plan slow by itself: that is asked for.
-        waits = "layer_offloading" in free.values
-        choice = _choose(asked, _with_method(fixed), layers_may_wait=waits)
+        offloaded = "layer_offloading" in free.values
+        choice = _choose(asked, _with_method(fixed), may_offload_layers=offloaded)
     config = choice.config()
     needs = estimate(config, architecture, device, statistics)
     reasons = {key: _own_reason(free, key, value) for key, value in choice.fixed.items()}
@@ -172,7 +172,7 @@ def _with_method(fixed: dict[str, object]) -> dict[str, object]:
     return {"load_in_4bit": fixed["adapter"] == "qlora", **fixed} if "adapter" in fixed else fixed
 
 
-def _choose(asked: _Asked, fixed: dict[str, object], *, layers_may_wait: bool = True) -> Choice:
+def _choose(asked: _Asked, fixed: dict[str, object], *, may_offload_layers: bool = True) -> Choice:
     architecture, dataset = asked.architecture, asked.dataset
     choice = Choice(
         architecture,
@@ -182,7 +182,7 @@ def _choose(asked: _Asked, fixed: dict[str, object], *, layers_may_wait: bool = 
         fixed,
         asked.images,
         asked.goal,
-        layers_may_wait,
+        may_offload_layers,
     )
     recipe = find_recipe(architecture, dataset)
     if recipe is None or not recipe.whole:

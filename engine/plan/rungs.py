@@ -159,7 +159,7 @@ def recomputing(config: RunConfig, layers: int, count: int) -> dict[str, object]
 
 
 def embeddings_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
-    """Embedding and head wait in RAM."""
+    """Embedding and head are offloaded to RAM."""
     frozen = config.adapter and not config.lora_modules_to_save
     if place.device.has_ram_beside and frozen and not config.offload_embeddings:
         keys = {"offload_embeddings": True}
@@ -168,7 +168,7 @@ def embeddings_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
 
 
 def states_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
-    """What checkpointing keeps waits in RAM."""
+    """What checkpointing keeps is offloaded to RAM."""
     if place.device.has_ram_beside and config.gradient_checkpointing:
         keys = {"activation_offloading": True}
         if not config.activation_offloading:
@@ -217,11 +217,11 @@ def narrow_adapter(config: RunConfig, place: Place) -> Iterator[Change]:
 
 
 def layers_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
-    """As few of the frozen layers as will do wait in RAM; all where that is not enough."""
-    waits = place.device.has_ram_beside and config.adapter and config.gradient_checkpointing
+    """As few of the frozen layers as will do are offloaded; all where that is not enough."""
+    can = place.device.has_ram_beside and config.adapter and config.gradient_checkpointing
     layers = widths(place.architecture.table).layers
     now = (config.offloaded_layers or layers) if config.layer_offloading else 0
-    if not waits or now >= layers:
+    if not can or now >= layers:
         return
 
     def keys(count: int) -> dict[str, object]:

@@ -34,7 +34,7 @@ def propose(prospects: tuple[Prospect, ...], device: Device) -> Prospect:
     if device.kind == "cpu":
         return next(p for p in trained if not p.card.repositories)
     fitting = [p for p in trained if p.plan.estimate.verdict == "fits"]
-    whole = [p for p in fitting if not p.plan.waits_in_ram]
+    whole = [p for p in fitting if not p.plan.offloads]
     return max(whole or trained[:1], key=_rank)
 
 

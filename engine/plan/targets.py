@@ -1,4 +1,4 @@
-"""What of a model moves, by name and by count, before anything is loaded.
+"""What of a model is trained, by name and by count, before anything is loaded.
 
 Separate from `memory` because here a run can learn nothing without a word: an entry that matches
 nothing, or one that would land in the vision tower, whose modules end in the same names. The
@@ -20,7 +20,7 @@ Matches: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
 """Each entry of a config's targets with the names that it matches."""
 ALL_LINEAR = "lora_target_linear"
 """The entry of `count_targets` for every linear layer."""
-EYES: dict[str, Group] = {"vision_tower": "vision", "multi_modal_projector": "projector"}
+VISION: dict[str, Group] = {"vision_tower": "vision", "multi_modal_projector": "projector"}
 """What an expression has to spell to reach beyond the language model."""
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
@@ -114,20 +114,20 @@ def saved_parameters(table: ModuleTable, config: RunConfig) -> int:
     return sum(prod(row.shape) for row in table.parameters if row.module in chosen)
 
 
-def trained_parameters(table: ModuleTable, config: RunConfig) -> int:
-    """Numbers that move: the adapter and what is saved whole, or those of `free_parameters`."""
+def trainable_parameters(table: ModuleTable, config: RunConfig) -> int:
+    """Trainable numbers: the adapter and what is saved whole, or those of `trainable_names`."""
     if config.adapter:
         return adapter_parameters(table, config) + saved_parameters(table, config)
-    free = free_parameters(table, config)
-    return sum(prod(row.shape) for row in table.parameters if row.name in free)
+    names = trainable_names(table, config)
+    return sum(prod(row.shape) for row in table.parameters if row.name in names)
 
 
-def largest_moving(table: ModuleTable, config: RunConfig) -> int:
-    """Numbers of the largest tensor that moves: a weight, or one of the two factors of a module's
+def largest_trainable(table: ModuleTable, config: RunConfig) -> int:
+    """Numbers of the largest trainable tensor: a weight, or one of the two factors of a module's
     or of a fused expert tensor's adapter."""
     if not config.adapter:
-        free = free_parameters(table, config)
-        return max((row.count for row in table.parameters if row.name in free), default=0)
+        names = trainable_names(table, config)
+        return max((row.count for row in table.parameters if row.name in names), default=0)
     saved = choose_saved(table, config)
     whole = max((row.count for row in table.parameters if row.module in saved), default=0)
     longest = _longest_edge(table, _modules(table, config), choose_stacks(table, config))
@@ -135,12 +135,12 @@ def largest_moving(table: ModuleTable, config: RunConfig) -> int:
 
 
 def trains_head(table: ModuleTable, config: RunConfig) -> bool:
-    """Whether the head's own weight moves, or the embedding that it shares."""
+    """Whether the head's own weight is trained, or the embedding that it shares."""
     head = next(row for row in table.parameters if row.group == "head")
     if config.adapter:
         saved = choose_saved(table, config)
         return bool(saved) and (head.tied or head.module in saved)
-    return not free_parameters(table, config).isdisjoint(_names(table, [head]))
+    return not trainable_names(table, config).isdisjoint(_names(table, [head]))
 
 
 def is_tied(table: ModuleTable) -> bool:
@@ -148,23 +148,23 @@ def is_tied(table: ModuleTable) -> bool:
     return any(row.tied for row in table.parameters)
 
 
-def moves_embedding(table: ModuleTable, config: RunConfig) -> bool:
-    """Whether the embedding's own weight moves."""
+def trains_embedding(table: ModuleTable, config: RunConfig) -> bool:
+    """Whether the embedding's own weight is trained."""
     embedding = next(row for row in table.parameters if row.group == "embedding")
     if config.adapter:
         return embedding.module in choose_saved(table, config)
-    return embedding.name in free_parameters(table, config)
+    return embedding.name in trainable_names(table, config)
 
 
-def trains_eyes(table: ModuleTable, config: RunConfig) -> bool:
-    """Whether anything of the vision tower or the projector moves."""
-    eyes = [row for row in table.parameters if row.group in EYES.values()]
+def trains_vision(table: ModuleTable, config: RunConfig) -> bool:
+    """Whether anything of the vision tower or the projector is trained."""
+    vision = [row for row in table.parameters if row.group in VISION.values()]
     if config.adapter:
-        return not {row.module for row in eyes}.isdisjoint(choose_targets(table, config))
-    return not free_parameters(table, config).isdisjoint(row.name for row in eyes)
+        return not {row.module for row in vision}.isdisjoint(choose_targets(table, config))
+    return not trainable_names(table, config).isdisjoint(row.name for row in vision)
 
 
-def free_parameters(table: ModuleTable, config: RunConfig) -> frozenset[str]:
+def trainable_names(table: ModuleTable, config: RunConfig) -> frozenset[str]:
     """Names of the parameters that a full fine-tune trains; a tied head goes by the embedding's.
 
     Without `unfrozen_parameters` that is the language model: tower and projector stay. An
@@ -172,12 +172,12 @@ def free_parameters(table: ModuleTable, config: RunConfig) -> frozenset[str]:
     of each part of the language model's names. Raises UserError for one that matches nothing.
     """
     expressions = config.unfrozen_parameters
-    return _free(table, None if expressions is None else tuple(expressions))
+    return _trainable(table, None if expressions is None else tuple(expressions))
 
 
 @lru_cache(maxsize=32)
-def _free(table: ModuleTable, expressions: tuple[str, ...] | None) -> frozenset[str]:
-    language = [row for row in table.parameters if row.group not in EYES.values()]
+def _trainable(table: ModuleTable, expressions: tuple[str, ...] | None) -> frozenset[str]:
+    language = [row for row in table.parameters if row.group not in VISION.values()]
     if expressions is None:
         return _names(table, language)
     found: list[Parameter] = []
@@ -267,7 +267,7 @@ def _find(
     modules = _in_layers(linear_targets(table), layers)
     found = [(ALL_LINEAR, modules)] if every else []
     if isinstance(named, str):
-        spelled = [group for word, group in EYES.items() if word in named]
+        spelled = [group for word, group in VISION.items() if word in named]
         seeing = (r.module for r in table.parameters if r.quantizable and r.group in spelled)
         return (*found, (named, _match_expression(named, (*modules, *seeing))))
     for ending in named or ():

@@ -11,7 +11,7 @@ from functools import lru_cache
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
 from engine.data.statistics import Statistics
-from engine.plan.targets import trains_eyes
+from engine.plan.targets import trains_vision
 from engine.plan.trainer import PATCHES_AT_ONCE
 
 IMAGE_PIXELS = 1024
@@ -108,7 +108,7 @@ def tower_works(config: RunConfig, table: ModuleTable, statistics: Statistics | 
     """Whether a run needs the vision tower: for images in its rows, or because it is trained."""
     if tower_of(table) is None:
         return False
-    return image_share(config, statistics) > 0 or trains_eyes(table, config)
+    return image_share(config, statistics) > 0 or trains_vision(table, config)
 
 
 def tower_bytes(
@@ -132,7 +132,7 @@ def tower_bytes(
     own = 0 if at_once == lone and base_bytes == 4 else 3 * tower.patch**2 * base_bytes
     held = at_once * (own + one + base_bytes * at_once)  # the mask: a number of its type a pair
     pixels = patches * 3 * tower.patch**2 * 4
-    if not trains_eyes(table, config):
+    if not trains_vision(table, config):
         return pixels, held
     kept = tower.hidden * base_bytes if config.gradient_checkpointing else one
     return pixels + patches * tower.layers * kept, held

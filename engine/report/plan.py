@@ -16,8 +16,8 @@ from engine.plan import (
     Recommendation,
     Statistics,
     best_device,
+    describe_faster,
     estimate,
-    faster_words,
 )
 from engine.plan.sharding import cards_needed
 from engine.plan.trainer import refuse_bf16, why_float32
@@ -127,7 +127,7 @@ def duration_lines(duration: Duration | None) -> list[str]:
 
 def faster_lines(faster: Alternative | None) -> list[str]:
     """What the room that is left could be used for."""
-    return [f"· {faster_words(faster)}"] if faster else []
+    return [f"· {describe_faster(faster)}"] if faster else []
 
 
 def ladder_lines(needs: Estimate, rungs: Sequence[Alternative]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from engine.catalog import Architecture
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.plan.targets import choose_saved, choose_stacks, choose_targets, free_parameters
+from engine.plan.targets import choose_saved, choose_stacks, choose_targets, trainable_names
 from engine.train.experts import adapt
 from engine.train.forward import frozen_inputs, head_of
 from engine.train.optim import is_lora_matrix
@@ -194,11 +194,11 @@ def _no_adapter(folder: Path, why: str) -> UserError:
 def choose_trained(
     model: PreTrainedModel, architecture: Architecture, config: RunConfig
 ) -> PreTrainedModel:
-    """Full fine-tune: let the plan's `free_parameters` move and freeze the rest.
+    """Full fine-tune: train the plan's `trainable_names` and freeze the rest.
 
     Raises UserError for an expression that matches nothing.
     """
-    free = free_parameters(architecture.table, config)
+    names = trainable_names(architecture.table, config)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in free)
+        parameter.requires_grad_(name in names)
     return model

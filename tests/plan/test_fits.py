@@ -56,7 +56,7 @@ def cell_architecture(cell: Cell) -> Architecture:
 
 def sampled_cells(count: int) -> list[Cell]:
     """Cells with everything on the card, one of each model first, the same ones each time."""
-    whole = [cell for cell in every_cell() if not cell.advice.waits_in_ram]
+    whole = [cell for cell in every_cell() if not cell.advice.offloads]
     text = [cell for cell in whole if cell.goal != "vision" and cell.device.computes_bf16]
     random.Random(4).shuffle(text)
     first = {cell.model: cell for cell in reversed(text)}

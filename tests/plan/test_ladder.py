@@ -11,8 +11,8 @@ from engine.config import require_supported
 from engine.plan import (
     Alternative,
     changed,
+    describe_faster,
     estimate,
-    faster_words,
     list_alternatives,
     make_faster,
     make_fit,
@@ -100,7 +100,7 @@ class TestFaster:
         assert faster.changes == {"gradient_checkpointing": False}
         assert "every layer computed once: about 4" in faster.trade
         assert faster.estimate.verdict == "fits"
-        assert faster_words(faster).startswith("gradient_checkpointing=false would fit: ")
+        assert describe_faster(faster).startswith("gradient_checkpointing=false would fit: ")
 
     def test_a_smaller_one_as_many_as_there_is_room_for(self) -> None:
         start, device = config(**self.START), sized(18)

@@ -131,7 +131,7 @@ class TestWhatMemoryDecides:
         assert advice.estimate.verdict == "fits"
         assert advice.config.offload_embeddings
         assert "without it" in advice.reasons["offload_embeddings"]
-        assert advice.waits_in_ram
+        assert advice.offloads
 
     def test_no_row_is_left_out_while_something_can_wait_in_ram(self) -> None:
         advice = advised(model("magistral-small-2509"), card("RTX 4090"), dataset(500, 300, 9000))

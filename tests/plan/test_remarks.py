@@ -1,4 +1,4 @@
-"""What a config does less of on its model than it seems to say is told in a sentence."""
+"""What a config does less of on its model than it seems to say is said in a sentence."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +17,10 @@ ROUTERS = {"overrides_of_model_config": {"output_router_logits": True}}
 
 
 def test_an_expression_that_reaches_few_layers_is_counted_and_the_others_named() -> None:
-    (told,) = remarks(read_config(EXAMPLE).config, model("mistral-small-4"))
-    assert told.startswith("the adapter sits on o_proj alone: 36 of 288 linear layers; ")
+    (remark,) = remarks(read_config(EXAMPLE).config, model("mistral-small-4"))
+    assert remark.startswith("the adapter sits on o_proj alone: 36 of 288 linear layers; ")
     for missed in ("q_a_proj", "kv_b_proj", "gate_proj", "up_proj", "down_proj"):
-        assert missed in told.split(";")[1]
+        assert missed in remark.split(";")[1]
 
 
 @pytest.mark.parametrize("name", [card.name for card in list_models()])
@@ -43,19 +43,19 @@ def test_a_wish_that_reaches_what_it_names_is_no_surprise(keys: dict[str, Any]) 
 
 def test_one_layer_of_all_is_a_surprise_without_endings_that_are_left_out() -> None:
     asked = config(lora_target_modules=r".*\.layers\.0\..*")
-    (told,) = remarks(asked, model("ministral-3-3b"))
-    assert "alone: 7 of 182 linear layers. " in told
+    (remark,) = remarks(asked, model("ministral-3-3b"))
+    assert "alone: 7 of 182 linear layers. " in remark
 
 
 def test_routers_are_balanced_only_where_there_are_experts() -> None:
-    (told,) = remarks(config(**ROUTERS), model("mistral-medium-3.5"))
-    assert told.startswith("output_router_logits has no effect")
+    (remark,) = remarks(config(**ROUTERS), model("mistral-medium-3.5"))
+    assert remark.startswith("output_router_logits has no effect")
     assert remarks(config(**ROUTERS), model("mistral-small-4")) == ()
 
 
-def test_weights_that_cannot_be_read_are_told_before_a_run_is_refused() -> None:
-    (told,) = remarks(config(), replace(model("ministral-3-3b"), checkpoint="gptq"))
-    assert told.startswith("Its weights are stored as GPTQ")
+def test_weights_that_cannot_be_read_are_reported_before_a_run_is_refused() -> None:
+    (remark,) = remarks(config(), replace(model("ministral-3-3b"), checkpoint="gptq"))
+    assert remark.startswith("Its weights are stored as GPTQ")
 
 
 @pytest.mark.parametrize("says", [{"sliding_window": 4096}, {}], ids=["it says so", "it is silent"])

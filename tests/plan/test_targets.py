@@ -14,9 +14,9 @@ from engine.plan.targets import (
     choose_stacks,
     choose_targets,
     count_targets,
-    free_parameters,
     saved_parameters,
-    trained_parameters,
+    trainable_names,
+    trainable_parameters,
 )
 from tests.support.machines import MODELS, config, model
 
@@ -123,7 +123,7 @@ class TestCounts:
         table = model(name).table
         counts = table.counts_by_group()
         seen = counts["vision"] + counts["projector"]
-        assert trained_parameters(table, config(adapter=None)) == table.total_parameters - seen
+        assert trainable_parameters(table, config(adapter=None)) == table.total_parameters - seen
 
 
 class TestTheEyes:
@@ -220,7 +220,7 @@ class TestSavedWhole:
         counts = table.counts_by_group()
         assert saved_parameters(table, asked) == counts["head"] + counts["embedding"]
         adapter = adapter_parameters(table, asked)
-        assert trained_parameters(table, asked) == adapter + saved_parameters(table, asked)
+        assert trainable_parameters(table, asked) == adapter + saved_parameters(table, asked)
 
     @pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
     def test_a_tied_head_is_the_embedding(self, names: list[str]) -> None:
@@ -239,7 +239,7 @@ class TestFreeParameters:
     TABLE = model("magistral-small-2509").table
 
     def free(self, *expressions: str) -> frozenset[str]:
-        return free_parameters(self.TABLE, config(adapter=None, unfrozen_parameters=expressions))
+        return trainable_names(self.TABLE, config(adapter=None, unfrozen_parameters=expressions))
 
     def test_an_expression_is_held_against_the_start_of_names(self) -> None:
         names = {row.name for row in self.TABLE.parameters}
@@ -262,8 +262,8 @@ class TestFreeParameters:
     def test_a_tied_head_frees_the_embedding(self) -> None:
         table = model("ministral-3-3b").table
         asked = config(adapter=None, unfrozen_parameters=["lm_head"])
-        assert free_parameters(table, asked) == {"model.language_model.embed_tokens.weight"}
-        assert trained_parameters(table, asked) == table.counts_by_group()["embedding"]
+        assert trainable_names(table, asked) == {"model.language_model.embed_tokens.weight"}
+        assert trainable_parameters(table, asked) == table.counts_by_group()["embedding"]
 
     @pytest.mark.parametrize("expression", ["^embed_tokens", "ayers", "lm_head2"])
     def test_one_that_matches_nothing_is_refused(self, expression: str) -> None:

@@ -13,7 +13,7 @@ import transformers
 
 from engine.catalog import read_architecture
 from engine.errors import UserError
-from engine.plan.targets import trained_parameters as planned_parameters
+from engine.plan.targets import trainable_parameters as planned_parameters
 from engine.train.batches import Rows
 from engine.train.forward import half_precision, head_of
 from engine.train.loop import Training

@@ -17,7 +17,7 @@ from engine.hardware import assume
 from engine.plan import WEIGHTS, Estimate, cpu_device, estimate
 from engine.plan.layers import Widths, inference_bytes, kept_bytes, transient_bytes
 from engine.plan.memory import moment_parts
-from engine.plan.targets import adapter_parameters, count_targets, trained_parameters
+from engine.plan.targets import adapter_parameters, count_targets, trainable_parameters
 from engine.train.batches import Order, Rows
 from engine.train.lora import attach_lora, choose_trained
 from engine.train.model import load_base
@@ -103,7 +103,7 @@ class TestCounts:
         config = settings(any_model, unfrozen_parameters=wish)
         architecture = read_architecture(any_model)
         model = choose_trained(load_base(any_model, config).model, architecture, config)
-        assert moving(model) == trained_parameters(architecture.table, config) > 0
+        assert moving(model) == trainable_parameters(architecture.table, config) > 0
 
 
 class TestWeights:
@@ -128,7 +128,7 @@ class TestWeights:
         assert parts["vision"] + parts["projector"] == held_bytes(*seen)
 
 
-class TestWhatMoves:
+class TestTrainable:
     @pytest.mark.parametrize(
         ("keys", "tolerance"),
         [

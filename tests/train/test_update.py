@@ -13,7 +13,7 @@ from engine.config import RunConfig
 from engine.plan.memory.formula import _step
 from engine.plan.memory.moments import CPU_BYTES, FOREACH_BYTES, update_bytes
 from engine.plan.memory.stack import WINDTUNNEL
-from engine.plan.targets import adapter_parameters, choose_targets, largest_moving
+from engine.plan.targets import adapter_parameters, choose_targets, largest_trainable
 from engine.train.batches import Rows
 from engine.train.fitcheck.peak_memory import CpuPeakMemory
 from engine.train.optim import build_optimizer, take_step
@@ -119,7 +119,7 @@ def test_on_a_gpu_only_that_and_what_is_widened_count(tmp_path: Path) -> None:
     def counted(name: str, **keys: Any) -> tuple[float, int, int]:
         config = settings(tmp_path / "model", optimizer=name, **keys)
         step = _step(config, architecture, card("H100 80GB"), None, WINDTUNNEL)
-        return update_bytes(step), step.moving.all, largest_moving(step.table, config)
+        return update_bytes(step), step.trainable.all, largest_trainable(step.table, config)
 
     for keys in KINDS.values():
         plain, numbers, largest = counted("adamw_torch", **keys)
@@ -154,4 +154,4 @@ def test_the_largest_tensor_that_moves_is_that_of_the_model(
     config = settings(base, **keys)
     model = training(base, config, uneven).model
     made = max(p.numel() for p in model.parameters() if p.requires_grad)
-    assert largest_moving(read_architecture(base).table, config) == made
+    assert largest_trainable(read_architecture(base).table, config) == made

@@ -2,7 +2,7 @@
 
 formula  the estimate: parts, peak, range, verdict
 frozen   the model's own weights, on the device or in RAM
-trained  adapter, gradients, optimizer
+trainable  adapter, gradients, optimizer
 moments  what each moment of a run that can be its fullest holds
 ranks    one card's share of a run on several
 host     this computer's memory and disk

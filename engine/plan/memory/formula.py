@@ -17,7 +17,7 @@ from engine.plan.memory.host import disk_bytes, host_bytes
 from engine.plan.memory.moments import Step, cuts_loss, kept_states, list_moments
 from engine.plan.memory.ranks import cards_of_a_copy, divide
 from engine.plan.memory.stack import DIFFERENCES, WINDTUNNEL, Stack
-from engine.plan.memory.trained import moving_numbers, trained_bytes
+from engine.plan.memory.trainable import trainable_numbers, trained_bytes
 from engine.plan.targets import count_targets
 from engine.plan.trainer import (
     CHUNK_BYTES,
@@ -75,7 +75,7 @@ def estimate(
         can_give_bytes=device.can_give_bytes,
         host_bytes=needed if device.kind == "cpu" else host_bytes(step, frozen, sizes),
         disk_bytes=disk_bytes(step, architecture, sizes, statistics),
-        trainable_parameters=step.moving.all,
+        trainable_parameters=step.trainable.all,
         total_parameters=sizes.all,
         targets=count_targets(step.table, config) if config.adapter else {},
         tokens_at_once=step.tokens,
@@ -183,7 +183,7 @@ def _step(
         _learned_at_once(config, tokens, statistics),
         of_images,
         tokens_of_one_image(architecture, of_images, statistics),
-        moving_numbers(table, config),
+        trainable_numbers(table, config),
         stack,
     )
 
@@ -218,7 +218,7 @@ def _roomiest(step: Step, frozen: Frozen, cards: int) -> tuple[Step, dict[str, d
 
 def _moments(step: Step, frozen: Frozen, cards: int) -> dict[str, dict[str, float]]:
     trained = trained_bytes(
-        step.config, step.moving, step.base_bytes, step.stack, pages=step.offloads
+        step.config, step.trainable, step.base_bytes, step.stack, pages=step.offloads
     )
     moments = list_moments(step, frozen, trained)
     if cards == 1:

@@ -25,12 +25,12 @@ from engine.plan.layers import (
 )
 from engine.plan.memory.frozen import Frozen
 from engine.plan.memory.stack import Stack
-from engine.plan.memory.trained import EIGHT_BIT, Moving, adapter_bytes
+from engine.plan.memory.trainable import EIGHT_BIT, Trainable, adapter_bytes
 from engine.plan.targets import (
     expert_adapter_parameters,
     is_tied,
-    largest_moving,
-    moves_embedding,
+    largest_trainable,
+    trains_embedding,
     trains_head,
 )
 from engine.plan.trainer import (
@@ -72,7 +72,7 @@ SPLIT_BYTES: Final = 4
 JOIN_BYTES: Final = 8
 """On a CPU `engine.train.optim.join` adds the cut-off bits by way of a copy in int32."""
 ROUND_BYTES: Final = 12
-"""Of `engine.train.optim.round_at_random`: chance, the sum with it, and that shifted."""
+"""Of `engine.train.optim.round_at_random`: the random bits, the sum with them, and that shifted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Step:
     """Of them, image tokens."""
     largest_image: int
     """Tokens that one image can have."""
-    moving: Moving
+    trainable: Trainable
     stack: Stack
     chunk_bytes: int = SMALLEST_CHUNK_BYTES
     """Float32 logits that the loss holds at once."""
@@ -155,7 +155,7 @@ def list_moments(
 
 def _piece_bytes(step: Step) -> int:
     """Of the largest tensor that is saved or read back, what a save and a resume have at once."""
-    return min(PIECE_BYTES, 4 * largest_moving(step.table, step.config))
+    return min(PIECE_BYTES, 4 * largest_trainable(step.table, step.config))
 
 
 def _adds_up(step: Step) -> bool:
@@ -177,7 +177,7 @@ def _gradients(step: Step, resting: Mapping[str, float]) -> Mapping[str, float]:
 
 
 def _forms_table(step: Step) -> bool:
-    return moves_embedding(step.table, step.config) and step.stack.keeps_rest
+    return trains_embedding(step.table, step.config) and step.stack.keeps_rest
 
 
 def _embedding_bytes(step: Step) -> int:
@@ -252,8 +252,8 @@ def _loss_bytes(step: Step) -> float:
     if cuts_loss(step):
         return learned + every
     logits = _logits_bytes(step, step.chunk_bytes)
-    # Beside a chunk in half precision: its slope in the head's type, and the product of the two in
-    # float32. In float32 the slope is the chunk, and the targets' rows of the head come beside.
+    # Beside a chunk in half precision: its gradient in the head's type, and the product of the two
+    # in float32. In float32 the gradient is the chunk, and the targets' rows of the head come beside.
     share = sizes.hidden / sizes.vocabulary
     chunk = logits * (1.5 + share if step.base_bytes == 2 else 1 + 2 * share)
     if not (trains_head(step.table, step.config) and stack.keeps_rest):
@@ -281,7 +281,7 @@ def _logits_bytes(step: Step, chunk_bytes: int) -> int:
 
 
 def _table_bytes(step: Step, layer: float, kept: float) -> float:
-    """What the layers' part of a backward pass holds where the embedding moves.
+    """What the layers' part of a backward pass holds where the embedding is trained.
 
     Its gradient is a whole table, at the end, when nothing is kept any more. Of a tied one that of
     the head waits through the whole pass to be added to it.
@@ -336,13 +336,13 @@ def update_bytes(step: Step) -> float:
     Weights in bfloat16 are moved in float32, a few at a time or the largest alone, each with its
     gradient: 4 bytes more, or 2 of a weight whose cut-off bits wait beside it meanwhile.
     """
-    moving, stack, cpu = step.moving, step.stack, step.device.kind == "cpu"
-    largest = largest_moving(step.table, step.config)
-    whole = moving.whole if step.base_bytes == 2 and stack.keeps_rest else 0
-    factors = moving.adapter if adapter_bytes(step.config, stack) == 2 else 0
+    trainable, stack, cpu = step.trainable, step.stack, step.device.kind == "cpu"
+    largest = largest_trainable(step.table, step.config)
+    whole = trainable.whole if step.base_bytes == 2 and stack.keeps_rest else 0
+    factors = trainable.adapter if adapter_bytes(step.config, stack) == 2 else 0
     widened = min(whole + factors, max(WIDENED_NUMBERS, largest))
     cut = max(ROUND_BYTES * bool(factors), (JOIN_BYTES if cpu else SPLIT_BYTES) * bool(whole))
-    at_once = moving.all - whole - factors + widened
+    at_once = trainable.all - whole - factors + widened
     return (4 if factors else 2) * widened + max(cut * largest, _working(step, largest, at_once))
 
 

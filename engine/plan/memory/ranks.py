@@ -32,5 +32,5 @@ def divide(parts: Mapping[str, float], step: Step, cards: int) -> dict[str, floa
     apart = config.expert_parallel_size or 1
     each += parts.get("experts", 0) * (0 if apart > 1 else 1)
     gathered = GATHERED_LAYERS * each / layers + parts.get("embeddings", 0)
-    moving = 0.0 if config.adapter else parts.get("gradients", 0) / layers
-    return shares | {"gathered": gathered + moving}
+    scattered = 0.0 if config.adapter else parts.get("gradients", 0) / layers
+    return shares | {"gathered": gathered + scattered}

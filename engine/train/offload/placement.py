@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from engine.catalog import ModuleTable
 from engine.config import RunConfig
-from engine.plan.targets import EYES, trains_eyes
+from engine.plan.targets import VISION, trains_vision
 from engine.train.offload.layers import LayerTurns, movable_tensors
 from engine.train.offload.tables import offload_tables
 from engine.train.offload.transfer import HostMemory
 
 _HOST = torch.device("cpu")
-_EYES = re.compile(rf"(^|\.)({'|'.join(EYES)})\.")
+_VISION = re.compile(rf"(^|\.)({'|'.join(VISION)})\.")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -39,8 +39,8 @@ class Placement:
         self.eyes_wait = (
             not images
             and device.type != "cpu"
-            and any(_EYES.search(row.name) for row in table.parameters)
-            and not trains_eyes(table, config)
+            and any(_VISION.search(row.name) for row in table.parameters)
+            and not trains_vision(table, config)
         )
         """Whether the vision tower and the projector stay in RAM, as nothing will use them."""
         tables = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -55,7 +55,7 @@ class Placement:
 
     def device_of(self, name: str) -> torch.device:
         """Where the tensor `name` is to be once it is read."""
-        waits = self.eyes_wait and _EYES.search(name)
+        waits = self.eyes_wait and _VISION.search(name)
         looked_up = self._offloads_tables and name in self._tables
         return _HOST if waits or looked_up else self._device
 
@@ -65,7 +65,7 @@ class Placement:
         At once: the next one may find no room beside it.
         """
         found = _LAYER.search(name)
-        if self._turns is None or found is None or _EYES.search(name):
+        if self._turns is None or found is None or _VISION.search(name):
             return
         layer = int(found[1])
         if layer < self._offloaded:

@@ -15,8 +15,8 @@ from engine.plan import (
     Device,
     Estimate,
     best_device,
+    describe_faster,
     estimate,
-    faster_words,
     make_faster,
     make_fit,
 )
@@ -51,7 +51,7 @@ def roomy_lines(draft: Draft, columns: int) -> list[Content]:
     assert draft.device is not None
     place = draft.architecture(), draft.device, draft.statistics
     faster = make_faster(draft.config(), *place)
-    more = fold(faster_words(faster), columns) if faster else []
+    more = fold(describe_faster(faster), columns) if faster else []
     return [Content("it fits as it is"), *map(Content, more)]
 
 

@@ -1,4 +1,4 @@
-"""What moves in a run, with its gradients and its optimizer's state.
+"""What is trained in a run, with its gradients and its optimizer's state.
 
 Separate from `frozen` because each trained number is held up to four times, in types of its own.
 """
@@ -12,7 +12,7 @@ from engine.config import RunConfig
 from engine.plan.memory.stack import Stack
 from engine.plan.targets import (
     adapter_parameters,
-    trained_parameters,
+    trainable_parameters,
 )
 
 REST_BYTES = 2
@@ -31,8 +31,8 @@ PAGED = ("paged_adamw_8bit", "paged_adamw_32bit")
 
 
 @dataclass(frozen=True, slots=True)
-class Moving:
-    """Numbers that move."""
+class Trainable:
+    """Numbers that are trained."""
 
     adapter: int
     whole: int
@@ -43,10 +43,10 @@ class Moving:
         return self.adapter + self.whole
 
 
-def moving_numbers(table: ModuleTable, config: RunConfig) -> Moving:
+def trainable_numbers(table: ModuleTable, config: RunConfig) -> Trainable:
     """How many numbers of the adapter and of whole weights `config` trains."""
     adapter = adapter_parameters(table, config) if config.adapter else 0
-    return Moving(adapter, trained_parameters(table, config) - adapter)
+    return Trainable(adapter, trainable_parameters(table, config) - adapter)
 
 
 def adapter_bytes(config: RunConfig, stack: Stack) -> int:
@@ -60,23 +60,23 @@ def state_bytes(config: RunConfig, stack: Stack) -> float:
 
 
 def trained_bytes(
-    config: RunConfig, moving: Moving, base_bytes: int, stack: Stack, *, pages: bool
+    config: RunConfig, trainable: Trainable, base_bytes: int, stack: Stack, *, pages: bool
 ) -> dict[str, float]:
     """Adapter, gradients and optimizer state on the device, which `pages` paged state out or not.
 
     Weights that are trained whole keep their type, and beside an adapter they are a copy.
     """
     narrow = adapter_bytes(config, stack)
-    held = moving.adapter * narrow + moving.whole * base_bytes
+    held = trainable.adapter * narrow + trainable.whole * base_bytes
     paged = pages and config.optimizer in PAGED
-    state = 0.0 if paged else moving.all * state_bytes(config, stack)
+    state = 0.0 if paged else trainable.all * state_bytes(config, stack)
     return {
         "adapter": held if config.adapter else 0,
         "gradients": held,
-        "optimizer": state + rest_bytes(moving, base_bytes, stack),
+        "optimizer": state + rest_bytes(trainable, base_bytes, stack),
     }
 
 
-def rest_bytes(moving: Moving, base_bytes: int, stack: Stack) -> int:
+def rest_bytes(trainable: Trainable, base_bytes: int, stack: Stack) -> int:
     """What is kept beside whole weights in bfloat16, so that small steps move them."""
-    return REST_BYTES * moving.whole if base_bytes == 2 and stack.keeps_rest else 0
+    return REST_BYTES * trainable.whole if base_bytes == 2 and stack.keeps_rest else 0
