@@ -7,9 +7,9 @@ is known from published runs only, so the answer is a rough one until a measurem
 
 Operations a token: 2 a weight forward, 2 again where checkpointing computes the layer a second
 time, 2 for the gradient of its input, and 2 for its own where it is trained (PaLM, arXiv
-2204.02311, appendix B). Attention inside a row of n tokens: 2 n a number of the queries forward, half of what
-it takes without its mask, and 2.5 times that backward (FlashAttention-2, arXiv 2307.08691). A
-vision tower has the same for each patch, without a mask to halve it.
+2204.02311, appendix B). Attention inside a row of n tokens: 2 n a number of the queries forward,
+half of what it takes without its mask, and 2.5 times that backward (FlashAttention-2, arXiv
+2307.08691). A vision tower has the same for each patch, without a mask to halve it.
 """
 
 from dataclasses import dataclass

@@ -253,7 +253,8 @@ def _loss_bytes(step: Step) -> float:
         return learned + every
     logits = _logits_bytes(step, step.chunk_bytes)
     # Beside a chunk in half precision: its gradient in the head's type, and the product of the two
-    # in float32. In float32 the gradient is the chunk, and the targets' rows of the head come beside.
+    # in float32. In float32 the gradient is the chunk, and the targets' rows of the head come
+    # beside.
     share = sizes.hidden / sizes.vocabulary
     chunk = logits * (1.5 + share if step.base_bytes == 2 else 1 + 2 * share)
     if not (trains_head(step.table, step.config) and stack.keeps_rest):
