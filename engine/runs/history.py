@@ -31,6 +31,8 @@ from engine.units import GIB
 
 LOG_LINES: Final = 500
 _RECENT_STEPS: Final = 30
+_NOTHING_SECONDS: Final = 0.5
+"""Between two steps: the clocks of a step and of its event are read apart."""
 
 _REPORTED_BY_RESULT: Final = frozenset({"evaluate", "save"})
 
@@ -65,6 +67,35 @@ class Answer:
     text: str
 
 
+@dataclass(slots=True)
+class Between:
+    """What a launch does between two steps: evaluations, samples and saves."""
+
+    began_time: float = math.nan
+    """Unix seconds of the end of the newest step."""
+    last: float = 0.0
+    """Seconds that it took the last time, which is what it takes after the last step."""
+    _total: float = 0.0
+    _steps: int = -1
+    """The first one has what is done before any step."""
+
+    def begin(self, time: float) -> None:
+        """The step has ended."""
+        self.began_time = time
+
+    def end(self, time: float) -> None:
+        """The next step begins."""
+        self._steps += 1
+        spent = time - self.began_time
+        if spent > _NOTHING_SECONDS:
+            self.last = spent
+            self._total += spent if self._steps else 0.0
+
+    @property
+    def seconds_a_step(self) -> float:
+        return self._total / self._steps if self._steps > 0 else 0.0
+
+
 class History:
     """The state of a run after the events that were added, in their order."""
 
@@ -96,7 +127,10 @@ class History:
         self.grad_norm = Series()
         self.tokens_per_second = Series()
         self.memory_gib = Series()
+        self.phase_time = math.nan
+        """Unix seconds at which `phase` began."""
         self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._between = Between()
 
     def add(self, events: Iterable[Recorded]) -> None:
         """Take in events, oldest first."""
@@ -118,10 +152,12 @@ class History:
 
     @property
     def seconds_left(self) -> float:
-        """Until the last step at the speed of the last ones, without evaluations and saves."""
+        """From the newest step to the end of the run: steps at the speed of the last ones, and
+        evaluations and saves as they went so far."""
         if self.total_steps is None:
             return math.nan
-        return (self.total_steps - self.steps_done) * self.step_seconds
+        steps = self.total_steps - self.steps_done
+        return steps * (self.step_seconds + self._between.seconds_a_step) + self._between.last
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -142,7 +178,7 @@ class History:
             case Started():
                 self._start(event, time)
             case Step():
-                self._take_step(event)
+                self._take_step(event, time)
             case Phase():
                 self._take_phase(event, time)
             case Eval():
@@ -172,6 +208,7 @@ class History:
                 self._log(time, event)
             case Ack():
                 self.acks[event.id] = event
+                self._between.begin(time)  # a pause is no work that comes again
             case Ended():
                 self.ended, self.phase = event, None
                 self._log(time, event)
@@ -180,12 +217,15 @@ class History:
         self.started, self.total_steps = event, event.total_steps
         self.ended = self.phase = self.shortage = None
         self.began_time = time
+        self._between = Between(time)
         if not self.loss.raw:
             # A thirtieth of the run: follows a fall in 100 steps, calms the noise of 10,000.
             self.loss = Series(span=min(50.0, max(3.0, event.total_steps / 30)))
         self._log(time, event)
 
-    def _take_step(self, step: Step) -> None:
+    def _take_step(self, step: Step, time: float) -> None:
+        self._between.end(time - step.seconds)
+        self._between.begin(time)
         if self.step and step.step <= self.step.step:
             self._rewind(step.step)
         self.step, self.phase = step, None
@@ -214,6 +254,7 @@ class History:
 
     def _take_phase(self, phase: Phase, time: float) -> None:
         if self.phase is None or self.phase.name != phase.name:
+            self.phase_time = time
             if self.ended:  # a new launch of a run that had ended
                 self.ended, self.began_time = None, time
             if phase.name not in _REPORTED_BY_RESULT:

@@ -235,6 +235,18 @@ def test_loading_says_what_is_waited_for(tmp_path: Path) -> None:
     line = wording.headline(history_of(told), "running", BEGAN)
     assert (line.mark, line.word, line.share) == ("◌", "loading", 0.25)
     assert line.text == "reading the data: 3 of 12 rows"
+    told.tell(Phase("hashing", 9, 12, "rows"), seconds=2)
+    line = wording.headline(history_of(told), "running", BEGAN + 12)
+    assert line.text == "reading the data: 9 of 12 rows  0:12"
+
+
+def test_the_time_that_is_left_runs_down_during_a_step(tmp_path: Path) -> None:
+    told = ToldRun(tmp_path / "run")
+    told.begin()
+    told.train(1, 95)
+    history = history_of(told)
+    for quiet, left in ((0, "0:36 left"), (6, "0:30 left"), (43, "0:00 left")):
+        assert left in wording.headline(history, "running", told.time + quiet).text
 
 
 def test_the_first_step_is_awaited_in_words(tmp_path: Path) -> None:

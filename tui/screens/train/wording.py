@@ -20,6 +20,8 @@ _PATIENCE_SECONDS: Final = 10.0
 _PHASE_SECONDS: Final = 600.0
 """Reading 250 GB of weights from a slow disk tells nothing for minutes."""
 _MANY_SECONDS: Final = 300.0
+_CLOCK_SECONDS: Final = 3.0
+"""Longer waits have a clock: what stands still looks dead."""
 _RISES: Final = 3
 
 
@@ -132,7 +134,7 @@ def _running(history: History, now: float) -> Headline:
     if history.phase:
         if quiet > _PHASE_SECONDS:
             return _silent(history, quiet)
-        return _in_phase(history)
+        return _in_phase(history, now)
     if not history.started:
         return Headline("◌", "loading", "the trainer's process has begun")
     if not history.step:
@@ -144,16 +146,18 @@ def _running(history: History, now: float) -> Headline:
     tail = ""
     if math.isfinite(left):
         done = datetime.fromtimestamp(history.last_time + left).strftime("%H:%M")
-        tail = f"   {duration(left)} left, done {done}"
+        tail = f"   {duration(left - quiet)} left, done {done}"
     return Headline("▶", "training", steps(history) + tail, _share(history))
 
 
-def _in_phase(history: History) -> Headline:
+def _in_phase(history: History, now: float) -> Headline:
     phase = history.phase
     assert phase
     line = event_line(phase)
     assert line is not None
-    words = str(line)
+    words, waited = str(line), now - history.phase_time
+    if waited >= _CLOCK_SECONDS:
+        words += f"  {duration(waited)}"
     if history.started and history.step:
         word = "checking" if phase.name == "evaluate" else "training"
         return Headline("▶", word, f"{steps(history)}  {words}", _share(history))
