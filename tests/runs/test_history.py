@@ -62,13 +62,18 @@ STEPS = [dataclasses.replace(step_event(n, 6), seconds=2.0) for n in range(1, 7)
 
 
 def test_what_is_done_after_the_last_step_is_part_of_the_time_that_is_left() -> None:
-    """Six steps of 2 s and a last evaluation as long as the first one: 30 s."""
+    """Four steps of 2 s, and a last evaluation as long as the first one, 30 s."""
     history = timed((0, STARTED), (30, Eval(0, 1.0)), (32, STEPS[0]), (34, STEPS[1]))
     assert history.seconds_left == 4 * 2.0 + 30
 
 
 def test_evaluations_in_between_come_again_and_a_pause_does_not() -> None:
-    begun = [(0.0, STARTED), (2.0, STEPS[0]), (4.0, STEPS[1]), (14.0, Eval(2, 1.0))]
+    begun: list[tuple[float, Event]] = [
+        (0.0, STARTED),
+        (2.0, STEPS[0]),
+        (4.0, STEPS[1]),
+        (14.0, Eval(2, 1.0)),
+    ]
     history = timed(*begun, (16.0, STEPS[2]))
     assert history.seconds_left == 3 * (2.0 + 10 / 2) + 10
     paused = timed(*begun, (16.0, STEPS[2]), (900.0, Ack("1", "resume", "done")), (902.0, STEPS[3]))
