@@ -1,89 +1,41 @@
 """One event as one line of JSON, and back, whatever the line holds.
 
-The types of the fields are read off the dataclasses, so that the vocabulary is written once.
+msgspec reads the types of the fields off the dataclasses, so that the vocabulary is written once.
+The JSON itself is the standard library's: msgspec's refuses half a surrogate pair, and a model may
+write one.
 """
 
 import json
 import math
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
-from functools import partial
-from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, get_args, get_type_hints
+
+from msgspec import ValidationError, convert
 
 from engine.events.vocabulary import Event, Recorded
 
 VERSION: Final = 1
 """`v` of every line. A reader skips lines of a higher one."""
 
-_WRONG: Final = object()
-_Check = Callable[[object], object]
-
-
-def _read_float(value: object) -> object:
-    if value is None:
-        return math.nan
-    if type(value) not in (int, float):
-        return _WRONG
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except OverflowError:
-        return _WRONG
-
-
-def _read_mapping(check: _Check, value: object) -> object:
-    if not isinstance(value, dict):
-        return _WRONG
-    read = {key: check(each) for key, each in value.items()}
-    return _WRONG if _WRONG in read.values() else read
-
-
-def _check_for(hint: Any) -> _Check:
-    """The function that turns a JSON value into a field of type `hint`, or into `_WRONG`."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is float:
-        return _read_float
-    if hint in (int, str, bool):
-        # bool is a subclass of int in Python and another type in JSON.
-        return lambda value: value if type(value) is hint else _WRONG
-    if origin is Literal:
-        return lambda value: value if type(value) is str and value in arguments else _WRONG
-    if origin in (Union, types.UnionType):
-        (inner,) = (_check_for(each) for each in arguments if each is not type(None))
-        return lambda value: None if value is None else inner(value)
-    if origin is tuple:
-        return lambda value: (
-            tuple(value)
-            if isinstance(value, list) and all(type(each) is str for each in value)
-            else _WRONG
-        )
-    if origin is Mapping:
-        return partial(_read_mapping, _check_for(arguments[1]))
-    raise TypeError(f"no reader for a field of type {hint}")
+_KINDS: Final[dict[str, type[Event]]] = {kind.__name__.lower(): kind for kind in get_args(Event)}
+_NAMES: Final = {kind: name for name, kind in _KINDS.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class _Field:
-    name: str
-    check: _Check
-    required: bool
+class _Envelope:
+    v: int
+    seq: int
+    time: float
+    type: str
 
 
-def _fields_of(kind: type[Any]) -> tuple[_Field, ...]:
-    hints = get_type_hints(kind)
-    return tuple(
-        _Field(
-            each.name,
-            _check_for(hints[each.name]),
-            each.default is MISSING and each.default_factory is MISSING,
-        )
-        for each in fields(kind)
-    )
-
-
-_KINDS: Final[dict[str, type[Event]]] = {kind.__name__.lower(): kind for kind in get_args(Event)}
-_FIELDS: Final = {kind: _fields_of(kind) for kind in _KINDS.values()}
-_NAMES: Final = {kind: name for name, kind in _KINDS.items()}
+_HINTS: Final = {kind: get_type_hints(kind) for kind in _NAMES}
+_NUMBERS: Final = {
+    kind: [name for name, hint in hints.items() if hint is float or get_args(hint) == (str, float)]
+    for kind, hints in _HINTS.items()
+}
+"""The fields that hold floats, and never None."""
 
 
 def parse(record: object) -> Event | None:
@@ -98,16 +50,11 @@ def parse(record: object) -> Event | None:
     kind = _KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         return None
-    values: dict[str, Any] = {}
-    for each in _FIELDS[kind]:
-        if each.name in record:
-            value = each.check(record[each.name])
-            if value is _WRONG:
-                return None
-            values[each.name] = value
-        elif each.required:
-            return None
-    return kind(**values)
+    numbers = {name: _with_nan(record[name]) for name in _NUMBERS[kind] if name in record}
+    try:
+        return convert({**record, **numbers}, kind)
+    except ValidationError:
+        return None
 
 
 def parse_line(line: bytes) -> Recorded | None:
@@ -119,20 +66,13 @@ def parse_line(line: bytes) -> Recorded | None:
         record = json.loads(line)
     except RecursionError as error:
         raise ValueError("nested too deep for an event") from error
-    if not isinstance(record, dict):
-        raise ValueError("an event is a JSON object")
-    version, seq, written = record.get("v"), record.get("seq"), _read_float(record.get("time"))
-    if type(version) is not int or type(seq) is not int or not isinstance(written, float):
-        raise ValueError("an event has v, seq and time")
-    name = record.get("type")
-    if not isinstance(name, str):
-        raise ValueError("an event has a type")
-    if version > VERSION or name not in _KINDS:
+    envelope = convert(record, _Envelope)  # ValidationError is a ValueError
+    if envelope.v > VERSION or envelope.type not in _KINDS:
         return None
     event = parse(record)
     if event is None:
         raise ValueError("a field of the event is missing or of the wrong type")
-    return Recorded(seq, written, event)
+    return Recorded(envelope.seq, envelope.time, event)
 
 
 def format_line(recorded: Recorded) -> bytes:
@@ -141,16 +81,23 @@ def format_line(recorded: Recorded) -> bytes:
     Characters beyond ASCII are escaped, so that no text (half a surrogate pair, U+2028) can make
     a line that cannot be encoded or that another reader would split.
     """
-    kind = type(recorded.event)
+    event = recorded.event
     record: dict[str, object] = {
         "v": VERSION,
         "seq": recorded.seq,
         "time": recorded.time,
-        "type": _NAMES[kind],
+        "type": _NAMES[type(event)],
     }
-    for each in _FIELDS[kind]:
-        record[each.name] = _plain(getattr(recorded.event, each.name))
+    for name in _HINTS[type(event)]:
+        record[name] = _plain(getattr(event, name))
     return json.dumps(record, allow_nan=False).encode("ascii") + b"\n"
+
+
+def _with_nan(value: Any) -> Any:
+    """A number as JSON has it, or a mapping of them, with nan for `null`."""
+    if isinstance(value, dict):
+        return {key: _with_nan(each) for key, each in value.items()}
+    return math.nan if value is None else value
 
 
 def _plain(value: object) -> object:
