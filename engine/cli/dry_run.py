@@ -12,7 +12,7 @@ from engine.errors import UserError
 from engine.hardware import assume
 from engine.launch import require_torch
 from engine.plan import best_device, estimate, remarks
-from engine.plan.sharding import cards_laid_out, cards_needed
+from engine.plan.memory import cards_laid_out, cards_needed
 from engine.plan.trainer import refuse_bf16
 from engine.report.plan import headline
 from engine.visible import visible

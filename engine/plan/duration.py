@@ -22,7 +22,9 @@ from engine.data.statistics import Statistics
 from engine.hardware import speed_of
 from engine.plan.device import Device
 from engine.plan.layers import recomputed_layers, widths
-from engine.plan.memory import frozen_of, kept_in_ram, packed_numbers, tokens_at_once
+from engine.plan.memory.frozen import frozen_bytes, packed_numbers
+from engine.plan.memory.moments import kept_states
+from engine.plan.memory.step import Step, make_step
 from engine.plan.targets import trainable_parameters, trains_vision
 from engine.plan.trainer import PATCHES_AT_ONCE
 from engine.plan.vision import image_share, patches_of, tokens_of_one_image, tower_of
@@ -110,7 +112,8 @@ def pace_of(
     speed = speed_of(device.card) if device.kind == "cuda" else None
     if speed is None:
         return None
-    tokens = tokens_at_once(config, statistics)
+    step = make_step(config, architecture, device, statistics)
+    tokens = step.tokens
     row = min(statistics.mean_tokens if statistics else config.sequence_len, config.sequence_len)
     rate = speed.bf16_flops * REACHED * (1 if device.computes_bf16 else FP32_SHARE)
     operations = _operations(config, architecture.table, row) * tokens
@@ -119,7 +122,7 @@ def pace_of(
     passes = 2 + _again(config, architecture.table)
     unpacked = packed_numbers(config, architecture.table) * UNPACKED_BYTES * passes
     computing += unpacked / (speed.memory_bytes * MOVED)
-    waiting = _copied_bytes(config, architecture, device, statistics) / (speed.link_bytes * MOVED)
+    waiting = _copied_bytes(step) / (speed.link_bytes * MOVED)
     return tokens / max(computing, waiting)
 
 
@@ -200,13 +203,11 @@ def _head_numbers(table: ModuleTable) -> int:
     return prod(next(row for row in table.parameters if row.group == "head").shape)
 
 
-def _copied_bytes(
-    config: RunConfig, architecture: Architecture, device: Device, statistics: Statistics | None
-) -> float:
+def _copied_bytes(step: Step) -> float:
     """What a micro-batch brings from RAM and takes there: layers twice, states there and back."""
-    frozen = frozen_of(config, architecture, device, statistics)
+    frozen = frozen_bytes(step)
     layers = sum(frozen.host.get(part, 0) for part in ("linear", "experts"))
-    return 2 * layers + 2 * kept_in_ram(config, architecture, device, statistics) + frozen.head
+    return 2 * layers + 2 * kept_states(step)[1] + frozen.head
 
 
 @lru_cache(maxsize=32)

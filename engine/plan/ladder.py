@@ -14,6 +14,7 @@ from engine.data.statistics import Statistics
 from engine.plan.device import Device
 from engine.plan.duration import speedup
 from engine.plan.layers import recomputed_layers, widths
+from engine.plan.memory import is_sharded
 from engine.plan.rates import learning_rate
 from engine.plan.rungs import (
     RUNGS,
@@ -29,7 +30,6 @@ from engine.plan.rungs import (
     recomputing,
     with_rank,
 )
-from engine.plan.sharding import is_sharded
 from engine.plan.verdict import Estimate
 from engine.units import GIB, gib
 

@@ -19,7 +19,7 @@ from engine.plan import (
     describe_faster,
     estimate,
 )
-from engine.plan.sharding import cards_needed
+from engine.plan.memory import cards_needed
 from engine.plan.trainer import refuse_bf16, why_float32
 from engine.report.line import VERDICT_MARKS
 from engine.units import gib, spoken

@@ -19,7 +19,7 @@ from engine.config import read_config, require_supported
 from engine.errors import UserError
 from engine.hardware import assume
 from engine.plan import best_device, estimate
-from engine.plan.sharding import cards_laid_out, cards_needed
+from engine.plan.memory import cards_laid_out, cards_needed
 
 FOLDER = Path(__file__).parents[2] / "presets" / "recipes"
 MINISTRAL = {"qlora-text", "qlora-think", "qlora-vision", "lora", "full"}

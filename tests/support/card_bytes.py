@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.attention.varlen  # registers torch_attn's operators
 from bitsandbytes.autograd._functions import MatMul8bitLt
 from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
 from torch import Tensor

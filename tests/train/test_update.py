@@ -10,9 +10,8 @@ from torch import nn
 
 from engine.catalog import ModuleTable, read_architecture
 from engine.config import RunConfig
-from engine.plan.memory.formula import _step
 from engine.plan.memory.moments import CPU_BYTES, FOREACH_BYTES, update_bytes
-from engine.plan.memory.stack import WINDTUNNEL
+from engine.plan.memory.step import make_step
 from engine.plan.targets import adapter_parameters, choose_targets, largest_trainable
 from engine.train.batches import Rows
 from engine.train.fitcheck.peak_memory import CpuPeakMemory
@@ -85,7 +84,7 @@ def test_a_step_takes_what_the_formula_counts(
 ) -> None:
     architecture = read_architecture(describe(tmp_path / "model", WIDE))
     config = settings(tmp_path / "model", optimizer=name, **keys)
-    step = _step(config, architecture, cpu(), None, WINDTUNNEL)
+    step = make_step(config, architecture, cpu())
     if config.adapter:
         made = sum(p.numel() for _, p in parameters(architecture.table, config))
         assert made == adapter_parameters(architecture.table, config)
@@ -118,8 +117,8 @@ def test_on_a_gpu_only_that_and_what_is_widened_count(tmp_path: Path) -> None:
 
     def counted(name: str, **keys: Any) -> tuple[float, int, int]:
         config = settings(tmp_path / "model", optimizer=name, **keys)
-        step = _step(config, architecture, card("H100 80GB"), None, WINDTUNNEL)
-        return update_bytes(step), step.trainable.all, largest_trainable(step.table, config)
+        step = make_step(config, architecture, card("H100 80GB"))
+        return update_bytes(step), step.trainable, largest_trainable(step.table, config)
 
     for keys in KINDS.values():
         plain, numbers, largest = counted("adamw_torch", **keys)

@@ -7,37 +7,41 @@ what the trainer does; the peak is that of the fullest moment.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from engine.catalog import Architecture, ModuleTable
-from engine.config import RunConfig
+from engine.catalog import Architecture
+from engine.config import SHARDED_OPTIMIZERS, RunConfig
 from engine.data.statistics import Statistics
 from engine.plan.device import Device
 from engine.plan.measured import corrected, find_measured
-from engine.plan.memory.frozen import Frozen, frozen_bytes, sizes_of
-from engine.plan.memory.host import disk_bytes, host_bytes
-from engine.plan.memory.moments import Step, cuts_loss, kept_states, list_moments
+from engine.plan.memory.frozen import Frozen, Sizes, frozen_bytes, sizes_of
+from engine.plan.memory.moments import cuts_loss, kept_states, list_moments
 from engine.plan.memory.ranks import cards_of_a_copy, divide
 from engine.plan.memory.stack import DIFFERENCES, WINDTUNNEL, Stack
-from engine.plan.memory.trainable import trainable_numbers, trained_bytes
+from engine.plan.memory.step import Step, make_step
 from engine.plan.targets import count_targets
 from engine.plan.trainer import (
     CHUNK_BYTES,
+    PIECE_BYTES,
     PROCESS_BYTES,
     SMALLEST_CHUNK_BYTES,
-    base_bytes_of,
     kept_modules,
 )
 from engine.plan.verdict import Estimate, judge
-from engine.plan.vision import image_tokens_at_once, tokens_of_one_image
 from engine.units import GIB
 
 # Peak allocated -> what the card has to hold: CUDA's context, and what the allocator keeps beyond.
 CONTEXT_BYTES, ALLOCATOR_SLACK = int(0.55 * GIB), 0.03
 HEAP_SLACK = 0.10
 """The same for a CPU, beside PROCESS_BYTES."""
+CUDA_PROCESS_BYTES = 3 * GIB
+"""A process with torch, transformers, peft and a CUDA context, beside the tensors it loads."""
+TOKEN_BYTES = 7
+"""Of a prepared row, a token: its id in 4 bytes, its kind in 1, its source in 2."""
 
 PACKED_SPREAD, OTHER_SPREAD, WIDE_SPREAD = 0.06, 0.10, 0.15
 """How far a measured peak may lie from the formula: packed text of dense models is closest; then
 other text; furthest off are images, experts, and batches of rows whose lengths differ."""
+MOST_CARDS = 1024
+"""That are tried for a run that one cannot hold."""
 UNEVEN = 1.5
 """Rows are of different lengths where the longest has so many times the tokens of the mean."""
 
@@ -56,16 +60,15 @@ def estimate(
     UserError where an entry of the adapter's targets matches no module. A measurement of the very
     same run on the same device beats the formula.
     """
-    step = _step(config, architecture, device, statistics, stack)
-    frozen = _frozen(step, statistics)
-    cards = cards_of_a_copy(config) or device.count
-    step, moments = _roomiest(step, frozen, cards)
+    step = make_step(config, architecture, device, statistics, stack)
+    frozen, cards = frozen_bytes(step), _cards(step)
+    step, moments = _roomiest(step, frozen)
     sums = {name: int(sum(parts.values())) for name, parts in moments.items()}
     fullest = max(sums, key=lambda name: sums[name])
     parts = {name: int(size) for name, size in moments[fullest].items() if size >= 1}
     peak = sum(parts.values())
     needed = on_device(peak, device)
-    spread = _spread(config, step, statistics)
+    spread = _spread(step)
     sizes = sizes_of(step.table, kept_modules(config))
     found = Estimate(
         parts=parts,
@@ -74,15 +77,15 @@ def estimate(
         range_bytes=(int(peak * (1 - spread)), int(peak * (1 + spread))),
         can_give_bytes=device.can_give_bytes,
         host_bytes=needed if device.kind == "cpu" else host_bytes(step, frozen, sizes),
-        disk_bytes=disk_bytes(step, architecture, sizes, statistics),
-        trainable_parameters=step.trainable.all,
+        disk_bytes=disk_bytes(step, sizes),
+        trainable_parameters=step.trainable,
         total_parameters=sizes.all,
         targets=count_targets(step.table, config) if config.adapter else {},
         tokens_at_once=step.tokens,
         verdict=judge(needed, device.can_give_bytes),
         moment=fullest,
         moments=sums,
-        decided_by=_decided_by(step, statistics),
+        decided_by=_decided_by(step),
         cards=cards,
         loss_chunk_bytes=step.chunk_bytes,
     )
@@ -129,6 +132,36 @@ def compare_peer(
     return Peer(peer.name, peak, differences)
 
 
+def cards_needed(
+    config: RunConfig,
+    architecture: Architecture,
+    device: Device,
+    statistics: Statistics | None = None,
+) -> int | None:
+    """The fewest cards like `device` that hold the run sharded over them; None: none would.
+
+    One card where the run fits it as it is.
+    """
+    sharded = {
+        "fsdp_config": config.fsdp_config or {},
+        "optimizer": SHARDED_OPTIMIZERS.get(config.optimizer, config.optimizer),
+    }
+
+    def fits(cards: int) -> bool:
+        keys = {**sharded, "dp_shard_size": cards} if cards > 1 else {"fsdp_config": None}
+        laid_out = config.model_copy(update=keys)
+        found = estimate(laid_out, architecture, replace(device, count=1), statistics)
+        return found.device_bytes <= device.can_give_bytes
+
+    if not fits(MOST_CARDS):
+        return None
+    least, enough = 0, MOST_CARDS
+    while enough - least > 1:
+        middle = (least + enough) // 2
+        least, enough = (least, middle) if fits(middle) else (middle, enough)
+    return enough
+
+
 def moment_parts(
     config: RunConfig,
     architecture: Architecture,
@@ -138,92 +171,34 @@ def moment_parts(
     stack: Stack = WINDTUNNEL,
 ) -> dict[str, int]:
     """What one moment holds by part, in bytes; its name is one of `Estimate.moments`."""
-    step = _step(config, architecture, device, None, stack)
-    cards = cards_of_a_copy(config) or device.count
-    parts = _roomiest(step, _frozen(step, None), cards)[1][moment]
+    step = make_step(config, architecture, device, stack=stack)
+    parts = _roomiest(step, frozen_bytes(step))[1][moment]
     return {name: int(size) for name, size in parts.items() if size >= 1}
 
 
-def frozen_of(
-    config: RunConfig, architecture: Architecture, device: Device, statistics: Statistics | None
-) -> Frozen:
-    """Where the weights of a run lie."""
-    return _frozen(_step(config, architecture, device, statistics, WINDTUNNEL), statistics)
+def _cards(step: Step) -> int:
+    """Over how many cards a run is divided."""
+    return cards_of_a_copy(step.config) or step.device.count
 
 
-def kept_in_ram(
-    config: RunConfig, architecture: Architecture, device: Device, statistics: Statistics | None
-) -> float:
-    """Bytes that the layers of one forward pass keep in this computer's memory."""
-    return kept_states(_step(config, architecture, device, statistics, WINDTUNNEL))[1]
-
-
-def packed_numbers(config: RunConfig, table: ModuleTable) -> int:
-    """Weights that a run holds in 4 bits."""
-    sizes = sizes_of(table, kept_modules(config))
-    linears = sum(held.packed for held in sizes.parts.values()) if config.load_in_4bit else 0
-    return linears + (sizes.parts["experts"].plain if config.quantize_moe_experts else 0)
-
-
-def _step(
-    config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None,
-    stack: Stack,
-) -> Step:
-    table, tokens = architecture.table, tokens_at_once(config, statistics)
-    of_images = image_tokens_at_once(config, table, tokens, statistics)
-    return Step(
-        config,
-        table,
-        device,
-        base_bytes_of(config, device),
-        tokens,
-        _learned_at_once(config, tokens, statistics),
-        of_images,
-        tokens_of_one_image(architecture, of_images, statistics),
-        trainable_numbers(table, config),
-        stack,
-    )
-
-
-def _frozen(step: Step, statistics: Statistics | None) -> Frozen:
-    return frozen_bytes(
-        step.config,
-        step.table,
-        step.base_bytes,
-        statistics,
-        offloads=step.offloads,
-        stack=step.stack,
-    )
-
-
-def _roomiest(step: Step, frozen: Frozen, cards: int) -> tuple[Step, dict[str, dict[str, float]]]:
+def _roomiest(step: Step, frozen: Frozen) -> tuple[Step, dict[str, dict[str, float]]]:
     """`step` with the largest chunk of logits with which it fits, and its moments.
 
     Where it does not fit with any, the largest that makes its peak no higher.
     """
+    cards = _cards(step)
     cut = step.device.kind == "cpu" or cuts_loss(step)
     tried = []
     for chunk in (SMALLEST_CHUNK_BYTES,) if cut else CHUNK_BYTES:
         step = replace(step, chunk_bytes=chunk)
-        moments = _moments(step, frozen, cards)
+        moments = list_moments(step, frozen)
+        if cards > 1:
+            moments = {name: divide(parts, step, cards) for name, parts in moments.items()}
         peak = max(int(sum(parts.values())) for parts in moments.values())
         if judge(on_device(peak, step.device), step.device.can_give_bytes) == "fits":
             return step, moments
         tried.append((peak, step, moments))
     return next((step, moments) for least, step, moments in tried if least == peak)
-
-
-def _moments(step: Step, frozen: Frozen, cards: int) -> dict[str, dict[str, float]]:
-    trained = trained_bytes(
-        step.config, step.trainable, step.base_bytes, step.stack, pages=step.offloads
-    )
-    moments = list_moments(step, frozen, trained)
-    if cards == 1:
-        return moments
-    return {name: divide(parts, step, cards) for name, parts in moments.items()}
 
 
 def on_device(peak_bytes: int, device: Device) -> int:
@@ -233,27 +208,34 @@ def on_device(peak_bytes: int, device: Device) -> int:
     return int(peak_bytes * (1 + ALLOCATOR_SLACK)) + CONTEXT_BYTES
 
 
-def tokens_at_once(config: RunConfig, statistics: Statistics | None) -> int:
-    """Tokens of one forward pass: full sequences when packed, else the longest row that is kept."""
-    row = config.sequence_len
-    if statistics and not config.sample_packing:
-        row = min(row, statistics.longest_kept(config))
-    tokens = config.micro_batch_size * row
-    return min(tokens, max(1, statistics.total_tokens)) if statistics else tokens
+def host_bytes(step: Step, frozen: Frozen, sizes: Sizes) -> int:
+    """The process, what is kept here for the device, and what loading or a save passes on.
+
+    A tensor that is loaded is here twice: as it is in its file, and in the base precision.
+    """
+    paged = step.state_bytes if step.pages_state else 0
+    loaded = 2 * sizes.largest * step.base_bytes
+    kept = sum(frozen.host.values()) + kept_states(step)[1]
+    return int(CUDA_PROCESS_BYTES + kept + paged + max(loaded, PIECE_BYTES))
 
 
-def _learned_at_once(config: RunConfig, tokens: int, statistics: Statistics | None) -> int:
-    """Of the tokens of a forward pass, those that the loss can see; a packed sequence may be made
-    of nothing else. Rows may have been counted before `train_on_inputs` was set."""
-    most = statistics.most_learned_tokens if statistics else None
-    if most is None or config.sample_packing or config.train_on_inputs:
-        return tokens
-    return min(tokens, config.micro_batch_size * most)
+def disk_bytes(step: Step, sizes: Sizes) -> int:
+    """The download, the prepared rows, the checkpoints that are kept, and the result."""
+    config, architecture, statistics = step.config, step.architecture, step.statistics
+    made_here = architecture.card is not None and not architecture.card.repositories
+    stored = {"fp8": 1, "fp32": 4}.get(architecture.checkpoint, 2)
+    download = 0 if made_here or architecture.folder else sizes.all * stored
+    rows = TOKEN_BYTES * statistics.total_tokens if statistics else 0
+    width = step.adapter_bytes if config.adapter else step.base_bytes
+    held = width * step.trainable
+    save = held + step.state_bytes + step.rest_bytes
+    result = held if config.adapter else sizes.all * step.base_bytes
+    return int(download + rows + config.save_total_limit * save + result)
 
 
-def _decided_by(step: Step, statistics: Statistics | None) -> str:
+def _decided_by(step: Step) -> str:
     """Whose length the tokens of a forward pass follow from."""
-    config = step.config
+    config, statistics = step.config, step.statistics
     if statistics is None:
         return f"rows are taken to have sequence_len: {config.sequence_len:,} tokens"
     if config.sample_packing and step.tokens < statistics.total_tokens:
@@ -263,14 +245,15 @@ def _decided_by(step: Step, statistics: Statistics | None) -> str:
     longest = statistics.longest_kept(config)
     named = statistics.longest_row is not None and longest == statistics.longest_tokens
     row = f"row {statistics.longest_row:,}" if named else "the longest row that is kept"
-    words = f"{row} has {longest:,} tokens"
-    if statistics.most_images_row is not None:
-        words += f"; row {statistics.most_images_row:,} has {statistics.most_image_tokens:,} of"
-        words += " images"
-    return words
+    length = f"{row} has {longest:,} tokens"
+    if statistics.most_images_row is None:
+        return length
+    images = f"row {statistics.most_images_row:,} has {statistics.most_image_tokens:,} of images"
+    return f"{length}; {images}"
 
 
-def _spread(config: RunConfig, step: Step, statistics: Statistics | None) -> float:
+def _spread(step: Step) -> float:
+    config, statistics = step.config, step.statistics
     uneven = (
         statistics is not None
         and not config.sample_packing

@@ -1,7 +1,6 @@
 """What a model's own weights take, by part, and where they lie: on the device or in RAM.
 
-Separate from `moments`, which adds what a step needs beside them. The parts follow the module
-table's groups, each in the form in which a run holds it.
+The parts follow the module table's groups, each in the form in which a run holds it.
 """
 
 import re
@@ -12,8 +11,7 @@ from typing import NamedTuple
 
 from engine.catalog import ModuleTable
 from engine.config import RunConfig
-from engine.data.statistics import Statistics
-from engine.plan.memory.stack import Stack
+from engine.plan.memory.step import Step
 from engine.plan.trainer import is_kept, kept_modules
 from engine.plan.vision import tower_works
 
@@ -117,16 +115,9 @@ def sizes_of(table: ModuleTable, kept: tuple[str, ...]) -> Sizes:
     )
 
 
-def frozen_bytes(
-    config: RunConfig,
-    table: ModuleTable,
-    base_bytes: int,
-    statistics: Statistics | None,
-    *,
-    offloads: bool,
-    stack: Stack,
-) -> Frozen:
-    """The weights of `config`; without `offloads` everything is on the device, as on a CPU."""
+def frozen_bytes(step: Step) -> Frozen:
+    """The weights of a run; where nothing can be offloaded, as on a CPU, all on the device."""
+    config, table, base_bytes, stack = step.config, step.table, step.base_bytes, step.stack
     quantized = config.load_in_4bit or config.load_in_8bit
     kept = ("lm_head",) if stack.tower == "quantized" and quantized else kept_modules(config)
     counts = sizes_of(table, kept)
@@ -136,7 +127,7 @@ def frozen_bytes(
 
     device = {part: take(part, held) for part, held in counts.parts.items()}
     host: dict[str, float] = {}
-    if offloads and config.layer_offloading:
+    if step.offloads and config.layer_offloading:
         moved = counts.layers[: config.offloaded_layers or len(counts.layers)]
         for part in ("linear", "experts"):
             each = [take(part, layer[part]) for layer in moved if part in layer]
@@ -144,9 +135,13 @@ def frozen_bytes(
             if slots < sum(each):
                 host[part] = sum(each)
                 device[part] += slots - sum(each)
-    if offloads and config.offload_embeddings:
+    if step.offloads and config.offload_embeddings:
         host["embeddings"], device["embeddings"] = device["embeddings"], 0.0
-    if offloads and stack.tower == "idle in RAM" and not tower_works(config, table, statistics):
+    if (
+        step.offloads
+        and stack.tower == "idle in RAM"
+        and not tower_works(config, table, step.statistics)
+    ):
         for part in ("vision", "projector"):
             host[part], device[part] = device[part], 0.0
     expert = counts.largest_expert if config.quantize_moe_experts else 0
@@ -167,3 +162,10 @@ def _bytes(part: str, held: Held, config: RunConfig, base_bytes: int) -> float:
     if config.load_in_8bit:
         return held.plain * base_bytes + held.packed + held.rows * INT8_ROW_BYTES
     return float((held.plain + held.packed) * base_bytes)
+
+
+def packed_numbers(config: RunConfig, table: ModuleTable) -> int:
+    """Weights that a run holds in 4 bits."""
+    sizes = sizes_of(table, kept_modules(config))
+    linears = sum(held.packed for held in sizes.parts.values()) if config.load_in_4bit else 0
+    return linears + (sizes.parts["experts"].plain if config.quantize_moe_experts else 0)

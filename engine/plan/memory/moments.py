@@ -5,27 +5,21 @@ moment, and saying which one that is says what would help.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
 from engine.catalog import ModuleTable
-from engine.config import RunConfig
 from engine.plan.attention import needs_mask
-from engine.plan.device import Device
 from engine.plan.layers import (
-    Widths,
     expert_bytes,
     inference_bytes,
     kept_bytes,
     recomputed_layers,
     transient_bytes,
-    widths,
 )
 from engine.plan.memory.frozen import Frozen
-from engine.plan.memory.stack import Stack
-from engine.plan.memory.trainable import EIGHT_BIT, Trainable, adapter_bytes
+from engine.plan.memory.step import EIGHT_BIT, Step
 from engine.plan.targets import (
     expert_adapter_parameters,
     is_tied,
@@ -75,42 +69,9 @@ ROUND_BYTES: Final = 12
 """Of `engine.train.optim.round_at_random`: the random bits, the sum with them, and that shifted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What decides the moments of one run."""
-
-    config: RunConfig
-    table: ModuleTable
-    device: Device
-    base_bytes: int
-    tokens: int
-    """Of one forward pass."""
-    learned: int
-    """Of them, those that are learned at most."""
-    of_images: int
-    """Of them, image tokens."""
-    largest_image: int
-    """Tokens that one image can have."""
-    trainable: Trainable
-    stack: Stack
-    chunk_bytes: int = SMALLEST_CHUNK_BYTES
-    """Float32 logits that the loss holds at once."""
-
-    @property
-    def widths(self) -> Widths:
-        return widths(self.table)
-
-    @property
-    def offloads(self) -> bool:
-        """Whether there is another memory to move to."""
-        return self.device.has_ram_beside
-
-
-def list_moments(
-    step: Step, frozen: Frozen, trained: Mapping[str, float]
-) -> dict[str, dict[str, float]]:
+def list_moments(step: Step, frozen: Frozen) -> dict[str, dict[str, float]]:
     """What each moment holds on the device by part, the weights included, by the moment's name."""
-    resting = {**frozen.device, **trained}
+    resting = {**frozen.device, **step.trained_bytes()}
     idle = {**resting, "gradients": 0.0}
     kept, _ = kept_states(step)
     seen, seeing = tower_bytes(
@@ -337,13 +298,13 @@ def update_bytes(step: Step) -> float:
     Weights in bfloat16 are moved in float32, a few at a time or the largest alone, each with its
     gradient: 4 bytes more, or 2 of a weight whose cut-off bits wait beside it meanwhile.
     """
-    trainable, stack, cpu = step.trainable, step.stack, step.device.kind == "cpu"
+    cpu = step.device.kind == "cpu"
     largest = largest_trainable(step.table, step.config)
-    whole = trainable.whole if step.base_bytes == 2 and stack.keeps_rest else 0
-    factors = trainable.adapter if adapter_bytes(step.config, stack) == 2 else 0
+    whole = step.whole if step.rest_bytes else 0
+    factors = step.adapter if step.adapter_bytes == 2 else 0
     widened = min(whole + factors, max(WIDENED_NUMBERS, largest))
     cut = max(ROUND_BYTES * bool(factors), (JOIN_BYTES if cpu else SPLIT_BYTES) * bool(whole))
-    at_once = trainable.all - whole - factors + widened
+    at_once = step.trainable - whole - factors + widened
     return (4 if factors else 2) * widened + max(cut * largest, _working(step, largest, at_once))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from engine.config import RunConfig
 from engine.plan.memory.frozen import WEIGHTS
-from engine.plan.memory.moments import Step
+from engine.plan.memory.step import Step
 
 DIVIDED = (*WEIGHTS, "adapter", "gradients", "optimizer", "loading", "update")
 GATHERED_LAYERS = 2
@@ -22,6 +22,17 @@ def cards_of_a_copy(config: RunConfig) -> int | None:
     if config.fsdp_config is None and not config.deepspeed:
         return 1
     return config.dp_shard_size
+
+
+def is_sharded(config: RunConfig) -> bool:
+    """Whether a config divides its weights over cards."""
+    return cards_of_a_copy(config) != 1
+
+
+def cards_laid_out(config: RunConfig) -> int | None:
+    """Cards that a config is written for: 1 without sharding, None where it does not say."""
+    each = cards_of_a_copy(config)
+    return None if each is None else each * (config.dp_replicate_size or 1)
 
 
 def divide(parts: Mapping[str, float], step: Step, cards: int) -> dict[str, float]:
