@@ -14,15 +14,24 @@ from cyclopts import Parameter
 
 from engine.hardware import (
     Gpu,
-    GpuProcess,
     Machine,
     Missing,
     Problem,
     flash_4_on,
     missing_packages,
-    torch_problem,
 )
-from engine.units import GIB, counted
+from engine.report import Line
+from engine.report.machine import (
+    card_state,
+    card_text,
+    package_lines,
+    packages_line,
+    problem_line,
+    process_cells,
+    ready_line,
+    rest_lines,
+)
+from engine.units import counted
 from engine.visible import fold, visible
 from engine.wizard.request import find_machine
 
@@ -42,7 +51,7 @@ def register(app: cyclopts.App) -> None:
 def probe(*, assume: Assume = None, as_json: AsJson = False) -> None:
     """Show this computer's GPUs, what uses them, memory, disk, and the training stack."""
     machine = find_machine(assume)
-    print(json.dumps(describe(machine)) if as_json else show(machine))
+    print(json.dumps(describe(machine)) if as_json else "\n".join(machine_lines(machine)))
 
 
 def doctor(*, as_json: AsJson = False) -> None:
@@ -55,7 +64,7 @@ def doctor(*, as_json: AsJson = False) -> None:
         found = {"stack": machine.stack, "torch_cuda": machine.torch_cuda}
         print(json.dumps({**found, "missing": entries, "problems": problems}))
     else:
-        print(show_stack(machine, missing))
+        print("\n".join(package_report(machine, missing)))
 
 
 def describe(machine: Machine) -> dict[str, Any]:
@@ -90,156 +99,63 @@ def _gpu_entry(gpu: Gpu) -> dict[str, Any]:
     }
 
 
-def show(machine: Machine) -> str:
-    """The machine as text, at most 80 columns wide: verdict, cards, the rest, problems."""
-    lines = [_verdict(machine), ""]
+def machine_lines(machine: Machine) -> list[str]:
+    """The machine in lines of at most 80 columns: verdict, cards, the rest, problems."""
+    lines = [*_fold(str(ready_line(machine))), ""]
     # Planned cards are all alike.
     for gpu in machine.gpus[:1] if machine.assumed else machine.gpus:
         lines += _card(gpu)
     if machine.gpus:
         lines.append("")
-    lines += _rest(machine)
+    cpu = f"{machine.cpu_name}, {counted(machine.cpu_count, 'core')}"
+    for line in (Line("✓", "cpu", cpu), *rest_lines(machine)):
+        more = "see `windtunnel doctor`" if line.label == "missing" else line.detail
+        lines += _row(line, ", ".join(filter(None, (line.text, more))), 8)
     for problem in machine.problems:
-        lines += ["", *_sentences(problem)]
-    return "\n".join(lines)
+        lines += ["", *_problem(problem)]
+    return lines
 
 
-def show_stack(machine: Machine, missing: tuple[Missing, ...]) -> str:
-    """What is installed and what to install, as text at most 80 columns wide; faults first."""
-    wanted = {package: each.needed for each in missing for package in each.packages}
-    lines = [_health(machine, missing), ""]
-    if machine.driver_version:
-        driver = f"{machine.driver_version}, runs CUDA up to {machine.cuda_version or 'unknown'}"
-        lines.append(f"✓ {'NVIDIA driver':<18} {visible(driver, one_line=True)}")
-    for package, version in machine.stack.items():
-        if version is not None:
-            built_for = _built_for(machine) if package == "torch" else ""
-            lines.append(f"✓ {package:<18} {visible(version, one_line=True)}{built_for}")
-        elif package in wanted:
-            lines.append(f"{'✗' if wanted[package] else '·'} {package:<18} not installed")
+def package_report(machine: Machine, missing: tuple[Missing, ...]) -> list[str]:
+    """What is installed and what to install, in lines of at most 80 columns; faults first."""
+    lines = [str(packages_line(machine, missing)), ""]
+    for line in package_lines(machine, missing):
+        lines += _row(line, line.text, 18)
     faults = [problem for problem in machine.problems if problem.severity != "note"]
     for problem in faults:
-        lines += ["", *_sentences(problem)]
+        lines += ["", *_problem(problem)]
     for each in missing:
         lines += ["", *_fold(f"{', '.join(each.packages)}: {each.why}")]
         lines += command_lines(each.command)
     for problem in machine.problems:
         if problem not in faults:
-            lines += ["", *_sentences(problem)]
-    return "\n".join(lines)
-
-
-def _health(machine: Machine, missing: tuple[Missing, ...]) -> str:
-    """The gravest of what `doctor` found, in one sentence."""
-    needed = [package for each in missing if each.needed for package in each.packages]
-    errors = sum(problem.severity == "error" for problem in machine.problems)
-    if needed:
-        return f"{counted(len(needed), 'package')} missing for this computer."
-    if errors:
-        return f"{counted(errors, 'fault')} on this computer: see below."
-    if missing:
-        return "No package is missing for this computer; one more would make it faster."
-    return "No package is missing for this computer."
-
-
-def _built_for(machine: Machine) -> str:
-    """What the installed torch was built for, to stand behind its version."""
-    if machine.torch_cuda is None:
-        return ""
-    return f", built for CUDA {machine.torch_cuda}" if machine.torch_cuda else ", without CUDA"
-
-
-def _verdict(machine: Machine) -> str:
-    usable = machine.usable_gpus
-    if not machine.gpus:
-        return "no GPU: preview, plan and config work; training runs on the CPU"
-    if not usable:
-        return "no usable GPU: each one below says why"
-    names = {visible(gpu.short_name, one_line=True) for gpu in usable}
-    cards = f"{len(usable)} x {names.pop()}" if len(names) == 1 else f"{len(usable)} GPUs"
-    cards = cards.removeprefix("1 x ")
-    total = sum(gpu.memory_total_bytes or 0 for gpu in usable)
-    free = sum(gpu.memory_free_bytes or 0 for gpu in usable)
-    memory = f"{cards}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    if machine.assumed:
-        return f"planned: {memory}"
-    if all(torch_problem(machine, gpu) for gpu in usable):
-        return f"not ready: {cards}, {total / GIB:.1f} GiB: the installed torch cannot use it"
-    return f"ready: {memory}"
+            lines += ["", *_problem(problem)]
+    return lines
 
 
 def _card(gpu: Gpu) -> list[str]:
     """A card: name and state, figures, UUID, and a line for each process."""
-    name = visible(gpu.short_name, one_line=True)
-    planned = gpu.uuid.startswith("planned-")
-    state: str = "planned" if planned else gpu.state
-    if gpu.state != "ready":
-        state = gpu.note if gpu.state == "hidden" else f"{gpu.state}: {gpu.note}"
-    lines = _fold(f"{gpu.index:>3}  {name}  {visible(state, one_line=True)}")
-    figures = [_memory(gpu)]
-    if gpu.architecture and gpu.compute_capability:
-        figures.append("{} {}.{}".format(gpu.architecture, *gpu.compute_capability))
-    if gpu.utilization_percent is not None:
-        figures.append(f"busy {gpu.utilization_percent}%")
-    if gpu.temperature_celsius is not None:
-        figures.append(f"{gpu.temperature_celsius} °C")
-    if gpu.power_watts is not None:
-        limit = "" if gpu.power_limit_watts is None else f" of {gpu.power_limit_watts:.0f}"
-        figures.append(f"{gpu.power_watts:.0f}{limit} W")
-    lines += [f"     {line}" for line in _fold(", ".join(figures), _COLUMNS - 5)]
-    if not planned:
-        lines.append(f"     {visible(gpu.uuid, one_line=True)}")
-    return lines + [_process(process) for process in gpu.processes or ()]
-
-
-def _memory(gpu: Gpu) -> str:
-    if gpu.memory_total_bytes is None:
-        return "memory unknown"
-    memory = f"{gpu.memory_total_bytes / GIB:.1f} GiB"
-    if gpu.memory_free_bytes is not None:
-        memory = f"{gpu.memory_free_bytes / GIB:.1f} of {memory} free"
-    return f"{memory}, shared with the computer" if gpu.unified else memory
-
-
-def _process(process: GpuProcess) -> str:
-    memory = "" if process.memory_bytes is None else f"{process.memory_bytes / GIB:.1f} GiB  "
-    user = visible(process.user or "somebody", one_line=True)
-    command = visible(process.command or f"process {process.pid}", one_line=True)
-    return _fold(f"     used by {user}  {memory}{command}")[0]
-
-
-def _rest(machine: Machine) -> list[str]:
-    rows = []
-    if machine.driver_version:
-        rows.append(
-            ("driver", f"{machine.driver_version}, CUDA {machine.cuda_version or 'unknown'}")
-        )
-    total, free = machine.ram_total_bytes, machine.ram_available_bytes
-    rows.append(("cpu", f"{machine.cpu_name}, {counted(machine.cpu_count, 'core')}"))
-    rows.append(("memory", f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"))
-    rows.append(("disk", f"{machine.disk_free_bytes / 1e9:.0f} GB free for {machine.disk_path}"))
-    stack = [
-        f"{name} {version}" + (_built_for(machine).replace(",", "") if name == "torch" else "")
-        for name, version in machine.stack.items()
-        if version
-    ]
-    cards = {gpu.compute_capability: gpu for gpu in machine.usable_gpus if gpu.compute_capability}
-    for capability, gpu in cards.items():
-        which = f"{gpu.short_name} is " if len(cards) > 1 else ""
-        rows.append(("flash 4", f"{which}{flash_4_on(capability)}"))
-    rows.append(("stack", ", ".join(stack) or "nothing for training"))
-    if missing := [package for each in missing_packages(machine) for package in each.packages]:
-        rows.append(("missing", f"{', '.join(missing)} (see `windtunnel doctor`)"))
-    lines = []
-    for heading, text in rows:
-        first, *more = _fold(visible(text, one_line=True), _COLUMNS - 9)
-        lines += [f"{heading:<8} {first}", *(f"{'':9}{line}" for line in more)]
+    lines = _fold(f"{gpu.index:>3}  {gpu.short_name}  {card_state(gpu)}")
+    below = [card_text(gpu)]
+    if not gpu.uuid.startswith("planned-"):
+        below.append(gpu.uuid)
+    lines += [f"     {part}" for text in below for part in _fold(text, _COLUMNS - 5)]
+    for process in gpu.processes or ():
+        memory, user, command = process_cells(process)
+        lines.append(_fold(f"     used by {user}  {f'{memory}  ' if memory else ''}{command}")[0])
     return lines
 
 
-def _sentences(problem: Problem) -> list[str]:
-    text = f"{problem.severity}: {problem.what} {problem.why} {problem.fix}"
-    return _fold(visible(text, one_line=True)) + command_lines(problem.command)
+def _row(line: Line, text: str, cells: int) -> list[str]:
+    """A mark, a label in `cells` cells, and the text beside it, its further lines below."""
+    first, *more = _fold(text, _COLUMNS - cells - 3)
+    below = " " * (cells + 3)
+    return [f"{line.mark} {line.label:<{cells}} {first}", *(f"{below}{part}" for part in more)]
+
+
+def _problem(problem: Problem) -> list[str]:
+    line = problem_line(problem)
+    return _fold(str(line)) + command_lines(line.detail)
 
 
 def command_lines(command: str) -> list[str]:
@@ -256,4 +172,4 @@ def command_lines(command: str) -> list[str]:
 
 
 def _fold(text: str, columns: int = _COLUMNS) -> list[str]:
-    return [line.rstrip() for line in fold(text, columns)]
+    return [line.rstrip() for line in fold(visible(text, one_line=True), columns)]

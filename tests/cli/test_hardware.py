@@ -71,7 +71,7 @@ def test_probe_says_first_what_can_be_used(nvml: FakeDriver, run, torch_for_cuda
     nvml.set(RTX_4090, f"{H100} procs={os.getpid()}:1073741824")
     status, out, _ = run("probe")
     assert status == 0
-    assert out.startswith("ready: 2 GPUs, 101.2 of 103.6 GiB free\n")
+    assert out.startswith("✓ ready: 2 GPUs, 101.2 of 103.6 GiB free\n")
     assert "  1  H100 80GB HBM3  ready\n     78.2 of 79.6 GiB free, Hopper 9.0, " in out
     assert "55 °C, 310 of 700 W\n     GPU-aaaa-1\n     used by " in out
     assert "1.0 GiB" in out
@@ -82,8 +82,8 @@ def test_probe_without_a_gpu_has_done_its_work(nvml: FakeDriver, run) -> None:
     nvml.set("init 12")
     status, out, _ = run("probe")
     assert status == 0
-    assert out.startswith("no GPU: ")
-    assert "warning: No NVIDIA driver was found." in said(out)
+    assert out.startswith("· no GPU: ")
+    assert "! warning: No NVIDIA driver was found." in said(out)
     status, out, _ = run("probe", "--json")
     assert status == 0
     printed = json.loads(out)
@@ -121,9 +121,9 @@ def test_probe_shows_hidden_cards_with_the_reason(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b")
     nvml.set(RTX_4090, H100)
     _, out, _ = run("probe")
-    assert out.startswith("ready: RTX 4090, ")
+    assert out.startswith("✓ ready: RTX 4090, ")
     assert "  1  H100 80GB HBM3  hidden by CUDA_VISIBLE_DEVICES=GPU-b\n" in out
-    assert "warning: GPU 1 is hidden by CUDA_VISIBLE_DEVICES=GPU-b." in said(out)
+    assert "! warning: GPU 1 is hidden by CUDA_VISIBLE_DEVICES=GPU-b." in said(out)
 
 
 def test_probe_makes_strange_names_harmless(nvml: FakeDriver, run) -> None:
@@ -136,7 +136,7 @@ def test_probe_makes_strange_names_harmless(nvml: FakeDriver, run) -> None:
 def test_probe_plans_for_cards_that_are_not_here(run) -> None:
     status, out, _ = run("probe", "--assume", "NVIDIA H100 80GB HBM3 x2")
     assert status == 0
-    assert out.startswith("planned: 2 x H100 80GB HBM3, 159.3 of 159.3 GiB free\n")
+    assert out.startswith("· planned: 2 x H100 80GB HBM3, 159.3 of 159.3 GiB free\n")
     _, out, _ = run("probe", "--assume", "NVIDIA H100 80GB HBM3 x2", "--json")
     printed = json.loads(out)
     assert printed["assumed"]
@@ -177,11 +177,11 @@ def test_a_torch_without_cuda_is_the_first_thing_that_both_say(
     nvml.set(H100)
     _, out, _ = run("probe")
     assert out.startswith(
-        "not ready: H100 80GB HBM3, 79.6 GiB: the installed torch cannot use it\n"
+        "✗ not ready: H100 80GB HBM3, 79.6 GiB: the installed torch cannot use it\n"
     )
     _, out, _ = run("doctor")
-    assert out.startswith("1 fault on this computer: see below.\n")
-    assert "✓ torch              2.13.0, without CUDA\n" in out
+    assert out.startswith("✗ 1 fault on this computer: see below.\n")
+    assert "✓ torch              2.13.0 (without CUDA)\n" in out
     (problem,) = read_machine().problems
     assert out.endswith("\n".join(["", *command_lines(problem.command), ""]))
     # Where the lines are broken follows from the place of this Python.
@@ -195,8 +195,8 @@ def test_both_say_whether_flash_attention_4_suits_the_cards(
 ) -> None:
     nvml.set(RTX_4090, H100)
     _, out, _ = run("probe")
-    assert "flash 4  RTX 4090 is not eligible: it trains from Hopper on" in out
-    assert "flash 4 H100 80GB HBM3 is eligible: made for Hopper" in said(out)
+    assert "· flash 4  RTX 4090 is not eligible: it trains from Hopper on" in out
+    assert "· flash 4 H100 80GB HBM3 is eligible: made for Hopper" in said(out)
     _, out, _ = run("probe", "--json")
     first, second = (card["flash_attention_4"] for card in json.loads(out)["gpus"])
     assert first.startswith("not eligible: ")

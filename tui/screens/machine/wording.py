@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Final
 
 from textual.content import Content
 
+from engine.report import SEVERITY_MARKS
 from engine.units import GIB, counted
 from engine.visible import fold, visible
+from tui.line import marked
 
 if TYPE_CHECKING:
-    from engine.hardware import Gpu, GpuProcess, Machine, Problem
+    from engine.hardware import Gpu, Machine
 
 CPU: Final = "cpu"
 PLAN: Final = "plan"
@@ -25,11 +27,6 @@ _MOST_NAME_CELLS: Final = 28
 _GAP: Final = "  "
 # Where there is less room a command would be broken inside its words.
 _COMMAND_CELLS: Final = 60
-_SEVERITIES: Final[Mapping[str, tuple[str, str]]] = {
-    "error": ("✗", "$error"),
-    "warning": ("!", "$warning"),
-    "note": ("·", "$muted"),
-}
 # What a run cannot ignore, the gravest first: the verdict's word, and its sentence where the
 # problem's own is too long for a row.
 _TOLD_FIRST: Final[Mapping[str, tuple[str, str]]] = {
@@ -55,7 +52,6 @@ _TOLD_FIRST: Final[Mapping[str, tuple[str, str]]] = {
     "bitsandbytes_without_library": ("4-bit", ""),
     "attention_packages_overwritten": ("attention", ""),
 }
-_SHOWN_PACKAGES: Final = ("torch", "transformers", "peft", "bitsandbytes", "flash-attn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +141,7 @@ def verdict(machine: "Machine", choice: Choice) -> tuple[str, str, str]:
     found = {problem.id: problem for problem in machine.problems}
     for name, (word, short) in _TOLD_FIRST.items():
         if problem := found.get(name):
-            return _SEVERITIES[problem.severity][0], word, short or problem.what.rstrip(".")
+            return SEVERITY_MARKS[problem.severity], word, short or problem.what.rstrip(".")
     if choice.gpu is None:
         return "✓", "ready", "this computer's CPU trains the demo model in about a minute"
     return "✓", "ready", _told(choice.gpu)
@@ -175,49 +171,22 @@ def blocks(machine: "Machine") -> bool:
 
 def rest(machine: "Machine", cells: int) -> Content:
     """Every problem in its three sentences, then driver, memory, disk and packages in rows."""
+    # Imported here, as in the page: the first frame does not wait for it.
+    from engine.report.machine import problem_line, rest_lines
+
     lines: list[Content] = []
     for problem in machine.problems:
-        lines += _sentences(problem, cells)
-    for mark, heading, text in _rows(machine):
-        style = {"✓": "$success", "·": "$muted"}.get(mark, "$warning")
-        lines += _hang(Content.assemble((mark, style), f" {heading:<8} "), text, cells)
+        line = problem_line(problem)
+        text = line.text
+        if line.detail:
+            has_room = cells >= _COMMAND_CELLS
+            more = f": {line.detail}" if has_room else ". `windtunnel doctor` has the command."
+            text = text.rstrip(".") + more
+        lines += _hang(marked(line.mark, ""), text, cells)
+    for line in rest_lines(machine):
+        text = f"{line.text}: {line.detail}" if line.label == "missing" else line.text
+        lines += _hang(marked(line.mark, f"{line.label:<8} "), text, cells)
     return Content("\n").join(lines)
-
-
-def _rows(machine: "Machine") -> list[tuple[str, str, str]]:
-    # Imported here, as in the page: the first frame waits for neither.
-    from engine.hardware import flash_4_on, missing_packages
-
-    rows = []
-    if machine.driver_version:
-        cuda = machine.cuda_version or "unknown"
-        rows.append(("✓", "driver", f"{machine.driver_version}, CUDA {cuda}"))
-    total, free = machine.ram_total_bytes / GIB, machine.ram_available_bytes / GIB
-    rows.append(("✓", "memory", f"{total:,.1f} GiB, {free:,.1f} free"))
-    disk = f"{machine.disk_free_bytes / 1e9:,.0f} GB free for {machine.disk_path}"
-    rows.append(("✓", "disk", disk))
-    stack = machine.stack
-    here = [f"{name} {stack[name]}" for name in _SHOWN_PACKAGES if stack.get(name)]
-    if here:
-        rows.append(("✓", "engine", ", ".join(here)))
-    cards = {gpu.compute_capability: gpu for gpu in machine.usable_gpus if gpu.compute_capability}
-    for capability, gpu in cards.items():
-        which = f"{gpu.short_name} is " if len(cards) > 1 else ""
-        rows.append(("·", "flash 4", f"{which}{flash_4_on(capability)}"))
-    rows += [
-        ("!" if each.needed else "·", "missing", f"{', '.join(each.packages)}: {each.command}")
-        for each in missing_packages(machine)
-    ]
-    return rows
-
-
-def _sentences(problem: "Problem", cells: int) -> list[Content]:
-    mark, style = _SEVERITIES[problem.severity]
-    cure = problem.cure
-    if problem.command and cells < _COMMAND_CELLS:
-        cure = f"{problem.fix} `windtunnel doctor` has the command."
-    text = f"{problem.what} {problem.why} {cure}"
-    return _hang(Content.assemble((mark, style), " "), text, cells)
 
 
 def _hang(head: Content, text: str, cells: int) -> list[Content]:
@@ -229,6 +198,8 @@ def _hang(head: Content, text: str, cells: int) -> list[Content]:
 
 def processes(machine: "Machine") -> Content:
     """Who computes on each card now."""
+    from engine.report.machine import process_cells
+
     lines: list[Content] = []
     for gpu in machine.gpus:
         name = visible(gpu.short_name, one_line=True)
@@ -237,13 +208,8 @@ def processes(machine: "Machine") -> Content:
             lines.append(Content.styled("   the driver does not say what runs on it", "$muted"))
         elif not gpu.processes:
             lines.append(Content.styled("   nothing runs on it", "$muted"))
-        lines += [_process_line(process) for process in gpu.processes or ()]
+        for process in gpu.processes or ():
+            memory, user, command = process_cells(process)
+            told = visible(f"{user}  {command}", one_line=True)
+            lines.append(Content(f"   {memory:>9}  {told}"))
     return Content("\n").join(lines or [Content("There is no GPU here.")])
-
-
-def _process_line(process: "GpuProcess") -> Content:
-    size = process.memory_bytes
-    memory = "" if size is None else f"{size / GIB:.1f} GiB"
-    user = visible(process.user or "somebody", one_line=True)
-    command = visible(process.command or f"process {process.pid}", one_line=True)
-    return Content(f"   {memory:>9}  {user}  {command}")
