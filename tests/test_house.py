@@ -27,7 +27,6 @@ CIRCLES = {
 CRUMBS = {
     "engine.plan.answering",
     "engine.publish.result",
-    "tui.line",
     "tui.screens.plan.measuring",
 }
 """Modules that are too small for the one other that imports them: this set only shrinks."""
