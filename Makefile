@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-slow gpu check bench base clean
+.PHONY: install demo test test-slow research gpu check bench base clean
 
 install: $(STAMP)
 
@@ -18,13 +18,17 @@ demo: install
 	.venv/bin/windtunnel demo
 
 # Two processes on two cores: threads of their own would only wait for each other.
-test test-slow: export OMP_NUM_THREADS = 1
+test test-slow research: export OMP_NUM_THREADS = 1
 
 test: install
 	$(PY) -m pytest --numprocesses 2
 
 test-slow: install
 	$(PY) -m pytest --numprocesses 2 -m slow
+
+# How well the memory plan's formulas hold: every model on a dry run, every way of running a layer.
+research: install
+	$(PY) -m pytest --numprocesses 2 tests/research
 
 # Six minutes on a CUDA card; leaves a report that can be committed.
 gpu: install

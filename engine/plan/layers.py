@@ -1,9 +1,9 @@
 """What the layers of a step cost: the widths of a model, and bytes a token for each of them.
 
 Separate from `memory` because these figures are profiled, not derived. They are data,
-presets/memory.yml, with their origin: `python -m tests.make.layer_memory` makes them anew for the
-versions of constraints.txt, and a test profiles layers again and compares. `python -m
-tests.make.expert_memory` prints those of the trainer's layer of experts.
+presets/memory.yml, with their origin: `python -m tests.research.layer_memory` makes them anew for
+the versions of constraints.txt, and a test profiles layers again and compares. `python -m
+tests.research.expert_memory` prints those of the trainer's layer of experts.
 """
 
 from collections.abc import Mapping
@@ -162,7 +162,7 @@ def _dropout_bytes(config: RunConfig, sizes: Widths, tokens: int, base_bytes: in
 # Rows of the hidden width that a layer of experts holds for each expert of a token, beside the
 # MLP's own terms: in its backward pass, and from its forward to its backward pass. An adapter on
 # the experts adds one, and itself once in the type of the products. Figures of `python -m
-# tests.make.expert_memory`; the worst of them is off by 1.1 %.
+# tests.research.expert_memory`; the worst of them is off by 1.1 %.
 _EXPERT_STATES, _EXPERT_STATES_KEPT = 4, 1
 
 

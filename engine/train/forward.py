@@ -103,7 +103,7 @@ def half_precision(model: Model) -> AbstractContextManager[object]:
     """bfloat16 products for a bfloat16 base, whose adapter is kept in float32.
 
     Without it PEFT widens every adapted layer's input to float32 and keeps it: one layer's share of
-    the backward pass takes 1.6 times the memory (`tests.make.layer_memory`), and the adapter's
+    the backward pass takes 1.6 times the memory (`tests.research.layer_memory`), and the adapter's
     products run at float32 speed.
     """
     head = head_of(model)

@@ -36,7 +36,6 @@ SPECS = {
     "v15": TokenizerSpec("v15", think=True, image=IMAGE, settings=True),
 }
 SIZES = ((20, 20), (60, 40), (29, 90), (2100, 1299), (3000, 2))
-FILES = {size: png(*size) for size in SIZES}
 ANSWER = {"role": "assistant", "content": "A cat."}
 
 
@@ -61,7 +60,7 @@ def no_pixels():
 
 
 def shown(size: tuple[int, int]) -> dict[str, Any]:
-    url = f"data:image/png;base64,{base64.b64encode(FILES[size]).decode()}"
+    url = f"data:image/png;base64,{base64.b64encode(png(*size)).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 

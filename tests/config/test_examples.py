@@ -30,7 +30,9 @@ def answer(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-READABLE = [path for path in EXAMPLES if not answer(path).startswith("not read")]
+READABLE = [
+    path for path in EXAMPLES if not path.with_suffix(".txt").read_text().startswith("not read")
+]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -1,16 +1,14 @@
 """presets/FITS.md says what the product says, and says it of everything that can be asked."""
 
-import random
 import re
 from collections import Counter
 from functools import cache
 
 import pytest
 
-from engine.catalog import Architecture, read_architecture
+from engine.catalog import read_architecture
 from engine.hardware import listed_gpus
 from engine.plan import make_fit
-from engine.plan.measured import step_bytes
 from tests.make.fits import GOALS, PAGE, Cell, cells, line_of, page
 
 
@@ -42,44 +40,8 @@ def test_every_card_model_and_goal_has_its_line() -> None:
 def test_none_is_worse_than_the_ladder_can_make_it() -> None:
     poor = [cell for cell in every_cell() if cell.advice.estimate.verdict != "fits"]
     for cell in poor:
-        rungs = make_fit(cell.advice.config, cell_architecture(cell), cell.device)
+        rungs = make_fit(cell.advice.config, read_architecture(cell.model), cell.device)
         assert not rungs or rungs[-1].estimate.verdict != "fits"
     # Only the two largest models, and only below 12 GB.
     assert {cell.model for cell in poor} <= {"mistral-medium-3.5", "mistral-small-4"}
     assert {cell.card for cell in poor} <= {"6 GB GPU", "8 GB GPU"}
-
-
-def cell_architecture(cell: Cell) -> Architecture:
-
-    return read_architecture(cell.model)
-
-
-def sampled_cells(count: int) -> list[Cell]:
-    """Cells with everything on the card, one of each model first, the same ones each time."""
-    whole = [cell for cell in every_cell() if not cell.advice.offloads]
-    text = [cell for cell in whole if cell.goal != "vision" and cell.device.computes_bf16]
-    random.Random(4).shuffle(text)
-    first = {cell.model: cell for cell in reversed(text)}
-    rest = [cell for cell in text if cell not in first.values()]
-    return [*first.values(), *rest][:count]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "number", range(20), ids=lambda n: f"{(c := sampled_cells(20)[n]).model} {c.goal} {c.card}"
-)
-def test_a_sampled_cell_agrees_with_the_dry_run_within_its_range(number: int) -> None:
-    from tests.research.oracle import dry_run
-
-    cell = sampled_cells(20)[number]
-    config, needs = cell.advice.config, cell.advice.estimate
-    run = dry_run(
-        cell_architecture(cell),
-        config.model_copy(update={"bf16": True}),
-        tokens_per_sequence=config.sequence_len,
-        sequences=config.micro_batch_size,
-        vision_on_device=False,
-    )
-    step = step_bytes(needs)
-    print(f"{cell.model} {cell.goal} {cell.card}: formula {step}, dry run {run.peak_bytes}")
-    assert step * (1 - needs.uncertainty) <= run.peak_bytes <= step * (1 + needs.uncertainty), run

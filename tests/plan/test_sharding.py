@@ -98,7 +98,7 @@ def test_experts_that_are_spread_are_never_gathered() -> None:
 RECIPES = sorted(
     path
     for path in (Path(__file__).parents[2] / "presets" / "recipes").glob("*/*.yml")
-    if cards_laid_out(read_config(path).config) != 1
+    if "fsdp_config" in path.read_text("utf-8")
 )
 
 

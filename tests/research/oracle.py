@@ -33,14 +33,24 @@ from engine.train.experts import (
 from engine.train.forward import Model, checkpoint_activations, head_of, hidden_states
 from engine.train.lora import attach_lora, choose_trained
 from engine.train.loss import Loss, _ChunkedCrossEntropy
-from engine.train.model import build_empty
+from engine.train.model import build_empty, load_base
 from engine.train.optim import build_optimizer, is_lora_matrix, take_step
 from engine.train.quantize import swap_linears
+from engine.train.run import put_on_training
 from engine.train.weights import trained_parameters
 from tests.support.card_bytes import CardBytes, CutCrossEntropy, as_on_cuda
 from tests.support.live_bytes import ALLOCATION_BYTES
+from tests.support.tiny import MINISTRAL3, settings
 
 VISION = ("vision_tower", "multi_modal_projector")
+WIDE: dict[str, Any] = MINISTRAL3 | {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+"""Three layers that are wide enough for tensors to weigh more than their granules."""
 PAGED_NUMBERS = 100_000
 """A paged optimizer's state of fewer numbers stays on the card (bitsandbytes/optim)."""
 
@@ -340,3 +350,25 @@ def move(optimizer: Optimizer, counter: CardBytes) -> int:
     with patch.object(optimizer, "step", hooks_alone):
         take_step(optimizer)
     return counter.peak
+
+
+def really_run(
+    folder: Path, keys: dict[str, Any], tokens: int, sequences: int, rows: int = 1
+) -> tuple[int, int]:
+    """(kept, peak) over what rests, of the trainer's own model on tensors with contents; each
+    sequence is made of `rows`."""
+    given = settings(folder, **keys)
+    trained = put_on_training(load_base(folder, given), folder, given)
+    trained.train()
+    counter = CardBytes()
+    for tensor in [*trained.parameters(), *trained.buffers()]:
+        counter.count(tensor)
+    with counter:
+        batch = make_batch(tokens, sequences, ())
+        batch["position_ids"] %= tokens // rows
+        kept, peak = passes(trained, given, batch, counter, Loss())
+    gradients = [p.grad for _, p in trained_parameters(trained) if p.grad is not None]
+    held = CardBytes()
+    for tensor in [*trained.parameters(), *trained.buffers(), *gradients]:
+        held.count(tensor)
+    return kept - held.now, peak - held.now

@@ -8,15 +8,9 @@ import torch
 
 from engine.catalog import read_architecture
 from engine.plan import estimate
-from engine.plan.memory import moment_parts
-from engine.train.loss import Loss
-from engine.train.model import load_base
-from engine.train.run import put_on_training
-from engine.train.weights import trained_parameters
-from tests.research.oracle import Run, dry_run, make_batch, passes
-from tests.support.card_bytes import CardBytes
-from tests.support.machines import card, config, cpu, model
-from tests.support.tiny import MINISTRAL3, settings, write_model
+from tests.research.oracle import WIDE, Run, dry_run, really_run
+from tests.support.machines import card, config, model
+from tests.support.tiny import settings, write_model
 
 LENGTH = 2048
 QLORA: dict[str, Any] = {
@@ -64,27 +58,27 @@ def compared(name: str, sequences: int, keys: dict[str, Any]) -> tuple[float, Ru
     ("name", "sequences", "keys"),
     [
         ("ministral-3-3b", 2, {}),
-        pytest.param("ministral-3-3b", 2, {"cut_cross_entropy": True}, marks=pytest.mark.slow),
+        ("ministral-3-3b", 2, {"cut_cross_entropy": True}),
         *(
-            pytest.param(name, 2, {}, marks=pytest.mark.slow)
+            (name, 2, {})
             for name in (
                 *("ministral-3-8b", "ministral-3-14b", "magistral-small-2506"),
                 *("magistral-small-2507", "magistral-small-2509", "mistral-small-3.2"),
                 "mistral-medium-3.5",
             )
         ),
-        pytest.param("ministral-3-3b", 2, KEPT, marks=pytest.mark.slow),
+        ("ministral-3-3b", 2, KEPT),
         ("ministral-3-3b", 2, {"checkpointed_layers": 13}),
         *(
-            pytest.param("ministral-3-8b", 2, keys, marks=pytest.mark.slow)
+            ("ministral-3-8b", 2, keys)
             for keys in (LORA | KEPT, LORA | {"checkpointed_layers": 17}, FULL | KEPT)
         ),
-        pytest.param("ministral-3-3b", 2, FULL, marks=pytest.mark.slow),
+        ("ministral-3-3b", 2, FULL),
         ("ministral-3-3b", 2, FULL | {"checkpointed_layers": 13}),
         ("ministral-3-3b", 2, NARROW),
-        pytest.param("mistral-small-4", 1, SMALL_4, marks=pytest.mark.slow),
-        pytest.param("mistral-small-4", 1, SMALL_4 | KEPT, marks=pytest.mark.slow),
-        pytest.param("mistral-small-4", 1, SMALL_4 | EXPERTS, marks=pytest.mark.slow),
+        ("mistral-small-4", 1, SMALL_4),
+        ("mistral-small-4", 1, SMALL_4 | KEPT),
+        ("mistral-small-4", 1, SMALL_4 | EXPERTS),
     ],
     ids=str,
 )
@@ -95,41 +89,9 @@ def test_the_plan_is_within_3_percent_of_the_dry_run(
     assert share == pytest.approx(1, abs=0.03), run
 
 
-WIDE = MINISTRAL3 | {
-    "hidden_size": 256,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-}
-
-
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three layers that are wide enough for tensors to weigh more than their granules."""
     return write_model(tmp_path_factory.mktemp("wide") / "wide", WIDE)
-
-
-def really_run(
-    folder: Path, keys: dict[str, Any], tokens: int, sequences: int, rows: int = 1
-) -> tuple[int, int]:
-    """(kept, peak) over what rests, of the trainer's own model on tensors with contents; each
-    sequence is made of `rows`."""
-    given = settings(folder, **keys)
-    trained = put_on_training(load_base(folder, given), folder, given)
-    trained.train()
-    counter = CardBytes()
-    for tensor in [*trained.parameters(), *trained.buffers()]:
-        counter.count(tensor)
-    with counter:
-        batch = make_batch(tokens, sequences, ())
-        batch["position_ids"] %= tokens // rows
-        kept, peak = passes(trained, given, batch, counter, Loss())
-    gradients = [p.grad for _, p in trained_parameters(trained) if p.grad is not None]
-    held = CardBytes()
-    for tensor in [*trained.parameters(), *trained.buffers(), *gradients]:
-        held.count(tensor)
-    return kept - held.now, peak - held.now
 
 
 @pytest.mark.parametrize(
@@ -154,19 +116,3 @@ def test_a_dry_run_takes_what_the_same_step_takes_when_it_runs(
     )
     assert found.kept_bytes == pytest.approx(kept, rel=0.05)
     assert found.pass_bytes - found.resting_bytes == pytest.approx(peak, rel=0.05)
-
-
-@pytest.mark.parametrize("again", [KEPT, {"checkpointed_layers": 1}, {}], ids=str)
-@pytest.mark.parametrize("method", ["lora", None])
-def test_packed_rows_under_a_mask_take_what_the_plan_says(
-    wide: Path, again: dict[str, Any], method: str | None
-) -> None:
-    """On a CPU, whose attention turns the mask into numbers for every layer that keeps it."""
-    tokens = 1024
-    keys = {"adapter": method, "sample_packing": True, "sequence_len": tokens, "bf16": False}
-    keys |= {"gradient_checkpointing": True, "gradient_accumulation_steps": 2} | again
-    _, peak = really_run(wide, keys, tokens, 1, rows=2)
-    architecture = read_architecture(wide)
-    planned = moment_parts(settings(wide, **keys), architecture, cpu(64), "backward pass")
-    more = sum(planned.get(part, 0) for part in ("activations", "layer", "mask"))
-    assert more == pytest.approx(peak, rel=0.1)

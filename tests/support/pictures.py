@@ -1,6 +1,7 @@
 """Image files made on the spot."""
 
 import io
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,5 +25,6 @@ def file_of(image: Image.Image, kind: str = "PNG", **keys: Any) -> bytes:
     return file.getvalue()
 
 
+@cache
 def png(width: int = 60, height: int = 40, seed: int = 0) -> bytes:
     return file_of(picture(width, height, seed))

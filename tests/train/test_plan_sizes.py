@@ -1,7 +1,6 @@
 """The plan's sizes against what the trainer really holds: parameters, bytes, optimizer state."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,13 @@ from engine.catalog import read_architecture
 from engine.config import RunConfig
 from engine.hardware import assume
 from engine.plan import WEIGHTS, Estimate, cpu_device, estimate
-from engine.plan.layers import Widths, inference_bytes, kept_bytes, transient_bytes
 from engine.plan.memory import moment_parts
 from engine.plan.targets import adapter_parameters, count_targets, trainable_parameters
 from engine.train.batches import Order, Rows
 from engine.train.lora import attach_lora, choose_trained
 from engine.train.model import load_base
 from tests.fakes.processes import ROOT
-from tests.make.layer_memory import (
-    PACKAGES,
-    PAGE,
-    REGIMES,
-    VOCABULARY,
-    Regime,
-    Shape,
-    layer_bytes,
-)
+from tests.research.layer_memory import PACKAGES, PAGE, REGIMES, layer_against_plan
 from tests.support.tiny import MINISTRAL3, settings, training, with_vision, write_model
 
 CPU = cpu_device(assume("24 GB"))
@@ -159,41 +149,15 @@ class TestTrainable:
         assert parts["optimizer"] == pytest.approx(held_bytes(*state), rel=tolerance or 1e-9)
 
 
-QUICK = ("bf16 lora", "bf16 lora, 4-bit base", "fp32 full")
-
-
-@pytest.mark.parametrize(
-    "regime",
-    [
-        pytest.param(each, id=each.name, marks=() if each.name in QUICK else pytest.mark.slow)
-        for each in REGIMES
-    ],
-)
-def test_a_layer_of_the_step_takes_the_planned_bytes(regime: Regime) -> None:
-    shape, tokens, rank = Shape(3072, 9216, 32, 8), 2048, 16
-    measured = layer_bytes(shape, tokens, rank if regime.lora else 0, regime)
-    method = "qlora" if regime.quantized else "lora" if regime.lora else None
-    config = settings(
-        adapter=method,
-        load_in_4bit=regime.quantized,
-        lora_r=rank,
-        lora_dropout=regime.dropout,
-        gradient_checkpointing=not regime.kept,
-    )
-    sizes = Widths(1, shape.hidden, shape.intermediate, shape.attention, VOCABULARY, 0, 0, 0)
-    width = regime.dtype.itemsize
-    formula = {
-        "kept": kept_bytes,
-        "flash kept": partial(kept_bytes, flash=True),
-        "inference": inference_bytes,
-        "transient": transient_bytes,
-    }
-    found = formula[regime.moment](config, sizes, tokens, width)
-    assert found == pytest.approx(measured, rel=0.05), "python -m tests.make.layer_memory"
+@pytest.mark.parametrize("name", ["bf16 lora", "bf16 lora, 4-bit base", "fp32 full"])
+def test_a_layer_of_the_step_takes_the_planned_bytes(name: str) -> None:
+    (regime,) = (each for each in REGIMES if each.name == name)
+    planned, measured = layer_against_plan(regime)
+    assert planned == pytest.approx(measured, rel=0.05)
 
 
 def test_the_coefficients_are_those_of_the_pinned_versions() -> None:
-    """`python -m tests.make.layer_memory` makes them anew."""
+    """`python -m tests.research.layer_memory` makes them anew."""
     stored = YAML(typ="safe", pure=True).load(PAGE.read_text("utf-8"))["origin"]["versions"]
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if "==" in line)

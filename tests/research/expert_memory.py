@@ -1,8 +1,8 @@
 """Measures what a layer of experts costs, and prints the coefficients of `plan.layers`.
 
-`python -m tests.make.expert_memory` runs the trainer's own experts on a CPU, in bfloat16 over NF4,
-with and without an adapter on them, and counts the bytes that live. Least squares gives bytes a
-routed row (a token times the experts that it passes) for each width, and bytes a number of the
+`python -m tests.research.expert_memory` runs the trainer's own experts on a CPU, in bfloat16 over
+NF4, with and without an adapter on them, and counts the bytes that live. Least squares gives bytes
+a routed row (a token times the experts that it passes) for each width, and bytes a number of the
 adapter. The worst residual is printed beside them.
 """
 

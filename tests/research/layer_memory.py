@@ -1,18 +1,19 @@
 """Measures what one layer of a step costs, and writes the coefficients of `plan.layers`.
 
-`python -m tests.make.layer_memory` makes presets/memory.yml. It runs the real transformers layers
-with real PEFT adapters and real bitsandbytes modules on fake tensors: shapes and lifetimes are
-exact, nothing is computed, no GPU is needed. Two layers of several shapes and lengths give the peak
-of a training step over its resting state; least squares gives bytes a token for each width of the
-layer. The worst residual is kept beside them.
+`python -m tests.research.layer_memory` makes presets/memory.yml. It runs the real transformers
+layers with real PEFT adapters and real bitsandbytes modules on fake tensors: shapes and lifetimes
+are exact, nothing is computed, no GPU is needed. Two layers of several shapes and lengths give the
+peak of a training step over its resting state; least squares gives bytes a token for each width of
+the layer. The worst residual is kept beside them.
 """
 
 import gc
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Ministral3Config, Ministral3ForCausalLM
 
+from engine.config import RunConfig
+from engine.plan.layers import Widths, inference_bytes, kept_bytes, transient_bytes
 from engine.train.attention import TORCH_VARLEN, register_backends
 from engine.train.forward import checkpoint_activations, hidden_states
 from engine.train.lora import leave_inputs_alone
@@ -44,7 +47,7 @@ HEAD = """\
 # bitsandbytes were run on tensors without contents, in the shapes of Ministral 3 3B and 8B, the 24B
 # models and Medium 3.5.
 origin:
-  command: python -m tests.make.layer_memory
+  command: python -m tests.research.layer_memory
   date: {date}
   versions: {{{versions}}}
 layers:
@@ -296,6 +299,30 @@ def main() -> None:
         lines.append(f"  - {{{entry}}}\n")
         print(lines[-1], end="", flush=True)
     PAGE.write_text("".join(lines), encoding="utf-8")
+
+
+def layer_against_plan(regime: Regime) -> tuple[float, float]:
+    """Bytes of one layer by the plan's formula and as they are counted."""
+    shape, tokens, rank = Shape(3072, 9216, 32, 8), 2048, 16
+    config = RunConfig(
+        base_model="any",
+        adapter="qlora" if regime.quantized else "lora" if regime.lora else None,
+        load_in_4bit=regime.quantized,
+        lora_r=rank,
+        lora_dropout=regime.dropout,
+        gradient_checkpointing=not regime.kept,
+        bf16=False,
+        sequence_len=128,
+    )
+    sizes = Widths(1, shape.hidden, shape.intermediate, shape.attention, VOCABULARY, 0, 0, 0)
+    formula: dict[str, Callable[..., float]] = {
+        "kept": kept_bytes,
+        "flash kept": partial(kept_bytes, flash=True),
+        "inference": inference_bytes,
+        "transient": transient_bytes,
+    }
+    planned = formula[regime.moment](config, sizes, tokens, regime.dtype.itemsize)
+    return planned, layer_bytes(shape, tokens, rank if regime.lora else 0, regime)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""What a step over packed rows takes under a mask, against the plan."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.catalog import read_architecture
+from engine.plan.memory import moment_parts
+from tests.research.oracle import WIDE, really_run
+from tests.support.machines import cpu
+from tests.support.tiny import settings, write_model
+
+KEPT = {"gradient_checkpointing": False}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("wide") / "wide", WIDE)
+
+
+@pytest.mark.parametrize("again", [KEPT, {"checkpointed_layers": 1}, {}], ids=str)
+@pytest.mark.parametrize("method", ["lora", None])
+def test_packed_rows_under_a_mask_take_what_the_plan_says(
+    wide: Path, again: dict[str, Any], method: str | None
+) -> None:
+    """On a CPU, whose attention turns the mask into numbers for every layer that keeps it."""
+    tokens = 1024
+    keys = {"adapter": method, "sample_packing": True, "sequence_len": tokens, "bf16": False}
+    keys |= {"gradient_checkpointing": True, "gradient_accumulation_steps": 2} | again
+    _, peak = really_run(wide, keys, tokens, 1, rows=2)
+    architecture = read_architecture(wide)
+    planned = moment_parts(settings(wide, **keys), architecture, cpu(64), "backward pass")
+    more = sum(planned.get(part, 0) for part in ("activations", "layer", "mask"))
+    assert more == pytest.approx(peak, rel=0.1)
