@@ -23,9 +23,9 @@ from engine.catalog.cards import (
     find_repository,
     list_models,
     model_names,
+    official_sampling,
 )
 from engine.catalog.modules import ModuleTable, Parameter, linear_targets
-from engine.catalog.sampling import official_sampling
 
 __all__ = [
     "Architecture",

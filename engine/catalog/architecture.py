@@ -1,8 +1,8 @@
 """From what a person wrote (a catalog name, a folder, a hub id) to a model that may be built.
 
-Separate from `cards` because here the word of a stranger's config.json is taken, or refused: the
-architecture has to be on the allow-list, and the file may not choose code or kernels. Nothing is
-fetched: a hub id is looked up in this computer's cache and in the catalog.
+The word of a stranger's config.json is taken or refused here: the architecture has to be on the
+allow-list, and the file may not choose code or kernels. Nothing is fetched: a hub id is looked up
+in this computer's cache and in the catalog.
 """
 
 import json

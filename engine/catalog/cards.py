@@ -1,8 +1,7 @@
 """The named models: each file of presets/models as a typed card.
 
-Separate from `architecture` because a card also says what no config.json does: the licence, the
-tokenizer, how the model thinks, and where each fact comes from. Files are read when first asked
-for, and once.
+A card also says what no config.json does: the licence, the tokenizer, how the model thinks and is
+sampled, and where each fact comes from. Files are read when first asked for, and once.
 """
 
 from collections.abc import Mapping
@@ -48,6 +47,9 @@ class Sampling:
     temperature: float | None = None
     top_p: float | None = None
     max_tokens: int | None = None
+
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,3 +153,26 @@ def _read_card(name: str) -> ModelCard:
     text = (files("presets") / "models" / f"{name}.yml").read_text(encoding="utf-8")
     content = YAML(typ="safe", pure=True).load(text)
     return TypeAdapter(ModelCard).validate_python({"name": name, **content})
+
+
+def official_sampling(base_model: str, reasoning_effort: str | None = None) -> Sampling:
+    """The official settings for an answer of a catalog name or hub id; greedy where none are known.
+
+    A model that thinks on request thinks unless the effort is absent or `none`; of one that comes
+    in two variants the reasoning one thinks. Only `max_tokens` may be None in what is returned.
+    """
+    if base_model in model_names():
+        card = find_model(base_model)
+        variant = card.repositories[0].variant if card.repositories else "instruct"
+    elif found := find_repository(base_model):
+        card, variant = found[0], found[1].variant
+    else:
+        return GREEDY
+    thinks = variant == "reasoning"
+    if card.thinking == "effort":
+        thinks = reasoning_effort not in (None, "none")
+    answering, thinking = card.sampling.get("answering"), card.sampling.get("thinking")
+    said = (thinking or answering if thinks else answering or thinking) or GREEDY
+    if said.temperature is None:
+        return Sampling(0.0, 1.0, said.max_tokens)
+    return Sampling(said.temperature, said.top_p or 1.0, said.max_tokens)

@@ -1,8 +1,8 @@
 """The numbers of a config.json that decide shapes, checked, with transformers' own defaults.
 
-Separate from `modules` because a config.json is a stranger's file: an architecture that is not on
-the allow-list, a size of -1 or a billion layers ends here in a sentence. A test holds every default
-against the config class of transformers.
+A config.json is a stranger's file: an architecture that is not on the allow-list, a size of -1 or a
+billion layers ends here in a sentence. A test holds every default against the config class of
+transformers.
 """
 
 import json

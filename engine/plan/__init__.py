@@ -3,38 +3,30 @@
 Everything here is arithmetic over the catalog's module table, the machine and the counts of a
 dataset: `memory` estimates a config, `targets` counts what its adapter lands on, `attention`
 chooses a backend, `recommend` makes a whole config with a reason for every value, `ladder` makes
-one fit, `remarks` says what a config does less of than it seems to, `answering` whether a result
-can be asked here, `survey` compares the models of the catalog on a device.
+one fit, `remarks` says what a config does less of than it seems to and what cannot be done here,
+`survey` compares the models of the catalog on a device. `trainer` holds what the trainer itself
+runs by.
 """
 
 from engine.data.statistics import Statistics, read_statistics
-from engine.plan.answering import refuse_answering
 from engine.plan.attention import Attention, Heads, Task, choose_attention, heads_of
-from engine.plan.device import Device, best_device, cpu_device, gpu_device
-from engine.plan.documents import (
-    advice_document,
-    alternative_document,
-    device_document,
-    estimate_document,
-    plan_document,
-)
+from engine.plan.device import Device, best_device, cpu_device, device_document, gpu_device
 from engine.plan.duration import Duration, expected_duration, pace_of
 from engine.plan.ladder import (
     Alternative,
+    alternative_document,
     describe_faster,
     list_alternatives,
     make_faster,
     make_fit,
     next_rung,
 )
-from engine.plan.lengths import LengthPrice, price_lengths
-from engine.plan.limits import Goal, why_not_trained
 from engine.plan.memory import AXOLOTL, WEIGHTS, Peer, compare_peer, estimate
-from engine.plan.recommend import Recommendation, assess, recommend
-from engine.plan.remarks import remarks
+from engine.plan.recommend import Recommendation, advice_document, assess, recommend
+from engine.plan.remarks import Goal, refuse_answering, remarks, why_not_trained
 from engine.plan.rungs import SAME_RESULT, changed
-from engine.plan.survey import Prospect, propose, survey
-from engine.plan.verdict import Estimate, Verdict
+from engine.plan.survey import LengthPrice, Prospect, price_lengths, propose, survey
+from engine.plan.verdict import Estimate, Verdict, estimate_document, plan_document
 
 __all__ = [
     "AXOLOTL",

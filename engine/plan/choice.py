@@ -2,29 +2,30 @@
 
 Rules, each from published practice: all linear layers get an adapter (Thinking Machines, "LoRA
 without regret": attention alone learns less at an equal size), rank 16 or 32 on small data
-(Unsloth's guide, the QLoRA paper's settings), a learning rate by method and size (`rates`), small
-batches (adapters lose more in large ones: the same note), 1 to 3 epochs, 5 to 10 % held out, a
-warmup of 5 %, the best save kept as a guard against learning by heart. Memory decides the rest: a
-value grows only while the estimate still says `fits`.
+(Unsloth's guide, the QLoRA paper's settings), a learning rate by method and size, small batches
+(adapters lose more in large ones: the same note), 1 to 3 epochs, 5 to 10 % held out, a warmup of
+5 %, the best save kept as a guard against learning by heart. Memory decides the rest: a value grows
+only while the estimate still says `fits`. A recipe that ships for the very model and dataset goes
+before the rules.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.resources import as_file, files
 from math import ceil
 from typing import Any
 
 from engine.catalog import Architecture
-from engine.config import SHARDED_OPTIMIZERS, DatasetConfig, RunConfig
+from engine.config import SHARDED_OPTIMIZERS, DatasetConfig, RunConfig, read_config
 from engine.data.statistics import Statistics
 from engine.plan.attention import Attention, Task, choose_attention, heads_of
 from engine.plan.device import Device
 from engine.plan.duration import expected_duration
 from engine.plan.ladder import make_faster, make_fit
-from engine.plan.limits import Goal
 from engine.plan.memory import estimate
-from engine.plan.rates import learning_rate
-from engine.plan.recipe import Recipe
-from engine.plan.rungs import BUSY_TOKENS
+from engine.plan.remarks import Goal
+from engine.plan.rungs import BUSY_TOKENS, learning_rate
 from engine.plan.targets import linear_endings
 from engine.plan.verdict import Estimate
 from engine.plan.vision import largest_image_tokens
@@ -56,6 +57,24 @@ _EITHER_OR = (
 """Keys that say the same thing in other ways: where the person chose one, none is advised."""
 _RANKS = {"does not fit": 0, "tight": 1, "fits": 2}
 
+_REASON = re.compile(r"^(\w+):[^#\n]*#\s*(.+)$", re.MULTILINE)
+
+_OF_THE_MODEL = (
+    *("lora_r", "lora_alpha", "lora_target_linear", "optimizer", "learning_rate"),
+    *("lr_scheduler", "cosine_min_lr_ratio", "adam_beta2", "weight_decay", "bf16"),
+)
+"""Keys that suit the model whatever it learns; whether 4 bits are needed is memory's to say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The values of a shipped config, and the comments beside them."""
+
+    values: Mapping[str, object]
+    reasons: Mapping[str, str]
+    whole: bool
+    """Whether it is for the very dataset; else only what depends on the model is here."""
+
 
 @dataclass(slots=True)
 class Choice:
@@ -65,14 +84,15 @@ class Choice:
     device: Device
     statistics: Statistics | None
     dataset: DatasetConfig | None
-    fixed: dict[str, object]
+    fixed: dict[str, object] = field(default_factory=dict)
+    """Values that the person chose."""
     images: bool = False
     """Whether the rows have images."""
     goal: Goal = "text"
     may_offload_layers: bool = True
     """Whether layers may be offloaded to make the plan fit, which can take many times as long."""
-    values: dict[str, Any] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict, init=False)
+    reasons: dict[str, str] = field(default_factory=dict, init=False)
 
     @property
     def attention(self) -> Attention:
@@ -351,3 +371,24 @@ class Choice:
 
     def _has_experts(self) -> bool:
         return bool(self.architecture.table.counts_by_group()["experts"])
+
+
+def find_recipe(architecture: Architecture, dataset: DatasetConfig | None) -> Recipe | None:
+    """The recipe of a model that is made here; None for any other, and where it has none.
+
+    Without a dataset, and with the recipe's own, it is whole.
+    """
+    card = architecture.card
+    if card is None or card.repositories:
+        return None
+    with as_file(files("presets") / "recipes" / card.name / "lora.yml") as path:
+        if not path.is_file():
+            return None
+        file = read_config(path)
+        config, text = file.config, file.document.text
+    whole = dataset is None or dataset.path == config.datasets[0].path
+    values = {key: getattr(config, key) for key in config.file_values()}
+    del values["base_model"]
+    if not whole:
+        values = {key: value for key, value in values.items() if key in _OF_THE_MODEL}
+    return Recipe(values, dict(_REASON.findall(text)), whole)

@@ -1,12 +1,10 @@
-"""The one place on which a run computes, as a plan sees it: how much memory it can give.
-
-Separate from `hardware`, which reports what is there: here the share that a run may count on is
-decided, after what others use and a margin.
+"""The one place on which a run computes: how much memory it can give, after what others use and a
+margin.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from engine.hardware import Gpu, Machine
 from engine.units import gib
@@ -115,3 +113,15 @@ def _used_by(gpu: Gpu) -> str:
         if p.memory_bytes
     ]
     return f"{gib(used)}" + (f" ({', '.join(names[:3])})" if names else "")
+
+
+def device_document(device: Device) -> dict[str, Any]:
+    """Where a plan is for; sizes in bytes."""
+    return {
+        "name": device.name,
+        "kind": device.kind,
+        "uuid": device.uuid,
+        "total_bytes": device.total_bytes,
+        "can_give_bytes": device.can_give_bytes,
+        "planned": device.planned,
+    }

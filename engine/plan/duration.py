@@ -1,9 +1,9 @@
 """How long a run takes and what it costs, before its first step.
 
-Separate from `memory`: here the same config is counted in floating-point operations and in bytes
-that move, against what the card's maker says of it (presets/gpus.yml). What a card reaches of that
-is known from published runs only, so the answer is a rough one until a measurement replaces it:
-`windtunnel fit`, or the run's own first steps.
+A config is counted in floating-point operations and in bytes that move, against what the card's
+maker says of it (presets/gpus.yml). What a card reaches of that is known from published runs only,
+so the answer is a rough one until a measurement replaces it: `windtunnel fit`, or the run's own
+first steps.
 
 Operations a token: 2 a weight forward, 2 again where checkpointing computes the layer a second
 time, 2 for the gradient of its input, and 2 for its own where it is trained (PaLM, arXiv

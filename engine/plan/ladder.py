@@ -1,12 +1,12 @@
-"""What makes a plan fit: the cheapest sequence of changes, each with what it saves and costs.
+"""What makes any config fit: the cheapest sequence of changes, each with what it saves and costs.
 
-Separate from `recommend` because it is asked of any config, a person's own above all. It goes from
-what changes no result, over what costs time, exactness and capacity, to what costs data. Rungs that
-the later ones make needless are left out again, the dearest first.
+It goes from what changes no result, over what costs time, exactness and capacity, to what costs
+data. Rungs that the later ones make needless are left out again, the dearest first.
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from engine.catalog import Architecture
 from engine.config import RunConfig, assignment
@@ -15,7 +15,6 @@ from engine.plan.device import Device
 from engine.plan.duration import speedup
 from engine.plan.layers import recomputed_layers, widths
 from engine.plan.memory import is_sharded
-from engine.plan.rates import learning_rate
 from engine.plan.rungs import (
     RUNGS,
     SLOWER_SHARE,
@@ -27,6 +26,7 @@ from engine.plan.rungs import (
     checkpointing,
     fewest_recomputed,
     in_4_bits,
+    learning_rate,
     recomputing,
     with_rank,
 )
@@ -263,3 +263,15 @@ _FROZEN_ONLY: Mapping[str, object] = {
     "bnb_config_kwargs": None,
 }
 """Keys that belong to frozen weights, and their values without."""
+
+
+def alternative_document(other: Alternative) -> dict[str, Any]:
+    """Another plan, or a rung of the ladder; sizes in bytes."""
+    return {
+        "name": other.name,
+        "changes": dict(other.changes),
+        "device_bytes": other.estimate.device_bytes,
+        "saves_bytes": other.saves_bytes,
+        "verdict": other.estimate.verdict,
+        "trade": other.trade,
+    }

@@ -1,9 +1,9 @@
 """What the layers of a step cost: the widths of a model, and bytes a token for each of them.
 
-Separate from `memory` because these figures are profiled, not derived. They are data,
-presets/memory.yml, with their origin: `python -m tests.research.layer_memory` makes them anew for
-the versions of constraints.txt, and a test profiles layers again and compares. `python -m
-tests.research.expert_memory` prints those of the trainer's layer of experts.
+The figures are profiled, not derived, and are data, presets/memory.yml, with their origin:
+`python -m tests.research.layer_memory` makes them anew for the versions of constraints.txt, and a
+test profiles layers again and compares. `python -m tests.research.expert_memory` prints those of
+the trainer's layer of experts.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """Measured figures that beat the formula: kept, found again, and put in its place.
 
-Separate from `memory`, which predicts: a figure stands only for what it was measured on, so here is
-decided what has to be the same. Every key of a config counts except those listed as having no part
-in memory; a key that is new therefore separates runs until somebody says that it need not.
+A figure stands only for what it was measured on: every key of a config has to be the same except
+those listed as having no part in memory. A key that is new therefore separates runs until somebody
+says that it need not.
 """
 
 import hashlib

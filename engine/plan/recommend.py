@@ -5,7 +5,8 @@ said of them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -14,15 +15,14 @@ from engine.config import DatasetConfig, RunConfig, spell
 from engine.data.statistics import Statistics
 from engine.errors import UserError
 from engine.plan.attention import Attention, Task, choose_attention, heads_of
-from engine.plan.choice import Choice
-from engine.plan.device import Device
+from engine.plan.choice import Choice, find_recipe
+from engine.plan.device import Device, device_document
 from engine.plan.duration import Duration, expected_duration, pace_of
-from engine.plan.ladder import Alternative, list_alternatives
-from engine.plan.limits import Goal, refuse_goal, why_not_trained
+from engine.plan.ladder import Alternative, alternative_document, list_alternatives
 from engine.plan.memory import estimate
-from engine.plan.recipe import find_recipe
+from engine.plan.remarks import Goal, refuse_goal, why_not_trained
 from engine.plan.rungs import changed
-from engine.plan.verdict import Estimate
+from engine.plan.verdict import Estimate, estimate_document
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,28 @@ def recommend(
     Raises UserError where the goal cannot be met or where fixed values contradict each other.
     """
     refuse_goal(goal, architecture)
+    images = goal == "vision" or bool(statistics and statistics.image_tokens)
+    asked = Choice(architecture, device, statistics, dataset, images=images, goal=goal)
     try:
-        images = goal == "vision" or bool(statistics and statistics.image_tokens)
-        asked = _Asked(architecture, device, statistics, dataset, images, goal)
-        return _recommend(asked, dict(fixed or {}))
+        free = choice = _choose(asked)
+        if fixed:
+            # A value that a person changes makes no plan slow by itself: that is asked for.
+            offloaded = "layer_offloading" in free.values
+            own = _with_method(dict(fixed))
+            choice = _choose(replace(asked, fixed=own, may_offload_layers=offloaded))
+        config = choice.config()
     except ValidationError as error:
         raise _contradiction(error) from None
+    reasons = {key: _own_reason(free, key, value) for key, value in choice.fixed.items()}
+    return _advise(
+        config,
+        architecture,
+        device,
+        statistics,
+        reasons={**choice.reasons, **reasons},
+        recommended=dict(free.values),
+        attention=choice.attention,
+    )
 
 
 def assess(
@@ -92,20 +108,40 @@ def assess(
         kept = changed(config, changes or {})
     except ValidationError as error:
         raise _contradiction(error) from None
-    needs = estimate(kept, architecture, device, statistics)
-    return Recommendation(
-        config=kept,
-        reasons={key: "yours" for key in changes or {}},
+    images = kept.processor_type is not None
+    return _advise(
+        kept,
+        architecture,
+        device,
+        statistics,
+        reasons=dict.fromkeys(changes or {}, "yours"),
         recommended={},
-        estimate=needs,
-        alternatives=list_alternatives(kept, architecture, device, statistics),
-        attention=choose_attention(
-            device, Task(heads_of(architecture), images=kept.processor_type is not None)
-        ),
-        not_trained=why_not_trained(architecture),
-        duration=expected_duration(kept, architecture, device, statistics, needs.tokens_per_second),
-        tokens_per_second=needs.tokens_per_second
-        or pace_of(kept, architecture, device, statistics),
+        attention=choose_attention(device, Task(heads_of(architecture), images)),
+    )
+
+
+def _advise(
+    config: RunConfig,
+    architecture: Architecture,
+    device: Device,
+    statistics: Statistics | None,
+    *,
+    reasons: Mapping[str, str],
+    recommended: Mapping[str, object],
+    attention: Attention,
+) -> Recommendation:
+    place = architecture, device, statistics
+    needs = estimate(config, *place)
+    return Recommendation(
+        config,
+        reasons,
+        recommended,
+        needs,
+        list_alternatives(config, *place),
+        attention,
+        why_not_trained(architecture),
+        expected_duration(config, *place, needs.tokens_per_second),
+        needs.tokens_per_second or pace_of(config, *place),
     )
 
 
@@ -123,44 +159,6 @@ def _contradiction(error: ValidationError) -> UserError:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What a config is recommended for."""
-
-    architecture: Architecture
-    device: Device
-    statistics: Statistics | None
-    dataset: DatasetConfig | None
-    images: bool
-    goal: Goal
-
-
-def _recommend(asked: _Asked, fixed: dict[str, object]) -> Recommendation:
-    architecture, device, statistics = asked.architecture, asked.device, asked.statistics
-    free = choice = _choose(asked, {})
-    if fixed:
-        # A value that a person changes makes no plan slow by itself: that is asked for.
-        offloaded = "layer_offloading" in free.values
-        choice = _choose(asked, _with_method(fixed), may_offload_layers=offloaded)
-    config = choice.config()
-    needs = estimate(config, architecture, device, statistics)
-    reasons = {key: _own_reason(free, key, value) for key, value in choice.fixed.items()}
-    return Recommendation(
-        config=config,
-        reasons={**choice.reasons, **reasons},
-        recommended=dict(free.values),
-        estimate=needs,
-        alternatives=list_alternatives(config, architecture, device, statistics),
-        attention=choice.attention,
-        not_trained=why_not_trained(architecture),
-        duration=expected_duration(
-            config, architecture, device, statistics, needs.tokens_per_second
-        ),
-        tokens_per_second=needs.tokens_per_second
-        or pace_of(config, architecture, device, statistics),
-    )
-
-
 def _with_method(fixed: dict[str, object]) -> dict[str, object]:
     """`fixed` with the adapter and the precision that follow from one another."""
     method: dict[str, object] = {}
@@ -172,19 +170,9 @@ def _with_method(fixed: dict[str, object]) -> dict[str, object]:
     return {"load_in_4bit": fixed["adapter"] == "qlora", **fixed} if "adapter" in fixed else fixed
 
 
-def _choose(asked: _Asked, fixed: dict[str, object], *, may_offload_layers: bool = True) -> Choice:
-    architecture, dataset = asked.architecture, asked.dataset
-    choice = Choice(
-        architecture,
-        asked.device,
-        asked.statistics,
-        dataset,
-        fixed,
-        asked.images,
-        asked.goal,
-        may_offload_layers,
-    )
-    recipe = find_recipe(architecture, dataset)
+def _choose(asked: Choice) -> Choice:
+    choice = replace(asked)
+    recipe = find_recipe(choice.architecture, choice.dataset)
     if recipe is None or not recipe.whole:
         choice.habits()
         choice.method()
@@ -209,3 +197,18 @@ def _own_reason(free: Choice, key: str, value: object) -> str:
     if advised == value:
         return f"yours, as recommended: {why}"
     return f"yours (recommended {spell(key, advised)}: {why})"
+
+
+def advice_document(advice: Recommendation, device: Device) -> dict[str, Any]:
+    """A recommendation: config, reasons, estimate, alternatives."""
+    return {
+        "config": advice.config.file_values(),
+        "reasons": dict(advice.reasons),
+        "estimate": estimate_document(advice.estimate),
+        "alternatives": [alternative_document(other) for other in advice.alternatives],
+        "attention": asdict(advice.attention),
+        "not_trained": advice.not_trained,
+        "duration": asdict(advice.duration) if advice.duration else None,
+        "tokens_per_second": advice.tokens_per_second,
+        "device": device_document(device),
+    }

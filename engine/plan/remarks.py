@@ -1,8 +1,10 @@
-"""What a config does less of on its model than it seems to say, in sentences.
+"""What a config does less of on its model than it seems to say, and what cannot be done at all.
 
-Separate from `targets`, which refuses what matches nothing, and from the config's own notes, which
-know no model: here both are read together, before a plan is believed or a run is started.
+The config's own notes know no model: here both are read together, before a plan is believed or a
+run is started.
 """
+
+from typing import Literal
 
 from engine.catalog import (
     Architecture,
@@ -12,13 +14,21 @@ from engine.catalog import (
     contradictions,
     find_card,
     repaired_rope,
+    window_of,
     with_overrides,
 )
 from engine.catalog.agreement import ROPE
 from engine.config import RunConfig
-from engine.plan.limits import refuse_window, why_not_trained
+from engine.errors import DOES_NOT_FIT, UserError
+from engine.plan.device import Device
+from engine.plan.memory import Stack, moment_parts, on_device
 from engine.plan.targets import choose_targets
+from engine.units import gib
 from engine.visible import visible
+
+Goal = Literal["text", "think", "tools", "vision"]
+ANSWERING = Stack("answering", tower="on the device")
+"""A question may come with an image, whatever the run's rows had."""
 
 
 def remarks(config: RunConfig, architecture: Architecture) -> tuple[str, ...]:
@@ -98,3 +108,69 @@ def _no_routers(config: RunConfig, table: ModuleTable) -> str | None:
 
 def _ending(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def why_not_trained(architecture: Architecture) -> str | None:
+    """Why this version cannot train the model, in one sentence; None where it can."""
+    if architecture.checkpoint not in ("bf16", "fp16", "fp32", "fp8"):
+        stored = architecture.checkpoint.upper()
+        return (
+            f"Its weights are stored as {stored}, which is not read; a folder with its BF16 or FP8"
+            " weights can be trained."
+        )
+    return None
+
+
+def refuse_window(config: RunConfig, architecture: Architecture) -> None:
+    """Raises UserError for rows that are longer than the window of attention in config.json.
+
+    There it is every layer's. The model may leave it out in some (Ministral 8B of October 2024
+    does), which no key of this architecture says; up to the window there is no difference.
+    """
+    window = window_of(architecture.config)
+    if window is None or config.sequence_len <= window:
+        return
+    raise UserError(
+        f"sequence_len is {config.sequence_len:,}, and attention sees {window:,} tokens.",
+        "By config.json sliding_window is that of all layers. Models such as Ministral 8B have"
+        " layers without it, and on longer rows another model would be trained.",
+        f"Set sequence_len to {window} or less.",
+    )
+
+
+def refuse_goal(goal: Goal, architecture: Architecture) -> None:
+    """Raises UserError for a goal that the model or this version cannot meet."""
+    if goal == "vision" and not architecture.table.counts_by_group()["vision"]:
+        raise UserError(
+            f"{architecture.name} reads no images.",
+            "It has no vision tower.",
+            "Choose a model that does: `windtunnel models` lists them.",
+        )
+    card = architecture.card
+    if goal == "think" and card and card.thinking == "none":
+        raise UserError(
+            f"{card.title} does not think.",
+            "Its tokenizer has no tokens for thinking, so a thought would be learned as an answer.",
+            "Choose a model that thinks: `windtunnel models` lists them.",
+        )
+
+
+def answering_bytes(config: RunConfig, architecture: Architecture, device: Device) -> int:
+    """What has to be free on `device` to hold the run's model, and one long answer's cache."""
+    parts = moment_parts(config, architecture, device, "generation", stack=ANSWERING)
+    return on_device(sum(parts.values()) - parts.get("optimizer", 0), device)
+
+
+def refuse_answering(config: RunConfig, architecture: Architecture, device: Device) -> None:
+    """Raises UserError with exit status 3 where the run's model does not fit on `device`."""
+    needed = answering_bytes(config, architecture, device)
+    if needed <= device.can_give_bytes:
+        return
+    four_bit = config.load_in_4bit or config.adapter is None
+    smaller = "" if four_bit else ", or train with adapter: qlora, whose weights are in 4 bits"
+    raise UserError(
+        f"The model does not fit: {gib(needed)} are needed to ask it.",
+        f"{device.name} can give {gib(device.can_give_bytes)} of {gib(device.total_bytes)}.",
+        f"Ask it on a larger GPU{smaller}; --anyway tries it all the same.",
+        exit_status=DOES_NOT_FIT,
+    )

@@ -1,9 +1,10 @@
 """The single changes that make a plan smaller, from the cheapest to the dearest.
 
-Separate from `ladder`, which climbs them: each is a function of the config as it is by then, and
-says what it changes and what that costs. Every one of them is something that the trainer does.
+Each is a function of the config as it is by then, and says what it changes and what that costs.
+Every one of them is something that the trainer does.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -23,6 +24,7 @@ from engine.plan.trainer import PLUGIN, PRICE, names_cut_loss
 from engine.plan.verdict import Estimate
 from engine.plan.vision import tower_works
 
+ADAPTER_RATE, LARGE_MODEL = 2e-4, 70 * 10**9
 SMALLEST_RANK, SMALLEST_LENGTH = 8, 512
 SLOWER_SHARE = 1.05
 """A change that costs less of the pace is called hardly slower."""
@@ -139,11 +141,7 @@ def fewest_recomputed(config: RunConfig, place: Place, *, least: int = 0) -> int
     def fits(count: int) -> bool:
         return place.needs(changed(config, recomputing(config, layers, count))).verdict == "fits"
 
-    few, enough = least - 1, layers
-    while enough - few > 1:
-        middle = (few + enough) // 2
-        few, enough = (few, middle) if fits(middle) else (middle, enough)
-    return enough
+    return bisect_left(range(layers), True, lo=least, key=fits)
 
 
 def recomputing(config: RunConfig, layers: int, count: int) -> dict[str, object]:
@@ -226,14 +224,14 @@ def layers_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
     def keys(count: int) -> dict[str, object]:
         return {"layer_offloading": True, "offloaded_layers": count if count < layers else None}
 
-    least, enough = SLOTS, layers
+    def fits(count: int) -> bool:
+        return place.needs(changed(config, keys(count))).verdict == "fits"
+
+    enough = layers
     if now:  # some were not enough: twice as many
         enough = min(layers, 2 * now)
-    elif place.needs(changed(config, keys(enough))).verdict == "fits":
-        while enough - least > 1:
-            middle = (least + enough) // 2
-            fits = place.needs(changed(config, keys(middle))).verdict == "fits"
-            least, enough = (least, middle) if fits else (middle, enough)
+    elif layers > SLOTS and fits(layers):
+        enough = bisect_left(range(layers), True, lo=SLOTS + 1, key=fits)
     name = f"layer_offloading, {enough} of {layers} layers"
     words = f"the same result, {slower(place, config, keys(enough))}; they wait in RAM"
     yield name, keys(enough), words
@@ -322,3 +320,18 @@ def with_rank(config: RunConfig, rank: int) -> dict[str, object]:
     """Another rank at the same scale, which is lora_alpha over lora_r."""
     alpha = max(1, round(config.lora_alpha * rank / config.lora_r))
     return {"lora_r": rank, "lora_alpha": alpha}
+
+
+def learning_rate(total_parameters: int, *, whole: bool) -> tuple[float, str]:
+    """The rate for a model of this size, and its reason.
+
+    Whole weights take a tenth of what adapters take (Thinking Machines, "LoRA without regret");
+    from 70B on both are halved (NeMo AutoModel's recipe for 128B).
+    """
+    large = total_parameters >= LARGE_MODEL
+    rate = ADAPTER_RATE / (10 if whole else 1) / (2 if large else 1)
+    reason = "a tenth of what adapters take: whole weights move" if whole else "usual for adapters"
+    if large:
+        reason += "; half of the usual: models above 70B need less"
+    # 2e-4 / 10 is 1.9999999999999998e-05.
+    return float(f"{rate:.2g}"), reason if whole or large else "usual for adapters, at any rank"

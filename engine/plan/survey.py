@@ -1,13 +1,24 @@
-"""What a device is good for: a plan of every model of the catalog on it.
+"""What a device is good for: a plan of every model of the catalog on it, and what each length of a
+sequence costs there.
 
-Separate from `recommend`, which plans one: here models are compared, and one of them is proposed.
+A sequence has to fit on one card: spreading one row over several (context parallelism) is not done.
 """
 
 from dataclasses import dataclass
 
-from engine.catalog import ModelCard, list_models, read_architecture
+from engine.catalog import Architecture, ModelCard, list_models, read_architecture
+from engine.config import RunConfig
 from engine.plan.device import Device
+from engine.plan.duration import pace_of
+from engine.plan.ladder import make_fit
+from engine.plan.memory import estimate
 from engine.plan.recommend import Recommendation, recommend
+from engine.plan.rungs import SAME_RESULT, changed
+from engine.plan.verdict import Verdict
+
+SHORTEST = 512
+LONGEST_WITHOUT_CARD = 2**18
+"""For a model whose context no catalog states: that of most Mistral models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +57,47 @@ def _rank(prospect: Prospect) -> tuple[int, bool, str]:
 
 def _plan(card: ModelCard, device: Device) -> Recommendation:
     return recommend(read_architecture(card.name), device)
+
+
+@dataclass(frozen=True, slots=True)
+class LengthPrice:
+    """One sequence at a time of so many tokens."""
+
+    sequence_len: int
+    device_bytes: int
+    verdict: Verdict
+    fitting_bytes: int | None
+    """With changes that alter no result; None where they are not enough."""
+    changes: tuple[str, ...]
+    """Names of those changes."""
+    tokens_per_second: float | None
+    """With them, by the card's data sheet."""
+
+
+def price_lengths(
+    config: RunConfig, architecture: Architecture, device: Device
+) -> tuple[LengthPrice, ...]:
+    """Powers of two from 512 to the model's context, and the context itself."""
+    card = architecture.card
+    most = card.context_tokens if card else LONGEST_WITHOUT_CARD
+    lengths = [2**n for n in range(SHORTEST.bit_length() - 1, most.bit_length()) if 2**n < most]
+    return tuple(_price(config, architecture, device, length) for length in (*lengths, most))
+
+
+def _price(
+    config: RunConfig, architecture: Architecture, device: Device, length: int
+) -> LengthPrice:
+    one = changed(config, {"sequence_len": length, "micro_batch_size": 1})
+    needs = estimate(one, architecture, device)
+    rungs = make_fit(one, architecture, device, only=SAME_RESULT)
+    fits = rungs[-1].estimate.verdict == "fits" if rungs else needs.verdict == "fits"
+    best = changed(one, rungs[-1].changes) if rungs and fits else one
+    needed = rungs[-1].estimate if rungs else needs
+    return LengthPrice(
+        length,
+        needs.device_bytes,
+        needs.verdict,
+        needed.device_bytes if fits else None,
+        tuple(rung.name for rung in rungs) if fits else (),
+        pace_of(best, architecture, device),
+    )

@@ -1,8 +1,8 @@
 """What of a model is trained, by name and by count, before anything is loaded.
 
-Separate from `memory` because here a run can learn nothing without a word: an entry that matches
-nothing, or one that would land in the vision tower, whose modules end in the same names. The
-trainer puts its adapter on exactly these modules and frees exactly these parameters.
+The trainer puts its adapter on exactly these modules and trains exactly these parameters. An entry
+that matches nothing is refused, and none lands in the vision tower by its modules' endings, which
+are the language model's.
 """
 
 import re

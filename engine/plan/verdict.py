@@ -1,9 +1,10 @@
 """What a run needs beside what its device can give, and the verdict on it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
+from engine.plan.device import Device, device_document
 from engine.plan.trainer import SMALLEST_CHUNK_BYTES
 from engine.units import GIB
 
@@ -63,3 +64,20 @@ def judge(needed_bytes: int, can_give_bytes: int) -> Verdict:
     if needed_bytes > can_give_bytes:
         return "does not fit"
     return "tight" if can_give_bytes - needed_bytes < TIGHT_BYTES else "fits"
+
+
+def estimate_document(needs: Estimate) -> dict[str, Any]:
+    """An estimate; sizes in bytes."""
+    document = asdict(needs)
+    return document | {"range_bytes": list(needs.range_bytes)}
+
+
+def plan_document(
+    needs: Estimate, device: Device, reasons: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The content of plan.json: what was predicted, for which card, and why."""
+    return {
+        "device": device_document(device),
+        "estimate": estimate_document(needs),
+        "reasons": dict(reasons or {}),
+    }

@@ -1,7 +1,6 @@
 """What images cost beside their tokens: the vision tower's share of a step.
 
-Separate from `layers`, whose figures are measured: these are counted from the shapes of the tower
-alone, which is why a plan with images has a wider range.
+Counted from the shapes of the tower alone, which is why a plan with images has a wider range.
 """
 
 import math

@@ -13,8 +13,7 @@ from dataclasses import replace
 import torch
 from torch.optim import Optimizer
 
-from engine.catalog.cards import Sampling
-from engine.catalog.sampling import GREEDY
+from engine.catalog.cards import GREEDY, Sampling
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig
 from engine.errors import WorkError

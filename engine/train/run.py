@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from engine.catalog import read_architecture
-from engine.catalog.cards import Sampling
-from engine.catalog.sampling import official_sampling
+from engine.catalog.cards import Sampling, official_sampling
 from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.config import DatasetConfig, RunConfig, read_config
 from engine.data.pack import Indices

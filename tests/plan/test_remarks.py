@@ -1,4 +1,4 @@
-"""What a config does less of on its model than it seems to say is said in a sentence."""
+"""What a config does less of on its model than it seems to say, and what cannot be done at all."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +8,11 @@ import pytest
 
 from engine.catalog import list_models
 from engine.config import read_config
-from engine.errors import UserError
-from engine.plan import remarks
-from tests.support.machines import config, model
+from engine.errors import DOES_NOT_FIT, UserError
+from engine.plan import estimate, refuse_answering, remarks
+from engine.plan.remarks import answering_bytes
+from engine.units import GIB
+from tests.support.machines import card, config, model, sized
 
 EXAMPLE = Path(__file__).parent.parent / "golden" / "config" / "mistral4-qlora-text.yml"
 ROUTERS = {"overrides_of_model_config": {"output_router_logits": True}}
@@ -69,3 +71,20 @@ def test_rows_beyond_a_window_of_attention_are_refused_and_up_to_it_nothing_is_s
     with pytest.raises(UserError, match="attention sees 4,096 tokens") as caught:
         remarks(config(sequence_len=4097), windowed)
     assert caught.value.fix == "Set sequence_len to 4096 or less."
+
+
+def test_asking_takes_the_weights_and_the_adapter_but_no_step() -> None:
+    asked, device = config(adapter="qlora"), card("RTX 4090")
+    needed = answering_bytes(asked, model("ministral-3-8b"), device)
+    assert needed < estimate(asked, model("ministral-3-8b"), device).device_bytes
+    wide = answering_bytes(config(), model("ministral-3-8b"), device)
+    assert wide == pytest.approx(8.92e9 * 2 * 1.03 + 0.55 * GIB, rel=0.03)
+    assert needed < wide / 2
+
+
+def test_a_model_that_does_not_fit_is_refused_with_figures() -> None:
+    refuse_answering(config(), model("ministral-3-3b"), sized(9))
+    with pytest.raises(UserError, match=r"8\.\d GiB are needed to ask it") as caught:
+        refuse_answering(config(), model("ministral-3-3b"), sized(8))
+    assert caught.value.exit_status == DOES_NOT_FIT
+    assert "adapter: qlora" in caught.value.fix

@@ -1,9 +1,13 @@
-"""The models of the catalog compared on one device, and the one that is proposed."""
+"""The models of the catalog compared on one device, and every length of a sequence priced."""
+
+import json
+from pathlib import Path
 
 import pytest
 
-from engine.plan import Device, propose, survey
-from tests.support.machines import MODELS, card, cpu, sized
+from engine.cli import main
+from engine.plan import Device, changed, estimate, price_lengths, propose, survey
+from tests.support.machines import MODELS, card, config, cpu, model, sized
 
 
 def proposed(device: Device) -> str:
@@ -47,3 +51,54 @@ def test_every_model_is_planned_and_the_smallest_comes_first() -> None:
     assert {p.card.name for p in prospects} == {*MODELS} - {"demo-tiny-vision"}, (
         "that one is its demo's alone"
     )
+
+
+QLORA = {
+    "adapter": "qlora",
+    "sequence_len": 2048,
+    "sample_packing": True,
+    "gradient_checkpointing": True,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prices_reach_the_context_and_grow_with_the_length(name: str) -> None:
+    architecture = model(name)
+    keys = QLORA if name != "mistral-small-4" else QLORA | {"quantize_moe_experts": True}
+    if name == "mistral-small-4":
+        keys |= {"lora_target_modules": ["o_proj"]}
+    prices = price_lengths(config(**keys), architecture, card("H200"))
+    assert architecture.card
+    assert prices[-1].sequence_len == architecture.card.context_tokens
+    needed = [price.device_bytes for price in prices]
+    assert needed == sorted(needed)
+    for price in prices:
+        if price.verdict == "fits":
+            assert price.fitting_bytes == price.device_bytes
+            assert price.changes == ()
+        elif price.fitting_bytes is not None:
+            assert price.fitting_bytes < price.device_bytes
+            assert price.changes
+
+
+def test_a_price_is_the_estimate_of_that_length() -> None:
+    run = config(**QLORA, micro_batch_size=4)
+    prices = price_lengths(run, model("ministral-3-8b"), card("RTX 4090"))
+    one = changed(run, {"micro_batch_size": 1, "sequence_len": 16_384})
+    (price,) = [price for price in prices if price.sequence_len == 16_384]
+    needs = estimate(one, model("ministral-3-8b"), card("RTX 4090"))
+    assert (price.device_bytes, price.verdict) == (needs.device_bytes, needs.verdict)
+
+
+def test_the_command_says_that_a_row_is_not_spread(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yml"
+    file.write_text("base_model: ministral-3-3b\nadapter: lora\n", "utf-8")
+    assert main(["estimate", str(file), "--lengths", "--assume", "H100 80GB"]) == 0
+    out = capfd.readouterr().out
+    assert "262,144" in out
+    assert "A row has to fit on one card" in out
+    assert main(["estimate", str(file), "--lengths", "--assume", "H100 80GB", "--json"]) == 0
+    printed = json.loads(capfd.readouterr().out)["lengths"]
+    assert printed[0].keys() >= {"sequence_len", "device_bytes", "verdict", "tokens_per_second"}

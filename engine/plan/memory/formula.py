@@ -4,6 +4,7 @@ A closed formula over the module table, cheap enough to run at every keystroke. 
 what the trainer does; the peak is that of the fullest moment.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -155,11 +156,7 @@ def cards_needed(
 
     if not fits(MOST_CARDS):
         return None
-    least, enough = 0, MOST_CARDS
-    while enough - least > 1:
-        middle = (least + enough) // 2
-        least, enough = (least, middle) if fits(middle) else (middle, enough)
-    return enough
+    return bisect_left(range(MOST_CARDS), True, lo=1, key=fits)
 
 
 def moment_parts(

@@ -1,7 +1,6 @@
 """What the device holds at each moment of a run that can be its fullest.
 
-Separate from what is held throughout (`frozen`, `trained`): a run's peak is that of its fullest
-moment, and saying which one that is says what would help.
+A run's peak is that of its fullest moment, and saying which one that is says what would help.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """What decides the memory of a run beside its config: how the trainer that reads it is built.
 
-Separate so that the formula can be held against figures that other tools published for the same
-config: each difference between their stack and ours is a field here, read off their source or
-their own description, and never fitted to one of the figures.
+By it the formula is held against figures that other tools published for the same config: each
+difference between their stack and ours is a field, read off their source or their own description,
+and never fitted to one of the figures.
 """
 
 from collections.abc import Mapping
