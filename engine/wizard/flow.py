@@ -1,0 +1,85 @@
+"""The six steps over one draft: which is asked, what is worked out first, where an answer leads."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.errors import UserError
+from engine.wizard.machine import MachineStep
+from engine.wizard.question import Confirm, Progress, Question, Step, Work
+
+if TYPE_CHECKING:
+    from engine.hardware import Machine
+    from engine.wizard.draft import Draft
+
+
+class Wizard:
+    """Six steps, at the first one, or at Review where the draft is of an opened config."""
+
+    def __init__(
+        self,
+        draft: "Draft",
+        *,
+        home: Path | None = None,
+        read: "Callable[[], Machine] | None" = None,
+    ) -> None:
+        from engine.wizard.model import ModelStep
+
+        self.draft = draft
+        self.home = home
+        self.machine = MachineStep(draft, read or _read_here)
+        self.model = ModelStep(draft)
+        self.steps: tuple[Step, ...] = (self.machine, self.model)
+        self.at = 0
+
+    @property
+    def step(self) -> Step:
+        """The step that is asked."""
+        return self.steps[self.at]
+
+    def work(self) -> Work | None:
+        """What has to be done, and given to `receive`, before the question can be asked."""
+        return self.step.work()
+
+    def receive(self, work: Work, result: object) -> bool:
+        """Take in what `work` gave; whether it was still asked for."""
+        if work != self.step.work():
+            return False
+        self.step.receive(work, result)
+        return True
+
+    def question(self) -> Question:
+        """What is asked now."""
+        return self.step.question()
+
+    def confirm(self, key: str, text: str = "") -> Confirm | None:
+        """What is asked again before that answer is taken."""
+        return self.step.confirm(key, text)
+
+    def take(self, key: str, text: str = "") -> None:
+        """Take an answer, and go on where the step is answered with it.
+
+        Raises UserError for one that cannot be taken: then all is as before.
+        """
+        if self.step.take(key, text):
+            self.at = min(self.at + 1, len(self.steps) - 1)
+
+    def back(self) -> None:
+        """To what was asked before; at the first step it stays."""
+        if not self.step.back():
+            self.at = max(0, self.at - 1)
+
+
+def perform(work: Work, progress: Progress) -> object:
+    """Do `work` in this process: its result, or the UserError that ended it."""
+    try:
+        return work.run(progress)
+    except UserError as error:
+        return error
+
+
+def _read_here() -> "Machine":
+    # Imported here: the first frame of a screen does not wait for it.
+    from engine.wizard.request import find_machine
+
+    return find_machine(None)

@@ -1,0 +1,315 @@
+"""The second step: the model that the run starts from, each with what it comes to on the device."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Final
+
+from engine.catalog import Architecture, ModelCard, read_architecture
+from engine.chat.tokenizer_file import check_tokenizer
+from engine.errors import UserError
+from engine.plan import Device, Prospect, Recommendation, propose, recommend, survey
+from engine.report import Line
+from engine.report.models import method, model_verdict, size, weights_sentence
+from engine.units import GIB, gib
+from engine.wizard.draft import Draft, reads_images
+from engine.wizard.question import Choice, Confirm, Question, Work
+
+OWN: Final = "own"
+"""A folder or hub id, named in the text."""
+PLANNING: Final = "working out what fits…"
+HELP: Final = (
+    ("needs", "GiB on the device at the peak, with the recommended values"),
+    ("tight", "less than 1 GiB would be left"),
+    ("plan only", "fits, and this version cannot train it yet"),
+    ("reads", "image: text too; no images: the rows have some, and it reads only text"),
+    ("thinks", "[THINK] are tokens, <think> is plain text, on/off is asked for"),
+    ("download", "the weights, once; on disk: in the hub cache already"),
+)
+OWN_HELP: Final = (
+    ("folder", "one that holds config.json and the weights"),
+    ("org/name", "a repository that the hub cache or the catalog knows"),
+    ("", "nothing is fetched, and no code of a model is ever run"),
+)
+_ALSO_GOOD: Final = 2
+_STORED_BYTES: Final = {"bf16": 2, "fp8": 1}
+_PLAN_ONLY: Final = "Preview, plan and save work; the start does not."
+_THINKS: Final = {"none": "-", "text tags": "<think>", "tokens": "[THINK]", "effort": "on/off"}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model: its plan on the device, and what is known beside it."""
+
+    name: str
+    """What the config will say: a catalog name, or what was typed."""
+    title: str
+    plan: Recommendation
+    card: ModelCard | None = None
+    architecture: Architecture | None = None
+    """Of a model that was typed."""
+    shows_images: bool = False
+    """Whether rows that were read have images."""
+
+    @property
+    def sees(self) -> bool:
+        """Whether it reads images."""
+        if self.architecture:
+            return reads_images(self.architecture)
+        return self.card is not None and "vision" in self.card.modalities
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether the rows have images that it cannot read."""
+        return self.shows_images and not self.sees
+
+    @property
+    def thinks(self) -> str:
+        """How it marks its thinking."""
+        return "-" if self.card is None else _THINKS[self.card.thinking]
+
+    @property
+    def doubt(self) -> str:
+        """Why a person is asked again before it is taken; empty where it can be trained here."""
+        needs = self.plan.estimate
+        if self.plan.not_trained:
+            return f"This version cannot train it. {self.plan.not_trained} {_PLAN_ONLY}"
+        if needs.verdict == "does not fit":
+            given = gib(needs.can_give_bytes)
+            return f"It needs {gib(needs.device_bytes)}, and {given} can be given. {_PLAN_ONLY}"
+        if self.is_blind:
+            return "It reads only text, and the rows have images: those rows would be left out."
+        return ""
+
+    def verdict(self) -> Line:
+        """Its verdict on the device, or that it cannot read the rows."""
+        found = model_verdict(self.plan)
+        if self.is_blind:
+            return Line("✗", "no images", "reads only text, and the rows have images")
+        return found
+
+    def where_from(self, cached: Collection[str]) -> str:
+        """Where its weights are; `cached` are the names of models that are on this computer."""
+        if self.name in cached or (self.architecture and self.architecture.folder):
+            return "on disk"
+        if self.card is None or not self.card.repositories:
+            return "made here"
+        stored = _STORED_BYTES[self.card.repositories[0].checkpoint]
+        return f"{self.plan.estimate.total_parameters * stored / 1e9:.0f} GB"
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Every model of the catalog on one device, the one to begin with, and which are here."""
+
+    device: Device
+    prospects: tuple[Prospect, ...]
+    proposed: Prospect
+    cached: frozenset[str] = frozenset()
+
+
+class ModelStep:
+    """Which model. An own one is a candidate of its own once it was read."""
+
+    title = "Model"
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        self._surveys: list[Survey] = []
+        self._own: Candidate | None = None
+
+    def work(self) -> Work | None:
+        """Planning every model on the draft's device."""
+        device = self._draft.device
+        return None if device is None or self.found(device) else self.survey(device)
+
+    def survey(self, device: Device) -> Work:
+        """Planning every model on a device: half a second."""
+        return Work(self.title, (device,), PLANNING, lambda _progress: look_at(device))
+
+    def receive(self, _work: Work, result: object) -> None:
+        """Keep what every model comes to on a device."""
+        assert isinstance(result, Survey)
+        self._surveys.append(result)
+
+    def found(self, device: Device) -> Survey | None:
+        """What is known of a device already."""
+        return next((found for found in self._surveys if found.device == device), None)
+
+    def question(self) -> Question:
+        """Every model of the catalog, the smallest first, then a folder or hub id of one's own."""
+        found, candidates = self._survey, self.candidates()
+        choices = [self._choice(candidate) for candidate in candidates]
+        choices.append(
+            Choice(
+                OWN,
+                "own folder or hub id",
+                reason="A folder with config.json of a model that is trained here, or a hub id.",
+                asks="a folder, or org/name",
+                completes="model",
+            )
+        )
+        names = [candidate.name for candidate in candidates]
+        wanted = self._draft.model or found.proposed.card.name
+        place = names.index(wanted)
+        return Question(self.verdict(candidates[place]), tuple(choices), place)
+
+    def candidates(self) -> list[Candidate]:
+        """The models of the list, marked where they cannot read the images of the rows.
+
+        An own model of the draft is among them, read again where the device is another.
+        """
+        found = self._survey
+        listed = [Candidate(p.card.name, p.card.title, p.plan, p.card) for p in found.prospects]
+        name = self._draft.model
+        if name is not None and name not in {candidate.name for candidate in listed}:
+            listed.append(self.read_own(name))
+        return [replace(each, shows_images=self._draft.shows_images) for each in listed]
+
+    def read_own(self, name: str) -> Candidate:
+        """A model that was typed, on the draft's device.
+
+        Raises UserError where its shape or its tokenizer cannot be read.
+        """
+        device = self._survey.device
+        own = self._own
+        if own is None or own.name != name or own.plan.estimate.can_give_bytes != (
+            device.can_give_bytes
+        ):
+            architecture = read_architecture(name)
+            check_tokenizer(name)
+            plan = recommend(architecture, device)
+            self._own = own = Candidate(name, name, plan, architecture.card, architecture)
+        return replace(own, shows_images=self._draft.shows_images)
+
+    def verdict(self, candidate: Candidate) -> Line:
+        """The model's title and its verdict on the device in one sentence."""
+        found, needs = self._survey, candidate.plan.estimate
+        line = candidate.verdict()
+        given = f"{needs.device_bytes / GIB:.1f} of {gib(needs.can_give_bytes)}"
+        text = line.text
+        if line.label in ("fits", "tight"):
+            text = f"{line.label}: needs {given}"
+            if candidate.name == found.proposed.card.name:
+                text = f"largest that fits: needs {given}"
+                if found.device.kind == "cpu":
+                    text = "made here, and trains in about a minute on this CPU"
+        elif line.label.endswith("over"):
+            text = f"does not fit: needs {given}"
+        return Line(line.mark, candidate.title, text)
+
+    def reason(self, candidate: Candidate) -> str:
+        """Sizes, needs, thinking and licence of a model, and what else is good on the device."""
+        plan, card = candidate.plan, candidate.card
+        parts = [_sizes(candidate, self._survey.device)]
+        if plan.not_trained:
+            parts.append(f"Not trained yet: {plan.not_trained}")
+        if card:
+            parts.append(f"{card.description} {_tokenizer(candidate, card)}")
+            parts.append(" ".join([f"Licence {card.licence}.", *card.notes]))
+        if candidate.architecture:
+            parts += candidate.architecture.notes
+        if others := self._also_good(candidate):
+            named = ", ".join(
+                f"{other.title} ({gib(other.plan.estimate.device_bytes)})" for other in others
+            )
+            parts.append(f"Also good here: {named}.")
+        return "\n".join(parts)
+
+    def confirm(self, key: str, text: str) -> Confirm | None:
+        """Whether a model is planned all the same that cannot be trained here."""
+        candidate = self._candidate(key, text)
+        if not candidate.doubt:
+            return None
+        title = f"plan {candidate.title} anyway?"
+        return Confirm(title, candidate.doubt, "plans it", "goes back to the list")
+
+    def take(self, key: str, text: str) -> bool:
+        """Start from a model of the list, or from the one that is named in the text."""
+        name = self._candidate(key, text).name
+        if self._draft.model != name:
+            self._draft.model, self._draft.statistics, self._draft.counted = name, None, None
+        return True
+
+    def back(self) -> bool:
+        """Nothing is begun here that could be undone."""
+        return False
+
+    @property
+    def _survey(self) -> Survey:
+        device = self._draft.device
+        if device is None:
+            raise UserError(
+                "No device is chosen.",
+                "What fits depends on it.",
+                "Choose one on the Machine page.",
+            )
+        found = self.found(device)
+        assert found is not None  # `work` is done first
+        return found
+
+    def _candidate(self, key: str, text: str) -> Candidate:
+        if key == OWN:
+            return self.read_own(text)
+        for candidate in self.candidates():
+            if candidate.name == key:
+                return candidate
+        return self.read_own(key)
+
+    def _choice(self, candidate: Candidate) -> Choice:
+        needs = candidate.plan.estimate
+        note = (
+            f"{size(needs.total_parameters)}, needs {gib(needs.device_bytes)} with"
+            f" {method(candidate.plan)}, {candidate.where_from(self._survey.cached)}"
+        )
+        return Choice(
+            candidate.name,
+            candidate.title,
+            note,
+            candidate.verdict(),
+            self.reason(candidate),
+        )
+
+    def _also_good(self, candidate: Candidate) -> list[Candidate]:
+        if self._survey.device.kind != "cuda":
+            return []
+        others = [
+            each for each in self.candidates() if each.name != candidate.name and not each.doubt
+        ]
+        others.sort(key=lambda each: -each.plan.estimate.total_parameters)
+        return others[:_ALSO_GOOD]
+
+
+def look_at(device: Device) -> Survey:
+    """Plans every model on `device`, and sees which are in the hub cache."""
+    prospects = survey(device)
+    cached = _find_cached([prospect.card for prospect in prospects])
+    return Survey(device, prospects, propose(prospects, device), cached)
+
+
+def _find_cached(cards: list[ModelCard]) -> frozenset[str]:
+    """Names of the models whose config.json is in the hub cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return frozenset(
+        card.name
+        for card in cards
+        for repository in card.repositories[:1]
+        if isinstance(try_to_load_from_cache(repository.id, "config.json"), str)
+    )
+
+
+def _sizes(candidate: Candidate, device: Device) -> str:
+    plan, needs = candidate.plan, candidate.plan.estimate
+    rank = f" at rank {plan.config.lora_r}" if plan.config.adapter else ""
+    return (
+        f"{size(needs.total_parameters)} parameters. {weights_sentence(plan)};"
+        f" with {method(plan)}{rank} and {needs.tokens_at_once:,} tokens at once the run needs"
+        f" {needs.device_bytes / GIB:.1f} ± {needs.uncertainty:.0%} of the"
+        f" {gib(needs.can_give_bytes)} that {device.name} can give."
+    )
+
+
+def _tokenizer(candidate: Candidate, card: ModelCard) -> str:
+    thinks = "" if card.thinking == "none" else f", thinks with {candidate.thinks}"
+    context = f"{card.context_tokens:,} tokens of context"
+    return f"Tokenizer {card.tokenizer.version}{thinks}, {context}."
