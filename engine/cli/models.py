@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from engine.catalog import ModelCard, ModuleTable, list_models
 from engine.catalog.rows import module_table
 from engine.plan import Device, Prospect, best_device, device_document, survey
-from engine.report import VERDICT_MARKS
+from engine.report.models import model_verdict, size
 from engine.units import gib
 from engine.wizard.request import find_machine
 
@@ -84,8 +84,8 @@ def show(catalog: list[tuple[ModelCard, ModuleTable]]) -> str:
     rows = [
         (
             card.name,
-            _short(table.total_parameters),
-            _short(table.active_parameters),
+            size(table.total_parameters),
+            size(table.active_parameters),
             f"{card.context_tokens // 1024}k",
             "images" if "vision" in card.modalities else "text",
             "-" if card.thinking == "none" else card.thinking,
@@ -101,11 +101,12 @@ def show_planned(planned: Sequence[Prospect], device: Device) -> str:
     rows = []
     for prospect in planned:
         needs, config = prospect.plan.estimate, prospect.plan.config
+        verdict = model_verdict(prospect.plan)
         rows.append(
             (
                 prospect.card.name,
-                _short(needs.total_parameters),
-                f"{VERDICT_MARKS[needs.verdict]} {needs.verdict}",
+                size(needs.total_parameters),
+                f"{verdict.mark} {verdict.label}",
                 gib(needs.device_bytes),
                 (config.adapter or "full") + (", RAM" if prospect.plan.offloads else ""),
                 f"{config.sequence_len:,}",
@@ -143,9 +144,3 @@ def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def _short(parameters: int) -> str:
-    if parameters < 10**9:
-        return f"{parameters / 10**6:.1f}M"
-    return f"{parameters / 10**9:.1f}B"

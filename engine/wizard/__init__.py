@@ -1,1 +1,32 @@
-"""What a person decides before a run, and what follows from it, without a screen."""
+"""What a person decides before a run, and what follows from it, without a screen.
+
+    flow        Wizard: the six steps over one draft, what is worked out, where an answer leads
+    question    what is asked, as values: Question, Choice, Confirm, Work; Step is one of the six
+    machine     step 1, MachineStep: a device that is here, or one that is planned for
+    model       step 2, ModelStep: every model with what it comes to on that device
+    draft       the answers so far, and the config that follows from them
+    counting    the rows of a config in its plan: what a count holds for, when there is another
+    settings    which values of the plan are shown, and why each is what it is
+    values      a typed value on its way into the draft
+    commands    the command lines that do the same
+    request     a machine, a config or a plan that is asked for in words or by a file
+    start       a run from a draft or a config; a saved config
+    measure     what a config really takes here
+
+A printer (the full screen, `windtunnel new`, --plain) holds no question of its own. It goes around:
+
+    wizard = Wizard(draft, home=home)
+    while work := wizard.work():              # a value: print work.waiting while it is done
+        wizard.receive(work, perform(work, progress))   # in a thread or here; late ones are dropped
+    question = wizard.question()              # headline, facts, choices, which one is recommended
+    ...                                       # a choice with `asks` wants a text, see `completes`
+    asked = wizard.confirm(key, text)         # None, or what is asked again: title, text, yes, no
+    wizard.take(key, text)                    # UserError(what, why, fix): all is as it was
+    wizard.back()
+
+and follows `wizard.step.title` or `wizard.at`. A page of the full screen uses its own step instead,
+`wizard.machine`, `wizard.model` and so on, which have the same methods and more: the verdict of a
+line under the cursor, a survey of another device. What strangers wrote is in these values as it is:
+whoever prints makes it visible. This package imports none of its modules, so that a first frame
+waits for no other.
+"""

@@ -72,8 +72,10 @@ class MachineStep:
 
     def work(self) -> Work | None:
         """Reading this computer."""
-        if self.machine is not None:
-            return None
+        return None if self.machine is not None else self.look_again()
+
+    def look_again(self) -> Work:
+        """Reading this computer anew."""
         return Work(self.title, (), ASKING, lambda _progress: self._read())
 
     def receive(self, _work: Work, result: object) -> None:
@@ -159,12 +161,10 @@ class MachineStep:
 
     def take(self, key: str, text: str) -> bool:
         """Compute on a device that is here, or plan for one by its name or its memory in GB."""
-        from engine.hardware import assume
         from engine.plan import best_device
 
         if key == PLAN:
-            number = text.replace(".", "", 1).isdecimal()
-            machine = assume(f"{text} GB" if number else text)
+            machine = planned_machine(text)
             self._draft.machine, self._draft.device = machine, best_device(machine)
         elif key != PLANNED or self._planned is None:
             self._draft.device = self.device(key)
@@ -185,6 +185,18 @@ class MachineStep:
 
         device = self._draft.device or best_device(machine)
         return PLANNED if device.planned else device.uuid or CPU
+
+
+def planned_machine(text: str) -> "Machine":
+    """The computer with the GPUs of a name, or of a number of GB. Raises UserError for no such."""
+    from engine.hardware import assume
+
+    try:
+        return assume(text)
+    except UserError:
+        if not text.replace(".", "", 1).isdecimal():
+            raise
+        return assume(f"{text} GB")
 
 
 def named_cards(device: "Device") -> str:

@@ -16,6 +16,7 @@ from engine.wizard.question import Choice, Confirm, Question, Work
 
 OWN: Final = "own"
 """A folder or hub id, named in the text."""
+OWN_LABEL: Final = "own folder or hub id"
 PLANNING: Final = "working out what fits…"
 HELP: Final = (
     ("needs", "GiB on the device at the peak, with the recommended values"),
@@ -142,7 +143,7 @@ class ModelStep:
         choices.append(
             Choice(
                 OWN,
-                "own folder or hub id",
+                OWN_LABEL,
                 reason="A folder with config.json of a model that is trained here, or a hub id.",
                 asks="a folder, or org/name",
                 completes="model",
@@ -156,13 +157,14 @@ class ModelStep:
     def candidates(self) -> list[Candidate]:
         """The models of the list, marked where they cannot read the images of the rows.
 
-        An own model of the draft is among them, read again where the device is another.
+        An own model that was read is among them, planned again where the device is another.
         """
         found = self._survey
         listed = [Candidate(p.card.name, p.card.title, p.plan, p.card) for p in found.prospects]
-        name = self._draft.model
-        if name is not None and name not in {candidate.name for candidate in listed}:
-            listed.append(self.read_own(name))
+        names = {candidate.name for candidate in listed}
+        typed = (self._draft.model, self._own.name if self._own else None)
+        if own := next((name for name in typed if name and name not in names), None):
+            listed.append(self.read_own(own))
         return [replace(each, shows_images=self._draft.shows_images) for each in listed]
 
     def read_own(self, name: str) -> Candidate:
@@ -172,8 +174,10 @@ class ModelStep:
         """
         device = self._survey.device
         own = self._own
-        if own is None or own.name != name or own.plan.estimate.can_give_bytes != (
-            device.can_give_bytes
+        if (
+            own is None
+            or own.name != name
+            or own.plan.estimate.can_give_bytes != (device.can_give_bytes)
         ):
             architecture = read_architecture(name)
             check_tokenizer(name)
@@ -248,12 +252,9 @@ class ModelStep:
         return found
 
     def _candidate(self, key: str, text: str) -> Candidate:
-        if key == OWN:
-            return self.read_own(text)
-        for candidate in self.candidates():
-            if candidate.name == key:
-                return candidate
-        return self.read_own(key)
+        name = text if key == OWN else key
+        listed = (candidate for candidate in self.candidates() if candidate.name == name)
+        return next(listed, None) or self.read_own(name)
 
     def _choice(self, candidate: Candidate) -> Choice:
         needs = candidate.plan.estimate

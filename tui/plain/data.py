@@ -15,7 +15,7 @@ from engine.data.sources import KNOWN_ENDINGS, locate
 from engine.errors import UserError
 from engine.wizard.counting import counted_of, take_count
 from engine.wizard.draft import Draft
-from tui.plain.dialogue import Choice, Dialogue
+from tui.plain.dialogue import Answer, Dialogue
 from tui.plain.setup import Setup, ask_text
 
 if TYPE_CHECKING:
@@ -45,20 +45,20 @@ def _choose_dataset(setup: Setup) -> DatasetConfig | None:
     draft, dialogue = setup.draft, setup.dialogue
     paths = [SAMPLE_PREFIX + sample.name for sample in list_samples()]
     choices = [
-        Choice(f"{SAMPLE_PREFIX}{each.name}, {each.title}: {each.rows:,} rows", each.description)
+        Answer(f"{SAMPLE_PREFIX}{each.name}, {each.title}: {each.rows:,} rows", each.description)
         for each in list_samples()
     ]
     kept = draft.dataset
     own = draft.own.datasets if draft.own else ()
     together = len(own) > 1 and kept in own
     if together:
-        choices.insert(0, Choice(f"the {len(own)} datasets of the config"))
+        choices.insert(0, Answer(f"the {len(own)} datasets of the config"))
     elif kept is not None and kept.path not in paths:
-        choices.insert(0, Choice(f"{kept.path}, as chosen before"))
+        choices.insert(0, Answer(f"{kept.path}, as chosen before"))
     before = len(choices) - len(paths)
-    choices.append(Choice("a file or folder", f"{KNOWN_ENDINGS}; one conversation a row."))
+    choices.append(Answer("a file or folder", f"{KNOWN_ENDINGS}; one conversation a row."))
     choices.append(
-        Choice("huggingface.co", "A dataset there by org/name. It asks before it connects.")
+        Answer("huggingface.co", "A dataset there by org/name. It asks before it connects.")
     )
     marked = before + paths.index(kept.path) if kept and kept.path in paths and not together else 0
     named: list[str] = []
@@ -97,10 +97,10 @@ def _consider(setup: Setup, dataset: DatasetConfig) -> bool:
     dialogue.say(f"{told}.", *remarks[:_SHOWN])
     if not found.usable:
         return _offer_mapping(setup, dataset)
-    choices = [Choice("use it", "Rows that cannot be used are left out.")]
+    choices = [Answer("use it", "Rows that cannot be used are left out.")]
     if len(remarks) > _SHOWN:
-        choices.append(Choice(f"list all {len(remarks)} findings"))
-    choices.append(Choice("take other rows"))
+        choices.append(Answer(f"list all {len(remarks)} findings"))
+    choices.append(Answer("take other rows"))
     while (index := dialogue.choose(choices)) not in (0, len(choices) - 1):
         dialogue.say(*remarks)
     if index:
@@ -115,7 +115,7 @@ def _may_connect(dialogue: Dialogue, dataset: DatasetConfig) -> bool:
     if hub_id is None:
         return True
     dialogue.say(f"  {hub_id} is not here. The hub is told this name, and its rows are downloaded.")
-    return dialogue.choose([Choice("connect to huggingface.co"), Choice("take other rows")]) == 0
+    return dialogue.choose([Answer("connect to huggingface.co"), Answer("take other rows")]) == 0
 
 
 def _offer_mapping(setup: Setup, dataset: DatasetConfig) -> bool:
@@ -129,7 +129,7 @@ def _offer_mapping(setup: Setup, dataset: DatasetConfig) -> bool:
     named = ", ".join(
         f"{ours.removeprefix('field_')} = {theirs}" for ours, theirs in proposed.items()
     )
-    if setup.dialogue.choose([Choice(f"map columns: {named}"), Choice("take other rows")]):
+    if setup.dialogue.choose([Answer(f"map columns: {named}"), Answer("take other rows")]):
         return False
     return _consider(setup, mapped(dataset, proposed))
 

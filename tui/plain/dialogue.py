@@ -27,7 +27,7 @@ class Leave(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Answer:
     """One numbered answer, and what `?` says of it."""
 
     label: str
@@ -80,23 +80,24 @@ class Dialogue:
                 raise Leave("Left. No run was started.")
             return text
 
-    def choose(self, choices: Sequence[Choice], marked: int = 0) -> int:
+    def choose(self, answers: Sequence[Answer], marked: int = 0) -> int:
         """The index of the chosen answer; Enter takes the marked one. Raises as `answer`."""
-        for number, choice in enumerate(choices, 1):
-            self.say(f"  {'*' if number == marked + 1 else ' '} {number:>2}  {choice.label}")
+        for number, each in enumerate(answers, 1):
+            self.say(f"  {'*' if number == marked + 1 else ' '} {number:>2}  {each.label}")
         while True:
             text = self.answer()
             if not text:
                 return marked
             explained = text.startswith(EXPLAIN)
-            index = _index(text.removeprefix(EXPLAIN), len(choices), marked)
+            index = _index(text.removeprefix(EXPLAIN), len(answers), marked)
             if index is not None and explained:
-                self.say(f"  {choices[index].explanation or choices[index].label}")
+                told = answers[index].explanation or answers[index].label
+                self.say(*(f"  {line}" for line in told.split("\n")))
             elif index is not None:
                 return index
             else:
                 self.say(
-                    f"  {text} is no answer here: 1 to {len(choices)} chooses, Enter takes"
+                    f"  {text} is no answer here: 1 to {len(answers)} chooses, Enter takes"
                     f" {marked + 1}, ? explains it, ? 2 explains 2."
                 )
 

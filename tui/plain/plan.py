@@ -15,7 +15,7 @@ from engine.report.plan import headline
 from engine.units import gib
 from engine.wizard.draft import Draft
 from engine.wizard.values import EXPERTS, expert_tensors, set_value, spelled
-from tui.plain.dialogue import EXPLAIN, Choice, Dialogue
+from tui.plain.dialogue import EXPLAIN, Answer, Dialogue
 from tui.plain.setup import Setup, ask_text
 
 _FIT: Final = "f"
@@ -103,7 +103,7 @@ def _make_fit(setup: Setup) -> None:
     elif rungs[-1].estimate.verdict == "does not fit":
         dialogue.say("  All of these together do not make it fit. A smaller model or a larger GPU")
         dialogue.say("  would: b goes back to them.")
-    elif dialogue.choose([Choice("take these changes"), Choice("leave it as it is")]) == 0:
+    elif dialogue.choose([Answer("take these changes"), Answer("leave it as it is")]) == 0:
         for key, value in rungs[-1].changes.items():
             draft.change(key, value)
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from engine.errors import UserError
 from tui.plain.data import count
-from tui.plain.dialogue import Choice
+from tui.plain.dialogue import Answer
 from tui.plain.setup import Setup
 
 _WAYS: Final = ("by row", "high", "none")
@@ -23,7 +23,7 @@ def ask_preview(setup: Setup) -> None:
         _show_totals(setup)
         while True:
             choices, changes = _list_switches(setup)
-            index = setup.dialogue.choose([Choice("looks right"), Choice("next row"), *choices])
+            index = setup.dialogue.choose([Answer("looks right"), Answer("next row"), *choices])
             if index == 0:
                 if _learns(setup):
                     return
@@ -77,17 +77,17 @@ def _show_totals(setup: Setup) -> None:
     setup.dialogue.say(told)
 
 
-def _list_switches(setup: Setup) -> tuple[list[Choice], list[tuple[str, object]]]:
+def _list_switches(setup: Setup) -> tuple[list[Answer], list[tuple[str, object]]]:
     """What can be turned, each with the key that it changes and its value (None: by itself)."""
     config, found = setup.draft.config(), setup.found
     assert found is not None
     dropped = config.history_thinking == "drop"
-    choices: list[Choice] = []
+    choices: list[Answer] = []
     changes: list[tuple[str, object]] = []
     if dropped or (found.tokens and found.tokens.thinking):
         learns = config.train_on_thinking
         choices.append(
-            Choice(
+            Answer(
                 "do not learn thinking" if learns else "learn thinking",
                 "Without it thinking is read as context, and only the answer after it is learned.",
             )
@@ -95,7 +95,7 @@ def _list_switches(setup: Setup) -> tuple[list[Choice], list[tuple[str, object]]
         changes.append(("train_on_thinking", not learns))
         if dropped or found.turns[1] > 1:
             choices.append(
-                Choice(
+                Answer(
                     "keep old thinking" if dropped else "drop old thinking",
                     "What earlier answers thought: kept, later turns see it; dropped, they do not,"
                     " as in most chat programs.",
@@ -107,7 +107,7 @@ def _list_switches(setup: Setup) -> tuple[list[Choice], list[tuple[str, object]]
         for way in _WAYS:
             if way != now:
                 choices.append(
-                    Choice(f"reasoning effort {way}", f"The prompt states it; now {now}.")
+                    Answer(f"reasoning effort {way}", f"The prompt states it; now {now}.")
                 )
                 effort = None if way == _WAYS[0] else {"reasoning_effort": way}
                 changes.append(("chat_template_kwargs", effort))

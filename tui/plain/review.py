@@ -17,7 +17,7 @@ from engine.runs import RunFolder, follow
 from engine.visible import visible
 from engine.wizard.draft import Draft
 from engine.wizard.start import free_config_path, save_config, start_run, why_not
-from tui.plain.dialogue import Choice, Dialogue, Leave
+from tui.plain.dialogue import Answer, Dialogue, Leave
 from tui.plain.setup import Setup, ask_text
 
 _LINE_STEPS: Final = 10
@@ -41,19 +41,19 @@ def ask_review(setup: Setup) -> RunFolder | None:
                 return outcome if isinstance(outcome, RunFolder) else None
 
 
-def _list_actions(setup: Setup) -> list[tuple[Choice, Callable[[Setup], Outcome]]]:
+def _list_actions(setup: Setup) -> list[tuple[Answer, Callable[[Setup], Outcome]]]:
     """What can be done now, the likeliest first; says why a run cannot start."""
     draft = setup.draft
-    actions: list[tuple[Choice, Callable[[Setup], Outcome]]] = [
-        (Choice("save only", "A config, to run later with `windtunnel train`."), _save),
-        (Choice("show the config", "The file with a reason beside each value."), _show),
-        (Choice(f"another name than {draft.run_name()}", "Of the run and its folder."), _rename),
+    actions: list[tuple[Answer, Callable[[Setup], Outcome]]] = [
+        (Answer("save only", "A config, to run later with `windtunnel train`."), _save),
+        (Answer("show the config", "The file with a reason beside each value."), _show),
+        (Answer(f"another name than {draft.run_name()}", "Of the run and its folder."), _rename),
     ]
     if problem := why_not(draft):
         setup.dialogue.say("  It cannot start here.")
         setup.dialogue.refuse(problem)
     else:
-        start = Choice(_start_words(draft), "The run goes on if this window closes.")
+        start = Answer(_start_words(draft), "The run goes on if this window closes.")
         actions.insert(0, (start, _start))
     return actions
 
@@ -80,7 +80,7 @@ def _save(setup: Setup) -> Outcome:
     path = Path(named[0] or usual).expanduser()
     if os.path.exists(path):
         dialogue.say(f"  {path} is there already.")
-        if dialogue.choose([Choice("take another name"), Choice("replace it")]) == 0:
+        if dialogue.choose([Answer("take another name"), Answer("replace it")]) == 0:
             return None
     saved = save_config(draft, path)
     dialogue.say(f"  Saved to {saved}.")

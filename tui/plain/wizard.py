@@ -8,16 +8,18 @@ from typing import Final
 from engine.errors import UserError, WorkError
 from engine.runs import RunFolder, is_locked, list_runs
 from engine.wizard.draft import Draft
+from engine.wizard.flow import Wizard
+from tui.plain.asking import ask
 from tui.plain.data import ask_data, count, is_local
 from tui.plain.dialogue import Back, Dialogue, Leave
 from tui.plain.plan import ask_plan
 from tui.plain.preview import ask_preview
 from tui.plain.review import ask_review, follow_run
-from tui.plain.setup import Setup, ask_machine, ask_model
+from tui.plain.setup import Setup
 
 _QUESTIONS: Final[tuple[tuple[str, Callable[[Setup], None]], ...]] = (
-    ("Machine", ask_machine),
-    ("Model", ask_model),
+    ("Machine", lambda setup: ask(setup.dialogue, setup.wizard.machine)),
+    ("Model", lambda setup: ask(setup.dialogue, setup.wizard.model)),
     ("Data", ask_data),
     ("Preview", ask_preview),
     ("Plan", ask_plan),
@@ -29,7 +31,7 @@ def run_plain(draft: Draft, dialogue: Dialogue, *, home: Path | None = None) -> 
 
     A draft of an opened config is asked at Review. Raises UserError for a run that failed.
     """
-    setup = Setup(draft, dialogue, home)
+    setup = Setup(draft, dialogue, Wizard(draft, home=home), home)
     dialogue.say(
         "Windtunnel. Enter takes the answer marked *, a number chooses, ? explains,"
         " b goes back, q leaves."

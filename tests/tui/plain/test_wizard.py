@@ -95,8 +95,8 @@ def test_b_at_a_typed_answer_goes_back_to_its_question() -> None:
 
 def test_a_question_mark_explains_the_marked_answer_or_a_numbered_one() -> None:
     told = converse("", "?", "? 2", "?99", "q")
-    assert "two CPU cores" in told.lines[told.lines.index("> ?") + 1]
-    assert "3.8" in told.lines[told.lines.index("> ? 2") + 1]
+    assert "two CPU cores" in told.lines[told.lines.index("> ?") + 2]
+    assert "3.8B" in told.lines[told.lines.index("> ? 2") + 1]
     assert "is no answer here" in told.lines[told.lines.index("> ?99") + 1]
 
 
@@ -125,14 +125,14 @@ def test_a_gpu_can_be_planned_for_and_its_config_is_only_saved() -> None:
 def test_a_gpu_that_is_here_is_used_and_still_offered_after_planning(nvml: FakeDriver) -> None:
     nvml.set(RTX_4090)
     told = converse("3", "H100 PCIe", "b", "2", "q")
-    assert "  *  1  use RTX 4090, can give" in told.text
+    assert "  *  1  RTX 4090: 24.0 GiB" in told.text
     assert "  *  1  plan for H100 PCIe" in told.text
-    assert "     2  use RTX 4090" in told.text
+    assert "     2  RTX 4090" in told.text
     assert told.headings() == ["Machine", "Model", "Machine", "Model"]
 
 
 def test_an_own_model_is_read_before_it_is_taken(folder: Path) -> None:
-    told = converse("", "11", "./nowhere", "mixtral-9x9b", "magistral-small-2509", "b", "q")
+    told = converse("", "11", "./nowhere", "mixtral-9x9b", "magistral-small-2509", "1", "b", "q")
     assert "There is no folder ./nowhere." in told.text
     assert "There is no model named mixtral-9x9b." in told.text
     assert "*  7  Magistral Small 1.2" in told.text

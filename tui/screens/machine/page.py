@@ -17,18 +17,19 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
+from engine.wizard.machine import ASKING, CPU, HELP, PLAN, PLAN_ONLY
 from tui.page import HelpText, Key, Page
 from tui.screens.help import TextPane
 from tui.screens.machine import wording
-from tui.screens.machine.wording import CPU, PLAN, Choice
+from tui.screens.machine.wording import Choice
 from tui.widgets.choices import Choices
 from tui.widgets.pane import Pane
 
 if TYPE_CHECKING:
     from engine.hardware import Machine
     from engine.plan import Device
+    from engine.wizard.model import Survey
     from tui.screens.machine.planned import PlannedPanel
-    from tui.screens.machine.prospects import Survey
 
 POLL_SECONDS: Final = 2.0
 # Whoever holds the down key plans nothing on the way.
@@ -100,7 +101,7 @@ class MachinePage(Page):
 
     def compose_body(self) -> ComposeResult:
         with Pane(id="devices", title="GPUs", subtitle="i shows what runs on them"):
-            yield Choices([Content.styled(wording.ASKING, "$muted")], id="choices")
+            yield Choices([Content.styled(ASKING, "$muted")], id="choices")
         with Container(id="about"):
             yield _text_pane("good", "what it is good for")
             yield _text_pane("rest", "the rest")
@@ -117,7 +118,7 @@ class MachinePage(Page):
     # --- what the driver says
 
     def _look(self) -> None:
-        self.say("·", "looking", wording.ASKING)
+        self.say("·", "looking", ASKING)
         self._ask()
 
     @work(group="read", exclusive=True)
@@ -254,7 +255,7 @@ class MachinePage(Page):
         """Take the device under the cursor, or wait for the driver to name one."""
         if self._machine is None:
             self._goes_on = True
-            self.say("·", "looking", f"{wording.ASKING} goes on when it answers")
+            self.say("·", "looking", f"{ASKING} goes on when it answers")
         elif self._choice.key == PLAN:
             self.action_plan_for_another()
         elif self._choice.refusal:
@@ -281,7 +282,7 @@ class MachinePage(Page):
     def action_plan_for_another(self) -> None:
         from tui.screens.machine.planned import PlannedPanel
 
-        self.say(*wording.PLAN_ONLY)
+        self.say(PLAN_ONLY.mark, PLAN_ONLY.label, PLAN_ONLY.text)
         self.cover(PlannedPanel(), [Key("enter", "plan for it"), Key("esc", "close")])
 
     def on_planned_panel_pointed(self, message: "PlannedPanel.Pointed") -> None:
@@ -305,14 +306,7 @@ class MachinePage(Page):
     def help_for(self, focused: Widget | None) -> HelpText:
         return HelpText(
             "the device that the run computes on",
-            [
-                ("can give", "its memory, less what others use, less 5% for safety"),
-                ("used", "memory that other programs hold on it now"),
-                ("Ada 8.9", "its generation and compute capability; bf16 begins with 8.0"),
-                ("MIG", "a slice of a card; a run can use one slice and nothing beside it"),
-                ("CPU", "enough for the demo model, and for looking at everything else"),
-                ("plan", "work out a run for a GPU elsewhere, and take its config there"),
-            ],
+            HELP,
             ("probe",),
         )
 
@@ -330,6 +324,7 @@ def _best_key(machine: "Machine") -> str:
 
 
 def _look_at(choice: Choice, machine: "Machine") -> "Survey":
-    from tui.screens.machine.prospects import device_of, look_at
+    from engine.wizard.model import look_at
+    from tui.screens.machine.prospects import device_of
 
     return look_at(device_of(choice, machine))

@@ -15,8 +15,8 @@ from engine.hardware import Gpu, Machine, assume, listed_gpus
 from engine.plan import best_device
 from engine.units import GIB
 from engine.visible import visible
+from engine.wizard.model import Survey, look_at
 from tui.screens.help import columns
-from tui.screens.machine.prospects import Survey, look_at
 from tui.widgets.choices import Choices
 from tui.widgets.field import Field
 from tui.widgets.pane import Pane

@@ -4,7 +4,6 @@ Apart from `wording` because it needs the planner, which the first frame does no
 module is imported by whoever has a survey to show.
 """
 
-from dataclasses import dataclass
 from typing import Final
 
 from textual.content import Content
@@ -13,35 +12,18 @@ from engine.hardware import Machine
 from engine.plan import (
     Device,
     Prospect,
-    Recommendation,
     best_device,
     cpu_device,
     gpu_device,
-    propose,
-    survey,
 )
+from engine.report.models import method, model_verdict
 from engine.units import GIB, gib
 from engine.visible import visible
+from engine.wizard.model import Survey
+from tui.line import MARK_STYLES
 from tui.screens.machine.wording import Choice
-from tui.screens.plan.comparisons import MARKS
 
 TITLE_CELLS: Final = 19
-_METHODS: Final = {"lora": "LoRA", "qlora": "QLoRA", None: "all weights"}
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """Every model on one device, and the one to begin with."""
-
-    device: Device
-    prospects: tuple[Prospect, ...]
-    proposed: Prospect
-
-
-def look_at(device: Device) -> Survey:
-    """Plans every model on `device`: half a second of work, for a thread."""
-    prospects = survey(device)
-    return Survey(device, prospects, propose(prospects, device))
 
 
 def device_of(choice: Choice, machine: Machine) -> Device:
@@ -57,21 +39,6 @@ def best_key(machine: Machine, cpu: str) -> str:
 def has_moved(before: Device, now: Device) -> bool:
     """Whether what a device can give has changed by more than a tight plan has to spare."""
     return abs(before.can_give_bytes - now.can_give_bytes) >= GIB
-
-
-def method(plan: Recommendation) -> str:
-    """How the plan trains, as people call it."""
-    return _METHODS[plan.config.adapter]
-
-
-def mark_of(plan: Recommendation) -> tuple[str, str]:
-    """The mark of a plan and its style; a model that is not trained yet is not called fitting, and
-    one whose layers wait in RAM is, with a warning."""
-    if plan.not_trained and plan.estimate.verdict != "does not fit":
-        return "·", "$muted"
-    if plan.config.layer_offloading and plan.estimate.verdict == "fits":
-        return "!", "$warning"
-    return MARKS[plan.estimate.verdict]
 
 
 def headline(found: Survey) -> str:
@@ -96,7 +63,7 @@ def title_cells(title: str) -> Content:
 
 def _line(prospect: Prospect, proposed: Prospect, device: Device) -> Content:
     plan, needs = prospect.plan, prospect.plan.estimate
-    mark, style = mark_of(plan)
+    mark = model_verdict(plan).mark
     spare = needs.spare_bytes / GIB
     left = f"{spare:>5.1f} spare" if spare >= 0 else f"{-spare:>5.1f} over "
     note = method(plan)
@@ -109,7 +76,7 @@ def _line(prospect: Prospect, proposed: Prospect, device: Device) -> Content:
     elif plan.config.layer_offloading:
         note = f"{note}, in RAM: slow"
     return Content.assemble(
-        (mark, style),
+        (mark, MARK_STYLES[mark]),
         " ",
         title_cells(prospect.card.title).stylize("$lit" if prospect is proposed else ""),
         f"  needs {needs.device_bytes / GIB:>5.1f} GiB ± {needs.uncertainty:>3.0%}",

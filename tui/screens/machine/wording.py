@@ -4,54 +4,25 @@ Pure, and without the planner: the first frame of the wizard waits for this modu
 and paths are strangers' text, and are made visible here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from textual.content import Content
 
-from engine.report import SEVERITY_MARKS
-from engine.units import GIB, counted
+from engine.units import counted
 from engine.visible import fold, visible
+from engine.wizard.machine import CPU, PLAN, PLAN_ONLY, card_figures, machine_verdict, why_unusable
 from tui.line import marked
 
 if TYPE_CHECKING:
     from engine.hardware import Gpu, Machine
 
-CPU: Final = "cpu"
-PLAN: Final = "plan"
-ASKING: Final = "asking the driver…"
-PLAN_ONLY: Final = ("·", "plan only", "for a GPU that is not here; preview, plan and save work")
 
 _MOST_NAME_CELLS: Final = 28
 _GAP: Final = "  "
 # Where there is less room a command would be broken inside its words.
 _COMMAND_CELLS: Final = 60
-# What a run cannot ignore, the gravest first: the verdict's word, and its sentence where the
-# problem's own is too long for a row.
-_TOLD_FIRST: Final[Mapping[str, tuple[str, str]]] = {
-    "driver_silent": ("driver", ""),
-    "driver_mismatch": ("driver", "module and library differ: restart, or reload the module"),
-    "driver_not_loaded": ("driver", ""),
-    "driver_refuses": ("driver", ""),
-    "driver_error": ("driver", ""),
-    "no_driver": ("no GPU", "NVIDIA driver not found (libnvidia-ml.so.1)"),
-    "no_gpu": ("no GPU", ""),
-    "driver_too_old_for_torch": ("driver", ""),
-    "torch_without_cuda": ("torch", ""),
-    "card_not_in_torch": ("torch", ""),
-    "cuda_library_missing": ("driver", ""),
-    "gpu_lost": ("lost", ""),
-    "gpu_unreadable": ("partial", ""),
-    "memory_unknown": ("partial", ""),
-    "mig_empty": ("partial", ""),
-    "cuda_list_ends": ("hidden", ""),
-    "cuda_hidden": ("hidden", ""),
-    "answers_refused": ("partial", ""),
-    "kernels_cannot_be_built": ("kernels", ""),
-    "bitsandbytes_without_library": ("4-bit", ""),
-    "attention_packages_overwritten": ("attention", ""),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +36,7 @@ class Choice:
     @property
     def refusal(self) -> str:
         """Why a run cannot use it; empty where it can."""
-        if self.gpu is None or (self.gpu.state == "ready" and self.gpu.memory_total_bytes):
-            return ""
-        if self.gpu.state == "hidden":
-            return self.gpu.note
-        return f"{self.gpu.state}: {self.gpu.note}"
+        return why_unusable(self.gpu) if self.gpu else ""
 
 
 def list_choices(machine: "Machine") -> list[Choice]:
@@ -100,7 +67,7 @@ def _gpu_lines(gpus: "Sequence[Gpu]", cells: int) -> list[Content]:
     """A table of cards; columns at its end that have no room are left out for all of them."""
     names = [f"{gpu.index}  {visible(gpu.short_name, one_line=True)}" for gpu in gpus]
     width = min(max(map(len, names), default=0), _MOST_NAME_CELLS)
-    rows = [_figures(gpu) if not Choice("", gpu).refusal else () for gpu in gpus]
+    rows = [card_figures(gpu) if not Choice("", gpu).refusal else () for gpu in gpus]
     count = max(map(len, rows), default=0)
     widths = [max(len(row[at]) for row in rows if row) for at in range(count)]
     while widths and width + sum(widths) + len(_GAP) * len(widths) > cells:
@@ -117,44 +84,10 @@ def _gpu_lines(gpus: "Sequence[Gpu]", cells: int) -> list[Content]:
     return lines
 
 
-def _figures(gpu: "Gpu") -> tuple[str, ...]:
-    """What is known of a card that can be used, what matters most first."""
-    capability = "" if gpu.compute_capability is None else "{}.{}".format(*gpu.compute_capability)
-    used, load, heat = gpu.memory_used_bytes, gpu.utilization_percent, gpu.temperature_celsius
-    return (
-        f"{(gpu.memory_total_bytes or 0) / GIB:.1f} GiB",
-        "" if used is None else f"{used / GIB:.1f} used",
-        f"{gpu.architecture} {capability}".strip(),
-        "" if heat is None else f"{heat} °C",
-        "" if gpu.power_watts is None else f"{gpu.power_watts:.0f} W",
-        "" if load is None else f"busy {load}%",
-    )
-
-
 def verdict(machine: "Machine", choice: Choice) -> tuple[str, str, str]:
     """Mark, word and sentence: what is wrong with the machine, else what the choice is."""
-    if choice.refusal and choice.gpu:
-        name = visible(choice.gpu.short_name, one_line=True)
-        return "✗", "cannot be used", f"GPU {choice.gpu.index}, {name}: {choice.refusal}"
-    if choice.key == PLAN:
-        return PLAN_ONLY
-    found = {problem.id: problem for problem in machine.problems}
-    for name, (word, short) in _TOLD_FIRST.items():
-        if problem := found.get(name):
-            return SEVERITY_MARKS[problem.severity], word, short or problem.what.rstrip(".")
-    if choice.gpu is None:
-        return "✓", "ready", "this computer's CPU trains the demo model in about a minute"
-    return "✓", "ready", _told(choice.gpu)
-
-
-def _told(gpu: "Gpu") -> str:
-    name = visible(gpu.short_name, one_line=True)
-    total, free = (gpu.memory_total_bytes or 0) / GIB, (gpu.memory_free_bytes or 0) / GIB
-    if gpu.mig_parent:
-        return f"GPU {gpu.index} is cut into MIG slices; pick one: {name}, {total:.1f} GiB"
-    if gpu.unified:
-        return f"{name}, unified memory: {total:.1f} GiB total, {free:.1f} free now"
-    return f"{name}, {free:.1f} of {total:.1f} GiB free"
+    line = PLAN_ONLY if choice.key == PLAN else machine_verdict(machine, choice.gpu)
+    return line.mark, line.label, line.text
 
 
 def is_plain(machine: "Machine", choice: Choice) -> bool:

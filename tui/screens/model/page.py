@@ -16,23 +16,18 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
-from engine.catalog import ModelCard, read_architecture
-from engine.chat.tokenizer_file import check_tokenizer
 from engine.errors import UserError
-from engine.plan import Device, recommend
+from engine.plan import Device
 from engine.visible import visible
+from engine.wizard.model import HELP, OWN_HELP, OWN_LABEL, PLANNING, Candidate, ModelStep, Survey
 from tui.page import HelpText, Key, Page
 from tui.screens.data.path_field import PathField
 from tui.screens.help import TextPane
-from tui.screens.machine.prospects import Survey, look_at
 from tui.screens.model import wording
-from tui.screens.model.wording import Candidate
 from tui.widgets.choices import Choices
 from tui.widgets.confirm import Confirm
 from tui.widgets.field import Field
 from tui.widgets.pane import Pane
-
-_ALSO_GOOD = 2
 
 
 class ModelPage(Page):
@@ -69,7 +64,7 @@ class ModelPage(Page):
 
     def compose_body(self) -> ComposeResult:
         with Pane(id="models", title=wording.TITLE, subtitle="/ filters, o takes your own"):
-            yield Choices([Content.styled("working out what fits…", "$muted")])
+            yield Choices([Content.styled(PLANNING, "$muted")])
             yield PathField(placeholder="a folder, or org/name; tab completes", compact=True)
             yield Field("part of a name", id="filter")
         pane = TextPane("why this one", Content(""))
@@ -93,22 +88,24 @@ class ModelPage(Page):
             self._mark_images()
             return
         self._device, self._survey = device, None
+        self._step = ModelStep(self.app.draft)
         self.say("·", "planning", f"working out what fits on {device.name}")
         self._plan_all(device)
 
     @work(group="plan", exclusive=True)
     async def _plan_all(self, device: Device) -> None:
-        found = await asyncio.to_thread(look_at, device)
-        self._cached = await asyncio.to_thread(
-            _find_cached, [prospect.card for prospect in found.prospects]
-        )
+        work = self._step.survey(device)
+        found = await asyncio.to_thread(work.run, lambda _done: None)
+        assert isinstance(found, Survey)
+        self._step.receive(work, found)
+        self._cached = found.cached
         self._catalog = [
             Candidate(prospect.card.name, prospect.card.title, prospect.plan, prospect.card)
             for prospect in found.prospects
         ]
         if self._own:
             try:
-                self._own = await asyncio.to_thread(_read_own, self._own.name, device)
+                self._own = await asyncio.to_thread(self._step.read_own, self._own.name)
             except UserError:
                 self._own = None  # its folder is gone; the field still has its name
         self._survey = found
@@ -151,7 +148,7 @@ class ModelPage(Page):
         if self._own:
             lines.append(wording.model_line(self._own, self._cached))
         else:
-            lines.append(Content.assemble(wording.OWN, ("  o, then type or paste it", "$muted")))
+            lines.append(Content.assemble(OWN_LABEL, ("  o, then type or paste it", "$muted")))
         self.part(Choices).show_lines(lines)
         nothing = f'nothing matches "{wanted}": esc clears' if wanted and not self._shown else ""
         self.query_one("#models", Pane).show_subtitle(
@@ -186,12 +183,9 @@ class ModelPage(Page):
             self.say("·", "own model", "enter, then type a folder or org/name; enter reads it")
             self._tell("A folder with config.json of a model that is trained here, or a hub id.")
             return
-        self.say(*wording.headline(here, self._device, self._survey.proposed.card.name))
-        others = [each for each in self._catalog if each is not here and not each.doubt]
-        good = sorted(others, key=lambda each: -each.plan.estimate.total_parameters)
-        on_gpu = self._device.kind == "cuda"
-        told = wording.why(here, self._device, good[:_ALSO_GOOD] if on_gpu else [])
-        self.query_one("#why Static", Static).update(told)
+        line = self._step.verdict(here)
+        self.say(line.mark, visible(line.label, one_line=True), line.text)
+        self.query_one("#why Static", Static).update(Content(visible(self._step.reason(here))))
 
     def _tell(self, text: str) -> None:
         self.query_one("#why Static", Static).update(Content.styled(text, "$muted"))
@@ -206,7 +200,7 @@ class ModelPage(Page):
     async def _read_typed(self, name: str) -> None:
         assert self._device is not None
         try:
-            own = await asyncio.to_thread(_read_own, name, self._device)
+            own = await asyncio.to_thread(self._step.read_own, name)
             self._own = replace(own, shows_images=self.app.draft.shows_images)
         except UserError as error:
             self._own = None
@@ -286,60 +280,15 @@ class ModelPage(Page):
             if agreed:
                 self._take(candidate)
 
-        self.app.push_screen(
-            Confirm(
-                f"plan {candidate.title} anyway?",
-                candidate.doubt,
-                yes="plans it",
-                no="goes back to the list",
-            ),
-            answered,
-        )
+        asked = self._step.confirm(candidate.name, "")
+        assert asked is not None
+        self.app.push_screen(Confirm(asked.title, asked.text, yes=asked.yes, no=asked.no), answered)
 
     def _take(self, candidate: Candidate) -> None:
-        draft = self.app.draft
-        if draft.model != candidate.name:
-            draft.model, draft.statistics, draft.counted = candidate.name, None, None
+        self._step.take(candidate.name, "")
         self.app.next_step()
 
     def help_for(self, focused: Widget | None) -> HelpText:
         if isinstance(focused, PathField):
-            return HelpText(
-                "a model of your own",
-                [
-                    ("folder", "one that holds config.json and the weights"),
-                    ("org/name", "a repository that the hub cache or the catalog knows"),
-                    ("", "nothing is fetched, and no code of a model is ever run"),
-                ],
-            )
-        return HelpText(
-            "the model that the run starts from",
-            [
-                ("needs", "GiB on the device at the peak, with the recommended values"),
-                ("tight", "less than 1 GiB would be left"),
-                ("plan only", "fits, and this version cannot train it yet"),
-                ("reads", "image: text too; no images: the rows have some, and it reads only text"),
-                ("thinks", "[THINK] are tokens, <think> is plain text, on/off is asked for"),
-                ("download", "the weights, once; on disk: in the hub cache already"),
-            ],
-            ("models",),
-        )
-
-
-def _read_own(name: str, device: Device) -> Candidate:
-    architecture = read_architecture(name)
-    check_tokenizer(name)
-    plan = recommend(architecture, device)
-    return Candidate(name, name, plan, architecture.card, architecture)
-
-
-def _find_cached(cards: list[ModelCard]) -> set[str]:
-    """Names of the models whose config.json is in the hub cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return {
-        card.name
-        for card in cards
-        for repository in card.repositories[:1]
-        if isinstance(try_to_load_from_cache(repository.id, "config.json"), str)
-    }
+            return HelpText("a model of your own", OWN_HELP)
+        return HelpText("the model that the run starts from", HELP, ("models",))

@@ -1,4 +1,4 @@
-"""How a model is drawn: one line of the list, and why it is the one or not."""
+"""How a model is drawn: one line of the list."""
 
 from collections.abc import Collection
 from typing import Final
@@ -7,9 +7,9 @@ from textual.content import Content
 
 from engine.report.models import size
 from engine.units import GIB
-from engine.visible import visible
 from engine.wizard.model import Candidate
-from tui.screens.machine.prospects import TITLE_CELLS, mark_style, title_cells
+from tui.line import MARK_STYLES
+from tui.screens.machine.prospects import TITLE_CELLS, title_cells
 
 TITLE: Final = f"{'models':<{TITLE_CELLS + 8}}{'needs':>6}  verdict     reads  thinks   download"
 
@@ -17,7 +17,7 @@ TITLE: Final = f"{'models':<{TITLE_CELLS + 8}}{'needs':>6}  verdict     reads  t
 def model_line(candidate: Candidate, cached: Collection[str]) -> Content:
     """One line of the list; `cached` are the names of models that are on this computer."""
     plan, line = candidate.plan, candidate.verdict()
-    style = "$muted" if candidate.is_blind else mark_style(line.mark)
+    style = "$muted" if candidate.is_blind else MARK_STYLES[line.mark]
     reads = "image" if candidate.sees else "text"
     return Content.assemble(
         title_cells(candidate.title).stylize("$muted" if candidate.is_blind else ""),
@@ -26,8 +26,3 @@ def model_line(candidate: Candidate, cached: Collection[str]) -> Content:
         (f"{line.mark} {line.label:<10}", style),
         (f"{reads:<7}{candidate.thinks:<9}{candidate.where_from(cached)}", "$muted"),
     )
-
-
-def why(reason: str) -> Content:
-    """The reasons for a model, a line each."""
-    return Content(visible(reason))
