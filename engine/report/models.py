@@ -50,7 +50,7 @@ def weights_sentence(plan: Recommendation) -> str:
     held = sum(needs.parts.get(name, 0) for name in WEIGHTS)
     shown = gib(held) if held >= GIB / 10 else f"{held / 2**20:.0f} MiB"
     kind = "In 4 bit" if plan.config.load_in_4bit else "Not quantized,"
-    if plan.waits_in_ram:
+    if plan.offloads:
         return (
             f"{kind} the weights on the device take {shown}; the others are read from"
             f" {gib(needs.host_bytes)} of this computer's memory"

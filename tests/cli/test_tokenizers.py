@@ -12,7 +12,11 @@ from engine.catalog import find_model
 from engine.cli import main
 from engine.config import read_config
 from engine.errors import UserError
-from engine.wizard.draft import draft_from
+from engine.hardware import assume
+from engine.plan import best_device
+from engine.wizard.draft import Draft, draft_from
+from engine.wizard.flow import perform
+from engine.wizard.model import OWN, ModelStep
 
 PUBLISHED = Path(mistral_common.__file__).parent / "data"
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -110,15 +114,15 @@ def test_a_folder_with_a_tokenizer_alone_still_previews(
 
 
 def test_the_wizard_refuses_it_where_the_model_is_read(model: Path) -> None:
-    from tui.plain.setup import Setup
-    from tui.screens.model.page import _read_own
-
     why = give_sentencepiece(model)
-    device = None
+    step = ModelStep(Draft(device=best_device(assume("H100"))))
+    work = step.work()
+    assert work is not None
+    step.receive(work, perform(work, lambda _done: None))
     for ask in (
         lambda: draft_from(read_config("made.yml"), model.parent),
-        lambda: Setup(None, None).take_model("model"),  # type: ignore[arg-type]
-        lambda: _read_own("model", device),  # type: ignore[arg-type]
+        lambda: step.take(OWN, "model"),
+        lambda: step.read_own("model"),
     ):
         with pytest.raises(UserError) as caught:
             ask()

@@ -19,6 +19,7 @@ from engine.hardware import assume
 from engine.plan import best_device
 from engine.wizard.counting import check_rows, count_config_rows
 from engine.wizard.draft import draft_from
+from engine.wizard.flow import Wizard
 from engine.wizard.request import read_planned
 from tests.support.conversation import Conversation
 from tests.support.pictures import png
@@ -92,7 +93,7 @@ def of_worker(path: Path) -> Statistics | None:
 def of_plain(path: Path) -> Statistics | None:
     draft = draft_from(read_config(path), path.parent)
     draft.device = best_device(assume("H100 80GB"))
-    count(Setup(draft, Conversation().dialogue))
+    count(Setup(draft, Conversation().dialogue, Wizard(draft)))
     return draft.statistics
 
 
