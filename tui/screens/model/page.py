@@ -7,7 +7,7 @@ with another device. A folder or hub id is read only after it was typed; nothing
 import asyncio
 from collections.abc import Collection
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from textual import work
 from textual.app import ComposeResult
@@ -18,16 +18,21 @@ from textual.widgets import Input, Static
 
 from engine.errors import UserError
 from engine.plan import Device
+from engine.report.models import size
+from engine.units import GIB
 from engine.visible import visible
 from engine.wizard.model import HELP, OWN_HELP, OWN_LABEL, PLANNING, Candidate, ModelStep, Survey
+from tui.line import MARK_STYLES
 from tui.page import HelpText, Key, Page
 from tui.screens.data.path_field import PathField
 from tui.screens.help import TextPane
-from tui.screens.model import wording
+from tui.screens.machine.prospects import TITLE_CELLS, title_cells
 from tui.widgets.choices import Choices
 from tui.widgets.confirm import Confirm
 from tui.widgets.field import Field
 from tui.widgets.pane import Pane
+
+_TITLE: Final = f"{'models':<{TITLE_CELLS + 8}}{'needs':>6}  verdict     reads  thinks   download"
 
 
 class ModelPage(Page):
@@ -63,7 +68,7 @@ class ModelPage(Page):
         self._goes_on = False
 
     def compose_body(self) -> ComposeResult:
-        with Pane(id="models", title=wording.TITLE, subtitle="/ filters, o takes your own"):
+        with Pane(id="models", title=_TITLE, subtitle="/ filters, o takes your own"):
             yield Choices([Content.styled(PLANNING, "$muted")])
             yield PathField(placeholder="a folder, or org/name; tab completes", compact=True)
             yield Field("part of a name", id="filter")
@@ -144,9 +149,9 @@ class ModelPage(Page):
         self._shown = [
             each for each in self._catalog if wanted in each.name or wanted in each.title.lower()
         ]
-        lines = [wording.model_line(candidate, self._cached) for candidate in self._shown]
+        lines = [_model_line(candidate, self._cached) for candidate in self._shown]
         if self._own:
-            lines.append(wording.model_line(self._own, self._cached))
+            lines.append(_model_line(self._own, self._cached))
         else:
             lines.append(Content.assemble(OWN_LABEL, ("  o, then type or paste it", "$muted")))
         self.part(Choices).show_lines(lines)
@@ -292,3 +297,17 @@ class ModelPage(Page):
         if isinstance(focused, PathField):
             return HelpText("a model of your own", OWN_HELP)
         return HelpText("the model that the run starts from", HELP, ("models",))
+
+
+def _model_line(candidate: Candidate, cached: Collection[str]) -> Content:
+    """One line of the list; `cached` are the names of models that are on this computer."""
+    plan, line = candidate.plan, candidate.verdict()
+    style = "$muted" if candidate.is_blind else MARK_STYLES[line.mark]
+    reads = "image" if candidate.sees else "text"
+    return Content.assemble(
+        title_cells(candidate.title).stylize("$muted" if candidate.is_blind else ""),
+        f" {size(plan.estimate.total_parameters):>6}",
+        f"{plan.estimate.device_bytes / GIB:>6.1f}  ",
+        (f"{line.mark} {line.label:<10}", style),
+        (f"{reads:<7}{candidate.thinks:<9}{candidate.where_from(cached)}", "$muted"),
+    )
