@@ -13,7 +13,7 @@
     start       a run from a draft or a config; a saved config
     measure     what a config really takes here
 
-A printer (the full screen, inline questions, plain lines) holds no question of its own. It goes around:
+A printer (full screen, inline questions, plain lines) holds no question of its own. It goes around:
 
     wizard = Wizard(draft, home=home)
     while work := wizard.work():              # a value: print work.waiting while it is done
