@@ -28,7 +28,6 @@ from engine.plan import (
     Goal,
     Recommendation,
     Statistics,
-    Task,
     advice_document,
     alternative_document,
     compare_peer,
@@ -36,14 +35,13 @@ from engine.plan import (
     estimate,
     estimate_document,
     expected_duration,
-    heads_of,
     make_faster,
     make_fit,
     price_lengths,
     recommend,
     remarks,
 )
-from engine.plan.attention import follow_attention
+from engine.plan.attention import follow_attention, task_of
 from engine.report.plan import (
     advice_lines,
     duration_lines,
@@ -203,8 +201,8 @@ def _attention_lines(config: RunConfig, architecture: Architecture, device: Devi
     """Why the attention code that the config asks for cannot be used, if it cannot."""
     if config.attn_implementation is None:
         return []
-    task = Task(heads_of(architecture), images=config.processor_type is not None)
     try:
+        task = task_of(config, architecture, device)
         follow_attention(config.attn_implementation, device, task)
     except UserError as refusal:
         return [f"✗ attn_implementation: {refusal.why} {refusal.fix}"]

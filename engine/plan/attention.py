@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.catalog import Architecture
+from engine.config import RunConfig
 from engine.errors import UserError
 from engine.hardware import attention_backends, flash_4_on
 from engine.hardware.attention import FLASH_4, Backend
 from engine.plan.device import Device
+from engine.plan.trainer import computes_in_bf16
 
 PATH_ON_CPU = "sdpa"
 
@@ -40,6 +42,15 @@ class Task:
     """Whether rows have images."""
     half: bool = True
     """Whether the run computes in 16-bit numbers."""
+
+
+def task_of(
+    config: RunConfig, architecture: Architecture, device: Device, images: bool | None = None
+) -> Task:
+    """What the attention code of a run has to do; rows have images by `processor_type` where nobody
+    knows better."""
+    seen = config.processor_type is not None if images is None else images
+    return Task(heads_of(architecture), seen, computes_in_bf16(config, device))
 
 
 @dataclass(frozen=True, slots=True)

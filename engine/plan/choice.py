@@ -19,7 +19,7 @@ from typing import Any
 from engine.catalog import Architecture
 from engine.config import SHARDED_OPTIMIZERS, DatasetConfig, RunConfig, read_config
 from engine.data.statistics import Statistics
-from engine.plan.attention import Attention, Task, choose_attention, heads_of
+from engine.plan.attention import Attention, choose_attention, task_of
 from engine.plan.device import Device
 from engine.plan.duration import expected_duration
 from engine.plan.ladder import make_faster, make_fit
@@ -96,7 +96,8 @@ class Choice:
 
     @property
     def attention(self) -> Attention:
-        return choose_attention(self.device, Task(heads_of(self.architecture), self.images))
+        task = task_of(self.config(), self.architecture, self.device, self.images)
+        return choose_attention(self.device, task)
 
     def put(self, key: str, value: object, reason: str) -> None:
         """Advise a value, unless the person chose it or said the same in another way."""

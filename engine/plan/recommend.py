@@ -14,7 +14,7 @@ from engine.catalog import Architecture
 from engine.config import DatasetConfig, RunConfig, spell
 from engine.data.statistics import Statistics
 from engine.errors import UserError
-from engine.plan.attention import Attention, Task, choose_attention, heads_of
+from engine.plan.attention import Attention, choose_attention, task_of
 from engine.plan.choice import Choice, find_recipe
 from engine.plan.device import Device, device_document
 from engine.plan.duration import Duration, expected_duration, pace_of
@@ -108,7 +108,6 @@ def assess(
         kept = changed(config, changes or {})
     except ValidationError as error:
         raise _contradiction(error) from None
-    images = kept.processor_type is not None
     return _advise(
         kept,
         architecture,
@@ -116,7 +115,7 @@ def assess(
         statistics,
         reasons=dict.fromkeys(changes or {}, "yours"),
         recommended={},
-        attention=choose_attention(device, Task(heads_of(architecture), images)),
+        attention=choose_attention(device, task_of(kept, architecture, device)),
     )
 
 

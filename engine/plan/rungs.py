@@ -73,17 +73,19 @@ def changed(config: RunConfig, changes: Mapping[str, object]) -> RunConfig:
     return RunConfig.model_validate({**given, **changes})
 
 
-def slower(place: Place, config: RunConfig, changes: Mapping[str, object]) -> str:
-    """How much longer a run takes after a change, where the card's speed is known."""
+def same_result(place: Place, config: RunConfig, changes: Mapping[str, object]) -> str:
+    """What a change costs that alters no result: how much longer a run takes, where known."""
     before = place.pace(config)
     try:
         after = place.pace(changed(config, changes))
     except ValidationError:
         after = None
     if before is None or after is None:
-        return "slower"
+        return "the same result, slower"
     longer = before / after
-    return f"takes {longer:.1f} times as long" if longer > SLOWER_SHARE else "hardly slower"
+    if longer <= SLOWER_SHARE:
+        return "the same result, hardly slower"
+    return f"the same result, takes {longer:.1f} times as long"
 
 
 def busy_batches(config: RunConfig, place: Place) -> Iterator[Change]:
@@ -129,8 +131,7 @@ def checkpointing(config: RunConfig, place: Place) -> Iterator[Change]:
     for each in sorted({count, layers}):
         keys = recomputing(config, layers, each)
         some = "" if each == layers else f", {each} of {layers} layers"
-        words = f"the same result, {slower(place, config, keys)}"
-        yield f"gradient_checkpointing{some}", keys, words
+        yield f"gradient_checkpointing{some}", keys, same_result(place, config, keys)
 
 
 def fewest_recomputed(config: RunConfig, place: Place, *, least: int = 0) -> int:
@@ -160,17 +161,17 @@ def embeddings_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
     frozen = config.adapter and not config.lora_modules_to_save
     if place.device.has_ram_beside and frozen and not config.offload_embeddings:
         keys = {"offload_embeddings": True}
-        words = f"the same result, {slower(place, config, keys)}; embedding and head wait in RAM"
-        yield "offload_embeddings", keys, words
+        trade = f"{same_result(place, config, keys)}; embedding and head wait in RAM"
+        yield "offload_embeddings", keys, trade
 
 
 def states_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
     """What checkpointing keeps is offloaded to RAM."""
-    if place.device.has_ram_beside and config.gradient_checkpointing:
+    kept = config.gradient_checkpointing and not config.activation_offloading
+    if place.device.has_ram_beside and kept:
         keys = {"activation_offloading": True}
-        if not config.activation_offloading:
-            words = f"the same result, {slower(place, config, keys)}; they wait in RAM"
-            yield "activation_offloading", keys, words
+        trade = f"{same_result(place, config, keys)}; they wait in RAM"
+        yield "activation_offloading", keys, trade
 
 
 def small_states(config: RunConfig, place: Place) -> Iterator[Change]:
@@ -233,8 +234,7 @@ def layers_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
     elif layers > SLOTS and fits(layers):
         enough = bisect_left(range(layers), True, lo=SLOTS + 1, key=fits)
     name = f"layer_offloading, {enough} of {layers} layers"
-    words = f"the same result, {slower(place, config, keys(enough))}; they wait in RAM"
-    yield name, keys(enough), words
+    yield name, keys(enough), f"{same_result(place, config, keys(enough))}; they wait in RAM"
 
 
 def cut_loss(config: RunConfig, place: Place) -> Iterator[Change]:

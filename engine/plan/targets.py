@@ -108,39 +108,26 @@ def expert_adapter_parameters(table: ModuleTable, config: RunConfig) -> int:
     return config.lora_r * _stack_edges(table, choose_stacks(table, config))
 
 
-def saved_parameters(table: ModuleTable, config: RunConfig) -> int:
-    """Numbers of the modules that are trained whole beside the adapter."""
-    chosen = choose_saved(table, config)
-    return sum(prod(row.shape) for row in table.parameters if row.module in chosen)
-
-
 def trainable_parameters(table: ModuleTable, config: RunConfig) -> int:
-    """Trainable numbers: the adapter and what is saved whole, or those of `trainable_names`."""
-    if config.adapter:
-        return adapter_parameters(table, config) + saved_parameters(table, config)
-    names = trainable_names(table, config)
-    return sum(prod(row.shape) for row in table.parameters if row.name in names)
+    """Trainable numbers: of the adapter, and of what is trained whole."""
+    whole = sum(prod(row.shape) for row in _whole(table, config))
+    return whole + (adapter_parameters(table, config) if config.adapter else 0)
 
 
 def largest_trainable(table: ModuleTable, config: RunConfig) -> int:
     """Numbers of the largest trainable tensor: a weight, or one of the two factors of a module's
     or of a fused expert tensor's adapter."""
+    whole = max((row.count for row in _whole(table, config)), default=0)
     if not config.adapter:
-        names = trainable_names(table, config)
-        return max((row.count for row in table.parameters if row.name in names), default=0)
-    saved = choose_saved(table, config)
-    whole = max((row.count for row in table.parameters if row.module in saved), default=0)
+        return whole
     longest = _longest_edge(table, _modules(table, config), choose_stacks(table, config))
     return max(whole, config.lora_r * longest)
 
 
 def trains_head(table: ModuleTable, config: RunConfig) -> bool:
     """Whether the head's own weight is trained, or the embedding that it shares."""
-    head = next(row for row in table.parameters if row.group == "head")
-    if config.adapter:
-        saved = choose_saved(table, config)
-        return bool(saved) and (head.tied or head.module in saved)
-    return not trainable_names(table, config).isdisjoint(_names(table, [head]))
+    groups = {row.group for row in _whole(table, config)}
+    return "head" in groups or (is_tied(table) and "embedding" in groups)
 
 
 def is_tied(table: ModuleTable) -> bool:
@@ -150,18 +137,27 @@ def is_tied(table: ModuleTable) -> bool:
 
 def trains_embedding(table: ModuleTable, config: RunConfig) -> bool:
     """Whether the embedding's own weight is trained."""
-    embedding = next(row for row in table.parameters if row.group == "embedding")
-    if config.adapter:
-        return embedding.module in choose_saved(table, config)
-    return embedding.name in trainable_names(table, config)
+    return any(row.group == "embedding" for row in _whole(table, config))
 
 
 def trains_vision(table: ModuleTable, config: RunConfig) -> bool:
     """Whether anything of the vision tower or the projector is trained."""
-    vision = [row for row in table.parameters if row.group in VISION.values()]
-    if config.adapter:
-        return not {row.module for row in vision}.isdisjoint(choose_targets(table, config))
-    return not trainable_names(table, config).isdisjoint(row.name for row in vision)
+    modules = set(choose_targets(table, config)) if config.adapter else set()
+    adapted = (row for row in table.parameters if row.module in modules)
+    return any(row.group in VISION.values() for row in (*adapted, *_whole(table, config)))
+
+
+def _whole(table: ModuleTable, config: RunConfig) -> tuple[Parameter, ...]:
+    """The parameters that are trained themselves, a tied head not among them."""
+    if not config.adapter:
+        return _named(table, trainable_names(table, config))
+    saved = choose_saved(table, config)
+    return tuple(row for row in table.parameters if row.module in saved) if saved else ()
+
+
+@lru_cache(maxsize=32)
+def _named(table: ModuleTable, names: frozenset[str]) -> tuple[Parameter, ...]:
+    return tuple(row for row in table.parameters if row.name in names)
 
 
 def trainable_names(table: ModuleTable, config: RunConfig) -> frozenset[str]:

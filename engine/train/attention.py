@@ -21,9 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from engine.catalog import Architecture
 from engine.config import RunConfig
 from engine.hardware import attention_backends
-from engine.plan import Task, choose_attention, heads_of
-from engine.plan.attention import Attention, find_backend, follow_attention
-from engine.plan.trainer import computes_in_bf16
+from engine.plan import choose_attention
+from engine.plan.attention import Attention, find_backend, follow_attention, task_of
 from engine.train.device import as_planned
 
 TORCH_VARLEN = "torch_varlen"
@@ -260,7 +259,7 @@ def pick_attention(
     Raises UserError where the config asks for one that cannot train this model here.
     """
     place = as_planned(device)
-    task = Task(heads_of(architecture), images, computes_in_bf16(config, place))
+    task = task_of(config, architecture, place, images)
     if config.attn_implementation is None:
         return choose_attention(place, task)
     return follow_attention(config.attn_implementation, place, task)

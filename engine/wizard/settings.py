@@ -9,8 +9,8 @@ from typing import Final
 
 from engine.config import FULL, NONE
 from engine.hardware import attention_backends
-from engine.plan import Attention, Recommendation, Task, changed, estimate, heads_of
-from engine.plan.attention import why_not
+from engine.plan import Attention, Recommendation, changed, estimate
+from engine.plan.attention import task_of, why_not
 from engine.units import gib, spoken
 from engine.wizard.draft import Draft
 from engine.wizard.values import EXPERTS, expert_tensors, spelled
@@ -132,8 +132,7 @@ def _attention_here(draft: Draft) -> Iterator[str]:
     """The attention codes that can carry out the plan on its device."""
     config, device = draft.config(), draft.device
     assert device is not None
-    images = config.processor_type is not None
-    task = Task(heads_of(draft.architecture()), images=images, half=config.bf16 is not False)
+    task = task_of(config, draft.architecture(), device)
     return (name for name in attention_backends() if why_not(name, device, task) is None)
 
 

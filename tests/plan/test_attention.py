@@ -6,14 +6,15 @@ import pytest
 
 from engine.errors import UserError
 from engine.hardware import attention_backends
-from engine.plan import Device, Heads, Task, choose_attention, heads_of
+from engine.plan import Device, Heads, Task, choose_attention, heads_of, recommend
 from engine.plan.attention import (
     find_backend,
     follow_attention,
     needs_mask,
+    task_of,
     why_not,
 )
-from tests.support.machines import MODELS, card, cpu, model
+from tests.support.machines import MODELS, card, config, cpu, model
 
 PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
 NONE, TWO, FOUR, ALL = (), PACKAGES[:1], PACKAGES[2:], PACKAGES
@@ -190,6 +191,20 @@ def test_heads_come_from_the_language_model() -> None:
     assert heads_of(model("mistral-small-4")) == Heads("mistral4", 128, 128)
     assert heads_of(model("mistral-medium-3.5")) == Heads("ministral3", 128, 128)
     assert heads_of(model("magistral-small-2506")) == Heads("mistral", 128, 128)
+
+
+def test_a_run_is_in_float32_where_its_config_or_its_card_says_so() -> None:
+    architecture, ampere = model("ministral-3-3b"), device("A100 80GB")
+    halves = [
+        task_of(config(bf16=bf16), architecture, place).half
+        for place in (ampere, device("T4"))
+        for bf16 in ("auto", False)
+    ]
+    assert halves == [True, False, False, False]
+    assert task_of(config(processor_type="AutoProcessor"), architecture, ampere).images
+    assert not task_of(config(processor_type="AutoProcessor"), architecture, ampere, False).images
+    advice = recommend(architecture, ampere, fixed={"bf16": False})
+    assert advice.attention.backend == TORCH, "FlashAttention 2 computes in 16 bits only"
 
 
 def test_every_row_of_the_table_says_where_it_is_from() -> None:

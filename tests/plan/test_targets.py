@@ -14,7 +14,6 @@ from engine.plan.targets import (
     choose_stacks,
     choose_targets,
     count_targets,
-    saved_parameters,
     trainable_names,
     trainable_parameters,
 )
@@ -218,16 +217,16 @@ class TestSavedWhole:
         asked = config(lora_modules_to_save=["lm_head", "model.language_model.embed_tokens"])
         assert choose_saved(table, asked) == ("lm_head", "model.language_model.embed_tokens")
         counts = table.counts_by_group()
-        assert saved_parameters(table, asked) == counts["head"] + counts["embedding"]
-        adapter = adapter_parameters(table, asked)
-        assert trainable_parameters(table, asked) == adapter + saved_parameters(table, asked)
+        saved = trainable_parameters(table, asked) - adapter_parameters(table, asked)
+        assert saved == counts["head"] + counts["embedding"]
 
     @pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
     def test_a_tied_head_is_the_embedding(self, names: list[str]) -> None:
         table = model("ministral-3-3b").table
         asked = config(lora_modules_to_save=names)
         assert choose_saved(table, asked) == ("model.language_model.embed_tokens",)
-        assert saved_parameters(table, asked) == table.counts_by_group()["embedding"]
+        saved = trainable_parameters(table, asked) - adapter_parameters(table, asked)
+        assert saved == table.counts_by_group()["embedding"]
 
     @pytest.mark.parametrize("name", ["q_proj", "tokens", "multi_modal_projector"])
     def test_anything_else_is_refused(self, name: str) -> None:
@@ -235,31 +234,31 @@ class TestSavedWhole:
             choose_saved(model("ministral-3-3b").table, config(lora_modules_to_save=[name]))
 
 
-class TestFreeParameters:
+class TestTrainableNames:
     TABLE = model("magistral-small-2509").table
 
-    def free(self, *expressions: str) -> frozenset[str]:
+    def names(self, *expressions: str) -> frozenset[str]:
         return trainable_names(self.TABLE, config(adapter=None, unfrozen_parameters=expressions))
 
     def test_an_expression_is_held_against_the_start_of_names(self) -> None:
         names = {row.name for row in self.TABLE.parameters}
-        found = self.free("model.language_model.*")
+        found = self.names("model.language_model.*")
         assert found == {n for n in names if n.startswith("model.language_model.")}
-        assert self.free(r"model\.multi_modal_projector") == {
+        assert self.names(r"model\.multi_modal_projector") == {
             n for n in names if n.startswith("model.multi_modal_projector.")
         }
-        assert self.free("^lm_head.weight$") == {"lm_head.weight"}
+        assert self.names("^lm_head.weight$") == {"lm_head.weight"}
 
     def test_else_against_the_start_of_a_part_of_the_language_models(self) -> None:
-        assert self.free("embed_tokens", "lm_head") == {
+        assert self.names("embed_tokens", "lm_head") == {
             "model.language_model.embed_tokens.weight",
             "lm_head.weight",
         }
-        assert self.free(r"layers\.1\.self_attn.q_proj") == {
+        assert self.names(r"layers\.1\.self_attn.q_proj") == {
             "model.language_model.layers.1.self_attn.q_proj.weight"
         }
 
-    def test_a_tied_head_frees_the_embedding(self) -> None:
+    def test_a_tied_head_trains_the_embedding(self) -> None:
         table = model("ministral-3-3b").table
         asked = config(adapter=None, unfrozen_parameters=["lm_head"])
         assert trainable_names(table, asked) == {"model.language_model.embed_tokens.weight"}
@@ -268,4 +267,4 @@ class TestFreeParameters:
     @pytest.mark.parametrize("expression", ["^embed_tokens", "ayers", "lm_head2"])
     def test_one_that_matches_nothing_is_refused(self, expression: str) -> None:
         with pytest.raises(UserError, match="matches no parameter"):
-            self.free("lm_head", expression)
+            self.names("lm_head", expression)
