@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from engine.errors import UserError, WorkError
 from engine.events import Ack
+from engine.files import write_whole
 from engine.hardware import Machine, cuda_environment, read_machine, torch_problem
 from engine.runs.control import ask
 from engine.runs.folder import RunFolder
@@ -199,9 +200,9 @@ def _fill(run: RunFolder, config: str | None, plan: Mapping[str, object] | None)
     run.path.mkdir(parents=True, exist_ok=True)
     if config is not None:
         _keep_other(run.config, config)
-        _replace(run.config, config)
+        write_whole(run.config, config.encode())
     if plan is not None:
-        _replace(run.plan, json.dumps(plan, indent=2) + "\n")
+        write_whole(run.plan, json.dumps(plan, indent=2).encode() + b"\n")
 
 
 def change_config(run: RunFolder, changes: Sequence[str]) -> None:
@@ -225,7 +226,7 @@ def change_config(run: RunFolder, changes: Sequence[str]) -> None:
             )
     text = write_config(override(given.config, changes), document=given.document)
     _keep_other(run.config, text)
-    _replace(run.config, text)
+    write_whole(run.config, text.encode())
 
 
 def _keep_other(path: Path, text: str) -> None:
@@ -235,14 +236,7 @@ def _keep_other(path: Path, text: str) -> None:
     number = 1
     while (kept := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
         number += 1
-    _replace(kept, path.read_text("utf-8"))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(text.encode())
-    os.replace(beside, path)
+    write_whole(kept, path.read_bytes())
 
 
 def planned_gpu(run: RunFolder, machine: Machine) -> dict[str, str]:

@@ -4,7 +4,6 @@ Separate from reading because only here does it matter which values a file needs
 that differ from the default, and those that Axolotl, which shares the format, has no default for.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from engine.config.reading import parse_config
 from engine.config.run import SECTIONS, RunConfig, section_title
 from engine.config.yaml_text import HEADER, entry, with_reason
 from engine.errors import UserError, WorkError
+from engine.files import write_whole
 
 
 def write_config(
@@ -69,19 +69,9 @@ def _kept(config: RunConfig, reasons: Mapping[str, str], document: Document) -> 
 
 
 def _save(text: str, path: Path) -> None:
-    target = path.resolve()
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o644
-        try:
-            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text.encode())
     except OSError as error:
         raise WorkError(
             f"{path} could not be written.",

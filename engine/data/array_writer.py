@@ -1,7 +1,7 @@
 """Appends rendered rows to the array files so that a kill at any moment costs little.
 
 Everything since the last durable point may be lost, nothing before it, and a second writer goes on
-from there to byte-identical files. It is apart from `prepare`, which decides what is written where.
+from there to byte-identical files.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from engine.chat.render import Rendered
 from engine.data.images import ImageName, image_digest
 from engine.data.prepared import ARRAYS, META, count_elements
 from engine.data.rows import RenderedRow
+from engine.files import sweep, sync, write_whole
 
 _STATE = "progress.json"
 _LISTED_PROBLEMS = 100
@@ -55,26 +56,6 @@ class _State:
     image_name_bytes: int = 0
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the folder's own entries (new names, renames) durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, value: Any) -> None:
-    """`value` as JSON in `path`, whole or not at all, on disk when this returns."""
-    waiting = path.with_name(f"{path.name}.writing")
-    with waiting.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    waiting.replace(path)
-    sync_folder(path.parent)
-
-
 def problem_entry(row: RenderedRow, problem: RowProblem) -> dict[str, Any]:
     """A bad row as `check`, meta.json and the worker report it."""
     return {
@@ -105,6 +86,7 @@ class ArrayWriter:
 
     def __init__(self, folder: Path, interval: Interval) -> None:
         folder.mkdir(exist_ok=True)
+        sweep(folder)
         self._folder = folder
         self._interval = interval
         self._state = _read_state(folder)
@@ -215,8 +197,12 @@ class ArrayWriter:
                 continue
             self._files[name].flush()
             os.fsync(self._files[name].fileno())
-        write_durably(self._folder / _STATE, asdict(self._state))
+        self._write_json(_STATE, asdict(self._state))
         self._pending_tokens = self._since = 0
+
+    def _write_json(self, name: str, value: dict[str, Any]) -> None:
+        text = json.dumps(value, indent=1, sort_keys=True)
+        write_whole(self._folder / name, text.encode())
 
     def _count(self, kinds: Any) -> None:
         counts = Counter(self._state.kind_counts)
@@ -233,9 +219,9 @@ class ArrayWriter:
         self.commit()
         self.close()
         spec = astuple(image_spec) if image_spec and self._state.images else None
-        write_durably(self._folder / META, {"key": key, "image": spec, **asdict(self._state)})
+        self._write_json(META, {"key": key, "image": spec, **asdict(self._state)})
         (self._folder / _STATE).unlink()
-        sync_folder(self._folder)
+        sync(self._folder)
 
     def close(self) -> None:
         """Closes the files; what is not committed is dropped by the next writer."""

@@ -5,7 +5,6 @@ the network. Only http and https are spoken, after a redirect too.
 """
 
 import hashlib
-import os
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +16,7 @@ from typing import IO
 from engine.chat.images import IMAGE_LIMIT_BYTES, check_image
 from engine.chat.messages import RowProblem
 from engine.errors import WorkError
+from engine.files import write_whole
 
 # Without a byte for so long, and for one image in all.
 SILENCE_SECONDS = 20.0
@@ -117,11 +117,9 @@ def _place(url: str) -> Path:
 
 def _keep(url: str, content: bytes) -> None:
     place = _place(url)
-    waiting = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        waiting.write_bytes(content)
-        waiting.replace(place)
+        write_whole(place, content)
     except OSError as error:
         raise WorkError(
             f"The fetched image cannot be kept in {place.parent}.",

@@ -24,12 +24,13 @@ from engine.chat.messages import RowProblem
 from engine.chat.render import RENDERER_VERSION, LabelRule
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig
-from engine.data.array_writer import ArrayWriter, Interval, read_image_names, sync_folder
+from engine.data.array_writer import ArrayWriter, Interval, read_image_names
 from engine.data.images import ImageFinder, ImageRules, image_digest
 from engine.data.prepared import Prepared, read_meta
 from engine.data.rows import RenderedRow, adapt_tokenizer, effective_datasets, iterate_rendered
 from engine.data.sources import Location, locate
 from engine.errors import UserError, WorkError
+from engine.files import sync
 
 # Raised when the files in a folder of arrays change their meaning.
 LAYOUT_VERSION = 2
@@ -241,7 +242,7 @@ def _make(target: Path, job: _Job, interval: Interval, report: OnProgress) -> No
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)
-    sync_folder(target.parent)
+    sync(target.parent)
 
 
 def _fill(partial: Path, job: _Job, interval: Interval, report: OnProgress) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Final
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
 from engine.errors import WorkError
+from engine.files import write_whole
 from engine.hardware.requirements import installed
 from engine.plan.device import Device
 from engine.plan.verdict import Estimate, judge
@@ -177,11 +178,9 @@ def store(found: Measurement, folder: Path | None = None) -> Path:
     """
     place = folder or measured_home()
     path = place / f"{_digest(found.key)}-{_digest_of(found.key['versions'])[:8]}.json"
-    partial = path.with_suffix(".partial")
     try:
         place.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(asdict(found), indent=1) + "\n", "utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(asdict(found), indent=1).encode() + b"\n")
         _read_all.cache_clear()  # two files may appear within one tick of the folder's clock
     except OSError as error:
         raise WorkError(

@@ -9,7 +9,6 @@ have to say in lines of JSON on stdout.
 import argparse
 import json
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter, Phase
 from engine.hardware.requirements import install_command, installed, version_problem
+from engine.pace import every
 from engine.runs import ControlReader, RunFolder, RunLock, StopSignals
 from engine.visible import visible
 
@@ -111,12 +111,10 @@ def _tell(record: Mapping[str, Any]) -> None:
 
 def _progress() -> Callable[[int, int], None]:
     """What tells of bytes done and bytes in all, at most ten times a second."""
-    next_word = 0.0
+    due = every(0.1)
 
     def tell(done: int, total: int) -> None:
-        nonlocal next_word
-        if time.monotonic() >= next_word or done == total:
-            next_word = time.monotonic() + 0.1
+        if due() or done == total:
             _tell({"done": done, "total": total})
 
     return tell

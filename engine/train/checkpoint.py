@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from engine.config import RunConfig
 from engine.errors import WorkError
+from engine.files import sweep, sync, write_whole
 from engine.runs.newest_result import LATEST
 from engine.train.forward import Model
 from engine.train.weight_files import Entry, list_entries, read_tensors, write_tensors
@@ -128,6 +129,7 @@ class Checkpoints:
             # Killed between the two renames of `save`: the older one is the complete one.
             if not replaced.with_suffix("").exists():
                 os.rename(replaced, replaced.with_suffix(""))
+        sweep(root)
         for leftover in [*root.glob("*.partial"), *root.glob("*.old")]:
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -152,12 +154,13 @@ class Checkpoints:
         try:
             partial.mkdir()
             self._write(partial, model, optimizer, position)
-            _sync_folder(partial)
+            for path in (*partial.iterdir(), partial):
+                sync(path)
             replaced = target.with_name(target.name + ".old")
             if target.exists():
                 os.rename(target, replaced)
             os.rename(partial, target)
-            _sync(self.root)
+            sync(self.root)
             self._mark(LATEST, target)
             if position.best_step == position.step:
                 self._mark("BEST", target)
@@ -233,11 +236,7 @@ class Checkpoints:
         return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
     def _mark(self, mark: str, target: Path) -> None:
-        fresh = self.root / f"{mark}.new"
-        fresh.write_text(target.name, "utf-8")
-        _sync(fresh)
-        os.replace(fresh, self.root / mark)
-        _sync(self.root)
+        write_whole(self.root / mark, target.name.encode())
 
     def _prune(self) -> None:
         kept = {self.latest(), self.best()}
@@ -256,17 +255,3 @@ def is_complete(folder: Path) -> bool:
     except (OSError, ValueError, SafetensorError):
         return False
     return {OPTIMIZER, RANDOM} < {file.name for file in tensors}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_folder(folder: Path) -> None:
-    for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)

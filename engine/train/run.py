@@ -5,7 +5,6 @@ and put together, each with a `phase` event, so that a person sees what is waite
 """
 
 import gc
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from engine.data.prepared import Prepared
 from engine.events import Note, Phase, Shortage, Started
 from engine.hardware.requirements import installed
 from engine.launch import change_config
+from engine.pace import every
 from engine.plan import remarks
 from engine.plan.trainer import (
     ANSWER_TOKENS,
@@ -201,12 +201,10 @@ def settle_attention(config: RunConfig, session: Session, *, images: bool) -> Ru
 
 def teller(session: Session, phase: str) -> Callable[[int, int], None]:
     """A callback for bytes done and bytes in all, which tells the run's folder now and then."""
-    next_word = 0.0
+    due = every(PROGRESS_SECONDS)
 
     def tell(done: int, total: int) -> None:
-        nonlocal next_word
-        if time.monotonic() >= next_word:
-            next_word = time.monotonic() + PROGRESS_SECONDS
+        if due():
             session.emit(Phase(phase, done, total, "bytes"))
 
     return tell
@@ -267,12 +265,10 @@ def _prepare(
     tokenizer: ChatTokenizer,
     session: Session,
 ) -> Prepared:
-    next_word = 0.0
+    due = every(PROGRESS_SECONDS)
 
     def tell(progress: Progress) -> None:
-        nonlocal next_word
-        if time.monotonic() >= next_word:
-            next_word = time.monotonic() + PROGRESS_SECONDS
+        if due():
             done, total = progress.done_bytes, progress.total_bytes
             session.emit(Phase(progress.phase, done, total, f"bytes, {progress.rows} rows"))
 

@@ -16,6 +16,7 @@ from engine.data.array_writer import Interval
 from engine.data.config_paths import with_absolute_paths
 from engine.data.prepare import prepare
 from engine.data.prepared import ARRAYS, Prepared
+from engine.files import write_whole
 from tests.support.data import about, chat, config_of, content, killed_child
 from tests.support.pictures import png
 from tests.support.tokenizers import tokenizer_of
@@ -123,16 +124,16 @@ def test_a_kill_loses_nothing_that_was_durable(folder, seeing, tmp_path, after):
 
     def work() -> None:
         commits = 0
-        write = array_writer.write_durably
+        write = write_whole
 
-        def write_and_die(path: Path, value: object) -> None:
+        def write_and_die(path: Path, value: bytes) -> None:
             nonlocal commits
             write(path, value)
             commits += 1
             if commits == after:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        array_writer.write_durably = write_and_die
+        pytest.MonkeyPatch().setattr(array_writer, "write_whole", write_and_die)
         prepare(config, folder, seeing, store, interval=Interval(rows=1))
 
     killed_child(work)

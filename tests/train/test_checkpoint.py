@@ -282,7 +282,7 @@ class TestKilledInsideASave:
             if not self.killed_at(moment, run, after, monkeypatch):
                 break
             assert run.latest() in (before, after)
-            assert {name for name in run.names() if "." in name} <= {"LATEST.new"}
+            assert not {name for name in run.names() if "." in name}
             shutil.rmtree(run.root / "step-5", ignore_errors=True)
         assert run.latest() == after
         assert moment >= 9  # six syncs, two or three renames, at least
@@ -325,6 +325,12 @@ class TestWhatAKillLeaves:
         folder = run.save(4)
         folder.rename(run.root / "step-4.old")
         (run.root / "step-4.partial").mkdir()
+        assert run.latest() == (4, 4.0)
+        assert run.names() == {"step-4", "LATEST"}
+
+    def test_a_half_written_mark_is_thrown_away(self, run: Run) -> None:
+        run.save(4)
+        (run.root / ".LATEST.4711").write_text("step")
         assert run.latest() == (4, 4.0)
         assert run.names() == {"step-4", "LATEST"}
 

@@ -1,0 +1,55 @@
+"""Files that are written whole or not at all, and reports that come now and then."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from engine.files import sweep, write_whole
+from engine.pace import every
+
+
+def test_a_file_is_replaced_and_keeps_its_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "config.yml"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    write_whole(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert os.listdir(tmp_path) == ["config.yml"]
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("target")
+    write_whole(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("operation", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_content_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "config.yml"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, operation, refuse)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["config.yml"]
+
+
+def test_what_a_kill_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".LATEST.4711", ".hidden", "LATEST", "step-1.2"):
+        (tmp_path / name).touch()
+    sweep(tmp_path)
+    assert set(os.listdir(tmp_path)) == {".hidden", "LATEST", "step-1.2"}
+
+
+def test_a_report_is_due_at_first_and_after_its_time() -> None:
+    always, rarely = every(0), every(3600)
+    assert [always(), always(), always()] == [True, True, True]
+    assert [rarely(), rarely(), rarely()] == [True, False, False]
