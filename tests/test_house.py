@@ -4,7 +4,6 @@ import ast
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -46,14 +45,20 @@ def tracked() -> list[str]:
     return done.stdout.split("\n")[:-1]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_files_and_functions_stay_readable(path: Path) -> None:
-    text = path.read_text("utf-8")
-    assert text.count("\n") <= FILE_LINES
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            limit = LOOP_LINES if node.name == "fit" else FUNCTION_LINES
-            assert (node.end_lineno or 0) - node.lineno < limit, node.name
+@cache
+def parsed() -> dict[str, tuple[str, ast.Module]]:
+    """Text and tree of each module of ours, by its path."""
+    texts = {name_of(path): path.read_text("utf-8") for path in SOURCES}
+    return {name: (text, ast.parse(text)) for name, text in texts.items()}
+
+
+def test_files_and_functions_stay_readable() -> None:
+    for name, (text, tree) in parsed().items():
+        assert text.count("\n") <= FILE_LINES, name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                limit = LOOP_LINES if node.name == "fit" else FUNCTION_LINES
+                assert (node.end_lineno or 0) - node.lineno < limit, f"{name}: {node.name}"
 
 
 @cache
@@ -66,7 +71,7 @@ def imports() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for module, path in paths.items():
         named = set()
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for node in ast.walk(parsed()[name_of(path)][1]):
             if isinstance(node, ast.Import):
                 named |= {each.name for each in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
@@ -106,38 +111,26 @@ def test_a_small_module_has_more_than_one_reader() -> None:
     assert crumbs == CRUMBS
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_nothing_can_run_what_a_file_or_a_config_says(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in UNSAFE_CALLS
-            assert not any(
-                each.arg in ("shell", "trust_remote_code")
-                and not (isinstance(each.value, ast.Constant) and each.value.value is False)
-                for each in node.keywords
-            )
+def test_nothing_can_run_what_a_file_or_a_config_says() -> None:
+    for name, (_, tree) in parsed().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in UNSAFE_CALLS, name
+                assert not any(
+                    each.arg in ("shell", "trust_remote_code")
+                    and not (isinstance(each.value, ast.Constant) and each.value.value is False)
+                    for each in node.keywords
+                ), name
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_every_module_says_what_it_decides(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text("utf-8")))
+def test_every_module_says_what_it_decides() -> None:
+    for name, (_, tree) in parsed().items():
+        assert ast.get_docstring(tree), name
 
 
-def test_a_page_looks_for_its_parts_below_what_covers_it() -> None:
-    """`query_one` of a page finds a chart or a list of the panel that covers it first."""
-    for path in (ROOT / "tui" / "screens").rglob("*.py"):
-        text = path.read_text("utf-8")
-        if "(Page):" in text:
-            assert not re.search(r"self\.query_one\([A-Z]", text), f"{name_of(path)}: self.part"
-
-
-def unfinished(text: str) -> Iterator[str]:
-    yield from re.findall(r"TODO|FIXME|XXX|NotImplementedError", text)
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_nothing_is_a_stub(path: Path) -> None:
-    assert not list(unfinished(path.read_text("utf-8")))
+def test_nothing_is_a_stub() -> None:
+    for name, (text, _) in parsed().items():
+        assert not re.search(r"TODO|FIXME|XXX|NotImplementedError", text), name
 
 
 def test_every_command_that_a_sentence_names_exists() -> None:
