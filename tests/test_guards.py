@@ -74,7 +74,7 @@ GUARDS = {
         "        _other_than_its_makers(config, architecture),\n",
         "",
         "tests/catalog/test_agreement.py"
-        "::test_the_first_config_of_medium_is_told_with_what_repairs_it",
+        "::test_the_first_config_of_medium_is_reported_with_what_repairs_it",
     ),
     "an override of the rotation that is built": Guard(
         "engine/train/model.py",

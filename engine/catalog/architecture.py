@@ -27,7 +27,7 @@ _CHECKPOINT_OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"
 
 
 class UnknownModel(UserError):
-    """A hub id whose config.json is neither here nor in the catalog: fetching it would tell."""
+    """A hub id whose config.json is neither here nor in the catalog: that would be a fetch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ class Tokenizer:
     image: tuple[int, int, int] | None
     """Patch size and largest side in pixels, patches merged a side; None reads no images."""
     settings: bool
-    """Whether the model is told its settings, such as the reasoning effort, in tokens."""
+    """Whether settings, such as the reasoning effort, go to the model in tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ class Parameter:
     """`vision` and `projector` hold everything below them, their norms too."""
     quantizable: bool
     """A Linear weight that bitsandbytes makes 4-bit. False for the experts, which are raw 3-D
-    tensors that it leaves alone: their group tells them."""
+    tensors that it leaves alone: their group says which they are."""
     tied: bool = False
     """Shares the embedding's memory: counted there, not here."""
 

@@ -263,14 +263,14 @@ class Choice:
         else:
             self.put("val_set_size", 0.05, "some rows are held out, to see memorising")
         if known and known.thinking_tokens:
-            words = f"{known.thinking_tokens:,} tokens of thinking are learned"
-            self.put("train_on_thinking", True, words)
+            learned = f"{known.thinking_tokens:,} tokens of thinking are learned"
+            self.put("train_on_thinking", True, learned)
         if known and known.prompts:
             self.put("sample_prompts", known.prompts[:3], "answered before, during and after")
         card = self.architecture.card
         if self.goal == "think" and card and card.thinking == "effort":
-            words = "rows that think are rendered as the model thinks: on request"
-            self.put("chat_template_kwargs", {"reasoning_effort": "high"}, words)
+            reason = "rows that think are rendered as the model thinks: on request"
+            self.put("chat_template_kwargs", {"reasoning_effort": "high"}, reason)
 
     def intervals(self) -> None:
         """How often it is saved and evaluated."""
@@ -340,8 +340,8 @@ class Choice:
             image = largest_image_tokens(self.architecture) if self.images else 0
             if not image:
                 usual = USUAL_LENGTHS[self.goal]
-                words = f"rows are not known yet; {usual} suits most of this kind"
-                return min(usual, most), words
+                reason = f"rows are not known yet; {usual} suits most of this kind"
+                return min(usual, most), reason
             length = 1 << image.bit_length()
             return min(length, most), f"the largest image has {image:,} tokens"
         longest = known.longest_tokens
@@ -353,8 +353,8 @@ class Choice:
             return most, f"the model reads no more; {self._left_out(most)}"
         if longest > length:
             row = f"row {known.longest_row:,}" if known.longest_row else "the longest"
-            words = f"99 in 100 rows have at most {held:,} tokens and {row} {longest:,}"
-            return length, f"{words}; {self._left_out(length)}"
+            reason = f"99 in 100 rows have at most {held:,} tokens and {row} {longest:,}"
+            return length, f"{reason}; {self._left_out(length)}"
         return length, f"longest row has {longest:,} tokens, so none is left out"
 
     def _cut(self, length: int) -> str:

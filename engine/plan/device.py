@@ -40,7 +40,7 @@ class Device:
     unified: bool = False
     """Its memory is the computer's own."""
     used_by: str = ""
-    """What takes memory of it already, in words; empty where nothing does."""
+    """What takes memory of it already, by name and size; empty where nothing does."""
     ram_bytes: int | None = None
     """What this computer's own memory can give; None where that is not known."""
     stack: Mapping[str, str | None] | None = None

@@ -122,8 +122,8 @@ def pace_of(
     passes = 2 + _again(config, architecture.table)
     unpacked = packed_numbers(config, architecture.table) * UNPACKED_BYTES * passes
     computing += unpacked / (speed.memory_bytes * MOVED)
-    waiting = _copied_bytes(step) / (speed.link_bytes * MOVED)
-    return tokens / max(computing, waiting)
+    copying = _copied_bytes(step) / (speed.link_bytes * MOVED)
+    return tokens / max(computing, copying)
 
 
 def speedup(

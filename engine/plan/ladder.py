@@ -137,9 +137,9 @@ def make_faster(
         if count < now and gain >= most:
             left = f"{layers - count} of {layers} layers" if count else "every layer"
             name = " ".join(assignment(*change) for change in keys.items())
-            words, needs = f"{left} computed once: about {gain - 1:.0%} faster", place.needs(trial)
+            trade, needs = f"{left} computed once: about {gain - 1:.0%} faster", place.needs(trial)
             saved = needed.device_bytes - needs.device_bytes
-            best, most = Alternative(name, {**batch, **keys}, needs, words, saved), gain
+            best, most = Alternative(name, {**batch, **keys}, needs, trade, saved), gain
     return best
 
 

@@ -92,7 +92,7 @@ def key_of(
     tokens_at_once: int,
     image_tokens: int,
 ) -> dict[str, Any]:
-    """Everything that has to be the same for a figure to hold, in words that JSON has."""
+    """Everything that has to be the same for a figure to hold, as JSON has it."""
     run = {name: getattr(config, name) for name in _counting_keys()}
     # From two forward passes on, gradients lie beside what a pass keeps: more change nothing.
     run["gradient_accumulation_steps"] = min(2, config.gradient_accumulation_steps)
@@ -126,7 +126,7 @@ def find_measured(
     here = key["versions"]
     for found in known.by_digest.get(_digest(key), ()):
         there = found.key["versions"]
-        if all(there.get(name) == wanted for name, wanted in here.items() if wanted):
+        if all(there.get(name) == version for name, version in here.items() if version):
             return found
     return None
 

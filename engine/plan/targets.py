@@ -241,8 +241,8 @@ def _modules(table: ModuleTable, config: RunConfig) -> Matches:
 
 def _stacks(table: ModuleTable, config: RunConfig) -> Matches:
     entries = config.lora_target_parameters or ()
-    wanted = (entries,) if isinstance(entries, str) else tuple(entries)
-    return _find_stacks(table, wanted, _layers(config))
+    endings = (entries,) if isinstance(entries, str) else tuple(entries)
+    return _find_stacks(table, endings, _layers(config))
 
 
 def _layers(config: RunConfig) -> tuple[int, ...] | None:

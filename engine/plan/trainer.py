@@ -30,8 +30,9 @@ QUANTIZED_NEVER = ("vision_tower", "multi_modal_projector")
 """What stays in the base precision unless the config says otherwise."""
 
 CHUNK_BYTES = (512 * MIB, 256 * MIB, 128 * MIB, 64 * MIB)
-"""Float32 logits of one chunk, the best first: 1,024 rows at 131,072 words. Each chunk reads the
-whole head twice, so 128 rows keep a card waiting for its memory; 512 rows keep it computing."""
+"""Float32 logits of one chunk, the best first: 1,024 rows at a vocabulary of 131,072. Each
+chunk reads the whole head twice, so 128 rows keep a card waiting for its memory; 512 rows keep it
+computing."""
 SMALLEST_CHUNK_BYTES = CHUNK_BYTES[-1]
 """Where room is short, on a CPU, and of every evaluation, whose figures thus depend on no plan. On
 two cores 8 MiB took 1.5 times as long and 128 MiB 0.92 times (336 learned tokens, width 128)."""
@@ -41,8 +42,8 @@ PRICE = (
     "gradients of the states are added up in bfloat16: off by 2.2 % instead of 0.2 %, and not"
     " repeatable"
 )
-"""Of cut-cross-entropy, simulated in torch at 131,072 words and a width of 1,024: it rounds each of
-1,024 additions to a number, in an order that locks decide."""
+"""Of cut-cross-entropy, simulated in torch at a vocabulary of 131,072 and a width of 1,024: it
+rounds each of 1,024 additions to a number, in an order that locks decide."""
 
 
 def names_cut_loss(config: RunConfig) -> bool:

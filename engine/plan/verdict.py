@@ -40,7 +40,7 @@ class Estimate:
     moments: Mapping[str, int] = field(default_factory=dict)
     """What is allocated at each moment that could be it."""
     decided_by: str = ""
-    """The row whose length the peak follows from, in words."""
+    """The row whose length the peak follows from, as a sentence."""
     tokens_per_second: float | None = None
     """Measured; None where nothing was."""
     cards: int = 1

@@ -58,7 +58,7 @@ def test_a_card_does_not_contradict_itself(
     assert contradictions(beside_weights(card.name), card) == ()
 
 
-def test_the_first_config_of_medium_is_told_with_what_repairs_it(
+def test_the_first_config_of_medium_is_reported_with_what_repairs_it(
     beside_weights: Callable[..., Architecture],
 ) -> None:
     read = beside_weights(MEDIUM.name, rope_parameters={"mscale_all_dim": 1.0})
@@ -172,7 +172,7 @@ def test_the_copy_that_a_recipe_names_is_checked(
     assert any(said.startswith("config.json says") for said in remarks(run, read))
 
 
-def test_words_for_numbers_are_told_like_other_contradictions(
+def test_words_for_numbers_are_reported_like_other_contradictions(
     beside_weights: Callable[..., Architecture],
 ) -> None:
     read = beside_weights("ministral-3-8b", rope_parameters={"factor": "16", "mscale": "one"})

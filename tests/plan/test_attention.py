@@ -80,7 +80,7 @@ def test_packed_rows_never_need_a_quadratic_mask_on_a_gpu(
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "words"),
+    ("name", "task", "verdict"),
     [
         ("T4", TEXT, "is not eligible: it needs Hopper or newer to train"),
         ("RTX 4090", TEXT, "is not eligible: it trains from Hopper on"),
@@ -100,10 +100,10 @@ def test_packed_rows_never_need_a_quadratic_mask_on_a_gpu(
         ("H100", Task(replace(DENSE, dropout=0.1)), "is not eligible: it has no dropout, and this"),
     ],
 )
-def test_whether_flash_attention_4_is_eligible(name: str, task: Task, words: str) -> None:
+def test_whether_flash_attention_4_is_eligible(name: str, task: Task, verdict: str) -> None:
     gpu = device(name, FOUR)
-    assert choose_attention(gpu, task).flash_4.startswith(f"FlashAttention 4 {words}")
-    assert ("not eligible" in words) == bool(why_not("flash_attention_4", gpu, task))
+    assert choose_attention(gpu, task).flash_4.startswith(f"FlashAttention 4 {verdict}")
+    assert ("not eligible" in verdict) == bool(why_not("flash_attention_4", gpu, task))
 
 
 def test_a_model_of_another_family_is_not_guessed_at() -> None:

@@ -173,7 +173,7 @@ def test_the_goals_that_no_rival_states_end_in_a_fitting_config(
     assert made.lora_target_parameters == start.lora_target_parameters
 
 
-def test_layers_wait_in_ram_only_as_many_as_have_to() -> None:
+def test_only_as_many_layers_are_offloaded_as_have_to_be() -> None:
     start = config(**QLORA | {"micro_batch_size": 1})
     rungs = make_fit(start, LARGE, card("12 GB"))
     count = rungs[-1].changes["offloaded_layers"]
@@ -183,7 +183,7 @@ def test_layers_wait_in_ram_only_as_many_as_have_to() -> None:
     assert estimate(fewer, LARGE, card("12 GB")).verdict != "fits"
 
 
-def test_nothing_waits_in_ram_that_it_cannot_hold() -> None:
+def test_nothing_is_offloaded_that_ram_cannot_hold() -> None:
     start = config(**QLORA | {"micro_batch_size": 1})
     poor = replace(card("12 GB"), ram_bytes=8 * GIB)
     rungs = make_fit(start, LARGE, poor)

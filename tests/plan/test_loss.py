@@ -41,7 +41,7 @@ START = config(
         "layer_offloading": True,
     }
 )
-"""Everything that can wait in RAM does: the head comes for the loss, beside the gradients."""
+"""Everything that can be offloaded is: the head comes for the loss, beside the gradients."""
 
 
 def planned(device: Device, **keys: Any) -> int:

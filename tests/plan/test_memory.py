@@ -53,7 +53,7 @@ def test_published_peaks_lie_in_the_range_and_close() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "keys", "words"),
+    ("name", "keys", "largest"),
     [
         ("mistral-small-4", SMALL_4, "a layer's experts in 16 bits at once"),
         (
@@ -66,7 +66,7 @@ def test_published_peaks_lie_in_the_range_and_close() -> None:
     ],
 )
 def test_a_peer_is_counted_as_it_is_built_and_the_difference_has_a_name(
-    name: str, keys: dict[str, Any], words: str
+    name: str, keys: dict[str, Any], largest: str
 ) -> None:
     run, read = config(**AXOLOTL | keys), model(name)
     peer = compare_peer(AXOLOTL_STACK, run, read, H200)
@@ -76,7 +76,7 @@ def test_a_peer_is_counted_as_it_is_built_and_the_difference_has_a_name(
     )
     assert peer.peak_allocated_bytes == theirs
     assert sum(peer.differences.values()) == theirs - ours
-    assert max(peer.differences, key=lambda each: abs(peer.differences[each])) == words
+    assert max(peer.differences, key=lambda each: abs(peer.differences[each])) == largest
 
 
 def test_every_way_in_which_a_stack_can_differ_has_words() -> None:

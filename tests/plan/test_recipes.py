@@ -189,11 +189,11 @@ class TestHere:
                 require_supported(config)
 
     def test_the_cards_that_it_names_hold_it(self, path: Path) -> None:
-        words = re.search(r"# (One|\d+) GPUs? with (\d+) GB hold", path.read_text("utf-8"))
-        assert words
-        config, card = read_config(path).config, best_device(assume(f"{words[2]} GB"))
+        said = re.search(r"# (One|\d+) GPUs? with (\d+) GB hold", path.read_text("utf-8"))
+        assert said
+        config, card = read_config(path).config, best_device(assume(f"{said[2]} GB"))
         architecture = read_architecture(config.base_model)
-        count = 1 if words[1] == "One" else int(words[1])
+        count = 1 if said[1] == "One" else int(said[1])
         assert cards_laid_out(config) == count
         if count == 1:
             assert estimate(config, architecture, card).verdict == "fits"

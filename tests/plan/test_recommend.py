@@ -133,7 +133,7 @@ class TestWhatMemoryDecides:
         assert "without it" in advice.reasons["offload_embeddings"]
         assert advice.offloads
 
-    def test_no_row_is_left_out_while_something_can_wait_in_ram(self) -> None:
+    def test_no_row_is_left_out_while_something_can_be_offloaded(self) -> None:
         advice = advised(model("magistral-small-2509"), card("RTX 4090"), dataset(500, 300, 9000))
         assert advice.config.sequence_len == 16_384
         assert advice.estimate.verdict == "fits"
@@ -148,7 +148,7 @@ class TestWhatMemoryDecides:
         needed = float(advice.reasons["load_in_4bit"].split("bits: ")[1].split()[0])
         assert needed < 100
 
-    def test_attention_that_the_trainer_takes_by_itself_is_told_and_not_written(self) -> None:
+    def test_attention_that_the_trainer_takes_by_itself_is_reported_and_not_written(self) -> None:
         here = replace(card("RTX 4090"), planned=False, stack={"torch": "2.13.0"})
         advice = advised(model("ministral-3-3b"), here)
         assert advice.config.attn_implementation is None
@@ -333,7 +333,9 @@ class TestWhatThePersonChose:
         assert advice.estimate.verdict == "does not fit"
         assert (advice.config.adapter, advice.config.lora_r) == ("lora", 128)
 
-    def test_layers_wait_in_ram_by_themselves_only_where_the_model_cannot_do_without(self) -> None:
+    def test_layers_are_offloaded_unasked_only_where_the_model_cannot_do_without(
+        self,
+    ) -> None:
         large = model("mistral-medium-3.5")
         alone = advised(large, card("RTX 4090"))
         changed = advised(large, card("RTX 4090"), lora_r=8)
@@ -342,7 +344,7 @@ class TestWhatThePersonChose:
         assert changed.estimate.verdict == alone.estimate.verdict == "fits"
 
     @pytest.mark.parametrize(
-        ("fixed", "words"),
+        ("fixed", "why"),
         [
             ({"adapter": "qlora", "load_in_4bit": False}, "without load_in_4bit"),
             ({"adapter": "lora", "load_in_4bit": True}, "load_in_4bit is true"),
@@ -353,10 +355,10 @@ class TestWhatThePersonChose:
         ],
         ids=str,
     )
-    def test_a_contradiction_is_a_sentence(self, fixed: dict[str, Any], words: str) -> None:
+    def test_a_contradiction_is_a_sentence(self, fixed: dict[str, Any], why: str) -> None:
         with pytest.raises(UserError, match="contradict each other") as caught:
             advised(model("ministral-3-3b"), card("RTX 4090"), **fixed)
-        assert words in caught.value.why
+        assert why in caught.value.why
 
     def test_a_target_that_matches_nothing_is_refused(self) -> None:
         with pytest.raises(UserError, match="matches no module"):

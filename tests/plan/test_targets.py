@@ -34,8 +34,8 @@ class TestTargets:
     def test_a_list_means_ends_of_names(self, table: Any, leaves: list[str]) -> None:
         asked = config(lora_target_modules=leaves)
         targets = choose_targets(table, asked)
-        wanted = [n for n in linear_targets(table) if n.rpartition(".")[2] in leaves]
-        assert sorted(targets) == sorted(wanted)
+        expected = [n for n in linear_targets(table) if n.rpartition(".")[2] in leaves]
+        assert sorted(targets) == sorted(expected)
         assert len(set(targets)) == len(targets)
 
     @pytest.mark.parametrize("expression", [r".*\.o_proj", r".*layers\.0\..*", ".*"])
@@ -118,7 +118,7 @@ class TestCounts:
         assert added == 8 * sum(p.shape[0] * (p.shape[1] + p.shape[2]) for p in stacks)
 
     @pytest.mark.parametrize("name", MODELS)
-    def test_a_full_fine_tune_moves_the_language_model(self, name: str) -> None:
+    def test_a_full_fine_tune_trains_the_language_model(self, name: str) -> None:
         table = model(name).table
         counts = table.counts_by_group()
         seen = counts["vision"] + counts["projector"]
@@ -198,9 +198,9 @@ class TestLayers:
     def test_only_the_numbered_layers_get_an_adapter(self, layers: Any) -> None:
         keys = {"lora_target_modules": ["o_proj"], "lora_target_parameters": ["experts.down_proj"]}
         asked = config(peft_layers_to_transform=layers, **keys)
-        wanted = {layers} if isinstance(layers, int) else set(layers)
-        assert len(choose_targets(self.TABLE, asked)) == len(wanted)
-        assert len(choose_stacks(self.TABLE, asked)) == len(wanted)
+        expected = {layers} if isinstance(layers, int) else set(layers)
+        assert len(choose_targets(self.TABLE, asked)) == len(expected)
+        assert len(choose_stacks(self.TABLE, asked)) == len(expected)
         assert all(
             ".layers.0." in n or ".layers.3." in n for n in choose_targets(self.TABLE, asked)
         )

@@ -103,8 +103,8 @@ class Peer:
     name: str
     peak_allocated_bytes: int
     differences: Mapping[str, int]
-    """Bytes that its peak has more than ours by what it does otherwise, in words; they add up to
-    the whole difference."""
+    """Bytes that its peak has more than ours by what it does otherwise; they add up to the whole
+    difference."""
 
 
 def compare_peer(
@@ -122,13 +122,13 @@ def compare_peer(
     stack = replace(WINDTUNNEL, name=peer.name)  # another object: by the formula, never measured
     peak = estimate(config, architecture, device, statistics, stack=stack).peak_allocated_bytes
     differences = {}
-    for name, words in DIFFERENCES.items():
+    for name, difference in DIFFERENCES.items():
         if getattr(stack, name) == getattr(peer, name):
             continue
         stack = replace(stack, **{name: getattr(peer, name)})
         found = estimate(config, architecture, device, statistics, stack=stack)
         if found.peak_allocated_bytes != peak:
-            differences[words] = found.peak_allocated_bytes - peak
+            differences[difference] = found.peak_allocated_bytes - peak
         peak = found.peak_allocated_bytes
     return Peer(peer.name, peak, differences)
 

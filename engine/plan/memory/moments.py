@@ -245,13 +245,13 @@ def _table_bytes(step: Step, layer: float, kept: float) -> float:
     """What the layers' part of a backward pass holds where the embedding is trained.
 
     Its gradient is a whole table, at the end, when nothing is kept any more. Of a tied one that of
-    the head waits through the whole pass to be added to it.
+    the head stays through the whole pass to be added to it.
     """
     if not _forms_table(step):
         return layer
     table = _embedding_bytes(step)
-    waiting = table if is_tied(step.table) else 0
-    return max(layer + waiting, table + waiting - kept)
+    of_head = table if is_tied(step.table) else 0
+    return max(layer + of_head, table + of_head - kept)
 
 
 def _mask_bytes(step: Step) -> tuple[int, int]:
@@ -295,7 +295,7 @@ def update_bytes(step: Step) -> float:
     """The most that the step takes, in bytes.
 
     Weights in bfloat16 are moved in float32, a few at a time or the largest alone, each with its
-    gradient: 4 bytes more, or 2 of a weight whose cut-off bits wait beside it meanwhile.
+    gradient: 4 bytes more, or 2 of a weight whose cut-off bits lie beside it meanwhile.
     """
     cpu = step.device.kind == "cpu"
     largest = largest_trainable(step.table, step.config)

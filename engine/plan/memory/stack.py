@@ -51,7 +51,7 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
         "steps_in_backward": "weights that move in the backward pass",
     }
 )
-"""What each field decides, in words."""
+"""What each field decides."""
 
 WINDTUNNEL = Stack()
 AXOLOTL = Stack(
