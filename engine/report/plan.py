@@ -21,23 +21,26 @@ from engine.plan import (
 )
 from engine.plan.memory import cards_needed
 from engine.plan.trainer import refuse_bf16, why_float32
-from engine.report.line import VERDICT_MARKS
-from engine.units import gib, spoken
+from engine.report.line import VERDICT_MARKS, Line
+from engine.units import GIB, gib, spoken
 from engine.visible import visible
 
 NOTABLE = 0.02
 """Of our peak, by which that of another trainer has to differ to be worth a line."""
 
 
-def headline(needs: Estimate, device: Device) -> str:
-    """Verdict, number and what the device can give, in one line."""
+def plan_verdict(needs: Estimate, device: Device) -> Line:
+    """Verdict, number and what the device can give."""
     sure = "measured" if needs.source == "measured" else f"± {needs.uncertainty:.0%}"
     each = f" on each of {needs.cards}" if needs.cards > 1 else ""
-    return (
-        f"{VERDICT_MARKS[needs.verdict]} {needs.verdict}: needs {gib(needs.device_bytes)}{each}"
-        f" {sure}, {visible(device.name, one_line=True)} can give"
-        f" {gib(device.can_give_bytes)} of {gib(device.total_bytes)}"
-    )
+    given = f"{device.can_give_bytes / GIB:.1f} of {device.total_bytes / GIB:.1f}"
+    text = f"needs {gib(needs.device_bytes)}{each} {sure}, {device.name} can give {given}"
+    return Line(VERDICT_MARKS[needs.verdict], needs.verdict, text)
+
+
+def headline(needs: Estimate, device: Device) -> str:
+    """The verdict as text."""
+    return visible(str(plan_verdict(needs, device)), one_line=True)
 
 
 def advice_lines(advice: Recommendation, device: Device) -> list[str]:

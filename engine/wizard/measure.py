@@ -10,6 +10,7 @@ from engine.events import Recorded, parse
 from engine.hardware import cuda_environment
 from engine.launch import TRAINER, require_torch
 from engine.plan import best_device
+from engine.plan.measured import Measurement, store
 from engine.runs import RunFolder
 from engine.torch_process import TorchProcess
 from engine.wizard.request import find_machine
@@ -39,6 +40,16 @@ def measure(
                     show(Recorded(record["seq"], record["time"], event))
     found: dict[str, Any] = record["fitted"]
     return found
+
+
+def measure_and_keep(run: RunConfig) -> dict[str, Any]:
+    """Measure `run` here and keep the figures, which the estimate has from then on.
+
+    Raises what `measure` raises.
+    """
+    fitted = measure(run)
+    store(Measurement(**fitted["measurement"]))
+    return fitted
 
 
 def _one_gpu() -> dict[str, str]:

@@ -79,7 +79,7 @@ class Field:
     """The reason says what is wrong with what was typed."""
 
 
-def list_fields(draft: Draft, *, every: bool, wrong: tuple[str, str] | None) -> list[Field]:
+def list_fields(draft: Draft, *, every: bool, wrong: tuple[str, str] | None = None) -> list[Field]:
     """The lines of the page. `wrong` is a key with what is wrong with its typed value."""
     advice = draft.advice()
     fields = []

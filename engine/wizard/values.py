@@ -41,18 +41,25 @@ def set_value(draft: Draft, key: str, text: str) -> None:
     assignments = [f"{key}={given}"]
     if key == "adapter":
         assignments.append(f"load_in_4bit={json.dumps(text == 'qlora')}")
-    before, kept = draft.config(), dict(draft.changes)
+    kept = dict(draft.changes)
+    try:
+        _set(draft, key, assignments)
+    except UserError as error:
+        draft.changes = kept
+        # Without the place of the value: it was typed here.
+        what = error.what.removeprefix("The command line: ").removeprefix("The config: ")
+        raise UserError(what, error.why, error.fix) from None
+
+
+def _set(draft: Draft, key: str, assignments: list[str]) -> None:
+    before = draft.config()
     if key == "val_set_size" and "test_datasets" not in draft.changes:
         # A share of the rows takes the place of the sets that a recipe holds out.
         before = before.model_copy(update={"test_datasets": ()})
     after = override(before, assignments)
     require_supported(after)
-    try:
-        for name in before.model_fields_set | after.model_fields_set:
-            value = getattr(after, name)
-            if name == key or value != getattr(before, name):
-                draft.change(name, value)
-        draft.advice()
-    except UserError:
-        draft.changes = kept
-        raise
+    for name in before.model_fields_set | after.model_fields_set:
+        value = getattr(after, name)
+        if name == key or value != getattr(before, name):
+            draft.change(name, value)
+    draft.advice()

@@ -80,7 +80,7 @@ class TestRecommend:
         code, out, err = run("recommend", "--model", "ministral-3-3b", "--assume", "RTX 4090")
         assert (code, err) == (0, "")
         assert out.startswith("✓ fits: needs ")
-        assert "RTX 4090 can give 22.8 GiB of 24.0 GiB\n" in out
+        assert "RTX 4090 can give 22.8 of 24.0\n" in out
         assert "  ✗ full: " in out
         (tmp_path / "printed.yml").write_text(out[out.index("# A Windtunnel config") :], "utf-8")
         assert read_config(tmp_path / "printed.yml").config.adapter == "lora"

@@ -16,6 +16,7 @@ from engine.plan import remarks
 from engine.units import GIB
 from engine.visible import visible
 from engine.wizard.commands import plan_command
+from engine.wizard.plan import MEASURING
 from engine.wizard.settings import amount_words, list_fields
 from engine.wizard.values import set_value
 from tui.messages import PlanMeasured, WorkRefused
@@ -29,7 +30,7 @@ from tui.screens.plan.comparisons import (
     roomy_lines,
     rung_lines,
 )
-from tui.screens.plan.measuring import MEASURING, measure_plan
+from tui.screens.plan.measuring import measure_plan
 from tui.widgets.choices import Choices
 from tui.widgets.fields import Fields
 from tui.widgets.memory_bar import MemoryBar
