@@ -14,7 +14,7 @@ half of what it takes without its mask, and 2.5 times that backward (FlashAttent
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, prod
+from math import ceil
 
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
@@ -146,12 +146,11 @@ def speedup(
 def _operations(config: RunConfig, table: ModuleTable, row_tokens: float) -> float:
     """Floating-point operations a token of a forward and backward pass; the head's products are
     computed once at any rate."""
-    again = _again(config, table)
-    numbers = passed_numbers(table) * 2 * (2 + again) - 2 * again * _head_numbers(table)
+    again, sizes = _again(config, table), widths(table)
+    numbers = passed_numbers(table) * 2 * (2 + again) - 2 * again * sizes.head
     trained = trainable_parameters(table, config)
     numbers += 2 * trained * (3 + again if config.adapter else 1)
-    sizes = widths(table)
-    attention = 2 * row_tokens * _query_width(table) * sizes.layers
+    attention = 2 * row_tokens * sizes.queries * sizes.layers
     return numbers + attention * (1 + again + 2.5)
 
 
@@ -196,11 +195,7 @@ def passed_numbers(table: ModuleTable) -> int:
         for row in table.parameters
         if row.group in ("attention", "mlp", "experts", "router")
     )
-    return int(passed) + _head_numbers(table)
-
-
-def _head_numbers(table: ModuleTable) -> int:
-    return prod(next(row for row in table.parameters if row.group == "head").shape)
+    return int(passed) + widths(table).head
 
 
 def _copied_bytes(step: Step) -> float:
@@ -208,11 +203,3 @@ def _copied_bytes(step: Step) -> float:
     frozen = frozen_bytes(step)
     layers = sum(frozen.host.get(part, 0) for part in ("linear", "experts"))
     return 2 * layers + 2 * kept_states(step)[1] + frozen.head
-
-
-@lru_cache(maxsize=32)
-def _query_width(table: ModuleTable) -> int:
-    """Numbers of a token's queries in one layer, of all heads."""
-    named = (row for row in table.parameters if row.group == "attention")
-    ends = ("q_proj", "q_b_proj")
-    return max(row.shape[0] for row in named if row.module.rpartition(".")[2] in ends)

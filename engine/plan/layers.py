@@ -35,13 +35,24 @@ class Widths:
     """Numbers of the larger fused tensor of one layer, all experts together."""
     repeated: int = 0
     """Keys and values once each head of queries has its own; 0 where it has them anyway."""
+    queries: int = 0
+    """Of all heads."""
+    cached: int = 0
+    """Numbers that a token leaves in the cache of one layer: keys and values; of latent attention
+    the compressed state, from which both are computed anew."""
+
+    @property
+    def head(self) -> int:
+        """Numbers of the head, tied or not."""
+        return self.hidden * self.vocabulary
 
 
 @lru_cache(maxsize=32)
 def widths(table: ModuleTable) -> Widths:
     """The widths of a table's language model, from the shapes of its first layer."""
     layers = hidden = vocabulary = 0
-    sizes = dict.fromkeys(("q_proj", "q_b_proj", "k_proj", "kv_b_proj", "gate_proj"), 0)
+    projections = ("q_proj", "q_b_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+    sizes = dict.fromkeys((*projections, "gate_proj"), 0)
     routed = chosen = matrix = stack = 0
     for row in table.parameters:
         name = row.module.rpartition(".")[2]
@@ -64,6 +75,8 @@ def widths(table: ModuleTable) -> Widths:
         expert_rows=chosen,
         expert_matrix=matrix,
         expert_stack=stack,
+        queries=max(sizes["q_proj"], sizes["q_b_proj"]),
+        cached=sizes["k_proj"] + sizes["v_proj"] + sizes["kv_a_proj_with_mqa"],
         repeated=2 * sizes["q_proj"] if sizes["q_proj"] > sizes["k_proj"] > 0 else 0,
     )
 

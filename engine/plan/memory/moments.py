@@ -4,11 +4,9 @@ A run's peak is that of its fullest moment, and saying which one that is says wh
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
-from engine.catalog import ModuleTable
 from engine.plan.attention import needs_mask
 from engine.plan.layers import (
     expert_bytes,
@@ -141,7 +139,7 @@ def _forms_table(step: Step) -> bool:
 
 
 def _embedding_bytes(step: Step) -> int:
-    return step.widths.hidden * step.widths.vocabulary * step.base_bytes
+    return step.widths.head * step.base_bytes
 
 
 def kept_states(step: Step) -> tuple[float, float]:
@@ -219,7 +217,7 @@ def _loss_bytes(step: Step) -> float:
     chunk = logits * (1.5 + share if step.base_bytes == 2 else 1 + 2 * share)
     if not (trains_head(step.table, step.config) and stack.keeps_rest):
         return learned + max(every, chunk)
-    head = 4 * sizes.hidden * sizes.vocabulary
+    head = 4 * sizes.head
     narrow = head / 2 if step.base_bytes == 2 else 0
     return learned + head + max(every, narrow, chunk)
 
@@ -274,21 +272,7 @@ def _mask_bytes(step: Step) -> tuple[int, int]:
 def cache_bytes(step: Step) -> float:
     """Keys and values of one answer behind the longest prompt, in every layer."""
     tokens = step.config.sequence_len + max(ANSWER_TOKENS, step.config.eval_max_new_tokens)
-    return cached_width(step.table) * tokens * step.base_bytes
-
-
-@lru_cache(maxsize=32)
-def cached_width(table: ModuleTable) -> int:
-    """Numbers that a token leaves in the cache, all layers together.
-
-    Keys and values; of latent attention the compressed state, from which both are computed anew.
-    """
-    width = 0
-    for row in table.parameters:
-        name = row.module.rpartition(".")[2]
-        if row.group == "attention" and name in ("k_proj", "v_proj", "kv_a_proj_with_mqa"):
-            width += row.shape[0]
-    return width
+    return step.widths.cached * step.widths.layers * tokens * step.base_bytes
 
 
 def update_bytes(step: Step) -> float:
