@@ -15,7 +15,7 @@ import pytest
 from engine.errors import UserError, WorkError
 from engine.events import Phase, Started, Step
 from engine.launch import forwarded_signals, launch, resume_run
-from engine.runs import Follower, RunFolder, ask, create_run, is_locked, read_steps, send, status
+from engine.runs import Follower, RunFolder, ask, create_run, is_locked, send, status
 from tests.fakes.engine import loss_at
 from tests.fakes.processes import (
     ROOT,
@@ -25,6 +25,7 @@ from tests.fakes.processes import (
     running_fake,
     wait_until,
 )
+from tests.support.run_folders import read_steps
 
 FAKE = "tests.fakes.engine"
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from textual.message import Message
 
@@ -10,6 +11,9 @@ from engine.events import Recorded
 from engine.runs import RunFolder, Status, Word
 from engine.runs.facts import RunFacts
 from engine.runs.removal import Contents
+
+if TYPE_CHECKING:
+    from engine.runs.comparison import ConfigDifferences
 
 
 class RunTold(Message):
@@ -78,13 +82,11 @@ class RunRemoved(Message):
 
 
 class RunsCompared(Message):
-    """The configs of two runs were read: key, value of the first, value of the second."""
+    """The configs of two runs were read, or could not be."""
 
-    def __init__(self, differences: Sequence[tuple[str, str, str]], same: int) -> None:
+    def __init__(self, differences: "ConfigDifferences | UserError") -> None:
         super().__init__()
         self.differences = differences
-        self.same = same
-        """How many keys have one value in both."""
 
 
 class RowsCounted(Message):

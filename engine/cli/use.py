@@ -202,18 +202,20 @@ def compare(
     first: RunName, second: RunName, /, *, home: RunsFolder = None, as_json: AsJson = False
 ) -> None:
     """Two runs in numbers, where both have learned as many tokens, and what their configs say."""
-    from engine.runs.comparison import compare_figures, differences, read_curves
+    from engine.runs.comparison import compare_figures, differences
+    from engine.runs.curves import read_curves
 
     runs = [find_run(name, home) for name in (first, second)]
     tokens, figures = compare_figures(*(read_curves(run) for run in runs))
-    found, same = differences(runs[0], runs[1])
+    found = differences(runs[0], runs[1])
     if as_json:
         document = {
             "runs": [str(run.path) for run in runs],
             "learned_tokens": tokens,
             "figures": {f.name: [_json_number(f.first), _json_number(f.second)] for f in figures},
-            "differences": {key: [a, b] for key, a, b in found},
-            "same_keys": same,
+            "differences": {key: [a, b] for key, a, b in found.lines},
+            "same_keys": found.same,
+            "held_out_differs_by": found.held_out,
         }
         print(json.dumps(document))
         return
@@ -223,8 +225,13 @@ def compare(
     for figure in figures:
         a, b = (_number(value, figure.digits) for value in (figure.first, figure.second))
         print(f"{visible(figure.name, one_line=True):<34}{a:>14}{b:>14}")
-    print(f"\nWhat the configs say differently ({same} keys are the same):")
-    for key, a, b in found:
+    if found.held_out:
+        keys = ", ".join(found.held_out)
+        print(
+            f"\nHeld out on different rows ({keys}): a lower held-out loss is not the better run."
+        )
+    print(f"\nWhat the configs say differently ({found.same} keys are the same):")
+    for key, a, b in found.lines:
         print(visible(f"  {key}: {a} -> {b}", one_line=True))
 
 

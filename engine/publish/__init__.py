@@ -5,14 +5,13 @@ the end of a run as a command does years later.
 """
 
 from engine.publish.card import write_card
-from engine.publish.facts import RunFacts, read_facts
-from engine.publish.hub import push
-from engine.publish.result import publish_result
+from engine.publish.facts import ResultFacts, read_facts
+from engine.publish.hub import publish_result, push
 from engine.publish.serve import Hint, serve_hints
 
 __all__ = [
     "Hint",
-    "RunFacts",
+    "ResultFacts",
     "publish_result",
     "push",
     "read_facts",

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from engine.events import Step
-from engine.publish.facts import RunFacts, read_facts, shared_config
+from engine.publish.facts import ResultFacts, read_facts, shared_config
 from engine.publish.serve import serve_model
 from engine.runs import RunFolder
 from engine.visible import visible
@@ -35,7 +34,7 @@ def write_card(run: RunFolder, target: Path) -> Path:
     return path
 
 
-def describe(facts: RunFacts, kind: Kind) -> Iterator[str]:
+def describe(facts: ResultFacts, kind: Kind) -> Iterator[str]:
     """The card's lines."""
     yield from _front_matter(facts, kind)
     name, base = visible(facts.name, one_line=True), visible(facts.base_name, one_line=True)
@@ -52,11 +51,11 @@ def describe(facts: RunFacts, kind: Kind) -> Iterator[str]:
     yield from ("", "## Config", "", *_fenced(shared_config(facts.config).rstrip(), "yaml"))
 
 
-def _method(facts: RunFacts) -> str:
+def _method(facts: ResultFacts) -> str:
     return {"lora": "LoRA", "qlora": "QLoRA"}.get(facts.config.adapter or "", "whole-weight")
 
 
-def _front_matter(facts: RunFacts, kind: Kind) -> Iterator[str]:
+def _front_matter(facts: ResultFacts, kind: Kind) -> Iterator[str]:
     yield "---"
     if facts.base_id:
         yield f"base_model: {facts.base_id}"
@@ -76,40 +75,41 @@ def _front_matter(facts: RunFacts, kind: Kind) -> Iterator[str]:
     yield from ("---", "")
 
 
-def _training(facts: RunFacts) -> Iterator[str]:
+def _training(facts: ResultFacts) -> Iterator[str]:
     yield from ("", "## Training", "")
     if facts.rows:
         kinds = ", ".join(f"{count:,} {name}" for name, count in facts.kinds.items() if count)
         yield f"- {facts.rows:,} rows; tokens by kind: {kinds}"
-    first, last = facts.first, facts.last
-    if last:
+    curves = facts.curves
+    if curves.steps:
+        last = curves.steps[-1]
         yield (
             f"- {last.step:,} optimizer steps over {last.epoch:.2f} epochs; "
-            f"{facts.learned_tokens:,} learned tokens in all"
+            f"{curves.learned_tokens:,} learned tokens in all"
         )
         yield f"- peak memory {last.peak_memory_bytes / 2**30:.1f} GiB"
-    if facts.started:
-        yield f"- {facts.started.trainable_parameters:,} parameters were trained"
-        versions = facts.started.versions.items()
+    if curves.started:
+        yield f"- {curves.started.trainable_parameters:,} parameters were trained"
+        versions = curves.started.versions.items()
         known = [f"{name} {number}" for name, number in versions if number[:1].isdigit()]
         yield f"- {visible(', '.join(known), one_line=True)}"
-    if not (facts.rows or first or facts.started):
+    if not (facts.rows or curves.steps or curves.started):
         yield "The run's records are gone; only its config is left."
 
 
-def _figures(facts: RunFacts) -> Iterator[str]:
+def _figures(facts: ResultFacts) -> Iterator[str]:
     rows: list[tuple[str, str]] = []
-    for word, step in (("first", facts.first), ("last", facts.last)):
-        if isinstance(step, Step):
-            rows.append((f"training loss, {word} step", f"{step.loss:.4f}"))
+    curves = facts.curves
+    for word, step in zip(("first", "last"), (*curves.steps[:1], *curves.steps[-1:]), strict=False):
+        rows.append((f"training loss, {word} step", f"{step.loss:.4f}"))
     for word, event in (
-        ("before", facts.evals[0] if facts.evals else None),
-        ("lowest", facts.best),
-        ("last", facts.evals[-1] if facts.evals else None),
+        ("before", curves.evals[0] if curves.evals else None),
+        ("lowest", curves.best),
+        ("last", curves.evals[-1] if curves.evals else None),
     ):
         if event:
             rows.append((f"held-out loss, {word} (step {event.step})", f"{event.loss:.4f}"))
-    for dataset, scores in facts.scores.items():
+    for dataset, scores in curves.scores.items():
         for when, score in scores.items():
             name = visible(dataset, one_line=True)
             what = f"`{name}` exact answers {when} ({score.rows} rows)"
@@ -120,18 +120,19 @@ def _figures(facts: RunFacts) -> Iterator[str]:
         yield from (f"| {name.replace('|', ' ')} | {value} |" for name, value in rows)
 
 
-def _answers(facts: RunFacts) -> Iterator[str]:
-    told = {prompt: pair for prompt, pair in facts.answers.items() if "after" in pair}
-    if told:
+def _answers(facts: ResultFacts) -> Iterator[str]:
+    asked = facts.config.sample_prompts  # other prompts are rows
+    shown = {p: pair for p, pair in facts.curves.answers.items() if p in asked and "after" in pair}
+    if shown:
         yield from ("", "## Answers before and after")
-    for prompt, answers in told.items():
+    for prompt, answers in shown.items():
         yield from ("", *_fenced(prompt))
         for when in ("before", "after"):
             if when in answers:
                 yield from ("", f"{when.capitalize()}:", "", *_fenced(answers[when]))
 
 
-def _use(facts: RunFacts, kind: Kind) -> Iterator[str]:
+def _use(facts: ResultFacts, kind: Kind) -> Iterator[str]:
     base = facts.base_id or "PATH-OF-THE-BASE-MODEL"
     seeing = facts.card is not None and "vision" in facts.card.modalities
     wide = seeing or (facts.card is not None and facts.card.config.get("model_type") == "mistral4")

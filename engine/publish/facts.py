@@ -1,10 +1,7 @@
-"""What is told of a run to people who do not have its folder.
-
-Separate from the card's words because here is decided what may leave the computer: figures and
-answers, never a row, a path or a name of this machine.
+"""What people who do not have a run's folder may know of it: figures and answers, never a row, a
+path or a name of this machine.
 """
 
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +11,15 @@ from engine.catalog import ModelCard, find_card
 from engine.config import RunConfig, read_config, write_config
 from engine.data.prepared import Prepared
 from engine.errors import UserError
-from engine.events import Eval, Sample, Score, Started, Step
-from engine.runs import Follower, RunFolder
+from engine.runs import RunFolder
+from engine.runs.curves import Curves, read_curves
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(slots=True)
-class RunFacts:
-    """A run's figures, in the order in which a card tells them."""
+class ResultFacts:
+    """What a card and a server's command line are made from."""
 
     name: str
     config: RunConfig
@@ -33,43 +30,27 @@ class RunFacts:
     rows: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
     """Tokens of the training set by their kind."""
-    started: Started | None = None
-    first: Step | None = None
-    last: Step | None = None
-    learned_tokens: int = 0
-    """Over all steps."""
-    evals: list[Eval] = field(default_factory=list)
-    scores: dict[str, dict[str, Score]] = field(default_factory=dict)
-    """By dataset: `before` and `after`."""
-    answers: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By the config's own prompts: `before` and `after`."""
+    curves: Curves = field(default_factory=Curves)
 
     @property
     def base_name(self) -> str:
         """What to call the base: its hub id, its catalog name or the name of its folder."""
         return self.base_id or Path(self.config.base_model).name
 
-    @property
-    def best(self) -> Eval | None:
-        """The evaluation with the lowest loss."""
-        real = [each for each in self.evals if math.isfinite(each.loss)]
-        return min(real, key=lambda each: each.loss) if real else None
 
-
-def read_facts(run: RunFolder) -> RunFacts:
+def read_facts(run: RunFolder) -> ResultFacts:
     """Gather a run's facts from its config, its arrays and its events; what is missing is left out.
 
     Raises UserError where its config cannot be read.
     """
     config = read_config(run.config).config
     card, base_id = find_base(config.base_model)
-    facts = RunFacts(run.name, config, card, base_id)
+    facts = ResultFacts(run.name, config, card, base_id, curves=read_curves(run))
     try:
         prepared = Prepared(run.data)
         facts.rows, facts.kinds = len(prepared), prepared.tokens_by_kind()
     except (UserError, OSError):  # a result outlives its data
         pass
-    _read_events(run, facts)
     return facts
 
 
@@ -95,32 +76,3 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_paths(inner) for inner in value]
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
-
-
-def _read_events(run: RunFolder, facts: RunFacts) -> None:
-    follower = Follower(run.events)
-    steps: dict[int, Step] = {}
-    evals: dict[int, Eval] = {}
-    asked = set(facts.config.sample_prompts)  # other prompts are rows
-    while events := follower.read():
-        for event in (recorded.event for recorded in events):
-            match event:
-                case Started():
-                    facts.started = event
-                case Step():
-                    if event.step in steps:  # a resume went back
-                        steps = {n: s for n, s in steps.items() if n < event.step}
-                    steps[event.step] = event
-                case Eval():
-                    evals = {n: e for n, e in evals.items() if n < event.step}
-                    evals[event.step] = event
-                case Score():
-                    when = "after" if event.step else "before"
-                    facts.scores.setdefault(event.dataset, {})[when] = event
-                case Sample() if event.prompt in asked and event.when != "during":
-                    facts.answers.setdefault(event.prompt, {})[event.when] = event.text
-    ordered = list(steps.values())
-    if ordered:
-        facts.first, facts.last = ordered[0], ordered[-1]
-        facts.learned_tokens = sum(step.learned_tokens for step in ordered)
-    facts.evals = list(evals.values())

@@ -1,4 +1,4 @@
-"""A finished result to its repository on the hub, where the config names one in `hub_model_id`.
+"""A finished result gets its card, and goes to its repository on the hub where one is named.
 
 Repositories are made private: who wants others to see a model opens it on the hub. A run never
 fails by it; the upload can be repeated at any time.
@@ -7,12 +7,31 @@ fails by it; the upload can be repeated at any time.
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from engine.config import read_config
+from engine.config import RunConfig, read_config
 from engine.errors import UserError, WorkError
+from engine.events import Note, Phase
+from engine.publish.card import write_card
 from engine.runs import RunFolder
 from engine.visible import visible
+
+
+def publish_result(run: RunFolder, result: Path, config: RunConfig) -> Iterator[Note | Phase]:
+    """Write README.md into `result`, and upload it where the config names a repository.
+
+    Fails no run, whose weights are safe on the disk: what goes wrong becomes a note that says how
+    to repeat it.
+    """
+    try:
+        write_card(run, result)
+    except (OSError, UserError) as error:
+        yield Note("warning", f"the model card could not be written: {error}")
+    if config.hub_model_id:
+        yield Phase("upload", detail=config.hub_model_id)
+        worked, message = _push_in_own_process(run)
+        yield Note("info" if worked else "warning", message)
 
 
 def push(run: RunFolder, repository: str | None = None) -> str:
@@ -64,7 +83,7 @@ def push(run: RunFolder, repository: str | None = None) -> str:
     return str(made)
 
 
-def push_in_own_process(run: RunFolder) -> tuple[bool, str]:
+def _push_in_own_process(run: RunFolder) -> tuple[bool, str]:
     """The same in a process of its own, which may reach the hub where this one has left it.
 
     Returns whether it worked, and one sentence; never raises for a failed upload.
@@ -85,8 +104,8 @@ def push_in_own_process(run: RunFolder) -> tuple[bool, str]:
     )
     if done.returncode == 0:
         return True, f"uploaded to {visible(done.stdout.strip(), one_line=True)} (private)"
-    told = visible((done.stderr.strip().splitlines() or ["no reason given."])[-1], one_line=True)
-    return False, f"not uploaded: {told} Repeat it with: {repeat_command(run)}"
+    error = visible((done.stderr.strip().splitlines() or ["no reason given."])[-1], one_line=True)
+    return False, f"not uploaded: {error} Repeat it with: {repeat_command(run)}"
 
 
 def repeat_command(run: RunFolder) -> str:

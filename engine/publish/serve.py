@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import RunConfig
-from engine.publish.facts import RunFacts, read_facts
+from engine.publish.facts import ResultFacts, read_facts
 from engine.runs import RunFolder
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -55,7 +55,7 @@ def serve_hints(run: RunFolder) -> list[Hint]:
     return hints
 
 
-def serve_model(facts: RunFacts, folder: str, *, merged: bool) -> Hint | None:
+def serve_model(facts: ResultFacts, folder: str, *, merged: bool) -> Hint | None:
     """The vLLM command for a result in `folder`; None for an adapter that vLLM refuses."""
     if not merged and why_not_beside(facts):
         return None
@@ -83,7 +83,7 @@ def serve_model(facts: RunFacts, folder: str, *, merged: bool) -> Hint | None:
     return Hint(title, (("vllm", "serve", model, *words),), reasons)
 
 
-def why_not_beside(facts: RunFacts) -> str | None:
+def why_not_beside(facts: ResultFacts) -> str | None:
     """Why vLLM cannot serve this adapter beside its base; None where it can."""
     config = facts.config
     if facts.base_id is None and facts.card is not None:
@@ -105,7 +105,7 @@ def _overridden_rope(config: RunConfig) -> dict[str, object]:
     return {key: given[key] for key in ("rope_parameters", "text_config") if key in given}
 
 
-def _format_flags(facts: RunFacts) -> Iterator[tuple[str, str | None, str]]:
+def _format_flags(facts: ResultFacts) -> Iterator[tuple[str, str | None, str]]:
     yield "--tokenizer-mode", "mistral", "tekken.json by mistral-common: the tokens of the training"
     yield (
         "--config-format",
@@ -124,7 +124,7 @@ def _format_flags(facts: RunFacts) -> Iterator[tuple[str, str | None, str]]:
         yield "--limit-mm-per-prompt", json.dumps({"image": images}), why
 
 
-def _llama_cpp(facts: RunFacts, steps: tuple[tuple[str, ...], ...], merged: Path) -> Hint:
+def _llama_cpp(facts: ResultFacts, steps: tuple[tuple[str, ...], ...], merged: Path) -> Hint:
     file = f"{facts.name}.gguf"
     convert = ("python", "convert_hf_to_gguf.py", str(merged), "--outfile", file)
     return Hint(

@@ -24,7 +24,7 @@ The lock is taken before anything heavy is imported: the launcher waits for it.
 
 from engine.runs.control import Command, ControlReader, Word, ask, send
 from engine.runs.folder import RunFolder, create_run, find_run, list_runs, run_home
-from engine.runs.follower import Follower, follow, read_steps
+from engine.runs.follower import Follower, follow
 from engine.runs.lock import RunLock, is_locked
 from engine.runs.signals import StopSignals
 from engine.runs.summary import Status, Summary, status, summarize
@@ -45,7 +45,6 @@ __all__ = [
     "follow",
     "is_locked",
     "list_runs",
-    "read_steps",
     "run_home",
     "send",
     "status",

@@ -1,71 +1,33 @@
 """Two runs side by side: their figures where both have learned as much, and what their configs say.
 
 Compared at the same number of learned tokens and not at the same step: a step of another batch size
-is another amount of learning. Pure but for reading the two folders.
+is another amount of learning.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Final
 
 from engine.config import read_config
-from engine.events import Eval, Score, Step
+from engine.runs.curves import Curves
 from engine.runs.folder import RunFolder
-from engine.runs.follower import Follower
 from engine.units import GIB
 
 _WINDOW: Final = 0.1
 """Share of the learned tokens, before the point of comparison, that a loss is the mean of."""
 
+SPLIT_KEYS: Final = ("datasets", "val_set_size", "seed")
+"""What decides the held-out rows of a run without `test_datasets`, beside the keys below."""
 
-@dataclass(slots=True)
-class Curves:
-    """What a run's events say, repeated steps once."""
-
-    steps: list[Step] = field(default_factory=list)
-    evals: list[Eval] = field(default_factory=list)
-    scores: dict[str, Score] = field(default_factory=dict)
-    """The newest of each dataset."""
-
-    @property
-    def learned_tokens(self) -> int:
-        """Over all steps."""
-        return sum(step.learned_tokens for step in self.steps)
-
-    @property
-    def best(self) -> Eval | None:
-        """The evaluation with the lowest loss."""
-        real = [each for each in self.evals if math.isfinite(each.loss)]
-        return min(real, key=lambda each: each.loss, default=None)
-
-    def loss_at(self, learned_tokens: int) -> float:
-        """Mean loss of the tokens learned last before `learned_tokens`; nan before the first."""
-        start, total, weight, seen = learned_tokens * (1 - _WINDOW), 0.0, 0, 0
-        for step in self.steps:
-            seen += step.learned_tokens
-            if seen > learned_tokens:
-                break
-            if seen > start:
-                total += step.loss * step.learned_tokens
-                weight += step.learned_tokens
-        return total / weight if weight else math.nan
-
-    def step_at(self, learned_tokens: int) -> int:
-        """Steps done when that many tokens were learned."""
-        seen = done = 0
-        for step in self.steps:
-            seen += step.learned_tokens
-            if seen > learned_tokens:
-                break
-            done = step.step
-        return done
-
-    def held_out_at(self, learned_tokens: int) -> float:
-        """Held-out loss of the last evaluation until then; nan before the first."""
-        until = self.step_at(learned_tokens)
-        return next((e.loss for e in reversed(self.evals) if e.step <= until), math.nan)
+HELD_OUT_KEYS: Final = (
+    *("test_datasets", "sequence_len", "excess_length_strategy", "image_folder", "image_size"),
+    *("image_resize_algorithm", "history_thinking", "chat_template_kwargs"),
+    *("train_on_inputs", "train_on_thinking"),
+)
+"""What decides the tokens that a held-out loss is the mean of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,60 +40,53 @@ class Figure:
     digits: int
 
 
-def read_curves(run: RunFolder) -> Curves:
-    """All steps, evaluations and scores of a run; what a resume repeated counts once."""
-    follower, curves = Follower(run.events), Curves()
-    while events := follower.read():
-        for event in (recorded.event for recorded in events):
-            if isinstance(event, Step):
-                _forget(curves.steps, event.step)
-                curves.steps.append(event)
-            elif isinstance(event, Eval):
-                _forget(curves.evals, event.step)
-                curves.evals.append(event)
-            elif isinstance(event, Score):
-                curves.scores[event.dataset] = event
-    return curves
+@dataclass(frozen=True, slots=True)
+class ConfigDifferences:
+    """What the configs of two runs say differently."""
 
-
-def _forget(events: list[Step] | list[Eval], step: int) -> None:
-    while events and events[-1].step >= step:
-        events.pop()
+    lines: Sequence[tuple[str, str, str]]
+    """Key, what the first says, what the second says; defaults included."""
+    same: int
+    """How many keys have one value in both."""
+    held_out: tuple[str, ...]
+    """Keys by which the two hold out different rows, or learn other tokens of them: then a lower
+    held-out loss does not mean the better model."""
 
 
 def compare_figures(first: Curves, second: Curves) -> tuple[int, list[Figure]]:
     """The learned tokens at which both are compared, and the figures there and at the ends."""
+
+    def figure(name: str, value: Callable[[Curves], float], digits: int) -> Figure:
+        return Figure(name, value(first), value(second), digits)
+
     tokens = min(first.learned_tokens, second.learned_tokens)
-    figures = [
-        Figure("loss at the same tokens", first.loss_at(tokens), second.loss_at(tokens), 4),
-        Figure("held out at the same tokens", *_both(first, second, tokens), 4),
-        Figure("best held out", _loss(first.best), _loss(second.best), 4),
-        Figure("step of the best", _step(first.best), _step(second.best), 0),
+    return tokens, [
+        figure("loss at the same tokens", lambda run: _loss_at(run, tokens), 4),
+        figure("held out at the same tokens", lambda run: _held_out_at(run, tokens), 4),
+        figure("best held out", lambda run: run.best.loss if run.best else math.nan, 4),
+        figure("step of the best", lambda run: run.best.step if run.best else math.nan, 0),
+        *(
+            figure(f"exact answers, {name}", partial(_exact, name), 3)
+            for name in dict.fromkeys([*first.scores, *second.scores])
+        ),
+        figure("steps", lambda run: len(run.steps), 0),
+        figure("learned tokens", lambda run: run.learned_tokens, 0),
+        figure("tokens a second", _speed, 0),
+        figure("peak memory, GiB", _peak_gib, 2),
+        figure("seconds in steps", lambda run: sum(step.seconds for step in run.steps), 0),
     ]
-    for name in dict.fromkeys([*first.scores, *second.scores]):
-        pair = [each.scores.get(name) for each in (first, second)]
-        exact = [score.exact if score else math.nan for score in pair]
-        figures.append(Figure(f"exact answers, {name}", exact[0], exact[1], 3))
-    figures += [
-        Figure("steps", float(len(first.steps)), float(len(second.steps)), 0),
-        Figure("learned tokens", float(first.learned_tokens), float(second.learned_tokens), 0),
-        Figure("tokens a second", _speed(first.steps), _speed(second.steps), 0),
-        Figure("peak memory, GiB", _peak_gib(first.steps), _peak_gib(second.steps), 2),
-        Figure("seconds in steps", _seconds(first.steps), _seconds(second.steps), 0),
-    ]
-    return tokens, figures
 
 
-def differences(first: RunFolder, second: RunFolder) -> tuple[list[tuple[str, str, str]], int]:
-    """What the configs of two runs say differently, by key, defaults included; and how many keys
-    say the same. Reads both files; raises UserError where one cannot be read."""
-    a, b = (
-        dict(_flat(read_config(run.config).config.model_dump(mode="json"), ""))
-        for run in (first, second)
-    )
+def differences(first: RunFolder, second: RunFolder) -> ConfigDifferences:
+    """Compare two runs by their config.yml. Raises UserError where one cannot be read."""
+    configs = [read_config(run.config).config for run in (first, second)]
+    a, b = (dict(_flat(config.model_dump(mode="json"), "")) for config in configs)
     keys = [*a, *(key for key in b if key not in a)]
-    found = [(key, a.get(key, "-"), b.get(key, "-")) for key in keys if a.get(key) != b.get(key)]
-    return found, len(keys) - len(found)
+    lines = [(key, a.get(key, "-"), b.get(key, "-")) for key in keys if a.get(key) != b.get(key)]
+    sets_apart = any(config.test_datasets for config in configs)
+    deciding = HELD_OUT_KEYS if sets_apart else (*SPLIT_KEYS, *HELD_OUT_KEYS)
+    held_out = (key for key in deciding if getattr(configs[0], key) != getattr(configs[1], key))
+    return ConfigDifferences(lines, len(keys) - len(lines), tuple(held_out))
 
 
 def _flat(value: object, key: str) -> list[tuple[str, str]]:
@@ -145,25 +100,39 @@ def _flat(value: object, key: str) -> list[tuple[str, str]]:
     return [each for name, inner in below for each in _flat(inner, name)]
 
 
-def _both(first: Curves, second: Curves, tokens: int) -> tuple[float, float]:
-    return first.held_out_at(tokens), second.held_out_at(tokens)
+def _loss_at(curves: Curves, learned_tokens: int) -> float:
+    """Mean loss of the tokens learned last before `learned_tokens`; nan before the first."""
+    start, total, weight, seen = learned_tokens * (1 - _WINDOW), 0.0, 0, 0
+    for step in curves.steps:
+        seen += step.learned_tokens
+        if seen > learned_tokens:
+            break
+        if seen > start:
+            total += step.loss * step.learned_tokens
+            weight += step.learned_tokens
+    return total / weight if weight else math.nan
 
 
-def _loss(event: Eval | None) -> float:
-    return event.loss if event else math.nan
+def _held_out_at(curves: Curves, learned_tokens: int) -> float:
+    """Held-out loss of the last evaluation until then; nan before the first."""
+    seen = until = 0
+    for step in curves.steps:
+        seen += step.learned_tokens
+        if seen > learned_tokens:
+            break
+        until = step.step
+    return next((e.loss for e in reversed(curves.evals) if e.step <= until), math.nan)
 
 
-def _step(event: Eval | None) -> float:
-    return float(event.step) if event else math.nan
+def _exact(dataset: str, curves: Curves) -> float:
+    """The newest share of exact answers."""
+    scores = [*curves.scores.get(dataset, {}).values()]
+    return scores[-1].exact if scores else math.nan
 
 
-def _speed(steps: Sequence[Step]) -> float:
-    return median(step.tokens_per_second for step in steps) if steps else math.nan
+def _speed(curves: Curves) -> float:
+    return median(step.tokens_per_second for step in curves.steps) if curves.steps else math.nan
 
 
-def _peak_gib(steps: Sequence[Step]) -> float:
-    return max(step.peak_memory_bytes for step in steps) / GIB if steps else math.nan
-
-
-def _seconds(steps: Sequence[Step]) -> float:
-    return sum(step.seconds for step in steps)
+def _peak_gib(curves: Curves) -> float:
+    return max((step.peak_memory_bytes for step in curves.steps), default=math.nan) / GIB

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from engine.events import Recorded, Step, parse_line
+from engine.events import Recorded, parse_line
 from engine.runs.folder import RunFolder
 from engine.runs.lines import LineReader
 from engine.runs.lock import is_locked
@@ -74,17 +74,3 @@ def follow(
         if last:
             return
         time.sleep(poll_seconds)
-
-
-def read_steps(run: RunFolder) -> list[Step]:
-    """The steps that count, in order: where a resumed run repeats a number, the steps from that
-    number on that were told earlier are superseded."""
-    steps: list[Step] = []
-    follower = Follower(run.events)
-    while events := follower.read():
-        for recorded in events:
-            if isinstance(recorded.event, Step):
-                while steps and steps[-1].step >= recorded.event.step:
-                    steps.pop()
-                steps.append(recorded.event)
-    return steps

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from engine.runs import RunFolder, read_steps
+from engine.runs import RunFolder
 from tests.support.extras import needs_trainer
+from tests.support.run_folders import read_steps
 
 ROOT = Path(__file__).parents[2]
 STEPS = 13

@@ -18,7 +18,7 @@ import engine.launch
 from engine.cli import supervision
 from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter
-from engine.runs import RunFolder, ask, create_run, is_locked, read_steps, status
+from engine.runs import RunFolder, ask, create_run, is_locked, status
 from tests.fakes.engine import loss_at, step_event
 from tests.fakes.processes import (
     ROOT,
@@ -28,6 +28,7 @@ from tests.fakes.processes import (
     running_fake,
     wait_until,
 )
+from tests.support.run_folders import read_steps
 
 PROGRAM = (
     "import sys, cyclopts, engine.launch; from engine.cli import supervision; "

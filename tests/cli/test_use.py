@@ -178,6 +178,16 @@ def test_compare_prints_figures_and_differences(tmp_path: Path, capfd: Out) -> N
     document = json.loads(capfd.readouterr().out)
     assert document["figures"]["loss at the same tokens"] == [3.0, 4.0]
     assert document["differences"] == {"lora_r": ["16", "8"]}
+    assert document["held_out_differs_by"] == []
+
+
+def test_compare_names_no_winner_over_different_held_out_rows(tmp_path: Path, capfd: Out) -> None:
+    first = write_run(tmp_path / "a", val_set_size=0.1).path
+    second = write_run(tmp_path / "b", val_set_size=0.2).path
+    assert main(["compare", str(first), str(second)]) == 0
+    assert "Held out on different rows (val_set_size)" in capfd.readouterr().out
+    assert main(["compare", str(first), str(second), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["held_out_differs_by"] == ["val_set_size"]
 
 
 def test_serve_hint_prints_commands_and_a_reason_each(run: Path, capfd: Out) -> None:

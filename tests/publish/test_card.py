@@ -4,8 +4,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from engine.publish import write_card
-from engine.publish.result import publish_result
+from engine.publish import publish_result, write_card
 from tests.support.run_folders import write_run
 
 

@@ -2,12 +2,16 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.events import Eval, EventWriter
-from engine.runs.comparison import compare_figures, differences, read_curves
+from engine.runs.comparison import _loss_at, compare_figures, differences
+from engine.runs.curves import read_curves
 from tests.support.run_folders import step, write_run
+
+TEST = {"path": "test.jsonl"}
 
 
 def figures(first: Path, second: Path) -> dict[str, tuple[float, float]]:
@@ -55,12 +59,31 @@ def test_a_run_without_a_step_has_no_figures_and_breaks_nothing(tmp_path: Path) 
 def test_configs_differ_by_key_and_defaults_count(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a", lora_r=8, lora_alpha=32)
     second = write_run(tmp_path / "b", learning_rate=3e-4)
-    found, same = differences(first, second)
-    assert {key for key, _, _ in found} == {"lora_r", "learning_rate"}
-    assert ("lora_r", "8", "16") in found
-    assert same > 100
+    found = differences(first, second)
+    assert {key for key, _, _ in found.lines} == {"lora_r", "learning_rate"}
+    assert ("lora_r", "8", "16") in found.lines
+    assert found.same > 100
+    assert not found.held_out
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "keys"),
+    [
+        ({}, {"datasets": [{"path": "b.jsonl"}]}, ("datasets",)),
+        ({"val_set_size": 0.1}, {"val_set_size": 0.1, "seed": 7}, ("seed",)),
+        ({"test_datasets": [TEST]}, {"test_datasets": [TEST], "seed": 7}, ()),
+        ({"test_datasets": [TEST]}, {"val_set_size": 0.1}, ("test_datasets",)),
+        ({}, {"train_on_thinking": False}, ("train_on_thinking",)),
+    ],
+)
+def test_held_out_losses_compare_only_where_the_rows_are_the_same(
+    ours: dict[str, Any], theirs: dict[str, Any], keys: tuple[str, ...], tmp_path: Path
+) -> None:
+    first = write_run(tmp_path / "a", **{"datasets": [{"path": "a.jsonl"}], **ours})
+    second = write_run(tmp_path / "b", **{"datasets": [{"path": "a.jsonl"}], **theirs})
+    assert differences(first, second).held_out == keys
 
 
 @pytest.mark.parametrize("tokens", [0, 50])
 def test_before_the_first_step_there_is_no_loss(tokens: int, tmp_path: Path) -> None:
-    assert math.isnan(read_curves(write_run(tmp_path / "a")).loss_at(tokens))
+    assert math.isnan(_loss_at(read_curves(write_run(tmp_path / "a")), tokens))

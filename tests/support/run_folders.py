@@ -7,6 +7,7 @@ from engine.config import write_config
 from engine.config.run import RunConfig
 from engine.events import Eval, Event, EventWriter, Sample, Score, Started, Step
 from engine.runs import RunFolder
+from engine.runs.curves import read_curves
 
 
 def step(number: int, loss: float, learned_tokens: int = 100, **changes: Any) -> Step:
@@ -25,6 +26,11 @@ def step(number: int, loss: float, learned_tokens: int = 100, **changes: Any) ->
         "total_steps": 4,
     }
     return Step(**(values | changes))
+
+
+def read_steps(run: RunFolder) -> list[Step]:
+    """The steps of a run that count, in order."""
+    return read_curves(run).steps
 
 
 def write_run(

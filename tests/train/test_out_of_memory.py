@@ -12,8 +12,9 @@ import torch
 
 from engine.cli import main
 from engine.events import Note, Saved, Shortage
-from engine.runs import RunFolder, read_steps
+from engine.runs import RunFolder
 from engine.train.out_of_memory import asked_bytes, is_out_of_memory, message_of
+from tests.support.run_folders import read_steps
 from tests.support.trainers import (
     LORA,
     Workshop,

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from engine.events import Ack, Sample, Saved
-from engine.runs import RunFolder, Word, ask, read_steps, send, status
+from engine.runs import RunFolder, Word, ask, send, status
 from tests.fakes.processes import wait_until
+from tests.support.run_folders import read_steps
 from tests.support.trainers import (
     LORA,
     Workshop,

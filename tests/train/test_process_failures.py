@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from engine.events import Note, Phase, Started
 from engine.hardware.requirements import install_command
 from engine.launch import launch
-from engine.runs import RunFolder, is_locked, read_steps, status
+from engine.runs import RunFolder, is_locked, status
 from tests.fakes.packages import package
 from tests.fakes.processes import ROOT, wait_until
+from tests.support.run_folders import read_steps
 from tests.support.trainers import (
     LORA,
     VOCABULARY,

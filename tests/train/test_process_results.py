@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from engine.chat.render import LabelRule, labels
 from engine.data.prepared import Prepared
 from engine.events import Score
-from engine.runs import RunFolder, read_steps
+from engine.runs import RunFolder
 from tests.fakes.processes import wait_until
+from tests.support.run_folders import read_steps
 from tests.support.trainers import LORA, Workshop, events_of, finish, training
 
 KEYS = {"max_steps": 4, "save_steps": 4, "learning_rate": 0.02}

@@ -8,7 +8,8 @@ import pytest
 from engine.errors import UserError
 from engine.events import Note, Step
 from engine.launch import resume_run
-from engine.runs import Follower, RunFolder, read_steps, status
+from engine.runs import Follower, RunFolder, status
+from tests.support.run_folders import read_steps
 from tests.support.trainers import (
     LORA,
     DieBeforeStep,

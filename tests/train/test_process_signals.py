@@ -12,8 +12,9 @@ import pytest
 
 from engine.events import Phase, Sample
 from engine.launch import launch
-from engine.runs import is_locked, read_steps, status
+from engine.runs import is_locked, status
 from tests.fakes.processes import ROOT, wait_until
+from tests.support.run_folders import read_steps
 from tests.support.trainers import (
     LORA,
     Workshop,

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from engine.events import SampleTime, Score
-from engine.runs import RunFolder, read_steps
+from engine.runs import RunFolder
 from engine.train.batches import Order, Rows, StepBatch
 from engine.train.loop import StepClock, Training
 from engine.train.model import load_base
 from engine.train.prompts import Prompt
 from engine.train.run import put_on_training
+from tests.support.run_folders import read_steps
 from tests.support.tiny import open_session, settings, training
 
 COLLATING, MOVING, BETWEEN = 7.0, 5.0, 1000.0

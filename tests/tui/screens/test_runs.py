@@ -1,13 +1,14 @@
 """The Runs page: the list, two runs compared, a run resumed, a run taken away."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
 
-from engine.events import Ended
+from engine.events import Ended, Eval, EventWriter
 from engine.runs import RunFolder, RunLock, create_run
 from engine.runs.facts import RunsReader
 from tests.support.extras import needs_trainer
@@ -113,6 +114,32 @@ def test_a_comparison_stays_while_the_list_below_is_read_again(runs: list[RunFol
         page.post_message(RunsSeen(RunsReader().look()[0]))
         await pilot.pause(0.2)
         assert screen_text(pilot.app) == before
+
+    listed(work)
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [("", "B is better by 2.000 held out"), ("seed: 7\n", "held out on different rows")],
+)
+def test_a_winner_is_named_only_over_the_same_held_out_rows(
+    home: Path, changed: str, verdict: str
+) -> None:
+    for name, loss, keys in (("first", 3.0, ""), ("second", 1.0, changed)):
+        run = told_run(home / "runs" / name, 61)
+        run.config.write_text(f"{run.config.read_text()}val_set_size: 0.1\n{keys}")
+        with EventWriter(run.events, clock=lambda: BEGAN + 900) as events:
+            events.emit(Eval(61, loss))
+        os.utime(run.events, (BEGAN - loss, BEGAN - loss))
+
+    async def work(pilot: Pilot[int]) -> None:
+        await wait_for_text(pilot, "second")
+        await pilot.press("down", "space", "up", "space", "c")
+        await wait_for_text(pilot, "keys are the same")
+        text = screen_text(pilot.app)
+        assert "A ━━ first   B ┅┅ second" in text
+        assert verdict in text
+        assert "better" in verdict or "better" not in text
 
     listed(work)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from textual.app import ComposeResult, RenderResult
 from textual.containers import Horizontal, Vertical
@@ -10,6 +10,7 @@ from textual.content import Content
 from textual.geometry import Size
 from textual.widget import Widget
 
+from engine.errors import UserError
 from engine.runs.facts import RunFacts
 from engine.visible import visible
 from tui.screens.help import TextPane
@@ -17,6 +18,9 @@ from tui.screens.runs.wording import same_step
 from tui.widgets.braille import Curve
 from tui.widgets.chart import Chart, Scale
 from tui.widgets.pane import Pane
+
+if TYPE_CHECKING:
+    from engine.runs.comparison import ConfigDifferences
 
 _LEAST_CELLS: Final = 12
 
@@ -67,7 +71,7 @@ class Comparison(Vertical):
             with Pane(title="what differs", can_focus=True):
                 yield Differences()
             step = min(self._first.step, self._second.step)
-            yield TextPane(f"at the same step ({step})", self._figures(), subtitle=self._better())
+            yield TextPane(f"at the same step ({step})", self._figures())
 
     def on_mount(self) -> None:
         right = max(self._first.total_steps or 1, self._second.total_steps or 1)
@@ -79,9 +83,15 @@ class Comparison(Vertical):
         ]
         self.query_one(Chart).show(curves, Scale(float(right)))
 
-    def show_differences(self, differences: Sequence[tuple[str, str, str]], same: int) -> None:
-        """The keys with different values, and how many have the same."""
-        self.query_one(Differences).show(differences, same)
+    def show_differences(self, found: "ConfigDifferences | UserError") -> None:
+        """The keys with different values, and which run is better where both hold out the same."""
+        if isinstance(found, UserError):
+            self.query_one(Differences).show([("config.yml", str(found), "")], 0)
+            return
+        self.query_one(Differences).show(found.lines, found.same)
+        self.query_one(TextPane).border_subtitle = (
+            "held out on different rows" if found.held_out else self._better()
+        )
 
     def _figures(self) -> Content:
         rows = [Content.styled(f"{'':<16}{'A':>9}{'B':>9}", "$muted")]

@@ -126,7 +126,7 @@ class RunsPage(Page):
 
     def on_runs_compared(self, message: RunsCompared) -> None:
         for panel in self.query(Comparison):
-            panel.show_differences(message.differences, message.same)
+            panel.show_differences(message.differences)
 
     def on_resize(self) -> None:
         self._show()
@@ -230,10 +230,9 @@ class RunsPage(Page):
         from engine.runs.comparison import differences
 
         try:
-            found, same = differences(first, second)
+            self.post_message(RunsCompared(differences(first, second)))
         except UserError as error:
-            found, same = [("config.yml", str(error), "")], 0
-        self.post_message(RunsCompared(found, same))
+            self.post_message(RunsCompared(error))
 
     def _resume(self, run: RunFolder) -> None:
         def work() -> RunResumed:
