@@ -101,7 +101,7 @@ GUARDS = {
     ),
     "no row predicts the next one": Guard(
         "engine/train/batches.py",
-        "target[0] = IGNORED_LABEL",
+        "answers[0] = IGNORED_LABEL",
         "pass",
         f"{FIRST_TOKEN}::test_a_row_never_learns_its_first_token_from_the_row_before",
     ),
@@ -195,7 +195,7 @@ GUARDS = {
     ),
     "an adapter on other modules than were chosen": Guard(
         "engine/train/lora.py",
-        "    if reached != wanted:",
+        "    if reached != chosen:",
         "    if False:",
         f"{LORA}::test_a_model_that_is_not_built_as_described_is_refused",
     ),
@@ -416,11 +416,11 @@ GUARDS = {
         "False",
         f"{LOSS}::test_on_a_card_a_product_of_bfloat16_is_asked_for_in_float32",
     ),
-    "the target's slope joins in float32": Guard(
+    "the target's gradient joins in float32": Guard(
         "engine/train/loss.py",
-        "product(logits.scatter_(1, wanted, 0.0).to(head.dtype), head)\n"
+        "product(logits.scatter_(1, target, 0.0).to(head.dtype), head)\n"
         "        grad.copy_(moved.addcmul_(of_target, head[targets].float()).div_(sums))",
-        "product(logits.scatter_(1, wanted, of_target).to(head.dtype), head)\n"
+        "product(logits.scatter_(1, target, of_target).to(head.dtype), head)\n"
         "        grad.copy_(moved.div_(sums))",
         f"{LOSS}::TestAtTheRealVocabulary::test_bfloat16_on_a_card",
     ),

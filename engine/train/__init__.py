@@ -5,7 +5,7 @@ run       one launch, from its folder to its last event
 fetch     where the base model's files are
 model     the base model from its folder, refused when it would train broken
 forward   hidden states of a batch, packed rows kept apart
-offload   what waits in RAM for its turn on the device
+offload   what lies in RAM until its turn on the device
 weight_files  safetensors files, read one tensor at a time and written as a stream
 fp8       FP8 weights and their scales
 load_report  what a loaded model is made of
@@ -29,7 +29,7 @@ companions the files beside a result's weights
 answers   questions to what a run trained
 adapter_files a saved adapter, read without its model
 merge     an adapter put into its base's weights
-session   lock, events, control and signals of one process
+session   events, control and signals of one process
 out_of_memory  which errors say so, what was held, what makes room
 fitcheck  what a config really takes, measured on random weights
 demo      the embedded tiny base models

@@ -2,8 +2,8 @@
 
 The lock is taken before anything heavy is imported, and whatever happens ends in an `ended` event
 with three sentences: a run is never just gone. `generate FOLDER` and `merge FOLDER OUT` use what a
-run left, and `fit FOLDER` measures what one would take; they take no lock, and tell all that they
-have to say in lines of JSON on stdout.
+run left, and `fit FOLDER` measures what one would take; they take no lock, and print lines of JSON
+on stdout.
 """
 
 import argparse
@@ -61,10 +61,10 @@ def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
 
             carry_out(Session(run, events, control, signals), resume=resume, checkpoint=checkpoint)
         except Exception as error:
-            sentence = explain(error)
+            reason = explain(error)
             traceback.print_exc()
-            events.emit(Ended("failed", _last_step(run), sentence.what, sentence.why, sentence.fix))
-            return sentence.exit_status
+            events.emit(Ended("failed", _last_step(run), reason.what, reason.why, reason.fix))
+            return reason.exit_status
     return 0
 
 
@@ -76,22 +76,22 @@ def use(options: argparse.Namespace) -> int:
         if options.command == "generate":
             from engine.train.answers import serve
 
-            serve(run, sys.stdin, _tell)
+            serve(run, sys.stdin, _emit)
         elif options.command == "fit":
             from engine.train.fitcheck import check
 
-            check(run, options.steps, _tell)
+            check(run, options.steps, _emit)
         else:
             from engine.train.merge import merge
 
             made = merge(run, options.target.resolve(), _progress())
-            _tell({"merged": str(made)})
+            _emit({"merged": str(made)})
     except Exception as error:
         sentence = explain(error)
         if not isinstance(error, UserError):
             traceback.print_exc()
-        told = {"what": sentence.what, "why": sentence.why, "fix": sentence.fix}
-        _tell({"error": told | {"exit_status": sentence.exit_status}})
+        sentences = {"what": sentence.what, "why": sentence.why, "fix": sentence.fix}
+        _emit({"error": sentences | {"exit_status": sentence.exit_status}})
         return sentence.exit_status
     return 0
 
@@ -99,25 +99,25 @@ def use(options: argparse.Namespace) -> int:
 def require_stack() -> None:
     """Raise WorkError where a package of the training stack has a version that is not asked for.
 
-    One that is missing is told by its import: not every run needs all of them.
+    One that is missing is reported by its import: not every run needs all of them.
     """
     if problem := version_problem():
         raise WorkError(problem.what, problem.why, problem.fix)
 
 
-def _tell(record: Mapping[str, Any]) -> None:
+def _emit(record: Mapping[str, Any]) -> None:
     print(json.dumps(record), flush=True)
 
 
 def _progress() -> Callable[[int, int], None]:
-    """What tells of bytes done and bytes in all, at most ten times a second."""
+    """Emits bytes done and bytes in all, at most ten times a second."""
     due = every(0.1)
 
-    def tell(done: int, total: int) -> None:
+    def progress(done: int, total: int) -> None:
         if due() or done == total:
-            _tell({"done": done, "total": total})
+            _emit({"done": done, "total": total})
 
-    return tell
+    return progress
 
 
 def explain(error: Exception) -> UserError:

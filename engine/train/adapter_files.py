@@ -1,7 +1,7 @@
 """A saved adapter, read without its model: what each of its tensors adds to which base weight.
 
-Apart from `weights`, which fills a model in memory: a merge never builds one, so that it needs no
-more memory than its largest matrix. The layout is stock PEFT's, experts included.
+A merge builds no model, so that it needs no more memory than its largest matrix. The layout is
+stock PEFT's, experts included.
 """
 
 import json
@@ -123,7 +123,7 @@ class Adapter:
         self, key: str, module: str, part: str, base: Mapping[str, StoredTensor]
     ) -> str | None:
         """The stack of experts that a tensor is for: PEFT names two pairs of one module by how
-        often they are wrapped, so that only the shapes tell which is which."""
+        often they are wrapped, so that only the shapes show which is which."""
         while module.endswith(".base_layer"):
             module = module.removesuffix(".base_layer")
         pair = [key.replace(f".{part}.", f".{other}.") for other in ("lora_A", "lora_B")]
@@ -193,9 +193,9 @@ def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _unreadable(folder: Path, error: Exception) -> WorkError:
-    words = getattr(error, "strerror", None) or (str(error).splitlines() or ["damaged"])[0]
+    said = getattr(error, "strerror", None) or (str(error).splitlines() or ["damaged"])[0]
     return WorkError(
         f"The adapter in {folder} cannot be read.",
-        f"{visible(str(words), one_line=True).rstrip('.')}.",
+        f"{visible(str(said), one_line=True).rstrip('.')}.",
         "Resume the run, so that it writes the adapter again.",
     )

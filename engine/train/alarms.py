@@ -33,8 +33,8 @@ class LossAlarm:
         self._quiet_steps = 0
 
     def stop_reason(self, step: int, loss: float, norm: float) -> str | None:
-        """Why the run has to end before `step` moves anything: a loss or a gradient norm that is no
-        number, or one loss too many above `loss_watchdog_threshold`."""
+        """Why the run has to end before `step` changes anything: a loss or a gradient norm that is
+        no number, or one loss too many above `loss_watchdog_threshold`."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"Step {step} gave a loss of {loss:g} and a gradient norm of {norm:g}."
         self._above = self._above + 1 if self._limit is not None and loss > self._limit else 0

@@ -1,20 +1,18 @@
 """Questions to what a run trained, answered one after another by one loaded model.
 
-Apart from `generate`, which knows tokens: here are the run's own files, its renderer and the lines
-of JSON that a command exchanges with this process.
+It reads the run's own files and speaks with the command that started it in lines of JSON.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 
 from engine.catalog import official_sampling
 from engine.chat.images import pixels
@@ -25,6 +23,7 @@ from engine.config import DatasetConfig, RunConfig, read_config
 from engine.errors import UserError
 from engine.runs import RunFolder
 from engine.runs.newest_result import newest_result
+from engine.train.drift import without_adapter
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model
 from engine.train.generate import generate, readable
@@ -32,9 +31,9 @@ from engine.train.images import join
 from engine.train.model import Base, load_base
 from engine.train.prompts import Prompt
 from engine.train.run import put_on_training
+from engine.train.session import Emit
 from engine.train.weights import load_trained
 
-Emit = Callable[[Mapping[str, Any]], None]
 MAX_TOKENS = 1024
 """Longest answer where neither the request nor the model's card names one."""
 _UNFINISHED = "\ufffd"
@@ -102,7 +101,7 @@ class Answering:
         return base, model
 
     def answer(self, request: Request, emit: Emit) -> dict[str, Any]:
-        """Answer one request; pieces of its text are told as `{"text": …}` while they come.
+        """Answer one request; pieces of its text are emitted as `{"text": …}` while they come.
 
         Raises UserError where the conversation cannot be rendered.
         """
@@ -115,7 +114,7 @@ class Answering:
         torch.manual_seed(int(_first(request.seed, self.config.seed, 0)))
         pieces = _Pieces(self.tokenizer, emit)
         began = time.monotonic()
-        with _without_adapter(model) if request.base else nullcontext():
+        with without_adapter(model) if request.base else nullcontext():
             tokens = generate(
                 model,
                 base.device,
@@ -125,7 +124,7 @@ class Answering:
                 max_new_tokens=max_tokens,
                 temperature=temperature,
                 top_p=top_p,
-                tell=pieces.add,
+                on_token=pieces.add,
             )
         return {
             "text": readable(tokens, self.tokenizer),
@@ -161,24 +160,24 @@ class Answering:
 
 
 class _Pieces:
-    """Tokens to text as they come; a letter that is cut in two waits for its other half."""
+    """Tokens to text as they come; half a letter is kept until its other half is there."""
 
     def __init__(self, tokenizer: ChatTokenizer, emit: Emit) -> None:
         self._tokenizer, self._emit = tokenizer, emit
-        self._waiting: list[int] = []
+        self._unfinished: list[int] = []
 
     def add(self, token: int) -> None:
-        self._waiting.append(token)
-        text = readable(self._waiting, self._tokenizer)
-        if text and (not text.endswith(_UNFINISHED) or len(self._waiting) > 4):
+        self._unfinished.append(token)
+        text = readable(self._unfinished, self._tokenizer)
+        if text and (not text.endswith(_UNFINISHED) or len(self._unfinished) > 4):
             self._emit({"text": text})
-            self._waiting.clear()
+            self._unfinished.clear()
 
 
 def serve(run: RunFolder, lines: Iterable[str], emit: Emit) -> None:
     """Load the run's model, then answer each line of `lines`; raises what loading raises.
 
-    Told are `{"ready": …}` once, then for each request its pieces and `{"answer": …}`, or
+    Emitted are `{"ready": …}` once, then for each request its pieces and `{"answer": …}`, or
     `{"refused": …}` with the sentences for one that cannot be answered, and `{"end": …}`.
     """
     answering = Answering(run)
@@ -201,14 +200,6 @@ def serve(run: RunFolder, lines: Iterable[str], emit: Emit) -> None:
 
 def _first(*values: float | None) -> float:
     return next(value for value in values if value is not None)
-
-
-def _without_adapter(model: Model) -> AbstractContextManager[object]:
-    """PEFT's own switch; a bare model is its own base."""
-    found: AbstractContextManager[object] = (
-        model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
-    )
-    return found
 
 
 def _with_image_bytes(message: dict[str, Any]) -> dict[str, Any]:

@@ -203,9 +203,9 @@ def _fits_kernel(query: Tensor, value: Tensor) -> bool:
 
 
 def hand_over_rows(stock: AttentionFunction) -> AttentionFunction:
-    """A FlashAttention function of transformers that is told where rows begin.
+    """A FlashAttention function of transformers that is given where rows begin.
 
-    Told nothing, it looks for rows in batches of one sequence only.
+    Given nothing, it looks for rows in batches of one sequence only.
     """
 
     def attend(

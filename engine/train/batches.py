@@ -1,7 +1,7 @@
 """From prepared rows to the batches of every optimizer step, in an order that a resume repeats.
 
-Apart from the loop because the order is a pure function of rows, config and seed: step 412 can be
-cut without walking through the 411 before it, which is how a run resumes in no time.
+The order is a pure function of rows, config and seed: step 412 can be cut without walking through
+the 411 before it, which is how a run resumes in no time.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from engine.train.images import IMAGE_TOKEN, ImagePixels, join
 StepRows: TypeAlias = list[list[list[int]]]
 """Rows of one optimizer step: micro-batches of sequences of rows."""
 NAMED_ROWS = 3
-"""Rows that a bad step, or a note on rows that are left out, is told with."""
+"""Rows that the report of a bad step, or of rows that are left out, names."""
 PAD = 11
 """`<pad>` of every Tekken vocabulary. It is never learned and nothing attends to it."""
 
@@ -166,15 +166,15 @@ def collate(
     """
     parts = []
     for members in sequences:
-        ids, wanted, positions = [], [], []
+        ids, targets, positions = [], [], []
         for row in members:
             tokens, kinds = rows.ids(row), rows.kinds(row)
-            target = labels(tokens, kinds, rule)
-            target[0] = IGNORED_LABEL
+            answers = labels(tokens, kinds, rule)
+            answers[0] = IGNORED_LABEL
             ids.append(tokens.astype(np.int64))
-            wanted.append(target)
+            targets.append(answers)
             positions.append(np.arange(len(tokens), dtype=np.int64))
-        parts.append([np.concatenate(column) for column in (ids, wanted, positions)])
+        parts.append([np.concatenate(column) for column in (ids, targets, positions)])
     length = max(len(ids) for ids, _, _ in parts)
     fillers = (PAD, IGNORED_LABEL, None)
     tensors = [

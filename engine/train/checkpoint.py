@@ -102,7 +102,7 @@ def _fused(optimizer: Optimizer) -> bool:
     return bool(optimizer.defaults.get("fused"))
 
 
-def random_tensors() -> dict[str, Tensor]:
+def rng_state() -> dict[str, Tensor]:
     """The state of torch's generators, CPU and every visible card."""
     state = {"cpu": torch.get_rng_state()}
     for index in range(torch.cuda.device_count()):
@@ -110,7 +110,7 @@ def random_tensors() -> dict[str, Tensor]:
     return state
 
 
-def restore_random(state: dict[str, Tensor]) -> None:
+def restore_rng_state(state: dict[str, Tensor]) -> None:
     """Put the generators back; cards that this machine lacks are skipped."""
     torch.set_rng_state(state["cpu"])
     for index in range(torch.cuda.device_count()):
@@ -211,14 +211,14 @@ class Checkpoints:
             )
         load_trained(model, folder)
         restore_optimizer(model, optimizer, folder / OPTIMIZER, state.pop("optimizer"))
-        restore_random(load_file(folder / RANDOM))
+        restore_rng_state(load_file(folder / RANDOM))
         return Position(**state)
 
     def _write(self, partial: Path, model: Model, optimizer: Optimizer, position: Position) -> None:
         save_trained(model, partial, self._config)
         tensors, values = optimizer_tensors(model, optimizer)
         write_tensors(partial / OPTIMIZER, tensors)
-        write_tensors(partial / RANDOM, random_tensors())
+        write_tensors(partial / RANDOM, rng_state())
         kind = type(optimizer).__name__
         state = {**asdict(position), "optimizer_class": kind, "optimizer": values}
         (partial / STATE).write_text(json.dumps(state), "utf-8")

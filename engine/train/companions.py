@@ -1,7 +1,4 @@
-"""The files beside a result's weights: tokenizer, licence, and what a whole model needs.
-
-Apart from `weights` and `merge` because both leave the same files, and a merge loads no model.
-"""
+"""The files beside a result's weights: tokenizer, licence, and what a whole model needs."""
 
 import shutil
 from collections.abc import Sequence

@@ -13,7 +13,7 @@ from engine.train.loss import Loss, cut_cross_entropy
 from engine.train.out_of_memory import is_out_of_memory
 from engine.visible import visible
 
-TRIED_ROWS, TRIED_WORDS = 16, 128
+TRIED_ROWS, TRIED_TOKENS = 16, 128
 
 
 def settle_loss(
@@ -58,7 +58,7 @@ def _failed(head: Tensor, device: torch.device) -> str:
 def _try(width: int, dtype: torch.dtype, device: torch.device) -> None:
     """The kernel once, forward and backward, on a few states of the model's width."""
     states = torch.ones(TRIED_ROWS, width, dtype=dtype, device=device, requires_grad=True)
-    head = torch.ones(TRIED_WORDS, width, dtype=dtype, device=device)
+    head = torch.ones(TRIED_TOKENS, width, dtype=dtype, device=device)
     targets = torch.zeros(TRIED_ROWS, dtype=torch.int64, device=device)
     loss = cut_cross_entropy(states, head, targets)
     torch.autograd.backward(loss)

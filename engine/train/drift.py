@@ -73,8 +73,8 @@ def general_texts(tokenizer: ChatTokenizer) -> tuple[Text, ...]:
     rule, found = LabelRule(), []
     for row in _general_rows():
         rendered = render(read_row(row, row_format), tokenizer)
-        wanted = labels(rendered.input_ids, rendered.kinds, rule)
-        found.append(Text(rendered.input_ids.astype(np.int64), wanted))
+        targets = labels(rendered.input_ids, rendered.kinds, rule)
+        found.append(Text(rendered.input_ids.astype(np.int64), targets))
     return tuple(found)
 
 
@@ -197,11 +197,11 @@ def _batch(texts: Sequence[Text]) -> dict[str, Tensor]:
         return np.pad(values, (0, length - len(values)), constant_values=filler)
 
     ids = np.stack([padded(text.ids, PAD) for text in texts])
-    wanted = np.stack([padded(text.labels, IGNORED_LABEL) for text in texts])
+    targets = np.stack([padded(text.labels, IGNORED_LABEL) for text in texts])
     positions = np.tile(np.arange(length), (len(texts), 1))
     return {
         "input_ids": torch.from_numpy(ids),
-        "labels": torch.from_numpy(wanted),
+        "labels": torch.from_numpy(targets),
         "position_ids": torch.from_numpy(positions),
     }
 

@@ -6,7 +6,6 @@ names. Once the rows are there too, `leave_hub` switches the hub off for the res
 
 import os
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from engine.catalog import find_model
 from engine.catalog.cards import model_names
 from engine.config import RunConfig
 from engine.errors import UserError, WorkError
+from engine.train.weight_files import BytesProgress
 from engine.units import gib
 
 FILES = ["*.json", "model*.safetensors", "*tekken*.json", "LICENSE*"]
@@ -37,11 +37,10 @@ POLL_SECONDS = 0.5
 SPARE_BYTES = 2**30
 """Room that a download leaves on the disk: a full one fails whatever else is running."""
 
-Tell = Callable[[int, int], None]
-"""Told while a model is downloaded: bytes done, bytes in all."""
 
-
-def locate_base(config: RunConfig, home: Path, tell: Tell = lambda done, total: None) -> Path:
+def locate_base(
+    config: RunConfig, home: Path, progress: BytesProgress = lambda done, total: None
+) -> Path:
     """The folder with config.json and weights of `config.base_model`; downloads a hub model.
 
     A relative folder starts at `home`, the config's own. Raises UserError where the model cannot be
@@ -58,7 +57,7 @@ def locate_base(config: RunConfig, home: Path, tell: Tell = lambda done, total: 
         name = hub_id
     elif local.is_dir():
         return local.resolve()
-    return _fetch(name, config.revision_of_model, tell)
+    return _fetch(name, config.revision_of_model, progress)
 
 
 def leave_hub() -> None:
@@ -80,7 +79,7 @@ def refuse_full_disk(repository: str, missing_bytes: int, cache: Path) -> None:
         )
 
 
-def _download(repository: str, revision: str | None, tell: Tell) -> Path:
+def _download(repository: str, revision: str | None, progress: BytesProgress) -> Path:
     """Fetch what the cache lacks of `FILES`.
 
     A connection that breaks is tried again from where it broke; a new process begins with the
@@ -108,7 +107,7 @@ def _download(repository: str, revision: str | None, tell: Tell) -> Path:
         while wait([download], POLL_SECONDS).not_done:
             if missing_bytes:
                 done = sum(_size_bytes(path) for path in _list_files(blobs) if path not in there)
-                tell(min(done, missing_bytes), missing_bytes)
+                progress(min(done, missing_bytes), missing_bytes)
     return Path(download.result())
 
 
@@ -124,10 +123,10 @@ def _size_bytes(path: Path) -> int:
         return 0
 
 
-def _fetch(repository: str, revision: str | None, tell: Tell) -> Path:
+def _fetch(repository: str, revision: str | None, progress: BytesProgress) -> Path:
     """Download a model, and say in three sentences why that did not work."""
     try:
-        return _download(repository, revision, tell)
+        return _download(repository, revision, progress)
     except GatedRepoError as error:
         raise UserError(
             f"{repository} may only be downloaded by people who accepted its terms.",

@@ -70,13 +70,13 @@ def image_features(model: Model, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     body: Any = unwrapped(model).model
     kind = body.vision_tower.patch_conv.weight.dtype
     sizes = batch["image_sizes"].tolist()
-    waiting = batch["pixels"]
+    left = batch["pixels"]
     side = body.vision_tower.patch_size * body.config.spatial_merge_size
     features: Any = []  # one tensor an image, where transformers declares one for all
     for start, end in _tower_groups(sizes, body.vision_tower.patch_size):
         group = sizes[start:end]
         numbers = sum(3 * height * width for height, width in group)
-        pixels, waiting = pad(waiting[:numbers], group, kind), waiting[numbers:]
+        pixels, left = pad(left[:numbers], group, kind), left[numbers:]
         if group == [[side, side]]:
             # transformers squeezes an only token away with the batch: a second image keeps it.
             group, pixels = group * 2, pixels.expand(2, -1, -1, -1)

@@ -1,6 +1,6 @@
 """FP8 weights on disk: which scale belongs to which weight, and the numbers that the two mean.
 
-Apart from `model` because this is where a load goes wrong silently: FP8 numbers that are read
+This is where a load goes wrong silently: FP8 numbers that are read
 without their scale are finite, plausible, and thousands of times too large. The layouts are those
 of Mistral's repositories (one scale a matrix, or one an expert) and of block-wise ones.
 """

@@ -1,7 +1,7 @@
 """Text from a prompt, token by token, with the tuned model or with its base.
 
-Apart from `evaluate` because it is the one place where a key-value cache exists: a cache turns off
-the separation of packed rows, so it stays out of every training and scoring path.
+It is the one place where a key-value cache exists: a cache turns off the separation of packed rows,
+so it stays out of every training and scoring path.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +26,12 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    tell: Callable[[int], None] = lambda token: None,
+    on_token: Callable[[int], None] = lambda token: None,
 ) -> list[int]:
     """Token ids that follow `prompt`, up to and with `end`; greedy at temperature 0.
 
     `images` are those of the prompt, in the order of its image tokens, as `images.stack` makes
-    them. `tell` hears of each token as soon as it is chosen.
+    them. `on_token` gets each token as soon as it is chosen.
     """
     inner: Any = unwrapped(model)
     current = torch.tensor([list(prompt)], device=device)
@@ -46,7 +46,7 @@ def generate(
             cache = result.past_key_values
             token = _choose(result.logits[0, -1].float(), temperature, top_p)
             out.append(token)
-            tell(token)
+            on_token(token)
             if token == end:
                 break
             current = torch.tensor([[token]], device=device)
@@ -56,9 +56,9 @@ def generate(
 def _choose(logits: torch.Tensor, temperature: float, top_p: float) -> int:
     if temperature <= 0.0:
         return int(logits.argmax())
-    chances, order = torch.softmax(logits / temperature, -1).sort(descending=True)
-    chances[chances.cumsum(-1) - chances >= top_p] = 0.0
-    return int(order[torch.multinomial(chances, 1)])
+    probabilities, order = torch.softmax(logits / temperature, -1).sort(descending=True)
+    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0.0
+    return int(order[torch.multinomial(probabilities, 1)])
 
 
 def readable(tokens: Sequence[int], tokenizer: ChatTokenizer) -> str:

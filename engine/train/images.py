@@ -1,8 +1,8 @@
 """Pixels of a run's images, decoded ahead of the step that needs them.
 
-Apart from `batches` because decoding is the one part of a batch that takes long: threads do it
-while the model computes (Pillow lets go of the interpreter), and what was decoded is kept while
-there is room. Which images a batch holds is decided there, and is the same without any of this.
+Decoding is the one part of a batch that takes long: threads do it while the model computes (Pillow
+lets go of the interpreter), and what was decoded is kept while there is room. Which images a batch
+holds is decided there, and is the same without any of this.
 """
 
 import math

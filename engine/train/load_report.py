@@ -1,7 +1,4 @@
-"""What a loaded base model is made of, in numbers and in a sentence for the person who waits.
-
-Apart from `model` because it decides nothing: it counts what loading placed.
-"""
+"""What a loaded base model is made of, in numbers and in a sentence."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -27,7 +24,7 @@ class LoadReport:
     """Of them, converted from FP8 on the way."""
     held_bytes: int
     """On the device, with the statistics of what is quantized."""
-    waiting_bytes: int
+    offloaded_bytes: int
     """In RAM, of what comes to the device for a while or not at all."""
     device: torch.device
 
@@ -39,13 +36,13 @@ class LoadReport:
         parts = ", ".join(f"{_count(n)} in {held}" for held, n in formats.most_common())
         places = f"{gib(self.held_bytes)} on the GPU"
         if self.device.type == "cpu":
-            places = f"{gib(self.held_bytes + self.waiting_bytes)} in memory"
-        elif self.waiting_bytes:
-            places += f", {gib(self.waiting_bytes)} in RAM"
-        words = f"{_count(sum(formats.values()))} weights: {parts}; {places}."
+            places = f"{gib(self.held_bytes + self.offloaded_bytes)} in memory"
+        elif self.offloaded_bytes:
+            places += f", {gib(self.offloaded_bytes)} in RAM"
+        text = f"{_count(sum(formats.values()))} weights: {parts}; {places}."
         if self.from_fp8:
-            words += f" {_count(self.from_fp8)} of them were FP8 on the disk and were converted."
-        return words
+            text += f" {_count(self.from_fp8)} of them were FP8 on the disk and were converted."
+        return text
 
 
 def describe_load(
@@ -58,13 +55,13 @@ def describe_load(
             weights[row.group, _held_as(model, row.name)] += row.count
     tensors = {id(t): t for t in chain(model.parameters(), model.buffers())}
     quantized = [m for m in model.modules() if isinstance(m, Linear4bit | Linear8bitLt)]
-    held = waiting = 0
+    held = offloaded = 0
     for tensor in chain(tensors.values(), *map(statistics, quantized)):
         if tensor.device == device and tensor.untyped_storage().nbytes():
             held += tensor.nbytes
         else:
-            waiting += tensor.nbytes
-    return LoadReport(weights, from_fp8, held, waiting, device)
+            offloaded += tensor.nbytes
+    return LoadReport(weights, from_fp8, held, offloaded, device)
 
 
 def _held_as(model: nn.Module, name: str) -> str:
@@ -74,11 +71,11 @@ def _held_as(model: nn.Module, name: str) -> str:
     held = getattr(module, name.rpartition(".")[2])
     if isinstance(held, nn.Module):  # a stack of experts as a module of its own
         kinds = {t.dtype for t in chain(held.parameters(), held.buffers())}
-        return "NF4" if torch.uint8 in kinds else _word(next(iter(kinds)))
-    return _word(held.dtype)
+        return "NF4" if torch.uint8 in kinds else _dtype_name(next(iter(kinds)))
+    return _dtype_name(held.dtype)
 
 
-def _word(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,6 +1,6 @@
-"""The steps: from batches to moved weights, and everything that happens between two steps.
+"""The steps: from batches to updated weights, and everything that happens between two steps.
 
-Thin on purpose. What is learned is decided by `batches`, what it costs by `loss`, what moves by
+Thin on purpose. What is learned is decided by `batches`, what it costs by `loss`, the update by
 `optim`; here is only their order, and the arithmetic that makes every learned token of an optimizer
 step weigh the same, however the step is cut into forward passes.
 """
@@ -22,7 +22,7 @@ from engine.plan.trainer import SAMPLE_TOKENS
 from engine.publish import publish_result
 from engine.train.alarms import LossAlarm, OverfittingAlarm, unreached
 from engine.train.batches import NAMED_ROWS, PAD, Order, Rows, StepBatch
-from engine.train.checkpoint import Checkpoints, Position, random_tensors, restore_random
+from engine.train.checkpoint import Checkpoints, Position, restore_rng_state, rng_state
 from engine.train.device import held_memory_bytes, peak_memory_bytes
 from engine.train.evaluate import mean_loss, row_losses, score, score_all
 from engine.train.experts import balance_loss, balance_weight, watch_routers
@@ -180,7 +180,7 @@ class Training:
         set_learning_rate(self.optimizer, rate)
         loss, norm = self.gradients(batch)
         self.judge(number, loss, norm, batch)
-        move(self.optimizer)
+        update_weights(self.optimizer)
         seconds, speed = self.step_clock.stop(batch.tokens)
         self.position.step = number
         self.position.tokens += batch.tokens
@@ -213,7 +213,7 @@ class Training:
         )
 
     def judge(self, number: int, loss: float, norm: float, batch: StepBatch) -> None:
-        """Say what is odd about a step before it moves anything; WorkError ends the run."""
+        """Say what is odd about a step before it changes anything; WorkError ends the run."""
         if what := self.alarm.stop_reason(number, loss, norm):
             raise self._stopped(what, batch)
         if number == 1:
@@ -268,8 +268,8 @@ class Training:
         return scores
 
     def sample(self, prompts: Sequence[Prompt], when: SampleTime) -> None:
-        """Let the model answer every prompt as its makers advise, each time with equal luck."""
-        chances = random_tensors()
+        """Let the model answer every prompt as its makers advise, each from the same seed."""
+        before = rng_state()
         for prompt in prompts:
             torch.manual_seed(self.config.seed)
             tokens = generate(
@@ -284,7 +284,7 @@ class Training:
             )
             text = readable(tokens, self.tokenizer)
             self.session.emit(Sample(self.position.step, prompt.text, text, when))
-        restore_random(chances)
+        restore_rng_state(before)
 
     def save(self) -> None:
         """Write a checkpoint of the present step, once."""
@@ -300,7 +300,7 @@ class Training:
         if folder is not None and self.position.best_step != self.position.step:
             load_trained(self.model, folder)
             self.session.emit(Note("info", f"ends with {folder.name}, the lowest evaluation loss"))
-            self.measure()  # the last figures that a run tells are those of its result
+            self.measure()  # the last figures of a run are those of its result
 
     def _stopped(self, what: str, batch: StepBatch) -> WorkError:
         self.session.emit(Note("error", what))
@@ -322,7 +322,7 @@ class Training:
 
 
 class StepClock:
-    """Seconds and tokens of each optimizer step, from making its batch to its last moved weight."""
+    """Seconds and tokens of each optimizer step, from making its batch to the update's end."""
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
         self._device, self._clock = device, clock
@@ -335,7 +335,7 @@ class StepClock:
     def stop(self, tokens: int) -> tuple[float, float]:
         """End a step when the device has done it; returns its seconds and its tokens a second.
 
-        Waits for the optimizer alone, as the loss was read before the weights moved. Events on the
+        Waits for the optimizer alone, as the loss was read before the update. Events on the
         device would be waited for as well, because the step's figures are written at once.
         """
         if self._device.type == "cuda":
@@ -344,8 +344,8 @@ class StepClock:
         return seconds, tokens / seconds if seconds > 0 else 0.0
 
 
-def move(optimizer: Optimizer) -> None:
-    """Move the weights by their gradients, and drop those."""
+def update_weights(optimizer: Optimizer) -> None:
+    """Update the weights by their gradients, and drop those."""
     take_step(optimizer)
     optimizer.zero_grad(set_to_none=True)
 

@@ -1,7 +1,7 @@
-"""Adapters on the modules that the plan chose, and what of the model may move at all.
+"""Adapters on the modules that the plan chose, and what of the model is trainable at all.
 
-Apart from `model` because here a run can train nothing without a word: PEFT may reach other modules
-than were chosen, a tied head may come apart, and a frozen model has no gradient to complain about.
+Here a run can train nothing without a word: PEFT may reach other modules than were chosen, a tied
+head may come apart, and a frozen model has no gradient to complain about.
 """
 
 import json
@@ -93,9 +93,9 @@ def attach_lora(model: PreTrainedModel, architecture: Architecture, config: RunC
     if not narrow or head_of(model).dtype == torch.bfloat16:
         leave_inputs_alone(adapted)
     reached = set(adapted.targeted_module_names)
-    wanted = {*targets, *experts}
-    if reached != wanted:
-        missed = sorted(wanted ^ reached)
+    chosen = {*targets, *experts}
+    if reached != chosen:
+        missed = sorted(chosen ^ reached)
         raise UserError(
             f"The adapter did not land where it should: {missed[0]} and {len(missed) - 1} others.",
             "The loaded model is not built as its config.json says.",

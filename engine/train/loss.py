@@ -1,7 +1,7 @@
 """Cross entropy over the whole vocabulary without ever holding the whole logits.
 
-Apart from the loop because every architecture ends in the same product, hidden states times head,
-and because at 131,072 rows this product is most of the memory and time of a small model.
+Every architecture ends in the same product, hidden states times head, and at 131,072 rows this
+product is most of the memory and time of a small model.
 Every function returns a sum, never a mean: the loop divides by the learned tokens of the whole
 optimizer step, so each learned token weighs the same however batches are cut.
 """
@@ -56,21 +56,21 @@ def _add_chunk(
     """One chunk's sum of cross entropies. The states' gradient is written into `grad`, the head's
     added to `head_grad`.
 
-    A row's slope stays multiplied by the sum of its exponentials: the narrow products are divided
-    by it instead of the wide chunk. The target's slope outweighs all others, and rounded with them
-    it would be most of the error: it joins in float32.
+    The gradient of a row's logits stays multiplied by the sum of its exponentials: the narrow
+    products are divided by it instead of the wide chunk. The target's outweighs all others, and
+    rounded with them it would be most of the error: it joins in float32.
     """
-    wanted = targets[:, None]
+    target = targets[:, None]
     logits = product(states, head.t())
     highest = logits.amax(-1, keepdim=True)
-    reached = logits.gather(1, wanted)
+    reached = logits.gather(1, target)
     sums = _exponentials(logits, highest)
-    of_target = logits.gather(1, wanted) - sums
+    of_target = logits.gather(1, target) - sums
     if head_grad is not None:
-        slope = logits.scatter_(1, wanted, of_target)
-        head_grad.addmm_(slope.t(), states.float() / sums)
+        gradient = logits.scatter_(1, target, of_target)
+        head_grad.addmm_(gradient.t(), states.float() / sums)
     if grad is not None:
-        moved = product(logits.scatter_(1, wanted, 0.0).to(head.dtype), head)
+        moved = product(logits.scatter_(1, target, 0.0).to(head.dtype), head)
         grad.copy_(moved.addcmul_(of_target, head[targets].float()).div_(sums))
     return (sums.log() + highest - reached).sum()
 
@@ -169,11 +169,11 @@ def score_tokens(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, 
     right = torch.empty(targets.shape, dtype=torch.bool, device=targets.device)
     for start in range(0, targets.numel(), rows):
         part = slice(start, start + rows)
-        wanted = targets[part, None]
+        target = targets[part, None]
         logits = product(states[part], head.t())
         highest, likeliest = logits.max(-1, keepdim=True)
-        reached = logits.gather(1, wanted)
+        reached = logits.gather(1, target)
         losses[part] = (_exponentials(logits, highest).log() + highest - reached).squeeze(1)
-        right[part] = (likeliest == wanted).squeeze(1)
+        right[part] = (likeliest == target).squeeze(1)
         del logits
     return losses, right

@@ -7,7 +7,7 @@ loads the base loads this.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from engine.train.fp8 import Fp8Layout, find_layout, read_matrix
 from engine.train.weight_files import (
     DTYPES,
     SHARD_BYTES,
+    BytesProgress,
     Entry,
     StoredTensor,
     list_tensors,
@@ -36,8 +37,6 @@ from engine.train.weight_files import (
 from engine.units import GIB
 from engine.visible import visible
 
-Tell = Callable[[int, int], None]
-
 _SPARE_BYTES = 256 * 2**20
 """Left free on the disk, for the small files and for whoever else writes there."""
 
@@ -45,7 +44,7 @@ _SPARE_BYTES = 256 * 2**20
 def merge(
     run: RunFolder,
     target: Path,
-    tell: Tell = lambda done, total: None,
+    progress: BytesProgress = lambda done, total: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write the run's base model with its adapter merged into the new folder `target`.
@@ -66,7 +65,7 @@ def merge(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        write_shards(partial, plan.tensors, plan.pieces, tell, shard_bytes)
+        write_shards(partial, plan.tensors, plan.pieces, progress, shard_bytes)
         _write_beside(partial, plan, base, run, config)
         if target.exists():
             target.rmdir()

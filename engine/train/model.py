@@ -7,7 +7,7 @@ form in which the run holds it, so that loading takes little more room than the 
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +31,8 @@ from engine.train.fp8 import Fp8Layout, find_layout, read_matrix
 from engine.train.load_report import LoadReport, describe_load
 from engine.train.offload import Placement
 from engine.train.quantize import hold_quantized, swap_linears
-from engine.train.weight_files import StoredTensor, list_tensors
+from engine.train.weight_files import BytesProgress, StoredTensor, list_tensors
 from engine.visible import visible
-
-Tell = Callable[[int, int], None]
-"""Told after each tensor: bytes read, bytes in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +44,14 @@ class Base:
     """Type of the weights that are not quantized, and of the arithmetic."""
     device: torch.device
     report: LoadReport
-    eyes_wait: bool = False
-    """Whether the vision tower and the projector stayed in RAM: they cannot be used."""
+    vision_offloaded: bool = False
+    """Whether the vision tower and the projector stayed in RAM and cannot be used."""
 
 
 def load_base(
     folder: Path,
     config: RunConfig,
-    tell: Tell = lambda done, total: None,
+    progress: BytesProgress = lambda done, total: None,
     tensors: Mapping[str, StoredTensor] | None = None,
     *,
     images: bool = True,
@@ -79,9 +76,9 @@ def load_base(
     missing = refuse_mismatch(folder, tensors, shapes, layout, model.all_tied_weights_keys)
     swap_linears(model, config, dtype)
     replace_experts(model, config, dtype)
-    wanted = {name: tensor for name, tensor in tensors.items() if name in shapes}
+    needed = {name: tensor for name, tensor in tensors.items() if name in shapes}
     placement = Placement(model, architecture.table, config, device, images=images)
-    _fill(model, wanted, layout, placement, dtype, tell)
+    _fill(model, needed, layout, placement, dtype, progress)
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
     for name, buffer in list(model.named_buffers()):
         owner, _, own = name.rpartition(".")
@@ -90,7 +87,7 @@ def load_base(
     model.eval()
     converted = sum(torch.Size(tensors[name].shape).numel() for name in layout.weights)
     report = describe_load(model, architecture.table, converted, device)
-    return Base(model, dtype, device, report, placement.eyes_wait)
+    return Base(model, dtype, device, report, placement.vision_offloaded)
 
 
 def refuse_other_formats(folder: Path, config: Mapping[str, Any]) -> None:
@@ -189,9 +186,9 @@ def refuse_mismatch(
     for problem, names in problems.items():
         if names:
             # What the files hold is named as there; in memory a Mistral 3 model's names differ.
-            words = sorted(tensors[n].name if n in tensors else n for n in names)
-            shown = ", ".join(visible(word, one_line=True) for word in words[:3])
-            shown += f" and {len(words) - 3} more" if words[3:] else ""
+            stored = sorted(tensors[n].name if n in tensors else n for n in names)
+            shown = ", ".join(visible(name, one_line=True) for name in stored[:3])
+            shown += f" and {len(stored) - 3} more" if stored[3:] else ""
             raise UserError(
                 f"The folder {folder} {problem}: {shown}.",
                 "Training on it would train a broken model without a warning.",
@@ -206,7 +203,7 @@ def _fill(
     layout: Fp8Layout,
     placement: Placement,
     dtype: torch.dtype,
-    tell: Tell,
+    progress: BytesProgress,
 ) -> None:
     """Read each tensor and give it to the module that holds it, in the module's own form.
 
@@ -224,7 +221,7 @@ def _fill(
             setattr(module, own, nn.Parameter(_read(name, tensor, layout, device, dtype)))
         placement.settle(name)
         done += tensor.size_bytes
-        tell(done, total)
+        progress(done, total)
 
 
 def _read(

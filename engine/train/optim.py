@@ -1,9 +1,9 @@
-"""Which optimizer moves the trained parameters, and how fast at each step.
+"""Which optimizer updates the trained parameters, and how fast at each step.
 
-Apart from the loop because the choice is data from the config and because a resumed run must build
-the very same thing again. The schedule is a pure function of the step: it has no state to save.
-bfloat16 weights are moved in float32, or most small steps would be rounded away. Afterwards they
-keep what was cut off (a full fine-tune), or are rounded at random (an adapter in bfloat16).
+A resumed run builds the very same thing again. The schedule is a pure function of the step: it has
+no state to save. bfloat16 weights are updated in float32, or most small steps would be rounded
+away. Afterwards they keep what was cut off (a full fine-tune), or are rounded at random (an adapter
+in bfloat16).
 """
 
 import ctypes
@@ -43,7 +43,7 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: RunConfig
     """
     named = list(named)
     optimizer = _choose(_groups(named, config), config)
-    _move_in_float32(optimizer, frozenset(p for name, p in named if is_lora_matrix(name)))
+    _update_in_float32(optimizer, frozenset(p for name, p in named if is_lora_matrix(name)))
     return optimizer
 
 
@@ -118,8 +118,8 @@ def cuda_runtime() -> ctypes.CDLL:
     return ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).partition('.')[0]}")
 
 
-def _move_in_float32(optimizer: Optimizer, adapter: frozenset[nn.Parameter]) -> None:
-    """Let `optimizer` move bfloat16 weights as if they were float32 ones.
+def _update_in_float32(optimizer: Optimizer, adapter: frozenset[nn.Parameter]) -> None:
+    """Let `optimizer` update bfloat16 weights as if they were float32 ones.
 
     Near 1.0 two neighbours in bfloat16 are 0.0078 apart: a step of 1e-5 would never arrive, and a
     second moment in bfloat16 could not fall by its 0.1 % a step. So each weight keeps the 16 bits
@@ -129,7 +129,7 @@ def _move_in_float32(optimizer: Optimizer, adapter: frozenset[nn.Parameter]) -> 
     """
 
     def widen(optimizer: Optimizer, *_: object) -> None:
-        for parameter in _moving(optimizer, torch.bfloat16):
+        for parameter in _with_gradients(optimizer, torch.bfloat16):
             assert parameter.grad is not None
             gradient, rest = parameter.grad.float(), optimizer.state[parameter].pop("rest", None)
             parameter.grad = None
@@ -152,7 +152,7 @@ def _move_in_float32(optimizer: Optimizer, adapter: frozenset[nn.Parameter]) -> 
         optimizer.register_step_post_hook(narrow)
 
 
-def _moving(optimizer: Optimizer, dtype: torch.dtype) -> list[nn.Parameter]:
+def _with_gradients(optimizer: Optimizer, dtype: torch.dtype) -> list[nn.Parameter]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return [p for p in parameters if p.dtype == dtype and p.grad is not None]
 
@@ -190,14 +190,14 @@ def _parts(groups: list[list[nn.Parameter]]) -> Iterator[list[list[nn.Parameter]
 
 
 def round_at_random(weight: Tensor) -> Tensor:
-    """A float32 tensor in bfloat16, each number up or down by chance, so that the mean is kept.
+    """A float32 tensor in bfloat16, each number up or down at random, so that the mean is kept.
 
     A random number is added to the 16 bits that are cut off. It comes from torch's own generator,
     whose state is part of a checkpoint.
     """
     bits = weight.view(torch.int32)
-    chance = torch.randint(1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
-    return (bits.add(chance) >> 16).to(torch.int16).view(torch.bfloat16)
+    noise = torch.randint(1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
+    return (bits.add(noise) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def split(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """What a run asks its model before, during and after: the config's questions, and held-out rows.
 
-Apart from `run` because a question is a row cut where its answer begins, rendered and batched as
-training rows are: what a model is asked here is what it learned to answer.
+A question is a row cut where its answer begins, rendered and batched as training rows are: what a
+model is asked here is what it learned to answer.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """Weights in 4 and 8 bits: which linears hold them, and the ways in which they go wrong silently.
 
-Apart from `model` because holding fewer bits is optional: the linears are replaced while they are
-still empty, and each weight is quantized on its way from the file to its device.
+The linears are replaced while they are still empty, and each weight is quantized on its way from
+the file to its device.
 """
 
 import logging

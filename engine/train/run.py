@@ -1,7 +1,7 @@
 """One launch of a run, from its folder to the first step and to the last event.
 
-Apart from `loop`, which knows only steps: here the pieces are fetched, checked against each other
-and put together, each with a `phase` event, so that a person sees what is waited for.
+The pieces are fetched, checked against each other and put together, each with a `phase` event, so
+that a person sees what is waited for.
 """
 
 import gc
@@ -66,14 +66,14 @@ from engine.train.text_metrics import TextMetrics
 from engine.train.weights import trained_parameters
 
 PROGRESS_SECONDS = 0.5
-"""Between two words on downloading, tokenizing or loading."""
+"""Between two reports on downloading, tokenizing or loading."""
 PLACES = {
     "load": "loading the model",
     "evaluate": "an evaluation",
     "save": "a save",
     "export": "the export",
 }
-"""Phases in which memory can run out, in words."""
+"""Phases in which memory can run out, as a sentence names them."""
 PACKAGES = ("windtunnel", "torch", "transformers", "peft", "bitsandbytes", "mistral_common")
 
 
@@ -100,8 +100,8 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
             raise as_error(facts, session.run)
         values = [f"{key}={value}" for key, value in facts.changes.items()]
         change_config(session.run, values)
-        words = f"memory ran out in {facts.where}: goes on with {' '.join(values)}, {facts.trade}"
-        session.emit(Note("warning", words))
+        text = f"memory ran out in {facts.where}: goes on with {' '.join(values)}, {facts.trade}"
+        session.emit(Note("warning", text))
         resume, checkpoint = True, None
 
 
@@ -143,13 +143,13 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
     session.emit(Phase("load", detail=config.base_model))
     base = load_base(session.base_folder, config, teller(session, "load"), images=images)
     session.emit(Note("info", base.report.sentence()))
-    if base.eyes_wait:
+    if base.vision_offloaded:
         session.emit(Note("info", "no row has an image: the vision tower stays in RAM"))
     torch.manual_seed(config.seed)  # the adapter's first values do not depend on what was loaded
     model = put_on_training(base, session.base_folder, config)
-    loss, words = settle_loss(config, head_of(model), base.device, planned_chunk(session.run))
-    if words:
-        session.emit(Note("info", words))
+    loss, note = settle_loss(config, head_of(model), base.device, planned_chunk(session.run))
+    if note:
+        session.emit(Note("info", note))
     text_metrics = TextMetrics(model, base.device, held_out, config, tokenizer, session.run.path)
     training = Training(
         *(base, model, rows, held_out, config, session, tokenizer),
@@ -161,8 +161,8 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
         training.restore(checkpoint)
     if config.sample_packing:
         sequences, fill = training.order.packing()
-        words = f"{len(rows)} rows packed into {sequences} sequences, {fill:.1%} full"
-        session.emit(Note("info", words))
+        text = f"{len(rows)} rows packed into {sequences} sequences, {fill:.1%} full"
+        session.emit(Note("info", text))
     session.emit(_started(session, config, base, training))
     prompts = [ask(text, tokenizer, config) for text in config.sample_prompts]
     if not prompts and config.eval_table_size:
@@ -211,7 +211,7 @@ def teller(session: Session, phase: str) -> Callable[[int, int], None]:
 
 
 def put_on_training(base: Base, folder: Path, config: RunConfig) -> Model:
-    """The model as it trains: an adapter on frozen weights, or the chosen weights free."""
+    """The model as it trains: an adapter on frozen weights, or the chosen weights trainable."""
     if config.gradient_checkpointing:
         offloads = bool(config.activation_offloading)
         checkpoint_activations(
@@ -234,8 +234,8 @@ def prepare_rows(
     prepared = _prepare(config, config.datasets, tokenizer, session)
     prepared.link_into(session.run.data)
     rows = select_rows(prepared, config)
-    if words := rows.left_out():
-        session.emit(Note("warning", words))
+    if left_out := rows.left_out():
+        session.emit(Note("warning", left_out))
     if not config.test_datasets:
         if not config.val_set_size:
             return rows, {}
@@ -275,8 +275,8 @@ def _prepare(
     home = session.run.path
     store = default_store(config, home)
     prepared = prepare(config, home, tokenizer, store, tell, datasets=datasets)
-    words = "already prepared" if prepared.reused else "prepared"
-    session.emit(Phase("prepared", len(prepared), len(prepared), f"{len(prepared)} rows {words}"))
+    state = "already prepared" if prepared.reused else "prepared"
+    session.emit(Phase("prepared", len(prepared), len(prepared), f"{len(prepared)} rows {state}"))
     return prepared
 
 

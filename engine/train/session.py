@@ -1,16 +1,18 @@
 """What ties a training process to its run folder: events out, commands and signals in.
 
-Apart from the loop, which asks three things of it between two steps: is there a pause, a wish, or
-an end. It holds no tensor and could serve any work that goes step by step.
+The loop asks three things of it between two steps: is there a pause, a wish, or an end.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from engine.events import Ack, Event, EventWriter, Phase
 from engine.runs import Command, ControlReader, RunFolder, StopSignals, Word
 
+Emit: TypeAlias = Callable[[Mapping[str, Any]], None]
+"""Prints one record as a line of JSON."""
 PAUSE_POLL_SECONDS = 0.2
 
 

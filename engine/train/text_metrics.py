@@ -82,8 +82,8 @@ class TextMetrics:
                 yield self._answer(step, name, some)
             elif self._config.eval_table_size and step == 0:
                 limit = self._config.eval_max_new_tokens
-                words = f"{name}: no answer is short enough for eval_max_new_tokens: {limit}"
-                yield Note("info", f"{words}, so none is generated")
+                text = f"{name}: no answer is short enough for eval_max_new_tokens: {limit}"
+                yield Note("info", f"{text}, so none is generated")
         if self._base_drift:
             yield from self._drift(step, self._base_drift)
 
@@ -92,8 +92,8 @@ class TextMetrics:
         given = [rows.ids(r.row)[r.begins : r.ends].tolist() for r in references]
         made = [self._write(rows, reference) for reference in references]
         called = [
-            calls_agree(answer, wanted, self._tokenizer)
-            for reference, answer, wanted in zip(references, made, given, strict=True)
+            calls_agree(answer, target, self._tokenizer)
+            for reference, answer, target in zip(references, made, given, strict=True)
             if reference.calls
         ]
         return Answers(
@@ -102,9 +102,9 @@ class TextMetrics:
             rows=len(references),
             stopped=mean(answer[-1] == eos for answer in made),
             length_ratio=median(
-                len(answer) / len(wanted) for answer, wanted in zip(made, given, strict=True)
+                len(answer) / len(target) for answer, target in zip(made, given, strict=True)
             ),
-            exact=mean(answer == wanted for answer, wanted in zip(made, given, strict=True)),
+            exact=mean(answer == target for answer, target in zip(made, given, strict=True)),
             calls=len(called),
             calls_valid=mean(called) if called else None,
         )
@@ -113,7 +113,7 @@ class TextMetrics:
         """The model's own answer, at most `eval_max_new_tokens`.
 
         It is the reference up to the first token that the model would choose otherwise, which one
-        forward pass tells: an exact answer is not generated at all.
+        forward pass shows: an exact answer is not generated at all.
         """
         one = slice(reference.row, reference.row + 1)
         cut = replace(rows, chosen=rows.chosen[one], lengths=np.array([reference.ends], np.int64))
@@ -187,10 +187,10 @@ def find_reference(rows: Rows, row: int, rule: LabelRule) -> Reference | None:
     return found
 
 
-def calls_agree(made: Sequence[int], wanted: Sequence[int], tokenizer: ChatTokenizer) -> bool:
+def calls_agree(made: Sequence[int], target: Sequence[int], tokenizer: ChatTokenizer) -> bool:
     """Whether an answer calls the functions that the reference calls, with readable arguments."""
     names = read_calls(made, tokenizer)
-    return bool(names) and names == read_calls(wanted, tokenizer)
+    return bool(names) and names == read_calls(target, tokenizer)
 
 
 def read_calls(answer: Sequence[int], tokenizer: ChatTokenizer) -> list[str] | None:

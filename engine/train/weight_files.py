@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,8 @@ from engine.errors import UserError
 from engine.plan.trainer import PIECE_BYTES
 from engine.visible import visible
 
+BytesProgress: TypeAlias = Callable[[int, int], None]
+"""Called with the bytes that are done and the bytes in all."""
 SHARD_BYTES = 5_000_000_000
 """Largest file, as transformers splits models; one tensor that is larger has a file of its own."""
 DTYPES = {
@@ -140,10 +143,10 @@ def _name_in_memory(name: str) -> str:
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
-    words = getattr(error, "strerror", None) or (str(error).splitlines() or ["no reason given"])[0]
+    said = getattr(error, "strerror", None) or (str(error).splitlines() or ["no reason given"])[0]
     return UserError(
         f"The weights in {folder} cannot be read.",
-        f"{visible(str(words), one_line=True).rstrip('.')}.",
+        f"{visible(str(said), one_line=True).rstrip('.')}.",
         "Download the model again, as safetensors files.",
     )
 
@@ -254,13 +257,12 @@ def write_shards(
     folder: Path,
     entries: Sequence[Entry],
     pieces: Callable[[Entry], Iterator[Tensor]],
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    progress: BytesProgress = lambda done, total: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `entries` as model.safetensors, or as numbered shards with their index.
 
-    `pieces` and what is raised are as in `write_file`. `tell` hears of bytes written and bytes in
-    all.
+    `pieces` and what is raised are as in `write_file`.
     """
     total, done = sum(entry.size_bytes for entry in entries), 0
 
@@ -270,7 +272,7 @@ def write_shards(
             done += piece.nbytes
             yield piece
             del piece
-            tell(done, total)
+            progress(done, total)
 
     shards = _split(entries, shard_bytes)
     weight_map = {}

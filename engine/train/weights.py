@@ -1,8 +1,7 @@
 """What is trained, and its way to disk and back.
 
-Apart from `checkpoint` because the finished adapter or model is the same thing as the one inside a
-checkpoint: for LoRA it is PEFT's own layout, also for adapted experts, and for a full fine-tune the
-trained tensors by name.
+The finished adapter or model is the same thing as the one inside a checkpoint: for LoRA it is
+PEFT's own layout, also for adapted experts, and for a full fine-tune the trained tensors by name.
 """
 
 import copy

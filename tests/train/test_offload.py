@@ -180,9 +180,9 @@ class TestLayers:
             load_base(folder, settings(folder, **PLAIN, **NF4, **keys)).report
             for keys in ({}, OFFLOADS["layers"])
         )
-        assert plain.waiting_bytes == 0
-        assert ours.held_bytes + ours.waiting_bytes == plain.held_bytes
-        assert ours.waiting_bytes > 0.3 * plain.held_bytes
+        assert plain.offloaded_bytes == 0
+        assert ours.held_bytes + ours.offloaded_bytes == plain.held_bytes
+        assert ours.offloaded_bytes > 0.3 * plain.held_bytes
         assert plain.sentence() == ours.sentence(), "on a CPU it is one memory"
 
 

@@ -70,7 +70,7 @@ class TestEyes:
         return torch.device("meta")
 
     @pytest.mark.parametrize(
-        ("keys", "images", "waits"),
+        ("keys", "images", "offloaded"),
         [
             ({"adapter": "lora"}, False, True),
             ({"adapter": "lora"}, True, False),
@@ -86,25 +86,25 @@ class TestEyes:
         device: torch.device,
         keys: dict[str, Any],
         images: bool,
-        waits: bool,
+        offloaded: bool,
     ) -> None:
         folder = deep_model("seeing")
         base = load_base(folder, settings(folder, **keys), images=images)
         places: dict[bool, set[torch.device]] = {True: set(), False: set()}
         for name, tensor in [*base.model.named_parameters(), *base.model.named_buffers()]:
             places["vision_tower" in name or "multi_modal" in name].add(tensor.device)
-        assert places == {False: {device}, True: {CPU if waits else device}}
-        assert base.eyes_wait == waits
+        assert places == {False: {device}, True: {CPU if offloaded else device}}
+        assert base.vision_offloaded == offloaded
 
-    def test_a_model_without_eyes_has_none_to_wait(
+    def test_a_text_model_has_no_tower_to_offload(
         self, deep_model: Callable[[str], Path], device: torch.device
     ) -> None:
         folder = deep_model("ministral3")
-        assert not load_base(folder, settings(folder), images=False).eyes_wait
+        assert not load_base(folder, settings(folder), images=False).vision_offloaded
 
     def test_on_a_cpu_nothing_changes(self, deep_model: Callable[[str], Path]) -> None:
         folder = deep_model("seeing")
-        assert not load_base(folder, settings(folder), images=False).eyes_wait
+        assert not load_base(folder, settings(folder), images=False).vision_offloaded
 
 
 class TestHosted:

@@ -109,12 +109,12 @@ class TestFigures:
                 row(3, 6, seed=91),
             ]
         )
-        made, wanted = [], []
+        made, target = [], []
         for index in range(len(rows)):
             reference = find_reference(rows, index, LabelRule())
             assert reference
             ids = rows.ids(index).tolist()
-            wanted.append(ids[reference.begins : reference.ends])
+            target.append(ids[reference.begins : reference.ends])
             question = ids[: reference.begins]
             made.append(
                 generate(taught.model, taught.base.device, question, end=2, max_new_tokens=20)
@@ -122,9 +122,9 @@ class TestFigures:
         (found,) = events(taught, {"some": rows}, tmp_path)
         assert isinstance(found, Answers)
         assert (found.step, found.dataset, found.rows) == (0, "some", 6)
-        assert found.exact == sum(m == w for m, w in zip(made, wanted, strict=True)) / 6
+        assert found.exact == sum(m == w for m, w in zip(made, target, strict=True)) / 6
         assert found.stopped == sum(m[-1] == 2 for m in made) / 6
-        ratios = [len(m) / len(w) for m, w in zip(made, wanted, strict=True)]
+        ratios = [len(m) / len(w) for m, w in zip(made, target, strict=True)]
         assert found.length_ratio == np.median(ratios)
         assert 0.5 <= found.exact < found.stopped or found.stopped < 1
         assert (found.calls, found.calls_valid) == (0, None)
@@ -206,12 +206,12 @@ CASES: dict[str, tuple[list[tuple[int, int]], Reference | None]] = {
 }
 
 
-@pytest.mark.parametrize(("given", "wanted"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("given", "target"), CASES.values(), ids=CASES)
 def test_the_reference_of_a_row_is(
-    given: Row, wanted: Reference | None, make_rows: Callable[[list[Row]], Rows]
+    given: Row, target: Reference | None, make_rows: Callable[[list[Row]], Rows]
 ) -> None:
     for rule in (LabelRule(), LabelRule(inputs=True)):
-        assert find_reference(make_rows([given]), 0, rule) == wanted
+        assert find_reference(make_rows([given]), 0, rule) == target
 
 
 def test_a_thought_that_is_not_learned_is_given(make_rows: Callable[[list[Row]], Rows]) -> None:
@@ -242,8 +242,8 @@ class TestCalls:
         assert read_calls(both[:3], tokenizer(version)) == []
 
     def test_they_agree_by_their_names_and_not_by_their_arguments(self, version: str) -> None:
-        wanted = calling(version, ("f", '{"a": 1}'))
-        agree = functools.partial(calls_agree, wanted=wanted, tokenizer=tokenizer(version))
+        target = calling(version, ("f", '{"a": 1}'))
+        agree = functools.partial(calls_agree, target=target, tokenizer=tokenizer(version))
         assert agree(calling(version, ("f", '{"b": [2, {}]}')))
         assert not agree(calling(version, ("g", '{"a": 1}')))
         assert not agree(calling(version, ("f", "{}"), ("f", "{}")))
@@ -306,7 +306,7 @@ def test_a_run_without_questions_of_its_own_asks_two_held_out_rows_and_a_general
 
 
 @pytest.mark.parametrize(
-    ("model", "effort", "wanted"),
+    ("model", "effort", "target"),
     [
         ("ministral-3-8b", None, (0.1, 1.0, 512)),
         ("magistral-small-2509", None, (0.7, 0.95, 512)),
@@ -317,11 +317,11 @@ def test_a_run_without_questions_of_its_own_asks_two_held_out_rows_and_a_general
     ],
 )
 def test_questions_are_answered_as_the_makers_advise(
-    model: str, effort: str | None, wanted: tuple[float, float, int]
+    model: str, effort: str | None, target: tuple[float, float, int]
 ) -> None:
     keys = {"chat_template_kwargs": {"reasoning_effort": effort}} if effort else {}
     found = sampling_of(settings(model, **keys))
-    assert (found.temperature, found.top_p, found.max_tokens) == wanted
+    assert (found.temperature, found.top_p, found.max_tokens) == target
 
 
 def test_samples_draw_alike_and_leave_the_run_its_own_luck(

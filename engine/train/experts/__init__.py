@@ -1,8 +1,8 @@
 """Mixture-of-experts layers that can be quantized and adapted: Mistral 4's.
 
-Apart from `quantize` and `lora`, which know linear layers only: transformers holds all experts of a
-layer in two fused tensors, which bitsandbytes leaves in 16 bits and which PEFT adapts by forming
-every expert's whole update. Here they are linear layers over rows sorted by expert.
+transformers holds all experts of a layer in two fused tensors, which bitsandbytes leaves in 16 bits
+and which PEFT adapts by forming every expert's whole update. Here they are linear layers over rows
+sorted by expert.
 
 grouped  all experts' matrices as one linear layer, plain or in NF4
 layer    the layer of experts, and where it takes transformers' place

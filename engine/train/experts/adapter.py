@@ -1,6 +1,6 @@
 """LoRA on the experts, one pair of small matrices for each.
 
-Separate from `layer`, which runs without it. The tensors have the layout of PEFT's own adapter on
+The tensors have the layout of PEFT's own adapter on
 fused parameters, so that what is trained here loads there; unlike there, no expert's update is ever
 formed: two small products follow the large one.
 """
@@ -97,7 +97,7 @@ def adapt(model: PreTrainedModel, settings: LoraConfig, experts: Sequence[str]) 
         else:
             settings.target_modules = [*(linears or ()), *experts]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Unsupported layer type")  # told of every own layer
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # of every layer of ours
         adapted = get_peft_model(model, settings)
     assert isinstance(adapted, PeftModel)
     if experts:

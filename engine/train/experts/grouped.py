@@ -1,7 +1,7 @@
 """One linear layer for all experts of a layer: rows sorted by expert, a matrix for each expert.
 
-Separate from `layer`, which knows what an expert computes: here is only how the matrices are held,
-and that no product and no backward pass has more than one NF4 expert in full precision.
+Here is how the matrices are held, and that no product and no backward pass has more than one NF4
+expert in full precision.
 """
 
 from abc import ABC, abstractmethod

@@ -1,7 +1,6 @@
 """The layer of experts over grouped linear layers, and where it takes transformers' own place.
 
-Separate from `adapter`: a run that quantizes the experts needs this one without any adapter on
-them. A full fine-tune, and an adapter beside experts that stay as they are, keep transformers' own
+A full fine-tune, and an adapter beside experts that stay as they are, keep transformers' own
 layer.
 """
 

@@ -1,7 +1,7 @@
 """The router's balance: an addition to the loss that rewards even use of the experts.
 
-Separate from `layer` because it watches the routers from outside, only while a training batch runs
-forward: what checkpointing recomputes in the backward pass is not seen and so not counted twice.
+The routers are watched from outside, only while a training batch runs forward: what checkpointing
+recomputes in the backward pass is not seen and so not counted twice.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,10 +31,10 @@ def balance_weight(config: RunConfig) -> float:
 
 
 @contextmanager
-def watch_routers(model: nn.Module, wanted: bool = True) -> Iterator[list[Routing]]:
-    """A list that every router adds its decisions to while the context is open, if `wanted`."""
+def watch_routers(model: nn.Module, enabled: bool = True) -> Iterator[list[Routing]]:
+    """A list that every router adds its decisions to while the context is open, if `enabled`."""
     seen: list[Routing] = []
-    if not wanted:
+    if not enabled:
         yield seen
         return
 

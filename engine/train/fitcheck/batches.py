@@ -1,7 +1,6 @@
 """The batch that decides a run's memory: as full as any of its batches can be.
 
-Separate from `engine.train.batches`, which cuts a run's data in its order: here only the worst
-moment counts. It is made of the person's own rows where they are here, else of random ids.
+It is made of the person's own rows where they are here, else of random ids.
 """
 
 import math
@@ -112,15 +111,15 @@ def synthetic_step(architecture: Architecture, config: RunConfig) -> StepBatch:
 
     With `processor_type` they are as much image as fits, as a plan without rows counts them.
     """
-    chance = np.random.default_rng(config.seed)
+    rng = np.random.default_rng(config.seed)
     size, length = config.micro_batch_size, config.sequence_len
-    words = next(p.shape[0] for p in architecture.table.parameters if p.group == "embedding")
-    ids = chance.integers(min(FIRST_PIECE, words // 2), words, (size, length))
+    vocabulary = next(p.shape[0] for p in architecture.table.parameters if p.group == "embedding")
+    ids = rng.integers(min(FIRST_PIECE, vocabulary // 2), vocabulary, (size, length))
     pixels: list[Pixels] = []
     tower = tower_of(architecture.table)
     if config.processor_type and tower:
         for sequence in ids:
-            pixels += _put_images(sequence, architecture, tower.token_pixels, chance)
+            pixels += _put_images(sequence, architecture, tower.token_pixels, rng)
     labels = np.where(ids == IMAGE_TOKEN, IGNORED_LABEL, ids)
     positions = np.tile(np.arange(length), (size, 1))
     if config.sample_packing and not pixels:
@@ -137,7 +136,7 @@ def _put_images(
     sequence: NDArray[np.int64],
     architecture: Architecture,
     token_pixels: int,
-    chance: np.random.Generator,
+    rng: np.random.Generator,
 ) -> Iterator[Pixels]:
     """Write as many of the model's largest images into a sequence as there is room for."""
     largest = largest_image_tokens(architecture)
@@ -147,7 +146,7 @@ def _put_images(
         block = sequence[start : start + side * (side + 1)].reshape(side, side + 1)
         block[:, :side] = IMAGE_TOKEN
         start += block.size
-        yield chance.standard_normal((3, side * token_pixels, side * token_pixels), np.float32)
+        yield rng.standard_normal((3, side * token_pixels, side * token_pixels), np.float32)
 
 
 def _largest_side(tokens: int) -> int:

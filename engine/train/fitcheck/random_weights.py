@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.catalog import Architecture
 from engine.train.weight_files import StoredTensor
 
-_WORDS = {torch.bfloat16: "BF16", torch.float32: "F32"}
+_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 """As a safetensors file would call them."""
 
 
@@ -40,9 +40,9 @@ class DrawnTensor(StoredTensor):
         # A convolution's inputs are its channels and its window; each expert has its own.
         stack = len(self.shape) == 3
         inputs = self.shape[-1] if stack else torch.Size(self.shape[1:]).numel()
-        chance = torch.Generator(self.device).manual_seed(self._seed_of(index))
+        generator = torch.Generator(self.device).manual_seed(self._seed_of(index))
         drawn = torch.empty(shape, dtype=self.kind, device=self.device)
-        return drawn.normal_(0.0, inputs**-0.5, generator=chance)
+        return drawn.normal_(0.0, inputs**-0.5, generator=generator)
 
     def _seed_of(self, index: int | None) -> int:
         return zlib.crc32(f"{self.seed} {self.name} {index}".encode())
@@ -54,7 +54,7 @@ def draw_weights(
     """Every parameter of the model that has memory of its own, by its name."""
     return {
         row.name: DrawnTensor(
-            Path("drawn"), row.name, row.shape, _WORDS[dtype], dtype, device, seed
+            Path("drawn"), row.name, row.shape, _NAMES[dtype], dtype, device, seed
         )
         for row in architecture.table.parameters
         if not row.tied

@@ -1,8 +1,8 @@
 """A smaller model of the same make, for a computer that could not build the real one in minutes.
 
-Separate from the measuring because this decides what a measurement stands for: two of the layers,
-and, where even those are too much, all widths divided by one number. The formula is then asked for
-exactly this model, so that what is compared is the formula, not the card.
+It decides what a measurement stands for: two of the layers, and, where even those are too much, all
+widths divided by one number. The formula is then asked for exactly this model, so that what is
+compared is the formula, not the card.
 """
 
 from collections.abc import Iterator, Mapping
@@ -102,15 +102,15 @@ def shrink(config: Mapping[str, Any], layers: int, factor: int) -> dict[str, Any
     if isinstance(text, Mistral4Sizes):
         part["first_k_dense_replace"] = min(text.first_k_dense_replace, layers - 1)
     if isinstance(sizes, Mistral3Sizes):
-        eyes = sizes.vision_config
+        vision = sizes.vision_config
         # A tower's head is what its width leaves to each.
         heads = content["vision_config"].get("num_attention_heads", 16)
         fewer = max(1, heads // factor)
         content["vision_config"] |= {
-            "num_hidden_layers": min(layers, eyes.num_hidden_layers),
+            "num_hidden_layers": min(layers, vision.num_hidden_layers),
             "num_attention_heads": fewer,
-            "hidden_size": eyes.hidden_size // heads * fewer,
-            "intermediate_size": _part(eyes.intermediate_size, factor),
+            "hidden_size": vision.hidden_size // heads * fewer,
+            "intermediate_size": _part(vision.intermediate_size, factor),
         }
         content["vision_feature_layer"] = -1
     return content

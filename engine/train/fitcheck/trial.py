@@ -5,7 +5,7 @@ It ends in the figures, or in a sentence on where memory ran out on the way.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,16 +34,15 @@ from engine.train.fitcheck.random_weights import draw_weights
 from engine.train.fitcheck.reduced import Built, as_it_is, reduce_for_cpu
 from engine.train.forward import Model, head_of
 from engine.train.images import refuse_unread
-from engine.train.loop import fill_gradients, move
+from engine.train.loop import fill_gradients, update_weights
 from engine.train.loss import Loss
 from engine.train.model import load_base
 from engine.train.optim import build_optimizer, learning_rate, set_learning_rate
 from engine.train.out_of_memory import is_out_of_memory, message_of
 from engine.train.run import prepare_rows, put_on_training, teller
-from engine.train.session import Session
+from engine.train.session import Emit, Session
 from engine.train.weights import trained_parameters
 
-Tell = Callable[[Mapping[str, Any]], None]
 LOADING = "loading the model"
 ATTACHING = "putting on what is trained"
 OPTIMIZER = "making the optimizer"
@@ -52,14 +51,14 @@ OPTIMIZER = "making the optimizer"
 class ReportingSession(Session):
     """A session whose events also go, as lines, to whoever started the process."""
 
-    def __init__(self, run: RunFolder, tell: Tell) -> None:
+    def __init__(self, run: RunFolder, emit: Emit) -> None:
         control = ControlReader(run.control, since=time.time())
         super().__init__(run, EventWriter(run.events), control, StopSignals())
-        self._tell, self._count = tell, 0
+        self._emit_line, self._count = emit, 0
 
     def emit(self, event: Event) -> None:
-        """Tell one event in the form that it has in events.jsonl."""
-        self._tell(json.loads(format_line(Recorded(self._count, time.time(), event))))
+        """Pass one event on in the form that it has in events.jsonl."""
+        self._emit_line(json.loads(format_line(Recorded(self._count, time.time(), event))))
         self._count += 1
 
 
@@ -82,16 +81,16 @@ class Pace:
     loss: float
     gradient_seconds: float
     """Of all its forward and backward passes."""
-    move_seconds: float
+    update_seconds: float
 
 
-def check(run: RunFolder, steps: int, tell: Tell) -> None:
-    """Measure the config of a folder, and tell events and, at the end, the record `fitted`.
+def check(run: RunFolder, steps: int, emit: Emit) -> None:
+    """Measure the config of a folder, and emit events and, at the end, the record `fitted`.
 
     Raises UserError with exit status 3 where memory runs out, in the three sentences.
     """
     leave_hub()
-    session = ReportingSession(run, tell)
+    session = ReportingSession(run, emit)
     config = _settled(read_config(run.config).config)
     device = pick_device()
     machine = read_machine()
@@ -111,11 +110,11 @@ def check(run: RunFolder, steps: int, tell: Tell) -> None:
     memory = open_peak_memory(device)
     model = _build(built.architecture, settled, session, memory, images=images)
     planned = estimate(config, built.architecture, place, statistics)
-    loss, words = settle_loss(settled, head_of(model), device, planned.loss_chunk_bytes)
-    if words:
-        session.emit(Note("info", words))
+    loss, note = settle_loss(settled, head_of(model), device, planned.loss_chunk_bytes)
+    if note:
+        session.emit(Note("info", note))
     paces = _step(model, settled, loss, data.batch, steps, session, memory)
-    tell({"fitted": _figures(built, config, place, data, memory, paces)})
+    emit({"fitted": _figures(built, config, place, data, memory, paces)})
 
 
 def _settled(config: RunConfig) -> RunConfig:
@@ -215,11 +214,11 @@ def _step(
             started = time.perf_counter()
             loss, norm = fill_gradients(model, parameters, batch, memory.device, config, way)
             memory.wait()
-            moving = time.perf_counter()
-            move(optimizer)
+            updating = time.perf_counter()
+            update_weights(optimizer)
             memory.wait()
             ended = time.perf_counter()
-        paces.append(Pace(loss, moving - started, ended - moving))
+        paces.append(Pace(loss, updating - started, ended - updating))
         session.emit(
             Step(
                 step=number,
@@ -240,7 +239,7 @@ def _step(
 
 @contextmanager
 def _part(name: str, memory: PeakMemory) -> Iterator[None]:
-    """A measured piece of work. Where memory runs out in it, that is what the person is told."""
+    """A measured piece of work. Where memory runs out in it, the error says so."""
     try:
         with memory.measure(name):
             yield
@@ -272,8 +271,8 @@ def _figures(
     later = paces[1:] or paces  # the first step makes the optimizer's state and warms up
     micros = len(data.batch.micros)
     micro_seconds = sum(p.gradient_seconds for p in later) / len(later) / micros
-    move_seconds = sum(p.move_seconds for p in later) / len(later)
-    step_seconds = config.gradient_accumulation_steps * micro_seconds + move_seconds
+    update_seconds = sum(p.update_seconds for p in later) / len(later)
+    step_seconds = config.gradient_accumulation_steps * micro_seconds + update_seconds
     micro_tokens = data.batch.tokens / micros
     speed = config.gradient_accumulation_steps * micro_tokens / step_seconds
     images = image_tokens_at_once(
@@ -303,20 +302,22 @@ def _figures(
         "tokens": int(micro_tokens),
         "losses": [pace.loss for pace in paces],
         "step_seconds": step_seconds,
-        "run_seconds": _run_seconds(built, data, micro_seconds / micro_tokens, move_seconds, speed),
+        "run_seconds": _run_seconds(
+            built, data, micro_seconds / micro_tokens, update_seconds, speed
+        ),
         "total_steps": data.steps,
     }
 
 
 def _run_seconds(
-    built: Built, data: Data, token_seconds: float, move_seconds: float, speed: float
+    built: Built, data: Data, token_seconds: float, update_seconds: float, speed: float
 ) -> float | None:
     """Of the whole run, without its evaluations; None where its length is not known."""
     if not built.whole or data.steps is None:
         return None
     if data.tokens is None:
         return data.steps * (data.batch.tokens / speed)
-    return data.tokens * token_seconds + data.steps * move_seconds
+    return data.tokens * token_seconds + data.steps * update_seconds
 
 
 def _highest(peaks: list[Peak]) -> Peak:

@@ -1,8 +1,8 @@
 """What a run keeps in this computer's RAM, and how it comes to the device in time.
 
-Apart from `model` and `forward`, which know what is loaded and computed: here nothing changes a
-number, only where it lies while nobody reads it. On a CPU the same code swaps between two places in
-the same RAM, so that everything but the streams is tested without a GPU.
+Nothing here changes a number, only where it lies while nobody reads it. On a CPU the same code
+swaps between two places in the same RAM, so that everything but the streams is tested without a
+GPU.
 
 transfer     host memory, copies beside the computation, tensors whose memory comes and goes
 layers       frozen weights of the decoder layers

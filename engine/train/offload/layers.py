@@ -1,8 +1,8 @@
 """The frozen weights of decoder layers, on the device in turns.
 
-Separate from `transfer`, which moves one tensor: here is who comes when. A layer comes at the
-latest when it computes; with it comes the next one, in the forward pass the one behind it, in the
-backward pass the one before it. All others go first, so that never more than two are there.
+A layer comes at the latest when it computes; with it comes the next one, in the forward pass the
+one behind it, in the backward pass the one before it. All others go first, so that never more than
+two are there.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from engine.train.offload.transfer import CopyLane, Hosted, HostMemory
 
 
 class LayerTurns:
-    """The first layers of a model, as many as `take` was told of."""
+    """The first layers of a model, as many as were given to `take`."""
 
     def __init__(self, device: torch.device, memory: HostMemory) -> None:
         self._lane, self._memory = CopyLane(device), memory

@@ -1,7 +1,7 @@
 """Which weights of a model go where while it loads: to the device, or to stay in RAM.
 
-Separate from `model`, which reads them: what stays in RAM is decided before the first tensor is
-read, so that a model which only fits without it never has to fit with it.
+What stays in RAM is decided before the first tensor is read, so that a model which only fits
+without it never has to fit with it.
 """
 
 import re
@@ -36,7 +36,7 @@ class Placement:
     ) -> None:
         """`model` may still be empty. `images` says whether the run has any."""
         self._model, self._device, self._memory = model, device, HostMemory(device)
-        self.eyes_wait = (
+        self.vision_offloaded = (
             not images
             and device.type != "cpu"
             and any(_VISION.search(row.name) for row in table.parameters)
@@ -55,9 +55,9 @@ class Placement:
 
     def device_of(self, name: str) -> torch.device:
         """Where the tensor `name` is to be once it is read."""
-        waits = self.eyes_wait and _VISION.search(name)
+        unused = self.vision_offloaded and _VISION.search(name)
         looked_up = self._offloads_tables and name in self._tables
-        return _HOST if waits or looked_up else self._device
+        return _HOST if unused or looked_up else self._device
 
     def settle(self, name: str) -> None:
         """Move the weight `name`, which its module has just been given, on to RAM if it goes there.

@@ -1,7 +1,7 @@
 """The embedding and the head in RAM: rows of the one are looked up there, the other is lent.
 
-Separate from `layers` because the two are large tables that nothing comes behind: at 131,072 rows
-each takes as much as a few layers, and is read once in a forward pass.
+They are large tables that nothing comes behind: at 131,072 rows each takes as much as a few layers,
+and is read once in a forward pass.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """Host memory, copies that run beside the computation, and tensors whose memory comes and goes.
 
-Separate from what is moved because the order of events on a CUDA device is decided here alone: a
-copy to the device starts after everything that was computed before it was asked for, so that memory
-which that computation read can be written again; and whoever reads a copy waits for it.
+The order of events on a CUDA device is decided here alone: a copy to the device starts after
+everything that was computed before it was asked for, so that memory which that computation read can
+be written again; and whoever reads a copy waits for it.
 """
 
 from collections.abc import Iterator
