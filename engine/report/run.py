@@ -1,10 +1,19 @@
 """A run in words: where it stands, how far it is, what its last evaluation said."""
 
+from typing import Final
+
 from engine.events import Answers, Drift, Score
 from engine.report.events import kind_losses
 from engine.report.line import Line
-from engine.runs import RunFolder, Summary, summarize
+from engine.runs import RunFolder, Status, Summary, summarize
 from engine.units import nats
+from engine.visible import visible
+
+_LIVE: Final[dict[Status | None, str]] = {
+    "waiting": "starting",
+    "running": "training",
+    "paused": "paused",
+}
 
 
 def state_lines(run: RunFolder) -> list[Line]:
@@ -24,6 +33,13 @@ def state_lines(run: RunFolder) -> list[Line]:
             ]
         case _:
             return [Line("", "", f"It is {summary.status} in {run.path}")]
+
+
+def way_back(run: RunFolder, status: Status | None) -> str:
+    """`still paused: windtunnel watch pilot`, for who leaves a run alone; empty for one that has
+    ended."""
+    name = visible(run.name, one_line=True)
+    return f"still {_LIVE[status]}: windtunnel watch {name}" if status in _LIVE else ""
 
 
 def progress_text(summary: Summary) -> str:

@@ -12,8 +12,8 @@ from typing import Final, Literal, TypeAlias
 from engine.errors import UserError, WorkError
 from engine.events import Ended, Event, Phase, Step
 from engine.report.events import event_line
-from engine.report.run import state_lines
-from engine.runs import RunFolder, follow
+from engine.report.run import state_lines, way_back
+from engine.runs import RunFolder, follow, status
 from engine.visible import visible
 from engine.wizard.draft import Draft
 from engine.wizard.start import free_config_path, save_config, start_run, why_not
@@ -126,7 +126,7 @@ def follow_run(
                 shown_at = clock()
             last = event
     except KeyboardInterrupt:
-        raise Leave(f"It goes on without you. Back: windtunnel watch {name}") from None
+        raise Leave(f"{name} is {way_back(run, status(run)) or 'done'}") from None
     if isinstance(last, Ended) and last.outcome == "failed":
         raise UserError(last.what, last.why, last.fix, exit_status=1)
     if not isinstance(last, Ended):

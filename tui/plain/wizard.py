@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Final
 
 from engine.errors import UserError, WorkError
-from engine.runs import RunFolder, is_locked, list_runs
+from engine.report.run import way_back
+from engine.runs import RunFolder, list_runs, status
 from engine.wizard.draft import Draft
 from engine.wizard.flow import Wizard
 from tui.plain.asking import ask
@@ -74,5 +75,6 @@ def _head(dialogue: Dialogue, at: int, title: str, more: str = "") -> None:
 def _mention_live_run(dialogue: Dialogue, home: Path | None) -> None:
     for run in list_runs(home):
         with suppress(WorkError):  # a folder that cannot be read is no reason to ask nothing
-            if is_locked(run):
-                dialogue.say(f"{run.name} is training; back to it: windtunnel watch {run.name}")
+            word = status(run)
+            if word != "waiting" and (way := way_back(run, word)):
+                dialogue.say(f"{run.name} is {way}")

@@ -12,11 +12,11 @@ from engine.errors import UserError
 from engine.events import Ended
 from engine.hardware import assume
 from engine.plan import best_device, gpu_device
-from engine.runs import RunFolder, create_run, find_run, summarize
+from engine.runs import RunFolder, ask, create_run, find_run, summarize
 from engine.wizard.draft import Draft, draft_from
 from engine.wizard.start import save_config, start_run, why_not
 from tests.fakes.nvml import RTX_4090, FakeDriver
-from tests.fakes.processes import running_fake, wait_until
+from tests.fakes.processes import PATIENCE_SECONDS, running_fake, wait_until
 from tests.support.conversation import Conversation
 from tests.support.extras import needs_trainer
 from tests.support.told_runs import told_run
@@ -448,7 +448,7 @@ def test_ctrl_c_leaves_the_run_alone() -> None:
             raise KeyboardInterrupt
 
     with running_fake(run, steps=10**6, step_seconds=0.01) as trainer:
-        with pytest.raises(Leave, match="Back: windtunnel watch live"):
+        with pytest.raises(Leave, match="live is still training: windtunnel watch live"):
             follow_run(run, Dialogue(write=write))
         assert trainer.poll() is None
 
@@ -456,4 +456,12 @@ def test_ctrl_c_leaves_the_run_alone() -> None:
 def test_a_live_run_is_mentioned_first() -> None:
     with running_fake(create_run("live"), steps=10**6, step_seconds=0.05):
         told = converse("q")
-    assert told.lines[1] == "live is training; back to it: windtunnel watch live"
+    assert told.lines[1] == "live is still training: windtunnel watch live"
+
+
+def test_a_paused_run_is_not_called_training() -> None:
+    run = create_run("live")
+    with running_fake(run, steps=10**6, step_seconds=0.05):
+        ask(run, "pause", timeout_seconds=PATIENCE_SECONDS)
+        told = converse("q")
+    assert told.lines[1] == "live is still paused: windtunnel watch live"

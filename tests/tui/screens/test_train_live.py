@@ -61,6 +61,8 @@ def test_p_pauses_and_p_goes_on(home: Path) -> None:
         await pilot.press("p")
         await wait_for_text(pilot, "❚❚ paused")
         assert status(run) == "paused"
+        assert isinstance(pilot.app.screen, TrainPage)
+        assert pilot.app.screen.parting == "still paused: windtunnel watch live"
         assert "p go on" in screen_text(pilot.app)
         await pilot.press("p")
         await wait_for_text(pilot, "▶ training")

@@ -22,7 +22,7 @@ from textual.worker import get_current_worker
 from engine.errors import UserError, WorkError
 from engine.launch import resume_run
 from engine.report.events import room
-from engine.report.run import figures_text
+from engine.report.run import figures_text, way_back
 from engine.runs import RunFolder, Status, Word
 from engine.runs.history import History
 from engine.visible import visible
@@ -133,8 +133,7 @@ class TrainPage(Page):
     @property
     def parting(self) -> str:
         """What is printed when the app ends: how to come back to a run that goes on."""
-        alive = self._status in _ALIVE
-        return f"still training: windtunnel watch {self._run_name}" if alive else ""
+        return way_back(self._folder, self._status)
 
     def help_for(self, focused: Widget | None) -> HelpText:
         text = _HELP.get(focused.id or "" if focused else "", _HELP["loss"])
