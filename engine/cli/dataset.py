@@ -5,7 +5,6 @@ what is right or wrong about a dataset is decided there.
 """
 
 import json
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -18,8 +17,7 @@ from cyclopts import Parameter
 
 from engine.chat.tokenizer_file import tokenizer_name
 from engine.cli.printing import print_lines, terminal_columns, underlines
-from engine.config import ConfigError, DatasetConfig, RunConfig, read_config
-from engine.config.data_keys import DataKeys, LearningKeys
+from engine.config import ConfigError, DatasetConfig, RunConfig, read_config, section_of
 from engine.errors import UserError
 from engine.units import counted
 from engine.visible import visible
@@ -34,6 +32,8 @@ Strict = Annotated[bool, Parameter(negative="")]
 Think = Annotated[bool | None, Parameter("--think", negative="--no-think")]
 
 _SHOWN_PROBLEMS = 20
+_ABOUT_ROWS = ("Data", "What is learned")
+"""Sections of the keys that decide what a row becomes."""
 
 
 def register(app: cyclopts.App) -> None:
@@ -88,11 +88,10 @@ def _load(path: str) -> RunConfig:
     Other keys that training refuses do not matter to arrays.
     """
     file = read_config(path)
-    about = set(DataKeys.model_fields) | set(LearningKeys.model_fields)
     refused = [
         finding
         for finding in file.findings()
-        if finding.severity == "error" and re.split(r"\W", finding.key)[0] in about
+        if finding.severity == "error" and section_of(finding.key) in _ABOUT_ROWS
     ]
     if refused:
         raise ConfigError(path, refused)

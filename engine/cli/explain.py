@@ -13,7 +13,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.config.explanation import Explanation, explain_key
-from engine.config.words import config_schema
+from engine.config.schema import config_schema
 
 AsJson = Annotated[bool, Parameter("--json", negative="")]
 

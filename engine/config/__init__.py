@@ -1,20 +1,22 @@
 """What to do, in one file: Axolotl's YAML keys, checked before anything runs.
 
 It is the left hand of the only hand-over into a run (`config.yml`); `events.py` is the right one.
-The keys and what they mean are in the `*_keys` modules, one section each; `rules` says which of
-them contradict each other and `limits` what this engine does not act on. `reading` and `writing`
-go between text and RunConfig, and never lose a comment on the way.
+The keys that act are in the `*_keys` modules, one section each; `rules` says which of them
+contradict each other and `limits` which values this engine does not act on. Axolotl's other keys
+are in axolotl_keys.yml. `reading` and `writing` go between text and RunConfig, and never lose a
+comment on the way.
 """
 
 from engine.config.data_keys import DatasetConfig
 from engine.config.document import Document
+from engine.config.explanation import section_of
 from engine.config.finding import ConfigError, Finding
-from engine.config.limits import SHARDED_OPTIMIZERS
-from engine.config.overriding import FULL, NONE, assignment, override, spell
-from engine.config.reading import ConfigFile, parse_config, read_config
-from engine.config.run import SECTIONS, RunConfig, section_title
-from engine.config.support import require_supported, unsupported
-from engine.config.words import config_schema
+from engine.config.keys import SECTIONS, section_title
+from engine.config.limits import SHARDED_OPTIMIZERS, require_supported, unsupported
+from engine.config.overriding import FULL, NONE, assignment, spell
+from engine.config.reading import ConfigFile, override, parse_config, read_config
+from engine.config.run import RunConfig
+from engine.config.schema import config_schema
 from engine.config.writing import write_config
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "parse_config",
     "read_config",
     "require_supported",
+    "section_of",
     "section_title",
     "spell",
     "unsupported",

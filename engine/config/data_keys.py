@@ -27,8 +27,6 @@ class DatasetConfig(Section):
     """Branch, tag or commit of a hub dataset. A commit makes a rerun read the same rows."""
     data_files: list[str] | str | None = None
     """Files to read inside the folder or hub dataset. Absent: all."""
-    ds_type: str | None = None
-    """Format of the files (json, csv, parquet ...). It is told from their names."""
     field_messages: str = "messages"
     """Column that holds the list of messages; ShareGPT rows use conversations."""
     field_tools: str = "tools"
@@ -50,39 +48,9 @@ class DatasetConfig(Section):
     """Our role (system, user, assistant, tool) -> the names that the rows use for it."""
     message_field_training: str | None = None
     """Key in a message whose false value keeps that message out of the loss."""
-    message_field_training_detail: str | None = None
-    """Key in a message that marks parts of its text as learned or not."""
     chat_template_kwargs: dict[str, str] | None = None
     """Settings of the rendering for this source alone, such as {reasoning_effort: high}; they
     win over the run's own chat_template_kwargs. (Axolotl ignores them here.)"""
-    chat_template: str | None = None
-    """Name of a chat template for this source. The model's own is always used."""
-    roles_to_train: list[str] | None = None
-    """Roles whose messages are learned. Absent: [assistant]."""
-    train_on_eos: Literal["turn", "all", "last", "none"] | None = None
-    """Which end-of-sequence tokens are learned. turn (also when absent): that of every learned
-    message, so that the model learns to stop."""
-    train_on_eot: Literal["turn", "all", "last", "none"] | None = None
-    """The same for end-of-turn tokens, which Mistral models do not have."""
-    message_field_role: str | None = None
-    """Older spelling of message_property_mappings: {role: ...}."""
-    message_field_content: str | None = None
-    """Older spelling of message_property_mappings: {content: ...}."""
-    field_thinking: str | None = None
-    """Older spelling of message_property_mappings: {thinking: ...}."""
-    template_thinking_key: str | None = None
-    """Key under which an HF template expects thinking; mistral-common needs none."""
-    split_thinking: bool | None = None
-    """Take <think>...</think> out of the text as thinking. Thinking is recognised in all its
-    spellings without this."""
-    drop_system_message: bool | None = None
-    """Leave out the system message of every row."""
-    weight: Amount | None = None
-    """How often rows of this source are drawn, relative to the others."""
-    field_chosen: str | None = None
-    """Column of the preferred answer (preference training)."""
-    field_rejected: str | None = None
-    """Column of the rejected answer (preference training)."""
     trust_remote_code: bool | None = None
     """Run Python that a dataset repository ships. Refused when true."""
 
@@ -103,16 +71,6 @@ class DataKeys(Section):
     dataset_prepared_path: str | None = None
     """Folder of the tokenized rows, so that an unchanged dataset is tokenized once. Absent: the
     user's cache folder, shared by all runs."""
-    dataset_num_proc: Count | None = None
-    """Processes that tokenize."""
-    shuffle_merged_datasets: bool = True
-    """Shuffle the rows of all sources together."""
-    dataset_exact_deduplication: bool | None = None
-    """Leave out rows that are equal to another."""
-    pretraining_dataset: list[object] | str | None = None
-    """Plain text for continued pretraining."""
-    streaming: bool | None = None
-    """Read the dataset while training instead of preparing it first."""
     skip_prepare_dataset: bool | None = None
     """Tokenize while training. Rows are always prepared first, so that they can be previewed."""
     remove_unused_columns: bool | None = None
@@ -142,9 +100,6 @@ class LearningKeys(Section):
     history_thinking: Literal["keep", "drop"] = "keep"
     """Thinking of the earlier answers of a conversation: keep shows it to the later turns, drop
     leaves it out, as most chat programs do."""
-    role_boundaries: list[object] | None = None
-    """Markers that tell Axolotl's image path whose text is whose. Windtunnel knows the source
-    of every token and needs none."""
 
 
 class SequenceKeys(Section):
@@ -153,10 +108,6 @@ class SequenceKeys(Section):
     sequence_len: Count = 512
     """Longest row in tokens; memory grows with it. 2048 suits most conversations; look at the
     lengths that `windtunnel check` prints."""
-    eval_sequence_len: Count | None = None
-    """Longest row in tokens while evaluating. Absent: sequence_len."""
-    min_sample_len: Count | None = None
-    """Shortest row in tokens that is kept."""
     excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
     """What happens to rows longer than sequence_len: drop leaves them out (and counts them),
     truncate cuts them at the end, raise refuses the dataset."""
@@ -165,7 +116,3 @@ class SequenceKeys(Section):
     padding: the same loss, several times faster on short rows. Rows never see each other."""
     eval_sample_packing: bool | None = Field(default=None)
     """The same for the evaluation. Absent: as sample_packing."""
-    pad_to_sequence_len: bool | None = None
-    """Fill every sequence up to sequence_len. Never needed here."""
-    group_by_length: bool | None = None
-    """Draw rows of similar length together."""

@@ -16,6 +16,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from engine.config.finding import ConfigError, Finding, shown
 from engine.errors import UserError
+from engine.visible import visible
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 Value: TypeAlias = "bool | int | float | str | list[Value] | dict[str, Value] | None"
@@ -39,6 +40,8 @@ class Document:
     """The node of every value, by its path from the root; () is the root."""
     lines: dict[KeyPath, int] = field(repr=False)
     """The line of every key and list item, counted from 1."""
+    problems: tuple[Finding, ...] = ()
+    """What the text has besides: keys that stand there twice, tags that ask for objects."""
 
     def line(self, key: str) -> int | None:
         """Line of `key`, written as in findings (datasets[0].path), or of what encloses it."""
@@ -52,6 +55,14 @@ def key_path(key: str) -> KeyPath:
     """("datasets", 0, "path") for datasets[0].path."""
     parts = key.replace("]", "").replace("[", ".").split(".")
     return tuple(int(part) if part.isdecimal() else part for part in parts)
+
+
+def key_text(path: KeyPath) -> str:
+    """datasets[0].path for ("datasets", 0, "path")."""
+    text = ""
+    for part in (visible(part, one_line=True) if isinstance(part, str) else part for part in path):
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
 
 
 def load_document(path: Path) -> Document:
@@ -113,9 +124,7 @@ def parse_document(text: str, name: str) -> Document:
         )
     walk = _Walk(name, reader)
     values = walk.mapping(root, ())
-    if walk.problems:
-        raise ConfigError(name, walk.problems)
-    return Document(name, text, values, walk.nodes, walk.lines)
+    return Document(name, text, values, walk.nodes, walk.lines, tuple(walk.problems))
 
 
 def parse_value(text: str) -> Value:
@@ -124,6 +133,8 @@ def parse_value(text: str) -> Value:
     Raises UserError when it is no YAML.
     """
     document = parse_document(f"value: {text}\n", f"The value {shown(text)}")
+    if document.problems:
+        raise ConfigError(document.name, document.problems)
     if len(document.values) > 1:
         raise UserError(
             f"The value {shown(text)} holds a line break.",
@@ -230,10 +241,8 @@ class _Walk:
         return text
 
     def add(self, path: KeyPath, line: int, what: str, why: str) -> None:
-        key = ".".join(str(part) for part in path)
-        self.problems.append(
-            Finding("yaml", "error", key, line, what, why, "Correct or remove this line.")
-        )
+        fix = "Correct or remove this line."
+        self.problems.append(Finding("yaml", "error", key_text(path), line, what, why, fix))
 
 
 def _limit_size(text: str, name: str) -> None:

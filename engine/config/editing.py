@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from engine.config.document import Document, KeyPath
+from engine.config.keys import SECTIONS, section_title
 from engine.config.other_keys import RENAMED
-from engine.config.run import SECTIONS, RunConfig, section_title
+from engine.config.run import RunConfig
 from engine.config.section import Section
 from engine.config.yaml_text import (
     HEADER,

@@ -1,7 +1,6 @@
 """One key of a config, explained: the text that `windtunnel explain` and the wizard's help show.
 
-Separate from the keys because older spellings, other tools' names and what is not acted on have an
-explanation too.
+Older spellings and Axolotl's keys that are not acted on have an explanation too.
 """
 
 from collections.abc import Mapping
@@ -9,13 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config.data_keys import DatasetConfig
+from engine.config.document import key_path
 from engine.config.finding import shown
+from engine.config.keys import SECTIONS, section_title
 from engine.config.limits import DATASET_LIMITS, LIMITS, Limit
-from engine.config.other_keys import CHANGING, DATASET_CHANGING, HARMLESS, RENAMED
+from engine.config.other_keys import RENAMED, OtherKey, other_keys
 from engine.config.reading import nearest_key
-from engine.config.run import SECTIONS, RunConfig, section_title
+from engine.config.run import RunConfig
+from engine.config.schema import allowed, describe, schema_at
 from engine.config.section import Section
-from engine.config.words import allowed, schema_at, words
 from engine.config.yaml_text import flow
 from engine.errors import UserError
 
@@ -29,7 +30,7 @@ class Explanation:
     section: str
     meaning: str
     takes: str
-    """Type and range in words: "a whole number, 1 or more"."""
+    """Type and range in words: "a whole number, 1 or more"; empty where no value does anything."""
     allowed: tuple[str, ...]
     """The values, when there are only a few."""
     default: str
@@ -51,18 +52,41 @@ def explain_key(key: str) -> list[Explanation]:
         current = _of_run(RENAMED[name].key)
         meaning = f"{name} is an older spelling of this key. {current.meaning}"
         found.append(replace(current, meaning=meaning))
-    elif name in RunConfig.model_fields and not of_dataset:
+    elif not of_dataset and (name in RunConfig.model_fields or name in other_keys()):
         found.append(_of_run(name))
     if name in DatasetConfig.model_fields:
         found.append(_explanation(DatasetConfig, name, "Data", ("datasets", 0), DATASET_LIMITS))
+    elif name in other_keys("dataset"):
+        found.append(_other(f"datasets[].{name}", other_keys("dataset")[name]))
     if found:
         return found
-    raise _not_ours(name)
+    fields = frozenset(RunConfig.model_fields) | frozenset(DatasetConfig.model_fields)
+    near = nearest_key(name, fields)
+    raise UserError(
+        f"{shown(name)} is not a key of a config.",
+        "No key has that name.",
+        f"Did you mean {near}?" if near else "`windtunnel schema` lists all keys.",
+    )
+
+
+def section_of(key: str) -> str:
+    """The title of the section of a key that is written as in findings, datasets[0].path."""
+    name = str(key_path(key)[0])
+    if name in other_keys():
+        return other_keys()[name].section
+    return next(section_title(section) for section in SECTIONS if name in section.model_fields)
 
 
 def _of_run(key: str) -> Explanation:
-    section = next(section for section in SECTIONS if key in section.model_fields)
-    return _explanation(RunConfig, key, section_title(section), (), LIMITS)
+    if key in other_keys():
+        return _other(key, other_keys()[key])
+    return _explanation(RunConfig, key, section_of(key), (), LIMITS)
+
+
+def _other(key: str, other: OtherKey) -> Explanation:
+    meaning = f"A key of Axolotl. {other.meaning}"
+    limit = f"{_reach(other.limit)} {other.limit.why} {other.limit.fix}"
+    return Explanation(key, other.section, meaning, "", (), "not set", limit)
 
 
 def _explanation(
@@ -78,7 +102,7 @@ def _explanation(
         key=f"datasets[].{key}" if path else key,
         section=title,
         meaning=" ".join((section.model_fields[key].description or "").split()),
-        takes=words(schema),
+        takes=describe(schema),
         allowed=tuple(allowed(schema)),
         default=_default(section, key, schema),
         limit=None if limit is None else f"{_reach(limit)} {limit.why} {limit.fix}",
@@ -99,26 +123,3 @@ def _reach(limit: Limit) -> str:
     if limit.severity == "note":
         return "It has no effect here." if every else "Some values have no effect here."
     return "It is not supported yet." if every else "Some values are not supported yet."
-
-
-def _not_ours(key: str) -> UserError:
-    if key in HARMLESS:
-        return UserError(
-            f"{key} is a key of Axolotl that has no effect here.",
-            "It changes how a run is computed or reported there, not what is learned.",
-            "It can stay in a file that Axolotl reads too.",
-        )
-    if key in CHANGING or key in DATASET_CHANGING:
-        return UserError(
-            f"{key} is a key of Axolotl that Windtunnel does not support.",
-            "A config that sets it is refused, because it changes what is learned.",
-            "Axolotl's own documentation explains it.",
-        )
-    near = nearest_key(
-        key, frozenset(RunConfig.model_fields) | frozenset(DatasetConfig.model_fields)
-    )
-    return UserError(
-        f"{shown(key)} is not a key of a config.",
-        "No key has that name.",
-        f"Did you mean {near}?" if near else "`windtunnel schema` lists all keys.",
-    )

@@ -1,14 +1,23 @@
-"""What this engine does not act on: every such key, why, and what to do instead, as one table.
+"""What this engine does not act on among the keys of a config: why, and what to do instead.
 
-Separate from the rules because a rule says that a config contradicts itself, while a limit says
-that Windtunnel is not there yet: a row leaves this table when a part learns to do it. An "error"
-would train something else than the file says; a "note" changes no result.
+A rule says that a config contradicts itself; a limit says that Windtunnel is not there yet, and
+leaves this table when a part learns to do it. An "error" would train something else than the file
+says; a "note" changes no result. Axolotl's other keys, of which no value is acted on, are in
+axolotl_keys.yml.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal, NamedTuple
+
+from engine.config.document import Document
+from engine.config.finding import ConfigError, Finding, shown
+from engine.config.run import RunConfig
+from engine.config.section import Section
+
+Later = Literal["several GPUs", "trackers", "prompt formats"]
 
 
 class Limit(NamedTuple):
@@ -18,8 +27,28 @@ class Limit(NamedTuple):
     why: str
     fix: str
     applies: Callable[[object], object] = bool
-    several_gpus: bool = False
-    """Whether it belongs to a run on several GPUs, which can be planned."""
+    later: Later | None = None
+    """The part of Windtunnel that will act on the key. Several GPUs can be planned already."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether no value of the key does anything."""
+        return self.applies in (bool, _above_1)
+
+    def finding(self, key: str, value: object) -> Finding | None:
+        """What is to be said of `key`, as it is written in findings, with this value."""
+        if not self.applies(value):
+            return None
+        error = self.severity == "error"
+        return Finding(
+            "not-supported" if error else "no-effect",
+            self.severity,
+            key,
+            None,
+            f"{key}: {shown(value)} {'is not supported' if error else 'has no effect'}.",
+            self.why,
+            self.fix,
+        )
 
 
 def _error(why: str, fix: str, applies: Callable[[object], object] = bool) -> Limit:
@@ -27,7 +56,7 @@ def _error(why: str, fix: str, applies: Callable[[object], object] = bool) -> Li
 
 
 def _note(why: str, applies: Callable[[object], object] = bool) -> Limit:
-    return Limit("note", why, "It can stay in a file that Axolotl reads too.", applies)
+    return Limit("note", why, CAN_STAY, applies)
 
 
 def _is_set(value: object) -> bool:
@@ -38,32 +67,17 @@ def _above_1(value: object) -> bool:
     return isinstance(value, int) and value > 1
 
 
+CAN_STAY = "It can stay in a file that Axolotl reads too."
 _ONE_GPU = _error(
     "A run uses one GPU so far.",
     "Run this file with Axolotl, or remove it where one GPU is enough: `windtunnel estimate` counts"
     " the GPUs.",
-)._replace(several_gpus=True)
-_ANSWERS_ONLY = _error(
-    "Windtunnel trains on answers, not on preferences or rewards.",
-    "Remove it to learn the answers, or run this file with Axolotl.",
-)
-_OWN_TEMPLATE = _error(
-    "Conversations are rendered by mistral-common, exactly as the model knows them.",
-    "Remove it.",
-)
-_REMOVE = "Remove it, or run this file with Axolotl."
+)._replace(later="several GPUs")
+_SHARDED = _note("A run uses one GPU so far.")._replace(later="several GPUs")
 _KERNEL = _note("A faster kernel with the same result; Windtunnel uses its own.")
-_TRACKER = _note("No tracker is attached yet: the figures go to the run's events.jsonl.")
-_HUB = _note("The result is uploaded once, when it is finished.")
-
-
-def _other_template(value: object) -> bool:
-    return isinstance(value, str) and not value.startswith(("mistral", "tokenizer_default"))
-
-
-def _more_than_padding(value: object) -> bool:
-    return isinstance(value, dict) and any(key != "pad_token" for key in value)
-
+_TRACKER = _note("No tracker is attached yet: the figures go to the run's events.jsonl.")._replace(
+    later="trackers"
+)
 
 SHARDED_OPTIMIZERS: Mapping[str, str] = MappingProxyType(
     {
@@ -138,13 +152,10 @@ def _other_plugins(value: object) -> bool:
 
 LIMITS: Mapping[str, Limit] = MappingProxyType(
     {
-        "model_type": _note("The class is chosen from the model's own config.json."),
-        "tokenizer_type": _note("The tokenizer is always mistral-common's."),
         "tokenizer_use_mistral_common": _note(
             "Windtunnel always tokenizes with mistral-common.", lambda value: value is False
         ),
         "processor_type": _note("Images in the rows are trained as they are, without it."),
-        "role_boundaries": _note("Windtunnel knows the source of every token without markers."),
         "overrides_of_model_config": _error(
             "The model is built as its own config.json says; only output_router_logits,"
             " router_aux_loss_coef and rope_parameters are taken here.",
@@ -152,27 +163,10 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
             " stand under text_config where the model reads images.",
             _other_overrides,
         ),
-        "overrides_of_model_kwargs": _error(
-            "How weights are loaded follows from adapter, load_in_4bit and bf16.", "Remove it."
-        ),
         "model_quantization_config": _error(
             "FP8 is the only quantized format whose weights are read.",
             "Remove it, and name the model's BF16 or FP8 repository in base_model.",
             lambda value: value not in (None, FP8_CONFIG),
-        ),
-        "chat_template": _OWN_TEMPLATE._replace(applies=_other_template),
-        "chat_template_jinja": _OWN_TEMPLATE,
-        "special_tokens": _OWN_TEMPLATE._replace(applies=_more_than_padding),
-        "tokens": _OWN_TEMPLATE,
-        "added_tokens_overrides": _OWN_TEMPLATE,
-        "eot_tokens": _note("Mistral models end every turn with the end-of-sequence token."),
-        "default_system_message": _error(
-            "Rows are rendered as they are.", "Put the system message into the rows."
-        ),
-        "nf4_backend": _error(
-            "4-bit weights are made by bitsandbytes.",
-            "Remove it.",
-            lambda value: value != "bitsandbytes",
         ),
         "bnb_config_kwargs": _error(
             "Of these settings only llm_int8_skip_modules can be chosen; 4-bit weights are NF4 in"
@@ -189,51 +183,13 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "lora_mlp_kernel": _KERNEL,
         "lora_qkv_kernel": _KERNEL,
         "lora_o_kernel": _KERNEL,
-        "dataset_num_proc": _note("The number of processes that tokenize is chosen for you."),
-        "shuffle_merged_datasets": _error(
-            "Rows are always shuffled.", _REMOVE, lambda value: value is False
-        ),
-        "dataset_exact_deduplication": _error(
-            "Rows are learned as they are.", "Remove equal rows from the dataset first."
-        ),
-        "pretraining_dataset": _error("Windtunnel trains on conversations.", _REMOVE),
-        "streaming": _note("Rows are read once, in a stream, and kept on the disk."),
         "skip_prepare_dataset": _note("Rows are always prepared first, so you can preview them."),
         "remove_unused_columns": _note("Only the columns that are needed are read.", _is_set),
-        "eval_sequence_len": _error("Held-out rows follow sequence_len.", "Remove it."),
-        "min_sample_len": _error("Short rows are kept.", _REMOVE),
-        "pad_to_sequence_len": _note("Sequences are never longer than their rows; same result."),
-        "group_by_length": _error(
-            "It changes the order in which rows are learned.",
-            "Write sample_packing: true instead, which wastes no padding either.",
-        ),
-        "batch_size": _error(
-            "The number of GPUs decides what it means.",
-            "Write micro_batch_size and gradient_accumulation_steps; their product is the batch.",
-        ),
-        "eval_batch_size": _note("The evaluation uses micro_batch_size; same result."),
         "optimizer": _error(
             "torchao's 8-bit AdamW is for weights that are sharded over several GPUs.",
             "Write optimizer: adamw_bnb_8bit, the same on one GPU.",
             lambda value: value == "adamw_torch_8bit",
-        )._replace(several_gpus=True),
-        "optim_args": _error(
-            "Only AdamW's usual arguments are read.", "Write adam_beta1 and so on."
-        ),
-        "lr_scheduler_kwargs": _error("The schedules have no further arguments.", _REMOVE),
-        "cosine_constant_lr_ratio": _error("The cosine runs to the last step.", _REMOVE),
-        "neftune_noise_alpha": _error("Noise on the embeddings is not added.", _REMOVE),
-        "early_stopping_patience": _error(
-            "A run ends after its last step; the best save is kept all the same.", "Remove it."
-        ),
-        "rl": _ANSWERS_ONLY,
-        "orpo_alpha": _ANSWERS_ONLY,
-        "fp16": _error(
-            "Half precision with loss scaling is not used.",
-            "Write bf16: auto; GPUs without bfloat16 then train in float32.",
-        ),
-        "tf32": _note("Float32 products are computed in float32.", lambda value: value is True),
-        "fp8": _error("The computation is in bfloat16 or float32.", "Remove it."),
+        )._replace(later="several GPUs"),
         "gradient_checkpointing": _error(
             "Intermediate values are computed again, and kept in RAM by another key.",
             "Write gradient_checkpointing: true and activation_offloading: true.",
@@ -250,35 +206,21 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
             "Remove it: the best one that is installed is chosen.",
             lambda value: value in ("varlen", "sage", "fp8"),
         ),
-        "scaling_softmax": _error("Attention is computed as the model was trained.", "Remove it."),
         "plugins": _error(
             "Plugins are not run; only the cut cross-entropy, Liger and kernel plugins are known.",
             "Remove the others.",
             _other_plugins,
         ),
-        "use_kernels": _note("No compiled code is fetched from the hub."),
-        "use_sonicmoe": _KERNEL,
-        "use_scattermoe": _KERNEL,
-        "torch_compile": _note("The model is not compiled; same result."),
         "deepspeed": _ONE_GPU,
-        "fsdp": _error(
-            "It is FSDP1, which Axolotl 0.21 does not read either.",
-            "Remove it and fsdp_config to train on one GPU.",
-        ),
         "fsdp_config": _ONE_GPU,
-        "fsdp_version": _note("A run uses one GPU so far."),
-        "qlora_sharded_model_loading": _note("A run uses one GPU so far."),
+        "fsdp_version": _SHARDED,
+        "qlora_sharded_model_loading": _SHARDED,
         "dp_shard_size": _ONE_GPU._replace(applies=_above_1),
         "dp_replicate_size": _ONE_GPU._replace(applies=_above_1),
         "tensor_parallel_size": _ONE_GPU._replace(applies=_above_1),
         "context_parallel_size": _ONE_GPU._replace(applies=_above_1),
         "expert_parallel_size": _ONE_GPU._replace(applies=_above_1),
-        "ddp_find_unused_parameters": _note("A run uses one GPU so far."),
-        "logging_steps": _note("Every step is recorded.", _above_1),
-        "save_first_step": _note("The first save follows save_steps or saves_per_epoch."),
-        "save_only_model": _note("Every save can be resumed."),
-        "auto_resume_from_checkpoints": _note("`windtunnel resume RUN` goes on with a run."),
-        "hub_strategy": _HUB,
+        "ddp_find_unused_parameters": _SHARDED,
         **{
             key: _TRACKER
             for key in (
@@ -302,46 +244,108 @@ DATASET_LIMITS: Mapping[str, Limit] = MappingProxyType(
             "Write type: chat_template, with field_messages and message_property_mappings if the"
             " rows name things differently.",
             _other_shape,
-        ),
-        "ds_type": _note("The format is told from the file's name."),
-        "message_field_training_detail": _error(
-            "A message is learned or not, as a whole.", "Use message_field_training."
-        ),
-        "chat_template": _OWN_TEMPLATE._replace(applies=_other_template),
-        "roles_to_train": _error(
-            "The assistant's messages are learned, or all with train_on_inputs: true.",
-            "Remove it.",
-            lambda value: value not in (None, ["assistant"]),
-        ),
-        "train_on_eos": _error(
-            "The end of every learned message is learned, and no other.",
-            "Remove it.",
-            lambda value: value not in (None, "turn"),
-        ),
-        "train_on_eot": _note("Mistral models have no end-of-turn token of their own."),
-        "message_field_role": _error(
-            "Roles are read by message_property_mappings.",
-            "Write message_property_mappings: {role: ...}.",
-        ),
-        "message_field_content": _error(
-            "Content is read by message_property_mappings.",
-            "Write message_property_mappings: {content: ...}.",
-        ),
-        "field_thinking": _error(
-            "Thinking is read by message_property_mappings.",
-            "Write message_property_mappings: {thinking: ...}.",
-        ),
-        "template_thinking_key": _note("mistral-common has its own place for thinking."),
-        "split_thinking": _note("Thinking is recognised in all its spellings."),
-        "drop_system_message": _error(
-            "Rows are rendered as they are.", "Remove the system messages from the rows."
-        ),
-        "weight": _error(
-            "Every row is learned once an epoch.",
-            "Remove it, or name the source twice to learn it twice.",
-            lambda value: value not in (None, 1),
-        ),
-        "field_chosen": _ANSWERS_ONLY,
-        "field_rejected": _ANSWERS_ONLY,
+        )._replace(later="prompt formats"),
     }
 )
+
+WHOLE_STATES = "cannot-be-sharded"
+
+
+def unsupported(config: RunConfig, document: Document | None = None) -> list[Finding]:
+    """Every key of `config` that this engine does not act on, in the order of the fields.
+
+    "error" means that training would not do what the file says. `document` gives the lines.
+    """
+    found = [*_limited(config, LIMITS, "")]
+    for key in ("datasets", "test_datasets"):
+        for index, dataset in enumerate(getattr(config, key)):
+            found += _limited(dataset, DATASET_LIMITS, f"{key}[{index}].")
+    found += [*_whole_states(config), *_without_effect(config)]
+    if document is None:
+        return found
+    return [replace(finding, line=document.line(finding.key)) for finding in found]
+
+
+def require_supported(config: RunConfig, *, sharded: bool = False) -> None:
+    """Raises ConfigError when training would not do what a config without a file says.
+
+    With `sharded` one for several GPUs passes, which can be planned and not run.
+    """
+    refuse_errors("The config", unsupported(config), sharded=sharded)
+
+
+def refuse_errors(name: str, found: Sequence[Finding], *, sharded: bool = False) -> None:
+    """Raises ConfigError with the errors among what was found in the file `name`.
+
+    `sharded`: see `require_supported`.
+    """
+    planned = {key for key, limit in LIMITS.items() if sharded and limit.later == "several GPUs"}
+    errors = [
+        finding
+        for finding in found
+        if finding.severity == "error"
+        and (finding.id == WHOLE_STATES or finding.key not in planned)
+    ]
+    if errors:
+        raise ConfigError(name, errors)
+
+
+def _limited(section: Section, limits: Mapping[str, Limit], prefix: str) -> Iterator[Finding]:
+    for key in type(section).model_fields:
+        if key in limits:
+            found = limits[key].finding(f"{prefix}{key}", getattr(section, key))
+            if found is not None:
+                yield found
+
+
+def _whole_states(config: RunConfig) -> list[Finding]:
+    """An optimizer that cannot be sharded, in a config that shards."""
+    instead = SHARDED_OPTIMIZERS.get(config.optimizer)
+    if config.fsdp_config is None or instead is None:
+        return []
+    what = f"optimizer: {config.optimizer} cannot be sharded, and fsdp_config is set."
+    why = "bitsandbytes' optimizers take whole tensors, and FSDP2 gives each GPU parts of them."
+    return [
+        Finding(WHOLE_STATES, "error", "optimizer", None, what, why, f"Write optimizer: {instead}.")
+    ]
+
+
+def _without_effect(config: RunConfig) -> list[Finding]:
+    """Keys that are supported and yet do nothing beside the others of this config."""
+    given = config.model_fields_set
+    found = []
+
+    def note(key: str, what: str, why: str, fix: str) -> None:
+        found.append(Finding("no-effect", "note", key, None, what, why, fix))
+
+    prefixes = ("lora", "peft_")
+    lora = [key for key in type(config).model_fields if key.startswith(prefixes) and key in given]
+    if config.adapter is None and lora:
+        note(
+            lora[0],
+            f"{lora[0]} is set without an adapter.",
+            "Without adapter every weight is trained.",
+            "Write adapter: lora or qlora, unless a full fine-tune is meant.",
+        )
+    if config.evals_per_epoch and not config.val_set_size and not config.test_datasets:
+        note(
+            "evals_per_epoch",
+            "evals_per_epoch is set, and no rows are held out.",
+            "Without val_set_size or test_datasets there is nothing to evaluate.",
+            "Write val_set_size: 0.05 to see whether the model memorises.",
+        )
+    if config.model_quantization_config == FP8_CONFIG:
+        note(
+            "model_quantization_config",
+            f"model_quantization_config: {FP8_CONFIG} has no effect.",
+            "FP8 weights are recognised in their files and converted while they are loaded.",
+            "It can stay in a file that Axolotl reads too.",
+        )
+    if config.cosine_min_lr_ratio and config.lr_scheduler != "cosine":
+        note(
+            "cosine_min_lr_ratio",
+            f"cosine_min_lr_ratio is set with lr_scheduler: {config.lr_scheduler}.",
+            "Only a cosine has such an end.",
+            "Write lr_scheduler: cosine, or remove it.",
+        )
+    return found

@@ -16,11 +16,6 @@ class ModelKeys(Section):
     revision_of_model: str | None = None
     """Branch, tag or commit of a hub model; also written model_revision. Absent: the newest.
     A commit makes a rerun read the same weights."""
-    model_type: str | None = None
-    """Class name for older tools, such as AutoModelForCausalLM. The class is chosen from the
-    model's own config.json, so this key changes nothing."""
-    tokenizer_type: str | None = None
-    """Class name for older tools. The tokenizer is always mistral-common's."""
     tokenizer_config: str | None = None
     """Another folder or hub id to take the tokenizer from. Absent: base_model's own, which is
     the one that its weights were trained with."""
@@ -36,27 +31,9 @@ class ModelKeys(Section):
     """Values that replace those of the model's config.json; also written model_config. Taken are
     output_router_logits and router_aux_loss_coef, and `rope_parameters` as a whole, under
     `text_config` where the model reads images."""
-    overrides_of_model_kwargs: dict[str, object] | None = None
-    """Extra arguments for loading the weights; also written model_kwargs."""
     model_quantization_config: str | None = None
     """How an already quantized checkpoint is read. FineGrainedFP8Config is FP8, which Windtunnel
     tells from the files and converts while loading, so this key changes nothing."""
-    chat_template: str | None = None
-    """Name of a chat template. Conversations are rendered by mistral-common, exactly as the
-    model saw them before, so only the model's own template is meaningful."""
-    chat_template_jinja: str | None = None
-    """A template as Jinja source. Never run."""
-    special_tokens: dict[str, object] | None = None
-    """Other special tokens (pad_token, eos_token ...). The tokenizer's own are used."""
-    tokens: list[str] | None = None
-    """Tokens to add to the vocabulary."""
-    added_tokens_overrides: dict[int, str] | None = None
-    """Reserved vocabulary entries to rename."""
-    eot_tokens: list[str] | None = None
-    """Tokens that end a turn. For Mistral models that is always the end-of-sequence token, and
-    it is always learned."""
-    default_system_message: str | None = None
-    """A system message for conversations that have none."""
 
 
 class AdapterKeys(Section):
@@ -71,8 +48,6 @@ class AdapterKeys(Section):
     load_in_8bit: bool = False
     """Hold the frozen weights in 8 bits (LLM.int8()): half the memory of 16, and closer to them
     than 4. Goes with adapter: lora."""
-    nf4_backend: Literal["bitsandbytes", "torchao"] = "bitsandbytes"
-    """Library behind the 4-bit weights."""
     bnb_config_kwargs: dict[str, object] | None = None
     """Settings of the quantized format. llm_int8_skip_modules: [vision_tower] lists the modules
     that stay in 16 bits beside the head; absent, those are the vision tower and its projector."""

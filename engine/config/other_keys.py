@@ -1,11 +1,21 @@
-"""Keys of Axolotl 0.21 that are no fields here, and names that other tools use for ours.
+"""Keys that are no fields here: older spellings, other tools' names for ours, Axolotl's others.
 
-Separate because it is data: the names let an error say what a key is, instead of guessing a typo.
+They let an error say what a key is, instead of guessing a typo.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from ruamel.yaml import YAML
+
+from engine.config.limits import CAN_STAY, Limit
+
+_REMOVE = "Remove it, or run this file with Axolotl."
 
 
 class Renamed(NamedTuple):
@@ -86,90 +96,48 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
 """Names that Hugging Face's trainers and other tools use, for the suggestion in an error."""
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+_TABLE = Path(__file__).with_name("axolotl_keys.yml")
 
 
-HARMLESS = _names(
-    """
-    auto_find_batch_size axolotl_config_path base_model_config comet_experiment_config
-    comet_experiment_key comet_mode comet_online comet_project_name comet_workspace
-    dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
-    dataset_keep_in_memory ddp ddp_broadcast_buffers ddp_bucket_cap_mb ddp_timeout
-    deepcompile device device_map eval_on_start experimental_skip_move_to_device
-    fa_varlen_kwargs_in_collator flash_attn_cross_entropy flash_attn_fuse_mlp
-    flash_attn_rms_norm flex_attn_compile_kwargs fused_attn_kernel gc_collect_steps gc_steps
-    generate_samples generation_do_sample generation_max_new_tokens generation_prompt_ratio
-    generation_temperature generation_top_k generation_top_p gpu_memory_limit gradio_max_new_tokens
-    gradio_server_name gradio_server_port gradio_share gradio_temperature gradio_title
-    greater_is_better heads_k_stride hf_mlflow_log_artifacts hf_use_auth_token hub_revision
-    include_tkps include_tokens_per_second is_falcon_derived_model is_llama_derived_model
-    is_mistral_derived_model is_preprocess is_qwen_derived_model liger_cross_entropy
-    liger_fused_linear_cross_entropy liger_glu_activation liger_kernel_impl liger_layer_norm
-    liger_rms_norm liger_rope liger_swiglu logging_nan_inf_filter lora_embedding_kernel
-    lora_on_cpu low_cpu_mem_usage max_memory merge_lora merge_method metric_for_best_model
-    mlflow_experiment_name mlflow_run_name mlflow_tracking_uri multipack_real_batches
-    num_dataset_shards_to_save num_generation_samples otel_metrics_host otel_metrics_port
-    pad_to_multiple_of preprocess_iterable profiler_steps profiler_steps_start
-    push_dataset_to_hub ray_run_name resources_per_worker ring_attn_func
-    sample_packing_bin_size sample_packing_eff_est sample_packing_group_size
-    sample_packing_mp_start_method save_safetensors sdpa_varlen strict
-    sync_profiler_start_step sync_profiler_steps tiled_mlp tiled_mlp_num_shards
-    tiled_mlp_use_original_mlp tokenizer_legacy tokenizer_save_jinja_files tokenizer_use_fast
-    torch_compile_backend torch_compile_mode torch_compile_options torch_compile_regional
-    torch_empty_cache_steps total_num_tokens total_supervised_tokens trackio_project_name
-    trackio_run_name trackio_space_id use_comet use_mlflow use_otel_metrics
-    chunked_cross_entropy chunked_cross_entropy_num_chunks cut_cross_entropy_accum_c_fp32
-    cut_cross_entropy_c_grad_chunk_size
-    """
-)
-"""They change where a run is computed or reported, not what is learned: noted and left out."""
+@dataclass(frozen=True, slots=True)
+class OtherKey:
+    """A key of Axolotl of which no value is acted on."""
 
-CHANGING = _names(
-    """
-    accelerator_config adam_beta3 adam_epsilon2 balance_labels batch_flattening bench_dataset
-    bench_split center_rewards_coefficient cls_model_config cpo_alpha curriculum_sampling
-    dataloader_drop_last dataset_shard_idx dataset_shard_num diffusion_lm dion_lr dion_momentum
-    dion_rank_fraction dion_rank_multiple_of do_bench_eval do_causal_lm_eval dpo_beta
-    dpo_generate_during_eval dpo_label_smoothing dpo_ld_alpha dpo_loss_type dpo_loss_weights
-    dpo_norm_loss dpo_padding_free dpo_use_liger_kernel dpo_use_logits_to_keep dpo_use_weighting
-    dynamic_checkpoint eaft_alpha eaft_k ebft embedding_lr embedding_lr_scale
-    embeddings_skip_upcast eval_causal_lm_metrics
-    experts_implementation export fix_untrained_tokens flash_attn_d512 flash_optimum float32
-    fp32_norm_classes fp32_norms fp8_config fp8_enable_fsdp_float8_all_gather freeze_mm_modules
-    fsdp_final_state_dict_type full_determinism gemma4_hybrid_attn_impl gptq
-    jagged_restart_anneal_steps jagged_restart_steps jagged_restart_warmup_steps
-    kd_alpha kd_ce_alpha kd_temperature kd_trainer kto_desirable_weight kto_undesirable_weight
-    label_balance_window_optim_steps large_head_attention
-    liger_use_token_scaling lisa_layers_attribute lisa_n_layers lisa_step_interval
-    llama4_linearized_experts local_rank lora_alpha_pattern lora_fan_in_fan_out
-    lora_fp32_gradients lora_rank_pattern loraplus_lr_embedding
-    lr_div_factor lr_groups lr_quadratic_warmup max_packed_sequence_len max_prompt_len
-    mean_resizing_embeddings mixlora_expert_lora_alpha mixlora_expert_lora_dropout
-    mixlora_expert_lora_r mixlora_jitter_noise mixlora_num_experts mixlora_router_aux_loss_coef
-    mixlora_router_init_range mixlora_top_k model_quantization_config_kwargs num_labels
-    nvfp4_merge_aware optim_target_modules peft
-    peft_ensure_weight_tying peft_layer_replication peft_layers_pattern
-    peft_trainable_token_indices
-    ple_cpu_offload pose_max_context_len pose_num_chunks pose_split_on_token_ids
-    precompute_ref_log_probs pretrain_multipack_attn pretrain_multipack_buffer_size
-    pretraining_sample_concatenation process_reward_model processor_kwargs qat qgalore_cos_threshold
-    qgalore_gamma_proj qgalore_proj_bits qgalore_proj_group_size qgalore_proj_quant
-    qgalore_proj_type qgalore_queue_size qgalore_rank qgalore_scale qgalore_update_proj_gap
-    quantization ray_num_workers reinit_weights relora relora_cpu_offload relora_prune_method
-    relora_prune_ratio resize_token_embeddings_to_32x reward_model rl_beta rope_scaling rpo_alpha
-    s2_attention sample_packing_sequentially scaling_softmax_bias scaling_softmax_factor
-    selective_checkpointing shrink_embeddings shuffle_before_merging_datasets simpo_gamma
-    spectrum_model_name spectrum_top_fraction streaming_multipack_buffer_size torchdistx_path
-    trainer_cls trl use_dft use_eaft use_onebitllms use_pose use_ray vllm world_size
-    """
-)
-"""They change what is learned or how: refused, because ignoring them would train something else."""
+    section: str
+    meaning: str
+    limit: Limit
 
-DATASET_CHANGING = _names(
+
+@functools.cache
+def other_keys(level: Literal["run", "dataset"] = "run") -> Mapping[str, OtherKey]:
+    """Axolotl's keys that are no fields here, of the run or of an entry in `datasets`.
+
+    Read when they are first needed: our own files have none of them.
     """
-    conversation field field_human field_model input_format input_transform logprobs_field
-    preprocess_shards shards shards_idx temperature
-    """
-)
-"""The same for the keys of a dataset."""
+    with _TABLE.open(encoding="utf-8") as file:
+        groups: list[dict[str, Any]] = YAML(typ="safe", pure=True).load(file)
+    return MappingProxyType(
+        {
+            name: OtherKey(group["section"], meaning or group["means"], limit)
+            for group in groups
+            if group.get("of", "run") == level
+            for limit in [_limit(group)]
+            for name, meaning in group["keys"].items()
+        }
+    )
+
+
+def _limit(group: Mapping[str, Any]) -> Limit:
+    effect: Literal["error", "note"] = group["effect"]
+    fix = group.get("fix", CAN_STAY if effect == "note" else _REMOVE)
+    applies = functools.partial(_is_other, group["unless"]) if "unless" in group else bool
+    return Limit(effect, group["why"], fix, applies)
+
+
+def _is_other(unless: Sequence[object], value: object) -> bool:
+    """Whether `value` is none of `unless`; of a mapping its names count."""
+    if isinstance(value, dict):
+        return any(_is_other(unless, name) for name in value)
+    if isinstance(value, str):
+        return not any(fnmatchcase(value, str(pattern)) for pattern in unless)
+    return value not in unless

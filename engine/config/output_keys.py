@@ -10,8 +10,6 @@ class OutputKeys(Section):
 
     output_dir: str | None = None
     """The run's folder. Absent: runs/<name> in the folder of all runs."""
-    logging_steps: Count | None = None
-    """Steps between two lines of figures. Every step is recorded."""
     saves_per_epoch: Count | None = None
     """Saves in each epoch. With neither this nor save_steps: one."""
     save_steps: Count | None = None
@@ -20,10 +18,6 @@ class OutputKeys(Section):
     """When to save: steps goes with save_steps, epoch is once an epoch."""
     save_total_limit: Count = 4
     """Saves that are kept; the newest and the best are never removed."""
-    save_first_step: bool | None = None
-    """Save after the first step too, to try the disk."""
-    save_only_model: bool | None = None
-    """Save without what a resume needs. Saves can always be resumed here."""
     load_best_model_at_end: bool | None = None
     """End with the save of the lowest evaluation loss instead of the last. Both are kept."""
     evals_per_epoch: Count | None = None
@@ -49,14 +43,10 @@ class OutputKeys(Section):
     the difference. Absent: two of the held-out rows, and a general one."""
     resume_from_checkpoint: bool | str = False
     """True: go on from the newest save in output_dir. A path: from that save."""
-    auto_resume_from_checkpoints: bool | None = None
-    """Axolotl's spelling of resume_from_checkpoint: true."""
     hub_model_id: str | None = None
     """Hub id to upload the finished adapter or model to, as you/your-model; it is made private
     where it is not there. Nothing is uploaded while training, and a failed upload never fails
     a run."""
-    hub_strategy: str | None = None
-    """When to upload to the hub."""
 
 
 class TrackerKeys(Section):

@@ -1,6 +1,6 @@
 """`train CONFIG key=value`: single values changed from the command line.
 
-Separate from reading because a value here has no file and no line, only the argument itself.
+A value here has no file and no line, only the argument itself.
 """
 
 import json
@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.config.document import KeyPath, Value, key_path, parse_value
-from engine.config.finding import shown
-from engine.config.reading import check_values
-from engine.config.run import RunConfig
+from engine.config.finding import Finding, problem, shown
 from engine.errors import UserError
 
 FULL = "full"
@@ -20,23 +18,28 @@ NONE = "none"
 _KEY = re.compile(r"[A-Za-z_]\w*(?:\[\d+\])?(?:\.[A-Za-z_]\w*(?:\[\d+\])?)*")
 
 
-def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
-    """`config` with `key=value` arguments applied; values are typed as in YAML.
+def assigned(
+    values: dict[str, Any], assignments: Sequence[str]
+) -> tuple[dict[str, Any], list[Finding]]:
+    """`values` with `key=value` arguments put into them, and what is wrong with the arguments.
 
-    `datasets[0].path=x` reaches into a list (one past its end adds an entry), and `key=` unsets a
-    key. Raises UserError with every problem, as reading a file does.
+    Values are typed as in YAML. `datasets[0].path=x` reaches into a list (one past its end adds an
+    entry), and `key=` unsets a key.
     """
-    values: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
+    problems = []
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals or not _KEY.fullmatch(key):
-            raise UserError(
-                f"The argument {shown(assignment)} sets no key.",
-                "An argument behind the config changes one of its values.",
-                "Write it as key=value, for example learning_rate=1e-4.",
-            )
-        _put(values, key_path(key), parse_value(text), assignment)
-    return check_values(values, "The command line", lambda key: None)[0]
+        try:
+            if not equals or not _KEY.fullmatch(key):
+                raise UserError(
+                    f"The argument {shown(assignment)} sets no key.",
+                    "An argument behind the config changes one of its values.",
+                    "Write it as key=value, for example learning_rate=1e-4.",
+                )
+            _put(values, key_path(key), parse_value(text), assignment)
+        except UserError as error:
+            problems.append(problem("argument", key, error.what, error.why, error.fix))
+    return values, problems
 
 
 def spell(key: str, value: object) -> str:

@@ -1,12 +1,13 @@
 """From a file's values to a RunConfig: every problem found at once, each with its line.
 
-Separate from the model because a file may spell things that the model never sees: older names,
-empty values, keys of other tools, secrets.
+A file may spell things that RunConfig never sees: older names, empty values, keys of other tools,
+secrets.
 """
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,17 +16,26 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from engine.config.data_keys import DatasetConfig
-from engine.config.document import Document, KeyPath, Value, load_document, parse_document
+from engine.config.document import (
+    Document,
+    KeyPath,
+    Value,
+    key_path,
+    key_text,
+    load_document,
+    parse_document,
+)
 from engine.config.finding import ConfigError, Finding, problem, shown
-from engine.config.other_keys import CHANGING, DATASET_CHANGING, ELSEWHERE, HARMLESS, RENAMED
+from engine.config.limits import refuse_errors, unsupported
+from engine.config.other_keys import ELSEWHERE, RENAMED, other_keys
+from engine.config.overriding import assigned
 from engine.config.rules import broken_rules
 from engine.config.run import WITHOUT_RULES, RunConfig
-from engine.config.support import require_supported, unsupported
-from engine.config.words import allowed, schema_at, words
-from engine.visible import visible
+from engine.config.schema import allowed, describe, schema_at
 
 _KEYS = frozenset(RunConfig.model_fields)
 _DATASET_KEYS = frozenset(DatasetConfig.model_fields)
+_ARGUMENTS = "The command line"
 _SOURCES = ("datasets", "test_datasets")
 
 _SECRET_KEY = re.compile(
@@ -45,17 +55,33 @@ class ConfigFile:
     config: RunConfig
     document: Document
     notes: tuple[Finding, ...]
-    """Older spellings, and keys that were left out because they change nothing here."""
+    """Older spellings, and Axolotl's keys that are no part of `config`; an error stops `train`."""
 
     def findings(self) -> list[Finding]:
         """Everything to know about the file, in the order of its lines; errors stop `train`."""
         found = [*self.notes, *unsupported(self.config, self.document)]
         return sorted(found, key=lambda finding: finding.line or 0)
 
-    def require_supported(self) -> list[Finding]:
-        """The same without errors. Raises ConfigError when training would not do what it says."""
-        found = [*self.notes, *require_supported(self.config, self.document)]
-        return sorted(found, key=lambda finding: finding.line or 0)
+    def require_supported(self, *, sharded: bool = False) -> list[Finding]:
+        """The same without errors. Raises ConfigError when training would not do what it says.
+
+        With `sharded` a config for several GPUs passes: it can be planned, and not run.
+        """
+        found = self.findings()
+        refuse_errors(self.document.name, found, sharded=sharded)
+        return found
+
+    def override(self, assignments: Sequence[str]) -> "ConfigFile":
+        """The file with `key=value` arguments applied to what it says; its text stays.
+
+        Raises UserError with every problem, as reading a file does.
+        """
+        if not assignments:
+            return self
+        config, notes = _assign(self.config, assignments)
+        given = {assignment.partition("=")[0] for assignment in assignments}
+        kept = [note for note in self.notes if note.key not in given]
+        return replace(self, config=config, notes=(*kept, *notes))
 
 
 def read_config(path: Path | str) -> ConfigFile:
@@ -68,21 +94,46 @@ def parse_config(text: str, name: str = "config.yml") -> ConfigFile:
     return _read(parse_document(text, name))
 
 
+def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
+    """`config` with `key=value` arguments applied.
+
+    Raises UserError with every problem, as reading a file does, also where one of Axolotl's keys is
+    not supported.
+    """
+    changed, notes = _assign(config, assignments)
+    refuse_errors(_ARGUMENTS, notes)
+    return changed
+
+
+def _assign(config: RunConfig, assignments: Sequence[str]) -> tuple[RunConfig, list[Finding]]:
+    given = config.model_dump(mode="json", exclude_unset=True)
+    values, problems = assigned(given, assignments)
+    return check_values(values, _ARGUMENTS, lambda key: None, problems)
+
+
 def _read(document: Document) -> ConfigFile:
-    config, notes = check_values(document.values, document.name, document.line)
+    config, notes = check_values(document.values, document.name, document.line, document.problems)
     return ConfigFile(config, document, tuple(notes))
 
 
 def check_values(
-    values: Mapping[str, Value], name: str, line: Callable[[str], int | None]
+    values: Mapping[str, Value],
+    name: str,
+    line: Callable[[str], int | None],
+    problems: Sequence[Finding] = (),
 ) -> tuple[RunConfig, list[Finding]]:
     """The config that `values` describe, with notes. Raises ConfigError with every problem.
 
-    `line` gives the line of a key that is written as in findings, datasets[0].path.
+    `line` gives the line of a key that is written as in findings, datasets[0].path; `problems` are
+    those that its text has, such as a key that stands there twice. Among the notes are errors, by
+    which Axolotl's keys are not supported; they are raised where there is another problem.
     """
-    check = _Check(dict(values))
+    check = _Check(dict(values), list(problems))
     config = check.run()
-    found = [replace(finding, line=line(finding.key)) for finding in check.found]
+    found = [
+        finding if finding.line is not None else replace(finding, line=line(finding.key))
+        for finding in check.found
+    ]
     if config is None:
         raise ConfigError(name, [finding for finding in found if finding.severity == "error"])
     return config, found
@@ -91,12 +142,16 @@ def check_values(
 @dataclass(slots=True)
 class _Check:
     values: dict[str, Value]
-    found: list[Finding] = field(default_factory=list)
+    found: list[Finding]
+    """Every problem and every note."""
+    unread: set[str] = field(default_factory=set)
+    """Keys whose values are not the file's, because they could not be read."""
 
     def run(self) -> RunConfig | None:
         """The config, or None when a problem was found."""
+        self.unread = {finding.key for finding in self.found}
         self.found += _secrets(self.values, ())
-        secret = {finding.key for finding in self.found}
+        secret = {finding.key for finding in self.found if finding.id == "secret"}
         self.values = {key: value for key, value in self.values.items() if key not in secret}
         self.modernize()
         self.values = cast("dict[str, Value]", _without_empty(self.values))
@@ -106,7 +161,14 @@ class _Check:
             for index, source in enumerate(sources if isinstance(sources, list) else ()):
                 if isinstance(source, dict):
                     self.sort_out(source, _DATASET_KEYS, f"{key}[{index}].")
-        return self.validate()
+        config = self.validate()
+        broken = any(
+            finding.severity == "error" and finding.id != "not-supported" for finding in self.found
+        )
+        if not broken:
+            return config
+        self.found += self.of_read_keys(unsupported(config))
+        return None
 
     def modernize(self) -> None:
         """Older spellings become today's."""
@@ -138,37 +200,53 @@ class _Check:
         """Take out the keys that are no fields, each with a finding."""
         for key in [key for key in values if key not in known]:
             value = values.pop(key)
-            if not prefix and key in HARMLESS:
-                if value:
-                    what = f"{key} has no effect."
-                    why = "It is a key of Axolotl that changes no result here."
-                    fix = "It can stay in a file that Axolotl reads too."
-                    self.found.append(Finding("no-effect", "note", key, None, what, why, fix))
-            elif key not in (DATASET_CHANGING if prefix else CHANGING):
+            other = other_keys("dataset" if prefix else "run").get(key)
+            if other is None:
                 self.found.append(_unknown(key, known, prefix))
-            elif value:
-                what = f"{prefix}{key} is not supported."
-                why = "It is a key of Axolotl that changes what is learned, and is not acted on."
-                fix = "Remove it, or run this file with Axolotl."
-                self.found.append(problem("not-supported", f"{prefix}{key}", what, why, fix))
+            else:
+                found = other.limit.finding(f"{prefix}{key}", value)
+                self.found += [] if found is None else [found]
 
-    def validate(self) -> RunConfig | None:
+    def validate(self) -> RunConfig:
         """Types first, then the rules over all keys whose values could be read."""
-        unread: set[str] = set()
         try:
             config = RunConfig.model_validate(self.values, context=WITHOUT_RULES)
         except ValidationError as error:
             details = error.errors(include_url=False)
-            problems = list(_type_problems(details, self.values))
+            problems = self.of_read_keys(_type_problems(details, self.values))
             self.found += problems
-            unread = {re.split(r"[.\[]", finding.key)[0] for finding in problems}
-            rest = {key: value for key, value in self.values.items() if key not in unread}
-            rest.setdefault("base_model", "unread")
-            config = RunConfig.model_validate(rest, context=WITHOUT_RULES)
-        self.found += broken_rules(config, frozenset(unread))
-        if any(finding.severity == "error" for finding in self.found):
-            return None
+            self.unread |= {finding.key for finding in problems}
+            config = RunConfig.model_validate(self.readable(), context=WITHOUT_RULES)
+        self.found += self.of_read_keys(broken_rules(config, frozenset(self.unread)))
         return config
+
+    def readable(self) -> dict[str, Value]:
+        """The values without those that could not be read; what must be given is made up."""
+        values = deepcopy(self.values)
+        for key in self.unread:
+            name, *inside = key_path(key)
+            sources = values.get(str(name))
+            if name not in _SOURCES or not inside or not isinstance(sources, list):
+                values.pop(str(name), None)
+                continue
+            index = int(inside[0])
+            source = sources[index]
+            if len(inside) == 1 or not isinstance(source, dict):
+                sources[index] = {"path": "unread"}
+            else:
+                source.pop(str(inside[1]), None)
+                source.setdefault("path", "unread")
+        values.setdefault("base_model", "unread")
+        return values
+
+    def of_read_keys(self, findings: Iterable[Finding]) -> list[Finding]:
+        """Those that judge what the file says, and not a value that could not be read."""
+        parts = tuple(f"{key}{follows}" for key in self.unread for follows in ".[")
+        return [
+            finding
+            for finding in findings
+            if finding.key not in self.unread and not finding.key.startswith(parts)
+        ]
 
 
 def _without_empty(value: Value) -> Value:
@@ -201,14 +279,6 @@ def _secrets(value: Value, path: KeyPath) -> Iterator[Finding]:
             )
 
 
-def key_text(path: KeyPath) -> str:
-    """datasets[0].path for ("datasets", 0, "path")."""
-    text = ""
-    for part in (visible(part, one_line=True) if isinstance(part, str) else part for part in path):
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
 def nearest_key(key: str, known: frozenset[str]) -> str | None:
     """The key that was probably meant."""
     plain = key.strip().lower().replace("-", "_")
@@ -225,7 +295,7 @@ def _unknown(key: str, known: frozenset[str], prefix: str) -> Finding:
     what = f"{shown(key)} is not a key{' of a dataset' if prefix else ''}."
     if not prefix and key in _DATASET_KEYS:
         why, fix = "It belongs to one dataset.", "Indent it under its entry in datasets."
-    elif prefix and (key in _KEYS or key in CHANGING or key in HARMLESS):
+    elif prefix and (key in _KEYS or key in other_keys()):
         why, fix = "It belongs to the run.", "Move it out of datasets, to the left margin."
     else:
         near = nearest_key(key, known)
@@ -263,7 +333,7 @@ _MISSING = {
 
 
 def _wrong_value(path: KeyPath, value: Value) -> Finding:
-    key, must_be = key_text(path), words(schema_at(path))
+    key, must_be = key_text(path), describe(schema_at(path))
     name = [part for part in path if part in _KEYS or part in _DATASET_KEYS][-1]
     fix = f"`windtunnel explain {name}` says what it means."
     if must_be == "text":

@@ -1,66 +1,18 @@
-"""The whole config of one run: every section together, in the order in which it is written.
-
-Separate from the sections because only here can keys of different sections contradict each other.
-"""
+"""The whole config of one run: every key of it, none against another."""
 
 from typing import Self
 
 from pydantic import ValidationInfo, model_validator
 
-from engine.config.data_keys import DataKeys, LearningKeys, SequenceKeys
-from engine.config.model_keys import AdapterKeys, ModelKeys
-from engine.config.output_keys import OutputKeys, TrackerKeys
+from engine.config.keys import RunKeys
 from engine.config.rules import broken_rules
-from engine.config.section import Section
-from engine.config.training_keys import DistributedKeys, MemoryKeys, OptimizationKeys
-
-SECTIONS: tuple[type[Section], ...] = (
-    ModelKeys,
-    DataKeys,
-    LearningKeys,
-    AdapterKeys,
-    SequenceKeys,
-    OptimizationKeys,
-    MemoryKeys,
-    DistributedKeys,
-    OutputKeys,
-    TrackerKeys,
-)
-"""In the order of the written file."""
-
-
-def section_title(section: type[Section]) -> str:
-    """Its heading in a written file: its docstring without the full stop."""
-    return (section.__doc__ or "").removesuffix(".")
-
 
 WITHOUT_RULES = {"rules": False}
 """Validation context under which only types and ranges are checked."""
 
 
-# pydantic collects the fields from the last base to the first, and a default may read the fields
-# before it (learning_rate reads adapter): hence the reverse of SECTIONS.
-class RunConfig(
-    TrackerKeys,
-    OutputKeys,
-    DistributedKeys,
-    MemoryKeys,
-    OptimizationKeys,
-    SequenceKeys,
-    AdapterKeys,
-    LearningKeys,
-    DataKeys,
-    ModelKeys,
-):
+class RunConfig(RunKeys):
     """One run."""
-
-    def always_written(self) -> tuple[str, ...]:
-        """Those for which Axolotl, which shares the format, has no default or another one."""
-        keys: tuple[str, ...] = ("base_model", "learning_rate")
-        if self.adapter:
-            keys += ("lora_r", "lora_alpha")
-            keys += ("lora_target_linear",) if self.lora_target_linear else ()
-        return keys
 
     @model_validator(mode="after")
     def _keep_the_rules(self, info: ValidationInfo) -> Self:

@@ -38,10 +38,6 @@ class OptimizationKeys(Section):
     gradient_accumulation_steps: Count = 1
     """Micro-batches that are summed before the weights move. Sequences in a step:
     micro_batch_size x gradient_accumulation_steps x GPUs; 8 to 32 is usual with adapters."""
-    batch_size: Count | None = None
-    """Sequences in a step, for all GPUs together."""
-    eval_batch_size: Count | None = None
-    """Sequences at once while evaluating. Absent: micro_batch_size."""
     num_epochs: Positive = 1.0
     """How often the whole dataset is learned. 1 to 3 is usual; more memorises."""
     max_steps: Count | None = None
@@ -51,8 +47,6 @@ class OptimizationKeys(Section):
     the same): its state in 8 bits, a quarter of that memory; adamw_torch_8bit: likewise, for
     sharded weights; the paged ones also move the state to the computer's RAM when the GPU is
     full."""
-    optim_args: dict[str, object] | str | None = None
-    """Further arguments of the optimizer."""
     learning_rate: Positive = Field(
         default_factory=lambda data: 2e-5 if data["adapter"] is None else 2e-4,
         json_schema_extra={"default_words": "0.0002 with an adapter, 0.00002 without"},
@@ -64,12 +58,8 @@ class OptimizationKeys(Section):
     its authors use. Absent: all alike."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warmup: along a cosine, in a line, not at all."""
-    lr_scheduler_kwargs: dict[str, object] | None = None
-    """Further arguments of the schedule."""
     cosine_min_lr_ratio: Fraction = 0.0
     """Where the cosine ends, as a share of learning_rate."""
-    cosine_constant_lr_ratio: Fraction | None = None
-    """Share of the steps after which a cosine stays at its end."""
     warmup_steps: Whole | None = None
     """Steps in which the learning rate rises from 0. Absent: see warmup_ratio."""
     warmup_ratio: Below1 | None = None
@@ -85,18 +75,10 @@ class OptimizationKeys(Section):
     """AdamW: keeps the division by the squared gradients finite."""
     max_grad_norm: Positive = 1.0
     """Gradients longer than this are shortened to it, which tames single bad batches."""
-    neftune_noise_alpha: Amount | None = None
-    """Noise on the embeddings while training (NEFTune)."""
-    early_stopping_patience: Count | None = None
-    """Stop after so many evaluations without a better loss."""
     loss_watchdog_threshold: Positive | None = None
     """Stop when the loss stays above this, and say which rows it came from."""
     loss_watchdog_patience: Count | None = None
     """Steps in a row above loss_watchdog_threshold after which the run stops. Absent: 3."""
-    rl: str | None = None
-    """Preference or reinforcement training (dpo, orpo, grpo ...) instead of learning answers."""
-    orpo_alpha: Amount | None = None
-    """Weight of ORPO's preference term."""
     seed: Whole = 42
     """Start of all random numbers: the same seed, data and machine give the same run."""
 
@@ -107,12 +89,6 @@ class MemoryKeys(Section):
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16: half the memory of float32, same range. auto: where the GPU can
     (Ampere and newer), float32 on older ones, where true is refused; false: float32."""
-    fp16: bool | None = None
-    """Compute in float16, for GPUs without bfloat16."""
-    tf32: bool | Literal["auto"] = "auto"
-    """Let float32 products use the faster 19-bit format of Ampere and newer GPUs."""
-    fp8: bool | None = None
-    """Compute in 8-bit floats."""
     gradient_checkpointing: bool | Literal["offload", "offload_disk"] = False
     """Compute the layers a second time in the backward pass instead of keeping their
     intermediate values: about a third slower, a fraction of the memory. Usual for models from
@@ -144,8 +120,6 @@ class MemoryKeys(Section):
     attn_implementation: AttentionBackend | None = None
     """The attention code. Absent: the best that is installed and that this GPU runs. sdpa runs
     everywhere; flash_attention_2 needs Ampere or newer."""
-    scaling_softmax: bool | None = None
-    """Scale attention with the length of the row (needs flex_attention)."""
     plugins: list[str] | None = None
     """Axolotl's plugins by class name. CutCrossEntropyPlugin is understood: its kernel computes the
     loss, where this GPU can; without it Windtunnel does, never with the full logits either."""
@@ -153,14 +127,6 @@ class MemoryKeys(Section):
     """Switch of CutCrossEntropyPlugin, a kernel for the loss: saves up to 100 MiB more, but its
     gradients are ten times less exact and no run repeats another's numbers. Absent: on where the
     plugin is named."""
-    use_kernels: bool | None = None
-    """Fetch compiled kernels from the hub."""
-    use_sonicmoe: bool | None = None
-    """SonicMoE kernels for experts: same result, faster."""
-    use_scattermoe: bool | None = None
-    """ScatterMoE kernels for experts: same result, faster."""
-    torch_compile: bool | Literal["auto"] | None = None
-    """Compile the model with torch.compile: same result, faster after a slow start."""
 
 
 class DistributedKeys(Section):
@@ -168,8 +134,6 @@ class DistributedKeys(Section):
 
     deepspeed: str | dict[str, object] | None = None
     """A DeepSpeed configuration."""
-    fsdp: list[str] | str | None = None
-    """FSDP1, which Axolotl 0.21 no longer has."""
     fsdp_version: Whole | None = None
     """Version of FSDP; 2 is the living one."""
     fsdp_config: dict[str, object] | None = None

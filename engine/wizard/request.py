@@ -5,7 +5,7 @@ from typing import Final
 
 from engine.catalog import Architecture, UnknownModel, read_architecture
 from engine.chat.tokenizer_file import check_tokenizer, tokenizer_name
-from engine.config import RunConfig, assignment, override, read_config, require_supported
+from engine.config import RunConfig, assignment, read_config
 from engine.data.config_paths import with_absolute_paths
 from engine.errors import DOES_NOT_FIT, UserError
 from engine.hardware import Machine, assume, read_machine
@@ -47,10 +47,9 @@ def read_planned(
     model's tokenizer is none that rows can be rendered by; with `sharded` one for several GPUs
     passes, which can be planned and not run.
     """
-    given = read_config(file)
-    config = override(given.config, changes) if changes else given.config
-    require_supported(config, given.document, sharded=sharded)
-    config = with_absolute_paths(config, file.absolute().parent)
+    given = read_config(file).override(changes)
+    given.require_supported(sharded=sharded)
+    config = with_absolute_paths(given.config, file.absolute().parent)
     architecture = read_architecture(config.base_model)
     check_tokenizer(tokenizer_name(config), file.absolute().parent)
     return config, architecture

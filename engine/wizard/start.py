@@ -8,7 +8,6 @@ from typing import Final
 
 from engine.config import (
     RunConfig,
-    override,
     parse_config,
     read_config,
     require_supported,
@@ -74,10 +73,9 @@ def create(
     Paths in the config are relative to its file; in the run folder they are absolute. Raises
     UserError where the config or the folder cannot be used.
     """
-    given = read_config(file)
-    config = override(given.config, changes) if changes else given.config
-    require_supported(config, given.document)
-    config = with_absolute_paths(config, file.absolute().parent)
+    given = read_config(file).override(changes)
+    given.require_supported()
+    config = with_absolute_paths(given.config, file.absolute().parent)
     start_from = config.resume_from_checkpoint
     run = create_run(
         name or run_name(file),

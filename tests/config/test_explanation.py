@@ -2,19 +2,33 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import cyclopts
 import jsonschema
 import pytest
+from ruamel.yaml import YAML
 
+import engine.config
 from engine.cli import explain
-from engine.config import SECTIONS, DatasetConfig, RunConfig, unsupported
+from engine.config import (
+    SECTIONS,
+    ConfigError,
+    DatasetConfig,
+    RunConfig,
+    config_schema,
+    parse_config,
+    unsupported,
+)
 from engine.config.explanation import explain_key
 from engine.config.limits import DATASET_LIMITS, LIMITS
-from engine.config.other_keys import CHANGING, DATASET_CHANGING, ELSEWHERE, HARMLESS, RENAMED
+from engine.config.other_keys import ELSEWHERE, RENAMED, other_keys
+from engine.config.output_keys import TrackerKeys
+from engine.config.training_keys import DistributedKeys
 from engine.errors import UserError
 
 Run = Callable[..., str]
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture
@@ -71,13 +85,30 @@ class TestExplain:
         assert "not supported yet" in str(explain_key("deepspeed")[0].limit)
         assert "no effect" in str(explain_key("wandb_project")[0].limit)
 
+    def test_a_key_of_axolotl_that_is_not_acted_on(self, run: Run) -> None:
+        assert run("explain", "kd_alpha").splitlines() == [
+            "kd_alpha  (Optimization)",
+            "",
+            "A key of Axolotl. A setting of distillation from a larger model (its plugin).",
+            "",
+            "default   not set",
+            "here      It is not supported yet. Windtunnel learns from the rows, not from",
+            "          another model. Remove it, or run this file with Axolotl.",
+        ]
+        (found,) = explain_key("strict")
+        assert "It has no effect here." in str(found.limit)
+        both = [found.key for found in explain_key("chat_template")]
+        assert both == ["chat_template", "datasets[].chat_template"]
+
+    def test_where_one_process_tokenizes_the_number_of_them_is_not_chosen(self) -> None:
+        (found,) = explain_key("dataset_num_proc")
+        assert "One process tokenizes" in str(found.limit)
+
     @pytest.mark.parametrize(
         ("key", "says"),
         [
             ("lora_rank", "Did you mean lora_r?"),
             ("xyzzy", "`windtunnel schema` lists all keys."),
-            ("peft_layers_pattern", "does not support"),
-            ("strict", "no effect"),
             ("datasets.lora_r", "not a key"),
         ],
     )
@@ -87,7 +118,74 @@ class TestExplain:
         assert says in str(caught.value)
 
 
+def axolotl_keys(part: str) -> list[str]:
+    """Names from tests/golden/axolotl_keys.txt."""
+    text = (GOLDEN / "axolotl_keys.txt").read_text("utf-8")
+    return text.partition(f"[{part}]\n")[2].partition("[")[0].split()
+
+
+class TestEveryKeyOfAxolotl:
+    """A config of Axolotl 0.21 names nothing that nobody here knows."""
+
+    @pytest.mark.parametrize("part", ["run", "plugins", "datasets"])
+    def test_is_explained_as_what_is_done_with_it(self, part: str) -> None:
+        keys = axolotl_keys(part)
+        assert len(keys) > 50
+        for key in keys:
+            for found in explain_key(key):
+                assert found.meaning.endswith((".", ")", "`", '"')), key
+                assert found.takes or found.limit, key
+
+    def test_of_a_run_is_read_or_named_as_not_supported(self) -> None:
+        for key in [*axolotl_keys("run"), *axolotl_keys("plugins")]:
+            for value in ("false", "[x]"):
+                ids = problem_ids(f"base_model: x\n{key}: {value}\n")
+                assert not ids & {"unknown-key"}, key
+            refused = key in other_keys() and other_keys()[key].limit.severity == "error"
+            assert (ids == {"not-supported"}) or not refused or ids == {"secret"}, key
+
+    def test_of_a_dataset_is_read_or_named_as_not_supported(self) -> None:
+        for key in set(axolotl_keys("datasets")) - {"path", "seed"}:
+            ids = problem_ids(f"base_model: x\ndatasets: [{{path: x, {key}: [x]}}]\n")
+            assert "unknown-key" not in ids, key
+            fields = DatasetConfig.model_fields
+            assert ids or key in fields or other_keys("dataset")[key].limit.severity == "note", key
+
+
+def problem_ids(text: str) -> set[str]:
+    try:
+        found = parse_config(text).findings()
+    except ConfigError as error:
+        found = list(error.findings)
+    return {finding.id for finding in found if finding.severity == "error"}
+
+
 class TestSchema:
+    def test_what_does_nothing_is_marked_and_not_offered(self, run: Run) -> None:
+        keys = json.loads(run("schema"))["properties"]
+        assert keys["tf32"] == {
+            "description": "Let float32 products use the faster 19-bit format of Ampere and newer"
+            " GPUs.",
+            "deprecated": True,
+            "doNotSuggest": True,
+        }
+        assert keys["rl"]["deprecationMessage"].startswith("It is not supported. Windtunnel trains")
+        assert keys["flash_attention"]["deprecationMessage"] == "Write attn_implementation."
+        assert keys["wandb_project"]["doNotSuggest"]
+        assert "several" not in keys["dp_shard_size"]["deprecationMessage"]
+        for key in ("lora_r", "optimizer", "plugins", "datasets"):
+            assert not {"deprecated", "doNotSuggest", "deprecationMessage"} & set(keys[key])
+
+    def test_offers_every_key_that_acts_and_no_other(self) -> None:
+        offered = {
+            key for key, entry in config_schema()["properties"].items() if "deprecated" not in entry
+        }
+        limited = {key for key, limit in LIMITS.items() if limit.whole}
+        assert offered == set(RunConfig.model_fields) - limited
+        dataset = config_schema()["$defs"]["DatasetConfig"]["properties"]
+        assert dataset["weight"]["deprecated"]
+        assert "deprecated" not in dataset["path"]
+
     def test_is_a_json_schema_with_every_key_described(self, run: Run) -> None:
         schema = json.loads(run("schema"))
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -115,12 +213,32 @@ class TestTables:
 
     def test_other_names_are_no_keys(self) -> None:
         keys = set(RunConfig.model_fields)
-        assert not (HARMLESS | CHANGING | set(RENAMED)) & keys
-        assert not DATASET_CHANGING & set(DatasetConfig.model_fields)
-        assert not HARMLESS & CHANGING
+        assert not (set(other_keys()) | set(RENAMED)) & keys
+        assert not set(other_keys("dataset")) & set(DatasetConfig.model_fields)
+        assert not set(other_keys()) & set(RENAMED)
         assert not set(ELSEWHERE) & keys
-        assert {new.key for new in RENAMED.values()} <= keys
+        assert {new.key for new in RENAMED.values()} <= keys | set(other_keys())
         assert set(ELSEWHERE.values()) <= keys | set(DatasetConfig.model_fields)
+
+    def test_no_key_of_axolotl_stands_there_twice(self) -> None:
+        table = (Path(engine.config.__file__).parent / "axolotl_keys.yml").read_text("utf-8")
+        groups = YAML(typ="safe", pure=True).load(table)
+        for level in ("run", "dataset"):
+            names = [
+                key for group in groups if group.get("of", "run") == level for key in group["keys"]
+            ]
+            assert sorted(names) == sorted(other_keys(level))
+
+    def test_every_key_of_axolotl_is_its_own(self) -> None:
+        theirs = {*axolotl_keys("run"), *axolotl_keys("plugins")}
+        assert set(other_keys()) - theirs == {"fsdp", "model_type"}
+        assert set(other_keys("dataset")) <= set(axolotl_keys("datasets"))
+
+    def test_keys_of_later_parts_say_so_in_one_way(self) -> None:
+        parts = {limit.later for limit in (*LIMITS.values(), *DATASET_LIMITS.values())}
+        assert parts == {None, "several GPUs", "trackers", "prompt formats"}
+        for section, part in ((DistributedKeys, "several GPUs"), (TrackerKeys, "trackers")):
+            assert {LIMITS[key].later for key in section.model_fields} == {part}
 
     def test_a_default_is_never_a_finding(self) -> None:
         plain = RunConfig(base_model="x", datasets=(DatasetConfig(path="a"),))

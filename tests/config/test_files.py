@@ -47,11 +47,11 @@ SYNTAX = [
     ("a: *here", 1, "quotes"),
     ("a: @x", 1, "quotes"),
     ("a: 1\n---\nb: 2", 2, "Keep one"),
-    ("? [1, 2]\n: 3", 1, "remove"),
-    ("a: !!python/object/apply:os.system [id]", 1, "remove"),
-    ("a: !secret x", 1, "remove"),
-    ("a: !!set {b, c}", 1, "remove"),
-    ('a: "\\ud800"', 1, "remove"),
+    ("base_model: x\n? [1, 2]\n: 3", 2, "remove"),
+    ("base_model: !!python/object/apply:os.system [id]", 1, "remove"),
+    ("base_model: !secret x", 1, "remove"),
+    ("base_model: !!set {b, c}", 1, "remove"),
+    ('base_model: "\\ud800"', 1, "remove"),
 ]
 
 
@@ -125,7 +125,7 @@ SECRETS = [
     ("comet_api_key: abc", "comet_api_key"),
     ("wandb_name: hf_" + "a" * 34, "wandb_name"),
     ("datasets: [{path: 'https://me:pass@host/a.jsonl'}]", "datasets[0].path"),
-    ("overrides_of_model_kwargs: {token: abc}", "overrides_of_model_kwargs.token"),
+    ("gradient_checkpointing_kwargs: {token: abc}", "gradient_checkpointing_kwargs.token"),
     ("sample_prompts: [ok, sk-" + "x" * 40 + "]", "sample_prompts[1]"),
 ]
 
@@ -148,7 +148,7 @@ class TestSafety:
             '"a\\x1b[2J\\u202e": 1',
             'datasets: [{path: a, roles: {"\\x1b]0;": 5}}]',
             'lora_target_modules: "\\x1b["',
-            'overrides_of_model_kwargs: {"\\x1b": {token: a}}',
+            'gradient_checkpointing_kwargs: {"\\x1b": {token: a}}',
         ):
             assert str(refusal(f"base_model: x\n{text}\n")).isprintable()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import ConfigError, RunConfig, parse_config, read_config
+from engine.config import ConfigError, RunConfig, override, parse_config, read_config
 from engine.errors import UserError
 
 
@@ -36,8 +36,8 @@ class TestMeaning:
         assert read.learning_rate == 2e-5
 
     def test_an_empty_value_is_unset(self) -> None:
-        read = config("fp16:\nlora_dropout: ~\nwandb_project:\nval_set_size: null\n")
-        assert (read.fp16, read.lora_dropout, read.val_set_size) == (None, 0.0, 0.0)
+        read = config("max_steps:\nlora_dropout: ~\nwandb_project:\nval_set_size: null\nfp16:\n")
+        assert (read.max_steps, read.lora_dropout, read.val_set_size) == (None, 0.0, 0.0)
 
     @pytest.mark.parametrize("spelling", ["2e-5", '"2e-5"', "0.00002", "2.0e-05", "2E-5"])
     def test_a_learning_rate_is_a_number_however_it_is_spelled(self, spelling: str) -> None:
@@ -100,7 +100,6 @@ BAD_VALUES = [
     ("base_model: x\nfield_messages: m", 2, "belongs to one dataset", "under its entry"),
     ("base_model: x\ndatasets:\n- path: a\n  seed: 1", 4, "belongs to the run", "Move it out"),
     ("base_model: x\ndatasets:\n- path: a\n  fields: m", 4, "key of a dataset", "field_"),
-    ("base_model: x\npeft_layer_replication: [[0, 4]]", 2, "key of Axolotl", "Remove it"),
     ("lora_r: 8", None, "base_model is missing.", "Add base_model"),
     ("base_model: x\ndatasets:\n- split: a", 3, "datasets[0].path is missing.", "Add path"),
     (
@@ -172,9 +171,6 @@ BROKEN_RULES = [
         "lora_modules_to_save",
     ),
     ("peft_autocast_adapter_dtype: false", "peft_autocast_adapter_dtype", "adapter: lora"),
-    ("scaling_softmax: true", "scaling_softmax", "flex_attention"),
-    ("tokenizer_use_mistral_common: true\nchat_template: chatml", "chat_template", "Remove"),
-    ("batch_size: 8\ngradient_accumulation_steps: 2", "batch_size", "Remove batch_size"),
     ("warmup_steps: 5\nwarmup_ratio: 0.1", "warmup_steps", "Remove one"),
     ("save_steps: 5\nsaves_per_epoch: 1", "save_steps", "Remove one"),
     ("save_steps: 5\nsave_strategy: epoch", "save_strategy", "Remove save_strategy"),
@@ -196,6 +192,141 @@ BROKEN_RULES = [
         "role: from",
     ),
 ]
+
+
+NOT_SUPPORTED = [
+    ("peft_layer_replication: [[0, 4]]", "peft_layer_replication", "Remove it"),
+    ("scaling_softmax: true", "scaling_softmax", "Remove it"),
+    ("tokenizer_use_mistral_common: true\nchat_template: chatml", "chat_template", "Remove it"),
+    ("batch_size: 8\ngradient_accumulation_steps: 2", "batch_size", "micro_batch_size"),
+    ("shuffle_merged_datasets: false", "shuffle_merged_datasets", "Remove it"),
+    ("special_tokens: {eos_token: a}", "special_tokens", "Remove it"),
+    ("nf4_backend: torchao", "nf4_backend", "Remove it"),
+    ("datasets: [{path: a, weight: 2}]", "datasets[0].weight", "name the source twice"),
+    ("datasets: [{path: a, roles_to_train: [user]}]", "datasets[0].roles_to_train", "Remove"),
+    ("datasets: [{path: a, train_on_eos: all}]", "datasets[0].train_on_eos", "Remove it"),
+    ("dp_shard_size: 2", "dp_shard_size", "windtunnel estimate"),
+    ("optimizer: adamw_torch_8bit", "optimizer", "adamw_bnb_8bit"),
+]
+
+
+class TestNotSupported:
+    @pytest.mark.parametrize(("text", "key", "fix"), NOT_SUPPORTED)
+    def test_training_is_refused_though_the_file_can_be_read(
+        self, text: str, key: str, fix: str
+    ) -> None:
+        file = parse_config(f"base_model: x\n{text}")
+        with pytest.raises(ConfigError) as caught:
+            file.require_supported()
+        (finding,) = caught.value.findings
+        assert (finding.id, finding.key) == ("not-supported", key)
+        assert fix in finding.fix
+        assert finding.line is not None
+
+    def test_values_that_say_what_is_done_anyway_are_fine(self) -> None:
+        assert not notes(
+            """\
+            chat_template: mistral_v7_tekken
+            special_tokens: {pad_token: <pad>}
+            shuffle_merged_datasets: true
+            nf4_backend: bitsandbytes
+            tf32: auto
+            logging_steps: 1
+            datasets: [{path: a, weight: 1, roles_to_train: [assistant], train_on_eos: turn}]
+            """
+        )
+
+    def test_a_key_behind_the_command_is_refused_and_can_be_taken_back(self) -> None:
+        file = parse_config("base_model: x\nrl: dpo\ntf32: true\n")
+        with pytest.raises(ConfigError, match="rl: "):
+            file.override(["max_steps=2"]).require_supported()
+        kept = file.override(["rl=", "max_steps=2"])
+        assert [note.key for note in kept.require_supported()] == ["tf32"]
+        assert kept.config.max_steps == 2
+        with pytest.raises(ConfigError, match="relora"):
+            kept.override(["relora=true"]).require_supported()
+
+    def test_what_several_gpus_need_can_be_planned(self) -> None:
+        file = parse_config("base_model: x\nfsdp_config: {a: b}\noptimizer: adamw_torch_8bit\n")
+        assert file.require_supported(sharded=True)
+        whole = parse_config("base_model: x\nfsdp_config: {a: b}\noptimizer: adamw_bnb_8bit\n")
+        with pytest.raises(ConfigError, match="cannot be sharded"):
+            whole.require_supported(sharded=True)
+
+
+class TestOneRound:
+    """A file with several faults hears all of them: none of them hides the others."""
+
+    def findings(self, text: str) -> list[tuple[int | None, str, str]]:
+        error = refusal(text)
+        assert isinstance(error, ConfigError)
+        return [(finding.line, finding.id, finding.key) for finding in error.findings]
+
+    def test_a_broken_rule_hides_nothing_that_is_not_supported(self) -> None:
+        assert self.findings(
+            """\
+            base_model: x
+            trust_remote_code: true
+            rl: dpo
+            deepspeed: zero2.json
+            datasets:
+              - path: a
+                type: alpaca
+                weight: 2
+            tf32: true
+            """
+        ) == [
+            (2, "no-remote-code", "trust_remote_code"),
+            (3, "not-supported", "rl"),
+            (4, "not-supported", "deepspeed"),
+            (7, "not-supported", "datasets[0].type"),
+            (8, "not-supported", "datasets[0].weight"),
+        ]
+
+    def test_a_key_that_stands_there_twice_hides_no_other_fault(self) -> None:
+        assert self.findings(
+            "base_model: x\nlora_rank: 8\nseed: 1\nseed: 2\nneftune_noise_alpha: 5\n"
+        ) == [
+            (2, "unknown-key", "lora_rank"),
+            (4, "yaml", "seed"),
+            (5, "not-supported", "neftune_noise_alpha"),
+        ]
+
+    def test_one_value_of_a_dataset_hides_no_fault_of_the_others(self) -> None:
+        assert self.findings(
+            """\
+            base_model: x
+            datasets:
+              - path: 5
+                trust_remote_code: true
+              - split: train
+                type: alpaca
+              - path: b
+                field_messages: [a]
+                revision: " "
+            """
+        ) == [
+            (3, "bad-value", "datasets[0].path"),
+            (4, "no-remote-code", "datasets[0].trust_remote_code"),
+            (5, "missing", "datasets[1].path"),
+            (6, "not-supported", "datasets[1].type"),
+            (8, "bad-value", "datasets[2].field_messages"),
+            (9, "unsafe-name", "datasets[2].revision"),
+        ]
+
+    def test_of_several_arguments_each_is_heard(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            override(
+                RunConfig(base_model="x"), ["lora_r", "max_steps=[", "seed=x", "rl=dpo", "q.x=1"]
+            )
+        found = [(finding.id, finding.key) for finding in caught.value.findings]
+        assert found == [
+            ("argument", "lora_r"),
+            ("argument", "max_steps"),
+            ("not-supported", "rl"),
+            ("unknown-key", "q"),
+            ("bad-value", "seed"),
+        ]
 
 
 class TestRefusals:

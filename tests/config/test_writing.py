@@ -51,7 +51,7 @@ OWN = textwrap.dedent(
     lora_target_modules:  # attention only
       - q_proj  # queries
       - k_proj
-    fp16:
+    max_steps:
     learning_rate: 2e-4   # as in the paper
     # the end
     """
@@ -179,7 +179,7 @@ class TestOwnFile:
         file = parse_config(OWN)
         changes = [
             "lora_r=64",
-            "fp16=false",
+            "max_steps=9",
             "lora_target_modules=[q_proj]",
             "flash_attention=",
             "attn_implementation=sdpa",
@@ -193,7 +193,7 @@ class TestOwnFile:
         expected = OWN
         for old, new in (
             ("lora_r: 32 ", "lora_r: 64 "),
-            ("fp16:", "fp16: false"),
+            ("max_steps:", "max_steps: 9"),
             ("lora_target_modules:  # attention only\n  - q_proj  # queries\n  - k_proj", ""),
             ("flash_attention: true #", "attn_implementation: sdpa #"),
             ("learning_rate: 2e-4   # as in the paper", ""),

@@ -178,7 +178,7 @@ class TestHere:
     def test_nothing_in_it_is_refused(self, path: Path) -> None:
         file = read_config(path)
         assert not file.notes
-        require_supported(file.config, file.document, sharded=True)
+        file.require_supported(sharded=True)
 
     def test_several_gpus_can_be_planned_and_not_run(self, path: Path) -> None:
         config = read_config(path).config

@@ -1,7 +1,6 @@
-"""What a key takes, in words: "a whole number, 1 or more", "one of cosine, linear, constant".
+"""The JSON schema of a config, and what a key takes in words: "a whole number, 1 or more".
 
-Separate because both an error about a value and `explain` say it, from the same JSON schema that
-editors read.
+An error about a value and `explain` say those words, from the same schema that editors read.
 """
 
 import functools
@@ -9,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.config.document import KeyPath
-from engine.config.other_keys import RENAMED
+from engine.config.limits import DATASET_LIMITS, LIMITS, Limit
+from engine.config.other_keys import RENAMED, other_keys
 from engine.config.run import RunConfig
 
 Schema = Mapping[str, Any]
@@ -17,7 +17,38 @@ Schema = Mapping[str, Any]
 
 @functools.cache
 def config_schema() -> dict[str, Any]:
-    """The JSON schema of a config file; a key may also be left empty, which means unset."""
+    """The JSON schema of a config file; a key may also be left empty, which means unset.
+
+    It offers what works. Keys that are read and do nothing are marked: `deprecated` is JSON
+    Schema's word; `deprecationMessage`, which editors show as a warning, and `doNotSuggest`, by
+    which they offer the key to nobody, are what yaml-language-server and VS Code read.
+    """
+    schema = _fields_schema()
+    dataset = schema["$defs"]["DatasetConfig"]["properties"]
+    properties = schema["properties"]
+    for entries, limits in ((properties, LIMITS), (dataset, DATASET_LIMITS)):
+        for key, limit in limits.items():
+            entries[key] |= _marks(limit) if limit.whole else {}
+    for entries, others in ((properties, other_keys()), (dataset, other_keys("dataset"))):
+        entries |= {
+            key: {"description": other.meaning} | _marks(other.limit)
+            for key, other in others.items()
+        }
+    for old, new in RENAMED.items():
+        about = f"Older spelling of {new.key}."
+        mark = {"deprecated": True, "deprecationMessage": f"Write {new.key}."}
+        properties[old] = {"description": about} | mark
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _marks(limit: Limit) -> dict[str, object]:
+    if limit.severity == "note":
+        return {"deprecated": True, "doNotSuggest": True}
+    message = f"It is not supported. {limit.why} {limit.fix}"
+    return {"deprecated": True, "deprecationMessage": message}
+
+
+def _fields_schema() -> dict[str, Any]:
     schema = RunConfig.model_json_schema()
     for section in (schema, *schema["$defs"].values()):
         required = section.get("required", ())
@@ -27,10 +58,7 @@ def config_schema() -> dict[str, Any]:
                 entry["description"] = " ".join(entry["description"].split())
             if key not in required and not _accepts_null(entry):
                 _allow_null(entry)
-    for old, new in RENAMED.items():
-        about = f"Older spelling of {new.key}."
-        schema["properties"][old] = {"description": about, "deprecated": True}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return schema
 
 
 def _accepts_null(entry: Schema) -> bool:
@@ -52,13 +80,13 @@ def schema_at(path: KeyPath) -> Schema:
     return node
 
 
-def words(entry: Schema) -> str:
+def describe(entry: Schema) -> str:
     """A schema in words."""
     values = allowed(entry)
     if values:
         return " or ".join(values) if len(values) < 3 else f"one of {', '.join(values)}"
     if "anyOf" in entry:
-        options = [words(option) for option in entry["anyOf"] if option.get("type") != "null"]
+        options = [describe(option) for option in entry["anyOf"] if option.get("type") != "null"]
         return " or ".join(options)
     if "$ref" in entry:
         return "a mapping with path and the other keys of a dataset"
