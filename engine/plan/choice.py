@@ -249,7 +249,10 @@ class Choice:
         needs = self.needs(micro_batch_size=2 * micro)
         if needs.verdict != "fits":
             return f"{2 * micro} would need {gib(needs.device_bytes)}"
-        return f"{self.needs().tokens_at_once:,} tokens at once keep {self._place()} busy"
+        at_once = self.needs().tokens_at_once
+        if self.device.kind == "cuda" and at_once < BUSY_TOKENS:  # chosen before room was made
+            return f"{2 * micro} would fit too, with {gib(needs.device_bytes)}"
+        return f"{at_once:,} tokens at once keep {self._place()} busy"
 
     def optimization(self) -> None:
         """How far and how often the weights move."""
