@@ -436,7 +436,7 @@ class TestReasonsAreTrue:
                 assert needs.verdict != "fits"
                 assert reason == f"{2 * micro} would need {gib(needs.device_bytes)}"
             else:
-                assert "keep this" in reason or f"{2 * micro} would fit too" in reason
+                assert "busy" in reason or f"{2 * micro} would fit too" in reason
 
     def test_a_step_of_more_rows_than_there_are_takes_no_longer_than_a_pass(self) -> None:
         rows = dataset(88, 30, 33)
