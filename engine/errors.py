@@ -1,7 +1,4 @@
-"""The one error a person sees: what happened, why, and what to do about it.
-
-It stands alone at the bottom of the import order so that every module can raise it.
-"""
+"""The one error a person sees: what happened, why, and what to do about it."""
 
 DOES_NOT_FIT = 3
 """Exit status of what does not fit in memory."""

@@ -1,7 +1,6 @@
 """Text that a dataset, a path or a server chose, made safe and readable on a terminal.
 
-It stands beside `errors` at the bottom so that everything that prints can use the same escape:
-control bytes, C1 codes, bidirectional overrides and invisible characters become marks that a
+Control bytes, C1 codes, bidirectional overrides and invisible characters become marks that a
 person can see. The joiners U+200C and U+200D stay, because Persian, Indic scripts and emoji need
 them and no terminal acts on them. Lines are folded here too, because a terminal breaks words.
 """

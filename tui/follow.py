@@ -1,7 +1,4 @@
-"""Reads a run while it is written, in a thread, so that no disk can hold the screen up.
-
-Apart from the page that draws: it decides how often is looked, and what is told in one message.
-"""
+"""Reads a run while it is written, in a thread, so that no disk can hold the screen up."""
 
 import time
 from collections.abc import Callable
@@ -10,9 +7,9 @@ from typing import Final
 from textual.message import Message
 
 from engine.errors import UserError, WorkError
-from engine.runs import Follower, RunFolder, Status, Word, send, status
+from engine.runs import Follower, Request, RunFolder, Status, send, status
 from engine.visible import visible
-from tui.messages import RunAsked, RunTold, RunUnreadable, WorkRefused
+from tui.messages import EventsRead, RunAsked, RunUnreadable, WorkRefused
 
 POLL_SECONDS: Final = 0.25
 _EVENTS_AT_ONCE: Final = 500
@@ -22,16 +19,16 @@ _EVENTS_AT_ONCE: Final = 500
 def follow_run(
     run: RunFolder, post: Callable[[Message], object], stopped: Callable[[], bool]
 ) -> None:
-    """Post what a run tells from its first event on, until `stopped()`; for a thread.
+    """Post the events of a run from its first one on, until `stopped()`; for a thread.
 
-    Posts RunTold at most four times a second once what was there is told, and only when there is
+    Posts EventsRead at most four times a second once what was there is read, and only when there is
     something new; RunUnreadable once if the folder cannot be read, and ends.
     """
     follower = Follower(run.events)
     before: Status | None = None
     while not stopped():
         try:
-            word = status(run)  # first: what was written before a run ended is not lost
+            now = status(run)  # first: what was written before a run ended is not lost
             events = follower.read()
         except UserError as error:
             post(RunUnreadable(error))
@@ -41,17 +38,17 @@ def follow_run(
             return
         more = len(events) > _EVENTS_AT_ONCE
         for start in range(0, len(events), _EVENTS_AT_ONCE):
-            # A word is for all that was written, so it waits until all is read.
-            told = events[start : start + _EVENTS_AT_ONCE]
-            post(RunTold(told, before if more else word))
-        if not events and word != before:
-            post(RunTold((), word))
+            # A status is for all that was written, so it comes when all is read.
+            part = events[start : start + _EVENTS_AT_ONCE]
+            post(EventsRead(part, before if more else now))
+        if not events and now != before:
+            post(EventsRead((), now))
         if not more:
-            before = word
+            before = now
             time.sleep(POLL_SECONDS)
 
 
-def send_command(run: RunFolder, command: Word, post: Callable[[Message], object]) -> None:
+def send_command(run: RunFolder, command: Request, post: Callable[[Message], object]) -> None:
     """Ask a run for something and post RunAsked, or WorkRefused with the reason; for a thread."""
     try:
         post(RunAsked(send(run, command), command))

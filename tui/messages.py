@@ -1,4 +1,4 @@
-"""What the threads of the wizard tell its pages: facts, in the past tense."""
+"""What the threads of the wizard report to its pages: facts, in the past tense."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from textual.message import Message
 
 from engine.errors import UserError
 from engine.events import Recorded
-from engine.runs import RunFolder, Status, Word
+from engine.runs import Request, RunFolder, Status
 from engine.runs.facts import RunFacts
 from engine.runs.removal import Contents
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from engine.runs.comparison import ConfigDifferences
 
 
-class RunTold(Message):
-    """A run wrote events, or the word for it is another one."""
+class EventsRead(Message):
+    """A run wrote events, or has another status."""
 
     def __init__(self, events: Sequence[Recorded], status: Status | None) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class RunUnreadable(Message):
 class RunAsked(Message):
     """A command was written for a run; its answer will carry `identity`."""
 
-    def __init__(self, identity: str, command: Word) -> None:
+    def __init__(self, identity: str, command: Request) -> None:
         super().__init__()
         self.identity = identity
         self.command = command

@@ -21,9 +21,9 @@ from engine.launch import resume_run
 from engine.report.run import progress_text
 from engine.runs import (
     Follower,
+    Request,
     RunFolder,
     Summary,
-    Word,
     ask,
     find_run,
     follow,
@@ -196,7 +196,7 @@ def _ending(run: RunFolder) -> str:
     return f"{visible(run.name, one_line=True)} is {summary.status}, {progress_text(summary)}"
 
 
-def _ask(run: RunFolder, command: Word) -> None:
+def _ask(run: RunFolder, command: Request) -> None:
     _require_done(run, ask(run, command, timeout_seconds=_patience_seconds(run)))
 
 
@@ -214,7 +214,7 @@ def _patience_seconds(run: RunFolder) -> float:
     return max(_ANSWER_SECONDS, 3 * (summarize(run).step_seconds or 0.0))
 
 
-def _answer(run: RunFolder, command: Word, word: str, as_json: bool) -> None:
+def _answer(run: RunFolder, command: Request, word: str, as_json: bool) -> None:
     summary = summarize(run)
     if as_json:
         answer = {"run": run.name, "command": command, "outcome": "done"}

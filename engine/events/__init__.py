@@ -1,9 +1,8 @@
 """The vocabulary of `events.jsonl`: what a run says about itself, one JSON object a line.
 
-It stands low in the import order, away from whoever trains and whoever draws, so that both agree on
-the words and neither needs the other. A reader skips types and fields that it does not know, so
-that an older Windtunnel can follow a newer run. JSON has no NaN: a float that is not finite is
-written as `null` and read back as `nan`, which a chart draws as a gap.
+Whoever trains and whoever draws agree on it, and neither needs the other. A reader skips types and
+fields that it does not know, so that an older Windtunnel can follow a newer run. JSON has no NaN: a
+float that is not finite is written as `null` and read back as `nan`, which a chart draws as a gap.
 """
 
 from engine.events.lines import VERSION, format_line, parse, parse_line

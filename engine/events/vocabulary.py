@@ -48,7 +48,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimizer step, told after it is done."""
+    """One optimizer step, reported after it is done."""
 
     step: int
     """Counts from 1. A number that comes again after a resume supersedes the earlier one."""
@@ -177,7 +177,7 @@ class Shortage:
     asked_bytes: int | None = None
     """What was asked for beyond; None where the system did not say."""
     predicted_bytes: int | None = None
-    """What the plan said of the fullest moment; None where a run has no plan."""
+    """The plan's figure for the fullest moment; None where a run has no plan."""
     parts: Mapping[str, int] = field(default_factory=dict)
     """What was held: weights, adapter, gradients, optimizer, and the rest, which is activations."""
     predicted_parts: Mapping[str, int] = field(default_factory=dict)

@@ -140,7 +140,7 @@ def _read_card(index: int, questions: _Questions, ram: tuple[int, int]) -> list[
     return [_measure(card, handle, questions, ram)]
 
 
-def _without_answers(index: int, code: int, words: str) -> Gpu:
+def _without_answers(index: int, code: int, message: str) -> Gpu:
     lost = code in _LOST
     return Gpu(
         uuid=f"unknown-{index}",
@@ -151,7 +151,7 @@ def _without_answers(index: int, code: int, words: str) -> Gpu:
         memory_used_bytes=None,
         compute_capability=None,
         state="lost" if lost else "unknown",
-        note=findings.lost_note(code) if lost else f"the driver cannot open it ({words})",
+        note=findings.lost_note(code) if lost else f"the driver cannot open it ({message})",
     )
 
 

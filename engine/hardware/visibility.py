@@ -43,7 +43,7 @@ def hide(
     value = environment.get(VISIBLE)
     if value is None or not gpus:
         return tuple(gpus), []
-    told = f"{VISIBLE}={visible(value, one_line=True)}"
+    setting = f"{VISIBLE}={visible(value, one_line=True)}"
     shown, fault = _shown(value, gpus)
     problems = []
     if fault:
@@ -51,21 +51,21 @@ def hide(
             Problem(
                 "cuda_list_ends",
                 "warning",
-                f"{told} {fault}.",
+                f"{setting} {fault}.",
                 f"CUDA shows {_count(len(shown))} for it.",
                 _UNSET_FIX,
             )
         )
-    note = f"hidden by {told}"
+    note = f"hidden by {setting}"
     marked = tuple(
         gpu if gpu.uuid in shown or gpu.state == "lost" else replace(gpu, state="hidden", note=note)
         for gpu in gpus
     )
     hidden = [gpu for gpu in marked if gpu.state == "hidden"]
     if hidden:
-        problems.append(_hidden(hidden, told))
+        problems.append(_hidden(hidden, setting))
     if _is_unsure(value, gpus, environment):
-        problems.append(_unsure(told))
+        problems.append(_unsure(setting))
     return marked, problems
 
 
@@ -129,7 +129,7 @@ def _is_unsure(value: str, gpus: Sequence[Gpu], environment: Mapping[str, str]) 
     return by_number and len(kinds) > 1 and environment.get(ORDER) != PCI_ORDER
 
 
-def _hidden(hidden: Sequence[Gpu], told: str) -> Problem:
+def _hidden(hidden: Sequence[Gpu], setting: str) -> Problem:
     numbers = list(dict.fromkeys(str(gpu.index) for gpu in hidden))
     cards = f"GPU {numbers[0]} is" if len(numbers) == 1 else f"GPUs {', '.join(numbers)} are"
     if all(gpu.mig_parent for gpu in hidden):
@@ -138,17 +138,17 @@ def _hidden(hidden: Sequence[Gpu], told: str) -> Problem:
     return Problem(
         "cuda_hidden",
         "warning",
-        f"{cards} hidden by {told}.",
+        f"{cards} hidden by {setting}.",
         "It was set before windtunnel started, and CUDA shows a program only what it names.",
         _UNSET_FIX,
     )
 
 
-def _unsure(told: str) -> Problem:
+def _unsure(setting: str) -> Problem:
     return Problem(
         "cuda_order_unsure",
         "note",
-        f"Which cards {told} means is not certain here.",
+        f"Which cards {setting} means is not certain here.",
         "The cards differ, and CUDA numbers the fastest first while the driver goes by slot.",
         f"Set {ORDER}={PCI_ORDER} too, or name the cards by UUID.",
     )

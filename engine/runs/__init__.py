@@ -1,4 +1,4 @@
-"""Run folders: where they live, who works in one, what it says, and how to ask it for something.
+"""Run folders: where they live, who works in one, what happened, and how to ask for something.
 
 A run is a folder and a process that may or may not be alive; this package is the only one that
 tells which. It sits below everything that starts or shows a run, and holds nothing heavy, so that
@@ -22,7 +22,7 @@ its events up, `series` to curves, `facts` for a list of runs; `comparison` puts
 The lock is taken before anything heavy is imported: the launcher waits for it.
 """
 
-from engine.runs.control import Command, ControlReader, Word, ask, send
+from engine.runs.control import Command, ControlReader, Request, ask, send
 from engine.runs.folder import RunFolder, create_run, find_run, list_runs, run_home
 from engine.runs.follower import Follower, follow
 from engine.runs.lock import RunLock, is_locked
@@ -33,12 +33,12 @@ __all__ = [
     "Command",
     "ControlReader",
     "Follower",
+    "Request",
     "RunFolder",
     "RunLock",
     "Status",
     "StopSignals",
     "Summary",
-    "Word",
     "ask",
     "create_run",
     "find_run",

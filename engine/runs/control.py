@@ -19,9 +19,9 @@ from engine.runs.lines import LineReader, append_line
 from engine.runs.lock import is_locked
 from engine.visible import visible
 
-Word = Literal["pause", "resume", "stop", "save", "sample"]
+Request = Literal["pause", "resume", "stop", "save", "sample"]
 
-_WORDS: Final[tuple[str, ...]] = get_args(Word)
+_REQUESTS: Final[tuple[str, ...]] = get_args(Request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Command:
     """One line of `control.jsonl`."""
 
     id: str
-    command: Word
+    command: Request
     time: float
     """Unix seconds when it was written."""
 
@@ -66,16 +66,16 @@ class ControlReader:
             return None
         if not isinstance(record, dict):
             return None
-        identity, word, written = record.get("id"), record.get("command"), record.get("time")
+        identity, name, written = record.get("id"), record.get("command"), record.get("time")
         if not isinstance(identity, str) or not isinstance(written, int | float):
             return None
-        if word not in _WORDS or not written >= self._since or identity in self._seen:
+        if name not in _REQUESTS or not written >= self._since or identity in self._seen:
             return None
         self._seen.add(identity)
-        return Command(identity, cast(Word, word), written)
+        return Command(identity, cast(Request, name), written)
 
 
-def send(run: RunFolder, command: Word) -> str:
+def send(run: RunFolder, command: Request) -> str:
     """Write a command for a run that lives; returns its id, which the `ack` event will carry.
 
     Raises UserError where no process would read it, WorkError where it cannot be written.
@@ -99,7 +99,7 @@ def send(run: RunFolder, command: Word) -> str:
     return identity
 
 
-def ask(run: RunFolder, command: Word, *, timeout_seconds: float) -> Ack:
+def ask(run: RunFolder, command: Request, *, timeout_seconds: float) -> Ack:
     """Send a command and wait for its answer.
 
     Raises what `send` does, and WorkError where the run ends before it answers or does not answer

@@ -68,23 +68,23 @@ class RunsReader:
                 folder.path, (Follower(folder.events), History())
             )
             try:
-                word = status(folder)
+                now = status(folder)
                 events = follower.read()
             except (UserError, OSError) as error:
                 found.append(RunFacts(folder, None, problem=str(error)))
                 continue
             history.add(events)
             more = more or bool(events)
-            found.append(_facts(folder, word, history))
+            found.append(_facts(folder, now, history))
         return found, more
 
 
-def _facts(folder: RunFolder, word: Status, history: History) -> RunFacts:
+def _facts(folder: RunFolder, now: Status, history: History) -> RunFacts:
     model = history.started.model if history.started else ""
     smooth = history.loss.smooth.points() or history.loss.raw.points()
     return RunFacts(
         folder,
-        word,
+        now,
         written_time=0.0 if math.isnan(history.last_time) else history.last_time,
         model=model.rstrip("/").rsplit("/", 1)[-1],
         step=history.steps_done,

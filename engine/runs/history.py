@@ -49,7 +49,7 @@ class Logged:
 
 
 class Figures(NamedTuple):
-    """What evaluations of held-out rows said beside the loss, the newest of each."""
+    """The figures of evaluations beside the held-out loss, the newest of each."""
 
     score: Score | None = None
     written: Answers | None = None

@@ -1,7 +1,7 @@
 """Files of one JSON object a line that somebody else is writing at the same time.
 
-Apart from what the lines mean, so that events, commands and the index of runs share the one reader
-that keeps a torn line back and notices a file that was cut or replaced.
+Events, commands and the index of runs share the one reader that keeps a torn line back and notices
+a file that was cut or replaced.
 """
 
 import errno

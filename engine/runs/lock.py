@@ -113,7 +113,7 @@ class RunLock:
 
 
 def in_use(run: RunFolder) -> UserError:
-    """What a second trainer on the same folder is told, and whoever would start one."""
+    """The error of a second trainer on the same folder, and of whoever would start one."""
     shown = visible(run.name, one_line=True)
     return UserError(
         f"The run {shown} is already running.",
@@ -123,7 +123,7 @@ def in_use(run: RunFolder) -> UserError:
 
 
 def unreadable(run: RunFolder, error: OSError) -> WorkError:
-    """What is said of a run whose files are there and cannot be read."""
+    """The error of a run whose files are there and cannot be read."""
     return WorkError(
         f"The run {visible(run.name, one_line=True)} cannot be read.",
         f"The system says: {error}.",

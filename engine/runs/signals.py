@@ -1,6 +1,6 @@
 """SIGTERM and SIGINT as a request to save: the one way a scheduler or a keyboard has to ask.
 
-Apart from the loop, which only looks at a flag between two steps.
+The loop looks at a flag between two steps.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The word for a run, and the line that a list shows for it.
+"""The status of a run, and the line that a list shows for it.
 
 Decided by the lock and the end of the events alone, so that every screen and every machine that
 sees the folder says the same, and a run of a million steps costs no more than one of ten.
@@ -36,10 +36,10 @@ class Summary:
 
 
 def status(run: RunFolder) -> Status:
-    """The word for a run.
+    """What a run does now, or how it ended.
 
     waiting: no process has taken the lock yet. running, paused: one holds it. stopped, finished,
-    failed: the last event says so. lost: the lock is free, and whoever took it last told no end.
+    failed: the last event says so. lost: the lock is free, and whoever took it last wrote no end.
     Raises WorkError where the folder cannot be read.
     """
     # The lock first: a run that ends between the two looks has written its end before.
@@ -56,7 +56,7 @@ def status(run: RunFolder) -> Status:
 
 def summarize(run: RunFolder) -> Summary:
     """A run's status, and how far it is by the end of its events. Raises as `status`."""
-    word = status(run)
+    now = status(run)
     step: int | None = None
     total: int | None = None
     last: Step | None = None
@@ -73,7 +73,7 @@ def summarize(run: RunFolder) -> Summary:
         total = _first_total(run)
     return Summary(
         name=run.name,
-        status=word,
+        status=now,
         step=step or 0,
         total_steps=total,
         loss=last.loss if last else None,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from engine.events import Ack, Event, EventWriter, Phase
-from engine.runs import Command, ControlReader, RunFolder, StopSignals, Word
+from engine.runs import Command, ControlReader, Request, RunFolder, StopSignals
 
 Emit: TypeAlias = Callable[[Mapping[str, Any]], None]
 """Prints one record as a line of JSON."""
@@ -36,7 +36,7 @@ class Session:
         self.paused = False
         """Whether a command asked to wait between two steps."""
         self._stop_asked = False
-        self._wishes: dict[Word, list[Command]] = {}
+        self._wishes: dict[Request, list[Command]] = {}
 
     def emit(self, event: Event) -> None:
         """Write one event. At each phase commands are taken in too: loading can take minutes."""
@@ -66,11 +66,11 @@ class Session:
         """Let a paused run wait a moment before it reads again."""
         self._sleep(PAUSE_POLL_SECONDS)
 
-    def wished(self, word: Word) -> bool:
+    def wished(self, word: Request) -> bool:
         """Whether somebody asked for `word` (save or sample) since it was granted last."""
         return bool(self._wishes.get(word))
 
-    def grant(self, word: Word) -> None:
+    def grant(self, word: Request) -> None:
         """Acknowledge that what was asked for by `word` is done."""
         for command in self._wishes.pop(word, ()):
             self.emit(Ack(command.id, command.command, "done"))

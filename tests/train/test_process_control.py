@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from engine.events import Ack, Sample, Saved
-from engine.runs import RunFolder, Word, ask, send, status
+from engine.runs import Request, RunFolder, ask, send, status
 from tests.fakes.processes import wait_until
 from tests.support.run_folders import read_steps
 from tests.support.trainers import (
@@ -45,7 +45,7 @@ def live(long_run: RunFolder) -> Iterator[RunFolder]:
     assert told(long_run, "pause") == "done"
 
 
-def told(run: RunFolder, word: Word) -> str:
+def told(run: RunFolder, word: Request) -> str:
     return ask(run, word, timeout_seconds=60).outcome
 
 
@@ -120,7 +120,7 @@ def test_lines_that_are_no_commands_do_no_harm(live: RunFolder) -> None:
 
 
 def test_each_of_many_commands_at_once_is_answered(live: RunFolder) -> None:
-    words: list[Word] = ["save", "pause", "save", "resume"]
+    words: list[Request] = ["save", "pause", "save", "resume"]
     identities = [send(live, word) for word in words]
 
     def answered() -> list[str]:

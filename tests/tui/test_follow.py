@@ -10,7 +10,7 @@ from engine.runs import RunFolder, create_run
 from tests.fakes.processes import running_fake, wait_until
 from tests.support.told_runs import step_event
 from tui.follow import follow_run, send_command
-from tui.messages import RunAsked, RunTold, RunUnreadable, WorkRefused
+from tui.messages import EventsRead, RunAsked, RunUnreadable, WorkRefused
 
 
 def told(run: RunFolder, enough: int) -> list[Message]:
@@ -34,20 +34,20 @@ def test_the_word_for_a_run_waits_until_its_last_event_is_told(home: Path) -> No
             lines.write(format_line(Recorded(step, 1e9, step_event(step))))
         lines.write(format_line(Recorded(20_001, 1e9, Ended("finished", 20_000))))
     messages = told(run, 41)
-    words = [each.status for each in messages if isinstance(each, RunTold)]
-    events = [one for each in messages if isinstance(each, RunTold) for one in each.events]
+    words = [each.status for each in messages if isinstance(each, EventsRead)]
+    events = [one for each in messages if isinstance(each, EventsRead) for one in each.events]
     assert len(events) == 20_001
-    assert max(len(each.events) for each in messages if isinstance(each, RunTold)) <= 500
+    assert max(len(each.events) for each in messages if isinstance(each, EventsRead)) <= 500
     last = next(place for place, word in enumerate(words) if word)
     assert words[last] == "finished"
-    assert sum(len(each.events) for each in messages[: last + 1] if isinstance(each, RunTold)) == (
-        20_001
-    )
+    assert sum(
+        len(each.events) for each in messages[: last + 1] if isinstance(each, EventsRead)
+    ) == (20_001)
 
 
 def test_nothing_is_told_while_nothing_happens(home: Path) -> None:
     (message,) = told(create_run("idle"), 1)
-    assert isinstance(message, RunTold)
+    assert isinstance(message, EventsRead)
     assert (list(message.events), message.status) == ([], "waiting")
 
 

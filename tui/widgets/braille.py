@@ -1,6 +1,6 @@
 """Curves as braille: eight dots a cell, the only drawing that still reads in a pane of four rows.
 
-Pure, apart from the chart that frames it, and shared by charts and one-row sparks.
+Shared by charts and one-row sparks.
 """
 
 import math

@@ -23,11 +23,11 @@ from engine.errors import UserError, WorkError
 from engine.launch import resume_run
 from engine.report.events import room
 from engine.report.run import figures_text, way_back
-from engine.runs import RunFolder, Status, Word
+from engine.runs import Request, RunFolder, Status
 from engine.runs.history import History
 from engine.visible import visible
 from tui.follow import follow_run, send_command
-from tui.messages import RunAsked, RunResumed, RunTold, RunUnreadable, WorkRefused
+from tui.messages import EventsRead, RunAsked, RunResumed, RunUnreadable, WorkRefused
 from tui.page import HelpText, Key, Page
 from tui.screens.help import TextPane
 from tui.screens.train import wording
@@ -99,7 +99,7 @@ class TrainPage(Page):
         self._clock = clock
         self._history = History()
         self._status: Status | None = None
-        self._asked: dict[str, tuple[Word, float]] = {}
+        self._asked: dict[str, tuple[Request, float]] = {}
         self._changed = True
         self._told_end = False
         self._resuming = False
@@ -147,7 +147,7 @@ class TrainPage(Page):
             return False
         return super().check_action(action, parameters)
 
-    async def on_run_told(self, message: RunTold) -> None:
+    async def on_events_read(self, message: EventsRead) -> None:
         self._history.add(message.events)
         await asyncio.sleep(0)  # a page takes its messages in a row: keys are let in between
         if message.status != self._status:
@@ -191,7 +191,7 @@ class TrainPage(Page):
     def action_pause(self) -> None:
         self.action_ask("resume" if self._status == "paused" else "pause")
 
-    def action_ask(self, word: Word) -> None:
+    def action_ask(self, word: Request) -> None:
         """Write a command for the run; its answer comes with the events."""
         work = partial(send_command, self._folder, word, self.post_message)
         self.run_worker(work, thread=True)
@@ -375,7 +375,7 @@ def _end_of(history: History, folder: RunFolder) -> UserError:
     )
 
 
-def _refused(name: str, word: Word) -> WorkError:
+def _refused(name: str, word: Request) -> WorkError:
     return WorkError(
         f"The run {name} refused to {word}.",
         "It cannot do that where it is now.",

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Final
 
 from engine.report.events import event_line
-from engine.runs import Status, Word
+from engine.runs import Request, Status
 from engine.runs.history import History
 from engine.units import counted
 
@@ -63,7 +63,7 @@ def device_and_model(history: History) -> str:
     return f"{where} · {model}"
 
 
-def asked(command: Word, since: float, now: float, history: History) -> str:
+def asked(command: Request, since: float, now: float, history: History) -> str:
     """What is said between a request and its answer."""
     if now - since < _PATIENCE_SECONDS:
         return f"asked to {command}…"
