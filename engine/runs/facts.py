@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.runs.folder import RunFolder, list_runs
 from engine.runs.follower import Follower
-from engine.runs.history import Figures, History, best_of
+from engine.runs.history import MEMORY, SPEED, Figures, History, best_of
 from engine.runs.series import Point
 from engine.runs.summary import Status, status
 
@@ -92,8 +92,8 @@ def _facts(folder: RunFolder, now: Status, history: History) -> RunFacts:
         seconds_left=history.seconds_left,
         loss=tuple(smooth),
         held_out=tuple(history.held_out),
-        tokens_per_second=tuple(history.tokens_per_second.raw.points()),
-        memory_gib=tuple(history.memory_gib.raw.points()),
+        tokens_per_second=tuple(history.series[SPEED].raw.points()),
+        memory_gib=tuple(history.series[MEMORY].raw.points()),
         saved=tuple(each.path for each in history.saved),
         ended_what=history.ended.what if history.ended else "",
         figures=history.figures,

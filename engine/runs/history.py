@@ -59,6 +59,23 @@ class Figures(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Metric:
+    """A figure of every step that is drawn as a curve."""
+
+    name: str
+    field: str
+    """Of the event Step."""
+    digits: int
+    unit: int = 1
+    """What a point of the curve counts the field in."""
+
+
+SPEED: Final = Metric("tokens/s", "tokens_per_second", 0)
+MEMORY: Final = Metric("memory GiB", "peak_memory_bytes", 1, GIB)
+METRICS: Final = (Metric("lr", "lr", 5), Metric("grad norm", "grad_norm", 2), SPEED, MEMORY)
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What the model said to one of the fixed prompts."""
 
@@ -123,10 +140,7 @@ class History:
         self.nan_since: int | None = None
         """First step of the stretch of losses without a number that the run is in."""
         self.loss = Series()
-        self.lr = Series()
-        self.grad_norm = Series()
-        self.tokens_per_second = Series()
-        self.memory_gib = Series()
+        self.series = {metric: Series() for metric in METRICS}
         self.phase_time = math.nan
         """Unix seconds at which `phase` began."""
         self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -236,19 +250,11 @@ class History:
         elif self.nan_since is None:
             self.nan_since = step.step
         self.loss.add(step.step, step.loss)
-        self.lr.add(step.step, step.lr)
-        self.grad_norm.add(step.step, step.grad_norm)
-        self.tokens_per_second.add(step.step, step.tokens_per_second)
-        self.memory_gib.add(step.step, step.peak_memory_bytes / GIB)
+        for metric, series in self.series.items():
+            series.add(step.step, getattr(step, metric.field) / metric.unit)
 
     def _rewind(self, step: int) -> None:
-        for series in (
-            self.loss,
-            self.lr,
-            self.grad_norm,
-            self.tokens_per_second,
-            self.memory_gib,
-        ):
+        for series in (self.loss, *self.series.values()):
             series.rewind(step)
         self.held_out = [each for each in self.held_out if each[0] < step]
 

@@ -1,11 +1,12 @@
 """Which curves the Train page draws, and the value that stands beside each."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Final
 
-from engine.runs.history import History
+from engine.runs.history import METRICS, History, Metric
 from engine.runs.series import Series, finite
 from tui.widgets.braille import Curve
 from tui.widgets.chart import Chart, Scale, Spark
@@ -15,25 +16,16 @@ if TYPE_CHECKING:
     from textual.screen import Screen
 
 _TREND_POINTS: Final = 10
+_MOST_DIGITS: Final = 3
+"""More would be zeros: such a figure is written as a power of ten."""
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One of the small charts."""
-
-    name: str
-    style: str
-    digits: int
-    series: Callable[[History], Series]
-    written: Callable[[float], str]
+_STYLES: Final = ("$accent", "$warning", "$success", "$secondary")
 
 
-METRICS: Final = (
-    Metric("lr", "$accent", 5, lambda history: history.lr, lambda lr: _exponent(lr)),
-    Metric("grad norm", "$warning", 2, lambda history: history.grad_norm, "{:.2f}".format),
-    Metric("tokens/s", "$success", 0, lambda history: history.tokens_per_second, "{:,.0f}".format),
-    Metric("memory GiB", "$secondary", 1, lambda history: history.memory_gib, "{:.1f}".format),
-)
+def metric_styles() -> "Iterator[tuple[Metric, str]]":
+    """Every small chart and its colour."""
+    return zip(METRICS, cycle(_STYLES), strict=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +38,16 @@ class Curves:
         """Redraw every chart and spark that can be seen."""
         right = float(self.history.total_steps or 1)
         self._show_loss(page.query_one("#loss", Pane), right)
-        for metric, pane in zip(METRICS, page.query("Pane.small").results(Pane), strict=True):
-            series = metric.series(self.history)
-            points = series.raw.points()
-            pane.show_subtitle(_value(metric, series))
-            scale = Scale(right, bottom=0, top=_top(series), digits=metric.digits)
-            pane.query_one(Chart).show([Curve(points, metric.style)], scale)
-        for metric, spark in zip(METRICS, page.query(Spark), strict=True):
-            series = metric.series(self.history)
-            scale = Scale(right, bottom=0, top=_top(series))
-            spark.show(series.raw.points(), scale, _value(metric, series))
+        drawn = zip(
+            metric_styles(), page.query("Pane.small").results(Pane), page.query(Spark), strict=True
+        )
+        for (metric, style), pane, spark in drawn:
+            series = self.history.series[metric]
+            points, top, value = series.raw.points(), _top(series), _value(metric, series)
+            pane.show_subtitle(value)
+            scale = Scale(right, bottom=0, top=top, digits=metric.digits)
+            pane.query_one(Chart).show([Curve(points, style)], scale)
+            spark.show(points, Scale(right, bottom=0, top=top), value)
 
     def _show_loss(self, pane: Pane, right: float) -> None:
         loss = self.history.loss
@@ -76,7 +68,10 @@ class Curves:
 def _value(metric: Metric, series: Series) -> str:
     if not series.raw:
         return ""
-    return metric.written(series.last) if math.isfinite(series.last) else "not a number"
+    if not math.isfinite(series.last):
+        return "not a number"
+    small = metric.digits > _MOST_DIGITS
+    return _exponent(series.last) if small else f"{series.last:,.{metric.digits}f}"
 
 
 def _top(series: Series) -> float:

@@ -31,7 +31,7 @@ from tui.messages import EventsRead, RunAsked, RunResumed, RunUnreadable, WorkRe
 from tui.page import HelpText, Key, Page
 from tui.screens.help import TextPane
 from tui.screens.train import wording
-from tui.screens.train.curves import METRICS, Curves
+from tui.screens.train.curves import Curves, metric_styles
 from tui.screens.train.parts import Answers, Log, ProgressRow, answer_text, log_line
 from tui.widgets.chart import Chart, Spark
 from tui.widgets.confirm import Confirm
@@ -110,12 +110,12 @@ class TrainPage(Page):
             with Pane(title="loss", id="loss", can_focus=True):
                 yield Chart()
             with Vertical(id="small"):
-                for metric in METRICS:
+                for metric, _ in metric_styles():
                     with Pane(title=metric.name, classes="small", can_focus=True):
                         yield Chart(foot=False)
         with Vertical(id="sparks"):
-            for metric in METRICS:
-                yield Spark(metric.name, metric.style)
+            for metric, style in metric_styles():
+                yield Spark(metric.name, style)
         yield Static(id="note", markup=False)
         with Horizontal(id="below"):
             with Pane(id="samples", can_focus=True):
