@@ -29,6 +29,7 @@ from engine.chat.render import (
     truncate,
 )
 from engine.data.pack import mix
+from engine.data.statistics import count_held_out
 from engine.errors import UserError, WorkError
 
 META = "meta.json"
@@ -302,14 +303,6 @@ class Prepared:
             finally:
                 # rename(2) between two links of one file does nothing and leaves both.
                 waiting.unlink(missing_ok=True)
-
-
-def count_held_out(val_set_size: float, rows: int) -> int:
-    """How many of `rows` different conversations a `val_set_size` keeps out of training."""
-    if val_set_size <= 0 or rows < 2:
-        return 0
-    wanted = val_set_size * rows if val_set_size < 1 else val_set_size
-    return min(max(1, round(wanted)), rows - 1)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

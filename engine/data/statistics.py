@@ -60,3 +60,11 @@ def read_statistics(document: Mapping[str, Any] | None) -> Statistics | None:
         return None
     lists: dict[str, Any] = {k: tuple(v) for k, v in document.items() if isinstance(v, list)}
     return Statistics(**{**document, **lists})
+
+
+def count_held_out(val_set_size: float, rows: int) -> int:
+    """How many of `rows` different conversations a `val_set_size` keeps out of training."""
+    if val_set_size <= 0 or rows < 2:
+        return 0
+    wanted = val_set_size * rows if val_set_size < 1 else val_set_size
+    return min(max(1, round(wanted)), rows - 1)

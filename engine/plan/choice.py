@@ -18,10 +18,10 @@ from typing import Any
 
 from engine.catalog import Architecture
 from engine.config import SHARDED_OPTIMIZERS, DatasetConfig, RunConfig, read_config
-from engine.data.statistics import Statistics
+from engine.data.statistics import Statistics, count_held_out
 from engine.plan.attention import Attention, choose_attention, task_of
 from engine.plan.device import Device
-from engine.plan.duration import expected_duration
+from engine.plan.duration import count_steps, expected_duration
 from engine.plan.ladder import make_faster, make_fit
 from engine.plan.memory import estimate
 from engine.plan.remarks import Goal
@@ -29,7 +29,7 @@ from engine.plan.rungs import BUSY_TOKENS, learning_rate
 from engine.plan.targets import linear_endings
 from engine.plan.verdict import Estimate
 from engine.plan.vision import largest_image_tokens
-from engine.units import gib, spoken
+from engine.units import counted, gib, spoken
 
 TOKENS_AT_ONCE = 8192
 """Beyond this a GPU is busy anyway, and activations only cost memory."""
@@ -218,8 +218,7 @@ class Choice:
         most = TOKENS_AT_ONCE if self.device.kind == "cuda" else 1024
         sizes = tuple(n for n in (8, 4, 2) if n * length <= most)
         micro = self.largest("micro_batch_size", (*sizes, 1))
-        needed = gib(self.needs(micro_batch_size=2 * micro).device_bytes)
-        self.put("micro_batch_size", micro, f"{2 * micro} would need {needed}")
+        self.put("micro_batch_size", micro, "")  # `settle` says why
         self._accumulate()
 
     def _accumulate(self) -> None:
@@ -232,8 +231,28 @@ class Choice:
             return
         a_step = known.total_tokens / at_once
         steps = int(max(1, min(a_step / UPDATES_AN_EPOCH, TOKENS_A_STEP / at_once)))
-        updates = max(1, round(a_step / steps))
-        self.put("gradient_accumulation_steps", steps, f"about {updates} updates an epoch")
+        self.put("gradient_accumulation_steps", steps, "")
+
+    def settle(self) -> None:
+        """The reasons of the batch, once all is chosen that they follow from."""
+        key = "micro_batch_size"
+        if self.reasons.get(key) == "":
+            self.reasons[key] = self._why_no_more(self.values[key])
+        key = "gradient_accumulation_steps"
+        if self.reasons.get(key) == "":
+            an_epoch = {"num_epochs": 1, "max_steps": None}
+            steps = count_steps(self.config().model_copy(update=an_epoch), self.statistics)
+            self.reasons[key] = f"{counted(steps or 1, 'update')} an epoch"
+
+    def _why_no_more(self, micro: int) -> str:
+        """Why twice as many sequences at once are not taken: memory, or that nothing is gained."""
+        needs = self.needs(micro_batch_size=2 * micro)
+        if needs.verdict != "fits":
+            return f"{2 * micro} would need {gib(needs.device_bytes)}"
+        at_once = self.needs().tokens_at_once
+        if self.device.kind == "cuda" and at_once < BUSY_TOKENS:  # chosen before room was made
+            return f"{2 * micro} would fit too, with {gib(needs.device_bytes)}"
+        return f"{at_once:,} tokens at once keep {self._place()} busy"
 
     def optimization(self) -> None:
         """How far and how often the weights move."""
@@ -256,7 +275,7 @@ class Choice:
             self.put("processor_type", "AutoProcessor", "rows have images; Axolotl needs it too")
         if known and (known.usable_rows >= 40 or self.fixed.get("eval_steps")):
             share = 0.05 if known.usable_rows >= 1000 else 0.1
-            held = round(known.usable_rows * share)
+            held = count_held_out(share, known.usable_rows)
             self.put("val_set_size", share, f"{held:,} rows are held out, to see memorising")
         elif known:
             self.put("val_set_size", 0, f"{known.usable_rows} rows are too few to hold any out")
@@ -330,8 +349,7 @@ class Choice:
             self.put("micro_batch_size", faster.changes["micro_batch_size"], why)
             self._accumulate()
         else:
-            more = gib(self.needs(micro_batch_size=2 * micro).device_bytes)
-            self.put("micro_batch_size", micro, f"{2 * micro} would need {more}")
+            self.put("micro_batch_size", micro, "")
 
     def _sequence_len(self) -> tuple[int, str]:
         most = self.architecture.card.context_tokens if self.architecture.card else 2**18

@@ -18,7 +18,7 @@ from math import ceil
 
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
-from engine.data.statistics import Statistics
+from engine.data.statistics import Statistics, count_held_out
 from engine.hardware import speed_of
 from engine.plan.device import Device
 from engine.plan.layers import recomputed_layers, widths
@@ -70,7 +70,7 @@ def expected_duration(
     pace = measured_tokens_per_second or pace_of(config, architecture, device, statistics)
     if steps is None or pace is None:
         return None
-    seconds = steps * _step_tokens(config, statistics) / pace
+    seconds = _run_tokens(config, statistics, steps) / pace
     speed = speed_of(device.card)
     usd = speed.usd_an_hour * seconds / 3600 if speed and speed.usd_an_hour else None
     source = "measured" if measured_tokens_per_second else "formula"
@@ -83,23 +83,31 @@ def count_steps(config: RunConfig, statistics: Statistics | None) -> int | None:
         return config.max_steps
     if statistics is None:
         return None
-    held = config.val_set_size
-    share = 1 - (held if held < 1 else min(1.0, held / max(1, statistics.usable_rows)))
-    sequences = statistics.usable_rows * share
+    rows = _trained_rows(config, statistics)
+    sequences: float = rows
     if config.sample_packing:
+        share = rows / max(1, statistics.usable_rows)
         sequences = statistics.total_tokens * share / config.sequence_len
     a_step = config.micro_batch_size * config.gradient_accumulation_steps
     return max(1, ceil(ceil(sequences / a_step) * config.num_epochs))
 
 
-def _step_tokens(config: RunConfig, statistics: Statistics | None) -> float:
-    """Tokens of an optimizer step, padding left out."""
-    sequences = config.micro_batch_size * config.gradient_accumulation_steps
+def _trained_rows(config: RunConfig, statistics: Statistics) -> int:
+    """Rows that are not held out."""
+    rows = statistics.usable_rows
+    return rows - count_held_out(config.val_set_size, rows)
+
+
+def _run_tokens(config: RunConfig, statistics: Statistics | None, steps: int) -> float:
+    """Tokens of all steps, padding left out: a step never has more than a whole pass."""
+    a_step = config.micro_batch_size * config.gradient_accumulation_steps
     if statistics is None:
-        return sequences * config.sequence_len
-    if config.sample_packing:
-        return min(sequences * config.sequence_len, max(1, statistics.total_tokens))
-    return sequences * min(config.sequence_len, statistics.mean_tokens)
+        return steps * a_step * config.sequence_len
+    a_row = min(config.sequence_len, statistics.mean_tokens)
+    a_pass = max(1.0, _trained_rows(config, statistics) * a_row)
+    a_sequence = config.sequence_len if config.sample_packing else a_row
+    tokens = steps * min(a_step * a_sequence, a_pass)
+    return tokens if config.max_steps else min(tokens, config.num_epochs * a_pass)
 
 
 def pace_of(

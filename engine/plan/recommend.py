@@ -185,6 +185,7 @@ def _choose(asked: Choice) -> Choice:
     if recipe is not None:
         choice.follow(recipe)
         choice.fit()
+    choice.settle()
     return choice
 
 

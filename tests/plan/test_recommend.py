@@ -9,8 +9,9 @@ from engine.catalog import Architecture
 from engine.config import DatasetConfig, parse_config, require_supported, write_config
 from engine.errors import UserError
 from engine.hardware import listed_gpus
-from engine.plan import Device, Recommendation, Statistics, make_fit, recommend
-from engine.units import GIB
+from engine.plan import Device, Recommendation, Statistics, estimate, make_fit, recommend
+from engine.plan.duration import count_steps
+from engine.units import GIB, counted, gib
 from tests.support.machines import MODELS, card, cpu, dataset, model, sized
 
 GPUS = [gpu.name for gpu in listed_gpus()]
@@ -251,7 +252,11 @@ class TestWhatTheRowsDecide:
         assert tokens <= 32_768
         updates = known.total_tokens / tokens
         assert updates >= 30 or advice.config.gradient_accumulation_steps == 1
-        assert f"{max(1, round(updates))} updates" in advice.reasons["gradient_accumulation_steps"]
+        steps = count_steps(advice.config.model_copy(update={"num_epochs": 1}), known)
+        assert steps
+        assert steps == pytest.approx(updates * (1 - advice.config.val_set_size), rel=0.05, abs=1)
+        reason = advice.reasons["gradient_accumulation_steps"]
+        assert reason == f"{counted(steps, 'update')} an epoch"
 
     def test_its_questions_are_asked_before_during_and_after(self) -> None:
         assert self.on_a_card(ROWS["some"]).config.sample_prompts == ("One?", "Two?", "Three?")
@@ -398,6 +403,56 @@ class TestGoals:
         assert recommend(model(name), card("H100"), goal=goal)
 
 
+class TestReasonsAreTrue:
+    """What a reason says is what the plan counts."""
+
+    @pytest.mark.parametrize("rows", [40, 57, 180, 200])
+    def test_updates_of_an_epoch_are_the_steps_of_the_run(self, rows: int) -> None:
+        advice = advised(model("demo-tiny"), cpu(8), dataset(rows, 30, 33))
+        assert advice.duration is None
+        steps = count_steps(advice.config, dataset(rows, 30, 33))
+        assert steps
+        updates = int(advice.reasons["gradient_accumulation_steps"].split()[0])
+        assert steps == updates * advice.config.num_epochs
+
+    def test_one_update_is_one(self) -> None:
+        advice = advised(model("demo-tiny"), cpu(8), dataset(4, 30, 33))
+        assert advice.reasons["gradient_accumulation_steps"] == "1 update an epoch"
+
+    @pytest.mark.parametrize("rows", [40, 57, 200])
+    def test_no_reason_of_a_recipe_names_the_rows_of_another_dataset(self, rows: int) -> None:
+        advice = advised(model("demo-tiny"), cpu(8), dataset(rows, 30, 33))
+        assert not any("104" in reason for reason in advice.reasons.values())
+
+    @pytest.mark.parametrize("device", [cpu(8), card("H100"), card("RTX 4090"), sized(4)])
+    def test_a_size_that_would_need_more_does_not_fit(self, device: Device) -> None:
+        for name in ("demo-tiny", "ministral-3-3b"):
+            architecture = model(name)
+            advice = advised(architecture, device, ROWS["some"])
+            reason, micro = advice.reasons["micro_batch_size"], advice.config.micro_batch_size
+            if "would need" in reason:
+                twice = advice.config.model_copy(update={"micro_batch_size": 2 * micro})
+                needs = estimate(twice, architecture, device, ROWS["some"])
+                assert needs.verdict != "fits"
+                assert reason == f"{2 * micro} would need {gib(needs.device_bytes)}"
+            else:
+                assert "busy" in reason or f"{2 * micro} would fit too" in reason
+
+    def test_a_step_of_more_rows_than_there_are_takes_no_longer_than_a_pass(self) -> None:
+        rows = dataset(88, 30, 33)
+        durations = [
+            advised(
+                model("ministral-3-3b"), card("H100"), rows, gradient_accumulation_steps=number
+            ).duration
+            for number in (1, 64)
+        ]
+        one, many = durations
+        assert one
+        assert many
+        assert many.steps < one.steps
+        assert many.seconds == pytest.approx(one.seconds, rel=0.3)
+
+
 class TestRecipes:
     """The model that is made here comes with a recipe that was tried."""
 
@@ -407,7 +462,7 @@ class TestRecipes:
         assert (config.learning_rate, config.max_steps, config.lora_alpha) == (0.005, 150, 32)
         assert len(config.datasets) == 1
         assert len(config.test_datasets) == 2
-        assert advice.reasons["lora_alpha"] == "twice the rank"
+        assert advice.reasons["lora_alpha"] == "a scale of 2 at rank 16"
 
     def test_another_dataset_keeps_what_suits_the_model_and_takes_lengths_from_the_rows(
         self,

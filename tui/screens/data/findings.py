@@ -7,7 +7,7 @@ from typing import Any, Final
 from textual.content import Content
 
 from engine.data.checkup import FEW_ROWS
-from engine.data.prepared import count_held_out
+from engine.data.statistics import count_held_out
 from engine.units import counted
 from engine.visible import visible
 
