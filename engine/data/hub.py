@@ -16,7 +16,7 @@ from engine.chat.images import IMAGE_LIMIT_BYTES
 from engine.config import DatasetConfig
 from engine.data.readers import RawRow, without_nulls
 from engine.errors import UserError, WorkError
-from engine.hardware.requirements import install_command
+from engine.hardware.packages import install_command
 
 
 def child_environment() -> dict[str, str]:

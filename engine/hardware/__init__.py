@@ -1,16 +1,16 @@
 """What this computer can train with, found out without torch and without trusting a driver.
 
-`machine` has the values; `driver` asks NVML and `findings` words what is wrong; `visibility` knows
-CUDA_VISIBLE_DEVICES; `host` and `software` read the rest; `torch_build` and `toolchain` say what
+`machine` has the values; `driver` asks NVML and `findings` says what is wrong; `visibility` knows
+CUDA_VISIBLE_DEVICES; `host` and `packages` read the rest; `torch_build` and `toolchain` say what
 keeps them from working together, `commands` how to mend it; `planned` stands in for GPUs that are
 not here; `reading` puts them together.
 """
 
 from engine.hardware.attention import attention_backends, flash_4_on
 from engine.hardware.machine import Gpu, GpuProcess, Machine, Problem
+from engine.hardware.packages import Missing, missing_packages
 from engine.hardware.planned import KnownGpu, Speed, known_gpus, listed_gpus, speed_of
 from engine.hardware.reading import assume, poll, read_machine
-from engine.hardware.software import Missing, missing_packages
 from engine.hardware.torch_build import torch_problem
 from engine.hardware.visibility import cuda_environment
 

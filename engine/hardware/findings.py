@@ -1,7 +1,4 @@
-"""The sentences about a driver and its cards: what is wrong, why, and what to do.
-
-Apart from the questions in `driver`, so that each wording stands once and can be read as a list.
-"""
+"""The sentences about a driver and its cards: what is wrong, why, and what to do."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,6 @@
 """What a computer is to a training run: its GPUs, memory, disk and installed packages.
 
-Only the values are here, so that the planner, the commands and the wizard depend on them and not on
-a driver. What could not be found out is None or "unknown", never a guess, and each reason for that
+What could not be found out is None or "unknown", never a guess, and each reason for that
 is a Problem in three sentences.
 """
 

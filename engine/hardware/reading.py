@@ -13,9 +13,8 @@ from typing import Final
 
 from engine.hardware.host import Host, read_host, read_memory
 from engine.hardware.machine import Gpu, Machine, Problem
+from engine.hardware.packages import read_stack, version_problem
 from engine.hardware.planned import plan_gpus
-from engine.hardware.requirements import version_problem
-from engine.hardware.software import read_stack
 from engine.hardware.toolchain import toolchain_problems
 from engine.hardware.torch_build import read_torch_cuda, torch_problems
 from engine.hardware.visibility import hide

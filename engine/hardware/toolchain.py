@@ -17,7 +17,7 @@ from typing import Final
 from engine.hardware.attention import FLASH_4, attention_backends, worth_installing
 from engine.hardware.commands import as_root, pip_install, pip_uninstall, system_install
 from engine.hardware.machine import Machine, Problem
-from engine.hardware.requirements import install_command
+from engine.hardware.packages import install_command
 
 _BNB_LIBRARY: Final = re.compile(r"^libbitsandbytes_cuda(\d\d)\d+\.so$")
 _DRIVER_LIBRARY: Final = "libcuda.so.1"

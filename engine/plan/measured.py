@@ -19,7 +19,7 @@ from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
 from engine.errors import WorkError
 from engine.files import write_whole
-from engine.hardware.requirements import installed
+from engine.hardware.packages import installed
 from engine.plan.device import Device
 from engine.plan.verdict import Estimate, judge
 from engine.visible import visible

@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter, Phase
-from engine.hardware.requirements import install_command, installed, version_problem
+from engine.hardware.packages import install_command, installed, version_problem
 from engine.pace import every
 from engine.runs import ControlReader, RunFolder, RunLock, StopSignals
 from engine.visible import visible

@@ -9,7 +9,7 @@ import torch
 from engine.config import RunConfig
 from engine.errors import WorkError
 from engine.hardware import attention_backends, read_machine
-from engine.hardware.requirements import installed
+from engine.hardware.packages import installed
 from engine.launch import planned_device, without_its_card
 from engine.plan import Device, best_device, cpu_device, device_document
 from engine.plan.trainer import PROCESS_BYTES, computes_in_bf16, refuse_bf16

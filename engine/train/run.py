@@ -20,7 +20,7 @@ from engine.data.pack import Indices
 from engine.data.prepare import Progress, default_store, label_rule, prepare
 from engine.data.prepared import Prepared
 from engine.events import Note, Phase, Shortage, Started
-from engine.hardware.requirements import installed
+from engine.hardware.packages import installed
 from engine.launch import change_config
 from engine.pace import every
 from engine.plan import remarks

@@ -13,7 +13,7 @@ from engine.data.hub import child_environment, pin_revision
 from engine.data.prepare import prepare
 from engine.data.sources import iterate_rows
 from engine.errors import UserError
-from engine.hardware.requirements import install_command
+from engine.hardware.packages import install_command
 from tests.support.data import chat
 
 

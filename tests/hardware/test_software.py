@@ -6,8 +6,7 @@ from importlib.metadata import version
 import pytest
 
 from engine.hardware import Machine, assume, known_gpus, missing_packages
-from engine.hardware.requirements import install_command
-from engine.hardware.software import read_stack
+from engine.hardware.packages import install_command, read_stack
 from engine.plan import Heads, Task, best_device, choose_attention
 
 INSTALLED = dict.fromkeys(read_stack(), "1.0") | {"torch": "2.13.0", "flash-attn": None}

@@ -8,7 +8,7 @@ import pytest
 
 from engine.hardware import Machine, assume
 from engine.hardware.machine import Problem
-from engine.hardware.requirements import install_command
+from engine.hardware.packages import install_command
 from engine.hardware.toolchain import python_headers, toolchain_problems
 from tests.fakes.packages import package
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.events import Note, Phase, Started
-from engine.hardware.requirements import install_command
+from engine.hardware.packages import install_command
 from engine.launch import launch
 from engine.runs import RunFolder, is_locked, status
 from tests.fakes.packages import package

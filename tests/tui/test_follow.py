@@ -40,9 +40,10 @@ def test_the_word_for_a_run_waits_until_its_last_event_is_told(home: Path) -> No
     assert max(len(each.events) for each in messages if isinstance(each, EventsRead)) <= 500
     last = next(place for place, word in enumerate(words) if word)
     assert words[last] == "finished"
-    assert sum(
-        len(each.events) for each in messages[: last + 1] if isinstance(each, EventsRead)
-    ) == (20_001)
+    assert (
+        sum(len(each.events) for each in messages[: last + 1] if isinstance(each, EventsRead))
+        == 20_001
+    )
 
 
 def test_nothing_is_told_while_nothing_happens(home: Path) -> None:

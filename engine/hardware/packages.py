@@ -1,7 +1,7 @@
-"""What Windtunnel's own metadata asks of other packages, and the command that installs an extra.
+"""Which packages are installed, which Windtunnel's own metadata asks for, which are worth adding.
 
-The ranges are those of pyproject.toml, as the installer wrote them down; nothing is imported. A
-folder of code that was never installed asks for nothing.
+Versions come from the packages' metadata and nothing is imported: that would take seconds, and the
+wizard must never load torch. A folder of code that was never installed asks for nothing.
 """
 
 import json
@@ -13,11 +13,20 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
+from engine.hardware.attention import worth_installing
 from engine.hardware.commands import python_installer
-from engine.hardware.machine import Problem
+from engine.hardware.machine import Machine, Problem
+from engine.hardware.torch_build import torch_problem
 from engine.visible import visible
 
 _OWN: Final = "windtunnel"
+_TRAINING = (
+    *("torch", "transformers", "peft", "bitsandbytes", "datasets", "cut-cross-entropy"),
+    *("safetensors", "accelerate", "pillow"),
+)
+_ATTENTION = ("flash-attn", "flash-attn-3", "flash-attn-4")
+_PACKAGES = (*_TRAINING, "triton", *_ATTENTION, "mistral-common")
+_LINUX_ONLY = ("cut-cross-entropy",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +37,19 @@ class OutOfRange:
     version: str
     asked: str
     """Such as `>=2.12,<3`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Packages that this machine could use and does not have, and the command that adds them."""
+
+    extra: str
+    """The extra of windtunnel that brings them."""
+    packages: tuple[str, ...]
+    why: str
+    command: str
+    needed: bool = True
+    """Whether something cannot be done without them; else they make it faster."""
 
 
 def out_of_range(extra: str) -> tuple[OutOfRange, ...]:
@@ -65,6 +87,33 @@ def version_problem() -> Problem | None:
         "With others training fails, or computes something that no test has seen.",
         f"Install the versions that it needs: {install_command('train')}",
     )
+
+
+def read_stack() -> dict[str, str | None]:
+    """The version of each package, None where it is not installed."""
+    return {package: installed(package) for package in _PACKAGES}
+
+
+def missing_packages(machine: Machine) -> tuple[Missing, ...]:
+    """What to install, in this order; empty where nothing that suits the machine is missing."""
+    found = []
+    training = tuple(
+        package
+        for package in _TRAINING
+        if machine.stack[package] is None
+        and (package not in _LINUX_ONLY or sys.platform == "linux")
+    )
+    if training:
+        why = "Training needs them; preview, plan and config work without."
+        found.append(Missing("train", training, why, install_command("train")))
+    if any(torch_problem(machine, gpu) for gpu in machine.usable_gpus):
+        return tuple(found)  # nothing for a GPU works with this torch
+    cards = [gpu.compute_capability for gpu in machine.usable_gpus if gpu.compute_capability]
+    best = worth_installing(cards)
+    if best and not any(machine.stack.get(each) for each in (best.package, *best.overwritten_by)):
+        why = f"{best.title}: faster attention on these cards; a run works without it."
+        found.append(Missing("fa4", (best.package,), why, install_command("fa4"), False))
+    return tuple(found)
 
 
 def installed(package: str) -> str | None:

@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from engine.hardware import read_machine
-from engine.hardware.requirements import OutOfRange, install_command, out_of_range
+from engine.hardware.packages import OutOfRange, install_command, out_of_range
 from tests.fakes.packages import package
 
 ROOT = Path(__file__).parents[2]
