@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from engine.config.axolotl import renamed
 from engine.config.document import Document, KeyPath
 from engine.config.keys import SECTIONS, section_title
-from engine.config.other_keys import RENAMED
 from engine.config.run import RunConfig
 from engine.config.section import Section
 from engine.config.yaml_text import (
@@ -74,11 +74,13 @@ class _Edits:
 
         A value that comes through `<<: *anchor` does not stand here: a key of its own wins over it.
         """
-        older = [old for old, new in RENAMED.items() if new.key == key and not path]
         names = {pair[0].value for pair in self.mapping(path).value}
+        if path or names <= RunConfig.model_fields.keys():
+            return key if key in names else None
+        older = [old for old, new in renamed().items() if new.key == key]
         found = [name for name in (key, *older) if name in names]
         unset = (None, False)  # `flash_attention:` stands there, `sdp_attention: true` counts
-        used = [name for name in found if not path and self.document.values[name] not in unset]
+        used = [name for name in found if self.document.values[name] not in unset]
         return next(iter([*used, *found]), None)
 
     def replace(self, path: KeyPath, name: str, key: str, section: Section) -> None:

@@ -7,18 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from engine.config.axolotl import Level, Limit, limits, renamed
 from engine.config.data_keys import DatasetConfig
 from engine.config.document import key_path
 from engine.config.finding import shown
 from engine.config.keys import SECTIONS, section_title
-from engine.config.limits import DATASET_LIMITS, LIMITS, Limit
-from engine.config.other_keys import RENAMED, OtherKey, other_keys
 from engine.config.reading import nearest_key
 from engine.config.run import RunConfig
 from engine.config.schema import allowed, describe, schema_at
-from engine.config.section import Section
 from engine.config.yaml_text import flow
 from engine.errors import UserError
+
+_FIELDS_OF: Mapping[Level, type[BaseModel]] = {"run": RunConfig, "dataset": DatasetConfig}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +50,14 @@ def explain_key(key: str) -> list[Explanation]:
     name = key.strip().replace("[]", "").replace("[0]", "")
     of_dataset = name.startswith(("datasets.", "test_datasets."))
     name = name.rpartition(".")[2] if of_dataset else name
-    found = []
-    if name in RENAMED and not of_dataset:
-        current = _of_run(RENAMED[name].key)
-        meaning = f"{name} is an older spelling of this key. {current.meaning}"
-        found.append(replace(current, meaning=meaning))
-    elif not of_dataset and (name in RunConfig.model_fields or name in other_keys()):
-        found.append(_of_run(name))
-    if name in DatasetConfig.model_fields:
-        found.append(_explanation(DatasetConfig, name, "Data", ("datasets", 0), DATASET_LIMITS))
-    elif name in other_keys("dataset"):
-        found.append(_other(f"datasets[].{name}", other_keys("dataset")[name]))
+    asked: list[tuple[Level, str]] = []
+    if not of_dataset:
+        asked.append(("run", renamed()[name].key if name in renamed() else name))
+    asked.append(("dataset", name))
+    found = [_explanation(level, key) for level, key in asked if _is_known(level, key)]
+    if name in renamed() and not of_dataset:
+        meaning = f"{name} is an older spelling of this key. {found[0].meaning}"
+        found[0] = replace(found[0], meaning=meaning)
     if found:
         return found
     fields = frozenset(RunConfig.model_fields) | frozenset(DatasetConfig.model_fields)
@@ -72,45 +72,33 @@ def explain_key(key: str) -> list[Explanation]:
 def section_of(key: str) -> str:
     """The title of the section of a key that is written as in findings, datasets[0].path."""
     name = str(key_path(key)[0])
-    if name in other_keys():
-        return other_keys()[name].section
+    if name in limits():
+        return limits()[name].section
     return next(section_title(section) for section in SECTIONS if name in section.model_fields)
 
 
-def _of_run(key: str) -> Explanation:
-    if key in other_keys():
-        return _other(key, other_keys()[key])
-    return _explanation(RunConfig, key, section_of(key), (), LIMITS)
+def _is_known(level: Level, key: str) -> bool:
+    return key in _FIELDS_OF[level].model_fields or key in limits(level)
 
 
-def _other(key: str, other: OtherKey) -> Explanation:
-    meaning = f"A key of Axolotl. {other.meaning}"
-    limit = f"{_reach(other.limit)} {other.limit.why} {other.limit.fix}"
-    return Explanation(key, other.section, meaning, "", (), "not set", limit)
-
-
-def _explanation(
-    section: type[Section],
-    key: str,
-    title: str,
-    path: tuple[str | int, ...],
-    limits: Mapping[str, Limit],
-) -> Explanation:
-    schema = schema_at((*path, key))
-    limit = limits.get(key)
+def _explanation(level: Level, key: str) -> Explanation:
+    of_run, limit = level == "run", limits(level).get(key)
+    field = _FIELDS_OF[level].model_fields.get(key)
+    schema = schema_at((key,) if of_run else ("datasets", 0, key))
+    ours = field is not None
+    meaning = f"A key of Axolotl. {limit.meaning}" if limit and not ours else schema["description"]
     return Explanation(
-        key=f"datasets[].{key}" if path else key,
-        section=title,
-        meaning=" ".join((section.model_fields[key].description or "").split()),
-        takes=describe(schema),
-        allowed=tuple(allowed(schema)),
-        default=_default(section, key, schema),
+        key=key if of_run else f"datasets[].{key}",
+        section=section_of(key if of_run else "datasets"),
+        meaning=meaning,
+        takes=describe(schema) if ours else "",
+        allowed=tuple(allowed(schema)) if ours else (),
+        default=_default(field, schema) if field is not None else "not set",
         limit=None if limit is None else f"{_reach(limit)} {limit.why} {limit.fix}",
     )
 
 
-def _default(section: type[Section], key: str, schema: Mapping[str, Any]) -> str:
-    field = section.model_fields[key]
+def _default(field: FieldInfo, schema: Mapping[str, Any]) -> str:
     if field.is_required():
         return "none: it must be given"
     if "default_words" in schema:
@@ -119,7 +107,6 @@ def _default(section: type[Section], key: str, schema: Mapping[str, Any]) -> str
 
 
 def _reach(limit: Limit) -> str:
-    every = limit.applies is bool
     if limit.severity == "note":
-        return "It has no effect here." if every else "Some values have no effect here."
-    return "It is not supported yet." if every else "Some values are not supported yet."
+        return "It has no effect here." if limit.whole else "Some values have no effect here."
+    return "It is not supported yet." if limit.whole else "Some values are not supported yet."

@@ -15,6 +15,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from engine.config.axolotl import elsewhere, limits, renamed
 from engine.config.data_keys import DatasetConfig
 from engine.config.document import (
     Document,
@@ -27,7 +28,6 @@ from engine.config.document import (
 )
 from engine.config.finding import ConfigError, Finding, problem, shown
 from engine.config.limits import refuse_errors, unsupported
-from engine.config.other_keys import ELSEWHERE, RENAMED, other_keys
 from engine.config.overriding import assigned
 from engine.config.rules import broken_rules
 from engine.config.run import WITHOUT_RULES, RunConfig
@@ -172,18 +172,21 @@ class _Check:
 
     def modernize(self) -> None:
         """Older spellings become today's."""
-        for old, (new, value) in RENAMED.items():
+        if self.values.keys() <= _KEYS:
+            return
+        for old, now in renamed().items():
             given = self.values.pop(old, None)
-            if given is None or (value is not None and given in (False, "false")):
+            if given is None or (now.value is not None and given in (False, "false")):
                 continue
+            new = now.key
             if self.values.get(new) is not None:
                 what = f"{old} and {new} are both set."
                 self.found.append(
                     problem("set-twice", old, what, "They are the same key.", f"Remove {old}.")
                 )
                 continue
-            self.values[new] = given if value is None else value
-            now = f"{new}: {shown(self.values[new]) if value is None else value}"
+            self.values[new] = given if now.value is None else now.value
+            reads = f"{new}: {now.value or shown(given)}"
             self.found.append(
                 Finding(
                     "older-name",
@@ -191,8 +194,8 @@ class _Check:
                     old,
                     None,
                     f"{old} is an older spelling.",
-                    f"It is read as {now}.",
-                    f"Write {now}.",
+                    f"It is read as {reads}.",
+                    f"Write {reads}.",
                 )
             )
 
@@ -200,12 +203,11 @@ class _Check:
         """Take out the keys that are no fields, each with a finding."""
         for key in [key for key in values if key not in known]:
             value = values.pop(key)
-            other = other_keys("dataset" if prefix else "run").get(key)
-            if other is None:
+            limit = limits("dataset" if prefix else "run").get(key)
+            if limit is None:
                 self.found.append(_unknown(key, known, prefix))
-            else:
-                found = other.limit.finding(f"{prefix}{key}", value)
-                self.found += [] if found is None else [found]
+            elif limit.applies(value):
+                self.found.append(limit.finding(f"{prefix}{key}", value))
 
     def validate(self) -> RunConfig:
         """Types first, then the rules over all keys whose values could be read."""
@@ -284,10 +286,11 @@ def nearest_key(key: str, known: frozenset[str]) -> str | None:
     plain = key.strip().lower().replace("-", "_")
     if plain in known:
         return plain
-    if ELSEWHERE.get(plain) in known:
-        return ELSEWHERE[plain]
-    close = difflib.get_close_matches(plain, [*known, *ELSEWHERE], n=3, cutoff=0.6)
-    names = [name if name in known else ELSEWHERE[name] for name in close]
+    others = elsewhere()
+    if others.get(plain) in known:
+        return others[plain]
+    close = difflib.get_close_matches(plain, [*known, *others], n=3, cutoff=0.6)
+    names = [name if name in known else others[name] for name in close]
     return next((name for name in names if name in known), None)
 
 
@@ -295,7 +298,7 @@ def _unknown(key: str, known: frozenset[str], prefix: str) -> Finding:
     what = f"{shown(key)} is not a key{' of a dataset' if prefix else ''}."
     if not prefix and key in _DATASET_KEYS:
         why, fix = "It belongs to one dataset.", "Indent it under its entry in datasets."
-    elif prefix and (key in _KEYS or key in other_keys()):
+    elif prefix and (key in _KEYS or key in limits()):
         why, fix = "It belongs to the run.", "Move it out of datasets, to the left margin."
     else:
         near = nearest_key(key, known)

@@ -7,9 +7,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from engine.config.axolotl import Limit, limits, renamed
 from engine.config.document import KeyPath
-from engine.config.limits import DATASET_LIMITS, LIMITS, Limit
-from engine.config.other_keys import RENAMED, other_keys
 from engine.config.run import RunConfig
 
 Schema = Mapping[str, Any]
@@ -24,17 +23,15 @@ def config_schema() -> dict[str, Any]:
     which they offer the key to nobody, are what yaml-language-server and VS Code read.
     """
     schema = _fields_schema()
-    dataset = schema["$defs"]["DatasetConfig"]["properties"]
     properties = schema["properties"]
-    for entries, limits in ((properties, LIMITS), (dataset, DATASET_LIMITS)):
-        for key, limit in limits.items():
-            entries[key] |= _marks(limit) if limit.whole else {}
-    for entries, others in ((properties, other_keys()), (dataset, other_keys("dataset"))):
-        entries |= {
-            key: {"description": other.meaning} | _marks(other.limit)
-            for key, other in others.items()
-        }
-    for old, new in RENAMED.items():
+    dataset = schema["$defs"]["DatasetConfig"]["properties"]
+    for entries, known in ((properties, limits()), (dataset, limits("dataset"))):
+        for key, limit in known.items():
+            if limit.meaning is not None:
+                entries[key] = {"description": limit.meaning} | _marks(limit)
+            elif limit.whole:
+                entries[key] |= _marks(limit)
+    for old, new in renamed().items():
         about = f"Older spelling of {new.key}."
         mark = {"deprecated": True, "deprecationMessage": f"Write {new.key}."}
         properties[old] = {"description": about} | mark

@@ -18,11 +18,12 @@ from engine.config import (
     RunConfig,
     config_schema,
     parse_config,
+    section_of,
+    section_title,
     unsupported,
 )
+from engine.config.axolotl import Level, elsewhere, limits, renamed
 from engine.config.explanation import explain_key
-from engine.config.limits import DATASET_LIMITS, LIMITS
-from engine.config.other_keys import ELSEWHERE, RENAMED, other_keys
 from engine.config.output_keys import TrackerKeys
 from engine.config.training_keys import DistributedKeys
 from engine.errors import UserError
@@ -141,15 +142,17 @@ class TestEveryKeyOfAxolotl:
             for value in ("false", "[x]"):
                 ids = problem_ids(f"base_model: x\n{key}: {value}\n")
                 assert not ids & {"unknown-key"}, key
-            refused = key in other_keys() and other_keys()[key].limit.severity == "error"
-            assert (ids == {"not-supported"}) or not refused or ids == {"secret"}, key
+            if key not in RunConfig.model_fields and key in limits():
+                refused = {"not-supported"} if limits()[key].severity == "error" else set()
+                assert ids - {"secret"} == refused, key
 
     def test_of_a_dataset_is_read_or_named_as_not_supported(self) -> None:
         for key in set(axolotl_keys("datasets")) - {"path", "seed"}:
             ids = problem_ids(f"base_model: x\ndatasets: [{{path: x, {key}: [x]}}]\n")
             assert "unknown-key" not in ids, key
-            fields = DatasetConfig.model_fields
-            assert ids or key in fields or other_keys("dataset")[key].limit.severity == "note", key
+            if key not in DatasetConfig.model_fields:
+                refused = limits("dataset")[key].severity == "error"
+                assert ids == ({"not-supported"} if refused else set()), key
 
 
 def problem_ids(text: str) -> set[str]:
@@ -180,7 +183,7 @@ class TestSchema:
         offered = {
             key for key, entry in config_schema()["properties"].items() if "deprecated" not in entry
         }
-        limited = {key for key, limit in LIMITS.items() if limit.whole}
+        limited = {key for key, limit in limits().items() if limit.whole}
         assert offered == set(RunConfig.model_fields) - limited
         dataset = config_schema()["$defs"]["DatasetConfig"]["properties"]
         assert dataset["weight"]["deprecated"]
@@ -207,38 +210,48 @@ class TestTables:
         keys = [key for section in SECTIONS for key in section.model_fields]
         assert sorted(keys) == sorted(RunConfig.model_fields)
 
-    def test_limits_are_about_keys(self) -> None:
-        assert set(LIMITS) <= set(RunConfig.model_fields)
-        assert set(DATASET_LIMITS) <= set(DatasetConfig.model_fields)
+    def test_limits_without_words_of_their_own_are_about_fields(self) -> None:
+        fields_of: dict[Level, set[str]] = {
+            "run": set(RunConfig.model_fields),
+            "dataset": set(DatasetConfig.model_fields),
+        }
+        for level, fields in fields_of.items():
+            for key, limit in limits(level).items():
+                assert (limit.meaning is None) == (key in fields), key
+                assert limit.later is None or key in fields, key
+
+    def test_a_limit_stands_in_the_section_of_its_key(self) -> None:
+        for section in SECTIONS:
+            for key in section.model_fields.keys() & limits().keys():
+                assert section_of(key) == section_title(section)
 
     def test_other_names_are_no_keys(self) -> None:
-        keys = set(RunConfig.model_fields)
-        assert not (set(other_keys()) | set(RENAMED)) & keys
-        assert not set(other_keys("dataset")) & set(DatasetConfig.model_fields)
-        assert not set(other_keys()) & set(RENAMED)
-        assert not set(ELSEWHERE) & keys
-        assert {new.key for new in RENAMED.values()} <= keys | set(other_keys())
-        assert set(ELSEWHERE.values()) <= keys | set(DatasetConfig.model_fields)
+        keys = set(RunConfig.model_fields) | set(limits())
+        assert not set(renamed()) & keys
+        assert not set(elsewhere()) & set(RunConfig.model_fields)
+        assert {new.key for new in renamed().values()} <= keys
+        assert set(elsewhere().values()) <= keys | set(DatasetConfig.model_fields)
 
     def test_no_key_of_axolotl_stands_there_twice(self) -> None:
         table = (Path(engine.config.__file__).parent / "axolotl_keys.yml").read_text("utf-8")
-        groups = YAML(typ="safe", pure=True).load(table)
-        for level in ("run", "dataset"):
+        groups = YAML(typ="safe", pure=True).load(table)["limits"]
+        levels: tuple[Level, ...] = ("run", "dataset")
+        for level in levels:
             names = [
                 key for group in groups if group.get("of", "run") == level for key in group["keys"]
             ]
-            assert sorted(names) == sorted(other_keys(level))
+            assert sorted(names) == sorted(limits(level))
 
     def test_every_key_of_axolotl_is_its_own(self) -> None:
         theirs = {*axolotl_keys("run"), *axolotl_keys("plugins")}
-        assert set(other_keys()) - theirs == {"fsdp", "model_type"}
-        assert set(other_keys("dataset")) <= set(axolotl_keys("datasets"))
+        assert set(limits()) - theirs == {"fsdp", "model_type"}
+        assert set(limits("dataset")) <= set(axolotl_keys("datasets"))
 
     def test_keys_of_later_parts_say_so_in_one_way(self) -> None:
-        parts = {limit.later for limit in (*LIMITS.values(), *DATASET_LIMITS.values())}
+        parts = {limit.later for limit in (*limits().values(), *limits("dataset").values())}
         assert parts == {None, "several GPUs", "trackers", "prompt formats"}
         for section, part in ((DistributedKeys, "several GPUs"), (TrackerKeys, "trackers")):
-            assert {LIMITS[key].later for key in section.model_fields} == {part}
+            assert {limits()[key].later for key in section.model_fields} == {part}
 
     def test_a_default_is_never_a_finding(self) -> None:
         plain = RunConfig(base_model="x", datasets=(DatasetConfig(path="a"),))

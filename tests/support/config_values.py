@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from engine.config import RunConfig, config_schema
+from engine.config.axolotl import renamed
 from engine.config.finding import ConfigError
-from engine.config.other_keys import RENAMED
 from engine.config.reading import check_values
 
 TRICKY = (
@@ -83,7 +83,7 @@ def from_schema(entry: Mapping[str, Any]) -> st.SearchStrategy[Any]:
 @functools.cache
 def _by_key(definition: str) -> dict[str, st.SearchStrategy[Any]]:
     schema = config_schema()["$defs"][definition] if definition else config_schema()
-    given = ("path", "base_model", *RENAMED)
+    given = ("path", "base_model", *renamed())
     return {k: from_schema(v) for k, v in schema["properties"].items() if k not in given}
 
 
