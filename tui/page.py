@@ -5,7 +5,6 @@ replaces the body (a problem, help) and what too small a terminal shows is decid
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 
 from textual.app import ComposeResult, RenderResult
@@ -17,6 +16,7 @@ from textual.widget import Widget
 
 from engine.errors import UserError
 from engine.visible import visible
+from tui.screens.help import HelpPanel, HelpText, ProblemPanel
 from tui.widgets.choices import Choices
 from tui.widgets.keys import CommandLine, Key, KeyRow
 from tui.widgets.steps import STEPS, StepBar, Verdict, verdict
@@ -34,17 +34,6 @@ TALL_ROWS: Final = 30
 AnyWidget = TypeVar("AnyWidget", bound=Widget)
 
 _WHILE_COVERED: Final = frozenset({"back", "help"})
-
-
-@dataclass(frozen=True, slots=True)
-class HelpText:
-    """What F1 shows for one thing."""
-
-    title: str
-    lines: Sequence[tuple[str, str]] | str
-    """Pairs of a word and what it means, or a text."""
-    command: tuple[str, ...] = ()
-    """Words after `windtunnel` that print the same, where a command does."""
 
 
 class TooSmall(Widget):
@@ -184,8 +173,6 @@ class Page(Screen[None]):
 
         `actions` are offered as a list, the first one highlighted: it must be safe to Enter.
         """
-        from tui.screens.help import ProblemPanel
-
         keys = [Key("enter", "do it")] if actions else []
         self.cover(
             ProblemPanel(error, kept=kept, actions=actions, close=self.uncover),
@@ -217,8 +204,6 @@ class Page(Screen[None]):
             self.app.previous_step()
 
     def action_help(self) -> None:
-        from tui.screens.help import HelpPanel
-
         if isinstance(self._panel, HelpPanel):
             self.uncover()
             return

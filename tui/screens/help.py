@@ -1,9 +1,7 @@
-"""The panels that stand in place of a page's body: help for one thing, and a problem.
-
-Both are told in words and columns of one form, whichever page they cover.
-"""
+"""The panels that stand in place of a page's body: help for one thing, and a problem."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -14,9 +12,19 @@ from textual.widgets import Static
 
 from engine.errors import UserError
 from engine.visible import visible
-from tui.page import HelpText
 from tui.widgets.choices import Choices
 from tui.widgets.pane import Pane
+
+
+@dataclass(frozen=True, slots=True)
+class HelpText:
+    """What F1 shows for one thing."""
+
+    title: str
+    lines: Sequence[tuple[str, str]] | str
+    """Pairs of a word and what it means, or a text."""
+    command: tuple[str, ...] = ()
+    """Words after `windtunnel` that print the same, where a command does."""
 
 
 class TextPane(Pane):
@@ -51,7 +59,7 @@ class HelpPanel(Vertical):
         note = f"the same text: windtunnel {' '.join(self._text.command)}"
         yield TextPane(
             visible(self._text.title, one_line=True),
-            _told(self._text.lines),
+            _help_content(self._text.lines),
             subtitle=note if self._text.command else "",
         )
         yield TextPane("keys here", columns(self._keys, "bold $accent"))
@@ -77,14 +85,14 @@ class ProblemPanel(Vertical):
         close: Callable[[], None],
     ) -> None:
         super().__init__()
-        told = (("what", error.what), ("why", error.why), ("kept", kept), ("fix", error.fix))
-        self._told = [(word, visible(text)) for word, text in told if text]
+        parts = (("what", error.what), ("why", error.why), ("kept", kept), ("fix", error.fix))
+        self._lines = [(name, visible(text)) for name, text in parts if text]
         self._actions = actions
         self._close = close
 
     def compose(self) -> ComposeResult:
         with Pane(title="what happened", subtitle="y copies this", can_focus=not self._actions):
-            yield Static(columns(self._told, "bold $error"), markup=False)
+            yield Static(columns(self._lines, "bold $error"), markup=False)
             if self._actions:
                 yield Choices([Content(visible(name, one_line=True)) for name, _ in self._actions])
 
@@ -98,7 +106,7 @@ class ProblemPanel(Vertical):
         self._close()
 
     def action_copy(self) -> None:
-        self.app.copy_to_clipboard("\n".join(f"{word}: {text}" for word, text in self._told))
+        self.app.copy_to_clipboard("\n".join(f"{name}: {text}" for name, text in self._lines))
 
 
 def columns(lines: Sequence[tuple[str, str]], style: str) -> Content:
@@ -110,7 +118,7 @@ def columns(lines: Sequence[tuple[str, str]], style: str) -> Content:
     )
 
 
-def _told(lines: Sequence[tuple[str, str]] | str) -> Content:
+def _help_content(lines: Sequence[tuple[str, str]] | str) -> Content:
     if isinstance(lines, str):
         return Content(visible(lines))
     return columns([(visible(word), visible(text)) for word, text in lines], "$muted")
