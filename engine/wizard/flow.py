@@ -24,13 +24,17 @@ class Wizard:
         read: "Callable[[], Machine] | None" = None,
     ) -> None:
         from engine.wizard.model import ModelStep
+        from engine.wizard.plan import PlanStep
+        from engine.wizard.review import ReviewStep
 
         self.draft = draft
         self.home = home
         self.machine = MachineStep(draft, read or _read_here)
         self.model = ModelStep(draft)
-        self.steps: tuple[Step, ...] = (self.machine, self.model)
-        self.at = 0
+        self.plan = PlanStep(draft)
+        self.review = ReviewStep(draft, home)
+        self.steps: tuple[Step, ...] = (self.machine, self.model, self.plan, self.review)
+        self.at = len(self.steps) - 1 if draft.opened else 0
 
     @property
     def step(self) -> Step:

@@ -112,7 +112,8 @@ class PlanStep:
             choices.append(
                 Choice(MEASURE, "measure here", reason=f"By {MEASURING[self._device.kind]}.")
             )
-        return Question(self.verdict(), tuple(choices), facts=(*self._news, *self.facts()))
+        facts = (*self._news, *self.facts())
+        return Question(self.verdict(), tuple(choices), facts=facts, typed=SET)
 
     def verdict(self) -> Line:
         """Whether the plan fits, in one sentence."""
@@ -223,12 +224,13 @@ class PlanStep:
 
     def _choice(self, field: Field) -> Choice:
         found = explain_key(field.key)[0]
+        takes = f"It takes {found.takes}. Default: {found.default}"
         values = f" ({EXPERTS} or {NONE})" if field.key == "lora_target_parameters" else ""
         return Choice(
             field.key,
             f"{field.key} {field.value}{', yours' if field.chosen else ''}",
             field.reason,
-            reason=f"{found.meaning}\nIt takes {found.takes}. Default: {found.default}",
+            reason=f"{found.key}: {found.meaning}\n{takes}",
             asks=f"{field.key}, now {field.value}{values}; {RECOMMENDED} takes the recommended one",
         )
 

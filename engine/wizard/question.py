@@ -43,6 +43,8 @@ class Question:
     recommended: int = 0
     facts: tuple[Line, ...] = ()
     """What to know before one chooses, the worst first."""
+    typed: str = ""
+    """The key of the choice that a text stands for which is typed at once; empty where none is."""
 
     def choice(self, key: str) -> Choice:
         """The choice of that key. Raises UserError where the question has none."""

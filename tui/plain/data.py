@@ -67,7 +67,7 @@ def _choose_dataset(setup: Setup) -> DatasetConfig | None:
         locate(DatasetConfig(path=path), Path.cwd())
         named.append(path)
 
-    while (index := dialogue.choose(choices, marked)) >= before + len(paths):
+    while (index := int(dialogue.choose(choices, marked))) >= before + len(paths):
         prompt = "  Path: " if index == before + len(paths) else "  org/name: "
         if ask_text(dialogue, prompt, take):
             return DatasetConfig(path=named[0])
@@ -101,7 +101,7 @@ def _consider(setup: Setup, dataset: DatasetConfig) -> bool:
     if len(remarks) > _SHOWN:
         choices.append(Answer(f"list all {len(remarks)} findings"))
     choices.append(Answer("take other rows"))
-    while (index := dialogue.choose(choices)) not in (0, len(choices) - 1):
+    while (index := int(dialogue.choose(choices))) not in (0, len(choices) - 1):
         dialogue.say(*remarks)
     if index:
         return False

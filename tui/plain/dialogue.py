@@ -7,7 +7,7 @@ reader. Whatever it writes is made safe for a terminal here, once for all questi
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
 
@@ -32,6 +32,8 @@ class Answer:
 
     label: str
     explanation: str = ""
+    key: str = ""
+    """Takes it too."""
 
 
 def read_line(prompt: str) -> str:
@@ -80,26 +82,44 @@ class Dialogue:
                 raise Leave("Left. No run was started.")
             return text
 
-    def choose(self, answers: Sequence[Answer], marked: int = 0) -> int:
-        """The index of the chosen answer; Enter takes the marked one. Raises as `answer`."""
-        for number, each in enumerate(answers, 1):
-            self.say(f"  {'*' if number == marked + 1 else ' '} {number:>2}  {each.label}")
+    def choose(
+        self,
+        answers: Sequence[Answer],
+        marked: int = 0,
+        before: Collection[str] = (),
+        *,
+        typed: bool = False,
+    ) -> int | str:
+        """The index of the chosen answer; Enter takes the marked one. Raises as `answer`.
+
+        Lines that are in `before` are not said again. Where other text is an answer too, `typed`,
+        that is given.
+        """
+        self.say(*(line for line in numbered(answers, marked) if line not in before))
         while True:
             text = self.answer()
-            if not text:
-                return marked
             explained = text.startswith(EXPLAIN)
-            index = _index(text.removeprefix(EXPLAIN), len(answers), marked)
+            index = _index(text.removeprefix(EXPLAIN), answers, marked)
             if index is not None and explained:
-                told = answers[index].explanation or answers[index].label
-                self.say(*(f"  {line}" for line in told.split("\n")))
+                about = answers[index].explanation or answers[index].label
+                self.say(*(f"  {line}" for line in about.split("\n")))
             elif index is not None:
                 return index
+            elif typed and not explained:
+                return text
             else:
                 self.say(
                     f"  {text} is no answer here: 1 to {len(answers)} chooses, Enter takes"
                     f" {marked + 1}, ? explains it, ? 2 explains 2."
                 )
+
+
+def numbered(answers: Sequence[Answer], marked: int) -> list[str]:
+    """A line an answer, the one that Enter takes with a star."""
+    return [
+        f"  {'*' if number == marked + 1 else ' '} {number:>2}  {each.label}"
+        for number, each in enumerate(answers, 1)
+    ]
 
 
 def stream_dialogue(*, ascii_only: bool) -> Dialogue:
@@ -109,15 +129,16 @@ def stream_dialogue(*, ascii_only: bool) -> Dialogue:
     return Dialogue(ascii_only=ascii_only)
 
 
-def _index(text: str, count: int, otherwise: int) -> int | None:
-    """The place of a number from 1 to `count`; None for any other text, `otherwise` for none."""
+def _index(text: str, answers: Sequence[Answer], otherwise: int) -> int | None:
+    """The place of an answer by its number or its key; None for any other text, `otherwise` for
+    none."""
     text = text.strip()
     if not text:
         return otherwise
     # int() takes more than a number is here, such as 1_0.
-    if text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= count:
+    if text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= len(answers):
         return int(text) - 1
-    return None
+    return next((place for place, each in enumerate(answers) if each.key == text), None)
 
 
 def _in_ascii(text: str) -> str:

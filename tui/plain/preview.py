@@ -23,7 +23,9 @@ def ask_preview(setup: Setup) -> None:
         _show_totals(setup)
         while True:
             choices, changes = _list_switches(setup)
-            index = setup.dialogue.choose([Answer("looks right"), Answer("next row"), *choices])
+            index = int(
+                setup.dialogue.choose([Answer("looks right"), Answer("next row"), *choices])
+            )
             if index == 0:
                 if _learns(setup):
                     return

@@ -10,12 +10,12 @@ from engine.report.run import way_back
 from engine.runs import RunFolder, list_runs, status
 from engine.wizard.draft import Draft
 from engine.wizard.flow import Wizard
+from engine.wizard.review import Saved
 from tui.plain.asking import ask
 from tui.plain.data import ask_data, count, is_local
 from tui.plain.dialogue import Back, Dialogue, Leave
-from tui.plain.plan import ask_plan
+from tui.plain.following import follow_run
 from tui.plain.preview import ask_preview
-from tui.plain.review import ask_review, follow_run
 from tui.plain.setup import Setup
 
 _QUESTIONS: Final[tuple[tuple[str, Callable[[Setup], None]], ...]] = (
@@ -23,7 +23,7 @@ _QUESTIONS: Final[tuple[tuple[str, Callable[[Setup], None]], ...]] = (
     ("Model", lambda setup: ask(setup.dialogue, setup.wizard.model)),
     ("Data", ask_data),
     ("Preview", ask_preview),
-    ("Plan", ask_plan),
+    ("Plan", lambda setup: ask(setup.dialogue, setup.wizard.plan)),
 )
 
 
@@ -39,15 +39,17 @@ def run_plain(draft: Draft, dialogue: Dialogue, *, home: Path | None = None) -> 
     )
     _mention_live_run(dialogue, home)
     try:
-        run = _ask_all(setup, first=len(_QUESTIONS) if draft.opened else 0)
-        if run is not None:
-            follow_run(run, dialogue)
+        outcome = _ask_all(setup, first=len(_QUESTIONS) if draft.opened else 0)
+        if isinstance(outcome, Saved):
+            dialogue.say(*(f"  {line}" for line in outcome.lines()))
+        elif outcome is not None:
+            follow_run(outcome, dialogue)
     except Leave as left:
         dialogue.say(str(left))
 
 
-def _ask_all(setup: Setup, first: int) -> RunFolder | None:
-    """The run that was started, None where the config was saved."""
+def _ask_all(setup: Setup, first: int) -> RunFolder | Saved | None:
+    """The run that was started, or the config that was saved."""
     at = first
     while True:
         try:
@@ -55,10 +57,11 @@ def _ask_all(setup: Setup, first: int) -> RunFolder | None:
                 _head(setup.dialogue, at, "Review", setup.draft.run_name())
                 if setup.found is not None or is_local(setup.draft):
                     count(setup)  # a hub is asked on Data alone, where the person agrees
-                return ask_review(setup)
-            title, ask = _QUESTIONS[at]
+                ask(setup.dialogue, setup.wizard.review)
+                return setup.wizard.review.outcome
+            title, ask_it = _QUESTIONS[at]
             _head(setup.dialogue, at, title)
-            ask(setup)
+            ask_it(setup)
         except Back:
             at = max(0, at - 1)
         except UserError as error:

@@ -22,7 +22,7 @@ from tests.support.extras import needs_trainer
 from tests.support.told_runs import told_run
 from tui.plain import Dialogue, run_plain
 from tui.plain.dialogue import Leave
-from tui.plain.review import follow_run
+from tui.plain.following import follow_run
 
 SAMPLE = DatasetConfig(path="sample:harbour-pilot")
 SIX = ("Machine", "Model", "Data", "Preview", "Plan", "Review")
@@ -71,7 +71,8 @@ def test_enter_alone_comes_to_the_review_of_the_demo() -> None:
     assert told.headings() == list(SIX)
     assert "* 1  start now" in told.text.replace("  1  ", " 1  ")
     assert (saved().base_model, saved().datasets[0].path) == ("demo-tiny", SAMPLE.path)
-    assert told.lines[-1] == "  Train it with: windtunnel train out.yml"
+    path = Path("out.yml").absolute()
+    assert told.lines[-1] == f"  ✓ saved: {path}; run it with: windtunnel train {path}"
 
 
 @pytest.mark.parametrize("answered", [0, 1, 2, 5, 6])
@@ -114,11 +115,12 @@ def test_what_was_typed_is_told_back_without_its_escapes() -> None:
 
 
 def test_a_gpu_can_be_planned_for_and_its_config_is_only_saved() -> None:
-    told = converse("2", "H1000000", "H100 PCIe", "3", "", "", "", "", "1", "out.yml")
+    told = converse("2", "H1000000", "H100 PCIe", "3", "", "", "", "", "1", "", "out.yml")
     assert "There is no GPU named H1000000." in told.text
     assert "H100 PCIe is planned for and not here." in told.text
-    assert "start now" not in told.text
-    assert "Copy out.yml to the machine and run: windtunnel train out.yml" in told.text
+    assert "*  2  save only" in told.text
+    assert "run it with: windtunnel train out.yml" in told.lines[-2]
+    assert told.lines[-1] == "  · planned: copy out.yml to the machine that has it first"
     assert saved().base_model == "ministral-3-8b"
 
 
@@ -235,8 +237,8 @@ def test_rows_that_teach_nothing_stop_at_the_preview(folder: Path) -> None:
 
 @needs_trainer
 def test_a_changed_value_reaches_the_config() -> None:
-    told = converse(*TO_PLAN, "2", "4", "seed=11", "", "2", "out.yml")
-    assert "lora_r, now 16: 4" in told.text
+    told = converse(*TO_PLAN, "lora_r", "4", "seed=11", "", "2", "out.yml")
+    assert "lora_r, now 16; u takes the recommended one: 4" in told.text
     assert "lora_r 16 -> 4" in told.text
     assert (saved().lora_r, saved().seed) == (4, 11)
     assert "seed: 11" in Path("out.yml").read_text("utf-8")
@@ -252,30 +254,30 @@ def test_a_bad_value_is_a_sentence_and_changes_nothing() -> None:
         "fp16=true": "fp16: true is not supported.",
         "lora_target_linear=false": "nothing gets one.",
         "lora_target_modules=[nope]": "nope matches no module",
-        "99": "99 is no answer here.",
+        "99": "99 sets no value.",
         "? nonsense": "nonsense",
     }
-    told = converse(*TO_PLAN, *bad, "2", "x", "b", "", "2", "out.yml")
+    told = converse(*TO_PLAN, *bad, "lora_r", "x", "b", "", "2", "out.yml")
     for answer, sentence in bad.items():
         assert sentence in told.lines[told.lines.index(f"> {answer}") + 1], answer
     assert "The command line" not in told.text
     assert "The config: " not in told.text
-    assert told.text.count("lora_r, now 16: ") == 2
+    assert told.text.count("lora_r, now 16; ") == 2
     assert (saved().lora_r, saved().lora_target_linear) == (16, True)
 
 
 @needs_trainer
 def test_u_takes_the_recommended_value_back_and_a_number_is_explained() -> None:
-    told = converse(*TO_PLAN, "2", "4", "lora_r", "u", "? 2", "", "2", "out.yml")
+    told = converse(*TO_PLAN, "lora_r", "4", "lora_r", "u", "? lora_r", "", "2", "out.yml")
     assert "lora_r 4 -> 16" in told.text
-    assert "lora_r: " in told.lines[told.lines.index("> ? 2") + 1]
+    assert "lora_r: " in told.lines[told.lines.index("> ? lora_r") + 1]
     assert saved().lora_r == 16
 
 
 @needs_trainer
 def test_the_method_is_one_value_and_what_follows_from_it_follows() -> None:
     draft = Draft()
-    methods = ("1", "qlora", "1", "full", "1", "lora")
+    methods = ("2", "qlora", "adapter", "full", "2", "lora")
     told = converse(*TO_PLAN, *methods, "", "2", "out.yml", draft=draft)
     assert "adapter lora -> qlora; load_in_4bit false -> true" in told.text
     assert "adapter qlora -> full; load_in_4bit true -> false" in told.text
@@ -286,11 +288,11 @@ def test_the_method_is_one_value_and_what_follows_from_it_follows() -> None:
 def test_f_makes_a_plan_fit() -> None:
     draft = drafted("12 GB", adapter="lora")
     draft.model = "ministral-3-8b"
-    told = converse(*TO_PLAN, "f", "2", "f", "1", "", "1", "out.yml", draft=draft)
-    assert told.text.count("take these changes") == 2
+    told = converse(*TO_PLAN, "fit", "b", "fit", "", "", "", "out.yml", draft=draft)
+    assert told.text.count("· make it fit: a change is taken with all above it") == 2
     assert told.text.count("adapter lora -> qlora") == 1
     assert "does not fit: needs" in told.text
-    assert "f makes it fit" in told.text
+    assert "2  make it fit: what would, the least change first" in told.text
     assert any(line.startswith("  ✓ fits: needs") for line in told.lines)
     assert saved().adapter == "qlora"
 
@@ -307,7 +309,7 @@ def test_a_file_is_replaced_only_when_asked(folder: Path) -> None:
     (folder / "mine.yml").write_text("mine", "utf-8")
     converse(*TO_PLAN, "", "2", "mine.yml", "", "q")
     assert (folder / "mine.yml").read_text("utf-8") == "mine"
-    converse(*TO_PLAN, "", "2", "mine.yml", "2")
+    converse(*TO_PLAN, "", "2", "mine.yml", "1")
     assert saved("mine.yml").base_model == "demo-tiny"
 
 
