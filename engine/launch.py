@@ -6,8 +6,6 @@ below the commands.
 """
 
 import json
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
+from engine.child import TRAINER, child_environment, last_lines
 from engine.errors import UserError, WorkError
 from engine.events import Ack
 from engine.files import write_whole
@@ -30,10 +29,6 @@ from engine.runs.lock import LAUNCH_VARIABLE, in_use, is_locked, read_claim
 from engine.runs.summary import Status, status
 from engine.visible import visible
 
-TRAINER: Final = "engine.train"
-
-_LOG_LINES: Final = 8
-_LOG_BYTES: Final = 1 << 14
 _GRACE_SECONDS: Final = 5.0
 _POLL_SECONDS: Final = 0.02
 
@@ -86,9 +81,8 @@ def launch(
         machine = read_machine()
         require_planned(run, machine)
         added = {**planned_gpu(run, machine), **(environment or {}), LAUNCH_VARIABLE: token}
-        child_environment = trainer_environment(added)
         log_start = run.log.stat().st_size if run.log.exists() else 0
-        process = _start(arguments, run.log, child_environment, detach)
+        process = _start(arguments, run.log, child_environment(added), detach)
     except OSError as error:
         raise WorkError(
             f"The run {visible(run.name, one_line=True)} could not be started.",
@@ -298,24 +292,6 @@ def without_its_card(planned: Mapping[str, Any], why: str = "") -> UserError:
     )
 
 
-def trainer_environment(added: Mapping[str, str]) -> dict[str, str]:
-    """Ours, with what makes the child find this `engine` and no other, and print plain lines.
-
-    Without PYTHONSAFEPATH, `-m` looks into the current directory first and would run an `engine/`
-    of the person's own. A source tree that is not installed is on our path by the same accident, so
-    its place is passed on; an installed one is found anyway, and must not come before the standard
-    library.
-    """
-    environment = dict(os.environ)
-    home = Path(__file__).resolve().parent.parent
-    if home.name not in ("site-packages", "dist-packages"):
-        before = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = os.pathsep.join([str(home), *([before] if before else [])])
-    environment.update(PYTHONSAFEPATH="1", PYTHONUNBUFFERED="1", TERM="dumb", NO_COLOR="1")
-    environment.update(added)
-    return environment
-
-
 def _start(
     arguments: list[str], log: Path, environment: Mapping[str, str], detach: bool
 ) -> "subprocess.Popen[bytes]":
@@ -352,38 +328,26 @@ def _wait_for_lock(
         if read_claim(run).launch == token:
             return
         if ended is not None:
-            raise _early_death(run, ended, last_words(run.log, log_start))
+            raise _early_death(run, ended, _last_lines(run, log_start))
         if time.monotonic() > deadline:
             raise WorkError(
                 f"The trainer has not begun for {timeout_seconds:.0f} seconds and was ended.",
-                _told(last_words(run.log, log_start)),
+                _last_lines(run, log_start),
                 f"Read {visible(str(run.log), one_line=True)}, then start again.",
             )
         time.sleep(_POLL_SECONDS)
 
 
-def _early_death(run: RunFolder, exit_status: int, words: list[str]) -> UserError:
+def _early_death(run: RunFolder, exit_status: int, said: str) -> UserError:
     how = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
     what = f"The trainer ended before it began ({how})."
     fix = f"All that it printed is in {visible(str(run.log), one_line=True)}."
     if exit_status in (2, 3):
-        return UserError(what, _told(words), fix, exit_status=exit_status)
-    return WorkError(what, _told(words), fix)
+        return UserError(what, said, fix, exit_status=exit_status)
+    return WorkError(what, said, fix)
 
 
-def last_words(log: Path, start: int) -> list[str]:
-    """The last lines that were printed after `start`, safe to show; of a traceback only its end."""
-    size = log.stat().st_size
-    with log.open("rb") as file:
-        file.seek(max(start, size - _LOG_BYTES))
-        text = file.read().decode("utf-8", "replace")
-    lines = [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-    for index in reversed(range(len(lines))):
-        if lines[index].startswith("Traceback "):
-            lines = [line for line in lines[index + 1 :] if not line.startswith(" ")]
-            break
-    return [visible(line, one_line=True) for line in lines[-_LOG_LINES:]]
-
-
-def _told(words: list[str]) -> str:
-    return "Its last words: " + " / ".join(words) if words else "It printed nothing."
+def _last_lines(run: RunFolder, start: int) -> str:
+    with run.log.open("rb") as log:
+        lines = last_lines(log, start)
+    return "Its last words: " + " / ".join(lines) if lines else "It printed nothing."

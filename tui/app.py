@@ -25,8 +25,8 @@ from tui.widgets.steps import STEPS
 if TYPE_CHECKING:
     from engine.config import RunConfig
     from engine.runs import RunFolder
+    from engine.wizard.data_worker import DataWorker
     from engine.wizard.draft import Counted, Draft
-    from tui.data_worker import DataWorker
 
 PAGES: Final[Mapping[str, str]] = {
     "Machine": "tui.screens.machine:MachinePage",
@@ -160,7 +160,7 @@ class WindtunnelApp(App[int]):
     def data_worker(self) -> "DataWorker":
         """The process that reads and tokenizes; started at the first use, ended with the app."""
         if self._data_worker is None:
-            from tui.data_worker import DataWorker
+            from engine.wizard.data_worker import DataWorker
 
             self._data_worker = DataWorker()
         return self._data_worker
@@ -211,7 +211,7 @@ class WindtunnelApp(App[int]):
         from engine.wizard.counting import count_rows
         from tui.messages import RowsCounted
 
-        new = await count_rows(self.draft, config, self.data_worker.ask)
+        new = await count_rows(self.draft, config, self.data_worker)
         self._counting = None
         if new and isinstance(self.screen, Page):
             self.screen.post_message(RowsCounted())
@@ -278,7 +278,7 @@ class WindtunnelApp(App[int]):
 
     async def _prepare(self) -> None:
         """Load what the next pages need while the person looks at the first one."""
-        for module in ("engine.wizard.draft", "tui.data_worker"):
+        for module in ("engine.wizard.draft", "engine.wizard.data_worker"):
             await asyncio.to_thread(import_module, module)
         await self.data_worker.warm()
 

@@ -8,9 +8,11 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Final
+from typing import Final
 
 from rich.cells import cell_len, chop_cells
+
+from engine.data.preview import PreviewRow, kind_word
 
 ROLES: Final = {
     "system": "system",
@@ -39,7 +41,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """A preview entry of the worker: lists of one length, and the blocks that they form."""
+    """A previewed row: lists of one length, and the blocks that they form."""
 
     ids: Sequence[int]
     pieces: Sequence[str]
@@ -96,9 +98,9 @@ class Line:
     fragments: list[tuple[str, int]]
 
 
-def read_row(entry: dict[str, Any], first_text_id: int) -> TokenRow:
-    """A row of the worker's preview answer."""
-    kinds, sources = entry["kinds"], entry["sources"]
+def read_row(row: PreviewRow) -> TokenRow:
+    """A row of the worker's preview."""
+    kinds, sources = [kind_word(kind) for kind in row.kinds], row.sources
     blocks: list[Block] = []
     start, before = 0, None
     for index, kind in enumerate(kinds):
@@ -112,9 +114,7 @@ def read_row(entry: dict[str, Any], first_text_id: int) -> TokenRow:
         before = here
     if kinds:
         blocks.append(Block(before[0] if before else kinds[0], start, len(kinds)))
-    return TokenRow(
-        entry["input_ids"], entry["pieces"], kinds, sources, first_text_id, tuple(blocks)
-    )
+    return TokenRow(row.ids, row.pieces, kinds, sources, row.first_text_id, tuple(blocks))
 
 
 def _cells(text: str) -> int:

@@ -7,7 +7,8 @@ what is right or wrong about a dataset is decided there.
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,8 +24,8 @@ from engine.units import counted
 from engine.visible import visible
 
 if TYPE_CHECKING:
-    from engine.data.checkup import Checkup
     from engine.data.prepare import Progress
+    from engine.data.statistics import BadRow, Checkup
 
 Effort = Literal["none", "high"]
 AsJson = Annotated[bool, Parameter("--json", negative="")]
@@ -121,7 +122,7 @@ def check_data(
         Print one JSON document.
     """
     from engine.chat.tokenizer import open_tokenizer
-    from engine.data.checkup import check_config
+    from engine.data.checkup import check_config, checkup_document
 
     request = _read_request(data, model)
     tokenizer = open_tokenizer(request.model, request.model_folder) if request.model else None
@@ -133,7 +134,7 @@ def check_data(
         progress=_show_reading if _shows_progress(as_json) else None,
     )
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(checkup_document(found)))
     else:
         _print_checkup(found)
     return int(strict and bool(found.problems))
@@ -165,12 +166,12 @@ def _print_checkup(found: "Checkup") -> None:
         print_lines(["· Tokens are not counted: name a model with --model."])
 
 
-def _print_problems(problems: list[dict[str, Any]]) -> None:
+def _print_problems(problems: "Sequence[BadRow]") -> None:
     for problem in problems[:_SHOWN_PROBLEMS]:
-        where = f"{problem['file']} line {problem['line']}"
-        if problem["message"] is not None:
-            where += f", message {problem['message']}"
-        print_lines([f"✗ {where}: {problem['what']} {problem['why']} {problem['fix']}"])
+        where = f"{problem.file} line {problem.line}"
+        if problem.message is not None:
+            where += f", message {problem.message}"
+        print_lines([f"✗ {where}: {problem.what} {problem.why} {problem.fix}"])
     if len(problems) > _SHOWN_PROBLEMS:
         print(f"✗ and {len(problems) - _SHOWN_PROBLEMS} more; --json lists them")
 
@@ -234,7 +235,7 @@ def _show_rows(
     """Prints the row `first`, or every row from it on; how many, and how many learn nothing."""
     from engine.chat.tokenizer import open_tokenizer
     from engine.data.prepare import label_rule
-    from engine.data.preview import preview_entry
+    from engine.data.preview import preview_entry, preview_row
     from engine.data.preview_text import legend, row_text
     from engine.data.rows import iterate_rendered
 
@@ -247,14 +248,14 @@ def _show_rows(
     underline, columns = underlines(), terminal_columns()
     shown = learns_nothing = good = 0
     for rendered in rows if every else islice(rows, 1):
-        entry = preview_entry(rendered, rule)
-        learns_nothing += all(label == -100 for label in entry["labels"])
+        row = preview_row(rendered, tokenizer)
+        learns_nothing += not any(row.learned(rule))
         if as_json:
-            print(json.dumps(entry))
+            print(json.dumps(preview_entry(rendered, rule)))
         else:
-            print(row_text(entry, tokenizer, underline=underline, columns=columns), end="\n\n")
+            print(row_text(row, rule, underline=underline, columns=columns), end="\n\n")
         shown += 1
-        good += entry["ok"]
+        good += row.problem is None
     if good and not as_json:
         print(legend(underline=underline, columns=columns))
     return shown, learns_nothing
@@ -346,6 +347,8 @@ def _show_progress(progress: "Progress") -> None:
 
 
 def _print_report(report: dict[str, Any], sequence_len: int) -> None:
+    from engine.data.statistics import BadRow
+
     made = "found as they were, nothing tokenized" if report["reused"] else "tokenized"
     _clear_progress()
     print(
@@ -362,4 +365,4 @@ def _print_report(report: dict[str, Any], sequence_len: int) -> None:
     for what, count in left_out.items():
         if count:
             print(f"! rows {what}: {count}")
-    _print_problems(report["problems"])
+    _print_problems([BadRow(**problem) for problem in report["problems"]])

@@ -20,7 +20,7 @@ from engine.wizard.counting import check_rows
 from engine.wizard.request import find_machine, read_planned
 
 if TYPE_CHECKING:
-    from engine.data.checkup import Checkup
+    from engine.data.statistics import Checkup
 
 USUAL_CARD = "H100 80GB"
 """What cards are counted in where this computer has none."""

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import Parameter
 
+from engine.child import TRAINER
 from engine.cli.training import AsEvents, AsJson, EventLines
 from engine.cli.watch import PlainWatch
-from engine.launch import TRAINER
 from engine.plan.measured import Measurement, store
 from engine.report.fit import difference, fit_lines
 from engine.visible import visible

@@ -17,13 +17,13 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.catalog import UnknownModel
+from engine.child import TRAINER, Child, torch_process
 from engine.cli.supervision import AsJson, RunName, RunsFolder
 from engine.errors import UserError
 from engine.interrupt import wait_for_line
-from engine.launch import TRAINER, planned_gpu, require_torch
+from engine.launch import planned_gpu, require_torch
 from engine.plan import best_device, refuse_answering
 from engine.runs import RunFolder, find_run
-from engine.torch_process import TorchProcess
 from engine.units import gib
 from engine.visible import visible
 from engine.wizard.request import find_machine, read_planned
@@ -149,7 +149,7 @@ def _add_merge(app: cyclopts.App, module: str) -> None:
         run = find_run(name, home)
         arguments = ["merge", str(run.path), str(target.expanduser().absolute())]
         shows = sys.stderr.isatty() and not as_json
-        with TorchProcess(arguments, {"CUDA_VISIBLE_DEVICES": ""}, module) as process:
+        with torch_process(arguments, {"CUDA_VISIBLE_DEVICES": ""}, module) as process:
             for record in process.listen(until="merged"):
                 if "total" in record and shows:
                     done, total = gib(record["done"]), gib(record["total"])
@@ -235,7 +235,7 @@ def compare(
         print(visible(f"  {key}: {a} -> {b}", one_line=True))
 
 
-def _open(run: RunFolder, module: str, anyway: bool) -> TorchProcess:
+def _open(run: RunFolder, module: str, anyway: bool) -> Child:
     """The process that answers.
 
     Raises UserError where the model does not fit, and where the installed torch cannot use the card
@@ -248,10 +248,10 @@ def _open(run: RunFolder, module: str, anyway: bool) -> TorchProcess:
         with contextlib.suppress(UnknownModel):  # its shape is known only after it is fetched
             config, architecture = read_planned(run.config)
             refuse_answering(config, architecture, device)
-    return TorchProcess(["generate", str(run.path)], planned_gpu(run, machine), module)
+    return torch_process(["generate", str(run.path)], planned_gpu(run, machine), module)
 
 
-def _ready(process: TorchProcess, as_json: bool) -> str:
+def _ready(process: Child, as_json: bool) -> str:
     """Wait until the model is loaded; returns the folder of what was trained."""
     if not as_json:
         print("loading the model", file=sys.stderr, flush=True)
@@ -262,7 +262,7 @@ def _ready(process: TorchProcess, as_json: bool) -> str:
     return trained
 
 
-def _answer(process: TorchProcess, as_json: bool) -> dict[str, Any]:
+def _answer(process: Child, as_json: bool) -> dict[str, Any]:
     """One answer, printed while it comes. Raises the UserError of a question that is refused."""
     found: dict[str, Any] = {}
     for record in process.listen(until="end"):

@@ -16,7 +16,6 @@ from typing import IO, Any
 import numpy as np
 
 from engine.chat.images import ImageSpec
-from engine.chat.messages import RowProblem
 from engine.chat.render import Rendered
 from engine.data.images import ImageName, image_digest
 from engine.data.prepared import ARRAYS, META, count_elements
@@ -54,19 +53,6 @@ class _State:
     image_bytes: int = 0
     placed_images: int = 0
     image_name_bytes: int = 0
-
-
-def problem_entry(row: RenderedRow, problem: RowProblem) -> dict[str, Any]:
-    """A bad row as `check`, meta.json and the worker report it."""
-    return {
-        "file": row.file,
-        "row": row.number,
-        "line": row.line,
-        "message": problem.message,
-        "what": problem.what,
-        "why": problem.why,
-        "fix": problem.fix,
-    }
 
 
 def content_hash(rendered: Rendered) -> int:
@@ -128,7 +114,7 @@ class ArrayWriter:
         if row.problem is not None:
             state.bad_rows += 1
             if len(state.problems) < _LISTED_PROBLEMS:
-                state.problems.append(problem_entry(row, row.problem))
+                state.problems.append(asdict(row.bad_row(row.problem)))
         else:
             assert row.rendered is not None
             assert row.conversation is not None

@@ -8,7 +8,7 @@ problems alone.
 import math
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,136 +18,31 @@ from engine.chat.messages import Conversation, Image, Text
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, learned
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig
-from engine.data.array_writer import content_hash, problem_entry
+from engine.data.array_writer import content_hash
 from engine.data.images import image_digest
-from engine.data.odd_rows import LISTED_LONGEST, OddRowFinder, OddRows
 from engine.data.prepare import label_rule
 from engine.data.rows import RenderedRow, iterate_rendered
-from engine.data.statistics import Statistics
+from engine.data.statistics import (
+    FEW_ROWS,
+    BadRow,
+    Checkup,
+    Finding,
+    ImageStatistics,
+    Lengths,
+    OddRows,
+    ProblemGroup,
+    TokenStatistics,
+)
 from engine.units import counted
 
-# Below this a first fine-tune tends to memorise instead of generalise.
-FEW_ROWS = 100
 _PROGRESS_ROWS = 64
 _NOTE_EXAMPLES = 5
 _LENGTH_BINS = 24
 _PROMPTS, _PROMPT_CHARACTERS = 5, 300
 _GROUPS, _GROUP_ROWS = 50, 100
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Tokens a row: mean, median, 95th and 99th percentile (nearest rank), longest."""
-
-    mean: float
-    p50: int
-    p95: int
-    p99: int
-    max: int
-
-
-@dataclass(frozen=True, slots=True)
-class TokenStatistics:
-    """Tokens of the usable rows. `by_kind` uses the words of the preview.
-
-    `kind_counts` counts the stored kinds, from which any label rule gives what is learned;
-    `longest_rows` are the lengths of the rows of `OddRows.longest`; `length_counts` the
-    rows in 24 equal steps of length up to the longest; `thinking_answers` and
-    `call_answers` the assistant messages that think or call a tool.
-    """
-
-    total: int
-    learned: int
-    by_kind: dict[str, int]
-    kind_counts: dict[int, int]
-    length_counts: tuple[int, ...]
-    thinking_answers: int
-    call_answers: int
-    thinking: int
-    answer: int
-    longest_rows: tuple[int, ...]
-    row_length: Lengths
-    learned_a_row: Lengths
-    most_image_tokens: int = 0
-    """Of one row; the next is its number, None where no row has an image."""
-    most_images_row: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ImageStatistics:
-    """Images of the usable rows: how many, in how many rows, and those that differ with their
-    bytes in all. `largest` is (width, height) in pixels of the one with the most; `named` counts
-    the paths and URLs that rows, bad ones too, give instead of bytes.
-    """
-
-    count: int
-    rows: int
-    different: int
-    different_bytes: int
-    largest: tuple[int, int]
-    named: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something to know about usable rows: how many it touches, and the first few of them.
-
-    `lines` are counted inside their files, `numbers` over all rows.
-    """
-
-    id: str
-    rows: int
-    text: str
-    lines: tuple[int, ...]
-    numbers: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Checkup:
-    """What was found. `problems` has one entry a bad row.
-
-    `tokens` and `odd` are None without a tokenizer. `turns` are the fewest and the most user
-    messages of a usable row, 0 and 0 where there is none; `prompts` how a few rows begin.
-    """
-
-    rows: int
-    usable: int
-    problems: list[dict[str, Any]]
-    tokens: TokenStatistics | None
-    duplicates: int
-    nothing_learned: int
-    over_sequence_len: int | None
-    roles: dict[str, int]
-    findings: list[Finding]
-    warnings: list[str]
-    turns: tuple[int, int]
-    prompts: tuple[str, ...]
-    odd: OddRows | None
-    images: ImageStatistics
-
-    def statistics(self) -> Statistics | None:
-        """What a plan needs of it; None where no row can be used or no token was counted."""
-        tokens, odd = self.tokens, self.odd
-        if tokens is None or odd is None or not self.usable:
-            return None
-        return Statistics(
-            rows=self.rows,
-            usable_rows=self.usable,
-            total_tokens=tokens.total,
-            learned_tokens=tokens.learned,
-            thinking_tokens=tokens.thinking,
-            mean_tokens=tokens.row_length.mean,
-            p95_tokens=tokens.row_length.p95,
-            longest_tokens=tokens.row_length.max,
-            longest_rows=tokens.longest_rows,
-            prompts=self.prompts,
-            image_tokens=tokens.by_kind[Kind.IMAGE.word],
-            most_image_tokens=tokens.most_image_tokens,
-            p99_tokens=tokens.row_length.p99,
-            longest_row=next(iter(odd.longest), None),
-            most_images_row=tokens.most_images_row,
-            most_learned_tokens=tokens.learned_a_row.max,
-        )
+# As many as a person scrolls through; the counts beside the lists are whole.
+_LISTED = 100
+LISTED_LONGEST = 1000
 
 
 def check_config(
@@ -169,7 +64,7 @@ def check_config(
         notebook.rows += 1
         notebook.images.named += len(row.image_names)
         if row.problem is not None:
-            notebook.problems.append(problem_entry(row, row.problem))
+            notebook.problems.append(row.bad_row(row.problem))
         elif row.conversation is not None:
             notebook.read(row, row.conversation)
             if row.rendered is not None:
@@ -184,9 +79,9 @@ class _Notebook:
     """Counts of one pass; 56 bytes a row, plus the bad rows."""
 
     rule: LabelRule
-    odd: OddRowFinder
+    odd: "OddRowFinder"
     rows: int = 0
-    problems: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[BadRow] = field(default_factory=list)
     roles: dict[str, int] = field(default_factory=dict)
     findings: dict[str, Finding] = field(default_factory=dict)
     lengths: "array[int]" = field(default_factory=lambda: array("q"))
@@ -246,13 +141,14 @@ class _Notebook:
         return Checkup(
             rows=self.rows,
             usable=usable,
-            problems=self.problems,
+            problems=tuple(self.problems),
+            groups=group_problems(self.problems),
             tokens=self._tokens(lengths) if measured else None,
             duplicates=duplicates,
             nothing_learned=nothing.rows if nothing else 0,
             over_sequence_len=over,
             roles=self.roles,
-            findings=sorted(self.findings.values(), key=lambda finding: -finding.rows),
+            findings=tuple(sorted(self.findings.values(), key=lambda found: -found.rows)),
             warnings=_warnings(usable, len(self.problems), duplicates, over, sequence_len),
             turns=self.turns or (0, 0),
             prompts=tuple(self.prompts),
@@ -280,6 +176,49 @@ class _Notebook:
             learned_a_row=length_statistics(np.array(self.learned, dtype=np.int64)),
             most_image_tokens=self.most_image_tokens,
             most_images_row=self.most_images_row,
+        )
+
+
+@dataclass(slots=True)
+class OddRowFinder:
+    """Four numbers a row of all usable rows."""
+
+    rule: LabelRule
+    numbers: "array[int]" = field(default_factory=lambda: array("q"))
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))
+    with_thinking: "array[int]" = field(default_factory=lambda: array("q"))
+    without_thinking: "array[int]" = field(default_factory=lambda: array("q"))
+
+    def add(self, number: int, rendered: Rendered) -> None:
+        self.numbers.append(number)
+        self.lengths.append(len(rendered))
+        for thinking, counts in ((True, self.with_thinking), (False, self.without_thinking)):
+            flags = learned(rendered.kinds, replace(self.rule, thinking=thinking))
+            counts.append(int(np.count_nonzero(flags)))
+
+    def report(self) -> OddRows:
+        numbers, lengths, always, answers = (
+            np.array(values, dtype=np.int64)
+            for values in (self.numbers, self.lengths, self.with_thinking, self.without_thinking)
+        )
+        nothing = numbers[always == 0]
+        only_thinking = numbers[(answers == 0) & (always > 0)]
+        longest = np.argsort(-lengths, kind="stable")[:LISTED_LONGEST]
+        learned_here = always if self.rule.thinking else answers
+        shares = learned_here / np.maximum(lengths, 1)
+        least = np.argsort(np.where(learned_here > 0, shares, 1.0), kind="stable")[:_LISTED]
+        return OddRows(
+            tuple(nothing[:_LISTED].tolist()),
+            len(nothing),
+            tuple(only_thinking[:_LISTED].tolist()),
+            len(only_thinking),
+            tuple(numbers[longest].tolist()),
+            tuple(
+                zip(
+                    *(values[least].tolist() for values in (numbers, lengths, learned_here)),
+                    strict=True,
+                )
+            ),
         )
 
 
@@ -368,23 +307,28 @@ def image_sentence(found: Checkup) -> str:
     )
 
 
-def group_problems(problems: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Equal problems as one: the first of them with `count` and the numbers of its first `rows`.
+def checkup_document(found: Checkup) -> dict[str, Any]:
+    """The JSON of `windtunnel check`, which lists every bad row."""
+    document = asdict(found)
+    del document["groups"]
+    return document
 
-    The most frequent come first. For a screen, which can neither show nor be sent every bad row.
-    """
-    groups: dict[str, dict[str, Any]] = {}
+
+def group_problems(problems: Sequence[BadRow]) -> tuple[ProblemGroup, ...]:
+    """Equal problems as one, the most frequent first."""
+    same: dict[str, list[BadRow]] = {}
     for problem in problems:
-        group = groups.setdefault(problem["what"], problem | {"count": 0, "rows": []})
-        group["count"] += 1
-        if len(group["rows"]) < _GROUP_ROWS:
-            group["rows"].append(problem["row"])
-    return sorted(groups.values(), key=lambda group: -group["count"])[:_GROUPS]
+        same.setdefault(problem.what, []).append(problem)
+    groups = (
+        ProblemGroup(rows[0], len(rows), tuple(row.row for row in rows[:_GROUP_ROWS]))
+        for rows in same.values()
+    )
+    return tuple(sorted(groups, key=lambda group: -group.count)[:_GROUPS])
 
 
 def _warnings(
     usable: int, bad: int, duplicates: int, over: int | None, sequence_len: int | None
-) -> list[str]:
+) -> tuple[str, ...]:
     found = []
     if usable == 0:
         found.append("No row can be used.")
@@ -398,4 +342,4 @@ def _warnings(
         found.append(f"Rows that repeat an earlier row and would weigh more: {duplicates}.")
     if over:
         found.append(f"Rows longer than sequence_len ({sequence_len}): {over}.")
-    return found
+    return tuple(found)

@@ -1,25 +1,100 @@
-"""One row as a person or a program inspects it: ids, labels, kinds and sources, or the problem.
+"""One row as a person or a program inspects it: its tokens, or why it cannot be used."""
 
-The entry is the contract of `windtunnel preview --json`; the wizard's worker answers with the same.
-"""
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from typing import Any
+import numpy as np
 
 from engine.chat.images import read_size
-from engine.chat.render import WITHHELD, Kind, LabelRule, RenderedImage, labels
-from engine.chat.tokenizer import ChatTokenizer
-from engine.data.rows import RenderedRow
+from engine.chat.render import WITHHELD, Kind, LabelRule, RenderedImage, labels, learned
+from engine.data.statistics import BadRow
 
-KIND_WORDS = {kind.value: kind.word for kind in Kind}
+if TYPE_CHECKING:
+    from engine.chat.tokenizer import ChatTokenizer
+    from engine.data.rows import RenderedRow
 
 
-def preview_entry(row: RenderedRow, rule: LabelRule) -> dict[str, Any]:
-    """`row, line, ok, error, input_ids, labels, kinds, sources`, and `file`, `notes`, `images`.
+@dataclass(frozen=True, slots=True)
+class ImageGrid:
+    """An image of a row: its grid of tokens, and the pixels of its file."""
+
+    rows: int
+    columns: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewRow:
+    """A row to be shown: `problem`, or lists of one length with an item for each token.
+
+    `kinds` are stored ones, from which any rule gives the labels; `images` come in the order of
+    their tokens.
+    """
+
+    number: int
+    line: int
+    file: str
+    problem: BadRow | None
+    ids: Sequence[int]
+    pieces: Sequence[str]
+    kinds: Sequence[int]
+    sources: Sequence[int]
+    notes: Sequence[str]
+    images: Sequence[ImageGrid]
+    first_text_id: int
+    """Ids below it are control tokens."""
+
+    def learned(self, rule: LabelRule) -> list[bool]:
+        """Whether each token is learned."""
+        flags: list[bool] = learned(np.array(self.kinds, dtype=np.uint8), rule).tolist()
+        return flags
+
+
+def kind_word(stored: int) -> str:
+    """The word of a stored kind."""
+    return _WORDS[stored & ~WITHHELD]
+
+
+_WORDS = {kind.value: kind.word for kind in Kind}
+
+
+def preview_row(row: "RenderedRow", tokenizer: "ChatTokenizer") -> PreviewRow:
+    """A row with the text of each token.
+
+    An image is drawn as a whole by the last of its tokens, as a character over several tokens is;
+    the others show nothing.
+    """
+    place, first = (row.number, row.line, row.file), tokenizer.first_text_id
+    if row.problem is not None:
+        return PreviewRow(*place, row.bad_row(row.problem), (), (), (), (), (), (), first)
+    assert row.rendered is not None
+    assert row.conversation is not None
+    rendered = row.rendered
+    ids, kinds = rendered.input_ids.tolist(), rendered.kinds.tolist()
+    images = [_grid(image) for image in rendered.images]
+    pieces = list(tokenizer.pieces(ids))
+    places = [at for at, kind in enumerate(kinds) if kind & ~WITHHELD == Kind.IMAGE]
+    start = 0
+    for image in images:
+        end = start + image.rows * (image.columns + 1)
+        for at in places[start:end]:
+            pieces[at] = ""
+        size = f"{image.width}x{image.height}"
+        pieces[places[end - 1]] = f"[image {size}: {image.columns} x {image.rows} tokens]"
+        start = end
+    notes = [note.text for note in row.conversation.notes]
+    sources = rendered.sources.tolist()
+    return PreviewRow(*place, None, ids, pieces, kinds, sources, notes, images, first)
+
+
+def preview_entry(row: "RenderedRow", rule: LabelRule) -> dict[str, Any]:
+    """The JSON of `windtunnel preview`: `row, line, ok, error, input_ids, labels, kinds, sources`,
+    and `file`, `notes`, `images`.
 
     Rows and lines count from 1, `labels` hold -100 where nothing is learned, `sources` -1 for
-    tokens of no message. `images` are {rows, columns, width, height} in the order of their tokens:
-    the grid of tokens, and the pixels of the file. A bad row has empty lists and
-    `error {what, why, fix, message}`.
+    tokens of no message. A bad row has empty lists and `error {what, why, fix, message}`.
     """
     entry: dict[str, Any] = {
         "row": row.number,
@@ -46,31 +121,12 @@ def preview_entry(row: RenderedRow, rule: LabelRule) -> dict[str, Any]:
         rendered = row.rendered
         entry["input_ids"] = rendered.input_ids.tolist()
         entry["labels"] = labels(rendered.input_ids, rendered.kinds, rule).tolist()
-        entry["kinds"] = [KIND_WORDS[kind & ~WITHHELD] for kind in rendered.kinds.tolist()]
+        entry["kinds"] = [kind_word(kind) for kind in rendered.kinds.tolist()]
         entry["sources"] = rendered.sources.tolist()
         entry["notes"] = [note.text for note in row.conversation.notes]
-        entry["images"] = [_image_entry(image) for image in rendered.images]
+        entry["images"] = [asdict(_grid(image)) for image in rendered.images]
     return entry
 
 
-def _image_entry(image: RenderedImage) -> dict[str, int]:
-    width, height = read_size(image.content)
-    return {"rows": image.rows, "columns": image.columns, "width": width, "height": height}
-
-
-def preview_pieces(entry: dict[str, Any], tokenizer: ChatTokenizer) -> list[str]:
-    """Each token of an entry for display. An image is drawn as a whole by the last of its tokens,
-    as a character over several tokens is; the others show nothing.
-    """
-    pieces = list(tokenizer.pieces(entry["input_ids"]))
-    places = [index for index, kind in enumerate(entry["kinds"]) if kind == Kind.IMAGE.word]
-    start = 0
-    for image in entry["images"]:
-        rows, columns = image["rows"], image["columns"]
-        end = start + rows * (columns + 1)
-        for place in places[start:end]:
-            pieces[place] = ""
-        size = f"{image['width']}x{image['height']}"
-        pieces[places[end - 1]] = f"[image {size}: {columns} x {rows} tokens]"
-        start = end
-    return pieces
+def _grid(image: RenderedImage) -> ImageGrid:
+    return ImageGrid(image.rows, image.columns, *read_size(image.content))

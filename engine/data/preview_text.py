@@ -5,10 +5,10 @@ are told by their id, so that a text which spells one out does not look like one
 """
 
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from engine.chat.tokenizer import ChatTokenizer
-from engine.data.preview import preview_pieces
+from engine.chat.render import LabelRule
+from engine.data.preview import PreviewRow, kind_word
 from engine.visible import fold, visible
 
 _UNDERLINE = ("\x1b[4m", "\x1b[24m")
@@ -33,26 +33,25 @@ def legend(*, underline: bool, columns: int | None = None) -> str:
 
 
 def row_text(
-    entry: dict[str, Any],
-    tokenizer: ChatTokenizer,
+    row: PreviewRow,
+    rule: LabelRule,
     *,
     underline: bool,
     columns: int | None = None,
 ) -> str:
-    """A preview entry as one paragraph: a line for each run of tokens of one kind, then counts.
+    """A row as one paragraph: a line for each run of tokens of one kind, then counts.
 
     Lines are folded at `columns` cells; with None they are as long as their text.
     """
-    place = f"row {entry['row']}, line {entry['line']} of {visible(entry['file'], one_line=True)}"
-    if entry["error"] is not None:
-        error = entry["error"]
-        told = " ".join((error["what"], error["why"], error["fix"]))
-        return "\n".join(fold(f"✗ {place}: {visible(told, one_line=True)}", columns))
-    tokens = _tokens(entry, tokenizer)
+    place = f"row {row.number}, line {row.line} of {visible(row.file, one_line=True)}"
+    if row.problem is not None:
+        sentences = f"{row.problem.what} {row.problem.why} {row.problem.fix}"
+        return "\n".join(fold(f"✗ {place}: {visible(sentences, one_line=True)}", columns))
+    tokens = _tokens(row, rule)
     learned = sum(token.learned for token in tokens)
     paragraphs = [
         f"{place}: {len(tokens)} tokens, {learned} learned",
-        *(f"· {visible(note, one_line=True)}" for note in entry["notes"]),
+        *(f"· {visible(note, one_line=True)}" for note in row.notes),
         _count_line(tokens),
     ]
     head, *tail = (line for paragraph in paragraphs for line in fold(paragraph, columns))
@@ -65,18 +64,17 @@ def row_text(
     return "\n".join([head, *runs, *tail])
 
 
-def _tokens(entry: dict[str, Any], tokenizer: ChatTokenizer) -> list[_Token]:
-    ids = entry["input_ids"]
+def _tokens(row: PreviewRow, rule: LabelRule) -> list[_Token]:
     return [
         _Token(
-            kind,
-            label != -100,
+            kind_word(kind),
+            carries,
             f"⟦{piece.removeprefix('[').removesuffix(']')}⟧"
-            if piece and tokenizer.is_control(token_id)
+            if piece and token_id < row.first_text_id
             else piece.translate(_OURS),
         )
-        for token_id, piece, kind, label in zip(
-            ids, preview_pieces(entry, tokenizer), entry["kinds"], entry["labels"], strict=True
+        for token_id, piece, kind, carries in zip(
+            row.ids, row.pieces, row.kinds, row.learned(rule), strict=True
         )
     ]
 

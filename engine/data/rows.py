@@ -14,6 +14,7 @@ from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig
 from engine.data.images import ImageFinder, ImageName, ImageRules
 from engine.data.sources import SourceRow, iterate_rows, locate
+from engine.data.statistics import BadRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,11 @@ class RenderedRow:
     rendered: Rendered | None = None
     image_names: tuple[ImageName, ...] = ()
     """Paths and URLs that the row, good or bad, named."""
+
+    def bad_row(self, problem: RowProblem) -> BadRow:
+        """What is reported of a row that cannot be used."""
+        said = (problem.message, problem.what, problem.why, problem.fix)
+        return BadRow(self.file, self.number, self.line, *said)
 
 
 def effective_datasets(

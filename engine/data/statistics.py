@@ -1,15 +1,16 @@
-"""What a plan has to know of a dataset: a few counts, never its rows.
+"""What is known of a dataset once its rows were read: counts, lengths, bad and odd rows.
 
-A checkup makes the counts; planning imports no tokenizer for them, and takes them from the worker
-process as a document.
+`checkup` makes it, the worker process sends it, and a plan takes the few counts of `Statistics`;
+none of them needs a tokenizer to hold it.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from engine.config import RunConfig
+
+# Below this a first fine-tune tends to memorise instead of generalise.
+FEW_ROWS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +55,172 @@ class Statistics:
         return next((length for length in self.longest_rows if length <= limit), limit)
 
 
-def read_statistics(document: Mapping[str, Any] | None) -> Statistics | None:
-    """The statistics that `asdict` and JSON made a document of."""
-    if document is None:
-        return None
-    lists: dict[str, Any] = {k: tuple(v) for k, v in document.items() if isinstance(v, list)}
-    return Statistics(**{**document, **lists})
-
-
 def count_held_out(val_set_size: float, rows: int) -> int:
     """How many of `rows` different conversations a `val_set_size` keeps out of training."""
     if val_set_size <= 0 or rows < 2:
         return 0
     wanted = val_set_size * rows if val_set_size < 1 else val_set_size
     return min(max(1, round(wanted)), rows - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used, as `check --json` and meta.json report it.
+
+    `row` counts over all rows, `line` inside the file; `message` is the message at fault.
+    """
+
+    file: str
+    row: int
+    line: int
+    message: int | None
+    what: str
+    why: str
+    fix: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemGroup:
+    """Rows with the same problem: the first of them, how many, and the numbers of the first 100."""
+
+    first: BadRow
+    count: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OddRows:
+    """Numbers of rows, counted from 1 over all rows, bad ones too.
+
+    `learns_nothing` are rows without a learned token; `only_thinking` those that join them once
+    thinking is not learned. The first 100 of each are listed beside their count. `longest` are
+    the 1,000 longest rows, longest first; `least_learned` holds (row, tokens, learned).
+    """
+
+    learns_nothing: tuple[int, ...]
+    learns_nothing_count: int
+    only_thinking: tuple[int, ...]
+    only_thinking_count: int
+    longest: tuple[int, ...]
+    least_learned: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens a row: mean, median, 95th and 99th percentile (nearest rank), longest."""
+
+    mean: float
+    p50: int
+    p95: int
+    p99: int
+    max: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStatistics:
+    """Tokens of the usable rows. `by_kind` uses the words of the preview.
+
+    `kind_counts` counts the stored kinds, from which any label rule gives what is learned;
+    `longest_rows` are the lengths of the rows of `OddRows.longest`; `length_counts` the
+    rows in 24 equal steps of length up to the longest; `thinking_answers` and
+    `call_answers` the assistant messages that think or call a tool.
+    """
+
+    total: int
+    learned: int
+    by_kind: dict[str, int]
+    kind_counts: dict[int, int]
+    length_counts: tuple[int, ...]
+    thinking_answers: int
+    call_answers: int
+    thinking: int
+    answer: int
+    longest_rows: tuple[int, ...]
+    row_length: Lengths
+    learned_a_row: Lengths
+    most_image_tokens: int = 0
+    """Of one row; the next is its number, None where no row has an image."""
+    most_images_row: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStatistics:
+    """Images of the usable rows: how many, in how many rows, and those that differ with their
+    bytes in all. `largest` is (width, height) in pixels of the one with the most; `named` counts
+    the paths and URLs that rows, bad ones too, give instead of bytes.
+    """
+
+    count: int
+    rows: int
+    different: int
+    different_bytes: int
+    largest: tuple[int, int]
+    named: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something to know about usable rows: how many it touches, and the first few of them.
+
+    `lines` are counted inside their files, `numbers` over all rows.
+    """
+
+    id: str
+    rows: int
+    text: str
+    lines: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkup:
+    """What was found. `problems` has every bad row, and none in the answer of the worker: no screen
+    takes them all. `groups` has equal ones together, the most frequent first.
+
+    `tokens` and `odd` are None without a tokenizer. `turns` are the fewest and the most user
+    messages of a usable row, 0 and 0 where there is none; `prompts` how a few rows begin.
+    """
+
+    rows: int
+    usable: int
+    problems: tuple[BadRow, ...]
+    tokens: TokenStatistics | None
+    duplicates: int
+    nothing_learned: int
+    over_sequence_len: int | None
+    roles: dict[str, int]
+    findings: tuple[Finding, ...]
+    warnings: tuple[str, ...]
+    turns: tuple[int, int]
+    prompts: tuple[str, ...]
+    odd: OddRows | None
+    images: ImageStatistics
+    groups: tuple[ProblemGroup, ...]
+
+    @property
+    def bad_rows(self) -> int:
+        return self.rows - self.usable
+
+    def statistics(self) -> Statistics | None:
+        """What a plan needs of it; None where no row can be used or no token was counted."""
+        tokens, odd = self.tokens, self.odd
+        if tokens is None or odd is None or not self.usable:
+            return None
+        return Statistics(
+            rows=self.rows,
+            usable_rows=self.usable,
+            total_tokens=tokens.total,
+            learned_tokens=tokens.learned,
+            thinking_tokens=tokens.thinking,
+            mean_tokens=tokens.row_length.mean,
+            p95_tokens=tokens.row_length.p95,
+            longest_tokens=tokens.row_length.max,
+            longest_rows=tokens.longest_rows,
+            prompts=self.prompts,
+            image_tokens=tokens.by_kind["image"],
+            most_image_tokens=tokens.most_image_tokens,
+            p99_tokens=tokens.row_length.p99,
+            longest_row=next(iter(odd.longest), None),
+            most_images_row=tokens.most_images_row,
+            most_learned_tokens=tokens.learned_a_row.max,
+        )

@@ -8,7 +8,7 @@ one fit, `remarks` says what a config does less of than it seems to and what can
 runs by.
 """
 
-from engine.data.statistics import Statistics, read_statistics
+from engine.data.statistics import Statistics
 from engine.plan.attention import Attention, Heads, Task, choose_attention, heads_of
 from engine.plan.device import Device, best_device, cpu_device, device_document, gpu_device
 from engine.plan.duration import Duration, expected_duration, pace_of
@@ -69,7 +69,6 @@ __all__ = [
     "plan_document",
     "price_lengths",
     "propose",
-    "read_statistics",
     "recommend",
     "refuse_answering",
     "remarks",

@@ -7,20 +7,21 @@ count with.
 """
 
 import json
-from collections.abc import Awaitable, Callable
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from engine.catalog import Architecture
 from engine.chat.tokenizer_file import tokenizer_name
 from engine.config import DatasetConfig, RunConfig
+from engine.data.requests import CheckRows
 from engine.errors import UserError, WorkError
-from engine.plan import Statistics, read_statistics
+from engine.plan import Statistics
+from engine.wizard.data_worker import DataWorker
 from engine.wizard.draft import Counted, Draft
 
 if TYPE_CHECKING:
-    from engine.data.checkup import Checkup
+    from engine.data.statistics import Checkup
 
 NO_ROW: Final = "no row of it can be used, or its tokenizer is not here"
 MOST_BYTES: Final = 256 * 2**20
@@ -83,14 +84,13 @@ def with_rows(draft: Draft, dataset: DatasetConfig) -> RunConfig:
     return config.model_copy(update={"datasets": (dataset,)})
 
 
-def rows_request(config: RunConfig, *, labels: bool = True) -> dict[str, Any]:
-    """The fields of a request of the worker for the rows of a config; without `labels` they are
-    the same whatever is learned."""
+def rows_config(config: RunConfig, *, labels: bool = True) -> RunConfig:
+    """What of a config its rows follow from; without `labels` it is the same whatever is learned.
+
+    It is no config to run, and is checked by who reads the rows.
+    """
     keys = WHICH_KEYS | RENDER_KEYS | (LABEL_KEYS if labels else frozenset())
-    return {
-        "config": config.model_dump(mode="json", include=set(keys)),
-        "folder": str(Path.cwd()),
-    }
+    return RunConfig.model_construct(**{key: getattr(config, key) for key in keys})
 
 
 def take_count(draft: Draft, config: RunConfig, statistics: Statistics | None) -> None:
@@ -100,18 +100,14 @@ def take_count(draft: Draft, config: RunConfig, statistics: Statistics | None) -
     draft.uncounted = "" if draft.statistics else NO_ROW
 
 
-async def count_rows(
-    draft: Draft, config: RunConfig, ask: Callable[..., Awaitable[dict[str, Any]]]
-) -> bool:
-    """Count the rows of `config` for the plan; whether the draft still asks for them.
-
-    `ask` is `DataWorker.ask`.
-    """
+async def count_rows(draft: Draft, config: RunConfig, worker: DataWorker) -> bool:
+    """Count the rows of `config` for the plan; whether the draft still asks for them."""
+    statistics, trouble = None, ""
     try:
-        found = await ask("check", **rows_request(config))
-        trouble = ""
+        found = await worker.ask(CheckRows(rows_config(config), Path.cwd()))
+        statistics = found.statistics()
     except UserError as error:
-        found, trouble = {}, f"its rows could not be counted: {error.what}"
+        trouble = f"its rows could not be counted: {error.what}"
     try:
         if counted_of(draft.config()) != counted_of(config):
             return False
@@ -120,7 +116,7 @@ async def count_rows(
     if trouble:
         draft.counted, draft.uncounted = counted_of(config), trouble
     else:
-        take_count(draft, config, read_statistics(found["statistics"]))
+        take_count(draft, config, statistics)
     return True
 
 

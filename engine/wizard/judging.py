@@ -5,9 +5,10 @@ Pure functions of the worker's answer and the switches, so that turning one is a
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from engine.chat.render import WITHHELD, Kind, LabelRule, count_learned
+from engine.data.statistics import Checkup
 from engine.units import counted
 
 GROUPS: Final = {
@@ -56,20 +57,16 @@ def count_groups(kind_counts: Mapping[int, int], rule: LabelRule) -> dict[str, G
     return found
 
 
-def kind_counts(found: Mapping[str, Any]) -> dict[int, int]:
-    """Tokens of all usable rows by stored kind."""
-    return {int(kind): count for kind, count in found["tokens"]["kind_counts"].items()}
-
-
-def judge(found: Mapping[str, Any], rule: LabelRule, sequence_len: int, excess: str) -> Verdict:
+def judge(found: Checkup, rule: LabelRule, sequence_len: int, excess: str) -> Verdict:
     """The worst thing about the rows under these switches, or that all is well.
 
     `excess` is excess_length_strategy: what happens to rows longer than `sequence_len`.
     """
-    if not found["usable"]:
-        rows = counted(found["rows"], "row")
+    if not found.usable:
+        rows = counted(found.rows, "row")
         return Verdict("✗", "stop", f"none of {rows} can be used", stops=True)
-    counts = kind_counts(found)
+    assert found.tokens is not None
+    counts = found.tokens.kind_counts
     if not count_learned(counts, rule):
         if count_learned(counts, LabelRule(inputs=rule.inputs)):
             text = "no token is learned: every answer is only thinking; turn thinking on"
@@ -78,7 +75,7 @@ def judge(found: Mapping[str, Any], rule: LabelRule, sequence_len: int, excess: 
         return Verdict("✗", "stop", text, stops=True)
     for text in _complaints(found, rule, sequence_len, excess):
         return Verdict("!", "look", text)
-    longest = found["tokens"]["row_length"]["max"]
+    longest = found.tokens.row_length.max
     return Verdict(
         "✓",
         "good",
@@ -86,13 +83,13 @@ def judge(found: Mapping[str, Any], rule: LabelRule, sequence_len: int, excess: 
     )
 
 
-def _complaints(
-    found: Mapping[str, Any], rule: LabelRule, sequence_len: int, excess: str
-) -> list[str]:
-    nothing = found["odd"]["learns_nothing_count"]
-    nothing += 0 if rule.thinking else found["odd"]["only_thinking_count"]
-    against = sum(f["rows"] for f in found["findings"] if f["id"] == _AGAINST_EFFORT)
-    cut = sum(tokens > sequence_len for tokens in found["tokens"]["longest_rows"])
+def _complaints(found: Checkup, rule: LabelRule, sequence_len: int, excess: str) -> list[str]:
+    assert found.tokens is not None
+    assert found.odd is not None
+    nothing = found.odd.learns_nothing_count
+    nothing += 0 if rule.thinking else found.odd.only_thinking_count
+    against = sum(f.rows for f in found.findings if f.id == _AGAINST_EFFORT)
+    cut = sum(tokens > sequence_len for tokens in found.tokens.longest_rows)
     fate = {"truncate": "cut", "raise": "which the run refuses"}.get(excess, "left out")
     told = []
     if against:
@@ -103,8 +100,8 @@ def _complaints(
     if cut:
         rows = counted(cut, "row")
         told.append(f"over {sequence_len:,} tokens in {rows}, {fate}: w shows them")
-    if found["bad_rows"]:
-        told.append(f"an error in {counted(found['bad_rows'], 'row')}, left out: w shows them")
+    if found.bad_rows:
+        told.append(f"an error in {counted(found.bad_rows, 'row')}, left out: w shows them")
     return told
 
 
@@ -112,29 +109,30 @@ _AGAINST_EFFORT: Final = "effort_contradicts_thinking"
 _SUPERLATIVES: Final = 3
 
 
-def list_odd_rows(found: Mapping[str, Any], rule: LabelRule, sequence_len: int) -> list[OddRow]:
+def list_odd_rows(found: Checkup, rule: LabelRule, sequence_len: int) -> list[OddRow]:
     """Rows to look at in their order, each once with its first reason.
 
     Where there is no problem the longest and the least learned rows are still worth a look.
     """
     why: dict[int, str] = {}
-    for group in found["problems"]:
-        for number in group["rows"]:
-            why.setdefault(number, f"cannot be used: {group['what']}")
-    nothing = found["odd"]["learns_nothing"]
-    nothing = nothing if rule.thinking else [*nothing, *found["odd"]["only_thinking"]]
-    for number in nothing:
+    for group in found.groups:
+        for number in group.rows:
+            why.setdefault(number, f"cannot be used: {group.first.what}")
+    assert found.tokens is not None
+    assert found.odd is not None
+    only_thinking = () if rule.thinking else found.odd.only_thinking
+    for number in (*found.odd.learns_nothing, *only_thinking):
         why.setdefault(number, "learns nothing")
-    longest = list(zip(found["odd"]["longest"], found["tokens"]["longest_rows"], strict=True))
+    longest = list(zip(found.odd.longest, found.tokens.longest_rows, strict=True))
     for number, tokens in longest:
         if tokens > sequence_len:
             why.setdefault(number, f"{tokens:,} tokens, over {sequence_len:,}")
-    for finding in found["findings"]:
-        if finding["id"] != "nothing_learned":
-            for number in finding["numbers"]:
-                why.setdefault(number, finding["text"])
+    for finding in found.findings:
+        if finding.id != "nothing_learned":
+            for number in finding.numbers:
+                why.setdefault(number, finding.text)
     for number, tokens in longest[:_SUPERLATIVES]:
         why.setdefault(number, f"among the longest: {tokens:,} tokens")
-    for number, tokens, learned in found["odd"]["least_learned"][:_SUPERLATIVES]:
+    for number, tokens, learned in found.odd.least_learned[:_SUPERLATIVES]:
         why.setdefault(number, f"among the least learned: {learned:,} of {tokens:,} tokens")
     return [OddRow(number, why[number]) for number in sorted(why)]

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from engine.child import TRAINER, torch_process
 from engine.config import RunConfig, write_config
 from engine.events import Recorded, parse
 from engine.hardware import cuda_environment
-from engine.launch import TRAINER, require_torch
+from engine.launch import require_torch
 from engine.plan import best_device
 from engine.plan.measured import Measurement, store
 from engine.runs import RunFolder
-from engine.torch_process import TorchProcess
 from engine.wizard.request import find_machine
 
 STEPS: Final = 3
@@ -33,7 +33,7 @@ def measure(
         folder = RunFolder(Path(scratch).resolve())
         write_config(run, {}, folder.config)
         arguments = ["fit", str(folder.path), "--steps", str(steps)]
-        with TorchProcess(arguments, _one_gpu(), module) as process:
+        with torch_process(arguments, _one_gpu(), module) as process:
             for record in process.listen(until="fitted"):
                 event = parse(record)
                 if event and show:

@@ -1,10 +1,11 @@
 """The switches of the preview: when one is no choice, and which key of the config each changes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from engine.config import RunConfig
+from engine.data.statistics import Checkup
 
 SWITCH_HELP: Final = {
     "thinking": "yes: the model learns to think as the rows do.\n"
@@ -28,13 +29,11 @@ class Switch:
     locked: str = ""
 
 
-def list_switches(
-    config: RunConfig, found: Mapping[str, Any] | None, efforts: Sequence[str]
-) -> list[Switch]:
+def list_switches(config: RunConfig, found: Checkup | None, efforts: Sequence[str]) -> list[Switch]:
     """One line each; `found` is None while rows are counted, `efforts` what the tokenizer knows."""
-    counted = found is not None and found["tokens"] is not None
-    thinks = not counted or (found is not None and found["tokens"]["thinking"] > 0)
-    turns = found["turns"][1] if found else 2
+    tokens = found.tokens if found else None
+    thinks = tokens is None or tokens.thinking > 0
+    turns = found.turns[1] if found else 2
     dropped = config.history_thinking == "drop"
     effort = (config.chat_template_kwargs or {}).get("reasoning_effort", _EFFORTS[0])
     no_thinking = "" if thinks or dropped else "none in the rows"

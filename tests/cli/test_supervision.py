@@ -251,4 +251,4 @@ def test_resume_in_the_background_returns_at_once(
     assert json.loads(out)["status"] == "running"
     assert ask(run, "stop", timeout_seconds=20).outcome == "done"
     wait_until(lambda: not is_locked(run))
-    assert engine.launch.TRAINER == "engine.train"
+    assert engine.child.TRAINER == "engine.train"

@@ -17,7 +17,7 @@ from engine.chat.tokenizer import ChatTokenizer
 from engine.chat.tokenizer.find import spec_of
 from engine.config import RunConfig, read_config
 from engine.data.prepare import label_rule, prepare
-from engine.data.preview import preview_entry
+from engine.data.preview import preview_entry, preview_row
 from engine.data.preview_text import row_text
 from engine.data.rows import iterate_rendered
 from tests.support.tokenizers import tokenizer_of
@@ -47,8 +47,9 @@ def answer(case: Path) -> str:
     lines = [f"method: {config.adapter or 'full fine-tune'}; attention: {attention}"]
     lines += [finding.sentence() for finding in file.findings()]
     tokenizer = model_tokenizer(config.base_model)
-    for entry in entries(config, case):
-        lines += ["", row_text(entry, tokenizer, underline=False)]
+    for row in iterate_rendered(config, case, tokenizer):
+        text = row_text(preview_row(row, tokenizer), label_rule(config), underline=False)
+        lines += ["", text]
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from engine.config import DatasetConfig
-from engine.data.checkup import FEW_ROWS, check_config, group_problems, length_statistics
+from engine.data.checkup import check_config, length_statistics
+from engine.data.statistics import FEW_ROWS
 from tests.support.data import chat, config_of
 
 
@@ -19,9 +20,9 @@ def test_every_bad_row_is_listed_with_line_reason_and_repair(write_jsonl, tokeni
     rows.append({"messages": [{"role": "user", "content": "q"}, {"role": "robot", "content": "a"}]})
     found = checked(write_jsonl(rows), tokenizer)
     assert (found.rows, found.usable) == (6, 2)
-    assert [problem["line"] for problem in found.problems] == [2, 3, 4, 6]
-    assert all(problem[key] for problem in found.problems for key in ("what", "why", "fix"))
-    assert [problem["message"] for problem in found.problems] == [None, None, None, 1]
+    assert [problem.line for problem in found.problems] == [2, 3, 4, 6]
+    assert all(problem.what and problem.why and problem.fix for problem in found.problems)
+    assert [problem.message for problem in found.problems] == [None, None, None, 1]
 
 
 def test_tokens_are_counted_by_kind_and_by_row(write_jsonl, tokenizer):
@@ -118,10 +119,10 @@ def test_answers_that_think_or_call_are_counted_by_message(write_jsonl, tokenize
 
 def test_equal_problems_are_one_with_their_rows_the_most_frequent_first(write_jsonl):
     found = checked(write_jsonl([7, {"messages": []}, chat("q"), {"messages": []}]))
-    first, second = group_problems(found.problems)
-    assert (first["what"], first["count"], first["rows"]) == (
+    first, second = found.groups
+    assert (first.first.what, first.count, first.rows) == (
         "The row has no assistant message.",
         2,
-        [2, 4],
+        (2, 4),
     )
-    assert (first["line"], second["count"], second["rows"]) == (2, 1, [1])
+    assert (first.first.line, second.count, second.rows) == (2, 1, (1,))

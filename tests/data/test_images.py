@@ -18,7 +18,7 @@ from engine.config import DatasetConfig, RunConfig
 from engine.data.checkup import check_config, image_sentence
 from engine.data.image_fetch import find_fetched
 from engine.data.images import ImageRules
-from engine.data.preview import preview_entry, preview_pieces
+from engine.data.preview import preview_entry, preview_row
 from engine.data.preview_text import row_text
 from engine.data.rows import RenderedRow, iterate_rendered
 from engine.data.shape import read_shape
@@ -254,7 +254,7 @@ class TestReports:
         images = found.images
         assert (images.count, images.rows, images.different, images.named) == (2, 1, 1, 3)
         assert images.largest == (60, 40)
-        assert [problem["line"] for problem in found.problems] == [2]
+        assert [problem.line for problem in found.problems] == [2]
         assert found.tokens.by_kind["image"] == 16
         assert image_sentence(found).startswith("2 images in 1 row, 16 tokens: 1 different")
 
@@ -265,15 +265,17 @@ class TestReports:
         entry = preview_entry(row, LabelRule())
         assert entry["images"] == [{"rows": 2, "columns": 3, "width": 60, "height": 40}] * 2
         assert entry["kinds"].count("image") == 16
-        pieces = preview_pieces(entry, seeing)
+        shown = preview_row(row, seeing)
         assert [
-            piece for piece, kind in zip(pieces, entry["kinds"], strict=True) if kind == "image"
+            piece
+            for piece, kind in zip(shown.pieces, entry["kinds"], strict=True)
+            if kind == "image"
         ] == [
             *[""] * 7,
             "[image 60x40: 3 x 2 tokens]",
             *[""] * 7,
             "[image 60x40: 3 x 2 tokens]",
         ]
-        text = row_text(entry, seeing, underline=False)
+        text = row_text(shown, LabelRule(), underline=False)
         mark = "⟦image 60x40: 3 x 2 tokens⟧"
         assert f"- image             0/16  {mark}{mark}\n" in text

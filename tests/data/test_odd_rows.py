@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered
-from engine.data.odd_rows import LISTED_LONGEST, OddRowFinder
+from engine.data.checkup import LISTED_LONGEST, OddRowFinder
 
 
 def found_in(*rows: Sequence[int], thinking: bool = True):

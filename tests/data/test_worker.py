@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import convert
 
+from engine.chat.render import LabelRule
+from engine.child import child_environment
 from engine.config import DatasetConfig, RunConfig
-from engine.data.hub import child_environment, pin_revision
+from engine.data.hub import pin_revision
 from engine.data.prepare import prepare
+from engine.data.preview import PreviewRow
 from engine.data.sources import iterate_rows
 from engine.errors import UserError
 from engine.hardware.packages import install_command
@@ -65,31 +69,20 @@ def config(path: Path, model: str, **keys) -> dict[str, Any]:
     return {"base_model": model, "datasets": [{"path": path.name}], **keys}
 
 
-def test_one_process_checks_previews_prepares_and_counts(wizard, tmp_path, write_jsonl, model):
+def test_one_process_checks_and_previews(wizard, tmp_path, write_jsonl, model):
     path = write_jsonl([chat("q", "a"), 7, *(chat(f"q {n}", "a") for n in range(200))])
-    place = {
-        "config": config(path, model, dataset_prepared_path="store", sequence_len=64),
-        "folder": str(tmp_path),
-    }
+    place = {"config": config(path, model), "folder": str(tmp_path)}
     wizard.send(id=1, request="check", **place)
     *progress, last = wizard.answers(1)
     assert [answer["progress"]["phase"] for answer in progress][:2] == ["tokenizer", "reading"]
     assert (last["result"]["rows"], last["result"]["usable"]) == (202, 201)
 
     rows = wizard.ask(id=2, request="preview", row=1, count=2, **place)["result"]["rows"]
-    assert [row["ok"] for row in rows] == [True, False]
-    assert "".join(rows[0]["pieces"]) == "<s>[INST]q[/INST]a</s>"
-    assert rows[0]["labels"][:4] == [-100] * 4
-
-    made = wizard.ask(id=3, request="prepare", **place)["result"]
-    assert (made["reused"], made["rows"], made["bad_rows"]) == (False, 201, 1)
-    assert Path(made["path"]).parent == tmp_path / "store"
-    assert wizard.ask(id=4, request="prepare", **place)["result"]["reused"]
-
-    counted = wizard.ask(id=5, request="statistics", **place)["result"]
-    assert counted["learned_tokens"] == made["learned_tokens"] == 402
-    assert counted["used_rows"] == 201
-    assert counted["tokens_by_kind"]["eos"] == 201
+    good, bad = (convert(row, PreviewRow) for row in rows)
+    assert good.problem is None
+    assert bad.problem is not None
+    assert "".join(good.pieces) == "<s>[INST]q[/INST]a</s>"
+    assert good.learned(LabelRule()) == [False] * 4 + [True] * 2
 
 
 def test_the_screen_gets_problems_in_groups_and_what_it_labels_with(
@@ -98,17 +91,17 @@ def test_the_screen_gets_problems_in_groups_and_what_it_labels_with(
     path = write_jsonl([chat("q", "a"), *([7] * 500), chat("word " * 15_000), *([chat("r")] * 8)])
     place = {"config": config(path, model), "folder": str(tmp_path)}
     found = wizard.ask(id=1, request="check", **place)["result"]
-    (group,) = found["problems"]
-    assert (found["bad_rows"], group["count"], len(group["rows"])) == (500, 500, 100)
+    (group,) = found["groups"]
+    assert (found["problems"], group["count"], len(group["rows"])) == ([], 500, 100)
 
     shape = wizard.ask(id=2, request="shape", count=1, **place)["result"]
     assert shape["rows"][0]["messages"] == [["user", "q"], ["assistant", "a"]]
 
     shown = wizard.ask(id=3, request="preview", row=502, **place)["result"]
     # A row of 15,000 tokens and its neighbours, but no more than a screen can take at once.
-    assert [row["row"] for row in shown["rows"]] == [*range(502, 511)]
-    assert shown["rows"][0]["stored_kinds"][0] == 0
-    assert shown["first_text_id"] == 1000
+    assert [row["number"] for row in shown["rows"]] == [*range(502, 511)]
+    assert shown["rows"][0]["kinds"][0] == 0
+    assert shown["rows"][0]["first_text_id"] == 1000
     assert shown["efforts"] == []
 
 
@@ -116,7 +109,7 @@ def test_a_preview_stops_after_many_tokens(wizard, tmp_path, write_jsonl, model)
     path = write_jsonl([chat("word " * 30_000), chat("q"), chat("q")])
     place = {"config": config(path, model), "folder": str(tmp_path)}
     shown = wizard.ask(id=1, request="preview", row=1, **place)["result"]
-    assert [row["row"] for row in shown["rows"]] == [1]
+    assert [row["number"] for row in shown["rows"]] == [1]
 
 
 def test_an_unchanged_dataset_is_checked_once(wizard, tmp_path, write_jsonl, model):
@@ -140,7 +133,7 @@ def test_errors_are_sentences_and_the_process_lives_on(wizard, tmp_path, model):
     place = {"config": config(Path("missing.jsonl"), model), "folder": str(tmp_path)}
     told = wizard.ask(id=1, request="check", **place)["error"]
     assert told["what"] == "There is no missing.jsonl."
-    assert wizard.ask(id=2, request="dance")["error"]["what"] == "Unknown request."
+    assert "Invalid value 'dance'" in wizard.ask(id=2, request="dance")["error"]["why"]
     assert "could not do this" in wizard.ask(id=3, request="check")["error"]["what"]
 
 
@@ -271,5 +264,5 @@ class TestHub:
 
     def test_a_child_that_dies_is_not_taken_for_the_end(self, tmp_path):
         (self.packages / "datasets" / "__init__.py").write_text("import os; os._exit(7)")
-        with pytest.raises(UserError, match="left with status 7"):
+        with pytest.raises(UserError, match="left with exit status 7"):
             list(iterate_rows(DatasetConfig(path="org/set"), tmp_path))

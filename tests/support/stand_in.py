@@ -12,12 +12,13 @@ from typing import Any
 from textual.pilot import Pilot
 
 from engine.config import DatasetConfig
+from engine.data.requests import Answer, Progress, Request
 from engine.plan import Device
 from engine.units import GIB
+from engine.wizard.data_worker import DataWorker
 from engine.wizard.draft import Draft
 from tests.support.screens import screen_text
 from tui.app import WindtunnelApp
-from tui.data_worker import DataWorker
 from tui.page import Page
 
 SAMPLE = "sample:harbour-pilot"
@@ -38,15 +39,17 @@ class Beyond(Page):
 
 
 class KeptWorker(DataWorker):
-    """Outlives the apps that use it, and keeps the names of what was asked."""
+    """Outlives the apps that use it, and keeps what was asked."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[str] = []
+        self.asked: list[Request[Any]] = []
 
-    async def ask(self, request: str, **keys: Any) -> dict[str, Any]:
+    async def ask(
+        self, request: Request[Answer], progress: Callable[[Progress], None] | None = None
+    ) -> Answer:
         self.asked.append(request)
-        return await super().ask(request, **keys)
+        return await super().ask(request, progress)
 
     async def close(self) -> None:
         """The process ends with the tests, whose pipe it reads."""

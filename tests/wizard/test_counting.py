@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import pytest
 from PIL import Image
 
 from engine.config import DatasetConfig, RunConfig
+from engine.data.requests import CheckRows, Request
+from engine.data.statistics import Checkup
 from engine.errors import UserError
 from engine.hardware import assume
 from engine.plan import Statistics, best_device, estimate
@@ -25,10 +26,10 @@ from engine.wizard.counting import (
     next_count,
     take_count,
 )
+from engine.wizard.data_worker import DataWorker
 from engine.wizard.draft import Draft
 from tests.support.stand_in import SAMPLE, WORKER, Screen, draft_on, opened, run
 from tui.app import WindtunnelApp
-from tui.data_worker import DataWorker
 from tui.entry import WizardRequest, make_draft
 from tui.screens.plan import PlanPage
 from tui.screens.review import ReviewPage
@@ -95,27 +96,22 @@ def on_screen(draft: Draft, page: str, work: Any) -> None:
 class Held(DataWorker):
     """Answers a count when it is told to."""
 
-    def __init__(self, found: dict[str, Any] | UserError) -> None:
+    def __init__(self, found: Checkup | UserError) -> None:
         super().__init__()
         self.found = found
-        self.asked: list[dict[str, Any]] = []
+        self.asked: list[Request[Any]] = []
         self.told = asyncio.Event()
 
-    async def ask(self, request: str, **fields: Any) -> dict[str, Any]:
-        self.asked.append(fields["config"])
+    async def ask(self, request: Request[Any], progress: Any = None) -> Any:
+        self.asked.append(request)
         await self.told.wait()
         if isinstance(self.found, UserError):
             raise self.found
         return self.found
 
 
-def found_in(draft: Draft) -> dict[str, Any]:
-    found = check_rows(draft.config(), Path.cwd())
-    return asdict(found) | {
-        "statistics": asdict(told) if (told := found.statistics()) else None,
-        "problems": [],
-        "bad_rows": 0,
-    }
+def found_in(draft: Draft) -> Checkup:
+    return check_rows(draft.config(), Path.cwd())
 
 
 class TestOpened:
@@ -202,7 +198,7 @@ class TestOpened:
 
         on_screen(draft, "Plan", work)
         assert draft.uncounted.startswith(reason)
-        assert "check" not in WORKER.asked
+        assert not any(isinstance(each, CheckRows) for each in WORKER.asked)
 
     def test_a_count_that_fails_says_why_once(self, tmp_path: Path) -> None:
         draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
@@ -315,7 +311,7 @@ class TestChanged:
 
         async def work() -> bool:
             held = Held(found)
-            counting = asyncio.create_task(count_rows(draft, config, held.ask))
+            counting = asyncio.create_task(count_rows(draft, config, held))
             await asyncio.sleep(0)
             draft.change("train_on_thinking", False)
             held.told.set()

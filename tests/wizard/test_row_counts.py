@@ -13,7 +13,8 @@ from engine.chat.tokenizer import open_tokenizer
 from engine.cli import main
 from engine.config import read_config
 from engine.data.prepare import label_rule, prepare
-from engine.data.statistics import Statistics, read_statistics
+from engine.data.requests import CheckRows, plain, read_answer
+from engine.data.statistics import Statistics
 from engine.data.worker import Worker
 from engine.hardware import assume
 from engine.plan import best_device
@@ -84,10 +85,10 @@ def write(values: Mapping[str, Any]) -> Path:
 
 
 def of_worker(path: Path) -> Statistics | None:
-    config, answers = read_config(path).config, io.StringIO()
-    request = {"config": config.model_dump(mode="json"), "folder": str(path.parent)}
-    Worker(answers).serve({"id": 1, "request": "check", **request})
-    return read_statistics(json.loads(answers.getvalue().splitlines()[-1])["result"]["statistics"])
+    request, answers = CheckRows(read_config(path).config, path.parent), io.StringIO()
+    Worker(answers).serve({"id": 1, **plain(request)})
+    last = json.loads(answers.getvalue().splitlines()[-1])
+    return read_answer(request, last["result"]).statistics()
 
 
 def of_plain(path: Path) -> Statistics | None:

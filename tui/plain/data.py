@@ -19,7 +19,7 @@ from tui.plain.dialogue import Answer, Dialogue
 from tui.plain.setup import Setup, ask_text
 
 if TYPE_CHECKING:
-    from engine.data.checkup import Checkup
+    from engine.data.statistics import Checkup
 
 _SHOWN: Final = 5
 _TOLD_SECONDS: Final = 10.0
@@ -176,14 +176,12 @@ def count(setup: Setup) -> "Checkup | None":
 
 def list_remarks(setup: Setup) -> list[str]:
     """What to know about the rows, a line each, the worst first."""
-    from engine.data.checkup import group_problems
-
     found = setup.found
     assert found is not None
     lines = [
-        f"  x {group['count']:,} of {found.rows:,} rows: {group['what']} {group['fix']}"
-        f" (first: line {group['line']} of {group['file']})"
-        for group in group_problems(found.problems)
+        f"  x {group.count:,} of {found.rows:,} rows: {group.first.what} {group.first.fix}"
+        f" (first: line {group.first.line} of {group.first.file})"
+        for group in found.groups
     ]
     lines += [f"  ! {warning}" for warning in found.warnings]
     return lines + [

@@ -44,7 +44,7 @@ def ask_preview(setup: Setup) -> None:
 
 def _show_row(setup: Setup, row: int) -> None:
     from engine.data.prepare import label_rule
-    from engine.data.preview import preview_entry
+    from engine.data.preview import preview_row
     from engine.data.preview_text import legend, row_text
     from engine.data.rows import iterate_rendered
 
@@ -58,8 +58,7 @@ def _show_row(setup: Setup, row: int) -> None:
             "The rows were changed after they were read.",
             "Take the rows again.",
         )
-    entry = preview_entry(rendered, label_rule(config))
-    text = row_text(entry, tokenizer, underline=False)
+    text = row_text(preview_row(rendered, tokenizer), label_rule(config), underline=False)
     setup.dialogue.say(*(f"  {line}" for line in text.split("\n")))
     setup.dialogue.say(f"  {legend(underline=False)}")
 

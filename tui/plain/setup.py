@@ -13,7 +13,7 @@ from tui.plain.dialogue import Back, Dialogue
 
 if TYPE_CHECKING:
     from engine.chat.tokenizer import ChatTokenizer
-    from engine.data.checkup import Checkup
+    from engine.data.statistics import Checkup
 
 
 @dataclass(slots=True)

@@ -13,7 +13,8 @@ from engine.chat.render import LabelRule, labels
 from engine.chat.tokenizer import open_tokenizer
 from engine.config import DatasetConfig
 from engine.data.prepare import prepare
-from engine.wizard.counting import rows_request
+from engine.data.requests import CheckRows, PreviewRows, Request, plain
+from engine.wizard.counting import rows_config
 from engine.wizard.draft import Draft
 from tests.support.screens import assert_golden
 from tests.support.stand_in import SAMPLE, WORKER, draft_on, opened, run
@@ -289,15 +290,18 @@ def test_a_worker_that_is_killed_is_a_sentence_and_r_reads_again(tmp_path) -> No
     run(work())
 
 
-@pytest.mark.parametrize("request_", ["check", "preview"])
-def test_the_screen_gets_no_more_of_many_rows_than_of_few(tmp_path, request_: str) -> None:
+@pytest.mark.parametrize("request_", [CheckRows, PreviewRows])
+def test_the_screen_gets_no_more_of_many_rows_than_of_few(
+    tmp_path, request_: type[CheckRows] | type[PreviewRows]
+) -> None:
     """The worker counts them: what an answer brings onto the event loop does not grow with them."""
 
     async def answered_bytes(count: int) -> int:
         rows = [chat(f"question {n}", "a word or two " * 10) for n in range(count)]
         bad = [{"messages": "none"}] * (count // 2)
         config = draft_of(tmp_path, *rows, *bad).config()
-        return len(json.dumps(await WORKER.ask(request_, **rows_request(config))))
+        request: Request[Any] = request_(rows_config(config), Path.cwd())
+        return len(json.dumps(plain(await WORKER.ask(request))))
 
     async def work() -> None:
         assert await answered_bytes(8000) < 1.5 * await answered_bytes(2000)

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from textual.app import App, ComposeResult
 
+from engine.chat.render import Kind
+from engine.data.preview import PreviewRow
 from tests.support.screens import screen_text
 from tui.app import THEME
 from tui.token_row import TokenRow, lay_out, read_row
@@ -24,8 +26,8 @@ def row(*tokens: tuple[str, str]) -> TokenRow:
         number % CONTROL if piece.startswith(("[", "<")) else CONTROL + number
         for number, piece in enumerate(pieces)
     ]
-    entry = {"kinds": kinds, "pieces": pieces, "sources": sources, "input_ids": ids}
-    return read_row(entry, CONTROL)
+    stored = [Kind[kind.upper()] for kind in kinds]
+    return read_row(PreviewRow(1, 1, "", None, ids, pieces, stored, sources, (), (), CONTROL))
 
 
 TALK = row(

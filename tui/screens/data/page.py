@@ -7,7 +7,7 @@ asked only after the person has agreed.
 import asyncio
 from copy import copy
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import ClassVar, Final, Literal
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -16,14 +16,15 @@ from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from engine.config import DatasetConfig
+from engine.data.requests import CheckRows, Progress, ReadShape
 from engine.data.samples import SAMPLE_PREFIX
-from engine.data.shape import mapped
+from engine.data.shape import Shape, mapped
 from engine.data.sources import locate
+from engine.data.statistics import Checkup
 from engine.errors import UserError
-from engine.plan import read_statistics
 from engine.visible import visible
 from engine.wizard.commands import check_command
-from engine.wizard.counting import rows_request, take_count, with_rows
+from engine.wizard.counting import rows_config, take_count, with_rows
 from engine.wizard.offers import Source, find_newest, list_sources
 from tui.page import HelpText, Key, Page
 from tui.screens.data.findings import Remark, describe_rows, list_remarks, say_verdict
@@ -76,8 +77,8 @@ class DataPage(Page):
         self._state: Literal["idle", "reading", "read", "refused"] = "idle"
         self._goes_on = False
         self._agreed: set[str] = set()
-        self._shape: dict[str, Any] | None = None
-        self._found: dict[str, Any] | None = None
+        self._shape: Shape | None = None
+        self._found: Checkup | None = None
         self._remarks: list[Remark] = []
 
     def compose_body(self) -> ComposeResult:
@@ -206,35 +207,39 @@ class DataPage(Page):
 
     async def _read(self, dataset: DatasetConfig) -> None:
         await asyncio.sleep(_SETTLE_SECONDS)
-        request = rows_request(with_rows(self.app.draft, dataset))
+        config, here = rows_config(with_rows(self.app.draft, dataset)), Path.cwd()
         worker = self.app.data_worker
         try:
-            self._shape = await worker.ask("shape", count=20, **request)
-            self.app.draft.shows_images = self._shape["shows_images"]
+            self._shape = await worker.ask(ReadShape(config, here))
+            self.app.draft.shows_images = self._shape.shows_images
             if isinstance(self.focused, PathField):
                 self.query_one("#sources").focus()  # the next key is for the page
-            self._found = await worker.ask("check", progress=self._tell_progress, **request)
+            self._found = await worker.ask(CheckRows(config, here), self._tell_progress)
         except UserError as error:
             self._refuse(error)
             return
-        self._state = "read" if self._found["usable"] else "refused"
+        self._state = "read" if self._found.usable else "refused"
         self._redraw()
         if self._goes_on and self._state == "read":
             self._take()
 
-    def _tell_progress(self, progress: dict[str, Any]) -> None:
+    def _tell_progress(self, progress: Progress) -> None:
         assert self._dataset is not None
-        if progress["phase"] == "tokenizer":
+        if progress.phase == "tokenizer":
             model = visible(self._model or "", one_line=True)
             told = f"starting the tokenizer of {model} (about 2 s, once)"
         else:
             told = f"reading {visible(self._dataset.path, one_line=True)}"
-            told += f"  {progress['rows']:,} rows"
-            if total := progress["total_bytes"]:
-                told += f", {progress['done_bytes'] / 1e6:,.1f} of {total / 1e6:,.1f} MB"
+            told += f"  {progress.rows:,} rows"
+            if total := progress.total_bytes:
+                told += f", {progress.done_bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB"
         self.query_one("#rows", Static).update(Content(told))
         after = ", goes on when it is read" if self._goes_on else ""
-        rows = f"{progress['rows']:,} rows so far" if "rows" in progress else "the tokenizer first"
+        rows = (
+            f"{progress.rows:,} rows so far"
+            if progress.phase == "reading"
+            else "the tokenizer first"
+        )
         self.say("·", "reading", rows + after)
 
     def _refuse(self, error: UserError) -> None:
@@ -255,8 +260,8 @@ class DataPage(Page):
         width = self.query_one("#rows").size.width
         described = describe_rows(self._found, self._shape, width)
         self.query_one("#rows", Static).update(described)
-        tokens = self._found["tokens"]
-        total = f"{tokens['total']:,} tokens as {self._model}" if self._found["usable"] else ""
+        tokens = self._found.tokens
+        total = f"{tokens.total:,} tokens as {self._model}" if tokens and tokens.total else ""
         self.query_one("#found", Pane).show_subtitle(visible(total, one_line=True))
         self._show_remarks(list_remarks(self._found))
 
@@ -283,9 +288,7 @@ class DataPage(Page):
         assert self._dataset is not None
         draft = copy(self.app.draft)
         draft.dataset = self._dataset
-        take_count(
-            draft, with_rows(draft, self._dataset), read_statistics(self._found["statistics"])
-        )
+        take_count(draft, with_rows(draft, self._dataset), self._found.statistics())
         try:
             config = draft.config()
         except UserError:  # it is Plan that says what does not go together
@@ -307,7 +310,7 @@ class DataPage(Page):
         take_count(
             self.app.draft,
             with_rows(self.app.draft, self._dataset),
-            read_statistics(self._found["statistics"]),
+            self._found.statistics(),
         )
         self.app.next_step()
 
@@ -346,7 +349,7 @@ class DataPage(Page):
 
     def action_first_rows(self) -> None:
         if self._shape:
-            self.cover(first_rows(self._shape["rows"]), [Key("esc", "close")])
+            self.cover(first_rows(self._shape.rows), [Key("esc", "close")])
 
     def action_map(self) -> None:
         if not self._shape:
@@ -355,7 +358,7 @@ class DataPage(Page):
             panel = MappingPanel(self._shape)
             self.cover(panel, [Key("enter", "use this"), Key("space", "turn"), Key("esc", "close")])
         else:
-            names = ", ".join(self._shape["columns"])
+            names = ", ".join(self._shape.columns)
             self.say("!", "nothing to map", f"no column holds messages or texts; there are {names}")
 
     def on_mapping_panel_applied(self, message: MappingPanel.Applied) -> None:

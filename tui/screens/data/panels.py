@@ -1,7 +1,7 @@
 """What stands over the Data page when asked for: its first rows, and the mapping of columns."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -9,6 +9,7 @@ from textual.content import Content
 from textual.message import Message
 from textual.widgets import Static
 
+from engine.data.shape import FirstRow, Shape
 from engine.visible import visible
 from engine.wizard.switches import Switch
 from tui.screens.help import TextPane
@@ -30,18 +31,18 @@ _ABOUT_TABLE: Final = (
 )
 
 
-def first_rows(rows: Sequence[Mapping[str, Any]]) -> TextPane:
+def first_rows(rows: Sequence[FirstRow]) -> TextPane:
     """Each row as it is written, then as it is understood or why not."""
     parts = []
     for row in rows:
-        file = visible(row["file"], one_line=True)
-        parts.append(Content.styled(f"line {row['line']:,} of {file}", "bold $lit"))
-        parts.append(Content.styled(_cut(row["raw"], _RAW_CHARACTERS), "$muted"))
-        for role, text in row["messages"]:
+        file = visible(row.file, one_line=True)
+        parts.append(Content.styled(f"line {row.line:,} of {file}", "bold $lit"))
+        parts.append(Content.styled(_cut(row.raw, _RAW_CHARACTERS), "$muted"))
+        for role, text in row.messages:
             said = _cut(text, _MESSAGE_CHARACTERS)
             parts.append(Content.assemble((f"{role:<10}", "$accent"), said))
-        if row["problem"]:
-            problem = visible(row["problem"], one_line=True)
+        if row.problem:
+            problem = visible(row.problem, one_line=True)
             parts.append(Content.assemble(("✗ ", "$error"), problem))
         parts.append(Content(""))
     return TextPane("first rows, as written and as understood", Content("\n").join(parts))
@@ -66,20 +67,20 @@ class MappingPanel(Pane):
             super().__init__()
             self.mapping = mapping
 
-    def __init__(self, shape: Mapping[str, Any]) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__(title="which column is which", subtitle="enter uses this, esc does not")
-        self._lists: Mapping[str, Sequence[str]] = shape["lists"]
-        self._images: Sequence[str] = shape["images"]
-        self._texts: Sequence[str] = shape["texts"]
-        proposed: Mapping[str, str] = shape["proposed"]
+        self._lists: Mapping[str, Sequence[str]] = shape.lists
+        self._images: Sequence[str] = shape.images
+        self._texts: Sequence[str] = shape.texts
+        proposed: Mapping[str, str] = shape.proposed
         first = next(iter(self._lists), "")
         self._taken = {"field_messages": proposed.get("field_messages", first)}
         self._propose(proposed)
 
     @staticmethod
-    def applies_to(shape: Mapping[str, Any]) -> bool:
+    def applies_to(shape: Shape) -> bool:
         """Whether there is anything to choose: messages, or texts of a table."""
-        return bool(shape["lists"] or shape["texts"])
+        return bool(shape.lists or shape.texts)
 
     def compose(self) -> ComposeResult:
         yield Switches()

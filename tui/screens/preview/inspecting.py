@@ -1,10 +1,11 @@
 """What the preview says about the token under the cursor, and about its own marks."""
 
-from typing import Any, Final
+from typing import Final
 
 from textual.content import Content
 
 from engine.chat.render import WITHHELD
+from engine.data.preview import PreviewRow
 from tui.token_row import TokenRow
 from tui.widgets.tokens import TokenView
 
@@ -17,10 +18,10 @@ MARKS: Final = (
 )
 
 
-def describe_token(view: TokenView, entry: dict[str, Any] | None) -> Content:
+def describe_token(view: TokenView, entry: PreviewRow | None) -> Content:
     """The line below the row: what stands under the cursor."""
     row: TokenRow | None = view.row
-    if row is None or entry is None or len(row) != len(entry["stored_kinds"]):
+    if row is None or entry is None or len(row) != len(entry.kinds):
         return Content("")
     at = view.cursor
     if tokens := row.image_tokens(at):
@@ -28,7 +29,7 @@ def describe_token(view: TokenView, entry: dict[str, Any] | None) -> Content:
     piece = row.pieces[at].replace(" ", "·") or "(part of a character)"
     is_learned, kind = view.is_learned(at), row.kinds[at]
     state = f"learned as {kind}" if is_learned else f"only read: {kind}"
-    if entry["stored_kinds"][at] & WITHHELD:
+    if entry.kinds[at] & WITHHELD:
         state += ", kept out by the row"
     source = row.sources[at]
     return Content.assemble(

@@ -5,9 +5,9 @@ asks nobody; only what changes the tokens themselves is asked for again.
 """
 
 from collections import Counter
-from typing import Any, ClassVar, Final
+from pathlib import Path
+from typing import ClassVar, Final
 
-import numpy as np
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
@@ -15,13 +15,16 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
-from engine.chat.render import LabelRule, learned
+from engine.chat.render import LabelRule
 from engine.config import RunConfig
+from engine.data.preview import PreviewRow
+from engine.data.requests import CheckRows, PreviewRows, Progress
+from engine.data.statistics import Checkup
 from engine.errors import UserError
 from engine.visible import visible
 from engine.wizard.commands import preview_command
-from engine.wizard.counting import rows_request
-from engine.wizard.judging import OddRow, Verdict, judge, kind_counts, list_odd_rows
+from engine.wizard.counting import rows_config
+from engine.wizard.judging import OddRow, Verdict, judge, list_odd_rows
 from engine.wizard.switches import (
     SWITCH_HELP,
     change_of,
@@ -91,13 +94,12 @@ class PreviewPage(Page):
 
     def __init__(self) -> None:
         super().__init__()
-        self._request: dict[str, Any] = {}
+        self._asked: RunConfig | None = None
         self._config: RunConfig | None = None
         self._number = 1
-        self._entries: dict[int, dict[str, Any]] = {}
-        self._first_text_id = 0
+        self._entries: dict[int, PreviewRow] = {}
         self._efforts: tuple[str, ...] = ()
-        self._found: dict[str, Any] | None = None
+        self._found: Checkup | None = None
         self._counted_rows = 0
         self._verdict = Verdict("·", "reading", "")
         self._odd_rows: list[OddRow] = []
@@ -131,17 +133,15 @@ class PreviewPage(Page):
         except UserError as error:
             self.show_problem(error)
             return
-        request = rows_request(self._config, labels=False)
-        if request != self._request:
-            same_rows = (
-                self._request.get("config", {}).get("datasets") == (request["config"]["datasets"])
-            )
-            self._request = request
+        asked = rows_config(self._config, labels=False)
+        if asked != self._asked:
+            same_rows = self._asked is not None and self._asked.datasets == asked.datasets
+            self._asked = asked
             self._read(self._number if same_rows else 1)
         self._redraw()
 
     def action_read_again(self) -> None:
-        if self._request:
+        if self._asked:
             self._read(self._number)
             self._redraw()
 
@@ -152,19 +152,18 @@ class PreviewPage(Page):
         self.run_worker(self._count(), group="count", exclusive=True)
 
     async def _fetch(self, number: int) -> None:
+        assert self._asked is not None
+        request = PreviewRows(self._asked, Path.cwd(), number)
         try:
-            answer = await self.app.data_worker.ask(
-                "preview", row=number, progress=self._tell_progress, **self._request
-            )
+            answer = await self.app.data_worker.ask(request, self._tell_progress)
         except UserError as error:
             self._tell_trouble(f"{error.what}\n{error.why}\n{error.fix}")
             self.say("✗", "stop", error.what)
             return
         if len(self._entries) > _KEPT_ROWS:
             self._entries.clear()
-        self._first_text_id = answer["first_text_id"]
-        self._efforts = tuple(answer["efforts"])
-        self._entries.update({entry["row"]: entry for entry in answer["rows"]})
+        self._efforts = answer.efforts
+        self._entries.update({row.number: row for row in answer.rows})
         if number in self._entries:
             self._show_row(number)
         elif number != self._number:
@@ -173,22 +172,23 @@ class PreviewPage(Page):
             self._go(1)
 
     async def _count(self) -> None:
+        assert self._asked is not None
+        request = CheckRows(self._asked, Path.cwd())
         try:
-            self._found = await self.app.data_worker.ask(
-                "check", progress=self._tell_counting, **self._request
-            )
+            found = await self.app.data_worker.ask(request, self._tell_counting)
         except UserError as error:
             self.say("✗", "stop", error.what)
             return
+        self._found = found
         self._redraw()
 
-    def _tell_progress(self, progress: dict[str, Any]) -> None:
-        if progress["phase"] == "tokenizer" and not self._entries:
+    def _tell_progress(self, progress: Progress) -> None:
+        if progress.phase == "tokenizer" and not self._entries:
             model = visible(self.app.draft.model or "", one_line=True)
             self._tell_trouble(f"starting the tokenizer of {model} (about 2 s, once)")
 
-    def _tell_counting(self, progress: dict[str, Any]) -> None:
-        self._counted_rows = progress.get("rows", 0)
+    def _tell_counting(self, progress: Progress) -> None:
+        self._counted_rows = progress.rows
         self._redraw_verdict()
 
     def _tell_trouble(self, text: str) -> None:
@@ -211,27 +211,22 @@ class PreviewPage(Page):
         entry = self._entries[number]
         moved, self._number = number != self._number, number
         view = self.part(TokenView)
-        if entry["ok"]:
-            row = read_row(entry, self._first_text_id)
+        if entry.problem is None:
+            row = read_row(entry)
             cursor = 0 if moved or not view.row else min(view.cursor, len(row) - 1)
-            view.show_row(row, self._flags(entry), cursor)
+            view.show_row(row, entry.learned(self._rule), cursor)
             self.query_one("#row").remove_class("-trouble")
             if self.focused is None:  # a hidden view has lost it
                 view.focus()
         else:
             view.show_row(None, ())
-            error = entry["error"]
-            place = "" if error["message"] is None else f" (message {error['message']})"
+            error = entry.problem
+            place = "" if error.message is None else f" (message {error.message})"
             self._tell_trouble(
                 f"✗ row {number} cannot be used{place}\n\n"
-                f"{error['what']}\n{error['why']}\n{error['fix']}\n\nn goes to the next row"
+                f"{error.what}\n{error.why}\n{error.fix}\n\nn goes to the next row"
             )
         self._redraw()
-
-    def _flags(self, entry: dict[str, Any]) -> list[bool]:
-        kinds = np.array(entry["stored_kinds"], dtype=np.uint8)
-        flags: list[bool] = learned(kinds, self._rule).tolist()
-        return flags
 
     def _redraw(self) -> None:
         """Everything that follows from the rows at hand and the switches."""
@@ -239,14 +234,14 @@ class PreviewPage(Page):
             return
         entry = self._entries.get(self._number)
         view = self.part(TokenView)
-        if entry and entry["ok"] and view.row:
-            view.relabel(self._flags(entry))
+        if entry and entry.problem is None and view.row:
+            view.relabel(entry.learned(self._rule))
         switches = list_switches(self._config, self._found, self._efforts)
         self.part(Switches).show_switches(switches)
         self._show_switch_help()
-        counts = kind_counts(self._found) if self._found and self._found["tokens"] else None
-        total = f"all {self._found['rows']:,}" if self._found else "all rows"
-        here = Counter(entry["stored_kinds"]) if entry else {}
+        counts = self._found.tokens.kind_counts if self._found and self._found.tokens else None
+        total = f"all {self._found.rows:,}" if self._found else "all rows"
+        here = Counter(entry.kinds) if entry else {}
         self.part(LearnedCounts).show_counts(here, counts, self._rule, total)
         self.query_one("#counts", Pane).show_subtitle(say_images(counts or here))
         self._redraw_verdict()
@@ -267,7 +262,7 @@ class PreviewPage(Page):
 
     def _redraw_titles(self) -> None:
         pane, view = self.query_one("#row", Pane), self.part(TokenView)
-        total = f" of {self._found['rows']:,}" if self._found else ""
+        total = f" of {self._found.rows:,}" if self._found else ""
         pane.show_title(f"row {self._number:,}{total} · {_LEGEND}")
         parts = [visible(self.app.draft.model or "", one_line=True)]
         if view.row:
@@ -305,7 +300,7 @@ class PreviewPage(Page):
             self.app.next_step()
 
     def action_step(self, rows: int) -> None:
-        last = self._found["rows"] if self._found else None
+        last = self._found.rows if self._found else None
         number = self._number + rows
         if number >= 1 and (last is None or number <= last):
             self._go(number)
@@ -332,7 +327,7 @@ class PreviewPage(Page):
         self._go(self._odd_rows[message.choices.cursor].number)
 
     def action_ask_row(self) -> None:
-        last = f" of {self._found['rows']:,}" if self._found else ""
+        last = f" of {self._found.rows:,}" if self._found else ""
         self.part(Prompt).ask("row", f"row number{last}")
 
     def action_ask_text(self) -> None:
@@ -346,7 +341,7 @@ class PreviewPage(Page):
 
     def _go_to_typed(self, text: str) -> None:
         digits = text.replace(",", "")
-        last = self._found["rows"] if self._found else None
+        last = self._found.rows if self._found else None
         if not digits.isdecimal() or not int(digits) or (last and int(digits) > last):
             known = f"; there are {last:,} rows" if last else ""
             self._warn(f"{text} is no row number{known}")
