@@ -4,7 +4,7 @@
     report/     what a person is told, as lines that commands, questions and screens print
     train/      the trainer's process: the only room with torch; started by name, imported by nobody
     wizard/     what a person decides before a run, and what follows from it, without a screen
-    torch_process  one that answers or merges for a command, asked in lines of JSON
+    child          a process that answers in lines of JSON, and the environment of all of them
     launch      starts a trainer, detached or in the foreground, and restarts a dead one
     publish/    a result for others: model card, commands that serve it, its way to the hub
     plan/       will it fit, and what to run: memory by part, targets, a whole config with reasons

@@ -12,7 +12,7 @@ from typing import Final
 
 from rich.cells import cell_len, chop_cells
 
-from engine.data.preview import PreviewRow, kind_word
+from engine.data.requests import PreviewRow, kind_word
 
 ROLES: Final = {
     "system": "system",

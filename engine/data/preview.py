@@ -1,66 +1,16 @@
 """One row as a person or a program inspects it: its tokens, or why it cannot be used."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from dataclasses import asdict
+from typing import Any
 
 from engine.chat.images import read_size
-from engine.chat.render import WITHHELD, Kind, LabelRule, RenderedImage, labels, learned
-from engine.data.statistics import BadRow
-
-if TYPE_CHECKING:
-    from engine.chat.tokenizer import ChatTokenizer
-    from engine.data.rows import RenderedRow
+from engine.chat.render import WITHHELD, Kind, LabelRule, RenderedImage, labels
+from engine.chat.tokenizer import ChatTokenizer
+from engine.data.requests import ImageGrid, PreviewRow, kind_word
+from engine.data.rows import RenderedRow
 
 
-@dataclass(frozen=True, slots=True)
-class ImageGrid:
-    """An image of a row: its grid of tokens, and the pixels of its file."""
-
-    rows: int
-    columns: int
-    width: int
-    height: int
-
-
-@dataclass(frozen=True, slots=True)
-class PreviewRow:
-    """A row to be shown: `problem`, or lists of one length with an item for each token.
-
-    `kinds` are stored ones, from which any rule gives the labels; `images` come in the order of
-    their tokens.
-    """
-
-    number: int
-    line: int
-    file: str
-    problem: BadRow | None
-    ids: Sequence[int]
-    pieces: Sequence[str]
-    kinds: Sequence[int]
-    sources: Sequence[int]
-    notes: Sequence[str]
-    images: Sequence[ImageGrid]
-    first_text_id: int
-    """Ids below it are control tokens."""
-
-    def learned(self, rule: LabelRule) -> list[bool]:
-        """Whether each token is learned."""
-        flags: list[bool] = learned(np.array(self.kinds, dtype=np.uint8), rule).tolist()
-        return flags
-
-
-def kind_word(stored: int) -> str:
-    """The word of a stored kind."""
-    return _WORDS[stored & ~WITHHELD]
-
-
-_WORDS = {kind.value: kind.word for kind in Kind}
-
-
-def preview_row(row: "RenderedRow", tokenizer: "ChatTokenizer") -> PreviewRow:
+def preview_row(row: RenderedRow, tokenizer: ChatTokenizer) -> PreviewRow:
     """A row with the text of each token.
 
     An image is drawn as a whole by the last of its tokens, as a character over several tokens is;
@@ -89,7 +39,7 @@ def preview_row(row: "RenderedRow", tokenizer: "ChatTokenizer") -> PreviewRow:
     return PreviewRow(*place, None, ids, pieces, kinds, sources, notes, images, first)
 
 
-def preview_entry(row: "RenderedRow", rule: LabelRule) -> dict[str, Any]:
+def preview_entry(row: RenderedRow, rule: LabelRule) -> dict[str, Any]:
     """The JSON of `windtunnel preview`: `row, line, ok, error, input_ids, labels, kinds, sources`,
     and `file`, `notes`, `images`.
 

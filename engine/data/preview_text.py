@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from engine.chat.render import LabelRule
-from engine.data.preview import PreviewRow, kind_word
+from engine.data.requests import PreviewRow, kind_word
 from engine.visible import fold, visible
 
 _UNDERLINE = ("\x1b[4m", "\x1b[24m")

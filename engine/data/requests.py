@@ -4,17 +4,18 @@ A request names the type of its answer, so that whoever asks gets that and no di
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Generic, TypeAlias, TypeVar
 
+import numpy as np
 from msgspec import Struct, convert, to_builtins
 from pydantic import BaseModel, ValidationError
 
+from engine.chat.render import WITHHELD, Kind, LabelRule, learned
 from engine.config import DatasetConfig, RunConfig
-from engine.data.preview import PreviewRow
-from engine.data.shape import Shape
-from engine.data.statistics import Checkup
+from engine.data.statistics import BadRow, Checkup
 from engine.errors import UserError
 
 WORKER: Final = (sys.executable, "-m", "engine.data.worker")
@@ -30,6 +31,36 @@ class Request(Struct, Generic[Answer], frozen=True, tag_field="request"):
 
 class Warm(Request[None], frozen=True, tag="warm"):
     """Load what the other requests need."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstRow:
+    """One row: its text, and (role, text) of each message or the sentences of its problem."""
+
+    line: int
+    file: str
+    raw: str
+    messages: tuple[tuple[str, str], ...]
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the first rows have in common.
+
+    `lists` maps each column that holds a list of objects to the keys of those objects; `images`
+    and `texts` are the columns that hold those; `proposed` is what `shape` proposes to map.
+    `shows_images` says whether a row that can be read has an image.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    lists: dict[str, tuple[str, ...]]
+    images: tuple[str, ...]
+    texts: tuple[str, ...]
+    proposed: dict[str, str]
+    shows_images: bool
+    rows: tuple[FirstRow, ...]
 
 
 class ReadShape(Request[Shape], frozen=True, tag="shape"):
@@ -48,6 +79,51 @@ class CheckRows(Request[Checkup], frozen=True, tag="check"):
     answer: ClassVar[Any] = Checkup
     config: RunConfig
     folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class ImageGrid:
+    """An image of a row: its grid of tokens, and the pixels of its file."""
+
+    rows: int
+    columns: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewRow:
+    """A row to be shown: `problem`, or lists of one length with an item for each token.
+
+    `kinds` are stored ones, from which any rule gives the labels; `images` come in the order of
+    their tokens.
+    """
+
+    number: int
+    line: int
+    file: str
+    problem: BadRow | None
+    ids: Sequence[int]
+    pieces: Sequence[str]
+    kinds: Sequence[int]
+    sources: Sequence[int]
+    notes: Sequence[str]
+    images: Sequence[ImageGrid]
+    first_text_id: int
+    """Ids below it are control tokens."""
+
+    def learned(self, rule: LabelRule) -> list[bool]:
+        """Whether each token is learned."""
+        flags: list[bool] = learned(np.array(self.kinds, dtype=np.uint8), rule).tolist()
+        return flags
+
+
+def kind_word(stored: int) -> str:
+    """The word of a stored kind."""
+    return _WORDS[stored & ~WITHHELD]
+
+
+_WORDS = {kind.value: kind.word for kind in Kind}
 
 
 @dataclass(frozen=True, slots=True)

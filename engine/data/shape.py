@@ -6,13 +6,13 @@ proposes the mapping of columns that the config can express.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from engine.chat.messages import Conversation, Image, Part, RowFormat, RowProblem, Think, read_row
 from engine.chat.messages.image import looks_like_image
 from engine.config import DatasetConfig
+from engine.data.requests import FirstRow, Shape
 from engine.data.sources import iterate_rows
 
 # A raw row is shown, not read to its end.
@@ -28,36 +28,6 @@ _COLUMNS = {
     "field_answer": ("answer", "output", "response", "completion", "reply"),
 }
 """The same for the columns of a table."""
-
-
-@dataclass(frozen=True, slots=True)
-class FirstRow:
-    """One row: its text, and (role, text) of each message or the sentences of its problem."""
-
-    line: int
-    file: str
-    raw: str
-    messages: tuple[tuple[str, str], ...]
-    problem: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What the first rows have in common.
-
-    `lists` maps each column that holds a list of objects to the keys of those objects; `images`
-    and `texts` are the columns that hold those; `proposed` is the mapping of `propose_mapping`.
-    `shows_images` says whether a row that can be read has an image.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    lists: dict[str, tuple[str, ...]]
-    images: tuple[str, ...]
-    texts: tuple[str, ...]
-    proposed: dict[str, str]
-    shows_images: bool
-    rows: tuple[FirstRow, ...]
 
 
 def read_shape(dataset: DatasetConfig, folder: Path, count: int) -> Shape:

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Final
 from engine.catalog import Architecture
 from engine.chat.tokenizer_file import tokenizer_name
 from engine.config import DatasetConfig, RunConfig
-from engine.data.requests import CheckRows
 from engine.errors import UserError, WorkError
 from engine.plan import Statistics
-from engine.wizard.data_worker import DataWorker
 from engine.wizard.draft import Counted, Draft
 
 if TYPE_CHECKING:
     from engine.data.statistics import Checkup
+    from engine.wizard.data_worker import DataWorker
 
 NO_ROW: Final = "no row of it can be used, or its tokenizer is not here"
 MOST_BYTES: Final = 256 * 2**20
@@ -100,8 +99,10 @@ def take_count(draft: Draft, config: RunConfig, statistics: Statistics | None) -
     draft.uncounted = "" if draft.statistics else NO_ROW
 
 
-async def count_rows(draft: Draft, config: RunConfig, worker: DataWorker) -> bool:
+async def count_rows(draft: Draft, config: RunConfig, worker: "DataWorker") -> bool:
     """Count the rows of `config` for the plan; whether the draft still asks for them."""
+    from engine.data.requests import CheckRows
+
     statistics, trouble = None, ""
     try:
         found = await worker.ask(CheckRows(rows_config(config), Path.cwd()))

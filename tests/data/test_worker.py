@@ -14,7 +14,7 @@ from engine.child import child_environment
 from engine.config import DatasetConfig, RunConfig
 from engine.data.hub import pin_revision
 from engine.data.prepare import prepare
-from engine.data.preview import PreviewRow
+from engine.data.requests import PreviewRow
 from engine.data.sources import iterate_rows
 from engine.errors import UserError
 from engine.hardware.packages import install_command

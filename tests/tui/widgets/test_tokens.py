@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from textual.app import App, ComposeResult
 
 from engine.chat.render import Kind
-from engine.data.preview import PreviewRow
+from engine.data.requests import PreviewRow
 from tests.support.screens import screen_text
 from tui.app import THEME
 from tui.token_row import TokenRow, lay_out, read_row

@@ -6,7 +6,7 @@ from typing import Final
 
 from textual.content import Content
 
-from engine.data.shape import Shape
+from engine.data.requests import Shape
 from engine.data.statistics import FEW_ROWS, Checkup, Finding, ProblemGroup, count_held_out
 from engine.units import counted
 from engine.visible import visible

@@ -16,9 +16,9 @@ from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from engine.config import DatasetConfig
-from engine.data.requests import CheckRows, Progress, ReadShape
+from engine.data.requests import CheckRows, Progress, ReadShape, Shape
 from engine.data.samples import SAMPLE_PREFIX
-from engine.data.shape import Shape, mapped
+from engine.data.shape import mapped
 from engine.data.sources import locate
 from engine.data.statistics import Checkup
 from engine.errors import UserError

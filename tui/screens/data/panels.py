@@ -9,7 +9,7 @@ from textual.content import Content
 from textual.message import Message
 from textual.widgets import Static
 
-from engine.data.shape import FirstRow, Shape
+from engine.data.requests import FirstRow, Shape
 from engine.visible import visible
 from engine.wizard.switches import Switch
 from tui.screens.help import TextPane

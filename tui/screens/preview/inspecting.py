@@ -5,7 +5,7 @@ from typing import Final
 from textual.content import Content
 
 from engine.chat.render import WITHHELD
-from engine.data.preview import PreviewRow
+from engine.data.requests import PreviewRow
 from tui.token_row import TokenRow
 from tui.widgets.tokens import TokenView
 

@@ -17,8 +17,7 @@ from textual.widgets import Static
 
 from engine.chat.render import LabelRule
 from engine.config import RunConfig
-from engine.data.preview import PreviewRow
-from engine.data.requests import CheckRows, PreviewRows, Progress
+from engine.data.requests import CheckRows, PreviewRow, PreviewRows, Progress
 from engine.data.statistics import Checkup
 from engine.errors import UserError
 from engine.visible import visible
