@@ -28,5 +28,5 @@ def marked(mark: Mark, text: str) -> Content:
 
 def line_content(line: Line, *, detail: bool = False) -> Content:
     """A line as plain text has it, in the colour of its mark; with `detail` behind it."""
-    text = f"{line}, {line.detail}" if detail and line.detail else str(line)
+    text = line.whole if detail else str(line)
     return Content.styled(visible(text, one_line=True), MARK_STYLES[line.mark])

@@ -14,7 +14,7 @@ from engine.launch import require_torch
 from engine.plan import best_device, estimate, remarks
 from engine.plan.memory import cards_laid_out, cards_needed
 from engine.plan.trainer import refuse_bf16
-from engine.report.plan import headline
+from engine.report.plan import plan_verdict
 from engine.visible import visible
 from engine.wizard.counting import check_rows
 from engine.wizard.request import find_machine, read_planned
@@ -55,7 +55,7 @@ def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
     )
     lines = (*(f"! {odd}" for odd in remarks(config, architecture)), *_row_lines(found))
     if laid_out == 1:
-        return (f"{sentence}.", headline(needs, card), *lines)
+        return (f"{sentence}.", str(plan_verdict(needs, card)), *lines)
     fewest = cards_needed(config, architecture, card, counted)
     meant = f"on {laid_out} GPUs" if laid_out else "on several GPUs"
     least = f"{fewest} of {card.name} are the fewest" if fewest else f"{card.name} is too small"

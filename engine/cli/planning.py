@@ -42,6 +42,7 @@ from engine.plan import (
     remarks,
 )
 from engine.plan.attention import follow_attention, task_of
+from engine.report import Line
 from engine.report.plan import (
     advice_lines,
     duration_lines,
@@ -52,7 +53,7 @@ from engine.report.plan import (
     length_lines,
     peer_lines,
     precision_lines,
-    row_lines,
+    row_line,
 )
 from engine.visible import visible
 from engine.wizard.counting import count_config_rows
@@ -139,7 +140,7 @@ def print_estimate(
         if as_json:
             print(json.dumps({"lengths": [asdict(price) for price in prices]}))
         else:
-            print("\n".join(length_lines(prices, device)))
+            print_lines(length_lines(prices, device))
         return 0
     statistics, uncounted = count_config_rows(run, architecture, file.absolute().parent)
     needs = estimate(run, architecture, device, statistics)
@@ -163,12 +164,12 @@ def print_estimate(
         lines = (
             *estimate_lines(needs, device),
             *peer_lines(needs, peer),
-            *row_lines(needs, uncounted),
+            row_line(needs, uncounted),
             *duration_lines(duration),
             *faster_lines(faster),
             *precision_lines(run, device),
             *_attention_lines(run, architecture, device),
-            *(f"! {sentence}" for sentence in odd),
+            *(Line("!", "", sentence) for sentence in odd),
             *ladder_lines(needs, rungs),
             *(larger_card_lines(run, architecture, device, statistics) if rungs else ()),
         )
@@ -197,7 +198,7 @@ def _count_rows(config: RunConfig) -> Statistics:
     return statistics
 
 
-def _attention_lines(config: RunConfig, architecture: Architecture, device: Device) -> list[str]:
+def _attention_lines(config: RunConfig, architecture: Architecture, device: Device) -> list[Line]:
     """Why the attention code that the config asks for cannot be used, if it cannot."""
     if config.attn_implementation is None:
         return []
@@ -205,7 +206,7 @@ def _attention_lines(config: RunConfig, architecture: Architecture, device: Devi
         task = task_of(config, architecture, device)
         follow_attention(config.attn_implementation, device, task)
     except UserError as refusal:
-        return [f"✗ attn_implementation: {refusal.why} {refusal.fix}"]
+        return [Line("✗", "attn_implementation", f"{refusal.why} {refusal.fix}")]
     return []
 
 

@@ -10,10 +10,11 @@ from engine.visible import fold, visible
 
 
 def print_lines(lines: Iterable[Line | str]) -> None:
-    """Each on stdout, what strangers wrote made visible."""
+    """Each whole on stdout, what strangers wrote made visible."""
     columns = terminal_columns()
     for line in lines:
-        print("\n".join(fold(visible(str(line), one_line=True), columns)))
+        text = line.whole if isinstance(line, Line) else line
+        print("\n".join(fold(visible(text, one_line=True), columns)))
 
 
 def terminal_columns() -> int | None:

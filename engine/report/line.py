@@ -41,3 +41,8 @@ class Line:
         """All but the detail as plain text."""
         words = f"{self.label}: {self.text}" if self.label and self.text else self.label + self.text
         return f"{self.mark} {words}" if self.mark else words
+
+    @property
+    def whole(self) -> str:
+        """The line with its detail."""
+        return f"{self}, {self.detail}" if self.detail else str(self)

@@ -1,6 +1,7 @@
 """A plan as lines for people: verdict, parts, rows, time, and what would make it fit."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from engine.catalog import Architecture
 from engine.config import SHARDED_OPTIMIZERS, RunConfig, assignment
@@ -22,8 +23,7 @@ from engine.plan import (
 from engine.plan.memory import cards_needed
 from engine.plan.trainer import refuse_bf16, why_float32
 from engine.report.line import VERDICT_MARKS, Line
-from engine.units import GIB, gib, spoken
-from engine.visible import visible
+from engine.units import GIB, counted, gib, spoken
 
 NOTABLE = 0.02
 """Of our peak, by which that of another trainer has to differ to be worth a line."""
@@ -33,39 +33,38 @@ def plan_verdict(needs: Estimate, device: Device) -> Line:
     """Verdict, number and what the device can give."""
     sure = "measured" if needs.source == "measured" else f"± {needs.uncertainty:.0%}"
     each = f" on each of {needs.cards}" if needs.cards > 1 else ""
-    given = f"{device.can_give_bytes / GIB:.1f} of {device.total_bytes / GIB:.1f}"
+    given = f"{device.can_give_bytes / GIB:.1f} of {gib(device.total_bytes)}"
     text = f"needs {gib(needs.device_bytes)}{each} {sure}, {device.name} can give {given}"
     return Line(VERDICT_MARKS[needs.verdict], needs.verdict, text)
 
 
-def headline(needs: Estimate, device: Device) -> str:
-    """The verdict as text."""
-    return visible(str(plan_verdict(needs, device)), one_line=True)
+def alternative_line(other: Alternative) -> Line:
+    """Another plan and its verdict; the detail is what it costs."""
+    needs = other.estimate
+    return Line(VERDICT_MARKS[needs.verdict], other.name, gib(needs.device_bytes), other.trade)
 
 
-def advice_lines(advice: Recommendation, device: Device) -> list[str]:
+def advice_lines(advice: Recommendation, device: Device) -> list[Line]:
     """What `recommend` says above the config."""
-    lines = [headline(advice.estimate, device), *_device_lines(device)]
+    lines = [plan_verdict(advice.estimate, device), *_device_lines(device)]
     if advice.not_trained:
-        lines.append(f"✗ not trained yet: {advice.not_trained}")
+        lines.append(Line("✗", "not trained yet", advice.not_trained))
     lines += duration_lines(advice.duration)
     if advice.duration is None and advice.tokens_per_second:
-        lines.append(f"· about {advice.tokens_per_second:,.0f} tokens a second, by the data sheet")
+        pace = f"about {advice.tokens_per_second:,.0f} tokens a second, by the data sheet"
+        lines.append(Line("·", "", pace))
     lines += precision_lines(advice.config, device)
-    lines.append(f"· attention: {advice.attention.backend}, {advice.attention.reason}")
-    if advice.attention.flash_4:
-        lines.append(f"· {advice.attention.flash_4}")
-    if package := advice.attention.worth_installing:
-        lines.append(f"· {package} is not installed; `windtunnel doctor` has the command")
-    lines += [
-        f"  {VERDICT_MARKS[other.estimate.verdict]} {other.name}:"
-        f" {gib(other.estimate.device_bytes)}, {other.trade}"
-        for other in advice.alternatives
-    ]
-    return lines
+    attention = advice.attention
+    lines.append(Line("·", "attention", f"{attention.backend}, {attention.reason}"))
+    if attention.flash_4:
+        lines.append(Line("·", "", attention.flash_4))
+    if package := attention.worth_installing:
+        missing = f"{package} is not installed; `windtunnel doctor` has the command"
+        lines.append(Line("·", "", missing))
+    return [*lines, *map(alternative_line, advice.alternatives)]
 
 
-def estimate_lines(needs: Estimate, device: Device) -> list[str]:
+def estimate_lines(needs: Estimate, device: Device) -> list[Line | str]:
     """The parts of an estimate, and what moves."""
     overhead = needs.device_bytes - needs.peak_allocated_bytes
     around = "driver and slack" if device.kind == "cuda" else "the process itself"
@@ -73,7 +72,7 @@ def estimate_lines(needs: Estimate, device: Device) -> list[str]:
     width = max(map(len, sizes))
     share = needs.trainable_parameters / max(1, needs.total_parameters)
     return [
-        headline(needs, device),
+        plan_verdict(needs, device),
         *_device_lines(device),
         f"fullest at: {needs.moment}",
         *(f"  {name:<{width}}  {gib(size):>10}" for name, size in sizes.items()),
@@ -85,18 +84,18 @@ def estimate_lines(needs: Estimate, device: Device) -> list[str]:
     ]
 
 
-def precision_lines(config: RunConfig, device: Device) -> list[str]:
+def precision_lines(config: RunConfig, device: Device) -> list[Line]:
     """Why a run computes in another precision than others would, or cannot in the one it names."""
     if why := why_float32(config, device):
-        return [f"· {why}"]
+        return [Line("·", "", why)]
     try:
         refuse_bf16(config, device)
     except UserError as refusal:
-        return [f"✗ bf16: {refusal.why} {refusal.fix}"]
+        return [Line("✗", "bf16", f"{refusal.why} {refusal.fix}")]
     return []
 
 
-def peer_lines(needs: Estimate, peer: Peer) -> list[str]:
+def peer_lines(needs: Estimate, peer: Peer) -> list[Line]:
     """What another trainer would hold for the same config, where that is another figure."""
     if abs(sum(peer.differences.values())) < NOTABLE * needs.peak_allocated_bytes:
         return []
@@ -104,47 +103,44 @@ def peer_lines(needs: Estimate, peer: Peer) -> list[str]:
         f"{words} {'+' if size > 0 else '-'}{gib(abs(size))}"
         for words, size in peer.differences.items()
     )
-    return [
-        f"· without driver and slack {gib(needs.peak_allocated_bytes)}; {peer.name} would hold"
-        f" {gib(peer.peak_allocated_bytes)}: {why}"
-    ]
+    held = f"without driver and slack {gib(needs.peak_allocated_bytes)}"
+    other = f"{peer.name} would hold {gib(peer.peak_allocated_bytes)}"
+    return [Line("·", "", f"{held}; {other}: {why}")]
 
 
-def row_lines(needs: Estimate, uncounted: str) -> list[str]:
+def row_line(needs: Estimate, uncounted: str) -> str:
     """Which row decides, or why `sequence_len` does."""
-    return [f"{needs.decided_by}{f' ({uncounted})' if uncounted else ''}"]
+    return f"{needs.decided_by}{f' ({uncounted})' if uncounted else ''}"
 
 
-def duration_lines(duration: Duration | None) -> list[str]:
-    """Steps, time and cost."""
+def steps_text(duration: Duration) -> str:
+    """How many steps, and how long they take."""
+    return f"{counted(duration.steps, 'step')}, about {spoken(duration.seconds)}"
+
+
+def duration_lines(duration: Duration | None) -> list[Line]:
+    """Steps, time, pace and cost."""
     if duration is None:
         return []
-    words = (
-        f"· {duration.steps:,} steps, about {spoken(duration.seconds)} at"
-        f" {duration.tokens_per_second:,.0f} tokens a second ({duration.source})"
-    )
-    if duration.usd is not None:
-        words += f", about ${duration.usd:,.2f} at a usual price"
-    return [words]
+    pace = f"{duration.tokens_per_second:,.0f} tokens a second ({duration.source})"
+    cost = "" if duration.usd is None else f"about ${duration.usd:,.2f} at a usual price"
+    return [Line("·", "", f"{steps_text(duration)} at {pace}", cost)]
 
 
-def faster_lines(faster: Alternative | None) -> list[str]:
+def faster_lines(faster: Alternative | None) -> list[Line]:
     """What the room that is left could be used for."""
-    return [f"· {describe_faster(faster)}"] if faster else []
+    return [Line("·", "", describe_faster(faster))] if faster else []
 
 
-def ladder_lines(needs: Estimate, rungs: Sequence[Alternative]) -> Iterator[str]:
+def ladder_lines(needs: Estimate, rungs: Sequence[Alternative]) -> Iterator[Line | str]:
     """What would make it fit, the cheapest first, and the command that says so."""
     if not rungs:
         return
     enough = rungs[-1].estimate.verdict == "fits"
     yield "to make it fit, each on top of those above:" if enough else "all of this is not enough:"
     for rung in rungs:
-        now = rung.estimate
-        yield (
-            f"  {VERDICT_MARKS[now.verdict]} {gib(now.device_bytes)}  {rung.name}: saves"
-            f" {gib(rung.saves_bytes)}; {rung.trade}"
-        )
+        line = alternative_line(rung)
+        yield replace(line, text=f"{line.text}, saves {gib(rung.saves_bytes)}")
     if enough:
         values = " ".join(assignment(*change) for change in rungs[-1].changes.items())
         yield f"behind the config, that is: {values}"
@@ -159,22 +155,20 @@ def larger_card_lines(
     for gpu in listed_gpus():
         other = best_device(assume(gpu.name))
         if estimate(config, architecture, other, statistics).verdict == "fits":
-            yield f"as it is it fits: {visible(other.name, one_line=True)}"
+            yield f"as it is it fits: {other.name}"
             break
     if device.kind == "cuda":
         count = cards_needed(config, architecture, device, statistics)
         if count is not None and count > 1:
-            name = visible(device.name, one_line=True)
             instead = SHARDED_OPTIMIZERS.get(config.optimizer)
             means = f"FSDP2, optimizer={instead}" if instead else "FSDP2"
-            yield f"sharded over {count} of {name} too ({means}); this version runs one"
+            yield f"sharded over {count} of {device.name} too ({means}); this version runs one"
 
 
 def length_lines(prices: Sequence[LengthPrice], device: Device) -> list[str]:
     """A table of lengths, one sequence at a time."""
     lines = [
-        f"one sequence at a time; {visible(device.name, one_line=True)} can give"
-        f" {gib(device.can_give_bytes)}",
+        f"one sequence at a time; {device.name} can give {gib(device.can_give_bytes)}",
         f"{'tokens':>9}  {'needs':>10}  verdict         with the same result",
     ]
     for price in prices:
@@ -190,10 +184,10 @@ def length_lines(prices: Sequence[LengthPrice], device: Device) -> list[str]:
     return lines
 
 
-def _device_lines(device: Device) -> list[str]:
+def _device_lines(device: Device) -> list[Line]:
     lines = []
     if device.count > 1:
-        lines.append(f"· there are {device.count} of them; a run uses one so far")
+        lines.append(Line("·", "", f"there are {device.count} of them; a run uses one so far"))
     if device.used_by:
-        lines.append(f"· in use already: {device.used_by}")
+        lines.append(Line("·", "in use already", device.used_by))
     return lines

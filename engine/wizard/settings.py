@@ -11,7 +11,8 @@ from engine.config import FULL, NONE
 from engine.hardware import attention_backends
 from engine.plan import Attention, Recommendation, changed, estimate
 from engine.plan.attention import task_of, why_not
-from engine.units import gib, spoken
+from engine.report.plan import steps_text
+from engine.units import gib
 from engine.wizard.draft import Draft
 from engine.wizard.values import EXPERTS, expert_tensors, spelled
 
@@ -104,7 +105,7 @@ def amount_words(advice: Recommendation) -> str:
     a_step = needs.tokens_at_once * advice.config.gradient_accumulation_steps
     words = [f"{a_step:,} tokens a step", f"{needs.trainable_parameters:,} parameters move"]
     if duration is not None:
-        words[:1] = [f"{duration.steps:,} steps, about {spoken(duration.seconds)}"]
+        words[:1] = [steps_text(duration)]
         words += [f"about ${duration.usd:,.2f}"] if duration.usd is not None else []
     elif advice.tokens_per_second:
         words.append(f"about {advice.tokens_per_second:,.0f} tokens a second")

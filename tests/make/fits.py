@@ -14,13 +14,13 @@ from engine.errors import UserError
 from engine.hardware import assume, listed_gpus
 from engine.plan import Device, Goal, Recommendation, best_device, recommend
 from engine.plan.layers import recomputed_layers, widths
+from engine.report import VERDICT_MARKS
 from engine.units import GIB
 
 PAGE = Path(__file__).parents[2] / "presets" / "FITS.md"
 SIZES = ("6 GB", "8 GB", "12 GB")
 """Cards smaller than those that are known by name."""
 GOALS: tuple[Goal, ...] = get_args(Goal)
-MARKS = {"fits": "✓", "tight": "!", "does not fit": "✗"}
 HEAD = """# What fits on which card
 
 Made by `python -m tests.make.fits`, from the same functions as `windtunnel recommend`; nothing here
@@ -80,7 +80,7 @@ def line_of(cell: Cell) -> str:
         _twice(cell),
         ", ".join(waiting) or "-",
         f"{needs.device_bytes / GIB:.1f} ± {needs.uncertainty:.0%}",
-        f"{MARKS[needs.verdict]} {needs.verdict}",
+        f"{VERDICT_MARKS[needs.verdict]} {needs.verdict}",
         f"{pace:,.0f}" if pace else "-",
     )
     return "| " + " | ".join(columns) + " |"

@@ -20,16 +20,13 @@ from engine.plan import (
     make_faster,
     make_fit,
 )
+from engine.report import VERDICT_MARKS
 from engine.units import GIB
 from engine.visible import fold
 from engine.wizard.draft import Draft
+from tui.line import MARK_STYLES
 
 _INDENT: Final = "    "
-MARKS = {
-    "fits": ("✓", "$success"),
-    "tight": ("!", "$warning"),
-    "does not fit": ("✗", "$error"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,7 @@ def rung_lines(rungs: tuple[Alternative, ...], columns: int | None = None) -> li
     """
     lines = []
     for rung in rungs:
-        mark, style = MARKS[rung.estimate.verdict]
+        mark, style = _mark(rung.estimate)
         below = fold(rung.trade, columns and columns - len(_INDENT))
         cost = f"  {rung.trade}" if columns is None else "".join(f"\n{_INDENT}{x}" for x in below)
         lines.append(
@@ -89,7 +86,7 @@ def card_lines(cards: list[Card], here: Device) -> list[Content]:
     """One line a card: what it can give, the verdict, what is left or missing."""
     lines = []
     for card in cards:
-        mark, style = MARKS[card.needs.verdict]
+        mark, style = _mark(card.needs)
         spare = card.needs.spare_bytes / GIB
         name = f"{card.device.name:<24}"
         lines.append(
@@ -101,3 +98,8 @@ def card_lines(cards: list[Card], here: Device) -> list[Content]:
             )
         )
     return lines
+
+
+def _mark(needs: Estimate) -> tuple[str, str]:
+    mark = VERDICT_MARKS[needs.verdict]
+    return mark, MARK_STYLES[mark]

@@ -13,7 +13,7 @@ from textual.widgets import Static
 from engine.config.explanation import explain_key
 from engine.errors import UserError
 from engine.plan import remarks
-from engine.units import GIB
+from engine.report.plan import plan_verdict
 from engine.visible import visible
 from engine.wizard.commands import plan_command
 from engine.wizard.plan import MEASURING
@@ -22,7 +22,6 @@ from engine.wizard.values import set_value
 from tui.messages import PlanMeasured, WorkRefused
 from tui.page import HelpText, Key, Page
 from tui.screens.plan.comparisons import (
-    MARKS,
     Card,
     card_lines,
     list_cards,
@@ -126,13 +125,8 @@ class PlanPage(Page):
             return
         needs, device = advice.estimate, draft.device
         assert device is not None
-        mark, _ = MARKS[needs.verdict]
-        sure = "measured" if needs.source == "measured" else f"± {needs.uncertainty:.0%}"
-        sentence = (
-            f"needs {needs.device_bytes / GIB:.1f} GiB {sure}, {device.name}"
-            f" can give {device.can_give_bytes / GIB:.1f} of {device.total_bytes / GIB:.1f}"
-        )
-        self.say(mark, needs.verdict, sentence)
+        line = plan_verdict(needs, device)
+        self.say(line.mark, line.label, line.text)
         self.query_one("#settings", Pane).show_subtitle(visible(self._to_know(), one_line=True))
         planned = " (planned)" if device.planned else ""
         self.show_title(f"{device.name}{planned}")
