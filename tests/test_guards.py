@@ -53,8 +53,8 @@ GUARDS = {
     ),
     "a plan for a card that torch cannot use": Guard(
         "engine/train/run.py",
-        "if other := require_planned_device(session.run, device):",
-        "if other := None:",
+        'session.note("warning", require_planned_device(session.run, device))',
+        'session.note("warning", None)',
         "tests/train/test_process_failures.py::test_a_plan_for_a_card_never_ends_on_the_processor",
     ),
     "bfloat16 only where it is the card's own": Guard(
@@ -398,7 +398,7 @@ GUARDS = {
         "tests/train/test_weight_files.py::test_a_file_that_is_cut_while_it_is_read_is_refused",
     ),
     "cut-cross-entropy is tried before a run needs it": Guard(
-        "engine/train/cut_loss.py",
+        "engine/train/loss.py",
         " or _failed(head, device)",
         "",
         "tests/train/test_cut_loss.py"

@@ -8,7 +8,6 @@ forward   hidden states of a batch, packed rows kept apart
 offload   what lies in RAM until its turn on the device
 weight_files  safetensors files, read one tensor at a time and written as a stream
 fp8       FP8 weights and their scales
-load_report  what a loaded model is made of
 quantize  NF4 and int8, and their guards
 experts   mixture-of-experts layers in NF4, and adapters on them
 lora      adapters on the language model's linears

@@ -17,7 +17,7 @@ from engine.catalog.cards import GREEDY, Sampling
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig
 from engine.errors import WorkError
-from engine.events import Ended, Eval, Note, Phase, Sample, SampleTime, Saved, Score, Step
+from engine.events import Ended, Eval, Phase, Sample, SampleTime, Saved, Score, Step
 from engine.plan.trainer import SAMPLE_TOKENS
 from engine.publish import publish_result
 from engine.train.alarms import LossAlarm, OverfittingAlarm, unreached
@@ -80,7 +80,7 @@ class Training:
         """Go back to the checkpoint `name`, else to the newest one, where there is one."""
         folder = self.checkpoints.root / name if name else self.checkpoints.latest()
         if folder is None:
-            self.session.emit(Note("info", "there is no checkpoint: the run begins at step 1"))
+            self.session.note("info", "there is no checkpoint: the run begins at step 1")
             return
         position = self.checkpoints.load(folder, self.model, self.optimizer)
         if position.fingerprint != self.position.fingerprint:
@@ -217,18 +217,15 @@ class Training:
         if what := self.alarm.stop_reason(number, loss, norm):
             raise self._stopped(what, batch)
         if number == 1:
-            self._warn(self.alarm.odd_start(loss))
-            self._warn(unreached(trained_parameters(self.model)))
+            self.session.note("warning", self.alarm.odd_start(loss))
+            self.session.note("warning", unreached(trained_parameters(self.model)))
         usual = self.alarm.spike(loss)
         if usual is not None:
             highest = self._highest(batch)
-            self._warn(
-                f"step {number}: the loss leapt to {loss:.2f} from {usual:.2f}; highest: {highest}"
+            self.session.note(
+                "warning",
+                f"step {number}: the loss leapt to {loss:.2f} from {usual:.2f}; highest: {highest}",
             )
-
-    def _warn(self, sentence: str | None) -> None:
-        if sentence:
-            self.session.emit(Note("warning", sentence))
 
     def evaluate(self) -> bool:
         """Score the held-out rows; True when their loss is the lowest so far."""
@@ -237,7 +234,7 @@ class Training:
             return False
         loss = mean_loss(scores)
         self.session.emit(Eval(step, loss))
-        self._warn(self.overfitting.add_evaluation(loss, self.position.best_step))
+        self.session.note("warning", self.overfitting.add_evaluation(loss, self.position.best_step))
         best = self.position.best_loss
         if step == 0 or not math.isfinite(loss) or (best is not None and loss >= best):
             return False
@@ -299,11 +296,11 @@ class Training:
         folder = self.checkpoints.best()
         if folder is not None and self.position.best_step != self.position.step:
             load_trained(self.model, folder)
-            self.session.emit(Note("info", f"ends with {folder.name}, the lowest evaluation loss"))
+            self.session.note("info", f"ends with {folder.name}, the lowest evaluation loss")
             self.measure()  # the last figures of a run are those of its result
 
     def _stopped(self, what: str, batch: StepBatch) -> WorkError:
-        self.session.emit(Note("error", what))
+        self.session.note("error", what)
         return WorkError(
             what,
             "The weights were not touched by this step. Its rows with the highest loss: "

@@ -7,9 +7,11 @@ form in which the run holds it, so that loading takes little more room than the 
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,49 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import no_tie_weights
 
-from engine.catalog import Architecture, read_architecture, with_overrides
+from engine.catalog import Architecture, ModuleTable, read_architecture, with_overrides
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.train.attention import pick_attention, use_attention
 from engine.train.device import pick_device, pick_dtype
 from engine.train.experts import GroupedLinear, replace_experts
 from engine.train.fp8 import Fp8Layout, find_layout, read_matrix
-from engine.train.load_report import LoadReport, describe_load
 from engine.train.offload import Placement
-from engine.train.quantize import hold_quantized, swap_linears
+from engine.train.quantize import hold_quantized, statistics, swap_linears
 from engine.train.weight_files import BytesProgress, StoredTensor, list_tensors
+from engine.units import gib
 from engine.visible import visible
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """The weights of a loaded model."""
+
+    weights: Mapping[tuple[str, str], int]
+    """Numbers by the module table's group and by how they are held: NF4, int8, bfloat16."""
+    from_fp8: int
+    """Of them, converted from FP8 on the way."""
+    held_bytes: int
+    """On the device, with the statistics of what is quantized."""
+    offloaded_bytes: int
+    """In RAM, of what comes to the device for a while or not at all."""
+    device: torch.device
+
+    def sentence(self) -> str:
+        """For the person: numbers by format, bytes, and what was converted."""
+        formats = Counter[str]()
+        for (_, held), count in self.weights.items():
+            formats[held] += count
+        parts = ", ".join(f"{_count(n)} in {held}" for held, n in formats.most_common())
+        places = f"{gib(self.held_bytes)} on the GPU"
+        if self.device.type == "cpu":
+            places = f"{gib(self.held_bytes + self.offloaded_bytes)} in memory"
+        elif self.offloaded_bytes:
+            places += f", {gib(self.offloaded_bytes)} in RAM"
+        text = f"{_count(sum(formats.values()))} weights: {parts}; {places}."
+        if self.from_fp8:
+            text += f" {_count(self.from_fp8)} of them were FP8 on the disk and were converted."
+        return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,3 +281,45 @@ def _slices(
             yield read_matrix(tensor, fp8, device, dtype, index)
         else:
             yield tensor.read(index).to(device, dtype)
+
+
+def describe_load(
+    model: nn.Module, table: ModuleTable, from_fp8: int, device: torch.device
+) -> LoadReport:
+    """Count what `model`, of `table`'s architecture, holds."""
+    weights = Counter[tuple[str, str]]()
+    for row in table.parameters:
+        if row.count:
+            weights[row.group, _held_as(model, row.name)] += row.count
+    tensors = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    quantized = [m for m in model.modules() if isinstance(m, Linear4bit | Linear8bitLt)]
+    held = offloaded = 0
+    for tensor in chain(tensors.values(), *map(statistics, quantized)):
+        if tensor.device == device and tensor.untyped_storage().nbytes():
+            held += tensor.nbytes
+        else:
+            offloaded += tensor.nbytes
+    return LoadReport(weights, from_fp8, held, offloaded, device)
+
+
+def _held_as(model: nn.Module, name: str) -> str:
+    module = model.get_submodule(name.rpartition(".")[0])
+    if name.endswith(".weight") and isinstance(module, Linear4bit | Linear8bitLt):
+        return "NF4" if isinstance(module, Linear4bit) else "int8"
+    held = getattr(module, name.rpartition(".")[2])
+    if isinstance(held, nn.Module):  # a stack of experts as a module of its own
+        kinds = {t.dtype for t in chain(held.parameters(), held.buffers())}
+        return "NF4" if torch.uint8 in kinds else _dtype_name(next(iter(kinds)))
+    return _dtype_name(held.dtype)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _count(numbers: int) -> str:
+    """24.0B, 3.4M, 12.5K."""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if numbers >= size:
+            return f"{numbers / size:,.1f}{letter}"
+    return str(numbers)

@@ -5,7 +5,7 @@ that a person sees what is waited for.
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from engine.config import DatasetConfig, RunConfig, read_config
 from engine.data.pack import Indices
 from engine.data.prepare import Progress, default_store, label_rule, prepare
 from engine.data.prepared import Prepared
-from engine.events import Note, Phase, Shortage, Started
+from engine.events import Phase, Shortage, Started
 from engine.hardware.packages import installed
 from engine.launch import change_config
 from engine.pace import every
@@ -36,7 +36,6 @@ from engine.publish.facts import find_base
 from engine.runs import RunFolder
 from engine.train.attention import pick_attention
 from engine.train.batches import Rows
-from engine.train.cut_loss import settle_loss
 from engine.train.device import (
     as_planned,
     held_memory_bytes,
@@ -50,6 +49,7 @@ from engine.train.forward import Model, checkpoint_activations, head_of
 from engine.train.images import refuse_unread
 from engine.train.loop import Training
 from engine.train.lora import attach_lora, choose_trained
+from engine.train.loss import settle_loss
 from engine.train.model import Base, load_base
 from engine.train.optim import free_paged_state
 from engine.train.out_of_memory import (
@@ -61,12 +61,10 @@ from engine.train.out_of_memory import (
     with_next_rung,
 )
 from engine.train.prompts import ask, ask_about_images, ask_by_default
-from engine.train.session import Session
+from engine.train.session import PROGRESS_SECONDS, Session
 from engine.train.text_metrics import TextMetrics
 from engine.train.weights import trained_parameters
 
-PROGRESS_SECONDS = 0.5
-"""Between two reports on downloading, tokenizing or loading."""
 PLACES = {
     "load": "loading the model",
     "evaluate": "an evaluation",
@@ -85,8 +83,7 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
     and WorkError with the sentence for the person.
     """
     device = read_device()
-    if other := require_planned_device(session.run, device):
-        session.emit(Note("warning", other))
+    session.note("warning", require_planned_device(session.run, device))
     while facts := _try(session, resume=resume, checkpoint=checkpoint):
         # Nothing of the failed attempt is alive any more: its frames ended with it.
         gc.collect()
@@ -101,7 +98,7 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
         values = [f"{key}={value}" for key, value in facts.changes.items()]
         change_config(session.run, values)
         text = f"memory ran out in {facts.where}: goes on with {' '.join(values)}, {facts.trade}"
-        session.emit(Note("warning", text))
+        session.note("warning", text)
         resume, checkpoint = True, None
 
 
@@ -122,38 +119,36 @@ def _try(session: Session, *, resume: bool, checkpoint: str | None) -> Shortage 
 def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> None:
     file = read_config(session.run.config)
     for finding in file.require_supported():
-        session.emit(Note("info", finding.sentence()))
+        session.note("info", finding.sentence())
     config = file.config
     place = as_planned(pick_device())
     refuse_bf16(config, place)
     if why := why_float32(config, place):
-        session.emit(Note("info", f"The run {why}"))
+        session.note("info", f"The run {why}")
     torch.manual_seed(config.seed)
     session.emit(Phase("model", detail=config.base_model))
-    session.base_folder = locate_base(config, session.run.path, teller(session, "download"))
+    session.base_folder = locate_base(config, session.run.path, session.progress("download"))
     tokenizer = open_tokenizer(config.tokenizer_config or session.base_folder)
     rows, held_out = prepare_rows(config, tokenizer, session)
     for part in (rows, *held_out.values()):
         refuse_unread(read_architecture(session.base_folder), part.prepared)
     leave_hub()
     for sentence in remarks(config, read_architecture(session.base_folder)):
-        session.emit(Note("warning", sentence))
-    images = have_images(rows, *held_out.values())
+        session.note("warning", sentence)
+    images = any("image" in part.prepared.tokens_by_kind() for part in (rows, *held_out.values()))
     config = settle_attention(config, session, images=images)
     session.emit(Phase("load", detail=config.base_model))
-    base = load_base(session.base_folder, config, teller(session, "load"), images=images)
-    session.emit(Note("info", base.report.sentence()))
+    base = load_base(session.base_folder, config, session.progress("load"), images=images)
+    session.note("info", base.report.sentence())
     if base.vision_offloaded:
-        session.emit(Note("info", "no row has an image: the vision tower stays in RAM"))
+        session.note("info", "no row has an image: the vision tower stays in RAM")
     torch.manual_seed(config.seed)  # the adapter's first values do not depend on what was loaded
     model = put_on_training(base, session.base_folder, config)
     loss, note = settle_loss(config, head_of(model), base.device, planned_chunk(session.run))
-    if note:
-        session.emit(Note("info", note))
-    text_metrics = TextMetrics(model, base.device, held_out, config, tokenizer, session.run.path)
+    session.note("info", note)
     training = Training(
         *(base, model, rows, held_out, config, session, tokenizer),
-        text_metrics=text_metrics,
+        TextMetrics(model, base.device, held_out, config, tokenizer, session.run.path),
         sampling=sampling_of(config),
         loss=loss,
     )
@@ -162,7 +157,7 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
     if config.sample_packing:
         sequences, fill = training.order.packing()
         text = f"{len(rows)} rows packed into {sequences} sequences, {fill:.1%} full"
-        session.emit(Note("info", text))
+        session.note("info", text)
     session.emit(_started(session, config, base, training))
     prompts = [ask(text, tokenizer, config) for text in config.sample_prompts]
     if not prompts and config.eval_table_size:
@@ -186,28 +181,12 @@ def sampling_of(config: RunConfig) -> Sampling:
     return replace(official, max_tokens=min(official.max_tokens or longest, longest))
 
 
-def have_images(*parts: Rows) -> bool:
-    """Whether any row of a run has an image."""
-    return any("image" in part.prepared.tokens_by_kind() for part in parts)
-
-
 def settle_attention(config: RunConfig, session: Session, *, images: bool) -> RunConfig:
     """`config` with the attention code that the run gets; refused here before anything loads."""
     architecture = read_architecture(session.base_folder)
     chosen = pick_attention(config, architecture, pick_device(), images=images)
-    session.emit(Note("info", f"Attention by {chosen.backend}: {chosen.reason}"))
+    session.note("info", f"Attention by {chosen.backend}: {chosen.reason}")
     return config.model_copy(update={"attn_implementation": chosen.backend})
-
-
-def teller(session: Session, phase: str) -> Callable[[int, int], None]:
-    """A callback for bytes done and bytes in all, which tells the run's folder now and then."""
-    due = every(PROGRESS_SECONDS)
-
-    def tell(done: int, total: int) -> None:
-        if due():
-            session.emit(Phase(phase, done, total, "bytes"))
-
-    return tell
 
 
 def put_on_training(base: Base, folder: Path, config: RunConfig) -> Model:
@@ -234,8 +213,7 @@ def prepare_rows(
     prepared = _prepare(config, config.datasets, tokenizer, session)
     prepared.link_into(session.run.data)
     rows = select_rows(prepared, config)
-    if left_out := rows.left_out():
-        session.emit(Note("warning", left_out))
+    session.note("warning", rows.left_out())
     if not config.test_datasets:
         if not config.val_set_size:
             return rows, {}
@@ -267,14 +245,14 @@ def _prepare(
 ) -> Prepared:
     due = every(PROGRESS_SECONDS)
 
-    def tell(progress: Progress) -> None:
+    def report(progress: Progress) -> None:
         if due():
             done, total = progress.done_bytes, progress.total_bytes
             session.emit(Phase(progress.phase, done, total, f"bytes, {progress.rows} rows"))
 
     home = session.run.path
     store = default_store(config, home)
-    prepared = prepare(config, home, tokenizer, store, tell, datasets=datasets)
+    prepared = prepare(config, home, tokenizer, store, report, datasets=datasets)
     state = "already prepared" if prepared.reused else "prepared"
     session.emit(Phase("prepared", len(prepared), len(prepared), f"{len(prepared)} rows {state}"))
     return prepared

@@ -8,12 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from engine.events import Ack, Event, EventWriter, Phase
+from engine.events import Ack, Event, EventWriter, Note, NoteLevel, Phase
+from engine.pace import every
 from engine.runs import Command, ControlReader, Request, RunFolder, StopSignals
 
 Emit: TypeAlias = Callable[[Mapping[str, Any]], None]
 """Prints one record as a line of JSON."""
 PAUSE_POLL_SECONDS = 0.2
+PROGRESS_SECONDS = 0.5
+"""Between two reports on downloading, tokenizing or loading."""
 
 
 class Session:
@@ -44,6 +47,21 @@ class Session:
         if isinstance(event, Phase):
             self.doing = event.name
             self.read()
+
+    def note(self, level: NoteLevel, sentence: str | None) -> None:
+        """Write a sentence for the person, where there is one."""
+        if sentence:
+            self.emit(Note(level, sentence))
+
+    def progress(self, phase: str) -> Callable[[int, int], None]:
+        """Called with bytes done and bytes in all, it emits `phase` now and then."""
+        due = every(PROGRESS_SECONDS)
+
+        def report(done: int, total: int) -> None:
+            if due():
+                self.emit(Phase(phase, done, total, "bytes"))
+
+        return report
 
     @property
     def stopping(self) -> bool:

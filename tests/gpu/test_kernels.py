@@ -15,8 +15,7 @@ from torch import Tensor
 
 from engine.config import RunConfig
 from engine.plan.trainer import CHUNK_BYTES
-from engine.train.cut_loss import settle_loss
-from engine.train.loss import Loss, summed_cross_entropy
+from engine.train.loss import Loss, settle_loss, summed_cross_entropy
 from tests.fakes.processes import ROOT
 from tests.support.card import Card
 

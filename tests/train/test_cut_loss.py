@@ -16,10 +16,9 @@ from engine.config import RunConfig
 from engine.events import Note
 from engine.plan import estimate, plan_document
 from engine.plan.trainer import CHUNK_BYTES, PRICE, SMALLEST_CHUNK_BYTES
-from engine.train import cut_loss
+from engine.train import loss as loss_module
 from engine.train.checkpoint import STATE
-from engine.train.cut_loss import settle_loss
-from engine.train.loss import IN_CHUNKS, Loss, summed_cross_entropy
+from engine.train.loss import IN_CHUNKS, Loss, settle_loss, summed_cross_entropy
 from tests.support.machines import config, cpu, model
 from tests.support.trainers import LORA, Workshop, events_of, figures, finish
 
@@ -56,7 +55,7 @@ class Kernel:
     fails: str = ""
 
     def __call__(self) -> None:
-        cut_loss._refused = lambda head, device: ""
+        loss_module._refused = lambda head, device: ""
         package = ModuleType("cut_cross_entropy")
         package.linear_cross_entropy = self.compute  # type: ignore[attr-defined]
         sys.modules["cut_cross_entropy"] = package
@@ -77,7 +76,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> type[Kernel]:
     """The stand-in, whose traces go with the test."""
-    monkeypatch.setattr(cut_loss, "_refused", cut_loss._refused)
+    monkeypatch.setattr(loss_module, "_refused", loss_module._refused)
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", ModuleType("none"))
     return Kernel
 
@@ -128,7 +127,7 @@ def test_where_it_is_not_even_tried(
 ) -> None:
     with FakeTensorMode():
         head = torch.empty(512, 64, dtype=dtype, requires_grad=trained)
-        found = cut_loss._refused(head, torch.device(device))
+        found = loss_module._refused(head, torch.device(device))
     assert why in found
     assert bool(why) == bool(found)
 

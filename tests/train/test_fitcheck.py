@@ -29,8 +29,13 @@ from engine.train.batches import PAD, Rows
 from engine.train.fitcheck import check
 from engine.train.fitcheck.batches import count_rows, heaviest_step, synthetic_step
 from engine.train.fitcheck.peak_memory import CpuPeakMemory, used_by_process
-from engine.train.fitcheck.random_weights import DrawnTensor, draw_weights
-from engine.train.fitcheck.reduced import as_it_is, reduce_for_cpu, shrink
+from engine.train.fitcheck.stand_in import (
+    DrawnTensor,
+    as_it_is,
+    draw_weights,
+    reduce_for_cpu,
+    shrink,
+)
 from engine.train.images import IMAGE_TOKEN
 from engine.train.model import build_empty, load_base
 from tests.support.live_bytes import LiveBytes

@@ -3,8 +3,7 @@
 Nothing of it is kept, and no weight has to be downloaded first. What holds the weights, what is
 trained and how a step is made are a run's own functions.
 
-random_weights  tensors that stand in for a model's files
-reduced   the smaller model that a computer without a GPU builds
+stand_in  the model that is measured: reduced without a GPU, its weights drawn
 batches   the batch that decides the memory
 peak_memory  the worst moment of a piece of work
 trial     from a config to the figures

@@ -17,7 +17,7 @@ from engine.catalog import Architecture, read_architecture
 from engine.chat.tokenizer import open_tokenizer
 from engine.config import RunConfig, read_config
 from engine.errors import DOES_NOT_FIT, UserError
-from engine.events import Event, EventWriter, Note, Phase, Recorded, Step, format_line
+from engine.events import Event, EventWriter, Phase, Recorded, Step, format_line
 from engine.hardware import read_machine
 from engine.plan import Device, Statistics, best_device, cpu_device, estimate, estimate_document
 from engine.plan.measured import Measurement, key_of, step_bytes
@@ -25,21 +25,19 @@ from engine.plan.vision import image_tokens_at_once
 from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.attention import pick_attention
 from engine.train.batches import Order, Rows, StepBatch
-from engine.train.cut_loss import settle_loss
 from engine.train.device import pick_device, pick_dtype
 from engine.train.fetch import leave_hub
 from engine.train.fitcheck.batches import count_rows, heaviest_step, run_tokens, synthetic_step
 from engine.train.fitcheck.peak_memory import Peak, PeakMemory, describe_peak, open_peak_memory
-from engine.train.fitcheck.random_weights import draw_weights
-from engine.train.fitcheck.reduced import Built, as_it_is, reduce_for_cpu
+from engine.train.fitcheck.stand_in import Built, as_it_is, draw_weights, reduce_for_cpu
 from engine.train.forward import Model, head_of
 from engine.train.images import refuse_unread
 from engine.train.loop import fill_gradients, update_weights
-from engine.train.loss import Loss
+from engine.train.loss import Loss, settle_loss
 from engine.train.model import load_base
 from engine.train.optim import build_optimizer, learning_rate, set_learning_rate
 from engine.train.out_of_memory import is_out_of_memory, message_of
-from engine.train.run import prepare_rows, put_on_training, teller
+from engine.train.run import prepare_rows, put_on_training
 from engine.train.session import Emit, Session
 from engine.train.weights import trained_parameters
 
@@ -91,19 +89,25 @@ def check(run: RunFolder, steps: int, emit: Emit) -> None:
     """
     leave_hub()
     session = ReportingSession(run, emit)
-    config = _settled(read_config(run.config).config)
+    config = read_config(run.config).config
+    # Only real weights can give an adapter to go on from.
+    config = config.model_copy(update={"lora_model_dir": None})
     device = pick_device()
     machine = read_machine()
     place = best_device(machine) if device.type == "cuda" else cpu_device(machine)
     rows = _find_rows(config, session)
     statistics = count_rows(rows, config) if rows else None
     architecture = read_architecture(config.base_model)
-    built = _choose(architecture, config, place, statistics)
+    built = as_it_is(architecture)
+    if place.kind != "cuda":
+        built = reduce_for_cpu(architecture, config, place, statistics)
     session.base_folder = _write_model(run.path / "model", built.architecture)
     built = replace(built, architecture=read_architecture(session.base_folder))
     if not built.whole:
-        session.emit(Note("warning", built.sentence()))
-    images = _has_images(rows, config)
+        session.note("warning", built.sentence())
+    images = config.processor_type is not None
+    if rows:
+        images = "image" in rows.prepared.tokens_by_kind()
     attention = pick_attention(config, built.architecture, device, images=images)
     settled = config.model_copy(update={"attn_implementation": attention.backend})
     data = _choose_data(rows, statistics, built.architecture, config)
@@ -111,23 +115,9 @@ def check(run: RunFolder, steps: int, emit: Emit) -> None:
     model = _build(built.architecture, settled, session, memory, images=images)
     planned = estimate(config, built.architecture, place, statistics)
     loss, note = settle_loss(settled, head_of(model), device, planned.loss_chunk_bytes)
-    if note:
-        session.emit(Note("info", note))
+    session.note("info", note)
     paces = _step(model, settled, loss, data.batch, steps, session, memory)
     emit({"fitted": _figures(built, config, place, data, memory, paces)})
-
-
-def _settled(config: RunConfig) -> RunConfig:
-    """Without what only real weights can give: an adapter to go on from."""
-    return config.model_copy(update={"lora_model_dir": None})
-
-
-def _choose(
-    architecture: Architecture, config: RunConfig, place: Device, statistics: Statistics | None
-) -> Built:
-    if place.kind == "cuda":
-        return as_it_is(architecture)
-    return reduce_for_cpu(architecture, config, place, statistics)
 
 
 def _write_model(folder: Path, architecture: Architecture) -> Path:
@@ -138,7 +128,7 @@ def _write_model(folder: Path, architecture: Architecture) -> Path:
 
 
 def _find_rows(config: RunConfig, session: Session) -> Rows | None:
-    """The person's own rows; None, with a word on why, where they or their tokenizer are not here.
+    """The person's own rows; None, with a note on why, where they or their tokenizer are not here.
 
     Raises UserError where the model cannot read them.
     """
@@ -146,19 +136,13 @@ def _find_rows(config: RunConfig, session: Session) -> Rows | None:
         tokenizer = open_tokenizer(config.tokenizer_config or config.base_model)
         rows, _ = prepare_rows(config, tokenizer, session)
     except UserError as error:
-        session.emit(Note("warning", f"Random tokens stand in for the rows. {error.what}"))
+        session.note("warning", f"Random tokens stand in for the rows. {error.what}")
         return None
     if not len(rows):
-        session.emit(Note("warning", "Random tokens stand in for the rows. None can be used."))
+        session.note("warning", "Random tokens stand in for the rows. None can be used.")
         return None
     refuse_unread(read_architecture(config.base_model), rows.prepared)
     return rows
-
-
-def _has_images(rows: Rows | None, config: RunConfig) -> bool:
-    if rows is None:
-        return config.processor_type is not None
-    return "image" in rows.prepared.tokens_by_kind()
 
 
 def _choose_data(
@@ -184,8 +168,8 @@ def _build(
     session.emit(Phase("load", detail=f"{architecture.class_name}, random weights"))
     with _part(LOADING, memory):
         weights = draw_weights(architecture, pick_dtype(config, memory.device), memory.device, 0)
-        base = load_base(folder, config, teller(session, "load"), weights, images=images)
-    session.emit(Note("info", base.report.sentence()))
+        base = load_base(folder, config, session.progress("load"), weights, images=images)
+    session.note("info", base.report.sentence())
     with _part(ATTACHING, memory):
         torch.manual_seed(config.seed)
         model = put_on_training(base, folder, config)

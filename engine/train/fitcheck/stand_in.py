@@ -1,20 +1,26 @@
-"""A smaller model of the same make, for a computer that could not build the real one in minutes.
+"""The model that is measured: the real one or a smaller one of its make, its weights drawn.
 
-It decides what a measurement stands for: two of the layers, and, where even those are too much, all
-widths divided by one number. The formula is then asked for exactly this model, so that what is
-compared is the formula, not the card.
+A computer without a GPU could not build the real one in minutes: there it has two of the layers,
+and, where even those are too much, all widths divided by one number. The formula is then asked for
+exactly this model, so that what is compared is the formula, not the card.
 """
 
+import zlib
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from engine.catalog import Architecture
 from engine.catalog.rows import module_table
 from engine.catalog.sizes import Mistral3Sizes, Mistral4Sizes, TextSizes, read_sizes
 from engine.config import RunConfig
 from engine.plan import Device, Statistics, estimate
+from engine.train.weight_files import StoredTensor
 
 LAYERS = 2
 """Enough for a kept state to lie between two layers, and for the last one to be freed first."""
@@ -26,6 +32,8 @@ NUMBERS = 10**9
 FACTORS = (1, 2, 4, 8, 16, 32)
 BLOCK = 64
 """bitsandbytes' NF4 takes whole blocks of so many numbers on a CPU."""
+_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+"""As a safetensors file would call them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +144,48 @@ def _text_widths(text: TextSizes, factor: int) -> Iterator[tuple[str, int]]:
 
 def _part(width: int, factor: int) -> int:
     return width if factor == 1 else max(BLOCK, -(-width // factor // BLOCK) * BLOCK)
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnTensor(StoredTensor):
+    """One tensor of no file, drawn anew each time, with the same numbers.
+
+    It is drawn, quantized and dropped before the next, by the code that loads a run.
+    """
+
+    kind: torch.dtype
+    device: torch.device
+    seed: int
+
+    def read(self, index: int | None = None) -> Tensor:
+        """All of it, or entry `index` of its first dimension, on the device.
+
+        A matrix keeps its input's length: normal numbers with a deviation of 1 / sqrt(inputs). What
+        scales a norm is one, and a bias zero.
+        """
+        shape = self.shape if index is None else self.shape[1:]
+        if len(self.shape) == 1:
+            make = torch.zeros if self.name.endswith("bias") else torch.ones
+            return make(shape, dtype=self.kind, device=self.device)
+        # A convolution's inputs are its channels and its window; each expert has its own.
+        stack = len(self.shape) == 3
+        inputs = self.shape[-1] if stack else torch.Size(self.shape[1:]).numel()
+        generator = torch.Generator(self.device).manual_seed(self._seed_of(index))
+        drawn = torch.empty(shape, dtype=self.kind, device=self.device)
+        return drawn.normal_(0.0, inputs**-0.5, generator=generator)
+
+    def _seed_of(self, index: int | None) -> int:
+        return zlib.crc32(f"{self.seed} {self.name} {index}".encode())
+
+
+def draw_weights(
+    architecture: Architecture, dtype: torch.dtype, device: torch.device, seed: int
+) -> Mapping[str, StoredTensor]:
+    """Every parameter of the model that has memory of its own, by its name."""
+    return {
+        row.name: DrawnTensor(
+            Path("drawn"), row.name, row.shape, _NAMES[dtype], dtype, device, seed
+        )
+        for row in architecture.table.parameters
+        if not row.tied
+    }
