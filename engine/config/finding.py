@@ -1,7 +1,7 @@
 """What is wrong with a config, as data: one finding, and the error that carries all of them.
 
-Separate because reading, the rules and the table of limits all produce findings, and the wizard,
-`lint` and the command line each show them in their own way.
+Reading, rules and limits all produce findings; the wizard and the commands each show them in their
+own way.
 """
 
 from collections.abc import Sequence

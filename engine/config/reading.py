@@ -108,7 +108,7 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
 def _assign(config: RunConfig, assignments: Sequence[str]) -> tuple[RunConfig, list[Finding]]:
     given = config.model_dump(mode="json", exclude_unset=True)
     values, problems = assigned(given, assignments)
-    return check_values(values, _ARGUMENTS, lambda key: None, problems)
+    return check_values(values, _ARGUMENTS, lambda key: None, problems, unsupported(config))
 
 
 def _read(document: Document) -> ConfigFile:
@@ -121,14 +121,16 @@ def check_values(
     name: str,
     line: Callable[[str], int | None],
     problems: Sequence[Finding] = (),
+    known: Sequence[Finding] = (),
 ) -> tuple[RunConfig, list[Finding]]:
     """The config that `values` describe, with notes. Raises ConfigError with every problem.
 
     `line` gives the line of a key that is written as in findings, datasets[0].path; `problems` are
     those that its text has, such as a key that stands there twice. Among the notes are errors, by
-    which Axolotl's keys are not supported; they are raised where there is another problem.
+    which Axolotl's keys are not supported. Where there is another problem, they are raised with it,
+    and all else that is not supported but what is `known`.
     """
-    check = _Check(dict(values), list(problems))
+    check = _Check(dict(values), list(problems), known)
     config = check.run()
     found = [
         finding if finding.line is not None else replace(finding, line=line(finding.key))
@@ -144,6 +146,7 @@ class _Check:
     values: dict[str, Value]
     found: list[Finding]
     """Every problem and every note."""
+    known: Sequence[Finding]
     unread: set[str] = field(default_factory=set)
     """Keys whose values are not the file's, because they could not be read."""
 
@@ -167,7 +170,8 @@ class _Check:
         )
         if not broken:
             return config
-        self.found += self.of_read_keys(unsupported(config))
+        not_supported = [each for each in unsupported(config) if each not in self.known]
+        self.found += self.of_read_keys(not_supported)
         return None
 
     def modernize(self) -> None:

@@ -1,7 +1,4 @@
-"""What every key of a config shares: strictness, the number types, defaults, values for a file.
-
-Separate so that the files of keys hold nothing but keys.
-"""
+"""What every key of a config shares: strictness, the number types, defaults, values for a file."""
 
 from typing import Annotated, Any
 

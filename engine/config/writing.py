@@ -1,7 +1,7 @@
 """From a RunConfig to text: a new file with the reason of each value, or a change in an own file.
 
-Separate from reading because only here does it matter which values a file needs to name: those
-that differ from the default, and those that Axolotl, which shares the format, has no default for.
+A file names the values that differ from the default, and those that Axolotl, which shares the
+format, has no default for.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,6 @@
 """How a value is spelled in YAML, so that YAML 1.1 and 1.2 readers read the same value.
 
-Separate from the writer because both a new file and a change inside a person's own file spell
-values. Axolotl reads with PyYAML, which is YAML 1.1: there `2e-5` and `1e-05` are text and `no` is
-false.
+Axolotl reads with PyYAML, which is YAML 1.1: there `2e-5` and `1e-05` are text and `no` is false.
 """
 
 import json

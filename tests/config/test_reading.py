@@ -246,6 +246,12 @@ class TestNotSupported:
         with pytest.raises(ConfigError, match="relora"):
             kept.override(["relora=true"]).require_supported()
 
+    def test_a_bad_argument_hears_nothing_of_what_the_file_says(self) -> None:
+        file = parse_config("base_model: x\nfsdp_config: {a: b}\n")
+        with pytest.raises(ConfigError) as caught:
+            file.override(["lora_rank=8"])
+        assert [finding.key for finding in caught.value.findings] == ["lora_rank"]
+
     def test_what_several_gpus_need_can_be_planned(self) -> None:
         file = parse_config("base_model: x\nfsdp_config: {a: b}\noptimizer: adamw_torch_8bit\n")
         assert file.require_supported(sharded=True)
