@@ -11,6 +11,7 @@ from textual.pilot import Pilot
 from engine.config import DatasetConfig
 from engine.hardware import assume
 from engine.plan import Statistics, best_device, cpu_device
+from engine.report.memory_bar import bar_parts, legend, share_cells, stretches
 from engine.units import gib
 from engine.wizard.counting import counted_of
 from engine.wizard.draft import Draft
@@ -21,7 +22,6 @@ from tui.app import WindtunnelApp
 from tui.entry import WizardRequest, make_draft
 from tui.page import Page
 from tui.widgets.fields import Fields
-from tui.widgets.memory_bar import bar_parts, share_cells
 
 ROWS = Statistics(480, 480, 142_150, 74_498, 33_180, 296.1, 688, 1213, (1213,) * 9 + (688,) * 471)
 
@@ -300,6 +300,10 @@ def test_the_bar_adds_up_and_an_overflow_is_drawn() -> None:
     assert sum(p.drawn_bytes for p in parts) == pytest.approx(large.device_bytes + kept, abs=1)
     assert sum(share_cells([3, 3, 3, 1], 71)) == 71
     assert share_cells([0, 0], 10) == [0, 0]
+    for cells in (20, 72):
+        assert sum(len(text) for _, text in stretches(parts, cells)) == cells
+    assert [part.name for part, _ in legend(parts, 200)] == [part.name for part in parts]
+    assert len(legend(parts, 30)) == 2
 
 
 def test_a_card_that_is_not_here_is_not_measured() -> None:
