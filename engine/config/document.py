@@ -14,6 +14,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from engine.config.axolotl import renamed
 from engine.config.finding import ConfigError, Finding, shown
 from engine.errors import UserError
 from engine.visible import visible
@@ -44,11 +45,17 @@ class Document:
     """What the text has besides: keys that stand there twice, tags that ask for objects."""
 
     def line(self, key: str) -> int | None:
-        """Line of `key`, written as in findings (datasets[0].path), or of what encloses it."""
+        """Line of `key`, written as in findings (datasets[0].path), or of what encloses it.
+
+        Of a key that stands here in an older spelling, the line of that.
+        """
         path = (key,) if (key,) in self.lines else key_path(key)
         while path and path not in self.lines:
             path = path[:-1]
-        return self.lines.get(path)
+        if path:
+            return self.lines[path]
+        older = (old for old, new in renamed().items() if new.key == key_path(key)[0])
+        return next((self.lines[old,] for old in older if (old,) in self.lines), None)
 
 
 def key_path(key: str) -> KeyPath:

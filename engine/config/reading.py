@@ -234,14 +234,14 @@ class _Check:
             sources = values.get(str(name))
             if name not in _SOURCES or not inside or not isinstance(sources, list):
                 values.pop(str(name), None)
-                continue
-            index = int(inside[0])
-            source = sources[index]
-            if len(inside) == 1 or not isinstance(source, dict):
-                sources[index] = {"path": "unread"}
-            else:
-                source.pop(str(inside[1]), None)
-                source.setdefault("path", "unread")
+            elif inside[0] in range(len(sources)):
+                index = int(inside[0])
+                source = sources[index]
+                if len(inside) == 1 or not isinstance(source, dict):
+                    sources[index] = {"path": "unread"}
+                else:
+                    source.pop(str(inside[1]), None)
+                    source.setdefault("path", "unread")
         values.setdefault("base_model", "unread")
         return values
 

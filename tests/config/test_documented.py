@@ -87,7 +87,7 @@ class TestEachCase:
             assert carried <= {"think", "text", "eos"}
 
 
-def words(name: str, row: int) -> list[str]:
+def pieces_of(name: str, row: int) -> list[str]:
     """The pieces of one row of a case."""
     case = FOLDER / name
     config = read_config(case / "config.yml").config
@@ -97,12 +97,12 @@ def words(name: str, row: int) -> list[str]:
 
 @pytest.mark.parametrize("name", ["small-4-effort-by-dataset", "small-4-vision-effort"])
 def test_an_effort_under_a_dataset_reaches_its_rows(name: str) -> None:
-    text = "".join(words(name, 0))
+    text = "".join(pieces_of(name, 0))
     assert '[MODEL_SETTINGS]{"reasoning_effort": "high"}[/MODEL_SETTINGS]' in text
 
 
 def test_an_effort_under_a_dataset_reaches_no_other_datasets_rows() -> None:
-    texts = ["".join(words("small-4-effort-by-dataset", row)) for row in range(3)]
+    texts = ["".join(pieces_of("small-4-effort-by-dataset", row)) for row in range(3)]
     assert ['"high"' in text for text in texts] == [True, True, False]
     assert '"none"' in texts[2]
 
@@ -114,7 +114,7 @@ def test_thinking_is_learned_between_its_tokens(name: str) -> None:
     case = FOLDER / name
     config = read_config(case / "config.yml").config
     entry = entries(config, case)[0]
-    pieces = words(name, 0)
+    pieces = pieces_of(name, 0)
     opened, closed = (
         max(at for at, piece in enumerate(pieces) if piece == token)
         for token in ("[THINK]", "[/THINK]")

@@ -109,6 +109,13 @@ class TestFiles:
         with pytest.raises(UserError, match="larger than 1 MiB"):
             read_config(path)
 
+    @pytest.mark.parametrize("key", ["datasets[x]", "datasets[7]", "datasets[0].path", "[", "a."])
+    def test_a_key_that_looks_like_a_place_and_stands_there_twice(self, key: str) -> None:
+        text = f"'{key}': 1\n'{key}': 2\nlora_r: x\ndatasets: [{{path: a}}]\n"
+        error = refusal(f"base_model: x\n{text}")
+        assert isinstance(error, ConfigError)
+        assert {"yaml", "bad-value"} <= {finding.id for finding in error.findings}
+
     @given(st.text(max_size=200) | st.text("ab:-[]{}#&*!|>'\"%@`\n \t,?", max_size=60))
     def test_no_text_gives_anything_but_a_config_or_a_sentence(self, text: str) -> None:
         error = outcome(text)

@@ -64,6 +64,12 @@ class TestMeaning:
         assert notes(f"{flag}: true")[flag] == "note"
         assert config(f"{flag}: false").attn_implementation is None
 
+    def test_what_is_said_of_an_older_spelling_names_its_line(self) -> None:
+        file = parse_config("base_model: x\nnoisy_embedding_alpha: 5\nsage_attention: true\n")
+        found = [(finding.line, finding.key) for finding in file.findings()]
+        assert (2, "neftune_noise_alpha") in found
+        assert (3, "attn_implementation") in found
+
     def test_older_names_of_other_keys(self) -> None:
         assert config("model_revision: main").revision_of_model == "main"
         assert config("bfloat16: true").bf16 is True
