@@ -47,8 +47,12 @@ class Limit:
 
     @property
     def whole(self) -> bool:
-        """Whether no value does anything but those that leave all as it is: 1 or true."""
-        return self.only is None and all(value == 1 for value in self.unless or ())
+        """Whether no value does anything; 1, and true where others change nothing, are none."""
+        nothing = (True, 1) if self.severity == "note" else (1,)
+        return self.only is None and all(
+            any(value == same and type(value) is type(same) for same in nothing)
+            for value in self.unless or ()
+        )
 
     def applies(self, value: object) -> bool:
         """Whether this value is one that is not acted on."""

@@ -37,7 +37,7 @@ class Explanation:
     allowed: tuple[str, ...]
     """The values, when there are only a few."""
     default: str
-    """As YAML spells it, or in words when it depends on other keys."""
+    """As YAML spells it, in words when it depends on other keys; empty where no value is read."""
     limit: str | None
     """What this engine does not act on, and what to do instead."""
 
@@ -93,7 +93,7 @@ def _explanation(level: Level, key: str) -> Explanation:
         meaning=meaning,
         takes=describe(schema) if ours else "",
         allowed=tuple(allowed(schema)) if ours else (),
-        default=_default(field, schema) if field is not None else "not set",
+        default=_default(field, schema) if field is not None else "",
         limit=None if limit is None else f"{_reach(limit)} {limit.why} {limit.fix}",
     )
 

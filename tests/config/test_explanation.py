@@ -60,7 +60,7 @@ class TestExplain:
         ]
 
     def test_every_key_fits_an_80_column_screen(self, run: Run) -> None:
-        for key in RunConfig.model_fields:
+        for key in (*RunConfig.model_fields, *limits(), *limits("dataset")):
             assert max(map(len, run("explain", key).splitlines())) <= 80, key
 
     def test_as_json(self, run: Run) -> None:
@@ -92,12 +92,19 @@ class TestExplain:
             "",
             "A key of Axolotl. A setting of distillation from a larger model (its plugin).",
             "",
-            "default   not set",
             "here      It is not supported yet. Windtunnel learns from the rows, not from",
             "          another model. Remove it, or run this file with Axolotl.",
         ]
-        (found,) = explain_key("strict")
-        assert "It has no effect here." in str(found.limit)
+        for key, reach in (
+            ("strict", "It has no effect here."),
+            ("save_safetensors", "It has no effect here."),
+            ("dp_shard_size", "It is not supported yet."),
+            ("shuffle_merged_datasets", "Some values are not supported yet."),
+            ("plugins", "Some values are not supported yet."),
+            ("datasets.weight", "It is not supported yet."),
+        ):
+            (found,) = explain_key(key)
+            assert reach in str(found.limit), key
         both = [found.key for found in explain_key("chat_template")]
         assert both == ["chat_template", "datasets[].chat_template"]
 
