@@ -141,7 +141,7 @@ class Child:
         return WorkError(what, f"It {how} {abs(status)}{': ' + said if said else ''}.", fix)
 
     def end(self, grace_seconds: float, *, at_once: bool = False) -> None:
-        """End it: it is told by the end of its input, and killed where it does not follow."""
+        """End it: the end of its input asks for that, and it is killed where it does not follow."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()

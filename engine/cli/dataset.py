@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -307,13 +307,13 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
     selection = prepared.select(rule, run.sequence_len, run.excess_length_strategy)
     report: dict[str, Any] = {
         "rows": len(prepared),
-        "tokens": prepared.meta["tokens"],
+        "tokens": prepared.meta.tokens,
         "learned_tokens": prepared.learned_tokens(rule),
         "seconds": round(time.monotonic() - start, 3),
         "reused": prepared.reused,
         "path": str(prepared.folder),
-        "bad_rows": prepared.meta["bad_rows"],
-        "problems": prepared.meta["problems"],
+        "bad_rows": prepared.meta.bad_rows,
+        "problems": [asdict(problem) for problem in prepared.meta.problems],
         "used_rows": len(selection.rows),
         "too_long": selection.too_long,
         "truncated": selection.truncated,
@@ -324,6 +324,7 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
         print(json.dumps(report))
     else:
         _print_report(report, run.sequence_len)
+        _print_problems(prepared.meta.problems)
     return 0
 
 
@@ -347,8 +348,6 @@ def _show_progress(progress: "Progress") -> None:
 
 
 def _print_report(report: dict[str, Any], sequence_len: int) -> None:
-    from engine.data.statistics import BadRow
-
     made = "found as they were, nothing tokenized" if report["reused"] else "tokenized"
     _clear_progress()
     print(
@@ -365,4 +364,3 @@ def _print_report(report: dict[str, Any], sequence_len: int) -> None:
     for what, count in left_out.items():
         if count:
             print(f"! rows {what}: {count}")
-    _print_problems([BadRow(**problem) for problem in report["problems"]])

@@ -9,17 +9,19 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from msgspec import convert, to_builtins
 
 from engine.chat.images import ImageSpec
 from engine.chat.render import Rendered
 from engine.data.images import ImageName, image_digest
-from engine.data.prepared import ARRAYS, META, count_elements
+from engine.data.prepared import ARRAYS, META, Counts, count_elements
 from engine.data.rows import RenderedRow
+from engine.data.statistics import BadRow
 from engine.files import sweep, sync, write_whole
 
 _STATE = "progress.json"
@@ -35,24 +37,6 @@ class Interval:
 
     rows: int = 10_000
     tokens: int = 2_000_000
-
-
-@dataclass(slots=True)
-class _State:
-    """What is durable: the rows taken from the source, and the counts that go into meta.json."""
-
-    source_rows: int = 0
-    rows: int = 0
-    tokens: int = 0
-    bad_rows: int = 0
-    problems: list[dict[str, Any]] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
-    notes: dict[str, int] = field(default_factory=dict)
-    kind_counts: dict[str, int] = field(default_factory=dict)
-    images: int = 0
-    image_bytes: int = 0
-    placed_images: int = 0
-    image_name_bytes: int = 0
 
 
 def content_hash(rendered: Rendered) -> int:
@@ -94,7 +78,7 @@ class ArrayWriter:
         return self._state.rows
 
     @property
-    def first_problem(self) -> dict[str, Any]:
+    def first_problem(self) -> BadRow:
         return self._state.problems[0]
 
     def _open(self, name: str) -> IO[bytes]:
@@ -106,7 +90,7 @@ class ArrayWriter:
         return file
 
     def add(self, row: RenderedRow) -> None:
-        """One row; a bad one is counted and the first hundred are kept word for word."""
+        """One row; a bad one is counted and the first hundred are kept."""
         state = self._state
         state.source_rows += 1
         self._since += 1
@@ -114,7 +98,7 @@ class ArrayWriter:
         if row.problem is not None:
             state.bad_rows += 1
             if len(state.problems) < _LISTED_PROBLEMS:
-                state.problems.append(asdict(row.bad_row(row.problem)))
+                state.problems.append(row.bad_row(row.problem))
         else:
             assert row.rendered is not None
             assert row.conversation is not None
@@ -187,14 +171,12 @@ class ArrayWriter:
         self._pending_tokens = self._since = 0
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
-        text = json.dumps(value, indent=1, sort_keys=True)
+        text = json.dumps(to_builtins(value, str_keys=True), indent=1, sort_keys=True)
         write_whole(self._folder / name, text.encode())
 
     def _count(self, kinds: Any) -> None:
         counts = Counter(self._state.kind_counts)
-        counts.update(
-            {str(kind): int(count) for kind, count in enumerate(np.bincount(kinds)) if count}
-        )
+        counts.update({kind: int(count) for kind, count in enumerate(np.bincount(kinds)) if count})
         self._state.kind_counts = dict(counts)
 
     def finish(self, key: str, image_spec: ImageSpec | None = None) -> None:
@@ -215,13 +197,13 @@ class ArrayWriter:
             file.close()
 
 
-def _durable_bytes(name: str, state: _State) -> int:
+def _durable_bytes(name: str, state: Counts) -> int:
     if name in ("offsets", "row_images", "image_offsets") and not state.rows:
         return 0
-    return np.dtype(ARRAYS[name]).itemsize * count_elements(name, asdict(state))
+    return np.dtype(ARRAYS[name]).itemsize * count_elements(name, state)
 
 
-def _read_images(folder: Path, state: _State) -> dict[str, int]:
+def _read_images(folder: Path, state: Counts) -> dict[str, int]:
     """Digest -> number of the images that are durable."""
     numbers: dict[str, int] = {}
     if state.images:
@@ -243,13 +225,13 @@ def read_image_names(folder: Path, size_bytes: int | None = None) -> list[ImageN
     return [ImageName(*json.loads(line)) for line in whole]
 
 
-def _read_state(folder: Path) -> _State:
+def _read_state(folder: Path) -> Counts:
     """The last durable point, or the beginning where there is none that can be trusted."""
     try:
-        state = _State(**json.loads((folder / _STATE).read_text("utf-8")))
+        state = convert(json.loads((folder / _STATE).read_text("utf-8")), Counts, str_keys=True)
         sizes: Sequence[tuple[int, int]] = [
             ((folder / name).stat().st_size, _durable_bytes(name, state)) for name in ARRAYS
         ]
     except (OSError, ValueError, TypeError):
-        return _State()
-    return state if all(present >= durable for present, durable in sizes) else _State()
+        return Counts()
+    return state if all(present >= durable for present, durable in sizes) else Counts()

@@ -1,7 +1,6 @@
 """Paths in a config, made to mean the same from any folder.
 
-Separate because a run folder and a plan need it alike: what a person writes is relative to the file
-that they write it in.
+What a person writes is relative to the file that they write it in; a run folder is elsewhere.
 """
 
 import os

@@ -1,7 +1,6 @@
 """Images on the web: fetched once, within limits, and kept in the user's cache by their URL.
 
-Apart from `images` because it is the one place where a row of a stranger makes this computer ask
-the network. Only http and https are spoken, after a redirect too.
+The one place where a row of a stranger makes this computer ask the network. Only http and https are spoken, after a redirect too.
 """
 
 import hashlib

@@ -29,6 +29,7 @@ from engine.data.images import ImageFinder, ImageRules, image_digest
 from engine.data.prepared import Prepared, read_meta
 from engine.data.rows import RenderedRow, adapt_tokenizer, effective_datasets, iterate_rendered
 from engine.data.sources import Location, locate
+from engine.data.statistics import BadRow
 from engine.errors import UserError, WorkError
 from engine.files import sync
 
@@ -267,9 +268,9 @@ def _fill(partial: Path, job: _Job, interval: Interval, report: OnProgress) -> N
         writer.close()
 
 
-def _no_usable_row(problem: dict[str, Any], rows: int) -> UserError:
+def _no_usable_row(problem: BadRow, rows: int) -> UserError:
     return UserError(
         f"None of the {rows} rows can be used.",
-        f"Line {problem['line']} of {problem['file']}: {problem['what']} {problem['why']}",
-        problem["fix"],
+        f"Line {problem.line} of {problem.file}: {problem.what} {problem.why}",
+        problem.fix,
     )

@@ -8,13 +8,13 @@ turning the switch tokenizes nothing.
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from msgspec import convert
 from numpy.typing import NDArray
 
 from engine.chat.images import ImageSpec
@@ -29,7 +29,7 @@ from engine.chat.render import (
     truncate,
 )
 from engine.data.pack import mix
-from engine.data.statistics import count_held_out
+from engine.data.statistics import BadRow, count_held_out
 from engine.errors import UserError, WorkError
 
 META = "meta.json"
@@ -56,6 +56,32 @@ _SCAN_TOKENS = 2**22
 
 Indices = NDArray[np.int64]
 LengthStrategy = Literal["drop", "truncate", "raise"]
+
+
+@dataclass(slots=True)
+class Counts:
+    """What is in the arrays, and how many rows of the source it took."""
+
+    source_rows: int = 0
+    rows: int = 0
+    tokens: int = 0
+    bad_rows: int = 0
+    problems: list[BadRow] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
+    kind_counts: dict[int, int] = field(default_factory=dict)
+    images: int = 0
+    image_bytes: int = 0
+    placed_images: int = 0
+    image_name_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Meta(Counts):
+    """meta.json: the counts, the key of the arrays, and how their images are brought to grids."""
+
+    key: str = ""
+    image: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +127,7 @@ class Prepared:
         self.lengths: Indices = np.diff(self.offsets)
 
     def __len__(self) -> int:
-        return int(self.meta["rows"])
+        return self.meta.rows
 
     def _row(self, name: str, index: int) -> NDArray[Any]:
         return self._arrays[name][self.offsets[index] : self.offsets[index + 1]]
@@ -132,7 +158,7 @@ class Prepared:
     @property
     def image_spec(self) -> ImageSpec | None:
         """How the images are brought to their grids; None where no row has an image."""
-        return ImageSpec(*self.meta["image"]) if self.meta["image"] else None
+        return ImageSpec(*self.meta.image) if self.meta.image else None
 
     def rendered(self, index: int) -> Rendered:
         """The row as the renderer made it."""
@@ -152,7 +178,7 @@ class Prepared:
 
     def file(self, index: int) -> str:
         """The name of the file that the row comes from."""
-        return str(self.meta["files"][int(self._arrays["files"][index])])
+        return self.meta.files[int(self._arrays["files"][index])]
 
     @property
     def datasets(self) -> NDArray[np.int32]:
@@ -182,15 +208,14 @@ class Prepared:
     def tokens_by_kind(self) -> dict[str, int]:
         """How many tokens of each kind, by its word, withheld ones among them."""
         counts: dict[str, int] = {}
-        for value, count in self.meta["kind_counts"].items():
-            word = Kind(int(value) & ~WITHHELD).word
+        for value, count in self.meta.kind_counts.items():
+            word = Kind(value & ~WITHHELD).word
             counts[word] = counts.get(word, 0) + count
         return counts
 
     def learned_tokens(self, rule: LabelRule) -> int:
         """Learned tokens of all rows under `rule`, from the stored counts alone."""
-        counts = {int(kind): count for kind, count in self.meta["kind_counts"].items()}
-        return count_learned(counts, rule)
+        return count_learned(self.meta.kind_counts, rule)
 
     def refuse_if_nothing_learned(self, rule: LabelRule) -> None:
         """Raises `UserError` when no token of any row carries the loss."""
@@ -314,10 +339,10 @@ def _link_or_copy(source: Path, target: Path) -> None:
             os.fsync(copy.fileno())
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> Meta:
     """meta.json of a folder whose arrays have the sizes that it states; `WorkError` otherwise."""
     try:
-        meta: dict[str, Any] = json.loads((folder / META).read_text("utf-8"))
+        meta = convert(json.loads((folder / META).read_text("utf-8")), Meta, str_keys=True)
         sizes = {name: (folder / name).stat().st_size for name in ARRAYS}
         expected = {
             name: np.dtype(dtype).itemsize * count_elements(name, meta)
@@ -331,24 +356,23 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def count_elements(name: str, meta: Mapping[str, Any]) -> int:
-    """How many elements the file `name` of ARRAYS has, by the counts of meta.json."""
+def count_elements(name: str, counts: Counts) -> int:
+    """How many elements the file `name` of ARRAYS has, by the counts."""
     match name:
         case "ids" | "kinds" | "sources":
-            count = meta["tokens"]
+            return counts.tokens
         case "offsets" | "row_images":
-            count = meta["rows"] + 1
+            return counts.rows + 1
         case "images":
-            count = meta["image_bytes"]
+            return counts.image_bytes
         case "image_offsets":
-            count = meta["images"] + 1
+            return counts.images + 1
         case "image_grids":
-            count = 3 * meta["placed_images"]
+            return 3 * counts.placed_images
         case "image_names":
-            count = meta["image_name_bytes"]
+            return counts.image_name_bytes
         case _:
-            count = meta["rows"]
-    return int(count)
+            return counts.rows
 
 
 def _map(path: Path, dtype: str) -> NDArray[Any]:

@@ -1,7 +1,7 @@
 """A previewed row as text for a terminal of any ability.
 
 What is learned is said by a word, a count and a mark around it, never by colour; control tokens
-are told by their id, so that a text which spells one out does not look like one.
+are known by their id, so that a text which spells one out does not look like one.
 """
 
 from itertools import groupby

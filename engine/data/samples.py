@@ -1,7 +1,6 @@
 """The datasets that come with Windtunnel, each by the name that `sample:NAME` uses.
 
-A sample is a folder of `presets/samples`: its `train.jsonl` is what the name stands for. It is
-apart from `sources` so that a list of them can be shown without reading a row of anything else.
+A sample is a folder of `presets/samples`: its `train.jsonl` is what the name stands for.
 """
 
 from dataclasses import dataclass

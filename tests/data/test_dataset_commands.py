@@ -217,7 +217,7 @@ class TestPrepare:
         made = json.loads(out)
         assert status == 0
         assert (made["rows"], made["bad_rows"], made["reused"]) == (2, 1, False)
-        assert made["learned_tokens"] == 4
+        assert (made["learned_tokens"], made["used_rows"]) == (4, 2)
         assert made["tokens"] > 4
         assert made["seconds"] > 0
         assert Path(made["path"]).parent == config_file.parent / "store"

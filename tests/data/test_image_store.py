@@ -61,9 +61,10 @@ def test_each_row_has_its_images_and_each_image_is_kept_once(folder, seeing):
     assert (dog.rows, dog.columns) == (3, 3)
     assert prepared.image_spec == ImageSpec(14, 1540, 2, "bicubic")
     assert pixels(cat.content, cat.rows, cat.columns, prepared.image_spec).shape == (3, 56, 84)
-    assert prepared.meta["image"][:3] == [14, 1540, 2]
-    assert prepared.meta["images"] == 3
-    assert prepared.meta["problems"][0]["line"] == 4
+    assert prepared.meta.image
+    assert prepared.meta.image[:3] == (14, 1540, 2)
+    assert prepared.meta.images == 3
+    assert prepared.meta.problems[0].line == 4
     assert prepared.rendered(0).images[1].rows == 3
 
 
@@ -104,7 +105,7 @@ def test_a_changed_image_is_seen_and_one_that_appears(folder, seeing):
     assert not changed.reused
     assert (changed.images(0)[1].rows, changed.images(0)[1].columns) == (4, 4)
     (folder / "gone.png").write_bytes(png())
-    assert made(folder, seeing).meta["bad_rows"] == 0
+    assert made(folder, seeing).meta.bad_rows == 0
 
 
 def test_size_and_algorithm_are_part_of_what_is_kept(folder, seeing):

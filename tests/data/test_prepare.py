@@ -90,7 +90,7 @@ class TestFormats:
         for name in ("a.jsonl", "a.json", "b.json", "a.csv", "a.parquet", "folder"):
             prepared = prepare(config_for(data / name), tmp_path, tokenizer, tmp_path / "store")
             assert not prepared.reused
-            assert prepared.meta["bad_rows"] == 0, prepared.meta["problems"]
+            assert prepared.meta.bad_rows == 0, prepared.meta.problems
             arrays[name] = content(prepared.folder, "ids", "kinds", "sources", "offsets", "hashes")
         assert all(found == arrays["a.jsonl"] for found in arrays.values())
 
@@ -117,8 +117,8 @@ class TestFormats:
         assert [prepared.line(index) for index in range(4)] == [1, 3, 4, 5]
         assert prepared.file(0) == "rows.jsonl"
         assert prepared.lengths.tolist() == [len(prepared.ids(index)) for index in range(4)]
-        assert prepared.meta["bad_rows"] == 1
-        assert prepared.meta["problems"][0]["line"] == 2
+        assert prepared.meta.bad_rows == 1
+        assert prepared.meta.problems[0].line == 2
 
     def test_several_datasets_follow_one_another(self, tmp_path, tokenizer, write_jsonl):
         paths = [write_jsonl(short_rows(count), f"{count}.jsonl") for count in (2, 3)]
@@ -444,7 +444,7 @@ def test_labels_come_from_the_kinds_at_load(tmp_path, tokenizer, write_jsonl):
         lengths = prepared.learned_lengths(rule)
         assert lengths.sum() == prepared.learned_tokens(rule)
     counts = prepared.tokens_by_kind()
-    assert sum(counts.values()) == prepared.meta["tokens"]
+    assert sum(counts.values()) == prepared.meta.tokens
     assert counts["think"] == prepared.learned_tokens(LabelRule()) - prepared.learned_tokens(
         LabelRule(thinking=False)
     )

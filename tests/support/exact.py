@@ -28,7 +28,7 @@ from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from pydantic import ValidationError
 
 from engine.chat.messages import Conversation, Image, Message, Part, RowProblem, Text, Think
-from engine.chat.render.fast import measure
+from engine.chat.render.encode import measure
 from engine.chat.render.kinds import WITHHELD, Kind, Kinds, Rendered, RenderedImage
 from engine.chat.render.thinking import settle
 from engine.chat.tokenizer.chat_tokenizer import ChatTokenizer, grid_url

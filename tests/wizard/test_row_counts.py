@@ -127,7 +127,7 @@ def test_a_config_has_the_same_rows_for_everybody(
     prepared = prepare(config, tmp_path, open_tokenizer(config.base_model), tmp_path / "store")
     rule, kinds = label_rule(config), prepared.tokens_by_kind()
     assert len(prepared) == estimated.usable_rows
-    assert prepared.meta["tokens"] == estimated.total_tokens
+    assert prepared.meta.tokens == estimated.total_tokens
     assert prepared.learned_tokens(rule) == estimated.learned_tokens
     assert int(np.max(prepared.lengths)) == estimated.longest_tokens
     assert kinds.get("image", 0) == estimated.image_tokens

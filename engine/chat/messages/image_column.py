@@ -1,7 +1,6 @@
 """Images in a column beside the messages, and their places among the texts.
 
-Separate from `image` because a column is the row's: how many images it has, and where they belong,
-can only be said when all messages are read.
+How many there are, and where they belong, can only be said when all messages are read.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,6 @@
 """How one dataset spells its rows: the config's keys, turned into lookups once.
 
-It is apart from the reader so that a misspelt key in the config is an error before the first row.
+Made before the first row is read, so that a misspelt key in the config is an error by then.
 """
 
 from collections.abc import Mapping

@@ -7,7 +7,7 @@ control token: so piece boundaries are token boundaries and the masks are exact 
 from typing import TYPE_CHECKING, Literal
 
 from engine.chat.messages import Conversation, RowProblem
-from engine.chat.render.fast import encode_fast
+from engine.chat.render.encode import encode
 from engine.chat.render.kinds import (
     IGNORED_LABEL,
     WITHHELD,
@@ -57,7 +57,7 @@ def render(
     """
     settled = settle(conversation, tokenizer, history_thinking)
     try:
-        return encode_fast(settled, tokenizer)
+        return encode(settled, tokenizer)
     except BaseException as error:
         # tiktoken's Rust panics on a run of some 10^6 blanks, outside Exception and unexported.
         if type(error).__name__ != "PanicException":

@@ -40,11 +40,11 @@ _JOIN = "\n\n"
 Piece: TypeAlias = int | str
 
 
-def encode_fast(conversation: Conversation, tokenizer: "ChatTokenizer") -> Rendered:
+def encode(conversation: Conversation, tokenizer: "ChatTokenizer") -> Rendered:
     """The arrays of a settled conversation. Raises RowProblem where the version refuses it."""
     check_version(conversation, tokenizer)
-    page = _Page(conversation, tokenizer)
-    page.write(_BOS, -1, tokenizer.specials.bos)
+    writer = _TokenWriter(conversation, tokenizer)
+    writer.write(_BOS, -1, tokenizer.specials.bos)
     messages = conversation.messages
     if tokenizer.version == "v3" and next(m for m in messages if m.role != "system").role != "user":
         messages = (Message("user", ""), *messages)  # as mistral-common does
@@ -59,15 +59,15 @@ def encode_fast(conversation: Conversation, tokenizer: "ChatTokenizer") -> Rende
         turn = messages[start:end]
         if role == "assistant":
             calls = [call for message in turn for call in message.tool_calls]
-            page.write_assistant(turn, calls)
+            writer.write_assistant(turn, calls)
         elif role == "user":
-            page.write_user(turn, start <= tools_at < end)
+            writer.write_user(turn, start <= tools_at < end)
         elif role == "tool":
-            page.write_results(turn, calls)
+            writer.write_results(turn, calls)
         elif tokenizer.version != "v3":
-            page.write_system(turn)
+            writer.write_system(turn)
         start = end
-    return page.finish()
+    return writer.finish()
 
 
 def _place_of_tools(messages: Sequence[Message], version: str) -> int:
@@ -78,8 +78,8 @@ def _place_of_tools(messages: Sequence[Message], version: str) -> int:
     return users[-1] if version in ("v3", "v7", "v11") else users[0]
 
 
-class _Page:
-    """The conversation as it is written: ids, and runs of tokens of one kind and source."""
+class _TokenWriter:
+    """Writes a conversation: ids, and runs of tokens of one kind and source."""
 
     __slots__ = (
         "_chunk_join",
