@@ -1,6 +1,7 @@
 """Images on the web: fetched once, within limits, and kept in the user's cache by their URL.
 
-The one place where a row of a stranger makes this computer ask the network. Only http and https are spoken, after a redirect too.
+The one place where a row of a stranger makes this computer ask the network.
+Only http and https are spoken, after a redirect too.
 """
 
 import hashlib

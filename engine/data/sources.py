@@ -1,8 +1,9 @@
 """Which files a dataset names, and one row after another out of them.
 
-A row here is any JSON object; what is wrong with it as a conversation is for `engine.chat`. A line that cannot be read becomes a problem with its number and
-reading goes on; only damage that hides the rest of a file (a cut gzip, a broken Parquet footer, a
-JSON array that stops being JSON) ends it, as a `UserError`. Memory is bounded by one row.
+A row here is any JSON object; what is wrong with it as a conversation is for `engine.chat`. A line
+that cannot be read becomes a problem with its number and reading goes on; only damage that hides
+the rest of a file (a cut gzip, a broken Parquet footer, a JSON array that stops being JSON) ends
+it, as a `UserError`. Memory is bounded by one row.
 """
 
 import difflib
