@@ -20,6 +20,8 @@ from engine.chat.tokenizer_file import tokenizer_name
 from engine.cli.printing import print_lines, terminal_columns, underlines
 from engine.config import ConfigError, DatasetConfig, RunConfig, read_config, section_of
 from engine.errors import UserError
+from engine.report import Line
+from engine.report.data import bad_row_line, image_lines, list_remarks
 from engine.units import counted
 from engine.visible import visible
 
@@ -141,10 +143,8 @@ def check_data(
 
 
 def _print_checkup(found: "Checkup") -> None:
-    from engine.data.checkup import image_sentence
-
     _clear_progress()
-    print(f"{counted(found.rows, 'row')}, {found.usable} usable")
+    print(f"{counted(found.rows, 'row')}, {found.usable:,} usable")
     if found.tokens is not None:
         tokens, length = found.tokens, found.tokens.row_length
         print(
@@ -153,27 +153,19 @@ def _print_checkup(found: "Checkup") -> None:
             f"row length: mean {length.mean}, median {length.p50}, p95 {length.p95},"
             f" p99 {length.p99}, longest {length.max}"
         )
-    if found.images.count:
-        print(image_sentence(found))
+    print_lines(image_lines(found))
     _print_problems(found.problems)
-    for finding in found.findings:
-        lines = ", ".join(map(str, finding.lines))
-        more = ", ..." if finding.rows > len(finding.lines) else ""
-        print_lines([f"· {counted(finding.rows, 'row')} (line {lines}{more}): {finding.text}"])
-    for warning in found.warnings:
-        print_lines([f"! {warning}"])
+    remarks = [remark.line for remark in list_remarks(found)]
+    print_lines(str(line) for line in remarks if line.mark in ("!", "·"))
     if found.tokens is None:
-        print_lines(["· Tokens are not counted: name a model with --model."])
+        print_lines([Line("·", "", "Tokens are not counted: name a model with --model.")])
 
 
 def _print_problems(problems: "Sequence[BadRow]") -> None:
-    for problem in problems[:_SHOWN_PROBLEMS]:
-        where = f"{problem.file} line {problem.line}"
-        if problem.message is not None:
-            where += f", message {problem.message}"
-        print_lines([f"✗ {where}: {problem.what} {problem.why} {problem.fix}"])
+    print_lines(map(bad_row_line, problems[:_SHOWN_PROBLEMS]))
     if len(problems) > _SHOWN_PROBLEMS:
-        print(f"✗ and {len(problems) - _SHOWN_PROBLEMS} more; --json lists them")
+        more = f"and {len(problems) - _SHOWN_PROBLEMS:,} more; --json lists them"
+        print_lines([Line("✗", "", more)])
 
 
 def preview_data(

@@ -33,7 +33,6 @@ from engine.data.statistics import (
     ProblemGroup,
     TokenStatistics,
 )
-from engine.units import counted
 
 _PROGRESS_ROWS = 64
 _NOTE_EXAMPLES = 5
@@ -293,17 +292,6 @@ def length_statistics(lengths: Any) -> Lengths:
     p50, p95, p99 = np.percentile(lengths, (50, 95, 99), method="inverted_cdf")
     return Lengths(
         round(float(lengths.mean()), 1), int(p50), int(p95), int(p99), int(lengths.max())
-    )
-
-
-def image_sentence(found: Checkup) -> str:
-    """The images of a checkup in one line."""
-    images, (width, height) = found.images, found.images.largest
-    tokens = f", {found.tokens.by_kind['image']} tokens" if found.tokens else ""
-    return (
-        f"{counted(images.count, 'image')} in {counted(images.rows, 'row')}{tokens}:"
-        f" {images.different:,} different,"
-        f" {images.different_bytes / 1e6:.1f} MB, the largest {width}x{height}"
     )
 
 

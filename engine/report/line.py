@@ -45,4 +45,5 @@ class Line:
     @property
     def whole(self) -> str:
         """The line with its detail."""
-        return f"{self}, {self.detail}" if self.detail else str(self)
+        gap = " " if self.text.endswith((".", "?", "!")) else ", "
+        return f"{self}{gap}{self.detail}" if self.detail else str(self)

@@ -82,13 +82,13 @@ class TestCheck:
         status, out, _ = run("check", write_jsonl([chat("q"), row]))
         assert status == 0
         assert "2 rows, 1 usable" in out
-        assert "✗ rows.jsonl line 2, message 1:" in out
+        assert "✗ line 2 of rows.jsonl, message 1:" in out
 
     def test_no_control_byte_reaches_the_terminal(self, run, write_jsonl):
         row = chat("q")
         row["messages"][1]["role"] = "ro\x1b]0;bot\x07"
         _, out, _ = run("check", write_jsonl([chat("q"), row], "ro\x1b[2Jws\u202e.jsonl"))
-        assert "✗ ro␛[2Jws⟨U+202E⟩.jsonl line 2" in out
+        assert "✗ line 2 of ro␛[2Jws⟨U+202E⟩.jsonl" in out
         assert not set(out) & set("\x1b\x07\u202e")
 
     def test_a_missing_file_is_a_wrong_request(self, run):
@@ -98,7 +98,7 @@ class TestCheck:
 
     def test_many_problems_are_listed_in_part(self, run, write_jsonl):
         _, out, _ = run("check", write_jsonl([7] * 50))
-        assert out.count("✗ rows.jsonl line") == 20
+        assert out.count(" of rows.jsonl") == 20
         assert "and 30 more" in out
 
 
@@ -235,7 +235,7 @@ class TestPrepare:
         assert status == 0
         assert "2 rows, 15 tokens, 4 learned: tokenized in" in out
         assert "! rows that cannot be used: 1" in out
-        assert "✗ rows.jsonl line 2" in out
+        assert "✗ line 2 of rows.jsonl" in out
         assert "nothing tokenized" in run("prepare", config_file)[1]
 
     def test_a_tokenizer_folder_is_found_from_the_config_not_from_here(

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from engine.chat.render import LabelRule
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
 from engine.config import DatasetConfig, RunConfig
-from engine.data.checkup import check_config, image_sentence
+from engine.data.checkup import check_config
 from engine.data.image_fetch import find_fetched
 from engine.data.images import ImageRules
 from engine.data.preview import preview_entry, preview_row
@@ -23,6 +23,7 @@ from engine.data.preview_text import row_text
 from engine.data.rows import RenderedRow, iterate_rendered
 from engine.data.shape import read_shape
 from engine.errors import UserError, WorkError
+from engine.report.data import image_lines
 from tests.support.data import about, config_of
 from tests.support.pictures import png
 from tests.support.tokenizers import tokenizer_of
@@ -256,7 +257,9 @@ class TestReports:
         assert images.largest == (60, 40)
         assert [problem.line for problem in found.problems] == [2]
         assert found.tokens.by_kind["image"] == 16
-        assert image_sentence(found).startswith("2 images in 1 row, 16 tokens: 1 different")
+        (line,) = image_lines(found)
+        assert line.text.startswith("2 in 1 row, 16 tokens; 1 different, ")
+        assert line.text.endswith(", up to 60x40")
 
     def test_a_preview_shows_an_image_as_one_mark(self, data, seeing):
         path = data / "rows.jsonl"

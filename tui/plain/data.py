@@ -13,6 +13,7 @@ from engine.config import DatasetConfig
 from engine.data.samples import SAMPLE_PREFIX, list_samples
 from engine.data.sources import KNOWN_ENDINGS, locate
 from engine.errors import UserError
+from engine.report.data import image_lines, list_remarks
 from engine.wizard.counting import counted_of, take_count
 from engine.wizard.draft import Draft
 from tui.plain.dialogue import Answer, Dialogue
@@ -78,8 +79,6 @@ def _choose_dataset(setup: Setup) -> DatasetConfig | None:
 
 def _consider(setup: Setup, dataset: DatasetConfig) -> bool:
     """Read a dataset and say what is in it; whether the person takes it."""
-    from engine.data.checkup import image_sentence
-
     dialogue = setup.dialogue
     if not _may_connect(dialogue, dataset):
         return False
@@ -87,10 +86,9 @@ def _consider(setup: Setup, dataset: DatasetConfig) -> bool:
     trial.draft, trial.found = _with_dataset(setup.draft, dataset), None
     found = count(trial)
     assert found is not None
-    remarks = list_remarks(trial)
+    remarks = describe_remarks(trial)
     length = found.tokens.row_length if found.tokens else None
-    if found.images.count:
-        remarks.insert(0, f"  {image_sentence(found)}.")
+    remarks[:0] = [f"  {line}" for line in image_lines(found)]
     told = f"  Read {found.rows:,} rows: {found.usable:,} usable"
     if found.tokens and length and found.usable:
         told += f", {found.tokens.total:,} tokens, longest row {length.max:,}"
@@ -174,17 +172,7 @@ def count(setup: Setup) -> "Checkup | None":
     return setup.found
 
 
-def list_remarks(setup: Setup) -> list[str]:
+def describe_remarks(setup: Setup) -> list[str]:
     """What to know about the rows, a line each, the worst first."""
-    found = setup.found
-    assert found is not None
-    lines = [
-        f"  x {group.count:,} of {found.rows:,} rows: {group.first.what} {group.first.fix}"
-        f" (first: line {group.first.line} of {group.first.file})"
-        for group in found.groups
-    ]
-    lines += [f"  ! {warning}" for warning in found.warnings]
-    return lines + [
-        f"  . {finding.rows:,} rows: {finding.text} (first: line {finding.lines[0]})"
-        for finding in found.findings
-    ]
+    assert setup.found is not None
+    return [f"  {remark.line.whole}" for remark in list_remarks(setup.found)]

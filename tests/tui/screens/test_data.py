@@ -14,7 +14,7 @@ from PIL import Image
 from engine.wizard.offers import complete_path, find_newest
 from tests.support.screens import assert_golden
 from tests.support.stand_in import SAMPLE, draft_on, opened, run
-from tui.screens.data.findings import spark
+from tui.screens.data.panels import spark
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_what_is_wrong_is_listed_worst_first_with_a_place_and_a_repair(folder) -
             assert "✗ 3 rows: The row has no assistant message. (line 122 of rows" in told[0]
             assert "✗ 1 row: The line is not JSON." in told[1]
             assert "! 1 row: The answer is blank" in told[2]
-            assert "! 1 row repeating" in screen.text
+            assert "! 1 row: repeating" in screen.text
             await screen.press("tab", "enter")
             await screen.until("fix   Add the answer that the model should give")
             assert "rows  122, 123, 124" in screen.text

@@ -6,6 +6,7 @@ asked only after the person has agreed.
 
 import asyncio
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Final, Literal
 
@@ -22,13 +23,14 @@ from engine.data.shape import mapped
 from engine.data.sources import locate
 from engine.data.statistics import Checkup
 from engine.errors import UserError
+from engine.report.data import Remark, list_remarks, rows_verdict
 from engine.visible import visible
 from engine.wizard.commands import check_command
 from engine.wizard.counting import rows_config, take_count, with_rows
 from engine.wizard.offers import Source, find_newest, list_sources
+from tui.line import marked
 from tui.page import HelpText, Key, Page
-from tui.screens.data.findings import Remark, describe_rows, list_remarks, say_verdict
-from tui.screens.data.panels import MappingPanel, first_rows
+from tui.screens.data.panels import MappingPanel, first_rows, found_content
 from tui.screens.data.path_field import PathField
 from tui.screens.help import TextPane, columns
 from tui.widgets.choices import Choices
@@ -38,7 +40,6 @@ from tui.widgets.pane import Pane
 # Whoever holds the down key reads no file on the way.
 _SETTLE_SECONDS: Final = 0.15
 _SHARES: Final = (0.0, 0.05, 0.1, 0.2)
-_MARK_STYLES: Final = {"✗": "$error", "!": "$warning", "✓": "$success", "·": "$muted"}
 
 
 class DataPage(Page):
@@ -253,12 +254,13 @@ class DataPage(Page):
     def _redraw(self) -> None:
         if self._found is None or self._shape is None:
             return
-        mark, word, text = say_verdict(self._found, *self._held_out())
+        line = rows_verdict(self._found, *self._held_out())
+        text = line.text.replace("none held out", "none held out: h changes that")
         if self.app.draft.is_blind:
             text = "the model reads only text, and rows have images: esc, then choose one that sees"
-        self.say(mark, word, text)
+        self.say(line.mark, line.label, text)
         width = self.query_one("#rows").size.width
-        described = describe_rows(self._found, self._shape, width)
+        described = found_content(self._found, self._shape, width)
         self.query_one("#rows", Static).update(described)
         tokens = self._found.tokens
         total = f"{tokens.total:,} tokens as {self._model}" if tokens and tokens.total else ""
@@ -273,13 +275,7 @@ class DataPage(Page):
         choices = self.query_one("#remarks", Choices)
         choices.can_focus = bool(remarks)
         choices.show_lines(
-            [
-                Content.assemble(
-                    (f"{remark.mark} ", _MARK_STYLES[remark.mark]),
-                    visible(remark.text, one_line=True),
-                )
-                for remark in remarks
-            ]
+            [marked(remark.line.mark, str(replace(remark.line, mark=""))) for remark in remarks]
         )
 
     def _held_out(self) -> tuple[float, int]:
@@ -320,6 +316,8 @@ class DataPage(Page):
         if message.choices.id == "remarks":
             remark = self._remarks[message.choices.cursor]
             details = [(word, visible(text)) for word, text in remark.details]
+            if remark.line.mark != "✗" and "lines" in dict(details):
+                details.append(("see", "Preview lists them: w"))
             self.cover(TextPane("what to know", columns(details, "$muted")), [Key("esc", "close")])
         elif self._source.kind in ("typed", "hub") and self._state in ("idle", "refused"):
             self.part(PathField).focus()

@@ -10,12 +10,15 @@ from textual.message import Message
 from textual.widgets import Static
 
 from engine.data.requests import FirstRow, Shape
+from engine.data.statistics import Checkup
+from engine.report.data import row_lines, shape_lines
 from engine.visible import visible
 from engine.wizard.switches import Switch
 from tui.screens.help import TextPane
 from tui.widgets.pane import Pane
 from tui.widgets.switches import Switches
 
+_BARS: Final = "▁▂▃▄▅▆▇█"
 _RAW_CHARACTERS: Final = 600
 _MESSAGE_CHARACTERS: Final = 300
 _NONE: Final = "none"
@@ -127,3 +130,30 @@ class MappingPanel(Pane):
     def action_apply(self) -> None:
         taken = {name: self._taken[name] for name in self._answers()}
         self.post_message(self.Applied({name: key for name, key in taken.items() if key != _NONE}))
+
+
+def found_content(found: Checkup, shape: Shape, width: int) -> Content:
+    """What was found, in lines of at most `width` cells; bars of the lengths before their line."""
+    lines = row_lines(found, shape) if found.usable else shape_lines(shape)
+    shown = []
+    for line in lines:
+        text = visible(line.text, one_line=True)
+        if line.label == "length" and found.tokens:
+            bars = spark(found.tokens.length_counts, min(24, width - len(text) - 11))
+            text = f"{bars}  {text}"
+        shown.append(Content.assemble((f"{line.label:<9}", "$muted"), text))
+    if not found.usable and shape.proposed:
+        named = (f"{word.removeprefix('field_')} = {key}" for word, key in shape.proposed.items())
+        text = visible(f"m maps them: {', '.join(named)}", one_line=True)
+        shown.append(Content.assemble((f"{'try':<9}", "$muted"), text))
+    return Content("\n").join(shown)
+
+
+def spark(counts: Sequence[int], width: int) -> str:
+    """Bars of the counts, neighbours added up until they fit into `width` cells."""
+    if not counts or width < 1:
+        return ""
+    step = -(-len(counts) // width)
+    merged = [sum(counts[at : at + step]) for at in range(0, len(counts), step)]
+    top = max(merged) or 1
+    return "".join(_BARS[-(-count * 7 // top)] for count in merged)

@@ -1,0 +1,144 @@
+"""What was found in the rows: whether they can be used, how they look, what to know about them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from engine.data.requests import Shape
+from engine.data.statistics import FEW_ROWS, BadRow, Checkup, Finding, ProblemGroup, count_held_out
+from engine.report.line import Line, Mark
+from engine.units import counted, stored
+
+# What teaches something that nobody wants is worse than a repair.
+_SERIOUS: Final = frozenset(
+    {"blank_answer", "effort_contradicts_thinking", "nothing_learned", "image_left_out"}
+)
+_RANKS: Final = "✗!·✓"
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """One thing to know: its line, and all of it as (word, text)."""
+
+    line: Line
+    details: tuple[tuple[str, str], ...]
+
+
+def rows_verdict(found: Checkup, val_set_size: float = 0, test_sets: int = 0) -> Line:
+    """How many conversations there are to learn from; `test_sets` are other sets held out."""
+    usable = found.usable
+    if not usable:
+        return Line("✗", "not usable", f"none of {counted(found.rows, 'row')} can be used")
+    held_out = count_held_out(val_set_size, usable)
+    text = f"{usable - held_out:,} to learn from, "
+    if held_out:
+        text += f"{held_out:,} held out"
+    else:
+        text += f"{counted(test_sets, 'other set') if test_sets else 'none'} held out"
+    bad = found.bad_rows
+    left_out = f"; {counted(bad, 'row')} left out" if bad else ""
+    return Line("!" if bad else "✓", counted(usable, "conversation"), text + left_out)
+
+
+def row_lines(found: Checkup, shape: Shape) -> list[Line]:
+    """What was found in rows that can be used, a label each."""
+    assert found.tokens is not None
+    fewest, most = found.turns
+    turns = counted(most, "turn")
+    turns = turns if fewest == most else f"{fewest:,} to {turns}"
+    tokens, length = found.tokens, found.tokens.row_length
+    answers = found.roles.get("assistant", 0)
+    thinks = f"in {tokens.thinking_answers:,} of {answers:,} answers"
+    calls = f"; tool calls in {tokens.call_answers:,}" if tokens.call_answers else ""
+    roles = "  ".join(f"{role} {count:,}" for role, count in found.roles.items())
+    lengths = f"median {length.p50:,}  p95 {length.p95:,}  longest {length.max:,}"
+    return [
+        Line("", "shape", f"{shape.title}, {turns}, {found.usable:,} of {found.rows:,} rows"),
+        Line("", "roles", roles),
+        Line("", "thinking", (thinks if tokens.thinking else "in no answer") + calls),
+        *image_lines(found),
+        Line("", "length", lengths),
+    ]
+
+
+def image_lines(found: Checkup) -> list[Line]:
+    """The images of the rows, where there are any."""
+    images = found.images
+    if not images.count:
+        return []
+    width, height = images.largest
+    tokens = f", {found.tokens.by_kind['image']:,} tokens" if found.tokens else ""
+    different = f"{images.different:,} different, " if images.different < images.count else ""
+    size = f"{different}{stored(images.different_bytes)}, up to {width}x{height}"
+    where = f"{images.count:,} in {counted(images.rows, 'row')}"
+    return [Line("", "images", f"{where}{tokens}; {size}")]
+
+
+def shape_lines(shape: Shape) -> list[Line]:
+    """How rows look of which none can be used."""
+    lines = [Line("", "columns", ", ".join(shape.columns) or "none")]
+    return lines + [
+        Line("", name, f"a list of {', '.join(keys)}") for name, keys in shape.lists.items()
+    ]
+
+
+def bad_row_line(row: BadRow) -> Line:
+    """A row that cannot be used: where it is and what is wrong; why and the repair as detail."""
+    return Line("✗", _place(row), row.what, f"{row.why} {row.fix}")
+
+
+def list_remarks(found: Checkup) -> list[Remark]:
+    """What to know, worst first; one line says so where there is nothing."""
+    remarks = [*map(_problem, found.groups), *map(_finding, found.findings)]
+    if found.duplicates:
+        text = "repeating an earlier row; repeated rows weigh more"
+        fix = "dataset_exact_deduplication leaves them out, or delete them."
+        remarks.append(_warning(found.duplicates, text, fix))
+    if found.over_sequence_len:
+        fix = "A larger sequence_len keeps them; excess_length_strategy says what becomes of them."
+        remarks.append(_warning(found.over_sequence_len, "longer than sequence_len", fix))
+    if 0 < found.usable < FEW_ROWS:
+        fix = f"Add rows; from {FEW_ROWS} on it is less likely. Held-out rows show it."
+        remarks.append(_warning(found.usable, "a model tends to learn so few by heart", fix))
+    if not remarks:
+        text = "no row is bad, none repeats another"
+        remarks.append(Remark(Line("✓", "", text), (("what", text),)))
+    return sorted(remarks, key=lambda remark: _RANKS.index(remark.line.mark))
+
+
+def _problem(group: ProblemGroup) -> Remark:
+    first = group.first
+    line = bad_row_line(first)
+    more = len(group.rows) < group.count
+    return Remark(
+        Line("✗", counted(group.count, "row"), f"{first.what} ({line.label})", line.detail),
+        (
+            ("what", first.what),
+            ("why", f"{line.label}: {first.why}"),
+            ("fix", first.fix),
+            ("rows", _numbers(group.rows, more)),
+        ),
+    )
+
+
+def _finding(finding: Finding) -> Remark:
+    lines = _numbers(finding.lines, finding.rows > len(finding.lines))
+    mark: Mark = "!" if finding.id in _SERIOUS else "·"
+    return Remark(
+        Line(mark, counted(finding.rows, "row"), f"{finding.text} (line {lines})"),
+        (("what", finding.text), ("lines", lines)),
+    )
+
+
+def _warning(rows: int, text: str, fix: str) -> Remark:
+    count = counted(rows, "row")
+    return Remark(Line("!", count, text, fix), (("what", f"{count}: {text}"), ("fix", fix)))
+
+
+def _place(row: BadRow) -> str:
+    message = "" if row.message is None else f", message {row.message}"
+    return f"line {row.line:,} of {row.file}{message}"
+
+
+def _numbers(numbers: Iterable[int], more: bool) -> str:
+    return ", ".join(f"{number:,}" for number in numbers) + " …" * more
