@@ -21,7 +21,6 @@ from engine.cli.printing import print_lines, terminal_columns, underlines
 from engine.config import ConfigError, DatasetConfig, RunConfig, read_config, section_of
 from engine.errors import UserError
 from engine.report import Line
-from engine.report.data import bad_row_line, image_lines, list_remarks
 from engine.units import counted
 from engine.visible import visible
 
@@ -143,6 +142,8 @@ def check_data(
 
 
 def _print_checkup(found: "Checkup") -> None:
+    from engine.report.data import image_lines, list_remarks
+
     _clear_progress()
     print(f"{counted(found.rows, 'row')}, {found.usable:,} usable")
     if found.tokens is not None:
@@ -162,6 +163,8 @@ def _print_checkup(found: "Checkup") -> None:
 
 
 def _print_problems(problems: "Sequence[BadRow]") -> None:
+    from engine.report.data import bad_row_line
+
     print_lines(map(bad_row_line, problems[:_SHOWN_PROBLEMS]))
     if len(problems) > _SHOWN_PROBLEMS:
         more = f"and {len(problems) - _SHOWN_PROBLEMS:,} more; --json lists them"
