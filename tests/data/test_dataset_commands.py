@@ -195,6 +195,15 @@ class TestPreview:
             run("preview", config_file, *words)
         assert caught.value.exit_status == 2
 
+    def test_only_what_decides_about_rows_is_refused(self, run, config_file):
+        own = config_file.read_text("utf-8")
+        config_file.write_text(f"{own}rl: dpo\nrelora: true\ndeepspeed: a.json\n", "utf-8")
+        assert run("preview", config_file, "--row", 1)[0] == 0
+        config_file.write_text(f"{own}curriculum_sampling: true\nuse_dft: true\n", "utf-8")
+        with pytest.raises(UserError, match="2 problems") as caught:
+            run("preview", config_file, "--row", 1)
+        assert "curriculum_sampling: true is not supported" in caught.value.why
+
     def test_without_a_model_it_asks_for_one(self, run, write_jsonl):
         with pytest.raises(UserError, match="Add --model"):
             run("preview", write_jsonl([chat("q")]))
