@@ -111,6 +111,8 @@ def test_one_answer_of_each_page_reaches_the_config_and_the_trainer(tmp_path: Pa
         async with app.run_test(size=(80, 24)) as pilot:
             await walk(app, pilot)
             await wait_for(pilot, lambda: events_of("ended"), SECONDS)
+            # The end is written before the lock is given back.
+            await wait_for(pilot, lambda: status(find_run("answers")) != "running", SECONDS)
 
     asyncio.run(run())
     made = find_run("answers")

@@ -1,4 +1,4 @@
-"""A list of lines with a cursor `❯`: what a page offers, one choice a line.
+"""Lists with a cursor `❯`: what a page offers, one choice a line.
 
 Textual's own OptionList marks the cursor by colour alone; here it is a glyph in a column of its
 own, so that it is seen without colour, and vim keys move it.
@@ -17,22 +17,71 @@ from textual.reactive import reactive
 from textual.widget import Widget
 
 
-class Choices(Widget, can_focus=True):
-    """Lines of text, one of them under the cursor. Posts Moved and Chosen.
+class Lines(Widget, can_focus=True):
+    """Lines of text, one of them under the cursor.
 
     Put it into a Pane: the pane scrolls where there are more lines than rows.
     """
 
+    DEFAULT_CSS = "Lines { height: auto; width: 100%; text-wrap: nowrap; }"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("down,j", "move(1)", "next", show=False),
         Binding("up,k", "move(-1)", "previous", show=False),
-        Binding("home,g", "move(-1000000)", "first", show=False),
-        Binding("end,G", "move(1000000)", "last", show=False),
-        Binding("enter", "choose", "take it", show=False),
+        Binding("home", "move(-1000000)", "first", show=False),
+        Binding("end", "move(1000000)", "last", show=False),
     ]
 
     cursor: reactive[int] = reactive(0)
     """Index of the line under the cursor."""
+
+    count = 0
+    """How many lines there are."""
+
+    def line(self, place: int, cursor: Content) -> Content:
+        """One line behind its cursor, which is blank for all but one."""
+        return cursor
+
+    def click(self) -> None:
+        """What a click on a line does once the cursor is there."""
+
+    def show_count(self, count: int, cursor: int) -> None:
+        """Other lines, with the cursor at `cursor` or, where that is beyond, at the last."""
+        self.count = count
+        self.cursor = max(0, min(cursor, count - 1))
+        self.refresh(layout=True)
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        # Not by rendering: that asks for a size, which asks for this height.
+        return self.count
+
+    def render(self) -> RenderResult:
+        cursor, blank = Content.styled("❯ ", "bold $primary"), Content("  ")
+        lines = (self.line(at, cursor if at == self.cursor else blank) for at in range(self.count))
+        return Content("\n").join(line.truncate(self.size.width, ellipsis=True) for line in lines)
+
+    def watch_cursor(self) -> None:
+        if self.is_attached:
+            line = Region(self.virtual_region.x, self.virtual_region.y + self.cursor, 1, 1)
+            if isinstance(self.parent, Widget):
+                self.parent.scroll_to_region(line, animate=False)
+
+    def action_move(self, lines: int) -> None:
+        self.cursor = max(0, min(self.count - 1, self.cursor + lines))
+
+    def on_click(self, event: Click) -> None:
+        if event.y < self.count:
+            self.cursor = event.y
+            self.click()
+
+
+class Choices(Lines):
+    """Posts Moved and Chosen."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("g", "move(-1000000)", "first", show=False),
+        Binding("G", "move(1000000)", "last", show=False),
+        Binding("enter", "choose", "take it", show=False),
+    ]
 
     class Moved(Message):
         """The cursor stands on another line."""
@@ -55,43 +104,25 @@ class Choices(Widget, can_focus=True):
         id: str | None = None,  # noqa: A002 (Textual's name)
     ) -> None:
         super().__init__(id=id)
-        self._lines: Sequence[Content] = lines
+        self._lines = lines
+        self.count = len(lines)
 
     def show_lines(self, lines: Sequence[Content]) -> None:
         """Other lines; the cursor stays where it is, or goes to the last line."""
         self._lines = lines
-        self.cursor = max(0, min(self.cursor, len(lines) - 1))
-        self.refresh(layout=True)
+        self.show_count(len(lines), self.cursor)
 
-    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
-        # Not by rendering: that asks for a size, which asks for this height.
-        return len(self._lines)
-
-    def render(self) -> RenderResult:
-        width = self.size.width
-        shown = []
-        for place, line in enumerate(self._lines):
-            here = place == self.cursor
-            cursor = Content.styled("❯ ", "bold $primary") if here else Content("  ")
-            row = Content.assemble(cursor, line).truncate(width, ellipsis=True)
-            shown.append(row.stylize("$lit") if here else row)
-        return Content("\n").join(shown)
+    def line(self, place: int, cursor: Content) -> Content:
+        row = Content.assemble(cursor, self._lines[place])
+        return row.stylize("$lit") if place == self.cursor else row
 
     def watch_cursor(self) -> None:
-        if self.is_attached:
-            line = Region(self.virtual_region.x, self.virtual_region.y + self.cursor, 1, 1)
-            if isinstance(self.parent, Widget):
-                self.parent.scroll_to_region(line, animate=False)
+        super().watch_cursor()
         self.post_message(self.Moved(self))
 
-    def action_move(self, lines: int) -> None:
-        self.cursor = max(0, min(len(self._lines) - 1, self.cursor + lines))
+    def click(self) -> None:
+        self.action_choose()
 
     def action_choose(self) -> None:
         if self._lines:
             self.post_message(self.Chosen(self))
-
-    def on_click(self, event: Click) -> None:
-        if event.y < len(self._lines):
-            self.cursor = event.y
-            self.action_choose()

@@ -7,38 +7,28 @@ and shows the new state.
 from collections.abc import Sequence
 from typing import ClassVar, Final
 
-from textual.app import RenderResult
 from textual.binding import Binding, BindingType
 from textual.content import Content
-from textual.events import Click, Key
-from textual.geometry import Region, Size
+from textual.events import Key
 from textual.message import Message
-from textual.reactive import reactive
-from textual.widget import Widget
 
 from engine.visible import visible
 from engine.wizard.settings import Field
+from tui.widgets.choices import Lines
 
 _NAME_CELLS: Final = 28
 _VALUE_CELLS: Final = 19
 _TYPED: Final = frozenset("0123456789.-e")
 
 
-class Fields(Widget, can_focus=True):
+class Fields(Lines):
     """Posts Moved and Changed."""
 
-    DEFAULT_CSS = "Fields { height: auto; width: 100%; text-wrap: nowrap; }"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("down,j", "move(1)", "next value", show=False),
-        Binding("up,k", "move(-1)", "value before", show=False),
         Binding("right,l,space", "turn(1)", "the next usual value", show=False),
         Binding("left,h", "turn(-1)", "the usual value before", show=False),
-        Binding("home", "move(-1000000)", "first value", show=False),
-        Binding("end", "move(1000000)", "last value", show=False),
         Binding("backspace", "erase", "take back a typed digit", show=False),
     ]
-
-    cursor: reactive[int] = reactive(0)
 
     class Moved(Message):
         """The cursor stands on another value."""
@@ -66,19 +56,10 @@ class Fields(Widget, can_focus=True):
         keys = [field.key for field in fields]
         before = self.field.key if self.field else ""
         self._fields = fields
-        at = keys.index(before) if before in keys else self.cursor
-        self.cursor = max(0, min(at, len(fields) - 1))
-        self.refresh(layout=True)
+        self.show_count(len(fields), keys.index(before) if before in keys else self.cursor)
 
-    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
-        return len(self._fields)
-
-    def render(self) -> RenderResult:
-        lines = [self._line(place, field) for place, field in enumerate(self._fields)]
-        return Content("\n").join(lines)
-
-    def _line(self, place: int, field: Field) -> Content:
-        here = place == self.cursor
+    def line(self, place: int, cursor: Content) -> Content:
+        field, here = self._fields[place], place == self.cursor
         star = "*" if field.chosen else ""
         if here and self._typed is not None:
             value = f"{self._typed}▏"
@@ -86,8 +67,8 @@ class Fields(Widget, can_focus=True):
             value = f"‹{field.value}›{star}"
         else:
             value = f"{field.value}{star}"
-        line = Content.assemble(
-            ("❯ " if here else "  ", "bold $primary"),
+        return Content.assemble(
+            cursor,
             (f"{field.key:<{_NAME_CELLS}}", "$lit" if here else ""),
             (
                 f"{visible(value, one_line=True):<{_VALUE_CELLS}}",
@@ -95,14 +76,10 @@ class Fields(Widget, can_focus=True):
             ),
             (visible(field.reason, one_line=True), "$error" if field.wrong else "$muted"),
         )
-        return line.truncate(self.size.width, ellipsis=True)
 
     def watch_cursor(self) -> None:
         self._typed = None
-        if self.is_attached:
-            line = Region(self.virtual_region.x, self.virtual_region.y + self.cursor, 1, 1)
-            if isinstance(self.parent, Widget):
-                self.parent.scroll_to_region(line, animate=False)
+        super().watch_cursor()
         self.post_message(self.Moved())
 
     def on_blur(self) -> None:
@@ -133,19 +110,12 @@ class Fields(Widget, can_focus=True):
         if text:
             self.post_message(self.Changed(field.key, text))
 
-    def action_move(self, lines: int) -> None:
-        self.cursor = max(0, min(len(self._fields) - 1, self.cursor + lines))
-
     def action_turn(self, step: int) -> None:
         field = self.field
         if field is None or not field.usual:
             return
         self._typed = None
         self.post_message(self.Changed(field.key, _next_value(field, step)))
-
-    def on_click(self, event: Click) -> None:
-        if event.y < len(self._fields):
-            self.cursor = event.y
 
 
 def _next_value(field: Field, step: int) -> str:

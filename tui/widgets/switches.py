@@ -7,30 +7,23 @@ letters stay actions of the page.
 from collections.abc import Sequence
 from typing import ClassVar, Final
 
-from textual.app import RenderResult
 from textual.binding import Binding, BindingType
 from textual.content import Content
-from textual.events import Click
 from textual.message import Message
-from textual.reactive import reactive
-from textual.widget import Widget
 
 from engine.wizard.switches import Switch
+from tui.widgets.choices import Lines
 
 _NAME_CELLS: Final = 13
 
 
-class Switches(Widget, can_focus=True):
+class Switches(Lines):
     """Posts Turned when another answer is taken; whoever owns it shows the new state."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("down,j", "move(1)", "next switch", show=False),
-        Binding("up,k", "move(-1)", "switch before", show=False),
         Binding("space,right,l", "turn(1)", "turn the switch", show=False),
         Binding("left,h", "turn(-1)", "turn it back", show=False),
     ]
-
-    cursor: reactive[int] = reactive(0)
 
     class Turned(Message):
         """The person took `answer` for the question `name`."""
@@ -50,18 +43,12 @@ class Switches(Widget, can_focus=True):
 
     def show_switches(self, switches: Sequence[Switch]) -> None:
         self._switches = switches
-        self.cursor = max(0, min(self.cursor, len(switches) - 1))
-        self.refresh(layout=True)
+        self.show_count(len(switches), self.cursor)
 
-    def render(self) -> RenderResult:
-        lines = []
-        for place, switch in enumerate(self._switches):
-            here = place == self.cursor and self.has_focus
-            cursor = ("❯ ", "bold $primary") if here else ("  ", "")
-            name = (f"{switch.name:<{_NAME_CELLS}}", "$lit" if here else "")
-            line = Content.assemble(cursor, name, *self._answers(switch))
-            lines.append(line.truncate(self.size.width, ellipsis=True))
-        return Content("\n").join(lines)
+    def line(self, place: int, cursor: Content) -> Content:
+        switch, here = self._switches[place], place == self.cursor and self.has_focus
+        name = (f"{switch.name:<{_NAME_CELLS}}", "$lit" if here else "")
+        return Content.assemble(cursor if self.has_focus else "  ", name, *self._answers(switch))
 
     def _answers(self, switch: Switch) -> list[tuple[str, str]]:
         if switch.locked:
@@ -74,9 +61,6 @@ class Switches(Widget, can_focus=True):
             parts.append((f"{answer}{gap}", "$foreground" if chosen else "$muted"))
         return parts
 
-    def action_move(self, lines: int) -> None:
-        self.cursor = max(0, min(len(self._switches) - 1, self.cursor + lines))
-
     def action_turn(self, step: int) -> None:
         if not self._switches:
             return
@@ -85,7 +69,5 @@ class Switches(Widget, can_focus=True):
             answer = switch.answers[(switch.chosen + step) % len(switch.answers)]
             self.post_message(self.Turned(switch.name, answer))
 
-    def on_click(self, event: Click) -> None:
-        if event.y < len(self._switches):
-            self.cursor = event.y
-            self.action_turn(1)
+    def click(self) -> None:
+        self.action_turn(1)
