@@ -1,11 +1,10 @@
 """A page of the wizard over a real draft and a real worker process.
 
-One worker process and one event loop serve all tests of a session, as a tokenizer takes seconds
-to open.
+One worker process serves all tests of a session, as a tokenizer takes seconds to open.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -55,12 +54,7 @@ class KeptWorker(DataWorker):
         """The process ends with the tests, whose pipe it reads."""
 
 
-_RUNNER = asyncio.Runner()
 WORKER = KeptWorker()
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    _RUNNER.run(work)
 
 
 class Screen:

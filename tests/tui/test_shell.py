@@ -1,7 +1,8 @@
 """The frame of every page: rows, keys, steps, panels, small terminals, plain glyphs."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import ClassVar
 
 import pytest
@@ -60,19 +61,14 @@ class Second(Page):
 PAGES: dict[str, type[Page]] = {"Machine": First, "Model": Second, "Runs": Second}
 
 
-def in_app(
-    work: Callable[[Pilot[int]], Awaitable[None]],
-    size: tuple[int, int] = (80, 24),
-    *,
-    ascii_only: bool = False,
-) -> None:
-    async def run() -> None:
-        app = WindtunnelApp(pages=PAGES, ascii_only=ascii_only)
-        async with app.run_test(size=size) as pilot:
-            await pilot.pause()
-            await work(pilot)
-
-    asyncio.run(run())
+@asynccontextmanager
+async def in_app(
+    size: tuple[int, int] = (80, 24), *, ascii_only: bool = False
+) -> AsyncIterator[Pilot[int]]:
+    app = WindtunnelApp(pages=PAGES, ascii_only=ascii_only)
+    async with app.run_test(size=size) as pilot:
+        await pilot.pause()
+        yield pilot
 
 
 def page_of(pilot: Pilot[int]) -> First:
@@ -90,8 +86,8 @@ def problem() -> UserError:
     return UserError("The file is gone.", "Somebody moved it.", "Choose it again.")
 
 
-def test_a_page_says_where_you_are_the_answer_the_command_and_the_keys() -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_a_page_says_where_you_are_the_answer_the_command_and_the_keys() -> None:
+    async with in_app() as pilot:
         lines = screen_text(pilot.app).splitlines()
         assert lines[0].startswith(" windtunnel  ● Machine  ○ Model  ○ Data")
         assert lines[0].endswith("2 × H100")
@@ -99,19 +95,15 @@ def test_a_page_says_where_you_are_the_answer_the_command_and_the_keys() -> None
         assert lines[-2] == " $ windtunnel probe 'a b'"
         assert lines[-1] == " enter use this   r look again   esc back   F1 help"
 
-    in_app(work)
 
-
-def test_the_pane_with_the_focus_has_a_heavy_border_and_the_line_a_cursor() -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_the_pane_with_the_focus_has_a_heavy_border_and_the_line_a_cursor() -> None:
+    async with in_app() as pilot:
         text = screen_text(pilot.app)
         assert "┏━ GPUs [red]x ━" in text
         assert "┃ ❯ one" in text
         assert "╭─ name ─" in text
         await pilot.press("tab")
         assert "┏━ name ━" in screen_text(pilot.app)
-
-    in_app(work)
 
 
 @pytest.mark.parametrize(
@@ -125,16 +117,14 @@ def test_the_pane_with_the_focus_has_a_heavy_border_and_the_line_a_cursor() -> N
         (("up",), "❯ one"),
     ],
 )
-def test_arrows_and_vim_keys_move_the_cursor(keys: tuple[str, ...], line: str) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_arrows_and_vim_keys_move_the_cursor(keys: tuple[str, ...], line: str) -> None:
+    async with in_app() as pilot:
         await pilot.press(*keys)
         assert line in screen_text(pilot.app)
 
-    in_app(work)
 
-
-def test_enter_goes_on_escape_goes_back_and_nothing_is_lost() -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_enter_goes_on_escape_goes_back_and_nothing_is_lost() -> None:
+    async with in_app() as pilot:
         await pilot.press("down", "enter")
         assert "✓ Machine  ● Model" in screen_text(pilot.app)
         await pilot.press("escape")
@@ -142,21 +132,17 @@ def test_enter_goes_on_escape_goes_back_and_nothing_is_lost() -> None:
         assert "❯ two" in screen_text(pilot.app)
         assert page_of(pilot).refreshed == 2
 
-    in_app(work)
 
-
-def test_letters_are_text_inside_an_input() -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_letters_are_text_inside_an_input() -> None:
+    async with in_app() as pilot:
         await pilot.press("r")
         await pilot.press("tab", "r", "q")
         assert page_of(pilot).looked == 1
         assert page_of(pilot).query_one("#name", Input).value == "rq"
 
-    in_app(work)
 
-
-def test_a_problem_takes_the_body_and_gives_it_back_as_it_was() -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_a_problem_takes_the_body_and_gives_it_back_as_it_was() -> None:
+    async with in_app() as pilot:
         await pilot.press("down", "tab", "a")
         page_of(pilot).show_problem(problem(), kept="your answers.")
         await pilot.pause()
@@ -171,13 +157,10 @@ def test_a_problem_takes_the_body_and_gives_it_back_as_it_was() -> None:
         assert page_of(pilot).query_one("#name", Input).value == "a"
         assert pilot.app.focused is page_of(pilot).query_one("#name")
 
-    in_app(work)
 
-
-def test_what_can_be_done_about_a_problem_is_a_list_that_enter_takes() -> None:
+async def test_what_can_be_done_about_a_problem_is_a_list_that_enter_takes() -> None:
     done: list[str] = []
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with in_app() as pilot:
         actions = [("try again", lambda: done.append("again")), ("log", lambda: done.append("log"))]
         page_of(pilot).show_problem(problem(), actions=actions)
         await pilot.pause()
@@ -186,29 +169,23 @@ def test_what_can_be_done_about_a_problem_is_a_list_that_enter_takes() -> None:
         assert done == ["log"]
         assert not page_of(pilot).is_covered
 
-    in_app(work)
 
-
-def test_a_problem_can_be_copied_as_text() -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_a_problem_can_be_copied_as_text() -> None:
+    async with in_app() as pilot:
         page_of(pilot).show_problem(problem())
         await pilot.pause()
         await pilot.press("y")
         assert pilot.app.clipboard.startswith("what: The file is gone.\nwhy: ")
 
-    in_app(work)
 
-
-def test_y_copies_the_command() -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_y_copies_the_command() -> None:
+    async with in_app() as pilot:
         await pilot.press("y")
         assert pilot.app.clipboard == "windtunnel probe 'a b'"
 
-    in_app(work)
 
-
-def test_f1_lists_the_keys_that_work_here_and_closes_with_escape() -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_f1_lists_the_keys_that_work_here_and_closes_with_escape() -> None:
+    async with in_app() as pilot:
         await pilot.press("f1")
         await pilot.pause()
         text = screen_text(pilot.app)
@@ -217,11 +194,9 @@ def test_f1_lists_the_keys_that_work_here_and_closes_with_escape() -> None:
         await pilot.press("escape")
         assert "GPUs" in screen_text(pilot.app)
 
-    in_app(work)
 
-
-def test_ctrl_p_finds_an_action_by_what_it_does() -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_ctrl_p_finds_an_action_by_what_it_does() -> None:
+    async with in_app() as pilot:
         await pilot.press("ctrl+p")
         await pilot.press(*"look again")
         await pilot.pause(0.5)
@@ -229,11 +204,9 @@ def test_ctrl_p_finds_an_action_by_what_it_does() -> None:
         await pilot.pause(0.2)
         assert page_of(pilot).looked == 1
 
-    in_app(work)
 
-
-def test_f4_opens_the_runs_and_f2_comes_back_to_the_step() -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_f4_opens_the_runs_and_f2_comes_back_to_the_step() -> None:
+    async with in_app() as pilot:
         await pilot.press("f4")
         await pilot.pause()
         assert "the second page" in screen_text(pilot.app)
@@ -241,28 +214,22 @@ def test_f4_opens_the_runs_and_f2_comes_back_to_the_step() -> None:
         await pilot.pause()
         assert "● Machine" in screen_text(pilot.app)
 
-    in_app(work)
 
-
-def test_a_page_that_is_opened_over_a_question_answers_it_with_nothing() -> None:
+async def test_a_page_that_is_opened_over_a_question_answers_it_with_nothing() -> None:
     answers: list[bool | None] = []
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with in_app() as pilot:
         pilot.app.push_screen(Confirm("t", "Sure?", yes="does it", no="does not"), answers.append)
         await pilot.pause()
         page_app(pilot).open_runs()
         await pilot.pause()
         assert "the second page" in screen_text(pilot.app)
-
-    in_app(work)
     assert True not in answers
 
 
 @pytest.mark.parametrize(("key", "answer"), [("enter", True), ("escape", False)])
-def test_a_question_is_answered_by_enter_or_escape(key: str, answer: bool) -> None:
+async def test_a_question_is_answered_by_enter_or_escape(key: str, answer: bool) -> None:
     answers: list[bool | None] = []
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with in_app() as pilot:
         question = "Stop [b]it[/b] after step 3?"
         confirm = Confirm("the run", question, yes="stops", no="goes on")
         pilot.app.push_screen(confirm, answers.append)
@@ -271,24 +238,18 @@ def test_a_question_is_answered_by_enter_or_escape(key: str, answer: bool) -> No
         assert question in text
         assert "enter stops, esc goes on" in text
         await pilot.press(key)
-
-    in_app(work)
     assert answers == [answer]
 
 
-def test_ctrl_q_leaves_with_exit_status_0() -> None:
-    async def run() -> int | None:
-        app = WindtunnelApp(pages=PAGES)
-        async with app.run_test() as pilot:
-            await pilot.press("ctrl+q")
-        return app.return_value
-
-    assert asyncio.run(run()) == 0
+async def test_ctrl_q_leaves_with_exit_status_0() -> None:
+    async with in_app() as pilot:
+        await pilot.press("ctrl+q")
+    assert pilot.app.return_value == 0
 
 
 @pytest.mark.parametrize("size", [(52, 24), (80, 16)])
-def test_too_small_a_terminal_is_told_what_it_needs(size: tuple[int, int]) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_too_small_a_terminal_is_told_what_it_needs(size: tuple[int, int]) -> None:
+    async with in_app(size) as pilot:
         text = " ".join(screen_text(pilot.app).split())
         width, height = size
         assert f"needs 60 columns and 18 rows, has {width}x{height}; --plain works" in text
@@ -297,28 +258,22 @@ def test_too_small_a_terminal_is_told_what_it_needs(size: tuple[int, int]) -> No
         await pilot.pause()
         assert "● Machine" in screen_text(pilot.app)
 
-    in_app(work, size)
 
-
-def test_at_60_columns_the_steps_and_the_kept_keys_are_whole() -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_at_60_columns_the_steps_and_the_kept_keys_are_whole() -> None:
+    async with in_app((60, 18)) as pilot:
         lines = screen_text(pilot.app).splitlines()
         assert lines[0] == " ● Machine  ○ Model  ○ Data  ○ Preview  ○ Plan  ○ Review"
         assert lines[-1].startswith(" enter use this")
         assert lines[-1].endswith("F1 help")
 
-    in_app(work, (60, 18))
 
-
-def test_ascii_draws_nothing_else() -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_ascii_draws_nothing_else() -> None:
+    async with in_app(ascii_only=True) as pilot:
         strips = pilot.app.screen._compositor.render_strips()
         text = "\n".join(strip.text for strip in strips)
         assert text.isascii()
         assert "> one" in text
         assert "+ ready" in text
-
-    in_app(work, ascii_only=True)
 
 
 def test_ascii_keeps_the_width_and_the_letters_of_a_language() -> None:
@@ -343,17 +298,14 @@ def test_a_hint_of_a_higher_priority_stays_longer() -> None:
     assert [key.key for key in fit_keys(keys, 60)] == ["enter", "c", "F1"]
 
 
-def test_no_color_leaves_no_hue(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_color_leaves_no_hue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with in_app() as pilot:
         for strip in pilot.app.screen._compositor.render_strips():
             for segment in strip:
                 for colour in (segment.style.color, segment.style.bgcolor) if segment.style else ():
                     if colour and colour.triplet:
                         assert len(set(colour.triplet)) == 1, segment
-
-    in_app(work)
 
 
 def test_nothing_moves_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,13 +342,10 @@ class Busy(Page):
         self.app.copied = True  # type: ignore[attr-defined]
 
 
-def test_an_answer_that_comes_while_the_app_ends_ends_nothing_else() -> None:
-    async def work() -> WindtunnelApp:
-        Leaf.going = asyncio.Event()
-        app = WindtunnelApp(Draft(), pages={"Machine": Busy})
-        async with app.run_test(size=(80, 24)) as pilot:
-            await pilot.pause()
-        return app
-
-    app = asyncio.run(work())
+async def test_an_answer_that_comes_while_the_app_ends_ends_nothing_else() -> None:
+    Leaf.going = asyncio.Event()
+    app = WindtunnelApp(Draft(), pages={"Machine": Busy})
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.pause()
+    app = app
     assert not hasattr(app, "copied")

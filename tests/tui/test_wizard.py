@@ -1,6 +1,5 @@
 """The whole wizard over a real run: what is answered on a page reaches the file and the trainer."""
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -103,18 +102,14 @@ def events_of(kind: str) -> list[dict[str, Any]]:
 
 
 @needs_trainer
-def test_one_answer_of_each_page_reaches_the_config_and_the_trainer(tmp_path: Path) -> None:
+async def test_one_answer_of_each_page_reaches_the_config_and_the_trainer(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl")
-
-    async def run() -> None:
-        app = WindtunnelApp(Draft())
-        async with app.run_test(size=(80, 24)) as pilot:
-            await walk(app, pilot)
-            await wait_for(pilot, lambda: events_of("ended"), SECONDS)
-            # The end is written before the lock is given back.
-            await wait_for(pilot, lambda: status(find_run("answers")) != "running", SECONDS)
-
-    asyncio.run(run())
+    app = WindtunnelApp(Draft())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await walk(app, pilot)
+        await wait_for(pilot, lambda: events_of("ended"), SECONDS)
+        # The end is written before the lock is given back.
+        await wait_for(pilot, lambda: status(find_run("answers")) != "running", SECONDS)
     made = find_run("answers")
     config = read_config(made.config).config
     assert config.base_model == "demo-tiny"

@@ -28,7 +28,7 @@ from engine.wizard.counting import (
 )
 from engine.wizard.data_worker import DataWorker
 from engine.wizard.draft import Draft
-from tests.support.stand_in import SAMPLE, WORKER, Screen, draft_on, opened, run
+from tests.support.stand_in import SAMPLE, WORKER, Screen, draft_on, opened
 from tui.app import WindtunnelApp
 from tui.entry import WizardRequest, make_draft
 from tui.screens.plan import PlanPage
@@ -85,14 +85,6 @@ def needs(draft: Draft, rows: Statistics | None) -> str:
     return gib(estimate(draft.config(), draft.architecture(), draft.device, rows).device_bytes)
 
 
-def on_screen(draft: Draft, page: str, work: Any) -> None:
-    async def follow() -> None:
-        async with opened(draft, page, (120, 40)) as screen:
-            await work(screen)
-
-    run(follow())
-
-
 class Held(DataWorker):
     """Answers a count when it is told to."""
 
@@ -116,66 +108,55 @@ def found_in(draft: Draft) -> Checkup:
 
 class TestOpened:
     @pytest.mark.parametrize("page", ["Review", "Plan"])
-    def test_its_rows_are_counted_and_the_plan_is_that_of_the_command(
+    async def test_its_rows_are_counted_and_the_plan_is_that_of_the_command(
         self, tmp_path: Path, page: str
     ) -> None:
         draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
         full, own = needs(draft, None), needs(draft, counted(draft))
         assert full != own
-
-        async def work(screen: Screen) -> None:
+        async with opened(draft, page, (120, 40)) as screen:
             await screen.until(lambda: draft.statistics is not None)
             await screen.until(f"needs {own.removesuffix(' GiB')}" if page == "Plan" else own)
             assert COUNTING not in screen.text
-
-        on_screen(draft, page, work)
         assert draft.statistics == counted(draft)
         assert draft.uncounted == ""
 
     @pytest.mark.parametrize("page", ["Review", "Plan"])
-    def test_until_then_it_says_that_rows_are_taken_to_be_full(
+    async def test_until_then_it_says_that_rows_are_taken_to_be_full(
         self, tmp_path: Path, page: str
     ) -> None:
         draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
         full = needs(draft, None)
-
-        async def follow() -> None:
-            app = WindtunnelApp(draft, start=page)
-            app._data_worker = held = Held(found_in(draft))
-            async with app.run_test(size=(120, 40)) as pilot:
-                screen = Screen(app, pilot)
-                await screen.until(COUNTING)
-                assert "full rows" in screen.text
-                assert full.removesuffix(" GiB") in screen.text
-                held.told.set()
-                await screen.until(lambda: COUNTING not in screen.text)
-            assert len(held.asked) == 1
-
-        run(follow())
+        app = WindtunnelApp(draft, start=page)
+        app._data_worker = held = Held(found_in(draft))
+        async with app.run_test(size=(120, 40)) as pilot:
+            screen = Screen(app, pilot)
+            await screen.until(COUNTING)
+            assert "full rows" in screen.text
+            assert full.removesuffix(" GiB") in screen.text
+            held.told.set()
+            await screen.until(lambda: COUNTING not in screen.text)
+        assert len(held.asked) == 1
         assert draft.statistics is not None
 
-    def test_the_cursor_stays_on_its_value_when_the_rows_bring_another_line(
+    async def test_the_cursor_stays_on_its_value_when_the_rows_bring_another_line(
         self, tmp_path: Path
     ) -> None:
         draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
-
-        async def follow() -> None:
-            app = WindtunnelApp(draft, start="Plan")
-            app._data_worker = held = Held(found_in(draft))
-            async with app.run_test(size=(120, 40)) as pilot:
-                screen = Screen(app, pilot)
-                await screen.until(COUNTING)
-                assert "train_on_thinking" not in screen.text
-                await screen.press("down", "down")
-                fields = app.screen.query_one(Fields)
-                before = fields.field
-                held.told.set()
-                await screen.until("train_on_thinking")
-                assert before
-                assert fields.field
-                assert fields.field.key == before.key == "micro_batch_size"
-
-        run(follow())
+        app = WindtunnelApp(draft, start="Plan")
+        app._data_worker = held = Held(found_in(draft))
+        async with app.run_test(size=(120, 40)) as pilot:
+            screen = Screen(app, pilot)
+            await screen.until(COUNTING)
+            assert "train_on_thinking" not in screen.text
+            await screen.press("down", "down")
+            fields = app.screen.query_one(Fields)
+            before = fields.field
+            held.told.set()
+            await screen.until("train_on_thinking")
+            assert before
+            assert fields.field
+            assert fields.field.key == before.key == "micro_batch_size"
 
     @pytest.mark.parametrize(
         ("path", "reason"),
@@ -185,36 +166,31 @@ class TestOpened:
             ("large.jsonl", "its rows are too many to count for an estimate"),
         ],
     )
-    def test_what_cannot_be_counted_says_why_and_asks_nobody(
+    async def test_what_cannot_be_counted_says_why_and_asks_nobody(
         self, tmp_path: Path, path: str, reason: str
     ) -> None:
         with (tmp_path / "large.jsonl").open("wb") as file:
             file.truncate(MOST_BYTES + 1)
         draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=path))
         WORKER.asked.clear()
-
-        async def work(screen: Screen) -> None:
+        async with opened(draft, "Plan", (120, 40)) as screen:
             await screen.until(reason[:30])
-
-        on_screen(draft, "Plan", work)
         assert draft.uncounted.startswith(reason)
         assert not any(isinstance(each, CheckRows) for each in WORKER.asked)
 
-    def test_a_count_that_fails_says_why_once(self, tmp_path: Path) -> None:
+    async def test_a_count_that_fails_says_why_once(self, tmp_path: Path) -> None:
         draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
-
-        async def follow() -> None:
-            app = WindtunnelApp(draft, start="Review")
-            app._data_worker = held = Held(UserError("It ended.", "Why.", "Fix."))
-            held.told.set()
-            async with app.run_test(size=(120, 40)) as pilot:
-                await Screen(app, pilot).until("its rows could not be counted: It ended.")
-            assert len(held.asked) == 1
-
-        run(follow())
+        app = WindtunnelApp(draft, start="Review")
+        app._data_worker = held = Held(UserError("It ended.", "Why.", "Fix."))
+        held.told.set()
+        async with app.run_test(size=(120, 40)) as pilot:
+            await Screen(app, pilot).until("its rows could not be counted: It ended.")
+        assert len(held.asked) == 1
         assert next_count(draft) is None
 
-    def test_images_are_looked_up_where_the_config_says(self, tmp_path: Path) -> None:
+    async def test_images_are_looked_up_where_the_config_says(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         there, here = tmp_path / "there", tmp_path / "here"
         rows = chat("What is it?", "A lamp.", images=["lamp.png"])
         write_rows(there / "rows.jsonl", rows)
@@ -223,49 +199,38 @@ class TestOpened:
         Image.new("RGB", (448, 336)).save(there / "pictures" / "lamp.png")
         text = CONFIG.format(path="rows.jsonl").replace("demo-tiny", "demo-tiny-vision")
         text += "processor_type: AutoProcessor\nimage_folder: pictures\n"
-
-        async def on_data(screen: Screen) -> None:
-            await screen.until("1 in 1 row")
-
-        async def on_preview(screen: Screen) -> None:
-            await screen.until("[image 448x336: 8 x 6 tokens]")
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(here)
-            on_screen(opened_draft(there / "mine.yml", text), "Data", on_data)
-            on_screen(opened_draft(there / "mine.yml", text), "Preview", on_preview)
+        monkeypatch.chdir(here)
+        for page, shown in (("Data", "1 in 1 row"), ("Preview", "[image 448x336: 8 x 6 tokens]")):
+            async with opened(opened_draft(there / "mine.yml", text), page, (120, 40)) as screen:
+                await screen.until(shown)
 
 
 @pytest.mark.parametrize("thought", ["", "a thought"])
 @pytest.mark.parametrize("model", ["demo-tiny", "magistral-small-2507"])
-def test_what_the_data_page_has_counted_is_not_counted_again(
+async def test_what_the_data_page_has_counted_is_not_counted_again(
     tmp_path: Path, model: str, thought: str
 ) -> None:
     write_rows(tmp_path / "rows.jsonl", *[chat("one?", "two", thought)] * 30)
     draft = draft_on(model)
-
-    async def work(screen: Screen) -> None:
+    async with opened(draft, "Data", (120, 40)) as screen:
         await screen.until("where from")
         await screen.press("down")
         await screen.until("✓ 30 conversations")
         await screen.press("enter")
         await screen.until(lambda: draft.statistics is not None)
-
-    on_screen(draft, "Data", work)
     assert draft.statistics is not None
     assert draft.statistics.usable_rows == 30
     assert next_count(draft) is None
 
 
 class TestChanged:
-    def test_smaller_images_are_counted_anew_and_take_less(self, tmp_path: Path) -> None:
+    async def test_smaller_images_are_counted_anew_and_take_less(self, tmp_path: Path) -> None:
         rows = [chat("What is it?", "A lamp.", images=["lamp.png"])] * 3
         write_rows(tmp_path / "rows.jsonl", *rows)
         Image.new("RGB", (896, 896)).save(tmp_path / "lamp.png")
         text = CONFIG.format(path="rows.jsonl").replace("demo-tiny", "demo-tiny-vision")
         draft = opened_draft(tmp_path / "mine.yml", text + "processor_type: AutoProcessor\n")
-
-        async def work(screen: Screen) -> None:
+        async with opened(draft, "Plan", (120, 40)) as screen:
             await screen.until(lambda: draft.statistics is not None)
             assert draft.statistics is not None
             large, before = draft.statistics.image_tokens, draft.advice().estimate
@@ -277,8 +242,6 @@ class TestChanged:
             await screen.until(lambda: draft.statistics == counted(draft))
             assert draft.statistics.image_tokens < large
             assert draft.advice().estimate.moments["loss"] < before.moments["loss"]
-
-        on_screen(draft, "Plan", work)
 
     def test_thoughts_that_are_only_read_are_not_learned_tokens(self, tmp_path: Path) -> None:
         write_rows(tmp_path / "rows.jsonl", *[chat("one?", "two", "a long thought " * 9)] * 3)
@@ -303,21 +266,18 @@ class TestChanged:
         assert next_count(draft) is None
         assert draft.uncounted == ""
 
-    def test_a_count_that_nobody_asks_for_any_more_is_dropped(self) -> None:
+    async def test_a_count_that_nobody_asks_for_any_more_is_dropped(self) -> None:
         draft = draft_on(dataset=DatasetConfig(path=SAMPLE))
         config = next_count(draft)
         assert config is not None
         found = found_in(draft)
 
-        async def work() -> bool:
-            held = Held(found)
-            counting = asyncio.create_task(count_rows(draft, config, held))
-            await asyncio.sleep(0)
-            draft.change("train_on_thinking", False)
-            held.told.set()
-            return await counting
-
-        assert asyncio.run(work()) is False
+        held = Held(found)
+        counting = asyncio.create_task(count_rows(draft, config, held))
+        await asyncio.sleep(0)
+        draft.change("train_on_thinking", False)
+        held.told.set()
+        assert await counting is False
         assert draft.statistics is None
 
     def test_another_model_counts_the_same_rows_anew(self) -> None:
@@ -327,11 +287,10 @@ class TestChanged:
         assert next_count(draft) == draft.config()
         assert draft.statistics is None
 
-    def test_other_rows_in_the_editor_leave_the_plan(self, tmp_path: Path) -> None:
+    async def test_other_rows_in_the_editor_leave_the_plan(self, tmp_path: Path) -> None:
         write_rows(tmp_path / "rows.jsonl", *[chat("one?", "two")] * 3)
         draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
-
-        async def work(screen: Screen) -> None:
+        async with opened(draft, "Review", (120, 40)) as screen:
             await screen.until(lambda: draft.statistics is not None)
             page = screen.app.screen
             assert isinstance(page, ReviewPage)
@@ -343,8 +302,6 @@ class TestChanged:
             await screen.until(lambda: draft.statistics is not None)
             assert draft.statistics is not None
             assert draft.statistics.usable_rows == 3
-
-        on_screen(draft, "Review", work)
 
     def test_all_datasets_of_a_config_are_counted_not_the_first_alone(self, tmp_path: Path) -> None:
         write_rows(tmp_path / "rows.jsonl", *[chat("one?", "two")] * 3)

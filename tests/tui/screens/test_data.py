@@ -13,7 +13,7 @@ from PIL import Image
 
 from engine.wizard.offers import complete_path, find_newest
 from tests.support.screens import assert_golden
-from tests.support.stand_in import SAMPLE, draft_on, opened, run
+from tests.support.stand_in import SAMPLE, draft_on, opened
 from tui.screens.data.panels import spark
 
 
@@ -39,30 +39,24 @@ def chat(question: str, answer: str = "Fine.") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-def test_the_page_looks_like_its_golden_text(size: tuple[int, int]) -> None:
-    async def work() -> None:
-        async with opened(draft_on(), "Data", size) as screen:
-            await screen.until("104 to learn from, 2 other sets held out")
-            assert_golden(f"data-{size[0]}x{size[1]}", screen.text)
-
-    run(work())
+async def test_the_page_looks_like_its_golden_text(size: tuple[int, int]) -> None:
+    async with opened(draft_on(), "Data", size) as screen:
+        await screen.until("104 to learn from, 2 other sets held out")
+        assert_golden(f"data-{size[0]}x{size[1]}", screen.text)
 
 
-def test_enter_takes_the_sample_and_its_statistics() -> None:
-    async def work() -> None:
-        draft = draft_on()
-        async with opened(draft, "Data") as screen:
-            await screen.press("enter")  # before it is read: goes on when it is
-            await screen.until(lambda: screen.went_on)
-            assert draft.dataset.path == SAMPLE
-            assert draft.statistics.usable_rows == 104
-            assert draft.statistics.longest_tokens == draft.statistics.longest_rows[0] == 70
-            assert draft.changes == {}
-
-    run(work())
+async def test_enter_takes_the_sample_and_its_statistics() -> None:
+    draft = draft_on()
+    async with opened(draft, "Data") as screen:
+        await screen.press("enter")  # before it is read: goes on when it is
+        await screen.until(lambda: screen.went_on)
+        assert draft.dataset.path == SAMPLE
+        assert draft.statistics.usable_rows == 104
+        assert draft.statistics.longest_tokens == draft.statistics.longest_rows[0] == 70
+        assert draft.changes == {}
 
 
-def test_what_is_wrong_is_listed_worst_first_with_a_place_and_a_repair(folder) -> None:
+async def test_what_is_wrong_is_listed_worst_first_with_a_place_and_a_repair(folder) -> None:
     write(
         folder / "rows.jsonl",
         *(chat(f"q {n}") for n in range(120)),
@@ -71,194 +65,154 @@ def test_what_is_wrong_is_listed_worst_first_with_a_place_and_a_repair(folder) -
         chat("q 7"),
         chat("x", "  "),
     )
-
-    async def work() -> None:
-        async with opened(draft_on(), "Data") as screen:
-            await screen.until("rows.jsonl")
-            await screen.press("down")
-            await screen.until("122 conversations")
-            assert "110 to learn from, 12 held out; 4 rows left out" in screen.text
-            told = [
-                line for line in screen.text.splitlines() if " rows: " in line or "row: " in line
-            ]
-            assert "✗ 3 rows: The row has no assistant message. (line 122 of rows" in told[0]
-            assert "✗ 1 row: The line is not JSON." in told[1]
-            assert "! 1 row: The answer is blank" in told[2]
-            assert "! 1 row: repeating" in screen.text
-            await screen.press("tab", "enter")
-            await screen.until("fix   Add the answer that the model should give")
-            assert "rows  122, 123, 124" in screen.text
-            await screen.press("escape")
-            assert "what was found" in screen.text
-
-    run(work())
+    async with opened(draft_on(), "Data") as screen:
+        await screen.until("rows.jsonl")
+        await screen.press("down")
+        await screen.until("122 conversations")
+        assert "110 to learn from, 12 held out; 4 rows left out" in screen.text
+        told = [line for line in screen.text.splitlines() if " rows: " in line or "row: " in line]
+        assert "✗ 3 rows: The row has no assistant message. (line 122 of rows" in told[0]
+        assert "✗ 1 row: The line is not JSON." in told[1]
+        assert "! 1 row: The answer is blank" in told[2]
+        assert "! 1 row: repeating" in screen.text
+        await screen.press("tab", "enter")
+        await screen.until("fix   Add the answer that the model should give")
+        assert "rows  122, 123, 124" in screen.text
+        await screen.press("escape")
+        assert "what was found" in screen.text
 
 
-def test_a_dataset_that_cannot_be_used_does_not_pass(folder) -> None:
+async def test_a_dataset_that_cannot_be_used_does_not_pass(folder) -> None:
     write(folder / "rows.jsonl", {"a": 1}, {"a": 2})
-
-    async def work() -> None:
-        draft = draft_on()
-        async with opened(draft, "Data") as screen:
-            await screen.until("rows.jsonl")
-            await screen.press("down")
-            await screen.until("✗ not usable  none of 2 rows can be used")
-            assert "columns  a" in screen.text
-            await screen.press("m")
-            assert "no column holds messages or texts; there are a" in screen.text
-            await screen.press("enter")
-            assert "● Data" in screen.text
-            assert draft.dataset is None
-
-    run(work())
+    draft = draft_on()
+    async with opened(draft, "Data") as screen:
+        await screen.until("rows.jsonl")
+        await screen.press("down")
+        await screen.until("✗ not usable  none of 2 rows can be used")
+        assert "columns  a" in screen.text
+        await screen.press("m")
+        assert "no column holds messages or texts; there are a" in screen.text
+        await screen.press("enter")
+        assert "● Data" in screen.text
+        assert draft.dataset is None
 
 
-def test_columns_are_mapped_as_proposed_or_otherwise(folder) -> None:
+async def test_columns_are_mapped_as_proposed_or_otherwise(folder) -> None:
     said = [{"speaker": "human", "said": "hi"}, {"speaker": "gpt", "said": "yo", "thoughts": "t"}]
     write(folder / "rows.jsonl", {"dialog": said})
-
-    async def work() -> None:
-        draft = draft_on()
-        async with opened(draft, "Data") as screen:
-            await screen.until("rows.jsonl")
-            await screen.press("down")
-            await screen.until("✗ not usable")
-            await screen.press("m")
-            await screen.until("which column is which")
-            assert "messages     (•) dialog" in screen.text
-            await screen.press("down", "down", "space", "enter")
-            await screen.until("✓ 1 conversation")
-            assert "in 1 of 1 answers" not in screen.text
-            await screen.press("enter")
-            await screen.until(lambda: screen.went_on)
-            assert draft.dataset.field_messages == "dialog"
-            assert draft.dataset.message_property_mappings == {
-                "role": "speaker",
-                "content": "said",
-            }
-
-    run(work())
+    draft = draft_on()
+    async with opened(draft, "Data") as screen:
+        await screen.until("rows.jsonl")
+        await screen.press("down")
+        await screen.until("✗ not usable")
+        await screen.press("m")
+        await screen.until("which column is which")
+        assert "messages     (•) dialog" in screen.text
+        await screen.press("down", "down", "space", "enter")
+        await screen.until("✓ 1 conversation")
+        assert "in 1 of 1 answers" not in screen.text
+        await screen.press("enter")
+        await screen.until(lambda: screen.went_on)
+        assert draft.dataset.field_messages == "dialog"
+        assert draft.dataset.message_property_mappings == {
+            "role": "speaker",
+            "content": "said",
+        }
 
 
-def test_h_holds_rows_out() -> None:
-    async def work() -> None:
-        draft = draft_on()
-        async with opened(draft, "Data") as screen:
-            await screen.until("104 to learn from, 2 other sets held out")
-            await screen.press("h")
-            assert "99 to learn from, 5 held out" in screen.text
-            assert draft.changes == {"val_set_size": 0.05}
-            await screen.press("h", "h")
-            assert "83 to learn from, 21 held out" in screen.text
-            await screen.press("h")
-            assert "104 to learn from, 2 other sets held out" in screen.text
-
-    run(work())
+async def test_h_holds_rows_out() -> None:
+    draft = draft_on()
+    async with opened(draft, "Data") as screen:
+        await screen.until("104 to learn from, 2 other sets held out")
+        await screen.press("h")
+        assert "99 to learn from, 5 held out" in screen.text
+        assert draft.changes == {"val_set_size": 0.05}
+        await screen.press("h", "h")
+        assert "83 to learn from, 21 held out" in screen.text
+        await screen.press("h")
+        assert "104 to learn from, 2 other sets held out" in screen.text
 
 
-def test_the_first_rows_show_hostile_text_and_do_not_act_on_it(folder) -> None:
+async def test_the_first_rows_show_hostile_text_and_do_not_act_on_it(folder) -> None:
     write(folder / "[bold]b[x.jsonl", chat("\x1b]0;x\x07 [bold]b[/] \u202e", "[/] fine"))
-
-    async def work() -> None:
-        async with opened(draft_on(), "Data") as screen:
-            await screen.until("[bold]b[x.jsonl")
-            await screen.press("down")
-            await screen.until("1 conversation")
-            await screen.press("e")
-            await screen.until("user      ␛]0;x␇ [bold]b[/] ⟨U+202E⟩")
-            assert "[/] fine" in screen.text
-            assert "\x1b" not in screen.text
-
-    run(work())
+    async with opened(draft_on(), "Data") as screen:
+        await screen.until("[bold]b[x.jsonl")
+        await screen.press("down")
+        await screen.until("1 conversation")
+        await screen.press("e")
+        await screen.until("user      ␛]0;x␇ [bold]b[/] ⟨U+202E⟩")
+        assert "[/] fine" in screen.text
+        assert "\x1b" not in screen.text
 
 
-def test_a_name_that_no_config_may_hold_is_a_sentence(folder) -> None:
+async def test_a_name_that_no_config_may_hold_is_a_sentence(folder) -> None:
     write(folder / "a\x1b[31m.jsonl", chat("q"))
-
-    async def work() -> None:
-        async with opened(draft_on(), "Data") as screen:
-            await screen.until("a␛[31m.jsonl")
-            await screen.press("down")
-            await screen.until("holds invisible characters")
-            assert "✗ cannot be read" in screen.text
-
-    run(work())
+    async with opened(draft_on(), "Data") as screen:
+        await screen.until("a␛[31m.jsonl")
+        await screen.press("down")
+        await screen.until("holds invisible characters")
+        assert "✗ cannot be read" in screen.text
 
 
-def test_a_path_is_typed_and_completed_and_a_missing_one_is_a_sentence(folder) -> None:
+async def test_a_path_is_typed_and_completed_and_a_missing_one_is_a_sentence(folder) -> None:
     write(folder / "tickets" / "spring.jsonl", chat("q"))
     write(folder / "tickets" / "notes.txt", "x")
-
-    async def work() -> None:
-        draft = draft_on()
-        async with opened(draft, "Data") as screen:
-            await screen.until("spring.jsonl")
-            await screen.press("down", "down", "enter")
-            await screen.type("nothing")
-            await screen.press("enter")
-            await screen.until("✗ cannot be read  There is no nothing.")
-            await screen.press(*["backspace"] * 7, "t", "tab", "tab", "enter")
-            await screen.until("✓ 1 conversation")
-            await screen.press("enter")
-            await screen.until(lambda: screen.went_on)
-            assert draft.dataset.path == "tickets/spring.jsonl"
-
-    run(work())
+    draft = draft_on()
+    async with opened(draft, "Data") as screen:
+        await screen.until("spring.jsonl")
+        await screen.press("down", "down", "enter")
+        await screen.type("nothing")
+        await screen.press("enter")
+        await screen.until("✗ cannot be read  There is no nothing.")
+        await screen.press(*["backspace"] * 7, "t", "tab", "tab", "enter")
+        await screen.until("✓ 1 conversation")
+        await screen.press("enter")
+        await screen.until(lambda: screen.went_on)
+        assert draft.dataset.path == "tickets/spring.jsonl"
 
 
-def test_keys_of_the_page_work_again_once_a_typed_path_was_read(folder) -> None:
+async def test_keys_of_the_page_work_again_once_a_typed_path_was_read(folder) -> None:
     """`m maps them` says the page: in the field the m would become part of the path."""
     write(folder / "deep" / "own.jsonl", {"frage": "?", "antwort": "!"})
-
-    async def work() -> None:
-        async with opened(draft_on(), "Data") as screen:
-            await screen.until("own.jsonl")
-            await screen.press("down", "down", "enter")
-            await screen.until("esc leave the field")
-            await screen.type("deep/own.jsonl")
-            await screen.press("enter")
-            await screen.until("m maps them")
-            await screen.until("m map")
-            await screen.press("m")
-            await screen.until("use this")
-            await screen.press("escape", "enter")
-            await screen.until("esc leave the field")
-
-    run(work())
+    async with opened(draft_on(), "Data") as screen:
+        await screen.until("own.jsonl")
+        await screen.press("down", "down", "enter")
+        await screen.until("esc leave the field")
+        await screen.type("deep/own.jsonl")
+        await screen.press("enter")
+        await screen.until("m maps them")
+        await screen.until("m map")
+        await screen.press("m")
+        await screen.until("use this")
+        await screen.press("escape", "enter")
+        await screen.until("esc leave the field")
 
 
-def test_the_hub_is_asked_only_after_yes(folder) -> None:
-    async def work() -> None:
-        draft = draft_on()
-        async with opened(draft, "Data") as screen:
-            await screen.until("held out")
-            await screen.press("down", "down", "enter")
-            await screen.type("org/set")
-            await screen.press("enter")
-            await screen.until("connect to huggingface.co?")
-            assert "There is no local org/set." in screen.text
-            await screen.press("escape")
-            assert "· no data" in screen.text
-            assert "reading org/set" not in screen.text
-
-    run(work())
+async def test_the_hub_is_asked_only_after_yes(folder) -> None:
+    draft = draft_on()
+    async with opened(draft, "Data") as screen:
+        await screen.until("held out")
+        await screen.press("down", "down", "enter")
+        await screen.type("org/set")
+        await screen.press("enter")
+        await screen.until("connect to huggingface.co?")
+        assert "There is no local org/set." in screen.text
+        await screen.press("escape")
+        assert "· no data" in screen.text
+        assert "reading org/set" not in screen.text
 
 
-def test_a_worker_that_is_killed_is_a_sentence_and_r_reads_again(folder) -> None:
+async def test_a_worker_that_is_killed_is_a_sentence_and_r_reads_again(folder) -> None:
     write(folder / "rows.jsonl", *(chat(f"q {n}") for n in range(20_000)))
-
-    async def work() -> None:
-        async with opened(draft_on(), "Data") as screen:
-            await screen.until("held out")
-            await screen.press("down")
-            await screen.until("rows so far")
-            await screen.until(" MB")
-            os.kill(screen.app.data_worker.process_id, signal.SIGKILL)  # type: ignore[arg-type]
-            await screen.until("It was stopped by signal 9.")
-            await screen.press("up")
-            await screen.until("104 to learn from")
-
-    run(work())
+    async with opened(draft_on(), "Data") as screen:
+        await screen.until("held out")
+        await screen.press("down")
+        await screen.until("rows so far")
+        await screen.until(" MB")
+        os.kill(screen.app.data_worker.process_id, signal.SIGKILL)  # type: ignore[arg-type]
+        await screen.until("It was stopped by signal 9.")
+        await screen.press("up")
+        await screen.until("104 to learn from")
 
 
 def test_the_newest_files_are_found_at_most_three_folders_below(folder) -> None:
@@ -297,60 +251,48 @@ def picture(path: Path, shade: int = 0) -> bytes:
     return path.read_bytes()
 
 
-def test_images_are_counted_and_missing_ones_listed_by_line(folder) -> None:
+async def test_images_are_counted_and_missing_ones_listed_by_line(folder) -> None:
     picture(folder / "a.png")
     rows = [chat("what is it?") | {"images": [name]} for name in ("a.png", "a.png", "b.png")]
     write(folder / "rows.jsonl", *rows)
-
-    async def work() -> None:
-        async with opened(draft_on("demo-tiny-vision"), "Data") as screen:
-            await screen.until("rows.jsonl")
-            await screen.press("down")
-            await screen.until("2 conversations")
-            assert "images   2 in 2 rows, " in screen.text
-            assert "1 different, " in screen.text
-            assert "up to 64x32" in screen.text
-            assert "There is no image b.png. (line 3 of rows.jsonl" in screen.text
-            assert screen.app.draft.shows_images
-
-    run(work())
+    async with opened(draft_on("demo-tiny-vision"), "Data") as screen:
+        await screen.until("rows.jsonl")
+        await screen.press("down")
+        await screen.until("2 conversations")
+        assert "images   2 in 2 rows, " in screen.text
+        assert "1 different, " in screen.text
+        assert "up to 64x32" in screen.text
+        assert "There is no image b.png. (line 3 of rows.jsonl" in screen.text
+        assert screen.app.draft.shows_images
 
 
-def test_a_text_model_over_images_is_said_in_the_verdict(folder) -> None:
+async def test_a_text_model_over_images_is_said_in_the_verdict(folder) -> None:
     picture(folder / "a.png")
     write(folder / "rows.jsonl", chat("q"), chat("q") | {"images": ["a.png"]})
-
-    async def work() -> None:
-        async with opened(draft_on("demo-tiny"), "Data", (120, 40)) as screen:
-            await screen.until("rows.jsonl")
-            await screen.press("down")
-            await screen.until("the model reads only text, and rows have images")
-
-    run(work())
+    async with opened(draft_on("demo-tiny"), "Data", (120, 40)) as screen:
+        await screen.until("rows.jsonl")
+        await screen.press("down")
+        await screen.until("the model reads only text, and rows have images")
 
 
-def test_the_columns_of_a_table_are_mapped_too(folder) -> None:
+async def test_the_columns_of_a_table_are_mapped_too(folder) -> None:
     scan = {"bytes": picture(folder / "a.png"), "path": None}
     row = {"scan": scan, "asked": "Which organ?", "said": "A lung."}
     pq.write_table(pa.Table.from_pylist([row, row]), folder / "scans.parquet")
-
-    async def work() -> None:
-        draft = draft_on("demo-tiny-vision")
-        async with opened(draft, "Data") as screen:
-            await screen.press("down", "down")
-            await screen.until("a path")
-            await screen.press("enter")
-            await screen.type("scans.parquet")
-            await screen.press("enter")
-            await screen.until("none of 2 rows can be used")
-            assert "m maps them: image = scan, question = asked, answer = said" in screen.text
-            await screen.press("m", "enter")
-            await screen.until("2 conversations")
-            await screen.press("enter")
-            await screen.until(lambda: screen.went_on)
-            taken = draft.dataset
-            assert (taken.field_image, taken.field_question, taken.field_answer) == (
-                *("scan", "asked", "said"),
-            )
-
-    run(work())
+    draft = draft_on("demo-tiny-vision")
+    async with opened(draft, "Data") as screen:
+        await screen.press("down", "down")
+        await screen.until("a path")
+        await screen.press("enter")
+        await screen.type("scans.parquet")
+        await screen.press("enter")
+        await screen.until("none of 2 rows can be used")
+        assert "m maps them: image = scan, question = asked, answer = said" in screen.text
+        await screen.press("m", "enter")
+        await screen.until("2 conversations")
+        await screen.press("enter")
+        await screen.until(lambda: screen.went_on)
+        taken = draft.dataset
+        assert (taken.field_image, taken.field_question, taken.field_answer) == (
+            *("scan", "asked", "said"),
+        )

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -79,10 +79,6 @@ async def machine_page(
         yield Screen(app, pilot)
 
 
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(work)
-
-
 def verdict(screen: Screen) -> str:
     return screen.text.splitlines()[1].strip()
 
@@ -107,142 +103,121 @@ def is_left(screen: Screen) -> bool:
         ([RTX_4090], "✓ ready  trains up to 24B with QLoRA; can give 21.9 of 24.0 GiB"),
     ],
 )
-def test_the_verdict_says_what_the_computer_is(
+async def test_the_verdict_says_what_the_computer_is(
     nvml: FakeDriver, lines: list[str], said: str
 ) -> None:
-    async def work() -> None:
-        nvml.set(*(line for line in lines if "lost=1" not in line))
-        if "lost=1" in "".join(lines):
-            nvml.set("err nvmlDeviceGetHandleByIndex_v2 15 0", H100)
-        async with machine_page((120, 24)) as screen:
-            await screen.until(lambda: said in verdict(screen))
-
-    run(work())
+    nvml.set(*(line for line in lines if "lost=1" not in line))
+    if "lost=1" in "".join(lines):
+        nvml.set("err nvmlDeviceGetHandleByIndex_v2 15 0", H100)
+    async with machine_page((120, 24)) as screen:
+        await screen.until(lambda: said in verdict(screen))
 
 
-def test_a_hidden_card_is_greyed_with_its_reason_and_cannot_be_taken(nvml: FakeDriver) -> None:
+async def test_a_hidden_card_is_greyed_with_its_reason_and_cannot_be_taken(
+    nvml: FakeDriver,
+) -> None:
     def read() -> Machine:
         return fixed(read_machine({"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}))
 
-    async def work() -> None:
-        nvml.set(H100, SECOND)
-        async with machine_page(read=read) as screen:
-            await screen.until("hidden by CUDA_VISIBLE_DEVICES=1")
-            assert verdict(screen).startswith("Machine  ! hidden  GPU 0 is hidden by CUDA_VISIBLE")
-            await screen.press("home", "enter")
-            assert not is_left(screen)
-            assert "✗ cannot be used  GPU 0, H100 80GB HBM3: hidden by" in verdict(screen)
-            await screen.press("down", "enter")
-            assert screen.app.draft.device.uuid == "GPU-aaaa-2"
-
-    run(work())
+    nvml.set(H100, SECOND)
+    async with machine_page(read=read) as screen:
+        await screen.until("hidden by CUDA_VISIBLE_DEVICES=1")
+        assert verdict(screen).startswith("Machine  ! hidden  GPU 0 is hidden by CUDA_VISIBLE")
+        await screen.press("home", "enter")
+        assert not is_left(screen)
+        assert "✗ cannot be used  GPU 0, H100 80GB HBM3: hidden by" in verdict(screen)
+        await screen.press("down", "enter")
+        assert screen.app.draft.device.uuid == "GPU-aaaa-2"
 
 
-def test_the_card_that_can_give_most_is_highlighted_and_enter_takes_it(nvml: FakeDriver) -> None:
-    async def work() -> None:
-        nvml.set(RTX_4090, H100.replace("used=1000000000", "used=70000000000"), SECOND)
-        async with machine_page() as screen:
-            await screen.until("❯ 2  H100 80GB HBM3")
-            await screen.press("enter")
-            assert is_left(screen)
-            device = screen.app.draft.device
-            assert (device.uuid, device.planned) == ("GPU-aaaa-2", False)
-            assert screen.app.draft.machine.usable_gpus[2].uuid == device.uuid
-
-    run(work())
-
-
-def test_without_a_gpu_enter_takes_the_cpu(nvml: FakeDriver) -> None:
-    async def work() -> None:
-        nvml.set("init 12")
-        async with machine_page(draft=Draft(model="demo-tiny")) as screen:
-            await screen.until("❯ this computer's CPU  8 cores; trains the demo model")
-            await screen.press("enter")
-            assert is_left(screen)
-            assert screen.app.draft.device.kind == "cpu"
-            assert screen.app.draft.model == "demo-tiny"
-
-    run(work())
+async def test_the_card_that_can_give_most_is_highlighted_and_enter_takes_it(
+    nvml: FakeDriver,
+) -> None:
+    nvml.set(RTX_4090, H100.replace("used=1000000000", "used=70000000000"), SECOND)
+    async with machine_page() as screen:
+        await screen.until("❯ 2  H100 80GB HBM3")
+        await screen.press("enter")
+        assert is_left(screen)
+        device = screen.app.draft.device
+        assert (device.uuid, device.planned) == ("GPU-aaaa-2", False)
+        assert screen.app.draft.machine.usable_gpus[2].uuid == device.uuid
 
 
-def test_enter_before_the_driver_has_answered_waits_says_so_and_goes_on(nvml: FakeDriver) -> None:
+async def test_without_a_gpu_enter_takes_the_cpu(nvml: FakeDriver) -> None:
+    nvml.set("init 12")
+    async with machine_page(draft=Draft(model="demo-tiny")) as screen:
+        await screen.until("❯ this computer's CPU  8 cores; trains the demo model")
+        await screen.press("enter")
+        assert is_left(screen)
+        assert screen.app.draft.device.kind == "cpu"
+        assert screen.app.draft.model == "demo-tiny"
+
+
+async def test_enter_before_the_driver_has_answered_waits_says_so_and_goes_on(
+    nvml: FakeDriver,
+) -> None:
     answers = threading.Event()
 
     def read() -> Machine:
         answers.wait(60)
         return read_fixed()
 
-    async def work() -> None:
-        nvml.set(RTX_4090)
-        async with machine_page(read=read) as screen:
-            await screen.until("❯ asking the driver…")
-            await screen.press("enter")
-            assert verdict(screen).endswith("asking the driver… goes on when it answers")
-            assert not is_left(screen)
-            answers.set()
-            await screen.until(lambda: is_left(screen))
-            assert screen.app.draft.device.uuid == "GPU-bbbb-1"
-
-    run(work())
+    nvml.set(RTX_4090)
+    async with machine_page(read=read) as screen:
+        await screen.until("❯ asking the driver…")
+        await screen.press("enter")
+        assert verdict(screen).endswith("asking the driver… goes on when it answers")
+        assert not is_left(screen)
+        answers.set()
+        await screen.until(lambda: is_left(screen))
+        assert screen.app.draft.device.uuid == "GPU-bbbb-1"
 
 
-def test_enter_before_an_answer_does_not_go_on_over_a_broken_driver(nvml: FakeDriver) -> None:
-    async def work() -> None:
-        nvml.set("init 18")
-        async with machine_page() as screen:
-            await screen.press("enter")
-            await screen.until("✗ driver")
-            assert not is_left(screen)
-            await screen.press("enter")
-            assert is_left(screen)
-
-    run(work())
+async def test_enter_before_an_answer_does_not_go_on_over_a_broken_driver(nvml: FakeDriver) -> None:
+    nvml.set("init 18")
+    async with machine_page() as screen:
+        await screen.press("enter")
+        await screen.until("✗ driver")
+        assert not is_left(screen)
+        await screen.press("enter")
+        assert is_left(screen)
 
 
-def test_a_card_that_vanishes_is_marked_lost_and_no_longer_chosen(nvml: FakeDriver) -> None:
-    async def work() -> None:
-        nvml.set(H100, SECOND)
-        async with machine_page(poll_seconds=0.1) as screen:
-            await screen.until("❯ 0  H100")
-            await screen.press("enter")
-            assert screen.app.draft.device.uuid == "GPU-aaaa-1"
-            screen.app.open_step("Machine")
-            nvml.set(SECOND)
-            await screen.until("❯ 0  H100 80GB HBM3  lost: the driver no longer reaches it")
-            assert screen.app.draft.device is None
-            await screen.press("enter")
-            assert not is_left(screen)
-            await screen.press("r")
-            await screen.until(lambda: "lost" not in screen.text)
-
-    run(work())
+async def test_a_card_that_vanishes_is_marked_lost_and_no_longer_chosen(nvml: FakeDriver) -> None:
+    nvml.set(H100, SECOND)
+    async with machine_page(poll_seconds=0.1) as screen:
+        await screen.until("❯ 0  H100")
+        await screen.press("enter")
+        assert screen.app.draft.device.uuid == "GPU-aaaa-1"
+        screen.app.open_step("Machine")
+        nvml.set(SECOND)
+        await screen.until("❯ 0  H100 80GB HBM3  lost: the driver no longer reaches it")
+        assert screen.app.draft.device is None
+        await screen.press("enter")
+        assert not is_left(screen)
+        await screen.press("r")
+        await screen.until(lambda: "lost" not in screen.text)
 
 
-def test_load_heat_and_use_are_followed(nvml: FakeDriver) -> None:
-    async def work() -> None:
-        nvml.set(RTX_4090)
-        async with machine_page((120, 40), poll_seconds=0.1) as screen:
-            await screen.until("0.6 used")
-            await screen.until("41 °C")
-            nvml.set(RTX_4090.replace("temp=41", "temp=77").replace("used=6", "used=96"))
-            await screen.until("77 °C")
-            await screen.until("8.9 used")
-
-    run(work())
+async def test_load_heat_and_use_are_followed(nvml: FakeDriver) -> None:
+    nvml.set(RTX_4090)
+    async with machine_page((120, 40), poll_seconds=0.1) as screen:
+        await screen.until("0.6 used")
+        await screen.until("41 °C")
+        nvml.set(RTX_4090.replace("temp=41", "temp=77").replace("used=6", "used=96"))
+        await screen.until("77 °C")
+        await screen.until("8.9 used")
 
 
-def test_memory_that_others_take_changes_what_fits(nvml: FakeDriver) -> None:
-    async def work() -> None:
-        nvml.set(RTX_4090)
-        async with machine_page((120, 40), poll_seconds=0.1) as screen:
-            await screen.until("can give 21.9")
-            nvml.set(RTX_4090.replace("used=6", "used=96"))
-            await screen.until("can give 13.")
-
-    run(work())
+async def test_memory_that_others_take_changes_what_fits(nvml: FakeDriver) -> None:
+    nvml.set(RTX_4090)
+    async with machine_page((120, 40), poll_seconds=0.1) as screen:
+        await screen.until("can give 21.9")
+        nvml.set(RTX_4090.replace("used=6", "used=96"))
+        await screen.until("can give 13.")
 
 
-def test_a_driver_that_was_silent_is_asked_again_by_itself(nvml: FakeDriver) -> None:
+async def test_a_driver_that_was_silent_is_asked_again_by_itself(nvml: FakeDriver) -> None:
     silent = [True]
 
     def read() -> Machine:
@@ -253,143 +228,122 @@ def test_a_driver_that_was_silent_is_asked_again_by_itself(nvml: FakeDriver) -> 
         nvml.set(RTX_4090)
         return read_fixed()
 
-    async def work() -> None:
-        async with machine_page(read=read, poll_seconds=0.5) as screen:
-            await screen.until("✗ driver  The NVIDIA driver has not answered")
-            await screen.until("0  RTX 4090")
-
-    run(work())
+    async with machine_page(read=read, poll_seconds=0.5) as screen:
+        await screen.until("✗ driver  The NVIDIA driver has not answered")
+        await screen.until("0  RTX 4090")
 
 
-def test_what_runs_on_a_card_is_shown_without_acting_on_strange_names(nvml: FakeDriver) -> None:
-    async def work() -> None:
-        evil = RTX_4090.replace("NVIDIA_GeForce_RTX_4090", "NVIDIA_[red]X\x1b[31m")
-        nvml.set(f"{evil} procs=4194305:71000000000")
-        async with machine_page() as screen:
-            await screen.until("[red]X␛[31m")
-            await screen.press("i")
-            assert "66.1 GiB  somebody  process 4194305" in screen.text
-            await screen.press("escape")
-            await screen.until("what it is good for")
+async def test_what_runs_on_a_card_is_shown_without_acting_on_strange_names(
+    nvml: FakeDriver,
+) -> None:
+    evil = RTX_4090.replace("NVIDIA_GeForce_RTX_4090", "NVIDIA_[red]X\x1b[31m")
+    nvml.set(f"{evil} procs=4194305:71000000000")
+    async with machine_page() as screen:
+        await screen.until("[red]X␛[31m")
+        await screen.press("i")
+        assert "66.1 GiB  somebody  process 4194305" in screen.text
+        await screen.press("escape")
+        await screen.until("what it is good for")
 
-    run(work())
 
-
-def test_a_torch_that_cannot_use_the_card_is_said_with_its_command_where_there_is_room(
+async def test_a_torch_that_cannot_use_the_card_is_said_with_its_command_where_there_is_room(
     nvml: FakeDriver,
 ) -> None:
     def read() -> Machine:
         machine = replace(read_fixed(), torch_cuda="", stack={**STACK, "torch": "2.13.0+cpu"})
         return replace(machine, problems=tuple(torch_problems(machine)))
 
-    async def work(size: tuple[int, int], words: str) -> None:
+    for size, words in (
+        ((80, 24), "install torch==2.13.0+cu130 --index-url https://download"),
+        ((120, 40), "has the command."),
+    ):
         nvml.set(RTX_4090)
         async with machine_page(size, read=read) as screen:
             await screen.until("✗ torch  The installed torch 2.13.0+cpu cannot use a GPU")
-            said = " ".join(screen.text.replace("│", " ").split())
-            assert words in said
-
-    run(work((80, 24), "install torch==2.13.0+cu130 --index-url https://download"))
-    run(work((120, 40), "has the command."))
+            assert words in " ".join(screen.text.replace("│", " ").split())
 
 
-def test_each_kind_of_card_says_whether_flash_attention_4_suits_it(nvml: FakeDriver) -> None:
-    async def work() -> None:
-        nvml.set(RTX_4090, H100)
-        async with machine_page((120, 40)) as screen:
-            await screen.until("flash 4  RTX 4090 is not")
-            await screen.until("flash 4  H100 80GB HBM3 is")
-
-    run(work())
+async def test_each_kind_of_card_says_whether_flash_attention_4_suits_it(nvml: FakeDriver) -> None:
+    nvml.set(RTX_4090, H100)
+    async with machine_page((120, 40)) as screen:
+        await screen.until("flash 4  RTX 4090 is not")
+        await screen.until("flash 4  H100 80GB HBM3 is")
 
 
-def test_an_h100_that_is_not_here_can_be_planned_for(nvml: FakeDriver) -> None:
-    async def work() -> None:
-        nvml.set("init 12")
-        async with machine_page((120, 40)) as screen:
-            await screen.until("❯ this computer's CPU")
-            await screen.press("p")
-            await screen.until("H100 80GB HBM3")
-            while "❯ H100 80GB" not in screen.text:
-                await screen.press("down")
-            assert "$ windtunnel models --assume 'H100 80GB HBM3'" in screen.text
-            await screen.press("enter")
-            assert is_left(screen)
-            device = screen.app.draft.device
-            assert (device.name, device.planned) == ("H100 80GB HBM3", True)
-            assert screen.app.draft.machine.assumed
-            screen.app.open_step("Machine")
-            await screen.until("❯ plan for another GPU  now H100 80GB HBM3")
-
-    run(work())
+async def test_an_h100_that_is_not_here_can_be_planned_for(nvml: FakeDriver) -> None:
+    nvml.set("init 12")
+    async with machine_page((120, 40)) as screen:
+        await screen.until("❯ this computer's CPU")
+        await screen.press("p")
+        await screen.until("H100 80GB HBM3")
+        while "❯ H100 80GB" not in screen.text:
+            await screen.press("down")
+        assert "$ windtunnel models --assume 'H100 80GB HBM3'" in screen.text
+        await screen.press("enter")
+        assert is_left(screen)
+        device = screen.app.draft.device
+        assert (device.name, device.planned) == ("H100 80GB HBM3", True)
+        assert screen.app.draft.machine.assumed
+        screen.app.open_step("Machine")
+        await screen.until("❯ plan for another GPU  now H100 80GB HBM3")
 
 
-def test_the_list_may_be_left_before_every_card_is_worked_out(nvml: FakeDriver) -> None:
-    async def work() -> None:
-        async with machine_page() as screen:
-            await screen.until("❯ this computer's CPU")
-            await screen.press("p")
-            await screen.until("Ministral 3 8B ")
-            await screen.press("escape", "p")
-            await screen.until("Ministral 3 8B ")
-            await screen.press("enter")
-            assert is_left(screen)
-            await asyncio.sleep(2)  # what was begun for the next card ends here
-
-    run(work())
+async def test_the_list_may_be_left_before_every_card_is_worked_out(nvml: FakeDriver) -> None:
+    async with machine_page() as screen:
+        await screen.until("❯ this computer's CPU")
+        await screen.press("p")
+        await screen.until("Ministral 3 8B ")
+        await screen.press("escape", "p")
+        await screen.until("Ministral 3 8B ")
+        await screen.press("enter")
+        assert is_left(screen)
+        await asyncio.sleep(2)  # what was begun for the next card ends here
 
 
-def test_the_largest_model_of_each_planned_card_is_the_one_that_is_proposed(
+async def test_the_largest_model_of_each_planned_card_is_the_one_that_is_proposed(
     nvml: FakeDriver,
 ) -> None:
-    async def work() -> None:
-        async with machine_page((120, 40)) as screen:
+    async with machine_page((120, 40)) as screen:
 
-            def listed(*parts: str) -> bool:
-                return any(all(p in line for p in parts) for line in screen.text.splitlines())
+        def listed(*parts: str) -> bool:
+            return any(all(p in line for p in parts) for line in screen.text.splitlines())
 
-            await screen.until("❯ this computer's CPU")
-            await screen.press("p")
-            for card, can_give, model in (
-                ("T4", "14.2", "Ministral 3 8B"),
-                ("A10", "21.4", "Magistral Small 1.2"),
-            ):
-                await screen.until(partial(listed, f" {card} ", can_give, model))
-
-    run(work())
+        await screen.until("❯ this computer's CPU")
+        await screen.press("p")
+        for card, can_give, model in (
+            ("T4", "14.2", "Ministral 3 8B"),
+            ("A10", "21.4", "Magistral Small 1.2"),
+        ):
+            await screen.until(partial(listed, f" {card} ", can_give, model))
 
 
 @pytest.mark.parametrize(("typed", "gibibytes"), [("40", 40), ("H100 x2", 79.6)])
-def test_memory_or_a_name_can_be_typed(nvml: FakeDriver, typed: str, gibibytes: float) -> None:
-    async def work() -> None:
-        async with machine_page((120, 40)) as screen:
-            await screen.until("❯ this computer's CPU")
-            await screen.press("p")
-            await screen.until("H100 80GB HBM3")
-            await screen.press("end", "enter")
-            await screen.type("H1")
-            await screen.press("enter")
-            await screen.until("what  There is no GPU named H1.")
-            assert "┃ H1 " in screen.text
-            await screen.press("backspace", "backspace")
-            await screen.type(typed)
-            await screen.press("enter")
-            assert is_left(screen)
-            assert screen.app.draft.device.total_bytes / GIB == pytest.approx(gibibytes, abs=0.1)
-
-    run(work())
+async def test_memory_or_a_name_can_be_typed(
+    nvml: FakeDriver, typed: str, gibibytes: float
+) -> None:
+    async with machine_page((120, 40)) as screen:
+        await screen.until("❯ this computer's CPU")
+        await screen.press("p")
+        await screen.until("H100 80GB HBM3")
+        await screen.press("end", "enter")
+        await screen.type("H1")
+        await screen.press("enter")
+        await screen.until("what  There is no GPU named H1.")
+        assert "┃ H1 " in screen.text
+        await screen.press("backspace", "backspace")
+        await screen.type(typed)
+        await screen.press("enter")
+        assert is_left(screen)
+        assert screen.app.draft.device.total_bytes / GIB == pytest.approx(gibibytes, abs=0.1)
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
 @pytest.mark.parametrize("name", ["cpu", "rtx-4090"])
-def test_the_whole_page(nvml: FakeDriver, name: str, size: tuple[int, int]) -> None:
-    async def work() -> None:
-        if name == "cpu":
-            nvml.set("init 12")
-        else:
-            nvml.set("driver 580.95.05", "cuda 13000", RTX_4090)
-        async with machine_page(size) as screen:
-            await screen.until("proposed")
-            assert_golden(f"machine-{name}-{size[0]}x{size[1]}", screen.text)
-
-    run(work())
+async def test_the_whole_page(nvml: FakeDriver, name: str, size: tuple[int, int]) -> None:
+    if name == "cpu":
+        nvml.set("init 12")
+    else:
+        nvml.set("driver 580.95.05", "cuda 13000", RTX_4090)
+    async with machine_page(size) as screen:
+        await screen.until("proposed")
+        assert_golden(f"machine-{name}-{size[0]}x{size[1]}", screen.text)

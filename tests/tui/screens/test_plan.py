@@ -1,7 +1,6 @@
 """The Plan page: values change as in a spreadsheet, and everything follows at once."""
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -75,34 +74,18 @@ async def plan_page(draft: Draft, size: tuple[int, int] = (80, 24)) -> AsyncIter
         yield pilot
 
 
-def on_page(
-    draft: Draft, act: Callable[[Pilot[int]], Awaitable[None]], size: tuple[int, int] = (80, 24)
-) -> str:
-    """What the screen shows after `act`."""
-
-    async def run() -> str:
-        async with plan_page(draft, size) as pilot:
-            await act(pilot)
-            await pilot.pause()
-            return screen_text(pilot.app)
-
-    return asyncio.run(run())
-
-
-def press(*keys: str) -> Callable[[Pilot[int]], Awaitable[None]]:
-    async def act(pilot: Pilot[int]) -> None:
+async def on_page(draft: Draft, *keys: str, size: tuple[int, int] = (80, 24)) -> str:
+    """What the screen shows after these keys."""
+    async with plan_page(draft, size) as pilot:
         await pilot.press(*keys)
+        await pilot.pause()
+        return screen_text(pilot.app)
 
-    return act
 
-
-def go_to(key: str) -> Callable[[Pilot[int]], Awaitable[None]]:
-    async def act(pilot: Pilot[int]) -> None:
-        fields = pilot.app.screen.query_one(Fields)
-        while fields.field is not None and fields.field.key != key:
-            await pilot.press("down")
-
-    return act
+async def go_to(pilot: Pilot[int], key: str) -> None:
+    fields = pilot.app.screen.query_one(Fields)
+    while fields.field is not None and fields.field.key != key:
+        await pilot.press("down")
 
 
 @pytest.mark.parametrize(
@@ -113,35 +96,34 @@ def go_to(key: str) -> Callable[[Pilot[int]], Awaitable[None]]:
         ("plan-120x40-too-large", "RTX 4090", "magistral-small-2507", (120, 40)),
     ],
 )
-def test_the_page_looks_as_it_should(
+async def test_the_page_looks_as_it_should(
     name: str, gpu: str, model: str, size: tuple[int, int]
 ) -> None:
     draft = planned(gpu, model)
     draft.change("attn_implementation", "sdpa")  # not what happens to be installed here
     if "too-large" in name:
         draft.change("adapter", "lora")
-    assert_golden(name, on_page(draft, press(), size))
+    assert_golden(name, await on_page(draft, size=size))
 
 
-def test_an_opened_config_has_its_ladder_beside_it_in_whole_words(
+async def test_an_opened_config_has_its_ladder_beside_it_in_whole_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yml").write_text(OPENED, "utf-8")
     draft = make_draft(WizardRequest(Path("mine.yml"), assumed="16 GB"))
     draft.statistics, draft.counted = ROWS, counted_of(draft.config())
-    assert_golden("plan-120x40-opened", on_page(draft, press(), (120, 40)))
+    assert_golden("plan-120x40-opened", await on_page(draft, size=(120, 40)))
 
 
-def test_typing_a_rank_moves_the_verdict_the_bar_and_the_config() -> None:
+async def test_typing_a_rank_moves_the_verdict_the_bar_and_the_config() -> None:
     draft = planned("RTX 4090", "magistral-small-2507")
     before = draft.advice().estimate.device_bytes
-
-    async def act(pilot: Pilot[int]) -> None:
-        await go_to("lora_r")(pilot)
+    async with plan_page(draft) as pilot:
+        await go_to(pilot, "lora_r")
         await pilot.press("8")
-
-    text = on_page(draft, act)
+        await pilot.pause()
+        text = screen_text(pilot.app)
     assert draft.config().lora_r == 8
     after = draft.advice().estimate.device_bytes
     assert after < before
@@ -150,33 +132,29 @@ def test_typing_a_rank_moves_the_verdict_the_bar_and_the_config() -> None:
     assert "8▏" in text
 
 
-def test_a_person_s_value_is_marked_and_u_puts_the_recommended_one_back() -> None:
+async def test_a_person_s_value_is_marked_and_u_puts_the_recommended_one_back() -> None:
     draft = planned("RTX 4090", "magistral-small-2507")
     recommended = draft.config().lora_r
-
-    async def act(pilot: Pilot[int]) -> None:
-        await go_to("lora_r")(pilot)
+    async with plan_page(draft) as pilot:
+        await go_to(pilot, "lora_r")
         await pilot.press("left")
         await pilot.pause()
         assert "16›*" in screen_text(pilot.app)
         assert draft.advice().reasons["lora_r"].startswith("yours (recommended")
         await pilot.press("u")
-
-    on_page(draft, act)
     assert "lora_r" not in draft.changes
     assert draft.config().lora_r == recommended
 
 
 @pytest.mark.parametrize("keys", [("8", ".", "5"), ("0",), ("9", "e", "9", "9")])
-def test_a_typed_value_that_is_none_keeps_the_last_good_plan(keys: tuple[str, ...]) -> None:
+async def test_a_typed_value_that_is_none_keeps_the_last_good_plan(keys: tuple[str, ...]) -> None:
     draft = planned("RTX 4090", "magistral-small-2507")
-
-    async def act(pilot: Pilot[int]) -> None:
-        await go_to("lora_r")(pilot)
+    async with plan_page(draft) as pilot:
+        await go_to(pilot, "lora_r")
         await pilot.press(*keys)
         await pilot.press("enter")
-
-    text = on_page(draft, act)
+        await pilot.pause()
+        text = screen_text(pilot.app)
     assert "● Plan" in text  # enter did not pass
     assert "lora_r" in text.split("settings", 1)[1]
     assert isinstance(draft.config().lora_r, int)
@@ -232,56 +210,52 @@ def test_a_held_out_share_takes_the_place_of_the_recipe_s_sets() -> None:
     assert draft.config().test_datasets
 
 
-def test_f_takes_rungs_until_it_fits() -> None:
+async def test_f_takes_rungs_until_it_fits() -> None:
     draft = planned("RTX 4090", "magistral-small-2507")
     draft.change("adapter", "lora")
     assert draft.advice().estimate.verdict == "does not fit"
-
-    async def act(pilot: Pilot[int]) -> None:
+    async with plan_page(draft) as pilot:
         await pilot.press("f")
         await pilot.pause()
         assert "what would fit, least change first" in screen_text(pilot.app)
         await pilot.press("enter")
-
-    assert "✓ fits" in on_page(draft, act)
+        await pilot.pause()
+        assert "✓ fits" in screen_text(pilot.app)
     assert draft.advice().estimate.verdict == "fits"
     assert draft.changes["adapter"] == "qlora"
 
 
-def test_f_says_so_where_it_fits_already() -> None:
-    text = on_page(planned("H200", "ministral-3-3b"), press("f"))
+async def test_f_says_so_where_it_fits_already() -> None:
+    text = await on_page(planned("H200", "ministral-3-3b"), "f")
     assert "what would fit" not in text
 
 
-def test_g_plans_for_another_gpu() -> None:
+async def test_g_plans_for_another_gpu() -> None:
     draft = planned("RTX 4090", "mistral-medium-3.5")
-
-    async def act(pilot: Pilot[int]) -> None:
+    async with plan_page(draft) as pilot:
         await pilot.press("g")
         await pilot.pause()
         await pilot.press("G", "enter")
-
-    on_page(draft, act)
     assert draft.device is not None
     assert draft.device.planned
     assert draft.device.total_bytes > 140 * 2**30
     assert draft.advice().estimate.verdict == "fits"
 
 
-def test_a_shows_all_settings_and_f1_explains_the_one_under_the_cursor() -> None:
+async def test_a_shows_all_settings_and_f1_explains_the_one_under_the_cursor() -> None:
     draft = planned("RTX 4090", "magistral-small-2507")
-    text = on_page(draft, press("a", "end", "f1"))
+    text = await on_page(draft, "a", "end", "f1")
     assert "windtunnel explain seed" in text
 
 
-def test_enter_accepts_and_escape_goes_back() -> None:
+async def test_enter_accepts_and_escape_goes_back() -> None:
     draft = planned("RTX 4090", "magistral-small-2507")
-    assert "● Review" in on_page(draft, press("enter"))
-    assert "● Preview" in on_page(draft, press("escape"))
+    assert "● Review" in await on_page(draft, "enter")
+    assert "● Preview" in await on_page(draft, "escape")
 
 
-def test_a_missing_answer_is_a_sentence() -> None:
-    text = on_page(Draft(model="ministral-3-3b"), press())
+async def test_a_missing_answer_is_a_sentence() -> None:
+    text = await on_page(Draft(model="ministral-3-3b"))
     assert "No device is chosen." in text
 
 
@@ -306,18 +280,16 @@ def test_the_bar_adds_up_and_an_overflow_is_drawn() -> None:
     assert len(legend(parts, 30)) == 2
 
 
-def test_a_card_that_is_not_here_is_not_measured() -> None:
-    async def act(pilot: Pilot[int]) -> None:
+async def test_a_card_that_is_not_here_is_not_measured() -> None:
+    async with plan_page(planned("RTX 4090", "ministral-3-3b")) as pilot:
         await pilot.press("F")
         await pilot.pause()
         (told,) = pilot.app._notifications
         assert told.message.startswith("RTX 4090 is not here")
 
-    on_page(planned("RTX 4090", "ministral-3-3b"), act)
-
 
 @pytest.mark.slow
-def test_big_f_measures_here_and_keeps_the_figures(
+async def test_big_f_measures_here_and_keeps_the_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch")
@@ -325,14 +297,11 @@ def test_big_f_measures_here_and_keeps_the_figures(
     draft = planned("RTX 4090", "demo-tiny")
     draft.device = cpu_device(assume("24 GB"))
     draft.statistics = draft.dataset = None
-
-    async def act(pilot: Pilot[int]) -> None:
+    async with plan_page(draft) as pilot:
         await pilot.press("F")
         await wait_for(
             pilot,
             lambda: any("measured peak" in told.message for told in pilot.app._notifications),
             seconds=120,
         )
-
-    on_page(draft, act)
     assert list(tmp_path.glob("*.json"))

@@ -17,7 +17,7 @@ from engine.data.requests import CheckRows, PreviewRows, Request, plain
 from engine.wizard.counting import rows_config
 from engine.wizard.draft import Draft
 from tests.support.screens import assert_golden
-from tests.support.stand_in import SAMPLE, WORKER, draft_on, opened, run
+from tests.support.stand_in import SAMPLE, WORKER, draft_on, opened
 from tui.widgets.keys import CommandLine
 from tui.widgets.tokens import TokenView
 
@@ -49,76 +49,67 @@ def sample() -> Draft:
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-def test_the_page_looks_like_its_golden_text(size: tuple[int, int]) -> None:
-    async def work() -> None:
-        async with opened(sample(), "Preview", size) as screen:
-            await screen.until("✓ good")
-            await screen.until("[THINK]")
-            assert_golden(f"preview-{size[0]}x{size[1]}", screen.text)
-
-    run(work())
+async def test_the_page_looks_like_its_golden_text(size: tuple[int, int]) -> None:
+    async with opened(sample(), "Preview", size) as screen:
+        await screen.until("✓ good")
+        await screen.until("[THINK]")
+        assert_golden(f"preview-{size[0]}x{size[1]}", screen.text)
 
 
-def test_it_shows_the_very_arrays_that_training_reads(tmp_path) -> None:
-    async def work() -> None:
-        draft = draft_of(
-            tmp_path,
-            chat("q", thinking("hm", "a"), "and?", "b"),
-            chat("é ☃ 漢字", {"content": "c", "weight": 0}, "more", "d"),
-            train_on_thinking=False,
-        )
-        config = draft.config()
-        tokenizer = open_tokenizer("demo-tiny")
-        prepared = prepare(config, tmp_path, tokenizer, tmp_path / "store")
-        async with opened(draft, "Preview") as screen:
-            for index in range(2):
-                await screen.until(f"row {index + 1} of 2")
-                view = screen.app.screen.query_one(TokenView)
-                await screen.until(lambda view=view: view.row is not None)  # type: ignore[misc]
-                ids, kinds = prepared.ids(index), prepared.kinds(index)
-                expected = labels(ids, kinds, LabelRule(thinking=False)).tolist()
-                assert list(view.row.ids) == ids.tolist()
-                shown = [
-                    token if view.is_learned(at) else -100 for at, token in enumerate(view.row.ids)
-                ]
-                assert shown == expected
-                await screen.press("n")
-
-    run(work())
-
-
-def test_rows_are_reached_by_n_p_and_number_and_odd_rows_by_N_P_and_w(tmp_path) -> None:
-    async def work() -> None:
-        rows = [chat(f"question {n}", f"answer {n}") for n in range(40)]
-        rows[29] = chat("q", {"content": "silent", "weight": 0})
-        async with opened(draft_of(tmp_path, *rows), "Preview") as screen:
-            await screen.until("nothing to learn in 1 row, left out")
-            await screen.press("p")
-            assert "row 1 of 40" in screen.text
+async def test_it_shows_the_very_arrays_that_training_reads(tmp_path) -> None:
+    draft = draft_of(
+        tmp_path,
+        chat("q", thinking("hm", "a"), "and?", "b"),
+        chat("é ☃ 漢字", {"content": "c", "weight": 0}, "more", "d"),
+        train_on_thinking=False,
+    )
+    config = draft.config()
+    tokenizer = open_tokenizer("demo-tiny")
+    prepared = prepare(config, tmp_path, tokenizer, tmp_path / "store")
+    async with opened(draft, "Preview") as screen:
+        for index in range(2):
+            await screen.until(f"row {index + 1} of 2")
+            view = screen.app.screen.query_one(TokenView)
+            await screen.until(lambda view=view: view.row is not None)  # type: ignore[misc]
+            ids, kinds = prepared.ids(index), prepared.kinds(index)
+            expected = labels(ids, kinds, LabelRule(thinking=False)).tolist()
+            assert list(view.row.ids) == ids.tolist()
+            shown = [
+                token if view.is_learned(at) else -100 for at, token in enumerate(view.row.ids)
+            ]
+            assert shown == expected
             await screen.press("n")
-            assert "row 2 of 40" in screen.text
-            assert "answer 1" in screen.text
-            await screen.press("p")
-            await screen.press("g", "3", "5", "enter")
-            await screen.until("row 35 of 40")
-            assert "answer 34" in screen.text
-            await screen.press("P")
-            await screen.until("row 30 of 40")
-            await screen.press("g", "9", "9", "enter")
-            await screen.until("99 is no row number; there are 40 rows")
-            await screen.press("g", "escape")
-            assert "row 30 of 40" in screen.text
-            await screen.press("w")
-            await screen.until("row 30      learns nothing")
-            await screen.press("enter")
-            await screen.until("row 1 of 40")
-            for _ in range(9):  # the longest and the least learned rows lie between
-                if "row 30 of 40" not in screen.text:
-                    await screen.press("N")
-            assert "row 30 of 40" in screen.text
-            assert "kept out by the row" in await described(screen, "silent")
 
-    run(work())
+
+async def test_rows_are_reached_by_n_p_and_number_and_odd_rows_by_N_P_and_w(tmp_path) -> None:
+    rows = [chat(f"question {n}", f"answer {n}") for n in range(40)]
+    rows[29] = chat("q", {"content": "silent", "weight": 0})
+    async with opened(draft_of(tmp_path, *rows), "Preview") as screen:
+        await screen.until("nothing to learn in 1 row, left out")
+        await screen.press("p")
+        assert "row 1 of 40" in screen.text
+        await screen.press("n")
+        assert "row 2 of 40" in screen.text
+        assert "answer 1" in screen.text
+        await screen.press("p")
+        await screen.press("g", "3", "5", "enter")
+        await screen.until("row 35 of 40")
+        assert "answer 34" in screen.text
+        await screen.press("P")
+        await screen.until("row 30 of 40")
+        await screen.press("g", "9", "9", "enter")
+        await screen.until("99 is no row number; there are 40 rows")
+        await screen.press("g", "escape")
+        assert "row 30 of 40" in screen.text
+        await screen.press("w")
+        await screen.until("row 30      learns nothing")
+        await screen.press("enter")
+        await screen.until("row 1 of 40")
+        for _ in range(9):  # the longest and the least learned rows lie between
+            if "row 30 of 40" not in screen.text:
+                await screen.press("N")
+        assert "row 30 of 40" in screen.text
+        assert "kept out by the row" in await described(screen, "silent")
 
 
 async def described(screen, text: str) -> str:
@@ -129,169 +120,138 @@ async def described(screen, text: str) -> str:
     return next(line for line in screen.text.splitlines() if "  id " in line)
 
 
-def test_tokens_are_found_by_text_and_id_and_described() -> None:
-    async def work() -> None:
-        async with opened(sample(), "Preview") as screen:
-            await screen.until("✓ good")
-            line = await described(screen, "calm")
-            assert "·calm  learned as think" in line
-            assert line.endswith("message 1")
-            await screen.press("slash", "i", "d", "colon", "3", "5", "enter")
-            assert "id 35  [/THINK]  learned as think  control token" in screen.text
-            await screen.press("slash", "z", "z", "enter")
-            await screen.until("zz is not in this row")
-
-    run(work())
+async def test_tokens_are_found_by_text_and_id_and_described() -> None:
+    async with opened(sample(), "Preview") as screen:
+        await screen.until("✓ good")
+        line = await described(screen, "calm")
+        assert "·calm  learned as think" in line
+        assert line.endswith("message 1")
+        await screen.press("slash", "i", "d", "colon", "3", "5", "enter")
+        assert "id 35  [/THINK]  learned as think  control token" in screen.text
+        await screen.press("slash", "z", "z", "enter")
+        await screen.until("zz is not in this row")
 
 
-def test_labels_edges_and_a_copy_of_the_row() -> None:
-    async def work() -> None:
-        async with opened(sample(), "Preview") as screen:
-            await screen.until("✓ good")
-            await screen.press("b")
-            assert "<s>│[INST]│What│ does│" in screen.text
-            await screen.press("b", "m")
-            assert "-100" in screen.text
-            assert "┃ 34 " in screen.text
-            await screen.press("y")
-            first, *_, last = screen.app.clipboard.splitlines()
-            assert first == "bos\t1\t<s>"
-            assert last == "eos\t2\t</s>"
-
-    run(work())
+async def test_labels_edges_and_a_copy_of_the_row() -> None:
+    async with opened(sample(), "Preview") as screen:
+        await screen.until("✓ good")
+        await screen.press("b")
+        assert "<s>│[INST]│What│ does│" in screen.text
+        await screen.press("b", "m")
+        assert "-100" in screen.text
+        assert "┃ 34 " in screen.text
+        await screen.press("y")
+        first, *_, last = screen.app.clipboard.splitlines()
+        assert first == "bos\t1\t<s>"
+        assert last == "eos\t2\t</s>"
 
 
-def test_the_thinking_switch_relabels_at_once_and_asks_nobody() -> None:
-    async def work() -> None:
-        draft = sample()
-        async with opened(draft, "Preview") as screen:
-            await screen.until("✓ good")
-            asked = list(WORKER.asked)
-            assert "4,372  75%" in screen.text
-            await screen.press("space", "space")
-            assert draft.changes == {"train_on_thinking": False}
-            assert "think   ┊ [THINK]" in screen.text
-            assert "2,250  39%" in screen.text
-            assert "--no-think" in screen.text
-            await screen.press("left")
-            assert draft.changes == {}
-            assert "4,372  75%" in screen.text
-            assert WORKER.asked == asked
-
-    run(work())
+async def test_the_thinking_switch_relabels_at_once_and_asks_nobody() -> None:
+    draft = sample()
+    async with opened(draft, "Preview") as screen:
+        await screen.until("✓ good")
+        asked = list(WORKER.asked)
+        assert "4,372  75%" in screen.text
+        await screen.press("space", "space")
+        assert draft.changes == {"train_on_thinking": False}
+        assert "think   ┊ [THINK]" in screen.text
+        assert "2,250  39%" in screen.text
+        assert "--no-think" in screen.text
+        await screen.press("left")
+        assert draft.changes == {}
+        assert "4,372  75%" in screen.text
+        assert WORKER.asked == asked
 
 
-def test_dropping_old_thinking_takes_its_tokens_out(tmp_path) -> None:
-    async def work() -> None:
-        row = chat("q", thinking("older thought", "a"), "r", thinking("newer thought", "b"))
-        draft = draft_of(tmp_path, row)
-        async with opened(draft, "Preview") as screen:
-            await screen.until("✓ good")
-            assert "older thought" in screen.text
-            await screen.press("space", "down", "space")
-            await screen.until(lambda: "older thought" not in screen.text)
-            assert "newer thought" in screen.text
-            assert draft.changes == {"history_thinking": "drop"}
-            await screen.press("space")
-            await screen.until("older thought")
-            assert draft.changes == {}
-
-    run(work())
+async def test_dropping_old_thinking_takes_its_tokens_out(tmp_path) -> None:
+    row = chat("q", thinking("older thought", "a"), "r", thinking("newer thought", "b"))
+    draft = draft_of(tmp_path, row)
+    async with opened(draft, "Preview") as screen:
+        await screen.until("✓ good")
+        assert "older thought" in screen.text
+        await screen.press("space", "down", "space")
+        await screen.until(lambda: "older thought" not in screen.text)
+        assert "newer thought" in screen.text
+        assert draft.changes == {"history_thinking": "drop"}
+        await screen.press("space")
+        await screen.until("older thought")
+        assert draft.changes == {}
 
 
-def test_switches_that_are_no_choice_say_why(tmp_path) -> None:
-    async def work() -> None:
-        async with opened(draft_of(tmp_path, chat("q", "a")), "Preview") as screen:
-            await screen.until("thinking     - none in the rows")
-            assert "reasoning    - v15 models only" in screen.text
-
-    run(work())
+async def test_switches_that_are_no_choice_say_why(tmp_path) -> None:
+    async with opened(draft_of(tmp_path, chat("q", "a")), "Preview") as screen:
+        await screen.until("thinking     - none in the rows")
+        assert "reasoning    - v15 models only" in screen.text
 
 
-def test_the_effort_of_a_v15_model_is_a_switch_and_none_over_thinking_a_warning(tmp_path) -> None:
-    async def work() -> None:
-        draft = draft_of(tmp_path, chat("q", thinking("t", "a")), model="mistral-small-4")
-        async with opened(draft, "Preview", (120, 40)) as screen:
-            await screen.until('[MODEL_SETTINGS]{"reasoning_effort": "high"}')
-            await screen.press("space", "down", "down", "left")
-            await screen.until('[MODEL_SETTINGS]{"reasoning_effort": "none"}')
-            assert draft.changes == {"chat_template_kwargs": {"reasoning_effort": "none"}}
-            await screen.until("! look  effort is none over thinking in 1 row")
-            command = screen.app.screen.query_one(CommandLine).command
-            assert command.endswith("--row 1 --reasoning-effort none")
-
-    run(work())
-
-
-def test_a_bad_row_is_a_sentence_and_n_goes_on(tmp_path) -> None:
-    async def work() -> None:
-        rows = ("{bad\n", chat("q", "fine"))
-        async with opened(draft_of(tmp_path, *rows), "Preview") as screen:
-            await screen.until("✗ row 1 cannot be used")
-            assert "The line is not JSON." in screen.text
-            await screen.until("! look  an error in 1 row")
-            await screen.press("n")
-            await screen.until("answer  ┃ fine</s>")
-
-    run(work())
+async def test_the_effort_of_a_v15_model_is_a_switch_and_none_over_thinking_a_warning(
+    tmp_path,
+) -> None:
+    draft = draft_of(tmp_path, chat("q", thinking("t", "a")), model="mistral-small-4")
+    async with opened(draft, "Preview", (120, 40)) as screen:
+        await screen.until('[MODEL_SETTINGS]{"reasoning_effort": "high"}')
+        await screen.press("space", "down", "down", "left")
+        await screen.until('[MODEL_SETTINGS]{"reasoning_effort": "none"}')
+        assert draft.changes == {"chat_template_kwargs": {"reasoning_effort": "none"}}
+        await screen.until("! look  effort is none over thinking in 1 row")
+        command = screen.app.screen.query_one(CommandLine).command
+        assert command.endswith("--row 1 --reasoning-effort none")
 
 
-def test_where_nothing_is_learned_enter_does_not_go_on(tmp_path) -> None:
-    async def work() -> None:
-        row = chat("q", {"content": "a", "weight": 0})
-        async with opened(draft_of(tmp_path, row), "Preview") as screen:
-            await screen.until("✗ stop  no token is learned in any row")
-            await screen.press("enter")
-            assert "● Preview" in screen.text
-
-    run(work())
-
-
-def test_enter_goes_on_and_a_row_that_is_too_long_is_told(tmp_path) -> None:
-    async def work() -> None:
-        draft = draft_of(tmp_path, chat("q", "word " * 200), chat("q", "b"), sequence_len=128)
-        async with opened(draft, "Preview") as screen:
-            await screen.until("! look  over 128 tokens in 1 row, left out")
-            await screen.press("enter")
-            assert screen.went_on
-
-    run(work())
+async def test_a_bad_row_is_a_sentence_and_n_goes_on(tmp_path) -> None:
+    rows = ("{bad\n", chat("q", "fine"))
+    async with opened(draft_of(tmp_path, *rows), "Preview") as screen:
+        await screen.until("✗ row 1 cannot be used")
+        assert "The line is not JSON." in screen.text
+        await screen.until("! look  an error in 1 row")
+        await screen.press("n")
+        await screen.until("answer  ┃ fine</s>")
 
 
-def test_hostile_text_is_shown_and_does_nothing(tmp_path) -> None:
-    async def work() -> None:
-        text = "\x1b[31mred \u202eback [bold]b[/bold] [/] [INST]"
-        async with opened(draft_of(tmp_path, chat(text, text)), "Preview") as screen:
-            await screen.until("✓ good")
-            shown = screen.text
-            assert "␛[31mred ⟨U+202E⟩back [bold]b[/bold] [/] [INST]" in shown.replace("\n", "")
-            assert "\x1b" not in shown
-            view = screen.app.screen.query_one(TokenView)
-            row = view.row
-            control = [piece for at, piece in enumerate(row.pieces) if row.is_control(at)]
-            assert control == ["<s>", "[INST]", "[/INST]", "</s>"]
-
-    run(work())
+async def test_where_nothing_is_learned_enter_does_not_go_on(tmp_path) -> None:
+    row = chat("q", {"content": "a", "weight": 0})
+    async with opened(draft_of(tmp_path, row), "Preview") as screen:
+        await screen.until("✗ stop  no token is learned in any row")
+        await screen.press("enter")
+        assert "● Preview" in screen.text
 
 
-def test_a_worker_that_is_killed_is_a_sentence_and_r_reads_again(tmp_path) -> None:
-    async def work() -> None:
-        rows = [chat(f"question {n}", "a") for n in range(60)]
-        async with opened(draft_of(tmp_path, *rows), "Preview") as screen:
-            await screen.until("✓ good")
-            os.kill(screen.app.data_worker.process_id, signal.SIGSTOP)  # type: ignore[arg-type]
-            await screen.press("g", "5", "0", "enter")
-            os.kill(screen.app.data_worker.process_id, signal.SIGKILL)  # type: ignore[arg-type]
-            await screen.until("It was stopped by signal 9")
-            await screen.press("r")
-            await screen.until("✓ good")
-            assert "question 0" in screen.text
+async def test_enter_goes_on_and_a_row_that_is_too_long_is_told(tmp_path) -> None:
+    draft = draft_of(tmp_path, chat("q", "word " * 200), chat("q", "b"), sequence_len=128)
+    async with opened(draft, "Preview") as screen:
+        await screen.until("! look  over 128 tokens in 1 row, left out")
+        await screen.press("enter")
+        assert screen.went_on
 
-    run(work())
+
+async def test_hostile_text_is_shown_and_does_nothing(tmp_path) -> None:
+    text = "\x1b[31mred \u202eback [bold]b[/bold] [/] [INST]"
+    async with opened(draft_of(tmp_path, chat(text, text)), "Preview") as screen:
+        await screen.until("✓ good")
+        shown = screen.text
+        assert "␛[31mred ⟨U+202E⟩back [bold]b[/bold] [/] [INST]" in shown.replace("\n", "")
+        assert "\x1b" not in shown
+        view = screen.app.screen.query_one(TokenView)
+        row = view.row
+        control = [piece for at, piece in enumerate(row.pieces) if row.is_control(at)]
+        assert control == ["<s>", "[INST]", "[/INST]", "</s>"]
+
+
+async def test_a_worker_that_is_killed_is_a_sentence_and_r_reads_again(tmp_path) -> None:
+    rows = [chat(f"question {n}", "a") for n in range(60)]
+    async with opened(draft_of(tmp_path, *rows), "Preview") as screen:
+        await screen.until("✓ good")
+        os.kill(screen.app.data_worker.process_id, signal.SIGSTOP)  # type: ignore[arg-type]
+        await screen.press("g", "5", "0", "enter")
+        os.kill(screen.app.data_worker.process_id, signal.SIGKILL)  # type: ignore[arg-type]
+        await screen.until("It was stopped by signal 9")
+        await screen.press("r")
+        await screen.until("✓ good")
+        assert "question 0" in screen.text
 
 
 @pytest.mark.parametrize("request_", [CheckRows, PreviewRows])
-def test_the_screen_gets_no_more_of_many_rows_than_of_few(
+async def test_the_screen_gets_no_more_of_many_rows_than_of_few(
     tmp_path, request_: type[CheckRows] | type[PreviewRows]
 ) -> None:
     """The worker counts them: what an answer brings onto the event loop does not grow with them."""
@@ -303,30 +263,23 @@ def test_the_screen_gets_no_more_of_many_rows_than_of_few(
         request: Request[Any] = request_(rows_config(config), Path.cwd())
         return len(json.dumps(plain(await WORKER.ask(request))))
 
-    async def work() -> None:
-        assert await answered_bytes(8000) < 1.5 * await answered_bytes(2000)
-
-    run(work())
+    assert await answered_bytes(8000) < 1.5 * await answered_bytes(2000)
 
 
-def test_an_image_is_one_chip_that_the_cursor_steps_over_and_nobody_learns(tmp_path) -> None:
+async def test_an_image_is_one_chip_that_the_cursor_steps_over_and_nobody_learns(tmp_path) -> None:
     Image.new("RGB", (448, 336)).save(tmp_path / "lamp.png")
     row = chat("What is it?", "A lamp.", images=["lamp.png"])
-
-    async def work() -> None:
-        draft = draft_of(tmp_path, row, model="demo-tiny-vision")
-        async with opened(draft, "Preview") as screen:
-            await screen.until("every row learns something")
-            assert screen.text.count("[image 448x336: 8 x 6 tokens]") == 1
-            await screen.press("right", "right")
-            told = "54 tokens from 3  image 448x336: 8 x 6 tokens  only read: image  message 0"
-            assert told in screen.text
-            assert "54 are of images" in screen.text
-            view = screen.app.screen.query_one(TokenView)
-            assert not any(view.is_learned(at) for at in range(2, 56))
-            await screen.press("right")
-            assert view.cursor == 56
-            await screen.press("left", "left")
-            assert view.cursor == 1
-
-    run(work())
+    draft = draft_of(tmp_path, row, model="demo-tiny-vision")
+    async with opened(draft, "Preview") as screen:
+        await screen.until("every row learns something")
+        assert screen.text.count("[image 448x336: 8 x 6 tokens]") == 1
+        await screen.press("right", "right")
+        told = "54 tokens from 3  image 448x336: 8 x 6 tokens  only read: image  message 0"
+        assert told in screen.text
+        assert "54 are of images" in screen.text
+        view = screen.app.screen.query_one(TokenView)
+        assert not any(view.is_learned(at) for at in range(2, 56))
+        await screen.press("right")
+        assert view.cursor == 56
+        await screen.press("left", "left")
+        assert view.cursor == 1

@@ -1,6 +1,5 @@
 """The Review page: the file as it is run, started, saved, named, edited."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -50,17 +49,13 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_what_is_shown_is_what_is_saved(tmp_path: Path) -> None:
+async def test_what_is_shown_is_what_is_saved(tmp_path: Path) -> None:
     draft = for_the_demo()
     draft.change("learning_rate", 0.003)
-
-    async def run() -> str:
-        async with review_page(draft) as pilot:
-            await pilot.press("down", "enter")
-            await pilot.pause()
-            return screen_text(pilot.app)
-
-    text = asyncio.run(run())
+    async with review_page(draft) as pilot:
+        await pilot.press("down", "enter")
+        await pilot.pause()
+        text = screen_text(pilot.app)
     saved = tmp_path / "harbour-pilot-demo-tiny.yml"
     assert "✓ saved" in text
     assert f"windtunnel train {saved}"[:40] in text
@@ -69,68 +64,50 @@ def test_what_is_shown_is_what_is_saved(tmp_path: Path) -> None:
     assert "yours (recommended 0.005" in saved.read_text("utf-8")
 
 
-def test_saving_never_overwrites_a_file(tmp_path: Path) -> None:
+async def test_saving_never_overwrites_a_file(tmp_path: Path) -> None:
     (tmp_path / "harbour-pilot-demo-tiny.yml").write_text("mine\n", "utf-8")
-
-    async def run() -> None:
-        async with review_page(for_the_demo()) as pilot:
-            await pilot.press("down", "enter")
-
-    asyncio.run(run())
+    async with review_page(for_the_demo()) as pilot:
+        await pilot.press("down", "enter")
     assert (tmp_path / "harbour-pilot-demo-tiny.yml").read_text("utf-8") == "mine\n"
     assert (tmp_path / "harbour-pilot-demo-tiny-2.yml").exists()
 
 
-def test_for_a_planned_card_the_first_answer_is_to_save() -> None:
-    async def run() -> str:
-        async with review_page(for_a_planned_card()) as pilot:
-            command = pilot.app.screen.query_one(CommandLine).command
-            assert command.endswith("-o harbour-pilot-ministral-3-8b.yml")
-            return screen_text(pilot.app)
-
-    text = asyncio.run(run())
+async def test_for_a_planned_card_the_first_answer_is_to_save() -> None:
+    async with review_page(for_a_planned_card()) as pilot:
+        command = pilot.app.screen.query_one(CommandLine).command
+        assert command.endswith("-o harbour-pilot-ministral-3-8b.yml")
+        text = screen_text(pilot.app)
     assert "· ready to save" in text
     assert "❯ save only" in text
 
 
-def test_a_plan_that_does_not_fit_is_saved_and_said_to_be_one() -> None:
+async def test_a_plan_that_does_not_fit_is_saved_and_said_to_be_one() -> None:
     draft = for_a_planned_card()
     draft.model = "mistral-medium-3.5"
     draft.change("adapter", "lora")
-
-    async def run() -> str:
-        async with review_page(draft) as pilot:
-            return screen_text(pilot.app)
-
-    assert "· ready to save  does not fit: " in asyncio.run(run())
+    async with review_page(draft) as pilot:
+        assert "· ready to save  does not fit: " in screen_text(pilot.app)
 
 
-def test_start_is_refused_with_its_reason() -> None:
-    async def run() -> str:
-        async with review_page(for_a_planned_card()) as pilot:
-            await pilot.press("up", "enter")
-            await pilot.pause()
-            return screen_text(pilot.app)
-
-    text = asyncio.run(run())
+async def test_start_is_refused_with_its_reason() -> None:
+    async with review_page(for_a_planned_card()) as pilot:
+        await pilot.press("up", "enter")
+        await pilot.pause()
+        text = screen_text(pilot.app)
     assert "is planned for and not here." in text
     assert "kept" in text
 
 
 @needs_trainer
-def test_n_names_the_run() -> None:
+async def test_n_names_the_run() -> None:
     draft = for_the_demo()
-
-    async def run() -> str:
-        async with review_page(draft) as pilot:
-            await pilot.press("n")
-            field = pilot.app.screen.query_one("NameField")
-            field.value = "pilots"  # type: ignore[attr-defined]
-            await pilot.press("enter")
-            await pilot.pause()
-            return screen_text(pilot.app)
-
-    text = asyncio.run(run())
+    async with review_page(draft) as pilot:
+        await pilot.press("n")
+        field = pilot.app.screen.query_one("NameField")
+        field.value = "pilots"  # type: ignore[attr-defined]
+        await pilot.press("enter")
+        await pilot.pause()
+        text = screen_text(pilot.app)
     assert draft.name == "pilots"
     assert "windtunnel train pilots.yml" in text
 
@@ -143,20 +120,16 @@ def test_n_names_the_run() -> None:
         ("lora_r: 16", "lora_r: none", "lora_r"),
     ],
 )
-def test_what_the_editor_wrote_is_taken_or_refused_with_its_reason(
+async def test_what_the_editor_wrote_is_taken_or_refused_with_its_reason(
     old: str, new: str, expected: str
 ) -> None:
     draft = for_the_demo()
-
-    async def run() -> str:
-        async with review_page(draft) as pilot:
-            page = pilot.app.screen
-            assert isinstance(page, ReviewPage)
-            page.take_text(draft.config_text().replace(old, new))
-            await pilot.pause()
-            return screen_text(pilot.app)
-
-    text = asyncio.run(run())
+    async with review_page(draft) as pilot:
+        page = pilot.app.screen
+        assert isinstance(page, ReviewPage)
+        page.take_text(draft.config_text().replace(old, new))
+        await pilot.pause()
+        text = screen_text(pilot.app)
     if expected:
         assert expected in text.lower()
         assert draft.config().lora_r == 16
@@ -165,14 +138,10 @@ def test_what_the_editor_wrote_is_taken_or_refused_with_its_reason(
         assert "lora_r: 4" in draft.config_text()
 
 
-def test_without_an_editor_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_an_editor_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EDITOR", raising=False)
     monkeypatch.delenv("VISUAL", raising=False)
-
-    async def run() -> str:
-        async with review_page(for_the_demo()) as pilot:
-            await pilot.press("e")
-            await pilot.pause()
-            return screen_text(pilot.app)
-
-    assert "There is no editor to open." in asyncio.run(run())
+    async with review_page(for_the_demo()) as pilot:
+        await pilot.press("e")
+        await pilot.pause()
+        assert "There is no editor to open." in screen_text(pilot.app)

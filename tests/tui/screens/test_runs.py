@@ -1,8 +1,8 @@
 """The Runs page: the list, two runs compared, a run resumed, a run taken away."""
 
-import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -44,50 +44,42 @@ def runs(home: Path) -> list[RunFolder]:
     return made[::-1]
 
 
-def listed(work: Callable[[Pilot[int]], Awaitable[None]], size: tuple[int, int] = (80, 24)) -> None:
-    async def look() -> None:
-        app = WindtunnelApp(start="Runs", pages=PAGES)
-        async with app.run_test(size=size) as pilot:
-            await work(pilot)
-
-    asyncio.run(look())
+@asynccontextmanager
+async def listed(size: tuple[int, int] = (80, 24)) -> AsyncIterator[Pilot[int]]:
+    app = WindtunnelApp(start="Runs", pages=PAGES)
+    async with app.run_test(size=size) as pilot:
+        yield pilot
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-def test_every_run_with_its_state_and_the_one_under_the_cursor(
+async def test_every_run_with_its_state_and_the_one_under_the_cursor(
     runs: list[RunFolder], size: tuple[int, int]
 ) -> None:
-    async def work(pilot: Pilot[int]) -> None:
-        await wait_for_text(pilot, "3 runs, 1 training")
-        await wait_for_text(pilot, "step 61/99")
-        await pilot.pause(0.2)
-        assert_golden(f"runs-{size[0]}x{size[1]}", screen_text(pilot.app))
-
     with RunLock(runs[0]):
-        listed(work, size)
+        async with listed(size) as pilot:
+            await wait_for_text(pilot, "3 runs, 1 training")
+            await wait_for_text(pilot, "step 61/99")
+            await pilot.pause(0.2)
+            assert_golden(f"runs-{size[0]}x{size[1]}", screen_text(pilot.app))
 
 
-def test_no_run_yet_says_how_to_make_one() -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_no_run_yet_says_how_to_make_one() -> None:
+    async with listed() as pilot:
         await wait_for_text(pilot, "no runs yet: F2 sets one up")
         await pilot.press("enter", "r", "delete", "space", "c")
 
-    listed(work)
 
-
-def test_enter_attaches_and_escape_comes_back_to_the_same_line(runs: list[RunFolder]) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_enter_attaches_and_escape_comes_back_to_the_same_line(runs: list[RunFolder]) -> None:
+    async with listed() as pilot:
         await wait_for_text(pilot, "support-0")
         await pilot.press("j", "enter")
         await wait_for_text(pilot, "✓ done  support-0")
         await pilot.press("escape")
         await wait_for_text(pilot, "❯   ✓ support-0")
 
-    listed(work)
 
-
-def test_space_marks_two_and_c_compares_them(runs: list[RunFolder]) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_space_marks_two_and_c_compares_them(runs: list[RunFolder]) -> None:
+    async with listed() as pilot:
         await wait_for_text(pilot, "support-0")
         await pilot.press("space", "j", "space")
         await wait_for_text(pilot, "❯ B ✓ support-0")
@@ -100,11 +92,9 @@ def test_space_marks_two_and_c_compares_them(runs: list[RunFolder]) -> None:
         await pilot.press("escape")
         await wait_for_text(pilot, "space marks two to compare")
 
-    listed(work)
 
-
-def test_a_comparison_stays_while_the_list_below_is_read_again(runs: list[RunFolder]) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_a_comparison_stays_while_the_list_below_is_read_again(runs: list[RunFolder]) -> None:
+    async with listed() as pilot:
         await wait_for_text(pilot, "support-0")
         await pilot.press("space", "j", "space", "c")
         await wait_for_text(pilot, "keys are the same")
@@ -115,14 +105,12 @@ def test_a_comparison_stays_while_the_list_below_is_read_again(runs: list[RunFol
         await pilot.pause(0.2)
         assert screen_text(pilot.app) == before
 
-    listed(work)
-
 
 @pytest.mark.parametrize(
     ("changed", "verdict"),
     [("", "B is better by 2.000 held out"), ("seed: 7\n", "held out on different rows")],
 )
-def test_a_winner_is_named_only_over_the_same_held_out_rows(
+async def test_a_winner_is_named_only_over_the_same_held_out_rows(
     home: Path, changed: str, verdict: str
 ) -> None:
     for name, loss, keys in (("first", 3.0, ""), ("second", 1.0, changed)):
@@ -131,8 +119,7 @@ def test_a_winner_is_named_only_over_the_same_held_out_rows(
         with EventWriter(run.events, clock=lambda: BEGAN + 900) as events:
             events.emit(Eval(61, loss))
         os.utime(run.events, (BEGAN - loss, BEGAN - loss))
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with listed() as pilot:
         await wait_for_text(pilot, "second")
         await pilot.press("down", "space", "up", "space", "c")
         await wait_for_text(pilot, "keys are the same")
@@ -141,11 +128,9 @@ def test_a_winner_is_named_only_over_the_same_held_out_rows(
         assert verdict in text
         assert "better" in verdict or "better" not in text
 
-    listed(work)
 
-
-def test_a_third_mark_takes_the_place_of_the_oldest(runs: list[RunFolder]) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_a_third_mark_takes_the_place_of_the_oldest(runs: list[RunFolder]) -> None:
+    async with listed() as pilot:
         await wait_for_text(pilot, "support-0")
         await pilot.press("space", "j", "space", "j", "space")
         await wait_for_text(pilot, "❯ B ✗ medium-try")
@@ -153,24 +138,22 @@ def test_a_third_mark_takes_the_place_of_the_oldest(runs: list[RunFolder]) -> No
         await pilot.press("space")
         await wait_for_text(pilot, "❯   ✗ medium-try")
 
-    listed(work)
 
-
-def test_a_config_that_cannot_be_read_says_so_in_the_comparison(runs: list[RunFolder]) -> None:
+async def test_a_config_that_cannot_be_read_says_so_in_the_comparison(
+    runs: list[RunFolder],
+) -> None:
     runs[1].config.write_text("lora_rank: [", "utf-8")
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with listed() as pilot:
         await wait_for_text(pilot, "support-0")
         await pilot.press("space", "j", "c")
         await wait_for_text(pilot, "config.yml")
 
-    listed(work)
 
-
-def test_delete_says_what_goes_and_keeps_the_config(runs: list[RunFolder], home: Path) -> None:
+async def test_delete_says_what_goes_and_keeps_the_config(
+    runs: list[RunFolder], home: Path
+) -> None:
     config = runs[1].config.read_text("utf-8")
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with listed() as pilot:
         await wait_for_text(pilot, "support-0")
         await pilot.press("j", "delete")
         await wait_for_text(pilot, "remove support-0")
@@ -183,71 +166,56 @@ def test_delete_says_what_goes_and_keeps_the_config(runs: list[RunFolder], home:
         await pilot.press("enter")
         await wait_for(pilot, lambda: not runs[1].path.exists())
         await wait_for_text(pilot, "2 runs")
-
-    listed(work)
     (kept,) = (home / "runs" / ".trash").iterdir()
     assert kept.name.startswith("support-0-")
     assert kept.read_text("utf-8") == config
 
 
-def test_a_live_run_is_not_removed(runs: list[RunFolder]) -> None:
-    async def work(pilot: Pilot[int]) -> None:
-        await wait_for_text(pilot, "support-0")
-        await pilot.press("delete")
-        await wait_for_text(pilot, "remove support-1")
-        await pilot.press("enter")
-        await wait_for_text(pilot, "The run support-1 is already running.")
-
+async def test_a_live_run_is_not_removed(runs: list[RunFolder]) -> None:
     with RunLock(runs[0]):
-        listed(work)
+        async with listed() as pilot:
+            await wait_for_text(pilot, "support-0")
+            await pilot.press("delete")
+            await wait_for_text(pilot, "remove support-1")
+            await pilot.press("enter")
+            await wait_for_text(pilot, "The run support-1 is already running.")
     assert runs[0].events.exists()
 
 
-def test_a_run_in_a_folder_that_somebody_chose_is_not_removed(tmp_path: Path) -> None:
+async def test_a_run_in_a_folder_that_somebody_chose_is_not_removed(tmp_path: Path) -> None:
     chosen = told_run(create_run("mine", output_dir=tmp_path / "mine").path, 3)
     (chosen.path / "thesis.txt").write_text("mine")
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with listed() as pilot:
         await wait_for_text(pilot, "mine")
         await pilot.press("delete")
         await wait_for_text(pilot, "lies in a folder that somebody chose")
-
-    listed(work)
     assert (chosen.path / "thesis.txt").exists()
     assert chosen.events.exists()
 
 
-def test_resuming_a_finished_run_says_why_not(runs: list[RunFolder]) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_resuming_a_finished_run_says_why_not(runs: list[RunFolder]) -> None:
+    async with listed() as pilot:
         await wait_for_text(pilot, "support-0")
         await pilot.press("j", "r")
         await wait_for_text(pilot, "The run support-0 has finished.")
 
-    listed(work)
 
-
-def test_a_run_that_cannot_be_read_stands_in_the_list_with_its_reason(
+async def test_a_run_that_cannot_be_read_stands_in_the_list_with_its_reason(
     runs: list[RunFolder],
 ) -> None:
     runs[2].events.unlink()
     runs[2].events.mkdir()
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with listed() as pilot:
         await wait_for_text(pilot, "cannot be read")
         assert "? medium-try" in screen_text(pilot.app)
-
-    listed(work)
 
 
 @needs_trainer
 @pytest.mark.slow
-def test_r_starts_the_trainer_again_and_shows_how_it_went(runs: list[RunFolder]) -> None:
+async def test_r_starts_the_trainer_again_and_shows_how_it_went(runs: list[RunFolder]) -> None:
     """The trainer itself refuses this config: its sentence is what the page shows."""
     runs[0].config.write_text("base_model: nobody/nothing\nlora_rank: 3\n", "utf-8")
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with listed() as pilot:
         await wait_for_text(pilot, "support-1")
         await pilot.press("r")
         await wait_for(pilot, lambda: "lora_rank" in screen_text(pilot.app), seconds=90)
-
-    listed(work)

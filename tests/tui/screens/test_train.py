@@ -1,8 +1,8 @@
 """The Train page shows a told run at any size, and says what a live one does in every state."""
 
-import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -31,46 +31,33 @@ class FrozenTrainPage(TrainPage):
 PAGES: dict[str, type[Page]] = {"Train": FrozenTrainPage, "Runs": RunsPage}
 
 
-def shown(
-    run: RunFolder,
-    work: Callable[[Pilot[int]], Awaitable[None]],
-    size: tuple[int, int] = (80, 24),
-    *,
-    alive: bool = True,
-) -> WindtunnelApp:
+@asynccontextmanager
+async def shown(
+    run: RunFolder, size: tuple[int, int] = (80, 24), *, alive: bool = True
+) -> AsyncIterator[Pilot[int]]:
     app = WindtunnelApp(run=run, pages=PAGES)
-
-    async def follow() -> None:
+    with RunLock(run) if alive else nullcontext():
         async with app.run_test(size=size) as pilot:
-            await work(pilot)
-
-    if alive:
-        with RunLock(run):
-            asyncio.run(follow())
-    else:
-        asyncio.run(follow())
-    return app
+            yield pilot
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-def test_a_run_under_way(tmp_path: Path, size: tuple[int, int]) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_a_run_under_way(tmp_path: Path, size: tuple[int, int]) -> None:
+    async with shown(told_run(tmp_path / "support-magistral-1"), size) as pilot:
         await wait_for_text(pilot, "step 61/99")
         await wait_for_text(pilot, "step 60  I'm sorry")
         await pilot.pause()
         assert_golden(f"train-{size[0]}x{size[1]}", screen_text(pilot.app))
 
-    shown(told_run(tmp_path / "support-magistral-1"), work, size)
 
-
-def test_a_run_that_has_finished(tmp_path: Path) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_a_run_that_has_finished(tmp_path: Path) -> None:
+    async with shown(
+        told_run(tmp_path / "support-magistral-1", 99, Ended("finished", 99)), alive=False
+    ) as pilot:
         await wait_for_text(pilot, "✓ done")
         await wait_for_text(pilot, "99 steps in")
         await pilot.pause(0.3)
         assert_golden("train-done-80x24", screen_text(pilot.app))
-
-    shown(told_run(tmp_path / "support-magistral-1", 99, Ended("finished", 99)), work, alive=False)
 
 
 OUT_OF_MEMORY = Shortage(
@@ -90,7 +77,9 @@ OUT_OF_MEMORY = Shortage(
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-def test_a_run_without_memory_offers_what_makes_room(tmp_path: Path, size: tuple[int, int]) -> None:
+async def test_a_run_without_memory_offers_what_makes_room(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
     run = told_run(tmp_path / "support-magistral-1")
     end = Ended(
         "failed",
@@ -104,44 +93,33 @@ def test_a_run_without_memory_offers_what_makes_room(tmp_path: Path, size: tuple
     with EventWriter(run.events, clock=lambda: NOW) as writer:
         writer.emit(OUT_OF_MEMORY)
         writer.emit(end)
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with shown(run, size, alive=False) as pilot:
         await wait_for_text(pilot, "go on with micro_batch_size 1")
         await pilot.pause()
         assert_golden(f"train-memory-{size[0]}x{size[1]}", screen_text(pilot.app))
 
-    shown(run, work, size, alive=False)
 
-
-def test_a_run_that_failed_says_what_why_kept_and_what_can_be_done(tmp_path: Path) -> None:
+async def test_a_run_that_failed_says_what_why_kept_and_what_can_be_done(tmp_path: Path) -> None:
     end = Ended("failed", 61, "The save could not be written.", "The disk is full.", "Free 1 GB.")
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with shown(told_run(tmp_path / "support-magistral-1", 61, end), alive=False) as pilot:
         await wait_for_text(pilot, "The disk is full.")
         assert_golden("train-failed-80x24", screen_text(pilot.app))
         await pilot.press("escape")
         await wait_for_text(pilot, "smoothed")
 
-    shown(told_run(tmp_path / "support-magistral-1", 61, end), work, alive=False)
 
-
-def test_a_run_that_was_killed_is_lost_and_says_so(tmp_path: Path) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_a_run_that_was_killed_is_lost_and_says_so(tmp_path: Path) -> None:
+    async with shown(told_run(tmp_path / "run"), alive=False) as pilot:
         await wait_for_text(pilot, "✗ lost")
         await wait_for_text(pilot, "wrote no last word")
         await wait_for_text(pilot, "❯ resume from step-60")
 
-    shown(told_run(tmp_path / "run"), work, alive=False)
 
-
-def test_a_folder_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+async def test_a_folder_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.events.mkdir(parents=True)
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with shown(run, alive=False) as pilot:
         await wait_for_text(pilot, "cannot be read.")
-
-    shown(run, work, alive=False)
 
 
 @pytest.mark.parametrize(
@@ -154,8 +132,12 @@ def test_a_folder_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
         ("enter", "━ smoothed"),
     ],
 )
-def test_a_key_shows_more_and_escape_shows_all_again(tmp_path: Path, key: str, text: str) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_a_key_shows_more_and_escape_shows_all_again(
+    tmp_path: Path, key: str, text: str
+) -> None:
+    run = told_run(tmp_path / "run")
+    run.log.write_text("loading shards\rloading shards 100%\n\x1b[31mred\n")
+    async with shown(run) as pilot:
         await wait_for_text(pilot, "grad norm")
         await pilot.press(key)
         await wait_for_text(pilot, text)
@@ -163,61 +145,47 @@ def test_a_key_shows_more_and_escape_shows_all_again(tmp_path: Path, key: str, t
         await pilot.press("escape")
         await wait_for_text(pilot, "grad norm")
 
+
+async def test_the_log_of_libraries_cannot_act_on_the_terminal(tmp_path: Path) -> None:
     run = told_run(tmp_path / "run")
-    run.log.write_text("loading shards\rloading shards 100%\n\x1b[31mred\n")
-    shown(run, work)
-
-
-def test_the_log_of_libraries_cannot_act_on_the_terminal(tmp_path: Path) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+    run.log.write_text("\x1b[31mred [bold]x\n")
+    async with shown(run) as pilot:
         await wait_for_text(pilot, "grad norm")
         await pilot.press("l")
         await wait_for_text(pilot, "␛[31mred [bold]x")
 
-    run = told_run(tmp_path / "run")
-    run.log.write_text("\x1b[31mred [bold]x\n")
-    shown(run, work)
 
-
-def test_answers_and_names_of_strangers_are_shown_and_do_nothing(tmp_path: Path) -> None:
+async def test_answers_and_names_of_strangers_are_shown_and_do_nothing(tmp_path: Path) -> None:
     told = ToldRun(tmp_path / "run")
     told.begin(model="org/[bold]x\x1b]0;t\x07")
     told.tell(Sample(0, "q [red]?", "a\x9b31m [/nope] \u202e", "after"), Note("error", "[/x]"))
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with shown(told.folder) as pilot:
         await wait_for_text(pilot, "what it says now")
         assert "[bold]x␛]0;t␇" in screen_text(pilot.app)
         await pilot.press("v")
         await wait_for_text(pilot, "asked    q [red]?")
         assert "a⟨U+009B⟩31m [/nope] ⟨U+202E⟩" in screen_text(pilot.app)
 
-    shown(told.folder, work)
 
-
-def test_leaving_a_run_that_trains_says_how_to_come_back(tmp_path: Path) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_leaving_a_run_that_trains_says_how_to_come_back(tmp_path: Path) -> None:
+    async with shown(told_run(tmp_path / "run")) as pilot:
         await wait_for_text(pilot, "▶ training")
         await pilot.press("q")
+    assert pilot.app.parting == "still training: windtunnel watch run"  # type: ignore[attr-defined]
 
-    assert shown(told_run(tmp_path / "run"), work).parting == "still training: windtunnel watch run"
 
-
-def test_leaving_a_run_that_has_ended_says_nothing(tmp_path: Path) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_leaving_a_run_that_has_ended_says_nothing(tmp_path: Path) -> None:
+    async with shown(told_run(tmp_path / "run", 99, Ended("finished", 99)), alive=False) as pilot:
         await wait_for_text(pilot, "✓ done")
         await pilot.press("q")
-
-    run = told_run(tmp_path / "run", 99, Ended("finished", 99))
-    assert shown(run, work, alive=False).parting == ""
+    assert pilot.app.parting == ""  # type: ignore[attr-defined]
 
 
-def test_escape_goes_to_the_list_of_runs(tmp_path: Path) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_escape_goes_to_the_list_of_runs(tmp_path: Path) -> None:
+    async with shown(told_run(tmp_path / "run")) as pilot:
         await wait_for_text(pilot, "▶ training")
         await pilot.press("escape")
         await wait_for_text(pilot, "space marks two to compare")
-
-    shown(told_run(tmp_path / "run"), work)
 
 
 # The sentences, without a screen.
@@ -336,18 +304,15 @@ def test_what_is_read_is_told_in_bytes_and_percent(phase: Phase, told: str) -> N
     assert line.share == (phase.done / phase.total if phase.total else None)
 
 
-def test_figures_stand_below_the_curves_and_a_finished_run_says_what_is_next(
+async def test_figures_stand_below_the_curves_and_a_finished_run_says_what_is_next(
     tmp_path: Path,
 ) -> None:
     told = ToldRun(tmp_path / "run")
     told.begin()
     told.train(1, 20)
     told.tell(Drift(20, 0.04, 900), Ended("finished", 20))
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with shown(told.folder, alive=False) as pilot:
         await wait_for_text(pilot, "✓ done")
         await wait_for_text(pilot, "step 20: drift 0.04")
         await wait_for_text(pilot, wording.NEXT)
         await wait_for_text(pilot, "$ windtunnel generate run --prompt 'My lamp (order 4471)")
-
-    shown(told.folder, work, alive=False)

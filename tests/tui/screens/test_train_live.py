@@ -1,7 +1,8 @@
 """The Train page on a process that lives: attach, pause, save, stop, and what comes after."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from textual.pilot import Pilot
@@ -14,49 +15,37 @@ from tests.support.told_runs import step_event
 from tui.app import WindtunnelApp
 from tui.screens.train import TrainPage
 
-Work = Callable[[Pilot[int]], Awaitable[None]]
 
-
-def attached(run: RunFolder, work: Work, **fake: object) -> WindtunnelApp:
+@asynccontextmanager
+async def attached(run: RunFolder, **fake: object) -> AsyncIterator[Pilot[int]]:
     """The page on the fake trainer, which goes on until the work is done."""
     app = WindtunnelApp(run=run)
-
-    async def follow() -> None:
-        async with app.run_test(size=(80, 24), notifications=True) as pilot:
-            await work(pilot)
-
     with running_fake(run, **{"steps": 100_000, "step_seconds": 0.01, **fake}):
-        asyncio.run(follow())
-    return app
+        async with app.run_test(size=(80, 24), notifications=True) as pilot:
+            yield pilot
 
 
-def test_charts_move_while_the_run_goes_on(home: Path) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_charts_move_while_the_run_goes_on(home: Path) -> None:
+    async with attached(create_run("live")) as pilot:
         await wait_for_text(pilot, "▶ training")
         await wait_for_text(pilot, "loss 2.")
         before = screen_text(pilot.app)
         await wait_for(pilot, lambda: screen_text(pilot.app) != before)
 
-    attached(create_run("live"), work)
 
-
-def test_a_run_that_was_just_started_says_that_it_outlives_the_window(home: Path) -> None:
+async def test_a_run_that_was_just_started_says_that_it_outlives_the_window(home: Path) -> None:
     run = create_run("live")
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with attached(run) as pilot:
         app = pilot.app
         assert isinstance(app, WindtunnelApp)
         await wait_for_text(pilot, "▶ training  live")
         app.open_run(create_run("other"), fresh=True)
         await wait_for_text(pilot, "started; it goes on")
 
-    attached(run, work)
 
-
-def test_p_pauses_and_p_goes_on(home: Path) -> None:
+async def test_p_pauses_and_p_goes_on(home: Path) -> None:
     run = create_run("live")
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with attached(run) as pilot:
         await wait_for_text(pilot, "▶ training")
         await pilot.press("p")
         await wait_for_text(pilot, "❚❚ paused")
@@ -68,13 +57,10 @@ def test_p_pauses_and_p_goes_on(home: Path) -> None:
         await wait_for_text(pilot, "▶ training")
         assert status(run) == "running"
 
-    attached(run, work)
 
-
-def test_a_request_is_shown_until_the_run_answers(home: Path) -> None:
+async def test_a_request_is_shown_until_the_run_answers(home: Path) -> None:
     run = create_run("live")
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with attached(run, save_seconds=1) as pilot:
         await wait_for_text(pilot, "▶ training")
         await pilot.press("c")
         await wait_for_text(pilot, "asked to save…")
@@ -83,13 +69,10 @@ def test_a_request_is_shown_until_the_run_answers(home: Path) -> None:
         await pilot.press("l")
         await wait_for_text(pilot, "saved checkpoints/step-")
 
-    attached(run, work, save_seconds=1)
 
-
-def test_s_asks_first_and_escape_lets_the_run_go_on(home: Path) -> None:
+async def test_s_asks_first_and_escape_lets_the_run_go_on(home: Path) -> None:
     run = create_run("live")
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with attached(run) as pilot:
         await wait_for_text(pilot, "▶ training")
         await pilot.press("s")
         await wait_for_text(pilot, "save it and keep the adapter?")
@@ -97,13 +80,10 @@ def test_s_asks_first_and_escape_lets_the_run_go_on(home: Path) -> None:
         await pilot.pause(0.3)
         assert status(run) == "running"
 
-    attached(run, work)
 
-
-def test_s_and_enter_save_and_stop_the_run(home: Path) -> None:
+async def test_s_and_enter_save_and_stop_the_run(home: Path) -> None:
     run = create_run("live")
-
-    async def work(pilot: Pilot[int]) -> None:
+    async with attached(run) as pilot:
         await wait_for_text(pilot, "▶ training")
         await pilot.press("s")
         await wait_for_text(pilot, "Stop after step")
@@ -113,50 +93,38 @@ def test_s_and_enter_save_and_stop_the_run(home: Path) -> None:
         assert (run.checkpoints / "LATEST").exists()
         assert "r resume" in screen_text(pilot.app)
 
-    attached(run, work)
 
-
-def test_what_a_run_refuses_is_a_sentence(home: Path) -> None:
-    async def work(pilot: Pilot[int]) -> None:
+async def test_what_a_run_refuses_is_a_sentence(home: Path) -> None:
+    async with attached(create_run("live"), refuses="save") as pilot:
         await wait_for_text(pilot, "▶ training")
         await pilot.press("c")
         await wait_for_text(pilot, "The run live refused to save.")
 
-    attached(create_run("live"), work, refuses="save")
 
-
-def test_leaving_lets_the_run_go_on(home: Path) -> None:
+async def test_leaving_lets_the_run_go_on(home: Path) -> None:
     run = create_run("live")
     app = WindtunnelApp(run=run)
-
-    async def follow() -> None:
+    with running_fake(run, steps=100_000, step_seconds=0.01):
         async with app.run_test(size=(80, 24)) as pilot:
             await wait_for_text(pilot, "▶ training")
             await pilot.press("q")
-
-    with running_fake(run, steps=100_000, step_seconds=0.01):
-        asyncio.run(follow())
         size = run.events.stat().st_size
         wait_until(lambda: run.events.stat().st_size > size)
         assert is_locked(run)
     assert app.parting == "still training: windtunnel watch live"
 
 
-def test_a_killed_run_is_told_at_once(home: Path) -> None:
+async def test_a_killed_run_is_told_at_once(home: Path) -> None:
     run = create_run("live")
     app = WindtunnelApp(run=run)
-
-    async def follow(kill: Callable[[], None]) -> None:
+    with running_fake(run, steps=100_000, step_seconds=0.01) as process:
         async with app.run_test(size=(80, 24)) as pilot:
             await wait_for_text(pilot, "▶ training")
-            kill()
+            process.kill()
             await wait_for_text(pilot, "✗ lost")
 
-    with running_fake(run, steps=100_000, step_seconds=0.01) as process:
-        asyncio.run(follow(process.kill))
 
-
-def test_keys_are_answered_while_a_long_run_is_read(home: Path) -> None:
+async def test_keys_are_answered_while_a_long_run_is_read(home: Path) -> None:
     """Reading it takes many turns of the event loop: in each, few of its events are taken in."""
     run, steps = create_run("long"), 30_000
     with run.events.open("ab") as lines:
@@ -165,18 +133,15 @@ def test_keys_are_answered_while_a_long_run_is_read(home: Path) -> None:
         lines.write(format_line(Recorded(steps + 1, 1e9, Ended("finished", steps))))
     in_a_turn: list[int] = []
 
-    async def follow() -> None:
-        app = WindtunnelApp(run=run)
-        async with app.run_test(size=(80, 24)) as pilot:
-            page, taken = app.screen, 0
-            assert isinstance(page, TrainPage)
-            while taken < steps:
-                before = taken
-                await asyncio.sleep(0)  # one turn, in which a key would have been answered
-                taken = page._history.steps_done
-                in_a_turn.append(taken - before)
-            await wait_for_text(pilot, f"{steps} steps in")
-
-    asyncio.run(asyncio.wait_for(follow(), 120))
+    app = WindtunnelApp(run=run)
+    async with asyncio.timeout(120), app.run_test(size=(80, 24)) as pilot:
+        page, taken = app.screen, 0
+        assert isinstance(page, TrainPage)
+        while taken < steps:
+            before = taken
+            await asyncio.sleep(0)  # one turn, in which a key would have been answered
+            taken = page._history.steps_done
+            in_a_turn.append(taken - before)
+        await wait_for_text(pilot, f"{steps} steps in")
     assert sum(in_a_turn) == steps
     assert max(in_a_turn) <= 1000

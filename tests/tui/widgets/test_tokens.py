@@ -1,7 +1,5 @@
 """The token view: lines that never split what must be whole, and meaning without colour."""
 
-import asyncio
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
@@ -112,78 +110,66 @@ def luminance(colour) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_learned_text_is_lighter_than_text_that_is_only_read() -> None:
-    async def look() -> None:
-        app = Shown()
-        async with app.run_test(size=(60, 10)):
-            view = app.query_one(TokenView)
-            styles = {
-                name: view.get_component_rich_style(f"tokens--{name}", partial=True)
-                for name in ("think", "answer", "call", "other", "read")
-            }
-            read = styles.pop("read")
-            assert read.dim
-            assert not read.underline
-            for style in styles.values():
-                assert style.underline
-                assert luminance(style.color) > luminance(read.color)
-
-    asyncio.run(look())
+async def test_learned_text_is_lighter_than_text_that_is_only_read() -> None:
+    app = Shown()
+    async with app.run_test(size=(60, 10)):
+        view = app.query_one(TokenView)
+        styles = {
+            name: view.get_component_rich_style(f"tokens--{name}", partial=True)
+            for name in ("think", "answer", "call", "other", "read")
+        }
+        read = styles.pop("read")
+        assert read.dim
+        assert not read.underline
+        for style in styles.values():
+            assert style.underline
+            assert luminance(style.color) > luminance(read.color)
 
 
-def test_the_gutter_tells_what_is_learned_and_control_tokens_are_bold() -> None:
-    async def look() -> None:
-        app = Shown()
-        async with app.run_test(size=(60, 10)) as pilot:
-            view = app.query_one(TokenView)
-            flags = [kind in ("think", "text", "eos") for kind in TALK.kinds]
-            view.show_row(TALK, flags)
-            await pilot.pause()
-            text = screen_text(app)
-            assert "user    ┊ <s>[INST]Is it far?[/INST]" in text
-            assert "think   ┃ [THINK]No.[/THINK]" in text
-            view.relabel([kind in ("text", "eos") for kind in TALK.kinds])
-            await pilot.pause()
-            assert "think   ┊ [THINK]No.[/THINK]" in screen_text(app)
-            styles = {s.text: s.style for s in view.render_line(0)}
-            assert styles["[INST]"].bold
-            assert not styles["Is"].bold
-            app.add_class("-ascii")
-            view.refresh()
-            assert "think   : [THINK]" in screen_text(app) or ":" in view.render_line(1).text
-
-    asyncio.run(look())
+async def test_the_gutter_tells_what_is_learned_and_control_tokens_are_bold() -> None:
+    app = Shown()
+    async with app.run_test(size=(60, 10)) as pilot:
+        view = app.query_one(TokenView)
+        flags = [kind in ("think", "text", "eos") for kind in TALK.kinds]
+        view.show_row(TALK, flags)
+        await pilot.pause()
+        text = screen_text(app)
+        assert "user    ┊ <s>[INST]Is it far?[/INST]" in text
+        assert "think   ┃ [THINK]No.[/THINK]" in text
+        view.relabel([kind in ("text", "eos") for kind in TALK.kinds])
+        await pilot.pause()
+        assert "think   ┊ [THINK]No.[/THINK]" in screen_text(app)
+        styles = {s.text: s.style for s in view.render_line(0)}
+        assert styles["[INST]"].bold
+        assert not styles["Is"].bold
+        app.add_class("-ascii")
+        view.refresh()
+        assert "think   : [THINK]" in screen_text(app) or ":" in view.render_line(1).text
 
 
-def test_counts_stand_below_the_role_and_the_cursor_goes_by_token_and_line() -> None:
-    async def look() -> None:
-        app = Shown()
-        async with app.run_test(size=(24, 12)) as pilot:
-            view = app.query_one(TokenView)
-            view.show_row(TALK, [kind != "user" for kind in TALK.kinds])
-            view.focus()
-            await pilot.press("right", "l")
-            assert view.cursor == 2
-            await pilot.press("down")
-            assert TALK.pieces[view.cursor] == "?"  # below it: "<s>[INST]Is" is 11 cells wide
-            await pilot.press("end")
-            assert view.cursor == len(TALK) - 1
-            await pilot.press("home")
-            assert view.cursor == 0
-            assert "4/4     ┃" in screen_text(app)
-
-    asyncio.run(look())
+async def test_counts_stand_below_the_role_and_the_cursor_goes_by_token_and_line() -> None:
+    app = Shown()
+    async with app.run_test(size=(24, 12)) as pilot:
+        view = app.query_one(TokenView)
+        view.show_row(TALK, [kind != "user" for kind in TALK.kinds])
+        view.focus()
+        await pilot.press("right", "l")
+        assert view.cursor == 2
+        await pilot.press("down")
+        assert TALK.pieces[view.cursor] == "?"  # below it: "<s>[INST]Is" is 11 cells wide
+        await pilot.press("end")
+        assert view.cursor == len(TALK) - 1
+        await pilot.press("home")
+        assert view.cursor == 0
+        assert "4/4     ┃" in screen_text(app)
 
 
-def test_a_token_that_is_part_of_a_character_shows_the_cursor_on_the_whole() -> None:
-    async def look() -> None:
-        app = Shown()
-        async with app.run_test(size=(40, 8)) as pilot:
-            view = app.query_one(TokenView)
-            view.show_row(row(("text", "a"), ("text", ""), ("text", "漢")), [True] * 3, cursor=1)
-            view.focus()
-            await pilot.pause()
-            reversed_text = [s.text for s in view.render_line(0) if s.style and s.style.reverse]
-            assert reversed_text == ["漢"]
-
-    asyncio.run(look())
+async def test_a_token_that_is_part_of_a_character_shows_the_cursor_on_the_whole() -> None:
+    app = Shown()
+    async with app.run_test(size=(40, 8)) as pilot:
+        view = app.query_one(TokenView)
+        view.show_row(row(("text", "a"), ("text", ""), ("text", "漢")), [True] * 3, cursor=1)
+        view.focus()
+        await pilot.pause()
+        reversed_text = [s.text for s in view.render_line(0) if s.style and s.style.reverse]
+        assert reversed_text == ["漢"]
