@@ -8,10 +8,10 @@ queries by their position.
 
 import json
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -199,6 +199,10 @@ def training(
     model = put_on_training(base, Path(config.base_model), config)
     model.train()
     return assemble(folder, base, model, config, rows, held_out)
+
+
+Begin: TypeAlias = Callable[..., Training]
+"""A run on Ministral 3 and the uneven rows, by its folder's name, if any, and its config's keys."""
 
 
 def assemble(

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,8 +8,18 @@ import torch
 # First, because it decides what transformers may load.
 import engine.train  # noqa: F401
 from engine.train.batches import Rows
+from engine.train.loop import Training
 from tests.support.offloading import DEEP_MODELS
-from tests.support.tiny import ARCHITECTURES, UNEVEN, Row, write_model, write_rows
+from tests.support.tiny import (
+    ARCHITECTURES,
+    UNEVEN,
+    Begin,
+    Row,
+    settings,
+    training,
+    write_model,
+    write_rows,
+)
 
 torch.set_num_threads(1)  # toy shapes: a second thread only waits
 
@@ -47,6 +58,16 @@ def any_model(request: pytest.FixtureRequest, model_folder: Callable[[str], Path
 def ministral(model_folder: Callable[[str], Path]) -> Path:
     """The folder of a text-only Ministral 3."""
     return model_folder("ministral3")
+
+
+@pytest.fixture
+def begin(ministral: Path, uneven: Rows, tmp_path: Path) -> Begin:
+    """Begins a run in the test's folder, or in one inside it."""
+
+    def begun(home: str = "", **keys: Any) -> Training:
+        return training(tmp_path / home, settings(ministral, **keys), uneven)
+
+    return begun
 
 
 @pytest.fixture(scope="session")

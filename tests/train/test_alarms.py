@@ -15,7 +15,7 @@ from engine.train.batches import Order, Rows
 from engine.train.evaluate import row_losses
 from engine.train.loop import Training, clip_gradients
 from tests.support.stock import stock_model
-from tests.support.tiny import MINISTRAL3, settings, training, with_vision, write_model
+from tests.support.tiny import MINISTRAL3, Begin, settings, training, with_vision, write_model
 
 
 def alarm(**keys: Any) -> LossAlarm:
@@ -41,10 +41,8 @@ class TestStart:
         assert "11.90" in sentence
         assert "11.78" in sentence
 
-    def test_only_the_first_step_of_a_run_is_judged_so(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
-        run = training(tmp_path, settings(ministral, max_steps=2), uneven)
+    def test_only_the_first_step_of_a_run_is_judged_so(self, begin: Begin) -> None:
+        run = begin(max_steps=2)
         run.gradients(run.order.step(1))
         run.judge(1, 7.0, 1.0, run.order.step(1))
         assert [level for level, text in notes(run) if "the first loss is 7.00" in text] == [
@@ -100,10 +98,9 @@ class TestSpike:
         assert reported == [True, *[False] * (LEAST_STEPS - 1), True]
 
     def test_the_note_names_the_rows_with_the_highest_loss(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
+        self, begin: Begin, uneven: Rows
     ) -> None:
-        config = settings(ministral, gradient_accumulation_steps=8, learning_rate=1e-5)
-        run = training(tmp_path, config, uneven)
+        run = begin(gradient_accumulation_steps=8, learning_rate=1e-5)
         for _ in range(LEAST_STEPS):
             run.alarm.spike(0.5)
         batch = run.order.step(1)
@@ -127,11 +124,9 @@ class TestLimit:
         found = alarm()
         assert not any(too_high(found, 100) for _ in range(10))
 
-    def test_the_rows_are_named_and_the_weights_not_moved(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_the_rows_are_named_and_the_weights_not_moved(self, begin: Begin, uneven: Rows) -> None:
         keys = {"loss_watchdog_threshold": 0.1, "loss_watchdog_patience": 1}
-        run = training(tmp_path, settings(ministral, learning_rate=0.1, **keys), uneven)
+        run = begin(learning_rate=0.1, **keys)
         before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
         batch = run.order.step(1)
         with pytest.raises(WorkError, match=r"stays above loss_watchdog_threshold: 0\.1") as caught:
@@ -173,9 +168,9 @@ class TestLearningByHeart:
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_ends_the_run_and_names_its_rows_first(
-    ministral: Path, uneven: Rows, tmp_path: Path, loss: float
+    begin: Begin, uneven: Rows, loss: float
 ) -> None:
-    run = training(tmp_path, settings(ministral, gradient_accumulation_steps=8), uneven)
+    run = begin(gradient_accumulation_steps=8)
     batch = run.order.step(1)
     bad = batch.rows[5]
     token = int(uneven.ids(bad)[1])
@@ -188,10 +183,10 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_its_rows_first(
 
 @pytest.mark.parametrize("packs", [False, True])
 def test_row_losses_are_those_of_single_rows(
-    ministral: Path, uneven: Rows, tmp_path: Path, packs: bool
+    begin: Begin, ministral: Path, uneven: Rows, packs: bool
 ) -> None:
     keys = {"sample_packing": packs, "micro_batch_size": 3, "gradient_accumulation_steps": 64}
-    run = training(tmp_path, settings(ministral, sequence_len=64, **keys), uneven)
+    run = begin(sequence_len=64, **keys)
     batch = Order(uneven, run.config).step(1)
     stock = stock_model(ministral)
     found = dict(row_losses(run.model, run.base, batch))

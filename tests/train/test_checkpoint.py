@@ -26,6 +26,7 @@ from engine.train.checkpoint import (
 from engine.train.loss import Loss
 from engine.train.model import Base, load_base
 from tests.support.tiny import (
+    Begin,
     assemble,
     everything,
     files_at_most,
@@ -88,10 +89,9 @@ class TestRoundTrip:
 
     @pytest.mark.parametrize(("saved", "planned"), [(3, 0), (0, 3), (2, 2)])
     def test_it_goes_on_in_the_chunks_that_it_had_unless_there_is_less_room(
-        self, ministral: Path, uneven: Rows, tmp_path: Path, saved: int, planned: int
+        self, begin: Begin, saved: int, planned: int
     ) -> None:
-        config = settings(ministral, **LORA)
-        first, second = (training(tmp_path / "run", config, uneven) for _ in range(2))
+        first, second = (begin("run", **LORA) for _ in range(2))
         first.position.loss_chunk_bytes = CHUNK_BYTES[saved]
         first.save()
         second.loss = Loss(CHUNK_BYTES[planned])
@@ -101,16 +101,10 @@ class TestRoundTrip:
 
     @pytest.mark.parametrize("before", [True, False])
     @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-    def test_a_state_of_8_bits_goes_on_paged_and_back(
-        self, ministral: Path, uneven: Rows, tmp_path: Path, before: bool
-    ) -> None:
+    def test_a_state_of_8_bits_goes_on_paged_and_back(self, begin: Begin, before: bool) -> None:
         names = ["adamw_bnb_8bit", "paged_adamw_8bit"]
         first, second = (
-            training(
-                tmp_path / "run",
-                settings(ministral, optimizer=name, micro_batch_size=2, **LORA, lora_r=64),
-                uneven,
-            )
+            begin("run", optimizer=name, micro_batch_size=2, **LORA, lora_r=64)
             for name in (names if before else reversed(names))
         )
         steps(first, 3)
@@ -120,20 +114,14 @@ class TestRoundTrip:
         assert steps(second, 2) == expected
         assert everything(second) == everything(first)
 
-    def test_a_run_goes_on_with_a_smaller_micro_batch(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_a_run_goes_on_with_a_smaller_micro_batch(self, begin: Begin) -> None:
         large, small = (
-            training(
-                tmp_path / "run",
-                settings(
-                    ministral,
-                    adapter="lora",
-                    num_epochs=4,
-                    micro_batch_size=size,
-                    gradient_accumulation_steps=4 // size,
-                ),
-                uneven,
+            begin(
+                "run",
+                adapter="lora",
+                num_epochs=4,
+                micro_batch_size=size,
+                gradient_accumulation_steps=4 // size,
             )
             for size in (4, 1)
         )
@@ -143,23 +131,19 @@ class TestRoundTrip:
         small.restore(None)
         assert [loss for loss, _ in steps(small, 3)] == pytest.approx(expected, rel=1e-4)
 
-    def test_the_position_comes_back_whole(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
-        run = training(tmp_path, settings(ministral, **SMALL), uneven)
+    def test_the_position_comes_back_whole(self, begin: Begin) -> None:
+        run = begin(**SMALL)
         position = Position(7, 1234, 0.1 + 0.2, 5, "abc")
         folder = run.checkpoints.save(run.model, run.optimizer, position)
         assert run.checkpoints.load(folder, run.model, run.optimizer) == position
 
-    def test_a_resume_where_nothing_was_saved_starts_at_the_beginning(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
-        run = training(tmp_path, settings(ministral, **SMALL), uneven)
+    def test_a_resume_where_nothing_was_saved_starts_at_the_beginning(self, begin: Begin) -> None:
+        run = begin(**SMALL)
         run.restore(None)
         assert run.position.step == 0
 
-    def test_nothing_in_it_is_pickled(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
-        run = training(tmp_path, settings(ministral, **LORA), uneven)
+    def test_nothing_in_it_is_pickled(self, begin: Begin) -> None:
+        run = begin(**LORA)
         steps(run, 1)
         run.save()
         latest = run.checkpoints.latest()
@@ -420,23 +404,21 @@ class TestAnotherRun:
         ids=str,
     )
     def test_a_config_that_does_not_fit_is_refused(
-        self, ministral: Path, uneven: Rows, tmp_path: Path, keys: dict[str, Any], match: str
+        self, begin: Begin, keys: dict[str, Any], match: str
     ) -> None:
-        first = training(tmp_path, settings(ministral, **LORA), uneven)
+        first = begin(**LORA)
         steps(first, 2)
         first.save()
-        other = training(tmp_path, settings(ministral, **(LORA | keys)), uneven)
+        other = begin(**LORA | keys)
         with pytest.raises(UserError, match=match):
             other.restore(None)
 
     @pytest.mark.parametrize("keys", [{"learning_rate": 0.1}, {"num_epochs": 9}], ids=str)
-    def test_one_that_fits_goes_on(
-        self, ministral: Path, uneven: Rows, tmp_path: Path, keys: dict[str, Any]
-    ) -> None:
-        first = training(tmp_path, settings(ministral, **LORA), uneven)
+    def test_one_that_fits_goes_on(self, begin: Begin, keys: dict[str, Any]) -> None:
+        first = begin(**LORA)
         wake_adapter(first.model)
         steps(first, 2)
         first.save()
-        other = training(tmp_path, settings(ministral, **(LORA | keys)), uneven)
+        other = begin(**LORA | keys)
         other.restore("step-2")
         assert everything(other) == everything(first)

@@ -24,7 +24,7 @@ from engine.train.drift import (
 from engine.train.forward import Model
 from engine.train.loop import Training
 from engine.train.model import load_base
-from tests.support.tiny import ARCHITECTURES, VOCABULARY, settings, training, wake_adapter
+from tests.support.tiny import ARCHITECTURES, VOCABULARY, Begin, settings, training, wake_adapter
 
 CPU = torch.device("cpu")
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
@@ -95,10 +95,8 @@ class TestTheNumber:
         bound = among - mass * (mass.log() - torch.where(others, tuned.exp(), 0.0).sum(-1).log())
         assert torch.allclose(exact - found, bound, atol=1e-5)
 
-    def test_an_untouched_adapter_has_none(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
-        run = training(tmp_path, settings(ministral, **LORA), uneven)
+    def test_an_untouched_adapter_has_none(self, begin: Begin, tmp_path: Path) -> None:
+        run = begin(**LORA)
         drift = BaseDrift(run.model, CPU, TEXTS, tmp_path / "drift")
         assert drift.measure(untouched=True) == (0.0, sum(2 + 3 * n for n in range(10)))
 
@@ -149,10 +147,9 @@ class TestTheBase:
         assert [p.requires_grad for p in run.model.parameters()] == trained
 
     def test_of_a_full_fine_tune_it_is_what_was_stored_before_the_first_step(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
+        self, begin: Begin, ministral: Path, tmp_path: Path
     ) -> None:
-        config = settings(ministral, max_steps=3, learning_rate=0.01)
-        run = training(tmp_path, config, uneven)
+        run = begin(max_steps=3, learning_rate=0.01)
         file = tmp_path / "drift.safetensors"
         assert BaseDrift(run.model, CPU, TEXTS, file).measure(untouched=True) == (0.0, 155)
         for number, batch in run.order.steps(0):
@@ -166,10 +163,10 @@ class TestTheBase:
 
     @pytest.mark.parametrize("lost", ["gone", "torn", "of other texts"])
     def test_where_it_is_lost_a_full_fine_tune_tells_nothing_and_an_adapter_asks_it_again(
-        self, lost: str, ministral: Path, uneven: Rows, tmp_path: Path
+        self, lost: str, begin: Begin, ministral: Path, uneven: Rows, tmp_path: Path
     ) -> None:
         file = tmp_path / "drift.safetensors"
-        full = training(tmp_path / "full", settings(ministral), uneven)
+        full = begin("full")
         BaseDrift(full.model, CPU, TEXTS, file).measure(untouched=True)
         texts = TEXTS[:3] if lost == "of other texts" else TEXTS
         if lost == "gone":
@@ -182,10 +179,8 @@ class TestTheBase:
         assert found
         assert found[0] > 0.05
 
-    def test_it_is_remembered_although_the_disk_refuses(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
-        run = training(tmp_path, settings(ministral), uneven)
+    def test_it_is_remembered_although_the_disk_refuses(self, begin: Begin, tmp_path: Path) -> None:
+        run = begin()
         drift = BaseDrift(run.model, CPU, TEXTS, tmp_path / "no folder" / "drift.safetensors")
         assert drift.measure(untouched=True)
         assert drift.measure(untouched=False)

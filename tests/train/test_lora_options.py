@@ -22,6 +22,7 @@ from tests.support.tiny import (
     ARCHITECTURES,
     MINISTRAL3,
     VOCABULARY,
+    Begin,
     settings,
     training,
     wake_adapter,
@@ -105,15 +106,14 @@ class TestStockPeft:
         assert {p.dtype for p in lengths} == {torch.float32}
 
     def test_an_adapter_starts_from_the_untouched_model(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
+        self, begin: Begin, ministral: Path
     ) -> None:
         ways: list[dict[str, Any]] = [
             {"peft_init_lora_weights": "gaussian"},
             {"peft_use_dora": True},
         ]
         for number, keys in enumerate(ways):
-            config = settings(ministral, adapter="lora", **keys)
-            run = training(tmp_path / str(number), config, uneven)
+            run = begin(str(number), adapter="lora", **keys)
             torch.testing.assert_close(
                 logits(run.model), logits(stock_model(ministral)), rtol=1e-5, atol=1e-5
             )
@@ -191,10 +191,9 @@ class TestGoingOn:
         return exported(steps(tmp_path / "first", ministral, uneven), tmp_path, ministral)
 
     def test_the_adapter_starts_with_the_weights_there(
-        self, ministral: Path, uneven: Rows, tmp_path: Path, first: Path
+        self, begin: Begin, ministral: Path, first: Path
     ) -> None:
-        config = settings(ministral, adapter="lora", lora_model_dir=str(first))
-        run = training(tmp_path / "second", config, uneven)
+        run = begin("second", adapter="lora", lora_model_dir=str(first))
         stock: Any = peft.PeftModel.from_pretrained(stock_model(ministral), str(first))
         assert torch.equal(logits(run.model), logits(stock))
         assert all(p.requires_grad for p in run.parameters)
@@ -212,30 +211,22 @@ class TestGoingOn:
         ids=str,
     )
     def test_another_build_is_refused_with_the_difference(
-        self,
-        ministral: Path,
-        uneven: Rows,
-        tmp_path: Path,
-        first: Path,
-        keys: dict[str, Any],
-        says: str,
+        self, begin: Begin, first: Path, keys: dict[str, Any], says: str
     ) -> None:
-        config = settings(ministral, adapter="lora", lora_model_dir=str(first), **keys)
         with pytest.raises(UserError, match=says):
-            training(tmp_path / "second", config, uneven)
+            begin("second", adapter="lora", lora_model_dir=str(first), **keys)
 
     @pytest.mark.parametrize(
         ("key", "value"),
         [("alpha_pattern", {"q_proj": 4}), ("init_lora_weights", "pissa"), ("lora_bias", True)],
     )
     def test_settings_that_would_change_what_it_means_are_refused(
-        self, ministral: Path, uneven: Rows, tmp_path: Path, first: Path, key: str, value: Any
+        self, begin: Begin, first: Path, key: str, value: Any
     ) -> None:
         path = first / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-        config = settings(ministral, adapter="lora", lora_model_dir=str(first))
         with pytest.raises(UserError, match=f"its {key} is"):
-            training(tmp_path / "second", config, uneven)
+            begin("second", adapter="lora", lora_model_dir=str(first))
 
     @pytest.mark.parametrize(
         "damage",
@@ -248,17 +239,11 @@ class TestGoingOn:
         ],
     )
     def test_a_folder_without_an_adapter_is_refused(
-        self,
-        ministral: Path,
-        uneven: Rows,
-        tmp_path: Path,
-        first: Path,
-        damage: Callable[[Path], object],
+        self, begin: Begin, first: Path, damage: Callable[[Path], object]
     ) -> None:
         damage(first)
-        config = settings(ministral, adapter="lora", lora_model_dir=str(first))
         with pytest.raises(UserError, match="There is no adapter to go on from"):
-            training(tmp_path / "second", config, uneven)
+            begin("second", adapter="lora", lora_model_dir=str(first))
 
 
 class TestFreezing:

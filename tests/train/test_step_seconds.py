@@ -16,7 +16,7 @@ from engine.train.model import load_base
 from engine.train.prompts import Prompt
 from engine.train.run import put_on_training
 from tests.support.run_folders import read_steps
-from tests.support.tiny import open_session, settings, training
+from tests.support.tiny import Begin, open_session, settings
 
 COLLATING, MOVING, BETWEEN = 7.0, 5.0, 1000.0
 
@@ -98,7 +98,7 @@ def test_collating_and_the_optimizer_count_and_what_lies_between_steps_does_not(
 
 
 def test_the_clock_is_read_when_the_card_has_moved_the_weights(
-    ministral: Path, uneven: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the step is judged before they move."""
     found: list[str] = []
@@ -110,7 +110,7 @@ def test_the_clock_is_read_when_the_card_has_moved_the_weights(
 
         return noted
 
-    run = training(tmp_path, settings(ministral, adapter="lora"), uneven)
+    run = begin(adapter="lora")
     run.step_clock = StepClock(torch.device("cuda"), noting("clock"))
     monkeypatch.setattr(torch.cuda, "synchronize", noting("synchronize"))
     monkeypatch.setattr(run, "judge", noting("judge", run.judge))
@@ -120,11 +120,9 @@ def test_the_clock_is_read_when_the_card_has_moved_the_weights(
     assert found == ["judge", "optimizer", "synchronize", "clock"]
 
 
-def test_no_forward_pass_waits_for_its_loss(
-    ministral: Path, uneven: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_forward_pass_waits_for_its_loss(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     """The losses of a step are added up on the device and read once, with the norm."""
-    run = training(tmp_path, settings(ministral, gradient_accumulation_steps=4), uneven)
+    run = begin(gradient_accumulation_steps=4)
     batch, read = run.order.step(1), []
     whole = Tensor.__float__
     monkeypatch.setattr(Tensor, "__float__", lambda tensor: read.append(1) or whole(tensor))

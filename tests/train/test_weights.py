@@ -19,6 +19,7 @@ from engine.train.weights import export_trained, load_trained, save_trained, tra
 from tests.support.stock import stock_model
 from tests.support.tiny import (
     MINISTRAL3,
+    Begin,
     files_at_most,
     logits,
     settings,
@@ -189,30 +190,27 @@ class TestFullModel:
         "keys", [{"adapter": "lora"}, {"unfrozen_parameters": [r"model\.layers"]}], ids=str
     )
     def test_weights_of_another_training_are_refused(
-        self, ministral: Path, uneven: Rows, tmp_path: Path, keys: dict[str, Any]
+        self, begin: Begin, ministral: Path, uneven: Rows, tmp_path: Path, keys: dict[str, Any]
     ) -> None:
         config = settings(ministral, unfrozen_parameters=[r"model\.norm"])
         save_trained(training(tmp_path / "one", config, uneven).model, tmp_path, config)
-        other = training(tmp_path / "two", settings(ministral, **keys), uneven)
+        other = begin("two", **keys)
         with pytest.raises(WorkError, match="belong to another model"):
             load_trained(other.model, tmp_path)
 
-    def test_a_row_is_not_stretched_over_a_matrix(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_a_row_is_not_stretched_over_a_matrix(self, begin: Begin, tmp_path: Path) -> None:
         # Copying alone would spread one row of numbers over all of them.
         save_file({"lm_head.weight": torch.ones(1, 64)}, tmp_path / "trained.safetensors")
-        config = settings(ministral, unfrozen_parameters=["lm_head"])
         with pytest.raises(WorkError, match=r"lm_head\.weight has no counterpart"):
-            load_trained(training(tmp_path / "run", config, uneven).model, tmp_path)
+            load_trained(begin("run", unfrozen_parameters=["lm_head"]).model, tmp_path)
 
 
 @pytest.mark.parametrize("adapter", [None, "lora"])
 class TestExport:
     def test_it_replaces_an_earlier_one_whole(
-        self, ministral: Path, uneven: Rows, tmp_path: Path, adapter: str | None
+        self, begin: Begin, ministral: Path, tmp_path: Path, adapter: str | None
     ) -> None:
-        run = training(tmp_path, settings(ministral, adapter=adapter), uneven)
+        run = begin(adapter=adapter)
         folder = export_trained(run.model, tmp_path, ministral, run.config)
         first = sorted(path.name for path in folder.iterdir())
         (folder / "stray").write_text("old")
@@ -222,9 +220,9 @@ class TestExport:
         assert not list(tmp_path.glob("*.partial"))
 
     def test_a_full_disk_is_a_sentence_and_leaves_the_earlier_one(
-        self, ministral: Path, uneven: Rows, tmp_path: Path, adapter: str | None
+        self, begin: Begin, ministral: Path, tmp_path: Path, adapter: str | None
     ) -> None:
-        run = training(tmp_path, settings(ministral, adapter=adapter), uneven)
+        run = begin(adapter=adapter)
         folder = export_trained(run.model, tmp_path, ministral, run.config)
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         with files_at_most(4096), pytest.raises(WorkError, match="could not be written"):
