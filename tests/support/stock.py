@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 import transformers
@@ -10,7 +11,7 @@ from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.chat.render import LabelRule
+from engine.chat.render import Kind, LabelRule
 from engine.train.batches import Rows, collate
 from engine.train.experts import GroupedNF4
 from engine.train.forward import Model, half_precision, head_of, hidden_states
@@ -144,6 +145,21 @@ def norm_of(tensors: dict[str, torch.Tensor]) -> float:
     return float(torch.cat([t.flatten().double() for t in tensors.values()]).norm())
 
 
-def stock_model(folder: Path) -> Any:
-    architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
-    return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)
+def stock_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The folder's model as transformers loads it, not quantized."""
+    return open_model(folder, {"dtype": dtype})
+
+
+def stock_step(model: Any, rows: Rows, prefix: str = "") -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of transformers' own `model(input_ids, labels)`, row by row."""
+    total, learned = 0.0, 0
+    for index in range(len(rows)):
+        ids = torch.from_numpy(rows.ids(index).astype(np.int64))[None]
+        learns = torch.from_numpy(rows.kinds(index) >= Kind.TEXT)[None]
+        count = int(learns.sum())
+        loss = model(input_ids=ids, labels=ids.masked_fill(~learns, -100)).loss * count
+        loss.backward()
+        total, learned = total + loss.item(), learned + count
+    named = model.named_parameters()
+    found = {prefix + n: p.grad / learned for n, p in named if p.grad is not None}
+    return total / learned, found

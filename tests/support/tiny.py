@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -24,11 +25,12 @@ from engine.config import RunConfig
 from engine.data.array_writer import ArrayWriter, Interval
 from engine.data.prepared import Prepared
 from engine.data.rows import RenderedRow
+from engine.errors import UserError
 from engine.events import EventWriter
 from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.batches import Rows
 from engine.train.checkpoint import optimizer_tensors
-from engine.train.forward import Model
+from engine.train.forward import Model, half_precision
 from engine.train.loop import Training
 from engine.train.model import Base, load_base
 from engine.train.run import put_on_training
@@ -275,9 +277,53 @@ def everything(run: Training) -> dict[str, Any]:
 
 
 def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    """In the arithmetic of a run: bfloat16 weights under autocast."""
+    with torch.no_grad(), half_precision(model):
+        found: torch.Tensor = model.eval()(input_ids=IDS).logits.float()
     return found
+
+
+def assert_same(
+    ours: Mapping[str, torch.Tensor],
+    theirs: Mapping[str, torch.Tensor],
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> None:
+    """The same names, and tensors that are equal but for the last bits."""
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=atol, msg=name)
+
+
+def refused(folder: Path, **keys: Any) -> UserError:
+    """The error with which the folder's model is not loaded."""
+    with pytest.raises(UserError) as caught:
+        load_base(folder, settings(folder, **keys))
+    return caught.value
+
+
+def adapted(folder: Path, home: Path, rows: Rows, seed: int = 1, **keys: Any) -> Training:
+    """A run whose adapter acts."""
+    run = training(home, settings(folder, **({"adapter": "lora"} | keys)), rows)
+    wake_adapter(run.model, seed)
+    return run
+
+
+def assert_resumes(home: Path, config: RunConfig, rows: Rows, saved: int) -> None:
+    """A run that is saved after some steps and goes on ends as one that never stopped."""
+    whole = training(home / "whole", config, rows)
+    for number, batch in whole.order.steps(0):
+        whole.step(number, batch)
+    first = training(home / "cut", config, rows)
+    for number in range(1, saved + 1):
+        first.step(number, first.order.step(number))
+    first.save()
+    second = training(home / "cut", config, rows)
+    second.restore(None)
+    for number, batch in second.order.steps(second.position.step):
+        second.step(number, batch)
+    ours, theirs = trained_tensors(second.model), trained_tensors(whole.model)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def describe(folder: Path, config: Mapping[str, Any]) -> Path:

@@ -22,8 +22,8 @@ from engine.train.loop import Training
 from engine.train.model import load_base
 from engine.train.weights import save_trained
 from tests.support.run_folders import read_steps
-from tests.support.stock import norm_of, stock_model
-from tests.support.tiny import Row, gradients, row, settings, training, wake_adapter
+from tests.support.stock import norm_of, stock_model, stock_step
+from tests.support.tiny import Row, assert_same, gradients, row, settings, training, wake_adapter
 
 ALL_IN_ONE_STEP = {"gradient_accumulation_steps": 64}
 LAYOUTS = {
@@ -36,27 +36,6 @@ LAYOUTS = {
 
 def first_step(config: RunConfig, rows: Rows) -> StepBatch:
     return Order(rows, config).step(1)
-
-
-def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=name)
-
-
-def stock_step(model: Any, rows: Rows, prefix: str = "") -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of transformers' own `model(input_ids, labels)`, row by row."""
-    total, learned = 0.0, 0
-    for index in range(len(rows)):
-        ids = torch.from_numpy(rows.ids(index).astype(np.int64))[None]
-        wanted = torch.from_numpy(rows.kinds(index) >= Kind.TEXT)[None]
-        count = int(wanted.sum())
-        loss = model(input_ids=ids, labels=ids.masked_fill(~wanted, -100)).loss * count
-        loss.backward()
-        total, learned = total + loss.item(), learned + count
-    named = model.named_parameters()
-    found = {prefix + n: p.grad / learned for n, p in named if p.grad is not None}
-    return total / learned, found
 
 
 class TestAgainstTransformers:

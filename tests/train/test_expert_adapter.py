@@ -5,17 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.mistral4.modeling_mistral4 import Mistral4Experts
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from engine.chat.render import Kind
 from engine.train.batches import Rows
 from engine.train.experts import (
     GroupedLinear,
@@ -25,10 +22,19 @@ from engine.train.experts import (
     LoraGrouped,
     stock_names,
 )
-from engine.train.forward import half_precision
 from engine.train.loop import Training
 from engine.train.weights import export_trained, load_trained, save_trained, trained_tensors
-from tests.support.tiny import gradients, settings, training, wake_adapter
+from tests.support.stock import stock_model, stock_step
+from tests.support.tiny import (
+    adapted,
+    assert_resumes,
+    assert_same,
+    gradients,
+    logits,
+    settings,
+    training,
+    wake_adapter,
+)
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 LINEARS = r"model\..*layers\.\d+\.(self_attn|mlp\.shared_experts)\.\w+_(proj|mqa)"
@@ -47,7 +53,6 @@ LORA: dict[str, Any] = {
 QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True, "quantize_moe_experts": True}
 NO_EXPERTS: dict[str, Any] = {"lora_target_parameters": None}
 NAMES = ("mistral4", "mistral3 over mistral4")
-IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 100]])
 
 
 @pytest.fixture(params=NAMES)
@@ -60,18 +65,6 @@ def text_base(model_folder: Callable[[str], Path]) -> Path:
     return model_folder("mistral4")
 
 
-def adapted(base: Path, home: Path, rows: Rows, seed: int = 1, **keys: Any) -> Training:
-    """A run whose adapter acts."""
-    run = training(home, settings(base, **keys), rows)
-    wake_adapter(run.model, seed)
-    return run
-
-
-def stock_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
-    return getattr(transformers, architecture).from_pretrained(folder, dtype=dtype)
-
-
 def stock_peft(run: Training, base: Path, home: Path, model: Any = None) -> Any:
     """The run's adapter, saved and opened by stock PEFT on stock transformers."""
     folder = export_trained(run.model, home, base, run.config)
@@ -80,38 +73,11 @@ def stock_peft(run: Training, base: Path, home: Path, model: Any = None) -> Any:
     )
 
 
-def stock_step(model: Any, rows: Rows) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of transformers' own `model(input_ids, labels)`, row by row."""
-    total, learned = 0.0, 0
-    for index in range(len(rows)):
-        ids = torch.from_numpy(rows.ids(index).astype(np.int64))[None]
-        wanted = torch.from_numpy(rows.kinds(index) >= Kind.TEXT)[None]
-        count = int(wanted.sum())
-        loss = model(input_ids=ids, labels=ids.masked_fill(~wanted, -100)).loss * count
-        loss.backward()
-        total, learned = total + loss.item(), learned + count
-    return total / learned, {n: g / learned for n, g in gradients(model).items()}
-
-
 def as_stock(found: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Gradients under stock PEFT's names."""
     names = stock_names(model)
     parts = [(name.partition(".lora_"), tensor) for name, tensor in found.items()]
     return {names.get(m, m) + dot + rest: tensor for (m, dot, rest), tensor in parts}
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad(), half_precision(model):
-        found: Tensor = model.eval()(input_ids=IDS).logits
-    return found
-
-
-def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(
-            ours[name], theirs[name], rtol=tolerance, atol=tolerance, msg=name
-        )
 
 
 def grouped_nf4(model: nn.Module) -> list[tuple[str, GroupedNF4]]:
@@ -155,7 +121,7 @@ class TestTheStep:
         assert loss == pytest.approx(theirs, rel=1e-5)
         whole = torch.cat([g.flatten().double() for g in expected.values()])
         assert norm == pytest.approx(whole.norm().item(), rel=1e-5)
-        assert_same(as_stock(gradients(run.model), run.model), expected, 1e-5)
+        assert_same(as_stock(gradients(run.model), run.model), expected)
 
     @pytest.mark.parametrize("keys", [LORA, QLORA], ids=["lora", "qlora"])
     @pytest.mark.parametrize("bf16", [False, True])
@@ -171,7 +137,7 @@ class TestTheStep:
             )
             found.append((run.gradients(run.order.step(1)), gradients(run.model)))
         assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-        assert_same(found[0][1], found[1][1], 1e-6)
+        assert_same(found[0][1], found[1][1], 1e-6, 1e-6)
         assert len(found[0][1]) == 2 * 2 * (10 if experts else 8)
         assert all(gradient.abs().max() > 0 for gradient in found[0][1].values())
         assert {parameter.dtype for parameter in run.parameters} == {torch.float32}
@@ -186,7 +152,7 @@ class TestTheStep:
         run.model.train()
         after = run.gradients(run.order.step(1)), gradients(run.model)
         assert before[0] == after[0]
-        assert_same(before[1], after[1], 0.0)
+        assert_same(before[1], after[1], 0.0, 0.0)
 
     def test_nf4_experts_are_stock_ones_with_the_dequantized_weights(
         self, text_base: Path, uneven: Rows, tmp_path: Path
@@ -205,7 +171,7 @@ class TestTheStep:
         loss, _ = run.gradients(run.order.step(1))
         theirs, expected = stock_step(opened, uneven)
         assert loss == pytest.approx(theirs, rel=1e-5)
-        assert_same(as_stock(gradients(run.model), run.model), expected, 1e-5)
+        assert_same(as_stock(gradients(run.model), run.model), expected)
 
 
 class TestTheFile:
@@ -266,17 +232,7 @@ class TestTheFile:
         self, text_base: Path, uneven: Rows, tmp_path: Path
     ) -> None:
         keys = QLORA | {"gradient_accumulation_steps": 1, "learning_rate": 0.01, "max_steps": 2}
-        whole = training(tmp_path / "whole", settings(text_base, **keys), uneven)
-        for number in (1, 2):
-            whole.step(number, whole.order.step(number))
-        first = training(tmp_path / "cut", settings(text_base, **keys), uneven)
-        first.step(1, first.order.step(1))
-        first.save()
-        second = training(tmp_path / "cut", settings(text_base, **keys), uneven)
-        second.restore(None)
-        second.step(2, second.order.step(2))
-        ours, theirs = trained_tensors(second.model), trained_tensors(whole.model)
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert_resumes(tmp_path, settings(text_base, **keys), uneven, saved=1)
 
 
 class TestUse:

@@ -12,12 +12,11 @@ from bitsandbytes.nn.modules import Linear4bit
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.errors import UserError
 from engine.train import fp8
 from engine.train.fp8 import dequantize
 from engine.train.model import load_base
 from tests.support.fp8_checkpoints import quantize, write_fp8
-from tests.support.tiny import ARCHITECTURES, edit_config, edit_weights, settings
+from tests.support.tiny import ARCHITECTURES, edit_config, edit_weights, refused, settings
 
 UP = "model.layers.1.mlp.up_proj"
 EXPERTS = "language_model.model.layers.1.mlp.experts.gate_up_proj"
@@ -39,12 +38,6 @@ def own(tmp_path: Path, model_folder: Callable[[str], Path]) -> Callable[..., Pa
 def error(found: Tensor, exact: Tensor) -> float:
     """Relative, in the Frobenius norm."""
     return float((found.float() - exact.float()).norm() / exact.float().norm())
-
-
-def refused(folder: Path) -> UserError:
-    with pytest.raises(UserError) as caught:
-        load_base(folder, settings(folder))
-    return caught.value
 
 
 class TestConverted:

@@ -25,6 +25,7 @@ from tests.support.tiny import (
     MINISTRAL3,
     edit_config,
     edit_weights,
+    refused,
     settings,
     with_vision,
     write_model,
@@ -190,11 +191,11 @@ class TestFiles:
 
     def test_a_missing_file_of_several(self, own: Path) -> None:
         (own / sorted(set(self.shard(own).values()))[1]).unlink()
-        assert "cannot be read" in self.refused(own).what
+        assert "cannot be read" in refused(own).what
 
     def test_the_same_weight_twice(self, own: Path) -> None:
         edit_weights(own, {"lm_head.weight": torch.ones(192, 64)})
-        assert "twice" in self.refused(own).what
+        assert "twice" in refused(own).what
 
     @pytest.mark.parametrize(
         "placed", ["text", ["a"], {"lm_head.weight": "../other/model.safetensors"}, {"a": 1}]
@@ -202,12 +203,7 @@ class TestFiles:
     def test_an_index_that_cannot_be_followed(self, own: Path, placed: object) -> None:
         self.shard(own)
         self.index(own, placed)
-        assert "cannot be read" in self.refused(own).what
-
-    def refused(self, folder: Path) -> UserError:
-        with pytest.raises(UserError) as caught:
-            load_base(folder, settings(folder))
-        return caught.value
+        assert "cannot be read" in refused(own).what
 
 
 class TestTiedHeads:

@@ -9,20 +9,21 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 
 from engine.catalog import read_architecture
 from engine.errors import UserError
 from engine.plan.targets import trainable_parameters as planned_parameters
 from engine.train.batches import Rows
-from engine.train.forward import half_precision, head_of
+from engine.train.forward import head_of
 from engine.train.loop import Training
 from engine.train.weights import export_trained, trained_parameters, trained_tensors
+from tests.support.stock import stock_model
 from tests.support.tiny import (
     ARCHITECTURES,
     MINISTRAL3,
     VOCABULARY,
     Begin,
+    logits,
     settings,
     training,
     wake_adapter,
@@ -30,25 +31,12 @@ from tests.support.tiny import (
     write_model,
 )
 
-IDS = torch.tensor([[1, 40, 50, 60, 70, 80]])
 BASES: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"bf16": True},
     "NF4": {"adapter": "qlora", "load_in_4bit": True, "bf16": True},
     "int8": {"load_in_8bit": True, "bf16": True},
 }
-
-
-def logits(model: Any) -> torch.Tensor:
-    """In the arithmetic of a run: bfloat16 weights under autocast."""
-    with torch.no_grad(), half_precision(model):
-        found: torch.Tensor = model.eval()(input_ids=IDS).logits.float()
-    return found
-
-
-def stock_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    name = transformers.AutoConfig.from_pretrained(folder).architectures[0]
-    return getattr(transformers, name).from_pretrained(folder, dtype=dtype)
 
 
 def steps(home: Path, base: Path, rows: Rows, count: int = 2, **keys: Any) -> Training:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.errors import UserError
 from engine.train.device import pick_device, pick_dtype
 from engine.train.forward import half_precision, head_of, hidden_states
 from engine.train.model import load_base
@@ -20,6 +19,7 @@ from tests.support.tiny import (
     YARN,
     edit_config,
     edit_weights,
+    refused,
     settings,
     with_vision,
     write_model,
@@ -32,12 +32,6 @@ UP = "model.layers.1.mlp.up_proj.weight"
 def own(tmp_path: Path, ministral: Path) -> Path:
     """A copy of the text model that a test may spoil."""
     return Path(shutil.copytree(ministral, tmp_path / "own"))
-
-
-def refused(folder: Path, **keys: Any) -> UserError:
-    with pytest.raises(UserError) as caught:
-        load_base(folder, settings(folder, **keys))
-    return caught.value
 
 
 class TestWhatIsLoaded:

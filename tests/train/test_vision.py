@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +21,6 @@ from engine.train.forward import Model, head_of, hidden_states, image_features, 
 from engine.train.generate import generate
 from engine.train.model import load_base
 from engine.train.prompts import ask_about_images
-from engine.train.weights import trained_tensors
 from tests.support.pictured_rows import (
     MIXED,
     Pictured,
@@ -31,11 +29,13 @@ from tests.support.pictured_rows import (
     write_pictured,
     write_rendered,
 )
-from tests.support.stock import seen
+from tests.support.stock import stock_model, take_step
 from tests.support.tiny import (
     MINISTRAL3,
     MISTRAL,
     MISTRAL4,
+    assert_resumes,
+    assert_same,
     gradients,
     settings,
     training,
@@ -170,14 +170,11 @@ class TestSameNumbers:
         keys = {"unfrozen_parameters": [".*"], "max_grad_norm": 1e9, "num_epochs": 1}
         ours = training(tmp_path, settings(ministral, **keys, **layout), mixed)
         loss, norm = ours.gradients(ours.order.step(1))
-        stock, expected = stock_step(ministral, mixed)
+        stock, expected = take_step(stock_model(ministral), mixed)
         assert loss == pytest.approx(stock, rel=1e-5)
         total = torch.cat([g.flatten().double() for g in expected.values()]).norm()
         assert norm == pytest.approx(float(total), rel=1e-5)
-        found = gradients(ours.model)
-        assert found.keys() == expected.keys()
-        for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+        assert_same(gradients(ours.model), expected, 1e-4, 1e-6)
 
     def test_the_score_of_packed_rows_is_that_of_separate_ones(
         self, ministral: Path, mixed: Rows
@@ -188,22 +185,6 @@ class TestSameNumbers:
         ours, theirs = (score(base.model, base, mixed, c) for c in (packed, separate))
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
         assert ours.tokens_by_kind == theirs.tokens_by_kind
-
-
-def stock_step(folder: Path, rows: Rows) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of transformers' own forward pass, row by row and image by image."""
-    stock = transformers.Mistral3ForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32
-    )
-    total, learned = 0.0, 0
-    for row in range(len(rows)):
-        tensors = collate(rows, [[row]], LabelRule()).tensors
-        count = int((tensors["labels"] != -100).sum())
-        loss = stock(**seen(tensors), labels=tensors["labels"], use_cache=False).loss
-        (loss * count).backward()
-        total, learned = total + loss.item() * count, learned + count
-    named = stock.named_parameters()
-    return total / learned, {n: p.grad / learned for n, p in named if p.grad is not None}
 
 
 class TestWhatMoves:
@@ -366,16 +347,4 @@ class TestOrder:
     ) -> None:
         keys = {"adapter": "lora", "sample_packing": True, "sequence_len": 64, "max_steps": 4}
         config = settings(ministral, **keys, gradient_accumulation_steps=1, learning_rate=0.01)
-        whole = training(tmp_path / "whole", config, mixed)
-        for number, batch in whole.order.steps(0):
-            whole.step(number, batch)
-        first = training(tmp_path / "cut", config, mixed)
-        for number in (1, 2):
-            first.step(number, first.order.step(number))
-        first.save()
-        second = training(tmp_path / "cut", config, mixed)
-        second.restore(None)
-        for number, batch in second.order.steps(second.position.step):
-            second.step(number, batch)
-        ours, theirs = trained_tensors(second.model), trained_tensors(whole.model)
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert_resumes(tmp_path, config, mixed, saved=2)

@@ -13,27 +13,19 @@ from engine.catalog import find_model
 from engine.chat.tokenizer import spec_of, write_tekken
 from engine.errors import WorkError
 from engine.train.batches import Rows
-from engine.train.loop import Training
 from engine.train.model import load_base
 from engine.train.weights import export_trained, load_trained, save_trained, trained_tensors
 from tests.support.stock import stock_model
 from tests.support.tiny import (
     MINISTRAL3,
     Begin,
+    adapted,
     files_at_most,
     logits,
     settings,
     training,
-    wake_adapter,
     write_model,
 )
-
-
-def adapted(folder: Path, home: Path, rows: Rows, seed: int = 1, **keys: Any) -> Training:
-    """A run whose adapter acts."""
-    run = training(home, settings(folder, adapter="lora", **keys), rows)
-    wake_adapter(run.model, seed)
-    return run
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
