@@ -29,6 +29,19 @@ class Rule:
 _ROWS = re.compile(r"\[\d*:\d*\]$")
 """Axolotl's range of rows at the end of an expression."""
 
+
+def _once(id: str, first: str, second: str) -> Rule:  # noqa: A002
+    """Two keys for one thing."""
+    return Rule(
+        id,
+        (first, second),
+        lambda c: getattr(c, first) and getattr(c, second),
+        f"{first} and {second} are both set.",
+        "They say the same thing in two ways.",
+        "Remove one of them.",
+    )
+
+
 RULES = (
     Rule(
         "qlora-needs-4bit",
@@ -208,22 +221,8 @@ RULES = (
         "It says in which numbers the adapter is held.",
         "Remove it, or add adapter: lora or qlora.",
     ),
-    Rule(
-        "warmup-once",
-        ("warmup_steps", "warmup_ratio"),
-        lambda c: c.warmup_steps and c.warmup_ratio,
-        "warmup_steps and warmup_ratio are both set.",
-        "They say the same thing in two ways.",
-        "Remove one of them.",
-    ),
-    Rule(
-        "saves-once",
-        ("save_steps", "saves_per_epoch"),
-        lambda c: c.save_steps and c.saves_per_epoch,
-        "save_steps and saves_per_epoch are both set.",
-        "They say the same thing in two ways.",
-        "Remove one of them.",
-    ),
+    _once("warmup-once", "warmup_steps", "warmup_ratio"),
+    _once("saves-once", "save_steps", "saves_per_epoch"),
     Rule(
         "save-strategy-agrees",
         ("save_strategy", "save_steps"),
@@ -232,14 +231,7 @@ RULES = (
         "The strategy says not to count steps.",
         "Remove save_strategy, or remove save_steps.",
     ),
-    Rule(
-        "evals-once",
-        ("eval_steps", "evals_per_epoch"),
-        lambda c: c.eval_steps and c.evals_per_epoch,
-        "eval_steps and evals_per_epoch are both set.",
-        "They say the same thing in two ways.",
-        "Remove one of them.",
-    ),
+    _once("evals-once", "eval_steps", "evals_per_epoch"),
     Rule(
         "eval-strategy-agrees",
         ("eval_strategy", "eval_steps", "evals_per_epoch"),
