@@ -42,6 +42,8 @@ class Limit:
     fix: str
     unless: list[object] | None = field(hash=False)
     only: list[object] | None = field(hash=False)
+    partly: bool
+    """Whether a part of the value is acted on."""
     later: Literal["several GPUs", "trackers", "prompt formats"] | None
     """The part of Windtunnel that will act on a field. Several GPUs can be planned already."""
 
@@ -49,9 +51,13 @@ class Limit:
     def whole(self) -> bool:
         """Whether no value does anything; 1, and true where others change nothing, are none."""
         nothing = (True, 1) if self.severity == "note" else (1,)
-        return self.only is None and all(
-            any(value == same and type(value) is type(same) for same in nothing)
-            for value in self.unless or ()
+        return (
+            self.only is None
+            and not self.partly
+            and all(
+                any(value == same and type(value) is type(same) for same in nothing)
+                for value in self.unless or ()
+            )
         )
 
     def applies(self, value: object) -> bool:
@@ -115,6 +121,7 @@ def _table() -> Mapping[Level, Mapping[str, Limit]]:
                 fix=group.get("fix", _FIX[group["effect"]]),
                 unless=group.get("unless"),
                 only=group.get("only"),
+                partly=group.get("partly", False),
                 later=group.get("later"),
             )
     return table

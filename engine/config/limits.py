@@ -132,7 +132,7 @@ def _limited(section: Section, level: Level, prefix: str) -> Iterator[Finding]:
         limit, value = limits(level).get(key), getattr(section, key)
         if limit is None or not limit.applies(value):
             continue
-        if key not in _PARTLY or _PARTLY[key](value):
+        if not limit.partly or _PARTLY[key](value):
             yield limit.finding(f"{prefix}{key}", value)
 
 

@@ -101,6 +101,8 @@ class TestExplain:
             ("dp_shard_size", "It is not supported yet."),
             ("shuffle_merged_datasets", "Some values are not supported yet."),
             ("plugins", "Some values are not supported yet."),
+            ("bnb_config_kwargs", "Some values are not supported yet."),
+            ("overrides_of_model_config", "Some values are not supported yet."),
             ("datasets.weight", "It is not supported yet."),
         ):
             (found,) = explain_key(key)
@@ -183,7 +185,7 @@ class TestSchema:
         assert keys["flash_attention"]["deprecationMessage"] == "Write attn_implementation."
         assert keys["wandb_project"]["doNotSuggest"]
         assert "several" not in keys["dp_shard_size"]["deprecationMessage"]
-        for key in ("lora_r", "optimizer", "plugins", "datasets"):
+        for key in ("lora_r", "optimizer", "plugins", "datasets", "bnb_config_kwargs"):
             assert not {"deprecated", "doNotSuggest", "deprecationMessage"} & set(keys[key])
 
     def test_offers_every_key_that_acts_and_no_other(self) -> None:
