@@ -3,12 +3,16 @@ import inspect
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+from engine.runs import RunFolder, create_run
 from tests.fakes.nvml import nvml as nvml
 from tests.fakes.nvml import nvml_library as nvml_library
+from tests.fakes.processes import kill_all_in
 
 # Without the extra [train] everything else is still tested.
 collect_ignore = [] if find_spec("torch") else ["train", "gpu", "research", "plan/test_loss.py"]
@@ -39,3 +43,16 @@ def no_figures_of_this_computer() -> None:
     os.environ["WINDTUNNEL_MEASURED"] = os.path.join(
         tempfile.gettempdir(), "windtunnel-measured-none"
     )
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home for runs of a test's own: a person's runs are never touched."""
+    monkeypatch.setenv("WINDTUNNEL_RUNS", str(tmp_path / "home"))
+    yield tmp_path / "home"
+    kill_all_in(tmp_path)
+
+
+@pytest.fixture
+def run(home: Path) -> RunFolder:
+    return create_run("first")

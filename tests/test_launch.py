@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,26 +19,15 @@ from tests.fakes.engine import loss_at
 from tests.fakes.processes import (
     ROOT,
     fake_environment,
-    kill_all_in,
     processes_of,
     running_fake,
     wait_until,
 )
 from tests.support.run_folders import read_steps
 
+pytestmark = pytest.mark.usefixtures("home")
+
 FAKE = "tests.fakes.engine"
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("WINDTUNNEL_RUNS", str(tmp_path / "home"))
-    yield tmp_path / "home"
-    kill_all_in(tmp_path)
-
-
-@pytest.fixture
-def run(home: Path) -> RunFolder:
-    return create_run("first")
 
 
 def start(run: RunFolder, *, detach: bool = True, **fake: object) -> "subprocess.Popen[bytes]":

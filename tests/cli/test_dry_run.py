@@ -7,6 +7,8 @@ import pytest
 
 from engine.cli import main
 
+pytestmark = pytest.mark.usefixtures("home")
+
 CONFIG = """
 base_model: demo-tiny
 datasets:
@@ -17,12 +19,6 @@ sequence_len: 128
 """
 ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
 BAD = {"messages": [{"role": "user", "content": "Hi"}]}
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("WINDTUNNEL_RUNS", str(tmp_path / "home"))
-    return tmp_path / "home"
 
 
 def written(folder: Path, *rows: object, config: str = CONFIG) -> str:

@@ -14,15 +14,12 @@ from tests.fakes.nvml import H100, RTX_4090, FakeDriver
 from tests.fakes.packages import install_torch
 from tests.support.extras import needs_trainer
 
+pytestmark = pytest.mark.usefixtures("home")
+
 CONTRACT = {
     *("uuid", "index", "name", "memory_total_bytes", "memory_free_bytes", "compute_capability"),
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "mistral_common", "numpy", "pyarrow"}
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("WINDTUNNEL_RUNS", str(tmp_path / "home"))
 
 
 @pytest.fixture

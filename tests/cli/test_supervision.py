@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,13 @@ from tests.fakes.engine import loss_at, step_event
 from tests.fakes.processes import (
     ROOT,
     fake_environment,
-    kill_all_in,
     processes_of,
     running_fake,
     wait_until,
 )
 from tests.support.run_folders import read_steps
+
+pytestmark = pytest.mark.usefixtures("home")
 
 PROGRAM = (
     "import sys, cyclopts, engine.launch; from engine.cli import supervision; "
@@ -36,18 +36,6 @@ PROGRAM = (
     "supervision.resume_run = partial(engine.launch.resume_run, module='tests.fakes.engine'); "
     "app = cyclopts.App(); supervision.register(app); app(sys.argv[1:])"
 )
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("WINDTUNNEL_RUNS", str(tmp_path / "home"))
-    yield tmp_path / "home"
-    kill_all_in(tmp_path)
-
-
-@pytest.fixture
-def run(home: Path) -> RunFolder:
-    return create_run("first")
 
 
 @pytest.fixture

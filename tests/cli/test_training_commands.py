@@ -17,6 +17,8 @@ from engine.runs import RunFolder, is_locked, status
 from engine.wizard.start import create
 from tests.support.extras import needs_trainer
 
+pytestmark = pytest.mark.usefixtures("home")
+
 SAMPLE = Path(__file__).parents[2] / "presets" / "samples" / "harbour-pilot" / "train.jsonl"
 SMALL = """
 # kept: a person's own words
@@ -40,12 +42,6 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "pilot.yml"
     path.write_text(SMALL, "utf-8")
     return path
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("WINDTUNNEL_RUNS", str(tmp_path / "home"))
-    return tmp_path / "home"
 
 
 def types(text: str) -> list[str]:

@@ -10,6 +10,7 @@ import engine.train  # noqa: F401
 from engine.train.batches import Rows
 from engine.train.loop import Training
 from tests.support.offloading import DEEP_MODELS
+from tests.support.pictured_rows import MIXED, write_pictured
 from tests.support.tiny import (
     ARCHITECTURES,
     UNEVEN,
@@ -74,6 +75,12 @@ def begin(ministral: Path, uneven: Rows, tmp_path: Path) -> Begin:
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """Eight rows with 2 to 31 learned tokens."""
     return write_rows(tmp_path_factory.mktemp("rows") / "uneven", UNEVEN)
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """Five rows with five images of five sizes; one row is text."""
+    return write_pictured(tmp_path_factory.mktemp("rows") / "mixed", MIXED)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from engine.train.loop import Training
 from engine.train.weights import export_trained
 from tests.support import stock
 from tests.support.methods import METHODS, Method
-from tests.support.pictured_rows import MIXED, seeing, write_pictured
+from tests.support.pictured_rows import seeing
 from tests.support.tiny import (
     ARCHITECTURES,
     assert_same,
@@ -61,12 +61,6 @@ def cases() -> list[Any]:
             slow = () if (architecture, name) in FAST else pytest.mark.slow
             found.append(pytest.param(architecture, name, id=f"{architecture}, {name}", marks=slow))
     return found
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """Five rows with five images of five sizes; one row is text."""
-    return write_pictured(tmp_path_factory.mktemp("rows") / "mixed", MIXED)
 
 
 @pytest.fixture(scope="module")

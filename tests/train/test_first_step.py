@@ -18,7 +18,7 @@ from engine.train.weights import export_trained
 from tests.support import stock
 from tests.support.fp8_checkpoints import write_fp8
 from tests.support.methods import METHODS, Method
-from tests.support.pictured_rows import MIXED, seeing, write_pictured
+from tests.support.pictured_rows import seeing
 from tests.support.stock import norm_of
 from tests.support.tiny import ARCHITECTURES, settings, training, wake_adapter, write_model
 
@@ -64,12 +64,6 @@ def cases() -> list[Any]:
                 slow = () if case in FAST else pytest.mark.slow
                 found.append(pytest.param(*case, id=", ".join(case), marks=slow))
     return found
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """Five rows with five images of five sizes; one row is text."""
-    return write_pictured(tmp_path_factory.mktemp("rows") / "mixed", MIXED)
 
 
 @pytest.fixture(scope="module")

@@ -53,12 +53,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """Five rows with five images of five sizes; one row is text."""
-    return write_pictured(tmp_path_factory.mktemp("rows") / "mixed", MIXED)
-
-
-@pytest.fixture(scope="module")
 def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     home = tmp_path_factory.mktemp("models")
 
