@@ -32,7 +32,7 @@ def copy_companions(base: Path, target: Path, config: RunConfig, *, whole: bool)
     if not config.tokenizer_config:
         _copy(base, target, TOKENIZER_FILES)
         return
-    tekken: Any = open_tokenizer(config.tokenizer_config).mistral.instruct_tokenizer.tokenizer
+    tekken: Any = open_tokenizer(config.tokenizer_config).tekken
     try:
         shutil.copyfile(tekken.file_path, target / "tekken.json")
     except ValueError:  # it has no file: it was made from the catalog's card

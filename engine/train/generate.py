@@ -64,5 +64,5 @@ def _choose(logits: torch.Tensor, temperature: float, top_p: float) -> int:
 def readable(tokens: Sequence[int], tokenizer: ChatTokenizer) -> str:
     """Generated tokens as text, control tokens by their names, the end of the answer left out."""
     kept = [token for token in tokens if token != tokenizer.specials.eos]
-    tekken = tokenizer.mistral.instruct_tokenizer.tokenizer
+    tekken = tokenizer.tekken
     return tekken.decode(kept, special_token_policy=SpecialTokenPolicy.KEEP)

@@ -86,7 +86,7 @@ def _question(rows: Rows, row: int, tokenizer: ChatTokenizer) -> Prompt:
     images = join([pixels.read(image) for image in asked.images(0)]) if pixels else {}
     ids = asked.ids(0)
     of_user = asked.kinds(0) & ~np.uint8(WITHHELD) == Kind.USER
-    tekken = tokenizer.mistral.instruct_tokenizer.tokenizer
+    tekken = tokenizer.tekken
     text = tekken.decode(ids[of_user].tolist(), special_token_policy=SpecialTokenPolicy.IGNORE)
     shown = f"{text} [image of {rows.place(row)}]" if images else text
     return Prompt(shown, tuple(ids.tolist()), images)

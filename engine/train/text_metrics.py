@@ -235,5 +235,5 @@ def _split(tokens: Sequence[int], at: int) -> list[list[int]]:
 
 
 def _text(tokens: Sequence[int], tokenizer: ChatTokenizer) -> str:
-    tekken = tokenizer.mistral.instruct_tokenizer.tokenizer
+    tekken = tokenizer.tekken
     return tekken.decode(list(tokens), special_token_policy=SpecialTokenPolicy.KEEP)

@@ -32,6 +32,7 @@ from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, build_tokenizer
 from engine.config import DatasetConfig, RunConfig
 from engine.data.prepare import prepare
 from engine.data.prepared import Prepared
+from tests.support.oracle import mistral_of
 
 TURNS = (1, 3, 6, 12)
 WORDS_A_ROW = 800
@@ -81,7 +82,7 @@ def our_path(row: Row, tokenizer: ChatTokenizer) -> IdsAndLabels:
 
 def encode(messages: list[dict[str, Any]], tokenizer: ChatTokenizer) -> list[int]:
     request: Any = ChatCompletionRequest.from_openai(messages)
-    return tokenizer.mistral.encode_chat_completion(request).tokens
+    return mistral_of(tokenizer).encode_chat_completion(request).tokens
 
 
 def double_tokenization(row: Row, tokenizer: ChatTokenizer) -> IdsAndLabels:

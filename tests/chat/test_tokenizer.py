@@ -182,6 +182,17 @@ def test_a_file_that_lacks_a_part_is_a_sentence(
         open_tokenizer(damaged(tekken, tmp_path, **changes))
 
 
+@pytest.mark.parametrize("token", ["[ARGS]", "[CALL_ID]", "[MODEL_SETTINGS]", "[IMG_END]"])
+def test_a_file_that_lacks_a_control_token_of_its_version_is_a_sentence(
+    token: str, tekken: Path, tmp_path: Path
+) -> None:
+    tokens = json.loads(tekken.read_text("utf-8"))["special_tokens"]
+    for number, each in enumerate(each for each in tokens if each["token_str"] == token):
+        each["token_str"] = f"<other_{number}>"
+    with pytest.raises(UserError, match="not a whole Tekken tokenizer"):
+        open_tokenizer(damaged(tekken, tmp_path, special_tokens=tokens))
+
+
 def test_the_published_file_of_mistral_nemo_is_the_v3_that_is_built(tokenizers: Tokenizers) -> None:
     # Of July 2024, as it lies beside the weights of Mistral Nemo.
     published = open_tokenizer(PUBLISHED / "tekken_240718.json")

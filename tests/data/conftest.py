@@ -8,14 +8,6 @@ import pytest
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, write_tekken
 from tests.support.tokenizers import tokenizer_of
 
-REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def children_find_this_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Child processes run with PYTHONSAFEPATH, which hides the working folder."""
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-
 
 @pytest.fixture(scope="session")
 def tokenizer() -> ChatTokenizer:

@@ -1,4 +1,3 @@
-import json
 import re
 import subprocess
 import sys
@@ -10,74 +9,57 @@ import pytest
 from msgspec import convert
 
 from engine.chat.render import LabelRule
-from engine.child import child_environment
+from engine.child import Child
 from engine.config import DatasetConfig, RunConfig
 from engine.data.hub import pin_revision
 from engine.data.prepare import prepare
-from engine.data.requests import PreviewRow
+from engine.data.requests import WORKER, PreviewRow
 from engine.data.sources import iterate_rows
 from engine.errors import UserError
 from engine.hardware.packages import install_command
 from tests.support.data import chat
 
 
-class Wizard:
-    """The other end of the pipes, as the wizard holds it."""
+def answers(worker: Child, request_id: int) -> Iterator[dict[str, Any]]:
+    """Everything up to the last answer to that request."""
+    for answer in worker.records(strict=True):
+        assert answer["id"] == request_id
+        yield answer
+        if {"result", "error", "cancelled"} & set(answer):
+            return
 
-    def __init__(self, folder: Path) -> None:
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", "engine.data.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=child_environment(),
-            cwd=folder,
-            text=True,
-        )
 
-    def send(self, **request) -> None:
-        self.child.stdin.write(json.dumps(request) + "\n")
-        self.child.stdin.flush()
-
-    def answers(self, request_id: int) -> Iterator[dict[str, Any]]:
-        """Everything up to the last line of that request."""
-        while True:
-            answer = json.loads(self.child.stdout.readline())
-            assert answer["id"] == request_id
-            yield answer
-            if {"result", "error", "cancelled"} & set(answer):
-                return
-
-    def ask(self, **request) -> dict[str, Any]:
-        self.send(**request)
-        *_, last = self.answers(request["id"])
-        return last
+def ask(worker: Child, **request: Any) -> dict[str, Any]:
+    worker.ask(request)
+    *_, last = answers(worker, request["id"])
+    return last
 
 
 @pytest.fixture
-def wizard(tmp_path) -> Iterator[Wizard]:
+def worker(tmp_path, monkeypatch) -> Iterator[Child]:
     # Someone's own `engine` in the working folder must not be run instead of ours.
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "__init__.py").write_text("raise SystemExit('the wrong engine')")
-    found = Wizard(tmp_path)
-    yield found
-    found.child.stdin.close()
-    assert found.child.wait(60) == 0
-    found.child.stdout.close()
+    monkeypatch.chdir(tmp_path)
+    with Child(WORKER, ("", "")) as found:
+        yield found
+        found.end(60)
+        assert "exit status 0" in found.death().why
 
 
 def config(path: Path, model: str, **keys) -> dict[str, Any]:
     return {"base_model": model, "datasets": [{"path": path.name}], **keys}
 
 
-def test_one_process_checks_and_previews(wizard, tmp_path, write_jsonl, model):
+def test_one_process_checks_and_previews(worker, tmp_path, write_jsonl, model):
     path = write_jsonl([chat("q", "a"), 7, *(chat(f"q {n}", "a") for n in range(200))])
     place = {"config": config(path, model), "folder": str(tmp_path)}
-    wizard.send(id=1, request="check", **place)
-    *progress, last = wizard.answers(1)
+    worker.ask(dict(id=1, request="check", **place))
+    *progress, last = answers(worker, 1)
     assert [answer["progress"]["phase"] for answer in progress][:2] == ["tokenizer", "reading"]
     assert (last["result"]["rows"], last["result"]["usable"]) == (202, 201)
 
-    rows = wizard.ask(id=2, request="preview", row=1, count=2, **place)["result"]["rows"]
+    rows = ask(worker, id=2, request="preview", row=1, count=2, **place)["result"]["rows"]
     good, bad = (convert(row, PreviewRow) for row in rows)
     assert good.problem is None
     assert bad.problem is not None
@@ -86,18 +68,18 @@ def test_one_process_checks_and_previews(wizard, tmp_path, write_jsonl, model):
 
 
 def test_the_screen_gets_problems_in_groups_and_what_it_labels_with(
-    wizard, tmp_path, write_jsonl, model
+    worker, tmp_path, write_jsonl, model
 ):
     path = write_jsonl([chat("q", "a"), *([7] * 500), chat("word " * 15_000), *([chat("r")] * 8)])
     place = {"config": config(path, model), "folder": str(tmp_path)}
-    found = wizard.ask(id=1, request="check", **place)["result"]
+    found = ask(worker, id=1, request="check", **place)["result"]
     (group,) = found["groups"]
     assert (found["problems"], group["count"], len(group["rows"])) == ([], 500, 100)
 
-    shape = wizard.ask(id=2, request="shape", count=1, **place)["result"]
+    shape = ask(worker, id=2, request="shape", count=1, **place)["result"]
     assert shape["rows"][0]["messages"] == [["user", "q"], ["assistant", "a"]]
 
-    shown = wizard.ask(id=3, request="preview", row=502, **place)["result"]
+    shown = ask(worker, id=3, request="preview", row=502, **place)["result"]
     # A row of 15,000 tokens and its neighbours, but no more than a screen can take at once.
     assert [row["number"] for row in shown["rows"]] == [*range(502, 511)]
     assert shown["rows"][0]["kinds"][0] == 0
@@ -105,59 +87,59 @@ def test_the_screen_gets_problems_in_groups_and_what_it_labels_with(
     assert shown["efforts"] == []
 
 
-def test_a_preview_stops_after_many_tokens(wizard, tmp_path, write_jsonl, model):
+def test_a_preview_stops_after_many_tokens(worker, tmp_path, write_jsonl, model):
     path = write_jsonl([chat("word " * 30_000), chat("q"), chat("q")])
     place = {"config": config(path, model), "folder": str(tmp_path)}
-    shown = wizard.ask(id=1, request="preview", row=1, **place)["result"]
+    shown = ask(worker, id=1, request="preview", row=1, **place)["result"]
     assert [row["number"] for row in shown["rows"]] == [1]
 
 
-def test_an_unchanged_dataset_is_checked_once(wizard, tmp_path, write_jsonl, model):
+def test_an_unchanged_dataset_is_checked_once(worker, tmp_path, write_jsonl, model):
     path = write_jsonl([chat("q", "a")])
     place = {"config": config(path, model), "folder": str(tmp_path)}
-    first = wizard.ask(id=1, request="check", **place)
-    wizard.send(id=2, request="check", **place)
-    assert list(wizard.answers(2)) == [first | {"id": 2}]
+    first = ask(worker, id=1, request="check", **place)
+    worker.ask(dict(id=2, request="check", **place))
+    assert list(answers(worker, 2)) == [first | {"id": 2}]
     write_jsonl([chat("q", "a"), chat("q", "b")])
-    assert wizard.ask(id=3, request="check", **place)["result"]["rows"] == 2
+    assert ask(worker, id=3, request="check", **place)["result"]["rows"] == 2
 
 
-def test_a_config_that_is_not_allowed_is_a_sentence(wizard, tmp_path):
+def test_a_config_that_is_not_allowed_is_a_sentence(worker, tmp_path):
     place = {"config": {"base_model": "m", "datasets": [{"path": "\x1b"}]}, "folder": "."}
-    told = wizard.ask(id=1, request="check", **place)["error"]
+    told = ask(worker, id=1, request="check", **place)["error"]
     assert told["what"] == "The config does not allow this."
     assert "holds invisible characters" in told["why"]
 
 
-def test_errors_are_sentences_and_the_process_lives_on(wizard, tmp_path, model):
+def test_errors_are_sentences_and_the_process_lives_on(worker, tmp_path, model):
     place = {"config": config(Path("missing.jsonl"), model), "folder": str(tmp_path)}
-    told = wizard.ask(id=1, request="check", **place)["error"]
+    told = ask(worker, id=1, request="check", **place)["error"]
     assert told["what"] == "There is no missing.jsonl."
-    assert "Invalid value 'dance'" in wizard.ask(id=2, request="dance")["error"]["why"]
-    assert "could not do this" in wizard.ask(id=3, request="check")["error"]["what"]
+    assert "Invalid value 'dance'" in ask(worker, id=2, request="dance")["error"]["why"]
+    assert "could not do this" in ask(worker, id=3, request="check")["error"]["what"]
 
 
-def test_a_request_can_be_cancelled_while_it_runs_and_before(wizard, tmp_path, write_jsonl, model):
+def test_a_request_can_be_cancelled_while_it_runs_and_before(worker, tmp_path, write_jsonl, model):
     path = write_jsonl([chat(f"q {n}") for n in range(20_000)])
     place = {"config": config(path, model), "folder": str(tmp_path)}
-    wizard.send(id=1, request="check", **place)
-    wizard.send(id=2, request="check", **place)
-    running = wizard.answers(1)
+    worker.ask(dict(id=1, request="check", **place))
+    worker.ask(dict(id=2, request="check", **place))
+    running = answers(worker, 1)
     next(running)
-    wizard.send(cancel=2)
-    wizard.send(cancel=1)
+    worker.ask(dict(cancel=2))
+    worker.ask(dict(cancel=1))
     *_, last = running
     assert last["cancelled"]
     assert last["id"] == 1
-    assert wizard.child.poll() is None
-    assert list(wizard.answers(2)) == [{"id": 2, "cancelled": True}]
+    assert worker.is_alive
+    assert list(answers(worker, 2)) == [{"id": 2, "cancelled": True}]
 
 
-def test_it_ends_with_the_wizard_even_in_the_middle_of_work(wizard, tmp_path, write_jsonl, model):
+def test_it_ends_with_the_wizard_even_in_the_middle_of_work(worker, tmp_path, write_jsonl, model):
     path = write_jsonl([chat(f"q {n}") for n in range(20_000)])
-    wizard.send(id=1, request="check", config=config(path, model), folder=str(tmp_path))
-    wizard.child.stdin.close()
-    assert wizard.child.wait(60) == 0
+    worker.ask(dict(id=1, request="check", config=config(path, model), folder=str(tmp_path)))
+    worker.end(60)
+    assert "exit status 0" in worker.death().why
 
 
 def test_neither_torch_nor_datasets_is_loaded(tmp_path):
@@ -207,7 +189,7 @@ class TestHub:
     """A hub set is read by a child; its libraries are faked by packages that come first."""
 
     @pytest.fixture(autouse=True)
-    def fake_packages(self, tmp_path, monkeypatch, children_find_this_engine):
+    def fake_packages(self, tmp_path, monkeypatch):
         packages = tmp_path / "packages"
         for name, code in {"datasets": FAKE_DATASETS, "huggingface_hub": FAKE_HUB}.items():
             (packages / name).mkdir(parents=True)

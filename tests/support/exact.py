@@ -31,7 +31,8 @@ from engine.chat.messages import Conversation, Image, Message, Part, RowProblem,
 from engine.chat.render.encode import measure
 from engine.chat.render.kinds import WITHHELD, Kind, Kinds, Rendered, RenderedImage
 from engine.chat.render.thinking import settle
-from engine.chat.tokenizer.chat_tokenizer import ChatTokenizer, grid_url
+from engine.chat.tokenizer import ChatTokenizer
+from tests.support.oracle import grid_url, mistral_of
 
 # What mistral-common raises at a conversation that it refuses; asserts are among its checks.
 _REFUSALS = (MistralCommonException, ValidationError, ValueError, AssertionError, RecursionError)
@@ -99,7 +100,7 @@ def _to_mistral(message: Message, tokenizer: ChatTokenizer) -> Any:
 
 
 def _encode(conversation: Conversation, tokenizer: ChatTokenizer) -> Rendered:
-    mistral = tokenizer.mistral
+    mistral = mistral_of(tokenizer)
     encoder: Any = mistral.instruct_tokenizer
     asked = _to_request(conversation, tokenizer)
     request = mistral._chat_completion_request_validator.validate_request(asked)
@@ -152,7 +153,7 @@ def _mark(turn: tuple[Message, ...]) -> int:
 
 def _find_prompt(tokens: list[int], prompt: str, tokenizer: ChatTokenizer) -> slice:
     """The tokens of a user message of v3 that hold its system prompt and nothing else."""
-    tekken: Any = tokenizer.mistral.instruct_tokenizer.tokenizer
+    tekken: Any = tokenizer.tekken
     start = tokens.index(tokenizer.specials.inst) + 1
     size = len(tekken.decode(tekken.encode(prompt, bos=False, eos=False)).encode())
     shown = SpecialTokenPolicy.KEEP

@@ -5,17 +5,58 @@ the second a state machine over the flat ids.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
+from mistral_common.tokens.tokenizers import instruct
+from mistral_common.tokens.tokenizers.image import ImageEncoder, ImageEncoding
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer, load_image_encoder
 
 from engine.chat.render import Kind
 from engine.chat.tokenizer import ChatTokenizer
 
 REFUSALS = (MistralCommonException, ValueError, AssertionError, KeyError, TypeError, RecursionError)
+_GRID_URL = "grid:"
 LEARNED = frozenset(map(int, (Kind.TEXT, Kind.THINK, Kind.CALL, Kind.EOS)))
+
+
+@cache
+def mistral_of(tokenizer: ChatTokenizer) -> MistralTokenizer[Any, Any, Any, Any, Any]:
+    """mistral-common's own tokenizer, in its finetuning mode."""
+    tekken = tokenizer.tekken
+    images = load_image_encoder(tekken.image, tekken) if tekken.image else None
+    encoder = getattr(instruct, f"InstructTokenizer{tekken.version.value.upper()}")
+    return MistralTokenizer(
+        encoder(
+            tekken, image_encoder=images and _GridEncoder(images.image_config, images.special_ids)
+        ),
+        validator=get_validator(tekken.version, mode=ValidationMode.finetuning),
+        request_normalizer=get_normalizer(tekken.version, tekken.model_settings_builder),
+    )
+
+
+def grid_url(rows: int, columns: int) -> str:
+    """An image for `mistral_of` of which only the grid matters."""
+    return f"{_GRID_URL}{rows}x{columns}"
+
+
+class _GridEncoder(ImageEncoder):
+    """mistral-common's, which makes the pixels too and needs OpenCV for them, not for a grid."""
+
+    def __call__(self, content: Any) -> ImageEncoding:
+        url = content.get_url() if content.type == "image_url" else ""
+        if not url.startswith(_GRID_URL):
+            return super().__call__(content)
+        rows, columns = map(int, url.removeprefix(_GRID_URL).split("x"))
+        special = self.special_ids
+        tokens = ([special.img] * columns + [special.img_break]) * rows
+        tokens[-1] = special.img_end
+        return ImageEncoding(tokens, np.empty((3, 0, 0), np.float32))
 
 
 def encode(row: Mapping[str, Any], tokenizer: ChatTokenizer) -> list[int] | None:
@@ -30,7 +71,7 @@ def encode(row: Mapping[str, Any], tokenizer: ChatTokenizer) -> list[int] | None
             tools=row.get("tools"),
             **({"reasoning_effort": effort} if effort is not None else {}),
         )
-        ids: list[int] = tokenizer.mistral.encode_chat_completion(request).tokens
+        ids: list[int] = mistral_of(tokenizer).encode_chat_completion(request).tokens
     except REFUSALS:
         return None
     return ids

@@ -101,7 +101,7 @@ class TestFolder:
         layers = random_layers(0)
         loaded = model.state_dict()
         assert all(torch.equal(loaded[name], layers[name].float()) for name in layers)
-        ids = tokenizer.mistral.instruct_tokenizer.tokenizer.encode("Tide", bos=True, eos=False)
+        ids = tokenizer.tekken.encode("Tide", bos=True, eos=False)
         made = generate(model, torch.device("cpu"), ids, end=-1, max_new_tokens=3)
         assert len(made) == 3
 

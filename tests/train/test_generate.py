@@ -92,7 +92,7 @@ class TestChoosing:
 
 def test_the_answer_is_read_with_its_control_tokens_and_without_its_end() -> None:
     tokenizer = build_tokenizer(TokenizerSpec("v13", think=True))
-    inner = tokenizer.mistral.instruct_tokenizer.tokenizer
+    inner = tokenizer.tekken
     think = inner.get_special_token("[THINK]")
     words = inner.encode("Tide is out", bos=False, eos=False)
     assert readable([think, *words, tokenizer.specials.eos], tokenizer) == "[THINK]Tide is out"

@@ -1,4 +1,4 @@
-"""One tokenizer, opened: mistral-common's object and the few things read from it once.
+"""One tokenizer, opened: mistral-common's vocabulary and the few things read from it once.
 
 It exists so that rendering looks nothing up per row, and so that a preview can show a token by
 its id: a dataset's literal "[THINK]" never looks like the control token.
@@ -9,19 +9,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
-import numpy as np
-from mistral_common.protocol.instruct.normalize import get_normalizer
-from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
-from mistral_common.tokens.tokenizers import instruct
 from mistral_common.tokens.tokenizers.base import (
     SpecialTokenPolicy,
     SpecialTokens,
     TokenizerVersion,
 )
-from mistral_common.tokens.tokenizers.image import ImageEncoder, ImageEncoding
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer, load_image_encoder
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from engine.chat.images import ImageSpec
@@ -30,7 +23,6 @@ from engine.visible import visible
 # Long system prompts and tool lists repeat from row to row; a few hundred are enough to hold
 # those of a mixed dataset and too few to matter in memory.
 _REPEATED_TEXTS = 256
-_GRID_URL = "grid:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +55,13 @@ class SpecialIds:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ChatTokenizer:
-    """A tokenizer in mistral-common's finetuning mode.
+    """A tokenizer for fine-tuning.
 
     `fingerprint` is the same for the same tokens and rules wherever they came from. A text id is
     a rank of `encode_ordinary` plus `first_text_id`; ids below that are control tokens.
     """
 
-    mistral: MistralTokenizer[Any, Any, Any, Any, Any]
+    tekken: Tekkenizer
     version: str
     specials: SpecialIds
     vocabulary_size: int
@@ -120,35 +112,7 @@ class ChatTokenizer:
             yield _show(held)
 
     def _bytes(self, token_id: int) -> bytes:
-        tekken = self.mistral.instruct_tokenizer.tokenizer
-        assert isinstance(tekken, Tekkenizer)
-        return tekken.id_to_byte_piece(int(token_id), SpecialTokenPolicy.KEEP)
-
-
-def grid_url(rows: int, columns: int) -> str:
-    """An image for `ChatTokenizer.mistral` of which only the grid matters."""
-    return f"{_GRID_URL}{rows}x{columns}"
-
-
-class _GridEncoder(ImageEncoder):
-    """mistral-common's, which makes the pixels too and needs OpenCV for them, not for a grid."""
-
-    def __call__(self, content: Any) -> ImageEncoding:
-        url = content.get_url() if content.type == "image_url" else ""
-        if not url.startswith(_GRID_URL):
-            return super().__call__(content)
-        rows, columns = map(int, url.removeprefix(_GRID_URL).split("x"))
-        special = self.special_ids
-        tokens = ([special.img] * columns + [special.img_break]) * rows
-        tokens[-1] = special.img_end
-        return ImageEncoding(tokens, np.empty((3, 0, 0), np.float32))
-
-
-def _load_image_encoder(tekken: Tekkenizer) -> ImageEncoder | None:
-    if tekken.image is None:
-        return None
-    found = load_image_encoder(tekken.image, tekken)
-    return _GridEncoder(found.image_config, found.special_ids)
+        return self.tekken.id_to_byte_piece(int(token_id), SpecialTokenPolicy.KEEP)
 
 
 def _show(piece: bytes) -> str:
@@ -178,17 +142,10 @@ def assemble(tekken: Tekkenizer) -> ChatTokenizer:
     builder = tekken.model_settings_builder
     if tekken.version.supports_model_settings and builder is None:
         raise ValueError(f"{tekken.version.value} needs a model_settings_builder")
-    image_encoder = _load_image_encoder(tekken)
-    encoder = getattr(instruct, f"InstructTokenizer{tekken.version.value.upper()}")
-    mistral: MistralTokenizer[Any, Any, Any, Any, Any] = MistralTokenizer(
-        encoder(tekken, image_encoder=image_encoder),
-        validator=get_validator(tekken.version, mode=ValidationMode.finetuning),
-        request_normalizer=get_normalizer(tekken.version, builder),
-    )
     effort = builder.reasoning_effort if builder else None
     ranks: Callable[[str], list[int]] = tekken._model.encode_ordinary
     return ChatTokenizer(
-        mistral=mistral,
+        tekken=tekken,
         version=tekken.version.value,
         specials=_find_specials(tekken),
         vocabulary_size=tekken.n_words,
@@ -211,11 +168,13 @@ def assemble(tekken: Tekkenizer) -> ChatTokenizer:
 def _find_specials(tekken: Tekkenizer) -> SpecialIds:
     needed = tekken.get_special_token
 
-    def optional(token: str) -> int | None:
-        return needed(token) if tekken.is_special(token) else None
+    def optional(token: str, *, exists: bool = False) -> int | None:
+        return needed(token) if exists or tekken.is_special(token) else None
 
     # Encoders before v13 refuse thinking, whatever tokens the file names.
     thinks = tekken.version >= TokenizerVersion.v13
+    names_arguments = tekken.version >= TokenizerVersion.v11
+    has_settings, sees = tekken.version.supports_model_settings, tekken.image is not None
     return SpecialIds(
         bos=tekken.bos_id,
         eos=tekken.eos_id,
@@ -230,15 +189,15 @@ def _find_specials(tekken: Tekkenizer) -> SpecialIds:
         end_results=needed(SpecialTokens.end_tool_results),
         result_content=needed(SpecialTokens.begin_tool_content),
         call=needed(SpecialTokens.tool_calls),
-        args=optional(SpecialTokens.args),
-        call_id=optional(SpecialTokens.call_id),
+        args=optional(SpecialTokens.args, exists=names_arguments),
+        call_id=optional(SpecialTokens.call_id, exists=names_arguments),
         think=optional(SpecialTokens.begin_think) if thinks else None,
         end_think=optional(SpecialTokens.end_think) if thinks else None,
-        settings=optional(SpecialTokens.begin_model_settings),
-        end_settings=optional(SpecialTokens.end_model_settings),
-        image=optional(SpecialTokens.img),
-        image_break=optional(SpecialTokens.img_break),
-        image_end=optional(SpecialTokens.img_end),
+        settings=optional(SpecialTokens.begin_model_settings, exists=has_settings),
+        end_settings=optional(SpecialTokens.end_model_settings, exists=has_settings),
+        image=optional(SpecialTokens.img, exists=sees),
+        image_break=optional(SpecialTokens.img_break, exists=sees),
+        image_end=optional(SpecialTokens.img_end, exists=sees),
     )
 
 
