@@ -37,12 +37,12 @@ def test_a_card_is_read_whole(nvml: FakeDriver) -> None:
     assert (gpu.state, gpu.note, gpu.unified, gpu.mig_parent) == ("ready", "", False, None)
     assert machine.usable_gpus == (gpu,)
     assert ids(machine) == set()
-    ours, strangers, untold = gpu.processes or ()
+    ours, strangers, unnamed = gpu.processes or ()
     assert (ours.pid, ours.memory_bytes) == (os.getpid(), 7340032)
     assert ours.user
     assert "python" in (ours.command or "")
     assert (strangers.memory_bytes, strangers.user, strangers.command) == (None, None, None)
-    assert untold.memory_bytes is None  # 0 is how a driver says that it cannot tell
+    assert unnamed.memory_bytes is None  # 0 is how a driver says that it cannot tell
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_an_older_driver_answers_the_older_question_about_memory(
 
 
 @pytest.mark.parametrize(
-    ("code", "name", "words"),
+    ("code", "name", "message"),
     [
         (12, "no_driver", "No NVIDIA driver was found."),
         (9, "driver_not_loaded", "installed and not loaded"),
@@ -89,12 +89,12 @@ def test_an_older_driver_answers_the_older_question_about_memory(
     ],
 )
 def test_a_driver_that_cannot_start_is_a_sentence(
-    nvml: FakeDriver, code: int, name: str, words: str
+    nvml: FakeDriver, code: int, name: str, message: str
 ) -> None:
     nvml.set(f"init {code}", H100)
     machine = read_machine()
     assert machine.gpus == machine.usable_gpus == ()
-    assert words in problem(machine, name).what
+    assert message in problem(machine, name).what
     assert machine.ram_total_bytes > 0
 
 

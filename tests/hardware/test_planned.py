@@ -65,7 +65,7 @@ def test_a_text_means_cards(text: str, count: int, name: str, gibibytes: float) 
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("A100", "A100-SXM4-40GB (40.0 GiB) or A100-SXM4-80GB (80.0 GiB)"),
         ("RTX 6000", "RTX 6000 Ada Generation (48.0 GiB) or RTX PRO 6000"),
@@ -90,8 +90,8 @@ def test_a_text_means_cards(text: str, count: int, name: str, gibibytes: float) 
         ("\x1b[31mred", "There is no GPU named ␛[31mred."),
     ],
 )
-def test_a_text_that_means_no_one_card_names_the_nearest(text: str, words: str) -> None:
-    with pytest.raises(UserError, match=re.escape(words)) as caught:
+def test_a_text_that_means_no_one_card_names_the_nearest(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         assume(text)
     assert caught.value.exit_status == 2
     assert "--assume '" in caught.value.fix

@@ -216,7 +216,7 @@ def test_bitsandbytes_needs_a_library_of_torch_s_cuda(
     ("card", "keep"),
     [("H100", "flash-attn-4"), ("B200", "flash-attn-4"), ("RTX 4090", "flash-attn")],
 )
-def test_packages_that_overwrite_each_other_are_told_with_the_one_to_keep(
+def test_packages_that_overwrite_each_other_are_named_with_the_one_to_keep(
     tmp_path: Path, headers: Path, card: str, keep: str
 ) -> None:
     (headers / "Python.h").touch()

@@ -148,9 +148,9 @@ def test_of_two_cards_only_the_one_that_torch_leaves_out_is_named(
     assert about(machine, 0) is None
     assert "V100-SXM2-16GB" in (about(machine, 1) or machine.problems[0]).what
     # A warning: the other card works, and the build that is proposed has code for both.
-    (told,) = [each for each in machine.problems if "torch" in each.id]
-    assert (told.id, told.severity) == ("card_not_in_torch", "warning")
-    assert "cu126" in told.command
+    (found,) = [each for each in machine.problems if "torch" in each.id]
+    assert (found.id, found.severity) == ("card_not_in_torch", "warning")
+    assert "cu126" in found.command
 
 
 def test_no_build_is_proposed_that_leaves_out_the_other_card(

@@ -74,7 +74,7 @@ def test_cards_are_named_by_number_or_by_the_beginning_of_a_uuid(
 
 
 @pytest.mark.parametrize(
-    ("value", "shown", "words"),
+    ("value", "shown", "message"),
     [
         ("1,7,0", [1], "ends at 7, which is no card"),
         ("1,-1,0", [1], "ends at -1, which is no card"),
@@ -93,11 +93,11 @@ def test_cards_are_named_by_number_or_by_the_beginning_of_a_uuid(
     ],
 )
 def test_a_list_ends_at_its_first_bad_entry(
-    nvml: FakeDriver, value: str, shown: list[int], words: str
+    nvml: FakeDriver, value: str, shown: list[int], message: str
 ) -> None:
     uuids, machine = seen(nvml, value, CUDA_DEVICE_ORDER="PCI_BUS_ID")
     assert uuids == [UUIDS[index] for index in shown]
-    assert words in problem(machine, "cuda_list_ends").what
+    assert message in problem(machine, "cuda_list_ends").what
     assert "\x1b" not in "".join(each.what for each in machine.problems)
 
 

@@ -17,21 +17,21 @@ def test_the_front_matter_names_base_library_and_licence(tmp_path: Path) -> None
     run = write_run(tmp_path / "pilot")
     run.adapter.mkdir()
     (run.adapter / "adapter_config.json").write_text("{}")
-    told = front_matter(write_card(run, run.adapter).read_text("utf-8"))
-    assert told["base_model"] == "mistralai/Ministral-3-3B-Instruct-2512-BF16"
-    assert told["base_model_relation"] == "adapter"
-    assert (told["library_name"], told["license"]) == ("peft", "apache-2.0")
-    assert told["pipeline_tag"] == "image-text-to-text"
-    assert told["tags"] == ["windtunnel", "mistral", "lora"]
+    matter = front_matter(write_card(run, run.adapter).read_text("utf-8"))
+    assert matter["base_model"] == "mistralai/Ministral-3-3B-Instruct-2512-BF16"
+    assert matter["base_model_relation"] == "adapter"
+    assert (matter["library_name"], matter["license"]) == ("peft", "apache-2.0")
+    assert matter["pipeline_tag"] == "image-text-to-text"
+    assert matter["tags"] == ["windtunnel", "mistral", "lora"]
 
 
 def test_a_merged_model_is_a_fine_tune_for_transformers(tmp_path: Path) -> None:
     run = write_run(tmp_path / "pilot", "mistral-medium-3.5")
     (tmp_path / "merged").mkdir()
     text = write_card(run, tmp_path / "merged").read_text("utf-8")
-    told = front_matter(text)
-    assert (told["library_name"], told["base_model_relation"]) == ("transformers", "finetune")
-    assert (told["license"], told["license_name"]) == ("other", "modified-mit")
+    matter = front_matter(text)
+    assert (matter["library_name"], matter["base_model_relation"]) == ("transformers", "finetune")
+    assert (matter["license"], matter["license_name"]) == ("other", "modified-mit")
     assert "PeftModel" not in text
 
 

@@ -100,8 +100,8 @@ def run(tmp_path: Path) -> RunFolder:
 def test_a_finished_run_uploads_its_result_or_says_how_to_repeat_it(
     hub: Hub, run: RunFolder
 ) -> None:
-    told = list(publish_result(run, run.adapter, read_config(run.config).config))
-    note = told[-1]
+    events = list(publish_result(run, run.adapter, read_config(run.config).config))
+    note = events[-1]
     assert isinstance(note, Note)
     if hub.refuses:
         assert note.level == "warning"

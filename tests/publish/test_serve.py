@@ -11,14 +11,14 @@ from engine.publish.serve import VLLM_RANKS
 from tests.support.run_folders import write_run
 
 
-def words(run: Any, title: str) -> list[str]:
+def arguments(run: Any, title: str) -> list[str]:
     (hint,) = [hint for hint in serve_hints(run) if hint.title.startswith(title)]
     return list(hint.steps[-1])
 
 
 def test_an_adapter_is_served_beside_its_base_with_room_for_its_rank(tmp_path: Path) -> None:
     run = write_run(tmp_path / "pilot", lora_r=24)
-    command = words(run, "vLLM, the adapter")
+    command = arguments(run, "vLLM, the adapter")
     assert command[:3] == ["vllm", "serve", "mistralai/Ministral-3-3B-Instruct-2512-BF16"]
     assert f"pilot={run.adapter}" in command
     assert command[command.index("--max-lora-rank") + 1] == "32"
@@ -31,9 +31,9 @@ def test_a_base_is_served_with_the_positions_that_the_adapter_was_trained_with(
 ) -> None:
     rope = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}}
     run = write_run(tmp_path / "pilot", overrides_of_model_config=rope)
-    command = words(run, "vLLM, the adapter")
+    command = arguments(run, "vLLM, the adapter")
     assert json.loads(command[command.index("--hf-overrides") + 1]) == rope
-    assert "--hf-overrides" not in words(run, "vLLM, merged")  # its config.json has them
+    assert "--hf-overrides" not in arguments(run, "vLLM, merged")  # its config.json has them
 
 
 @pytest.mark.parametrize(
@@ -54,15 +54,15 @@ def test_a_full_fine_tune_is_served_as_it_is(tmp_path: Path) -> None:
     assert second.steps[0][0] == "python"
 
 
-def test_thinking_is_told_apart_only_for_models_that_think(tmp_path: Path) -> None:
+def test_thinking_is_parsed_only_for_models_that_think(tmp_path: Path) -> None:
     thinks = write_run(tmp_path / "a", "magistral-small-2507")
     answers = write_run(tmp_path / "b", "mistral-small-3.2")
-    assert "--reasoning-parser" in words(thinks, "vLLM, merged")
-    assert "--reasoning-parser" not in words(answers, "vLLM, merged")
+    assert "--reasoning-parser" in arguments(thinks, "vLLM, merged")
+    assert "--reasoning-parser" not in arguments(answers, "vLLM, merged")
 
 
 def test_a_vision_model_that_saw_no_images_keeps_no_room_for_them(tmp_path: Path) -> None:
-    command = words(write_run(tmp_path / "pilot"), "vLLM, merged")
+    command = arguments(write_run(tmp_path / "pilot"), "vLLM, merged")
     assert command[command.index("--limit-mm-per-prompt") + 1] == '{"image": 0}'
 
 

@@ -19,7 +19,7 @@ from engine.events import (
 )
 from engine.report.events import event_line
 from engine.report.run import figures_text
-from tests.support.told_runs import step_event
+from tests.support.written_runs import step_event
 
 GIB = 2**30
 KINDS = {"think": 1.25, "text": 0.5, "eos": 0.1}

@@ -167,7 +167,7 @@ def test_a_name_that_is_not_there_is_answered_with_the_nearest(home: Path) -> No
     assert "\x1b" not in str(caught.value)
 
 
-def test_two_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+def test_two_runs_of_one_name_are_distinguished_by_their_folders(tmp_path: Path) -> None:
     runs = [create_run("r", output_dir=tmp_path / place / "same") for place in ("a", "b")]
     with pytest.raises(UserError) as caught:
         find_run("same")

@@ -195,7 +195,7 @@ def test_two_followers_see_every_step_of_a_live_run(run: RunFolder) -> None:
         assert all(after.seq == before.seq + 1 for before, after in pairwise(own))
 
 
-def test_following_ends_when_told_to_after_giving_what_is_there(run: RunFolder) -> None:
+def test_following_ends_when_asked_after_giving_what_is_there(run: RunFolder) -> None:
     with EventWriter(run.events) as events:
         events.emit(step_event(1))
     assert len(list(follow(run, lambda: True))) == 1

@@ -1,4 +1,4 @@
-"""The events of a run add up to the same history, told at once or bit by bit."""
+"""The events of a run add up to the same history, read at once or bit by bit."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from engine.events import (
 )
 from engine.runs import Follower
 from engine.runs.history import Answer, History
-from tests.support.told_runs import AFTER, BEFORE, PROMPT, step_event, told_run
+from tests.support.written_runs import AFTER, BEFORE, PROMPT, step_event, written_run
 
 
 def history_of(*events: Event) -> History:
@@ -29,9 +29,9 @@ def history_of(*events: Event) -> History:
     return history
 
 
-def test_a_told_run_gives_curves_answers_and_a_log(tmp_path: Path) -> None:
+def test_a_written_run_gives_curves_answers_and_a_log(tmp_path: Path) -> None:
     history = History()
-    history.add(Follower(told_run(tmp_path / "run").events).read())
+    history.add(Follower(written_run(tmp_path / "run").events).read())
     assert (history.steps_done, history.total_steps) == (61, 99)
     assert history.best == (60, 0.731)
     assert math.isclose(history.seconds_left, 38 * 8.9)
@@ -41,7 +41,7 @@ def test_a_told_run_gives_curves_answers_and_a_log(tmp_path: Path) -> None:
     assert (history.log[-2].event, history.log[-2].best) == (Eval(60, 0.731), 0.768)
 
 
-def test_a_step_that_is_told_again_supersedes_what_followed_it() -> None:
+def test_a_step_that_is_repeated_supersedes_what_followed_it() -> None:
     steps = [step_event(step) for step in range(1, 11)]
     again = [step_event(step, loss=9.0) for step in range(6, 8)]
     history = history_of(*steps, Eval(10, 0.5), Eval(4, 0.7), *again)

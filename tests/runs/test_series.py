@@ -44,13 +44,13 @@ def test_a_single_spike_is_drawn_where_it_was(length: int, data: st.DataObject) 
 
 @settings(max_examples=30, deadline=None)
 @given(VALUES, st.integers(1, 30))
-def test_points_are_ones_that_were_told_from_left_to_right(values: list[float], times: int) -> None:
-    told = values * times
+def test_points_are_given_values_from_left_to_right(values: list[float], times: int) -> None:
+    given_values = values * times
     points = stream_of(values, times).points()
     steps = [x for x, _ in points]
     assert steps == sorted(steps)
     for x, y in points:
-        was = told[int(x)]
+        was = given_values[int(x)]
         assert y == was or (math.isnan(y) and not math.isfinite(was))
 
 
@@ -69,7 +69,7 @@ def test_a_stretch_without_a_number_is_a_gap() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=200), st.data())
-def test_what_is_told_again_after_a_resume_replaces_what_was_told(
+def test_what_a_resume_repeats_replaces_what_was_there(
     values: list[float], data: st.DataObject
 ) -> None:
     cut = data.draw(st.integers(0, len(values) - 1))

@@ -137,7 +137,7 @@ def test_a_launch_that_died_before_its_first_word_is_lost(run: RunFolder) -> Non
     time.sleep(0.01)
     with RunLock(run):
         pass
-    assert status(run) == "lost", "the end that is told is that of the launch before"
+    assert status(run) == "lost", "the last end is that of the launch before"
 
 
 def test_a_run_that_ends_between_two_looks_is_not_called_lost(

@@ -1,4 +1,4 @@
-"""A run is told in pieces that a screen can take, and its word only when all of it was told."""
+"""A run is read in pieces that a screen can take, and its status comes when all of it was read."""
 
 import threading
 from pathlib import Path
@@ -8,12 +8,12 @@ from textual.message import Message
 from engine.events import Ended, Recorded, format_line
 from engine.runs import RunFolder, create_run
 from tests.fakes.processes import running_fake, wait_until
-from tests.support.told_runs import step_event
+from tests.support.written_runs import step_event
 from tui.follow import follow_run, send_command
 from tui.messages import EventsRead, RunAsked, RunUnreadable, WorkRefused
 
 
-def told(run: RunFolder, enough: int) -> list[Message]:
+def posted(run: RunFolder, enough: int) -> list[Message]:
     """The messages until there are `enough` of them."""
     messages: list[Message] = []
     stop = threading.Event()
@@ -27,27 +27,27 @@ def told(run: RunFolder, enough: int) -> list[Message]:
     return messages
 
 
-def test_the_word_for_a_run_waits_until_its_last_event_is_told(home: Path) -> None:
+def test_the_status_of_a_run_comes_with_its_last_event(home: Path) -> None:
     run = create_run("long")
     with run.events.open("ab") as lines:
         for step in range(1, 20_001):
             lines.write(format_line(Recorded(step, 1e9, step_event(step))))
         lines.write(format_line(Recorded(20_001, 1e9, Ended("finished", 20_000))))
-    messages = told(run, 41)
-    words = [each.status for each in messages if isinstance(each, EventsRead)]
+    messages = posted(run, 41)
+    statuses = [each.status for each in messages if isinstance(each, EventsRead)]
     events = [one for each in messages if isinstance(each, EventsRead) for one in each.events]
     assert len(events) == 20_001
     assert max(len(each.events) for each in messages if isinstance(each, EventsRead)) <= 500
-    last = next(place for place, word in enumerate(words) if word)
-    assert words[last] == "finished"
+    last = next(place for place, each in enumerate(statuses) if each)
+    assert statuses[last] == "finished"
     assert (
         sum(len(each.events) for each in messages[: last + 1] if isinstance(each, EventsRead))
         == 20_001
     )
 
 
-def test_nothing_is_told_while_nothing_happens(home: Path) -> None:
-    (message,) = told(create_run("idle"), 1)
+def test_nothing_is_posted_while_nothing_happens(home: Path) -> None:
+    (message,) = posted(create_run("idle"), 1)
     assert isinstance(message, EventsRead)
     assert (list(message.events), message.status) == ([], "waiting")
 
@@ -55,7 +55,7 @@ def test_nothing_is_told_while_nothing_happens(home: Path) -> None:
 def test_a_folder_that_cannot_be_read_is_told_once(home: Path) -> None:
     run = create_run("broken")
     run.events.mkdir()
-    (message,) = told(run, 1)
+    (message,) = posted(run, 1)
     assert isinstance(message, RunUnreadable)
 
 

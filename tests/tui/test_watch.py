@@ -10,11 +10,11 @@ from engine.events import Ended
 from engine.runs import create_run
 from tests.fakes.processes import PATIENCE_SECONDS, ROOT, run_python, running_fake
 from tests.support.terminal import Terminal
-from tests.support.told_runs import told_run
+from tests.support.written_runs import written_run
 
 
 def test_on_a_terminal_it_opens_the_newest_run_and_q_leaves_it_running(home: Path) -> None:
-    told_run(create_run("older").path, 3, Ended("finished", 3))
+    written_run(create_run("older").path, 3, Ended("finished", 3))
     with running_fake(create_run("newer"), steps=100_000, step_seconds=0.01) as trainer:
         terminal = Terminal("watch")
         terminal.wait_for("training")
@@ -28,7 +28,7 @@ def test_on_a_terminal_it_opens_the_newest_run_and_q_leaves_it_running(home: Pat
 def test_plain_and_a_dumb_terminal_get_lines_without_escapes(
     home: Path, arguments: tuple[str, ...], environment: dict[str, str]
 ) -> None:
-    told_run(create_run("told").path, 20, Ended("finished", 20))
+    written_run(create_run("told").path, 20, Ended("finished", 20))
     terminal = Terminal("watch", "told", *arguments, **environment)
     assert terminal.end() == 0
     assert "\x1b" not in terminal.written
@@ -37,7 +37,7 @@ def test_plain_and_a_dumb_terminal_get_lines_without_escapes(
 
 
 def test_a_pipe_gets_lines(home: Path) -> None:
-    told_run(create_run("told").path, 20, Ended("finished", 20))
+    written_run(create_run("told").path, 20, Ended("finished", 20))
     done = run_python("-m", "tui", "watch", "told")
     assert (done.returncode, done.stderr) == (0, "")
     assert "told is finished" in done.stdout
@@ -45,7 +45,7 @@ def test_a_pipe_gets_lines(home: Path) -> None:
 
 
 def test_the_engine_alone_follows_too(home: Path) -> None:
-    told_run(create_run("told").path, 20, Ended("finished", 20))
+    written_run(create_run("told").path, 20, Ended("finished", 20))
     command = [sys.executable, "-m", "engine", "watch", "told"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS

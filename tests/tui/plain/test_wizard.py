@@ -19,7 +19,7 @@ from tests.fakes.nvml import RTX_4090, FakeDriver
 from tests.fakes.processes import PATIENCE_SECONDS, running_fake, wait_until
 from tests.support.conversation import Conversation
 from tests.support.extras import needs_trainer
-from tests.support.told_runs import told_run
+from tests.support.written_runs import written_run
 from tui.plain import Dialogue, run_plain
 from tui.plain.dialogue import Leave
 from tui.plain.following import follow_run
@@ -416,7 +416,7 @@ class Clock:
 
 def test_a_run_is_told_every_ten_steps_and_at_its_end() -> None:
     run = create_run("told")
-    told_run(run.path, 25, Ended("finished", 25))
+    written_run(run.path, 25, Ended("finished", 25))
     told = Conversation()
     follow_run(run, told.dialogue, Clock())
     steps = [line.split()[1] for line in told.lines if line.startswith("step") and "lr" in line]
@@ -426,7 +426,7 @@ def test_a_run_is_told_every_ten_steps_and_at_its_end() -> None:
 
 def test_slow_steps_are_told_every_minute() -> None:
     run = create_run("told")
-    told_run(run.path, 4, Ended("finished", 4))
+    written_run(run.path, 4, Ended("finished", 4))
     told = Conversation()
     times: Iterator[float] = iter(range(0, 10**6, 61))
     follow_run(run, told.dialogue, lambda: next(times))
@@ -436,7 +436,7 @@ def test_slow_steps_are_told_every_minute() -> None:
 
 def test_a_run_that_failed_says_why() -> None:
     run = create_run("told")
-    told_run(run.path, 3, Ended("failed", 3, "The loss is NaN.", "It diverged.", "Lower lr."))
+    written_run(run.path, 3, Ended("failed", 3, "The loss is NaN.", "It diverged.", "Lower lr."))
     with pytest.raises(UserError, match=r"The loss is NaN\.") as raised:
         follow_run(run, Conversation().dialogue)
     assert raised.value.exit_status == 1

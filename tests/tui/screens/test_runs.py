@@ -13,7 +13,7 @@ from engine.runs import RunFolder, RunLock, create_run
 from engine.runs.facts import RunsReader
 from tests.support.extras import needs_trainer
 from tests.support.screens import assert_golden, screen_text, wait_for, wait_for_text
-from tests.support.told_runs import BEGAN, told_run
+from tests.support.written_runs import BEGAN, written_run
 from tui.app import WindtunnelApp
 from tui.messages import RunsSeen
 from tui.page import Page
@@ -37,9 +37,9 @@ def runs(home: Path) -> list[RunFolder]:
     folder = home / "runs"
     failed = Ended("failed", 12, "The loss is NaN.", "It diverged.", "Lower the rate.")
     made = [
-        told_run(folder / "medium-try", 12, failed),
-        told_run(folder / "support-0", 99, Ended("finished", 99), lora_r=16),
-        told_run(folder / "support-1", 61),
+        written_run(folder / "medium-try", 12, failed),
+        written_run(folder / "support-0", 99, Ended("finished", 99), lora_r=16),
+        written_run(folder / "support-1", 61),
     ]
     return made[::-1]
 
@@ -114,7 +114,7 @@ async def test_a_winner_is_named_only_over_the_same_held_out_rows(
     home: Path, changed: str, verdict: str
 ) -> None:
     for name, loss, keys in (("first", 3.0, ""), ("second", 1.0, changed)):
-        run = told_run(home / "runs" / name, 61)
+        run = written_run(home / "runs" / name, 61)
         run.config.write_text(f"{run.config.read_text()}val_set_size: 0.1\n{keys}")
         with EventWriter(run.events, clock=lambda: BEGAN + 900) as events:
             events.emit(Eval(61, loss))
@@ -183,7 +183,7 @@ async def test_a_live_run_is_not_removed(runs: list[RunFolder]) -> None:
 
 
 async def test_a_run_in_a_folder_that_somebody_chose_is_not_removed(tmp_path: Path) -> None:
-    chosen = told_run(create_run("mine", output_dir=tmp_path / "mine").path, 3)
+    chosen = written_run(create_run("mine", output_dir=tmp_path / "mine").path, 3)
     (chosen.path / "thesis.txt").write_text("mine")
     async with listed() as pilot:
         await wait_for_text(pilot, "mine")

@@ -1,4 +1,4 @@
-"""The Train page shows a told run at any size, and says what a live one does in every state."""
+"""The Train page shows a finished run at any size, and says what a live one does in every state."""
 
 import math
 from collections.abc import AsyncIterator
@@ -12,7 +12,7 @@ from engine.events import Drift, Ended, Eval, EventWriter, Note, Phase, Recorded
 from engine.runs import Follower, RunFolder, RunLock, Status
 from engine.runs.history import History
 from tests.support.screens import assert_golden, screen_text, wait_for_text
-from tests.support.told_runs import BEGAN, ToldRun, step_event, told_run
+from tests.support.written_runs import BEGAN, RunWriter, step_event, written_run
 from tui.app import WindtunnelApp
 from tui.page import Page
 from tui.screens.runs import RunsPage
@@ -43,7 +43,7 @@ async def shown(
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
 async def test_a_run_under_way(tmp_path: Path, size: tuple[int, int]) -> None:
-    async with shown(told_run(tmp_path / "support-magistral-1"), size) as pilot:
+    async with shown(written_run(tmp_path / "support-magistral-1"), size) as pilot:
         await wait_for_text(pilot, "step 61/99")
         await wait_for_text(pilot, "step 60  I'm sorry")
         await pilot.pause()
@@ -52,7 +52,7 @@ async def test_a_run_under_way(tmp_path: Path, size: tuple[int, int]) -> None:
 
 async def test_a_run_that_has_finished(tmp_path: Path) -> None:
     async with shown(
-        told_run(tmp_path / "support-magistral-1", 99, Ended("finished", 99)), alive=False
+        written_run(tmp_path / "support-magistral-1", 99, Ended("finished", 99)), alive=False
     ) as pilot:
         await wait_for_text(pilot, "✓ done")
         await wait_for_text(pilot, "99 steps in")
@@ -80,7 +80,7 @@ OUT_OF_MEMORY = Shortage(
 async def test_a_run_without_memory_offers_what_makes_room(
     tmp_path: Path, size: tuple[int, int]
 ) -> None:
-    run = told_run(tmp_path / "support-magistral-1")
+    run = written_run(tmp_path / "support-magistral-1")
     end = Ended(
         "failed",
         61,
@@ -101,7 +101,7 @@ async def test_a_run_without_memory_offers_what_makes_room(
 
 async def test_a_run_that_failed_says_what_why_kept_and_what_can_be_done(tmp_path: Path) -> None:
     end = Ended("failed", 61, "The save could not be written.", "The disk is full.", "Free 1 GB.")
-    async with shown(told_run(tmp_path / "support-magistral-1", 61, end), alive=False) as pilot:
+    async with shown(written_run(tmp_path / "support-magistral-1", 61, end), alive=False) as pilot:
         await wait_for_text(pilot, "The disk is full.")
         assert_golden("train-failed-80x24", screen_text(pilot.app))
         await pilot.press("escape")
@@ -109,7 +109,7 @@ async def test_a_run_that_failed_says_what_why_kept_and_what_can_be_done(tmp_pat
 
 
 async def test_a_run_that_was_killed_is_lost_and_says_so(tmp_path: Path) -> None:
-    async with shown(told_run(tmp_path / "run"), alive=False) as pilot:
+    async with shown(written_run(tmp_path / "run"), alive=False) as pilot:
         await wait_for_text(pilot, "✗ lost")
         await wait_for_text(pilot, "wrote no last word")
         await wait_for_text(pilot, "❯ resume from step-60")
@@ -135,7 +135,7 @@ async def test_a_folder_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> Non
 async def test_a_key_shows_more_and_escape_shows_all_again(
     tmp_path: Path, key: str, text: str
 ) -> None:
-    run = told_run(tmp_path / "run")
+    run = written_run(tmp_path / "run")
     run.log.write_text("loading shards\rloading shards 100%\n\x1b[31mred\n")
     async with shown(run) as pilot:
         await wait_for_text(pilot, "grad norm")
@@ -147,7 +147,7 @@ async def test_a_key_shows_more_and_escape_shows_all_again(
 
 
 async def test_the_log_of_libraries_cannot_act_on_the_terminal(tmp_path: Path) -> None:
-    run = told_run(tmp_path / "run")
+    run = written_run(tmp_path / "run")
     run.log.write_text("\x1b[31mred [bold]x\n")
     async with shown(run) as pilot:
         await wait_for_text(pilot, "grad norm")
@@ -156,10 +156,10 @@ async def test_the_log_of_libraries_cannot_act_on_the_terminal(tmp_path: Path) -
 
 
 async def test_answers_and_names_of_strangers_are_shown_and_do_nothing(tmp_path: Path) -> None:
-    told = ToldRun(tmp_path / "run")
-    told.begin(model="org/[bold]x\x1b]0;t\x07")
-    told.tell(Sample(0, "q [red]?", "a\x9b31m [/nope] \u202e", "after"), Note("error", "[/x]"))
-    async with shown(told.folder) as pilot:
+    writer = RunWriter(tmp_path / "run")
+    writer.begin(model="org/[bold]x\x1b]0;t\x07")
+    writer.write(Sample(0, "q [red]?", "a\x9b31m [/nope] \u202e", "after"), Note("error", "[/x]"))
+    async with shown(writer.folder) as pilot:
         await wait_for_text(pilot, "what it says now")
         assert "[bold]x␛]0;t␇" in screen_text(pilot.app)
         await pilot.press("v")
@@ -168,21 +168,23 @@ async def test_answers_and_names_of_strangers_are_shown_and_do_nothing(tmp_path:
 
 
 async def test_leaving_a_run_that_trains_says_how_to_come_back(tmp_path: Path) -> None:
-    async with shown(told_run(tmp_path / "run")) as pilot:
+    async with shown(written_run(tmp_path / "run")) as pilot:
         await wait_for_text(pilot, "▶ training")
         await pilot.press("q")
     assert pilot.app.parting == "still training: windtunnel watch run"  # type: ignore[attr-defined]
 
 
 async def test_leaving_a_run_that_has_ended_says_nothing(tmp_path: Path) -> None:
-    async with shown(told_run(tmp_path / "run", 99, Ended("finished", 99)), alive=False) as pilot:
+    async with shown(
+        written_run(tmp_path / "run", 99, Ended("finished", 99)), alive=False
+    ) as pilot:
         await wait_for_text(pilot, "✓ done")
         await pilot.press("q")
     assert pilot.app.parting == ""  # type: ignore[attr-defined]
 
 
 async def test_escape_goes_to_the_list_of_runs(tmp_path: Path) -> None:
-    async with shown(told_run(tmp_path / "run")) as pilot:
+    async with shown(written_run(tmp_path / "run")) as pilot:
         await wait_for_text(pilot, "▶ training")
         await pilot.press("escape")
         await wait_for_text(pilot, "space marks two to compare")
@@ -191,56 +193,56 @@ async def test_escape_goes_to_the_list_of_runs(tmp_path: Path) -> None:
 # The sentences, without a screen.
 
 
-def history_of(told: ToldRun) -> History:
+def history_of(writer: RunWriter) -> History:
     history = History()
-    history.add(Follower(told.folder.events).read())
+    history.add(Follower(writer.folder.events).read())
     return history
 
 
 def test_loading_says_what_is_waited_for(tmp_path: Path) -> None:
-    told = ToldRun(tmp_path / "run")
-    told.tell(Phase("hashing", 3, 12, "rows"))
-    line = wording.headline(history_of(told), "running", BEGAN)
+    writer = RunWriter(tmp_path / "run")
+    writer.write(Phase("hashing", 3, 12, "rows"))
+    line = wording.headline(history_of(writer), "running", BEGAN)
     assert (line.mark, line.word, line.share) == ("◌", "loading", 0.25)
     assert line.text == "reading the data: 3 of 12 rows"
-    told.tell(Phase("hashing", 9, 12, "rows"), seconds=2)
-    line = wording.headline(history_of(told), "running", BEGAN + 12)
+    writer.write(Phase("hashing", 9, 12, "rows"), seconds=2)
+    line = wording.headline(history_of(writer), "running", BEGAN + 12)
     assert line.text == "reading the data: 9 of 12 rows  0:12"
 
 
 def test_the_time_that_is_left_runs_down_during_a_step(tmp_path: Path) -> None:
-    told = ToldRun(tmp_path / "run")
-    told.begin()
-    told.train(1, 95)
-    history = history_of(told)
+    writer = RunWriter(tmp_path / "run")
+    writer.begin()
+    writer.train(1, 95)
+    history = history_of(writer)
     for quiet, left in ((0, "0:36 left"), (6, "0:30 left"), (43, "0:00 left")):
-        assert left in wording.headline(history, "running", told.time + quiet).text
+        assert left in wording.headline(history, "running", writer.time + quiet).text
 
 
 def test_the_first_step_is_awaited_in_words(tmp_path: Path) -> None:
-    told = ToldRun(tmp_path / "run")
-    told.begin()
-    line = wording.headline(history_of(told), "running", BEGAN + 30)
+    writer = RunWriter(tmp_path / "run")
+    writer.begin()
+    line = wording.headline(history_of(writer), "running", BEGAN + 30)
     assert line.text == "step 0/99  the first step takes longer than the others"
 
 
 def test_a_check_in_between_is_called_one(tmp_path: Path) -> None:
-    told = ToldRun(tmp_path / "run")
-    told.begin()
-    told.train(1, 5)
-    told.tell(Phase("evaluate", 9, 24, "rows"))
-    line = wording.headline(history_of(told), "running", told.time)
+    writer = RunWriter(tmp_path / "run")
+    writer.begin()
+    writer.train(1, 5)
+    writer.write(Phase("evaluate", 9, 24, "rows"))
+    line = wording.headline(history_of(writer), "running", writer.time)
     assert line.word == "checking"
     assert line.text.endswith("scoring what is held out: 9 of 24 rows")
 
 
-def test_silence_is_told_with_what_is_usual(tmp_path: Path) -> None:
-    told = ToldRun(tmp_path / "run")
-    told.begin()
-    told.train(1, 5)
-    history = history_of(told)
-    assert wording.headline(history, "running", told.time + 44).word == "training"
-    line = wording.headline(history, "running", told.time + 61)
+def test_silence_is_shown_with_the_usual_step_time(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run")
+    writer.begin()
+    writer.train(1, 5)
+    history = history_of(writer)
+    assert wording.headline(history, "running", writer.time + 44).word == "training"
+    line = wording.headline(history, "running", writer.time + 61)
     assert (line.mark, line.word) == ("?", "silent")
     assert line.text.startswith("no word for 61 s (a step takes 8.9). The process lives")
 
@@ -250,27 +252,27 @@ def test_silence_is_told_with_what_is_usual(tmp_path: Path) -> None:
     [("paused", "paused"), ("stopped", "stopped"), ("waiting", "starting"), (None, "starting")],
 )
 def test_other_states_have_their_word(tmp_path: Path, status: Status | None, word: str) -> None:
-    told = ToldRun(tmp_path / "run")
-    told.begin()
-    told.train(1, 5)
-    assert wording.headline(history_of(told), status, told.time).word == word
+    writer = RunWriter(tmp_path / "run")
+    writer.begin()
+    writer.train(1, 5)
+    assert wording.headline(history_of(writer), status, writer.time).word == word
 
 
 def test_a_loss_that_is_no_number_says_what_to_do(tmp_path: Path) -> None:
-    told = ToldRun(tmp_path / "run")
-    told.begin()
-    told.train(1, 18)
-    told.tell(*(step_event(step, loss=math.nan) for step in (19, 20)))
-    sentence = wording.notes(history_of(told))
+    writer = RunWriter(tmp_path / "run")
+    writer.begin()
+    writer.train(1, 18)
+    writer.write(*(step_event(step, loss=math.nan) for step in (19, 20)))
+    sentence = wording.notes(history_of(writer))
     assert sentence == (
         "! loss is not a number since step 19: s stops, the last good save is step 17"
     )
 
 
 def test_a_rising_held_out_loss_names_the_best_step(tmp_path: Path) -> None:
-    told = ToldRun(tmp_path / "run")
-    told.tell(*(Eval(step, loss) for step, loss in enumerate((1.0, 0.7, 0.8, 0.9, 1.0))))
-    sentence = wording.notes(history_of(told))
+    writer = RunWriter(tmp_path / "run")
+    writer.write(*(Eval(step, loss) for step, loss in enumerate((1.0, 0.7, 0.8, 0.9, 1.0))))
+    sentence = wording.notes(history_of(writer))
     assert "rose 3 times in a row" in sentence
     assert "best is 0.700 at step 1" in sentence
 
@@ -284,7 +286,7 @@ def test_durations_are_short(seconds: float, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("phase", "told"),
+    ("phase", "writer"),
     [
         (Phase("download", 1_200_000_000, 8_000_000_000, "bytes"), "1.2 of 8.0 GB, 15%"),
         (Phase("hashing", 300, 300, "bytes"), "reading the data: 0.3 of 0.3 kB, 100%"),
@@ -296,22 +298,22 @@ def test_durations_are_short(seconds: float, words: str) -> None:
         (Phase("load", detail="demo-tiny"), "loading the model: demo-tiny"),
     ],
 )
-def test_what_is_read_is_told_in_bytes_and_percent(phase: Phase, told: str) -> None:
+def test_what_is_read_is_told_in_bytes_and_percent(phase: Phase, writer: str) -> None:
     history = History()
     history.add([Recorded(1, NOW, phase)])
     line = wording.headline(history, "running", NOW)
-    assert told in line.text
+    assert writer in line.text
     assert line.share == (phase.done / phase.total if phase.total else None)
 
 
 async def test_figures_stand_below_the_curves_and_a_finished_run_says_what_is_next(
     tmp_path: Path,
 ) -> None:
-    told = ToldRun(tmp_path / "run")
-    told.begin()
-    told.train(1, 20)
-    told.tell(Drift(20, 0.04, 900), Ended("finished", 20))
-    async with shown(told.folder, alive=False) as pilot:
+    writer = RunWriter(tmp_path / "run")
+    writer.begin()
+    writer.train(1, 20)
+    writer.write(Drift(20, 0.04, 900), Ended("finished", 20))
+    async with shown(writer.folder, alive=False) as pilot:
         await wait_for_text(pilot, "✓ done")
         await wait_for_text(pilot, "step 20: drift 0.04")
         await wait_for_text(pilot, wording.NEXT)

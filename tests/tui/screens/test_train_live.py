@@ -11,7 +11,7 @@ from engine.events import Ended, Recorded, format_line
 from engine.runs import RunFolder, create_run, is_locked, status
 from tests.fakes.processes import running_fake, wait_until
 from tests.support.screens import screen_text, wait_for, wait_for_text
-from tests.support.told_runs import step_event
+from tests.support.written_runs import step_event
 from tui.app import WindtunnelApp
 from tui.screens.train import TrainPage
 

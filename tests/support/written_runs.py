@@ -39,7 +39,7 @@ def step_event(step: int, total: int = 99, loss: float | None = None) -> Step:
     )
 
 
-class ToldRun:
+class RunWriter:
     """Writes a run's events with 8.9 seconds a step."""
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +47,7 @@ class ToldRun:
         self.folder = RunFolder(path)
         self.time = BEGAN
 
-    def tell(self, *events: Event, seconds: float = 0.0) -> None:
+    def write(self, *events: Event, seconds: float = 0.0) -> None:
         """Let `seconds` go by, then write these."""
         self.time += seconds
         with EventWriter(self.folder.events, clock=lambda: self.time) as writer:
@@ -56,31 +56,31 @@ class ToldRun:
 
     def begin(self, total: int = 99, model: str = "mistralai/Magistral-Small-2509") -> None:
         """Load the model and look at it before the first step."""
-        self.tell(Phase("import"))
-        self.tell(Phase("load", detail=model), seconds=3)
+        self.write(Phase("import"))
+        self.write(Phase("load", detail=model), seconds=3)
         name = self.folder.name
         started = Started(name, model, "qlora", ("GPU-1",), 1, total, 184_800_000)
-        self.tell(started, Eval(0, 2.02), Sample(0, PROMPT, BEFORE, "before"), seconds=20)
+        self.write(started, Eval(0, 2.02), Sample(0, PROMPT, BEFORE, "before"), seconds=20)
 
     def train(self, first: int, last: int, total: int = 99) -> None:
         """Steps, with a check, an answer and a save at 17, 33, 50 and 60."""
         held_out = {17: 1.13, 33: 0.84, 50: 0.768, 60: 0.731}
         for step in range(first, last + 1):
-            self.tell(step_event(step, total), seconds=8.9)
+            self.write(step_event(step, total), seconds=8.9)
             if step in held_out:
-                self.tell(Phase("evaluate", 0, 24, "rows"), Eval(step, held_out[step]))
-                self.tell(Sample(step, PROMPT, AFTER, "during"), Phase("save"))
-                self.tell(Saved(step, f"checkpoints/step-{step}"))
+                self.write(Phase("evaluate", 0, 24, "rows"), Eval(step, held_out[step]))
+                self.write(Sample(step, PROMPT, AFTER, "during"), Phase("save"))
+                self.write(Saved(step, f"checkpoints/step-{step}"))
 
 
-def told_run(
+def written_run(
     path: Path, steps: int = 61, end: Ended | None = None, *, lora_r: int = 32
 ) -> RunFolder:
-    """A run in a folder, told up to a step, with a config."""
-    told = ToldRun(path)
-    told.folder.config.write_text(CONFIG.format(lora_r=lora_r), "utf-8")
-    told.begin()
-    told.train(1, steps)
+    """A run in a folder, written up to a step, with a config."""
+    writer = RunWriter(path)
+    writer.folder.config.write_text(CONFIG.format(lora_r=lora_r), "utf-8")
+    writer.begin()
+    writer.train(1, steps)
     if end:
-        told.tell(end, seconds=1)
-    return told.folder
+        writer.write(end, seconds=1)
+    return writer.folder
