@@ -38,7 +38,7 @@ from engine.wizard.draft import Draft
 from tests.support.conversation import Conversation
 from tests.support.screens import screen_text
 from tests.support.stand_in import draft_on, opened
-from tests.support.told_runs import ToldRun
+from tests.support.written_runs import RunWriter
 from tui.app import WindtunnelApp
 from tui.plain import run_plain
 from tui.plain.following import follow_run
@@ -105,7 +105,7 @@ EVENT_PRINTERS: dict[str, Callable[[RunFolder], str]] = {
 
 @pytest.mark.parametrize("printer", EVENT_PRINTERS.values(), ids=EVENT_PRINTERS)
 def test_an_event(printer: Callable[[RunFolder], str], tmp_path: Path) -> None:
-    told = ToldRun(tmp_path / "run")
+    told = RunWriter(tmp_path / "run")
     events: tuple[Event, ...] = (*EVENTS, Ended("finished", 21))
     for event in events:
         told.tell(event)
