@@ -108,7 +108,7 @@ def test_an_event(printer: Callable[[RunFolder], str], tmp_path: Path) -> None:
     told = RunWriter(tmp_path / "run")
     events: tuple[Event, ...] = (*EVENTS, Ended("finished", 21))
     for event in events:
-        told.tell(event)
+        told.write(event)
     text = printer(told.folder)
     for event in EVENTS:
         assert str(event_line(event)) in text
