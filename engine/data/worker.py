@@ -13,10 +13,12 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.chat.tokenizer_file import tokenizer_name
@@ -33,6 +35,7 @@ from engine.data.requests import (
     ReadHub,
     ReadShape,
     ResolveRevision,
+    Shape,
     Warm,
     plain,
     read_request,
@@ -51,21 +54,97 @@ _REMEMBERED = 4
 _QUICK = ("preview", "shape", "warm")
 
 
+Report: TypeAlias = Callable[[Progress | None], None]
+
+
 class _Cancelled(Exception):
     """Raised out of a progress report; carries no message because nobody reads one."""
 
 
+class Reader:
+    """Answers what rows are asked for, of several threads too, and keeps opened tokenizers."""
+
+    def __init__(self) -> None:
+        self._opening = threading.Lock()
+        self._checked: dict[str, Checkup] = {}
+        self._tokenizers: dict[tuple[str, Path], ChatTokenizer] = {}
+
+    def answer(
+        self, request: ReadShape | CheckRows | PreviewRows, report: Report
+    ) -> Shape | Checkup | Preview:
+        """The answer to a request; `report` gets its progress, None between, and may raise to end
+        it. Raises UserError where the rows or the tokenizer cannot be read."""
+        match request:
+            case ReadShape(config, folder, count):
+                return read_shape(config.datasets[0], folder, count)
+            case CheckRows(config, folder):
+                return self._check(config, folder, report)
+            case PreviewRows() as asked:
+                return self._preview(asked, report)
+
+    def _tokenizer(self, config: RunConfig, folder: Path, report: Report) -> ChatTokenizer:
+        place = (tokenizer_name(config), folder)
+        if place not in self._tokenizers:
+            report(Progress("tokenizer"))
+        with self._opening:
+            if place not in self._tokenizers:
+                self._tokenizers[place] = open_tokenizer(*place)
+        return self._tokenizers[place]
+
+    def _check(self, config: RunConfig, folder: Path, report: Report) -> Checkup:
+        """The checkup without its list of every bad row: no screen takes them all.
+
+        Length limits are left out: they change while a plan is made, and `longest_rows` answers
+        for any of them. The last few answers are remembered.
+        """
+        datasets, rule = effective_datasets(config), label_rule(config)
+        locations = [locate(dataset, folder) for dataset in datasets]
+        tokenizer = self._tokenizer(config, folder, report)
+        key = json.dumps(
+            [
+                *(dataset.model_dump(mode="json") for dataset in datasets),
+                *(location.stamps() for location in locations),
+                *(str(folder), tokenizer.fingerprint, config.history_thinking, asdict(rule)),
+                *(config.image_folder, config.image_size, config.image_resize_algorithm),
+            ]
+        )
+        if key in self._checked:
+            return self._checked[key]
+        total = sum(size for place in locations for size, *_ in place.stamps())
+
+        def count(rows: int, done_bytes: int) -> None:
+            report(Progress("reading", rows, done_bytes, total))
+
+        found = replace(check_config(config, folder, tokenizer, progress=count), problems=())
+        if not found.images.named:  # those are files of their own, which may change
+            self._checked[key] = found
+            if len(self._checked) > _REMEMBERED:
+                self._checked.pop(next(iter(self._checked)))
+        return found
+
+    def _preview(self, asked: PreviewRows, report: Report) -> Preview:
+        tokenizer = self._tokenizer(asked.config, asked.folder, report)
+        rows = iterate_rendered(asked.config, asked.folder, tokenizer, skip=asked.row - 1)
+        shown = []
+        tokens = 0
+        for row in islice(rows, asked.count):
+            report(None)
+            shown.append(preview_row(row, tokenizer))
+            tokens += len(shown[-1].ids)
+            if tokens > _PREVIEW_TOKENS:
+                break
+        return Preview(tuple(shown), tokenizer.efforts)
+
+
 class Worker:
-    """Serves requests, of several threads too, and keeps the tokenizers that it has opened."""
+    """Serves requests in lines, of several threads too."""
 
     def __init__(self, answers: IO[str]) -> None:
         self._answers = answers
         self._writing = threading.Lock()
-        self._opening = threading.Lock()
         self._reported: dict[int, tuple[str, float]] = {}
         self._cancelled: set[int] = set()
-        self._checked: dict[str, Checkup] = {}
-        self._tokenizers: dict[tuple[str, Path], ChatTokenizer] = {}
+        self._reader = Reader()
 
     def cancel(self, request_id: int) -> None:
         """Ends that request at its next progress report."""
@@ -98,12 +177,6 @@ class Worker:
         match read_request(message):
             case Warm():
                 return None
-            case ReadShape(config, folder, count):
-                return read_shape(config.datasets[0], folder, count)
-            case CheckRows(config, folder):
-                return self._check(request_id, config, folder)
-            case PreviewRows() as asked:
-                return self._preview(request_id, asked)
             case ReadHub(dataset):
                 for row in stream_hub(dataset):
                     self._report(request_id)
@@ -112,6 +185,8 @@ class Worker:
             case ResolveRevision(dataset):
                 self._answer(request_id, "item", resolve_revision(dataset))
                 return None
+            case request:
+                return self._reader.answer(request, partial(self._report, request_id))
 
     def _fail(self, request_id: int, error: UserError) -> None:
         sentences = {name: getattr(error, name) for name in ("what", "why", "fix", "exit_status")}
@@ -134,59 +209,6 @@ class Worker:
         if phase != progress.phase or now - reported_at >= _REPORT_SECONDS:
             self._reported[request_id] = (progress.phase, now)
             self._answer(request_id, "progress", progress)
-
-    def _tokenizer(self, request_id: int, config: RunConfig, folder: Path) -> ChatTokenizer:
-        place = (tokenizer_name(config), folder)
-        if place not in self._tokenizers:
-            self._report(request_id, Progress("tokenizer"))
-        with self._opening:
-            if place not in self._tokenizers:
-                self._tokenizers[place] = open_tokenizer(*place)
-        return self._tokenizers[place]
-
-    def _check(self, request_id: int, config: RunConfig, folder: Path) -> Checkup:
-        """The checkup without its list of every bad row: no screen takes them all.
-
-        Length limits are left out: they change while a plan is made, and `longest_rows` answers
-        for any of them. The last few answers are remembered.
-        """
-        datasets, rule = effective_datasets(config), label_rule(config)
-        locations = [locate(dataset, folder) for dataset in datasets]
-        tokenizer = self._tokenizer(request_id, config, folder)
-        key = json.dumps(
-            [
-                *(dataset.model_dump(mode="json") for dataset in datasets),
-                *(location.stamps() for location in locations),
-                *(str(folder), tokenizer.fingerprint, config.history_thinking, asdict(rule)),
-                *(config.image_folder, config.image_size, config.image_resize_algorithm),
-            ]
-        )
-        if key in self._checked:
-            return self._checked[key]
-        total = sum(size for place in locations for size, *_ in place.stamps())
-
-        def report(rows: int, done_bytes: int) -> None:
-            self._report(request_id, Progress("reading", rows, done_bytes, total))
-
-        found = replace(check_config(config, folder, tokenizer, progress=report), problems=())
-        if not found.images.named:  # those are files of their own, which may change
-            self._checked[key] = found
-            if len(self._checked) > _REMEMBERED:
-                self._checked.pop(next(iter(self._checked)))
-        return found
-
-    def _preview(self, request_id: int, asked: PreviewRows) -> Preview:
-        tokenizer = self._tokenizer(request_id, asked.config, asked.folder)
-        rows = iterate_rendered(asked.config, asked.folder, tokenizer, skip=asked.row - 1)
-        shown = []
-        tokens = 0
-        for row in islice(rows, asked.count):
-            self._report(request_id)
-            shown.append(preview_row(row, tokenizer))
-            tokens += len(shown[-1].ids)
-            if tokens > _PREVIEW_TOKENS:
-                break
-        return Preview(tuple(shown), tokenizer.efforts)
 
 
 def main() -> None:
