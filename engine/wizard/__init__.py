@@ -4,7 +4,16 @@
     question    what is asked, as values: Question, Choice, Confirm, Work; Step is one of the six
     machine     step 1, MachineStep: a device that is here, or one that is planned for
     model       step 2, ModelStep: every model with what it comes to on that device
+    data        step 3, DataStep: which rows, read whole before they are taken
+    preview     step 4, PreviewStep: rows as training reads them, what of them is learned
+    plan        step 5, PlanStep: every value with its reason, what would make it fit
+    review      step 6, ReviewStep: start, save, name, edit; its outcome is the run or the file
+    reading     rows that a step asks for: as work for a process, or read in this one
     draft       the answers so far, and the config that follows from them
+    data_worker the process that reads rows for a screen
+    judging     what a checkup means for the preview: one verdict, rows to look at
+    switches    what of a row is learned, as questions
+    offers      datasets to choose from before anything is typed
     counting    the rows of a config in its plan: what a count holds for, when there is another
     settings    which values of the plan are shown, and why each is what it is
     values      a typed value on its way into the draft
@@ -18,11 +27,13 @@ A printer (full screen, inline questions, plain lines) holds no question of its 
     wizard = Wizard(draft, home=home)
     while work := wizard.work():              # a value: print work.waiting while it is done
         wizard.receive(work, perform(work, progress))   # in a thread or here; late ones are dropped
+                                              # work.request is the same for DataWorker.ask
     question = wizard.question()              # headline, facts, choices, which one is recommended
     ...                                       # a choice with `asks` wants a text, see `completes`
     asked = wizard.confirm(key, text)         # None, or what is asked again: title, text, yes, no
     wizard.take(key, text)                    # UserError(what, why, fix): all is as it was
     wizard.back()
+    wizard.review.outcome                     # a RunFolder or a Saved once it has ended
 
 and follows `wizard.step.title` or `wizard.at`. A page of the full screen uses its own step instead,
 `wizard.machine`, `wizard.model` and so on, which have the same methods and more: the verdict of a

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Final
 from engine.catalog import Architecture
 from engine.chat.tokenizer_file import tokenizer_name
 from engine.config import DatasetConfig, RunConfig
+from engine.data.statistics import Checkup
 from engine.errors import UserError, WorkError
 from engine.plan import Statistics
 from engine.wizard.draft import Counted, Draft
+from engine.wizard.question import Work
+from engine.wizard.reading import Read
 
 if TYPE_CHECKING:
-    from engine.data.statistics import Checkup
     from engine.wizard.data_worker import DataWorker
 
 NO_ROW: Final = "no row of it can be used, or its tokenizer is not here"
@@ -99,26 +101,43 @@ def take_count(draft: Draft, config: RunConfig, statistics: Statistics | None) -
     draft.uncounted = "" if draft.statistics else NO_ROW
 
 
-async def count_rows(draft: Draft, config: RunConfig, worker: "DataWorker") -> bool:
-    """Count the rows of `config` for the plan; whether the draft still asks for them."""
-    from engine.data.requests import CheckRows
-
-    statistics, trouble = None, ""
-    try:
-        found = await worker.ask(CheckRows(rows_config(config), Path.cwd()))
-        statistics = found.statistics()
-    except UserError as error:
-        trouble = f"its rows could not be counted: {error.what}"
+def take_answer(draft: Draft, config: RunConfig, answer: object) -> bool:
+    """Put what came of counting the rows of `config` into the plan, a checkup or the UserError
+    that ended it; whether the draft still asks for them."""
     try:
         if counted_of(draft.config()) != counted_of(config):
             return False
     except UserError:  # the answers have come to contradict each other
         return False
-    if trouble:
-        draft.counted, draft.uncounted = counted_of(config), trouble
+    if isinstance(answer, UserError):
+        draft.counted = counted_of(config)
+        draft.uncounted = f"its rows could not be counted: {answer.what}"
     else:
-        take_count(draft, config, statistics)
+        assert isinstance(answer, Checkup)
+        take_count(draft, config, answer.statistics())
     return True
+
+
+async def count_rows(draft: Draft, config: RunConfig, worker: "DataWorker") -> bool:
+    """Count the rows of `config` for the plan; whether the draft still asks for them."""
+    from engine.data.requests import CheckRows
+
+    try:
+        found = await worker.ask(CheckRows(rows_config(config), Path.cwd()))
+    except UserError as error:
+        return take_answer(draft, config, error)
+    return take_answer(draft, config, found)
+
+
+def count_work(draft: Draft, read: Read) -> Work | None:
+    """Counting the rows of the draft's config, where its plan is without them."""
+    from engine.data.requests import CheckRows  # loads numpy, which most commands do not wait for
+
+    config = next_count(draft)
+    if config is None:
+        return None
+    names = ", ".join(dataset.path for dataset in config.datasets)
+    return read.work(CheckRows(rows_config(config), Path.cwd()), f"Counting {names}.")
 
 
 def check_rows(config: RunConfig, folder: Path) -> "Checkup":

@@ -1,10 +1,12 @@
 """The six steps over one draft: which is asked, what is worked out first, where an answer leads."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import UserError
+from engine.errors import UserError, WorkError
+from engine.report import Line
 from engine.wizard.machine import MachineStep
 from engine.wizard.question import Confirm, Progress, Question, Step, Work
 
@@ -23,17 +25,26 @@ class Wizard:
         home: Path | None = None,
         read: "Callable[[], Machine] | None" = None,
     ) -> None:
+        from engine.wizard.data import DataStep
         from engine.wizard.model import ModelStep
         from engine.wizard.plan import PlanStep
+        from engine.wizard.preview import PreviewStep
+        from engine.wizard.reading import Read
         from engine.wizard.review import ReviewStep
 
         self.draft = draft
         self.home = home
         self.machine = MachineStep(draft, read or _read_here)
         self.model = ModelStep(draft)
-        self.plan = PlanStep(draft)
-        self.review = ReviewStep(draft, home)
-        self.steps: tuple[Step, ...] = (self.machine, self.model, self.plan, self.review)
+        rows = Read()
+        self.data = DataStep(draft, rows)
+        self.preview = PreviewStep(draft, rows)
+        self.plan = PlanStep(draft, rows)
+        self.review = ReviewStep(draft, rows, home)
+        self.steps: tuple[Step, ...] = (
+            *(self.machine, self.model, self.data),
+            *(self.preview, self.plan, self.review),
+        )
         self.at = len(self.steps) - 1 if draft.opened else 0
 
     @property
@@ -66,12 +77,30 @@ class Wizard:
         Raises UserError for one that cannot be taken: then all is as before.
         """
         if self.step.take(key, text):
-            self.at = min(self.at + 1, len(self.steps) - 1)
+            self.forward()
+
+    def forward(self) -> None:
+        """To the step after; the last one stays."""
+        self.at = min(self.at + 1, len(self.steps) - 1)
 
     def back(self) -> None:
         """To what was asked before; at the first step it stays."""
         if not self.step.back():
             self.at = max(0, self.at - 1)
+
+
+def live_runs(home: Path | None = None) -> list[Line]:
+    """Who trains or is paused already, and the way back to each."""
+    from engine.report.run import way_back
+    from engine.runs import list_runs, status
+
+    lines = []
+    for run in list_runs(home):
+        with suppress(WorkError):  # a folder that cannot be read is no reason to ask nothing
+            word = status(run)
+            if word != "waiting" and (way := way_back(run, word)):
+                lines.append(Line("▶", "", f"{run.name} is {way}"))
+    return lines
 
 
 def perform(work: Work, progress: Progress) -> object:

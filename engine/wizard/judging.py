@@ -9,6 +9,7 @@ from typing import Final
 
 from engine.chat.render import WITHHELD, Kind, LabelRule, count_learned
 from engine.data.statistics import Checkup
+from engine.report import Mark
 from engine.units import counted
 
 GROUPS: Final = {
@@ -26,7 +27,7 @@ GROUPS: Final = {
 class Verdict:
     """Mark, word and sentence; `stops` where going on would train nothing."""
 
-    mark: str
+    mark: Mark
     word: str
     text: str
     stops: bool = False

@@ -25,9 +25,11 @@ from engine.report import VERDICT_MARKS, Line
 from engine.report.fit import fit_lines
 from engine.report.plan import plan_verdict
 from engine.units import GIB, gib
+from engine.wizard.counting import count_work, take_answer
 from engine.wizard.draft import Draft
 from engine.wizard.measure import measure_and_keep
 from engine.wizard.question import Choice, Confirm, Progress, Question, Work
+from engine.wizard.reading import Read
 from engine.wizard.settings import Field, amount_words, list_fields
 from engine.wizard.values import EXPERTS, set_value
 
@@ -62,8 +64,9 @@ class PlanStep:
 
     title = "Plan"
 
-    def __init__(self, draft: Draft) -> None:
+    def __init__(self, draft: Draft, read: Read) -> None:
         self._draft = draft
+        self._read = read
         self.every = False
         """Whether all settings are listed."""
         self._asked = ""
@@ -72,15 +75,21 @@ class PlanStep:
         self._cards: list[Card] = []
 
     def work(self) -> Work | None:
-        """The measuring that was asked for."""
+        """Counting rows that the plan is without, or the measuring that was asked for.
+
+        The question can be asked before the rows are counted.
+        """
         if not self._measuring:
-            return None
+            return count_work(self._draft, self._read)
         config, device = self._draft.config(), self._device
         run = partial(_measure, with_absolute_paths(config, Path.cwd()))
         return Work(MEASURE, (repr(config), device.name), MEASURING[device.kind], run)
 
-    def receive(self, _work: Work, result: object) -> None:
-        """Take in what was measured: the estimate has it from now on."""
+    def receive(self, work: Work, result: object) -> None:
+        """Take in counts of rows, or what was measured: the estimate has it from now on."""
+        if work.name != MEASURE:
+            take_answer(self._draft, self._draft.config(), result)
+            return
         self._measuring = False
         if isinstance(result, UserError):
             text = f"{result.why} {result.fix}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from engine.errors import UserError
 from engine.report import Line
@@ -80,6 +80,8 @@ class Work:
     """What is waited for, in words."""
     run: Callable[[Progress], object] = field(compare=False, repr=False)
     """Does it in this process; raises UserError where it cannot."""
+    request: Any = field(default=None, compare=False, repr=False)
+    """The same for `DataWorker.ask`, where rows are read; None where it is no such work."""
 
 
 class Step(Protocol):

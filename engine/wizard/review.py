@@ -10,9 +10,10 @@ from engine.errors import UserError
 from engine.report import Line
 from engine.runs import RunFolder
 from engine.units import gib
-from engine.wizard.counting import next_count
+from engine.wizard.counting import count_work, next_count, take_answer
 from engine.wizard.draft import Draft, draft_from
 from engine.wizard.question import Choice, Confirm, Question, Work
+from engine.wizard.reading import Read
 from engine.wizard.start import free_config_path, save_config, start_run, why_not
 
 START: Final = "start"
@@ -47,8 +48,9 @@ class ReviewStep:
 
     title = "Review"
 
-    def __init__(self, draft: Draft, home: Path | None = None) -> None:
+    def __init__(self, draft: Draft, read: Read, home: Path | None = None) -> None:
         self._draft = draft
+        self._read = read
         self._home = home
         self._edited = ""
         self._fault: UserError | None = None
@@ -56,11 +58,12 @@ class ReviewStep:
         self.outcome: RunFolder | Saved | None = None
 
     def work(self) -> Work | None:
-        """Nothing of its own."""
-        return None
+        """Counting rows that the plan is without. The question can be asked before."""
+        return count_work(self._draft, self._read)
 
-    def receive(self, _work: Work, _result: object) -> None:
-        """Nothing was asked for."""
+    def receive(self, _work: Work, result: object) -> None:
+        """Take in counts of rows."""
+        take_answer(self._draft, self._draft.config(), result)
 
     def question(self) -> Question:
         """Start it where it can be, else save it; the reason stands beside the start."""

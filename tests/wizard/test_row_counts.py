@@ -20,12 +20,9 @@ from engine.hardware import assume
 from engine.plan import best_device
 from engine.wizard.counting import check_rows, count_config_rows
 from engine.wizard.draft import draft_from
-from engine.wizard.flow import Wizard
+from engine.wizard.flow import Wizard, perform
 from engine.wizard.request import read_planned
-from tests.support.conversation import Conversation
 from tests.support.pictures import png
-from tui.plain.data import count
-from tui.plain.setup import Setup
 
 QUESTION = {"role": "user", "content": "Why?"}
 TURNS = [
@@ -94,7 +91,10 @@ def of_worker(path: Path) -> Statistics | None:
 def of_plain(path: Path) -> Statistics | None:
     draft = draft_from(read_config(path), path.parent)
     draft.device = best_device(assume("H100 80GB"))
-    count(Setup(draft, Conversation().dialogue, Wizard(draft)))
+    wizard = Wizard(draft)
+    work = wizard.work()
+    assert work is not None
+    wizard.receive(work, perform(work, lambda _done: None))
     return draft.statistics
 
 

@@ -143,9 +143,9 @@ def test_an_own_model_is_read_before_it_is_taken(folder: Path) -> None:
 @needs_trainer
 def test_a_file_is_read_whole_and_what_is_wrong_is_told_by_line(folder: Path) -> None:
     write_rows(folder / "rows.jsonl", chat("hi", "ho"), {"messages": []}, chat("who", "me"))
-    told = converse("", "", "2", "nope.jsonl", "rows.jsonl", "", "", "", "2", "out.yml")
+    told = converse("", "", "typed", "nope.jsonl", "rows.jsonl", "", "", "", "2", "out.yml")
     assert "There is no nope.jsonl." in told.text
-    assert "Read 3 rows: 2 usable" in told.text
+    assert "! 2 conversations: 2 to learn from, none held out; 1 row left out" in told.text
     assert "line 2 of rows.jsonl" in told.text
     assert saved().datasets[0].path == "rows.jsonl"
     assert saved().sequence_len == 128
@@ -153,19 +153,19 @@ def test_a_file_is_read_whole_and_what_is_wrong_is_told_by_line(folder: Path) ->
 
 def test_other_rows_can_be_taken_after_a_look(folder: Path) -> None:
     write_rows(folder / "rows.jsonl", chat("hi", "ho"))
-    told = converse("", "", "2", "rows.jsonl", "2", "1", "", "q")
+    told = converse("", "", "typed", "rows.jsonl", "others", "1", "", "q")
     assert told.headings() == ["Machine", "Model", "Data", "Preview"]
-    assert "Read 104 rows" in told.text
+    assert "104 of 104 rows" in told.text
 
 
 def test_text_of_strangers_cannot_act_on_the_terminal(folder: Path) -> None:
     rows = [chat("\x1b[31m\u202ehi", "\x07ho"), {"\x1b]0;x\x07": 1}]
     write_rows(folder / "rows.jsonl", *rows)
     (folder / "ro\x1b[2Jws.jsonl").symlink_to("rows.jsonl")
-    told = converse("", "", "2", "ro\x1b[2Jws.jsonl", "2", "rows.jsonl", "", "q")
+    told = converse("", "", "typed", "ro\x1b[2Jws.jsonl", "typed", "rows.jsonl", "", "q")
     assert "holds invisible characters" in told.text
-    assert "Read 2 rows: 1 usable" in told.text
-    typed = "  Path: ro\x1b[2Jws.jsonl"
+    assert "1 of 2 rows" in told.text
+    typed = "  path: ro\x1b[2Jws.jsonl"
     assert not {"\x1b", "\x07", "\u202e"} & set("".join(set(told.lines) - {typed}))
 
 
@@ -173,21 +173,21 @@ def test_text_of_strangers_cannot_act_on_the_terminal(folder: Path) -> None:
 def test_columns_of_other_names_are_mapped_when_asked(folder: Path) -> None:
     turns = [{"speaker": "user", "body": "hi"}, {"speaker": "assistant", "body": "ho"}]
     write_rows(folder / "rows.jsonl", {"dialogue": turns})
-    told = converse("", "", "2", "rows.jsonl", "1", "", "", "", "2", "out.yml")
+    told = converse("", "", "typed", "rows.jsonl", "map", "", "", "", "2", "out.yml")
     assert "map columns: messages = dialogue, role = speaker, content = body" in told.text
     assert saved().datasets[0].message_property_mappings == {"role": "speaker", "content": "body"}
 
 
 def test_rows_without_any_use_are_refused(folder: Path) -> None:
     write_rows(folder / "rows.jsonl", {"a": 1}, {"a": 2})
-    told = converse("", "", "2", "rows.jsonl", "q")
-    assert "No row can be used" in told.text
+    told = converse("", "", "typed", "rows.jsonl", "q")
+    assert "none of 2 rows can be used" in told.text
     assert told.headings()[-1] == "Data"
 
 
 def test_the_hub_is_asked_about_only_after_consent() -> None:
-    told = converse("", "", "3", "nobody/nothing", "2", "q")
-    assert "nobody/nothing is not here. The hub is told this name" in told.text
+    told = converse("", "", "hub", "nobody/nothing", "2", "q")
+    assert "There is no local nobody/nothing. The hub is told this name" in told.text
     assert "Reading" not in told.text
 
 
@@ -213,16 +213,16 @@ def test_preview_goes_through_the_rows_and_marks_what_is_learned() -> None:
 
 def test_after_the_last_row_comes_the_first(folder: Path) -> None:
     write_rows(folder / "rows.jsonl", chat("hi", "ho"), chat("who", "me"))
-    told = converse("", "", "2", "rows.jsonl", "", "2", "2", "q")
+    told = converse("", "", "typed", "rows.jsonl", "", "2", "2", "q")
     rows = [line[2:7] for line in told.lines if line.startswith("  row ")]
     assert rows == ["row 1", "row 2", "row 1"]
 
 
 @needs_trainer
 def test_thinking_can_be_left_out_of_what_is_learned() -> None:
-    told = converse("", "", "", "", "3", "", "", "2", "out.yml")
+    told = converse("", "", "", "", "thinking=no", "", "", "2", "out.yml")
     assert any(line.startswith("  - think") for line in told.lines)
-    assert "learn thinking" in told.text
+    assert "thinking: yes: now no" in told.text
     assert saved().train_on_thinking is False
 
 
@@ -230,8 +230,8 @@ def test_rows_that_teach_nothing_stop_at_the_preview(folder: Path) -> None:
     row = chat("hi", "ho")
     row["messages"][1]["weight"] = 0  # type: ignore[index]
     write_rows(folder / "rows.jsonl", row)
-    told = converse("", "", "2", "rows.jsonl", "", "", "q")
-    assert "No token is learned in any row" in told.text
+    told = converse("", "", "typed", "rows.jsonl", "", "", "q")
+    assert "no token is learned in any row" in told.text
     assert told.headings()[-1] == "Preview"
 
 
@@ -458,7 +458,7 @@ def test_ctrl_c_leaves_the_run_alone() -> None:
 def test_a_live_run_is_mentioned_first() -> None:
     with running_fake(create_run("live"), steps=10**6, step_seconds=0.05):
         told = converse("q")
-    assert told.lines[1] == "live is still training: windtunnel watch live"
+    assert told.lines[1] == "▶ live is still training: windtunnel watch live"
 
 
 def test_a_paused_run_is_not_called_training() -> None:
@@ -466,4 +466,4 @@ def test_a_paused_run_is_not_called_training() -> None:
     with running_fake(run, steps=10**6, step_seconds=0.05):
         ask(run, "pause", timeout_seconds=PATIENCE_SECONDS)
         told = converse("q")
-    assert told.lines[1] == "live is still paused: windtunnel watch live"
+    assert told.lines[1] == "▶ live is still paused: windtunnel watch live"

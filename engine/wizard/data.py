@@ -1,0 +1,223 @@
+"""The third step: which rows, read whole before they are taken."""
+
+from copy import copy
+from pathlib import Path
+from typing import Final
+
+from engine.config import DatasetConfig
+from engine.data.requests import CheckRows, ReadShape, Shape
+from engine.data.samples import SAMPLE_PREFIX
+from engine.data.shape import mapped
+from engine.data.sources import locate
+from engine.data.statistics import Checkup
+from engine.errors import UserError
+from engine.report import Line
+from engine.report.data import list_remarks, row_lines, rows_verdict, shape_lines
+from engine.wizard.counting import rows_config, take_count, with_rows
+from engine.wizard.draft import Draft
+from engine.wizard.offers import find_newest, list_sources
+from engine.wizard.question import Choice, Confirm, Question, Work
+from engine.wizard.reading import Read
+
+TYPED: Final = "typed"
+HUB: Final = "hub"
+KEPT: Final = "kept"
+"""The datasets of an opened config, as they are."""
+USE: Final = "use"
+MAP: Final = "map"
+HOLD_OUT: Final = "hold out"
+OTHERS: Final = "others"
+_SHARES: Final = (0.0, 0.05, 0.1, 0.2)
+
+
+class DataStep:
+    """Where the rows come from; once some are considered, what is in them and whether to use them.
+
+    `found` is what was read of `dataset`, `problem` why it could not be.
+    """
+
+    title = "Data"
+
+    def __init__(self, draft: Draft, read: Read) -> None:
+        self._draft = draft
+        self._read = read
+        self._agreed: set[str] = set()
+        self.dataset: DatasetConfig | None = None
+        self.shape: Shape | None = None
+        self.found: Checkup | None = None
+        self.problem: UserError | None = None
+        self._model: str | None = None
+
+    def work(self) -> Work | None:
+        """Reading the considered rows: how the first look, then all of them."""
+        if self.dataset is None or self.problem is not None:
+            return None
+        if self._draft.model != self._model:
+            self.consider(self.dataset)  # their lengths follow from the model's tokenizer
+        config, here = rows_config(with_rows(self._draft, self.dataset)), Path.cwd()
+        if self.shape is None:
+            return self._read.work(ReadShape(config, here), f"Reading {self.dataset.path}.")
+        if self.found is None:
+            return self._read.work(CheckRows(config, here), f"Counting {self.dataset.path}.")
+        return None
+
+    def receive(self, _work: Work, result: object) -> None:
+        """Keep how the rows look, what was found in them, or why they cannot be read."""
+        if isinstance(result, UserError):
+            self.problem = result
+        elif isinstance(result, Shape):
+            self.shape = result
+            self._draft.shows_images = result.shows_images
+        else:
+            assert isinstance(result, Checkup)
+            self.found = result
+
+    def consider(self, dataset: DatasetConfig) -> None:
+        """Have these rows read. Raises UserError where there are none."""
+        locate(dataset, Path.cwd())
+        self.dataset, self._model = dataset, self._draft.model
+        self.shape = self.found = self.problem = None
+
+    def question(self) -> Question:
+        """Which rows; or what to do with those that were read."""
+        if self.found is not None:
+            return self._about(self.found)
+        sources = list_sources(find_newest(Path.cwd()))
+        choices = [Choice(each.path, each.title, each.note) for each in sources if each.path]
+        kept, own = self._draft.dataset, self._draft.own.datasets if self._draft.own else ()
+        paths = [choice.key for choice in choices]
+        if len(own) > 1 and kept in own:
+            choices.insert(0, Choice(KEPT, f"the {len(own)} datasets of the config"))
+        elif kept is not None and kept.path not in paths:
+            choices.insert(0, Choice(kept.path, kept.path, "as chosen before"))
+        for source in sources:
+            if not source.path:
+                path = source.kind == "typed"
+                asks, completes = ("path", "path") if path else ("org/name", "")
+                choices.append(
+                    Choice(
+                        source.kind,
+                        source.title,
+                        source.note,
+                        asks=asks,
+                        completes="path" if completes else "",
+                    )
+                )
+        keys = [choice.key for choice in choices]
+        wanted = KEPT if KEPT in keys else kept.path if kept is not None else keys[0]
+        headline = Line("·", "no data", "conversations to learn from, one a row")
+        if self.problem is not None:
+            headline = Line("✗", "cannot be read", f"{self.problem}")
+        return Question(headline, tuple(choices), keys.index(wanted))
+
+    def verdict(self) -> Line:
+        """What was found in the rows that were read, for this model."""
+        assert self.found is not None
+        line = rows_verdict(self.found, *self.held_out())
+        if self._draft.is_blind:
+            text = "the model reads only text, and rows have images: choose one that sees"
+            return Line(line.mark, line.label, text)
+        return line
+
+    def held_out(self) -> tuple[float, int]:
+        """val_set_size and the number of test sets that would go with what was read here."""
+        assert self.found is not None
+        draft = copy(self._draft)
+        self._write(draft, self.found)
+        try:
+            config = draft.config()
+        except UserError:  # it is Plan that says what does not go together
+            return 0.0, 0
+        return config.val_set_size, len(config.test_datasets)
+
+    def confirm(self, key: str, text: str) -> Confirm | None:
+        """Whether the hub is asked for rows that are not here."""
+        if self.found is not None or key == KEPT:
+            return None
+        hub_id = locate(self._named(key, text), Path.cwd()).hub_id
+        if hub_id is None or hub_id in self._agreed:
+            return None
+        return Confirm(
+            "connect to huggingface.co?",
+            f"There is no local {hub_id}. The hub is told this name, and its rows are downloaded"
+            " as they are read.",
+            "connects",
+            "does not",
+        )
+
+    def take(self, key: str, text: str) -> bool:
+        """Have rows read, or use those that were; the last is the answer of the step."""
+        if self.found is None:
+            if key == KEPT:
+                return True
+            dataset = self._named(key, text)
+            if hub_id := locate(dataset, Path.cwd()).hub_id:
+                self._agreed.add(hub_id)
+            self.consider(dataset)
+        elif key == USE:
+            self._require_usable()
+            self._write(self._draft, self.found)
+            return True
+        elif key == MAP:
+            assert self.shape is not None
+            self.map(self.shape.proposed)
+        elif key == HOLD_OUT:
+            self.hold_out()
+        else:
+            self.back()
+        return False
+
+    def map(self, mapping: dict[str, str]) -> None:
+        """Read the rows again, their columns by other names."""
+        assert self.dataset is not None
+        self.consider(mapped(self.dataset, mapping))
+
+    def hold_out(self) -> None:
+        """The next larger share of the rows, none after the largest."""
+        now, _ = self.held_out()
+        larger = [share for share in _SHARES if share > now]
+        self._draft.change("val_set_size", larger[0] if larger else _SHARES[0])
+
+    def back(self) -> bool:
+        """Take other rows."""
+        considered, self.dataset = self.dataset, None
+        self.shape = self.found = self.problem = None
+        return considered is not None
+
+    def _about(self, found: Checkup) -> Question:
+        assert self.shape is not None
+        assert self.dataset is not None
+        choices = [Choice(OTHERS, "take other rows")]
+        proposed = self.shape.proposed
+        if proposed and mapped(self.dataset, proposed) != self.dataset:
+            maps = (f"{word.removeprefix('field_')} = {key}" for word, key in proposed.items())
+            reason = "They are read again by these names."
+            choices.insert(0, Choice(MAP, "map columns", ", ".join(maps), reason=reason))
+        if found.usable:
+            left_out = "rows that cannot be used are left out" if found.bad_rows else ""
+            choices.insert(0, Choice(USE, "use it", left_out))
+            reason = "Rows that are only evaluated show whether it learns by heart."
+            choices.insert(-1, Choice(HOLD_OUT, "hold out another share", reason=reason))
+        about = row_lines(found, self.shape) if found.usable else shape_lines(self.shape)
+        facts = (*about, *(remark.line for remark in list_remarks(found)))
+        return Question(self.verdict(), tuple(choices), 0, facts)
+
+    def _named(self, key: str, text: str) -> DatasetConfig:
+        kept = self._draft.dataset
+        if kept is not None and key == kept.path and not key.startswith(SAMPLE_PREFIX):
+            return kept
+        return DatasetConfig(path=text if key in (TYPED, HUB) else key)
+
+    def _write(self, draft: Draft, found: Checkup) -> None:
+        assert self.dataset is not None
+        draft.dataset = self.dataset
+        take_count(draft, with_rows(draft, self.dataset), found.statistics())
+
+    def _require_usable(self) -> None:
+        assert self.found is not None
+        if not self.found.usable:
+            raise UserError(
+                "No row can be used.",
+                f"{self.found.rows:,} were read, and each has a problem.",
+                "Repair the rows, map the columns, or take others.",
+            )
