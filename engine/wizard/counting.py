@@ -18,11 +18,11 @@ from engine.data.statistics import Checkup
 from engine.errors import UserError, WorkError
 from engine.plan import Statistics
 from engine.wizard.draft import Counted, Draft
-from engine.wizard.question import Work
-from engine.wizard.reading import Read
 
 if TYPE_CHECKING:
     from engine.wizard.data_worker import DataWorker
+    from engine.wizard.question import Work
+    from engine.wizard.reading import Read
 
 NO_ROW: Final = "no row of it can be used, or its tokenizer is not here"
 MOST_BYTES: Final = 256 * 2**20
@@ -129,7 +129,7 @@ async def count_rows(draft: Draft, config: RunConfig, worker: "DataWorker") -> b
     return take_answer(draft, config, found)
 
 
-def count_work(draft: Draft, read: Read) -> Work | None:
+def count_work(draft: Draft, read: "Read") -> "Work | None":
     """Counting the rows of the draft's config, where its plan is without them."""
     from engine.data.requests import CheckRows  # loads numpy, which most commands do not wait for
 
