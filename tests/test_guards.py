@@ -6,6 +6,7 @@ is, all of them pass.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -464,9 +465,12 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("guard", GUARDS.values(), ids=GUARDS)
-def test_what_is_taken_out_is_still_there(guard: Guard) -> None:
+def test_what_is_taken_out_is_still_there_and_so_is_its_test(guard: Guard) -> None:
     assert (ROOT / guard.file).read_text("utf-8").count(guard.text) == 1
     assert guard.text != guard.without
+    file, *names = guard.test.split("[")[0].split("::")
+    tests = (ROOT / file).read_text("utf-8")
+    assert all(re.search(rf"(class|def) {name}\b", tests) for name in names), guard.test
 
 
 @pytest.mark.slow
