@@ -69,9 +69,10 @@ class Limit:
         return bool(value) if self.unless is None else self._is_other(value)
 
     def _is_other(self, value: object) -> bool:
-        if isinstance(value, (dict, list)):
-            return any(self._is_other(part) for part in value)
         assert self.unless is not None
+        whole = any(isinstance(each, list) for each in self.unless)
+        if isinstance(value, (dict, list)) and not whole:
+            return any(self._is_other(part) for part in value)
         if isinstance(value, str):
             return not any(fnmatchcase(value, str(pattern)) for pattern in self.unless)
         return value not in self.unless

@@ -210,6 +210,7 @@ NOT_SUPPORTED = [
     ("nf4_backend: torchao", "nf4_backend", "Remove it"),
     ("datasets: [{path: a, weight: 2}]", "datasets[0].weight", "name the source twice"),
     ("datasets: [{path: a, roles_to_train: [user]}]", "datasets[0].roles_to_train", "Remove"),
+    ("datasets: [{path: a, roles_to_train: []}]", "datasets[0].roles_to_train", "Remove"),
     ("datasets: [{path: a, train_on_eos: all}]", "datasets[0].train_on_eos", "Remove it"),
     ("dp_shard_size: 2", "dp_shard_size", "windtunnel estimate"),
     ("optimizer: adamw_torch_8bit", "optimizer", "adamw_bnb_8bit"),
