@@ -20,9 +20,9 @@ from tui.app import WindtunnelApp
 from tui.ascii import to_ascii
 from tui.page import Key, Page
 from tui.widgets.choices import Choices
-from tui.widgets.confirm import Confirm
 from tui.widgets.keys import fit_keys
 from tui.widgets.pane import Pane
+from tui.widgets.questions import Confirm
 
 
 class First(Page):

@@ -34,8 +34,8 @@ from tui.screens.data.panels import MappingPanel, first_rows, found_content
 from tui.screens.data.path_field import PathField
 from tui.screens.help import TextPane, columns
 from tui.widgets.choices import Choices
-from tui.widgets.confirm import Confirm
 from tui.widgets.pane import Pane
+from tui.widgets.questions import Confirm
 
 # Whoever holds the down key reads no file on the way.
 _SETTLE_SECONDS: Final = 0.15

@@ -18,8 +18,8 @@ from engine.visible import visible
 from engine.wizard.model import Survey, look_at
 from tui.screens.help import columns
 from tui.widgets.choices import Choices
-from tui.widgets.field import Field
 from tui.widgets.pane import Pane
+from tui.widgets.questions import Field
 
 _NAME_CELLS: Final = 24
 _OTHER: Final = "another"

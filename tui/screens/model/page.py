@@ -28,9 +28,8 @@ from tui.screens.data.path_field import PathField
 from tui.screens.help import TextPane
 from tui.screens.machine.prospects import TITLE_CELLS, title_cells
 from tui.widgets.choices import Choices
-from tui.widgets.confirm import Confirm
-from tui.widgets.field import Field
 from tui.widgets.pane import Pane
+from tui.widgets.questions import Confirm, Field
 
 _TITLE: Final = f"{'models':<{TITLE_CELLS + 8}}{'needs':>6}  verdict     reads  thinks   download"
 

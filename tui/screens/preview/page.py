@@ -35,7 +35,7 @@ from tui.screens.preview.inspecting import MARKS, describe_token
 from tui.token_row import read_row
 from tui.widgets.choices import Choices
 from tui.widgets.pane import Pane
-from tui.widgets.prompt import Prompt
+from tui.widgets.questions import Prompt
 from tui.widgets.switches import Switches
 from tui.widgets.tokens import TokenView
 

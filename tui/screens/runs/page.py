@@ -36,8 +36,8 @@ from tui.screens.runs.comparison import Comparison
 from tui.widgets.braille import Curve
 from tui.widgets.chart import Chart, Scale, Spark
 from tui.widgets.choices import Choices
-from tui.widgets.confirm import Confirm
 from tui.widgets.pane import Pane
+from tui.widgets.questions import Confirm
 
 LOOK_SECONDS: Final = 2.0
 _MARKS: Final = "AB"
