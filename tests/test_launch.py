@@ -1,4 +1,4 @@
-"""Starting the trainer: what it inherits, what it survives, and how an early death is told."""
+"""Starting the trainer: what it inherits, what it survives, and how an early death is reported."""
 
 import os
 import pty
@@ -95,7 +95,7 @@ def test_a_detached_trainer_gets_a_plain_quiet_world(
     )
     try:
         environment = environment_of(process)
-        wanted = {
+        expected = {
             "PYTHONSAFEPATH": "1",
             "PYTHONUNBUFFERED": "1",
             "TERM": "dumb",
@@ -103,7 +103,7 @@ def test_a_detached_trainer_gets_a_plain_quiet_world(
             "CUDA_VISIBLE_DEVICES": "GPU-1234",
             "MY_OWN": "stays",
         }
-        assert environment | wanted == environment
+        assert environment | expected == environment
         files = {number: os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)}
         assert files == {0: "/dev/null", 1: str(run.log), 2: str(run.log)}
         assert os.getsid(process.pid) == process.pid
@@ -176,15 +176,15 @@ def test_a_second_launch_on_the_same_folder_is_refused(run: RunFolder) -> None:
     end(run)
 
 
-def test_of_two_launches_at_the_same_moment_one_is_told_that_it_lost(run: RunFolder) -> None:
-    told: list[str] = []
+def test_of_two_launches_at_the_same_moment_one_hears_that_it_lost(run: RunFolder) -> None:
+    messages: list[str] = []
     processes: list[subprocess.Popen[bytes]] = []
 
     def try_it() -> None:
         try:
             processes.append(start(run))
         except UserError as error:
-            told.append(str(error))
+            messages.append(str(error))
 
     threads = [threading.Thread(target=try_it) for _ in range(3)]
     for thread in threads:
@@ -192,12 +192,12 @@ def test_of_two_launches_at_the_same_moment_one_is_told_that_it_lost(run: RunFol
     for thread in threads:
         thread.join()
     assert len(processes) == 1
-    assert len(told) == 2
-    assert all("already running" in each for each in told)
+    assert len(messages) == 2
+    assert all("already running" in each for each in messages)
     end(run)
 
 
-def test_an_early_death_is_told_by_its_last_words(run: RunFolder) -> None:
+def test_an_early_death_is_reported_with_its_last_lines(run: RunFolder) -> None:
     trace = "Traceback (most recent call last):\n  File 'x'\n    boom()\nValueError: \x1b[31mbad"
     with pytest.raises(WorkError) as caught:
         start(run, last_words=trace)
@@ -215,7 +215,7 @@ def test_the_trainers_own_refusal_keeps_its_exit_status(run: RunFolder) -> None:
     assert caught.value.why == "Its last words: It does not fit. / Too big. / Use less."
 
 
-def test_a_death_without_a_word_is_told_too(run: RunFolder) -> None:
+def test_a_death_without_a_line_is_reported_too(run: RunFolder) -> None:
     run.log.write_text("words of an earlier launch\n")
     with pytest.raises(WorkError, match="printed nothing"):
         start(run, last_words=" ")
@@ -282,7 +282,7 @@ def test_a_run_can_go_back_to_an_earlier_checkpoint(run: RunFolder) -> None:
     assert [step.step for step in read_steps(run)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_paused_run_is_only_told_to_go_on(run: RunFolder) -> None:
+def test_a_paused_run_is_only_asked_to_go_on(run: RunFolder) -> None:
     process = start(run)
     ask(run, "pause", timeout_seconds=60)
     with pytest.raises(UserError, match="is paused"):

@@ -79,8 +79,8 @@ def test_the_algorithm_decides_how_an_image_is_resized():
 
 
 def alike(content: bytes, expected: Image.Image, tolerance: float = 1e-5) -> bool:
-    found, wanted = (pixels(each, 2, 2, SPEC) for each in (content, file_of(expected)))
-    return bool(np.abs(found - wanted).max() <= tolerance)
+    found, target = (pixels(each, 2, 2, SPEC) for each in (content, file_of(expected)))
+    return bool(np.abs(found - target).max() <= tolerance)
 
 
 class TestModes:

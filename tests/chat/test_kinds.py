@@ -27,17 +27,17 @@ def test_kinds_are_the_words_of_the_contract_in_their_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "words"),
+    ("rule", "expected"),
     [
         (LabelRule(), "text think call eos"),
         (LabelRule(thinking=False), "text call eos"),
         (LabelRule(inputs=True), "system tools settings user tool_result text think call eos"),
     ],
 )
-def test_a_rule_learns_its_kinds_and_nothing_withheld(rule: LabelRule, words: str) -> None:
+def test_a_rule_learns_its_kinds_and_nothing_withheld(rule: LabelRule, expected: str) -> None:
     kinds = np.array(list(Kind), np.uint8)
     assert [kind.word for kind, kept in zip(Kind, learned(kinds, rule), strict=True) if kept] == (
-        words.split()
+        expected.split()
     )
     assert not learned(kinds | np.uint8(WITHHELD), rule).any()
 

@@ -117,7 +117,7 @@ def test_a_refused_question_is_three_sentences(run: Path, capfd: Out) -> None:
 
 
 @pytest.mark.parametrize("words", [["generate", "--prompt", "Hi"], ["merge", "-o", "out"]])
-def test_what_the_process_tells_of_an_error_arrives_as_it_is(
+def test_what_the_process_says_of_an_error_arrives_as_it_is(
     words: list[str], run: Path, capfd: Out, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_FAILS", "The card is full.")
@@ -125,7 +125,7 @@ def test_what_the_process_tells_of_an_error_arrives_as_it_is(
     assert capfd.readouterr().err.splitlines()[-3:] == ["The card is full.", "Because.", "Do it."]
 
 
-def test_a_process_that_dies_is_told_with_its_last_words(
+def test_a_process_that_dies_is_reported_with_its_last_lines(
     run: Path, capfd: Out, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_DIES", "no such device\x1b[2J")

@@ -24,9 +24,9 @@ def run(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("engine.chat.tokenizer.open_tokenizer", opened)
     app = build_app(PlainWatch)
 
-    def command(*words: object) -> tuple[int, str, str]:
+    def command(*arguments: object) -> tuple[int, str, str]:
         status = app(
-            [str(word) for word in words],
+            [str(word) for word in arguments],
             exit_on_error=False,
             print_error=False,
             result_action="return_value",
@@ -126,9 +126,11 @@ class TestPreview:
     def test_the_first_row_is_the_default(self, run, config_file):
         assert json.loads(run("preview", config_file, "--json")[1])["row"] == 1
 
-    @pytest.mark.parametrize(("words", "learned"), [([], 2), (["--think"], 5), (["--no-think"], 2)])
-    def test_the_thinking_switch_overrides_the_config(self, run, config_file, words, learned):
-        _, out, _ = run("preview", config_file, "--row", 3, "--json", *words)
+    @pytest.mark.parametrize(
+        ("arguments", "learned"), [([], 2), (["--think"], 5), (["--no-think"], 2)]
+    )
+    def test_the_thinking_switch_overrides_the_config(self, run, config_file, arguments, learned):
+        _, out, _ = run("preview", config_file, "--row", 3, "--json", *arguments)
         entry = json.loads(out)
         assert sum(label != -100 for label in entry["labels"]) == learned
         assert entry["kinds"].count("think") == 3
@@ -179,20 +181,20 @@ class TestPreview:
 
     def test_strict_fails_when_a_shown_row_learns_nothing(self, run, config_file):
         assert run("preview", config_file, "--row", 1, "--strict")[0] == 0
-        status, _, told = run("preview", config_file, "--all", "--strict", "--json")
-        assert (status, told) == (1, "1 of 3 shown rows learn nothing.\n")
+        status, _, message = run("preview", config_file, "--all", "--strict", "--json")
+        assert (status, message) == (1, "1 of 3 shown rows learn nothing.\n")
 
     @pytest.mark.parametrize(
-        ("words", "why"),
+        ("arguments", "why"),
         [
             (["--row", 9], "has no row 9"),
             (["--row", 0], "counted from 1"),
             (["--row", 1, "--all"], "contradict"),
         ],
     )
-    def test_wrong_rows_are_refused(self, run, config_file, words, why):
+    def test_wrong_rows_are_refused(self, run, config_file, arguments, why):
         with pytest.raises(UserError, match=why) as caught:
-            run("preview", config_file, *words)
+            run("preview", config_file, *arguments)
         assert caught.value.exit_status == 2
 
     def test_only_what_decides_about_rows_is_refused(self, run, config_file):
@@ -214,8 +216,8 @@ class TestReasoningEffort:
         path = write_jsonl([chat("q", "a")])
         tokenizer = opened("mistral-small-4")
         for effort in ("none", "high"):
-            words = ("--model", "mistral-small-4", "--reasoning-effort", effort, "--json")
-            entry = json.loads(run("preview", path, *words)[1])
+            arguments = ("--model", "mistral-small-4", "--reasoning-effort", effort, "--json")
+            entry = json.loads(run("preview", path, *arguments)[1])
             assert f'"{effort}"' in "".join(tokenizer.pieces(entry["input_ids"]))
             assert "settings" in entry["kinds"]
 

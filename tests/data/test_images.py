@@ -113,7 +113,7 @@ class TestRefusals:
         (data / "large.png").write_bytes(bytes(20_000_001))
         (data / "folder.png").mkdir()
         os.mkfifo(data / "pipe.png")
-        wanted = {
+        expected = {
             "none.png": "There is no image",
             "cut.png": "damaged",
             "page.png": "cannot be read",
@@ -124,9 +124,9 @@ class TestRefusals:
             "a\0b.png": "There is no image",
             "x" * 4000: "There is no image",
         }
-        rows = read(*(about("cat.png", name) for name in wanted), about("cat.png"))
-        for row, words in zip(rows, wanted.values(), strict=False):
-            assert words in row.problem.what
+        rows = read(*(about("cat.png", name) for name in expected), about("cat.png"))
+        for row, sentence in zip(rows, expected.values(), strict=False):
+            assert sentence in row.problem.what
             assert row.problem.message == 0
         assert images_of(rows[-1])
 
@@ -179,7 +179,7 @@ class TestFetching:
         assert asked == ["/cat.png"]
 
     @pytest.mark.parametrize(
-        ("path", "words"),
+        ("path", "sentence"),
         [
             ("/gone", "cannot be fetched"),
             ("/page", "cannot be read"),
@@ -188,9 +188,9 @@ class TestFetching:
             ("/ftp", "cannot be fetched"),
         ],
     )
-    def test_what_is_no_image_is_a_bad_row_and_is_not_kept(self, read, data, site, path, words):
+    def test_what_is_no_image_is_a_bad_row_and_is_not_kept(self, read, data, site, path, sentence):
         (row,) = read(about(site[0] + path), fetch=True)
-        assert words in row.problem.what
+        assert sentence in row.problem.what
         assert find_fetched(site[0] + path) is None
 
     def test_a_server_that_does_not_answer_stops_the_work(self, read, data, site):

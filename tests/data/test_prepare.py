@@ -353,18 +353,18 @@ class TestInterruption:
 
 
 class TestRefusals:
-    def told(self, config, tmp_path, tokenizer) -> str:
+    def refusal(self, config, tmp_path, tokenizer) -> str:
         with pytest.raises(UserError) as caught:
             prepare(config, tmp_path, tokenizer, tmp_path / "store")
         return str(caught.value)
 
     def test_no_dataset(self, tmp_path, tokenizer):
-        told = self.told(RunConfig(base_model="any"), tmp_path, tokenizer)
-        assert "names no dataset" in told
+        message = self.refusal(RunConfig(base_model="any"), tmp_path, tokenizer)
+        assert "names no dataset" in message
 
     def test_no_usable_row_shows_the_first_reason(self, tmp_path, tokenizer, write_jsonl):
-        told = self.told(config_for(write_jsonl([7, 8])), tmp_path, tokenizer)
-        assert "None of the 2 rows can be used. Line 1 of rows.jsonl:" in told
+        message = self.refusal(config_for(write_jsonl([7, 8])), tmp_path, tokenizer)
+        assert "None of the 2 rows can be used. Line 1 of rows.jsonl:" in message
         assert not [path for path in (tmp_path / "store").iterdir() if path.is_dir()]
 
     def test_nothing_learned(self, tmp_path, tokenizer, write_jsonl):
@@ -372,11 +372,11 @@ class TestRefusals:
         row["messages"][1]["train"] = False
         dataset = DatasetConfig(path=str(write_jsonl([row])), message_field_training="train")
         config = RunConfig(base_model="any", datasets=(dataset,))
-        assert "Nothing would be learned" in self.told(config, tmp_path, tokenizer)
+        assert "Nothing would be learned" in self.refusal(config, tmp_path, tokenizer)
 
     def test_a_store_that_cannot_be_written(self, tmp_path, tokenizer, write_jsonl):
         (tmp_path / "store").write_text("a file")
-        assert "cannot be made into arrays" in self.told(
+        assert "cannot be made into arrays" in self.refusal(
             config_for(write_jsonl([chat("q")])), tmp_path, tokenizer
         )
 

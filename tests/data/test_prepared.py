@@ -49,11 +49,11 @@ class TestLearnedLengths:
     def test_they_are_the_same_in_pieces_of_any_size(self, tmp_path_factory, rows, thinking, piece):
         prepared = make(tmp_path_factory.mktemp("arrays"), rows)
         rule = LabelRule(thinking=thinking)
-        wanted = [sum(kind in (T, E) or (kind == H and thinking) for kind in row) for row in rows]
+        expected = [sum(kind in (T, E) or (kind == H and thinking) for kind in row) for row in rows]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "_SCAN_TOKENS", piece)
-            assert prepared.learned_lengths(rule).tolist() == wanted
-        assert prepared.learned_tokens(rule) == sum(wanted)
+            assert prepared.learned_lengths(rule).tolist() == expected
+        assert prepared.learned_tokens(rule) == sum(expected)
 
     def test_tokens_by_kind_count_withheld_ones_too(self, tmp_path):
         prepared = make(tmp_path / "a", [[U, T, E], [U, T | WITHHELD, E | WITHHELD]])
@@ -117,8 +117,8 @@ class TestSplit:
         assert len(validation) >= 1
         assert len(train) >= 1
         assert not set(train % 80) & set(validation % 80)
-        wanted = size if size >= 2 else size * 100
-        assert abs(len(validation) - min(max(1, wanted), 99)) <= 1
+        expected = size if size >= 2 else size * 100
+        assert abs(len(validation) - min(max(1, expected), 99)) <= 1
 
     @given(st.integers(0, 2**40))
     def test_it_follows_from_content_and_seed(self, hundred, seed):

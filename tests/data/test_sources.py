@@ -215,9 +215,9 @@ class TestUnreadableFiles:
 
     def test_a_missing_file_names_the_nearest(self, tmp_path):
         write(tmp_path, "train.jsonl", lines(ROWS))
-        told = refusal(tmp_path / "trian.jsonl")
-        assert "There is no" in told
-        assert "Did you mean train.jsonl?" in told
+        message = refusal(tmp_path / "trian.jsonl")
+        assert "There is no" in message
+        assert "Did you mean train.jsonl?" in message
 
     def test_a_missing_file_beside_nothing_similar_names_data_files(self, tmp_path):
         write(tmp_path, "train.jsonl", lines(ROWS))
@@ -250,9 +250,9 @@ class TestUnreadableFiles:
         assert "holds no rows" in refusal(write(tmp_path, name, content))
 
     def test_an_unknown_ending_lists_the_known(self, tmp_path):
-        told = refusal(write(tmp_path, "a.docx", "x"))
-        assert "ends in .docx" in told
-        assert ".jsonl, .jsonl.gz, .json, .csv, .parquet" in told
+        message = refusal(write(tmp_path, "a.docx", "x"))
+        assert "ends in .docx" in message
+        assert ".jsonl, .jsonl.gz, .json, .csv, .parquet" in message
         assert "ends in nothing" in refusal(write(tmp_path, "rows", "x"))
 
     def test_a_folder_without_data_names_a_subfolder_that_has_some(self, tmp_path):

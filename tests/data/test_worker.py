@@ -106,15 +106,15 @@ def test_an_unchanged_dataset_is_checked_once(worker, tmp_path, write_jsonl, mod
 
 def test_a_config_that_is_not_allowed_is_a_sentence(worker, tmp_path):
     place = {"config": {"base_model": "m", "datasets": [{"path": "\x1b"}]}, "folder": "."}
-    told = ask(worker, id=1, request="check", **place)["error"]
-    assert told["what"] == "The config does not allow this."
-    assert "holds invisible characters" in told["why"]
+    error = ask(worker, id=1, request="check", **place)["error"]
+    assert error["what"] == "The config does not allow this."
+    assert "holds invisible characters" in error["why"]
 
 
 def test_errors_are_sentences_and_the_process_lives_on(worker, tmp_path, model):
     place = {"config": config(Path("missing.jsonl"), model), "folder": str(tmp_path)}
-    told = ask(worker, id=1, request="check", **place)["error"]
-    assert told["what"] == "There is no missing.jsonl."
+    error = ask(worker, id=1, request="check", **place)["error"]
+    assert error["what"] == "There is no missing.jsonl."
     assert "Invalid value 'dance'" in ask(worker, id=2, request="dance")["error"]["why"]
     assert "could not do this" in ask(worker, id=3, request="check")["error"]["what"]
 
