@@ -15,6 +15,7 @@ from engine.plan import best_device, estimate, remarks
 from engine.plan.memory import cards_laid_out, cards_needed
 from engine.plan.trainer import refuse_bf16
 from engine.report.plan import plan_verdict
+from engine.units import counted
 from engine.visible import visible
 from engine.wizard.counting import check_rows
 from engine.wizard.request import find_machine, read_planned
@@ -46,8 +47,8 @@ def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
     refuse_bf16(config, device)
     laid_out = cards_laid_out(config)
     card = device if device.kind == "cuda" or laid_out == 1 else best_device(assume(USUAL_CARD))
-    counted = found.statistics()
-    needs = estimate(config, architecture, card, counted)
+    statistics = found.statistics()
+    needs = estimate(config, architecture, card, statistics)
     sentence = (
         "Dry run, nothing was loaded: it would train"
         f" {needs.trainable_parameters:,} of {needs.total_parameters:,} parameters of"
@@ -56,18 +57,16 @@ def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
     lines = (*(f"! {odd}" for odd in remarks(config, architecture)), *_row_lines(found))
     if laid_out == 1:
         return (f"{sentence}.", str(plan_verdict(needs, card)), *lines)
-    fewest = cards_needed(config, architecture, card, counted)
+    fewest = cards_needed(config, architecture, card, statistics)
     meant = f"on {laid_out} GPUs" if laid_out else "on several GPUs"
     least = f"{fewest} of {card.name} are the fewest" if fewest else f"{card.name} is too small"
     return (f"{sentence}, {meant}; this version runs one.", f"{least}.", *lines)
 
 
 def _row_lines(found: "Checkup") -> list[str]:
-    lines = [f"{found.usable:,} of {found.rows:,} rows can be used."]
+    from engine.report.data import learned_text
+
+    usable = f"{found.usable:,} of {counted(found.rows, 'row')} can be used."
     if found.tokens is None:
-        lines.append("Their tokens were not counted: the model's tokenizer is not here yet.")
-    else:
-        lines.append(
-            f"{found.tokens.learned:,} of their {found.tokens.total:,} tokens are learned."
-        )
-    return lines
+        return [usable, "Their tokens were not counted: the model's tokenizer is not here yet."]
+    return [usable, f"{learned_text(found.tokens.learned, found.tokens.total)}."]

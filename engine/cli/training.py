@@ -11,10 +11,10 @@ from cyclopts import Parameter
 
 from engine.cli.dry_run import try_dry
 from engine.cli.printing import print_lines
-from engine.cli.results import read_results
 from engine.cli.watch import Watch, watch_to_end
 from engine.events import Recorded, format_line
 from engine.launch import launch
+from engine.report.results import read_results
 from engine.report.run import state_lines
 from engine.runs import Follower
 from engine.wizard.request import plan_run

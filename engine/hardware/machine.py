@@ -91,6 +91,13 @@ class Gpu:
         return short_name(self.name)
 
     @property
+    def refusal(self) -> str:
+        """Why a run cannot use it; empty where it can."""
+        if self.state == "ready":
+            return "" if self.memory_total_bytes else "its memory is not known"
+        return self.note if self.state == "hidden" else f"{self.state}: {self.note}"
+
+    @property
     def architecture(self) -> str:
         """The generation's name, such as Hopper; empty where it is not known."""
         if self.compute_capability is None:

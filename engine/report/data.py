@@ -82,6 +82,11 @@ def shape_lines(shape: Shape) -> list[Line]:
     ]
 
 
+def learned_text(learned: int, total: int) -> str:
+    """How much of a count of tokens is learned."""
+    return f"{learned:,} of {counted(total, 'token')} are learned"
+
+
 def bad_row_line(row: BadRow) -> Line:
     """A row that cannot be used: where it is and what is wrong; why and the repair as detail."""
     return Line("✗", _place(row), row.what, f"{row.why} {row.fix}")

@@ -40,9 +40,7 @@ def ready_line(machine: Machine) -> Line:
 
 def card_state(gpu: Gpu) -> str:
     """Whether a run can use a card, or why not."""
-    if gpu.state == "ready":
-        return "planned" if gpu.uuid.startswith("planned-") else "ready"
-    return gpu.note if gpu.state == "hidden" else f"{gpu.state}: {gpu.note}"
+    return gpu.refusal or ("planned" if gpu.uuid.startswith("planned-") else "ready")
 
 
 def card_text(gpu: Gpu) -> str:

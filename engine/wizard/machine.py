@@ -89,7 +89,7 @@ class MachineStep:
         self.machine = result
         device = self._draft.device
         gone = (gpu for gpu in result.gpus if device and gpu.uuid == device.uuid)
-        if any(why_unusable(gpu) for gpu in gone):
+        if any(gpu.refusal for gpu in gone):
             self._draft.device = None
 
     def question(self) -> Question:
@@ -204,13 +204,6 @@ def named_cards(device: "Device") -> str:
     return f"{device.name} x{device.count}" if device.count > 1 else device.name
 
 
-def why_unusable(gpu: "Gpu") -> str:
-    """Why a run cannot use a card; empty where it can."""
-    if gpu.state == "ready" and gpu.memory_total_bytes:
-        return ""
-    return gpu.note if gpu.state == "hidden" else f"{gpu.state}: {gpu.note}"
-
-
 def card_figures(gpu: "Gpu") -> tuple[str, ...]:
     """What is known of a card that can be used, what matters most first; "" for what is not."""
     capability = "" if gpu.compute_capability is None else "{}.{}".format(*gpu.compute_capability)
@@ -227,7 +220,7 @@ def card_figures(gpu: "Gpu") -> tuple[str, ...]:
 
 def machine_verdict(machine: "Machine", gpu: "Gpu | None") -> Line:
     """What is wrong with the machine, else what the card is; the CPU where there is none."""
-    if gpu is not None and (refusal := why_unusable(gpu)):
+    if gpu is not None and (refusal := gpu.refusal):
         return Line("✗", "cannot be used", f"GPU {gpu.index}, {gpu.short_name}: {refusal}")
     found = {problem.id: problem for problem in machine.problems}
     for name, (word, short) in _FIRST_PROBLEMS.items():
@@ -249,7 +242,7 @@ def _sentence(gpu: "Gpu") -> str:
 
 
 def _card(gpu: "Gpu") -> Choice:
-    refusal = why_unusable(gpu)
+    refusal = gpu.refusal
     note = refusal or ", ".join(filter(None, card_figures(gpu)))
     margin = "What it can give is its memory, less what others use, less 5% for safety."
     return Choice(gpu.uuid, gpu.short_name, note, reason=refusal or margin, refusal=refusal)

@@ -12,7 +12,7 @@ from textual.content import Content
 
 from engine.units import counted
 from engine.visible import fold, visible
-from engine.wizard.machine import CPU, PLAN, PLAN_ONLY, card_figures, machine_verdict, why_unusable
+from engine.wizard.machine import CPU, PLAN, PLAN_ONLY, card_figures, machine_verdict
 from tui.line import marked
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Choice:
     @property
     def refusal(self) -> str:
         """Why a run cannot use it; empty where it can."""
-        return why_unusable(self.gpu) if self.gpu else ""
+        return self.gpu.refusal if self.gpu else ""
 
 
 def list_choices(machine: "Machine") -> list[Choice]:

@@ -8,6 +8,7 @@ from textual.content import Content
 from textual.widget import Widget
 
 from engine.chat.render import LabelRule
+from engine.report.data import learned_text
 from engine.wizard.judging import GroupCount, count_groups
 
 _NAME_CELLS: Final = 14
@@ -62,7 +63,7 @@ class LearnedCounts(Widget):
         return [
             Content(""),
             Content.assemble(("━" * full, "$primary"), ("┈" * (width - full), "$faint")),
-            Content(f"{learned:,} of {total:,} tokens carry the loss"),
+            Content(learned_text(learned, total)),
         ]
 
 

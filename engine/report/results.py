@@ -1,23 +1,16 @@
-"""What a run changed, as a short table: the figures of its first evaluation beside the last.
+"""What a run changed, as a short table: the figures of its first evaluation beside the last."""
 
-Apart from `watch`, which tells events as they come: a comparison needs them all.
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from engine.events import Answers, Drift, Event, Score
+from engine.report.events import KINDS
 from engine.runs import Follower, RunFolder
+from engine.units import nats
 from engine.visible import visible
 
 _LABEL_CELLS: Final = 38
 _NUMBER_CELLS: Final = 9
-_KINDS: Final[Mapping[str, str]] = {
-    "think": "loss of thinking",
-    "text": "loss of answers",
-    "call": "loss of tool calls",
-}
-"""The kinds that a person asks for; the ends of answers and learned questions are in the whole."""
 
 
 def read_results(run: RunFolder) -> list[str]:
@@ -53,11 +46,11 @@ def describe_results(events: Iterable[Event]) -> list[str]:
 
 def _set_lines(dataset: str, scores: Sequence[Score], answers: Sequence[Answers]) -> list[str]:
     first, last = scores[0], scores[-1]
-    lines = [_row(f"{dataset}: loss", f"{first.loss:.3f}", f"{last.loss:.3f}")]
-    kinds = [kind for kind in _KINDS if kind in last.loss_by_kind]
+    lines = [_row(f"{dataset}: loss", nats(first.loss), nats(last.loss))]
+    kinds = [kind for kind in KINDS if kind in last.loss_by_kind]
     for kind in kinds if len(kinds) > 1 else ():
         values = (each.loss_by_kind.get(kind) for each in (first, last))
-        lines.append(_row(f"  {_KINDS[kind]}", *(_number(value) for value in values)))
+        lines.append(_row(f"  loss of {KINDS[kind]}", *(_number(value) for value in values)))
     lines.append(_row("  answers word for word", f"{first.exact:.0%}", f"{last.exact:.0%}"))
     if not answers or answers[0].step == answers[-1].step:
         return lines
@@ -72,7 +65,7 @@ def _set_lines(dataset: str, scores: Sequence[Score], answers: Sequence[Answers]
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else nats(value)
 
 
 def _row(label: str, before: str, after: str) -> str:
