@@ -62,7 +62,7 @@ GUARDS = {
         "engine/train/device.py",
         "is_bf16_supported(including_emulation=False)",
         "is_bf16_supported()",
-        "tests/train/test_device.py::test_torch_has_to_agree",
+        "tests/train/test_device.py::test_torch_agrees",
     ),
     "float32 on a card keeps no scores": Guard(
         "engine/train/attention.py",
@@ -104,14 +104,13 @@ GUARDS = {
         "engine/train/batches.py",
         "answers[0] = IGNORED_LABEL",
         "pass",
-        f"{FIRST_TOKEN}::test_a_row_never_learns_its_first_token_from_the_row_before",
+        f"{FIRST_TOKEN}::test_rows_do_not_leak",
     ),
     "4-bit weights are not repacked on a CPU": Guard(
         "engine/train/quantize.py",
         "module.support_avx512bf16_for_cpu = False",
         "pass",
-        "tests/train/test_quantize.py::TestGradientsAfterAnEvaluation"
-        "::test_the_repacking_is_off_in_every_layer",
+        "tests/train/test_quantize.py::TestGradientsAfterAnEvaluation::test_repacking_is_off",
     ),
     "scales that belong to nothing": Guard(
         "engine/train/model.py",
@@ -147,7 +146,7 @@ GUARDS = {
         "engine/train/fp8.py",
         "    shown = visible(weight.name, one_line=True)\n",
         "    return None\n    shown = visible(weight.name, one_line=True)\n",
-        f"{FP8}::test_a_scale_of_a_shape_that_fits_no_layout",
+        f"{FP8}::test_scale_of_no_layout",
     ),
     "weights quantized in another way": Guard(
         "engine/train/model.py",
@@ -159,7 +158,7 @@ GUARDS = {
         "engine/train/model.py",
         "model_class = getattr(transformers, architecture.class_name)",
         "model_class = transformers.MistralForCausalLM",
-        f"{MODEL}::TestWhatIsLoaded::test_the_class_comes_from_the_configs_architectures",
+        f"{MODEL}::TestWhatIsLoaded::test_class_comes_from_the_config",
     ),
     "a LoRA target of a list that matches nothing": Guard(
         "engine/plan/targets.py",
@@ -204,7 +203,7 @@ GUARDS = {
         "engine/catalog/modules.py",
         'if row.group in ("attention", "mlp") and row.quantizable',
         'if row.group in ("attention", "mlp", "vision") and row.quantizable',
-        f"{VISION}::TestWhatMoves::test_an_adapter_stays_out_of_the_tower",
+        f"{VISION}::TestWhatMoves::test_adapter_spares_the_tower",
     ),
     "an expression for PEFT inside the language model": Guard(
         "engine/train/lora.py",
@@ -216,13 +215,13 @@ GUARDS = {
         "engine/plan/targets.py",
         "if row.group not in VISION.values()]",
         "if row.group]",
-        f"{VISION}::TestWhatMoves::test_a_full_fine_tune_leaves_tower_and_projector_as_they_are",
+        f"{VISION}::TestWhatMoves::test_full_fine_tune_of_the_text",
     ),
     "a first step that reaches nothing": Guard(
         "engine/train/alarms.py",
         'raise UserError(\n            "Nothing would be trained',
         'UserError(\n            "Nothing would be trained',
-        "tests/train/test_alarms.py::TestStart::test_a_run_that_trains_nothing_ends_with_a_sentence",
+        "tests/train/test_alarms.py::TestStart::test_run_that_trains_nothing_is_refused",
     ),
     "a dataset in which nothing is learned": Guard(
         "engine/data/prepare.py",
@@ -259,15 +258,13 @@ GUARDS = {
         "engine/train/batches.py",
         "if (tokens[:whole].sum(), patches) != (of_images.sum(), found):",
         "if False:",
-        f"{VISION}::TestImagesOfARow"
-        "::test_tokens_that_do_not_fit_the_images_are_refused_with_their_row",
+        f"{VISION}::TestImagesOfARow::test_tokens_that_do_not_fit_the_images",
     ),
     "tokenizer and model cut images alike": Guard(
         "engine/train/images.py",
         "if (patch, merge, token) != (spec.patch, spec.merge, IMAGE_TOKEN):",
         "if False:",
-        "tests/train/test_images.py::TestRefusal"
-        "::test_a_model_that_cuts_images_otherwise_is_refused",
+        "tests/train/test_images.py::TestRefusal::test_other_patch_sizes_are_refused",
     ),
     "images for a model that reads them": Guard(
         "engine/train/images.py",
@@ -279,7 +276,7 @@ GUARDS = {
         "engine/train/forward.py",
         "if group == [[side, side]]:",
         "if False:",
-        f"{VISION}::TestSameNumbers::test_a_lone_image_of_one_token_is_seen_as_among_others",
+        f"{VISION}::TestSameNumbers::test_lone_image_of_one_token",
     ),
     "no image from outside the dataset": Guard(
         "engine/data/images.py",
@@ -292,7 +289,7 @@ GUARDS = {
         "engine/train/__init__.py",
         'sys.modules["kernels"] = None',
         'sys.modules["kernels_"] = None',
-        "tests/train/test_hub_guard.py::test_no_kernel_is_imported_and_nothing_is_asked_of_the_hub",
+        "tests/train/test_hub_guard.py::test_no_kernel_import_and_no_hub_request",
     ),
     "no code from a model": Guard(
         "engine/catalog/architecture.py",
@@ -316,8 +313,7 @@ GUARDS = {
         "engine/train/alarms.py",
         "if not (math.isfinite(loss) and math.isfinite(norm)):",
         "if False:",
-        "tests/train/test_process_failures.py"
-        "::test_a_loss_that_is_no_number_ends_the_run_before_it_touches_a_weight",
+        "tests/train/test_process_failures.py::test_nan_loss_touches_no_weight",
     ),
     "small steps of a bfloat16 adapter are not lost": Guard(
         "engine/train/optim.py",
@@ -372,13 +368,13 @@ GUARDS = {
         "engine/train/loop.py",
         "            self.step_clock.start()\n            number, batch = next(batches)\n",
         "            number, batch = next(batches)\n            self.step_clock.start()\n",
-        f"{SECONDS}::test_collating_and_the_optimizer_count_and_what_lies_between_steps_does_not",
+        f"{SECONDS}::test_collating_and_the_optimizer_count",
     ),
     "a step ends when the card has moved the weights": Guard(
         "engine/train/loop.py",
         "            torch.cuda.synchronize(self._device)",
         "            pass",
-        f"{SECONDS}::test_the_clock_is_read_when_the_card_has_moved_the_weights",
+        f"{SECONDS}::test_clock_is_read_after_the_update",
     ),
     "losses are read once a step": Guard(
         "engine/train/loop.py",
@@ -429,8 +425,7 @@ GUARDS = {
         "engine/train/loop.py",
         "if 0 < position.loss_chunk_bytes < self.loss.chunk_bytes:",
         "if False:",
-        "tests/train/test_checkpoint.py::TestRoundTrip"
-        "::test_it_goes_on_in_the_chunks_that_it_had_unless_there_is_less_room",
+        "tests/train/test_checkpoint.py::TestRoundTrip::test_resume_keeps_the_smaller_chunks",
     ),
 }
 

@@ -97,9 +97,7 @@ def test_ids_kinds_sources_and_labels_equal_both_oracles(tokenizers: Tokenizers)
 
 
 @pytest.mark.slow
-def test_two_thousand_conversations_of_every_version_equal_both_oracles(
-    tokenizers: Tokenizers,
-) -> None:
+def test_conversations_of_every_version_equal_both_oracles(tokenizers: Tokenizers) -> None:
     for version, count in compare_many(tokenizers, examples=4000).items():
         assert count["all"] >= 2000
         for feature in FEATURES:

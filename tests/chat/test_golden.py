@@ -134,9 +134,7 @@ def write(name: str, version: str, tokenizers: Tokenizers) -> str:
 
 
 @pytest.mark.parametrize(("name", "version"), CASES)
-def test_the_conversation_renders_as_its_golden_file_shows(
-    name: str, version: str, tokenizers: Tokenizers
-) -> None:
+def test_conversation_renders_as_golden(name: str, version: str, tokenizers: Tokenizers) -> None:
     expected = (GOLDEN / f"{name}.{version}.txt").read_text(encoding="utf-8")
     assert write(name, version, tokenizers) == expected
 

@@ -13,14 +13,7 @@ from mistral_common.tokens.tokenizers import image as stock
 
 from engine.chat.images import grid
 from engine.chat.messages import RowFormat, RowProblem, read_row
-from engine.chat.render import (
-    IGNORED_LABEL,
-    Kind,
-    LabelRule,
-    labels,
-    render,
-    truncate,
-)
+from engine.chat.render import IGNORED_LABEL, Kind, LabelRule, labels, render, truncate
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
 from tests.support import oracle
 from tests.support.exact import render_exact

@@ -121,15 +121,9 @@ def test_mapped_properties_and_roles_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "keys",
-    [
-        {"message_property_mappings": {"contents": "said"}},
-        {"roles": {"critic": ["judge"]}},
-    ],
+    "keys", [{"message_property_mappings": {"contents": "said"}}, {"roles": {"critic": ["judge"]}}]
 )
-def test_a_misspelt_key_of_the_format_is_an_error_before_the_first_row(
-    keys: dict[str, Any],
-) -> None:
+def test_misspelt_key_of_the_format_is_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         row_format(**keys)
 
@@ -239,9 +233,7 @@ def test_turns_after_the_last_answer_are_left_out_with_a_note(read: Read) -> Non
     ("columns", "expected"),
     [({"weight": 0}, False), ({"weight": 1}, True), ({"weight": None}, True), ({}, True)],
 )
-def test_weight_zero_keeps_a_message_out_of_the_loss(
-    columns: dict[str, Any], expected: bool, read: Read
-) -> None:
+def test_weight_zero_is_not_learned(columns: dict[str, Any], expected: bool, read: Read) -> None:
     assert read(USER, ANSWER | columns).messages[1].learn is expected
 
 
@@ -324,9 +316,7 @@ messages = st.fixed_dictionaries(
         ),
     )
 )
-def test_any_json_is_read_or_refused_and_never_an_error(
-    row: dict[str, Any], tokenizers: Tokenizers
-) -> None:
+def test_any_json_is_read_or_refused(row: dict[str, Any], tokenizers: Tokenizers) -> None:
     with suppress(RowProblem):
         conversation = read_row(row, RowFormat())
         for version in ("v11", "v15"):

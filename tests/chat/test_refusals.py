@@ -42,9 +42,7 @@ def outcome(row: dict[str, Any], tokenizer: ChatTokenizer) -> list[int] | RowPro
 
 @settings(max_examples=600, deadline=None)
 @given(row=tangled_rows)
-def test_a_tangled_row_is_refused_where_mistral_common_refuses_it(
-    row: dict[str, Any], tokenizers: Tokenizers
-) -> None:
+def test_tangled_rows_as_mistral_common(row: dict[str, Any], tokenizers: Tokenizers) -> None:
     for version in SPECS:
         tokenizer = tokenizers[version]
         found, expected = outcome(row, tokenizer), oracle.encode(row, tokenizer)
@@ -274,9 +272,7 @@ def test_a_conversation_without_an_answer_is_refused(read: Callable[..., Convers
         read(USER)
 
 
-def test_an_unknown_role_names_the_known_ones_and_the_key(
-    read: Callable[..., Conversation],
-) -> None:
+def test_unknown_role_names_the_known_ones_and_the_key(read: Callable[..., Conversation]) -> None:
     with pytest.raises(RowProblem) as caught:
         read({"role": "narrator", "content": "q"}, ANSWER)
     assert "human" in caught.value.why
@@ -291,40 +287,30 @@ def test_a_reasoning_effort_is_refused_where_there_are_no_settings(
         render(read(USER, ANSWER, reasoning_effort="none"), tokenizers[version])
 
 
-def test_an_unknown_reasoning_effort_names_the_known_ones(
-    read: Callable[..., Conversation], tokenizers: Tokenizers
-) -> None:
+def test_unknown_effort_refused(read: Callable[..., Conversation], tokenizers: Tokenizers) -> None:
     with pytest.raises(RowProblem, match="none and high"):
         render(read(USER, ANSWER, reasoning_effort="turbo"), tokenizers["v15"])
 
 
-def test_parameters_that_are_no_schema_are_refused(
-    read: Callable[..., Conversation], tokenizers: Tokenizers
-) -> None:
+def test_parameters_not_a_schema(read: Callable[..., Conversation], tokenizers: Tokenizers) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "nonsense"}}}
     with pytest.raises(RowProblem, match="no JSON schema"):
         render(read(USER, ANSWER, tools=[tool]), tokenizers["v13"])
 
 
-def test_arguments_that_json_cannot_hold_are_refused(
-    read: Callable[..., Conversation], tokenizers: Tokenizers
-) -> None:
+def test_arguments_beyond_json(read: Callable[..., Conversation], tokenizers: Tokenizers) -> None:
     with pytest.raises(RowProblem, match="cannot be written as JSON"):
         render(read(USER, call(arguments={"when": object()})), tokenizers["v13"])
 
 
-def test_a_run_of_blanks_beyond_the_tokenizer_is_refused(
-    read: Callable[..., Conversation], tokenizers: Tokenizers
-) -> None:
+def test_too_many_blanks_refused(read: Callable[..., Conversation], tokenizers: Tokenizers) -> None:
     with pytest.raises(RowProblem, match="cannot be tokenized"):
         render(
             read(USER, {"role": "assistant", "content": "a" + " " * 10**6 + "b"}), tokenizers["v13"]
         )
 
 
-def test_assistant_messages_in_a_row_must_agree_on_what_is_learned(
-    read: Callable[..., Conversation],
-) -> None:
+def test_merged_messages_must_agree_on_what_is_learned(read: Callable[..., Conversation]) -> None:
     with pytest.raises(RowProblem, match="disagree"):
         read(USER, ANSWER | {"weight": 0}, ANSWER)
     read(USER, ANSWER | {"weight": 0}, ANSWER | {"weight": 0})

@@ -7,15 +7,7 @@ from typing import Any
 import pytest
 
 from engine.chat.messages import Conversation, Message, RowProblem, Text, Think
-from engine.chat.render import (
-    WITHHELD,
-    Kind,
-    LabelRule,
-    Rendered,
-    labels,
-    learned,
-    render,
-)
+from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, labels, learned, render
 from engine.chat.tokenizer import ChatTokenizer
 from tests.support import oracle
 from tests.support.exact import render_exact
@@ -55,7 +47,7 @@ def test_think_tags_become_tokens_where_there_are_tokens_for_them(
 
 
 @pytest.mark.parametrize("version", ["v3", "v7", "v11"])
-def test_think_tags_stay_text_where_there_are_no_tokens_for_them(
+def test_think_tags_are_text_where_unknown(
     version: str, read: Read, tokenizers: Tokenizers
 ) -> None:
     row = read(USER, {"role": "assistant", "content": "<think>t</think>a"})
@@ -87,9 +79,7 @@ def test_history_thinking_is_kept_unless_it_is_dropped(read: Read, tokenizers: T
         assert "[THINK]t2[/THINK]two" in dropped
 
 
-def test_thinking_in_the_steps_after_the_last_question_is_not_history(
-    read: Read, tokenizers: Tokenizers
-) -> None:
+def test_thinking_after_last_question_is_not_history(read: Read, tokenizers: Tokenizers) -> None:
     call = {"id": "abcdefghi", "function": {"name": "f", "arguments": {}}}
     row = read(
         USER,
@@ -107,9 +97,7 @@ def test_history_thinking_in_tags_is_dropped_too(read: Read, tokenizers: Tokeniz
     assert "[/INST]one</s>" in text_of(rendered, tokenizers["v11"])
 
 
-def test_an_answer_that_is_all_thinking_cannot_be_dropped(
-    read: Read, tokenizers: Tokenizers
-) -> None:
+def test_answer_that_is_all_thinking_cannot_be_dropped(read: Read, tokenizers: Tokenizers) -> None:
     only = {"role": "assistant", "content": None, "reasoning_content": "t"}
     with pytest.raises(RowProblem, match="Nothing is left"):
         render(read(USER, only, USER, ANSWER), tokenizers["v13"], history_thinking="drop")
@@ -126,11 +114,7 @@ def test_an_answer_that_is_all_thinking_cannot_be_dropped(
     ],
 )
 def test_effort_is_high_where_a_row_thinks_and_says_nothing(
-    columns: dict[str, str],
-    answer: dict[str, Any],
-    effort: str,
-    read: Read,
-    tokenizers: Tokenizers,
+    columns: dict[str, str], answer: dict[str, Any], effort: str, read: Read, tokenizers: Tokenizers
 ) -> None:
     rendered = render(read(USER, answer, **columns), tokenizers["v15"])
     expected = f'<s>[MODEL_SETTINGS]{{"reasoning_effort": "{effort}"}}[/MODEL_SETTINGS][INST]'
@@ -138,9 +122,7 @@ def test_effort_is_high_where_a_row_thinks_and_says_nothing(
 
 
 @pytest.mark.parametrize("version", ["v3", "v7", "v11", "v13", "v15"])
-def test_look_alikes_in_text_never_become_control_tokens(
-    version: str, read: Read, tokenizers: Tokenizers
-) -> None:
+def test_look_alikes_of_tokens_stay_text(version: str, read: Read, tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers[version]
     special = tokenizer.specials
     names = [
@@ -158,9 +140,7 @@ def test_look_alikes_in_text_never_become_control_tokens(
     assert found == [special.bos, special.inst, special.end_inst, special.eos]
 
 
-def test_only_the_spaces_after_a_string_answer_are_dropped(
-    read: Read, tokenizers: Tokenizers
-) -> None:
+def test_only_spaces_after_a_string_answer_are_dropped(read: Read, tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["v13"]
     thinking = {"type": "thinking", "thinking": "t"}
     for content, end in (
@@ -175,9 +155,7 @@ def test_only_the_spaces_after_a_string_answer_are_dropped(
 
 
 @pytest.mark.parametrize(("version", "joined"), [("v13", "a␊␊b␊␊c"), ("v15", "ab␊␊c")])
-def test_chunks_join_as_their_version_joins_them(
-    version: str, joined: str, read: Read, tokenizers: Tokenizers
-) -> None:
+def test_joined_chunks(version: str, joined: str, read: Read, tokenizers: Tokenizers) -> None:
     chunks = [{"type": "text", "text": text} for text in ("a", "b")]
     row = read({"role": "user", "content": chunks}, {"role": "user", "content": "c"}, ANSWER)
     assert f"[INST]{joined}[/INST]" in text_of(
@@ -185,9 +163,7 @@ def test_chunks_join_as_their_version_joins_them(
     )
 
 
-def test_tool_results_come_in_the_order_of_their_calls_with_their_own_sources(
-    read: Read, tokenizers: Tokenizers
-) -> None:
+def test_tool_results_in_call_order_with_their_sources(read: Read, tokenizers: Tokenizers) -> None:
     calls = [{"id": f"{n}bcdefghi", "function": {"name": "f", "arguments": {}}} for n in "12"]
     row = read(
         USER,
@@ -214,9 +190,7 @@ def test_merged_messages_have_the_source_of_the_last(read: Read, tokenizers: Tok
     assert words == {Kind.BOS: -1, Kind.SYSTEM: -1, Kind.USER: 1, Kind.TEXT: 3, Kind.EOS: 3}
 
 
-def test_a_message_kept_out_of_the_loss_is_marked_and_not_learned(
-    read: Read, tokenizers: Tokenizers
-) -> None:
+def test_message_out_of_the_loss_is_marked_not_learned(read: Read, tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["v13"]
     row = read(USER, {**ANSWER, "content": "no", "weight": 0}, USER, ANSWER)
     for way in (render, render_exact):
@@ -236,9 +210,7 @@ def test_thinking_is_learned_or_not_by_the_rule(read: Read, tokenizers: Tokenize
     assert both == "[INST]q[/INST]a</s>"
 
 
-def test_the_call_id_that_v11_writes_is_learned_with_its_call(
-    read: Read, tokenizers: Tokenizers
-) -> None:
+def test_call_id_of_v11_is_learned_with_its_call(read: Read, tokenizers: Tokenizers) -> None:
     call = {"id": "abcdefghi", "function": {"name": "f", "arguments": {"a": 1}}}
     rendered = render(read(USER, {"role": "assistant", "tool_calls": [call]}), tokenizers["v11"])
     assert learned_text(rendered, tokenizers["v11"], LabelRule()) == (
@@ -255,9 +227,7 @@ def test_unclosed_thinking_at_the_end_has_no_end_token(read: Read, tokenizers: T
     assert rendered.input_ids.tolist() == render_exact(row, tokenizers["v13"]).input_ids.tolist()
 
 
-def test_thinking_between_texts_of_several_messages_joins_as_mistral_common_joins(
-    tokenizers: Tokenizers,
-) -> None:
+def test_thinking_between_texts_joins_as_in_mistral_common(tokenizers: Tokenizers) -> None:
     parts = (Text("b"), Think("t"), Text("c"), Text("d"))
     row = Conversation(
         (

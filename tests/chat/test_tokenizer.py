@@ -42,9 +42,7 @@ def damaged(tekken: Path, folder: Path, **changes: Any) -> Path:
     return path
 
 
-def test_a_written_file_is_the_tokenizer_that_was_built(
-    tekken: Path, tokenizers: Tokenizers
-) -> None:
+def test_written_file_is_the_tokenizer_that_was_built(tekken: Path, tokenizers: Tokenizers) -> None:
     opened = open_tokenizer(str(tekken.parent))
     assert opened.fingerprint == tokenizers["v15"].fingerprint
     assert (opened.version, opened.efforts, opened.default_effort) == (
@@ -105,9 +103,7 @@ def test_pieces_are_safe_and_show_a_character_once(tokenizers: Tokenizers) -> No
     assert "<" in tokenizer.piece(ids[-1])
 
 
-def test_a_name_of_the_catalog_opens_by_its_card(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_catalog_name_opens_by_its_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for name in ("demo-tiny", "mistral-small-4"):
         card = next(card for card in list_models() if card.name == name)
@@ -117,18 +113,14 @@ def test_a_name_of_the_catalog_opens_by_its_card(
         assert bool(opened.efforts) is card.tokenizer.settings
 
 
-def test_a_hub_id_of_the_catalog_needs_no_download(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_catalog_hub_id_needs_no_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     card = next(card for card in list_models() if card.repositories)
     assert open_tokenizer(card.repositories[0].id).version == card.tokenizer.version
 
 
-def test_a_file_in_the_hub_cache_wins_over_the_catalog(
-    tekken: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_cached_file_wins(tekken: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     card = next(
         card for card in list_models() if card.tokenizer.version == "v13" and card.repositories
     )
@@ -175,9 +167,7 @@ def test_a_damaged_file_is_a_sentence(content: str, tmp_path: Path) -> None:
     "changes",
     [{"vocab": []}, {"special_tokens": None}, {"model_settings_builder": None}, {"config": {}}],
 )
-def test_a_file_that_lacks_a_part_is_a_sentence(
-    changes: dict[str, Any], tekken: Path, tmp_path: Path
-) -> None:
+def test_incomplete_file_is_refused(changes: dict[str, Any], tekken: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a whole Tekken tokenizer"):
         open_tokenizer(damaged(tekken, tmp_path, **changes))
 
@@ -241,9 +231,7 @@ def test_what_is_not_here_is_not_refused_before_it_is_opened(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("repository", ["mistralai/Mistral-7B-v0.3", "catalog"])
-def test_a_sentencepiece_file_in_the_hub_cache_is_refused(
-    repository: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_no_sentencepiece(repository: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     listed = next(card for card in list_models() if card.repositories).repositories[0].id
     name = listed if repository == "catalog" else repository
     snapshot = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / "0123"

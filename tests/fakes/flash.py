@@ -23,7 +23,7 @@ KERNELS = {
     },
     "flash-attn-4": {
         "cute/__init__": "from tests.fakes.kernels import cute_varlen as flash_attn_varlen_func\n"
-        "flash_attn_func = None\n",
+        "flash_attn_func = None\n"
     },
 }
 

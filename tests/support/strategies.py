@@ -50,9 +50,7 @@ LATIN = (
 
 fragments = st.sampled_from(NON_LATIN + LOOK_ALIKES + ODD + LATIN * 2)
 texts = st.one_of(
-    st.lists(fragments, min_size=0, max_size=3).map("".join),
-    fragments,
-    st.text(max_size=12),
+    st.lists(fragments, min_size=0, max_size=3).map("".join), fragments, st.text(max_size=12)
 )
 answers = texts.filter(lambda text: not text.lstrip().startswith("<think>"))
 names = st.sampled_from(("add", "get_weather", "a-b_C9", "x" * 64))
@@ -181,7 +179,7 @@ def _message(draw: Any, roles: tuple[str, ...]) -> dict[str, Any]:
                 "function": {
                     "name": draw(st.sampled_from(("f", "f", "f", "no name"))),
                     "arguments": draw(st.sampled_from(({}, "", None, "[1]", [1], '{"a"', '"b"'))),
-                },
+                }
             }
             for _ in range(draw(st.sampled_from((0, 0, 0, 1, 2))))
         ]

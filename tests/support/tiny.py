@@ -153,6 +153,8 @@ def settings(base: Path | str = "base", **keys: Any) -> RunConfig:
 
 
 Row = list[tuple[int, Kind]]
+Models = Callable[[str], Path]
+MakeRows = Callable[[list[Row]], Rows]
 
 
 def row(question_tokens: int, answer_tokens: int, seed: int) -> Row:
@@ -190,10 +192,7 @@ def write_rows(folder: Path, rows: Sequence[Row]) -> Rows:
 
 
 def training(
-    folder: Path,
-    config: RunConfig,
-    rows: Rows,
-    held_out: Mapping[str, Rows] | None = None,
+    folder: Path, config: RunConfig, rows: Rows, held_out: Mapping[str, Rows] | None = None
 ) -> Training:
     """The trainer of a run in `folder`, on the model that the config names, before step 1."""
     base = load_base(Path(config.base_model), config)

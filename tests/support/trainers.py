@@ -161,10 +161,7 @@ class Workshop:
 
 
 def start(
-    run: RunFolder,
-    *arguments: str,
-    before: Callable[[], object] | None = None,
-    threads: int = 1,
+    run: RunFolder, *arguments: str, before: Callable[[], object] | None = None, threads: int = 1
 ) -> BaseProcess:
     """Fork a trainer with `run FOLDER` and `arguments`, in a session of its own as a detached one.
 

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from tests.support.tiny import (
     ARCHITECTURES,
     UNEVEN,
     Begin,
-    Row,
+    MakeRows,
+    Models,
     settings,
     training,
     write_model,
@@ -26,7 +26,7 @@ torch.set_num_threads(1)  # toy shapes: a second thread only waits
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The folder of a tiny model, by its name in `ARCHITECTURES`; made once, never changed."""
     home = tmp_path_factory.mktemp("models")
 
@@ -38,7 +38,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 
 @pytest.fixture(scope="session")
-def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The folder of a model of four layers, by its name in `DEEP_MODELS`."""
     home = tmp_path_factory.mktemp("deep")
 
@@ -50,13 +50,13 @@ def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(params=ARCHITECTURES)
-def any_model(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) -> Path:
+def any_model(request: pytest.FixtureRequest, model_folder: Models) -> Path:
     """Each architecture's folder in turn."""
     return model_folder(request.param)
 
 
 @pytest.fixture
-def ministral(model_folder: Callable[[str], Path]) -> Path:
+def ministral(model_folder: Models) -> Path:
     """The folder of a text-only Ministral 3."""
     return model_folder("ministral3")
 
@@ -84,7 +84,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Rows:
 
 
 @pytest.fixture
-def make_rows(tmp_path: Path) -> Callable[[list[Row]], Rows]:
+def make_rows(tmp_path: Path) -> MakeRows:
     """Rows of one's own, as prepared arrays."""
     made = iter(range(1000))
     return lambda rows: write_rows(tmp_path / f"rows-{next(made)}", rows)

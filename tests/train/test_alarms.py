@@ -51,9 +51,7 @@ class TestStart:
         run.judge(2, 7.0, 1.0, run.order.step(2))
         assert len(notes(run)) == 1
 
-    def test_what_the_first_step_does_not_reach_is_reported(
-        self, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_unreached_parameters_are_reported(self, uneven: Rows, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", with_vision(MINISTRAL3))
         wish = ["model.vision_tower.*", "model.language_model.norm"]
         run = training(tmp_path / "run", settings(base, unfrozen_parameters=wish), uneven)
@@ -62,9 +60,7 @@ class TestStart:
         tower = [n for n, p in run.model.named_parameters() if "vision_tower" in n]
         assert f"{len(tower)} of {len(tower) + 1} trained tensors" in note
 
-    def test_a_run_that_trains_nothing_ends_with_a_sentence(
-        self, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_run_that_trains_nothing_is_refused(self, uneven: Rows, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", with_vision(MINISTRAL3))
         config = settings(base, unfrozen_parameters=["model.vision_tower.*"])
         run = training(tmp_path / "run", config, uneven)
@@ -97,9 +93,7 @@ class TestSpike:
         reported = [found.spike(5.0) is not None for _ in range(LEAST_STEPS + 1)]
         assert reported == [True, *[False] * (LEAST_STEPS - 1), True]
 
-    def test_the_note_names_the_rows_with_the_highest_loss(
-        self, begin: Begin, uneven: Rows
-    ) -> None:
+    def test_note_names_the_rows_with_the_highest_loss(self, begin: Begin, uneven: Rows) -> None:
         run = begin(gradient_accumulation_steps=8, learning_rate=1e-5)
         for _ in range(LEAST_STEPS):
             run.alarm.spike(0.5)
@@ -167,9 +161,7 @@ class TestLearningByHeart:
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_run_and_names_its_rows_first(
-    begin: Begin, uneven: Rows, loss: float
-) -> None:
+def test_non_finite_loss_names_rows_and_ends_run(begin: Begin, uneven: Rows, loss: float) -> None:
     run = begin(gradient_accumulation_steps=8)
     batch = run.order.step(1)
     bad = batch.rows[5]
@@ -182,9 +174,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_its_rows_first(
 
 
 @pytest.mark.parametrize("packs", [False, True])
-def test_row_losses_are_those_of_single_rows(
-    begin: Begin, ministral: Path, uneven: Rows, packs: bool
-) -> None:
+def test_losses_of_single_rows(begin: Begin, ministral: Path, uneven: Rows, packs: bool) -> None:
     keys = {"sample_packing": packs, "micro_batch_size": 3, "gradient_accumulation_steps": 64}
     run = begin(sequence_len=64, **keys)
     batch = Order(uneven, run.config).step(1)

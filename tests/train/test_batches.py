@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine.chat.render import WITHHELD, Kind, LabelRule
 from engine.train.batches import PAD, Order, Rows, collate, evaluation_micros
-from tests.support.tiny import Row, row, settings, write_rows
+from tests.support.tiny import MakeRows, row, settings, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +43,7 @@ CUTS = {
 
 @pytest.mark.parametrize("keys", CUTS.values(), ids=CUTS)
 class TestOrder:
-    def test_every_row_comes_once_an_epoch_and_none_is_lost_in_the_last_step(
-        self, many: Rows, keys: dict[str, Any]
-    ) -> None:
+    def test_every_row_comes_once_an_epoch(self, many: Rows, keys: dict[str, Any]) -> None:
         order = Order(many, settings(num_epochs=2, **keys))
         steps = walk(order)
         for start in (0, order.steps_per_epoch()):
@@ -58,17 +55,13 @@ class TestOrder:
         config = settings(num_epochs=2, **keys)
         assert walk(Order(many, config)) == walk(Order(many, config))
 
-    def test_another_seed_and_another_epoch_are_another_order(
-        self, many: Rows, keys: dict[str, Any]
-    ) -> None:
+    def test_seed_and_epoch_change_the_order(self, many: Rows, keys: dict[str, Any]) -> None:
         order = Order(many, settings(num_epochs=2, **keys))
         steps, other = walk(order), walk(Order(many, settings(seed=6, num_epochs=2, **keys)))
         assert steps != other
         assert steps[: order.steps_per_epoch()] != steps[order.steps_per_epoch() :]
 
-    def test_a_step_does_not_depend_on_those_before_it(
-        self, many: Rows, keys: dict[str, Any]
-    ) -> None:
+    def test_step_does_not_depend_on_earlier_ones(self, many: Rows, keys: dict[str, Any]) -> None:
         config = settings(num_epochs=3, **keys)
         steps = walk(Order(many, config))
         jumping = Order(many, config)
@@ -88,9 +81,7 @@ class TestHowLong:
     @pytest.mark.parametrize(
         ("epochs", "steps"), [(0.001, 1), (0.25, 10), (1, 40), (1.1, 44), (1.5, 60), (2.26, 91)]
     )
-    def test_part_of_an_epoch_is_part_of_its_steps(
-        self, many: Rows, epochs: float, steps: int
-    ) -> None:
+    def test_part_of_an_epoch_is_part_of_steps(self, many: Rows, epochs: float, steps: int) -> None:
         order = Order(many, settings(num_epochs=epochs))
         whole = walk(Order(many, settings(num_epochs=3)))
         assert order.total_steps == steps
@@ -98,9 +89,7 @@ class TestHowLong:
 
     @pytest.mark.parametrize("epochs", [0.5, 1, 3])
     @pytest.mark.parametrize("steps", [1, 39, 40, 41, 95])
-    def test_max_steps_decides_alone_and_skips_no_row(
-        self, many: Rows, epochs: float, steps: int
-    ) -> None:
+    def test_max_steps_overrides_num_epochs(self, many: Rows, epochs: float, steps: int) -> None:
         order = Order(many, settings(num_epochs=epochs, max_steps=steps))
         assert order.total_steps == steps
         assert walk(order) == walk(Order(many, settings(num_epochs=3)))[:steps]
@@ -119,9 +108,7 @@ class TestFingerprint:
             ({"sample_packing": True}, {"sample_packing": True, "sequence_len": 127}),
         ],
     )
-    def test_it_changes_with_what_decides_the_order(
-        self, many: Rows, before: dict[str, Any], after: dict[str, Any]
-    ) -> None:
+    def test_changed_by(self, many: Rows, before: dict[str, Any], after: dict[str, Any]) -> None:
         left, right = (Order(many, settings(**keys)) for keys in (before, after))
         assert left.fingerprint() != right.fingerprint()
 
@@ -144,9 +131,7 @@ class TestFingerprint:
 
     @pytest.mark.parametrize("packs", [False, True])
     @pytest.mark.parametrize("product", [1, 4, 6, 12])
-    def test_how_a_step_is_cut_changes_neither_its_rows_nor_it(
-        self, many: Rows, packs: bool, product: int
-    ) -> None:
+    def test_cut_of_a_step_changes_nothing(self, many: Rows, packs: bool, product: int) -> None:
         orders = [
             Order(
                 many,
@@ -186,9 +171,7 @@ class TestFingerprint:
 
 
 class TestCollate:
-    def test_ids_labels_and_positions_of_two_packed_rows(
-        self, make_rows: Callable[[list[Row]], Rows]
-    ) -> None:
+    def test_ids_labels_and_positions_of_two_packed_rows(self, make_rows: MakeRows) -> None:
         first = [(1, Kind.BOS), (30, Kind.USER), (31, Kind.TEXT), (2, Kind.EOS)]
         second = [(1, Kind.BOS), (40, Kind.USER), (41, Kind.THINK), (42, Kind.TEXT), (2, Kind.EOS)]
         rows = make_rows([first, second])
@@ -201,9 +184,7 @@ class TestCollate:
         }
         assert (micro.rows, micro.tokens, micro.learned_tokens) == ((1, 0), 9, 4)
 
-    def test_a_shorter_sequence_is_filled_with_what_is_never_learned(
-        self, make_rows: Callable[[list[Row]], Rows]
-    ) -> None:
+    def test_padding_is_never_learned(self, make_rows: MakeRows) -> None:
         rows = make_rows([row(1, 1, seed=1), row(1, 4, seed=2)])
         micro = collate(rows, [[0], [1]], LabelRule())
         assert micro.tensors["input_ids"][0, 4:].tolist() == [PAD] * 3
@@ -212,9 +193,7 @@ class TestCollate:
         assert micro.tensors["position_ids"].tolist() == [list(range(7))] * 2
         assert micro.tokens == 4 + 7
 
-    def test_a_message_that_the_row_withholds_is_not_learned(
-        self, make_rows: Callable[[list[Row]], Rows]
-    ) -> None:
+    def test_a_message_that_the_row_withholds_is_not_learned(self, make_rows: MakeRows) -> None:
         held = [(1, Kind.BOS), (30, Kind.TEXT | WITHHELD), (31, Kind.TEXT), (2, Kind.EOS)]
         micro = collate(make_rows([held]), [[0]], LabelRule(inputs=True))  # type: ignore[list-item]
         assert micro.tensors["labels"].tolist() == [[-100, -100, 31, 2]]
@@ -281,7 +260,7 @@ def test_a_row_is_named_by_file_and_line(many: Rows) -> None:
     assert many.place(7) == "rows.jsonl line 8"
 
 
-def test_rows_that_are_left_out_are_named(make_rows: Callable[[list[Row]], Rows]) -> None:
+def test_rows_that_are_left_out_are_named(make_rows: MakeRows) -> None:
     rows = make_rows([row(3, 2, n) for n in range(6)])
     assert rows.left_out() == ""
     one, many = (

@@ -11,9 +11,7 @@ from engine.train.weights import trained_tensors
 from tests.support.tiny import settings, training, wake_adapter
 
 
-def test_the_last_figures_are_those_of_the_model_that_is_the_result(
-    ministral: Path, uneven: Rows, tmp_path: Path
-) -> None:
+def test_last_figures_are_of_the_best_model(ministral: Path, uneven: Rows, tmp_path: Path) -> None:
     keys = {"adapter": "lora", "max_steps": 9, "learning_rate": 0.03}
     config = settings(ministral, **keys, load_best_model_at_end=True)
     run = training(tmp_path, config, uneven, {"validation": uneven})

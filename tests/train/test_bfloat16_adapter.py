@@ -1,6 +1,5 @@
 """An adapter in bfloat16: on every base, as good as one in float32, and for others to read."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,15 @@ from engine.train.batches import Rows
 from engine.train.weights import export_trained, trained_parameters
 from tests.support import stock
 from tests.support.methods import METHODS, NF4, ON_EXPERTS
-from tests.support.tiny import everything, gradients, settings, steps, training, wake_adapter
+from tests.support.tiny import (
+    Models,
+    everything,
+    gradients,
+    settings,
+    steps,
+    training,
+    wake_adapter,
+)
 
 NARROW = {"peft_autocast_adapter_dtype": False}
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -31,12 +38,8 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("architecture", "keys"), ADAPTERS.values(), ids=ADAPTERS)
-def test_its_matrices_and_their_gradients_are_bfloat16_and_near_those_of_float32(
-    model_folder: Callable[[str], Path],
-    uneven: Rows,
-    tmp_path: Path,
-    architecture: str,
-    keys: dict[str, Any],
+def test_gradients_are_near_those_of_float32(
+    model_folder: Models, uneven: Rows, tmp_path: Path, architecture: str, keys: dict[str, Any]
 ) -> None:
     found = []
     for number, narrow in enumerate(({}, NARROW)):
@@ -62,9 +65,7 @@ def test_its_matrices_and_their_gradients_are_bfloat16_and_near_those_of_float32
 
 
 @pytest.mark.parametrize("name", ["float32", "NF4", "DoRA", "experts"])
-def test_a_saved_one_loads_in_stock_peft(
-    model_folder: Callable[[str], Path], uneven: Rows, tmp_path: Path, name: str
-) -> None:
+def test_loads_in_stock_peft(model_folder: Models, uneven: Rows, tmp_path: Path, name: str) -> None:
     architecture, keys = ADAPTERS[name]
     folder = model_folder(architecture)
     config = settings(folder, learning_rate=0.01, num_epochs=2, **keys, **NARROW)
@@ -83,9 +84,7 @@ def test_a_saved_one_loads_in_stock_peft(
     assert stock.distance(ours, stock.logits(theirs, row)) < (0.1 if name == "experts" else 0.02)
 
 
-def test_it_learns_with_steps_that_rounding_to_the_nearest_would_lose(
-    model_folder: Callable[[str], Path], uneven: Rows, tmp_path: Path
-) -> None:
+def test_random_rounding_learns(model_folder: Models, uneven: Rows, tmp_path: Path) -> None:
     found = []
     for number, narrow in enumerate(({}, NARROW)):
         keys = {"lr_scheduler": "constant", "warmup_steps": 0, "num_epochs": 5}
@@ -100,9 +99,7 @@ def test_it_learns_with_steps_that_rounding_to_the_nearest_would_lose(
     assert ours == pytest.approx(exact, rel=0.1)
 
 
-def test_a_run_goes_on_from_a_float32_adapter_in_bfloat16(
-    model_folder: Callable[[str], Path], uneven: Rows, tmp_path: Path
-) -> None:
+def test_continues_a_float32_adapter(model_folder: Models, uneven: Rows, tmp_path: Path) -> None:
     keys = {"adapter": "lora", "learning_rate": 0.01, "num_epochs": 2}
     wide, ours = (
         training(tmp_path, settings(model_folder("ministral3"), **keys, **narrow), uneven)

@@ -96,10 +96,7 @@ VARIANTS = {
     ),
     "mistral4 with vision": with_vision(MISTRAL4, tie_word_embeddings=False),
     "projector with bias, wider merge, two layers": with_vision(
-        MISTRAL,
-        multimodal_projector_bias=True,
-        spatial_merge_size=3,
-        vision_feature_layer=[-1, -2],
+        MISTRAL, multimodal_projector_bias=True, spatial_merge_size=3, vision_feature_layer=[-1, -2]
     ),
 }
 # Sizes left out of a config.json are the defaults of transformers.
@@ -258,7 +255,5 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 
 @settings(max_examples=60, deadline=None)
 @given(configs())
-def test_any_small_config_has_the_parameters_that_transformers_builds(
-    config: dict[str, Any],
-) -> None:
+def test_any_small_config_has_the_parameters_of_transformers(config: dict[str, Any]) -> None:
     assert_same(module_table(config), meta_model(config))

@@ -15,18 +15,12 @@ from engine.config import RunConfig
 from engine.errors import UserError, WorkError
 from engine.plan.trainer import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from engine.train.batches import Rows
-from engine.train.checkpoint import (
-    OPTIMIZER,
-    RANDOM,
-    STATE,
-    Checkpoints,
-    Position,
-    is_complete,
-)
+from engine.train.checkpoint import OPTIMIZER, RANDOM, STATE, Checkpoints, Position, is_complete
 from engine.train.loss import Loss
 from engine.train.model import Base, load_base
 from tests.support.tiny import (
     Begin,
+    Models,
     assemble,
     everything,
     files_at_most,
@@ -88,9 +82,7 @@ class TestRoundTrip:
         assert everything(second) == everything(first)
 
     @pytest.mark.parametrize(("saved", "planned"), [(3, 0), (0, 3), (2, 2)])
-    def test_it_goes_on_in_the_chunks_that_it_had_unless_there_is_less_room(
-        self, begin: Begin, saved: int, planned: int
-    ) -> None:
+    def test_resume_keeps_the_smaller_chunks(self, begin: Begin, saved: int, planned: int) -> None:
         first, second = (begin("run", **LORA) for _ in range(2))
         first.position.loss_chunk_bytes = CHUNK_BYTES[saved]
         first.save()
@@ -152,7 +144,7 @@ class TestRoundTrip:
 
 
 @pytest.fixture(scope="module")
-def base(model_folder: Callable[[str], Path]) -> Base:
+def base(model_folder: Models) -> Base:
     folder = model_folder("ministral3")
     return load_base(folder, settings(folder))
 
@@ -234,9 +226,7 @@ class TestGoingBack:
         run.training.restore("step-3")
         assert run.latest() == (3, 3.0)
 
-    def test_the_best_is_the_best_that_it_knows(
-        self, tmp_path: Path, base: Base, uneven: Rows
-    ) -> None:
+    def test_best_is_the_best_it_knows(self, tmp_path: Path, base: Base, uneven: Rows) -> None:
         run = Run(tmp_path, base, uneven, limit=9)
         for step, best in ((1, 1), (2, 1), (3, 3)):
             run.save(step, best=best)
@@ -256,9 +246,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("again", [False, True], ids=["another step", "the same step again"])
 class TestKilledInsideASave:
-    def test_at_no_moment_is_a_run_left_without_its_last_checkpoint(
-        self, run: Run, monkeypatch: pytest.MonkeyPatch, again: bool
-    ) -> None:
+    def test_at_every_moment(self, run: Run, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
         before = (4, 4.0)
         after = (4, 9.0) if again else (5, 9.0)
         for moment in itertools.count():
@@ -325,9 +313,7 @@ class TestWhatAKillLeaves:
         assert run.latest() == (4, 2.0)
         assert run.names() == {"step-4", "LATEST"}
 
-    def test_a_checkpoint_whose_mark_was_not_written_yet_counts_when_it_is_the_only_one(
-        self, run: Run
-    ) -> None:
+    def test_only_checkpoint_counts_without_a_mark(self, run: Run) -> None:
         run.save(4)
         (run.root / "LATEST").unlink()
         assert run.latest() == (4, 4.0)
@@ -340,9 +326,7 @@ def cut_short(path: Path) -> None:
 class TestDamage:
     @pytest.mark.parametrize("damage", [Path.unlink, cut_short], ids=["missing", "cut short"])
     @pytest.mark.parametrize("name", [OPTIMIZER, RANDOM, STATE, "trained.safetensors"])
-    def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(
-        self, run: Run, name: str, damage: Callable[[Path], None]
-    ) -> None:
+    def test_damaged_is_refused(self, run: Run, name: str, damage: Callable[[Path], None]) -> None:
         run.save(3)
         folder = run.save(4)
         damage(folder / name)
@@ -367,9 +351,7 @@ class TestDamage:
 
 class TestNoRoom:
     @pytest.mark.parametrize("room_bytes", [0, 100, 1000, 3000])
-    def test_a_full_disk_is_a_sentence_and_costs_no_earlier_checkpoint(
-        self, run: Run, room_bytes: int
-    ) -> None:
+    def test_full_disk_costs_no_earlier_checkpoint(self, run: Run, room_bytes: int) -> None:
         run.save(3)
         for step in (3, 4):
             with (
@@ -403,9 +385,7 @@ class TestAnotherRun:
         ],
         ids=str,
     )
-    def test_a_config_that_does_not_fit_is_refused(
-        self, begin: Begin, keys: dict[str, Any], match: str
-    ) -> None:
+    def test_other_config_is_refused(self, begin: Begin, keys: dict[str, Any], match: str) -> None:
         first = begin(**LORA)
         steps(first, 2)
         first.save()

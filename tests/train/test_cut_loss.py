@@ -96,9 +96,7 @@ def test_a_kernel_that_runs_is_taken_with_a_word_on_its_price(kernel: type[Kerne
         ("card", "OutOfResources: out of resource: shared memory"),
     ],
 )
-def test_a_kernel_that_fails_is_left_and_its_reason_told(
-    kernel: type[Kernel], fails: str, said: str
-) -> None:
+def test_failing_kernel_is_left_and_reported(kernel: type[Kernel], fails: str, said: str) -> None:
     kernel(fails)()
     loss, words = settle_loss(ASKED, torch.ones(128, 64), CPU, 7)
     assert loss == Loss(7)
@@ -122,9 +120,7 @@ def test_out_of_memory_is_no_reason_to_take_more_memory(kernel: type[Kernel]) ->
         (torch.bfloat16, "cuda", False, ""),
     ],
 )
-def test_where_it_is_not_even_tried(
-    dtype: torch.dtype, device: str, trained: bool, why: str
-) -> None:
+def test_where_it_is_not_tried(dtype: torch.dtype, device: str, trained: bool, why: str) -> None:
     with FakeTensorMode():
         head = torch.empty(512, 64, dtype=dtype, requires_grad=trained)
         found = loss_module._refused(head, torch.device(device))

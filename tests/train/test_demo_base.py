@@ -137,9 +137,7 @@ class TestWriting:
         )
         assert one != other
 
-    def test_another_seed_or_spread_is_another_folder(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_seed_and_spread_matter(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made = {write_base("demo-tiny", random_layers(0), tmp_path)}
         for name, value in (("SEED", 1), ("SPREAD", 0.5)):
             monkeypatch.setattr(demo, name, value)
@@ -157,9 +155,7 @@ class TestWriting:
         with pytest.raises(WorkError, match="could not be written"):
             write_base("demo-tiny", random_layers(0), tmp_path / "cache")
 
-    def test_two_that_make_it_at_once_share_one(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_two_at_once_share_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def finish_elsewhere(spec: object, path: Path) -> None:
             path.write_text("words")
             other = path.parent.with_suffix("")

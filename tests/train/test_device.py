@@ -68,18 +68,14 @@ def test_bfloat16_is_what_the_card_has_itself(
     assert pick_dtype(config(bf16=bf16), CUDA) == dtype
 
 
-def test_bfloat16_is_refused_where_it_would_be_emulated(
-    card: Callable[[int, int], None],
-) -> None:
+def test_bfloat16_is_refused_where_it_would_be_emulated(card: Callable[[int, int], None]) -> None:
     card(7, 5)
     with pytest.raises(UserError, match=r"bf16: true cannot be used on A card") as refusal:
         pick_dtype(config(bf16=True), CUDA)
     assert refusal.value.fix.startswith("Write bf16: auto")
 
 
-def test_torch_has_to_agree(
-    card: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_agrees(card: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     card(7, 5)  # as torch sees it
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(WorkError, match="does not compute in bfloat16 on A card"):
@@ -156,9 +152,7 @@ def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("attend", [by_row, whole])
-def test_repeated_heads_change_no_result(
-    attend: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repeated_heads(attend: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     heads: list[tuple[int, int]] = []
     stock = torch.nn.functional.scaled_dot_product_attention
 

@@ -1,6 +1,5 @@
 """Drift is the divergence of base from tuned model, and needs no second model to tell it."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,15 @@ from engine.train.drift import (
 from engine.train.forward import Model
 from engine.train.loop import Training
 from engine.train.model import load_base
-from tests.support.tiny import ARCHITECTURES, VOCABULARY, Begin, settings, training, wake_adapter
+from tests.support.tiny import (
+    ARCHITECTURES,
+    VOCABULARY,
+    Begin,
+    Models,
+    settings,
+    training,
+    wake_adapter,
+)
 
 CPU = torch.device("cpu")
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
@@ -62,7 +69,7 @@ def adapted(folder: Path, home: Path, rows: Rows, **keys: object) -> Training:
 class TestTheNumber:
     @pytest.mark.parametrize("name", ARCHITECTURES)
     def test_it_is_the_textbook_divergence_of_base_from_tuned(
-        self, name: str, model_folder: Callable[[str], Path], uneven: Rows, tmp_path: Path
+        self, name: str, model_folder: Models, uneven: Rows, tmp_path: Path
     ) -> None:
         folder = model_folder(name)
         run = adapted(folder, tmp_path, uneven)
@@ -75,9 +82,7 @@ class TestTheNumber:
         assert by_hand.mean() > 0.05
         assert torch.allclose(found, by_hand, atol=1e-5)
 
-    def test_what_is_not_kept_of_the_base_lowers_it_by_no_more_than_its_mass_allows(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_error_of_what_is_not_kept(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
         run = adapted(ministral, tmp_path, uneven)
         with without_adapter(run.model):
             whole = expect(run.model, CPU, TEXTS, top=VOCABULARY)
@@ -118,9 +123,7 @@ class TestTheNumber:
         assert in_chunks[0] == pytest.approx(once[0], rel=1e-5)
         assert in_chunks[1] == once[1]
 
-    def test_rounding_makes_no_negative_drift(
-        self, model_folder: Callable[[str], Path], uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_never_negative(self, model_folder: Models, uneven: Rows, tmp_path: Path) -> None:
         run = adapted(model_folder("ministral3"), tmp_path, uneven)
         with torch.no_grad():
             for name, parameter in run.model.named_parameters():
@@ -134,9 +137,7 @@ class TestTheNumber:
 
 
 class TestTheBase:
-    def test_without_its_adapter_a_model_is_its_base(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_disabled_adapter_is_base(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
         run = adapted(ministral, tmp_path, uneven)
         trained = [p.requires_grad for p in run.model.parameters()]
         with without_adapter(run.model):
@@ -146,9 +147,7 @@ class TestTheBase:
         assert not torch.allclose(textbook(run.model), stock, atol=1e-2)
         assert [p.requires_grad for p in run.model.parameters()] == trained
 
-    def test_of_a_full_fine_tune_it_is_what_was_stored_before_the_first_step(
-        self, begin: Begin, ministral: Path, tmp_path: Path
-    ) -> None:
+    def test_full_fine_tune_is_stored(self, begin: Begin, ministral: Path, tmp_path: Path) -> None:
         run = begin(max_steps=3, learning_rate=0.01)
         file = tmp_path / "drift.safetensors"
         assert BaseDrift(run.model, CPU, TEXTS, file).measure(untouched=True) == (0.0, 155)
@@ -162,7 +161,7 @@ class TestTheBase:
         assert resumed[0] > 0.01
 
     @pytest.mark.parametrize("lost", ["gone", "torn", "of other texts"])
-    def test_where_it_is_lost_a_full_fine_tune_tells_nothing_and_an_adapter_asks_it_again(
+    def test_lost_base_is_asked_again_with_an_adapter_alone(
         self, lost: str, begin: Begin, ministral: Path, uneven: Rows, tmp_path: Path
     ) -> None:
         file = tmp_path / "drift.safetensors"

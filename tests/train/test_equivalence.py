@@ -3,7 +3,6 @@
 The yardstick is transformers itself, one row at a time, weighted by hand.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,15 @@ from engine.train.model import load_base
 from engine.train.weights import save_trained
 from tests.support.run_folders import read_steps
 from tests.support.stock import norm_of, stock_model, stock_step
-from tests.support.tiny import Row, assert_same, gradients, row, settings, training, wake_adapter
+from tests.support.tiny import (
+    MakeRows,
+    assert_same,
+    gradients,
+    row,
+    settings,
+    training,
+    wake_adapter,
+)
 
 ALL_IN_ONE_STEP = {"gradient_accumulation_steps": 64}
 LAYOUTS = {
@@ -69,9 +76,7 @@ class TestAgainstTransformers:
         assert norm == pytest.approx(norm_of(expected), rel=1e-5)
         assert_same(gradients(ours.model), expected)
 
-    def test_recomputing_the_layers_changes_nothing(
-        self, any_model: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_checkpointing_is_exact(self, any_model: Path, uneven: Rows, tmp_path: Path) -> None:
         packed = LAYOUTS["packed, several at once"] | ALL_IN_ONE_STEP
         found = []
         for number, switch in enumerate((False, True)):
@@ -83,9 +88,7 @@ class TestAgainstTransformers:
 
 
 class TestEvaluation:
-    def test_packed_and_separate_rows_have_the_same_score(
-        self, any_model: Path, uneven: Rows
-    ) -> None:
+    def test_packing_does_not_change_the_score(self, any_model: Path, uneven: Rows) -> None:
         separate = settings(any_model)
         base = load_base(any_model, separate)
         packed = settings(any_model, sample_packing=True, sequence_len=64, micro_batch_size=2)
@@ -164,9 +167,7 @@ class TestAccumulation:
         for left, right in zip(few.parameters, many.parameters, strict=True):
             torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
-    def test_every_learned_token_weighs_the_same(
-        self, ministral: Path, make_rows: Callable[[list[Row]], Rows], tmp_path: Path
-    ) -> None:
+    def test_tokens_weigh_alike(self, ministral: Path, make_rows: MakeRows, tmp_path: Path) -> None:
         short, long = row(3, 1, seed=1), row(3, 40, seed=2)
         alone: list[float] = []
         for rows in ([short], [long]):
@@ -187,11 +188,7 @@ def steps_of(run: Training) -> list[Step]:
 class TestMaskedTokens:
     @pytest.mark.parametrize("packs", [False, True])
     def test_a_token_that_is_only_a_masked_label_changes_no_gradient(
-        self,
-        ministral: Path,
-        make_rows: Callable[[list[Row]], Rows],
-        tmp_path: Path,
-        packs: bool,
+        self, ministral: Path, make_rows: MakeRows, tmp_path: Path, packs: bool
     ) -> None:
         # The last token of a row is nobody's input; its only place is in the labels.
         config = settings(ministral, sample_packing=packs, micro_batch_size=2)
@@ -208,9 +205,7 @@ class TestMaskedTokens:
         assert learned[0] != masked[0]
         assert learned[0] != other_answer[0]
 
-    def test_a_row_never_learns_its_first_token_from_the_row_before(
-        self, ministral: Path, make_rows: Callable[[list[Row]], Rows], tmp_path: Path
-    ) -> None:
+    def test_rows_do_not_leak(self, ministral: Path, make_rows: MakeRows, tmp_path: Path) -> None:
         config = settings(ministral, train_on_inputs=True, sample_packing=True)
         headless = [row(4, 5, seed=n)[1:] for n in range(3)]
         rows = make_rows(headless)
@@ -224,9 +219,7 @@ class TestMaskedTokens:
         )
 
 
-def test_gradients_are_cut_to_max_grad_norm_and_told_before(
-    ministral: Path, uneven: Rows, tmp_path: Path
-) -> None:
+def test_gradients_are_clipped_to_the_norm(ministral: Path, uneven: Rows, tmp_path: Path) -> None:
     config = settings(ministral, max_grad_norm=0.01, **ALL_IN_ONE_STEP)
     run = training(tmp_path, config, uneven)
     _, norm = run.gradients(first_step(config, uneven))

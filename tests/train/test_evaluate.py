@@ -1,7 +1,6 @@
 """The held-out figures: the loss of every learned token, and answers that are exact."""
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from engine.train.evaluate import evaluating, learned_tokens, mean_loss, score, 
 from engine.train.generate import generate
 from engine.train.loop import Training
 from engine.train.model import load_base
-from tests.support.tiny import Row, row, settings, training, write_rows
+from tests.support.tiny import MakeRows, Models, Row, row, settings, training, write_rows
 
 TAUGHT, OTHERS = 5, 4
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -40,9 +39,7 @@ def with_wrong_end(given: Row) -> Row:
 
 
 @pytest.fixture(scope="module")
-def memorised(
-    model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Training:
+def memorised(model_folder: Models, tmp_path_factory: pytest.TempPathFactory) -> Training:
     """A model that knows five rows by heart."""
     home = tmp_path_factory.mktemp("memorised")
     rows = write_rows(home / "rows", [row(4, 3 + n, seed=n) for n in range(TAUGHT)])
@@ -72,20 +69,14 @@ def answers_exactly(run: Training, rows: Rows, index: int) -> bool:
     begins = int(np.flatnonzero(learned(kinds, LabelRule()))[0])
     answer = ids[begins:].tolist()
     made = generate(
-        run.model,
-        run.base.device,
-        ids[:begins].tolist(),
-        end=2,
-        max_new_tokens=len(answer),
+        run.model, run.base.device, ids[:begins].tolist(), end=2, max_new_tokens=len(answer)
     )
     return bool(made == answer)
 
 
 class TestExactAnswers:
     @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-    def test_a_row_is_exact_when_generation_gives_its_answer(
-        self, memorised: Training, mixed: Rows, layout: dict[str, Any]
-    ) -> None:
+    def test_exact_match(self, memorised: Training, mixed: Rows, layout: dict[str, Any]) -> None:
         right = [answers_exactly(memorised, mixed, index) for index in range(len(mixed))]
         assert right == [True, False] * TAUGHT + [False] * OTHERS
         config = settings(**layout)
@@ -95,9 +86,7 @@ class TestExactAnswers:
             alone = Rows(mixed.prepared, mixed.chosen[chosen], mixed.lengths[chosen])
             assert score(memorised.model, memorised.base, alone, config).exact == is_right
 
-    def test_only_learned_tokens_have_to_be_right(
-        self, memorised: Training, make_rows: Callable[[list[Row]], Rows]
-    ) -> None:
+    def test_only_learned_tokens_count(self, memorised: Training, make_rows: MakeRows) -> None:
         taught = row(4, 3, seed=0)
         asks_more = [*taught, (50, Kind.USER), (51, Kind.USER)]
         rows = make_rows([taught, asks_more])
@@ -107,9 +96,7 @@ class TestExactAnswers:
 
 class TestLoss:
     @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-    def test_it_is_the_mean_over_all_learned_tokens(
-        self, memorised: Training, mixed: Rows, layout: dict[str, Any]
-    ) -> None:
+    def test_mean_of_tokens(self, memorised: Training, mixed: Rows, layout: dict[str, Any]) -> None:
         total, count = 0.0, 0
         for index in range(len(mixed)):
             ids = torch.from_numpy(mixed.ids(index).astype(np.int64))
@@ -134,9 +121,7 @@ class TestLoss:
         assert (first.rows, first.exact) == (1, 1.0)
         assert first.loss < every.loss
 
-    def test_a_set_with_nothing_to_score_is_refused(
-        self, memorised: Training, make_rows: Callable[[list[Row]], Rows]
-    ) -> None:
+    def test_empty_set_is_refused(self, memorised: Training, make_rows: MakeRows) -> None:
         questions = make_rows([[(1, Kind.BOS), (30, Kind.USER), (31, Kind.USER)]])
         with pytest.raises(UserError, match="The evaluation set questions has no answer"):
             score_all(memorised.model, memorised.base, {"questions": questions}, settings())
@@ -160,11 +145,7 @@ class TestLossByKind:
     @pytest.mark.parametrize("thinking", [True, False])
     @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
     def test_it_is_the_mean_over_the_learned_tokens_of_each_kind(
-        self,
-        memorised: Training,
-        make_rows: Callable[[list[Row]], Rows],
-        layout: dict[str, Any],
-        thinking: bool,
+        self, memorised: Training, make_rows: MakeRows, layout: dict[str, Any], thinking: bool
     ) -> None:
         withheld = list(WITHHELD_ANSWER)
         for place in (2, 3):
@@ -191,9 +172,7 @@ class TestLossByKind:
 
 
 class TestItLeavesNoTrace:
-    def test_there_is_no_dropout_and_no_gradient_and_training_goes_on(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_no_dropout_no_gradient(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
         config = settings(ministral, adapter="lora", lora_dropout=0.5, max_steps=1)
         run = training(tmp_path, config, uneven)
         run.step(1, Order(uneven, config).step(1))

@@ -1,7 +1,6 @@
 """Adapters on experts: stock PEFT's step and stock PEFT's files, without its memory."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from engine.train.loop import Training
 from engine.train.weights import export_trained, load_trained, save_trained, trained_tensors
 from tests.support.stock import stock_model, stock_step
 from tests.support.tiny import (
+    Models,
     adapted,
     assert_resumes,
     assert_same,
@@ -56,12 +56,12 @@ NAMES = ("mistral4", "mistral3 over mistral4")
 
 
 @pytest.fixture(params=NAMES)
-def base(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) -> Path:
+def base(request: pytest.FixtureRequest, model_folder: Models) -> Path:
     return model_folder(request.param)
 
 
 @pytest.fixture
-def text_base(model_folder: Callable[[str], Path]) -> Path:
+def text_base(model_folder: Models) -> Path:
     return model_folder("mistral4")
 
 
@@ -88,9 +88,7 @@ class TestTheLayer:
     @pytest.mark.parametrize("rank", [1, 3, 4, 8, 12])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("form", [GroupedStack, GroupedNF4])
-    def test_it_is_the_merged_matrix_at_any_rank(
-        self, form: type[GroupedLinear], dtype: torch.dtype, rank: int
-    ) -> None:
+    def test_merged_matrix(self, form: type[GroupedLinear], dtype: torch.dtype, rank: int) -> None:
         torch.manual_seed(0)
         base = form(4, 64, 128, dtype)
         base.take(iter(torch.randn(4, 128, 64) * 0.1), torch.device("cpu"))
@@ -110,9 +108,7 @@ class TestTheLayer:
 
 
 class TestTheStep:
-    def test_it_is_stock_pefts_on_single_samples(
-        self, base: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_is_pefts_on_single_samples(self, base: Path, uneven: Rows, tmp_path: Path) -> None:
         run = adapted(base, tmp_path, uneven, **LORA)
         stock = stock_peft(run, base, tmp_path)
         run.model.train()
@@ -142,9 +138,7 @@ class TestTheStep:
         assert all(gradient.abs().max() > 0 for gradient in found[0][1].values())
         assert {parameter.dtype for parameter in run.parameters} == {torch.float32}
 
-    def test_an_evaluation_before_it_changes_nothing(
-        self, text_base: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_evaluation_before_it(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
         run = adapted(text_base, tmp_path, uneven, **QLORA | {"bf16": True})
         before = run.gradients(run.order.step(1)), gradients(run.model)
         run.model.zero_grad()
@@ -154,9 +148,7 @@ class TestTheStep:
         assert before[0] == after[0]
         assert_same(before[1], after[1], 0.0, 0.0)
 
-    def test_nf4_experts_are_stock_ones_with_the_dequantized_weights(
-        self, text_base: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_nf4_is_dequantized_stock(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
         keys = QLORA | {"bnb_config_kwargs": {"llm_int8_skip_modules": ["self_attn", "mlp"]}}
         run = adapted(text_base, tmp_path, uneven, **keys)
         assert len(grouped_nf4(run.model)) == 4
@@ -187,7 +179,7 @@ class TestTheFile:
         ],
         ids=str,
     )
-    def test_stock_peft_answers_the_same_with_it(
+    def test_stock_peft_answers_alike(
         self, base: Path, uneven: Rows, tmp_path: Path, keys: dict[str, Any]
     ) -> None:
         run = adapted(base, tmp_path, uneven, **LORA | keys)
@@ -198,9 +190,7 @@ class TestTheFile:
         names = {n.replace(".default", "") for n, _ in stock.named_parameters() if "lora_" in n}
         assert set(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == names
 
-    def test_a_bfloat16_base_answers_the_same_with_it(
-        self, base: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_bfloat16_base_answers_alike(self, base: Path, uneven: Rows, tmp_path: Path) -> None:
         run = adapted(base, tmp_path, uneven, **LORA | {"bf16": True})
         stock = stock_peft(run, base, tmp_path, stock_model(base, torch.bfloat16))
         ours, theirs = (m.float().log_softmax(-1) for m in (logits(run.model), logits(stock)))
@@ -228,25 +218,19 @@ class TestTheFile:
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert torch.equal(logits(first.model), logits(second.model))
 
-    def test_a_resumed_run_takes_the_same_steps(
-        self, text_base: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_resume_repeats_the_steps(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
         keys = QLORA | {"gradient_accumulation_steps": 1, "learning_rate": 0.01, "max_steps": 2}
         assert_resumes(tmp_path, settings(text_base, **keys), uneven, saved=1)
 
 
 class TestUse:
-    def test_without_it_the_base_answers(
-        self, text_base: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_without_it_is_the_base(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
         run = adapted(text_base, tmp_path, uneven, **LORA)
         with run.model.disable_adapter():
             found = logits(run.model)
         torch.testing.assert_close(found, logits(stock_model(text_base)), rtol=1e-5, atol=1e-5)
 
-    def test_a_full_fine_tune_trains_transformers_own_experts(
-        self, text_base: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_full_fine_tune_is_stock(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
         run = training(tmp_path, settings(text_base, learning_rate=0.01), uneven)
         assert any(isinstance(module, Mistral4Experts) for module in run.model.modules())
         run.step(1, run.order.step(1))
@@ -257,9 +241,7 @@ class TestUse:
 
 
 class TestBalance:
-    def test_it_is_added_to_what_is_learned_and_not_to_the_loss(
-        self, text_base: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_added_to_the_gradient(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
         asked = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
         keys = {"gradient_accumulation_steps": 1, "micro_batch_size": 8, "max_grad_norm": 1e9}
         run = training(

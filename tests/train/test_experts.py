@@ -103,9 +103,7 @@ class TestTheLayer:
         assert torch.equal(gradient, slope)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_nf4_experts_are_transformers_with_the_dequantized_weights(
-        self, dtype: torch.dtype
-    ) -> None:
+    def test_nf4_experts_are_stock_with_dequantized_weights(self, dtype: torch.dtype) -> None:
         layer = ours(stock_experts(dtype), GroupedNF4)
         output, gradient = forward_and_gradient(layer, dtype)
         expected, slope = forward_and_gradient(dequantized(stock_experts(dtype)), dtype)
@@ -176,9 +174,7 @@ class TestStorage:
 
     @pytest.mark.parametrize("form", [GroupedStack, GroupedNF4])
     @pytest.mark.parametrize("shape", [(3, 64, 128), (5, 64, 128), (4, 128, 64)])
-    def test_another_number_or_shape_of_matrices_is_an_error(
-        self, form: type[GroupedLinear], shape: tuple[int, ...]
-    ) -> None:
+    def test_wrong_shapes_refused(self, form: type[GroupedLinear], shape: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match="matri"):
             form(4, 128, 64, torch.float32).take(iter(torch.randn(shape)), CPU)
 
@@ -230,9 +226,7 @@ class TestReplacing:
         [{}, {"adapter": "lora"}, {"adapter": "qlora", "load_in_4bit": True}],
         ids=["full", "lora", "only the linears in 4 bits"],
     )
-    def test_others_stay_transformers_own(
-        self, model: Mistral4ForCausalLM, keys: dict[str, Any]
-    ) -> None:
+    def test_others_stay_stock(self, model: Mistral4ForCausalLM, keys: dict[str, Any]) -> None:
         assert replace_experts(model, settings(**keys), torch.bfloat16) == 0
         assert not expert_modules(model)
 
@@ -285,7 +279,5 @@ class TestBalance:
             ({"output_router_logits": True, "router_aux_loss_coef": 0.5}, 0.5),
         ],
     )
-    def test_it_is_off_until_it_is_asked_for(
-        self, overrides: dict[str, object] | None, weight: float
-    ) -> None:
+    def test_off_until_asked_for(self, overrides: dict[str, object] | None, weight: float) -> None:
         assert balance_weight(settings(overrides_of_model_config=overrides)) == weight

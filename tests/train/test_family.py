@@ -10,7 +10,6 @@ What is proved of each (architecture, method), and where:
 - other options of an adapter: `test_lora_options`; experts: `test_expert_adapter`
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from tests.support.methods import METHODS, Method
 from tests.support.pictured_rows import seeing
 from tests.support.tiny import (
     ARCHITECTURES,
+    Models,
     assert_same,
     gradients,
     settings,
@@ -64,9 +64,7 @@ def cases() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def base_of(
-    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]
-) -> Callable[[str], Path]:
+def base_of(tmp_path_factory: pytest.TempPathFactory, model_folder: Models) -> Models:
     """The folder of an architecture; one with a tower sees the images of `mixed`."""
     home = tmp_path_factory.mktemp("bases")
 
@@ -133,12 +131,7 @@ def answers(run: Training, model: Any, row: dict[str, Tensor]) -> tuple[list[int
 
 @pytest.mark.parametrize(("architecture", "name"), cases())
 def test_a_step_is_taken_saved_and_read_by_stock_tools(
-    base_of: Callable[[str], Path],
-    uneven: Rows,
-    mixed: Rows,
-    tmp_path: Path,
-    architecture: str,
-    name: str,
+    base_of: Models, uneven: Rows, mixed: Rows, tmp_path: Path, architecture: str, name: str
 ) -> None:
     base, method = base_of(architecture), METHODS[name]
     rows = mixed if "over" in architecture else uneven
@@ -164,7 +157,7 @@ def test_a_step_is_taken_saved_and_read_by_stock_tools(
 @pytest.mark.parametrize("name", ["LoRA", "NF4 LoRA"])
 @pytest.mark.slow
 def test_an_adapter_in_the_vision_tower_learns_from_images_and_stock_peft_sees_with_it(
-    base_of: Callable[[str], Path], mixed: Rows, tmp_path: Path, text: str, name: str
+    base_of: Models, mixed: Rows, tmp_path: Path, text: str, name: str
 ) -> None:
     base, method = base_of(f"mistral3 over {text}"), METHODS[name]
     keys = method.keys | {"lora_target_modules": IN_THE_EYES}

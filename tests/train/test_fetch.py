@@ -175,9 +175,7 @@ def test_progress_is_told_in_bytes(hub: Hub, locate: Callable[..., dict[str, Any
 
 
 @pytest.mark.slow
-def test_a_connection_that_keeps_breaking_is_explained_and_whole_files_are_kept(
-    hub: Hub, locate: Callable[..., dict[str, Any]]
-) -> None:
+def test_broken_connection_keeps_files(hub: Hub, locate: Callable[..., dict[str, Any]]) -> None:
     hub.cut_after_bytes = 300_000
     found = locate()
     assert found["kind"] == "WorkError"
@@ -225,9 +223,7 @@ class TestRoom:
     def test_nothing_to_fetch_always_fits(self, tmp_path: Path) -> None:
         refuse_full_disk("some/model", 0, tmp_path)
 
-    def test_it_is_asked_before_the_weights_are(
-        self, hub: Hub, locate: Callable[..., dict[str, Any]]
-    ) -> None:
+    def test_asked_before_weights(self, hub: Hub, locate: Callable[..., dict[str, Any]]) -> None:
         hub.said_bytes = 2**60
         assert "does not fit on the disk" in locate()["error"]
         assert hub.weights_asked() == []

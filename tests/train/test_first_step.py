@@ -20,7 +20,7 @@ from tests.support.fp8_checkpoints import write_fp8
 from tests.support.methods import METHODS, Method
 from tests.support.pictured_rows import seeing
 from tests.support.stock import norm_of
-from tests.support.tiny import ARCHITECTURES, settings, training, wake_adapter, write_model
+from tests.support.tiny import ARCHITECTURES, Models, settings, training, wake_adapter, write_model
 
 IN_ONE_STEP = {"gradient_accumulation_steps": 64, "max_grad_norm": 1e9}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -34,9 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-EYES_TOO = {
-    "full with the eyes": Method({"unfrozen_parameters": [".*"]}, 1e-5, stock.FLOAT32),
-}
+EYES_TOO = {"full with the eyes": Method({"unfrozen_parameters": [".*"]}, 1e-5, stock.FLOAT32)}
 STARTS = ("text", "images", "FP8")
 FAST = {
     ("text", "mistral3 over ministral3", "full"),
@@ -68,7 +66,7 @@ def cases() -> list[Any]:
 
 @pytest.fixture(scope="module")
 def bases(
-    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Models
 ) -> Callable[[str, str], tuple[Path, Path]]:
     """The folder that a run starts from, and the one of the same numbers for stock tools."""
     home = tmp_path_factory.mktemp("bases")

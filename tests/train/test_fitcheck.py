@@ -107,9 +107,7 @@ class TestTheFormula:
             for name, keys in METHODS.items()
         ],
     )
-    def test_the_measured_peak_is_within_a_tenth_of_the_formulas(
-        self, wide: Path, tmp_path: Path, keys: dict[str, Any]
-    ) -> None:
+    def test_measured_peak_is_near(self, wide: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
         config = settings(wide, **PACKED | {"micro_batch_size": 2} | keys)
         fitted = told(tmp_path / "run", config)[-1]["fitted"]
         formula = estimate(config, read_architecture(wide), cpu())
@@ -121,9 +119,7 @@ class TestTheFormula:
         assert fitted["whole"]
 
     @pytest.mark.parametrize("keys", [{}, CHECKPOINTED], ids=["", "checkpointed"])
-    def test_packed_rows_take_the_masks_that_the_formula_counts(
-        self, tmp_path: Path, keys: dict[str, Any]
-    ) -> None:
+    def test_packed_rows_take_the_counted_masks(self, tmp_path: Path, keys: dict[str, Any]) -> None:
         folder = describe(tmp_path / "model", MINISTRAL3)  # narrow: the masks are the most of it
         measured, planned = [], []
         for packed in (True, False):
@@ -133,9 +129,7 @@ class TestTheFormula:
             planned.append(fitted["measurement"]["formula_bytes"])
         assert measured[0] - measured[1] == pytest.approx(planned[0] - planned[1], rel=0.1)
 
-    def test_an_image_larger_than_a_towers_group_goes_under_a_mask_of_its_own(
-        self, tmp_path: Path
-    ) -> None:
+    def test_image_larger_than_a_towers_group(self, tmp_path: Path) -> None:
         sides = 80  # 6,400 patches: in float32 their mask takes 156 MiB, that of 4,096 ones 64
         content = seeing(WIDE, image_size=14 * sides)
         folder = describe(tmp_path / "eyes", content)
@@ -177,9 +171,7 @@ class TestTheFormula:
         assert 0.99 * measured <= formula.moments["optimizer step"] <= 1.08 * measured
 
     @pytest.mark.parametrize("keys", [{}, {"train_on_thinking": False}], ids=["", "answers"])
-    def test_rows_that_learn_little_take_as_few_logits(
-        self, tmp_path: Path, keys: dict[str, Any]
-    ) -> None:
+    def test_few_learned_tokens_take_few_logits(self, tmp_path: Path, keys: dict[str, Any]) -> None:
         sample = [{"path": "sample:harbour-pilot"}]
         config = settings("demo-tiny", datasets=sample, **LORA, sequence_len=256, **keys)
         fitted = told(tmp_path / "run", config, steps=1)[-1]["fitted"]["measurement"]

@@ -16,7 +16,7 @@ from engine.train import fp8
 from engine.train.fp8 import dequantize
 from engine.train.model import load_base
 from tests.support.fp8_checkpoints import quantize, write_fp8
-from tests.support.tiny import ARCHITECTURES, edit_config, edit_weights, refused, settings
+from tests.support.tiny import ARCHITECTURES, Models, edit_config, edit_weights, refused, settings
 
 UP = "model.layers.1.mlp.up_proj"
 EXPERTS = "language_model.model.layers.1.mlp.experts.gate_up_proj"
@@ -25,7 +25,7 @@ NF4_EXPERTS = NF4 | {"quantize_moe_experts": True, "lora_target_modules": ["o_pr
 
 
 @pytest.fixture
-def own(tmp_path: Path, model_folder: Callable[[str], Path]) -> Callable[..., Path]:
+def own(tmp_path: Path, model_folder: Models) -> Callable[..., Path]:
     """A copy of a tiny model in FP8 that a test may spoil."""
 
     def make(name: str = "ministral3", block: int | None = None) -> Path:
@@ -44,11 +44,7 @@ class TestConverted:
     @pytest.mark.parametrize("name", ARCHITECTURES)
     @pytest.mark.parametrize("block", [None, 32])
     def test_every_weight_is_near_the_one_that_was_rounded(
-        self,
-        name: str,
-        block: int | None,
-        own: Callable[..., Path],
-        model_folder: Callable[[str], Path],
+        self, name: str, block: int | None, own: Callable[..., Path], model_folder: Models
     ) -> None:
         folder, exact = own(name, block), model_folder(name)
         loaded = load_base(folder, settings(folder, bf16=True)).model.state_dict()
@@ -82,9 +78,7 @@ class TestConverted:
         assert torch.equal(after, before)
 
     @pytest.mark.parametrize("shape", [(1,), (1, 1)])
-    def test_a_scale_of_one_number_in_another_shape(
-        self, shape: tuple[int, ...], own: Callable[..., Path]
-    ) -> None:
+    def test_scale_in_another_shape(self, shape: tuple[int, ...], own: Callable[..., Path]) -> None:
         folder = own()
         before = load_base(folder, settings(folder)).model.get_parameter(f"{UP}.weight")
         scale = load_file(folder / "model.safetensors")[f"{UP}.weight_scale_inv"]
@@ -123,9 +117,7 @@ class TestConverted:
         assert report.from_fp8 == sum(t.numel() for t in stored if t.element_size() == 1)
         assert "of them were FP8 on the disk" in report.sentence()
 
-    def test_a_saved_model_says_nothing_of_fp8(
-        self, own: Callable[..., Path], tmp_path: Path
-    ) -> None:
+    def test_saved_model_has_no_fp8(self, own: Callable[..., Path], tmp_path: Path) -> None:
         folder = own()
         load_base(folder, settings(folder)).model.save_pretrained(tmp_path / "saved")
         assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
@@ -161,9 +153,7 @@ class TestRefused:
         assert f"scales that belong to no 8-bit weight: {name}" in refused(folder).what
 
     @pytest.mark.parametrize("shape", [(2,), (3, 1), (5, 5), (128, 64, 1)])
-    def test_a_scale_of_a_shape_that_fits_no_layout(
-        self, shape: tuple[int, ...], own: Callable[..., Path]
-    ) -> None:
+    def test_scale_of_no_layout(self, shape: tuple[int, ...], own: Callable[..., Path]) -> None:
         folder = own()
         edit_weights(folder, {f"{UP}.weight_scale_inv": torch.ones(shape)})
         assert f"The scale of {UP}.weight" in refused(folder).what

@@ -87,9 +87,7 @@ def test_the_answer_is_that_of_the_trained_model_and_base_is_the_one_before(
     assert before == readable(plain, tokenizer)
 
 
-def test_pieces_add_up_to_the_answer_and_a_letter_is_never_cut(
-    trained: Callable[..., RunFolder],
-) -> None:
+def test_pieces_add_up_and_a_letter_is_never_cut(trained: Callable[..., RunFolder]) -> None:
     told = answers(trained(), asked(max_tokens=40, temperature=1.0, seed=4))
     pieces = [each["text"] for each in told if "text" in each]
     answer = next(each["answer"] for each in told if "answer" in each)
@@ -99,9 +97,7 @@ def test_pieces_add_up_to_the_answer_and_a_letter_is_never_cut(
     assert answer["stopped"] is False
 
 
-def test_a_seed_repeats_an_answer_and_another_gives_another(
-    trained: Callable[..., RunFolder],
-) -> None:
+def test_seed_decides_the_answer(trained: Callable[..., RunFolder]) -> None:
     hot = {"temperature": 2.0, "top_p": 1.0}
     run = trained()
     told = answers(run, *(asked(**hot, seed=seed) for seed in (1, 1, 2)))
@@ -115,9 +111,7 @@ def test_a_model_without_a_card_is_asked_greedily(trained: Callable[..., RunFold
     assert (answer["temperature"], answer["top_p"], answer["max_tokens"]) == (0.0, 1.0, 12)
 
 
-def test_a_prompt_is_rendered_as_training_renders_it(
-    trained: Callable[..., RunFolder], base: Path
-) -> None:
+def test_prompt_is_rendered_as_in_training(trained: Callable[..., RunFolder], base: Path) -> None:
     answering = Answering(trained())
     wanted = ask("Hello there", answering.tokenizer, settings(base)).tokens
     assert answering.prompt(Request([QUESTION])).tokens == wanted
@@ -129,9 +123,7 @@ def test_a_prompt_is_rendered_as_training_renders_it(
     assert text.endswith("[/INST]")
 
 
-def test_a_conversation_that_cannot_be_rendered_is_refused_and_the_next_is_answered(
-    trained: Callable[..., RunFolder],
-) -> None:
+def test_bad_conversation_is_refused_next_answered(trained: Callable[..., RunFolder]) -> None:
     told = answers(trained(), asked(messages=[{"role": "robot", "content": "x"}]), asked())
     assert "refused" in told[1]
     assert told[1]["refused"]["fix"]

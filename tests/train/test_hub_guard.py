@@ -90,9 +90,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
     server.server_close()
 
 
-def test_no_kernel_is_imported_and_nothing_is_asked_of_the_hub(
-    tmp_path: Path, hub: tuple[str, list[str]]
-) -> None:
+def test_no_kernel_import_and_no_hub_request(tmp_path: Path, hub: tuple[str, list[str]]) -> None:
     address, asked = hub
     site = tmp_path / "site"
     (site / "kernels").mkdir(parents=True)
@@ -136,9 +134,7 @@ class Reached(Exception):
     """As far as the test goes."""
 
 
-def test_the_hub_is_left_when_model_and_rows_are_there_and_not_before(
-    tmp_path: Path, ministral: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_when_hub_is_left(tmp_path: Path, ministral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Rows on the hub are read by a child, which inherits the environment.
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -99,9 +99,7 @@ class TestRefusal:
             self.refuse(tmp_path, MINISTRAL3)
 
     @pytest.mark.parametrize("keys", [{"spatial_merge_size": 1}, {"image_token_index": 14}])
-    def test_a_model_that_cuts_images_otherwise_is_refused(
-        self, tmp_path: Path, keys: dict[str, object]
-    ) -> None:
+    def test_other_patch_sizes_are_refused(self, tmp_path: Path, keys: dict[str, object]) -> None:
         with pytest.raises(UserError, match="do not cut images alike"):
             self.refuse(tmp_path, seeing(MINISTRAL3), **keys)
 

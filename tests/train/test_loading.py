@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tests.support.fp8_checkpoints import write_fp8
 from tests.support.tiny import (
     ARCHITECTURES,
     MINISTRAL3,
+    Models,
     edit_config,
     edit_weights,
     refused,
@@ -75,9 +75,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 @pytest.fixture(scope="module", params=[(n, f) for n in ARCHITECTURES for f in FORMATS], ids=str)
-def pair(
-    request: pytest.FixtureRequest, model_folder: Callable[[str], Path]
-) -> tuple[Base, PreTrainedModel]:
+def pair(request: pytest.FixtureRequest, model_folder: Models) -> tuple[Base, PreTrainedModel]:
     """A model as we load it and as transformers does, each architecture in each format."""
     name, form = request.param
     folder, (keys, quantized) = model_folder(name), FORMATS[form]
@@ -86,9 +84,7 @@ def pair(
 
 
 class TestAgainstTransformers:
-    def test_everything_that_is_held_is_equal_bit_for_bit(
-        self, pair: tuple[Base, PreTrainedModel]
-    ) -> None:
+    def test_all_tensors_are_equal_bit_for_bit(self, pair: tuple[Base, PreTrainedModel]) -> None:
         ours, theirs = (stored(model) for model in (pair[0].model, pair[1]))
         assert ours.keys() == theirs.keys()
         assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in theirs.items()}
@@ -117,9 +113,7 @@ class TestAgainstTransformers:
 
 class TestSavedAgain:
     @pytest.mark.parametrize("bf16", [False, True])
-    def test_transformers_reads_back_what_was_loaded(
-        self, any_model: Path, tmp_path: Path, bf16: bool
-    ) -> None:
+    def test_transformers_reads_it_back(self, any_model: Path, tmp_path: Path, bf16: bool) -> None:
         base = load_base(any_model, settings(any_model, bf16=bf16))
         base.model.save_pretrained(tmp_path)
         model_class: Any = type(base.model)
@@ -133,9 +127,7 @@ class TestSavedAgain:
         written = load_file(tmp_path / "model.safetensors").keys()
         assert written == load_file(any_model / "model.safetensors").keys()
 
-    def test_with_the_folders_own_generation_settings(
-        self, ministral: Path, tmp_path: Path
-    ) -> None:
+    def test_with_its_own_generation_settings(self, ministral: Path, tmp_path: Path) -> None:
         own = Path(shutil.copytree(ministral, tmp_path / "own"))
         content = {"do_sample": True, "temperature": 0.15, "eos_token_id": 2}
         (own / "generation_config.json").write_text(json.dumps(content))
@@ -143,9 +135,7 @@ class TestSavedAgain:
         saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
         assert content.items() <= saved.items()
 
-    def test_damaged_generation_settings_are_not_needed(
-        self, ministral: Path, tmp_path: Path
-    ) -> None:
+    def test_damaged_generation_settings_are_left(self, ministral: Path, tmp_path: Path) -> None:
         own = Path(shutil.copytree(ministral, tmp_path / "own"))
         (own / "generation_config.json").write_text("{")
         assert load_base(own, settings(own)).model.generation_config is not None
@@ -153,7 +143,7 @@ class TestSavedAgain:
 
 class TestFiles:
     @pytest.fixture
-    def own(self, tmp_path: Path, model_folder: Callable[[str], Path]) -> Path:
+    def own(self, tmp_path: Path, model_folder: Models) -> Path:
         """A copy of a vision model that a test may change."""
         return Path(shutil.copytree(model_folder("mistral3 over ministral3"), tmp_path / "own"))
 
@@ -252,8 +242,8 @@ class TestWhatIsQuantized:
         return {n: type(m).__name__ for n, m in model.named_modules() if isinstance(m, nn.Linear)}
 
     @pytest.mark.parametrize(("form", "kind"), [("nf4", "Linear4bit"), ("int8", "FlatLinear8bit")])
-    def test_the_skip_list_replaces_the_usual_one(
-        self, model_folder: Callable[[str], Path], form: str, kind: str
+    def test_skip_list_replaces_the_default(
+        self, model_folder: Models, form: str, kind: str
     ) -> None:
         folder = model_folder("mistral3 over ministral3")
         skip = {"llm_int8_skip_modules": ["multi_modal_projector", "layers.0.mlp"]}
@@ -267,17 +257,13 @@ class TestWhatIsQuantized:
         assert {kinds[name] for name in kinds.keys() - plain} == {kind}
         assert any("vision_tower" in name for name in kinds.keys() - plain)
 
-    def test_an_empty_skip_list_keeps_the_head_alone(
-        self, model_folder: Callable[[str], Path]
-    ) -> None:
+    def test_an_empty_skip_list_keeps_the_head_alone(self, model_folder: Models) -> None:
         folder = model_folder("mistral3 over mistral")
         keys = FORMATS["nf4"][0] | {"bnb_config_kwargs": {"llm_int8_skip_modules": []}}
         kinds = self.kinds(folder, **keys)
         assert [name for name, kind in kinds.items() if kind == "Linear"] == ["lm_head"]
 
-    def test_int8_computes_mistral_4s_keys_and_values(
-        self, model_folder: Callable[[str], Path]
-    ) -> None:
+    def test_int8_computes_mistral_4s_keys_and_values(self, model_folder: Models) -> None:
         folder = model_folder("mistral4")
         exact = logits(load_base(folder, settings(folder)).model)
         for training in (False, True):  # two kernels on a CPU
@@ -296,7 +282,7 @@ class TestReport:
             == "98.6K weights: 73.7K in NF4, 24.9K in float32; 0.1 MiB in memory."
         )
 
-    def test_its_groups_are_the_module_tables(self, model_folder: Callable[[str], Path]) -> None:
+    def test_its_groups_are_the_module_tables(self, model_folder: Models) -> None:
         folder = model_folder("mistral3 over mistral4")
         report = load_base(folder, settings(folder, **FORMATS["nf4"][0])).report
         assert {group for group, held in report.weights if held == "NF4"} == {"attention", "mlp"}
@@ -342,9 +328,7 @@ print(status("VmHWM") - before, base.report.held_bytes)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fp8", [False, True])
-def test_loading_takes_little_more_room_than_the_loaded_model(
-    tmp_path: Path, ministral: Path, fp8: bool
-) -> None:
+def test_loading_needs_little_extra_memory(tmp_path: Path, ministral: Path, fp8: bool) -> None:
     wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}
     folder = write_model(tmp_path, MINISTRAL3 | wide | {"num_hidden_layers": 1})
     edit_config(folder, **wide)

@@ -1,7 +1,6 @@
 """Where the adapter lands and what may move: never nothing, never the vision tower."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from engine.train.model import Base, load_base
 from tests.support.tiny import (
     ARCHITECTURES,
     MINISTRAL3,
+    Models,
     settings,
     training,
     with_vision,
@@ -106,9 +106,7 @@ class TestWhatMoves:
         assert all("lora_" in name for name in moving)
         assert {p.dtype for p in moving.values()} == {torch.float32}
 
-    def test_a_step_moves_the_adapter_and_no_weight_of_the_base(
-        self, any_model: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_step_moves_adapter_alone(self, any_model: Path, uneven: Rows, tmp_path: Path) -> None:
         config = settings(any_model, adapter="lora", learning_rate=0.01, max_steps=2)
         run = training(tmp_path, config, uneven)
         before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
@@ -117,8 +115,8 @@ class TestWhatMoves:
         moved = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
         assert moved == {n for n in before if "lora_" in n}
 
-    def test_a_full_fine_tune_leaves_the_vision_tower_alone(
-        self, model_folder: Callable[[str], Path], uneven: Rows, tmp_path: Path
+    def test_vision_tower_is_frozen(
+        self, model_folder: Models, uneven: Rows, tmp_path: Path
     ) -> None:
         folder = model_folder("mistral3 over ministral3")
         config = settings(folder, learning_rate=0.01, weight_decay=0.5, max_steps=1)

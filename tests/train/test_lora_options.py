@@ -75,9 +75,7 @@ class TestStockPeft:
         torch.testing.assert_close(logits(stock), logits(run.model), rtol=0, atol=0)
         assert (logits(stock) - logits(stock_model(ministral))).abs().max() > 0.1
 
-    def test_rslora_divides_by_the_root_of_the_rank(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_rslora_scaling(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
         run = steps(tmp_path, ministral, uneven, 0, lora_r=16, lora_alpha=8, peft_use_rslora=True)
         layer: Any = run.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
         assert layer.scaling["default"] == 8 / 16**0.5
@@ -93,9 +91,7 @@ class TestStockPeft:
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in lengths)
         assert {p.dtype for p in lengths} == {torch.float32}
 
-    def test_an_adapter_starts_from_the_untouched_model(
-        self, begin: Begin, ministral: Path
-    ) -> None:
+    def test_adapter_starts_from_the_untouched_model(self, begin: Begin, ministral: Path) -> None:
         ways: list[dict[str, Any]] = [
             {"peft_init_lora_weights": "gaussian"},
             {"peft_use_dora": True},
@@ -108,9 +104,7 @@ class TestStockPeft:
 
 
 class TestTheEyes:
-    def test_a_regular_expression_may_name_the_vision_tower(
-        self, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_pattern_may_name_the_vision_tower(self, uneven: Rows, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", with_vision(MINISTRAL3))
         wish = r"model\.(language_model|vision_tower)\..*\.(q_proj|up_proj)"
         run = steps(tmp_path / "run", base, uneven, lora_target_modules=wish)
@@ -178,9 +172,7 @@ class TestGoingOn:
     def first(self, ministral: Path, uneven: Rows, tmp_path: Path) -> Path:
         return exported(steps(tmp_path / "first", ministral, uneven), tmp_path, ministral)
 
-    def test_the_adapter_starts_with_the_weights_there(
-        self, begin: Begin, ministral: Path, first: Path
-    ) -> None:
+    def test_starts_with_its_weights(self, begin: Begin, ministral: Path, first: Path) -> None:
         run = begin("second", adapter="lora", lora_model_dir=str(first))
         stock: Any = peft.PeftModel.from_pretrained(stock_model(ministral), str(first))
         assert torch.equal(logits(run.model), logits(stock))
@@ -208,9 +200,7 @@ class TestGoingOn:
         ("key", "value"),
         [("alpha_pattern", {"q_proj": 4}), ("init_lora_weights", "pissa"), ("lora_bias", True)],
     )
-    def test_settings_that_would_change_what_it_means_are_refused(
-        self, begin: Begin, first: Path, key: str, value: Any
-    ) -> None:
+    def test_other_settings_refused(self, begin: Begin, first: Path, key: str, value: Any) -> None:
         path = first / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
         with pytest.raises(UserError, match=f"its {key} is"):
@@ -226,9 +216,7 @@ class TestGoingOn:
             lambda folder: (folder / "adapter_config.json").write_text("{"),
         ],
     )
-    def test_a_folder_without_an_adapter_is_refused(
-        self, begin: Begin, first: Path, damage: Callable[[Path], object]
-    ) -> None:
+    def test_no_adapter(self, begin: Begin, first: Path, damage: Callable[[Path], object]) -> None:
         damage(first)
         with pytest.raises(UserError, match="There is no adapter to go on from"):
             begin("second", adapter="lora", lora_model_dir=str(first))
@@ -277,18 +265,14 @@ class TestFreezing:
     ],
     ids=str,
 )
-def test_the_plan_counts_what_moves(
-    uneven: Rows, tmp_path: Path, keys: dict[str, Any], tied: bool
-) -> None:
+def test_planned_parameters(uneven: Rows, tmp_path: Path, keys: dict[str, Any], tied: bool) -> None:
     base = write_model(tmp_path / "base", MINISTRAL3 | {"tie_word_embeddings": tied})
     run = training(tmp_path / "run", settings(base, adapter="lora", **keys), uneven)
     planned = planned_parameters(read_architecture(base).table, run.config)
     assert sum(p.numel() for p in run.parameters) == planned
 
 
-def test_vocabulary_rows_of_a_saved_head_are_all_there(
-    ministral: Path, uneven: Rows, tmp_path: Path
-) -> None:
+def test_saved_head_has_every_row(ministral: Path, uneven: Rows, tmp_path: Path) -> None:
     run = steps(tmp_path, ministral, uneven, lora_modules_to_save=["lm_head"])
     saved = {n: t.shape for n, t in trained_tensors(run.model).items() if "lora_" not in n}
     assert saved == {"base_model.model.lm_head.weight": (VOCABULARY, 64)}

@@ -25,6 +25,7 @@ from engine.train.weight_files import Entry, write_shards
 from tests.support.stock import stock_model
 from tests.support.tiny import (
     MINISTRAL3,
+    Models,
     edit_config,
     files_at_most,
     logits,
@@ -34,9 +35,11 @@ from tests.support.tiny import (
     write_model,
 )
 
+Finished = Callable[..., RunFolder]
+
 
 @pytest.fixture
-def finished(uneven: Rows, tmp_path: Path) -> Callable[..., RunFolder]:
+def finished(uneven: Rows, tmp_path: Path) -> Finished:
     """A finished adapter run on a base folder."""
 
     def make(base: Path, **keys: Any) -> RunFolder:
@@ -67,9 +70,7 @@ def loaded(folder: Path) -> Any:
 
 
 class TestMerged:
-    def test_every_architecture_answers_as_stock_peft_merges_it(
-        self, any_model: Path, finished: Callable[..., RunFolder], tmp_path: Path
-    ) -> None:
+    def test_every_architecture(self, any_model: Path, finished: Finished, tmp_path: Path) -> None:
         run = finished(any_model)
         folder = merge(run, tmp_path / "merged")
         wanted = merged_by_peft(any_model, run.adapter)
@@ -86,11 +87,7 @@ class TestMerged:
         ids=["rslora", "dora", "modules to save"],
     )
     def test_every_variant_of_lora_is_merged(
-        self,
-        keys: dict[str, Any],
-        ministral: Path,
-        finished: Callable[..., RunFolder],
-        tmp_path: Path,
+        self, keys: dict[str, Any], ministral: Path, finished: Finished, tmp_path: Path
     ) -> None:
         run = finished(ministral, **keys)
         _change_saved(run.adapter)
@@ -98,11 +95,8 @@ class TestMerged:
         wanted = merged_by_peft(ministral, run.adapter)
         torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
 
-    def test_adapted_experts_are_merged_expert_by_expert(
-        self,
-        model_folder: Callable[[str], Path],
-        finished: Callable[..., RunFolder],
-        tmp_path: Path,
+    def test_adapted_experts(
+        self, model_folder: Models, finished: Finished, tmp_path: Path
     ) -> None:
         base = model_folder("mistral4")
         targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -116,9 +110,7 @@ class TestMerged:
         before, after = (load_file(f / "model.safetensors")[stacks[0]] for f in (base, folder))
         assert all((before[e] - after[e]).abs().max() > 1e-3 for e in range(len(before)))
 
-    def test_alpha_patterns_are_followed(
-        self, ministral: Path, finished: Callable[..., RunFolder], tmp_path: Path
-    ) -> None:
+    def test_alpha_patterns(self, ministral: Path, finished: Finished, tmp_path: Path) -> None:
         run = finished(ministral)
         config = json.loads((run.adapter / CONFIG).read_text())
         config["alpha_pattern"] = {"q_proj": 7, r"layers\.1\.mlp\.up_proj": 3}
@@ -127,9 +119,7 @@ class TestMerged:
         wanted = merged_by_peft(ministral, run.adapter)
         torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
 
-    def test_an_override_of_the_bases_rotation_is_written(
-        self, ministral: Path, finished: Callable[..., RunFolder], tmp_path: Path
-    ) -> None:
+    def test_rope_override(self, ministral: Path, finished: Finished, tmp_path: Path) -> None:
         rope = json.loads((ministral / "config.json").read_text())["rope_parameters"]
         other = rope | {"rope_theta": 5e5}
         run = finished(ministral, overrides_of_model_config={"rope_parameters": other})
@@ -137,9 +127,7 @@ class TestMerged:
         assert json.loads((folder / "config.json").read_text())["rope_parameters"] == other
 
     @pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
-    def test_a_tied_pair_that_was_trained_as_one_stays_one(
-        self, saved: str, finished: Callable[..., RunFolder], tmp_path: Path
-    ) -> None:
+    def test_tied_pair_stays_tied(self, saved: str, finished: Finished, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", MINISTRAL3 | {"tie_word_embeddings": True})
         run = finished(base, lora_modules_to_save=[saved])
         tensors = load_file(run.adapter / WEIGHTS)
@@ -155,9 +143,7 @@ class TestMerged:
         wanted = merged_by_peft(base, run.adapter)
         torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
 
-    def test_a_tied_head_that_was_trained_alone_is_written_and_no_longer_tied(
-        self, uneven: Rows, finished: Callable[..., RunFolder], tmp_path: Path
-    ) -> None:
+    def test_head_trained_alone(self, uneven: Rows, finished: Finished, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", MINISTRAL3 | {"tie_word_embeddings": True})
         run = finished(base)
         tensors = load_file(run.adapter / WEIGHTS)
@@ -171,17 +157,13 @@ class TestMerged:
         torch.testing.assert_close(written["model.embed_tokens.weight"], embedding)
         loaded(folder)
 
-    def test_a_run_on_4_bit_weights_is_merged_into_the_original_ones(
-        self, ministral: Path, finished: Callable[..., RunFolder], tmp_path: Path
-    ) -> None:
+    def test_qlora(self, ministral: Path, finished: Finished, tmp_path: Path) -> None:
         run = finished(ministral, adapter="qlora", load_in_4bit=True)
         folder = merge(run, tmp_path / "merged")
         wanted = merged_by_peft(ministral, run.adapter)
         torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
 
-    def test_fp8_weights_become_the_bfloat16_that_they_mean(
-        self, finished: Callable[..., RunFolder], tmp_path: Path
-    ) -> None:
+    def test_fp8_weights_become_bfloat16(self, finished: Finished, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", MINISTRAL3)
         plain = load_file(base / "model.safetensors")
         fp8, wanted = {}, {}
@@ -207,9 +189,7 @@ class TestMerged:
         exact = wanted[f"{name}.weight"] + 2.0 * b @ a  # alpha 32 over rank 16
         torch.testing.assert_close(written[f"{name}.weight"], exact.bfloat16(), rtol=0, atol=0)
 
-    def test_the_folder_holds_what_a_model_needs_and_nothing_of_the_base_s_own_format(
-        self, finished: Callable[..., RunFolder], tmp_path: Path
-    ) -> None:
+    def test_folder_holds_what_a_model_needs(self, finished: Finished, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", MINISTRAL3)
         for name in ("tekken.json", "LICENSE", "params.json", "consolidated.safetensors"):
             (base / name).write_text(name)
@@ -219,9 +199,7 @@ class TestMerged:
             *("tekken.json", "LICENSE", "README.md"),
         }
 
-    def test_no_file_is_larger_than_asked_for_and_the_index_names_them_all(
-        self, ministral: Path, finished: Callable[..., RunFolder], tmp_path: Path
-    ) -> None:
+    def test_shards_and_index(self, ministral: Path, finished: Finished, tmp_path: Path) -> None:
         run = finished(ministral)
         folder = merge(run, tmp_path / "merged", shard_bytes=60_000)
         files = sorted(folder.glob("*.safetensors"))
@@ -254,18 +232,14 @@ class TestRefused:
             merge(run, tmp_path / "out")
         assert str(run.model) in refused.value.why
 
-    def test_a_folder_in_use_is_left_alone(
-        self, ministral: Path, finished: Callable[..., RunFolder], tmp_path: Path
-    ) -> None:
+    def test_folder_in_use(self, ministral: Path, finished: Finished, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.txt").write_text("mine")
         with pytest.raises(UserError, match="already holds"):
             merge(finished(ministral), tmp_path / "out")
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
-    def test_an_adapter_of_another_base_is_refused_before_anything_is_written(
-        self, ministral: Path, finished: Callable[..., RunFolder], tmp_path: Path
-    ) -> None:
+    def test_other_base(self, ministral: Path, finished: Finished, tmp_path: Path) -> None:
         run = finished(ministral)
         other = write_model(tmp_path / "other", MINISTRAL3 | {"intermediate_size": 192})
         run.config.write_text(run.config.read_text().replace(str(ministral), str(other)))
@@ -279,11 +253,7 @@ class TestRefused:
         ids=["loha", "bias", "pissa"],
     )
     def test_an_adapter_that_would_be_merged_wrongly_is_refused(
-        self,
-        said: dict[str, Any],
-        ministral: Path,
-        finished: Callable[..., RunFolder],
-        tmp_path: Path,
+        self, said: dict[str, Any], ministral: Path, finished: Finished, tmp_path: Path
     ) -> None:
         run = finished(ministral)
         config = json.loads((run.adapter / CONFIG).read_text()) | said
@@ -291,9 +261,7 @@ class TestRefused:
         with pytest.raises(UserError, match="cannot be merged"):
             merge(run, tmp_path / "out")
 
-    def test_a_full_disk_leaves_nothing_behind(
-        self, ministral: Path, finished: Callable[..., RunFolder], tmp_path: Path
-    ) -> None:
+    def test_full_disk(self, ministral: Path, finished: Finished, tmp_path: Path) -> None:
         run = finished(ministral)
         with files_at_most(50_000), pytest.raises(WorkError, match="could not be written"):
             merge(run, tmp_path / "out")

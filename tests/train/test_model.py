@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tests.support.tiny import (
     ARCHITECTURES,
     MINISTRAL3,
     YARN,
+    Models,
     edit_config,
     edit_weights,
     refused,
@@ -36,9 +36,7 @@ def own(tmp_path: Path, ministral: Path) -> Path:
 
 class TestWhatIsLoaded:
     @pytest.mark.parametrize("name", ARCHITECTURES)
-    def test_the_class_comes_from_the_configs_architectures(
-        self, name: str, model_folder: Callable[[str], Path]
-    ) -> None:
+    def test_class_comes_from_the_config(self, name: str, model_folder: Models) -> None:
         folder = model_folder(name)
         base = load_base(folder, settings(folder))
         assert [type(base.model).__name__] == ARCHITECTURES[name]["architectures"]
@@ -64,9 +62,7 @@ class TestWhatIsLoaded:
         assert all(torch.equal(loaded[name], written[name]) for name in written)
 
     @pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-    def test_the_weights_have_the_configs_precision(
-        self, ministral: Path, bf16: bool, dtype: torch.dtype
-    ) -> None:
+    def test_weights_have_the_dtype(self, ministral: Path, bf16: bool, dtype: torch.dtype) -> None:
         base = load_base(ministral, settings(ministral, bf16=bf16))
         assert base.dtype == dtype
         assert {p.dtype for p in base.model.parameters()} == {dtype}
@@ -162,9 +158,7 @@ class TestWhoChoosesTheKernels:
             assert chosen != "batched_mm"
             assert getattr(model.config, name, None) == chosen
 
-    def test_nor_does_a_part_of_it(
-        self, tmp_path: Path, model_folder: Callable[[str], Path]
-    ) -> None:
+    def test_nor_does_a_part_of_it(self, tmp_path: Path, model_folder: Models) -> None:
         source = model_folder("mistral3 over ministral3")
         folder = Path(shutil.copytree(source, tmp_path / "own"))
         config = json.loads((folder / "config.json").read_text())
@@ -194,9 +188,7 @@ class TestHalfPrecision:
         ],
         ids=str,
     )
-    def test_products_are_as_wide_as_the_base(
-        self, any_model: Path, keys: dict[str, Any], dtype: torch.dtype
-    ) -> None:
+    def test_compute_dtype(self, any_model: Path, keys: dict[str, Any], dtype: torch.dtype) -> None:
         model = load_base(any_model, settings(any_model, **keys)).model
         wide = torch.ones(2, 2)
         with half_precision(model):

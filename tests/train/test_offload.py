@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from tests.support.offloading import (
     keys_of,
     weights_of_layers,
 )
-from tests.support.tiny import everything, gradients, settings, steps
+from tests.support.tiny import Models, everything, gradients, settings, steps
 
 COMBINATIONS = [
     *(("ministral3", "NF4", name) for name in OFFLOADS),
@@ -52,9 +52,9 @@ COMBINATIONS = [
 
 @pytest.mark.parametrize(("architecture", "base", "name"), COMBINATIONS)
 class TestSameNumbers:
-    def test_of_a_loss_and_of_every_gradient_and_of_every_step(
+    def test_loss_gradients_and_steps(
         self,
-        deep_model: Callable[[str], Path],
+        deep_model: Models,
         uneven: Rows,
         tmp_path: Path,
         architecture: str,
@@ -87,12 +87,7 @@ class TestLayers:
         [("ministral3", "NF4"), ("ministral3", "int8"), ("mistral4", "NF4 experts")],
     )
     def test_no_more_than_two_are_ever_there(
-        self,
-        deep_model: Callable[[str], Path],
-        uneven: Rows,
-        tmp_path: Path,
-        architecture: str,
-        base: str,
+        self, deep_model: Models, uneven: Rows, tmp_path: Path, architecture: str, base: str
     ) -> None:
         keys = BASES[base] | OFFLOADS["layers"]
         run = begun(tmp_path, deep_model(architecture), uneven, **keys)
@@ -111,7 +106,7 @@ class TestLayers:
     @pytest.mark.parametrize("name", ["layers", "layers, all values kept"])
     def test_each_is_copied_once_a_pass(
         self,
-        deep_model: Callable[[str], Path],
+        deep_model: Models,
         uneven: Rows,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
@@ -138,16 +133,12 @@ class TestLayers:
             *[forward_and_backward] * 2 * matrices,
         ]
 
-    def test_those_behind_the_first_n_stay(
-        self, deep_model: Callable[[str], Path], uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_later_layers_stay(self, deep_model: Models, uneven: Rows, tmp_path: Path) -> None:
         run = begun(tmp_path, deep_model("ministral3"), uneven, **NF4, **OFFLOADS["two layers"])
         layers = weights_of_layers(run.model)
         assert [size > 0 for size in Residents(layers).now()] == [False, False, True, True]
 
-    def test_a_layers_matrices_are_all_moved(
-        self, deep_model: Callable[[str], Path], uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_all_matrices_are_moved(self, deep_model: Models, uneven: Rows, tmp_path: Path) -> None:
         run = begun(tmp_path, deep_model("mistral4"), uneven, **NF4_EXPERTS, **OFFLOADS["layers"])
         frozen: list[Tensor] = [t for t in run.model.parameters() if not t.requires_grad]
         frozen += [b for b in run.model.buffers() if b.dtype == torch.uint8]
@@ -155,9 +146,7 @@ class TestLayers:
         tables = sum(2 * t.nbytes for t in (head_of(run.model),))
         assert stayed == tables
 
-    def test_loading_never_holds_more_than_one_layers_matrix(
-        self, deep_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_held_while_loading(self, deep_model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
         moved: list[int] = []
         original = HostMemory.copy
 
@@ -174,7 +163,7 @@ class TestLayers:
         assert len(seen) == 4 * 7 * 2
         assert max(moved) < 2 * largest + 4096
 
-    def test_the_report_says_what_waits(self, deep_model: Callable[[str], Path]) -> None:
+    def test_the_report_says_what_waits(self, deep_model: Models) -> None:
         folder = deep_model("ministral3")
         plain, ours = (
             load_base(folder, settings(folder, **PLAIN, **NF4, **keys)).report
@@ -189,14 +178,10 @@ class TestLayers:
 class TestCheckpoints:
     @pytest.mark.parametrize("offloads", [True, "legacy", "hidden_states", None])
     def test_a_layers_input_leaves_the_device_after_its_forward_pass(
-        self, deep_model: Callable[[str], Path], uneven: Rows, tmp_path: Path, offloads: Any
+        self, deep_model: Models, uneven: Rows, tmp_path: Path, offloads: Any
     ) -> None:
         run = begun(
-            tmp_path,
-            deep_model("ministral3"),
-            uneven,
-            **NF4,
-            activation_offloading=offloads,
+            tmp_path, deep_model("ministral3"), uneven, **NF4, activation_offloading=offloads
         )
         with input_storages(run.model) as found:
             states = hidden_states(run.model, run.order.step(1).micros[0].to(run.base.device))
@@ -204,9 +189,7 @@ class TestCheckpoints:
             assert alive == [not offloads] * 4
         states.sum().backward()
 
-    def test_what_waits_is_freed_with_the_step(
-        self, deep_model: Callable[[str], Path], uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_freed_with_the_step(self, deep_model: Models, uneven: Rows, tmp_path: Path) -> None:
         run = begun(tmp_path, deep_model("ministral3"), uneven, **NF4, **OFFLOADS["checkpoints"])
         made: list[Any] = []
         original = activations._Input.__init__
@@ -242,9 +225,9 @@ class TestResult:
     @pytest.mark.parametrize(
         ("architecture", "keys"), [("ministral3", NF4), ("mistral4", NF4_EXPERTS)]
     )
-    def test_a_run_goes_on_with_everything_in_ram_where_it_stopped_without(
+    def test_resume_with_everything_offloaded(
         self,
-        deep_model: Callable[[str], Path],
+        deep_model: Models,
         uneven: Rows,
         tmp_path: Path,
         architecture: str,
@@ -260,9 +243,7 @@ class TestResult:
         assert steps(second, 2) == expected
         assert everything(second) == everything(first)
 
-    def test_an_adapter_made_with_everything_in_ram_loads_in_stock_peft(
-        self, deep_model: Callable[[str], Path], uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_loads_in_stock_peft(self, deep_model: Models, uneven: Rows, tmp_path: Path) -> None:
         folder = deep_model("ministral3")
         keys = EVERYTHING | {"peft_autocast_adapter_dtype": False}
         run = begun(tmp_path / "run", folder, uneven, adapter="lora", **keys)

@@ -29,9 +29,7 @@ TOWER = {
 
 @pytest.mark.parametrize("keys", [{}, {"gradient_checkpointing": True}], ids=["", "checkpointed"])
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_a_tower_takes_what_the_plan_counts(
-    tmp_path: Path, keys: dict[str, Any], trained: bool
-) -> None:
+def test_tower_takes_what_is_planned(tmp_path: Path, keys: dict[str, Any], trained: bool) -> None:
     base = write_model(tmp_path / "model", seeing(MINISTRAL3, **TOWER))
     rows = write_pictured(tmp_path / "rows", [Pictured((picture(112, 112),) * 2)] * 2)
     free = [r"model\."] if trained else None

@@ -67,9 +67,7 @@ def out_of_memory(run: RunFolder) -> list[Shortage]:
 
 
 class TestWithoutAutoFit:
-    def test_it_ends_with_what_was_held_and_the_next_rung_as_a_command(
-        self, workshop: Workshop
-    ) -> None:
+    def test_ends_with_what_was_held_and_the_next_rung(self, workshop: Workshop) -> None:
         run = workshop.new()
         planned = {"peak_allocated_bytes": 10**6, "parts": {"linear": 900_000, "layer": 100_000}}
         run.plan.write_text(json.dumps({"estimate": planned}), "utf-8")
@@ -93,9 +91,7 @@ class TestWithoutAutoFit:
         assert facts.longest in end.why
         assert f"`windtunnel resume {run.path} micro_batch_size=16 " in end.fix
 
-    def test_the_command_goes_on_to_the_steps_of_a_run_that_never_stopped(
-        self, workshop: Workshop, capfd: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_command_resumes(self, workshop: Workshop, capfd: pytest.CaptureFixture[str]) -> None:
         run = workshop.new()
         assert finish(run, before=small_card(from_step=3)) == 1
         assert [step.step for step in read_steps(run)] == [1, 2]
@@ -110,9 +106,7 @@ class TestWithoutAutoFit:
         for after, before in zip(figures(run), figures(whole), strict=True):
             assert after == pytest.approx(before, rel=1e-4)
 
-    def test_what_would_make_another_run_of_it_is_refused(
-        self, workshop: Workshop, capfd: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_other_run_refused(self, workshop: Workshop, capfd: pytest.CaptureFixture[str]) -> None:
         run = workshop.new()
         assert finish(run, before=small_card(from_step=2)) == 1
         assert main(["resume", str(run.path), "lora_r=2"]) == 2
@@ -121,9 +115,7 @@ class TestWithoutAutoFit:
 
 class TestWithAutoFit:
     @pytest.mark.parametrize("keys", [{}, {"layer_offloading": True}], ids=["", "offloading"])
-    def test_it_takes_the_rungs_itself_and_goes_on_from_the_last_save(
-        self, workshop: Workshop, keys: dict[str, bool]
-    ) -> None:
+    def test_takes_the_rungs_itself(self, workshop: Workshop, keys: dict[str, bool]) -> None:
         run = workshop.new(auto_fit=True, **keys)
         assert finish(run, before=small_card(from_step=3)) == 0
         facts = out_of_memory(run)

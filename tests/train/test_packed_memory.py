@@ -21,9 +21,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("again", [KEPT, {"checkpointed_layers": 1}, {}], ids=str)
 @pytest.mark.parametrize("method", ["lora", None])
-def test_packed_rows_under_a_mask_take_what_the_plan_says(
-    wide: Path, again: dict[str, Any], method: str | None
-) -> None:
+def test_masked_rows_take_the_plan(wide: Path, again: dict[str, Any], method: str | None) -> None:
     """On a CPU, whose attention turns the mask into numbers for every layer that keeps it."""
     tokens = 1024
     keys = {"adapter": method, "sample_packing": True, "sequence_len": tokens, "bf16": False}

@@ -18,7 +18,7 @@ from engine.train.offload import decoder_layers
 from engine.train.offload.transfer import Hosted, HostMemory
 from tests.support.methods import NF4
 from tests.support.offloading import OFFLOADS, begun
-from tests.support.tiny import settings
+from tests.support.tiny import Models, settings
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 class TestTables:
     @pytest.mark.parametrize("architecture", ["ministral3", "tied"])
     def test_the_head_is_there_for_the_loss_and_for_an_evaluation_alone(
-        self, deep_model: Callable[[str], Path], uneven: Rows, tmp_path: Path, architecture: str
+        self, deep_model: Models, uneven: Rows, tmp_path: Path, architecture: str
     ) -> None:
         run = begun(tmp_path, deep_model(architecture), uneven, **NF4, **OFFLOADS["tables"])
         head = head_of(run.model)
@@ -45,15 +45,13 @@ class TestTables:
         assert seen["forward"]
         assert head.untyped_storage().nbytes() == 0
 
-    def test_a_tied_table_is_in_ram_once(self, deep_model: Callable[[str], Path]) -> None:
+    def test_a_tied_table_is_in_ram_once(self, deep_model: Models) -> None:
         folder = deep_model("tied")
         model: Any = load_base(folder, settings(folder, **NF4, **OFFLOADS["tables"])).model
         looked_up = model.get_input_embeddings().weight
         assert looked_up.data_ptr() == model.get_output_embeddings().hosted.host.data_ptr()
 
-    def test_a_head_that_nobody_called_for_is_no_crash(
-        self, deep_model: Callable[[str], Path]
-    ) -> None:
+    def test_a_head_that_nobody_called_for_is_no_crash(self, deep_model: Models) -> None:
         folder = deep_model("ministral3")
         model: Any = load_base(folder, settings(folder, **NF4, **OFFLOADS["tables"])).model
         with pytest.raises(RuntimeError, match="nothing has called for it"):
@@ -82,7 +80,7 @@ class TestEyes:
     )
     def test_a_tower_that_nothing_uses_never_comes_to_the_device(
         self,
-        deep_model: Callable[[str], Path],
+        deep_model: Models,
         device: torch.device,
         keys: dict[str, Any],
         images: bool,
@@ -96,13 +94,11 @@ class TestEyes:
         assert places == {False: {device}, True: {CPU if offloaded else device}}
         assert base.vision_offloaded == offloaded
 
-    def test_a_text_model_has_no_tower_to_offload(
-        self, deep_model: Callable[[str], Path], device: torch.device
-    ) -> None:
+    def test_text_model_has_no_tower(self, deep_model: Models, device: torch.device) -> None:
         folder = deep_model("ministral3")
         assert not load_base(folder, settings(folder), images=False).vision_offloaded
 
-    def test_on_a_cpu_nothing_changes(self, deep_model: Callable[[str], Path]) -> None:
+    def test_on_a_cpu_nothing_changes(self, deep_model: Models) -> None:
         folder = deep_model("seeing")
         assert not load_base(folder, settings(folder), images=False).vision_offloaded
 

@@ -73,9 +73,7 @@ class TestCounts:
         "wish", [None, ["o_proj"], ["layers.1.self_attn.o_proj", "up_proj"], r".*\.o_proj"], ids=str
     )
     @pytest.mark.parametrize("rank", [1, 8])
-    def test_the_adapter_has_the_planned_modules_and_numbers(
-        self, any_model: Path, wish: Any, rank: int
-    ) -> None:
+    def test_adapter_has_the_planned_modules(self, any_model: Path, wish: Any, rank: int) -> None:
         config = settings(any_model, adapter="lora", lora_r=rank, lora_target_modules=wish)
         architecture = read_architecture(any_model)
         model = attach_lora(load_base(any_model, config).model, architecture, config)

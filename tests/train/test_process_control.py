@@ -10,15 +10,7 @@ from engine.events import Ack, Sample, Saved
 from engine.runs import Request, RunFolder, ask, send, status
 from tests.fakes.processes import wait_until
 from tests.support.run_folders import read_steps
-from tests.support.trainers import (
-    LORA,
-    Workshop,
-    events_of,
-    last_end,
-    start,
-    training,
-    wait,
-)
+from tests.support.trainers import LORA, Workshop, events_of, last_end, start, training, wait
 
 LONG = LORA | {"max_steps": 5_000, "save_steps": 5_000, "lr_scheduler": "constant"}
 QUESTION = "How many knots is force 3?"

@@ -118,10 +118,7 @@ REQUESTS: dict[str, tuple[Callable[[RunFolder, Workshop], None], str, int]] = {
 
 @pytest.mark.parametrize(("change", "word", "exit_status"), REQUESTS.values(), ids=REQUESTS)
 def test_a_wrong_request_is_told(
-    workshop: Workshop,
-    change: Callable[[RunFolder, Workshop], None],
-    word: str,
-    exit_status: int,
+    workshop: Workshop, change: Callable[[RunFolder, Workshop], None], word: str, exit_status: int
 ) -> None:
     run = workshop.new()
     change(run, workshop)
@@ -177,9 +174,7 @@ def test_a_broken_model_folder_is_told(
     assert_told(run, word)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_touches_a_weight(
-    workshop: Workshop, tmp_path: Path
-) -> None:
+def test_nan_loss_touches_no_weight(workshop: Workshop, tmp_path: Path) -> None:
     base = Path(shutil.copytree(workshop.base, tmp_path / "base"))
     rewrite_weights(base, lambda weights: weights["model.norm.weight"].fill_(float("inf")))
     run = workshop.new(base_model=str(base), sample_packing=False)
@@ -191,9 +186,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_touches_a_weight(
     assert not run.adapter.exists()
 
 
-def test_an_evaluation_that_is_no_number_is_never_the_best(
-    workshop: Workshop, tmp_path: Path
-) -> None:
+def test_nan_evaluation_is_never_the_best(workshop: Workshop, tmp_path: Path) -> None:
     """One byte that only the held-out row has is broken in the embedding, not in the head."""
     base = write_model(tmp_path / "base", {"tie_word_embeddings": False})
     at_sign = VOCABULARY - 1048 + ord("@")
@@ -230,9 +223,7 @@ def test_a_trainer_without_torch_says_what_to_install(workshop: Workshop, tmp_pa
     assert_told(run, "Training needs the package torch", install_command("train"))
 
 
-def test_a_trainer_with_an_old_torch_says_which_versions_it_needs(
-    workshop: Workshop, tmp_path: Path
-) -> None:
+def test_old_torch_names_the_versions_needed(workshop: Workshop, tmp_path: Path) -> None:
     package(tmp_path, "windtunnel", "0.1.0", ["torch<3,>=2.12; extra == 'train'"])
     package(tmp_path, "torch", "2.11.0")
     run = workshop.new()
@@ -242,9 +233,7 @@ def test_a_trainer_with_an_old_torch_says_which_versions_it_needs(
 
 
 @pytest.mark.parametrize("module", ["torch.nn.functional", "torch.nn"])
-def test_a_module_that_a_package_lacks_is_no_missing_package(
-    workshop: Workshop, tmp_path: Path, module: str
-) -> None:
+def test_module_that_a_package_lacks(workshop: Workshop, tmp_path: Path, module: str) -> None:
     run = workshop.new()
     path = os.pathsep.join([str(without(module, tmp_path)), str(ROOT)])
     assert launch(run, detach=True, environment={"PYTHONPATH": path}).wait(60) == 1
@@ -283,9 +272,7 @@ def fill_disk(disk: Path, made: str) -> None:
         ("adapter.partial", "The finished adapter could not be written", 4),
     ],
 )
-def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
-    workshop: Workshop, small_disk: Path, made: str, what: str, done: int
-) -> None:
+def test_full_disk(workshop: Workshop, small_disk: Path, made: str, what: str, done: int) -> None:
     run = workshop.place(small_disk / "run", lora_r=16)
     assert finish(run, before=functools.partial(fill_disk, small_disk, made)) == 1
     assert_told(run, what, "No space left on device", "resume")

@@ -82,7 +82,7 @@ def kill_at_random(trials: Trials, method: str, chance: random.Random) -> RunFol
 
 
 @pytest.mark.parametrize(("method", "trial"), numbered())
-def test_a_run_killed_at_a_random_step_ends_with_the_same_losses(
+def test_killed_at_random_steps_has_the_same_losses(
     trials: Trials, method: str, trial: int
 ) -> None:
     chance = random.Random(f"{method} {trial}")
@@ -120,9 +120,7 @@ def test_a_run_killed_inside_a_save_ends_with_the_same_losses(trials: Trials) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("made", ["step-3.partial", "step-8.partial", "adapter.partial"])
-def test_a_run_may_be_killed_at_every_file_that_a_save_touches(
-    trials: Trials, method: str, made: str
-) -> None:
+def test_killed_at_every_file_operation_of_a_save(trials: Trials, method: str, made: str) -> None:
     """step-3 is the first save; step-8 is a best one, after which an older one is removed."""
     last = {"step-3.partial": 20, "step-8.partial": 33, "adapter.partial": 6}[made]
     for operation in range(1, last + 1):

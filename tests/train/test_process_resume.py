@@ -82,9 +82,7 @@ def test_changed_rows_are_refused(workshop: Workshop) -> None:
         ({"optimizer": "adamw_8bit"}, "The optimizer of step-2 is AdamW, not AdamW8bit"),
     ],
 )
-def test_weights_of_another_config_are_refused(
-    workshop: Workshop, change: dict[str, Any], word: str
-) -> None:
+def test_other_config_is_refused(workshop: Workshop, change: dict[str, Any], word: str) -> None:
     run = workshop.finished(max_steps=2)
     workshop.configure(run, **change)
     assert finish(run, "--resume") == 1

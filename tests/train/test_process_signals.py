@@ -43,9 +43,7 @@ def send_signal(process: BaseProcess, number: signal.Signals) -> None:
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_and_ends_the_run_and_it_goes_on_to_equal_losses(
-    workshop: Workshop, number: signal.Signals
-) -> None:
+def test_signal_saves_ends_and_resume_is_equal(workshop: Workshop, number: signal.Signals) -> None:
     run = workshop.new()
     with training(run, steps=3) as process:
         send_signal(process, number)
@@ -110,9 +108,7 @@ time.sleep(60)
 def test_what_kills_the_group_of_a_foreground_run_kills_the_run(workshop: Workshop) -> None:
     run = workshop.new()
     command = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(run.path)],
-        cwd=ROOT,
-        start_new_session=True,
+        [sys.executable, "-c", LAUNCHER, str(run.path)], cwd=ROOT, start_new_session=True
     )
     wait_until(lambda: is_locked(run), 60)
     os.killpg(command.pid, signal.SIGKILL)
@@ -121,9 +117,7 @@ def test_what_kills_the_group_of_a_foreground_run_kills_the_run(workshop: Worksh
     assert status(run) in ("lost", "waiting")
 
 
-def test_a_folder_called_engine_where_one_stands_is_not_trained_with(
-    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_folder(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one run here that starts the way a person's runs do, with nothing imported before."""
     for name in ("engine", "torch", "tests"):
         (tmp_path / name).mkdir()

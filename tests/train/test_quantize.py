@@ -19,7 +19,7 @@ from engine.train.evaluate import score
 from engine.train.experts import GroupedNF4
 from engine.train.model import Base, load_base
 from engine.train.quantize import hold_quantized
-from tests.support.tiny import gradients, settings, training, wake_adapter
+from tests.support.tiny import Models, gradients, settings, training, wake_adapter
 
 QLORA = {"adapter": "qlora", "load_in_4bit": True}
 
@@ -78,9 +78,7 @@ def test_a_4_bit_weight_is_near_its_original(ministral: Path) -> None:
 class TestGradientsAfterAnEvaluation:
     """A forward without gradients repacks 4-bit weights on a CPU with AVX512-BF16, for good."""
 
-    def test_they_are_the_same_bit_for_bit(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_same_bit_for_bit(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
         config = settings(ministral, sample_packing=True, gradient_accumulation_steps=8, **QLORA)
         run = training(tmp_path, config, uneven)
         wake_adapter(run.model)
@@ -96,9 +94,7 @@ class TestGradientsAfterAnEvaluation:
         assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
         assert all(gradient.abs().sum() > 0 for gradient in found[0][1].values())
 
-    def test_the_repacking_is_off_in_every_layer(
-        self, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_repacking_is_off(self, model_folder: Models, monkeypatch: pytest.MonkeyPatch) -> None:
         # Most CPUs lack the instructions: every layer is told at its making that this one has them.
         if not has_avx512bf16():
             monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
@@ -109,9 +105,7 @@ class TestGradientsAfterAnEvaluation:
         assert not any(layer.support_avx512bf16_for_cpu for layer in layers.values())
 
 
-def test_a_step_moves_the_adapter_and_leaves_every_bit_of_the_4_bit_weights(
-    ministral: Path, uneven: Rows, tmp_path: Path
-) -> None:
+def test_step_leaves_the_4_bit_weights_alone(ministral: Path, uneven: Rows, tmp_path: Path) -> None:
     config = settings(ministral, learning_rate=0.01, max_steps=2, **QLORA)
     run = training(tmp_path, config, uneven)
     before = {n: p.detach().clone() for n, p in run.model.named_parameters()}

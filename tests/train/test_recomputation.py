@@ -1,7 +1,6 @@
 """Which layers are computed a second time changes time and memory, and no number of a run."""
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from engine.train.forward import unwrapped
 from engine.train.loop import Training
 from engine.train.offload import decoder_layers
 from tests.support.offloading import BASES, DEEP_MODELS, OFFLOADS, begun
-from tests.support.tiny import gradients
+from tests.support.tiny import Models, gradients
 
 ALL: dict[str, Any] = {}
 NONE: dict[str, Any] = {"gradient_checkpointing": False}
@@ -43,12 +42,8 @@ def learned(run: Training) -> tuple[Any, ...]:
         ("mistral4", "NF4 experts"),
     ],
 )
-def test_gradients_are_the_same_bits_whichever_layers_are_computed_again(
-    deep_model: Callable[[str], Path],
-    uneven: Rows,
-    tmp_path: Path,
-    architecture: str,
-    method: str,
+def test_same_gradients(
+    deep_model: Models, uneven: Rows, tmp_path: Path, architecture: str, method: str
 ) -> None:
     adapted, dora = method != "full", method == "DoRA"
     others = [NONE, {"checkpointed_layers": 1}, TWO, TWO | OFFLOADS["checkpoints"]]
@@ -73,7 +68,7 @@ def test_gradients_are_the_same_bits_whichever_layers_are_computed_again(
 )
 @pytest.mark.parametrize("offloads", [False, True])
 def test_the_first_layers_are_computed_again_and_no_other(
-    deep_model: Callable[[str], Path],
+    deep_model: Models,
     uneven: Rows,
     tmp_path: Path,
     keys: dict[str, Any],

@@ -64,9 +64,7 @@ class SlowTraining(Training):
         pass
 
 
-def test_collating_and_the_optimizer_count_and_what_lies_between_steps_does_not(
-    ministral: Path, uneven: Rows, tmp_path: Path
-) -> None:
+def test_collating_and_the_optimizer_count(ministral: Path, uneven: Rows, tmp_path: Path) -> None:
     config = settings(
         ministral,
         adapter="lora",
@@ -97,9 +95,7 @@ def test_collating_and_the_optimizer_count_and_what_lies_between_steps_does_not(
     assert steps[0].tokens_per_second == steps[0].tokens / (COLLATING + MOVING)
 
 
-def test_the_clock_is_read_when_the_card_has_moved_the_weights(
-    begin: Begin, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clock_is_read_after_the_update(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the step is judged before they move."""
     found: list[str] = []
 

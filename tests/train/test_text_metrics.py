@@ -1,7 +1,6 @@
 """What the model writes by itself: the figures are those of answers that were really generated."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ from engine.train.text_metrics import (
 )
 from tests.support.tiny import (
     MISTRAL,
+    MakeRows,
+    Models,
     Row,
     row,
     settings,
@@ -59,9 +60,7 @@ def tokenizer(version: str = "v13") -> ChatTokenizer:
 
 
 @pytest.fixture(scope="module")
-def taught(
-    model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Training:
+def taught(model_folder: Models, tmp_path_factory: pytest.TempPathFactory) -> Training:
     """A model that knows four rows by heart, and never learned to end the fourth."""
     home = tmp_path_factory.mktemp("taught")
     given = [row(4, 3 + n, seed=n) for n in range(TAUGHT)]
@@ -99,9 +98,7 @@ def events(run: Training, sets: dict[str, Rows], home: Path, **keys: Any) -> lis
 
 
 class TestFigures:
-    def test_they_are_those_of_answers_generated_from_the_question_on(
-        self, taught: Training, make_rows: Callable[[list[Row]], Rows], tmp_path: Path
-    ) -> None:
+    def test_of_real_answers(self, taught: Training, make_rows: MakeRows, tmp_path: Path) -> None:
         rows = make_rows(
             [
                 *(row(4, 3 + n, seed=n) for n in range(TAUGHT)),
@@ -129,18 +126,14 @@ class TestFigures:
         assert 0.5 <= found.exact < found.stopped or found.stopped < 1
         assert (found.calls, found.calls_valid) == (0, None)
 
-    def test_a_model_that_never_stops_is_cut_and_counted(
-        self, taught: Training, make_rows: Callable[[list[Row]], Rows], tmp_path: Path
-    ) -> None:
+    def test_endless_answers(self, taught: Training, make_rows: MakeRows, tmp_path: Path) -> None:
         rows = make_rows([row(4, 3 + 3, seed=3)])
         (found,) = events(taught, {"some": rows}, tmp_path)
         assert isinstance(found, Answers)
         assert (found.stopped, found.exact) == (0.0, 0.0)
         assert found.length_ratio == 20 / 7
 
-    def test_a_call_counts_when_its_functions_and_the_form_of_its_arguments_are_right(
-        self, taught: Training, make_rows: Callable[[list[Row]], Rows], tmp_path: Path
-    ) -> None:
+    def test_valid_calls(self, taught: Training, make_rows: MakeRows, tmp_path: Path) -> None:
         special = tokenizer().specials
         call: Row = [(special.call, Kind.CALL), (60, Kind.CALL)]
         rows = make_rows([[(1, Kind.BOS), (30, Kind.USER), *call, (2, Kind.EOS)]])
@@ -161,9 +154,7 @@ class TestBounds:
         found = events(taught, held_out, tmp_path, **keys)
         assert [e.rows for e in found if isinstance(e, Answers)] == [each] * sets
 
-    def test_inside_a_run_a_quarter_of_them_is_generated(
-        self, taught: Training, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_a_quarter_inside_a_run(self, taught: Training, uneven: Rows, tmp_path: Path) -> None:
         measure = measures(taught, {"some": uneven}, tmp_path, eval_max_new_tokens=40)
         (found,) = measure.take(20, inside=True)
         assert isinstance(found, Answers)
@@ -172,9 +163,7 @@ class TestBounds:
     def test_zero_generates_none(self, taught: Training, uneven: Rows, tmp_path: Path) -> None:
         assert events(taught, {"some": uneven}, tmp_path, eval_table_size=0) == []
 
-    def test_longer_references_are_left_out_and_a_set_without_others_says_so(
-        self, taught: Training, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_long_references_are_out(self, taught: Training, uneven: Rows, tmp_path: Path) -> None:
         config = settings(eval_max_new_tokens=4)
         found = choose_references(uneven, config, 8)
         assert sorted(r.tokens for r in found) == [2, 2, 3, 4]
@@ -207,14 +196,12 @@ CASES: dict[str, tuple[list[tuple[int, int]], Reference | None]] = {
 
 
 @pytest.mark.parametrize(("given", "target"), CASES.values(), ids=CASES)
-def test_the_reference_of_a_row_is(
-    given: Row, target: Reference | None, make_rows: Callable[[list[Row]], Rows]
-) -> None:
+def test_reference_of_a_row(given: Row, target: Reference | None, make_rows: MakeRows) -> None:
     for rule in (LabelRule(), LabelRule(inputs=True)):
         assert find_reference(make_rows([given]), 0, rule) == target
 
 
-def test_a_thought_that_is_not_learned_is_given(make_rows: Callable[[list[Row]], Rows]) -> None:
+def test_a_thought_that_is_not_learned_is_given(make_rows: MakeRows) -> None:
     rows = make_rows([[A, U, H, H, T, E]])
     assert find_reference(rows, 0, LabelRule(thinking=False)) == Reference(0, 4, 6, False)
 
@@ -269,9 +256,7 @@ class TestDrift:
         keys = {"adapter": "lora", "lora_r": 4, "lora_alpha": 64, "lora_target_linear": True}
         return training(home, settings(folder, **keys), rows)
 
-    def test_it_is_told_at_every_evaluation_and_warned_of_once(
-        self, sure: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_warned_of_once(self, sure: Path, uneven: Rows, tmp_path: Path) -> None:
         run = self.run(sure, tmp_path, uneven)
         small = open_tokenizer(sure)
         measure = TextMetrics(run.model, run.base.device, {}, run.config, small, tmp_path)
@@ -289,9 +274,7 @@ class TestDrift:
         assert [type(event) for event in measure.take(9, inside=False)] == [Drift]
 
 
-def test_a_run_without_questions_of_its_own_asks_two_held_out_rows_and_a_general_one(
-    make_rows: Callable[[list[Row]], Rows],
-) -> None:
+def test_default_prompts_are_two_held_out_rows_and_a_general_one(make_rows: MakeRows) -> None:
     said = [*tokenizer().encode_ordinary("How deep is it?")]
     question: Row = [(rank + tokenizer().first_text_id, Kind.USER) for rank in said]
     with_image: Row = [A, (10, Kind.IMAGE), U, T, E]
@@ -316,17 +299,13 @@ def test_a_run_without_questions_of_its_own_asks_two_held_out_rows_and_a_general
         ("a/folder", None, (0.0, 1.0, 256)),
     ],
 )
-def test_questions_are_answered_as_the_makers_advise(
-    model: str, effort: str | None, target: tuple[float, float, int]
-) -> None:
+def test_sampling(model: str, effort: str | None, target: tuple[float, float, int]) -> None:
     keys = {"chat_template_kwargs": {"reasoning_effort": effort}} if effort else {}
     found = sampling_of(settings(model, **keys))
     assert (found.temperature, found.top_p, found.max_tokens) == target
 
 
-def test_samples_draw_alike_and_leave_the_run_its_own_luck(
-    sure: Path, uneven: Rows, tmp_path: Path
-) -> None:
+def test_samples_leave_the_rng_state_alone(sure: Path, uneven: Rows, tmp_path: Path) -> None:
     run = training(tmp_path, settings(sure), uneven)
     run.tokenizer = open_tokenizer(sure)
     run.sampling = Sampling(2.0, 1.0, 12)

@@ -79,9 +79,7 @@ def taken_bytes(table: ModuleTable, config: RunConfig) -> int:
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("keys", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_takes_what_the_formula_counts(
-    tmp_path: Path, name: str, keys: dict[str, Any]
-) -> None:
+def test_step_takes_the_planned_memory(tmp_path: Path, name: str, keys: dict[str, Any]) -> None:
     architecture = read_architecture(describe(tmp_path / "model", WIDE))
     config = settings(tmp_path / "model", optimizer=name, **keys)
     step = make_step(config, architecture, cpu())
@@ -146,9 +144,7 @@ def test_on_a_gpu_only_that_and_what_is_widened_count(tmp_path: Path) -> None:
     ],
     ids=["linears", "experts", "saved", "full"],
 )
-def test_the_largest_tensor_that_moves_is_that_of_the_model(
-    tmp_path: Path, uneven: Rows, keys: dict[str, Any]
-) -> None:
+def test_largest_trainable_tensor(tmp_path: Path, uneven: Rows, keys: dict[str, Any]) -> None:
     base = write_model(tmp_path / "model", MISTRAL4)
     config = settings(base, **keys)
     model = training(base, config, uneven).model

@@ -44,9 +44,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [NEMO, MINISTRAL], ids=["nemo", "ministral"])
-def test_from_preview_to_an_answer(
-    shape: dict[str, Any], place: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_end_to_end(shape: dict[str, Any], place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_model(place / "model", shape)
     shutil.copyfile(TEKKEN, place / "model" / "tekken.json")
 
@@ -70,9 +68,7 @@ def test_from_preview_to_an_answer(
 
 
 @pytest.mark.slow
-def test_rows_beyond_the_window_are_refused_before_training(
-    place: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_beyond_the_window_are_refused(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_model(place / "model", MINISTRAL)
     shutil.copyfile(TEKKEN, place / "model" / "tekken.json")
     for command in ("estimate", "train"):

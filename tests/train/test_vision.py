@@ -1,6 +1,5 @@
 """Training with images: the same numbers packed, padded and alone, and only what is meant moves."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from tests.support.tiny import (
     MINISTRAL3,
     MISTRAL,
     MISTRAL4,
+    Models,
     assert_resumes,
     assert_same,
     gradients,
@@ -53,7 +53,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Models:
     home = tmp_path_factory.mktemp("models")
 
     def folder(name: str) -> Path:
@@ -64,12 +64,12 @@ def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 @pytest.fixture(params=TEXT_MODELS)
-def model_path(request: pytest.FixtureRequest, seeing_folder: Callable[[str], Path]) -> Path:
+def model_path(request: pytest.FixtureRequest, seeing_folder: Models) -> Path:
     return seeing_folder(request.param)
 
 
 @pytest.fixture
-def ministral(seeing_folder: Callable[[str], Path]) -> Path:
+def ministral(seeing_folder: Models) -> Path:
     return seeing_folder("ministral3")
 
 
@@ -80,9 +80,7 @@ def alone(model: Model, rows: Rows) -> torch.Tensor:
 
 class TestSameNumbers:
     @pytest.mark.parametrize("mode", ["train", "eval"])
-    def test_packed_rows_with_images_equal_separate_ones(
-        self, model_path: Path, mixed: Rows, mode: str
-    ) -> None:
+    def test_packed_equal_separate_rows(self, model_path: Path, mixed: Rows, mode: str) -> None:
         model = load_base(model_path, settings(model_path)).model
         getattr(model, mode)()
         with torch.no_grad():
@@ -90,9 +88,7 @@ class TestSameNumbers:
             together = hidden_states(model, packed)[0]
             torch.testing.assert_close(together, alone(model, mixed), rtol=1e-5, atol=1e-5)
 
-    def test_a_lone_image_of_one_token_is_seen_as_among_others(
-        self, ministral: Path, tmp_path: Path
-    ) -> None:
+    def test_lone_image_of_one_token(self, ministral: Path, tmp_path: Path) -> None:
         tiny = [Pictured((picture(20, 28, seed),), seed=seed) for seed in (1, 2)]
         rows = write_pictured(tmp_path / "rows", tiny)
         model = load_base(ministral, settings(ministral)).model
@@ -100,9 +96,7 @@ class TestSameNumbers:
             together = hidden_states(model, collate(rows, [[0, 1]], LabelRule()).tensors)[0]
             torch.testing.assert_close(together, alone(model, rows), rtol=1e-5, atol=1e-5)
 
-    def test_a_small_image_takes_no_more_beside_a_large_one(
-        self, ministral: Path, tmp_path: Path
-    ) -> None:
+    def test_small_image_beside_a_large_one(self, ministral: Path, tmp_path: Path) -> None:
         tiny = [Pictured((picture(28, 28, seed),), seed=seed) for seed in range(9)]
         rows = write_pictured(tmp_path / "rows", [Pictured((picture(112, 112),)), *tiny])
         model = load_base(ministral, settings(ministral)).model
@@ -121,9 +115,7 @@ class TestSameNumbers:
         st.lists(st.tuples(st.integers(1, 110), st.integers(1, 110)), min_size=1, max_size=60),
         st.integers(1, 5000),
     )
-    def test_no_more_goes_through_the_tower_together_than_one_mask_may_have(
-        self, shapes: list[tuple[int, int]], most: int
-    ) -> None:
+    def test_tower_groups(self, shapes: list[tuple[int, int]], most: int) -> None:
         """Each image once and in order, padded to the largest of its group."""
         sizes = [(14 * high, 14 * wide) for high, wide in shapes]
         with pytest.MonkeyPatch.context() as patch:
@@ -170,9 +162,7 @@ class TestSameNumbers:
         assert norm == pytest.approx(float(total), rel=1e-5)
         assert_same(gradients(ours.model), expected, 1e-4, 1e-6)
 
-    def test_the_score_of_packed_rows_is_that_of_separate_ones(
-        self, ministral: Path, mixed: Rows
-    ) -> None:
+    def test_packing_does_not_change_the_score(self, ministral: Path, mixed: Rows) -> None:
         separate = settings(ministral)
         base = load_base(ministral, separate)
         packed = settings(ministral, sample_packing=True, sequence_len=128)
@@ -183,9 +173,7 @@ class TestSameNumbers:
 
 class TestWhatMoves:
     @pytest.mark.parametrize("adapter", ["lora", None])
-    def test_nothing_goes_back_through_a_frozen_tower(
-        self, ministral: Path, mixed: Rows, adapter: str | None
-    ) -> None:
+    def test_frozen_tower(self, ministral: Path, mixed: Rows, adapter: str | None) -> None:
         """PEFT would have it so: twice the tower's work more, and its masks kept meanwhile."""
         config = settings(ministral, adapter=adapter, gradient_checkpointing=True)
         model = training(ministral, config, mixed).model.train()
@@ -204,9 +192,7 @@ class TestWhatMoves:
         after = dict(unwrapped(run.model).named_parameters())
         return {name for name in before if not torch.equal(before[name], after[name])}
 
-    def test_a_full_fine_tune_leaves_tower_and_projector_as_they_are(
-        self, ministral: Path, mixed: Rows, tmp_path: Path
-    ) -> None:
+    def test_full_fine_tune_of_the_text(self, ministral: Path, mixed: Rows, tmp_path: Path) -> None:
         moved = self.moved(tmp_path, settings(ministral, micro_batch_size=5), mixed)
         assert moved
         assert not [name for name in moved if "vision_tower" in name or "projector" in name]
@@ -217,16 +203,14 @@ class TestWhatMoves:
         moved = self.moved(tmp_path, config, mixed)
         assert {name.split(".")[1] for name in moved} == {"vision_tower", "multi_modal_projector"}
 
-    def test_an_adapter_stays_out_of_the_tower(
-        self, ministral: Path, mixed: Rows, tmp_path: Path
-    ) -> None:
+    def test_adapter_spares_the_tower(self, ministral: Path, mixed: Rows, tmp_path: Path) -> None:
         run = training(tmp_path, settings(ministral, adapter="lora", micro_batch_size=5), mixed)
         run.step(1, run.order.step(1))
         adapted = [n for n, p in run.model.named_parameters() if p.requires_grad]
         assert all("language_model" in name for name in adapted)
 
     @pytest.mark.parametrize("keys", [{"unfrozen_parameters": [".*"]}, {"adapter": "lora"}])
-    def test_recomputing_the_layers_changes_nothing(
+    def test_checkpointing_is_exact(
         self, ministral: Path, mixed: Rows, tmp_path: Path, keys: dict[str, Any]
     ) -> None:
         found = []
@@ -252,9 +236,7 @@ class TestWhatMoves:
         assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
-def test_a_question_with_images_is_answered_with_a_cache_as_without(
-    ministral: Path, mixed: Rows
-) -> None:
+def test_cache_changes_no_answer_about_images(ministral: Path, mixed: Rows) -> None:
     model = load_base(ministral, settings(ministral)).model
     tensors = collate(mixed, [[2]], LabelRule()).tensors
     begins = int(np.flatnonzero(mixed.kinds(2) == Kind.TEXT)[0])
@@ -281,9 +263,7 @@ class TestImagesOfARow:
             assert len(cut.images(2)) == images
 
     @pytest.mark.parametrize("damage", ["a token less", "an image less", "another token"])
-    def test_tokens_that_do_not_fit_the_images_are_refused_with_their_row(
-        self, tmp_path: Path, damage: str
-    ) -> None:
+    def test_tokens_that_do_not_fit_the_images(self, tmp_path: Path, damage: str) -> None:
         good = MIXED[2].rendered()
         ids, kinds, images = good.input_ids.copy(), good.kinds, good.images
         if damage == "a token less":
@@ -314,9 +294,7 @@ class TestImagesOfARow:
 
 
 class TestOrder:
-    def test_the_next_images_are_decoded_ahead_and_the_batches_stay_the_same(
-        self, mixed: Rows
-    ) -> None:
+    def test_decoding_ahead_changes_no_batch(self, mixed: Rows) -> None:
         config = settings(micro_batch_size=2, num_epochs=2)
         walked = [batch for _, batch in Order(mixed, config).steps(0)]
         again = Order(mixed, config)
@@ -336,9 +314,7 @@ class TestOrder:
         flat = [size for part in sizes for size in part]
         assert flat == [[28, 56], [84, 112], [84, 56], [112, 112], [84, 84]]
 
-    def test_a_resumed_run_takes_the_same_steps(
-        self, ministral: Path, mixed: Rows, tmp_path: Path
-    ) -> None:
+    def test_resume_repeats_the_steps(self, ministral: Path, mixed: Rows, tmp_path: Path) -> None:
         keys = {"adapter": "lora", "sample_packing": True, "sequence_len": 64, "max_steps": 4}
         config = settings(ministral, **keys, gradient_accumulation_steps=1, learning_rate=0.01)
         assert_resumes(tmp_path, config, mixed, saved=2)

@@ -34,9 +34,7 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 class TestAdapter:
-    def test_stock_peft_answers_the_same_with_it(
-        self, any_model: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_stock_peft_answers_alike(self, any_model: Path, uneven: Rows, tmp_path: Path) -> None:
         run = adapted(any_model, tmp_path, uneven)
         folder = export_trained(run.model, tmp_path, any_model, run.config)
         assert folder == tmp_path / "adapter"
@@ -45,9 +43,7 @@ class TestAdapter:
         plain = logits(stock_model(any_model))
         assert (plain - logits(run.model)).abs().max() > 0.1
 
-    def test_its_config_names_the_base_and_is_ready_to_use(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_config_names_the_base(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
         run = adapted(ministral, tmp_path, uneven, lora_r=4, lora_alpha=8)
         folder = export_trained(run.model, tmp_path, ministral, run.config)
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -55,18 +51,14 @@ class TestAdapter:
         assert config["inference_mode"] is True
         assert (config["r"], config["lora_alpha"], config["bias"]) == (4, 8, "none")
 
-    def test_a_base_of_the_catalog_is_named_by_its_repository(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_name_of_a_catalog_base(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
         run = adapted(ministral, tmp_path, uneven)
         named = run.config.model_copy(update={"base_model": "ministral-3-3b"})
         folder = export_trained(run.model, tmp_path, ministral, named)
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == "mistralai/Ministral-3-3B-Instruct-2512-BF16"
 
-    def test_the_tokenizer_of_the_run_and_the_licence_lie_beside_it(
-        self, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_tokenizer_and_licence_lie_beside_it(self, uneven: Rows, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", MINISTRAL3)
         (base / "tekken.json").write_text("the vocabulary")
         (base / "LICENSE").write_text("free")
@@ -76,9 +68,7 @@ class TestAdapter:
         assert (folder / "LICENSE").read_text() == "free"
 
     @pytest.mark.parametrize("as_file", [True, False])
-    def test_another_tokenizer_that_the_run_used_takes_its_place(
-        self, uneven: Rows, tmp_path: Path, as_file: bool
-    ) -> None:
+    def test_tokenizer_of_the_run(self, uneven: Rows, tmp_path: Path, as_file: bool) -> None:
         base = write_model(tmp_path / "base", MINISTRAL3)
         for name in ("tekken.json", "tokenizer_config.json"):
             (base / name).write_text("the base's own")
@@ -91,9 +81,7 @@ class TestAdapter:
         assert (folder / "tekken.json").read_bytes() == other.read_bytes()
         assert not (folder / "tokenizer_config.json").exists()
 
-    def test_it_holds_the_adapter_and_nothing_of_the_base(
-        self, any_model: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_holds_the_adapter_alone(self, any_model: Path, uneven: Rows, tmp_path: Path) -> None:
         run = adapted(any_model, tmp_path, uneven)
         save_trained(run.model, tmp_path, run.config)
         saved = load_file(tmp_path / "adapter_model.safetensors")
@@ -125,9 +113,7 @@ class TestAdapter:
 
 
 class TestFullModel:
-    def test_transformers_opens_it_and_it_has_the_trained_weights(
-        self, any_model: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_transformers_opens_it(self, any_model: Path, uneven: Rows, tmp_path: Path) -> None:
         run = training(tmp_path, settings(any_model, learning_rate=0.01), uneven)
         run.step(1, run.order.step(1))
         folder = export_trained(run.model, tmp_path, any_model, run.config)
@@ -166,9 +152,7 @@ class TestFullModel:
         assert not (folder / "params.json").exists()
         assert stock_model(folder).generation_config.temperature == 0.15
 
-    def test_only_what_is_trained_is_saved_and_comes_back(
-        self, ministral: Path, uneven: Rows, tmp_path: Path
-    ) -> None:
+    def test_trained_tensors_come_back(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
         config = settings(ministral, unfrozen_parameters=[r"model\.norm"], learning_rate=0.1)
         run = training(tmp_path / "one", config, uneven)
         run.step(1, run.order.step(1))
