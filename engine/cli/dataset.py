@@ -246,7 +246,7 @@ def _show_rows(
         row = preview_row(rendered, tokenizer)
         learns_nothing += not any(row.learned(rule))
         if as_json:
-            print(json.dumps(preview_entry(rendered, rule)))
+            print(json.dumps(preview_entry(row, rule)))
         else:
             print(row_text(row, rule, underline=underline, columns=columns), end="\n\n")
         shown += 1

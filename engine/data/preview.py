@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from engine.chat.images import read_size
-from engine.chat.render import WITHHELD, Kind, LabelRule, RenderedImage, labels
+from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind, LabelRule, RenderedImage
 from engine.chat.tokenizer import ChatTokenizer
 from engine.data.requests import ImageGrid, PreviewRow, kind_word
 from engine.data.rows import RenderedRow
@@ -39,43 +39,28 @@ def preview_row(row: RenderedRow, tokenizer: ChatTokenizer) -> PreviewRow:
     return PreviewRow(*place, None, ids, pieces, kinds, sources, notes, images, first)
 
 
-def preview_entry(row: RenderedRow, rule: LabelRule) -> dict[str, Any]:
+def preview_entry(row: PreviewRow, rule: LabelRule) -> dict[str, Any]:
     """The JSON of `windtunnel preview`: `row, line, ok, error, input_ids, labels, kinds, sources`,
     and `file`, `notes`, `images`.
 
     Rows and lines count from 1, `labels` hold -100 where nothing is learned, `sources` -1 for
     tokens of no message. A bad row has empty lists and `error {what, why, fix, message}`.
     """
-    entry: dict[str, Any] = {
+    learned = zip(row.ids, row.learned(rule), strict=True)
+    bad = row.problem
+    return {
         "row": row.number,
         "line": row.line,
         "file": row.file,
-        "ok": row.problem is None,
-        "error": None,
-        "input_ids": [],
-        "labels": [],
-        "kinds": [],
-        "sources": [],
-        "notes": [],
-        "images": [],
+        "ok": bad is None,
+        "error": bad and {key: getattr(bad, key) for key in ("what", "why", "fix", "message")},
+        "input_ids": row.ids,
+        "labels": [token if carries else IGNORED_LABEL for token, carries in learned],
+        "kinds": [kind_word(kind) for kind in row.kinds],
+        "sources": row.sources,
+        "notes": row.notes,
+        "images": [asdict(image) for image in row.images],
     }
-    if row.problem is not None:
-        problem = row.problem
-        entry["error"] = {
-            "what": problem.what,
-            "why": problem.why,
-            "fix": problem.fix,
-            "message": problem.message,
-        }
-    elif row.rendered is not None and row.conversation is not None:
-        rendered = row.rendered
-        entry["input_ids"] = rendered.input_ids.tolist()
-        entry["labels"] = labels(rendered.input_ids, rendered.kinds, rule).tolist()
-        entry["kinds"] = [kind_word(kind) for kind in rendered.kinds.tolist()]
-        entry["sources"] = rendered.sources.tolist()
-        entry["notes"] = [note.text for note in row.conversation.notes]
-        entry["images"] = [asdict(_grid(image)) for image in rendered.images]
-    return entry
 
 
 def _grid(image: RenderedImage) -> ImageGrid:

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from threading import Thread
 from typing import Any, Final
@@ -92,7 +93,7 @@ class DataWorker:
                 for record in child.records(strict=True):
                     waiting = self._waiting.get(record.get("id", 0))
                     if waiting is not None:
-                        loop.call_soon_threadsafe(_take, waiting, *_read(waiting.request, record))
+                        loop.call_soon_threadsafe(_react, waiting, _reaction(waiting, record))
             except ValueError:  # the answers after a line that is none are lost too
                 child.end(0)
             loop.call_soon_threadsafe(self._fail, child, child.death())
@@ -100,29 +101,22 @@ class DataWorker:
 
     def _fail(self, child: Child, error: UserError) -> None:
         for waiting in list(self._waiting.values()):
-            if waiting.child is child and not waiting.answer.done():
-                waiting.answer.set_exception(error)
+            if waiting.child is child:
+                _react(waiting, partial(waiting.answer.set_exception, error))
 
 
-def _read(request: Request[Any], record: dict[str, Any]) -> tuple[str, Any]:
-    """The kind of a record and what it holds."""
-    if "result" in record:
-        return "result", read_answer(request, record["result"])
-    if "error" in record:
-        return "error", read_error(record["error"])
+def _reaction(waiting: _Waiting, record: dict[str, Any]) -> Callable[[], object]:
+    """What a record means for who waits, its content in its type."""
     if "progress" in record:
-        return "progress", convert(record["progress"], Progress)
-    return "cancelled", None
+        reported = convert(record["progress"], Progress)
+        return partial(waiting.progress or (lambda _: None), reported)
+    if "result" in record:
+        return partial(waiting.answer.set_result, read_answer(waiting.request, record["result"]))
+    if "error" in record:
+        return partial(waiting.answer.set_exception, read_error(record["error"]))
+    return waiting.answer.cancel
 
 
-def _take(waiting: _Waiting, kind: str, value: Any) -> None:
-    if waiting.answer.done():
-        return
-    if kind == "result":
-        waiting.answer.set_result(value)
-    elif kind == "error":
-        waiting.answer.set_exception(value)
-    elif kind == "cancelled":
-        waiting.answer.cancel()
-    elif waiting.progress is not None:
-        waiting.progress(value)
+def _react(waiting: _Waiting, reaction: Callable[[], object]) -> None:
+    if not waiting.answer.done():
+        reaction()

@@ -36,8 +36,9 @@ def model_tokenizer(base_model: str) -> ChatTokenizer:
 
 def entries(config: RunConfig, case: Path) -> list[dict[str, Any]]:
     """Every row as `windtunnel preview` shows it."""
-    rows = iterate_rendered(config, case, model_tokenizer(config.base_model))
-    return [preview_entry(row, label_rule(config)) for row in rows]
+    tokenizer = model_tokenizer(config.base_model)
+    rows = iterate_rendered(config, case, tokenizer)
+    return [preview_entry(preview_row(row, tokenizer), label_rule(config)) for row in rows]
 
 
 def answer(case: Path) -> str:

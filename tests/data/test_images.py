@@ -265,10 +265,10 @@ class TestReports:
         path = data / "rows.jsonl"
         path.write_text(json.dumps(about("cat.png", "cat.png")), "utf-8")
         (row,) = iterate_rendered(config_of(DatasetConfig(path=str(path))), data, seeing)
-        entry = preview_entry(row, LabelRule())
+        shown = preview_row(row, seeing)
+        entry = preview_entry(shown, LabelRule())
         assert entry["images"] == [{"rows": 2, "columns": 3, "width": 60, "height": 40}] * 2
         assert entry["kinds"].count("image") == 16
-        shown = preview_row(row, seeing)
         assert [
             piece
             for piece, kind in zip(shown.pieces, entry["kinds"], strict=True)
