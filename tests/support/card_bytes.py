@@ -1,7 +1,4 @@
-"""What a CUDA card's kernels take inside, where a fake or a CPU kernel would take something else.
-
-Separate from `oracle`, which builds models and runs steps, and from the plain counter of bytes.
-"""
+"""What a CUDA card's kernels take inside, where a fake or a CPU kernel takes something else."""
 
 import itertools
 from collections.abc import Callable, Iterator

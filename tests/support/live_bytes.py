@@ -1,8 +1,4 @@
-"""Counts the memory of real or fake tensors from outside, as an allocator would.
-
-Apart, because whoever measures needs it and nothing else of each other: a layer, a whole model, a
-test of either. It knows nothing of what is counted.
-"""
+"""Counts the memory of real or fake tensors from outside, as an allocator would."""
 
 import weakref
 from typing import Any
