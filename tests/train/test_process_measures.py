@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.events import Answers, Drift, Score
+from engine.events import Answers, Drift, Phase, Score
 from engine.runs import RunFolder
 from tests.support.trainers import LORA, Workshop, events_of, finish
 
@@ -33,6 +33,15 @@ def test_answers_drift_and_losses_by_kind_are_told_at_every_evaluation(run: RunF
         assert set(kinds) == set(told.loss_by_kind) == {"think", "text", "eos"}
         total = sum(kinds[kind] * told.loss_by_kind[kind] for kind in kinds)
         assert total / sum(kinds.values()) == pytest.approx(told.loss, rel=1e-6)
+
+
+def test_an_evaluation_counts_the_rows_that_it_scores(run: RunFolder) -> None:
+    events = events_of(run)
+    rows = next(each.rows for each in events if isinstance(each, Score))
+    phases = [each for each in events if isinstance(each, Phase) and each.name == "evaluate"]
+    assert rows > 2
+    assert {(each.total, each.detail) for each in phases} == {(rows, "rows")}
+    assert {each.done for each in phases} == {0, rows}
 
 
 def test_a_resumed_run_measures_against_the_base_that_it_remembers(run: RunFolder) -> None:

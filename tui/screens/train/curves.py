@@ -56,9 +56,9 @@ class Curves:
         pane.show_title(f"loss {_number(loss.smooth.last)}{_trend(smooth)}" if smooth else "loss")
         legend = "⠒ loss  ━ smoothed"
         if held_out and self.history.best:
-            newest = held_out[-1][1]
+            step, newest = held_out[-1]
             best = ", best" if newest == self.history.best[1] else ""
-            legend += f"  ◆ held out {_number(newest)}{best}"
+            legend += f"  ◆ held out {_number(newest)} at step {step}{best}"
         pane.show_subtitle(legend)
         curves = [Curve(loss.raw.points(), "$raw"), Curve(smooth, "bold $primary")]
         curves.append(Curve([(float(step), value) for step, value in held_out], "bold $lit", "◆"))
