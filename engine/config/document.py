@@ -6,6 +6,7 @@ object. The text stays, because editing.py changes values inside it and leaves c
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,6 +17,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from engine.config.axolotl import renamed
 from engine.config.finding import ConfigError, Finding, shown
+from engine.config.yaml_text import with_reason
 from engine.errors import UserError
 from engine.visible import visible
 
@@ -56,6 +58,25 @@ class Document:
             return self.lines[path]
         older = (old for old, new in renamed().items() if new.key == key_path(key)[0])
         return next((self.lines[old,] for old in older if (old,) in self.lines), None)
+
+    def reason(self, key: str) -> str:
+        """The reason of a key, as `with_reason` writes it: beside it, or above where it is too long
+        for that. Empty where there is none; a title above is none."""
+        number, node = self.lines.get((key,)), self.nodes.get((key,))
+        if number is None or node is None:
+            return ""
+        lines = self.text.splitlines()
+        line, end = lines[number - 1], node.end_mark
+        one_line = isinstance(node, ScalarNode) and end.line == number - 1
+        beside = line[end.column :] if one_line else line.partition(":")[2]
+        if beside.strip().startswith("#"):
+            return beside.strip().lstrip("# ")
+        above = list(takewhile(lambda each: each.startswith("# "), reversed(lines[: number - 1])))
+        for count in range(len(above), 0, -1):
+            text = " ".join(each[2:] for each in reversed(above[:count]))
+            if with_reason([line], text)[:-1] == above[:count][::-1]:
+                return text
+        return ""
 
 
 def key_path(key: str) -> KeyPath:

@@ -188,8 +188,8 @@ class PlanStep:
 
     def take(self, key: str, text: str) -> bool:
         """Accept, change a value, or open what stands in place of the values."""
-        before = self._draft.config()
-        if self._asked:
+        before, opened = self._draft.config(), bool(self._asked)
+        if opened:
             self._take_line(key)
         elif key in (FIT, CARDS):
             self._asked = key
@@ -208,7 +208,7 @@ class PlanStep:
         elif key != ACCEPT:
             self.change(key, text)
         self._news = _changes(before, self._draft.config())
-        return key == ACCEPT
+        return key == ACCEPT and not opened
 
     def change(self, key: str, text: str) -> None:
         """Take a typed value, or the recommended one; what was not typed changes nothing.

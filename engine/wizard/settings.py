@@ -163,7 +163,9 @@ def _reason_of_own(draft: Draft, advice: Recommendation, key: str) -> str:
     """What is known of a value of an opened config; empty where the file does not name it."""
     if key == "sequence_len":
         return advice.estimate.decided_by
-    return "in the config" if draft.opened and key in draft.opened.document.values else ""
+    if draft.opened is None or key not in draft.opened.document.values:
+        return ""
+    return draft.opened.document.reason(key) or "in the config"
 
 
 def _price_of_experts(draft: Draft, advice: Recommendation, key: str) -> str:

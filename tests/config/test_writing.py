@@ -307,3 +307,16 @@ class TestSaving:
         with pytest.raises(WorkError, match="could not be written"):
             write_config(RunConfig(base_model="x"), path=tmp_path)
         assert os.listdir(tmp_path) == []
+
+
+def test_a_reason_that_was_written_is_read_again_and_a_title_is_none(tmp_path: Path) -> None:
+    long = "the longest row of yours has 1,213 tokens, so that nothing is cut at this length " * 2
+    reasons = {"lora_r": "enough for 104 conversations # of ours", "sequence_len": long.strip()}
+    path = tmp_path / "config.yml"
+    config = RunConfig(base_model="demo-tiny", adapter="lora", lora_r=16, sequence_len=2048)
+    write_config(config, reasons, path)
+    document = read_config(path).document
+    assert {key: document.reason(key) for key in reasons} == reasons
+    assert "# " in document.text.split("lora_r")[0]
+    assert document.reason("adapter") == ""
+    assert document.reason("no_such_key") == ""

@@ -1,0 +1,85 @@
+"""The fourth step as data: the row that is shown, what is learned, what stops here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import DatasetConfig
+from engine.errors import UserError
+from engine.wizard.draft import Draft
+from engine.wizard.flow import Wizard
+from engine.wizard.preview import NEXT, RIGHT, ROW, PreviewStep
+from tests.support.steps import CPU, SAMPLE, choices, facts, ready, recommended
+
+
+def asked(dataset: DatasetConfig = SAMPLE) -> tuple[PreviewStep, Draft]:
+    draft = Draft(device=CPU, model="demo-tiny", dataset=dataset)
+    step = Wizard(draft).preview
+    ready(step)
+    return step, draft
+
+
+def rows(folder: Path, *answers: str, weight: int = 1) -> DatasetConfig:
+    path = folder / "rows.jsonl"
+    turns: list[Any] = [
+        [
+            {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": answer, "weight": weight},
+        ]
+        for answer in answers
+    ]
+    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns), "utf-8")
+    return DatasetConfig(path=str(path))
+
+
+def test_the_first_row_and_all_rows_are_shown() -> None:
+    step, _ = asked()
+    assert recommended(step) == RIGHT
+    assert "row 1, line 1 of train.jsonl" in facts(step)
+    assert "4,372 of 5,843 tokens are learned" in facts(step)
+    assert step.take(RIGHT, "")
+
+
+def test_rows_go_round_and_one_is_asked_for_by_its_number(tmp_path: Path) -> None:
+    step, _ = asked(rows(tmp_path, "yes", "no"))
+    for number in (2, 1):
+        step.take(NEXT, "")
+        ready(step)
+        assert f"row {number}, line {number}" in facts(step)
+    step.take(ROW, "2")
+    assert step.number == 2
+    for text in ("3", "0", "x", "-1"):
+        with pytest.raises(UserError, match="is no row number"):
+            step.take(ROW, text)
+    assert step.number == 2
+
+
+def test_a_switch_changes_what_is_learned_and_turned_back_leaves_no_change() -> None:
+    step, draft = asked()
+    assert "  - think" not in facts(step)
+    step.take("thinking=no", "")
+    assert draft.changes == {"train_on_thinking": False}
+    assert ready(step) == []
+    assert "- think" in facts(step)
+    step.take("thinking=yes", "")
+    assert draft.changes == {}
+
+
+def test_switches_without_a_choice_are_not_offered(tmp_path: Path) -> None:
+    step, _ = asked(rows(tmp_path, "yes"))
+    assert not any("=" in key for key in choices(step))
+
+
+def test_rows_that_teach_nothing_stop_here(tmp_path: Path) -> None:
+    step, _ = asked(rows(tmp_path, "yes", weight=0))
+    assert choices(step)[RIGHT].refusal
+    with pytest.raises(UserError, match="no token is learned in any row"):
+        step.take(RIGHT, "")
+
+
+def test_rows_that_cannot_be_read_end_the_question() -> None:
+    step, _ = asked(DatasetConfig(path="nope.jsonl"))
+    with pytest.raises(UserError, match=r"There is no nope\.jsonl\."):
+        step.question()
