@@ -191,7 +191,7 @@ GUARDS = {
         '        if not matches:\n            raise UserError(\n                f"unfrozen',
         "        if not matches:\n            continue\n            raise UserError(\n"
         '                f"unfrozen',
-        f"{LORA}::TestWhatMoves::test_an_unfrozen_parameter_that_matches_nothing_is_refused",
+        f"{LORA}::TestWhatIsTrained::test_an_unfrozen_parameter_that_matches_nothing_is_refused",
     ),
     "an adapter on other modules than were chosen": Guard(
         "engine/train/lora.py",
@@ -203,7 +203,7 @@ GUARDS = {
         "engine/catalog/modules.py",
         'if row.group in ("attention", "mlp") and row.quantizable',
         'if row.group in ("attention", "mlp", "vision") and row.quantizable',
-        f"{VISION}::TestWhatMoves::test_adapter_spares_the_tower",
+        f"{VISION}::TestWhatIsTrained::test_adapter_spares_the_tower",
     ),
     "an expression for PEFT inside the language model": Guard(
         "engine/train/lora.py",
@@ -215,7 +215,7 @@ GUARDS = {
         "engine/plan/targets.py",
         "if row.group not in VISION.values()]",
         "if row.group]",
-        f"{VISION}::TestWhatMoves::test_full_fine_tune_of_the_text",
+        f"{VISION}::TestWhatIsTrained::test_full_fine_tune_of_the_text",
     ),
     "a first step that reaches nothing": Guard(
         "engine/train/alarms.py",
@@ -239,8 +239,7 @@ GUARDS = {
         "engine/train/attention.py",
         "        if attention_mask is not None:\n            options |= {",
         "        if False:\n            options |= {",
-        f"{ATTENTION}::"
-        "test_flash_attention_is_told_where_rows_begin_in_a_batch_of_several_sequences",
+        f"{ATTENTION}::test_flash_attention_gets_where_rows_begin_in_a_batch_of_several_sequences",
     ),
     "every FlashAttention is told": Guard(
         "engine/train/attention.py",
@@ -320,7 +319,7 @@ GUARDS = {
         "parameter.data = round_at_random(parameter.data)",
         "parameter.data = parameter.data.bfloat16()",
         "tests/train/test_optim.py::TestBfloat16Adapter"
-        "::test_steps_far_below_the_spacing_move_the_mean",
+        "::test_steps_far_below_the_spacing_shift_the_mean",
     ),
     "nothing of an image is learned": Guard(
         "engine/chat/render/kinds.py",

@@ -125,7 +125,7 @@ class TestCounts:
         assert trainable_parameters(table, config(adapter=None)) == table.total_parameters - seen
 
 
-class TestTheEyes:
+class TestVisionTower:
     """Only an expression that spells the tower or the projector reaches them."""
 
     TABLE = model("magistral-small-2509").table

@@ -21,6 +21,7 @@ from tests.support.tiny import (
     write_model,
     write_rows,
 )
+from tests.support.trainers import Workshop
 
 torch.set_num_threads(1)  # toy shapes: a second thread only waits
 
@@ -88,3 +89,9 @@ def make_rows(tmp_path: Path) -> MakeRows:
     """Rows of one's own, as prepared arrays."""
     made = iter(range(1000))
     return lambda rows: write_rows(tmp_path / f"rows-{next(made)}", rows)
+
+
+@pytest.fixture(scope="module")
+def workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """Runs as processes of their own, with the keys that the test's module calls `KEYS`."""
+    return Workshop(tmp_path_factory.mktemp("workshop"), request.module.KEYS)

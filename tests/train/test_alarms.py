@@ -118,7 +118,9 @@ class TestLimit:
         found = alarm()
         assert not any(too_high(found, 100) for _ in range(10))
 
-    def test_the_rows_are_named_and_the_weights_not_moved(self, begin: Begin, uneven: Rows) -> None:
+    def test_the_rows_are_named_and_the_weights_left_alone(
+        self, begin: Begin, uneven: Rows
+    ) -> None:
         keys = {"loss_watchdog_threshold": 0.1, "loss_watchdog_patience": 1}
         run = begin(learning_rate=0.1, **keys)
         before = {n: p.detach().clone() for n, p in run.model.named_parameters()}

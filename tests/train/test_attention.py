@@ -114,7 +114,7 @@ def test_a_mask_of_padding_is_an_error_rather_than_ignored() -> None:
         model(input_ids=tokens(), attention_mask=mask, use_cache=False)
 
 
-def test_flash_attention_is_told_where_rows_begin_in_a_batch_of_several_sequences() -> None:
+def test_flash_attention_gets_where_rows_begin_in_a_batch_of_several_sequences() -> None:
     assert not _is_packed_sequence(positions(), 2), "transformers looks at single sequences only"
     rows = Segments(torch.tensor([0, 13, 33, 40, 65, 80], dtype=torch.int32), 25)
     query, key, value = (torch.randn(2, heads, 40, 8) for heads in (4, 2, 2))
@@ -126,8 +126,8 @@ def test_flash_attention_is_told_where_rows_begin_in_a_batch_of_several_sequence
         assert (given["max_length_q"], given["max_length_k"], attention_mask) == (25, 25, None)
         assert given["cu_seq_lens_q"] is given["cu_seq_lens_k"]
         query, key, value = (state.transpose(1, 2).flatten(0, 1) for state in (q, k, v))
-        told = Segments(given["cu_seq_lens_q"], given["max_length_q"])
-        return attend_row_by_row(query, key, value, told).unflatten(0, (2, 40)), None
+        segments = Segments(given["cu_seq_lens_q"], given["max_length_q"])
+        return attend_row_by_row(query, key, value, segments).unflatten(0, (2, 40)), None
 
     attend = hand_over_rows(kernel)
     module: Any = SimpleNamespace()

@@ -24,10 +24,10 @@ def test_last_figures_are_of_the_best_model(ministral: Path, uneven: Rows, tmp_p
     run.position.step = 9
     assert not run.evaluate()
     run.finish([])
-    told = [recorded.event for recorded in Follower(run.session.run.events).read()]
-    at_best, worse = (event.loss for event in told if isinstance(event, Eval))
+    events = [recorded.event for recorded in Follower(run.session.run.events).read()]
+    at_best, worse = (event.loss for event in events if isinstance(event, Eval))
     assert at_best < worse
-    *_, last = (event.loss for event in told if isinstance(event, Score))
+    *_, last = (event.loss for event in events if isinstance(event, Score))
     assert last == pytest.approx(at_best, abs=1e-6)
     result = trained_tensors(run.model)
     assert all(result[name].equal(tensor) for name, tensor in best.items())

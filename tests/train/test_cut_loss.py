@@ -30,6 +30,7 @@ NO_COMPILER = (
 )
 """What triton 3.7 says, triton/runtime/build.py."""
 CPU = torch.device("cpu")
+KEYS = LORA | {"max_steps": 2, "lora_dropout": 0.0}
 
 
 class OutOfResources(Exception):
@@ -138,26 +139,20 @@ def test_a_head_that_is_trained_is_never_left_to_it(kernel: type[Kernel]) -> Non
         summed_cross_entropy(hidden, head.detach(), labels, Loss(cut=True))
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    keys = LORA | {"max_steps": 2, "lora_dropout": 0.0}
-    return Workshop(tmp_path_factory.mktemp("cut"), keys)
-
-
 def test_a_run_without_a_compiler_trains_in_chunks_to_the_same_losses(workshop: Workshop) -> None:
     """Without the try this run ends at its first step, behind everything that was waited for."""
     run = workshop.new(plugins=PLUGINS)
     assert finish(run, before=Kernel("compiler")) == 0, run.log.read_text()
-    (told,) = [e.text for e in events_of(run) if isinstance(e, Note) and "Cut-cross" in e.text]
-    assert "Failed to find C compiler" in told
+    (note,) = [e.text for e in events_of(run) if isinstance(e, Note) and "Cut-cross" in e.text]
+    assert "Failed to find C compiler" in note
     assert figures(run) == figures(workshop.finished())
 
 
 def test_a_run_trains_by_the_kernel_where_it_runs(workshop: Workshop) -> None:
     run = workshop.new(plugins=PLUGINS)
     assert finish(run, before=Kernel()) == 0, run.log.read_text()
-    (told,) = [e.text for e in events_of(run) if isinstance(e, Note) and "Cut-cross" in e.text]
-    assert PRICE in told
+    (note,) = [e.text for e in events_of(run) if isinstance(e, Note) and "Cut-cross" in e.text]
+    assert PRICE in note
     losses, others = ([f[2] for f in figures(each)] for each in (run, workshop.finished()))
     assert losses == pytest.approx(others, rel=1e-4)
 

@@ -107,11 +107,11 @@ def test_a_card_other_than_the_planned_one_is_named(
     card: Callable[[int, int], None], tmp_path: Path, device: dict[str, object], other: bool
 ) -> None:
     card(9, 0)
-    told = require_planned_device(planned(tmp_path, **device), replace(H100, uuid="GPU-dddd-4"))
-    assert bool(told) == other
-    if told:
-        assert "GPU-bbbb-2" in told
-        assert f"GPU-{OWN}" in told
+    warning = require_planned_device(planned(tmp_path, **device), replace(H100, uuid="GPU-dddd-4"))
+    assert bool(warning) == other
+    if warning:
+        assert "GPU-bbbb-2" in warning
+        assert f"GPU-{OWN}" in warning
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch computes on a card here")

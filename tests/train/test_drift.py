@@ -39,8 +39,8 @@ LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": T
 
 def text(question_tokens: int, answer_tokens: int, seed: int) -> Text:
     ids = np.random.default_rng(seed).integers(20, VOCABULARY, question_tokens + answer_tokens)
-    wanted = np.where(np.arange(len(ids)) < question_tokens, -100, ids)
-    return Text(ids.astype(np.int64), wanted.astype(np.int64))
+    targets = np.where(np.arange(len(ids)) < question_tokens, -100, ids)
+    return Text(ids.astype(np.int64), targets.astype(np.int64))
 
 
 TEXTS = tuple(text(3 + n, 2 + 3 * n, n) for n in range(10))

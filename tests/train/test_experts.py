@@ -97,18 +97,18 @@ class TestTheLayer:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_plain_experts_are_transformers_own(self, dtype: torch.dtype) -> None:
         stock = stock_experts(dtype)
-        expected, slope = forward_and_gradient(stock, dtype)
+        expected, expected_gradient = forward_and_gradient(stock, dtype)
         output, gradient = forward_and_gradient(ours(stock, GroupedStack), dtype)
         assert torch.equal(output, expected)
-        assert torch.equal(gradient, slope)
+        assert torch.equal(gradient, expected_gradient)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_nf4_experts_are_stock_with_dequantized_weights(self, dtype: torch.dtype) -> None:
         layer = ours(stock_experts(dtype), GroupedNF4)
         output, gradient = forward_and_gradient(layer, dtype)
-        expected, slope = forward_and_gradient(dequantized(stock_experts(dtype)), dtype)
+        expected, expected_gradient = forward_and_gradient(dequantized(stock_experts(dtype)), dtype)
         assert torch.equal(output, expected)
-        assert torch.equal(gradient, slope)
+        assert torch.equal(gradient, expected_gradient)
         assert not torch.equal(output, forward_and_gradient(stock_experts(dtype), dtype)[0])
 
     def test_it_agrees_with_the_loop_that_is_transformers_reference(self) -> None:

@@ -42,7 +42,7 @@ PACKED: dict[str, Any] = {
     "gradient_accumulation_steps": 64,
     "learning_rate": 0.01,
 }
-IN_THE_EYES = r"model\.(language_model|vision_tower)\..*_proj"
+IN_THE_TOWER = r"model\.(language_model|vision_tower)\..*_proj"
 FAST = {
     ("mistral3 over mistral4", "NF4 LoRA"),
     ("mistral3 over ministral3", "full bfloat16"),
@@ -160,7 +160,7 @@ def test_an_adapter_in_the_vision_tower_learns_from_images_and_stock_peft_sees_w
     base_of: Models, mixed: Rows, tmp_path: Path, text: str, name: str
 ) -> None:
     base, method = base_of(f"mistral3 over {text}"), METHODS[name]
-    keys = method.keys | {"lora_target_modules": IN_THE_EYES}
+    keys = method.keys | {"lora_target_modules": IN_THE_TOWER}
     run, found = both_gradients(tmp_path, base, mixed, keys)
     assert_same(found[0], found[1], atol=1e-6)
     assert any("vision_tower" in key for key in found[0])

@@ -34,15 +34,15 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.train import fetch
 
-told = []
+reported = []
 try:
     config = RunConfig(base_model=sys.argv[1])
-    folder = fetch.locate_base(config, Path.cwd(), lambda *bytes: told.append(bytes))
+    folder = fetch.locate_base(config, Path.cwd(), lambda *bytes: reported.append(bytes))
     files = sorted(path.name for path in folder.iterdir())
     size = (folder / "model.safetensors").stat().st_size
-    print(json.dumps({"files": files, "size": size, "told": told}))
+    print(json.dumps({"files": files, "size": size, "reported": reported}))
 except UserError as error:
-    print(json.dumps({"error": str(error), "kind": type(error).__name__, "told": told}))
+    print(json.dumps({"error": str(error), "kind": type(error).__name__, "reported": reported}))
 """
 
 
@@ -70,8 +70,8 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def do_GET(self) -> None:
-        hub, wanted = self.hub, self.headers.get("Range", "")
-        hub.asked.append((self.command, self.path, wanted))
+        hub, asked = self.hub, self.headers.get("Range", "")
+        hub.asked.append((self.command, self.path, asked))
         if hub.refusal:
             self.answer(hub.refusal[0], b"{}", {"X-Error-Code": hub.refusal[1]})
         elif "/tree/" in self.path:
@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, json.dumps({"id": "some/model", "sha": COMMIT}).encode())
         else:
             content = FILES[self.path.rpartition("/")[2]]
-            start = int(match[1]) if (match := re.match(r"bytes=(\d+)-", wanted)) else 0
+            start = int(match[1]) if (match := re.match(r"bytes=(\d+)-", asked)) else 0
             headers = {"ETag": f'"{_sha(content)}"', "X-Repo-Commit": COMMIT}
             if start:
                 headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
@@ -157,21 +157,21 @@ def locate(tmp_path: Path, hub: Hub) -> Callable[..., dict[str, Any]]:
 
 
 def test_what_a_run_needs_is_fetched_once(hub: Hub, locate: Callable[..., dict[str, Any]]) -> None:
-    wanted = sorted(set(FILES) - {"consolidated.safetensors"})
+    expected = sorted(set(FILES) - {"consolidated.safetensors"})
     for _ in range(2):
         found = locate()
-        assert found["files"] == wanted
+        assert found["files"] == expected
         assert found["size"] == len(FILES["model.safetensors"])
     assert len(hub.weights_asked()) == 1
 
 
-def test_progress_is_told_in_bytes(hub: Hub, locate: Callable[..., dict[str, Any]]) -> None:
+def test_progress_is_reported_in_bytes(hub: Hub, locate: Callable[..., dict[str, Any]]) -> None:
     hub.pause_seconds = 1.5
     total = sum(len(content) for name, content in FILES.items() if "consolidated" not in name)
-    told = locate()["told"]
-    assert told == sorted(told)
-    assert {whole for _, whole in told} == {total}
-    assert any(0 < done < total for done, _ in told)
+    reported = locate()["reported"]
+    assert reported == sorted(reported)
+    assert {whole for _, whole in reported} == {total}
+    assert any(0 < done < total for done, _ in reported)
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-EYES_TOO = {"full with the eyes": Method({"unfrozen_parameters": [".*"]}, 1e-5, stock.FLOAT32)}
+TOWER_TOO = {"full with the tower": Method({"unfrozen_parameters": [".*"]}, 1e-5, stock.FLOAT32)}
 STARTS = ("text", "images", "FP8")
 FAST = {
     ("text", "mistral3 over ministral3", "full"),
@@ -53,7 +53,7 @@ def cases() -> list[Any]:
     found = []
     for start in STARTS:
         for architecture in ARCHITECTURES:
-            for name in METHODS | (EYES_TOO if start == "images" else {}):
+            for name in METHODS | (TOWER_TOO if start == "images" else {}):
                 if "experts" in name and "mistral4" not in architecture:
                     continue
                 if start == "images" and "over" not in architecture:
@@ -94,8 +94,8 @@ def stock_trainee(base: Path, run: Training, home: Path, method: Method) -> Any:
         stock.take_nf4_experts(model, run.model)
         return stock.open_adapter(model, export_trained(run.model, home, base, run.config))
     for name, parameter in model.named_parameters():
-        eyes = "vision" in name or "multi_modal" in name
-        parameter.requires_grad_(not eyes or bool(run.config.unfrozen_parameters))
+        vision = "vision" in name or "multi_modal" in name
+        parameter.requires_grad_(not vision or bool(run.config.unfrozen_parameters))
     return model
 
 
@@ -109,7 +109,7 @@ def test_the_first_step_is_that_of_stock_tools(
     architecture: str,
     name: str,
 ) -> None:
-    rows, method = (mixed if start == "images" else uneven), (METHODS | EYES_TOO)[name]
+    rows, method = (mixed if start == "images" else uneven), (METHODS | TOWER_TOO)[name]
     base, plain = bases(start, architecture)
     runs = []
     for number, layout in enumerate(LAYOUTS.values()):

@@ -62,8 +62,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return describe(tmp_path_factory.mktemp("wide") / "model", WIDE)
 
 
-def told(folder: Path, config: RunConfig, steps: int = 2) -> list[Mapping[str, Any]]:
-    """All that a measurement tells, its record last."""
+def measure(folder: Path, config: RunConfig, steps: int = 2) -> list[Mapping[str, Any]]:
+    """All that a measurement emits, its record last."""
     folder.mkdir()
     write_config(config, {}, folder / "config.yml")
     found: list[Mapping[str, Any]] = []
@@ -109,7 +109,7 @@ class TestTheFormula:
     )
     def test_measured_peak_is_near(self, wide: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
         config = settings(wide, **PACKED | {"micro_batch_size": 2} | keys)
-        fitted = told(tmp_path / "run", config)[-1]["fitted"]
+        fitted = measure(tmp_path / "run", config)[-1]["fitted"]
         formula = estimate(config, read_architecture(wide), cpu())
         steps = max(formula.moments[name] for name in ("backward pass", "loss", "optimizer step"))
         assert fitted["measurement"]["formula_bytes"] == steps
@@ -124,7 +124,7 @@ class TestTheFormula:
         measured, planned = [], []
         for packed in (True, False):
             own = LORA | keys | {"sequence_len": 2048, "sample_packing": packed}
-            fitted = told(tmp_path / str(packed), settings(folder, **own), steps=1)[-1]["fitted"]
+            fitted = measure(tmp_path / str(packed), settings(folder, **own), steps=1)[-1]["fitted"]
             measured.append(fitted["measurement"]["peak_allocated_bytes"])
             planned.append(fitted["measurement"]["formula_bytes"])
         assert measured[0] - measured[1] == pytest.approx(planned[0] - planned[1], rel=0.1)
@@ -132,14 +132,14 @@ class TestTheFormula:
     def test_image_larger_than_a_towers_group(self, tmp_path: Path) -> None:
         sides = 80  # 6,400 patches: in float32 their mask takes 156 MiB, that of 4,096 ones 64
         content = seeing(WIDE, image_size=14 * sides)
-        folder = describe(tmp_path / "eyes", content)
+        folder = describe(tmp_path / "tower", content)
         config = settings(
             folder,
             processor_type="AutoProcessor",
             sequence_len=sides // 2 * (sides // 2 + 1) + 1,
             **LORA | CHECKPOINTED,
         )
-        fitted = told(tmp_path / "run", config)[-1]["fitted"]["measurement"]
+        fitted = measure(tmp_path / "run", config)[-1]["fitted"]["measurement"]
         formula = estimate(config, read_architecture(folder), cpu()).moments
         assert fitted["peak_allocated_bytes"] == pytest.approx(fitted["formula_bytes"], rel=0.1)
         assert formula["backward pass"] == fitted["formula_bytes"]
@@ -149,21 +149,23 @@ class TestTheFormula:
         sides, layers = 66, 36  # just more than go together
         narrow = WIDE | {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
         content = seeing(narrow | {"num_hidden_layers": layers}, image_size=14 * sides)
-        folder = describe(tmp_path / "eyes", content)
+        folder = describe(tmp_path / "tower", content)
         tokens = sides // 2 * (sides // 2 + 1) + 1
         keys = LORA | CHECKPOINTED | {"gradient_accumulation_steps": 2}
         config = settings(folder, processor_type="AutoProcessor", sequence_len=tokens, **keys)
-        fitted = told(tmp_path / "run", config)[-1]["fitted"]["measurement"]
+        fitted = measure(tmp_path / "run", config)[-1]["fitted"]["measurement"]
         kept = layers * tokens * 256 * 4
         assert kept > 0.15 * fitted["formula_bytes"]  # it would be seen
         assert fitted["peak_allocated_bytes"] == pytest.approx(fitted["formula_bytes"], rel=0.1)
 
     @pytest.mark.parametrize("vocabulary", [4096, 32768], ids=["many small", "one large"])
-    def test_bfloat16_weights_that_move_in_float32(self, tmp_path: Path, vocabulary: int) -> None:
+    def test_bfloat16_weights_that_are_updated_in_float32(
+        self, tmp_path: Path, vocabulary: int
+    ) -> None:
         content = WIDE | {"vocab_size": vocabulary, "tie_word_embeddings": True}
         folder = describe(tmp_path / "model", content)
         config = settings(folder, bf16=True, sequence_len=64)
-        fitted = told(tmp_path / "run", config)[-1]["fitted"]
+        fitted = measure(tmp_path / "run", config)[-1]["fitted"]
         formula = estimate(config, read_architecture(folder), cpu())
         assert formula.moments["optimizer step"] == fitted["measurement"]["formula_bytes"]
         measured = fitted["measurement"]["peak_allocated_bytes"]
@@ -174,17 +176,17 @@ class TestTheFormula:
     def test_few_learned_tokens_take_few_logits(self, tmp_path: Path, keys: dict[str, Any]) -> None:
         sample = [{"path": "sample:harbour-pilot"}]
         config = settings("demo-tiny", datasets=sample, **LORA, sequence_len=256, **keys)
-        fitted = told(tmp_path / "run", config, steps=1)[-1]["fitted"]["measurement"]
+        fitted = measure(tmp_path / "run", config, steps=1)[-1]["fitted"]["measurement"]
         assert fitted["peak_allocated_bytes"] == pytest.approx(fitted["formula_bytes"], rel=0.1)
 
     def test_loading_holds_one_tensor_beside_the_model(self, wide: Path, tmp_path: Path) -> None:
-        fitted = told(tmp_path / "run", settings(wide, **LORA), steps=1)[-1]["fitted"]
+        fitted = measure(tmp_path / "run", settings(wide, **LORA), steps=1)[-1]["fitted"]
         numbers = [p.count for p in read_architecture(wide).table.parameters]
         most = 4 * (sum(numbers) + max(numbers))
         assert fitted["measurement"]["load_peak_bytes"] <= most + 2 * MIB  # and the adapter
 
-    def test_all_steps_are_told_as_a_run_tells_them(self, wide: Path, tmp_path: Path) -> None:
-        lines = told(tmp_path / "run", settings(wide, **LORA), steps=3)
+    def test_all_steps_are_emitted_as_a_run_emits_them(self, wide: Path, tmp_path: Path) -> None:
+        lines = measure(tmp_path / "run", settings(wide, **LORA), steps=3)
         steps = [line for line in lines if line.get("type") == "step"]
         assert [step["step"] for step in steps] == [1, 2, 3]
         assert [line["seq"] for line in lines[:-1]] == list(range(len(lines) - 1))
@@ -324,7 +326,7 @@ class TestBatches:
         assert micro.learned_tokens == 2 * 128 - 8
 
     def test_random_images_fill_their_sequence(self, tmp_path: Path) -> None:
-        folder = describe(tmp_path / "eyes", seeing(MINISTRAL3))
+        folder = describe(tmp_path / "tower", seeing(MINISTRAL3))
         config = settings(folder, processor_type="AutoProcessor", sequence_len=64)
         (micro,) = synthetic_step(read_architecture(folder), config).micros
         ids, sizes = micro.tensors["input_ids"], micro.tensors["image_sizes"]
@@ -380,14 +382,14 @@ class TestReduced:
     def test_a_reduced_model_with_a_tower_is_measured_and_named(self, tmp_path: Path) -> None:
         deep = with_vision(WIDE | {"num_hidden_layers": 600})
         folder = describe(tmp_path / "deep", deep)
-        lines = told(tmp_path / "run", settings(folder, **LORA, sequence_len=64), steps=1)
+        lines = measure(tmp_path / "run", settings(folder, **LORA, sequence_len=64), steps=1)
         fitted = lines[-1]["fitted"]
         assert (fitted["layers"], fitted["of_layers"], fitted["whole"]) == (2, 600, False)
         assert fitted["run_seconds"] is None
         assert any("2 of 600 layers" in line.get("text", "") for line in lines)
 
 
-class TestShortage:
+class TestOutOfMemory:
     @pytest.mark.parametrize(
         ("vocabulary", "keys", "part"),
         [
@@ -401,7 +403,7 @@ class TestShortage:
         folder = describe(tmp_path / "model", WIDE | {"vocab_size": vocabulary})
         config = settings(folder, **LORA, **keys)
         with memory_at_most(200 * MIB), pytest.raises(UserError) as caught:
-            told(tmp_path / "run", config)
+            measure(tmp_path / "run", config)
         assert caught.value.exit_status == 3
         assert caught.value.what == f"It does not fit: memory ran out in {part}."
         assert "iB were allocated at the most" in caught.value.why

@@ -52,9 +52,9 @@ def trained(base: Path, uneven: Rows, tmp_path: Path) -> Callable[..., RunFolder
 
 
 def answers(run: RunFolder, *requests: Mapping[str, Any]) -> list[dict[str, Any]]:
-    told: list[dict[str, Any]] = []
-    serve(run, [json.dumps(request) for request in requests], lambda r: told.append(dict(r)))
-    return told
+    lines: list[dict[str, Any]] = []
+    serve(run, [json.dumps(request) for request in requests], lambda r: lines.append(dict(r)))
+    return lines
 
 
 def asked(**keys: Any) -> dict[str, Any]:
@@ -67,8 +67,8 @@ def test_the_answer_is_that_of_the_trained_model_and_base_is_the_one_before(
     adapter: str | None, finish: bool, trained: Callable[..., RunFolder], base: Path
 ) -> None:
     run = trained(finish, adapter=adapter)
-    told = answers(run, asked(), asked(base=True), asked())
-    tuned, before, again = (each["answer"]["text"] for each in told if "answer" in each)
+    lines = answers(run, asked(), asked(base=True), asked())
+    tuned, before, again = (each["answer"]["text"] for each in lines if "answer" in each)
     assert tuned == again
     assert tuned != before
     config = settings(base)
@@ -88,9 +88,9 @@ def test_the_answer_is_that_of_the_trained_model_and_base_is_the_one_before(
 
 
 def test_pieces_add_up_and_a_letter_is_never_cut(trained: Callable[..., RunFolder]) -> None:
-    told = answers(trained(), asked(max_tokens=40, temperature=1.0, seed=4))
-    pieces = [each["text"] for each in told if "text" in each]
-    answer = next(each["answer"] for each in told if "answer" in each)
+    lines = answers(trained(), asked(max_tokens=40, temperature=1.0, seed=4))
+    pieces = [each["text"] for each in lines if "text" in each]
+    answer = next(each["answer"] for each in lines if "answer" in each)
     assert len(pieces) > 5
     assert "".join(pieces) == answer["text"]
     assert answer["tokens"] == 40
@@ -100,21 +100,21 @@ def test_pieces_add_up_and_a_letter_is_never_cut(trained: Callable[..., RunFolde
 def test_seed_decides_the_answer(trained: Callable[..., RunFolder]) -> None:
     hot = {"temperature": 2.0, "top_p": 1.0}
     run = trained()
-    told = answers(run, *(asked(**hot, seed=seed) for seed in (1, 1, 2)))
-    first, same, other = (each["answer"]["text"] for each in told if "answer" in each)
+    lines = answers(run, *(asked(**hot, seed=seed) for seed in (1, 1, 2)))
+    first, same, other = (each["answer"]["text"] for each in lines if "answer" in each)
     assert first == same != other
 
 
 def test_a_model_without_a_card_is_asked_greedily(trained: Callable[..., RunFolder]) -> None:
-    told = answers(trained(), asked())
-    answer = next(each["answer"] for each in told if "answer" in each)
+    lines = answers(trained(), asked())
+    answer = next(each["answer"] for each in lines if "answer" in each)
     assert (answer["temperature"], answer["top_p"], answer["max_tokens"]) == (0.0, 1.0, 12)
 
 
 def test_prompt_is_rendered_as_in_training(trained: Callable[..., RunFolder], base: Path) -> None:
     answering = Answering(trained())
-    wanted = ask("Hello there", answering.tokenizer, settings(base)).tokens
-    assert answering.prompt(Request([QUESTION])).tokens == wanted
+    expected = ask("Hello there", answering.tokenizer, settings(base)).tokens
+    assert answering.prompt(Request([QUESTION])).tokens == expected
     system = {"role": "system", "content": "Be brief."}
     turns = [system, QUESTION, {"role": "assistant", "content": "Hi."}, QUESTION]
     longer = answering.prompt(Request(turns)).tokens
@@ -124,11 +124,11 @@ def test_prompt_is_rendered_as_in_training(trained: Callable[..., RunFolder], ba
 
 
 def test_bad_conversation_is_refused_next_answered(trained: Callable[..., RunFolder]) -> None:
-    told = answers(trained(), asked(messages=[{"role": "robot", "content": "x"}]), asked())
-    assert "refused" in told[1]
-    assert told[1]["refused"]["fix"]
-    assert told[2] == {"end": True}
-    assert any("answer" in each for each in told)
+    lines = answers(trained(), asked(messages=[{"role": "robot", "content": "x"}]), asked())
+    assert "refused" in lines[1]
+    assert lines[1]["refused"]["fix"]
+    assert lines[2] == {"end": True}
+    assert any("answer" in each for each in lines)
 
 
 def test_a_run_that_saved_nothing_says_so(base: Path, tmp_path: Path) -> None:

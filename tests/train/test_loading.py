@@ -297,12 +297,12 @@ class TestReport:
         assert base.report.held_bytes == pytest.approx(sum(held.values()), rel=0.02)
 
     def test_progress_ends_with_everything_read(self, ministral: Path) -> None:
-        told: list[tuple[int, int]] = []
-        load_base(ministral, settings(ministral), lambda done, total: told.append((done, total)))
-        assert told == sorted(told)
+        calls: list[tuple[int, int]] = []
+        load_base(ministral, settings(ministral), lambda done, total: calls.append((done, total)))
+        assert calls == sorted(calls)
         weights = load_file(ministral / "model.safetensors")
-        assert told[-1] == (sum(t.nbytes for t in weights.values()),) * 2
-        assert len(told) == len(weights)
+        assert calls[-1] == (sum(t.nbytes for t in weights.values()),) * 2
+        assert len(calls) == len(weights)
 
 
 MEASURED = """

@@ -87,7 +87,7 @@ def test_a_model_that_is_not_built_as_described_is_refused(tmp_path: Path, minis
         attach_lora(loaded(short).model, read_architecture(ministral), config)
 
 
-class TestWhatMoves:
+class TestWhatIsTrained:
     def test_the_adapters_settings_are_the_configs(self, ministral: Path) -> None:
         config = settings(ministral, adapter="lora", lora_r=4, lora_alpha=12, lora_dropout=0.25)
         model: Any = attach_lora(loaded(ministral).model, read_architecture(ministral), config)
@@ -106,7 +106,9 @@ class TestWhatMoves:
         assert all("lora_" in name for name in moving)
         assert {p.dtype for p in moving.values()} == {torch.float32}
 
-    def test_step_moves_adapter_alone(self, any_model: Path, uneven: Rows, tmp_path: Path) -> None:
+    def test_step_changes_the_adapter_alone(
+        self, any_model: Path, uneven: Rows, tmp_path: Path
+    ) -> None:
         config = settings(any_model, adapter="lora", learning_rate=0.01, max_steps=2)
         run = training(tmp_path, config, uneven)
         before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
@@ -130,8 +132,8 @@ class TestWhatMoves:
 
     def test_unfrozen_parameters_choose_by_the_start_of_the_name(self, ministral: Path) -> None:
         base = loaded(ministral)
-        wanted = [r"model\.layers\.1\.", r"model.norm.*"]
-        model = free(base, ministral, unfrozen_parameters=wanted)
+        patterns = [r"model\.layers\.1\.", r"model.norm.*"]
+        model = free(base, ministral, unfrozen_parameters=patterns)
         moving = {n for n, p in model.named_parameters() if p.requires_grad}
         assert moving == {
             n
@@ -141,16 +143,16 @@ class TestWhatMoves:
 
     def test_unfrozen_parameters_may_name_the_vision_tower(self, tmp_path: Path) -> None:
         folder = write_model(tmp_path / "seeing", with_vision(MINISTRAL3))
-        wanted = [r"model\.multi_modal_projector"]
-        model = free(loaded(folder), folder, unfrozen_parameters=wanted)
+        patterns = [r"model\.multi_modal_projector"]
+        model = free(loaded(folder), folder, unfrozen_parameters=patterns)
         moving = [n for n, p in model.named_parameters() if p.requires_grad]
         assert moving
         assert all("multi_modal_projector" in name for name in moving)
 
     def test_an_unfrozen_parameter_that_matches_nothing_is_refused(self, ministral: Path) -> None:
-        wanted = ["lm_head", "layers.9"]
+        patterns = ["lm_head", "layers.9"]
         with pytest.raises(UserError, match=r"layers\.9 matches no parameter"):
-            free(loaded(ministral), ministral, unfrozen_parameters=wanted)
+            free(loaded(ministral), ministral, unfrozen_parameters=patterns)
 
 
 class TestWhatTheAdapterReads:

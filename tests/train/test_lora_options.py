@@ -103,7 +103,7 @@ class TestStockPeft:
             )
 
 
-class TestTheEyes:
+class TestVisionTower:
     def test_pattern_may_name_the_vision_tower(self, uneven: Rows, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", with_vision(MINISTRAL3))
         wish = r"model\.(language_model|vision_tower)\..*\.(q_proj|up_proj)"
@@ -125,7 +125,7 @@ class TestSavedWhole:
         return write_model(tmp_path / "base", config)
 
     @pytest.mark.parametrize("kind", BASES.values(), ids=BASES)
-    def test_both_move_and_stock_peft_answers_the_same(
+    def test_both_are_trained_and_stock_peft_answers_the_same(
         self, base: Path, uneven: Rows, tmp_path: Path, kind: dict[str, Any]
     ) -> None:
         keys = {"lora_modules_to_save": ["embed_tokens", "lm_head"]} | kind
@@ -157,7 +157,7 @@ class TestSavedWhole:
         stock: Any = peft.PeftModel.from_pretrained(stock_model(base), str(folder))
         torch.testing.assert_close(logits(stock), logits(run.model), rtol=0, atol=0)
 
-    def test_only_the_named_one_of_two_moves(self, uneven: Rows, tmp_path: Path) -> None:
+    def test_only_the_named_one_of_two_is_trained(self, uneven: Rows, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", MINISTRAL3)
         run = steps(tmp_path / "run", base, uneven, lora_modules_to_save=["lm_head"])
         inner = run.model.get_base_model()
@@ -237,7 +237,7 @@ class TestFreezing:
         ],
         ids=str,
     )
-    def test_only_the_named_parameters_move(
+    def test_only_the_named_parameters_are_trained(
         self, uneven: Rows, tmp_path: Path, wish: list[str] | None, bf16: bool
     ) -> None:
         base = write_model(tmp_path / "base", ARCHITECTURES["mistral3 over ministral3"])

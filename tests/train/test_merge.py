@@ -58,14 +58,20 @@ def merged_by_peft(base: Path, adapter: Path) -> torch.Tensor:
     return logits(found.merge_and_unload())
 
 
+def assert_merged(folder: Path, base: Path, adapter: Path) -> None:
+    """The folder answers as what stock PEFT merges."""
+    expected = merged_by_peft(base, adapter)
+    torch.testing.assert_close(logits(loaded(folder)), expected, rtol=0, atol=1e-5)
+
+
 def loaded(folder: Path) -> Any:
     """The folder in stock transformers; every weight has to be there, and none too many."""
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model, told = getattr(transformers, name).from_pretrained(
+    model, report = getattr(transformers, name).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
     return model
 
 
@@ -73,9 +79,9 @@ class TestMerged:
     def test_every_architecture(self, any_model: Path, finished: Finished, tmp_path: Path) -> None:
         run = finished(any_model)
         folder = merge(run, tmp_path / "merged")
-        wanted = merged_by_peft(any_model, run.adapter)
-        torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
-        assert (logits(stock_model(any_model)) - wanted).abs().max() > 0.1
+        assert_merged(folder, any_model, run.adapter)
+        difference = logits(stock_model(any_model)) - logits(loaded(folder))
+        assert difference.abs().max() > 0.1
 
     @pytest.mark.parametrize(
         "keys",
@@ -92,8 +98,7 @@ class TestMerged:
         run = finished(ministral, **keys)
         _change_saved(run.adapter)
         folder = merge(run, tmp_path / "merged")
-        wanted = merged_by_peft(ministral, run.adapter)
-        torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
+        assert_merged(folder, ministral, run.adapter)
 
     def test_adapted_experts(
         self, model_folder: Models, finished: Finished, tmp_path: Path
@@ -102,8 +107,7 @@ class TestMerged:
         targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         run = finished(base, lora_target_parameters=targets, lora_r=4)
         folder = merge(run, tmp_path / "merged")
-        wanted = merged_by_peft(base, run.adapter)
-        torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
+        assert_merged(folder, base, run.adapter)
         stacks = [
             n for n in load_file(base / "model.safetensors") if n.endswith("experts.down_proj")
         ]
@@ -116,8 +120,7 @@ class TestMerged:
         config["alpha_pattern"] = {"q_proj": 7, r"layers\.1\.mlp\.up_proj": 3}
         (run.adapter / CONFIG).write_text(json.dumps(config))
         folder = merge(run, tmp_path / "merged")
-        wanted = merged_by_peft(ministral, run.adapter)
-        torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
+        assert_merged(folder, ministral, run.adapter)
 
     def test_rope_override(self, ministral: Path, finished: Finished, tmp_path: Path) -> None:
         rope = json.loads((ministral / "config.json").read_text())["rope_parameters"]
@@ -140,8 +143,7 @@ class TestMerged:
         written = load_file(folder / "model.safetensors")
         assert set(written) == set(load_file(base / "model.safetensors"))
         torch.testing.assert_close(written["model.embed_tokens.weight"], moved)
-        wanted = merged_by_peft(base, run.adapter)
-        torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
+        assert_merged(folder, base, run.adapter)
 
     def test_head_trained_alone(self, uneven: Rows, finished: Finished, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", MINISTRAL3 | {"tie_word_embeddings": True})
@@ -160,21 +162,20 @@ class TestMerged:
     def test_qlora(self, ministral: Path, finished: Finished, tmp_path: Path) -> None:
         run = finished(ministral, adapter="qlora", load_in_4bit=True)
         folder = merge(run, tmp_path / "merged")
-        wanted = merged_by_peft(ministral, run.adapter)
-        torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
+        assert_merged(folder, ministral, run.adapter)
 
     def test_fp8_weights_become_bfloat16(self, finished: Finished, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", MINISTRAL3)
         plain = load_file(base / "model.safetensors")
-        fp8, wanted = {}, {}
+        fp8, expected = {}, {}
         for name, tensor in plain.items():
             if name.endswith("_proj.weight"):
                 scale = tensor.abs().max() / 448
                 fp8[name] = (tensor / scale).to(torch.float8_e4m3fn)
                 fp8[f"{name}_scale_inv"] = scale
-                wanted[name] = fp8[name].float() * scale
+                expected[name] = fp8[name].float() * scale
             else:
-                fp8[name] = wanted[name] = tensor.bfloat16()
+                fp8[name] = expected[name] = tensor.bfloat16()
         save_file(fp8, base / "model.safetensors", {"format": "pt"})
         edit_config(base, quantization_config={"quant_method": "fp8"})
         run = finished(base)
@@ -186,7 +187,7 @@ class TestMerged:
         tensors = load_file(run.adapter / WEIGHTS)
         name = "model.layers.0.self_attn.q_proj"
         a, b = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
-        exact = wanted[f"{name}.weight"] + 2.0 * b @ a  # alpha 32 over rank 16
+        exact = expected[f"{name}.weight"] + 2.0 * b @ a  # alpha 32 over rank 16
         torch.testing.assert_close(written[f"{name}.weight"], exact.bfloat16(), rtol=0, atol=0)
 
     def test_folder_holds_what_a_model_needs(self, finished: Finished, tmp_path: Path) -> None:
@@ -209,8 +210,7 @@ class TestMerged:
             with safe_open(path, "pt") as file:
                 names = list(file.keys())
             assert len(names) == 1 or path.stat().st_size < 60_000 + 2048
-        wanted = merged_by_peft(ministral, run.adapter)
-        torch.testing.assert_close(logits(loaded(folder)), wanted, rtol=0, atol=1e-5)
+        assert_merged(folder, ministral, run.adapter)
 
 
 def _change_saved(adapter: Path) -> None:

@@ -163,7 +163,7 @@ class TestLayers:
         assert len(seen) == 4 * 7 * 2
         assert max(moved) < 2 * largest + 4096
 
-    def test_the_report_says_what_waits(self, deep_model: Models) -> None:
+    def test_the_report_says_what_is_offloaded(self, deep_model: Models) -> None:
         folder = deep_model("ministral3")
         plain, ours = (
             load_base(folder, settings(folder, **PLAIN, **NF4, **keys)).report

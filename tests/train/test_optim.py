@@ -49,7 +49,7 @@ class TestSchedule:
         assert found[50] == pytest.approx(PEAK * 0.55)
         assert found[-1] == pytest.approx(PEAK * 0.1, rel=0.01)
 
-    def test_linear_falls_in_equal_steps_and_the_last_one_still_moves(self) -> None:
+    def test_linear_falls_in_equal_steps_and_the_last_one_still_learns(self) -> None:
         found = rates(10, lr_scheduler="linear", warmup_steps=0)
         assert found == pytest.approx([PEAK * (10 - k) / 10 for k in range(10)])
 
@@ -107,7 +107,7 @@ class TestEveryOptimizer:
             share = 0.95 if parameter.ndim > 1 else 1.0
             torch.testing.assert_close(parameter.detach(), before[key] * share, msg=key)
 
-    def test_a_step_on_a_cpu_goes_down_the_slope(self, name: str) -> None:
+    def test_a_step_on_a_cpu_goes_downhill(self, name: str) -> None:
         model = network()
         config = settings(optimizer=name, learning_rate=1e-3)
         optimizer = build_optimizer(model.named_parameters(), config)
@@ -197,10 +197,10 @@ class TestBfloat16:
 
     def train(self, weight: nn.Parameter, optimizer: Any, steps: int = STEPS) -> None:
         generator = torch.Generator().manual_seed(1)
-        slope = torch.randn(weight.shape, generator=generator)
+        gradient = torch.randn(weight.shape, generator=generator)
         for _ in range(steps):
             noise = torch.randn(weight.shape, generator=generator)
-            weight.grad = (slope + noise).bfloat16().to(weight.dtype)
+            weight.grad = (gradient + noise).bfloat16().to(weight.dtype)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -222,8 +222,8 @@ class TestBfloat16:
         self.train(wide, theirs)
         self.train(narrow, torch.optim.AdamW([narrow], lr=1e-5, weight_decay=0.1))
         large = before.abs() > 0.5
-        wanted, found = (wide - before)[large].abs().mean(), (narrow - before)[large].abs().mean()
-        assert found < 0.01 * wanted
+        expected, found = (wide - before)[large].abs().mean(), (narrow - before)[large].abs().mean()
+        assert found < 0.01 * expected
 
     def test_the_state_is_ten_bytes_a_weight_and_its_moments_are_float32(self) -> None:
         weight, optimizer = self.twins("adamw_torch_fused", torch.bfloat16)
@@ -292,7 +292,7 @@ class TestBfloat16:
 class TestBfloat16Adapter:
     """An adapter's matrices in bfloat16 keep nothing beside them, and move right on average."""
 
-    def test_steps_far_below_the_spacing_move_the_mean(self) -> None:
+    def test_steps_far_below_the_spacing_shift_the_mean(self) -> None:
         # Between 1 and 2 two neighbours are 0.0078 apart: 20 steps of 1e-5 are a fortieth of that.
         torch.manual_seed(0)
         start = torch.rand(256, 256).add_(1).bfloat16()

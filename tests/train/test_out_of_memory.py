@@ -35,11 +35,6 @@ KEYS = LORA | {
 }
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("out-of-memory"), KEYS)
-
-
 def small_card(tokens: int = 1000, from_step: int = 1) -> Callable[[], None]:
     return functools.partial(hold_at_most, tokens, from_step=from_step)
 

@@ -58,7 +58,7 @@ class TestTables:
             model(input_ids=torch.tensor([[1, 40, 50]]))
 
 
-class TestEyes:
+class TestVisionTower:
     @pytest.fixture
     def device(self, monkeypatch: pytest.MonkeyPatch) -> torch.device:
         """A device that is not the CPU and takes any tensor."""

@@ -87,7 +87,7 @@ class TestCounts:
             assert count_targets(architecture.table, config)[entry] == len(found)
 
     @pytest.mark.parametrize("wish", [None, [r"model\..*layers\.1\."], [r".*norm", "lm_head"]])
-    def test_a_full_fine_tune_moves_the_planned_numbers(self, any_model: Path, wish: Any) -> None:
+    def test_a_full_fine_tune_trains_the_planned_numbers(self, any_model: Path, wish: Any) -> None:
         config = settings(any_model, unfrozen_parameters=wish)
         architecture = read_architecture(any_model)
         model = choose_trained(load_base(any_model, config).model, architecture, config)

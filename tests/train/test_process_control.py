@@ -12,50 +12,45 @@ from tests.fakes.processes import wait_until
 from tests.support.run_folders import read_steps
 from tests.support.trainers import LORA, Workshop, events_of, last_end, start, training, wait
 
-LONG = LORA | {"max_steps": 5_000, "save_steps": 5_000, "lr_scheduler": "constant"}
+KEYS = LORA | {"max_steps": 5_000, "save_steps": 5_000, "lr_scheduler": "constant"}
 QUESTION = "How many knots is force 3?"
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("control"), LONG)
 
 
 @pytest.fixture(scope="module")
 def long_run(workshop: Workshop) -> Iterator[RunFolder]:
     run = workshop.new()
     with training(run, steps=2):
-        assert told(run, "pause") == "done"
+        assert outcome(run, "pause") == "done"
         yield run
 
 
 @pytest.fixture
 def live(long_run: RunFolder) -> Iterator[RunFolder]:
     """A run that trains; one for many tests, paused between them."""
-    assert told(long_run, "resume") == "done"
+    assert outcome(long_run, "resume") == "done"
     yield long_run
-    assert told(long_run, "pause") == "done"
+    assert outcome(long_run, "pause") == "done"
 
 
-def told(run: RunFolder, word: Request) -> str:
+def outcome(run: RunFolder, word: Request) -> str:
     return ask(run, word, timeout_seconds=60).outcome
 
 
 def test_a_paused_run_makes_no_step_until_it_is_resumed(live: RunFolder) -> None:
-    assert told(live, "pause") == "done"
+    assert outcome(live, "pause") == "done"
     before = len(read_steps(live))
     assert status(live) == "paused"
     time.sleep(0.5)
     assert len(read_steps(live)) == before
-    assert told(live, "resume") == "done"
+    assert outcome(live, "resume") == "done"
     wait_until(lambda: len(read_steps(live)) > before + 1, 60)
     assert status(live) == "running"
 
 
 def test_a_paused_run_saves_and_stays_paused(live: RunFolder) -> None:
-    told(live, "pause")
+    outcome(live, "pause")
     done = len(read_steps(live))
-    assert told(live, "save") == "done"
+    assert outcome(live, "save") == "done"
     assert Saved(done, f"checkpoints/step-{done}") in events_of(live)
     assert (live.checkpoints / "LATEST").read_text() == f"step-{done}"
     assert status(live) == "paused"
@@ -65,9 +60,9 @@ def test_a_paused_run_saves_and_stays_paused(live: RunFolder) -> None:
 def test_a_paused_run_can_be_stopped(workshop: Workshop) -> None:
     run = workshop.new()
     with training(run, steps=2) as process:
-        told(run, "pause")
+        outcome(run, "pause")
         done = len(read_steps(run))
-        assert told(run, "stop") == "done"
+        assert outcome(run, "stop") == "done"
         assert wait(process) == 0
     assert (last_end(run).outcome, last_end(run).step) == ("stopped", done)
     assert (run.checkpoints / "LATEST").read_text() == f"step-{done}"
@@ -85,8 +80,8 @@ def test_a_save_is_answered_when_it_is_on_the_disk(live: RunFolder) -> None:
 def test_a_sample_is_answered_with_what_the_model_says_now(workshop: Workshop) -> None:
     run = workshop.new(sample_prompts=[QUESTION])
     with training(run, steps=1):
-        told(run, "pause")
-        assert told(run, "sample") == "done"
+        outcome(run, "pause")
+        assert outcome(run, "sample") == "done"
         samples = [event for event in events_of(run) if isinstance(event, Sample)]
         assert [(s.prompt, s.when) for s in samples] == [(QUESTION, "before"), (QUESTION, "during")]
         assert samples[1].step == len(read_steps(run))
@@ -108,7 +103,7 @@ def test_commands_of_before_the_start_mean_nothing(workshop: Workshop) -> None:
 def test_lines_that_are_no_commands_do_no_harm(live: RunFolder) -> None:
     with live.control.open("ab") as file:
         file.write(b'\xff\x00 no json\n{"id": "x", "command": "explode", "time": 9e9}\n[]\n')
-    assert told(live, "save") == "done"
+    assert outcome(live, "save") == "done"
 
 
 def test_each_of_many_commands_at_once_is_answered(live: RunFolder) -> None:

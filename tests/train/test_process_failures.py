@@ -38,12 +38,7 @@ KEYS = LORA | {"max_steps": 4, "save_steps": 2}
 EMBEDDING = "model.embed_tokens.weight"
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("failures"), KEYS)
-
-
-def assert_told(run: RunFolder, *words: str) -> None:
+def assert_explained(run: RunFolder, *words: str) -> None:
     """The run failed with three whole sentences that hold `words`, and with no traceback."""
     end = last_end(run)
     assert end.outcome == "failed"
@@ -65,7 +60,7 @@ def test_a_plan_for_a_card_never_ends_on_the_processor(workshop: Workshop) -> No
     device = {"kind": "cuda", "name": "H100 80GB HBM3", "uuid": "GPU-aaaa-1"}
     run.plan.write_text(json.dumps({"device": device}), "utf-8")
     assert finish(run) == 2
-    assert_told(run, "planned for H100 80GB HBM3, and no GPU can be used", "sees none")
+    assert_explained(run, "planned for H100 80GB HBM3, and no GPU can be used", "sees none")
     assert not any(isinstance(event, Started) for event in events_of(run))
     phases = {event.name for event in events_of(run) if isinstance(event, Phase)}
     assert not phases & {"model", "load"}, "refused before anything is fetched or loaded"
@@ -117,13 +112,13 @@ REQUESTS: dict[str, tuple[Callable[[RunFolder, Workshop], None], str, int]] = {
 
 
 @pytest.mark.parametrize(("change", "word", "exit_status"), REQUESTS.values(), ids=REQUESTS)
-def test_a_wrong_request_is_told(
+def test_a_wrong_request_is_explained(
     workshop: Workshop, change: Callable[[RunFolder, Workshop], None], word: str, exit_status: int
 ) -> None:
     run = workshop.new()
     change(run, workshop)
     assert finish(run) == exit_status, run.log.read_text()
-    assert_told(run, word)
+    assert_explained(run, word)
     assert not read_steps(run)
 
 
@@ -164,14 +159,14 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "word"), MODELS.values(), ids=MODELS)
-def test_a_broken_model_folder_is_told(
+def test_a_broken_model_folder_is_explained(
     workshop: Workshop, tmp_path: Path, damage: Callable[[Path], object], word: str
 ) -> None:
     base = Path(shutil.copytree(workshop.base, tmp_path / "base"))
     damage(base)
     run = workshop.new(base_model=str(base))
     assert finish(run) in (1, 2), run.log.read_text()
-    assert_told(run, word)
+    assert_explained(run, word)
 
 
 def test_nan_loss_touches_no_weight(workshop: Workshop, tmp_path: Path) -> None:
@@ -179,7 +174,7 @@ def test_nan_loss_touches_no_weight(workshop: Workshop, tmp_path: Path) -> None:
     rewrite_weights(base, lambda weights: weights["model.norm.weight"].fill_(float("inf")))
     run = workshop.new(base_model=str(base), sample_packing=False)
     assert finish(run) == 1
-    assert_told(run, "Step 1 gave a loss of nan", "rows.jsonl line ")
+    assert_explained(run, "Step 1 gave a loss of nan", "rows.jsonl line ")
     assert not read_steps(run)
     assert any(isinstance(event, Note) and event.level == "error" for event in events_of(run))
     assert not list(run.checkpoints.iterdir())
@@ -220,7 +215,7 @@ def test_a_trainer_without_torch_says_what_to_install(workshop: Workshop, tmp_pa
     path = os.pathsep.join([str(without("torch", tmp_path)), str(ROOT)])
     process = launch(run, detach=True, environment={"PYTHONPATH": path})
     assert process.wait(60) == 1
-    assert_told(run, "Training needs the package torch", install_command("train"))
+    assert_explained(run, "Training needs the package torch", install_command("train"))
 
 
 def test_old_torch_names_the_versions_needed(workshop: Workshop, tmp_path: Path) -> None:
@@ -229,7 +224,7 @@ def test_old_torch_names_the_versions_needed(workshop: Workshop, tmp_path: Path)
     run = workshop.new()
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     assert launch(run, detach=True, environment={"PYTHONPATH": path}).wait(60) == 1
-    assert_told(run, "torch 2.11.0 (>=2.12,<3)", "'windtunnel[train]'")
+    assert_explained(run, "torch 2.11.0 (>=2.12,<3)", "'windtunnel[train]'")
 
 
 @pytest.mark.parametrize("module", ["torch.nn.functional", "torch.nn"])
@@ -237,7 +232,7 @@ def test_module_that_a_package_lacks(workshop: Workshop, tmp_path: Path, module:
     run = workshop.new()
     path = os.pathsep.join([str(without(module, tmp_path)), str(ROOT)])
     assert launch(run, detach=True, environment={"PYTHONPATH": path}).wait(60) == 1
-    assert_told(
+    assert_explained(
         run, "A part of the installed torch 2", module.split(".")[-1], install_command("train")
     )
     assert "not installed" not in last_end(run).what
@@ -275,7 +270,7 @@ def fill_disk(disk: Path, made: str) -> None:
 def test_full_disk(workshop: Workshop, small_disk: Path, made: str, what: str, done: int) -> None:
     run = workshop.place(small_disk / "run", lora_r=16)
     assert finish(run, before=functools.partial(fill_disk, small_disk, made)) == 1
-    assert_told(run, what, "No space left on device", "resume")
+    assert_explained(run, what, "No space left on device", "resume")
     assert (run.checkpoints / "LATEST").read_text() == f"step-{done}"
     assert not list(run.path.rglob("*.partial")), "what is half written gives its room back"
     (small_disk / "filler").unlink()

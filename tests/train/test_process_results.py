@@ -20,11 +20,6 @@ from tests.support.trainers import LORA, Workshop, events_of, finish, training
 KEYS = {"max_steps": 4, "save_steps": 4, "learning_rate": 0.02}
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("results"), KEYS)
-
-
 def finished(workshop: Workshop, **keys: Any) -> tuple[RunFolder, float, float]:
     """A run, and the loss on its own rows that it told before and after."""
     run = workshop.new(**keys)
@@ -43,10 +38,10 @@ def loss_of(model: torch.nn.Module, run: RunFolder) -> float:
     total, learned = 0.0, 0
     for row in range(len(prepared)):
         ids = torch.from_numpy(prepared.ids(row).astype("int64"))
-        wanted = torch.from_numpy(labels(prepared.ids(row), prepared.kinds(row), LabelRule()))
+        targets = torch.from_numpy(labels(prepared.ids(row), prepared.kinds(row), LabelRule()))
         logits = model.eval()(input_ids=ids[None]).logits[0]
-        total += float(cross_entropy(logits[:-1], wanted[1:], reduction="sum"))
-        learned += int((wanted[1:] != -100).sum())
+        total += float(cross_entropy(logits[:-1], targets[1:], reduction="sum"))
+        learned += int((targets[1:] != -100).sum())
     return total / learned
 
 

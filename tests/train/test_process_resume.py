@@ -24,13 +24,8 @@ from tests.support.trainers import (
 KEYS = LORA | {"max_steps": 6, "save_steps": 2}
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("resume"), KEYS)
-
-
-def tell(run: RunFolder) -> list[int]:
-    """The steps in the order in which they were told, repeated ones too."""
+def all_steps(run: RunFolder) -> list[int]:
+    """The steps in the order in which they were emitted, repeated ones too."""
     return [event.step for event in events_of(run) if isinstance(event, Step)]
 
 
@@ -40,7 +35,7 @@ def test_a_run_goes_on_to_more_steps_than_it_had(workshop: Workshop) -> None:
     assert finish(run, "--resume") == 0
     whole = workshop.finished(lr_scheduler="constant", max_steps=9)
     assert figures(run) == figures(whole)
-    assert tell(run) == list(range(1, 10))
+    assert all_steps(run) == list(range(1, 10))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +58,7 @@ def test_a_change_that_was_undone_lets_the_run_go_on(workshop: Workshop) -> None
     assert finish(run, "--resume") == 1
     workshop.configure(run)
     assert finish(run, "--resume") == 0
-    assert tell(run) == [1, 2, 3, 4, 5, 6]
+    assert all_steps(run) == [1, 2, 3, 4, 5, 6]
 
 
 def test_changed_rows_are_refused(workshop: Workshop) -> None:
@@ -94,7 +89,7 @@ def test_a_run_that_ran_out_of_memory_may_go_on_in_4_bits(workshop: Workshop) ->
     run = workshop.finished(max_steps=2)
     workshop.configure(run, adapter="qlora", load_in_4bit=True, gradient_checkpointing=True)
     assert finish(run, "--resume") == 0, run.log.read_text()
-    assert tell(run) == [1, 2, 3, 4, 5, 6]
+    assert all_steps(run) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_without_a_checkpoint_begins_again(workshop: Workshop) -> None:
@@ -104,7 +99,7 @@ def test_a_run_without_a_checkpoint_begins_again(workshop: Workshop) -> None:
     assert finish(run, "--resume") == 0
     notes = [event.text for event in events_of(run) if isinstance(event, Note)]
     assert "there is no checkpoint: the run begins at step 1" in notes
-    assert tell(run) == [1, 2, 1, 2, 3, 4, 5, 6]
+    assert all_steps(run) == [1, 2, 1, 2, 3, 4, 5, 6]
     whole = workshop.finished()
     assert figures(run) == figures(whole)
 
@@ -114,7 +109,7 @@ def test_a_repeated_step_supersedes_the_earlier_one_and_numbers_go_on(workshop: 
     assert finish(run, before=DieBeforeStep(4)) == -signal.SIGKILL
     assert finish(run, "--resume") == 0
     assert [step.step for step in read_steps(run)] == [1, 2, 3, 4, 5]
-    assert tell(run) == [1, 2, 3, 3, 4, 5]
+    assert all_steps(run) == [1, 2, 3, 3, 4, 5]
     follower = Follower(run.events)
     numbers = [recorded.seq for recorded in follower.read()]
     assert numbers == list(range(len(numbers)))
@@ -126,7 +121,7 @@ def test_a_finished_run_does_no_further_step(workshop: Workshop) -> None:
     with pytest.raises(UserError, match="has finished"):
         resume_run(run)
     assert finish(run, "--resume") == 0
-    assert tell(run) == [1, 2, 3, 4, 5, 6]
+    assert all_steps(run) == [1, 2, 3, 4, 5, 6]
     assert last_end(run).outcome == "finished"
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == adapter
 
@@ -140,7 +135,7 @@ def test_a_run_that_went_back_stays_there_when_it_is_killed(workshop: Workshop) 
     marks = [(run.checkpoints / name).read_text() for name in ("LATEST", "BEST")]
     assert marks == ["step-2", "step-2"], "what came later belongs to the way not taken"
     assert finish(run, "--resume") == 0
-    assert tell(run) == [1, 2, 3, 4, 5, 6, 3, 3, 4, 5, 6]
+    assert all_steps(run) == [1, 2, 3, 4, 5, 6, 3, 3, 4, 5, 6]
     assert figures(run) == whole
     assert evaluations(run) == scores
 
@@ -161,5 +156,5 @@ def test_a_damaged_checkpoint_is_passed_over(workshop: Workshop, name: str) -> N
     assert finish(run, "--resume", "--from", "step-6") == 1
     assert last_end(run).what == "The checkpoint step-6 cannot be read."
     assert finish(run, "--resume") == 0
-    assert tell(run) == [1, 2, 3, 4, 5, 6, 5, 6]
+    assert all_steps(run) == [1, 2, 3, 4, 5, 6, 5, 6]
     assert figures(run) == whole

@@ -27,12 +27,7 @@ from tests.support.trainers import (
     wait,
 )
 
-LONG = LORA | {"max_steps": 5_000, "save_steps": 5_000, "lr_scheduler": "constant"}
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("signals"), LONG)
+KEYS = LORA | {"max_steps": 5_000, "save_steps": 5_000, "lr_scheduler": "constant"}
 
 
 def send_signal(process: BaseProcess, number: signal.Signals) -> None:

@@ -115,12 +115,12 @@ def test_the_formula_counts_that_piece(made: Run, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("keys", [{}, {"adapter": None, "bf16": True}], ids=["lora", "full"])
 def test_on_a_card_a_save_takes_nothing_and_in_ram_a_piece(keys: dict[str, Any]) -> None:
-    wanted, h100 = config(**keys), card("H100 80GB")
-    parts = moment_parts(wanted, model("ministral-3-8b"), h100, "save")
-    resting = moment_parts(wanted, model("ministral-3-8b"), h100, "optimizer step")
+    asked, h100 = config(**keys), card("H100 80GB")
+    parts = moment_parts(asked, model("ministral-3-8b"), h100, "save")
+    resting = moment_parts(asked, model("ministral-3-8b"), h100, "optimizer step")
     assert parts == {k: v for k, v in resting.items() if k not in ("gradients", "update")}
     narrow, wide = (
-        estimate(wanted.model_copy(update={"optimizer": name}), model("ministral-3-8b"), h100)
+        estimate(asked.model_copy(update={"optimizer": name}), model("ministral-3-8b"), h100)
         for name in ("adamw_bnb_8bit", "adamw_torch_fused")
     )
     assert narrow.host_bytes == wide.host_bytes

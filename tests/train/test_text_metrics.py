@@ -168,9 +168,9 @@ class TestBounds:
         found = choose_references(uneven, config, 8)
         assert sorted(r.tokens for r in found) == [2, 2, 3, 4]
         assert choose_references(uneven, config, 3) == found[:3]
-        (told,) = events(taught, {"some": uneven}, tmp_path, eval_max_new_tokens=1)
-        assert isinstance(told, Note)
-        assert told.text.startswith("some: no answer is short enough for eval_max_new_tokens: 1")
+        (note,) = events(taught, {"some": uneven}, tmp_path, eval_max_new_tokens=1)
+        assert isinstance(note, Note)
+        assert note.text.startswith("some: no answer is short enough for eval_max_new_tokens: 1")
 
     def test_which_rows_they_are_follows_the_seed(self, uneven: Rows) -> None:
         one, same, other = (choose_references(uneven, settings(seed=seed), 4) for seed in (1, 1, 2))

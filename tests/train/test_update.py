@@ -1,12 +1,13 @@
 """What an optimizer's step takes, against what torch's allocator is asked for."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from engine.catalog import ModuleTable, read_architecture
 from engine.config import RunConfig
@@ -39,7 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def parameters(table: ModuleTable, config: RunConfig) -> Iterator[tuple[str, nn.Parameter]]:
-    """What moves, made of zeros."""
+    """What is trained, made of zeros."""
     kind = torch.bfloat16 if config.bf16 else torch.float32
     if not config.adapter:
         for row in table.parameters:
@@ -54,21 +55,20 @@ def parameters(table: ModuleTable, config: RunConfig) -> Iterator[tuple[str, nn.
                 yield f"{row.module}.lora_{name}.w", nn.Parameter(torch.zeros(shape, dtype=kind))
 
 
-def taken_bytes(table: ModuleTable, config: RunConfig) -> int:
+def taken_bytes(
+    named: Iterable[tuple[str, nn.Parameter]],
+    build: Callable[[list[tuple[str, nn.Parameter]]], Optimizer],
+) -> int:
     """By the third step beyond what was there before it."""
     memory = CpuPeakMemory()
-
-    def fill() -> None:
-        for _, parameter in moving:
-            parameter.grad = torch.ones_like(parameter)
-
     with memory.measure("before"):
-        moving = list(parameters(table, config))
-        optimizer = build_optimizer(moving, config)
-        for _ in range(2):
-            fill()
-            take_step(optimizer)
-        fill()
+        trainable = list(named)
+        optimizer = build(trainable)
+        for number in range(3):
+            for _, parameter in trainable:
+                parameter.grad = torch.ones_like(parameter)
+            if number < 2:
+                take_step(optimizer)
     with memory.measure("at rest"):
         pass
     with memory.measure("step"):
@@ -86,7 +86,10 @@ def test_step_takes_the_planned_memory(tmp_path: Path, name: str, keys: dict[str
     if config.adapter:
         made = sum(p.numel() for _, p in parameters(architecture.table, config))
         assert made == adapter_parameters(architecture.table, config)
-    taken, counted = taken_bytes(architecture.table, config), update_bytes(step)
+    taken = taken_bytes(
+        parameters(architecture.table, config), lambda named: build_optimizer(named, config)
+    )
+    counted = update_bytes(step)
     assert taken == pytest.approx(counted, rel=LOOSE.get((name, config.adapter), 0.001), abs=2**10)
     assert taken <= 1.001 * counted + 2**10
 
@@ -94,19 +97,9 @@ def test_step_takes_the_planned_memory(tmp_path: Path, name: str, keys: dict[str
 def test_on_a_gpu_the_plain_one_takes_the_roots_of_all_second_moments(tmp_path: Path) -> None:
     """Which it does wherever it moves many tensors in one call, as it does on every GPU."""
     architecture = read_architecture(describe(tmp_path / "model", WIDE))
-    moving = [p for _, p in parameters(architecture.table, settings(tmp_path))]
-    memory = CpuPeakMemory()
-    with memory.measure("before"):
-        optimizer = torch.optim.AdamW(moving, foreach=True)
-        for parameter in moving:
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-    with memory.measure("at rest"):
-        pass
-    with memory.measure("step"):
-        optimizer.step()
-    taken = memory.peaks["step"].allocated_bytes - memory.peaks["at rest"].allocated_bytes
-    numbers = sum(parameter.numel() for parameter in moving)
+    named = list(parameters(architecture.table, settings(tmp_path)))
+    taken = taken_bytes(named, lambda named: torch.optim.AdamW([p for _, p in named], foreach=True))
+    numbers = sum(parameter.numel() for _, parameter in named)
     assert taken == pytest.approx(FOREACH_BYTES * numbers, rel=0.02)
 
 

@@ -63,8 +63,8 @@ def test_end_to_end(shape: dict[str, Any], place: Path, capfd: pytest.CaptureFix
     steps = [json.loads(line) for line in folder.events.read_text("utf-8").splitlines()]
     assert sum(event["type"] == "step" for event in steps) == 2
     assert (folder.adapter / "tekken.json").is_file()
-    (told,) = run("generate", "run", "--prompt", "Hello there", "--max-tokens", "2")["answers"]
-    assert told["prompt_tokens"] == 5  # <s>[INST]Hello there[/INST]
+    (answer,) = run("generate", "run", "--prompt", "Hello there", "--max-tokens", "2")["answers"]
+    assert answer["prompt_tokens"] == 5  # <s>[INST]Hello there[/INST]
 
 
 @pytest.mark.slow

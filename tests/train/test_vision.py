@@ -171,7 +171,7 @@ class TestSameNumbers:
         assert ours.tokens_by_kind == theirs.tokens_by_kind
 
 
-class TestWhatMoves:
+class TestWhatIsTrained:
     @pytest.mark.parametrize("adapter", ["lora", None])
     def test_frozen_tower(self, ministral: Path, mixed: Rows, adapter: str | None) -> None:
         """PEFT would have it so: twice the tower's work more, and its masks kept meanwhile."""
@@ -197,7 +197,7 @@ class TestWhatMoves:
         assert moved
         assert not [name for name in moved if "vision_tower" in name or "projector" in name]
 
-    def test_named_they_move(self, ministral: Path, mixed: Rows, tmp_path: Path) -> None:
+    def test_named_they_are_trained(self, ministral: Path, mixed: Rows, tmp_path: Path) -> None:
         names = ["model.vision_tower.*", "model.multi_modal_projector.*"]
         config = settings(ministral, micro_batch_size=5, unfrozen_parameters=names)
         moved = self.moved(tmp_path, config, mixed)

@@ -21,18 +21,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return run
 
 
-def test_answers_drift_and_losses_by_kind_are_told_at_every_evaluation(run: RunFolder) -> None:
+def test_answers_drift_and_losses_by_kind_are_reported_at_every_evaluation(run: RunFolder) -> None:
     events = events_of(run)
     answers = [event for event in events if isinstance(event, Answers)]
     assert [(each.step, each.rows) for each in answers] == [(0, 4), (3, 1), (6, 4)]
     drifts = [event for event in events if isinstance(event, Drift)]
     assert [each.step for each in drifts] == [0, 3, 6]
     assert drifts[0].kl == 0.0 < drifts[1].kl
-    for told in (event for event in events if isinstance(event, Score)):
-        kinds = told.tokens_by_kind
-        assert set(kinds) == set(told.loss_by_kind) == {"think", "text", "eos"}
-        total = sum(kinds[kind] * told.loss_by_kind[kind] for kind in kinds)
-        assert total / sum(kinds.values()) == pytest.approx(told.loss, rel=1e-6)
+    for score in (event for event in events if isinstance(event, Score)):
+        kinds = score.tokens_by_kind
+        assert set(kinds) == set(score.loss_by_kind) == {"think", "text", "eos"}
+        total = sum(kinds[kind] * score.loss_by_kind[kind] for kind in kinds)
+        assert total / sum(kinds.values()) == pytest.approx(score.loss, rel=1e-6)
 
 
 def test_an_evaluation_counts_the_rows_that_it_scores(run: RunFolder) -> None:
