@@ -5,6 +5,7 @@ own, so that it is seen without colour, and vim keys move it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from textual.app import RenderResult
@@ -83,12 +84,11 @@ class Choices(Lines):
         Binding("enter", "choose", "take it", show=False),
     ]
 
+    @dataclass
     class Moved(Message):
         """The cursor stands on another line."""
 
-        def __init__(self, choices: "Choices") -> None:
-            super().__init__()
-            self.choices = choices
+        choices: "Choices"
 
         @property
         def control(self) -> "Choices":

@@ -5,6 +5,7 @@ and shows the new state.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from textual.binding import Binding, BindingType
@@ -33,13 +34,12 @@ class Fields(Lines):
     class Moved(Message):
         """The cursor stands on another value."""
 
+    @dataclass
     class Changed(Message):
         """The person typed or chose `text` for `key`."""
 
-        def __init__(self, key: str, text: str) -> None:
-            super().__init__()
-            self.key = key
-            self.text = text
+        key: str
+        text: str
 
     def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 (Textual's name)
         super().__init__(id=id)

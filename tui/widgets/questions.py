@@ -1,5 +1,6 @@
 """Questions inside a page: a field, a line that stands only while it is asked, and a yes or no."""
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -26,12 +27,11 @@ class Field(Input):
         Binding("escape,up,down", "leave", "leave the field", show=False),
     ]
 
+    @dataclass
     class Left(Message):
         """The field gives up the focus."""
 
-        def __init__(self, field: "Field") -> None:
-            super().__init__()
-            self.field = field
+        field: "Field"
 
     def __init__(self, hint: str, *, id: str | None = None) -> None:  # noqa: A002 (Textual's name)
         super().__init__(placeholder=hint, compact=True, id=id)
@@ -55,13 +55,12 @@ class Prompt(Input):
         Binding("tab,shift+tab", "close", show=False),
     ]
 
+    @dataclass
     class Answered(Message):
         """`text` was given for the question `name`."""
 
-        def __init__(self, name: str, text: str) -> None:
-            super().__init__()
-            self.name = name
-            self.text = text
+        name: str
+        text: str
 
     def __init__(self, row: Widget) -> None:
         super().__init__(compact=True)

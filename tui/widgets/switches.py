@@ -5,6 +5,7 @@ letters stay actions of the page.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from textual.binding import Binding, BindingType
@@ -25,13 +26,12 @@ class Switches(Lines):
         Binding("left,h", "turn(-1)", "turn it back", show=False),
     ]
 
+    @dataclass
     class Turned(Message):
         """The person took `answer` for the question `name`."""
 
-        def __init__(self, name: str, answer: str) -> None:
-            super().__init__()
-            self.name = name
-            self.answer = answer
+        name: str
+        answer: str
 
     def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 (Textual's name)
         super().__init__(id=id)

@@ -1,6 +1,7 @@
 """What stands over the Data page when asked for: its first rows, and the mapping of columns."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from textual.app import ComposeResult
@@ -63,12 +64,11 @@ class MappingPanel(Pane):
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "apply", "use this", show=False)]
 
+    @dataclass
     class Applied(Message):
         """`mapping` as `engine.data.shape.mapped` takes it."""
 
-        def __init__(self, mapping: dict[str, str]) -> None:
-            super().__init__()
-            self.mapping = mapping
+        mapping: dict[str, str]
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(title="which column is which", subtitle="enter uses this, esc does not")

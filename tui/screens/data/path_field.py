@@ -1,5 +1,6 @@
 """The field for a path or a hub id: tab completes what is on the disk, Escape leaves it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,12 +29,11 @@ class PathField(Input):
         Key("esc", "leave the field"),
     )
 
+    @dataclass
     class Offered(Message):
         """Several names go on like this."""
 
-        def __init__(self, names: list[str]) -> None:
-            super().__init__()
-            self.names = names
+        names: list[str]
 
     class Left(Message):
         """The field gave up the focus."""

@@ -1,6 +1,7 @@
 """The list of GPUs that are not here: what each can give, and the largest model that it holds."""
 
 import asyncio
+from dataclasses import dataclass
 from typing import Final
 
 from textual import work
@@ -31,19 +32,17 @@ _TITLE: Final = (
 class PlannedPanel(Vertical):
     """Posts Pointed when another GPU is highlighted, and Taken when one is chosen."""
 
+    @dataclass
     class Pointed(Message):
         """`name` is under the cursor; empty where one is still typed."""
 
-        def __init__(self, name: str) -> None:
-            super().__init__()
-            self.name = name
+        name: str
 
+    @dataclass
     class Taken(Message):
         """The computer with that GPU in it."""
 
-        def __init__(self, machine: Machine) -> None:
-            super().__init__()
-            self.machine = machine
+        machine: Machine
 
     def __init__(self) -> None:
         super().__init__()
