@@ -25,7 +25,7 @@ from engine.units import counted
 from engine.visible import visible
 
 if TYPE_CHECKING:
-    from engine.data.prepare import Progress
+    from engine.data.requests import Progress
     from engine.data.statistics import BadRow, Checkup
 
 Effort = Literal["none", "high"]

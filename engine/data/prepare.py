@@ -27,6 +27,7 @@ from engine.config import DatasetConfig, RunConfig
 from engine.data.array_writer import ArrayWriter, Interval, read_image_names
 from engine.data.images import ImageFinder, ImageRules, image_digest
 from engine.data.prepared import Prepared, read_meta
+from engine.data.requests import Progress
 from engine.data.rows import RenderedRow, adapt_tokenizer, effective_datasets, iterate_rendered
 from engine.data.sources import Location, locate
 from engine.data.statistics import BadRow
@@ -39,19 +40,6 @@ _HASH_BLOCK_BYTES = 2**20
 _PROGRESS_ROWS = 64
 _LOCK_POLL_SECONDS = 0.2
 _COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far `prepare` is. `phase`: waiting (for another process), hashing or tokenizing.
-
-    Bytes are of the data files; both are 0 for a hub set, whose size is not known.
-    """
-
-    phase: str
-    rows: int
-    done_bytes: int
-    total_bytes: int
 
 
 OnProgress = Callable[[Progress], None]
@@ -203,7 +191,7 @@ def _locked(path: Path, report: OnProgress) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                report(Progress("waiting", 0, 0, 0))
+                report(Progress("waiting"))
                 time.sleep(_LOCK_POLL_SECONDS)
         yield
 

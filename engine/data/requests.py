@@ -167,7 +167,11 @@ class ResolveRevision(Request[str], frozen=True, tag="revision"):
 
 
 class Progress(Struct, frozen=True):
-    """Of a request: "tokenizer" while one is opened, "reading" while rows are read."""
+    """How far a check or `prepare` is. `phase`: tokenizer (it is opened) and reading; or waiting
+    (for another process), hashing and tokenizing.
+
+    Bytes are of the data files; both are 0 for a hub set, whose size is not known.
+    """
 
     phase: str
     rows: int = 0

@@ -17,8 +17,9 @@ from engine.catalog.cards import Sampling, official_sampling
 from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.config import DatasetConfig, RunConfig, read_config
 from engine.data.pack import Indices
-from engine.data.prepare import Progress, default_store, label_rule, prepare
+from engine.data.prepare import default_store, label_rule, prepare
 from engine.data.prepared import Prepared
+from engine.data.requests import Progress
 from engine.events import Phase, Shortage, Started
 from engine.hardware.packages import installed
 from engine.launch import change_config
