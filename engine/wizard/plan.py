@@ -59,6 +59,42 @@ class Card:
     needs: Estimate
 
 
+def what_to_know(draft: Draft) -> str:
+    """What matters most of what is not in the numbers; may be empty."""
+    advice = draft.advice()
+    if advice.not_trained:
+        return f"planned only: {advice.not_trained}"
+    if draft.uncounted:
+        known = "counted before a change" if draft.statistics else "planned for full rows"
+        return f"{known}: {draft.uncounted}"
+    try:
+        return next(iter(remarks(advice.config, draft.architecture())), "")
+    except UserError as error:
+        return error.what
+
+
+def list_rungs(draft: Draft) -> tuple[Alternative, ...]:
+    """Changes that make the plan fit, each on top of those before; empty where it fits."""
+    assert draft.device is not None
+    return make_fit(draft.config(), draft.architecture(), draft.device, draft.statistics)
+
+
+def faster_sentence(draft: Draft) -> str:
+    """What the room that is left could be used for; may be empty."""
+    assert draft.device is not None
+    place = draft.architecture(), draft.device, draft.statistics
+    found = make_faster(draft.config(), *place)
+    return describe_faster(found) if found else ""
+
+
+def list_cards(draft: Draft) -> list[Card]:
+    """The plan as it is on every known GPU, the smallest first."""
+    config, architecture, rows = draft.config(), draft.architecture(), draft.statistics
+    devices = [best_device(assume(gpu.name)) for gpu in listed_gpus()]
+    devices.sort(key=lambda device: device.total_bytes)
+    return [Card(device, estimate(config, architecture, device, rows)) for device in devices]
+
+
 class PlanStep:
     """Which values. `asked` is what stands in place of them: the rungs, or other GPUs."""
 
@@ -137,50 +173,16 @@ class PlanStep:
         parts.append(f"the rest {gib(needs.device_bytes - sum(large.values()))}")
         spare = needs.spare_bytes
         parts.append(f"spare {gib(spare)}" if spare >= 0 else f"over by {gib(-spare)}")
-        known = self.to_know()
+        known = what_to_know(self._draft)
         return (
             Line("", "", ", ".join(parts)),
             *([Line("·", "", known)] if known else []),
             Line("", "", amount_words(advice)),
         )
 
-    def to_know(self) -> str:
-        """What matters most of what is not in the numbers; may be empty."""
-        draft = self._draft
-        advice = draft.advice()
-        if advice.not_trained:
-            return f"planned only: {advice.not_trained}"
-        if draft.uncounted:
-            known = "counted before a change" if draft.statistics else "planned for full rows"
-            return f"{known}: {draft.uncounted}"
-        try:
-            return next(iter(remarks(advice.config, draft.architecture())), "")
-        except UserError as error:
-            return error.what
-
     def fields(self) -> list[Field]:
         """The values that are listed, each with its reason."""
         return list_fields(self._draft, every=self.every)
-
-    def rungs(self) -> tuple[Alternative, ...]:
-        """Changes that make the plan fit, each on top of those before; empty where it fits."""
-        draft = self._draft
-        return make_fit(draft.config(), draft.architecture(), self._device, draft.statistics)
-
-    def faster(self) -> str:
-        """What the room that is left could be used for; may be empty."""
-        draft = self._draft
-        place = draft.architecture(), self._device, draft.statistics
-        found = make_faster(draft.config(), *place)
-        return describe_faster(found) if found else ""
-
-    def cards(self) -> list[Card]:
-        """The plan as it is on every known GPU, the smallest first."""
-        config, architecture = self._draft.config(), self._draft.architecture()
-        devices = [best_device(assume(gpu.name)) for gpu in listed_gpus()]
-        devices.sort(key=lambda device: device.total_bytes)
-        rows = self._draft.statistics
-        return [Card(device, estimate(config, architecture, device, rows)) for device in devices]
 
     def confirm(self, _key: str, _text: str) -> Confirm | None:
         """Nothing here is asked twice."""
@@ -244,7 +246,7 @@ class PlanStep:
         )
 
     def _rungs(self) -> Question:
-        rungs = self.rungs()
+        rungs = list_rungs(self._draft)
         choices = [
             Choice(
                 f"{place}",
@@ -263,7 +265,7 @@ class PlanStep:
         return Question(headline, (*choices, leave), max(0, len(choices) - 1))
 
     def _other_cards(self) -> Question:
-        self._cards = self.cards()
+        self._cards = list_cards(self._draft)
         choices = [
             Choice(
                 f"{place}",
@@ -291,7 +293,7 @@ class PlanStep:
 
     def take_rung(self, place: int) -> None:
         """Take the change of that place, with all above it."""
-        for key, value in self.rungs()[place].changes.items():
+        for key, value in list_rungs(self._draft)[place].changes.items():
             self._draft.change(key, value)
 
     def _require_here(self) -> None:

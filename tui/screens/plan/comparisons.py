@@ -4,62 +4,26 @@ Pure: from a draft to lines. The page shows them in panes where there is room, a
 when asked for.
 """
 
-from dataclasses import dataclass
 from typing import Final
 
 from textual.content import Content
 
-from engine.hardware import assume, listed_gpus
-from engine.plan import (
-    Alternative,
-    Device,
-    Estimate,
-    best_device,
-    describe_faster,
-    estimate,
-    make_faster,
-    make_fit,
-)
+from engine.plan import Alternative, Device, Estimate
 from engine.report import VERDICT_MARKS
 from engine.units import GIB
 from engine.visible import fold
 from engine.wizard.draft import Draft
+from engine.wizard.plan import Card, faster_sentence
 from tui.line import MARK_STYLES
 
 _INDENT: Final = "    "
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
-    """The same plan on another device."""
-
-    device: Device
-    needs: Estimate
-
-
-def list_rungs(draft: Draft) -> tuple[Alternative, ...]:
-    """Changes that make the plan fit, each on top of those before; empty where it fits."""
-    assert draft.device is not None
-    return make_fit(draft.config(), draft.architecture(), draft.device, draft.statistics)
-
-
 def roomy_lines(draft: Draft, columns: int) -> list[Content]:
     """What is said of a plan that fits: what the room that is left could be used for."""
-    assert draft.device is not None
-    place = draft.architecture(), draft.device, draft.statistics
-    faster = make_faster(draft.config(), *place)
-    more = fold(describe_faster(faster), columns) if faster else []
+    faster = faster_sentence(draft)
+    more = fold(faster, columns) if faster else []
     return [Content("it fits as it is"), *map(Content, more)]
-
-
-def list_cards(draft: Draft) -> list[Card]:
-    """The plan as it is on every known GPU, the smallest first."""
-    config, architecture = draft.config(), draft.architecture()
-    devices = [best_device(assume(gpu.name)) for gpu in listed_gpus()]
-    devices.sort(key=lambda device: device.total_bytes)
-    return [
-        Card(device, estimate(config, architecture, device, draft.statistics)) for device in devices
-    ]
 
 
 def rung_lines(rungs: tuple[Alternative, ...], columns: int | None = None) -> list[Content]:

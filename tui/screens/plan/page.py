@@ -12,23 +12,15 @@ from textual.widgets import Static
 
 from engine.config.explanation import explain_key
 from engine.errors import UserError
-from engine.plan import remarks
 from engine.report.plan import plan_verdict
 from engine.visible import visible
 from engine.wizard.commands import plan_command
-from engine.wizard.plan import MEASURING
+from engine.wizard.plan import MEASURING, Card, list_cards, list_rungs, what_to_know
 from engine.wizard.settings import amount_words, list_fields
 from engine.wizard.values import set_value
 from tui.messages import PlanMeasured, WorkRefused
 from tui.page import HelpText, Key, Page
-from tui.screens.plan.comparisons import (
-    Card,
-    card_lines,
-    list_cards,
-    list_rungs,
-    roomy_lines,
-    rung_lines,
-)
+from tui.screens.plan.comparisons import card_lines, roomy_lines, rung_lines
 from tui.screens.plan.measuring import measure_plan
 from tui.widgets.choices import Choices
 from tui.widgets.fields import Fields
@@ -127,7 +119,9 @@ class PlanPage(Page):
         assert device is not None
         line = plan_verdict(needs, device)
         self.say(line.mark, line.label, line.text)
-        self.query_one("#settings", Pane).show_subtitle(visible(self._to_know(), one_line=True))
+        self.query_one("#settings", Pane).show_subtitle(
+            visible(what_to_know(self.app.draft), one_line=True)
+        )
         planned = " (planned)" if device.planned else ""
         self.show_title(f"{device.name}{planned}")
         self.part(MemoryBar).show_estimate(needs, device)
@@ -136,20 +130,6 @@ class PlanPage(Page):
         self.show_command(plan_command(draft))
         self._show_beside()
         self._tell()
-
-    def _to_know(self) -> str:
-        """What matters most of what is not in the numbers."""
-        draft = self.app.draft
-        advice = draft.advice()
-        if advice.not_trained:
-            return f"planned only: {advice.not_trained}"
-        if draft.uncounted:
-            known = "counted before a change" if draft.statistics else "planned for full rows"
-            return f"{known}: {draft.uncounted}"
-        try:
-            return next(iter(remarks(advice.config, draft.architecture())), "")
-        except UserError as error:
-            return error.what
 
     def _show_beside(self) -> None:
         if not self.has_class("-wide"):

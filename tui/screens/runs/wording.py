@@ -12,7 +12,7 @@ from engine.report.run import figures_text
 from engine.runs import run_home
 from engine.runs.facts import RunFacts
 from engine.runs.series import Point, finite
-from engine.units import counted
+from engine.units import counted, nats
 from engine.visible import visible
 
 _STATES: Final = {
@@ -108,7 +108,7 @@ def details(facts: RunFacts) -> list[tuple[str, str]]:
     lines = []
     if facts.best:
         step, loss = facts.best
-        lines.append(("best", f"held-out {loss:.3f} at step {step}"))
+        lines.append(("best", f"held-out {nats(loss)} at step {step}"))
     if told := figures_text(*facts.figures):
         lines.append(("figures", told))
     if facts.saved:
@@ -123,7 +123,7 @@ def details(facts: RunFacts) -> list[tuple[str, str]]:
 def change(facts: RunFacts) -> str:
     """The loss at the first and at the last step."""
     values = finite(list(facts.loss))
-    return f"loss {values[0]:.3f} → {values[-1]:.3f}" if values else ""
+    return f"loss {nats(values[0])} → {nats(values[-1])}" if values else ""
 
 
 def at_step(points: Sequence[Point], step: int) -> float:

@@ -12,7 +12,7 @@ from typing import Final
 from engine.report.events import event_line
 from engine.runs import Request, Status
 from engine.runs.history import History
-from engine.units import counted
+from engine.units import counted, nats
 
 SILENT_SECONDS: Final = 30.0
 _SILENT_STEPS: Final = 5
@@ -87,7 +87,7 @@ def notes(history: History) -> str:
         step, loss = history.best
         return (
             f"! held-out loss rose {history.rises} times in a row: more passes will not help; "
-            f"best is {loss:.3f} at step {step}"
+            f"best is {nats(loss)} at step {step}"
         )
     return ""
 
@@ -181,7 +181,7 @@ def _finished(history: History, now: float) -> Headline:
     text = f"{history.steps_done} steps in {_elapsed(history)}"
     if history.best:
         step, loss = history.best
-        text += f"   best held-out {loss:.3f} at step {step}"
+        text += f"   best held-out {nats(loss)} at step {step}"
     return Headline("✓", "done", text)
 
 
