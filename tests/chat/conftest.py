@@ -1,9 +1,7 @@
-from collections.abc import Callable
-
 import pytest
 
 from engine.chat.messages import Conversation, RowFormat, read_row
-from tests.support.tokenizers import Tokenizers
+from tests.support.tokenizers import Read, Tokenizers
 
 
 @pytest.fixture(scope="session")
@@ -12,7 +10,7 @@ def tokenizers() -> Tokenizers:
 
 
 @pytest.fixture
-def read() -> Callable[..., Conversation]:
+def read() -> Read:
     """Reads a row, given as its messages and other columns, in the default format."""
 
     def read_messages(*messages: object, **columns: object) -> Conversation:

@@ -1,7 +1,6 @@
 """Every spelling of a conversation becomes the one internal form."""
 
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -9,27 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.chat.messages import (
-    Conversation,
-    Message,
-    RowFormat,
-    RowProblem,
-    Text,
-    Think,
-    ToolCall,
-    read_row,
-)
+from engine.chat.messages import Message, RowFormat, RowProblem, Text, Think, ToolCall, read_row
 from engine.chat.render import render
 from engine.config import DatasetConfig
 from engine.errors import UserError
-from tests.support.tokenizers import Tokenizers
+from tests.support.tokenizers import ANSWER, USER, Read, Tokenizers
 
-USER: dict[str, Any] = {"role": "user", "content": "q"}
-ANSWER: dict[str, Any] = {"role": "assistant", "content": "a"}
 ASKED = Message("user", "q", source=0)
 ANSWERED = Message("assistant", "a", source=1)
-
-Read = Callable[..., Conversation]
 
 
 def row_format(**keys: Any) -> RowFormat:

@@ -1,6 +1,5 @@
 """What rendering decides beyond mistral-common: thinking, effort, withheld messages, sources."""
 
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -11,11 +10,7 @@ from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, labels, lear
 from engine.chat.tokenizer import ChatTokenizer
 from tests.support import oracle
 from tests.support.exact import render_exact
-from tests.support.tokenizers import Tokenizers
-
-Read = Callable[..., Conversation]
-USER: dict[str, Any] = {"role": "user", "content": "q"}
-ANSWER: dict[str, Any] = {"role": "assistant", "content": "a"}
+from tests.support.tokenizers import ANSWER, USER, Read, Tokenizers
 
 
 def text_of(rendered: Rendered, tokenizer: ChatTokenizer) -> str:

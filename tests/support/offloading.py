@@ -1,7 +1,8 @@
 """Runs with something in RAM: models deep enough for turns, the keys, and what is on the device."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,6 +57,10 @@ def begun(home: Path, folder: Path, rows: Rows, **keys: Any) -> Training:
     run = training(home, settings(folder, **(PLAIN | keys)), rows)
     wake_adapter(run.model)
     return run
+
+
+BeginDeep: TypeAlias = Callable[..., Training]
+"""The same by the model's name in `DEEP_MODELS` and the folder's, if any."""
 
 
 def weights_of_layers(model: Any) -> list[list[Tensor]]:

@@ -1,12 +1,21 @@
-"""One tokenizer of each specification for all tests: building one takes a second."""
+"""What the tests of rendering share: the shortest messages, and one tokenizer of each version.
 
+Building one takes a second.
+"""
+
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
+from engine.chat.messages import Conversation
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, build_tokenizer
 
 tokenizer_of = cache(build_tokenizer)
 
-
+Read = Callable[..., Conversation]
+"""Reads a row, given as its messages and other columns."""
+USER: dict[str, Any] = {"role": "user", "content": "q"}
+ANSWER: dict[str, Any] = {"role": "assistant", "content": "a"}
 SPECS = {
     "v3": TokenizerSpec("v3"),
     "v7": TokenizerSpec("v7"),

@@ -8,7 +8,7 @@ import torch
 import engine.train  # noqa: F401
 from engine.train.batches import Rows
 from engine.train.loop import Training
-from tests.support.offloading import DEEP_MODELS
+from tests.support.offloading import DEEP_MODELS, BeginDeep, begun
 from tests.support.pictured_rows import MIXED, write_pictured
 from tests.support.tiny import (
     ARCHITECTURES,
@@ -50,6 +50,12 @@ def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return folder
 
 
+@pytest.fixture
+def begin_deep(deep_model: Models, uneven: Rows, tmp_path: Path) -> BeginDeep:
+    """Begins a run on a deep model, its adapter awake, in the test's folder or in one inside it."""
+    return lambda name, home="", **keys: begun(tmp_path / home, deep_model(name), uneven, **keys)
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def any_model(request: pytest.FixtureRequest, model_folder: Models) -> Path:
     """Each architecture's folder in turn."""
@@ -70,6 +76,12 @@ def begin(ministral: Path, uneven: Rows, tmp_path: Path) -> Begin:
         return training(tmp_path / home, settings(ministral, **keys), uneven)
 
     return begun
+
+
+@pytest.fixture(scope="module")
+def workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """Where a module's trainers run, by its KEYS."""
+    return Workshop(tmp_path_factory.mktemp("workshop"), request.module.KEYS)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ from tests.support.offloading import (
     NF4_EXPERTS,
     OFFLOADS,
     PLAIN,
+    BeginDeep,
     Residents,
     begun,
     keys_of,
@@ -53,19 +54,11 @@ COMBINATIONS = [
 @pytest.mark.parametrize(("architecture", "base", "name"), COMBINATIONS)
 class TestSameNumbers:
     def test_loss_gradients_and_steps(
-        self,
-        deep_model: Models,
-        uneven: Rows,
-        tmp_path: Path,
-        architecture: str,
-        base: str,
-        name: str,
+        self, begin_deep: BeginDeep, uneven: Rows, architecture: str, base: str, name: str
     ) -> None:
         found = []
         for number, keys in enumerate(({}, keys_of(name))):
-            run = begun(
-                tmp_path / str(number), deep_model(architecture), uneven, **BASES[base], **keys
-            )
+            run = begin_deep(architecture, str(number), **BASES[base], **keys)
             first = run.gradients(run.order.step(1)), gradients(run.model)
             run.optimizer.zero_grad(set_to_none=True)
             trained = steps(run, 3)
@@ -86,11 +79,11 @@ class TestLayers:
         ("architecture", "base"),
         [("ministral3", "NF4"), ("ministral3", "int8"), ("mistral4", "NF4 experts")],
     )
-    def test_no_more_than_two_are_ever_there(
-        self, deep_model: Models, uneven: Rows, tmp_path: Path, architecture: str, base: str
+    def test_at_most_two_layers(
+        self, begin_deep: BeginDeep, uneven: Rows, architecture: str, base: str
     ) -> None:
         keys = BASES[base] | OFFLOADS["layers"]
-        run = begun(tmp_path, deep_model(architecture), uneven, **keys)
+        run = begin_deep(architecture, **keys)
         layers = weights_of_layers(run.model)
         whole = [sum(t.nbytes for t in tensors) for tensors in layers]
         residents = Residents(layers)
@@ -104,15 +97,10 @@ class TestLayers:
         assert residents.most_bytes == 2 * whole[0]
 
     @pytest.mark.parametrize("name", ["layers", "layers, all values kept"])
-    def test_each_is_copied_once_a_pass(
-        self,
-        deep_model: Models,
-        uneven: Rows,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        name: str,
+    def test_copies_a_pass(
+        self, begin_deep: BeginDeep, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
-        run = begun(tmp_path, deep_model("ministral3"), uneven, **NF4, **OFFLOADS[name])
+        run = begin_deep("ministral3", **NF4, **OFFLOADS[name])
         step = run.order.step(1)
         run.gradients(step)  # leaves the first layer there
         filled: list[Hosted] = []
@@ -133,13 +121,13 @@ class TestLayers:
             *[forward_and_backward] * 2 * matrices,
         ]
 
-    def test_later_layers_stay(self, deep_model: Models, uneven: Rows, tmp_path: Path) -> None:
-        run = begun(tmp_path, deep_model("ministral3"), uneven, **NF4, **OFFLOADS["two layers"])
+    def test_later_layers_stay(self, begin_deep: BeginDeep) -> None:
+        run = begin_deep("ministral3", **NF4, **OFFLOADS["two layers"])
         layers = weights_of_layers(run.model)
         assert [size > 0 for size in Residents(layers).now()] == [False, False, True, True]
 
-    def test_all_matrices_are_moved(self, deep_model: Models, uneven: Rows, tmp_path: Path) -> None:
-        run = begun(tmp_path, deep_model("mistral4"), uneven, **NF4_EXPERTS, **OFFLOADS["layers"])
+    def test_all_matrices_are_moved(self, begin_deep: BeginDeep) -> None:
+        run = begin_deep("mistral4", **NF4_EXPERTS, **OFFLOADS["layers"])
         frozen: list[Tensor] = [t for t in run.model.parameters() if not t.requires_grad]
         frozen += [b for b in run.model.buffers() if b.dtype == torch.uint8]
         stayed = sum(t.untyped_storage().nbytes() for t in frozen if t.ndim > 1)
@@ -177,20 +165,16 @@ class TestLayers:
 
 class TestCheckpoints:
     @pytest.mark.parametrize("offloads", [True, "legacy", "hidden_states", None])
-    def test_a_layers_input_leaves_the_device_after_its_forward_pass(
-        self, deep_model: Models, uneven: Rows, tmp_path: Path, offloads: Any
-    ) -> None:
-        run = begun(
-            tmp_path, deep_model("ministral3"), uneven, **NF4, activation_offloading=offloads
-        )
+    def test_layer_input_leaves_the_device(self, begin_deep: BeginDeep, offloads: Any) -> None:
+        run = begin_deep("ministral3", **NF4, activation_offloading=offloads)
         with input_storages(run.model) as found:
             states = hidden_states(run.model, run.order.step(1).micros[0].to(run.base.device))
             alive = [not storage.expired() for storage in found]
             assert alive == [not offloads] * 4
         states.sum().backward()
 
-    def test_freed_with_the_step(self, deep_model: Models, uneven: Rows, tmp_path: Path) -> None:
-        run = begun(tmp_path, deep_model("ministral3"), uneven, **NF4, **OFFLOADS["checkpoints"])
+    def test_freed_with_the_step(self, begin_deep: BeginDeep) -> None:
+        run = begin_deep("ministral3", **NF4, **OFFLOADS["checkpoints"])
         made: list[Any] = []
         original = activations._Input.__init__
 
@@ -225,20 +209,15 @@ class TestResult:
     @pytest.mark.parametrize(
         ("architecture", "keys"), [("ministral3", NF4), ("mistral4", NF4_EXPERTS)]
     )
-    def test_resume_with_everything_offloaded(
-        self,
-        deep_model: Models,
-        uneven: Rows,
-        tmp_path: Path,
-        architecture: str,
-        keys: dict[str, Any],
+    def test_resume_offloaded(
+        self, begin_deep: BeginDeep, architecture: str, keys: dict[str, Any]
     ) -> None:
         keys = keys | {"num_epochs": 4, "lora_dropout": 0.0 if "experts" in str(keys) else 0.1}
-        first = begun(tmp_path, deep_model(architecture), uneven, **keys)
+        first = begin_deep(architecture, **keys)
         steps(first, 2)
         first.save()
         expected = steps(first, 2)
-        second = begun(tmp_path, deep_model(architecture), uneven, **keys, **EVERYTHING)
+        second = begin_deep(architecture, **keys, **EVERYTHING)
         second.restore(None)
         assert steps(second, 2) == expected
         assert everything(second) == everything(first)

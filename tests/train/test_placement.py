@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from engine.train.model import load_base
 from engine.train.offload import decoder_layers
 from engine.train.offload.transfer import Hosted, HostMemory
 from tests.support.methods import NF4
-from tests.support.offloading import OFFLOADS, begun
+from tests.support.offloading import OFFLOADS, BeginDeep
 from tests.support.tiny import Models, settings
 
 CPU = torch.device("cpu")
@@ -25,10 +24,10 @@ CPU = torch.device("cpu")
 
 class TestTables:
     @pytest.mark.parametrize("architecture", ["ministral3", "tied"])
-    def test_the_head_is_there_for_the_loss_and_for_an_evaluation_alone(
-        self, deep_model: Models, uneven: Rows, tmp_path: Path, architecture: str
+    def test_when_the_head_is_there(
+        self, begin_deep: BeginDeep, uneven: Rows, architecture: str
     ) -> None:
-        run = begun(tmp_path, deep_model(architecture), uneven, **NF4, **OFFLOADS["tables"])
+        run = begin_deep(architecture, **NF4, **OFFLOADS["tables"])
         head = head_of(run.model)
         first, last = (decoder_layers(unwrapped(run.model))[k] for k in (0, -1))
         seen: dict[str, bool] = {}

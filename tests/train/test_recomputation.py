@@ -1,18 +1,16 @@
 """Which layers are computed a second time changes time and memory, and no number of a run."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.train.batches import Rows
 from engine.train.forward import unwrapped
 from engine.train.loop import Training
 from engine.train.offload import decoder_layers
-from tests.support.offloading import BASES, DEEP_MODELS, OFFLOADS, begun
-from tests.support.tiny import Models, gradients
+from tests.support.offloading import BASES, DEEP_MODELS, OFFLOADS, BeginDeep
+from tests.support.tiny import gradients
 
 ALL: dict[str, Any] = {}
 NONE: dict[str, Any] = {"gradient_checkpointing": False}
@@ -42,16 +40,14 @@ def learned(run: Training) -> tuple[Any, ...]:
         ("mistral4", "NF4 experts"),
     ],
 )
-def test_same_gradients(
-    deep_model: Models, uneven: Rows, tmp_path: Path, architecture: str, method: str
-) -> None:
+def test_same_gradients(begin_deep: BeginDeep, architecture: str, method: str) -> None:
     adapted, dora = method != "full", method == "DoRA"
     others = [NONE, {"checkpointed_layers": 1}, TWO, TWO | OFFLOADS["checkpoints"]]
     others += [TWO | OFFLOADS["layers"]] if adapted and not dora else []
     loss, every = None, None
     for number, keys in enumerate((ALL, *others)):
         given = METHODS[method] | keys
-        run = begun(tmp_path / str(number), deep_model(architecture), uneven, **given)
+        run = begin_deep(architecture, str(number), **given)
         found, each = learned(run)
         loss, every = loss or found, every or each
         assert found == loss, keys
@@ -67,16 +63,11 @@ def test_same_gradients(
     ids=["all", "none", "two"],
 )
 @pytest.mark.parametrize("offloads", [False, True])
-def test_the_first_layers_are_computed_again_and_no_other(
-    deep_model: Models,
-    uneven: Rows,
-    tmp_path: Path,
-    keys: dict[str, Any],
-    times: list[int],
-    offloads: bool,
+def test_layers_computed_again(
+    begin_deep: BeginDeep, keys: dict[str, Any], times: list[int], offloads: bool
 ) -> None:
     more = OFFLOADS["checkpoints"] if offloads and keys != NONE else {}
-    run = begun(tmp_path, deep_model("ministral3"), uneven, **BASES["float32"], **keys, **more)
+    run = begin_deep("ministral3", **BASES["float32"], **keys, **more)
     seen: Counter[int] = Counter()
     for number, layer in enumerate(decoder_layers(unwrapped(run.model))):
         norm: Any = layer.input_layernorm
