@@ -78,12 +78,6 @@ def begin(ministral: Path, uneven: Rows, tmp_path: Path) -> Begin:
     return begun
 
 
-@pytest.fixture(scope="module")
-def workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """Where a module's trainers run, by its KEYS."""
-    return Workshop(tmp_path_factory.mktemp("workshop"), request.module.KEYS)
-
-
 @pytest.fixture(scope="session")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """Eight rows with 2 to 31 learned tokens."""
