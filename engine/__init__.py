@@ -4,7 +4,6 @@
     report/     what a person is told, as lines that commands, questions and screens print
     train/      the trainer's process: the only room with torch; started by name, imported by nobody
     wizard/     what a person decides before a run, and what follows from it, without a screen
-    child          a process that answers in lines of JSON, and the environment of all of them
     launch      starts a trainer, detached or in the foreground, and restarts a dead one
     publish/    a result for others: model card, commands that serve it, its way to the hub
     plan/       will it fit, and what to run: memory by part, targets, a whole config with reasons
@@ -15,8 +14,11 @@
     runs/       run folders: where they are, who works in them, what they say, how to ask them
     config/     RunConfig: Axolotl's keys, read with all problems at once, written with reasons
     events      the vocabulary of events.jsonl
+    child       a process that answers in lines of JSON, and the environment of all of them
     errors      UserError(what, why, fix): the only error a person sees
+    files       a file that is written whole, or not at all
     interrupt   ctrl+c at every moment, with exit status 130
+    pace        how often something is reported
     units       sizes as people say them
     visible     text of strangers made safe for a terminal
 

@@ -133,7 +133,7 @@ def _unnamed(gigabytes: float, text: str) -> KnownGpu:
             f"Memory is more than 0 and at most {_MOST_GIGABYTES} GB.",
             "Give the memory of one card, as in --assume '24 GB'.",
         )
-    # Makers say GB and mean GiB; of that a card with ECC (A10, L4, L40S) reports 94 parts in 100.
+    # Makers say GB and mean GiB; of that a card with ECC (A10, L4, L40S) reports 94 %.
     return KnownGpu(
         f"{gigabytes:g} GB GPU",
         int(gigabytes * GIB),

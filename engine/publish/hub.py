@@ -4,12 +4,12 @@ Repositories are made private: who wants others to see a model opens it on the h
 fails by it; the upload can be repeated at any time.
 """
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from engine.child import child_environment
 from engine.config import RunConfig, read_config
 from engine.errors import UserError, WorkError
 from engine.events import Note, Phase
@@ -88,12 +88,8 @@ def _push_in_own_process(run: RunFolder) -> tuple[bool, str]:
 
     Returns whether it worked, and one sentence; never raises for a failed upload.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    environment["PYTHONSAFEPATH"] = "1"
-    home = Path(__file__).resolve().parents[2]
-    if home.name not in ("site-packages", "dist-packages"):
-        before = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = os.pathsep.join([str(home), *([before] if before else [])])
+    environment = child_environment()
+    environment.pop("HF_HUB_OFFLINE", None)
     done = subprocess.run(
         [sys.executable, "-m", "engine.publish", str(run.path)],
         env=environment,
