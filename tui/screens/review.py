@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -16,14 +17,13 @@ from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.widgets import Input, Static
 
-from engine.config import parse_config
 from engine.errors import UserError
 from engine.runs import RunFolder
 from engine.units import gib
 from engine.visible import visible
 from engine.wizard.commands import plan_command
-from engine.wizard.counting import next_count
-from engine.wizard.draft import draft_from
+from engine.wizard.reading import Read
+from engine.wizard.review import EDIT, ReviewStep
 from engine.wizard.start import free_config_path, save_config, start_run, why_not
 from tui.page import Key, Page
 from tui.widgets.choices import Choices
@@ -220,7 +220,7 @@ class ReviewPage(Page):
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "config.yml"
-            path.write_text(self.app.draft.config_text(), "utf-8")
+            path.write_text(self._step.edit_text(), "utf-8")
             try:
                 with self.app.suspend():
                     subprocess.run([*shlex.split(editor), str(path)], check=False)
@@ -238,20 +238,17 @@ class ReviewPage(Page):
 
     def take_text(self, text: str) -> None:
         """Take an edited config over into the draft, or say what is wrong with it."""
-        draft = self.app.draft
-        if text == draft.config_text():
-            return
         try:
-            edited = draft_from(parse_config(text, "config.yml"), Path.cwd())
-            edited.machine, edited.device, edited.name = draft.machine, draft.device, draft.name
-            edited.statistics, edited.counted = draft.statistics, draft.counted
-            next_count(edited)
-            edited.advice()
+            self._step.take(EDIT, text)
         except UserError as error:
-            self.show_problem(error, kept="The config is as it was before you edited it.")
+            kept = "Your edits: e opens them again, with this above them."
+            self.show_problem(error, kept=kept)
             return
-        draft.take(edited)
         self.refresh_from_draft()
+
+    @cached_property
+    def _step(self) -> ReviewStep:
+        return ReviewStep(self.app.draft, Read())
 
 
 def _coloured(text: str) -> Content:

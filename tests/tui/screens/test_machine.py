@@ -12,12 +12,15 @@ import pytest
 
 from engine.hardware import Machine, poll, read_machine
 from engine.hardware.torch_build import torch_problems
+from engine.runs import create_run
 from engine.units import GIB
 from engine.wizard.draft import Draft
 from tests.fakes.nvml import ABOUT_THE_STACK, H100, RTX_4090, FakeDriver
+from tests.fakes.processes import running_fake
 from tests.support.screens import assert_golden
-from tests.support.stand_in import Beyond, Screen
+from tests.support.stand_in import Beyond, Screen, opened
 from tui.app import WindtunnelApp
+from tui.entry import WizardRequest, make_draft
 from tui.screens.machine import MachinePage
 
 SECOND = H100.replace("GPU-aaaa-1", "GPU-aaaa-2").replace("3B:00", "5E:00")
@@ -347,3 +350,23 @@ async def test_the_whole_page(nvml: FakeDriver, name: str, size: tuple[int, int]
     async with machine_page(size) as screen:
         await screen.until("proposed")
         assert_golden(f"machine-{name}-{size[0]}x{size[1]}", screen.text)
+
+
+async def test_the_card_of_assume_is_under_the_cursor_and_enter_takes_it_however_many() -> None:
+    draft = make_draft(WizardRequest(assumed="H100 x2"))
+    before = draft.device
+    async with opened(draft, "Machine", (100, 30)) as screen:
+        await screen.until("❯ plan for another GPU  now H100 80GB HBM3 x2")
+        await screen.press("p")
+        await screen.until("❯ H100 80GB HBM3")
+        await screen.press("escape")
+        await screen.press("enter")
+        assert screen.went_on
+        assert draft.device is before
+
+
+async def test_a_run_that_trains_is_named_on_the_first_page() -> None:
+    app = WindtunnelApp(Draft())
+    with running_fake(create_run("live"), steps=10**6, step_seconds=0.05):
+        async with app.run_test(size=(100, 30), notifications=True) as pilot:
+            await Screen(app, pilot).until("live is still training")

@@ -17,7 +17,8 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
-from engine.wizard.machine import ASKING, CPU, HELP, PLAN, PLAN_ONLY
+from engine.wizard.flow import live_runs
+from engine.wizard.machine import ASKING, CPU, HELP, PLAN, PLAN_ONLY, named_cards
 from tui.page import HelpText, Key, Page
 from tui.screens.help import TextPane
 from tui.screens.machine import wording
@@ -125,10 +126,12 @@ class MachinePage(Page):
     async def _ask(self) -> None:
         machine = await asyncio.to_thread(self._read)
         # Imported in the thread: the planner takes longer to load than the driver to answer.
-        best = await asyncio.to_thread(_best_key, machine)
+        best = PLAN if self._planned else await asyncio.to_thread(_best_key, machine)
         here = self._choice.key if self._machine else best
         self._receive(machine)
         self._point_at(here)
+        for line in await asyncio.to_thread(live_runs):
+            self.app.notify(f"{line.text}; F4 lists the runs", timeout=10, markup=False)
         if self._goes_on and not wording.blocks(machine):
             self.action_accept()
         self._goes_on = False
@@ -176,13 +179,17 @@ class MachinePage(Page):
     def _choice(self) -> Choice:
         return self._choices[self.query_one("#choices", Choices).cursor]
 
+    @property
+    def _planned(self) -> "Device | None":
+        device = self.app.draft.device
+        return device if device and device.planned else None
+
     def _show(self) -> None:
         machine = self._machine
         if machine is None or self.is_covered:
             return
         choices = self.query_one("#choices", Choices)
-        planned = self.app.draft.device
-        name = planned.name if planned and planned.planned else ""
+        name = named_cards(self._planned) if self._planned else ""
         cells = (choices.size.width or self.app.size.width - 4) - 2
         choices.show_lines(wording.choice_lines(self._choices, machine, name, cells))
         rest = self.query_one("#rest", Pane)
@@ -256,6 +263,8 @@ class MachinePage(Page):
         if self._machine is None:
             self._goes_on = True
             self.say("·", "looking", f"{ASKING} goes on when it answers")
+        elif self._choice.key == PLAN and self._planned:
+            self.app.next_step()  # it was planned for before, or by --assume
         elif self._choice.key == PLAN:
             self.action_plan_for_another()
         elif self._choice.refusal:
@@ -283,7 +292,8 @@ class MachinePage(Page):
         from tui.screens.machine.planned import PlannedPanel
 
         self.say(PLAN_ONLY.mark, PLAN_ONLY.label, PLAN_ONLY.text)
-        self.cover(PlannedPanel(), [Key("enter", "plan for it"), Key("esc", "close")])
+        name = self._planned.name if self._planned else ""
+        self.cover(PlannedPanel(name), [Key("enter", "plan for it"), Key("esc", "close")])
 
     def on_planned_panel_pointed(self, message: "PlannedPanel.Pointed") -> None:
         self.show_command(["models", "--assume", message.name] if message.name else ["probe"])

@@ -44,8 +44,10 @@ class PlannedPanel(Vertical):
 
         machine: Machine
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
+        """`name` is the GPU to begin at, the first where it is not listed."""
         super().__init__()
+        self._name = name
         self._machines: list[Machine] = []
         self._surveys: dict[int, Survey] = {}
         self._list = Choices([Content.styled("reading the list…", "$muted")])
@@ -68,6 +70,8 @@ class PlannedPanel(Vertical):
             return
         self._machines = machines
         self._show()
+        names = [machine.gpus[0].short_name for machine in machines]
+        self._list.cursor = names.index(self._name) if self._name in names else 0
         self._point()
         for place, machine in enumerate(self._machines):
             found = await asyncio.to_thread(look_at, best_device(machine))
