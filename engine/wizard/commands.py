@@ -5,6 +5,7 @@ from typing import Final
 from engine.config import DatasetConfig, RunConfig, assignment
 from engine.wizard.counting import RENDER_KEYS, WHICH_KEYS
 from engine.wizard.draft import Draft, is_named_by_path
+from engine.wizard.machine import named_cards
 
 _SAID_BY_FILE: Final = (WHICH_KEYS | RENDER_KEYS) - {"chat_template_kwargs"}
 """What decides a previewed row and has no flag."""
@@ -54,8 +55,7 @@ def plan_command(draft: Draft) -> list[str]:
     device = draft.device
     assume = []
     if device and device.planned:
-        cards = f" x{device.count}" if device.count > 1 else ""
-        assume = ["--assume", device.name + cards]
+        assume = ["--assume", named_cards(device)]
     if draft.own is not None:
         if draft.path is None or (draft.dataset and draft.dataset not in draft.own.datasets):
             return []

@@ -21,6 +21,7 @@ from engine.plan import Device
 from engine.report.models import size
 from engine.units import GIB
 from engine.visible import visible
+from engine.wizard.machine import named_cards
 from engine.wizard.model import HELP, OWN_HELP, OWN_LABEL, PLANNING, Candidate, ModelStep, Survey
 from tui.line import MARK_STYLES
 from tui.page import HelpText, Key, Page
@@ -181,7 +182,7 @@ class ModelPage(Page):
         assert self._survey is not None
         self.query_one("#models").set_class(self._on_own_line, "-typing")
         here = self._here
-        assumed = ["--assume", self._device.name] if self._device.planned else []
+        assumed = ["--assume", named_cards(self._device)] if self._device.planned else []
         self.show_command(["models", *assumed])
         if here is None:
             self.say("·", "own model", "enter, then type a folder or org/name; enter reads it")
