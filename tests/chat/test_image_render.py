@@ -14,33 +14,21 @@ from mistral_common.tokens.tokenizers import image as stock
 from engine.chat.images import grid
 from engine.chat.messages import RowFormat, RowProblem, read_row
 from engine.chat.render import IGNORED_LABEL, Kind, LabelRule, labels, render, truncate
-from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
+from engine.chat.tokenizer import TokenizerSpec
 from tests.support import oracle
 from tests.support.exact import render_exact
 from tests.support.pictures import png
-from tests.support.tokenizers import tokenizer_of
+from tests.support.tokenizers import SPECS as PLAIN
+from tests.support.tokenizers import Tokenizers, tokenizer_of
 
-IMAGE = (14, 1540, 2)
-SPECS = {
-    "v3": TokenizerSpec("v3", image=IMAGE),
-    "v7": TokenizerSpec("v7", image=IMAGE),
-    "v11": TokenizerSpec("v11", image=IMAGE),
-    "v13": TokenizerSpec("v13", think=True, image=IMAGE),
-    "v15": TokenizerSpec("v15", think=True, image=IMAGE, settings=True),
-}
+SPECS = {version: replace(spec, image=(14, 1540, 2)) for version, spec in PLAIN.items()}
 SIZES = ((20, 20), (60, 40), (29, 90), (2100, 1299), (3000, 2))
 ANSWER = {"role": "assistant", "content": "A cat."}
 
 
-class Tokenizers(dict[str, ChatTokenizer]):
-    def __missing__(self, version: str) -> ChatTokenizer:
-        self[version] = tokenizer_of(SPECS[version])
-        return self[version]
-
-
 @pytest.fixture(scope="module")
 def tokenizers() -> Tokenizers:
-    return Tokenizers()
+    return Tokenizers(SPECS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -153,14 +141,8 @@ def test_a_smaller_limit_makes_a_smaller_grid_in_both_renderers(tokenizers: Toke
 
 def test_a_cut_keeps_whole_images_and_their_files(tokenizers: Tokenizers) -> None:
     first, second = shown((60, 40)), shown((20, 20))
-    row = {
-        "messages": [
-            {"role": "user", "content": [first]},
-            ANSWER,
-            {"role": "user", "content": [said("and"), second, said("this?")]},
-            ANSWER,
-        ]
-    }
+    row = ask(first)
+    row["messages"] += ask(said("and"), second, said("this?"))["messages"]
     whole = render(read_row(row, RowFormat()), tokenizers["v13"])
     assert len(whole.images) == 2
     for limit in range(1, len(whole) + 1):

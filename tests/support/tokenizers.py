@@ -3,7 +3,7 @@
 Building one takes a second.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,10 @@ SPECS = {
 class Tokenizers(dict[str, ChatTokenizer]):
     """One tokenizer of each version, made when first asked for."""
 
+    def __init__(self, specs: Mapping[str, TokenizerSpec] = SPECS) -> None:
+        super().__init__()
+        self.specs = specs
+
     def __missing__(self, version: str) -> ChatTokenizer:
-        self[version] = tokenizer_of(SPECS[version])
+        self[version] = tokenizer_of(self.specs[version])
         return self[version]

@@ -1,5 +1,6 @@
 """The catalog's tables against the models that transformers builds, on the meta device."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -12,66 +13,29 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from engine.catalog import ModuleTable, find_model, linear_targets, list_models
 from engine.catalog.rows import module_table
+from tests.support import tiny
 
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e6,
-    "factor": 16.0,
-    "original_max_position_embeddings": 256,
-    "max_position_embeddings": 4096,
-    "llama_4_scaling_beta": 0.1,
+# No two widths alike, so that none can stand in another's place.
+SIZES = {"vocab_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+LATENT = {
+    **{"num_key_value_heads": 4, "moe_intermediate_size": 48, "q_lora_rank": 40},
+    **{"kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20},
 }
-TEXT = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 4096,
-}
-LATENT = TEXT | {
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 48,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "q_lora_rank": 40,
-    "kv_lora_rank": 24,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 20,
-    "rope_parameters": YARN,
-}
-del LATENT["head_dim"]
-VISION = {
-    "model_type": "pixtral",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "patch_size": 14,
-    "image_size": 224,
-}
-MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **TEXT}
-MINISTRAL3 = {
-    "architectures": ["Ministral3ForCausalLM"],
-    "model_type": "ministral3",
-    "rope_parameters": YARN,
-    **TEXT,
-}
-MISTRAL4 = {"architectures": ["Mistral4ForCausalLM"], "model_type": "mistral4", **LATENT}
+VISION = tiny.VISION | {"hidden_size": 32, "num_hidden_layers": 2, "image_size": 224}
+
+
+def tie_not_said(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of one's own: transformers writes into what it is given."""
+    return {k: v for k, v in deepcopy(config).items() if k != "tie_word_embeddings"}
+
+
+MISTRAL = tie_not_said(tiny.MISTRAL) | SIZES
+MINISTRAL3 = tie_not_said(tiny.MINISTRAL3) | SIZES
+MISTRAL4 = tie_not_said(tiny.MISTRAL4) | SIZES | LATENT
 
 
 def with_vision(text: dict[str, Any], **outer: Any) -> dict[str, Any]:
-    inner = {key: value for key, value in text.items() if key != "architectures"}
-    return {
-        "architectures": ["Mistral3ForConditionalGeneration"],
-        "model_type": "mistral3",
-        "text_config": inner,
-        "vision_config": VISION,
-        **outer,
-    }
+    return tie_not_said(tiny.with_vision(text)) | {"vision_config": VISION} | outer
 
 
 VARIANTS = {

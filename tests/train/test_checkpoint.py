@@ -390,8 +390,9 @@ class TestAnotherRun:
         steps(first, 2)
         first.save()
         other = begin(**LORA | keys)
-        with pytest.raises(UserError, match=match):
+        with pytest.raises(UserError, match=match) as caught:
             other.restore(None)
+        assert "output_dir" in caught.value.fix
 
     @pytest.mark.parametrize("keys", [{"learning_rate": 0.1}, {"num_epochs": 9}], ids=str)
     def test_one_that_fits_goes_on(self, begin: Begin, keys: dict[str, Any]) -> None:

@@ -76,16 +76,6 @@ class TestAgainstTransformers:
         assert norm == pytest.approx(norm_of(expected), rel=1e-5)
         assert_same(gradients(ours.model), expected)
 
-    def test_checkpointing_is_exact(self, any_model: Path, uneven: Rows, tmp_path: Path) -> None:
-        packed = LAYOUTS["packed, several at once"] | ALL_IN_ONE_STEP
-        found = []
-        for number, switch in enumerate((False, True)):
-            config = settings(any_model, gradient_checkpointing=switch, **packed)
-            run = training(tmp_path / str(number), config, uneven)
-            found.append((run.gradients(first_step(config, uneven)), gradients(run.model)))
-        assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-        assert_same(found[0][1], found[1][1])
-
 
 class TestEvaluation:
     def test_packing_does_not_change_the_score(self, any_model: Path, uneven: Rows) -> None:

@@ -69,22 +69,6 @@ def test_changed_rows_are_refused(workshop: Workshop) -> None:
     assert last_end(run).what == "The run cannot go on from step-2."
 
 
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"lora_r": 8}, "belong to another model"),
-        ({"adapter": None}, "belong to another model"),
-        ({"optimizer": "adamw_8bit"}, "The optimizer of step-2 is AdamW, not AdamW8bit"),
-    ],
-)
-def test_other_config_is_refused(workshop: Workshop, change: dict[str, Any], word: str) -> None:
-    run = workshop.finished(max_steps=2)
-    workshop.configure(run, **change)
-    assert finish(run, "--resume") == 1
-    assert word in last_end(run).what
-    assert "output_dir" in last_end(run).fix
-
-
 def test_a_run_that_ran_out_of_memory_may_go_on_in_4_bits(workshop: Workshop) -> None:
     run = workshop.finished(max_steps=2)
     workshop.configure(run, adapter="qlora", load_in_4bit=True, gradient_checkpointing=True)
