@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,58 +67,38 @@ def test_a_plan_for_a_card_never_ends_on_the_processor(workshop: Workshop) -> No
     assert not phases & {"model", "load"}, "refused before anything is fetched or loaded"
 
 
-def break_config(run: RunFolder, _: Workshop) -> None:
-    run.config.write_text("base_model: [", "utf-8")
-
-
-def misspell(run: RunFolder, workshop: Workshop) -> None:
-    workshop.configure(run, lora_rank=4)
-
-
-def ask_for_what_is_not_there(run: RunFolder, workshop: Workshop) -> None:
-    workshop.configure(run, default_system_message="Be brief.")
-
-
-def remove_rows(run: RunFolder, _: Workshop) -> None:
-    (run.path / "rows.jsonl").unlink()
-
-
-def spoil_rows(run: RunFolder, _: Workshop) -> None:
-    (run.path / "rows.jsonl").write_text('{"messages": "none"}\n', "utf-8")
-
-
-def leave_questions_only(run: RunFolder, _: Workshop) -> None:
-    row = {"messages": [{"role": "user", "content": "And?"}]}
-    (run.path / "rows.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
-
-
-def name_no_module(run: RunFolder, workshop: Workshop) -> None:
-    workshop.configure(run, lora_target_modules=["query"])
-
-
-def name_no_model(run: RunFolder, workshop: Workshop) -> None:
-    workshop.configure(run, base_model=str(run.path / "nowhere"))
-
-
-REQUESTS: dict[str, tuple[Callable[[RunFolder, Workshop], None], str, int]] = {
-    "a config that is no YAML": (break_config, "config.yml", 2),
-    "a misspelled key": (misspell, "lora_r", 2),
-    "a key that is not carried out": (ask_for_what_is_not_there, "default_system_message", 2),
-    "data that is not there": (remove_rows, "rows.jsonl", 2),
-    "rows that are no conversations": (spoil_rows, "None of the 1 rows can be used", 2),
-    "rows without an answer": (leave_questions_only, "rows.jsonl", 2),
-    "a target that matches nothing": (name_no_module, "query matches no module", 2),
-    "a model that is not there": (name_no_model, "nowhere", 2),
+ASKED = json.dumps({"messages": [{"role": "user", "content": "And?"}]}) + "\n"
+# case: (keys of the config, files with what they hold then, a word of the error)
+REQUESTS: dict[str, tuple[dict[str, Any], dict[str, str | None], str]] = {
+    "a config that is no YAML": ({}, {"config.yml": "base_model: ["}, "config.yml"),
+    "a misspelled key": ({"lora_rank": 4}, {}, "lora_r"),
+    "a key that is not carried out": (
+        {"default_system_message": "Be brief."},
+        {},
+        "default_system_message",
+    ),
+    "data that is not there": ({}, {"rows.jsonl": None}, "rows.jsonl"),
+    "rows that are no conversations": (
+        {},
+        {"rows.jsonl": '{"messages": "none"}\n'},
+        "None of the 1 rows can be used",
+    ),
+    "rows without an answer": ({}, {"rows.jsonl": ASKED}, "rows.jsonl"),
+    "no such target": ({"lora_target_modules": ["query"]}, {}, "query matches no module"),
+    "a model that is not there": ({"base_model": "./nowhere"}, {}, "nowhere"),
 }
 
 
-@pytest.mark.parametrize(("change", "word", "exit_status"), REQUESTS.values(), ids=REQUESTS)
+@pytest.mark.parametrize(("keys", "files", "word"), REQUESTS.values(), ids=REQUESTS)
 def test_a_wrong_request_is_explained(
-    workshop: Workshop, change: Callable[[RunFolder, Workshop], None], word: str, exit_status: int
+    workshop: Workshop, keys: dict[str, Any], files: dict[str, str | None], word: str
 ) -> None:
-    run = workshop.new()
-    change(run, workshop)
-    assert finish(run) == exit_status, run.log.read_text()
+    run = workshop.new(**keys)
+    for name, text in files.items():
+        (run.path / name).unlink()
+        if text is not None:
+            (run.path / name).write_text(text, "utf-8")
+    assert finish(run) == 2, run.log.read_text()
     assert_explained(run, word)
     assert not read_steps(run)
 
