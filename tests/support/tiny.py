@@ -325,6 +325,16 @@ def assert_resumes(home: Path, config: RunConfig, rows: Rows, saved: int) -> Non
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def learn_by_heart(home: Path, base: Path, given: Sequence[Row]) -> Training:
+    """A run that has seen the rows until the model knows them."""
+    keys = {"max_steps": 60, "learning_rate": 0.004, "warmup_steps": 5}
+    config = settings(base, micro_batch_size=len(given), **keys)
+    run = training(home / "run", config, write_rows(home / "rows", given))
+    for number, batch in run.order.steps(0):
+        run.step(number, batch)
+    return run
+
+
 def describe(folder: Path, config: Mapping[str, Any]) -> Path:
     """A model folder without weights."""
     folder.mkdir(parents=True)

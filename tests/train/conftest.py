@@ -9,7 +9,7 @@ import engine.train  # noqa: F401
 from engine.train.batches import Rows
 from engine.train.loop import Training
 from tests.support.offloading import DEEP_MODELS, BeginDeep, begun
-from tests.support.pictured_rows import MIXED, write_pictured
+from tests.support.pictured_rows import MIXED, seeing, write_pictured
 from tests.support.tiny import (
     ARCHITECTURES,
     UNEVEN,
@@ -34,6 +34,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Models:
     def folder(name: str) -> Path:
         path = home / name.replace(" ", "-")
         return path if path.exists() else write_model(path, ARCHITECTURES[name])
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def seeing_model(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The folder of a model that sees the images of `mixed`, by the name of its text model."""
+    home = tmp_path_factory.mktemp("seeing")
+
+    def folder(name: str) -> Path:
+        path = home / name
+        return path if path.exists() else write_model(path, seeing(ARCHITECTURES[name]))
 
     return folder
 

@@ -17,7 +17,16 @@ from engine.train.evaluate import evaluating, learned_tokens, mean_loss, score, 
 from engine.train.generate import generate
 from engine.train.loop import Training
 from engine.train.model import load_base
-from tests.support.tiny import MakeRows, Models, Row, row, settings, training, write_rows
+from tests.support.tiny import (
+    MakeRows,
+    Models,
+    Row,
+    learn_by_heart,
+    row,
+    settings,
+    training,
+    write_rows,
+)
 
 TAUGHT, OTHERS = 5, 4
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -41,16 +50,9 @@ def with_wrong_end(given: Row) -> Row:
 @pytest.fixture(scope="module")
 def memorised(model_folder: Models, tmp_path_factory: pytest.TempPathFactory) -> Training:
     """A model that knows five rows by heart."""
-    home = tmp_path_factory.mktemp("memorised")
-    rows = write_rows(home / "rows", [row(4, 3 + n, seed=n) for n in range(TAUGHT)])
+    given = [row(4, 3 + n, seed=n) for n in range(TAUGHT)]
     folder = model_folder("mistral3 over ministral3")
-    config = settings(
-        folder, micro_batch_size=TAUGHT, max_steps=60, learning_rate=0.004, warmup_steps=5
-    )
-    run = training(home / "run", config, rows)
-    for number, batch in run.order.steps(0):
-        run.step(number, batch)
-    return run
+    return learn_by_heart(tmp_path_factory.mktemp("memorised"), folder, given)
 
 
 @pytest.fixture(scope="module")

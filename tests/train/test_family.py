@@ -24,7 +24,6 @@ from engine.train.loop import Training
 from engine.train.weights import export_trained
 from tests.support import stock
 from tests.support.methods import METHODS, Method
-from tests.support.pictured_rows import seeing
 from tests.support.tiny import (
     ARCHITECTURES,
     Models,
@@ -33,7 +32,6 @@ from tests.support.tiny import (
     settings,
     training,
     wake_adapter,
-    write_model,
 )
 
 PACKED: dict[str, Any] = {
@@ -64,16 +62,12 @@ def cases() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def base_of(tmp_path_factory: pytest.TempPathFactory, model_folder: Models) -> Models:
+def base_of(model_folder: Models, seeing_model: Models) -> Models:
     """The folder of an architecture; one with a tower sees the images of `mixed`."""
-    home = tmp_path_factory.mktemp("bases")
 
     def find(name: str) -> Path:
         text = name.removeprefix("mistral3 over ")
-        if text == name:
-            return model_folder(name)
-        folder = home / text
-        return folder if folder.exists() else write_model(folder, seeing(ARCHITECTURES[text]))
+        return model_folder(name) if text == name else seeing_model(text)
 
     return find
 

@@ -18,9 +18,8 @@ from engine.train.weights import export_trained
 from tests.support import stock
 from tests.support.fp8_checkpoints import write_fp8
 from tests.support.methods import METHODS, Method
-from tests.support.pictured_rows import seeing
 from tests.support.stock import norm_of
-from tests.support.tiny import ARCHITECTURES, Models, settings, training, wake_adapter, write_model
+from tests.support.tiny import ARCHITECTURES, Models, settings, training, wake_adapter
 
 IN_ONE_STEP = {"gradient_accumulation_steps": 64, "max_grad_norm": 1e9}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -66,7 +65,7 @@ def cases() -> list[Any]:
 
 @pytest.fixture(scope="module")
 def bases(
-    tmp_path_factory: pytest.TempPathFactory, model_folder: Models
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Models, seeing_model: Models
 ) -> Callable[[str, str], tuple[Path, Path]]:
     """The folder that a run starts from, and the one of the same numbers for stock tools."""
     home = tmp_path_factory.mktemp("bases")
@@ -74,10 +73,9 @@ def bases(
     def find(start: str, architecture: str) -> tuple[Path, Path]:
         if start == "text":
             return (model_folder(architecture),) * 2
-        folder = home / f"{start} {architecture}"
         if start == "images":
-            text = ARCHITECTURES[architecture.removeprefix("mistral3 over ")]
-            return (folder if folder.exists() else write_model(folder, seeing(text)),) * 2
+            return (seeing_model(architecture.removeprefix("mistral3 over ")),) * 2
+        folder = home / f"{start} {architecture}"
         plain = folder.with_name(f"{folder.name} in float32")
         if not folder.exists():
             write_fp8(Path(shutil.copytree(model_folder(architecture), folder)))

@@ -33,12 +33,12 @@ from tests.support.tiny import (
     MakeRows,
     Models,
     Row,
+    learn_by_heart,
     row,
     settings,
     training,
     wake_adapter,
     write_model,
-    write_rows,
 )
 from tests.support.trainers import VOCABULARY as SMALL
 from tests.support.trainers import small_tekken
@@ -62,21 +62,9 @@ def tokenizer(version: str = "v13") -> ChatTokenizer:
 @pytest.fixture(scope="module")
 def taught(model_folder: Models, tmp_path_factory: pytest.TempPathFactory) -> Training:
     """A model that knows four rows by heart, and never learned to end the fourth."""
-    home = tmp_path_factory.mktemp("taught")
     given = [row(4, 3 + n, seed=n) for n in range(TAUGHT)]
     given[3] = given[3][:-1]
-    rows = write_rows(home / "rows", given)
-    config = settings(
-        model_folder("ministral3"),
-        micro_batch_size=TAUGHT,
-        max_steps=60,
-        learning_rate=0.004,
-        warmup_steps=5,
-    )
-    run = training(home / "run", config, rows)
-    for number, batch in run.order.steps(0):
-        run.step(number, batch)
-    return run
+    return learn_by_heart(tmp_path_factory.mktemp("taught"), model_folder("ministral3"), given)
 
 
 @pytest.fixture(scope="module")

@@ -20,19 +20,9 @@ from engine.train.forward import Model, head_of, hidden_states, image_features, 
 from engine.train.generate import generate
 from engine.train.model import load_base
 from engine.train.prompts import ask_about_images
-from tests.support.pictured_rows import (
-    MIXED,
-    Pictured,
-    picture,
-    seeing,
-    write_pictured,
-    write_rendered,
-)
+from tests.support.pictured_rows import MIXED, Pictured, picture, write_pictured, write_rendered
 from tests.support.stock import stock_model, take_step
 from tests.support.tiny import (
-    MINISTRAL3,
-    MISTRAL,
-    MISTRAL4,
     Models,
     assert_resumes,
     assert_same,
@@ -40,10 +30,9 @@ from tests.support.tiny import (
     settings,
     training,
     wake_adapter,
-    write_model,
 )
 
-TEXT_MODELS = {"mistral": MISTRAL, "ministral3": MINISTRAL3, "mistral4": MISTRAL4}
+TEXT_MODELS = ("mistral", "ministral3", "mistral4")
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one by one": {"gradient_accumulation_steps": 5},
     "padded together": {"micro_batch_size": 5},
@@ -52,25 +41,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    home = tmp_path_factory.mktemp("models")
-
-    def folder(name: str) -> Path:
-        path = home / name
-        return path if path.exists() else write_model(path, seeing(TEXT_MODELS[name]))
-
-    return folder
-
-
 @pytest.fixture(params=TEXT_MODELS)
-def model_path(request: pytest.FixtureRequest, seeing_folder: Models) -> Path:
-    return seeing_folder(request.param)
+def model_path(request: pytest.FixtureRequest, seeing_model: Models) -> Path:
+    return seeing_model(request.param)
 
 
 @pytest.fixture
-def ministral(seeing_folder: Models) -> Path:
-    return seeing_folder("ministral3")
+def ministral(seeing_model: Models) -> Path:
+    return seeing_model("ministral3")
 
 
 def alone(model: Model, rows: Rows) -> torch.Tensor:
