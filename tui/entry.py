@@ -18,6 +18,7 @@ from engine.interrupt import INTERRUPTED, is_wanted, leave_at_once
 from engine.visible import visible
 
 if TYPE_CHECKING:
+    from engine.cli.new import NewRequest
     from engine.cli.watch import Watch
     from engine.runs import RunFolder
     from engine.wizard.draft import Draft
@@ -95,6 +96,7 @@ def run_command(arguments: list[str]) -> int:
         arguments,
         make_watch=_draw if _is_screen(sys.stderr) else None,
         open_run=_open_run if _has_screen() else None,
+        ask_new=_ask_new if _has_keys() else None,
         more_help=_HELP,
     )
 
@@ -105,7 +107,7 @@ def open_wizard(request: WizardRequest) -> int:
     Raises UserError where no answers can be asked, for a config that cannot be read, a GPU that is
     not known, and a run that failed.
     """
-    if not _is_terminal(sys.stdin) or not _is_terminal(sys.stdout):
+    if not _has_keys():
         raise UserError(
             "No answers can be asked here.",
             "The wizard needs a terminal to write to and keys to read.",
@@ -174,6 +176,11 @@ async def _run(app: "WindtunnelApp") -> int | None:
     return status
 
 
+def _has_keys() -> bool:
+    """Whether a person can read questions and answer them."""
+    return _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
+
+
 def _has_screen() -> bool:
     """Whether a person can see a screen and answer it."""
     return _is_screen(sys.stdout) and _is_terminal(sys.stdin)
@@ -201,3 +208,19 @@ def _open_run(run: "RunFolder", ascii_only: bool) -> int:
     from tui.app import WindtunnelApp
 
     return show(WindtunnelApp(Draft(), run=run, ascii_only=ascii_only))
+
+
+def _ask_new(request: "NewRequest") -> int:
+    from tui.plain import stream_dialogue
+
+    dialogue = stream_dialogue(ascii_only=request.ascii_only)
+    draft = make_draft(WizardRequest(assumed=request.assumed))
+    if request.plain or not _has_screen():
+        from tui.plain import run_plain
+
+        run_plain(draft, dialogue, new=True, out=request.out)
+    else:
+        from tui.inline import run_inline
+
+        run_inline(draft, dialogue, out=request.out)
+    return 0

@@ -21,6 +21,7 @@ from engine.cli import (
     fit,
     hardware,
     models,
+    new,
     planning,
     supervision,
     training,
@@ -35,10 +36,12 @@ WORK_FAILED, WRONG_REQUEST = 1, 2
 
 
 def build_app(
-    make_watch: Callable[[], Watch], open_run: supervision.OpenRun | None = None
+    make_watch: Callable[[], Watch],
+    open_run: supervision.OpenRun | None = None,
+    ask_new: new.AskNew | None = None,
 ) -> cyclopts.App:
     """All commands; `make_watch` makes what shows a run in the foreground, `open_run` is the screen
-    of `watch`."""
+    of `watch`, `ask_new` asks the questions of `new`."""
     app = cyclopts.App(
         name="windtunnel",
         help="Fine-tune Mistral models: see what is learned, train it, never lose a run.",
@@ -48,6 +51,7 @@ def build_app(
         default_parameter=cyclopts.Parameter(negative=(), show_default=False),
     )
     training.register(app, make_watch)
+    new.register(app, ask_new)
     fit.register(app)
     demo.register(app, make_watch)
     planning.register(app)
@@ -64,6 +68,7 @@ def main(
     arguments: Sequence[str] | None = None,
     make_watch: Callable[[], Watch] | None = None,
     open_run: supervision.OpenRun | None = None,
+    ask_new: new.AskNew | None = None,
     more_help: str = "",
 ) -> int:
     """Carry out one command line; returns its exit status and never shows a traceback.
@@ -71,7 +76,7 @@ def main(
     `more_help` is printed below the list of commands.
     """
     _print_any_letter()
-    app = build_app(make_watch or PlainWatch, open_run)
+    app = build_app(make_watch or PlainWatch, open_run, ask_new)
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = app(given, exit_on_error=False, print_error=False, result_action="return_value")

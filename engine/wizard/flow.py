@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class Wizard:
-    """Six steps, at the first one, or at Review where the draft is of an opened config."""
+    """Six steps, at the first one, or at Review where the draft is of an opened config.
+
+    `new` and `out` are ReviewStep's.
+    """
 
     def __init__(
         self,
@@ -24,6 +27,8 @@ class Wizard:
         *,
         home: Path | None = None,
         read: "Callable[[], Machine] | None" = None,
+        new: bool = False,
+        out: Path | None = None,
     ) -> None:
         from engine.wizard.data import DataStep
         from engine.wizard.model import ModelStep
@@ -40,7 +45,7 @@ class Wizard:
         self.data = DataStep(draft, rows)
         self.preview = PreviewStep(draft, rows)
         self.plan = PlanStep(draft, rows)
-        self.review = ReviewStep(draft, rows, home)
+        self.review = ReviewStep(draft, rows, home, new=new, out=out)
         self.steps: tuple[Step, ...] = (
             *(self.machine, self.model, self.data),
             *(self.preview, self.plan, self.review),
@@ -71,13 +76,16 @@ class Wizard:
         """What is asked again before that answer is taken."""
         return self.step.confirm(key, text)
 
-    def take(self, key: str, text: str = "") -> None:
-        """Take an answer, and go on where the step is answered with it.
+    def take(self, key: str, text: str = "") -> bool:
+        """Take an answer, and go on where the step is answered with it; whether it was the last.
 
         Raises UserError for one that cannot be taken: then all is as before.
         """
-        if self.step.take(key, text):
-            self.forward()
+        if not self.step.take(key, text):
+            return False
+        is_last = self.step is self.review
+        self.forward()
+        return is_last
 
     def forward(self) -> None:
         """To the step after; the last one stays."""

@@ -1,7 +1,7 @@
 """The last step: the very file that is run, and what to do with it."""
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +20,8 @@ START: Final = "start"
 SAVE: Final = "save"
 SHOW: Final = "show"
 NAME: Final = "name"
+LEAVE: Final = "leave"
+"""A config that was written is not run now."""
 EDIT: Final = "edit"
 """An edited config, as the text."""
 STARTING: Final = Line("▶", "starting", "the trainer loads its libraries, which takes some seconds")
@@ -44,14 +46,28 @@ class Saved:
 
 
 class ReviewStep:
-    """Start, save, name or edit. `outcome` is what has come of it, None before."""
+    """Start, save, name or edit. `outcome` is what has come of it, None before.
+
+    Where the config is what is wanted (`new`), it is written first, to `out` unless another path
+    is named, and the start is offered after it.
+    """
 
     title = "Review"
 
-    def __init__(self, draft: Draft, read: Read, home: Path | None = None) -> None:
+    def __init__(
+        self,
+        draft: Draft,
+        read: Read,
+        home: Path | None = None,
+        *,
+        new: bool = False,
+        out: Path | None = None,
+    ) -> None:
         self._draft = draft
         self._read = read
         self._home = home
+        self._new = new
+        self._out = out
         self._edited = ""
         self._fault: UserError | None = None
         self._shows = False
@@ -68,7 +84,7 @@ class ReviewStep:
     def question(self) -> Question:
         """Start it where it can be, else save it; the reason stands beside the start."""
         draft = self._draft
-        refused, usual = why_not(draft), str(free_config_path(draft))
+        refused, usual = why_not(draft), str(self._out or free_config_path(draft))
         place = f"on {draft.device.name}; " if draft.device else ""
         start = Choice(
             START,
@@ -91,6 +107,13 @@ class ReviewStep:
         name = Choice(NAME, "name", now, reason="Of the run and its folder.", asks=f"name, {now}")
         config = Line("", "", "\n" + draft.config_text().rstrip())
         facts = (config,) if self._shows else ()
+        if isinstance(self.outcome, Saved):
+            leave = Choice(LEAVE, "not now", "the config is written")
+            return Question(
+                self.verdict(), (start, leave), int(refused is not None), self.outcome.lines()
+            )
+        if self._new:
+            return Question(self.verdict(), (replace(save, label="save"), shown, name), 0, facts)
         choices = (start, save, shown, name)
         return Question(self.verdict(), choices, int(refused is not None), facts)
 
@@ -140,11 +163,12 @@ class ReviewStep:
             self._draft.name = text or self._draft.name
         elif key == EDIT:
             self._edit(text)
-        return key in (START, SAVE)
+        return key in (START, LEAVE) or (key == SAVE and not self._new)
 
     def back(self) -> bool:
-        """Nothing is begun here that could be undone."""
-        return False
+        """To another place for a config that was written."""
+        written, self.outcome = self.outcome is not None, None
+        return written
 
     def edit_text(self) -> str:
         """The config for an editor; an edited one that could not be taken comes again, its fault
