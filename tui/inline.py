@@ -212,9 +212,12 @@ def _choices(question: Question, columns: int) -> list[questionary.Choice]:
     for choice, label, verdict in zip(question.choices, labels, verdicts, strict=True):
         title = [("class:text", f"{label:<{label_cells}}  ")]
         title += [("class:text", f"{verdict:<{verdict_cells}}  ")] if verdict_cells else []
-        title.append(("class:note", visible(choice.note, one_line=True)))
-        lines = visible(choice.reason).splitlines()
-        reason = [part for line in lines for part in fold(line, columns - len(_INDENT))]
+        note = visible(choice.note, one_line=True)
+        title.append(("class:note", note))
+        below = visible(choice.reason).splitlines()
+        if sum(len(text) for _, text in title) + len(_INDENT) > columns:
+            below.insert(0, note)  # the list cuts it at the edge
+        reason = [part for line in below for part in fold(line, columns - len(_INDENT))]
         found.append(
             questionary.Choice(
                 title,
