@@ -55,6 +55,8 @@ _BAR_STYLES: Final[dict[Role, str]] = {
     "over": "bold red",
     "kept": "dim",
 }
+_LEARNED_STYLES: Final = {"+ ": "#ffd84d", "- ": "dim"}
+"""Of a previewed row's lines: the same marks as in `windtunnel preview`, and colour beside them."""
 _MOST_CELLS: Final = 100
 _HOW: Final = "(arrows choose, enter takes it, esc goes back, ctrl+c leaves)"
 _TYPE: Final = "(esc goes back)"
@@ -118,7 +120,9 @@ class Inline:
         place = Text(f"{self._wizard.at + 1} of {len(self._wizard.steps)}  ", "dim")
         self._console.print(place + _line(question.headline))
         for fact in question.facts:
-            self._console.print(*map(_line, _one_a_row(fact)), sep="\n")
+            for line in _one_a_row(fact):
+                style = _LEARNED_STYLES.get(line.text[:2], "") if not line.mark else ""
+                self._console.print(_line(line), style=style)
         if self._wizard.step is self._wizard.plan:
             self._draw_memory()
         choices = _choices(question, self._console.width)

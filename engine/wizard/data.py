@@ -189,7 +189,7 @@ class DataStep:
         assert self.dataset is not None
         choices = [Choice(OTHERS, "take other rows")]
         proposed = self.shape.proposed
-        if proposed and mapped(self.dataset, proposed) != self.dataset:
+        if proposed and not found.usable and mapped(self.dataset, proposed) != self.dataset:
             maps = (f"{word.removeprefix('field_')} = {key}" for word, key in proposed.items())
             reason = "They are read again by these names."
             choices.insert(0, Choice(MAP, "map columns", ", ".join(maps), reason=reason))

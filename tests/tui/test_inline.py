@@ -1,16 +1,85 @@
 """`windtunnel new` on a pseudo terminal, asked by the real questionary."""
 
-import re
 from pathlib import Path
 
 from engine.config import read_config
-from engine.runs import find_run, status
+from engine.interrupt import INTERRUPTED
 from tests.support.extras import needs_trainer
 from tests.support.terminal import Terminal
 
-DOWN, ENTER, ESCAPE, CONTROL_C, CONTROL_U = "\x1b[B", "\r", "\x1b", "\x03", "\x15"
+DOWN, ENTER, ESCAPE, CONTROL_C = "\x1b[B", "\r", "\x1b", "\x03"
 
 
-def plain(text: str) -> str:
-    """What was written, without its escapes."""
-    return re.sub(r"\x1b(\[[0-9;?]*[a-zA-Z]|[()][A-Z0-9]|[=>])", "", text)
+def answer(terminal: Terminal, question: str, keys: str = ENTER) -> None:
+    """Wait for the list of a step, then press."""
+    terminal.wait_for(f"{question} ")
+    terminal.wait_for("ctrl+c leaves)")
+    terminal.written = ""
+    terminal.press(keys)
+
+
+def to_review(terminal: Terminal) -> None:
+    for question in ("Machine", "Model", "Data", "Data", "Preview", "Plan"):
+        answer(terminal, question)
+
+
+def test_the_config_is_written_where_it_was_asked_for_and_left_there(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yml"
+    terminal = Terminal("new", "-o", str(path), "--assume", "RTX 4090")
+    terminal.wait_for("plan for RTX 4090")  # what was assumed is the recommended answer
+    to_review(terminal)
+    answer(terminal, "Review")
+    terminal.wait_for(f"path, Enter for {path.parent}")
+    terminal.press(ENTER)
+    terminal.wait_for("not now")
+    answer(terminal, "Review")  # on `not now`: the card is not here
+    assert terminal.end() == 0
+    config = read_config(path).config
+    assert config.datasets[0].path == "sample:harbour-pilot"
+    assert "#" in path.read_text("utf-8")
+
+
+def test_reasons_learned_tokens_and_memory_stand_beside_the_questions(tmp_path: Path) -> None:
+    terminal = Terminal("new", WINDTUNNEL_RUNS=str(tmp_path))
+    answer(terminal, "Machine", DOWN)
+    terminal.wait_for("Everything but the start works for it")  # the reason of the lit answer
+    terminal.press(f"{DOWN}{ENTER}")
+    for question in ("Model", "Data", "Data"):
+        answer(terminal, question)
+    terminal.wait_for("+ think")
+    answer(terminal, "Preview")
+    terminal.wait_for("kept free")
+    answer(terminal, "Plan", ESCAPE)
+    answer(terminal, "Preview", CONTROL_C)
+    assert terminal.end() == INTERRUPTED
+    assert "Traceback" not in terminal.written
+
+
+def test_a_refused_text_is_asked_again_with_its_sentence(tmp_path: Path) -> None:
+    terminal = Terminal("new", WINDTUNNEL_RUNS=str(tmp_path))
+    answer(terminal, "Machine", f"{DOWN}{ENTER}")
+    terminal.wait_for("GPU, such as")
+    terminal.press(f"GTX 9{ENTER}")
+    terminal.wait_for("GTX 9")
+    terminal.wait_for("✗ ")
+    terminal.press(ESCAPE)
+    answer(terminal, "Machine", CONTROL_C)
+    assert terminal.end() == INTERRUPTED
+
+
+@needs_trainer
+def test_a_run_is_started_and_goes_on_when_it_is_left(tmp_path: Path) -> None:
+    """From nothing to a config and a run, by Enter alone."""
+    home = tmp_path / "home"
+    terminal = Terminal("new", "-o", str(tmp_path / "a.yml"), WINDTUNNEL_RUNS=str(home))
+    to_review(terminal)
+    answer(terminal, "Review")
+    terminal.wait_for("path, Enter for")
+    terminal.press(ENTER)
+    terminal.wait_for("not now")
+    answer(terminal, "Review")
+    terminal.wait_for("ctrl+c leaves it running")
+    terminal.wait_for("starting PyTorch")
+    terminal.press(CONTROL_C)
+    terminal.wait_for("is still training: windtunnel watch")
+    assert terminal.end() == INTERRUPTED
