@@ -11,7 +11,7 @@ from engine.plan import best_device, cpu_device
 from engine.runs import create_run
 from engine.wizard.draft import Draft
 from engine.wizard.flow import Wizard, live_runs
-from engine.wizard.review import EDIT, NAME, SAVE, SHOW, START, ReviewStep, Saved
+from engine.wizard.review import EDIT, LEAVE, NAME, SAVE, SHOW, START, ReviewStep, Saved
 from tests.fakes.processes import running_fake
 from tests.support.extras import needs_trainer
 from tests.support.steps import SAMPLE, choices, facts, ready, recommended
@@ -34,8 +34,8 @@ def for_a_planned_card() -> Draft:
     return Draft(machine=machine, device=device, model="ministral-3-8b", dataset=SAMPLE)
 
 
-def asked(draft: Draft) -> ReviewStep:
-    step = Wizard(draft).review
+def asked(draft: Draft, *, new: bool = False, out: Path | None = None) -> ReviewStep:
+    step = Wizard(draft, new=new, out=out).review
     ready(step)
     return step
 
@@ -58,6 +58,34 @@ def test_what_is_planned_is_saved_and_says_where_it_goes() -> None:
     assert isinstance(step.outcome, Saved)
     assert [line.label for line in step.outcome.lines()] == ["saved", "planned"]
     assert read_config(Path("out.yml")).config.base_model == "ministral-3-8b"
+
+
+@needs_trainer
+def test_new_writes_the_config_and_offers_its_start_after_it() -> None:
+    step = asked(for_the_demo(), new=True, out=Path("mine.yml"))
+    assert list(choices(step)) == [SAVE, SHOW, NAME]
+    assert choices(step)[SAVE].usual == "mine.yml"
+    assert not step.take(SAVE, "mine.yml")
+    assert read_config(Path("mine.yml")).config.base_model == "demo-tiny"
+    assert list(choices(step)) == [START, LEAVE]
+    assert recommended(step) == START
+    assert "run it with: windtunnel train" in facts(step)
+    assert step.take(LEAVE, "")
+    assert isinstance(step.outcome, Saved)
+
+
+def test_new_for_a_card_that_is_not_here_recommends_to_leave_it() -> None:
+    step = asked(for_a_planned_card(), new=True)
+    step.take(SAVE, "")
+    assert recommended(step) == LEAVE
+
+
+def test_back_from_the_start_of_new_asks_for_the_path_again() -> None:
+    step = asked(for_the_demo(), new=True)
+    step.take(SAVE, "a.yml")
+    assert step.back()
+    assert list(choices(step)) == [SAVE, SHOW, NAME]
+    assert not step.back()
 
 
 def test_a_file_that_is_there_is_replaced_only_when_asked(folder: Path) -> None:
