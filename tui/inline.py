@@ -113,18 +113,22 @@ class Inline:
 
                 self._wizard.receive(work, perform(work, show))
 
-    def _ask(self) -> bool:
-        """Ask once; whether that was the last answer."""
-        question = self._wizard.question()
+    def show(self, question: Question) -> None:
+        """What stands above the choices: the answer of the step, what to know, the memory bar."""
+        place = f"{self._wizard.at + 1} of {len(self._wizard.steps)}  "
         self._console.print()
-        place = Text(f"{self._wizard.at + 1} of {len(self._wizard.steps)}  ", "dim")
-        self._console.print(place + _line(question.headline))
+        self._console.print(Text.assemble((place, "dim"), _line(question.headline)))
         for fact in question.facts:
             for line in _one_a_row(fact):
                 style = _LEARNED_STYLES.get(line.text[:2], "") if not line.mark else ""
                 self._console.print(_line(line), style=style)
         if self._wizard.step is self._wizard.plan:
             self._draw_memory()
+
+    def _ask(self) -> bool:
+        """Ask once; whether that was the last answer."""
+        question = self._wizard.question()
+        self.show(question)
         choices = _choices(question, self._console.width)
         asked = questionary.select(
             self._wizard.step.title,

@@ -34,12 +34,16 @@ from engine.plan import best_device
 from engine.report.events import event_line
 from engine.runs import Follower, RunFolder
 from engine.runs.history import History
+from engine.wizard.data import TYPED
 from engine.wizard.draft import Draft
+from engine.wizard.flow import Wizard
 from tests.support.conversation import Conversation
 from tests.support.screens import screen_text
 from tests.support.stand_in import draft_on, opened
+from tests.support.steps import ready, recommended
 from tests.support.written_runs import RunWriter
 from tui.app import WindtunnelApp
+from tui.inline import Inline
 from tui.plain import run_plain
 from tui.plain.following import follow_run
 from tui.progress import Progress
@@ -98,7 +102,7 @@ def on_the_screen(run: RunFolder) -> str:
 EVENT_PRINTERS: dict[str, Callable[[RunFolder], str]] = {
     "watch": in_watch,
     "train": in_the_foreground,
-    "--plain": in_plain_lines,
+    "--plain and new": in_plain_lines,
     "screen": on_the_screen,
 }
 
@@ -132,6 +136,21 @@ async def in_the_questions(_capsys: pytest.CaptureFixture[str]) -> str:
     return conversation.text
 
 
+async def in_new_about_the_plan(_capsys: pytest.CaptureFixture[str]) -> str:
+    wizard = Wizard(planned_draft(), new=True)
+    while wizard.step is not wizard.plan:
+        ready(wizard.step)
+        wizard.take(recommended(wizard.step))
+    return shown_in_new(wizard).replace("fits  needs", "fits: needs")
+
+
+def shown_in_new(wizard: Wizard) -> str:
+    out = io.StringIO()
+    ready(wizard.step)
+    Inline(wizard, Console(file=out, width=200)).show(wizard.question())
+    return out.getvalue()
+
+
 async def on_the_plan_page(_capsys: pytest.CaptureFixture[str]) -> str:
     app = WindtunnelApp(planned_draft(), start="Plan")
     async with app.run_test(size=(120, 40)) as pilot:
@@ -153,6 +172,7 @@ async def _until_counted(pilot: Pilot[int]) -> None:
 VERDICT_PRINTERS: dict[str, Printer] = {
     "recommend": in_recommend,
     "--plain": in_the_questions,
+    "new": in_new_about_the_plan,
     "screen": on_the_plan_page,
 }
 
@@ -186,6 +206,15 @@ async def in_the_question_of_rows(_capsys: pytest.CaptureFixture[str]) -> str:
     return conversation.text
 
 
+async def in_new_about_rows(_capsys: pytest.CaptureFixture[str]) -> str:
+    wizard = Wizard(planned_draft(), new=True)
+    for step in (wizard.machine, wizard.model):
+        ready(step)
+        wizard.take(recommended(step))
+    wizard.take(TYPED, "rows.jsonl")
+    return shown_in_new(wizard)
+
+
 async def on_the_data_page(_capsys: pytest.CaptureFixture[str]) -> str:
     async with opened(draft_on(), "Data", (120, 40)) as screen:
         await screen.until("rows.jsonl")
@@ -198,6 +227,7 @@ ROW_PRINTERS: dict[str, Printer] = {
     "check": in_check,
     "preview": in_preview,
     "--plain": in_the_question_of_rows,
+    "new": in_new_about_rows,
     "screen": on_the_data_page,
 }
 
