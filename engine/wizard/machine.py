@@ -23,7 +23,7 @@ PLAN: Final = "plan"
 """Another that is not here, named in the text."""
 PLAN_REASON: Final = "Everything but the start works for it; the config is saved and taken there."
 ASKING: Final = "asking the driver…"
-PLAN_ONLY: Final = Line("·", "plan only", "for a GPU that is not here; preview, plan and save work")
+PLAN_ONLY: Final = Line("·", "plan only", "for a GPU elsewhere; preview, plan and save work")
 HELP: Final = (
     ("can give", "its memory, less what others use, less 5% for safety"),
     ("used", "memory that other programs hold on it now"),

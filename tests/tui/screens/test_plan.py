@@ -254,6 +254,18 @@ async def test_enter_accepts_and_escape_goes_back() -> None:
     assert "● Preview" in await on_page(draft, "escape")
 
 
+async def test_the_reason_of_the_value_under_the_cursor_is_never_cut() -> None:
+    draft = planned("RTX 4090", "magistral-small-2509")
+    fields = list_fields(draft, every=False)
+    assert any(len(field.reason) > 76 for field in fields)
+    async with plan_page(draft) as pilot:
+        for field in fields:
+            shown = " ".join(screen_text(pilot.app).split())
+            assert f"{field.key} {' '.join(field.reason.split())}" in shown
+            await pilot.press("down")
+            await pilot.pause()
+
+
 async def test_a_missing_answer_is_a_sentence() -> None:
     text = await on_page(Draft(model="ministral-3-3b"))
     assert "No device is chosen." in text

@@ -71,9 +71,7 @@ class PlanPage(Page):
     PlanPage.-wide #beside { display: block; }
     PlanPage #beside Pane { height: 1fr; }
     PlanPage #beside Static { width: 100%; height: auto; text-wrap: nowrap; }
-    PlanPage #told {
-        height: 2; padding: 0 2; color: $muted; text-wrap: nowrap; text-overflow: ellipsis;
-    }
+    PlanPage #reason { height: auto; max-height: 6; padding: 0 2; color: $muted; }
     PlanPage #plan { height: 1fr; }
     """
 
@@ -94,7 +92,7 @@ class PlanPage(Page):
                     yield Static(id="rungs", markup=False)
                 with Pane(title="same plan on other GPUs", subtitle="g chooses one"):
                     yield Static(id="cards", markup=False)
-        yield Static(id="told", markup=False)
+        yield Static(id="reason", markup=False)
 
     def on_mount(self) -> None:
         self.part(Fields).focus()
@@ -153,7 +151,7 @@ class PlanPage(Page):
         amounts = amount_words(self.app.draft.advice())
         reason = visible(field.reason, one_line=True)
         first = Content.assemble((f"{field.key}  ", "$lit"), reason)
-        self.query_one("#told", Static).update(Content("\n").join([first, Content(amounts)]))
+        self.query_one("#reason", Static).update(Content("\n").join([first, Content(amounts)]))
 
     # --- keys
 
