@@ -19,18 +19,18 @@ from textual.widgets import Input, Static
 
 from engine.errors import UserError
 from engine.runs import RunFolder
-from engine.units import gib
 from engine.visible import visible
 from engine.wizard.commands import plan_command
+from engine.wizard.question import Question
 from engine.wizard.reading import Read
-from engine.wizard.review import EDIT, ReviewStep
-from engine.wizard.start import free_config_path, save_config, start_run, why_not
+from engine.wizard.review import EDIT, NAME, SAVE, START, STARTING, ReviewStep, Saved
 from tui.page import Key, Page
 from tui.widgets.choices import Choices
 from tui.widgets.pane import Pane
 
-_START: Final = 0
-_SAVE: Final = 1
+_KEYS: Final = (START, SAVE)
+"""Of the answers that stand in the list; the others have keys of their own."""
+_KEPT: Final = "All answers stay as they are."
 
 
 class NameField(Input):
@@ -67,7 +67,7 @@ class ReviewPage(Page):
 
     def __init__(self) -> None:
         super().__init__()
-        self._refused: UserError | None = None
+        self._question: Question | None = None
         self._starting = False
 
     def compose_body(self) -> ComposeResult:
@@ -93,55 +93,47 @@ class ReviewPage(Page):
             self.say("✗", "no plan", f"{error.what} {error.fix}")
             self.show_problem(error)
             return
-        self._refused = why_not(draft)
         pane = self.query_one("#config", Pane)
         pane.show_subtitle(visible(draft.run_name(), one_line=True))
         self.query_one("#text", Static).update(_coloured(text))
-        self._show_choices()
-        self._say()
+        self._question = self._step.question()
+        self._show_choices(self._question)
+        self._show_verdict()
 
-    def _say(self) -> None:
-        draft = self.app.draft
-        needs = draft.advice().estimate
-        over = "" if needs.verdict == "fits" else f"{needs.verdict}: "
-        amounts = f"{over}{gib(needs.device_bytes)} of {gib(needs.can_give_bytes)}"
-        if draft.uncounted:
-            amounts += f"{'' if draft.statistics else ' for full rows'}; {draft.uncounted}"
-        else:
-            amounts += f", up to {gib(needs.disk_bytes)} written"
-        device = draft.device
-        if self._refused is None:
-            self.say("✓", "ready to start", amounts)
-        elif device and device.planned:
-            self.say("·", "ready to save", f"{amounts}; {device.name} is planned, not here")
-        else:
-            self.say("✗", "cannot start", self._refused.what)
+    def _show_verdict(self) -> None:
+        device = self.app.draft.device
+        line = self._step.verdict()
+        self.say(line.mark, line.label, line.text)
         self.show_title(device.name if device else "")
 
-    def _show_choices(self) -> None:
-        device = self.app.draft.device
-        place = visible(device.name, one_line=True) if device else ""
-        start = Content.assemble(
-            f"{'start now':<14}", (f"on {place}; goes on if this window closes", "$muted")
-        )
-        if self._refused:
-            why = visible(f"{self._refused.what} {self._refused.fix}", one_line=True)
-            start = Content.assemble((f"{'start now':<14}", "$faint"), (why, "$muted"))
-        where = visible(str(free_config_path(self.app.draft)), one_line=True)
-        save = Content.assemble(f"{'save only':<14}", (f"{where}, to run it headless", "$muted"))
+    def _show_choices(self, question: Question) -> None:
         choices = self.part(Choices)
-        choices.show_lines([start, save])
-        if self._refused and choices.cursor == _START:
-            choices.cursor = _SAVE
+        offered = [question.choice(key) for key in _KEYS]
+        choices.show_lines(
+            [
+                Content.assemble(
+                    (f"{each.label:<14}", "$faint" if each.refusal else ""),
+                    (visible(each.note, one_line=True), "$muted"),
+                )
+                for each in offered
+            ]
+        )
+        if offered[choices.cursor].refusal:
+            choices.cursor = _KEYS.index(SAVE)
         self._show_command()
 
     def on_choices_moved(self) -> None:
         self._show_command()
 
+    @property
+    def _key(self) -> str:
+        return _KEYS[self.part(Choices).cursor]
+
     def _show_command(self) -> None:
-        draft = self.app.draft
-        path = str(free_config_path(draft))
-        if self.part(Choices).cursor == _START:
+        if self._question is None:
+            return
+        draft, path = self.app.draft, self._question.choice(SAVE).usual
+        if self._key == START:
             self.show_command(["train", path])
             return
         words = plan_command(draft)
@@ -150,45 +142,46 @@ class ReviewPage(Page):
     # --- keys
 
     def action_accept(self) -> None:
-        if self._starting:
+        if self._starting or self._question is None:
             return
-        if self.part(Choices).cursor == _SAVE:
+        if self._key == SAVE:
             self._save()
-        elif self._refused:
-            self.show_problem(self._refused, kept="All answers stay as they are.")
-        else:
-            self._starting = True
-            self.say("▶", "starting", "the trainer loads its libraries, which takes some seconds")
-            self._start()
+            return
+        self._starting = True
+        self.say(STARTING.mark, STARTING.label, STARTING.text)
+        self._start()
 
     def _save(self) -> None:
         try:
-            path = save_config(self.app.draft, free_config_path(self.app.draft))
+            self._step.take(SAVE, "")
         except UserError as error:
-            self.show_problem(error, kept="All answers stay as they are.")
+            self.show_problem(error, kept=_KEPT)
             return
-        where = shlex.quote(str(path))
-        self.say("✓", "saved", f"{path}; run it with: windtunnel train {where}")
-        self.show_command(["train", str(path)])
+        saved = self._step.outcome
+        assert isinstance(saved, Saved)
+        line = saved.lines()[0]
+        self.say(line.mark, line.label, line.text)
+        self.show_command(["train", str(saved.path)])
 
     @work(thread=True, exclusive=True)
     def _start(self) -> None:
-        """Apart from the screen: a trainer takes seconds until it holds its lock."""
+        """In a thread: a trainer takes seconds until it holds its lock."""
         try:
-            run = start_run(self.app.draft)
+            self._step.take(START, "")
         except UserError as error:
             self.app.call_from_thread(self._could_not_start, error)
         else:
-            self.app.call_from_thread(self._started, run)
+            self.app.call_from_thread(self._started)
 
     def _could_not_start(self, error: UserError) -> None:
         self._starting = False
-        self._say()
-        self.show_problem(error, kept="All answers stay as they are.")
+        self._show_verdict()
+        self.show_problem(error, kept=_KEPT)
 
-    def _started(self, run: RunFolder) -> None:
+    def _started(self) -> None:
         self._starting = False
-        self.app.open_run(run, fresh=True)
+        assert isinstance(self._step.outcome, RunFolder)
+        self.app.open_run(self._step.outcome, fresh=True)
 
     def action_name(self) -> None:
         field = self.part(NameField)
@@ -202,7 +195,7 @@ class ReviewPage(Page):
 
     def on_input_submitted(self, message: Input.Submitted) -> None:
         message.stop()
-        self.app.draft.name = message.value.strip() or None
+        self._step.take(NAME, message.value.strip())
         self.action_keep_name()
         self.refresh_from_draft()
 
