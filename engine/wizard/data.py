@@ -2,7 +2,7 @@
 
 from copy import copy
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from engine.config import DatasetConfig
 from engine.data.requests import CheckRows, ReadShape, Shape
@@ -72,9 +72,19 @@ class DataStep:
             assert isinstance(result, Checkup)
             self.found = result
 
+    @property
+    def state(self) -> Literal["idle", "reading", "read", "refused"]:
+        """Whether rows are considered, and what has come of it."""
+        if self.dataset is None:
+            return "idle"
+        if self.problem is not None:
+            return "refused"
+        if self.found is None:
+            return "reading"
+        return "read" if self.found.usable else "refused"
+
     def consider(self, dataset: DatasetConfig) -> None:
-        """Have these rows read. Raises UserError where there are none."""
-        locate(dataset, Path.cwd())
+        """Have these rows read."""
         self.dataset, self._model = dataset, self._draft.model
         self.shape = self.found = self.problem = None
 
@@ -134,7 +144,14 @@ class DataStep:
         """Whether the hub is asked for rows that are not here."""
         if self.found is not None or key == KEPT:
             return None
-        hub_id = locate(self._named(key, text), Path.cwd()).hub_id
+        return self.consent(self._named(key, text))
+
+    def consent(self, dataset: DatasetConfig) -> Confirm | None:
+        """What is asked before the hub is; None for rows that are here, and once it was agreed to.
+
+        Raises UserError where there are no such rows.
+        """
+        hub_id = locate(dataset, Path.cwd()).hub_id
         if hub_id is None or hub_id in self._agreed:
             return None
         return Confirm(
@@ -145,14 +162,18 @@ class DataStep:
             "does not",
         )
 
+    def agree(self, dataset: DatasetConfig) -> None:
+        """The hub may be asked for these rows."""
+        if hub_id := locate(dataset, Path.cwd()).hub_id:
+            self._agreed.add(hub_id)
+
     def take(self, key: str, text: str) -> bool:
         """Have rows read, or use those that were; the last is the answer of the step."""
         if self.found is None:
             if key == KEPT:
                 return True
             dataset = self._named(key, text)
-            if hub_id := locate(dataset, Path.cwd()).hub_id:
-                self._agreed.add(hub_id)
+            self.agree(dataset)
             self.consider(dataset)
         elif key == USE:
             self._require_usable()

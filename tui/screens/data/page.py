@@ -5,10 +5,10 @@ asked only after the person has agreed.
 """
 
 import asyncio
-from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Final, Literal
+from typing import ClassVar, Final
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -17,17 +17,17 @@ from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from engine.config import DatasetConfig
-from engine.data.requests import CheckRows, Progress, ReadShape, Shape
+from engine.data.requests import Progress
 from engine.data.samples import SAMPLE_PREFIX
 from engine.data.shape import mapped
-from engine.data.sources import locate
-from engine.data.statistics import Checkup
 from engine.errors import UserError
-from engine.report.data import Remark, list_remarks, rows_verdict
+from engine.report.data import Remark, list_remarks
+from engine.units import stored
 from engine.visible import visible
 from engine.wizard.commands import check_command
-from engine.wizard.counting import rows_config, take_count, with_rows
+from engine.wizard.data import USE, DataStep
 from engine.wizard.offers import Source, find_newest, list_sources
+from engine.wizard.reading import Read
 from tui.line import marked
 from tui.page import HelpText, Key, Page
 from tui.screens.data.panels import MappingPanel, first_rows, found_content
@@ -39,7 +39,6 @@ from tui.widgets.questions import Confirm
 
 # Whoever holds the down key reads no file on the way.
 _SETTLE_SECONDS: Final = 0.15
-_SHARES: Final = (0.0, 0.05, 0.1, 0.2)
 
 
 class DataPage(Page):
@@ -73,14 +72,13 @@ class DataPage(Page):
     def __init__(self) -> None:
         super().__init__()
         self._sources: list[Source] = list_sources([])
-        self._dataset: DatasetConfig | None = None
         self._model: str | None = None
-        self._state: Literal["idle", "reading", "read", "refused"] = "idle"
         self._goes_on = False
-        self._agreed: set[str] = set()
-        self._shape: Shape | None = None
-        self._found: Checkup | None = None
         self._remarks: list[Remark] = []
+
+    @cached_property
+    def _step(self) -> DataStep:
+        return DataStep(self.app.draft, Read())
 
     def compose_body(self) -> ComposeResult:
         with Pane(id="from", title="where from"):
@@ -124,7 +122,7 @@ class DataPage(Page):
         if draft.model == self._model:
             return
         self._model = draft.model
-        dataset = self._dataset or draft.dataset
+        dataset = self._step.dataset or draft.dataset
         if dataset is None:
             self._highlighted()
         elif dataset.path.startswith(SAMPLE_PREFIX):
@@ -151,14 +149,15 @@ class DataPage(Page):
         typed = source.kind in ("typed", "hub")
         self.query_one("#from").set_class(typed, "-typing")
         if source.path and self._model:
-            if self._dataset is None or self._dataset.path != source.path:
+            now = self._step.dataset
+            if now is None or now.path != source.path:
                 self._consider(DatasetConfig(path=source.path))
         elif typed and not self.part(PathField).value:
             self._forget("a path" if source.kind == "typed" else "org/name")
 
     def _forget(self, wanted: str) -> None:
         self.workers.cancel_group(self, "read")
-        self._dataset, self._state, self._shape, self._found = None, "idle", None, None
+        self._step.back()
         self._goes_on = False
         self.say("·", "no data", f"enter, then type {wanted}; enter reads it")
         self.query_one("#rows", Static).update("")
@@ -168,37 +167,30 @@ class DataPage(Page):
 
     def _consider(self, dataset: DatasetConfig) -> None:
         """Read that dataset, once the person agrees where it is on the hub."""
+        step = self._step
         try:
-            hub_id = locate(dataset, Path.cwd()).hub_id
+            asked = step.consent(dataset)
         except UserError as error:
             self._start(dataset)
+            step.problem = error
             self._refuse(error)
             return
-        if hub_id is None or hub_id in self._agreed:
+        if asked is None:
             self._start(dataset)
-            self.run_worker(self._read(dataset), group="read", exclusive=True)
+            self.run_worker(self._read(), group="read", exclusive=True)
             return
 
         def answered(agreed: bool | None) -> None:
             if agreed:
-                self._agreed.add(hub_id)
+                step.agree(dataset)
                 self._consider(dataset)
 
-        self.app.push_screen(
-            Confirm(
-                "connect to huggingface.co?",
-                f"There is no local {hub_id}. The hub is told this name, and its rows are "
-                "downloaded as they are read.",
-                yes="connects",
-                no="does not",
-            ),
-            answered,
-        )
+        self.app.push_screen(Confirm(asked.title, asked.text, yes=asked.yes, no=asked.no), answered)
 
     def _start(self, dataset: DatasetConfig) -> None:
         self.workers.cancel_group(self, "read")
-        self._dataset, self._shape, self._found = dataset, None, None
-        self._state, self._goes_on = "reading", False
+        self._step.consider(dataset)
+        self._goes_on = False
         name = visible(dataset.path, one_line=True)
         self.say("·", "reading", name)
         self.query_one("#rows", Static).update(Content(f"reading {name}"))
@@ -206,45 +198,44 @@ class DataPage(Page):
         self._show_remarks([])
         self.show_command(check_command(self.app.draft, dataset))
 
-    async def _read(self, dataset: DatasetConfig) -> None:
+    async def _read(self) -> None:
         await asyncio.sleep(_SETTLE_SECONDS)
-        config, here = rows_config(with_rows(self.app.draft, dataset)), Path.cwd()
-        worker = self.app.data_worker
-        try:
-            self._shape = await worker.ask(ReadShape(config, here))
-            self.app.draft.shows_images = self._shape.shows_images
+        step = self._step
+        while work := step.work():
+            assert work.request is not None
+            try:
+                step.receive(
+                    work, await self.app.data_worker.ask(work.request, self._show_progress)
+                )
+            except UserError as error:
+                step.receive(work, error)
+                self._refuse(error)
+                return
             if isinstance(self.focused, PathField):
                 self.query_one("#sources").focus()  # the next key is for the page
-            self._found = await worker.ask(CheckRows(config, here), self._tell_progress)
-        except UserError as error:
-            self._refuse(error)
-            return
-        self._state = "read" if self._found.usable else "refused"
         self._redraw()
-        if self._goes_on and self._state == "read":
+        if self._goes_on and step.state == "read":
             self._take()
 
-    def _tell_progress(self, progress: Progress) -> None:
-        assert self._dataset is not None
+    def _show_progress(self, progress: Progress) -> None:
+        assert self._step.dataset is not None
         if progress.phase == "tokenizer":
             model = visible(self._model or "", one_line=True)
-            told = f"starting the tokenizer of {model} (about 2 s, once)"
+            shown, rows = (
+                f"starting the tokenizer of {model} (about 2 s, once)",
+                "the tokenizer first",
+            )
         else:
-            told = f"reading {visible(self._dataset.path, one_line=True)}"
-            told += f"  {progress.rows:,} rows"
+            shown = f"reading {visible(self._step.dataset.path, one_line=True)}"
+            shown += f"  {progress.rows:,} rows"
             if total := progress.total_bytes:
-                told += f", {progress.done_bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB"
-        self.query_one("#rows", Static).update(Content(told))
+                shown += f", {stored(progress.done_bytes, total)} of {stored(total)}"
+            rows = f"{progress.rows:,} rows so far"
+        self.query_one("#rows", Static).update(Content(shown))
         after = ", goes on when it is read" if self._goes_on else ""
-        rows = (
-            f"{progress.rows:,} rows so far"
-            if progress.phase == "reading"
-            else "the tokenizer first"
-        )
         self.say("·", "reading", rows + after)
 
     def _refuse(self, error: UserError) -> None:
-        self._state = "refused"
         self.say("✗", "cannot be read", error.what)
         told = (("what", error.what), ("why", error.why), ("fix", error.fix))
         self.query_one("#rows", Static).update(
@@ -252,20 +243,18 @@ class DataPage(Page):
         )
 
     def _redraw(self) -> None:
-        if self._found is None or self._shape is None:
+        found, shape = self._step.found, self._step.shape
+        if found is None or shape is None:
             return
-        line = rows_verdict(self._found, *self._held_out())
+        line = self._step.verdict()
         text = line.text.replace("none held out", "none held out: h changes that")
-        if self.app.draft.is_blind:
-            text = "the model reads only text, and rows have images: esc, then choose one that sees"
-        self.say(line.mark, line.label, text)
+        self.say(line.mark, line.label, text.replace(": choose one", ": esc, then choose one"))
         width = self.query_one("#rows").size.width
-        described = found_content(self._found, self._shape, width)
-        self.query_one("#rows", Static).update(described)
-        tokens = self._found.tokens
+        self.query_one("#rows", Static).update(found_content(found, shape, width))
+        tokens = found.tokens
         total = f"{tokens.total:,} tokens as {self._model}" if tokens and tokens.total else ""
         self.query_one("#found", Pane).show_subtitle(visible(total, one_line=True))
-        self._show_remarks(list_remarks(self._found))
+        self._show_remarks(list_remarks(found))
 
     def on_resize(self) -> None:
         self.call_after_refresh(self._redraw)
@@ -278,36 +267,17 @@ class DataPage(Page):
             [marked(remark.line.mark, str(replace(remark.line, mark=""))) for remark in remarks]
         )
 
-    def _held_out(self) -> tuple[float, int]:
-        """val_set_size and the number of test sets that would go with what was read here."""
-        assert self._found is not None
-        assert self._dataset is not None
-        draft = copy(self.app.draft)
-        draft.dataset = self._dataset
-        take_count(draft, with_rows(draft, self._dataset), self._found.statistics())
-        try:
-            config = draft.config()
-        except UserError:  # it is Plan that says what does not go together
-            return 0.0, 0
-        return config.val_set_size, len(config.test_datasets)
-
     def action_accept(self) -> None:
-        if self._state == "read":
+        state = self._step.state
+        if state == "read":
             self._take()
-        elif self._state == "reading":
+        elif state == "reading":
             self._goes_on = True
-        elif self._state == "idle" and self._model:
+        elif state == "idle" and self._model:
             self.part(PathField).focus()
 
     def _take(self) -> None:
-        assert self._found is not None
-        assert self._dataset is not None
-        self.app.draft.dataset = self._dataset
-        take_count(
-            self.app.draft,
-            with_rows(self.app.draft, self._dataset),
-            self._found.statistics(),
-        )
+        self._step.take(USE, "")
         self.app.next_step()
 
     def on_choices_chosen(self, message: Choices.Chosen) -> None:
@@ -319,7 +289,7 @@ class DataPage(Page):
             if remark.line.mark != "✗" and "lines" in dict(details):
                 details.append(("see", "Preview lists them: w"))
             self.cover(TextPane("what to know", columns(details, "$muted")), [Key("esc", "close")])
-        elif self._source.kind in ("typed", "hub") and self._state in ("idle", "refused"):
+        elif self._source.kind in ("typed", "hub") and self._step.state in ("idle", "refused"):
             self.part(PathField).focus()
         else:
             self.action_accept()
@@ -329,7 +299,8 @@ class DataPage(Page):
         path = message.value.strip()
         if not path:
             return
-        if self._dataset and self._dataset.path == path and self._state in ("read", "reading"):
+        now = self._step.dataset
+        if now and now.path == path and self._step.state in ("read", "reading"):
             self.action_accept()
         else:
             self._consider(DatasetConfig(path=path))
@@ -342,35 +313,33 @@ class DataPage(Page):
         self.query_one("#sources").focus()
 
     def action_read_again(self) -> None:
-        if self._dataset and self._model:
-            self._consider(self._dataset)
+        if self._step.dataset and self._model:
+            self._consider(self._step.dataset)
 
     def action_first_rows(self) -> None:
-        if self._shape:
-            self.cover(first_rows(self._shape.rows), [Key("esc", "close")])
+        if shape := self._step.shape:
+            self.cover(first_rows(shape.rows), [Key("esc", "close")])
 
     def action_map(self) -> None:
-        if not self._shape:
+        shape = self._step.shape
+        if not shape:
             return
-        if MappingPanel.applies_to(self._shape):
-            panel = MappingPanel(self._shape)
+        if MappingPanel.applies_to(shape):
+            panel = MappingPanel(shape)
             self.cover(panel, [Key("enter", "use this"), Key("space", "turn"), Key("esc", "close")])
         else:
-            names = ", ".join(self._shape.columns)
+            names = ", ".join(shape.columns)
             self.say("!", "nothing to map", f"no column holds messages or texts; there are {names}")
 
     def on_mapping_panel_applied(self, message: MappingPanel.Applied) -> None:
         self.uncover()
-        assert self._dataset is not None
-        self._consider(mapped(self._dataset, message.mapping))
+        assert self._step.dataset is not None
+        self._consider(mapped(self._step.dataset, message.mapping))
 
     def action_hold_out(self) -> None:
-        if self._state != "read":
-            return
-        now, _ = self._held_out()
-        larger = [share for share in _SHARES if share > now]
-        self.app.draft.change("val_set_size", larger[0] if larger else _SHARES[0])
-        self._redraw()
+        if self._step.state == "read":
+            self._step.hold_out()
+            self._redraw()
 
     def help_for(self, focused: Widget | None) -> HelpText:
         if isinstance(focused, PathField):
