@@ -32,7 +32,9 @@ from tui.widgets.choices import Choices
 from tui.widgets.pane import Pane
 from tui.widgets.questions import Confirm, Field
 
-_TITLE: Final = f"{'models':<{TITLE_CELLS + 8}}{'needs':>6}  verdict     reads  thinks   download"
+_TITLE: Final = (
+    f"{'models':<{TITLE_CELLS + 7}}{'needs':>6} with  verdict     reads thinks  download"
+)
 
 
 class ModelPage(Page):
@@ -306,8 +308,8 @@ def _model_line(candidate: Candidate, cached: Collection[str]) -> Content:
     reads = "image" if candidate.sees else "text"
     return Content.assemble(
         title_cells(candidate.title).stylize("$muted" if candidate.is_blind else ""),
-        f" {size(plan.estimate.total_parameters):>6}",
-        f"{plan.estimate.device_bytes / GIB:>6.1f}  ",
+        f"{size(plan.estimate.total_parameters):>6}",
+        f"{plan.estimate.device_bytes / GIB:>6.1f} {plan.config.adapter or 'full':<6}",
         (f"{line.mark} {line.label:<10}", style),
-        (f"{reads:<7}{candidate.thinks:<9}{candidate.where_from(cached)}", "$muted"),
+        (f"{reads:<6}{candidate.thinks:<8}{candidate.where_from(cached)}", "$muted"),
     )
