@@ -70,12 +70,8 @@ def test_what_remains_is_judged_by_the_rule() -> None:
 
 
 IMAGE_RUNS = (
-    Kind.BOS,
-    Kind.TEXT,
-    *[Kind.IMAGE] * 4,
-    Kind.USER,
-    *[Kind.IMAGE | WITHHELD] * 3,
-    Kind.EOS,
+    *(Kind.BOS, Kind.TEXT, *[Kind.IMAGE] * 4, Kind.USER),
+    *(*[Kind.IMAGE | WITHHELD] * 3, Kind.EOS),
 )
 
 

@@ -253,27 +253,12 @@ def test_what_is_odd_but_usable_gets_a_note(row: dict[str, Any], note: str) -> N
 KEYS = (
     *("messages", "conversations", "role", "content", "from", "value", "type", "text", "thinking"),
     *("tool_calls", "tool_call_id", "id", "function", "name", "arguments", "tools", "parameters"),
-    *(
-        "system",
-        "weight",
-        "reasoning_effort",
-        "closed",
-        "reasoning_content",
-        "prompt",
-        "completion",
-    ),
-    *("function_call", "images", "input", "instruction", "output", "description"),
+    *("system", "weight", "reasoning_effort", "closed", "reasoning_content", "prompt"),
+    *("completion", "function_call", "images", "input", "instruction", "output", "description"),
 )
 WORDS = (
-    "user",
-    "assistant",
-    "tool",
-    "gpt",
-    "function_call",
-    "observation",
-    "text",
-    "thinking",
-    "function",
+    *("user", "assistant", "tool", "gpt", "function_call"),
+    *("observation", "text", "thinking", "function"),
 )
 json_values: Any = st.recursive(
     st.one_of(

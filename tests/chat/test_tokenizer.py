@@ -45,11 +45,8 @@ def damaged(tekken: Path, folder: Path, **changes: Any) -> Path:
 def test_written_file_is_the_tokenizer_that_was_built(tekken: Path, tokenizers: Tokenizers) -> None:
     opened = open_tokenizer(str(tekken.parent))
     assert opened.fingerprint == tokenizers["v15"].fingerprint
-    assert (opened.version, opened.efforts, opened.default_effort) == (
-        "v15",
-        ("none", "high"),
-        "none",
-    )
+    assert (opened.version, opened.efforts) == ("v15", ("none", "high"))
+    assert opened.default_effort == "none"
     assert opened.specials == tokenizers["v15"].specials
     assert opened.vocabulary_size == 131072
     assert MistralTokenizer.from_file(tekken).version.value == "v15"
@@ -63,13 +60,8 @@ def test_fingerprints_tell_tokenizers_apart(tokenizers: Tokenizers) -> None:
 
 def test_control_tokens_have_the_ids_of_the_published_files(tokenizers: Tokenizers) -> None:
     special = tokenizers["v15"].specials
-    assert (special.bos, special.eos, special.inst, special.end_inst, special.call) == (
-        1,
-        2,
-        3,
-        4,
-        9,
-    )
+    assert (special.bos, special.eos, special.inst, special.end_inst) == (1, 2, 3, 4)
+    assert special.call == 9
     assert (special.args, special.call_id, special.think, special.end_think) == (32, 33, 34, 35)
     assert (special.settings, special.end_settings) == (36, 37)
     assert tokenizers["v13"].specials.settings is None
