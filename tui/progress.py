@@ -1,7 +1,7 @@
 """The progress of a run in the foreground: one living line, and above it what is worth keeping.
 
-Apart from the wizard because it needs no screen of its own: it works over ssh, in a scrollback and
-under `tee`, and leaves the run's story behind.
+It needs no screen of its own: it works over ssh, in a scrollback and under `tee`, and leaves the
+run's story behind.
 """
 
 from rich.console import Console

@@ -1,7 +1,6 @@
 """`demo`: the main job once, on the embedded tiny models, with what it proves and what it does not.
 
-Separate from `training`, which starts any run: here a recipe and its data ship, and the outcome is
-told as answers and scores.
+A recipe and its data ship; the outcome is printed as answers and scores.
 """
 
 import json

@@ -1,8 +1,7 @@
 """The pictures of `windtunnel demo --vision`: coloured shapes, drawn anew from a seed.
 
 Drawn and not shipped, so that the demo takes the way of any dataset with images: files in a folder
-and conversations that name them. Separate from the command because its sets decide what the demo's
-scores mean.
+and conversations that name them. Its sets decide what the demo's scores mean.
 """
 
 import json

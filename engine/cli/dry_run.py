@@ -1,7 +1,7 @@
 """`train --max-steps 0`: everything about a run that can be known before a weight is loaded.
 
-Separate from `training`, which starts processes: here the config is read, the model planned and the
-rows are checked in this one, and a config for more cards than this version uses is judged too.
+No process is started: the config is read, the model planned and the rows are checked here, and a
+config for more cards than this version uses is judged too.
 """
 
 from collections.abc import Sequence

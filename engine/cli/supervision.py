@@ -139,7 +139,7 @@ def show_runs(*, home: RunsFolder = None, as_json: AsJson = False) -> None:
         try:
             shown.append((run, summarize(run)))
         except WorkError as error:
-            _tell(str(error))
+            _print_now(str(error))
     if as_json:
         print(json.dumps({"runs": [_document(run, summary) for run, summary in shown]}))
     elif shown:
@@ -163,7 +163,7 @@ def stop(name: RunName, /, *, home: RunsFolder = None, as_json: AsJson = False) 
     """Save a run at the next step and end it; `resume` goes on from there."""
     run = find_run(name, home)
     _ask(run, "stop")
-    _tell(f"{visible(run.name, one_line=True)} is saving.")
+    _print_now(f"{visible(run.name, one_line=True)} is saving.")
     deadline = time.monotonic() + _SAVING_SECONDS
     while is_locked(run):
         if time.monotonic() > deadline:
@@ -235,5 +235,5 @@ def _document(run: RunFolder, summary: Summary) -> dict[str, object]:
     }
 
 
-def _tell(line: str) -> None:
+def _print_now(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -30,7 +30,7 @@ from engine.wizard.draft import Draft
 from engine.wizard.measure import measure_and_keep
 from engine.wizard.question import Choice, Confirm, Progress, Question, Work
 from engine.wizard.reading import Read
-from engine.wizard.settings import Field, amount_words, list_fields
+from engine.wizard.settings import Field, amounts_text, list_fields
 from engine.wizard.values import EXPERTS, set_value
 
 ACCEPT: Final = "accept"
@@ -118,7 +118,7 @@ class PlanStep:
         if not self._measuring:
             return count_work(self._draft, self._read)
         config, device = self._draft.config(), self._device
-        run = partial(_measure, with_absolute_paths(config, Path.cwd()))
+        run = partial(measure_plan, with_absolute_paths(config, Path.cwd()))
         return Work(MEASURE, (repr(config), device.name), MEASURING[device.kind], run)
 
     def receive(self, work: Work, result: object) -> None:
@@ -177,7 +177,7 @@ class PlanStep:
         return (
             Line("", "", ", ".join(parts)),
             *([Line("·", "", known)] if known else []),
-            Line("", "", amount_words(advice)),
+            Line("", "", amounts_text(advice)),
         )
 
     def fields(self) -> list[Field]:
@@ -315,6 +315,10 @@ def _changes(before: RunConfig, now: RunConfig) -> tuple[Line, ...]:
     return (Line("·", "changed", "; ".join(changed)),) if changed else ()
 
 
-def _measure(config: RunConfig, _progress: Progress) -> str:
+def measure_plan(config: RunConfig, _progress: Progress | None = None) -> str:
+    """Measure a config with absolute paths here, keep the figures, and say them in a sentence.
+
+    Raises UserError where it cannot be measured.
+    """
     lines = [" ".join(line.split()) for line in fit_lines(measure_and_keep(config))]
     return "; ".join(lines[1:4])

@@ -99,7 +99,7 @@ def list_fields(draft: Draft, *, every: bool, wrong: tuple[str, str] | None = No
     return fields
 
 
-def amount_words(advice: Recommendation) -> str:
+def amounts_text(advice: Recommendation) -> str:
     """What the run amounts to: steps, time and price where they are known, and what moves."""
     needs, duration = advice.estimate, advice.duration
     a_step = needs.tokens_at_once * advice.config.gradient_accumulation_steps
@@ -143,7 +143,7 @@ def _reason(draft: Draft, advice: Recommendation, key: str) -> str:
     if key in dict(_EXPERTS):
         return _price_of_experts(draft, advice, key)
     without = {
-        "attn_implementation": _attention_words(advice.attention),
+        "attn_implementation": _attention_reason(advice.attention),
         "max_steps": "all epochs",
         "image_size": "the model's own limit; less gives an image fewer tokens",
     }
@@ -152,7 +152,7 @@ def _reason(draft: Draft, advice: Recommendation, key: str) -> str:
     return advice.reasons.get(key) or without.get(key, "the usual value")
 
 
-def _attention_words(chosen: Attention) -> str:
+def _attention_reason(chosen: Attention) -> str:
     """What runs where the config names none, and whether FlashAttention 4 could; F1 shows all."""
     if not chosen.flash_4:
         return f"{chosen.backend}: {chosen.reason}"

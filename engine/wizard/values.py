@@ -1,7 +1,6 @@
 """A typed value on its way into the draft.
 
-Apart from the Plan page and from the plain questions so that both take and refuse the same texts,
-in the words of a config file.
+Every printer takes and refuses the same texts, as a config file does.
 """
 
 import json

@@ -204,17 +204,17 @@ class MachinePage(Page):
         self.say(*wording.verdict(machine, choice))
         self.query_one("#good", Pane).show_subtitle("")
         if choice.key == PLAN:
-            self._tell_good("Enter lists GPUs that are not here, and what each of them holds.")
+            self._show_good("Enter lists GPUs that are not here, and what each of them holds.")
         elif choice.refusal:
-            self._tell_good("A run cannot use it now; the other lines can be taken.")
+            self._show_good("A run cannot use it now; the other lines can be taken.")
         elif found := self._surveys.get(choice.key):
             self._show_survey(found)
             self._survey_again_if_moved(choice, machine)
         else:
-            self._tell_good("working out what fits…")
+            self._show_good("working out what fits…")
             self._survey(choice, machine)
 
-    def _tell_good(self, text: str) -> None:
+    def _show_good(self, text: str) -> None:
         self.query_one("#good Static", Static).update(Content.styled(text, "$muted"))
 
     def _survey_again_if_moved(self, choice: Choice, machine: "Machine") -> None:
@@ -285,8 +285,8 @@ class MachinePage(Page):
 
     def action_processes(self) -> None:
         if self._machine:
-            told = wording.processes(self._machine)
-            self.cover(TextPane("what runs on the GPUs", told), [Key("esc", "close")])
+            found = wording.processes(self._machine)
+            self.cover(TextPane("what runs on the GPUs", found), [Key("esc", "close")])
 
     def action_plan_for_another(self) -> None:
         from tui.screens.machine.planned import PlannedPanel

@@ -111,9 +111,9 @@ class PlannedPanel(Vertical):
             told = "Makers say GB: 24 GB is a card of 24 GiB. Two alike: H100 x2."
         else:
             told = " ".join(f"{p.what} {p.why} {p.fix}" for p in here.problems)
-        self._tell(Content(visible(told)))
+        self._show_reason(Content(visible(told)))
 
-    def _tell(self, text: Content) -> None:
+    def _show_reason(self, text: Content) -> None:
         self.query_one("#why Static", Static).update(text)
 
     def on_choices_chosen(self, message: Choices.Chosen) -> None:
@@ -132,7 +132,9 @@ class PlannedPanel(Vertical):
             machine = assume(f"{text} GB" if _is_number(text) else text)
         except UserError as error:
             told = (("what", error.what), ("why", error.why), ("fix", error.fix))
-            self._tell(columns([(word, visible(words)) for word, words in told], "bold $error"))
+            self._show_reason(
+                columns([(word, visible(words)) for word, words in told], "bold $error")
+            )
             return
         self.post_message(self.Taken(machine))
 

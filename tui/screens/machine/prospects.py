@@ -1,7 +1,7 @@
 """What a device is good for: a line for each model of the catalog.
 
-Apart from `wording` because it needs the planner, which the first frame does not wait for: this
-module is imported by whoever has a survey to show.
+It needs the planner, which the first frame does not wait for: whoever has a survey to show imports
+it then.
 """
 
 from typing import Final

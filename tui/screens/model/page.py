@@ -188,13 +188,15 @@ class ModelPage(Page):
         self.show_command(["models", *assumed])
         if here is None:
             self.say("·", "own model", "enter, then type a folder or org/name; enter reads it")
-            self._tell("A folder with config.json of a model that is trained here, or a hub id.")
+            self._show_reason(
+                "A folder with config.json of a model that is trained here, or a hub id."
+            )
             return
         line = self._step.verdict(here)
         self.say(line.mark, visible(line.label, one_line=True), line.text)
         self.query_one("#why Static", Static).update(Content(visible(self._step.reason(here))))
 
-    def _tell(self, text: str) -> None:
+    def _show_reason(self, text: str) -> None:
         self.query_one("#why Static", Static).update(Content.styled(text, "$muted"))
 
     # --- a model of one's own

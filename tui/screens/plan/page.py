@@ -1,6 +1,7 @@
 """The page on which memory is seen: a value changes, and bar, verdict and reasons follow."""
 
 from functools import partial
+from pathlib import Path
 from typing import ClassVar, Final
 
 from textual.app import ComposeResult
@@ -10,18 +11,19 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
+from engine.config import RunConfig
 from engine.config.explanation import explain_key
+from engine.data.config_paths import with_absolute_paths
 from engine.errors import UserError
 from engine.report.plan import plan_verdict
 from engine.visible import visible
 from engine.wizard.commands import plan_command
-from engine.wizard.plan import MEASURING, Card, list_cards, list_rungs, what_to_know
-from engine.wizard.settings import amount_words, list_fields
+from engine.wizard.plan import MEASURING, Card, list_cards, list_rungs, measure_plan, what_to_know
+from engine.wizard.settings import amounts_text, list_fields
 from engine.wizard.values import set_value
 from tui.messages import PlanMeasured, WorkRefused
 from tui.page import HelpText, Key, Page
 from tui.screens.plan.comparisons import card_lines, roomy_lines, rung_lines
-from tui.screens.plan.measuring import measure_plan
 from tui.widgets.choices import Choices
 from tui.widgets.fields import Fields
 from tui.widgets.memory_bar import MemoryBar
@@ -127,7 +129,7 @@ class PlanPage(Page):
         self.part(Fields).show_fields(fields)
         self.show_command(plan_command(draft))
         self._show_beside()
-        self._tell()
+        self._show_reason()
 
     def _show_beside(self) -> None:
         if not self.has_class("-wide"):
@@ -143,12 +145,12 @@ class PlanPage(Page):
     def on_resize(self) -> None:
         self.call_after_refresh(self._show_plan)
 
-    def _tell(self) -> None:
+    def _show_reason(self) -> None:
         """The whole reason of the value under the cursor, and what the run amounts to."""
         field = self.part(Fields).field
         if field is None:
             return
-        amounts = amount_words(self.app.draft.advice())
+        amounts = amounts_text(self.app.draft.advice())
         reason = visible(field.reason, one_line=True)
         first = Content.assemble((f"{field.key}  ", "$lit"), reason)
         self.query_one("#reason", Static).update(Content("\n").join([first, Content(amounts)]))
@@ -160,7 +162,7 @@ class PlanPage(Page):
             self._wrong = None
             self._show_plan()
         else:
-            self._tell()
+            self._show_reason()
 
     def on_fields_changed(self, message: Fields.Changed) -> None:
         try:
@@ -214,8 +216,16 @@ class PlanPage(Page):
         elif not self._measuring:
             self._measuring = True
             self.app.notify(MEASURING[device.kind], timeout=10, markup=False)
-            work = partial(measure_plan, self.app.draft.config(), self.post_message)
+            config = with_absolute_paths(self.app.draft.config(), Path.cwd())
+            work = partial(self._measure, config)
             self.run_worker(work, thread=True)
+
+    def _measure(self, config: RunConfig) -> None:
+        """In a thread."""
+        try:
+            self.post_message(PlanMeasured(measure_plan(config)))
+        except UserError as error:
+            self.post_message(WorkRefused(error))
 
     def on_plan_measured(self, message: PlanMeasured) -> None:
         self._measuring = False

@@ -154,9 +154,9 @@ class PreviewPage(Page):
         assert self._asked is not None
         request = PreviewRows(self._asked, Path.cwd(), number)
         try:
-            answer = await self.app.data_worker.ask(request, self._tell_progress)
+            answer = await self.app.data_worker.ask(request, self._show_progress)
         except UserError as error:
-            self._tell_trouble(f"{error.what}\n{error.why}\n{error.fix}")
+            self._show_trouble(f"{error.what}\n{error.why}\n{error.fix}")
             self.say("✗", "stop", error.what)
             return
         if len(self._entries) > _KEPT_ROWS:
@@ -174,23 +174,23 @@ class PreviewPage(Page):
         assert self._asked is not None
         request = CheckRows(self._asked, Path.cwd())
         try:
-            found = await self.app.data_worker.ask(request, self._tell_counting)
+            found = await self.app.data_worker.ask(request, self._show_counting)
         except UserError as error:
             self.say("✗", "stop", error.what)
             return
         self._found = found
         self._redraw()
 
-    def _tell_progress(self, progress: Progress) -> None:
+    def _show_progress(self, progress: Progress) -> None:
         if progress.phase == "tokenizer" and not self._entries:
             model = visible(self.app.draft.model or "", one_line=True)
-            self._tell_trouble(f"starting the tokenizer of {model} (about 2 s, once)")
+            self._show_trouble(f"starting the tokenizer of {model} (about 2 s, once)")
 
-    def _tell_counting(self, progress: Progress) -> None:
+    def _show_counting(self, progress: Progress) -> None:
         self._counted_rows = progress.rows
         self._redraw_verdict()
 
-    def _tell_trouble(self, text: str) -> None:
+    def _show_trouble(self, text: str) -> None:
         self.query_one("#trouble", Static).update(Content(visible(text)))
         self.query_one("#row").add_class("-trouble")
 
@@ -221,7 +221,7 @@ class PreviewPage(Page):
             view.show_row(None, ())
             error = entry.problem
             place = "" if error.message is None else f" (message {error.message})"
-            self._tell_trouble(
+            self._show_trouble(
                 f"✗ row {number} cannot be used{place}\n\n"
                 f"{error.what}\n{error.why}\n{error.fix}\n\nn goes to the next row"
             )
@@ -279,9 +279,9 @@ class PreviewPage(Page):
         line = describe_token(view, self._entries.get(self._number)) if view.row else Content("")
         self.query_one("#inspector", Static).update(line)
 
-    def _warn(self, words: str) -> None:
+    def _warn(self, text: str) -> None:
         """In place of what stands under the cursor, until that moves."""
-        line = Content.styled(visible(words, one_line=True), "$warning")
+        line = Content.styled(visible(text, one_line=True), "$warning")
         self.query_one("#inspector", Static).update(line)
 
     def _show_switch_help(self) -> None:
