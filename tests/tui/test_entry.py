@@ -126,10 +126,11 @@ def test_what_cannot_be_opened_is_a_sentence(arguments: tuple[str, ...], sentenc
 @needs_trainer
 def test_a_config_opens_with_its_own_values_at_the_review(config: Path) -> None:
     terminal = Terminal(str(config), "--plain")
-    terminal.wait_for("6 of 6  Review: mine")
+    terminal.wait_for("6 of 6  Review")
     terminal.wait_for("start now")
+    terminal.wait_for("name: now mine")
     terminal.press("2\n")
-    terminal.wait_for("Path, Enter for")
+    terminal.wait_for("path, Enter for")
     terminal.press(f"{config.with_name('copy.yml')}\n")
     assert terminal.end() == 0
     copy = config.with_name("copy.yml").read_text("utf-8")
@@ -150,8 +151,8 @@ def test_an_opened_config_can_be_changed_and_keeps_its_comments(
     terminal.press("b\nlora_r=8\nb\nb\n")
     terminal.wait_for("the 2 datasets of the config")
     terminal.press("\n\n\n2\n")
-    terminal.wait_for("Path, Enter for")
-    terminal.press(f"{config}\n2\n")
+    terminal.wait_for("path, Enter for")
+    terminal.press(f"{config}\n1\n")
     assert terminal.end() == 0
     changed = config.read_text("utf-8")
     assert "lora_r: 8  # small on purpose" in changed

@@ -55,9 +55,9 @@ def test_text_of_a_dataset_cannot_act_on_the_terminal() -> None:
 @needs_trainer
 def test_the_console_script_draws_on_a_terminal(tmp_path: Path) -> None:
     master, slave = pty.openpty()
-    arguments = ["demo", str(tmp_path / "run"), "max_steps=2", "test_datasets=[]"]
+    arguments = ["demo", str(tmp_path / "run"), "max_steps=2", "eval_steps=null"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tui", *arguments, "eval_train_rows=0"],
+        [sys.executable, "-m", "tui", *arguments, "test_datasets=[]", "eval_train_rows=0"],
         stdin=slave,
         stdout=slave,
         stderr=slave,
