@@ -15,7 +15,7 @@ from engine.catalog import ModuleTable, find_model, linear_targets, list_models
 from engine.catalog.rows import module_table
 from tests.support import tiny
 
-# No two widths alike, so that none can stand in another's place.
+# Of latent attention no two widths are alike, so that none can stand in another's place.
 SIZES = {"vocab_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 LATENT = {
     **{"num_key_value_heads": 4, "moe_intermediate_size": 48, "q_lora_rank": 40},

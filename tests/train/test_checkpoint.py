@@ -381,7 +381,7 @@ class TestAnotherRun:
             ({"lora_r": 8}, "belong to another model"),
             ({"lora_target_modules": ["q_proj"]}, "belong to another model"),
             ({"adapter": None}, "belong to another model"),
-            ({"optimizer": "adamw_bnb_8bit"}, "is AdamW, not AdamW8bit"),
+            ({"optimizer": "adamw_bnb_8bit"}, "The optimizer of step-2 is AdamW, not AdamW8bit"),
         ],
         ids=str,
     )
