@@ -107,7 +107,7 @@ class ReviewStep:
         name = Choice(NAME, "name", now, reason="Of the run and its folder.", asks=f"name, {now}")
         config = Line("", "", "\n" + draft.config_text().rstrip())
         facts = (config,) if self._shows else ()
-        if isinstance(self.outcome, Saved):
+        if self._new and isinstance(self.outcome, Saved):
             leave = Choice(LEAVE, "not now", "the config is written")
             return Question(
                 self.verdict(), (start, leave), int(refused is not None), self.outcome.lines()

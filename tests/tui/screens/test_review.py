@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
+from textual.widgets import Input
 
 from engine.config import DatasetConfig, read_config
 from engine.hardware import assume, read_machine
@@ -145,3 +146,15 @@ async def test_without_an_editor_it_says_what_to_set(monkeypatch: pytest.MonkeyP
         await pilot.press("e")
         await pilot.pause()
         assert "There is no editor to open." in screen_text(pilot.app)
+
+
+async def test_the_run_is_named_and_saved_again_after_it_was_saved(tmp_path: Path) -> None:
+    async with review_page(for_the_demo()) as pilot:
+        await pilot.press("down", "enter", "n")
+        pilot.app.screen.query_one(Input).value = "pilots"
+        await pilot.press("enter")
+        await pilot.pause()
+        assert "save only" in screen_text(pilot.app)
+        await pilot.press("enter")
+        await pilot.pause()
+    assert (tmp_path / "pilots.yml").exists()
