@@ -328,9 +328,9 @@ def _text_pane(name: str, title: str) -> TextPane:
 
 
 def _best_key(machine: "Machine") -> str:
-    from tui.screens.machine.prospects import best_key
+    from engine.plan import best_device
 
-    return best_key(machine, CPU)
+    return best_device(machine).uuid or CPU
 
 
 def _look_at(choice: Choice, machine: "Machine") -> "Survey":

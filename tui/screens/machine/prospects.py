@@ -9,13 +9,7 @@ from typing import Final
 from textual.content import Content
 
 from engine.hardware import Machine
-from engine.plan import (
-    Device,
-    Prospect,
-    best_device,
-    cpu_device,
-    gpu_device,
-)
+from engine.plan import Device, Prospect, cpu_device, gpu_device
 from engine.report.models import method, model_verdict
 from engine.units import GIB, gib
 from engine.visible import visible
@@ -29,11 +23,6 @@ TITLE_CELLS: Final = 19
 def device_of(choice: Choice, machine: Machine) -> Device:
     """The device that a choice of this computer stands for."""
     return gpu_device(choice.gpu, machine) if choice.gpu else cpu_device(machine)
-
-
-def best_key(machine: Machine, cpu: str) -> str:
-    """UUID of the card to begin with; `cpu` where there is none."""
-    return best_device(machine).uuid or cpu
 
 
 def has_moved(before: Device, now: Device) -> bool:

@@ -67,7 +67,7 @@ def _gpu_lines(gpus: "Sequence[Gpu]", cells: int) -> list[Content]:
     """A table of cards; columns at its end that have no room are left out for all of them."""
     names = [f"{gpu.index}  {visible(gpu.short_name, one_line=True)}" for gpu in gpus]
     width = min(max(map(len, names), default=0), _MOST_NAME_CELLS)
-    rows = [card_figures(gpu) if not Choice("", gpu).refusal else () for gpu in gpus]
+    rows = [card_figures(gpu) if not gpu.refusal else () for gpu in gpus]
     count = max(map(len, rows), default=0)
     widths = [max(len(row[at]) for row in rows if row) for at in range(count)]
     while widths and width + sum(widths) + len(_GAP) * len(widths) > cells:
@@ -79,7 +79,7 @@ def _gpu_lines(gpus: "Sequence[Gpu]", cells: int) -> list[Content]:
             figures = (f"{cell:>{w}}" for cell, w in zip(row, widths, strict=False))
             lines.append(Content(_GAP.join([shown, *figures])))
         else:
-            why = visible(Choice("", gpu).refusal, one_line=True)
+            why = visible(gpu.refusal, one_line=True)
             lines.append(Content.styled(f"{shown}{_GAP}{why}", "$faint"))
     return lines
 
