@@ -109,12 +109,13 @@ def kind_losses(score: Score) -> list[tuple[str, float]]:
 def _amount(phase: Phase) -> str:
     """How far a phase is: bytes as people say them, and in percent; other things are counted."""
     done, total, detail = phase.done or 0, phase.total, phase.detail
-    if not total:
+    if not total or phase.name == "prepared":  # its detail counts the rows itself
         return detail
     if not detail.startswith("bytes"):
         return f"{done:,} of {total:,} {detail}".strip()
     amount = f"{stored(done, total)}, {done / total:.0%}"
-    return amount + detail.removeprefix("bytes")
+    rows = detail.removeprefix("bytes")
+    return amount if rows == ", 0 rows" else amount + rows
 
 
 def _held(shortage: Shortage) -> str:

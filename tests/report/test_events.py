@@ -44,6 +44,11 @@ SHORTAGE = Shortage(
         ),
         (Phase("import"), "starting PyTorch"),
         (Phase("new", 3, 12, "things"), "new: 3 of 12 things"),
+        (Phase("prepared", 104, 104, "104 rows prepared"), "data ready: 104 rows prepared"),
+        (
+            Phase("hashing", 32_000, 32_000, "bytes, 0 rows"),
+            "reading the data: 32.0 of 32.0 kB, 100%",
+        ),
         (step_event(9, loss=0.41249), "step 9 of 99: loss 0.412, lr 1.96e-04, 460 tokens/s"),
         (Eval(60, 0.7312), "step 60: held-out loss 0.731"),
         (
