@@ -19,6 +19,7 @@ from engine.wizard.switches import SWITCH_HELP, Switch, change_of, list_switches
 RIGHT: Final = "right"
 NEXT: Final = "next"
 ROW: Final = "row"
+_KEPT_ROWS: Final = 500
 
 
 class PreviewStep:
@@ -32,32 +33,60 @@ class PreviewStep:
         self.number = 1
         self.found: Checkup | None = None
         self.problem: UserError | None = None
-        self._shown: Preview | None = None
+        self.rows: dict[int, PreviewRow] = {}
+        """Those that were read, by number."""
+        self._efforts: tuple[str, ...] = ()
+        self.config: RunConfig | None = None
+        """The draft's when `follow` was last called: rows are judged by it also while Plan holds
+        values that do not go together."""
         self._asked: RunConfig | None = None
 
     def work(self) -> Work | None:
         """Counting all rows, then reading the one that is shown."""
-        config, here = rows_config(self._draft.config(), labels=False), Path.cwd()
-        if config != self._asked:
-            same = self._asked is not None and self._asked.datasets == config.datasets
-            self.number = self.number if same else 1
-            self._asked, self._shown, self.found, self.problem = config, None, None, None
+        self.follow()
         if self.problem is not None:
             return None
-        names = ", ".join(dataset.path for dataset in config.datasets)
         if self.found is None:
-            return self._read.work(CheckRows(config, here), f"Reading {names}.")
-        if self.row is None:
-            request = PreviewRows(config, here, self.number, 1)
-            return self._read.work(request, f"Reading row {self.number:,}.")
-        return None
+            return self.counting()
+        return None if self.number in self.rows else self.fetching(self.number)
+
+    def follow(self) -> bool:
+        """Begin anew where the draft has other rows or other tokens of them; whether it has."""
+        self.config = self._draft.config()
+        config = rows_config(self.config, labels=False)
+        if config == self._asked:
+            return False
+        same = self._asked is not None and self._asked.datasets == config.datasets
+        self.number = self.number if same else 1
+        self._asked = config
+        self.forget()
+        return True
+
+    def forget(self) -> None:
+        """Have all rows read again."""
+        self.rows, self.found, self.problem = {}, None, None
+
+    def counting(self) -> Work:
+        """Reading all rows; it may go on beside `fetching`."""
+        assert self._asked is not None
+        names = ", ".join(dataset.path for dataset in self._asked.datasets)
+        return self._read.work(CheckRows(self._asked, Path.cwd()), f"Reading {names}.")
+
+    def fetching(self, number: int) -> Work:
+        """Reading that row and some around it."""
+        assert self._asked is not None
+        request = PreviewRows(self._asked, Path.cwd(), number)
+        return self._read.work(request, f"Reading row {number:,}.")
 
     def receive(self, _work: Work, result: object) -> None:
         """Keep what was found in all rows, the row, or why they cannot be read."""
         if isinstance(result, UserError):
             self.problem = result
         elif isinstance(result, Preview):
-            self._shown = result
+            if len(self.rows) > _KEPT_ROWS:
+                self.rows.clear()
+            self._efforts = result.efforts
+            self.rows.update({row.number: row for row in result.rows})
         else:
             assert isinstance(result, Checkup)
             self.found = result
@@ -65,30 +94,31 @@ class PreviewStep:
     @property
     def row(self) -> PreviewRow | None:
         """The row of that number, once it was read."""
-        rows = self._shown.rows if self._shown else ()
-        return next((row for row in rows if row.number == self.number), None)
+        return self.rows.get(self.number)
 
     @property
     def rule(self) -> LabelRule:
         """What is learned under the switches."""
-        config = self._draft.config()
-        return LabelRule(config.train_on_thinking, config.train_on_inputs)
+        assert self.config is not None
+        return LabelRule(self.config.train_on_thinking, self.config.train_on_inputs)
 
     def switches(self) -> list[Switch]:
         """What of the rows is learned, each with its answers."""
-        efforts = self._shown.efforts if self._shown else ()
-        return list_switches(self._draft.config(), self.found, efforts)
+        assert self.config is not None
+        return list_switches(self.config, self.found, self._efforts)
 
     def judge(self) -> Verdict:
         """The worst thing about all rows under the switches, or that all is well."""
         assert self.found is not None
-        config = self._draft.config()
-        return judge(self.found, self.rule, config.sequence_len, config.excess_length_strategy)
+        assert self.config is not None
+        limit, excess = self.config.sequence_len, self.config.excess_length_strategy
+        return judge(self.found, self.rule, limit, excess)
 
     def odd_rows(self) -> list[OddRow]:
-        """Rows to look at, each with its reason."""
-        assert self.found is not None
-        return list_odd_rows(self.found, self.rule, self._draft.config().sequence_len)
+        """Rows to look at, each with its reason; none before all are counted."""
+        if self.found is None or self.config is None:
+            return []
+        return list_odd_rows(self.found, self.rule, self.config.sequence_len)
 
     def question(self) -> Question:
         """Whether it looks right; another row, or another answer of a switch."""
@@ -136,7 +166,7 @@ class PreviewStep:
         elif key == NEXT:
             self.number = self.number % self.found.rows + 1
         elif key == ROW:
-            self.number = self._number(text)
+            self.number = self.row_number(text)
         else:
             self.turn(*key.split("=", 1))
         return key == RIGHT
@@ -152,11 +182,17 @@ class PreviewStep:
         """Nothing is begun here that could be undone."""
         return False
 
-    def _number(self, text: str) -> int:
-        digits, last = text.replace(",", ""), self.found.rows if self.found else 0
-        if not digits.isdecimal() or not 1 <= int(digits) <= last:
+    def has_row(self, number: int) -> bool:
+        """Whether there is such a row; before all are counted, any from 1 on."""
+        return number >= 1 and (self.found is None or number <= self.found.rows)
+
+    def row_number(self, text: str) -> int:
+        """The row that a typed text names. Raises UserError where there is none."""
+        digits = text.replace(",", "")
+        if not digits.isdecimal() or not self.has_row(int(digits)):
+            known = f"; there are {self.found.rows:,} rows" if self.found else ""
             raise UserError(
-                f"{text} is no row number.", f"There are {last:,} rows.", "Type one of them."
+                f"{text} is no row number{known}.", "Rows are counted from 1.", "Type one of them."
             )
         return int(digits)
 

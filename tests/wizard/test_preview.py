@@ -56,6 +56,17 @@ def test_rows_go_round_and_one_is_asked_for_by_its_number(tmp_path: Path) -> Non
     assert step.number == 2
 
 
+def test_rows_are_judged_also_while_values_of_the_plan_do_not_go_together() -> None:
+    """A screen counts on while the person types on its Plan page."""
+    step, draft = asked()
+    draft.change("sequence_len", 0)
+    with pytest.raises(UserError):
+        draft.config()
+    assert step.judge().word == "good"
+    assert step.odd_rows()
+    assert step.switches()[0].name == "thinking"
+
+
 def test_a_switch_changes_what_is_learned_and_turned_back_leaves_no_change() -> None:
     step, draft = asked()
     assert "  - think" not in facts(step)

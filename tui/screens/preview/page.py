@@ -1,11 +1,10 @@
-"""The Preview page: asks the worker for rows and counts, and keeps both while switches turn.
+"""The Preview page prints the wizard's fourth step: rows as training reads them, and switches.
 
-Labels are derived here from the stored kinds by the engine's own rule, so that a switch of labels
-asks nobody; only what changes the tokens themselves is asked for again.
+A switch of labels asks nobody; only what changes the tokens themselves is asked for again.
 """
 
 from collections import Counter
-from pathlib import Path
+from functools import cached_property
 from typing import ClassVar, Final
 
 from textual.app import ComposeResult
@@ -15,20 +14,14 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
-from engine.chat.render import LabelRule
-from engine.config import RunConfig
-from engine.data.requests import CheckRows, PreviewRow, PreviewRows, Progress
-from engine.data.statistics import Checkup
+from engine.data.requests import Progress
 from engine.errors import UserError
 from engine.visible import visible
 from engine.wizard.commands import preview_command
-from engine.wizard.counting import rows_config
-from engine.wizard.judging import OddRow, Verdict, judge, list_odd_rows
-from engine.wizard.switches import (
-    SWITCH_HELP,
-    change_of,
-    list_switches,
-)
+from engine.wizard.judging import Verdict
+from engine.wizard.preview import PreviewStep
+from engine.wizard.reading import Read
+from engine.wizard.switches import SWITCH_HELP
 from tui.page import HelpText, Key, Page
 from tui.screens.preview.counts import LearnedCounts, say_images
 from tui.screens.preview.inspecting import MARKS, describe_token
@@ -39,7 +32,6 @@ from tui.widgets.questions import Prompt
 from tui.widgets.switches import Switches
 from tui.widgets.tokens import TokenView
 
-_KEPT_ROWS: Final = 500
 _LEGEND: Final = "underlined = learned, dim = only read"
 
 
@@ -93,15 +85,12 @@ class PreviewPage(Page):
 
     def __init__(self) -> None:
         super().__init__()
-        self._asked: RunConfig | None = None
-        self._config: RunConfig | None = None
-        self._number = 1
-        self._entries: dict[int, PreviewRow] = {}
-        self._efforts: tuple[str, ...] = ()
-        self._found: Checkup | None = None
         self._counted_rows = 0
         self._verdict = Verdict("·", "reading", "")
-        self._odd_rows: list[OddRow] = []
+
+    @cached_property
+    def _step(self) -> PreviewStep:
+        return PreviewStep(self.app.draft, Read())
 
     def compose_body(self) -> ComposeResult:
         with Container(id="split"):
@@ -128,61 +117,52 @@ class PreviewPage(Page):
             self.say("·", "no data", "choose a model and a dataset first: esc goes back")
             return
         try:
-            self._config = draft.config()
+            is_new = self._step.follow()
         except UserError as error:
             self.show_problem(error)
             return
-        asked = rows_config(self._config, labels=False)
-        if asked != self._asked:
-            same_rows = self._asked is not None and self._asked.datasets == asked.datasets
-            self._asked = asked
-            self._read(self._number if same_rows else 1)
+        if is_new:
+            self._read()
         self._redraw()
 
     def action_read_again(self) -> None:
-        if self._asked:
-            self._read(self._number)
+        if self._step.config is not None:
+            self._step.forget()
+            self._read()
             self._redraw()
 
-    def _read(self, number: int) -> None:
-        self._entries, self._found, self._counted_rows = {}, None, 0
-        self._number = number
-        self.run_worker(self._fetch(number), group="row", exclusive=True)
+    def _read(self) -> None:
+        self._counted_rows = 0
+        self.run_worker(self._fetch(self._step.number), group="row", exclusive=True)
         self.run_worker(self._count(), group="count", exclusive=True)
 
     async def _fetch(self, number: int) -> None:
-        assert self._asked is not None
-        request = PreviewRows(self._asked, Path.cwd(), number)
+        step, work = self._step, self._step.fetching(number)
         try:
-            answer = await self.app.data_worker.ask(request, self._show_progress)
+            step.receive(work, await self.app.data_worker.ask(work.request, self._show_progress))
         except UserError as error:
             self._show_trouble(f"{error.what}\n{error.why}\n{error.fix}")
             self.say("✗", "stop", error.what)
             return
-        if len(self._entries) > _KEPT_ROWS:
-            self._entries.clear()
-        self._efforts = answer.efforts
-        self._entries.update({row.number: row for row in answer.rows})
-        if number in self._entries:
+        if number in step.rows:
             self._show_row(number)
-        elif number != self._number:
-            self._go(self._number)
+        elif number != step.number:
+            self._go(step.number)
         elif number > 1:
             self._go(1)
 
     async def _count(self) -> None:
-        assert self._asked is not None
-        request = CheckRows(self._asked, Path.cwd())
+        work = self._step.counting()
         try:
-            found = await self.app.data_worker.ask(request, self._show_counting)
+            found = await self.app.data_worker.ask(work.request, self._show_counting)
         except UserError as error:
             self.say("✗", "stop", error.what)
             return
-        self._found = found
+        self._step.receive(work, found)
         self._redraw()
 
     def _show_progress(self, progress: Progress) -> None:
-        if progress.phase == "tokenizer" and not self._entries:
+        if progress.phase == "tokenizer" and not self._step.rows:
             model = visible(self.app.draft.model or "", one_line=True)
             self._show_trouble(f"starting the tokenizer of {model} (about 2 s, once)")
 
@@ -194,26 +174,22 @@ class PreviewPage(Page):
         self.query_one("#trouble", Static).update(Content(visible(text)))
         self.query_one("#row").add_class("-trouble")
 
-    @property
-    def _rule(self) -> LabelRule:
-        assert self._config is not None
-        return LabelRule(self._config.train_on_thinking, self._config.train_on_inputs)
-
     def _go(self, number: int) -> None:
-        if number in self._entries:
+        if number in self._step.rows:
             self.workers.cancel_group(self, "row")
             self._show_row(number)
         else:
             self.run_worker(self._fetch(number), group="row", exclusive=True)
 
     def _show_row(self, number: int) -> None:
-        entry = self._entries[number]
-        moved, self._number = number != self._number, number
+        step = self._step
+        entry = step.rows[number]
+        moved, step.number = number != step.number, number
         view = self.part(TokenView)
         if entry.problem is None:
             row = read_row(entry)
             cursor = 0 if moved or not view.row else min(view.cursor, len(row) - 1)
-            view.show_row(row, entry.learned(self._rule), cursor)
+            view.show_row(row, entry.learned(step.rule), cursor)
             self.query_one("#row").remove_class("-trouble")
             if self.focused is None:  # a hidden view has lost it
                 view.focus()
@@ -229,19 +205,18 @@ class PreviewPage(Page):
 
     def _redraw(self) -> None:
         """Everything that follows from the rows at hand and the switches."""
-        if self._config is None:
+        if self._step.config is None:
             return
-        entry = self._entries.get(self._number)
+        entry, found, rule = self._step.row, self._step.found, self._step.rule
         view = self.part(TokenView)
         if entry and entry.problem is None and view.row:
-            view.relabel(entry.learned(self._rule))
-        switches = list_switches(self._config, self._found, self._efforts)
-        self.part(Switches).show_switches(switches)
+            view.relabel(entry.learned(rule))
+        self.part(Switches).show_switches(self._step.switches())
         self._show_switch_help()
-        counts = self._found.tokens.kind_counts if self._found and self._found.tokens else None
-        total = f"all {self._found.rows:,}" if self._found else "all rows"
+        counts = found.tokens.kind_counts if found and found.tokens else None
+        total = f"all {found.rows:,}" if found else "all rows"
         here = Counter(entry.kinds) if entry else {}
-        self.part(LearnedCounts).show_counts(here, counts, self._rule, total)
+        self.part(LearnedCounts).show_counts(here, counts, rule, total)
         self.query_one("#counts", Pane).show_subtitle(say_images(counts or here))
         self._redraw_verdict()
         self._redraw_titles()
@@ -249,20 +224,16 @@ class PreviewPage(Page):
         self._show_equivalent()
 
     def _redraw_verdict(self) -> None:
-        if self._found is None:
+        if self._step.found is None:
             rows = f" {self._counted_rows:,} rows so far" if self._counted_rows else ""
             self._verdict = Verdict("·", "counting", f"what is learned in all rows{rows}")
         else:
-            assert self._config is not None
-            limit, excess = self._config.sequence_len, self._config.excess_length_strategy
-            self._verdict = judge(self._found, self._rule, limit, excess)
-            self._odd_rows = list_odd_rows(self._found, self._rule, limit)
+            self._verdict = self._step.judge()
         self.say(self._verdict.mark, self._verdict.word, self._verdict.text)
 
     def _redraw_titles(self) -> None:
         pane, view = self.query_one("#row", Pane), self.part(TokenView)
-        total = f" of {self._found.rows:,}" if self._found else ""
-        pane.show_title(f"row {self._number:,}{total} · {_LEGEND}")
+        pane.show_title(f"row {self._step.number:,}{self._of_all} · {_LEGEND}")
         parts = [visible(self.app.draft.model or "", one_line=True)]
         if view.row:
             parts.append(f"{len(view.row):,} tokens")
@@ -270,13 +241,17 @@ class PreviewPage(Page):
                 parts.append(f"↓ {view.lines_below:,} more lines")
         pane.show_subtitle(" · ".join(parts))
 
+    @property
+    def _of_all(self) -> str:
+        return f" of {self._step.found.rows:,}" if self._step.found else ""
+
     def on_token_view_moved(self) -> None:
         self._inspect()
         self._redraw_titles()
 
     def _inspect(self) -> None:
         view = self.part(TokenView)
-        line = describe_token(view, self._entries.get(self._number)) if view.row else Content("")
+        line = describe_token(view, self._step.row) if view.row else Content("")
         self.query_one("#inspector", Static).update(line)
 
     def _warn(self, text: str) -> None:
@@ -291,29 +266,28 @@ class PreviewPage(Page):
             self.query_one("#switch-help", Static).update(Content(SWITCH_HELP[name]))
 
     def _show_equivalent(self) -> None:
-        assert self._config is not None
-        self.show_command(preview_command(self.app.draft, self._config, self._number))
+        assert self._step.config is not None
+        self.show_command(preview_command(self.app.draft, self._step.config, self._step.number))
 
     def action_accept(self) -> None:
-        if self._config is not None and not self._verdict.stops:
+        if self._step.config is not None and not self._verdict.stops:
             self.app.next_step()
 
     def action_step(self, rows: int) -> None:
-        last = self._found.rows if self._found else None
-        number = self._number + rows
-        if number >= 1 and (last is None or number <= last):
+        number = self._step.number + rows
+        if self._step.has_row(number):
             self._go(number)
 
     def action_odd(self, direction: int) -> None:
-        numbers = [row.number for row in self._odd_rows][::direction]
-        beyond = [n for n in numbers if (n - self._number) * direction > 0]
+        numbers = [row.number for row in self._step.odd_rows()][::direction]
+        beyond = [n for n in numbers if (n - self._step.number) * direction > 0]
         if beyond:
             self._go(beyond[0])
 
     def action_list_odd(self) -> None:
         lines = [
             Content.assemble((f"row {row.number:<8,}", "$accent"), visible(row.why, one_line=True))
-            for row in self._odd_rows
+            for row in self._step.odd_rows()
         ]
         if lines:
             pane = Pane(Choices(lines), title="rows to look at", classes="odd-rows")
@@ -323,11 +297,10 @@ class PreviewPage(Page):
         message.prevent_default()  # Page's own handler would go on to the next step
         message.stop()
         self.uncover()
-        self._go(self._odd_rows[message.choices.cursor].number)
+        self._go(self._step.odd_rows()[message.choices.cursor].number)
 
     def action_ask_row(self) -> None:
-        last = f" of {self._found.rows:,}" if self._found else ""
-        self.part(Prompt).ask("row", f"row number{last}")
+        self.part(Prompt).ask("row", f"row number{self._of_all}")
 
     def action_ask_text(self) -> None:
         self.part(Prompt).ask("text", "text in this row, or id:34")
@@ -339,13 +312,10 @@ class PreviewPage(Page):
             self._find(message.text)
 
     def _go_to_typed(self, text: str) -> None:
-        digits = text.replace(",", "")
-        last = self._found.rows if self._found else None
-        if not digits.isdecimal() or not int(digits) or (last and int(digits) > last):
-            known = f"; there are {last:,} rows" if last else ""
-            self._warn(f"{text} is no row number{known}")
-        else:
-            self._go(int(digits))
+        try:
+            self._go(self._step.row_number(text))
+        except UserError as error:
+            self._warn(error.what)
 
     def _find(self, text: str) -> None:
         view = self.part(TokenView)
@@ -370,13 +340,10 @@ class PreviewPage(Page):
         if row:
             columns = zip(row.kinds, row.ids, row.pieces, strict=True)
             text = "\n".join(f"{kind}\t{token}\t{piece}" for kind, token, piece in columns)
-            self.app.copy(text, f"row {self._number:,}")
+            self.app.copy(text, f"row {self._step.number:,}")
 
     def on_switches_turned(self, message: Switches.Turned) -> None:
-        key, value = change_of(message.name, message.answer)
-        self.app.draft.reset(key)
-        if getattr(self.app.draft.config(), key) != value:
-            self.app.draft.change(key, value)
+        self._step.turn(message.name, message.answer)
         self.refresh_from_draft()
 
     def help_for(self, focused: Widget | None) -> HelpText:
