@@ -35,6 +35,8 @@ class PreviewStep:
         self.problem: UserError | None = None
         self.rows: dict[int, PreviewRow] = {}
         """Those that were read, by number."""
+        self._gone = 0
+        """A row that was counted and is there no more."""
         self._efforts: tuple[str, ...] = ()
         self.config: RunConfig | None = None
         """The draft's when `follow` was last called: rows are judged by it also while Plan holds
@@ -48,7 +50,8 @@ class PreviewStep:
             return None
         if self.found is None:
             return self.counting()
-        return None if self.number in self.rows else self.fetching(self.number)
+        known = self.number in self.rows or self.number == self._gone
+        return None if known else self.fetching(self.number)
 
     def follow(self) -> bool:
         """Begin anew where the draft has other rows or other tokens of them; whether it has."""
@@ -64,7 +67,7 @@ class PreviewStep:
 
     def forget(self) -> None:
         """Have all rows read again."""
-        self.rows, self.found, self.problem = {}, None, None
+        self.rows, self.found, self.problem, self._gone = {}, None, None, 0
 
     def counting(self) -> Work:
         """Reading all rows; it may go on beside `fetching`."""
@@ -78,7 +81,7 @@ class PreviewStep:
         request = PreviewRows(self._asked, Path.cwd(), number)
         return self._read.work(request, f"Reading row {number:,}.")
 
-    def receive(self, _work: Work, result: object) -> None:
+    def receive(self, work: Work, result: object) -> None:
         """Keep what was found in all rows, the row, or why they cannot be read."""
         if isinstance(result, UserError):
             self.problem = result
@@ -87,6 +90,8 @@ class PreviewStep:
                 self.rows.clear()
             self._efforts = result.efforts
             self.rows.update({row.number: row for row in result.rows})
+            assert isinstance(work.request, PreviewRows)
+            self._gone = 0 if work.request.row in self.rows else work.request.row
         else:
             assert isinstance(result, Checkup)
             self.found = result

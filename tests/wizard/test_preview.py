@@ -56,6 +56,14 @@ def test_rows_go_round_and_one_is_asked_for_by_its_number(tmp_path: Path) -> Non
     assert step.number == 2
 
 
+def test_a_row_that_is_gone_since_it_was_counted_ends_the_reading(tmp_path: Path) -> None:
+    step, _ = asked(rows(tmp_path, *["yes"] * 30))
+    rows(tmp_path, "yes")
+    step.take(ROW, "30")
+    assert len(ready(step)) == 1
+    assert "There is no row 30 any more" in facts(step)
+
+
 def test_rows_are_judged_also_while_values_of_the_plan_do_not_go_together() -> None:
     """A screen counts on while the person types on its Plan page."""
     step, draft = asked()
