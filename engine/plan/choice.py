@@ -246,6 +246,9 @@ class Choice:
 
     def _why_no_more(self, micro: int) -> str:
         """Why twice as many sequences at once are not taken: memory, or that nothing is gained."""
+        known = self.statistics
+        if known and known.usable_rows <= micro:
+            return f"all {counted(known.usable_rows, 'row')} at once"
         needs = self.needs(micro_batch_size=2 * micro)
         if needs.verdict != "fits":
             return f"{2 * micro} would need {gib(needs.device_bytes)}"

@@ -248,7 +248,7 @@ def _others(config: RunConfig, architecture: Architecture) -> Iterator[Change]:
         }
         if config.peft_autocast_adapter_dtype is False:
             whole["peft_autocast_adapter_dtype"] = None
-        yield "full", whole, "every weight moves: most capacity, most forgetting"
+        yield "full", whole, "every weight is trained: most capacity, most forgetting"
     if config.adapter:
         for rank in (config.lora_r // 2, config.lora_r * 2):
             if rank:

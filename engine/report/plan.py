@@ -33,7 +33,7 @@ def plan_verdict(needs: Estimate, device: Device) -> Line:
     """Verdict, number and what the device can give."""
     sure = "measured" if needs.source == "measured" else f"± {needs.uncertainty:.0%}"
     each = f" on each of {needs.cards}" if needs.cards > 1 else ""
-    given = f"{device.can_give_bytes / GIB:.1f} of {gib(device.total_bytes)}"
+    given = f"{device.can_give_bytes / GIB:.1f} of {device.total_bytes / GIB:.1f}"
     text = f"needs {gib(needs.device_bytes)}{each} {sure}, {device.name} can give {given}"
     return Line(VERDICT_MARKS[needs.verdict], needs.verdict, text)
 
@@ -77,7 +77,7 @@ def estimate_lines(needs: Estimate, device: Device) -> list[Line | str]:
         f"fullest at: {needs.moment}",
         *(f"  {name:<{width}}  {gib(size):>10}" for name, size in sizes.items()),
         f"{needs.tokens_at_once:,} tokens at once; {needs.trainable_parameters:,} of"
-        f" {needs.total_parameters:,} parameters move ({share:.2%})",
+        f" {needs.total_parameters:,} parameters are trainable ({share:.2%})",
         *(f"adapter on {count} modules by {entry}" for entry, count in needs.targets.items()),
         f"takes {gib(needs.host_bytes)} of this computer's memory,"
         f" {gib(needs.disk_bytes)} of its disk",

@@ -103,7 +103,7 @@ def amounts_text(advice: Recommendation) -> str:
     """What the run amounts to: steps, time and price where they are known, and what moves."""
     needs, duration = advice.estimate, advice.duration
     a_step = needs.tokens_at_once * advice.config.gradient_accumulation_steps
-    words = [f"{a_step:,} tokens a step", f"{needs.trainable_parameters:,} parameters move"]
+    words = [f"{a_step:,} tokens a step", f"{needs.trainable_parameters:,} trainable"]
     if duration is not None:
         words[:1] = [steps_text(duration)]
         words += [f"about ${duration.usd:,.2f}"] if duration.usd is not None else []

@@ -419,6 +419,10 @@ class TestReasonsAreTrue:
         advice = advised(model("demo-tiny"), cpu(8), dataset(4, 30, 33))
         assert advice.reasons["gradient_accumulation_steps"] == "1 update an epoch"
 
+    def test_a_batch_of_all_rows_says_so(self) -> None:
+        advice = advised(model("demo-tiny"), cpu(8), dataset(2, 30, 33))
+        assert advice.reasons["micro_batch_size"] == "all 2 rows at once"
+
     @pytest.mark.parametrize("rows", [40, 57, 200])
     def test_no_reason_of_a_recipe_names_the_rows_of_another_dataset(self, rows: int) -> None:
         advice = advised(model("demo-tiny"), cpu(8), dataset(rows, 30, 33))
