@@ -14,7 +14,7 @@ _MARKS: Final = {
     **dict(zip("✓✗·●○◌▶❚❯▸◆▦↓↑→←…‹›±×−", "+x.o..>|>>o#v^><.<>~x-", strict=True)),
     **dict(zip("█▓▒░╱╳", "#=-./x", strict=True)),
     **dict(zip("▁▂▃▄▅▆▇", "__..--=", strict=True)),
-    **dict(zip("•–—⟨⟩⏎␊␉␡", "*--<>$$^^", strict=True)),  # `$` for a line's end is cat's mark
+    **dict(zip("•–—⟨⟩⟦⟧⏎␊␉␡", "*--<>[]$$^^", strict=True)),  # `$` for a line's end is cat's mark
     **{chr(0x2400 + code): "^" for code in range(32) if code not in (9, 10)},
     **dict.fromkeys("─━┄┅┈┉╌╍═▔", "-"),
     **dict.fromkeys("│┃┆┇┊┋╎╏║▏▎▍▌▋▊▉▐▕", "|"),

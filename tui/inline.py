@@ -4,6 +4,7 @@ Arrows choose and the reason of what they point at stands below; Escape goes bac
 What was answered stays above, as in any other command's output.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from engine.visible import fold, visible
 from engine.wizard.draft import Draft
 from engine.wizard.flow import Wizard, perform
 from engine.wizard.question import Choice, Confirm, Question
+from tui.ascii import to_ascii
 from tui.plain.dialogue import Dialogue, Leave
 from tui.plain.following import follow_run
 
@@ -78,7 +80,7 @@ def run_inline(draft: Draft, dialogue: Dialogue, *, out: Path | None = None) -> 
     Raises UserError for a run that failed, KeyboardInterrupt at ctrl+c.
     """
     wizard = Wizard(draft, new=True, out=out)
-    Inline(wizard, Console(highlight=False)).run()
+    Inline(wizard, Console(highlight=False), ascii_only=dialogue.ascii_only).run()
     if isinstance(wizard.review.outcome, RunFolder):
         try:
             follow_run(wizard.review.outcome, dialogue)
@@ -89,9 +91,11 @@ def run_inline(draft: Draft, dialogue: Dialogue, *, out: Path | None = None) -> 
 class Inline:
     """Asks the steps of a wizard with questionary and prints what they say with rich."""
 
-    def __init__(self, wizard: Wizard, console: Console) -> None:
+    def __init__(self, wizard: Wizard, console: Console, *, ascii_only: bool = False) -> None:
         self._wizard = wizard
         self._console = console
+        self._drawn: Callable[[str], str] = to_ascii if ascii_only else str
+        self._spinner = "line" if ascii_only else "dots"
 
     def run(self) -> None:
         """Ask until the wizard has its last answer. Raises KeyboardInterrupt at ctrl+c."""
@@ -106,7 +110,8 @@ class Inline:
 
     def _work(self) -> None:
         while work := self._wizard.work():
-            with self._console.status(visible(work.waiting, one_line=True)) as status:
+            waiting = visible(work.waiting, one_line=True)
+            with self._console.status(waiting, spinner=self._spinner) as status:
 
                 def show(done: str, status: Any = status) -> None:
                     status.update(visible(done, one_line=True))
@@ -117,11 +122,11 @@ class Inline:
         """What stands above the choices: the answer of the step, what to know, the memory bar."""
         place = f"{self._wizard.at + 1} of {len(self._wizard.steps)}  "
         self._console.print()
-        self._console.print(Text.assemble((place, "dim"), _line(question.headline)))
+        self._print((place, "dim"), _line(question.headline))
         for fact in question.facts:
             for line in _one_a_row(fact):
                 style = _LEARNED_STYLES.get(line.text[:2], "") if not line.mark else ""
-                self._console.print(_line(line), style=style)
+                self._print(_line(line), style=style)
         if self._wizard.step is self._wizard.plan:
             self._draw_memory()
 
@@ -129,13 +134,13 @@ class Inline:
         """Ask once; whether that was the last answer."""
         question = self._wizard.question()
         self.show(question)
-        choices = _choices(question, self._console.width)
+        choices = _choices(question, self._console.width, self._drawn)
         asked = questionary.select(
             self._wizard.step.title,
             choices,
-            default=choices[question.recommended],
+            default=_first_allowed(choices, question.recommended),
             instruction=_HOW,
-            pointer="❯",
+            pointer=self._drawn("❯"),
             style=_STYLE,
         )
         _say_reasons_plainly(asked)
@@ -161,7 +166,7 @@ class Inline:
                     return False
 
     def _agrees(self, asked: Confirm) -> bool:
-        self._console.print(visible(asked.text))
+        self._print(visible(asked.text))
         return (
             _answer(
                 questionary.confirm(
@@ -179,21 +184,28 @@ class Inline:
         assert device is not None
         cells = min(self._console.width, _MOST_CELLS)
         parts = bar_parts(needs, device)
-        drawn = [
-            (text, _BAR_STYLES[part.role] if part else "bold")
-            for part, text in stretches(parts, cells)
-        ]
-        self._console.print(Text.assemble(*drawn))
-        for part, text in legend(parts, cells):
-            self._console.print(
-                Text.assemble((part.glyph, _BAR_STYLES[part.role]), text, "  "), end=""
+        self._print(
+            *(
+                (text, _BAR_STYLES[part.role] if part else "bold")
+                for part, text in stretches(parts, cells)
             )
-        self._console.print()
+        )
+        named = [
+            piece
+            for part, text in legend(parts, cells)
+            for piece in ((part.glyph, _BAR_STYLES[part.role]), f"{text}  ")
+        ]
+        self._print(*named)
+
+    def _print(self, *parts: str | tuple[str, str] | Text, style: str = "") -> None:
+        """One line; `to_ascii` keeps its length, and so the places of its styles."""
+        text = Text.assemble(*parts)
+        self._console.print(Text(self._drawn(text.plain), spans=text.spans), style=style)
 
     def _refuse(self, error: UserError) -> None:
-        self._console.print(_line(Line("✗", "", error.what)))
+        self._print(_line(Line("✗", "", error.what)))
         for part in (error.why, error.fix):
-            self._console.print(Text(f"  {visible(part, one_line=True)}"))
+            self._print(f"  {visible(part, one_line=True)}")
 
 
 def _one_a_row(line: Line) -> list[Line]:
@@ -204,11 +216,20 @@ def _one_a_row(line: Line) -> list[Line]:
 
 def _line(line: Line) -> Text:
     mark = (f"{line.mark} ", _MARK_STYLES.get(line.mark, "")) if line.mark else ""
-    label = (f"{line.label}  " if line.text else line.label, "bold") if line.label else ""
+    name = visible(line.label, one_line=True)
+    label = (f"{name}  " if line.text else name, "bold") if name else ""
     return Text.assemble(mark, label, visible(line.text, one_line=True))
 
 
-def _choices(question: Question, columns: int) -> list[questionary.Choice]:
+def _first_allowed(choices: list[questionary.Choice], recommended: int) -> questionary.Choice:
+    """The recommended choice, or the next one that may be taken: questionary stands on no other."""
+    order = [*choices[recommended:], *choices[:recommended]]
+    return next((each for each in order if not each.disabled), order[0])
+
+
+def _choices(
+    question: Question, columns: int, drawn: Callable[[str], str]
+) -> list[questionary.Choice]:
     """The lines of the list: label, verdict and figures; the reason of the lit one stands below."""
     labels = [visible(each.label, one_line=True) for each in question.choices]
     verdicts = [
@@ -228,10 +249,10 @@ def _choices(question: Question, columns: int) -> list[questionary.Choice]:
         reason = [part for line in below for part in fold(line, columns - len(_INDENT))]
         found.append(
             questionary.Choice(
-                title,
+                [(style, drawn(text)) for style, text in title],
                 value=choice.key,
-                disabled=visible(choice.refusal, one_line=True) or None,
-                description=f"\n{_INDENT}".join(reason) or None,
+                disabled=drawn(visible(choice.refusal, one_line=True)) or None,
+                description=drawn(f"\n{_INDENT}".join(reason)) or None,
             )
         )
     return found

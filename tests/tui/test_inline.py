@@ -1,10 +1,13 @@
 """`windtunnel new` on a pseudo terminal, asked by the real questionary."""
 
+import json
 import signal
 from pathlib import Path
 
 from engine.config import read_config
 from engine.interrupt import INTERRUPTED
+from engine.wizard.offers import find_newest, list_sources
+from tests.fakes.processes import ROOT
 from tests.support.extras import needs_trainer
 from tests.support.terminal import Terminal
 
@@ -83,4 +86,25 @@ def test_a_run_is_started_and_goes_on_when_it_is_left(tmp_path: Path) -> None:
     terminal.wait_for("starting PyTorch")
     terminal.process.send_signal(signal.SIGINT)
     terminal.wait_for("is still training: windtunnel watch")
+    assert terminal.end() == INTERRUPTED
+
+
+def test_rows_that_teach_nothing_cannot_be_taken_and_say_why(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "So.", "weight": 0},
+    ]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": turns}) + "\n", "utf-8")
+    terminal = Terminal("new", "--ascii", WINDTUNNEL_RUNS=str(tmp_path))
+    for question in ("Machine", "Model"):
+        answer(terminal, question)
+    terminal.wait_for("sample: harbour-pilot")
+    answer(terminal, "Data", DOWN * len(list_sources(find_newest(ROOT))[:-2]) + ENTER)
+    terminal.wait_for("path ")
+    terminal.press(f"{rows}{ENTER}")
+    answer(terminal, "Data")
+    terminal.wait_for("next row")
+    assert terminal.written.isascii()
+    answer(terminal, "Preview", CONTROL_C)
     assert terminal.end() == INTERRUPTED
