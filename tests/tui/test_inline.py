@@ -4,6 +4,8 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
+
 from engine.config import read_config
 from engine.interrupt import INTERRUPTED
 from engine.wizard.offers import find_newest, list_sources
@@ -43,6 +45,7 @@ def test_the_config_is_written_where_it_was_asked_for_and_left_there(tmp_path: P
     assert "#" in path.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_reasons_learned_tokens_and_memory_stand_beside_the_questions(tmp_path: Path) -> None:
     terminal = Terminal("new", WINDTUNNEL_RUNS=str(tmp_path))
     answer(terminal, "Machine", DOWN)
