@@ -358,7 +358,7 @@ GUARDS = {
         f"{SAVING}::test_a_resume_takes_the_state_and_one_piece",
     ),
     "a finished model is written piece by piece": Guard(
-        "engine/train/weights.py",
+        "engine/train/checkpoint.py",
         "lambda entry: in_pieces(named[entry.name])",
         "lambda entry: iter([named[entry.name].cpu()])",
         f"{SAVING}::test_what_a_run_leaves_takes_one_piece",

@@ -23,6 +23,7 @@ from engine.config import DatasetConfig, RunConfig, read_config
 from engine.errors import UserError
 from engine.runs import RunFolder
 from engine.runs.newest_result import newest_result
+from engine.train.checkpoint import load_trained
 from engine.train.drift import without_adapter
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model
@@ -32,7 +33,6 @@ from engine.train.model import Base, load_base
 from engine.train.prompts import Prompt
 from engine.train.run import put_on_training
 from engine.train.session import Emit
-from engine.train.weights import load_trained
 
 MAX_TOKENS = 1024
 """Longest answer where neither the request nor the model's card names one."""

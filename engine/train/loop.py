@@ -22,7 +22,15 @@ from engine.plan.trainer import SAMPLE_TOKENS
 from engine.publish import publish_result
 from engine.train.alarms import LossAlarm, OverfittingAlarm, unreached
 from engine.train.batches import NAMED_ROWS, PAD, Order, Rows, StepBatch
-from engine.train.checkpoint import Checkpoints, Position, restore_rng_state, rng_state
+from engine.train.checkpoint import (
+    Checkpoints,
+    Position,
+    export_trained,
+    load_trained,
+    restore_rng_state,
+    rng_state,
+    trained_parameters,
+)
 from engine.train.device import held_memory_bytes, peak_memory_bytes
 from engine.train.evaluate import mean_loss, row_losses, score, score_all
 from engine.train.experts import balance_loss, balance_weight, watch_routers
@@ -42,7 +50,6 @@ from engine.train.out_of_memory import (
 from engine.train.prompts import Prompt
 from engine.train.session import Session
 from engine.train.text_metrics import TextMetrics
-from engine.train.weights import export_trained, load_trained, trained_parameters
 
 
 class Training:

@@ -22,11 +22,11 @@ from engine.catalog import Architecture
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.plan.targets import choose_saved, choose_stacks, choose_targets, trainable_names
+from engine.train.checkpoint import load_trained, trained_tensors
 from engine.train.experts import adapt
 from engine.train.forward import frozen_inputs, head_of
 from engine.train.optim import is_lora_matrix
 from engine.train.weight_files import list_entries
-from engine.train.weights import load_trained, trained_tensors
 from engine.visible import visible
 
 AGREEING = {

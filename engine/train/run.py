@@ -37,6 +37,7 @@ from engine.publish.facts import find_base
 from engine.runs import RunFolder
 from engine.train.attention import pick_attention
 from engine.train.batches import Rows
+from engine.train.checkpoint import trained_parameters
 from engine.train.device import (
     as_planned,
     held_memory_bytes,
@@ -64,7 +65,6 @@ from engine.train.out_of_memory import (
 from engine.train.prompts import ask, ask_about_images, ask_by_default
 from engine.train.session import PROGRESS_SECONDS, Session
 from engine.train.text_metrics import TextMetrics
-from engine.train.weights import trained_parameters
 
 PLACES = {
     "load": "loading the model",

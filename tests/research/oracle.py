@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from engine.catalog import Architecture
 from engine.config import RunConfig
 from engine.plan.trainer import CHUNK_BYTES, SMALLEST_CHUNK_BYTES, chunk_rows, names_cut_loss
+from engine.train.checkpoint import trained_parameters
 from engine.train.experts import (
     GroupedNF4,
     balance_loss,
@@ -37,7 +38,6 @@ from engine.train.model import build_empty, load_base
 from engine.train.optim import build_optimizer, is_lora_matrix, take_step
 from engine.train.quantize import swap_linears
 from engine.train.run import put_on_training
-from engine.train.weights import trained_parameters
 from tests.support.card_bytes import CardBytes, CutCrossEntropy, as_on_cuda
 from tests.support.live_bytes import ALLOCATION_BYTES
 from tests.support.tiny import MINISTRAL3, settings

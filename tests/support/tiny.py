@@ -29,13 +29,12 @@ from engine.errors import UserError
 from engine.events import EventWriter
 from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.batches import Rows
-from engine.train.checkpoint import optimizer_tensors
+from engine.train.checkpoint import optimizer_tensors, trained_tensors
 from engine.train.forward import Model, half_precision
 from engine.train.loop import Training
 from engine.train.model import Base, load_base
 from engine.train.run import put_on_training
 from engine.train.session import Session
-from engine.train.weights import trained_tensors
 
 VOCABULARY = 192
 TEXT: dict[str, Any] = {

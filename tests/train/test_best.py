@@ -7,7 +7,7 @@ import pytest
 from engine.events import Eval, Score
 from engine.runs import Follower
 from engine.train.batches import Rows
-from engine.train.weights import trained_tensors
+from engine.train.checkpoint import trained_tensors
 from tests.support.tiny import settings, training, wake_adapter
 
 

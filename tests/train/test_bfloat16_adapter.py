@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.train.batches import Rows
-from engine.train.weights import export_trained, trained_parameters
+from engine.train.checkpoint import export_trained, trained_parameters
 from tests.support import stock
 from tests.support.methods import METHODS, NF4, ON_EXPERTS
 from tests.support.tiny import (

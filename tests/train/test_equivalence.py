@@ -15,11 +15,11 @@ from engine.chat.render import Kind, LabelRule
 from engine.config import RunConfig
 from engine.events import Step
 from engine.train.batches import Order, Rows, StepBatch, collate
+from engine.train.checkpoint import save_trained
 from engine.train.evaluate import learned_tokens, score
 from engine.train.forward import Model, hidden_states, unwrapped
 from engine.train.loop import Training
 from engine.train.model import load_base
-from engine.train.weights import save_trained
 from tests.support.run_folders import read_steps
 from tests.support.stock import norm_of, stock_model, stock_step
 from tests.support.tiny import (

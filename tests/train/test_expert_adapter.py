@@ -13,6 +13,7 @@ from transformers.models.mistral4.modeling_mistral4 import Mistral4Experts
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from engine.train.batches import Rows
+from engine.train.checkpoint import export_trained, load_trained, save_trained, trained_tensors
 from engine.train.experts import (
     GroupedLinear,
     GroupedNF4,
@@ -22,7 +23,6 @@ from engine.train.experts import (
     stock_names,
 )
 from engine.train.loop import Training
-from engine.train.weights import export_trained, load_trained, save_trained, trained_tensors
 from tests.support.stock import stock_model, stock_step
 from tests.support.tiny import (
     Models,

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from engine.train.batches import Rows
+from engine.train.checkpoint import export_trained
 from engine.train.forward import half_precision
 from engine.train.generate import generate
 from engine.train.loop import Training
-from engine.train.weights import export_trained
 from tests.support import stock
 from tests.support.methods import METHODS, Method
 from tests.support.tiny import (

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from engine.train.batches import Rows
+from engine.train.checkpoint import export_trained
 from engine.train.loop import Training
-from engine.train.weights import export_trained
 from tests.support import stock
 from tests.support.fp8_checkpoints import write_fp8
 from tests.support.methods import METHODS, Method

@@ -33,7 +33,7 @@ import huggingface_hub
 from engine.train.evaluate import score
 from engine.train.fetch import leave_hub
 from engine.train.generate import generate
-from engine.train.weights import export_trained
+from engine.train.checkpoint import export_trained
 from tests.support.tiny import MINISTRAL3, UNEVEN, settings, training, write_model, write_rows
 
 home = Path(sys.argv[1])

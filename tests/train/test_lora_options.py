@@ -14,9 +14,9 @@ from engine.catalog import read_architecture
 from engine.errors import UserError
 from engine.plan.targets import trainable_parameters as planned_parameters
 from engine.train.batches import Rows
+from engine.train.checkpoint import export_trained, trained_parameters, trained_tensors
 from engine.train.forward import head_of
 from engine.train.loop import Training
-from engine.train.weights import export_trained, trained_parameters, trained_tensors
 from tests.support.stock import stock_model
 from tests.support.tiny import (
     ARCHITECTURES,

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from engine.train.batches import Rows
+from engine.train.checkpoint import export_trained
 from engine.train.evaluate import score
 from engine.train.forward import head_module, head_of, hidden_states, unwrapped
 from engine.train.generate import generate
 from engine.train.model import load_base
 from engine.train.offload import activations, decoder_layers, head_at_hand
 from engine.train.offload.transfer import Hosted, HostMemory
-from engine.train.weights import export_trained
 from tests.support import stock
 from tests.support.methods import NF4
 from tests.support.offloading import (

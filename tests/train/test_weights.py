@@ -13,8 +13,8 @@ from engine.catalog import find_model
 from engine.chat.tokenizer import spec_of, write_tekken
 from engine.errors import WorkError
 from engine.train.batches import Rows
+from engine.train.checkpoint import export_trained, load_trained, save_trained, trained_tensors
 from engine.train.model import load_base
-from engine.train.weights import export_trained, load_trained, save_trained, trained_tensors
 from tests.support.stock import stock_model
 from tests.support.tiny import (
     MINISTRAL3,

@@ -25,6 +25,7 @@ from engine.plan.vision import image_tokens_at_once
 from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.attention import pick_attention
 from engine.train.batches import Order, Rows, StepBatch
+from engine.train.checkpoint import trained_parameters
 from engine.train.device import pick_device, pick_dtype
 from engine.train.fetch import leave_hub
 from engine.train.fitcheck.batches import count_rows, heaviest_step, run_tokens, synthetic_step
@@ -39,7 +40,6 @@ from engine.train.optim import build_optimizer, learning_rate, set_learning_rate
 from engine.train.out_of_memory import is_out_of_memory, message_of
 from engine.train.run import prepare_rows, put_on_training
 from engine.train.session import Emit, Session
-from engine.train.weights import trained_parameters
 
 LOADING = "loading the model"
 ATTACHING = "putting on what is trained"
