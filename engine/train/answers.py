@@ -23,12 +23,12 @@ from engine.config import DatasetConfig, RunConfig, read_config
 from engine.errors import UserError
 from engine.runs import RunFolder
 from engine.runs.newest_result import newest_result
+from engine.train.batches import join
 from engine.train.checkpoint import load_trained
 from engine.train.drift import without_adapter
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model
 from engine.train.generate import generate, readable
-from engine.train.images import join
 from engine.train.model import Base, load_base
 from engine.train.prompts import Prompt
 from engine.train.run import put_on_training

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from engine.plan.trainer import PATCHES_AT_ONCE
-from engine.train.images import pad
+from engine.train.batches import pad
 from engine.train.offload import OffloadedActivations, decoder_layers
 
 Model: TypeAlias = PreTrainedModel | PeftModel

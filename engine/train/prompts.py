@@ -17,9 +17,8 @@ from engine.chat.messages import RowFormat, read_row
 from engine.chat.render import WITHHELD, Kind, LabelRule, learned, render
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig
-from engine.train.batches import Rows, open_pixels
+from engine.train.batches import Rows, join, open_pixels
 from engine.train.drift import general_questions
-from engine.train.images import join
 
 IMAGE_QUESTIONS = 3
 """Held-out rows with images that a run asks: enough to see a pattern, little to wait for."""

@@ -36,7 +36,7 @@ from engine.plan.trainer import (
 from engine.publish.facts import find_base
 from engine.runs import RunFolder
 from engine.train.attention import pick_attention
-from engine.train.batches import Rows
+from engine.train.batches import Rows, refuse_unread
 from engine.train.checkpoint import trained_parameters
 from engine.train.device import (
     as_planned,
@@ -48,7 +48,6 @@ from engine.train.device import (
 )
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model, checkpoint_activations, head_of
-from engine.train.images import refuse_unread
 from engine.train.loop import Training
 from engine.train.lora import attach_lora, choose_trained
 from engine.train.loss import settle_loss

@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.chat.render import Kind, LabelRule
-from engine.train.batches import Rows, collate
+from engine.train.batches import Rows, collate, pad
 from engine.train.experts import GroupedNF4
 from engine.train.forward import Model, half_precision, head_of, hidden_states
-from engine.train.images import pad
 from tests.support.tiny import edit_config
 
 KEPT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]

@@ -25,7 +25,7 @@ from engine.errors import UserError
 from engine.hardware import GpuProcess, Machine, assume
 from engine.plan import estimate
 from engine.runs import RunFolder
-from engine.train.batches import PAD, Rows
+from engine.train.batches import IMAGE_TOKEN, PAD, Rows
 from engine.train.fitcheck import check
 from engine.train.fitcheck.batches import count_rows, heaviest_step, synthetic_step
 from engine.train.fitcheck.peak_memory import CpuPeakMemory, used_by_process
@@ -36,7 +36,6 @@ from engine.train.fitcheck.stand_in import (
     reduce_for_cpu,
     shrink,
 )
-from engine.train.images import IMAGE_TOKEN
 from engine.train.model import build_empty, load_base
 from tests.support.live_bytes import LiveBytes
 from tests.support.machines import cpu

@@ -11,7 +11,7 @@ from engine.catalog import read_architecture
 from engine.chat.images import ImageSpec, pixels
 from engine.data.prepared import StoredImage
 from engine.errors import UserError
-from engine.train.images import ImagePixels, join, pad, refuse_unread
+from engine.train.batches import ImagePixels, join, pad, refuse_unread
 from tests.support.pictured_rows import SPEC, Pictured, picture, seeing, stored, write_pictured
 from tests.support.tiny import MINISTRAL3, edit_config, write_model
 

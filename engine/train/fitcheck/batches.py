@@ -18,8 +18,7 @@ from engine.data.pack import pack
 from engine.data.prepare import label_rule
 from engine.plan import Statistics
 from engine.plan.vision import largest_image_tokens, tower_of
-from engine.train.batches import Micro, Rows, StepBatch, collate
-from engine.train.images import IMAGE_TOKEN, Pixels, join
+from engine.train.batches import IMAGE_TOKEN, Micro, Pixels, Rows, StepBatch, collate, join
 
 MICROS = 2
 """Forward passes of a measured step, where a run has as many: from the second one on gradients lie
