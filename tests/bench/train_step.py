@@ -82,7 +82,7 @@ def set_up(steps: int, work: Path) -> Any:
     from engine.config import parse_config
     from engine.events import EventWriter
     from engine.runs import ControlReader, RunFolder, StopSignals
-    from engine.train.demo import make_base
+    from engine.train.fetch import make_base
     from engine.train.loop import Training
     from engine.train.model import load_base
     from engine.train.run import prepare_rows, put_on_training

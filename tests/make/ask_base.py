@@ -16,8 +16,8 @@ from torch import Tensor
 from engine.chat.tokenizer import open_tokenizer
 from engine.config import parse_config
 from engine.data.prepare import prepare
-from engine.train.demo import shipped_layers, write_base
 from engine.train.evaluate import score
+from engine.train.fetch import shipped_layers, write_base
 from engine.train.model import load_base
 from engine.train.run import select_rows
 from tests.make.demo_base import ROOT

@@ -21,7 +21,7 @@ from engine.catalog import find_model
 from engine.catalog.rows import module_table
 from engine.config import parse_config, write_config
 from engine.runs import RunFolder
-from engine.train.demo import EMBEDDING, write_base
+from engine.train.fetch import EMBEDDING, write_base
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "presets" / "demo"

@@ -17,8 +17,7 @@ from engine.catalog import find_model
 from engine.catalog.rows import module_table
 from engine.chat.tokenizer import open_tokenizer
 from engine.errors import WorkError
-from engine.train import demo
-from engine.train.demo import EMBEDDING, SPREAD, draw_embedding, write_base
+from engine.train.fetch import EMBEDDING, SPREAD, draw_embedding, write_base
 from engine.train.forward import head_of
 from engine.train.generate import generate
 from engine.train.model import load_base
