@@ -5,11 +5,11 @@ It reads the run's own files and speaks with the command that started it in line
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ from engine.train.drift import without_adapter
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model
 from engine.train.generate import generate, readable
+from engine.train.lora import put_on_training
 from engine.train.model import Base, load_base
 from engine.train.prompts import Prompt
-from engine.train.run import put_on_training
-from engine.train.session import Emit
 
+Emit: TypeAlias = Callable[[Mapping[str, Any]], None]
+"""Prints one record as a line of JSON."""
 MAX_TOKENS = 1024
 """Longest answer where neither the request nor the model's card names one."""
 _UNFINISHED = "\ufffd"

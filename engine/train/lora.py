@@ -18,13 +18,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.catalog import Architecture
+from engine.catalog import Architecture, read_architecture
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.plan.targets import choose_saved, choose_stacks, choose_targets, trainable_names
 from engine.train.checkpoint import load_trained, trained_tensors
 from engine.train.experts import adapt
-from engine.train.forward import frozen_inputs, head_of
+from engine.train.forward import Model, checkpoint_activations, frozen_inputs, head_of
+from engine.train.model import Base
 from engine.train.optim import is_lora_matrix
 from engine.train.weight_files import list_entries
 from engine.visible import visible
@@ -53,6 +54,19 @@ def as_expression(names: Sequence[str]) -> str:
     """
     patterns = sorted({re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name)) for name in names})
     return "|".join(patterns)
+
+
+def put_on_training(base: Base, folder: Path, config: RunConfig) -> Model:
+    """The model as it trains: an adapter on frozen weights, or the chosen weights trainable."""
+    if config.gradient_checkpointing:
+        offloads = bool(config.activation_offloading)
+        checkpoint_activations(
+            base.model,
+            config.checkpointed_layers,
+            offload_from=base.device if offloads else None,
+        )
+    attach = choose_trained if config.adapter is None else attach_lora
+    return attach(base.model, read_architecture(folder), config)
 
 
 def attach_lora(model: PreTrainedModel, architecture: Architecture, config: RunConfig) -> PeftModel:

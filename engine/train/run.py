@@ -47,9 +47,9 @@ from engine.train.device import (
     require_planned_device,
 )
 from engine.train.fetch import leave_hub, locate_base
-from engine.train.forward import Model, checkpoint_activations, head_of
+from engine.train.forward import head_of
 from engine.train.loop import Training
-from engine.train.lora import attach_lora, choose_trained
+from engine.train.lora import put_on_training
 from engine.train.loss import settle_loss
 from engine.train.model import Base, load_base
 from engine.train.optim import free_paged_state
@@ -187,20 +187,6 @@ def settle_attention(config: RunConfig, session: Session, *, images: bool) -> Ru
     chosen = pick_attention(config, architecture, pick_device(), images=images)
     session.note("info", f"Attention by {chosen.backend}: {chosen.reason}")
     return config.model_copy(update={"attn_implementation": chosen.backend})
-
-
-def put_on_training(base: Base, folder: Path, config: RunConfig) -> Model:
-    """The model as it trains: an adapter on frozen weights, or the chosen weights trainable."""
-    if config.gradient_checkpointing:
-        offloads = bool(config.activation_offloading)
-        checkpoint_activations(
-            base.model,
-            config.checkpointed_layers,
-            offload_from=base.device if offloads else None,
-        )
-    if config.adapter is None:
-        return choose_trained(base.model, read_architecture(folder), config)
-    return attach_lora(base.model, read_architecture(folder), config)
 
 
 def prepare_rows(

@@ -4,16 +4,13 @@ The loop asks three things of it between two steps: is there a pause, a wish, or
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from engine.events import Ack, Event, EventWriter, Note, NoteLevel, Phase
 from engine.pace import every
 from engine.runs import Command, ControlReader, Request, RunFolder, StopSignals
 
-Emit: TypeAlias = Callable[[Mapping[str, Any]], None]
-"""Prints one record as a line of JSON."""
 PAUSE_POLL_SECONDS = 0.2
 PROGRESS_SECONDS = 0.5
 """Between two reports on downloading, tokenizing or loading."""

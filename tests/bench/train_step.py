@@ -85,7 +85,8 @@ def set_up(steps: int, work: Path) -> Any:
     from engine.train.fetch import make_base
     from engine.train.loop import Training
     from engine.train.model import load_base
-    from engine.train.run import prepare_rows, put_on_training
+    from engine.train.lora import put_on_training
+from engine.train.run import prepare_rows
     from engine.train.session import Session
 
     torch.set_num_threads(2)

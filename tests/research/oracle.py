@@ -32,12 +32,11 @@ from engine.train.experts import (
     watch_routers,
 )
 from engine.train.forward import Model, checkpoint_activations, head_of, hidden_states
-from engine.train.lora import attach_lora, choose_trained
+from engine.train.lora import attach_lora, choose_trained, put_on_training
 from engine.train.loss import Loss, _ChunkedCrossEntropy
 from engine.train.model import build_empty, load_base
 from engine.train.optim import build_optimizer, is_lora_matrix, take_step
 from engine.train.quantize import swap_linears
-from engine.train.run import put_on_training
 from tests.support.card_bytes import CardBytes, CutCrossEntropy, as_on_cuda
 from tests.support.live_bytes import ALLOCATION_BYTES
 from tests.support.tiny import MINISTRAL3, settings
