@@ -74,7 +74,7 @@ def use(options: argparse.Namespace) -> int:
     try:
         require_stack()
         if options.command == "generate":
-            from engine.train.answers import serve
+            from engine.train.generate import serve
 
             serve(run, sys.stdin, _emit)
         elif options.command == "fit":

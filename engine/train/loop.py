@@ -35,7 +35,7 @@ from engine.train.device import held_memory_bytes, peak_memory_bytes
 from engine.train.evaluate import mean_loss, row_losses, score, score_all
 from engine.train.experts import balance_loss, balance_weight, watch_routers
 from engine.train.forward import Model, head_module, head_of, hidden_states
-from engine.train.generate import generate, readable
+from engine.train.generate import Prompt, generate, readable
 from engine.train.loss import IN_CHUNKS, Loss, summed_cross_entropy
 from engine.train.model import Base
 from engine.train.offload import head_for_loss
@@ -47,7 +47,6 @@ from engine.train.out_of_memory import (
     in_a_step,
     is_out_of_memory,
 )
-from engine.train.prompts import Prompt
 from engine.train.session import Session
 from engine.train.text_metrics import TextMetrics
 

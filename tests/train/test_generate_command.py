@@ -11,10 +11,8 @@ from engine.chat.tokenizer import TokenizerSpec, open_tokenizer, write_tekken
 from engine.config import write_config
 from engine.errors import UserError
 from engine.runs import RunFolder
-from engine.train.answers import Answering, Request, serve
 from engine.train.batches import Rows
-from engine.train.generate import generate
-from engine.train.prompts import ask
+from engine.train.generate import Answering, Request, ask, generate, serve
 from tests.support.pictured_rows import SPEC, picture, seeing
 from tests.support.tiny import MISTRAL, edit_config, settings, training, wake_adapter, write_model
 from tests.support.trainers import VOCABULARY, small_tekken

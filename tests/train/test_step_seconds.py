@@ -11,10 +11,10 @@ from torch import Tensor
 from engine.events import SampleTime, Score
 from engine.runs import RunFolder
 from engine.train.batches import Order, Rows, StepBatch
+from engine.train.generate import Prompt
 from engine.train.loop import StepClock, Training
 from engine.train.lora import put_on_training
 from engine.train.model import load_base
-from engine.train.prompts import Prompt
 from tests.support.run_folders import read_steps
 from tests.support.tiny import Begin, open_session, settings
 

@@ -16,9 +16,8 @@ from engine.events import Answers, Drift, Event, Note, Sample
 from engine.runs import Follower
 from engine.train.batches import Rows
 from engine.train.drift import general_questions
-from engine.train.generate import generate
+from engine.train.generate import ask, ask_by_default, generate
 from engine.train.loop import Training
-from engine.train.prompts import ask, ask_by_default
 from engine.train.run import sampling_of
 from engine.train.text_metrics import (
     Reference,

@@ -17,9 +17,8 @@ from engine.train import forward
 from engine.train.batches import Order, Rows, collate, evaluation_micros
 from engine.train.evaluate import evaluating, score
 from engine.train.forward import Model, head_of, hidden_states, image_features, unwrapped
-from engine.train.generate import generate
+from engine.train.generate import ask_about_images, generate
 from engine.train.model import load_base
-from engine.train.prompts import ask_about_images
 from tests.support.pictured_rows import MIXED, Pictured, picture, write_pictured, write_rendered
 from tests.support.stock import stock_model, take_step
 from tests.support.tiny import (

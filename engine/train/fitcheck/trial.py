@@ -23,7 +23,6 @@ from engine.plan import Device, Statistics, best_device, cpu_device, estimate, e
 from engine.plan.measured import Measurement, key_of, step_bytes
 from engine.plan.vision import image_tokens_at_once
 from engine.runs import ControlReader, RunFolder, StopSignals
-from engine.train.answers import Emit
 from engine.train.attention import pick_attention
 from engine.train.batches import Order, Rows, StepBatch, refuse_unread
 from engine.train.checkpoint import trained_parameters
@@ -33,6 +32,7 @@ from engine.train.fitcheck.batches import count_rows, heaviest_step, run_tokens,
 from engine.train.fitcheck.peak_memory import Peak, PeakMemory, describe_peak, open_peak_memory
 from engine.train.fitcheck.stand_in import Built, as_it_is, draw_weights, reduce_for_cpu
 from engine.train.forward import Model, head_of
+from engine.train.generate import Emit
 from engine.train.loop import fill_gradients, update_weights
 from engine.train.lora import put_on_training
 from engine.train.loss import Loss, settle_loss
