@@ -49,7 +49,7 @@ from engine.train.device import (
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import head_of
 from engine.train.generate import ask, ask_about_images, ask_by_default
-from engine.train.loop import Training
+from engine.train.loop import PROGRESS_SECONDS, Session, Training
 from engine.train.lora import put_on_training
 from engine.train.loss import settle_loss
 from engine.train.model import Base, load_base
@@ -62,7 +62,6 @@ from engine.train.out_of_memory import (
     read_estimate,
     with_next_rung,
 )
-from engine.train.session import PROGRESS_SECONDS, Session
 from engine.train.text_metrics import TextMetrics
 
 PLACES = {

@@ -87,7 +87,7 @@ def set_up(steps: int, work: Path) -> Any:
     from engine.train.model import load_base
     from engine.train.lora import put_on_training
 from engine.train.run import prepare_rows
-    from engine.train.session import Session
+    from engine.train.loop import Session
 
     torch.set_num_threads(2)
     run = RunFolder(work)

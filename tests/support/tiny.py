@@ -31,10 +31,9 @@ from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.batches import Rows
 from engine.train.checkpoint import optimizer_tensors, trained_tensors
 from engine.train.forward import Model, half_precision
-from engine.train.loop import Training
+from engine.train.loop import Session, Training
 from engine.train.lora import put_on_training
 from engine.train.model import Base, load_base
-from engine.train.session import Session
 
 VOCABULARY = 192
 TEXT: dict[str, Any] = {
