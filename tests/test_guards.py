@@ -218,7 +218,7 @@ GUARDS = {
         f"{VISION}::TestWhatIsTrained::test_full_fine_tune_of_the_text",
     ),
     "a first step that reaches nothing": Guard(
-        "engine/train/alarms.py",
+        "engine/train/evaluate.py",
         'raise UserError(\n            "Nothing would be trained',
         'UserError(\n            "Nothing would be trained',
         "tests/train/test_alarms.py::TestStart::test_run_that_trains_nothing_is_refused",
@@ -303,13 +303,13 @@ GUARDS = {
         f"{MODEL}::TestWhoChoosesTheKernels::test_a_kernel_from_the_hub_is_refused",
     ),
     "a first loss worse than guessing is told": Guard(
-        "engine/train/alarms.py",
+        "engine/train/evaluate.py",
         "        if loss <= self._guessing:",
         "        if True:",
         "tests/train/test_alarms.py::TestStart::test_a_loss_above_that_of_guessing_is_reported",
     ),
     "a loss that is no number ends the run": Guard(
-        "engine/train/alarms.py",
+        "engine/train/evaluate.py",
         "if not (math.isfinite(loss) and math.isfinite(norm)):",
         "if False:",
         "tests/train/test_process_failures.py::test_nan_loss_touches_no_weight",

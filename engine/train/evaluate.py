@@ -7,22 +7,38 @@ train is in no figure. What the model writes by itself is in `text_metrics`, wha
 `drift`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import hashlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from engine.chat.render import IGNORED_LABEL, Kind, LabelRule, learned
-from engine.config import RunConfig
+from engine.chat.messages import RowFormat, read_row
+from engine.chat.render import IGNORED_LABEL, Kind, LabelRule, labels, learned, render
+from engine.chat.tokenizer import ChatTokenizer
+from engine.config import DatasetConfig, RunConfig
 from engine.data.prepare import label_rule
 from engine.errors import UserError
 from engine.events import Score
-from engine.train.batches import Micro, Rows, StepBatch, evaluation_micros
+from engine.plan.trainer import SMALLEST_CHUNK_BYTES, chunk_rows
+from engine.train.batches import PAD, Micro, Rows, StepBatch, evaluation_micros
 from engine.train.forward import Model, head_module, head_of, hidden_states
-from engine.train.loss import score_tokens
+from engine.train.loss import product, score_tokens, shift
 from engine.train.model import Base
 from engine.train.offload import head_at_hand
 
@@ -129,3 +145,291 @@ def score_all(
 def mean_loss(scores: Sequence[Score]) -> float:
     """One loss over several datasets, every learned token weighing the same."""
     return sum(s.loss * learned_tokens(s) for s in scores) / sum(map(learned_tokens, scores))
+
+
+TOP = 64
+"""Tokens of the base that are kept for each place. All others count as one outcome, which can only
+lower the divergence (log-sum inequality): by at most the divergence among them times their mass,
+which in a trained model is a few hundredths."""
+FAR = 0.5
+"""Nats a token from which a person is warned: a token that the base would write has lost two fifths
+of its probability on average (exp(-0.5) = 0.61), a sentence of twenty nearly all of it. Quantizing
+to 4 bits costs some hundredths of a nat."""
+_TEXTS_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A general question with its answer."""
+
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    """The answer's ids, `IGNORED_LABEL` before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distributions:
+    """What a model expects at each place of the answers: natural logarithms of probabilities."""
+
+    ids: Tensor
+    """The most likely tokens, int64 (places, top)."""
+    logs: Tensor
+    """float32 (places, top)."""
+    rest: Tensor
+    """All other tokens together, float32 (places,)."""
+
+
+def general_texts(tokenizer: ChatTokenizer) -> tuple[Text, ...]:
+    """The questions that ship with Windtunnel, as this model reads them."""
+    row_format = RowFormat.from_config(DatasetConfig(path="."))
+    rule, found = LabelRule(), []
+    for row in _general_rows():
+        rendered = render(read_row(row, row_format), tokenizer)
+        targets = labels(rendered.input_ids, rendered.kinds, rule)
+        found.append(Text(rendered.input_ids.astype(np.int64), targets))
+    return tuple(found)
+
+
+def general_questions() -> list[str]:
+    """The same questions for a person."""
+    return [row["messages"][0]["content"] for row in _general_rows()]
+
+
+def _general_rows() -> list[dict[str, Any]]:
+    path = files("presets") / "samples" / "general" / "questions.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+class BaseDrift:
+    """TextMetrics one run's model against its base, which it remembers in `file`."""
+
+    def __init__(
+        self, model: Model, device: torch.device, texts: Sequence[Text], file: Path
+    ) -> None:
+        self._model, self._device, self._texts, self._file = model, device, texts, file
+        self._base: Distributions | None = None
+
+    def measure(self, *, untouched: bool) -> tuple[float, int] | None:
+        """The divergence in nats a token, and the tokens it is the mean of.
+
+        `untouched` says that no step was made. None where the base is lost: a full fine-tune past
+        its first step whose `file` is gone or is of other texts.
+        """
+        if self._base is None:
+            self._base = self._read()
+        if self._base is None and (untouched or isinstance(self._model, PeftModel)):
+            with without_adapter(self._model):
+                self._base = expect(self._model, self._device, self._texts)
+            self._write(self._base)
+        if self._base is None:
+            return None
+        parts = divergences(self._base, self._model, self._device, self._texts)
+        return float(parts.double().mean()), len(parts)
+
+    def _read(self) -> Distributions | None:
+        try:
+            with safe_open(self._file, "pt") as stored:
+                if (stored.metadata() or {}).get("texts") != _digest(self._texts):
+                    return None
+                found = {name: stored.get_tensor(name) for name in ("ids", "logs", "rest")}
+        except (OSError, SafetensorError):
+            return None
+        return Distributions(**{name: found[name].to(self._device) for name in found})
+
+    def _write(self, base: Distributions) -> None:
+        """Keep it for a later launch; where the disk refuses, this launch has it all the same."""
+        partial = self._file.with_name(self._file.name + ".partial")
+        tensors = {"ids": base.ids.cpu(), "logs": base.logs.cpu(), "rest": base.rest.cpu()}
+        try:
+            save_file(tensors, partial, {"texts": _digest(self._texts)})
+            os.replace(partial, self._file)
+        except (OSError, SafetensorError):
+            partial.unlink(missing_ok=True)
+
+
+def without_adapter(model: Model) -> AbstractContextManager[object]:
+    """Inside, the model is its base; of a full fine-tune it stays what it is."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+
+
+def expect(
+    model: Model, device: torch.device, texts: Sequence[Text], top: int = TOP
+) -> Distributions:
+    """What `model` expects at each place of the answers of `texts`."""
+    ids, logs, rest = [], [], []
+    for logits in _log_probabilities(model, device, texts):
+        highest = logits.topk(min(top, logits.shape[-1]), dim=-1)
+        ids.append(highest.indices)
+        logs.append(highest.values)
+        rest.append(_rest(logits, highest.indices))
+    return Distributions(torch.cat(ids), torch.cat(logs), torch.cat(rest))
+
+
+def divergences(
+    base: Distributions, model: Model, device: torch.device, texts: Sequence[Text]
+) -> Tensor:
+    """KL(base || model) at each place of the answers, in nats, float32 (places,)."""
+    found, start = [], 0
+    for logs in _log_probabilities(model, device, texts):
+        part = slice(start, start + len(logs))
+        start += len(logs)
+        ids, expected, rest = base.ids[part], base.logs[part], base.rest[part]
+        known = (expected.exp() * (expected - logs.gather(1, ids))).sum(-1)
+        others = rest.exp() * (rest - _rest(logs, ids))
+        each = known + torch.where(rest.exp() > 0, others, 0.0)
+        found.append(each.clamp(min=0.0))  # below zero lies only rounding
+    return torch.cat(found)
+
+
+def _rest(logs: Tensor, ids: Tensor) -> Tensor:
+    """Logarithm of the mass of all tokens but `ids`; changes `logs`."""
+    return logs.scatter_(1, ids, -torch.inf).logsumexp(-1)
+
+
+def _log_probabilities(
+    model: Model, device: torch.device, texts: Sequence[Text]
+) -> Iterator[Tensor]:
+    """Logarithms of all probabilities for some places at a time, float32 (some, vocabulary)."""
+    head = head_of(model)
+    rows = chunk_rows(SMALLEST_CHUNK_BYTES // 2, head.shape[0])  # their logarithms lie beside
+    with evaluating(model):
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            batch = _batch(texts[start : start + _TEXTS_AT_ONCE])
+            batch = {name: value.to(device) for name, value in batch.items()}
+            states, _ = shift(hidden_states(model, batch), batch["labels"])
+            for part in states.split(rows):
+                yield product(part, head.t()).log_softmax(-1)
+
+
+def _batch(texts: Sequence[Text]) -> dict[str, Tensor]:
+    """One text a sequence, padded behind: positions count on, so that no mask is needed."""
+    length = max(len(text.ids) for text in texts)
+
+    def padded(values: NDArray[np.int64], filler: int) -> NDArray[np.int64]:
+        return np.pad(values, (0, length - len(values)), constant_values=filler)
+
+    ids = np.stack([padded(text.ids, PAD) for text in texts])
+    targets = np.stack([padded(text.labels, IGNORED_LABEL) for text in texts])
+    positions = np.tile(np.arange(length), (len(texts), 1))
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "labels": torch.from_numpy(targets),
+        "position_ids": torch.from_numpy(positions),
+    }
+
+
+def _digest(texts: Sequence[Text]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.ids.tobytes() + text.labels.tobytes())
+    return digest.hexdigest()[:16]
+
+
+PATIENCE_STEPS = 3
+"""Axolotl's, where the config names none."""
+WINDOW_STEPS, LEAST_STEPS = 50, 10
+"""Losses that the median is taken of, and how many there have to be."""
+SPIKE_RATIO, SPIKE_NATS = 2.0, 1.0
+"""A spike is both: twice the median, and a whole nat above it, which a memorised loss of 0.01 that
+doubles is not."""
+RISES = 2
+"""Rises of the held-out loss in a row that are warned of."""
+
+
+class LossAlarm:
+    """The training losses of one launch, and what is odd about the newest."""
+
+    def __init__(self, config: RunConfig, vocabulary: int) -> None:
+        self._limit = config.loss_watchdog_threshold
+        self._patience = config.loss_watchdog_patience or PATIENCE_STEPS
+        self._guessing = math.log(vocabulary)
+        self._recent: deque[float] = deque(maxlen=WINDOW_STEPS)
+        self._above = 0
+        self._quiet_steps = 0
+
+    def stop_reason(self, step: int, loss: float, norm: float) -> str | None:
+        """Why the run has to end before `step` changes anything: a loss or a gradient norm that is
+        no number, or one loss too many above `loss_watchdog_threshold`."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return f"Step {step} gave a loss of {loss:g} and a gradient norm of {norm:g}."
+        self._above = self._above + 1 if self._limit is not None and loss > self._limit else 0
+        if self._limit is None or self._above < self._patience:
+            return None
+        return (
+            f"The loss is {loss:.2f} at step {step}, and stays above "
+            f"loss_watchdog_threshold: {self._limit:g}."
+        )
+
+    def odd_start(self, loss: float) -> str | None:
+        """A sentence about the untouched model's loss, where guessing would be better."""
+        if loss <= self._guessing:
+            return None
+        return (
+            f"the first loss is {loss:.2f}, worse than {self._guessing:.2f}, which a model has "
+            "that takes every token for equally likely: usual for a base that was never trained; "
+            "of a trained one the weights or the tokenizer are not its own"
+        )
+
+    def spike(self, loss: float) -> float | None:
+        """The median of the losses before, where `loss` leaps above it; then quiet for a while."""
+        usual = median(self._recent) if len(self._recent) >= LEAST_STEPS else math.inf
+        self._recent.append(loss)
+        self._quiet_steps -= 1
+        if loss <= max(SPIKE_RATIO * usual, usual + SPIKE_NATS) or self._quiet_steps > 0:
+            return None
+        self._quiet_steps = LEAST_STEPS
+        return usual
+
+
+class OverfittingAlarm:
+    """Whether the held-out loss rises while the training loss falls: learning by heart."""
+
+    def __init__(self) -> None:
+        self._steps: list[float] = []
+        self._training = math.inf
+        self._risen: list[float] = []
+        """Held-out losses of which each is above the one before."""
+
+    def add_step(self, loss: float) -> None:
+        """Take in a training step's loss."""
+        self._steps.append(loss)
+
+    def add_evaluation(self, loss: float, best_step: int | None) -> str | None:
+        """Take in a held-out loss; a sentence at the second rise in a row, since one is noise.
+
+        `best_step` is the step of the save with the lowest held-out loss so far.
+        """
+        training = mean(self._steps) if self._steps else math.inf
+        learns = training < self._training
+        self._steps, self._training = [], training
+        rises = bool(self._risen) and learns and loss > self._risen[-1]
+        self._risen = [*self._risen, loss] if rises else [loss]
+        if len(self._risen) != 1 + RISES:
+            return None
+        path = " -> ".join(f"{each:.3f}" for each in self._risen)
+        kept = f"the save of step {best_step} is the best" if best_step else "no save is better"
+        return (
+            f"the held-out loss has risen twice in a row ({path}) while the training loss still "
+            f"falls: the model learns its rows by heart, and {kept}"
+        )
+
+
+def unreached(trainable: Iterable[tuple[str, nn.Parameter]]) -> str | None:
+    """A sentence about what got no gradient from the first step.
+
+    Raises UserError where nothing got one.
+    """
+    trainable = list(trainable)
+    idle = [name for name, parameter in trainable if parameter.grad is None]
+    if len(idle) == len(trainable):
+        raise UserError(
+            "Nothing would be trained.",
+            f"No row of the first step reaches what is trained, such as {idle[0]}.",
+            "Rows with images reach the vision tower; change the rows, or what is trained.",
+        )
+    if not idle:
+        return None
+    return (
+        f"{len(idle)} of {len(trainable)} trained tensors were not reached by the first step, such "
+        f"as {idle[0]}: without rows that reach them they stay as they are"
+    )

@@ -30,8 +30,7 @@ from engine.runs import RunFolder
 from engine.runs.newest_result import newest_result
 from engine.train.batches import Rows, join, open_pixels
 from engine.train.checkpoint import load_trained
-from engine.train.drift import general_questions, without_adapter
-from engine.train.evaluate import evaluating
+from engine.train.evaluate import evaluating, general_questions, without_adapter
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model, half_precision, image_features, unwrapped
 from engine.train.lora import put_on_training

@@ -37,7 +37,6 @@ from engine.pace import every
 from engine.plan.trainer import SAMPLE_TOKENS
 from engine.publish import publish_result
 from engine.runs import Command, ControlReader, Request, RunFolder, StopSignals
-from engine.train.alarms import LossAlarm, OverfittingAlarm, unreached
 from engine.train.batches import NAMED_ROWS, PAD, Order, Rows, StepBatch
 from engine.train.checkpoint import (
     Checkpoints,
@@ -49,7 +48,15 @@ from engine.train.checkpoint import (
     trained_parameters,
 )
 from engine.train.device import held_memory_bytes, peak_memory_bytes
-from engine.train.evaluate import mean_loss, row_losses, score, score_all
+from engine.train.evaluate import (
+    LossAlarm,
+    OverfittingAlarm,
+    mean_loss,
+    row_losses,
+    score,
+    score_all,
+    unreached,
+)
 from engine.train.experts import balance_loss, balance_weight, watch_routers
 from engine.train.forward import Model, head_module, head_of, hidden_states
 from engine.train.generate import Prompt, generate, readable

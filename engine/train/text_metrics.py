@@ -22,8 +22,7 @@ from engine.data.pack import shuffle_order
 from engine.data.prepare import label_rule
 from engine.events import Answers, Drift, Event, Note
 from engine.train.batches import Rows, collate
-from engine.train.drift import FAR, BaseDrift, general_texts
-from engine.train.evaluate import evaluating
+from engine.train.evaluate import FAR, BaseDrift, evaluating, general_texts
 from engine.train.forward import Model, head_of, hidden_states
 from engine.train.generate import generate
 from engine.train.loss import score_tokens

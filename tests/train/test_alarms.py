@@ -10,9 +10,8 @@ import torch
 
 from engine.chat.render import Kind
 from engine.errors import UserError, WorkError
-from engine.train.alarms import LEAST_STEPS, LossAlarm, OverfittingAlarm
 from engine.train.batches import Order, Rows
-from engine.train.evaluate import row_losses
+from engine.train.evaluate import LEAST_STEPS, LossAlarm, OverfittingAlarm, row_losses
 from engine.train.loop import Training, clip_gradients
 from tests.support.stock import stock_model
 from tests.support.tiny import MINISTRAL3, Begin, settings, training, with_vision, write_model

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.train.batches import Rows
-from engine.train.drift import (
+from engine.train.evaluate import (
     TOP,
     BaseDrift,
     Text,
@@ -116,7 +116,7 @@ class TestTheNumber:
             )
 
         once = found()
-        monkeypatch.setattr("engine.train.drift.SMALLEST_CHUNK_BYTES", 4 * VOCABULARY * 7)
+        monkeypatch.setattr("engine.train.evaluate.SMALLEST_CHUNK_BYTES", 4 * VOCABULARY * 7)
         in_chunks = found()
         assert once
         assert in_chunks

@@ -15,7 +15,7 @@ from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.events import Answers, Drift, Event, Note, Sample
 from engine.runs import Follower
 from engine.train.batches import Rows
-from engine.train.drift import general_questions
+from engine.train.evaluate import general_questions
 from engine.train.generate import ask, ask_by_default, generate
 from engine.train.loop import Training
 from engine.train.run import sampling_of
