@@ -28,7 +28,6 @@ from engine.runs import RunFolder
 from engine.train.batches import IMAGE_TOKEN, PAD, Rows
 from engine.train.fitcheck import check
 from engine.train.fitcheck.batches import count_rows, heaviest_step, synthetic_step
-from engine.train.fitcheck.peak_memory import CpuPeakMemory, used_by_process
 from engine.train.fitcheck.stand_in import (
     DrawnTensor,
     as_it_is,
@@ -36,6 +35,7 @@ from engine.train.fitcheck.stand_in import (
     reduce_for_cpu,
     shrink,
 )
+from engine.train.fitcheck.trial import CpuPeakMemory, used_by_process
 from engine.train.model import build_empty, load_base
 from tests.support.live_bytes import LiveBytes
 from tests.support.machines import cpu
