@@ -27,13 +27,15 @@ from engine.plan import estimate
 from engine.runs import RunFolder
 from engine.train.batches import IMAGE_TOKEN, PAD, Rows
 from engine.train.fitcheck import check
-from engine.train.fitcheck.batches import count_rows, heaviest_step, synthetic_step
 from engine.train.fitcheck.stand_in import (
     DrawnTensor,
     as_it_is,
+    count_rows,
     draw_weights,
+    heaviest_step,
     reduce_for_cpu,
     shrink,
+    synthetic_step,
 )
 from engine.train.fitcheck.trial import CpuPeakMemory, used_by_process
 from engine.train.model import build_empty, load_base

@@ -31,8 +31,16 @@ from engine.train.batches import Order, Rows, StepBatch, refuse_unread
 from engine.train.checkpoint import trained_parameters
 from engine.train.device import pick_device, pick_dtype
 from engine.train.fetch import leave_hub
-from engine.train.fitcheck.batches import count_rows, heaviest_step, run_tokens, synthetic_step
-from engine.train.fitcheck.stand_in import Built, as_it_is, draw_weights, reduce_for_cpu
+from engine.train.fitcheck.stand_in import (
+    Built,
+    as_it_is,
+    count_rows,
+    draw_weights,
+    heaviest_step,
+    reduce_for_cpu,
+    run_tokens,
+    synthetic_step,
+)
 from engine.train.forward import Model, head_of
 from engine.train.generate import Emit
 from engine.train.loop import Session, fill_gradients, update_weights
