@@ -2,7 +2,7 @@
 
 __main__  one process: `python -m engine.train run FOLDER`
 run       one launch, from its folder to its last event
-fetch     where the base model's files are
+fetch     where the base model's files are, and the embedded tiny bases of the demo
 model     the base model from its folder, refused when it would train broken
 forward   hidden states of a batch, packed rows kept apart
 offload   what lies in RAM until its turn on the device
@@ -11,27 +11,20 @@ fp8       FP8 weights and their scales
 quantize  NF4 and int8, and their guards
 experts   mixture-of-experts layers in NF4, and adapters on them
 lora      adapters on the language model's linears
-images    pixels of a run's images, decoded ahead
-prompts   what a run asks before, during and after
-batches   prepared arrays -> batches, in an order that a resumed run repeats
+batches   prepared rows and their images -> batches, in an order that a resumed run repeats
 loss      cross entropy over the full vocabulary without its logits
-alarms    what a run's losses warn of, and what ends it
 optim     optimizers and the learning-rate schedule
-loop      the steps
-checkpoint what a run needs to go on, written so that a kill cannot hurt it
-evaluate  held-out loss, whole and by kind, and exact answers
+loop      the steps; events, control and signals between them
+checkpoint what is trained, and all that a run needs to go on, to disk and back
+evaluate  held-out loss, exact answers, drift from the base, and what a run's losses warn of
+generate  text from a prompt: a run's own questions, and those to what it trained
 text_metrics  what the model writes by itself, in numbers
-drift     how far it has moved from its base
-generate  text from a prompt
-weights   what is trained, to disk and back
 companions the files beside a result's weights
-answers   questions to what a run trained
 adapter_files a saved adapter, read without its model
 merge     an adapter put into its base's weights
-session   events, control and signals of one process
 out_of_memory  which errors say so, what was held, what makes room
 fitcheck  what a config really takes, measured on random weights
-demo      the embedded tiny base models
+stand_in  the model and the batch that are measured
 """
 
 import os

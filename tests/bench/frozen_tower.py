@@ -19,7 +19,7 @@ import torch
 
 from engine.chat.render import LabelRule
 from engine.train.batches import collate
-from engine.train.fitcheck.trial import CpuPeakMemory
+from engine.train.fitcheck import CpuPeakMemory
 from engine.train.forward import hidden_states, unwrapped
 from tests.support.pictured_rows import Pictured, picture, seeing, write_pictured
 from tests.support.tiny import MINISTRAL3, gradients, settings, training, write_model

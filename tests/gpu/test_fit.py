@@ -8,7 +8,7 @@ import torch
 
 from engine.cli import main
 from engine.plan.measured import HOME_VARIABLE
-from engine.train.fitcheck.trial import open_peak_memory
+from engine.train.fitcheck import open_peak_memory
 from tests.fakes.processes import ROOT
 from tests.support.card import Card
 

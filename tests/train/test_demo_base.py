@@ -17,6 +17,7 @@ from engine.catalog import find_model
 from engine.catalog.rows import module_table
 from engine.chat.tokenizer import open_tokenizer
 from engine.errors import WorkError
+from engine.train import fetch
 from engine.train.fetch import EMBEDDING, SPREAD, draw_embedding, write_base
 from engine.train.forward import head_of
 from engine.train.generate import generate
@@ -119,8 +120,8 @@ class TestWriting:
 
     @pytest.fixture(autouse=True)
     def _small(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(demo, "draw_embedding", lambda rows, width: draw_embedding(500, width))
-        monkeypatch.setattr(demo, "write_tekken", lambda spec, path: path.write_text("words"))
+        monkeypatch.setattr(fetch, "draw_embedding", lambda rows, width: draw_embedding(500, width))
+        monkeypatch.setattr(fetch, "write_tekken", lambda spec, path: path.write_text("words"))
 
     def test_other_layers_are_another_folder(self, tmp_path: Path) -> None:
         one, other = (write_base("demo-tiny", random_layers(n), tmp_path) for n in (0, 1))
@@ -139,7 +140,7 @@ class TestWriting:
     def test_seed_and_spread_matter(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made = {write_base("demo-tiny", random_layers(0), tmp_path)}
         for name, value in (("SEED", 1), ("SPREAD", 0.5)):
-            monkeypatch.setattr(demo, name, value)
+            monkeypatch.setattr(fetch, name, value)
             made.add(write_base("demo-tiny", random_layers(0), tmp_path))
         assert len(made) == 3
 
@@ -160,7 +161,7 @@ class TestWriting:
             other = path.parent.with_suffix("")
             shutil.copytree(path.parent, other)
 
-        monkeypatch.setattr(demo, "write_tekken", finish_elsewhere)
+        monkeypatch.setattr(fetch, "write_tekken", finish_elsewhere)
         base = write_base("demo-tiny", random_layers(0), tmp_path)
         assert sorted(os.listdir(base)) == ["config.json", "model.safetensors", "tekken.json"]
         assert list(tmp_path.iterdir()) == [base]

@@ -26,8 +26,9 @@ from engine.hardware import GpuProcess, Machine, assume
 from engine.plan import estimate
 from engine.runs import RunFolder
 from engine.train.batches import IMAGE_TOKEN, PAD, Rows
-from engine.train.fitcheck import check
-from engine.train.fitcheck.stand_in import (
+from engine.train.fitcheck import CpuPeakMemory, check, used_by_process
+from engine.train.model import build_empty, load_base
+from engine.train.stand_in import (
     DrawnTensor,
     as_it_is,
     count_rows,
@@ -37,8 +38,6 @@ from engine.train.fitcheck.stand_in import (
     shrink,
     synthetic_step,
 )
-from engine.train.fitcheck.trial import CpuPeakMemory, used_by_process
-from engine.train.model import build_empty, load_base
 from tests.support.live_bytes import LiveBytes
 from tests.support.machines import cpu
 from tests.support.pictured_rows import MIXED, seeing, write_pictured

@@ -12,8 +12,8 @@ from engine.chat.render import LabelRule
 from engine.plan.duration import tower_operations
 from engine.plan.vision import image_share
 from engine.train.batches import collate
-from engine.train.fitcheck.stand_in import count_rows
 from engine.train.forward import hidden_states
+from engine.train.stand_in import count_rows
 from tests.support.pictured_rows import Pictured, picture, seeing, write_pictured
 from tests.support.tiny import MINISTRAL3, settings, training, write_model
 

@@ -17,7 +17,7 @@ from engine.plan.memory import moment_parts
 from engine.train import weight_files
 from engine.train.batches import Rows
 from engine.train.checkpoint import export_trained
-from engine.train.fitcheck.trial import CpuPeakMemory
+from engine.train.fitcheck import CpuPeakMemory
 from engine.train.loop import Training
 from tests.support.machines import card, config, cpu, model
 from tests.support.tiny import MINISTRAL3, settings, training, write_model

@@ -15,7 +15,7 @@ from engine.plan.memory.moments import CPU_BYTES, FOREACH_BYTES, update_bytes
 from engine.plan.memory.step import make_step
 from engine.plan.targets import adapter_parameters, choose_targets, largest_trainable
 from engine.train.batches import Rows
-from engine.train.fitcheck.trial import CpuPeakMemory
+from engine.train.fitcheck import CpuPeakMemory
 from engine.train.optim import build_optimizer, take_step
 from tests.support.machines import card, cpu
 from tests.support.tiny import MISTRAL4, WIDE, describe, settings, training, write_model
