@@ -322,13 +322,13 @@ GUARDS = {
         "::test_steps_far_below_the_spacing_shift_the_mean",
     ),
     "nothing of an image is learned": Guard(
-        "engine/chat/render/kinds.py",
+        "engine/chat/render.py",
         "Kind.TOOL_RESULT]] = rule.inputs",
         "Kind.TOOL_RESULT, Kind.IMAGE]] = rule.inputs",
         "tests/chat/test_image_render.py::test_nothing_of_an_image_is_ever_learned",
     ),
     "what a row keeps out of the loss": Guard(
-        "engine/chat/render/kinds.py",
+        "engine/chat/render.py",
         "_learned_by_kind(rule)[kinds]",
         "_learned_by_kind(rule)[kinds & ~np.uint8(WITHHELD)]",
         "tests/chat/test_kinds.py::test_a_rule_learns_its_kinds_and_nothing_withheld",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.chat.messages.conversation import RowProblem
+from engine.chat.conversation import RowProblem
 
 if TYPE_CHECKING:
     from PIL.Image import Image, Resampling

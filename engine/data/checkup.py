@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.chat.messages import Conversation, Image, Text
+from engine.chat.conversation import Conversation, Image, Text
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, learned
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig

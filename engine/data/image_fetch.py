@@ -13,8 +13,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import IO
 
+from engine.chat.conversation import RowProblem
 from engine.chat.images import IMAGE_LIMIT_BYTES, check_image
-from engine.chat.messages import RowProblem
 from engine.errors import WorkError
 from engine.files import write_whole
 

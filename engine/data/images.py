@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from engine.chat.conversation import Conversation, Image, Message, Part, RowProblem
 from engine.chat.images import IMAGE_LIMIT_BYTES, ImageSpec, Resample, check_image
-from engine.chat.messages import Conversation, Image, Message, Part, RowProblem
 from engine.config import RunConfig
 from engine.data.image_fetch import fetch_image, find_fetched
 from engine.data.sources import Location

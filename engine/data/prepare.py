@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.chat.conversation import RowProblem
 from engine.chat.images import ImageSpec
-from engine.chat.messages import RowProblem
 from engine.chat.render import RENDERER_VERSION, LabelRule
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from engine.chat.messages import RowProblem
-from engine.chat.messages.image import IMAGE_ENDINGS
+from engine.chat.conversation import RowProblem
+from engine.chat.message import IMAGE_ENDINGS
 from engine.errors import UserError
 
 # A conversation with a dozen base64 photos stays below this; a file without line ends does not.

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.chat.messages import Conversation, RowFormat, RowProblem, read_row
+from engine.chat.conversation import Conversation, RowFormat, RowProblem
 from engine.chat.render import Rendered, render
+from engine.chat.row import read_row
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig
 from engine.data.images import ImageFinder, ImageName, ImageRules

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from engine.chat.messages import Conversation, Image, Part, RowFormat, RowProblem, Think, read_row
-from engine.chat.messages.image import looks_like_image
+from engine.chat.conversation import Conversation, Image, Part, RowFormat, RowProblem, Think
+from engine.chat.message import looks_like_image
+from engine.chat.row import read_row
 from engine.config import DatasetConfig
 from engine.data.requests import FirstRow, Shape
 from engine.data.sources import iterate_rows

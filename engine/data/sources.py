@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.chat.messages import RowProblem
-from engine.chat.messages.image import IMAGE_ENDINGS
+from engine.chat.conversation import RowProblem
+from engine.chat.message import IMAGE_ENDINGS
 from engine.config import DatasetConfig
 from engine.data import readers
 from engine.data.readers import RawRow

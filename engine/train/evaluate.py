@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine.chat.messages import RowFormat, read_row
+from engine.chat.conversation import RowFormat
 from engine.chat.render import IGNORED_LABEL, Kind, LabelRule, labels, learned, render
+from engine.chat.row import read_row
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig
 from engine.data.prepare import label_rule

@@ -20,9 +20,10 @@ from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from torch import Tensor
 
 from engine.catalog import official_sampling
+from engine.chat.conversation import RowFormat
 from engine.chat.images import pixels
-from engine.chat.messages import RowFormat, read_row
 from engine.chat.render import WITHHELD, Kind, LabelRule, learned, render
+from engine.chat.row import read_row
 from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.config import DatasetConfig, RunConfig, read_config
 from engine.errors import UserError

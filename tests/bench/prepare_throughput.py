@@ -26,8 +26,9 @@ from typing import Any
 
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-from engine.chat.messages import RowFormat, read_row
+from engine.chat.conversation import RowFormat
 from engine.chat.render import LabelRule, labels, render
+from engine.chat.row import read_row
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, build_tokenizer
 from engine.config import DatasetConfig, RunConfig
 from engine.data.prepare import prepare

@@ -1,6 +1,7 @@
 import pytest
 
-from engine.chat.messages import Conversation, RowFormat, read_row
+from engine.chat.conversation import Conversation, RowFormat
+from engine.chat.row import read_row
 from tests.support.tokenizers import Read, Tokenizers
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from engine.chat.messages import RowFormat, RowProblem, read_row
+from engine.chat.conversation import RowFormat, RowProblem
 from engine.chat.render import Kind, LabelRule, labels, render
+from engine.chat.row import read_row
 from engine.chat.tokenizer import ChatTokenizer
 from tests.support import oracle
 from tests.support.exact import render_exact

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from engine.chat.messages import RowFormat, read_row
+from engine.chat.conversation import RowFormat
 from engine.chat.render import WITHHELD, Kind, LabelRule, learned, render
+from engine.chat.row import read_row
 from engine.chat.tokenizer import ChatTokenizer
 from tests.support.tokenizers import Tokenizers
 

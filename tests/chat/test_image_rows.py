@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from engine.chat.messages import Image, Message, RowFormat, RowProblem, Text, read_row
+from engine.chat.conversation import Image, Message, RowFormat, RowProblem, Text
+from engine.chat.row import read_row
 from engine.config import DatasetConfig
 from tests.support.pictures import picture, png
 

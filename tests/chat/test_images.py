@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers import image as stock
 from PIL import Image
 
+from engine.chat.conversation import RowProblem
 from engine.chat.images import (
     IMAGE_LIMIT_BYTES,
     IMAGE_LIMIT_PIXELS,
@@ -22,7 +23,6 @@ from engine.chat.images import (
     pixels,
     read_size,
 )
-from engine.chat.messages import RowProblem
 from tests.support.pictures import SIZES, file_of, picture, png
 
 SPEC = ImageSpec(14, 1540, 2)
@@ -155,7 +155,7 @@ def test_the_limits_themselves_pass():
 
 def test_reading_rows_of_text_opens_no_image_library():
     code = (
-        "import sys, engine.chat.messages, engine.chat.render, engine.chat.images\n"
+        "import sys, engine.chat.row, engine.chat.render, engine.chat.images\n"
         "assert 'PIL' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.chat.messages import Message, RowFormat, RowProblem, Text, Think, ToolCall, read_row
+from engine.chat.conversation import Message, RowFormat, RowProblem, Text, Think, ToolCall
 from engine.chat.render import render
+from engine.chat.row import read_row
 from engine.config import DatasetConfig
 from engine.errors import UserError
 from tests.support.tokenizers import ANSWER, USER, Read, Tokenizers

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from engine.chat.messages import RowFormat, RowProblem, read_row
+from engine.chat.conversation import RowFormat, RowProblem
 from engine.chat.render import render
+from engine.chat.row import read_row
 from engine.chat.tokenizer import ChatTokenizer
 from tests.support import oracle
 from tests.support.strategies import tangled_rows

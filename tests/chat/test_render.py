@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engine.chat.messages import Conversation, Message, RowProblem, Text, Think
+from engine.chat.conversation import Conversation, Message, RowProblem, Text, Think
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, labels, learned, render
 from engine.chat.tokenizer import ChatTokenizer
 from tests.support import oracle

@@ -13,8 +13,7 @@ import pytest
 
 from engine.catalog import find_repository
 from engine.chat.render import Kind, learned
-from engine.chat.tokenizer import ChatTokenizer
-from engine.chat.tokenizer.find import spec_of
+from engine.chat.tokenizer import ChatTokenizer, spec_of
 from engine.config import RunConfig, read_config
 from engine.data.prepare import label_rule, prepare
 from engine.data.preview import preview_entry, preview_row

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.chat.messages import Conversation
+from engine.chat.conversation import Conversation
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered
 from engine.data import prepared as module
 from engine.data.array_writer import ArrayWriter, Interval

@@ -27,10 +27,9 @@ from mistral_common.protocol.instruct.tool_calls import FunctionCall, Tool, Tool
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from pydantic import ValidationError
 
-from engine.chat.messages import Conversation, Image, Message, Part, RowProblem, Text, Think
-from engine.chat.render.encode import measure
-from engine.chat.render.kinds import WITHHELD, Kind, Kinds, Rendered, RenderedImage
-from engine.chat.render.thinking import settle
+from engine.chat.conversation import Conversation, Image, Message, Part, RowProblem, Text, Think
+from engine.chat.render import WITHHELD, Kind, Kinds, Rendered, RenderedImage, measure
+from engine.chat.rules import settle
 from engine.chat.tokenizer import ChatTokenizer
 from tests.support.oracle import grid_url, mistral_of
 

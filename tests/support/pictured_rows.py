@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from engine.chat.conversation import Conversation
 from engine.chat.images import ImageSpec, grid
-from engine.chat.messages import Conversation
 from engine.chat.render import Kind, Rendered, RenderedImage
 from engine.data.array_writer import ArrayWriter, Interval
 from engine.data.prepared import Prepared, StoredImage

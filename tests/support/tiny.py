@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from engine.chat.messages import Conversation
+from engine.chat.conversation import Conversation
 from engine.chat.render import Kind, Rendered
 from engine.config import RunConfig
 from engine.data.array_writer import ArrayWriter, Interval

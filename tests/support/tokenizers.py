@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from engine.chat.messages import Conversation
+from engine.chat.conversation import Conversation
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, build_tokenizer
 
 tokenizer_of = cache(build_tokenizer)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from engine.catalog.cards import Sampling
-from engine.chat.messages import RowFormat, read_row
+from engine.chat.conversation import RowFormat
 from engine.chat.render import WITHHELD, Kind, LabelRule, render
+from engine.chat.row import read_row
 from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.events import Answers, Drift, Event, Note, Sample
 from engine.runs import Follower

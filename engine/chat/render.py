@@ -1,21 +1,25 @@
-"""The renderer that prepare, preview and training use: pieces straight to tokens.
+"""A conversation to token ids, the kind of each token and the message that it came from.
 
-It writes what mistral-common's normalizer and encoders of v3, v7, v11, v13 and v15 would, with one
-tokenizer call a piece and no pydantic, and knows each token's kind because it wrote the piece.
-The tests hold it to `encode_chat_completion`.
+mistral-common encodes every piece of a conversation on its own, and no text ever becomes a control
+token: so piece boundaries are token boundaries and the masks are exact by construction. What its
+normalizer and encoders of v3, v7, v11, v13 and v15 would write is written here with one tokenizer
+call a piece and no pydantic; the tests hold it to `encode_chat_completion`.
 
-v3 has no system message: the prompt is written into the last user message of the conversation, in
-one piece with its text. What comes before that message sees neither it nor the tools.
+Kinds are stored, labels are derived from them when a batch is made: whether thinking is trained is
+then a switch, not a reason to tokenize again.
 """
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from engine.chat.images import grid, read_size
-from engine.chat.messages import (
+from engine.chat.conversation import (
     Conversation,
     Image,
     Message,
@@ -25,11 +29,168 @@ from engine.chat.messages import (
     Think,
     ToolCall,
 )
-from engine.chat.render.kinds import WITHHELD, Kind, Rendered, RenderedImage
-from engine.chat.render.rules import check_tools, check_version, write_json, write_result
+from engine.chat.images import grid, read_size
+from engine.chat.rules import check_tools, check_version, settle, write_json, write_result
 
 if TYPE_CHECKING:
-    from engine.chat.tokenizer.chat_tokenizer import ChatTokenizer
+    from engine.chat.tokenizer import ChatTokenizer
+
+
+Ids: TypeAlias = NDArray[np.uint32]
+Kinds: TypeAlias = NDArray[np.uint8]
+Sources: TypeAlias = NDArray[np.int32]
+
+# The high bit of a stored kind: the token's message is kept out of the loss by the row.
+WITHHELD = 0x80
+# What torch's cross entropy skips.
+IGNORED_LABEL = -100
+
+
+class Kind(IntEnum):
+    """The kind of a token; its lower-case name is the contract's word."""
+
+    BOS = 0
+    SYSTEM = 1
+    TOOLS = 2
+    SETTINGS = 3
+    USER = 4
+    IMAGE = 5
+    TOOL_RESULT = 6
+    TEXT = 7
+    THINK = 8
+    CALL = 9
+    EOS = 10
+
+    @property
+    def word(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedImage:
+    """An image behind a run of image tokens: the bytes of its file, and its grid of tokens."""
+
+    content: bytes | memoryview
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the run: each row of the grid ends with one more."""
+        return self.rows * (self.columns + 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rendered:
+    """One conversation as tokens: three arrays of one length, and its images in their order.
+
+    `kinds` holds a `Kind`, with `WITHHELD` set where the row keeps the message out of the loss;
+    `sources` the index of the message in the row as given, -1 for tokens of none.
+    """
+
+    input_ids: Ids
+    kinds: Kinds
+    sources: Sources
+    images: tuple[RenderedImage, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelRule:
+    """Which kinds are learned: the assistant's always, its thinking and the rest by choice.
+
+    `inputs` adds system, tools, settings, user and tool_result tokens. Nothing adds bos, which no
+    token precedes, or image tokens, which a model never writes.
+    """
+
+    thinking: bool = True
+    inputs: bool = False
+
+
+@lru_cache
+def _learned_by_kind(rule: LabelRule) -> NDArray[np.bool_]:
+    table = np.zeros(256, np.bool_)  # kinds with WITHHELD stay False
+    table[[Kind.TEXT, Kind.CALL, Kind.EOS]] = True
+    table[Kind.THINK] = rule.thinking
+    table[[Kind.SYSTEM, Kind.TOOLS, Kind.SETTINGS, Kind.USER, Kind.TOOL_RESULT]] = rule.inputs
+    return table
+
+
+def learned(kinds: Kinds, rule: LabelRule) -> NDArray[np.bool_]:
+    """True for each token that the loss counts."""
+    return _learned_by_kind(rule)[kinds]
+
+
+def count_learned(kind_counts: Mapping[int, int], rule: LabelRule) -> int:
+    """Learned tokens among so many of each stored kind."""
+    flags = learned(np.array(list(kind_counts), dtype=np.uint8), rule)
+    return int(np.dot(flags, np.array(list(kind_counts.values()), dtype=np.int64)))
+
+
+def labels(input_ids: Ids, kinds: Kinds, rule: LabelRule) -> NDArray[np.int64]:
+    """The ids that are learned, -100 elsewhere; not shifted."""
+    return np.where(learned(kinds, rule), input_ids.astype(np.int64), IGNORED_LABEL)
+
+
+def truncate(
+    rendered: Rendered, limit_tokens: int, rule: LabelRule | None = None
+) -> Rendered | None:
+    """The first `limit_tokens` tokens at most, or None where none that is learned remains.
+
+    A cut inside a run of image tokens moves to before it: a part of an image means nothing.
+    """
+    end = min(limit_tokens, len(rendered))
+    kinds = rendered.kinds & ~np.uint8(WITHHELD)
+    if end < len(rendered) and kinds[end] == Kind.IMAGE:
+        while end and kinds[end - 1] == Kind.IMAGE:
+            end -= 1
+    if not learned(rendered.kinds[:end], rule or LabelRule()).any():
+        return None
+    if end == len(rendered):
+        return rendered
+    left = int(np.count_nonzero(kinds[:end] == Kind.IMAGE)) if rendered.images else 0
+    whole = 0
+    while whole < len(rendered.images) and left >= rendered.images[whole].tokens:
+        left -= rendered.images[whole].tokens
+        whole += 1
+    return Rendered(
+        rendered.input_ids[:end],
+        rendered.kinds[:end],
+        rendered.sources[:end],
+        rendered.images[:whole],
+    )
+
+
+# Part of the key of prepared arrays: raised when any conversation gives other arrays than before.
+RENDERER_VERSION = 2
+
+
+def render(
+    conversation: Conversation,
+    tokenizer: "ChatTokenizer",
+    *,
+    history_thinking: Literal["keep", "drop"] = "keep",
+) -> Rendered:
+    """The arrays of a conversation, ids equal to mistral-common's `encode_chat_completion`.
+
+    `history_thinking` "drop" leaves out the assistant's thinking before the last user message,
+    as some servers do. Raises RowProblem where the tokenizer's version refuses the conversation.
+    """
+    settled = settle(conversation, tokenizer, history_thinking)
+    try:
+        return encode(settled, tokenizer)
+    except BaseException as error:
+        # tiktoken's Rust panics on a run of some 10^6 blanks, outside Exception and unexported.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RowProblem(
+            "The text cannot be tokenized.",
+            "It holds a run of blanks, or of one character, that is too long for the tokenizer.",
+            "Shorten the run, or delete the row.",
+        ) from None
+
 
 # Plain integers: numpy reads a list of IntEnum members ten times slower.
 _BOS, _SYSTEM, _TOOLS, _SETTINGS, _USER, _IMAGE = map(int, tuple(Kind)[:6])

@@ -1,0 +1,491 @@
+"""One row of a dataset to one `Conversation`, or the reason why not.
+
+It decides where a row keeps its messages, images and tools, and holds the messages to the order of
+roles that every tokenizer version asks: the rules that mistral-common's finetuning validators
+share, found once and named by message. What single versions ask beyond them is in `rules`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby, pairwise
+from types import MappingProxyType
+
+from engine.chat.conversation import (
+    DEFAULT_FIELD_MESSAGES,
+    Conversation,
+    Image,
+    Message,
+    Note,
+    Part,
+    Role,
+    RowFormat,
+    RowProblem,
+    Text,
+    Think,
+    describe,
+)
+from engine.chat.message import (
+    PLACEHOLDER,
+    MessageReader,
+    check_function_name,
+    describe_keys,
+    looks_like_image,
+    parse_if_text,
+    parse_json,
+    read_image,
+)
+
+_OTHER_FIELDS = ("conversations", "conversation")
+_QUESTION_AND_ANSWER = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+)
+_CAPTIONS = ("caption", "text")
+_IMAGE_COLUMNS = ("images", "image")
+# In tables: names that hold an image in some datasets and a text about one in others.
+_PERHAPS_IMAGE_COLUMNS = ("image_id", "image_path", "image_url", "img", "picture", "file_name")
+
+
+def read_row(row: Mapping[str, object], row_format: RowFormat) -> Conversation:
+    """The conversation in a row, up to its last assistant message.
+
+    Raises RowProblem, and nothing else, whatever JSON the row holds.
+    """
+    reader = MessageReader(row_format)
+    kept, trimmed = trim(_read_messages(row, row_format, reader))
+    notes = [*reader.notes, *([trimmed] if trimmed else ()), *check_order(kept)]
+    effort = _read_effort(row, row_format)
+    if effort == "none":
+        text = "The assistant thinks although reasoning_effort is none."
+        thinking = [message.source for message in kept if _thinks(message)]
+        notes += [Note("effort_contradicts_thinking", text, at) for at in thinking[:1]]
+    notes += _images_left_out(kept, row, row_format)
+    tools = read_tools(row.get(row_format.field_tools))
+    return Conversation(tuple(kept), tools, effort, tuple(notes))
+
+
+def _read_messages(
+    row: Mapping[str, object], row_format: RowFormat, reader: MessageReader
+) -> Sequence[Message]:
+    listed = _find_list(row, row_format)
+    column, images = _find_images(row, row_format, table=listed is None)
+    if listed is None:
+        messages = _read_columns(row, row_format, shows_image=bool(images))
+    else:
+        messages = [reader.read(message, index) for index, message in enumerate(listed)]
+    messages = place_images(messages, images, column)
+    system = row.get("system")
+    if not system or (messages and messages[0].role == "system"):
+        return messages
+    if not isinstance(system, str):
+        raise RowProblem(
+            "The row's system prompt is not text.",
+            f"Its `system` is {describe(system)}.",
+            "Write it as a string.",
+        )
+    return [Message("system", system), *messages]
+
+
+def _find_list(row: Mapping[str, object], row_format: RowFormat) -> Sequence[object] | None:
+    field = row_format.field_messages
+    others = _OTHER_FIELDS if field == DEFAULT_FIELD_MESSAGES else ()
+    for name in (field, *others):
+        value = row.get(name)
+        if isinstance(value, str) and value.strip():
+            value = parse_json(value, name, None)
+        if isinstance(value, list | tuple):
+            return value
+        if value is not None:
+            raise RowProblem(
+                "The messages are not a list.",
+                f"{name} is {describe(value)}.",
+                'Write them as [{"role": "user", "content": "..."}, ...].',
+            )
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):
+        return [*prompt, *completion]
+    return None
+
+
+def _find_images(
+    row: Mapping[str, object], row_format: RowFormat, table: bool
+) -> tuple[str, tuple[Image, ...]]:
+    """The column that holds the row's images, and these; "" and none where there is none."""
+    chosen = row_format.field_image
+    for column in (chosen,) if chosen is not None else _IMAGE_COLUMNS:
+        if row.get(column):
+            return column, read_images(row[column], column)
+    if table and chosen is None:
+        for column in _PERHAPS_IMAGE_COLUMNS:
+            if looks_like_image(row.get(column)):
+                return column, read_images(row[column], column)
+    return "", ()
+
+
+def _images_left_out(
+    messages: Sequence[Message], row: Mapping[str, object], row_format: RowFormat
+) -> Sequence[Note]:
+    """A note where a column seems to hold an image and no message shows one."""
+    if row_format.field_image is not None:
+        return ()
+    parts = (part for m in messages if not isinstance(m.content, str) for part in m.content)
+    column = next((c for c in _PERHAPS_IMAGE_COLUMNS if looks_like_image(row.get(c))), None)
+    if column is None or any(isinstance(part, Image) for part in parts):
+        return ()
+    text = f"No message shows the image in {column}; field_image: {column} would put it there."
+    return (Note("image_left_out", text),)
+
+
+def _read_columns(
+    row: Mapping[str, object], row_format: RowFormat, shows_image: bool
+) -> Sequence[Message]:
+    question, answer = _find_columns(row, row_format, shows_image)
+    columns = (question, "input", answer) if question == "instruction" else (question, answer)
+    texts = []
+    for column in columns:
+        value = row.get(column, "") if column in ("input", "") else row[column]
+        if value is not None and not isinstance(value, str):
+            raise RowProblem(
+                f"The column {column} is not text.",
+                f"It is {describe(value)}.",
+                "Write it as a string.",
+            )
+        texts.append(value)
+    asked = "\n\n".join(text for text in texts[:-1] if text)
+    return [Message("user", asked), Message("assistant", texts[-1] or "")]
+
+
+def _find_columns(
+    row: Mapping[str, object], row_format: RowFormat, shows_image: bool
+) -> tuple[str, str]:
+    """The columns of the question, "" for an image with a caption alone, and of the answer."""
+    asks, answers = row_format.field_question, row_format.field_answer
+    for question, answer in _QUESTION_AND_ANSWER:
+        pair = (asks or question, answers or answer)
+        if all(row.get(column) is not None for column in pair):
+            return pair
+    if shows_image and asks is None:
+        for answer in (answers,) if answers else _CAPTIONS:
+            if row.get(answer) is not None:
+                return "", answer
+    raise RowProblem(
+        "The row has no messages.",
+        f"It has no {row_format.field_messages}; its columns are {describe_keys(row)}.",
+        "Name the column in field_messages, or use columns such as question and answer, or name "
+        "yours in field_question and field_answer.",
+    )
+
+
+def _read_effort(row: Mapping[str, object], row_format: RowFormat) -> str | None:
+    effort = row.get("reasoning_effort")
+    if effort is None:
+        return row_format.reasoning_effort
+    if isinstance(effort, str):
+        return effort
+    raise RowProblem(
+        "The row's reasoning_effort is not a word.",
+        f"It is {describe(effort)}.",
+        "Write none or high, or delete the column.",
+    )
+
+
+def _thinks(message: Message) -> bool:
+    if message.role != "assistant":
+        return False
+    if isinstance(message.content, str):
+        return message.content.lstrip().startswith("<think>")
+    return any(isinstance(part, Think) for part in message.content)
+
+
+_PLACEHOLDER_TEXT = "<image>"
+
+
+def read_images(value: object, column: str) -> tuple[Image, ...]:
+    """The images of a column: one, a list of them, or the JSON text of a list."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_json(value, column, None)
+    several = value if isinstance(value, list | tuple) else [value]
+    return tuple(read_image(each, None) for each in several)
+
+
+def place_images(
+    messages: Sequence[Message], images: Sequence[Image], column: str
+) -> Sequence[Message]:
+    """The messages with the images of the row's `column` in their places, in order.
+
+    A place is a chunk {"type": "image"} or, where there is a column, `<image>` in a text of the
+    user; without any the images come before the first text of the user.
+    """
+    written = [_mark_places(message) if images else message for message in messages]
+    places = sum(part == PLACEHOLDER for message in written for part in _parts(message))
+    if not images and not places:
+        return messages
+    if images and not places:
+        return _put_first(written, images, column)
+    if places != len(images):
+        raise RowProblem(
+            f"The row has {len(images)} images and {places} places for them.",
+            f'A place is {{"type": "image"}} or {_PLACEHOLDER_TEXT}.',
+            "Make the numbers equal, or leave the places out: images then come first.",
+        )
+    left = iter(images)
+    return [_fill(message, left) for message in written]
+
+
+def _parts(message: Message) -> tuple[Part, ...]:
+    return () if isinstance(message.content, str) else message.content
+
+
+def _fill(message: Message, left: Iterator[Image]) -> Message:
+    parts = _parts(message)
+    if PLACEHOLDER not in parts:
+        return message
+    return replace(
+        message, content=tuple(next(left) if part == PLACEHOLDER else part for part in parts)
+    )
+
+
+def _mark_places(message: Message) -> Message:
+    """`<image>` in the texts of a user message as placeholders; the line ends around it go."""
+    if message.role != "user":
+        return message
+    content = message.content
+    parts: list[Part] = []
+    for part in (Text(content),) if isinstance(content, str) else content:
+        if not isinstance(part, Text) or _PLACEHOLDER_TEXT not in part.text:
+            parts.append(part)
+            continue
+        pieces = part.text.split(_PLACEHOLDER_TEXT)
+        for index, piece in enumerate(pieces):
+            if index:
+                parts.append(PLACEHOLDER)
+                piece = piece.removeprefix("\n")
+            text = piece.removesuffix("\n") if index + 1 < len(pieces) else piece
+            if text:
+                parts.append(Text(text))
+    return replace(message, content=tuple(parts)) if PLACEHOLDER in parts else message
+
+
+def _put_first(
+    messages: Sequence[Message], images: Sequence[Image], column: str
+) -> Sequence[Message]:
+    if any(isinstance(part, Image) for message in messages for part in _parts(message)):
+        raise RowProblem(
+            "The row gives images twice.",
+            f"Its messages hold images of their own, and so does the column {column}.",
+            "Keep one of them, or name another column in field_image.",
+        )
+    for index, message in enumerate(messages):
+        if message.role == "user":
+            content = message.content
+            text = content if not isinstance(content, str) else (Text(content),) if content else ()
+            shown = replace(message, content=(*images, *text))
+            return [*messages[:index], shown, *messages[index + 1 :]]
+    raise RowProblem(
+        "The row has images and no user message.",
+        f"They are in the column {column}, and only a user shows images.",
+        "Add the question that they belong to.",
+    )
+
+
+_TOOL_FIX = (
+    'Write each as {"type": "function", "function": {"name": "...", "description": "...", '
+    '"parameters": {...}}}.'
+)
+
+
+def read_tools(value: object) -> tuple[dict[str, object], ...]:
+    """A list of tools, or a JSON string of one; bare function definitions are wrapped.
+
+    Raises RowProblem where mistral-common would refuse the types. Whether `parameters` is a JSON
+    schema is checked when they are rendered.
+    """
+    value = parse_if_text(value, "the tools", None)
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise _problem("The tools are not a list.", f"They are {describe(value)}.")
+    return tuple(_read_tool(parse_if_text(tool, "a tool", None)) for tool in value)
+
+
+def _read_tool(tool: object) -> dict[str, object]:
+    if not isinstance(tool, Mapping):
+        raise _problem("A tool is not an object.", f"It is {describe(tool)}.")
+    if tool.get("type") not in (None, "function"):
+        raise _problem("A tool is not a function.", f"Its type is {describe(tool['type'])}.")
+    function = tool.get("function") or tool
+    if not isinstance(function, Mapping):
+        raise _problem("A tool defines no function.", f"It holds {describe(function)}.")
+    name = check_function_name(function.get("name"), None)
+    description = function.get("description")
+    parameters = parse_if_text(function.get("parameters"), "a tool's parameters", None)
+    if description is not None and not isinstance(description, str):
+        raise _problem("A tool's description is not text.", f"It is {describe(description)}.")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        why = f"They are {describe(parameters)}."
+        raise _problem("A tool's parameters are no JSON schema.", why)
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": description or "",
+            "parameters": parameters or {},
+        },
+    }
+
+
+def _problem(what: str, why: str) -> RowProblem:
+    return RowProblem(what, why, _TOOL_FIX)
+
+
+_NEXT: Mapping[Role, tuple[Role, ...]] = MappingProxyType(
+    {
+        "system": ("user", "assistant", "system"),
+        "user": ("assistant", "system", "user"),
+        "assistant": ("assistant", "user", "tool"),
+        "tool": ("assistant", "tool", "user"),
+    }
+)
+
+
+def trim(messages: Sequence[Message]) -> tuple[Sequence[Message], Note | None]:
+    """The messages up to the last one of the assistant, and a note where some were left out."""
+    end = len(messages)
+    while end and messages[end - 1].role != "assistant":
+        end -= 1
+    if not end:
+        raise RowProblem(
+            "The row has no assistant message.",
+            "There is nothing in it to learn.",
+            "Add the answer that the model should give, or delete the row.",
+        )
+    if end == len(messages):
+        return messages, None
+    count = len(messages) - end
+    text = (
+        "The last message has no answer after it, and is left out."
+        if count == 1
+        else f"The last {count} messages have no answer after them, and are left out."
+    )
+    return messages[:end], Note("trimmed", text, messages[end].source)
+
+
+def check_order(messages: Sequence[Message]) -> Iterator[Note]:
+    """Yields what is worth knowing. Raises RowProblem at the first message out of order."""
+    if len(messages) == 1:
+        raise RowProblem(
+            "The row is one assistant message.",
+            "A conversation starts with a user or a system message.",
+            "Add the question that this answers.",
+            messages[0].source,
+        )
+    _check_roles(messages)
+    _check_answers(messages)
+    for role, group in groupby(messages, lambda message: message.role):
+        if role == "assistant":
+            turn = list(group)
+            _check_turn(turn)
+            yield from _note_blank(turn)
+
+
+def _check_roles(messages: Sequence[Message]) -> None:
+    for before, message in pairwise(messages):
+        if message.role not in _NEXT[before.role]:
+            raise RowProblem(
+                f"After the {before.role} message comes a {message.role} message.",
+                f"Only {' or '.join(_NEXT[before.role])} may follow {before.role}.",
+                "A tool result comes right after the assistant message that calls it."
+                if message.role == "tool"
+                else "Put the messages in that order, or delete this one.",
+                message.source,
+            )
+
+
+def _check_answers(messages: Sequence[Message]) -> None:
+    first = messages[0]
+    if first.role == "tool" or first.tool_calls:
+        raise RowProblem(
+            f"The row starts with a tool {'result' if first.role == 'tool' else 'call'}.",
+            "Nobody asked for it: mistral-common pairs no call or result in the first message.",
+            "Put the user's question, and the call, before it.",
+            first.source,
+        )
+    unanswered = 0
+    calls_at: int | None = None
+    for message in messages:
+        if message.role == "tool":
+            unanswered -= 1
+        elif message.role == "assistant":
+            if unanswered:
+                _refuse_count(unanswered, calls_at, message)
+            unanswered, calls_at = len(message.tool_calls), message.source
+    if unanswered < 0:
+        _refuse_count(unanswered, calls_at, messages[-1])
+
+
+def _refuse_count(unanswered: int, calls_at: int | None, message: Message) -> None:
+    if unanswered > 0:
+        raise RowProblem(
+            "A tool call has no result.",
+            f"{unanswered} of its calls are unanswered when the next assistant message comes.",
+            "Add one tool message for each call, right after it.",
+            calls_at,
+        )
+    raise RowProblem(
+        "A tool result answers no call.",
+        "There are more tool messages than calls before this message.",
+        "Delete the extra result, or add the call to the assistant message before it.",
+        message.source,
+    )
+
+
+def _check_turn(turn: Sequence[Message]) -> None:
+    """Messages of the assistant in a row: they are rendered as one."""
+    last = turn[-1]
+    if not any(message.tool_calls or has_content(message) for message in turn):
+        raise RowProblem(
+            "The assistant message is empty.",
+            "It has neither text nor tool calls.",
+            "Write the answer, or delete the message.",
+            last.source,
+        )
+    if any(message.learn != last.learn for message in turn):
+        raise RowProblem(
+            "Assistant messages in a row disagree on what is learned.",
+            "They are rendered as one message, which is learned or is not.",
+            "Give them the same weight, or put a user message between them.",
+            last.source,
+        )
+    open_thinking: Message | None = None
+    for message in turn:
+        content = message.content
+        for part in (Text(content),) if isinstance(content, str) else content:
+            if open_thinking is not None and (not isinstance(part, Text) or part.text):
+                raise RowProblem(
+                    "Unclosed thinking is followed by more.",
+                    "Nothing would mark where the thinking ends and the answer begins.",
+                    "Delete `closed: false`, or cut the message after the thinking.",
+                    open_thinking.source,
+                )
+            if isinstance(part, Think) and not part.closed:
+                open_thinking = message
+
+
+def has_content(message: Message) -> bool:
+    """Whether it holds more than calls and empty texts."""
+    if isinstance(message.content, str):
+        return bool(message.content)
+    return any(not isinstance(part, Text) or part.text for part in message.content)
+
+
+def _note_blank(turn: Sequence[Message]) -> Iterator[Note]:
+    only_text = all(isinstance(message.content, str) for message in turn)
+    if only_text and not any(
+        message.tool_calls or (isinstance(message.content, str) and message.content.strip())
+        for message in turn
+    ):
+        text = "The answer is blank: the model learns to say nothing."
+        yield Note("blank_answer", text, turn[-1].source)
