@@ -13,9 +13,8 @@ from typing import Final, Literal, cast, get_args
 
 from engine.errors import UserError, WorkError
 from engine.events import Ack
-from engine.runs.folder import RunFolder
+from engine.runs.folder import LineReader, RunFolder, append_line
 from engine.runs.follower import Follower
-from engine.runs.lines import LineReader, append_line
 from engine.runs.lock import is_locked
 from engine.visible import visible
 

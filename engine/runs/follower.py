@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from engine.events import Recorded, parse_line
-from engine.runs.folder import RunFolder
-from engine.runs.lines import LineReader
+from engine.runs.folder import LineReader, RunFolder
 from engine.runs.lock import is_locked
 
 

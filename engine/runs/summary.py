@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from engine.events import Ack, Ended, Eval, Recorded, Saved, Started, Step, parse_line
-from engine.runs.folder import RunFolder
-from engine.runs.lines import LineReader, lines_backwards
+from engine.runs.folder import LineReader, RunFolder, lines_backwards
 from engine.runs.lock import is_locked, read_claim, unreadable
 
 Status = Literal["waiting", "running", "paused", "stopped", "finished", "failed", "lost"]

@@ -11,7 +11,7 @@ import pytest
 from engine.errors import UserError, WorkError
 from engine.events import Ack, Step
 from engine.runs import ControlReader, Follower, RunFolder, RunLock, ask, send, status
-from engine.runs.lines import append_line
+from engine.runs.folder import append_line
 from tests.fakes.processes import running_fake, wait_until
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.events import Ended, Eval, EventWriter, Note, Recorded, Step, format_line
 from engine.runs import Follower, RunFolder, follow
-from engine.runs.lines import LineReader, append_line, lines_backwards
+from engine.runs.folder import LineReader, append_line, lines_backwards
 from tests.fakes.engine import step_event
 from tests.fakes.processes import running_fake, wait_until
 from tests.support.run_folders import read_steps
