@@ -11,7 +11,7 @@ from engine.errors import UserError
 from engine.events import Recorded
 from engine.runs import Request, RunFolder, Status
 from engine.runs.facts import RunFacts
-from engine.runs.removal import Contents
+from engine.runs.lock import Contents
 
 if TYPE_CHECKING:
     from engine.runs.comparison import ConfigDifferences

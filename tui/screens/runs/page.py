@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.launch import resume_run
 from engine.runs import RunFolder
 from engine.runs.facts import RunFacts, RunsReader
-from engine.runs.removal import measure, remove
+from engine.runs.lock import measure, remove
 from engine.units import counted, gib
 from engine.visible import visible
 from tui.messages import (
