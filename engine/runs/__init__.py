@@ -24,10 +24,9 @@ The lock is taken before anything heavy is imported: the launcher waits for it.
 
 from engine.runs.control import Command, ControlReader, Request, ask, send
 from engine.runs.folder import RunFolder, create_run, find_run, list_runs, run_home
-from engine.runs.follower import Follower, follow
 from engine.runs.lock import RunLock, is_locked
 from engine.runs.signals import StopSignals
-from engine.runs.summary import Status, Summary, status, summarize
+from engine.runs.summary import Follower, Status, Summary, follow, status, summarize
 
 __all__ = [
     "Command",

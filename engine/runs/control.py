@@ -14,8 +14,8 @@ from typing import Final, Literal, cast, get_args
 from engine.errors import UserError, WorkError
 from engine.events import Ack
 from engine.runs.folder import LineReader, RunFolder, append_line
-from engine.runs.follower import Follower
 from engine.runs.lock import is_locked
+from engine.runs.summary import Follower
 from engine.visible import visible
 
 Request = Literal["pause", "resume", "stop", "save", "sample"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from engine.events import Eval, Sample, Score, Started, Step
 from engine.runs.folder import RunFolder
-from engine.runs.follower import Follower
+from engine.runs.summary import Follower
 
 
 @dataclass(slots=True)

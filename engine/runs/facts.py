@@ -10,10 +10,9 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.runs.folder import RunFolder, list_runs
-from engine.runs.follower import Follower
 from engine.runs.history import MEMORY, SPEED, Figures, History, best_of
 from engine.runs.series import Point
-from engine.runs.summary import Status, status
+from engine.runs.summary import Follower, Status, status
 
 
 @dataclass(frozen=True, slots=True)
