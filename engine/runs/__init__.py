@@ -22,10 +22,9 @@ its events up, `series` to curves, `facts` for a list of runs; `comparison` puts
 The lock is taken before anything heavy is imported: the launcher waits for it.
 """
 
-from engine.runs.control import Command, ControlReader, Request, ask, send
+from engine.runs.control import Command, ControlReader, Request, StopSignals, ask, send
 from engine.runs.folder import RunFolder, create_run, find_run, list_runs, run_home
 from engine.runs.lock import RunLock, is_locked
-from engine.runs.signals import StopSignals
 from engine.runs.summary import Follower, Status, Summary, follow, status, summarize
 
 __all__ = [
