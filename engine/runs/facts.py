@@ -10,8 +10,7 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.runs.folder import RunFolder, list_runs
-from engine.runs.history import MEMORY, SPEED, Figures, History, best_of
-from engine.runs.series import Point
+from engine.runs.history import MEMORY, SPEED, Figures, History, Point, best_of
 from engine.runs.summary import Follower, Status, status
 
 

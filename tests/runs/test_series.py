@@ -5,7 +5,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.runs.series import CAPACITY, Series, Smoothed, Stream, finite
+from engine.runs.history import CAPACITY, Series, Smoothed, Stream, finite
 
 VALUES = st.lists(
     st.floats(allow_nan=True, allow_infinity=True, width=32), min_size=1, max_size=300

@@ -13,7 +13,7 @@ from textual.app import RenderResult
 from textual.content import Content
 from textual.widget import Widget
 
-from engine.runs.series import Point, finite
+from engine.runs.history import Point, finite
 from tui.widgets.braille import Curve, Frame, Raster
 
 _AXIS_CELLS: Final = 8

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Final
 
-from engine.runs.history import METRICS, History, Metric
-from engine.runs.series import Series, finite
+from engine.runs.history import METRICS, History, Metric, Series, finite
 from tui.widgets.braille import Curve
 from tui.widgets.chart import Chart, Scale, Spark
 from tui.widgets.pane import Pane
