@@ -10,7 +10,7 @@ from textual.message import Message
 from engine.errors import UserError
 from engine.events import Recorded
 from engine.runs import Request, RunFolder, Status
-from engine.runs.facts import RunFacts
+from engine.runs.history import RunFacts
 from engine.runs.lock import Contents
 
 if TYPE_CHECKING:

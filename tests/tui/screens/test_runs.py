@@ -10,7 +10,7 @@ from textual.pilot import Pilot
 
 from engine.events import Ended, Eval, EventWriter
 from engine.runs import RunFolder, RunLock, create_run
-from engine.runs.facts import RunsReader
+from engine.runs.history import RunsReader
 from tests.support.extras import needs_trainer
 from tests.support.screens import assert_golden, screen_text, wait_for, wait_for_text
 from tests.support.written_runs import BEGAN, written_run

@@ -11,7 +11,7 @@ from textual.geometry import Size
 from textual.widget import Widget
 
 from engine.errors import UserError
-from engine.runs.facts import RunFacts
+from engine.runs.history import RunFacts
 from engine.visible import visible
 from tui.screens.help import TextPane
 from tui.screens.runs.wording import same_step

@@ -17,7 +17,7 @@ from textual.worker import get_current_worker
 from engine.errors import UserError
 from engine.launch import resume_run
 from engine.runs import RunFolder
-from engine.runs.facts import RunFacts, RunsReader
+from engine.runs.history import RunFacts, RunsReader
 from engine.runs.lock import measure, remove
 from engine.units import counted, gib
 from engine.visible import visible

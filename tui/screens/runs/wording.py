@@ -10,8 +10,7 @@ from textual.content import Content
 
 from engine.report.run import figures_text
 from engine.runs import run_home
-from engine.runs.facts import RunFacts
-from engine.runs.history import Point, finite
+from engine.runs.history import Point, RunFacts, finite
 from engine.units import counted, nats
 from engine.visible import visible
 
