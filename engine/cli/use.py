@@ -202,8 +202,7 @@ def compare(
     first: RunName, second: RunName, /, *, home: RunsFolder = None, as_json: AsJson = False
 ) -> None:
     """Two runs in numbers, where both have learned as many tokens, and what their configs say."""
-    from engine.runs.comparison import compare_figures, differences
-    from engine.runs.curves import read_curves
+    from engine.runs.comparison import compare_figures, differences, read_curves
 
     runs = [find_run(name, home) for name in (first, second)]
     tokens, figures = compare_figures(*(read_curves(run) for run in runs))

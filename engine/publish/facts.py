@@ -12,7 +12,7 @@ from engine.config import RunConfig, read_config, write_config
 from engine.data.prepared import Prepared
 from engine.errors import UserError
 from engine.runs import RunFolder
-from engine.runs.curves import Curves, read_curves
+from engine.runs.comparison import Curves, read_curves
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from engine.events import Eval, EventWriter
-from engine.runs.comparison import _loss_at, compare_figures, differences
-from engine.runs.curves import read_curves
+from engine.runs.comparison import _loss_at, compare_figures, differences, read_curves
 from tests.support.run_folders import step, write_run
 
 TEST = {"path": "test.jsonl"}

@@ -7,7 +7,7 @@ from engine.config import write_config
 from engine.config.run import RunConfig
 from engine.events import Eval, Event, EventWriter, Sample, Score, Started, Step
 from engine.runs import RunFolder
-from engine.runs.curves import read_curves
+from engine.runs.comparison import read_curves
 
 
 def step(number: int, loss: float, learned_tokens: int = 100, **changes: Any) -> Step:
