@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from engine.hardware.host import Host, read_host, read_memory
-from engine.hardware.machine import Gpu, Machine, Problem
+from engine.hardware.machine import Gpu, Host, Machine, Problem, read_host, read_memory
 from engine.hardware.packages import read_stack, version_problem
 from engine.hardware.planned import plan_gpus
 from engine.hardware.toolchain import toolchain_problems

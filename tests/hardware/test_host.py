@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.hardware.host import count_cpus, read_host, read_memory
+from engine.hardware.machine import count_cpus, read_host, read_memory
 from engine.units import GIB
 
 MEMINFO = "MemTotal: 67108864 kB\nMemFree: 1 kB\nMemAvailable: 33554432 kB\n"
