@@ -18,7 +18,6 @@ from typing import Any
 
 import pynvml
 
-from engine.hardware import findings
 from engine.hardware.machine import Gpu, GpuProcess, Problem, is_unified
 
 # One caller at a time: while a call hangs, the next one waits for it and not in a second thread.
@@ -42,7 +41,7 @@ class Answer:
 def ask(question: Callable[[], Answer], timeout_seconds: float) -> Answer:
     """The answer of `question`, or a silent one when it takes longer than that."""
     deadline = time.monotonic() + timeout_seconds
-    silence = Answer(problems=(findings.driver_silent(timeout_seconds),), silent=True)
+    silence = Answer(problems=(_driver_silent(timeout_seconds),), silent=True)
     if not _busy.acquire(timeout=timeout_seconds):
         return silence
     answer: Future[Answer] = Future()
@@ -70,14 +69,14 @@ def read_cards(ram: tuple[int, int]) -> Answer:
         pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
     except pynvml.NVMLError as error:
-        return Answer(problems=(findings.no_driver(error.value, str(error)),))
+        return Answer(problems=(_no_driver(error.value, str(error)),))
     # It stays open: without a program that uses it the driver shuts the cards down, and waking
     # them takes seconds.
     questions = _Questions()
     gpus = [gpu for index in range(count) for gpu in _read_card(index, questions, ram)]
     problems = [*_problems_of(gpus), *questions.problems()]
     if not count:
-        problems.append(findings.no_gpu())
+        problems.append(_no_gpu())
     cuda = questions.ask("CUDA version", pynvml.nvmlSystemGetCudaDriverVersion_v2)
     return Answer(
         tuple(gpus),
@@ -120,9 +119,9 @@ class _Questions:
     def problems(self) -> list[Problem]:
         found = []
         if self.refused:
-            found.append(findings.refused(list(dict.fromkeys(self.refused))))
+            found.append(_answers_refused(list(dict.fromkeys(self.refused))))
         if self.unknown_to_driver:
-            found.append(findings.driver_old(list(dict.fromkeys(self.unknown_to_driver))))
+            found.append(_driver_old(list(dict.fromkeys(self.unknown_to_driver))))
         return found
 
 
@@ -136,7 +135,7 @@ def _read_card(index: int, questions: _Questions, ram: tuple[int, int]) -> list[
     mode = questions.ask("MIG", pynvml.nvmlDeviceGetMigMode, handle)
     if mode and mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE:
         slices = _read_slices(card, handle, questions, ram)
-        return slices or [replace(card, state="unknown", note=findings.MIG_EMPTY)]
+        return slices or [replace(card, state="unknown", note=_MIG_EMPTY)]
     return [_measure(card, handle, questions, ram)]
 
 
@@ -151,7 +150,7 @@ def _without_answers(index: int, code: int, message: str) -> Gpu:
         memory_used_bytes=None,
         compute_capability=None,
         state="lost" if lost else "unknown",
-        note=findings.lost_note(code) if lost else f"the driver cannot open it ({message})",
+        note=_lost_note(code) if lost else f"the driver cannot open it ({message})",
     )
 
 
@@ -210,7 +209,7 @@ def _measure(gpu: Gpu, handle: Any, questions: _Questions, ram: tuple[int, int])
         return _lost(gpu, questions.error)
     state, note = gpu.state, gpu.note
     if memory is None and state == "ready":
-        state, note = "unknown", findings.MEMORY_UNKNOWN
+        state, note = "unknown", _MEMORY_UNKNOWN
     return replace(
         gpu,
         memory_total_bytes=memory and memory[0],
@@ -246,9 +245,9 @@ def _refresh(gpu: Gpu, questions: _Questions, ram: tuple[int, int]) -> Gpu:
         handle = pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid)
     except pynvml.NVMLError as error:
         return _lost(gpu, error.value)
-    if gpu.note == findings.MEMORY_UNKNOWN:
+    if gpu.note == _MEMORY_UNKNOWN:
         gpu = replace(gpu, state="ready", note="")
-    return gpu if gpu.note == findings.MIG_EMPTY else _measure(gpu, handle, questions, ram)
+    return gpu if gpu.note == _MIG_EMPTY else _measure(gpu, handle, questions, ram)
 
 
 def _lost(gpu: Gpu, code: int | None) -> Gpu:
@@ -256,7 +255,7 @@ def _lost(gpu: Gpu, code: int | None) -> Gpu:
     return replace(
         gpu,
         state="lost",
-        note=findings.lost_note(code),
+        note=_lost_note(code),
         memory_free_bytes=None,
         memory_used_bytes=None,
         utilization_percent=None,
@@ -279,8 +278,8 @@ def _describe_process(process: Any) -> GpuProcess:
 
 
 def _problems_of(gpus: Sequence[Gpu]) -> list[Problem]:
-    found = [problem for gpu in gpus if (problem := findings.of_card(gpu))]
+    found = [problem for gpu in gpus if (problem := _wrong_with(gpu))]
     sliced = sorted({gpu.index for gpu in gpus if gpu.mig_parent})
     if sliced:
-        found.append(findings.mig(sliced))
+        found.append(_mig(sliced))
     return found

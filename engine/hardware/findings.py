@@ -7,13 +7,13 @@ import pynvml
 from engine.hardware.machine import Gpu, Problem
 from engine.visible import visible
 
-MEMORY_UNKNOWN = "the driver does not say how much memory it has"
-MIG_EMPTY = "MIG is on and the card is not cut into slices yet"
+_MEMORY_UNKNOWN = "the driver does not say how much memory it has"
+_MIG_EMPTY = "MIG is on and the card is not cut into slices yet"
 _PLAN = "Plan for a GPU elsewhere with --assume, or train the demo model on this computer's CPU."
 _RELOAD = "Restart the computer, or run `sudo rmmod nvidia && sudo modprobe nvidia`."
 
 
-def no_driver(code: int, words: str) -> Problem:
+def _no_driver(code: int, words: str) -> Problem:
     """NVML could not be opened: its error code and text."""
     known = {
         pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: Problem(
@@ -55,7 +55,7 @@ def no_driver(code: int, words: str) -> Problem:
     return known.get(code, other)
 
 
-def driver_silent(seconds: float) -> Problem:
+def _driver_silent(seconds: float) -> Problem:
     """The driver did not answer in that time."""
     return Problem(
         "driver_silent",
@@ -66,7 +66,7 @@ def driver_silent(seconds: float) -> Problem:
     )
 
 
-def no_gpu() -> Problem:
+def _no_gpu() -> Problem:
     """The driver works and has no card."""
     return Problem(
         "no_gpu",
@@ -77,7 +77,7 @@ def no_gpu() -> Problem:
     )
 
 
-def refused(topics: Sequence[str]) -> Problem:
+def _answers_refused(topics: Sequence[str]) -> Problem:
     """The driver keeps some answers to itself, in a container mostly."""
     return Problem(
         "answers_refused",
@@ -88,7 +88,7 @@ def refused(topics: Sequence[str]) -> Problem:
     )
 
 
-def driver_old(topics: Sequence[str]) -> Problem:
+def _driver_old(topics: Sequence[str]) -> Problem:
     """The driver does not know some questions."""
     return Problem(
         "driver_old",
@@ -99,7 +99,7 @@ def driver_old(topics: Sequence[str]) -> Problem:
     )
 
 
-def mig(indexes: Sequence[int]) -> Problem:
+def _mig(indexes: Sequence[int]) -> Problem:
     """Some cards are cut into slices."""
     which = f"GPU {indexes[0]} is" if len(indexes) == 1 else f"GPUs {_list(indexes)} are"
     return Problem(
@@ -111,7 +111,7 @@ def mig(indexes: Sequence[int]) -> Problem:
     )
 
 
-def of_card(gpu: Gpu) -> Problem | None:
+def _wrong_with(gpu: Gpu) -> Problem | None:
     """What is wrong with one card, None where nothing is."""
     which = f"GPU {gpu.index}" + ("" if gpu.name == f"GPU {gpu.index}" else f", {_name(gpu)},")
     if gpu.state == "lost":
@@ -122,19 +122,19 @@ def of_card(gpu: Gpu) -> Problem | None:
             "A card that overheats, loses power or falls off the bus ends like this.",
             "Restart the computer; if it comes back, see its power and cooling.",
         )
-    if gpu.note == MIG_EMPTY:
+    if gpu.note == _MIG_EMPTY:
         return Problem(
             "mig_empty",
             "warning",
-            f"{which} cannot be used: {MIG_EMPTY}.",
+            f"{which} cannot be used: {_MIG_EMPTY}.",
             "CUDA shows no card that is in MIG mode without a slice.",
             f"Switch MIG off with `sudo nvidia-smi -i {gpu.index} -mig 0`, or make a slice.",
         )
-    if gpu.note == MEMORY_UNKNOWN:
+    if gpu.note == _MEMORY_UNKNOWN:
         return Problem(
             "memory_unknown",
             "warning",
-            f"{which} cannot be planned for: {MEMORY_UNKNOWN}.",
+            f"{which} cannot be planned for: {_MEMORY_UNKNOWN}.",
             "Virtual GPUs, WSL and broken cards answer like this.",
             "Give its size with --assume, for example --assume '24 GB'.",
         )
@@ -149,7 +149,7 @@ def of_card(gpu: Gpu) -> Problem | None:
     return None
 
 
-def lost_note(code: int | None) -> str:
+def _lost_note(code: int | None) -> str:
     """Why a card counts as lost, from NVML's error code."""
     if code == pynvml.NVML_ERROR_RESET_REQUIRED:
         return "it has to be reset before it can be used again"

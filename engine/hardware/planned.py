@@ -6,6 +6,7 @@ memory is refused, because a plan for the wrong one is worth nothing. A card tha
 be planned for by its memory, and its name may tell the generation.
 """
 
+import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,6 @@ from typing import Literal
 
 from engine.errors import UserError
 from engine.hardware.machine import Gpu, is_unified, short_name
-from engine.hardware.torch_build import cuda_facts
 from engine.units import GIB
 from engine.visible import visible
 
@@ -277,3 +277,45 @@ def _planned(known: KnownGpu, count: int) -> tuple[Gpu, ...]:
         )
         for index in range(count)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TorchBuild:
+    """The wheels of torch for one version of CUDA."""
+
+    cuda: tuple[int, int]
+    capabilities: dict[str, tuple[Capability, ...]]
+    """Compute capabilities with code of their own, by the computer's architecture."""
+    ptx: Capability | None = None
+    """The capability that code is held for which a driver compiles for newer cards."""
+    until: tuple[int, int] | None = None
+    """The last release of torch that has this build."""
+
+    def runs_on(self, capability: Capability) -> bool:
+        """Whether it holds code for a card of this capability."""
+        own = self.capabilities.get(platform.machine(), ())
+        return any(
+            major == capability[0] and minor <= capability[1] for major, minor in own
+        ) or bool(self.ptx and capability >= self.ptx)
+
+
+@dataclass(frozen=True, slots=True)
+class CudaFacts:
+    """presets/cuda.yml."""
+
+    drivers: dict[int, int]
+    """Oldest driver of each major version of CUDA."""
+    torch_builds: tuple[TorchBuild, ...]
+    """The one to take first on top."""
+    generations: tuple[tuple[str, Capability], ...]
+    """Patterns of names, with the compute capability that they tell."""
+
+
+@cache
+def cuda_facts() -> CudaFacts:
+    """What is known of drivers, builds of torch and generations of cards."""
+    from pydantic import TypeAdapter
+    from ruamel.yaml import YAML
+
+    text = (files("presets") / "cuda.yml").read_text(encoding="utf-8")
+    return TypeAdapter(CudaFacts).validate_python(YAML(typ="safe", pure=True).load(text))

@@ -5,16 +5,14 @@ that each CUDA needs and the cards that each build holds code for; from both fol
 would do, and the command that installs it.
 """
 
-import platform
 import re
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
-from importlib.resources import files
 from pathlib import Path
 
 from engine.hardware.commands import pip_install, update_driver
 from engine.hardware.machine import Gpu, Machine, Problem
+from engine.hardware.planned import cuda_facts
 from engine.visible import visible
 
 _INDEX = "https://download.pytorch.org/whl"
@@ -23,50 +21,6 @@ _CUDA_LINE = re.compile(r"^cuda\b[^=\n]*=\s*(?:'([\d.]+)'|\"([\d.]+)\"|None)", r
 # "2.13.0+cu130"; the last digit is the minor version.
 _LOCAL = re.compile(r"\+cu(\d+)(\d)$")
 _REQUIRED = re.compile(r"^(?:cuda-toolkit|nvidia-cuda-runtime(?:-cu\d+)?)\b[^=;]*==(\d+\.\d+)")
-
-Version = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class TorchBuild:
-    """The wheels of torch for one version of CUDA."""
-
-    cuda: Version
-    capabilities: dict[str, tuple[Version, ...]]
-    """Compute capabilities with code of their own, by the computer's architecture."""
-    ptx: Version | None = None
-    """The capability that code is held for which a driver compiles for newer cards."""
-    until: Version | None = None
-    """The last release of torch that has this build."""
-
-    def runs_on(self, capability: Version) -> bool:
-        """Whether it holds code for a card of this capability."""
-        own = self.capabilities.get(platform.machine(), ())
-        return any(
-            major == capability[0] and minor <= capability[1] for major, minor in own
-        ) or bool(self.ptx and capability >= self.ptx)
-
-
-@dataclass(frozen=True, slots=True)
-class CudaFacts:
-    """presets/cuda.yml."""
-
-    drivers: dict[int, int]
-    """Oldest driver of each major version of CUDA."""
-    torch_builds: tuple[TorchBuild, ...]
-    """The one to take first on top."""
-    generations: tuple[tuple[str, Version], ...]
-    """Patterns of names, with the compute capability that they tell."""
-
-
-@cache
-def cuda_facts() -> CudaFacts:
-    """What is known of drivers, builds of torch and generations of cards."""
-    from pydantic import TypeAdapter
-    from ruamel.yaml import YAML
-
-    text = (files("presets") / "cuda.yml").read_text(encoding="utf-8")
-    return TypeAdapter(CudaFacts).validate_python(YAML(typ="safe", pure=True).load(text))
 
 
 def read_torch_cuda() -> str | None:
@@ -126,7 +80,7 @@ def _without_cuda(machine: Machine, gpu: Gpu, torch: str) -> Problem:
     )
 
 
-def _driver_too_old(machine: Machine, gpu: Gpu, torch: str, built_for: Version) -> Problem:
+def _driver_too_old(machine: Machine, gpu: Gpu, torch: str, built_for: tuple[int, int]) -> Problem:
     runs = f"Driver {machine.driver_version}" if machine.driver_version else "The driver"
     needed = cuda_facts().drivers.get(built_for[0])
     fix, command = _other_build(machine, gpu, torch)
@@ -142,7 +96,7 @@ def _driver_too_old(machine: Machine, gpu: Gpu, torch: str, built_for: Version) 
     )
 
 
-def _card_not_in_torch(machine: Machine, gpu: Gpu, torch: str, built_for: Version) -> Problem:
+def _card_not_in_torch(machine: Machine, gpu: Gpu, torch: str, built_for: tuple[int, int]) -> Problem:
     name = visible(gpu.short_name, one_line=True)
     capability = "{}.{}".format(*gpu.compute_capability or (0, 0))
     fix, command = _other_build(machine, gpu, torch)
@@ -184,7 +138,7 @@ def _other_build(machine: Machine, gpu: Gpu, torch: str) -> tuple[str, str]:
     return f"Update the NVIDIA driver to {needed} or newer.", update_driver()
 
 
-def _is_driver_too_old(machine: Machine, cuda: Version) -> bool:
+def _is_driver_too_old(machine: Machine, cuda: tuple[int, int]) -> bool:
     """By the newest CUDA that the driver says it runs, else by its own number."""
     if machine.cuda_version:
         return cuda[0] > _version(machine.cuda_version)[0]
@@ -212,7 +166,7 @@ def _cuda_of_version(torch: Distribution) -> str | None:
     return next((match[1] for match in found if match), None)
 
 
-def _version(text: str) -> Version:
+def _version(text: str) -> tuple[int, int]:
     """Major and minor of a version; what follows them does not count."""
     major, minor = [*re.findall(r"\d+", text), "0", "0"][:2]
     return int(major), int(minor)
