@@ -96,7 +96,9 @@ def _driver_too_old(machine: Machine, gpu: Gpu, torch: str, built_for: tuple[int
     )
 
 
-def _card_not_in_torch(machine: Machine, gpu: Gpu, torch: str, built_for: tuple[int, int]) -> Problem:
+def _card_not_in_torch(
+    machine: Machine, gpu: Gpu, torch: str, built_for: tuple[int, int]
+) -> Problem:
     name = visible(gpu.short_name, one_line=True)
     capability = "{}.{}".format(*gpu.compute_capability or (0, 0))
     fix, command = _other_build(machine, gpu, torch)
