@@ -6,10 +6,17 @@ keeps them from working together, `commands` how to mend it; `planned` stands in
 not here; `reading` puts them together.
 """
 
-from engine.hardware.attention import attention_backends, flash_4_on
 from engine.hardware.machine import Gpu, GpuProcess, Machine, Problem
 from engine.hardware.packages import Missing, missing_packages
-from engine.hardware.planned import KnownGpu, Speed, known_gpus, listed_gpus, speed_of
+from engine.hardware.planned import (
+    KnownGpu,
+    Speed,
+    attention_backends,
+    flash_4_on,
+    known_gpus,
+    listed_gpus,
+    speed_of,
+)
 from engine.hardware.reading import assume, poll, read_machine
 from engine.hardware.torch_build import torch_problem
 from engine.hardware.visibility import cuda_environment

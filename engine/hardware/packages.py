@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from engine.hardware.attention import worth_installing
 from engine.hardware.commands import python_installer
 from engine.hardware.machine import Machine, Problem
+from engine.hardware.planned import worth_installing
 from engine.hardware.torch_build import torch_problem
 from engine.visible import visible
 

@@ -14,10 +14,10 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Final
 
-from engine.hardware.attention import FLASH_4, attention_backends, worth_installing
 from engine.hardware.commands import as_root, pip_install, pip_uninstall, system_install
 from engine.hardware.machine import Machine, Problem
 from engine.hardware.packages import install_command
+from engine.hardware.planned import FLASH_4, attention_backends, worth_installing
 
 _BNB_LIBRARY: Final = re.compile(r"^libbitsandbytes_cuda(\d\d)\d+\.so$")
 _DRIVER_LIBRARY: Final = "libcuda.so.1"
