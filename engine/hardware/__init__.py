@@ -7,7 +7,7 @@ not here; `reading` puts them together.
 """
 
 from engine.hardware.machine import Gpu, GpuProcess, Machine, Problem
-from engine.hardware.packages import Missing, missing_packages
+from engine.hardware.packages import Missing, missing_packages, torch_problem
 from engine.hardware.planned import (
     KnownGpu,
     Speed,
@@ -18,7 +18,6 @@ from engine.hardware.planned import (
     speed_of,
 )
 from engine.hardware.reading import assume, poll, read_machine
-from engine.hardware.torch_build import torch_problem
 from engine.hardware.visibility import cuda_environment
 
 __all__ = [

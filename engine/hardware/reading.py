@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Final
 
 from engine.hardware.machine import Gpu, Host, Machine, Problem, read_host, read_memory
-from engine.hardware.packages import read_stack, version_problem
+from engine.hardware.packages import (
+    read_stack,
+    read_torch_cuda,
+    toolchain_problems,
+    torch_problems,
+    version_problem,
+)
 from engine.hardware.planned import plan_gpus
-from engine.hardware.toolchain import toolchain_problems
-from engine.hardware.torch_build import read_torch_cuda, torch_problems
 from engine.hardware.visibility import hide
 
 _TIMEOUT_SECONDS: Final = 3.0

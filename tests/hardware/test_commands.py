@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.hardware.commands import pip_install, pip_uninstall, update_driver
+from engine.hardware.packages import pip_install, pip_uninstall, update_driver
 
 
 def test_the_pip_of_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +23,7 @@ def test_the_pip_of_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_environment_of_uv_has_no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.hardware.commands.find_spec", lambda name: None)
+    monkeypatch.setattr("engine.hardware.packages.find_spec", lambda name: None)
     assert pip_install("a<2") == "uv pip install 'a<2'"
     assert pip_uninstall("a") == "uv pip uninstall a"
 

@@ -11,8 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from engine.hardware import assume, attention_backends, known_gpus, missing_packages
-from engine.hardware.toolchain import toolchain_problems
-from engine.hardware.torch_build import torch_problems
+from engine.hardware.packages import toolchain_problems, torch_problems
 
 ROOT = Path(__file__).parents[2]
 OWN = "windtunnel"

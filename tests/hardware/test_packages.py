@@ -102,7 +102,7 @@ def test_what_uv_installed_uv_installs_again(
 ) -> None:
     package(tmp_path, "windtunnel", "0.1.0")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("engine.hardware.commands.find_spec", lambda name: None)
+    monkeypatch.setattr("engine.hardware.packages.find_spec", lambda name: None)
     assert install_command("train") == "uv pip install 'windtunnel[train]'"
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     (tmp_path / "uv-receipt.toml").touch()

@@ -8,8 +8,7 @@ import pytest
 
 from engine.hardware import Machine, assume
 from engine.hardware.machine import Problem
-from engine.hardware.packages import install_command
-from engine.hardware.toolchain import python_headers, toolchain_problems
+from engine.hardware.packages import install_command, python_headers, toolchain_problems
 from tests.fakes.packages import package
 
 PYTHON = "python{}.{}".format(*sys.version_info)
@@ -50,7 +49,7 @@ def headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which this Python's headers would be, empty as on a system without them."""
     folder = tmp_path / "include"
     folder.mkdir()
-    monkeypatch.setattr("engine.hardware.toolchain.python_headers", lambda: folder)
+    monkeypatch.setattr("engine.hardware.packages.python_headers", lambda: folder)
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     return folder
 

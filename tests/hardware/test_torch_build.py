@@ -9,7 +9,7 @@ import pytest
 
 from engine.hardware import Gpu, Machine, assume, read_machine, torch_problem
 from engine.hardware.machine import Problem
-from engine.hardware.torch_build import read_torch_cuda
+from engine.hardware.packages import read_torch_cuda
 from tests.fakes.nvml import H100, FakeDriver
 from tests.fakes.packages import install_torch
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engine.hardware import Machine, poll, read_machine
-from engine.hardware.torch_build import torch_problems
+from engine.hardware.packages import torch_problems
 from engine.runs import create_run
 from engine.units import GIB
 from engine.wizard.draft import Draft
