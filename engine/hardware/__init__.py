@@ -17,8 +17,7 @@ from engine.hardware.planned import (
     listed_gpus,
     speed_of,
 )
-from engine.hardware.reading import assume, poll, read_machine
-from engine.hardware.visibility import cuda_environment
+from engine.hardware.reading import assume, cuda_environment, poll, read_machine
 
 __all__ = [
     "Gpu",
