@@ -1,14 +1,11 @@
 """What this computer can train with, found out without torch and without trusting a driver.
 
-`machine` has the values; `driver` asks NVML and `findings` says what is wrong; `visibility` knows
-CUDA_VISIBLE_DEVICES; `host` and `packages` read the rest; `torch_build` and `toolchain` say what
-keeps them from working together, `commands` how to mend it; `planned` stands in for GPUs that are
-not here; `reading` puts them together.
+`machine` has the values; `driver` asks NVML, and says what is wrong with the cards; `packages` says
+what is installed, what is missing and how to mend it; `known` has the cards that one need not have;
+`reading` puts them together, with the host and what CUDA_VISIBLE_DEVICES hides.
 """
 
-from engine.hardware.machine import Gpu, GpuProcess, Machine, Problem
-from engine.hardware.packages import Missing, missing_packages, torch_problem
-from engine.hardware.planned import (
+from engine.hardware.known import (
     KnownGpu,
     Speed,
     attention_backends,
@@ -17,6 +14,8 @@ from engine.hardware.planned import (
     listed_gpus,
     speed_of,
 )
+from engine.hardware.machine import Gpu, GpuProcess, Machine, Problem
+from engine.hardware.packages import Missing, missing_packages, torch_problem
 from engine.hardware.reading import assume, cuda_environment, poll, read_machine
 
 __all__ = [

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
+from engine.hardware.known import FLASH_4, attention_backends, cuda_facts, worth_installing
 from engine.hardware.machine import Gpu, Machine, Problem
-from engine.hardware.planned import FLASH_4, attention_backends, cuda_facts, worth_installing
 from engine.visible import visible
 
 _OWN: Final = "windtunnel"

@@ -1,20 +1,29 @@
 """One Machine from all that can be asked: driver, environment, host and packages.
 
-`read_machine` looks at everything, `poll` only at what changes while a person watches, and `assume`
-puts GPUs that are not here in place of those that are. Trouble with hardware never raises: it is in
-`problems`.
+Trouble with hardware never raises: it is in `problems`. What CUDA_VISIBLE_DEVICES shows follows
+CUDA's rules as torch reads them (`torch.cuda._parse_visible_devices`): a list of numbers or of the
+beginnings of UUIDs that ends at the first entry that names no card, and is empty where a card is
+named twice. A number counts in CUDA's own order, which is NVML's only where all cards are alike or
+CUDA_DEVICE_ORDER is PCI_BUS_ID: that is why a run is started with UUIDs. A container sees the whole
+computer in /proc and may use a part of it, so the limits of its control group count too; `root`
+stands for "/" so that a test can describe a computer with files.
 """
 
 import os
+import platform
 import re
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
 from engine.errors import UserError
-from engine.hardware.machine import Gpu, Host, Machine, Problem, read_host, read_memory
+from engine.hardware.known import plan_gpus
+from engine.hardware.machine import Gpu, Machine, Problem
 from engine.hardware.packages import (
     read_stack,
     read_torch_cuda,
@@ -22,9 +31,11 @@ from engine.hardware.packages import (
     torch_problems,
     version_problem,
 )
-from engine.hardware.planned import plan_gpus
 from engine.visible import visible
 
+VISIBLE, ORDER, PCI_ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "PCI_BUS_ID"
+_NUMBER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
+_UNSET_FIX = f"Start windtunnel without {VISIBLE}, or with the UUID of the card that you want."
 _TIMEOUT_SECONDS: Final = 3.0
 # Found anew at each look at the cards.
 _PASSING = ("driver_silent", "gpu_lost", "gpu_unreadable", "memory_unknown", "answers_refused")
@@ -44,12 +55,11 @@ def read_machine(
     # Imported here: a planned machine and every other command have no use for NVML.
     from engine.hardware import driver
 
-    host = read_host(disk or _home())
-    ram = host.ram_total_bytes, host.ram_available_bytes
+    ram = read_memory()
     answer = driver.ask(lambda: driver.read_cards(ram), timeout_seconds)
     gpus, hidden = hide(answer.gpus, os.environ if environment is None else environment)
     machine = replace(
-        _machine(host, gpus, (*answer.problems, *hidden)),
+        _machine(ram, disk, gpus, (*answer.problems, *hidden)),
         driver_version=answer.driver_version,
         cuda_version=answer.cuda_version,
     )
@@ -105,34 +115,28 @@ def assume(text: str, *, disk: Path | None = None) -> Machine:
         f"{gpus[0].note[0].upper()}{gpus[0].note[1:]}.",
         "Run `windtunnel probe` on the computer that has it before a long run.",
     )
-    return replace(_machine(read_host(disk or _home()), gpus, (problem,)), assumed=True)
+    return replace(_machine(read_memory(), disk, gpus, (problem,)), assumed=True)
 
 
-def _home() -> Path:
-    # Unlike Path.home() it does not raise for an account without one.
-    return Path(os.path.expanduser("~"))
-
-
-def _machine(host: Host, gpus: tuple[Gpu, ...], problems: tuple[Problem, ...]) -> Machine:
+def _machine(
+    ram: tuple[int, int], disk: Path | None, gpus: tuple[Gpu, ...], problems: tuple[Problem, ...]
+) -> Machine:
+    # Unlike Path.home() expanduser does not raise for an account without one.
+    disk = disk or Path(os.path.expanduser("~"))
     return Machine(
         gpus=gpus,
         driver_version=None,
         cuda_version=None,
-        cpu_name=host.cpu_name,
-        cpu_count=host.cpu_count,
-        ram_total_bytes=host.ram_total_bytes,
-        ram_available_bytes=host.ram_available_bytes,
-        disk_path=host.disk_path,
-        disk_free_bytes=host.disk_free_bytes,
+        cpu_name=cpu_name(),
+        cpu_count=count_cpus(),
+        ram_total_bytes=ram[0],
+        ram_available_bytes=ram[1],
+        disk_path=str(disk),
+        disk_free_bytes=_free_bytes(disk),
         stack=read_stack(),
         torch_cuda=read_torch_cuda(),
         problems=problems,
     )
-
-
-VISIBLE, ORDER, PCI_ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "PCI_BUS_ID"
-_NUMBER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
-_UNSET_FIX = f"Start windtunnel without {VISIBLE}, or with the UUID of the card that you want."
 
 
 def cuda_environment(gpus: Sequence[Gpu]) -> dict[str, str]:
@@ -188,7 +192,7 @@ def _shown(value: str, gpus: Sequence[Gpu]) -> tuple[list[str], str]:
     """UUIDs that CUDA shows, and what is wrong with the list; empty where nothing is."""
     entries = value.split(",")
     prefix = next((prefix for prefix in ("GPU-", "MIG-") if value.startswith(prefix)), "")
-    read = _number if not prefix else lambda entry: entry if entry.startswith(prefix) else None
+    read = _card_number if not prefix else lambda entry: entry if entry.startswith(prefix) else None
     wanted = list(takewhile(lambda key: key is not None, map(read, entries)))
     found: list[str] = []
     for key in wanted:
@@ -208,7 +212,7 @@ def _shown(value: str, gpus: Sequence[Gpu]) -> tuple[list[str], str]:
     return _one_slice(found, gpus), fault
 
 
-def _number(entry: str) -> int | None:
+def _card_number(entry: str) -> int | None:
     """As C's strtoul reads it, for which "1x" is 1; None for what no card can have."""
     match = _NUMBER.match(entry.strip())
     return int(match[0]) if match and int(match[0]) >= 0 else None
@@ -271,3 +275,93 @@ def _unsure(setting: str) -> Problem:
 
 def _count(cards: int) -> str:
     return {0: "no card", 1: "one card"}.get(cards, f"{cards} cards")
+
+
+def read_memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes of memory: all that there is for this process, and what is free of it now."""
+    total, available = _system_memory(root)
+    for group in _control_groups(root):
+        limit = _number(group / "memory.max")
+        if limit is not None and limit < total:
+            total = limit
+        if limit is not None:
+            # File pages that nobody has touched lately are given back before memory runs out.
+            used = _number(group / "memory.current") or 0
+            cached = _fields(group / "memory.stat").get("inactive_file", 0)
+            available = min(available, max(0, limit - max(0, used - cached)))
+    return total, min(available, total)
+
+
+def count_cpus(root: Path = Path("/")) -> int:
+    """Processors that this process may use: its affinity and its control group's quota."""
+    if sys.platform == "linux":
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    for group in _control_groups(root):
+        quota, _, period = _text(group / "cpu.max").partition(" ")
+        if quota.isdigit() and period.isdigit() and int(period):
+            count = min(count, max(1, -(-int(quota) // int(period))))
+    return count
+
+
+def _system_memory(root: Path) -> tuple[int, int]:
+    fields = _fields(root / "proc" / "meminfo")
+    if "MemTotal:" in fields:
+        total = fields["MemTotal:"] * 1024
+        return total, fields.get("MemAvailable:", fields["MemTotal:"]) * 1024
+    total = available = 0
+    with suppress(ValueError, OSError):
+        page = os.sysconf("SC_PAGE_SIZE")
+        total = available = page * os.sysconf("SC_PHYS_PAGES")
+        # macOS has no word for the pages that are free; there it is the total.
+        available = page * os.sysconf("SC_AVPHYS_PAGES")
+    return total, available
+
+
+def _control_groups(root: Path) -> list[Path]:
+    """The control group (version 2) of this process and those above it."""
+    for line in _text(root / "proc" / "self" / "cgroup").splitlines():
+        if line.startswith("0::"):
+            top = root / "sys" / "fs" / "cgroup"
+            group = top / line[3:].strip().lstrip("/")
+            return [each for each in (group, *group.parents) if each.is_relative_to(top)]
+    return []
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    for line in _text(root / "proc" / "cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _free_bytes(path: Path) -> int:
+    """Of the disk that holds, or would hold, `path`: of the nearest folder above that exists."""
+    for folder in (path, *path.absolute().parents):
+        with suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text.isdigit() else None
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Lines of "name number ..." as a table."""
+    table = {}
+    for line in _text(path).splitlines():
+        words = line.split()
+        if len(words) > 1 and words[1].isdigit():
+            table[words[0]] = int(words[1])
+    return table

@@ -12,7 +12,7 @@ from engine.catalog import Architecture
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.hardware import attention_backends, flash_4_on
-from engine.hardware.planned import FLASH_4, Backend
+from engine.hardware.known import FLASH_4, Backend
 from engine.plan.device import Device
 from engine.plan.trainer import computes_in_bf16
 

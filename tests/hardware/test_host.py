@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.hardware.machine import count_cpus, read_host, read_memory
+from engine.hardware import assume
+from engine.hardware.reading import count_cpus, cpu_name, read_memory
 from engine.units import GIB
 
 MEMINFO = "MemTotal: 67108864 kB\nMemFree: 1 kB\nMemAvailable: 33554432 kB\n"
@@ -72,10 +73,10 @@ def test_processors_are_those_that_this_process_may_use(root: Path) -> None:
 @linux
 def test_the_processor_has_a_name(root: Path) -> None:
     write(root / "proc" / "cpuinfo", "processor : 0\nmodel name : Fast One\n")
-    assert read_host(root, root).cpu_name == "Fast One"
+    assert cpu_name(root) == "Fast One"
 
 
 def test_the_disk_is_that_of_a_folder_to_be_made(tmp_path: Path) -> None:
-    host = read_host(tmp_path / "not" / "yet")
-    assert host.disk_path == str(tmp_path / "not" / "yet")
-    assert host.disk_free_bytes > 0
+    machine = assume("24 GB", disk=tmp_path / "not" / "yet")
+    assert machine.disk_path == str(tmp_path / "not" / "yet")
+    assert machine.disk_free_bytes > 0

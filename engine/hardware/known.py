@@ -1,9 +1,9 @@
-"""A machine that one does not have: known GPUs by name, and the text that asks for some of them.
+"""What is known of cards that need not be here: presets/gpus.yml, cuda.yml and attention.yml.
 
-The list is presets/gpus.yml. What a person types is matched by words, so that the driver's own
-name, a shop's name and "4090" all find the same card; a name that fits two cards of different
-memory is refused, because a plan for the wrong one is worth nothing. A card that is not listed can
-be planned for by its memory, and its name may tell the generation.
+What a person types is matched by words, so that the driver's own name, a shop's name and "4090"
+all find the same card; a name that fits two cards of different memory is refused, because a plan
+for the wrong one is worth nothing. A card that is not listed can be planned for by its memory, and
+its name may tell the generation.
 """
 
 import platform
@@ -19,6 +19,12 @@ from engine.errors import UserError
 from engine.hardware.machine import Gpu, is_unified, short_name
 from engine.units import GIB
 from engine.visible import visible
+
+Capability = tuple[int, int]
+
+UNKNOWN_CAPABILITY = (8, 0)
+"""A card that only its memory is known of is taken for Ampere, the oldest that most people have."""
+FLASH_4 = "flash_attention_4"
 
 _MOST_GPUS = 1024
 _MOST_GIGABYTES = 4096
@@ -97,6 +103,140 @@ def listed_gpus() -> tuple[KnownGpu, ...]:
 def speed_of(name: str) -> Speed | None:
     """The speed of the card that the driver calls `name`; None for one that is not known."""
     return next((gpu.speed for gpu in known_gpus() if _spell(name) in gpu.spellings), None)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchBuild:
+    """The wheels of torch for one version of CUDA."""
+
+    cuda: tuple[int, int]
+    capabilities: dict[str, tuple[Capability, ...]]
+    """Compute capabilities with code of their own, by the computer's architecture."""
+    ptx: Capability | None = None
+    """The capability that code is held for which a driver compiles for newer cards."""
+    until: tuple[int, int] | None = None
+    """The last release of torch that has this build."""
+
+    def runs_on(self, capability: Capability) -> bool:
+        """Whether it holds code for a card of this capability."""
+        own = self.capabilities.get(platform.machine(), ())
+        return any(
+            major == capability[0] and minor <= capability[1] for major, minor in own
+        ) or bool(self.ptx and capability >= self.ptx)
+
+
+@dataclass(frozen=True, slots=True)
+class CudaFacts:
+    """presets/cuda.yml."""
+
+    drivers: dict[int, int]
+    """Oldest driver of each major version of CUDA."""
+    torch_builds: tuple[TorchBuild, ...]
+    """The one to take first on top."""
+    generations: tuple[tuple[str, Capability], ...]
+    """Patterns of names, with the compute capability that they tell."""
+
+
+@cache
+def cuda_facts() -> CudaFacts:
+    """What is known of drivers, builds of torch and generations of cards."""
+    from pydantic import TypeAdapter
+    from ruamel.yaml import YAML
+
+    text = (files("presets") / "cuda.yml").read_text(encoding="utf-8")
+    return TypeAdapter(CudaFacts).validate_python(YAML(typ="safe", pure=True).load(text))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """One backend on one range of cards."""
+
+    first: Capability
+    """Compute capability; also `last`, which is included."""
+    last: Capability
+    forward: Literal["yes", "no"]
+    backward: Literal["yes", "no"]
+    largest_query_head: int
+    largest_value_head: int
+    also_heads: tuple[int, ...] = ()
+    """Wider heads of queries that it takes too."""
+    uneven: bool = False
+    """Whether queries and values may have heads of different widths."""
+    worth_installing: bool = False
+    """Whether its package is expected to be faster here than what PyTorch has of its own."""
+    reason: str
+    source: str
+    confidence: Literal["high", "medium", "low"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """One attention code, and the cards that it runs on."""
+
+    name: str
+    """A value of `attn_implementation`."""
+    title: str
+    package: str
+    on_index: bool = True
+    """Whether the package can be installed by its name; the others are for who built them."""
+    also_named: tuple[str, ...] = ()
+    """Other values of `attn_implementation` that this one carries out, with the same result."""
+    stands_in_for: tuple[str, ...] = ()
+    """Backends whose work it does, as exactly, where their package or a GPU is missing."""
+    overwritten_by: tuple[str, ...] = ()
+    """Packages that hold files of the same name: of two that are installed the later one wins."""
+    architectures: tuple[str, ...]
+    packing: Literal["cut", "mask", "blocks"]
+    """How it keeps packed rows apart; a mask grows with sequence_len squared."""
+    vision: bool
+    vision_reason: str = ""
+    vision_source: str = ""
+    half_only: bool = False
+    """Whether it computes in 16-bit numbers alone."""
+    dropout: bool = True
+    """Whether it can leave out a share of the attention weights."""
+    cpu: bool = False
+    cards: tuple[Support, ...]
+
+    def on(self, capability: Capability | None) -> Support | None:
+        """What is known of it on cards of this compute capability, None where it does not run."""
+        asked = capability or UNKNOWN_CAPABILITY
+        return next((card for card in self.cards if card.first <= asked <= card.last), None)
+
+
+@cache
+def attention_backends() -> dict[str, Backend]:
+    """The table of presets/attention.yml by name, best first."""
+    from pydantic import TypeAdapter
+    from ruamel.yaml import YAML
+
+    text = (files("presets") / "attention.yml").read_text(encoding="utf-8")
+    content = YAML(typ="safe", pure=True).load(text)
+    for entry in content:
+        for card in entry["cards"]:
+            card["first"], card["last"] = card.pop("from"), card.pop("to")
+    found = TypeAdapter(tuple[Backend, ...]).validate_python(content)
+    return {backend.name: backend for backend in found}
+
+
+def flash_4_on(capability: Capability | None) -> str:
+    """Whether FlashAttention 4 trains on a card, and why: "eligible: …" or "not eligible: …"."""
+    backend = attention_backends()[FLASH_4]
+    support = backend.on(capability)
+    if support is None:
+        return "not eligible: it needs Hopper or newer to train"
+    if support.backward == "no":
+        return f"not eligible: {support.reason}"
+    return f"eligible: {support.reason}"
+
+
+def worth_installing(capabilities: Sequence[Capability]) -> Backend | None:
+    """The one package of attention code that serves all these cards better than PyTorch's own."""
+    for backend in attention_backends().values():
+        found = [backend.on(capability) for capability in capabilities]
+        if found and all(support and support.worth_installing for support in found):
+            return backend
+    return None
 
 
 def plan_gpus(text: str) -> tuple[Gpu, ...]:
@@ -277,144 +417,3 @@ def _planned(known: KnownGpu, count: int) -> tuple[Gpu, ...]:
         )
         for index in range(count)
     )
-
-
-@dataclass(frozen=True, slots=True)
-class TorchBuild:
-    """The wheels of torch for one version of CUDA."""
-
-    cuda: tuple[int, int]
-    capabilities: dict[str, tuple[Capability, ...]]
-    """Compute capabilities with code of their own, by the computer's architecture."""
-    ptx: Capability | None = None
-    """The capability that code is held for which a driver compiles for newer cards."""
-    until: tuple[int, int] | None = None
-    """The last release of torch that has this build."""
-
-    def runs_on(self, capability: Capability) -> bool:
-        """Whether it holds code for a card of this capability."""
-        own = self.capabilities.get(platform.machine(), ())
-        return any(
-            major == capability[0] and minor <= capability[1] for major, minor in own
-        ) or bool(self.ptx and capability >= self.ptx)
-
-
-@dataclass(frozen=True, slots=True)
-class CudaFacts:
-    """presets/cuda.yml."""
-
-    drivers: dict[int, int]
-    """Oldest driver of each major version of CUDA."""
-    torch_builds: tuple[TorchBuild, ...]
-    """The one to take first on top."""
-    generations: tuple[tuple[str, Capability], ...]
-    """Patterns of names, with the compute capability that they tell."""
-
-
-@cache
-def cuda_facts() -> CudaFacts:
-    """What is known of drivers, builds of torch and generations of cards."""
-    from pydantic import TypeAdapter
-    from ruamel.yaml import YAML
-
-    text = (files("presets") / "cuda.yml").read_text(encoding="utf-8")
-    return TypeAdapter(CudaFacts).validate_python(YAML(typ="safe", pure=True).load(text))
-
-
-UNKNOWN_CAPABILITY = (8, 0)
-"""A card that only its memory is known of is taken for Ampere, the oldest that most people have."""
-FLASH_4 = "flash_attention_4"
-
-Capability = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Support:
-    """One backend on one range of cards."""
-
-    first: Capability
-    """Compute capability; also `last`, which is included."""
-    last: Capability
-    forward: Literal["yes", "no"]
-    backward: Literal["yes", "no"]
-    largest_query_head: int
-    largest_value_head: int
-    also_heads: tuple[int, ...] = ()
-    """Wider heads of queries that it takes too."""
-    uneven: bool = False
-    """Whether queries and values may have heads of different widths."""
-    worth_installing: bool = False
-    """Whether its package is expected to be faster here than what PyTorch has of its own."""
-    reason: str
-    source: str
-    confidence: Literal["high", "medium", "low"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backend:
-    """One attention code, and the cards that it runs on."""
-
-    name: str
-    """A value of `attn_implementation`."""
-    title: str
-    package: str
-    on_index: bool = True
-    """Whether the package can be installed by its name; the others are for who built them."""
-    also_named: tuple[str, ...] = ()
-    """Other values of `attn_implementation` that this one carries out, with the same result."""
-    stands_in_for: tuple[str, ...] = ()
-    """Backends whose work it does, as exactly, where their package or a GPU is missing."""
-    overwritten_by: tuple[str, ...] = ()
-    """Packages that hold files of the same name: of two that are installed the later one wins."""
-    architectures: tuple[str, ...]
-    packing: Literal["cut", "mask", "blocks"]
-    """How it keeps packed rows apart; a mask grows with sequence_len squared."""
-    vision: bool
-    vision_reason: str = ""
-    vision_source: str = ""
-    half_only: bool = False
-    """Whether it computes in 16-bit numbers alone."""
-    dropout: bool = True
-    """Whether it can leave out a share of the attention weights."""
-    cpu: bool = False
-    cards: tuple[Support, ...]
-
-    def on(self, capability: Capability | None) -> Support | None:
-        """What is known of it on cards of this compute capability, None where it does not run."""
-        asked = capability or UNKNOWN_CAPABILITY
-        return next((card for card in self.cards if card.first <= asked <= card.last), None)
-
-
-@cache
-def attention_backends() -> dict[str, Backend]:
-    """The table of presets/attention.yml by name, best first."""
-    from pydantic import TypeAdapter
-    from ruamel.yaml import YAML
-
-    text = (files("presets") / "attention.yml").read_text(encoding="utf-8")
-    content = YAML(typ="safe", pure=True).load(text)
-    for entry in content:
-        for card in entry["cards"]:
-            card["first"], card["last"] = card.pop("from"), card.pop("to")
-    found = TypeAdapter(tuple[Backend, ...]).validate_python(content)
-    return {backend.name: backend for backend in found}
-
-
-def flash_4_on(capability: Capability | None) -> str:
-    """Whether FlashAttention 4 trains on a card, and why: "eligible: …" or "not eligible: …"."""
-    backend = attention_backends()[FLASH_4]
-    support = backend.on(capability)
-    if support is None:
-        return "not eligible: it needs Hopper or newer to train"
-    if support.backward == "no":
-        return f"not eligible: {support.reason}"
-    return f"eligible: {support.reason}"
-
-
-def worth_installing(capabilities: Sequence[Capability]) -> Backend | None:
-    """The one package of attention code that serves all these cards better than PyTorch's own."""
-    for backend in attention_backends().values():
-        found = [backend.on(capability) for capability in capabilities]
-        if found and all(support and support.worth_installing for support in found):
-            return backend
-    return None
