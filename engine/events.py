@@ -1,11 +1,22 @@
-"""What a run can say about itself: one frozen dataclass for each `type` of `events.jsonl`.
+"""The vocabulary of `events.jsonl`: what a run says about itself, one JSON object a line.
 
-Names and fields are a contract with scripts that read the file: add, never rename or drop.
+Names and fields are a contract with scripts that read the file: add, never rename or drop. A reader
+skips types and fields that it does not know, so that an older Windtunnel can follow a newer run.
+JSON has no NaN: a float that is not finite is written as `null` and read back as `nan`, which a
+chart draws as a gap.
 """
 
-from collections.abc import Mapping
+import errno
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Final, Literal, get_args, get_type_hints
+
+from msgspec import ValidationError, convert
 
 Outcome = Literal["finished", "stopped", "failed"]
 SampleTime = Literal["before", "during", "after"]
@@ -249,3 +260,183 @@ class Recorded:
     time: float
     """Unix seconds."""
     event: Event
+
+
+VERSION: Final = 1
+"""`v` of every line. A reader skips lines of a higher one."""
+
+_KINDS: Final[dict[str, type[Event]]] = {kind.__name__.lower(): kind for kind in get_args(Event)}
+_NAMES: Final = {kind: name for name, kind in _KINDS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Envelope:
+    v: int
+    seq: int
+    time: float
+    type: str
+
+
+_HINTS: Final = {kind: get_type_hints(kind) for kind in _NAMES}
+_NUMBERS: Final = {
+    kind: [name for name, hint in hints.items() if hint is float or get_args(hint) == (str, float)]
+    for kind, hints in _HINTS.items()
+}
+"""The fields that hold floats, and never None."""
+
+
+def parse(record: object) -> Event | None:
+    """The event in one decoded JSON object, without its envelope.
+
+    None where the object is none of the types known here, lacks a field, or has a field of the
+    wrong type; fields that are not known are left out.
+    """
+    if not isinstance(record, dict):
+        return None
+    name = record.get("type")
+    kind = _KINDS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        return None
+    numbers = {name: _with_nan(record[name]) for name in _NUMBERS[kind] if name in record}
+    try:
+        return convert({**record, **numbers}, kind)
+    except ValidationError:
+        return None
+
+
+def parse_line(line: bytes) -> Recorded | None:
+    """One line of `events.jsonl`; None for a type of a newer Windtunnel.
+
+    Raises ValueError where the line is no whole event: torn, no JSON, or fields of a wrong type.
+    """
+    try:
+        record = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deep for an event") from error
+    envelope = convert(record, _Envelope)  # ValidationError is a ValueError
+    if envelope.v > VERSION or envelope.type not in _KINDS:
+        return None
+    event = parse(record)
+    if event is None:
+        raise ValueError("a field of the event is missing or of the wrong type")
+    return Recorded(envelope.seq, envelope.time, event)
+
+
+def format_line(recorded: Recorded) -> bytes:
+    """One line of `events.jsonl`, ASCII, with its line feed.
+
+    Characters beyond ASCII are escaped, so that no text (half a surrogate pair, U+2028) can make
+    a line that cannot be encoded or that another reader would split.
+    """
+    event = recorded.event
+    record: dict[str, object] = {
+        "v": VERSION,
+        "seq": recorded.seq,
+        "time": recorded.time,
+        "type": _NAMES[type(event)],
+    }
+    for name in _HINTS[type(event)]:
+        record[name] = _plain(getattr(event, name))
+    return json.dumps(record, allow_nan=False).encode("ascii") + b"\n"
+
+
+def _with_nan(value: Any) -> Any:
+    """A number as JSON has it, or a mapping of them, with nan for `null`."""
+    if isinstance(value, dict):
+        return {key: _with_nan(each) for key, each in value.items()}
+    return math.nan if value is None else value
+
+
+def _plain(value: object) -> object:
+    """A field as JSON has it: no number is `null`."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_TAIL_BYTES: Final = 1 << 16
+"""First look at the end of a file: some 250 steps, or one long sample."""
+
+
+def _last_seq(descriptor: int) -> tuple[int, bool]:
+    """The highest `seq` near the end of the file (-1 in an empty one), and whether it ends torn.
+
+    A torn line counts too: where only its line feed is missing, a reader will take it for whole
+    once the next writer has added one, and must not take the next event for a repetition.
+    """
+    size = os.fstat(descriptor).st_size
+    if size == 0:
+        return -1, False
+    span = _TAIL_BYTES
+    while True:
+        start = max(0, size - span)
+        data = os.pread(descriptor, size - start, start)
+        lines = data.split(b"\n")
+        found = [_seq_of(line) for line in (lines if start == 0 else lines[1:])]
+        if max(found, default=-1) >= 0 or start == 0:
+            return max(found), not data.endswith(b"\n")
+        span *= 8
+
+
+def _seq_of(line: bytes) -> int:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return -1
+    seq = record.get("seq") if isinstance(record, dict) else None
+    return seq if type(seq) is int else -1
+
+
+class EventWriter:
+    """Appends events to `events.jsonl`; for one thread of the process that holds the run's lock.
+
+    Every event is one `write` of one line in append mode, so a reader sees whole lines and at most
+    one torn one at the end. Telemetry never ends a training: where the disk is full (or the quota,
+    or the file size limit) the event is counted in `dropped`, its number stays unused, and the
+    next event begins on a line of its own.
+
+        with EventWriter(run.events) as events:
+            events.emit(Phase("load"))
+
+    Opening raises OSError where the file cannot be made. A file with history is continued: `seq`
+    goes on, and after a torn last line the first event begins with a line feed.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self.dropped = 0
+        """Events that could not be written, whole or in part."""
+        self._clock = clock
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, 0o644)
+        last, self._torn = _last_seq(self._descriptor)
+        self._next_seq = last + 1
+
+    def emit(self, event: Event) -> None:
+        """Write one event. Never raises for a disk that does not take it."""
+        if self._descriptor < 0:
+            raise ValueError("the event writer is closed")
+        line = format_line(Recorded(self._next_seq, self._clock(), event))
+        self._next_seq += 1
+        if self._torn:
+            line = b"\n" + line
+        try:
+            written = os.write(self._descriptor, line)
+        except OSError as error:
+            if error.errno == errno.EBADF:  # our own bug, no full disk
+                raise
+            self.dropped += 1
+            return
+        self._torn = written < len(line)
+        self.dropped += self._torn
+
+    def close(self) -> None:
+        """Give the file back; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> "EventWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
