@@ -176,7 +176,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload a run's finished result to the hub; a repository that it makes is private."""
-    from engine.publish import push as upload
+    from engine.publish.hub import push as upload
 
     address = upload(find_run(name, home), to)
     print(json.dumps({"url": address}) if as_json else f"Uploaded: {visible(address)}")
@@ -184,8 +184,7 @@ def push(
 
 def serve_hint(name: RunName, /, *, home: RunsFolder = None, as_json: AsJson = False) -> None:
     """Print the commands that serve a run's result with vLLM and llama.cpp, a reason each."""
-    from engine.publish import serve_hints
-    from engine.publish.serve import as_document
+    from engine.publish.card import as_document, serve_hints
 
     hints = serve_hints(find_run(name, home))
     if as_json:

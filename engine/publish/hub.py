@@ -84,14 +84,12 @@ def push(run: RunFolder, repository: str | None = None) -> str:
 
 
 def _push_in_own_process(run: RunFolder) -> tuple[bool, str]:
-    """The same in a process of its own, which may reach the hub where this one has left it.
-
-    Returns whether it worked, and one sentence; never raises for a failed upload.
-    """
+    """Whether it worked, and one sentence: a trainer leaves the hub for good once its model and
+    rows are there, so a process of its own does it."""
     environment = child_environment()
     environment.pop("HF_HUB_OFFLINE", None)
     done = subprocess.run(
-        [sys.executable, "-m", "engine.publish", str(run.path)],
+        [sys.executable, "-m", "engine.publish.hub", str(run.path)],
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -107,3 +105,17 @@ def _push_in_own_process(run: RunFolder) -> tuple[bool, str]:
 def repeat_command(run: RunFolder) -> str:
     """What uploads the result again."""
     return f"windtunnel push {visible(str(run.path), one_line=True)}"
+
+
+def main() -> int:
+    """Upload the result of the run in the folder that is named; prints its address."""
+    try:
+        print(push(RunFolder(Path(sys.argv[1]).resolve())))
+    except UserError as error:
+        print(error.what, error.why, file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

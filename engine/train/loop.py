@@ -35,7 +35,7 @@ from engine.events import (
 )
 from engine.pace import every
 from engine.plan.trainer import SAMPLE_TOKENS
-from engine.publish import publish_result
+from engine.publish.hub import publish_result
 from engine.runs import Command, ControlReader, Request, RunFolder, StopSignals
 from engine.train.batches import NAMED_ROWS, PAD, Order, Rows, StepBatch
 from engine.train.checkpoint import (

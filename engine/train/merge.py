@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.catalog import Architecture, read_architecture, with_overrides
 from engine.config import RunConfig, read_config
 from engine.errors import UserError, WorkError
-from engine.publish import write_card
+from engine.publish.card import write_card
 from engine.runs import RunFolder
 from engine.runs.newest_result import newest_result
 from engine.train.adapter_files import Adapter

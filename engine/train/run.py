@@ -33,7 +33,7 @@ from engine.plan.trainer import (
     refuse_bf16,
     why_float32,
 )
-from engine.publish.facts import find_base
+from engine.publish.card import find_base
 from engine.runs import RunFolder
 from engine.train.attention import pick_attention
 from engine.train.batches import Rows, refuse_unread

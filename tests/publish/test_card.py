@@ -4,7 +4,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from engine.publish import publish_result, write_card
+from engine.publish.card import write_card
+from engine.publish.hub import publish_result
 from tests.support.run_folders import write_run
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from engine.config import read_config
 from engine.events import Note
-from engine.publish import publish_result
+from engine.publish.hub import publish_result
 from engine.runs import RunFolder
 from tests.support.run_folders import write_run
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.publish import serve_hints
-from engine.publish.serve import VLLM_RANKS
+from engine.publish.card import VLLM_RANKS, serve_hints
 from tests.support.run_folders import write_run
 
 
