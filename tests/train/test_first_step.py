@@ -22,7 +22,7 @@ from tests.support.stock import norm_of
 from tests.support.tiny import ARCHITECTURES, Models, settings, training, wake_adapter
 
 IN_ONE_STEP = {"gradient_accumulation_steps": 64, "max_grad_norm": 1e9}
-LAYOUTS: dict[str, dict[str, Any]] = {
+STEP_LAYOUTS: dict[str, dict[str, Any]] = {
     "packed, recomputed": {
         "sample_packing": True,
         "sequence_len": 64,
@@ -110,7 +110,7 @@ def test_the_first_step_is_that_of_stock_tools(
     rows, method = (mixed if start == "images" else uneven), (METHODS | TOWER_TOO)[name]
     base, plain = bases(start, architecture)
     runs = []
-    for number, layout in enumerate(LAYOUTS.values()):
+    for number, layout in enumerate(STEP_LAYOUTS.values()):
         config = settings(base, **(IN_ONE_STEP | layout | method.keys))
         run = training(tmp_path / str(number), config, rows)
         if config.adapter:
