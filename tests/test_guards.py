@@ -263,13 +263,13 @@ GUARDS = {
         "engine/train/batches.py",
         "if (patch, merge, token) != (spec.patch, spec.merge, IMAGE_TOKEN):",
         "if False:",
-        "tests/train/test_images.py::TestRefusal::test_other_patch_sizes_are_refused",
+        "tests/train/test_batches.py::TestRefusal::test_other_patch_sizes_are_refused",
     ),
     "images for a model that reads them": Guard(
         "engine/train/batches.py",
         "    if not vision:",
         "    if False:",
-        "tests/train/test_images.py::TestRefusal::test_a_text_model_is_refused",
+        "tests/train/test_batches.py::TestRefusal::test_a_text_model_is_refused",
     ),
     "a lone image of one token": Guard(
         "engine/train/forward.py",
