@@ -397,14 +397,14 @@ GUARDS = {
         "engine/train/loss.py",
         " or _failed(head, device)",
         "",
-        "tests/train/test_cut_loss.py"
+        "tests/train/test_loss.py"
         "::test_a_run_without_a_compiler_trains_in_chunks_to_the_same_losses",
     ),
     "a head that is trained is never left to cut-cross-entropy": Guard(
         "engine/train/loss.py",
         "loss.cut and not head.requires_grad",
         "loss.cut",
-        "tests/train/test_cut_loss.py::test_a_head_that_is_trained_is_never_left_to_it",
+        "tests/train/test_loss.py::test_a_head_that_is_trained_is_never_left_to_it",
     ),
     "a card's logits are not rounded to half precision": Guard(
         "engine/train/loss.py",
