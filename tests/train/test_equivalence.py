@@ -3,6 +3,8 @@
 The yardstick is transformers itself, one row at a time, weighted by hand.
 """
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +12,32 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine.chat.render import Kind, LabelRule
 from engine.config import RunConfig
 from engine.events import Step
 from engine.train.batches import Order, Rows, StepBatch, collate
-from engine.train.checkpoint import save_trained
+from engine.train.checkpoint import export_trained, save_trained, trained_parameters
 from engine.train.evaluate import learned_tokens, score
 from engine.train.forward import Model, hidden_states, unwrapped
 from engine.train.loop import Training
 from engine.train.model import load_base
+from tests.support import stock
+from tests.support.fp8_checkpoints import write_fp8
+from tests.support.methods import METHODS, NF4, ON_EXPERTS, Method
 from tests.support.run_folders import read_steps
 from tests.support.stock import norm_of, stock_model, stock_step
 from tests.support.tiny import (
+    ARCHITECTURES,
     MakeRows,
+    Models,
     assert_same,
+    everything,
     gradients,
     row,
     settings,
+    steps,
     training,
     wake_adapter,
 )
@@ -215,3 +225,208 @@ def test_gradients_are_clipped_to_the_norm(ministral: Path, uneven: Rows, tmp_pa
     _, norm = run.gradients(first_step(config, uneven))
     assert norm > 0.1
     assert norm_of(gradients(run.model)) == pytest.approx(0.01, rel=1e-3)
+
+
+IN_ONE_STEP = {"gradient_accumulation_steps": 64, "max_grad_norm": 1e9}
+STEP_LAYOUTS: dict[str, dict[str, Any]] = {
+    "packed, recomputed": {
+        "sample_packing": True,
+        "sequence_len": 64,
+        "micro_batch_size": 3,
+        "gradient_checkpointing": True,
+    },
+    "one row at a time": {"micro_batch_size": 1},
+}
+
+
+TOWER_TOO = {"full with the tower": Method({"unfrozen_parameters": [".*"]}, 1e-5, stock.FLOAT32)}
+STARTS = ("text", "images", "FP8")
+FAST = {
+    ("text", "mistral3 over ministral3", "full"),
+    ("text", "mistral3 over ministral3", "LoRA bfloat16"),
+    ("text", "mistral3 over ministral3", "NF4 LoRA"),
+    ("text", "mistral3 over mistral4", "int8 LoRA"),
+    ("images", "mistral3 over mistral4", "LoRA"),
+    ("images", "mistral3 over ministral3", "NF4 LoRA"),
+    ("FP8", "mistral3 over mistral4", "NF4 LoRA on NF4 experts"),
+}
+"""Between them they have every kind of layer; the others run with the slow tests."""
+
+
+def cases() -> list[Any]:
+    """Start, architecture and method of every test."""
+    found = []
+    for start in STARTS:
+        for architecture in ARCHITECTURES:
+            for name in METHODS | (TOWER_TOO if start == "images" else {}):
+                if "experts" in name and "mistral4" not in architecture:
+                    continue
+                if start == "images" and "over" not in architecture:
+                    continue
+                case = (start, architecture, name)
+                slow = () if case in FAST else pytest.mark.slow
+                found.append(pytest.param(*case, id=", ".join(case), marks=slow))
+    return found
+
+
+@pytest.fixture(scope="module")
+def bases(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Models, seeing_model: Models
+) -> Callable[[str, str], tuple[Path, Path]]:
+    """The folder that a run starts from, and the one of the same numbers for stock tools."""
+    home = tmp_path_factory.mktemp("bases")
+
+    def find(start: str, architecture: str) -> tuple[Path, Path]:
+        if start == "text":
+            return (model_folder(architecture),) * 2
+        if start == "images":
+            return (seeing_model(architecture.removeprefix("mistral3 over ")),) * 2
+        folder = home / f"{start} {architecture}"
+        plain = folder.with_name(f"{folder.name} in float32")
+        if not folder.exists():
+            write_fp8(Path(shutil.copytree(model_folder(architecture), folder)))
+            stock.write_dequantized(folder, plain)
+        return folder, plain
+
+    return find
+
+
+def stock_trainee(base: Path, run: Training, home: Path, method: Method) -> Any:
+    """What stock tools train from the same start: the exported adapter, or the same parameters."""
+    model = stock.open_model(base, method.stock)
+    if run.config.adapter:
+        stock.take_nf4_experts(model, run.model)
+        return stock.open_adapter(model, export_trained(run.model, home, base, run.config))
+    for name, parameter in model.named_parameters():
+        vision = "vision" in name or "multi_modal" in name
+        parameter.requires_grad_(not vision or bool(run.config.unfrozen_parameters))
+    return model
+
+
+@pytest.mark.parametrize(("start", "architecture", "name"), cases())
+def test_the_first_step_is_that_of_stock_tools(
+    bases: Callable[[str, str], tuple[Path, Path]],
+    uneven: Rows,
+    mixed: Rows,
+    tmp_path: Path,
+    start: str,
+    architecture: str,
+    name: str,
+) -> None:
+    rows, method = (mixed if start == "images" else uneven), (METHODS | TOWER_TOO)[name]
+    base, plain = bases(start, architecture)
+    runs = []
+    for number, layout in enumerate(STEP_LAYOUTS.values()):
+        config = settings(base, **(IN_ONE_STEP | layout | method.keys))
+        run = training(tmp_path / str(number), config, rows)
+        if config.adapter:
+            wake_adapter(run.model)
+        runs.append(run)
+    trainee = stock_trainee(plain, runs[0], tmp_path, method).train()
+    loss, gradients = stock.take_step(trainee, rows)
+    for run in runs:
+        ours = run.gradients(run.order.step(1))
+        assert ours == pytest.approx((loss, norm_of(gradients)), rel=method.tolerance)
+        trained = [p for p in run.model.parameters() if p.requires_grad]
+        assert len([p for p in trained if p.grad is not None]) == len(gradients) == len(trained)
+    row = stock.row_of(rows, 2)
+    found, expected = stock.logits_of_ours(runs[0].model, row), stock.logits(trainee, row)
+    assert stock.distance(found, expected) < (1e-5 if method.tolerance < 0.01 else method.logits)
+    if run.config.adapter:
+        with trainee.disable_adapter():
+            assert stock.distance(stock.logits(trainee, row), expected) > 0.3
+
+
+NARROW = {"peft_autocast_adapter_dtype": False}
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "float32": ("ministral3", {"adapter": "lora"}),
+    "bfloat16": ("ministral3", {"adapter": "lora", "bf16": True}),
+    "int8": ("ministral3", {"adapter": "lora", "bf16": True, "load_in_8bit": True}),
+    "NF4": ("ministral3", NF4),
+    "NF4, float32": ("ministral3", NF4 | {"bf16": False}),
+    "DoRA": ("ministral3", {"adapter": "lora", "peft_use_dora": True}),
+    "DoRA on NF4": ("ministral3", NF4 | {"peft_use_dora": True}),
+    "dropout": ("ministral3", {"adapter": "lora", "lora_dropout": 0.2}),
+    "experts": ("mistral4", {"adapter": "lora"} | ON_EXPERTS),
+    "NF4 experts": ("mistral4", METHODS["NF4 LoRA on NF4 experts"].keys),
+    "beside a tower": ("mistral3 over ministral3", {"adapter": "lora", "bf16": True}),
+}
+
+
+@pytest.mark.parametrize(("architecture", "keys"), ADAPTERS.values(), ids=ADAPTERS)
+def test_gradients_are_near_those_of_float32(
+    model_folder: Models, uneven: Rows, tmp_path: Path, architecture: str, keys: dict[str, Any]
+) -> None:
+    found = []
+    for number, narrow in enumerate(({}, NARROW)):
+        config = settings(model_folder(architecture), max_grad_norm=1e9, **keys, **narrow)
+        run = training(tmp_path / str(number), config, uneven)
+        wake_adapter(run.model)
+        torch.manual_seed(0)  # the same inputs are dropped
+        loss, _ = run.gradients(run.order.step(1))
+        found.append((loss, gradients(run.model)))
+    named = dict(trained_parameters(run.model))
+    kinds = {("magnitude" in n, p.dtype, p.grad.dtype) for n, p in named.items()}
+    expected = {(False, torch.bfloat16, torch.bfloat16)}
+    if "peft_use_dora" in keys:
+        expected.add((True, torch.float32, torch.float32))
+    assert kinds == expected
+    (loss, exact), (ours, rounded) = found
+    assert ours == pytest.approx(loss, rel=0.02)
+    assert exact.keys() == rounded.keys()
+    far = torch.cat([(exact[n] - rounded[n]).flatten() for n in exact]).norm()
+    # An NF4 expert's router sends a token at its edge elsewhere.
+    limit = 0.3 if "quantize_moe_experts" in keys else 0.05
+    assert far < limit * torch.cat([exact[n].flatten() for n in exact]).norm()
+
+
+@pytest.mark.parametrize("name", ["float32", "NF4", "DoRA", "experts"])
+def test_loads_in_stock_peft(model_folder: Models, uneven: Rows, tmp_path: Path, name: str) -> None:
+    architecture, keys = ADAPTERS[name]
+    folder = model_folder(architecture)
+    config = settings(folder, learning_rate=0.01, num_epochs=2, **keys, **NARROW)
+    run = training(tmp_path / "run", config, uneven)
+    wake_adapter(run.model)
+    steps(run, 4)
+    home = export_trained(run.model, tmp_path, folder, config)
+    saved = load_file(home / "adapter_model.safetensors")
+    kinds = {tensor.dtype for key, tensor in saved.items() if "magnitude" not in key}
+    assert kinds == {torch.bfloat16}
+    form = stock.NF4 if name == "NF4" else stock.FLOAT32
+    theirs = stock.open_adapter(stock.open_model(folder, form), home)
+    row = stock.row_of(uneven, 2)
+    # PEFT widens the matrices, so that only the products differ, and where a router sends a token.
+    ours = stock.logits_of_ours(run.model, row)
+    assert stock.distance(ours, stock.logits(theirs, row)) < (0.1 if name == "experts" else 0.02)
+
+
+def test_random_rounding_learns(model_folder: Models, uneven: Rows, tmp_path: Path) -> None:
+    found = []
+    for number, narrow in enumerate(({}, NARROW)):
+        keys = {"lr_scheduler": "constant", "warmup_steps": 0, "num_epochs": 5}
+        folder = model_folder("ministral3")
+        config = settings(folder, adapter="lora", learning_rate=1e-4, **keys, **narrow)
+        run = training(tmp_path / str(number), config, uneven)
+        wake_adapter(run.model)
+        losses = [loss for loss, _ in steps(run, 40)]
+        found.append(sum(losses[:8]) - sum(losses[-8:]))
+    exact, ours = found
+    assert exact > 0
+    assert ours == pytest.approx(exact, rel=0.1)
+
+
+def test_continues_a_float32_adapter(model_folder: Models, uneven: Rows, tmp_path: Path) -> None:
+    keys = {"adapter": "lora", "learning_rate": 0.01, "num_epochs": 2}
+    wide, ours = (
+        training(tmp_path, settings(model_folder("ministral3"), **keys, **narrow), uneven)
+        for narrow in ({}, NARROW)
+    )
+    steps(wide, 3)
+    wide.save()
+    ours.restore(None)
+    before, after = everything(wide), everything(ours)
+    assert before.keys() == after.keys()
+    moments = [key for key in before if key.endswith(("exp_avg", "exp_avg_sq"))]
+    assert moments
+    assert all(before[key] == after[key] for key in moments)
+    assert len(steps(ours, 2)) == 2
