@@ -221,7 +221,7 @@ GUARDS = {
         "engine/train/evaluate.py",
         'raise UserError(\n            "Nothing would be trained',
         'UserError(\n            "Nothing would be trained',
-        "tests/train/test_alarms.py::TestStart::test_run_that_trains_nothing_is_refused",
+        "tests/train/test_evaluate.py::TestStart::test_run_that_trains_nothing_is_refused",
     ),
     "a dataset in which nothing is learned": Guard(
         "engine/data/prepare.py",
@@ -306,7 +306,7 @@ GUARDS = {
         "engine/train/evaluate.py",
         "        if loss <= self._guessing:",
         "        if True:",
-        "tests/train/test_alarms.py::TestStart::test_a_loss_above_that_of_guessing_is_reported",
+        "tests/train/test_evaluate.py::TestStart::test_a_loss_above_that_of_guessing_is_reported",
     ),
     "a loss that is no number ends the run": Guard(
         "engine/train/evaluate.py",
