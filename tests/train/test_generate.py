@@ -1,17 +1,26 @@
 """Answers token by token: the cache changes their speed and nothing else."""
 
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from engine.catalog import read_architecture
-from engine.chat.tokenizer import TokenizerSpec, build_tokenizer
+from engine.chat.tokenizer import TokenizerSpec, build_tokenizer, open_tokenizer, write_tekken
+from engine.config import write_config
+from engine.errors import UserError
+from engine.runs import RunFolder
+from engine.train.batches import Rows
 from engine.train.forward import Model
-from engine.train.generate import _choose, generate, readable
+from engine.train.generate import Answering, Request, _choose, ask, generate, readable, serve
 from engine.train.lora import attach_lora
 from engine.train.model import load_base
-from tests.support.tiny import settings, wake_adapter
+from tests.support.pictured_rows import SPEC, picture, seeing
+from tests.support.tiny import MISTRAL, edit_config, settings, training, wake_adapter, write_model
+from tests.support.trainers import VOCABULARY, small_tekken
 
 CPU = torch.device("cpu")
 PROMPT = [1, 40, 50, 60, 70]
@@ -96,3 +105,144 @@ def test_the_answer_is_read_with_its_control_tokens_and_without_its_end() -> Non
     think = inner.get_special_token("[THINK]")
     words = inner.encode("Tide is out", bos=False, eos=False)
     assert readable([think, *words, tokenizer.specials.eos], tokenizer) == "[THINK]Tide is out"
+
+
+QUESTION = {"role": "user", "content": "Hello there"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_model(folder, MISTRAL | {"vocab_size": VOCABULARY})
+    (folder / "tekken.json").write_text(small_tekken(), "utf-8")
+    return folder
+
+
+@pytest.fixture
+def trained(base: Path, uneven: Rows, tmp_path: Path) -> Callable[..., RunFolder]:
+    """A run whose weights were moved, saved or finished."""
+
+    def make(finish: bool = True, **keys: Any) -> RunFolder:
+        config = settings(base, **({"adapter": "lora", "learning_rate": 0.05} | keys))
+        run = training(tmp_path / "run", config, uneven)
+        if config.adapter:
+            wake_adapter(run.model)
+        run.step(1, run.order.step(1))
+        run.position.step = 1
+        run.save()
+        if finish:
+            run.finish([])
+        folder = RunFolder(tmp_path / "run")
+        folder.config.write_text(write_config(config))
+        return folder
+
+    return make
+
+
+def answers(run: RunFolder, *requests: Mapping[str, Any]) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    serve(run, [json.dumps(request) for request in requests], lambda r: lines.append(dict(r)))
+    return lines
+
+
+def asked(**keys: Any) -> dict[str, Any]:
+    return {"messages": [QUESTION], "max_tokens": 12} | keys
+
+
+@pytest.mark.parametrize("finish", [True, False], ids=["finished", "only saved"])
+@pytest.mark.parametrize("adapter", ["lora", None], ids=["adapter", "full"])
+def test_the_answer_is_that_of_the_trained_model_and_base_is_the_one_before(
+    adapter: str | None, finish: bool, trained: Callable[..., RunFolder], base: Path
+) -> None:
+    run = trained(finish, adapter=adapter)
+    lines = answers(run, asked(), asked(base=True), asked())
+    tuned, before, again = (each["answer"]["text"] for each in lines if "answer" in each)
+    assert tuned == again
+    assert tuned != before
+    config = settings(base)
+    from engine.train.model import load_base
+
+    tokenizer = open_tokenizer(base)
+    plain = generate(
+        load_base(base, config).model,
+        load_base(base, config).device,
+        ask("Hello there", tokenizer, config).tokens,
+        end=2,
+        max_new_tokens=12,
+    )
+    from engine.train.generate import readable
+
+    assert before == readable(plain, tokenizer)
+
+
+def test_pieces_add_up_and_a_letter_is_never_cut(trained: Callable[..., RunFolder]) -> None:
+    lines = answers(trained(), asked(max_tokens=40, temperature=1.0, seed=4))
+    pieces = [each["text"] for each in lines if "text" in each]
+    answer = next(each["answer"] for each in lines if "answer" in each)
+    assert len(pieces) > 5
+    assert "".join(pieces) == answer["text"]
+    assert answer["tokens"] == 40
+    assert answer["stopped"] is False
+
+
+def test_seed_decides_the_answer(trained: Callable[..., RunFolder]) -> None:
+    hot = {"temperature": 2.0, "top_p": 1.0}
+    run = trained()
+    lines = answers(run, *(asked(**hot, seed=seed) for seed in (1, 1, 2)))
+    first, same, other = (each["answer"]["text"] for each in lines if "answer" in each)
+    assert first == same != other
+
+
+def test_a_model_without_a_card_is_asked_greedily(trained: Callable[..., RunFolder]) -> None:
+    lines = answers(trained(), asked())
+    answer = next(each["answer"] for each in lines if "answer" in each)
+    assert (answer["temperature"], answer["top_p"], answer["max_tokens"]) == (0.0, 1.0, 12)
+
+
+def test_prompt_is_rendered_as_in_training(trained: Callable[..., RunFolder], base: Path) -> None:
+    answering = Answering(trained())
+    expected = ask("Hello there", answering.tokenizer, settings(base)).tokens
+    assert answering.prompt(Request([QUESTION])).tokens == expected
+    system = {"role": "system", "content": "Be brief."}
+    turns = [system, QUESTION, {"role": "assistant", "content": "Hi."}, QUESTION]
+    longer = answering.prompt(Request(turns)).tokens
+    text = "".join(answering.tokenizer.piece(token) for token in longer)
+    assert text.index("Be brief.") < text.index("Hi.")
+    assert text.endswith("[/INST]")
+
+
+def test_bad_conversation_is_refused_next_answered(trained: Callable[..., RunFolder]) -> None:
+    lines = answers(trained(), asked(messages=[{"role": "robot", "content": "x"}]), asked())
+    assert "refused" in lines[1]
+    assert lines[1]["refused"]["fix"]
+    assert lines[2] == {"end": True}
+    assert any("answer" in each for each in lines)
+
+
+def test_a_run_that_saved_nothing_says_so(base: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.config.write_text(write_config(settings(base, adapter="lora")))
+    with pytest.raises(UserError, match="saved nothing yet"):
+        Answering(run)
+
+
+def test_a_picture_is_seen(uneven: Rows, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", seeing(MISTRAL | {"vocab_size": 131072}))
+    edit_config(base, spatial_merge_size=SPEC.merge)
+    spec = TokenizerSpec("v13", think=True, image=(SPEC.patch, SPEC.longest, SPEC.merge))
+    write_tekken(spec, base / "tekken.json")
+    config = settings(base, adapter="lora", learning_rate=0.05)
+    run = training(tmp_path / "run", config, uneven)
+    wake_adapter(run.model)
+    run.finish([])
+    folder = RunFolder(tmp_path / "run")
+    folder.config.write_text(write_config(config))
+    found = []
+    for seed in (1, 2):
+        path = tmp_path / f"{seed}.png"
+        path.write_bytes(picture(60, 40, seed).content)
+        chunks = [{"type": "image", "path": str(path)}, {"type": "text", "text": "What is it?"}]
+        request = asked(messages=[{"role": "user", "content": chunks}], max_tokens=6)
+        found.append(next(e["answer"] for e in answers(folder, request) if "answer" in e))
+    assert found[0]["prompt_tokens"] == found[1]["prompt_tokens"]
+    assert found[0]["text"] != found[1]["text"]
