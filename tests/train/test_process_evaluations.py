@@ -1,12 +1,14 @@
 """A whole run measures itself: before, inside and after, and again nothing that it has measured."""
 
+from typing import Any
+
 import pytest
 
 from engine.events import Answers, Drift, Phase, Score
 from engine.runs import RunFolder
-from tests.support.trainers import LORA, Workshop, events_of, finish
+from tests.support.trainers import Workshop, events_of, finish
 
-KEYS = LORA | {
+MEASURING: dict[str, Any] = {
     **{"max_steps": 6, "eval_steps": 3, "save_steps": 3, "val_set_size": 0.2},
     **{"sample_prompts": ["How many knots is force 3?"]},  # cheaper than the three by default
     **{"eval_table_size": 4, "eval_max_new_tokens": 100, "eval_drift": True},
@@ -14,15 +16,16 @@ KEYS = LORA | {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    workshop = Workshop(tmp_path_factory.mktemp("measures"), {})
-    run = workshop.new(**KEYS)
+def measured(workshop: Workshop) -> RunFolder:
+    run = workshop.new(**MEASURING)
     assert finish(run) == 0, run.log.read_text("utf-8")
     return run
 
 
-def test_answers_drift_and_losses_by_kind_are_reported_at_every_evaluation(run: RunFolder) -> None:
-    events = events_of(run)
+def test_answers_drift_and_losses_by_kind_are_reported_at_every_evaluation(
+    measured: RunFolder,
+) -> None:
+    events = events_of(measured)
     answers = [event for event in events if isinstance(event, Answers)]
     assert [(each.step, each.rows) for each in answers] == [(0, 4), (3, 1), (6, 4)]
     drifts = [event for event in events if isinstance(event, Drift)]
@@ -35,8 +38,8 @@ def test_answers_drift_and_losses_by_kind_are_reported_at_every_evaluation(run: 
         assert total / sum(kinds.values()) == pytest.approx(score.loss, rel=1e-6)
 
 
-def test_an_evaluation_counts_the_rows_that_it_scores(run: RunFolder) -> None:
-    events = events_of(run)
+def test_an_evaluation_counts_the_rows_that_it_scores(measured: RunFolder) -> None:
+    events = events_of(measured)
     rows = next(each.rows for each in events if isinstance(each, Score))
     phases = [each for each in events if isinstance(each, Phase) and each.name == "evaluate"]
     assert rows > 2
@@ -44,11 +47,11 @@ def test_an_evaluation_counts_the_rows_that_it_scores(run: RunFolder) -> None:
     assert {each.done for each in phases} == {0, rows}
 
 
-def test_a_resumed_run_measures_against_the_base_that_it_remembers(run: RunFolder) -> None:
-    last = [event.kl for event in events_of(run) if isinstance(event, Drift)][-1]
-    stored = (run.path / "drift.safetensors").stat().st_mtime_ns
-    assert finish(run, "--resume", "--from", "step-3") == 0, run.log.read_text("utf-8")
-    again = [event.kl for event in events_of(run) if isinstance(event, Drift)]
+def test_a_resumed_run_measures_against_the_base_that_it_remembers(measured: RunFolder) -> None:
+    last = [event.kl for event in events_of(measured) if isinstance(event, Drift)][-1]
+    stored = (measured.path / "drift.safetensors").stat().st_mtime_ns
+    assert finish(measured, "--resume", "--from", "step-3") == 0, measured.log.read_text("utf-8")
+    again = [event.kl for event in events_of(measured) if isinstance(event, Drift)]
     assert len(again) == 4
     assert again[-1] == last
-    assert (run.path / "drift.safetensors").stat().st_mtime_ns == stored
+    assert (measured.path / "drift.safetensors").stat().st_mtime_ns == stored

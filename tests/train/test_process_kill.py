@@ -27,7 +27,7 @@ from tests.support.trainers import (
 )
 
 METHODS = {"lora": LORA, "qlora": QLORA}
-KEYS = {"val_set_size": 0.1, "eval_steps": 4, "save_total_limit": 2, "max_steps": 12}
+SAVING = {"val_set_size": 0.1, "eval_steps": 4, "save_total_limit": 2, "max_steps": 12}
 TRIALS = 20
 FAST = {"lora": 2, "qlora": 1}
 """Of the 20 trials, those that are not marked slow."""
@@ -37,7 +37,7 @@ class Trials:
     """Runs to be killed, and for each method the run that nobody stopped."""
 
     def __init__(self, folder: Path) -> None:
-        self._workshop = Workshop(folder, KEYS)
+        self._workshop = Workshop(folder, SAVING)
 
     def new(self, method: str) -> RunFolder:
         return self._workshop.new(**METHODS[method])

@@ -15,16 +15,16 @@ from engine.events import Score
 from engine.runs import RunFolder
 from tests.fakes.processes import wait_until
 from tests.support.run_folders import read_steps
-from tests.support.trainers import LORA, Workshop, events_of, finish, training
+from tests.support.trainers import Workshop, events_of, finish, training
 
-KEYS = {"max_steps": 4, "save_steps": 4, "learning_rate": 0.02}
+LEARNING = {"learning_rate": 0.02}
 
 
 def finished(workshop: Workshop, **keys: Any) -> tuple[RunFolder, float, float]:
     """A run, and the loss on its own rows that it told before and after."""
-    run = workshop.new(**keys)
+    run = workshop.new(**LEARNING, **keys)
     rows = {"path": str(run.path / "rows.jsonl"), "type": "chat_template", "split": "train"}
-    workshop.configure(run, test_datasets=[rows], **keys)
+    workshop.configure(run, test_datasets=[rows], **LEARNING, **keys)
     assert finish(run) == 0, run.log.read_text()
     scores = {event.step: event.loss for event in events_of(run) if isinstance(event, Score)}
     assert scores[4] < scores[0] - 0.05, "it learned something"
@@ -46,7 +46,7 @@ def loss_of(model: torch.nn.Module, run: RunFolder) -> float:
 
 
 def test_a_lora_run_leaves_an_adapter_that_peft_loads(workshop: Workshop) -> None:
-    run, before, after = finished(workshop, **LORA)
+    run, before, after = finished(workshop)
     base = AutoModelForCausalLM.from_pretrained(workshop.base)
     assert loss_of(base, run) == pytest.approx(before, abs=1e-5)
     assert loss_of(PeftModel.from_pretrained(base, run.adapter), run) == pytest.approx(
@@ -56,7 +56,7 @@ def test_a_lora_run_leaves_an_adapter_that_peft_loads(workshop: Workshop) -> Non
 
 
 def test_a_full_run_leaves_a_model_that_transformers_loads(workshop: Workshop) -> None:
-    run, _, after = finished(workshop)
+    run, _, after = finished(workshop, adapter=None)
     model = AutoModelForCausalLM.from_pretrained(run.model)
     assert loss_of(model, run) == pytest.approx(after, abs=1e-5)
     assert (run.model / "tekken.json").read_bytes() == (workshop.base / "tekken.json").read_bytes()
@@ -70,11 +70,11 @@ def resident_bytes(process_id: int | None) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keys", [LORA, {}], ids=["lora", "full"])
-def test_a_long_run_does_not_grow(workshop: Workshop, keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize("adapter", ["lora", None])
+def test_a_long_run_does_not_grow(workshop: Workshop, adapter: str | None) -> None:
     """With an evaluation and a save every ten steps."""
     often = {"save_steps": 10, "eval_steps": 10, "val_set_size": 0.1}
-    run = workshop.new(max_steps=400, **often, **keys)
+    run = workshop.new(max_steps=400, **often, adapter=adapter)
     with training(run, steps=20) as process:
         early = resident_bytes(process.pid)
         wait_until(lambda: len(read_steps(run)) >= 200, 200)

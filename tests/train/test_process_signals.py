@@ -16,7 +16,6 @@ from engine.runs import is_locked, status
 from tests.fakes.processes import ROOT, wait_until
 from tests.support.run_folders import read_steps
 from tests.support.trainers import (
-    LORA,
     Workshop,
     events_of,
     figures,
@@ -26,8 +25,6 @@ from tests.support.trainers import (
     training,
     wait,
 )
-
-KEYS = LORA | {"max_steps": 5_000, "save_steps": 5_000, "lr_scheduler": "constant"}
 
 
 def send_signal(process: BaseProcess, number: signal.Signals) -> None:

@@ -22,12 +22,12 @@ from engine.train.loop import Training
 from tests.support.machines import card, config, cpu, model
 from tests.support.tiny import MINISTRAL3, settings, training, write_model
 
-WIDE = MINISTRAL3 | {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 4096}
+SAVED = MINISTRAL3 | {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 4096}
 WHOLE_PIECE_BYTES, PIECE_BYTES = trainer.PIECE_BYTES, 2**18
 GENERATOR_BYTES = 8192
 """The state of torch's random generator, beside which nothing else is there."""
 LORA = {"adapter": "lora", "lora_r": 64, "lora_target_linear": True, "lora_dropout": 0.0}
-KINDS: dict[str, dict[str, Any]] = {
+RUNS: dict[str, dict[str, Any]] = {
     "full, fused": {"bf16": True, "optimizer": "adamw_torch_fused"},
     "full, plain": {"bf16": True, "optimizer": "adamw_torch"},
     "full, 8 bits": {"bf16": True, "optimizer": "adamw_bnb_8bit"},
@@ -41,8 +41,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not support
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("wide") / "model", WIDE)
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("saved_model") / "model", SAVED)
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +75,9 @@ class Run:
         return sum(t.nbytes for part in parts for t in part if isinstance(t, Tensor))
 
 
-@pytest.fixture(params=KINDS.values(), ids=list(KINDS))
-def made(request: pytest.FixtureRequest, tmp_path: Path, wide: Path, uneven: Rows) -> Run:
-    return Run(tmp_path, wide, uneven, request.param)
+@pytest.fixture(params=RUNS.values(), ids=list(RUNS))
+def made(request: pytest.FixtureRequest, tmp_path: Path, saved_model: Path, uneven: Rows) -> Run:
+    return Run(tmp_path, saved_model, uneven, request.param)
 
 
 def test_a_save_takes_one_piece(made: Run) -> None:

@@ -17,8 +17,9 @@ from engine.plan.targets import adapter_parameters, choose_targets, largest_trai
 from engine.train.batches import Rows
 from engine.train.fitcheck import CpuPeakMemory
 from engine.train.optim import build_optimizer, take_step
+from tests.support import tiny
 from tests.support.machines import card, cpu
-from tests.support.tiny import MISTRAL4, WIDE, describe, settings, training, write_model
+from tests.support.tiny import MISTRAL4, describe, settings, training, write_model
 
 OPTIMIZERS = sorted(set(CPU_BYTES) - {"adamw_torch_8bit", "adamw_8bit"})  # torchao's; another name
 LOOSE = {
@@ -80,7 +81,7 @@ def taken_bytes(
 @pytest.mark.parametrize("keys", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_step_takes_the_planned_memory(tmp_path: Path, name: str, keys: dict[str, Any]) -> None:
-    architecture = read_architecture(describe(tmp_path / "model", WIDE))
+    architecture = read_architecture(describe(tmp_path / "model", tiny.WIDE))
     config = settings(tmp_path / "model", optimizer=name, **keys)
     step = make_step(config, architecture, cpu())
     if config.adapter:
@@ -96,7 +97,7 @@ def test_step_takes_the_planned_memory(tmp_path: Path, name: str, keys: dict[str
 
 def test_on_a_gpu_the_plain_one_takes_the_roots_of_all_second_moments(tmp_path: Path) -> None:
     """Which it does wherever it moves many tensors in one call, as it does on every GPU."""
-    architecture = read_architecture(describe(tmp_path / "model", WIDE))
+    architecture = read_architecture(describe(tmp_path / "model", tiny.WIDE))
     named = list(parameters(architecture.table, settings(tmp_path)))
     taken = taken_bytes(named, lambda named: torch.optim.AdamW([p for _, p in named], foreach=True))
     numbers = sum(parameter.numel() for _, parameter in named)
@@ -104,7 +105,7 @@ def test_on_a_gpu_the_plain_one_takes_the_roots_of_all_second_moments(tmp_path: 
 
 
 def test_on_a_gpu_only_that_and_what_is_widened_count(tmp_path: Path) -> None:
-    architecture = read_architecture(describe(tmp_path / "model", WIDE))
+    architecture = read_architecture(describe(tmp_path / "model", tiny.WIDE))
 
     def counted(name: str, **keys: Any) -> tuple[float, int, int]:
         config = settings(tmp_path / "model", optimizer=name, **keys)
