@@ -31,7 +31,7 @@ LOSS = "tests/train/test_loss.py"
 VISION = "tests/train/test_vision.py"
 ARCHITECTURE = "tests/catalog/test_architecture.py"
 SECONDS = "tests/train/test_step_seconds.py"
-SAVING = "tests/train/test_save_memory.py"
+SAVING = "tests/train/test_plan_sizes.py"
 
 
 @dataclass(frozen=True, slots=True)

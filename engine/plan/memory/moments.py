@@ -40,7 +40,7 @@ OFFLOADED_STATES = 2
 and that of the next one."""
 
 # What the optimizer's step makes follows from code of other libraries, and from how our own step
-# moves bfloat16 weights; tests/train/test_update.py holds these figures against what torch's
+# moves bfloat16 weights; tests/train/test_plan_sizes.py holds these figures against what torch's
 # allocator was asked for.
 CPU_BYTES: Final[Mapping[str, int]] = MappingProxyType(
     {
