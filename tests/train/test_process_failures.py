@@ -12,9 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
-from engine.events import Note, Phase, Started
+from engine.chat.render import LabelRule, labels
+from engine.data.prepared import Prepared
+from engine.events import Answers, Drift, Note, Phase, Score, Started
 from engine.hardware.packages import install_command
 from engine.launch import launch
 from engine.runs import RunFolder, is_locked, status
@@ -269,3 +274,117 @@ def test_a_second_trainer_on_a_folder_leaves_the_first_one_alone(workshop: Works
         wait_until(lambda: len(read_steps(run)) > before)
         assert process.is_alive()
         assert "failed" not in run.events.read_text()
+
+
+LEARNING = {"learning_rate": 0.02}
+
+
+def finished(workshop: Workshop, **keys: Any) -> tuple[RunFolder, float, float]:
+    """A run, and the loss on its own rows that it told before and after."""
+    run = workshop.new(**LEARNING, **keys)
+    rows = {"path": str(run.path / "rows.jsonl"), "type": "chat_template", "split": "train"}
+    workshop.configure(run, test_datasets=[rows], **LEARNING, **keys)
+    assert finish(run) == 0, run.log.read_text()
+    scores = {event.step: event.loss for event in events_of(run) if isinstance(event, Score)}
+    assert scores[4] < scores[0] - 0.05, "it learned something"
+    return run, scores[0], scores[4]
+
+
+@torch.no_grad()
+def loss_of(model: torch.nn.Module, run: RunFolder) -> float:
+    """The textbook's loss over the run's rows, one by one, without any code of the trainer."""
+    prepared = Prepared(run.data)
+    total, learned = 0.0, 0
+    for row in range(len(prepared)):
+        ids = torch.from_numpy(prepared.ids(row).astype("int64"))
+        targets = torch.from_numpy(labels(prepared.ids(row), prepared.kinds(row), LabelRule()))
+        logits = model.eval()(input_ids=ids[None]).logits[0]
+        total += float(cross_entropy(logits[:-1], targets[1:], reduction="sum"))
+        learned += int((targets[1:] != -100).sum())
+    return total / learned
+
+
+def test_a_lora_run_leaves_an_adapter_that_peft_loads(workshop: Workshop) -> None:
+    run, before, after = finished(workshop)
+    base = AutoModelForCausalLM.from_pretrained(workshop.base)
+    assert loss_of(base, run) == pytest.approx(before, abs=1e-5)
+    assert loss_of(PeftModel.from_pretrained(base, run.adapter), run) == pytest.approx(
+        after, abs=1e-5
+    )
+    assert not run.model.exists()
+
+
+def test_a_full_run_leaves_a_model_that_transformers_loads(workshop: Workshop) -> None:
+    run, _, after = finished(workshop, adapter=None)
+    model = AutoModelForCausalLM.from_pretrained(run.model)
+    assert loss_of(model, run) == pytest.approx(after, abs=1e-5)
+    assert (run.model / "tekken.json").read_bytes() == (workshop.base / "tekken.json").read_bytes()
+    assert not run.adapter.exists()
+
+
+def resident_bytes(process_id: int | None) -> int:
+    status = Path(f"/proc/{process_id}/status").read_text("utf-8")
+    line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", None])
+def test_a_long_run_does_not_grow(workshop: Workshop, adapter: str | None) -> None:
+    """With an evaluation and a save every ten steps."""
+    often = {"save_steps": 10, "eval_steps": 10, "val_set_size": 0.1}
+    run = workshop.new(max_steps=400, **often, adapter=adapter)
+    with training(run, steps=20) as process:
+        early = resident_bytes(process.pid)
+        wait_until(lambda: len(read_steps(run)) >= 200, 200)
+        late = resident_bytes(process.pid)
+    assert late - early < 8 * 2**20, f"{early >> 20} MiB became {late >> 20} MiB"
+
+
+MEASURING: dict[str, Any] = {
+    **{"max_steps": 6, "eval_steps": 3, "save_steps": 3, "val_set_size": 0.2},
+    **{"sample_prompts": ["How many knots is force 3?"]},  # cheaper than the three by default
+    **{"eval_table_size": 4, "eval_max_new_tokens": 100, "eval_drift": True},
+}
+
+
+@pytest.fixture(scope="module")
+def measured(workshop: Workshop) -> RunFolder:
+    run = workshop.new(**MEASURING)
+    assert finish(run) == 0, run.log.read_text("utf-8")
+    return run
+
+
+def test_answers_drift_and_losses_by_kind_are_reported_at_every_evaluation(
+    measured: RunFolder,
+) -> None:
+    events = events_of(measured)
+    answers = [event for event in events if isinstance(event, Answers)]
+    assert [(each.step, each.rows) for each in answers] == [(0, 4), (3, 1), (6, 4)]
+    drifts = [event for event in events if isinstance(event, Drift)]
+    assert [each.step for each in drifts] == [0, 3, 6]
+    assert drifts[0].kl == 0.0 < drifts[1].kl
+    for score in (event for event in events if isinstance(event, Score)):
+        kinds = score.tokens_by_kind
+        assert set(kinds) == set(score.loss_by_kind) == {"think", "text", "eos"}
+        total = sum(kinds[kind] * score.loss_by_kind[kind] for kind in kinds)
+        assert total / sum(kinds.values()) == pytest.approx(score.loss, rel=1e-6)
+
+
+def test_an_evaluation_counts_the_rows_that_it_scores(measured: RunFolder) -> None:
+    events = events_of(measured)
+    rows = next(each.rows for each in events if isinstance(each, Score))
+    phases = [each for each in events if isinstance(each, Phase) and each.name == "evaluate"]
+    assert rows > 2
+    assert {(each.total, each.detail) for each in phases} == {(rows, "rows")}
+    assert {each.done for each in phases} == {0, rows}
+
+
+def test_a_resumed_run_measures_against_the_base_that_it_remembers(measured: RunFolder) -> None:
+    last = [event.kl for event in events_of(measured) if isinstance(event, Drift)][-1]
+    stored = (measured.path / "drift.safetensors").stat().st_mtime_ns
+    assert finish(measured, "--resume", "--from", "step-3") == 0, measured.log.read_text("utf-8")
+    again = [event.kl for event in events_of(measured) if isinstance(event, Drift)]
+    assert len(again) == 4
+    assert again[-1] == last
+    assert (measured.path / "drift.safetensors").stat().st_mtime_ns == stored
