@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.events import SampleTime, Score
-from engine.runs import RunFolder
+from engine.events import Eval, SampleTime, Score
+from engine.runs import Follower, RunFolder
 from engine.train.batches import Order, Rows, StepBatch
+from engine.train.checkpoint import trained_tensors
 from engine.train.generate import Prompt
 from engine.train.loop import StepClock, Training
 from engine.train.lora import put_on_training
 from engine.train.model import load_base
 from tests.support.run_folders import read_steps
-from tests.support.tiny import Begin, open_session, settings
+from tests.support.tiny import Begin, open_session, settings, training, wake_adapter
 
 COLLATING, MOVING, BETWEEN = 7.0, 5.0, 1000.0
 
@@ -127,3 +128,25 @@ def test_no_forward_pass_waits_for_its_loss(begin: Begin, monkeypatch: pytest.Mo
     assert loss > 0
     assert norm > 0
     assert not read
+
+
+def test_last_figures_are_of_the_best_model(ministral: Path, uneven: Rows, tmp_path: Path) -> None:
+    keys = {"adapter": "lora", "max_steps": 9, "learning_rate": 0.03}
+    config = settings(ministral, **keys, load_best_model_at_end=True)
+    run = training(tmp_path, config, uneven, {"validation": uneven})
+    for number in range(1, 9):
+        run.step(number, run.order.step(number))
+    assert run.evaluate()
+    run.save()
+    best = {name: tensor.clone() for name, tensor in trained_tensors(run.model).items()}
+    wake_adapter(run.model)  # forgets what it has learned
+    run.position.step = 9
+    assert not run.evaluate()
+    run.finish([])
+    events = [recorded.event for recorded in Follower(run.session.run.events).read()]
+    at_best, worse = (event.loss for event in events if isinstance(event, Eval))
+    assert at_best < worse
+    *_, last = (event.loss for event in events if isinstance(event, Score))
+    assert last == pytest.approx(at_best, abs=1e-6)
+    result = trained_tensors(run.model)
+    assert all(result[name].equal(tensor) for name, tensor in best.items())
