@@ -15,7 +15,7 @@ from tests.support.tiny import gradients
 ALL: dict[str, Any] = {}
 NONE: dict[str, Any] = {"gradient_checkpointing": False}
 TWO: dict[str, Any] = {"checkpointed_layers": 2}
-METHODS = {
+BASE_KEYS = {
     "float32": BASES["float32"],
     "full": {"adapter": None},
     "DoRA": BASES["float32"] | {"peft_use_dora": True},
@@ -46,7 +46,7 @@ def test_same_gradients(begin_deep: BeginDeep, architecture: str, method: str) -
     others += [TWO | OFFLOADS["layers"]] if adapted and not dora else []
     loss, every = None, None
     for number, keys in enumerate((ALL, *others)):
-        given = METHODS[method] | keys
+        given = BASE_KEYS[method] | keys
         run = begin_deep(architecture, str(number), **given)
         found, each = learned(run)
         loss, every = loss or found, every or each
