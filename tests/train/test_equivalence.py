@@ -4,6 +4,7 @@ The yardstick is transformers itself, one row at a time, weighted by hand.
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from engine.train.evaluate import learned_tokens, score
 from engine.train.forward import Model, hidden_states, unwrapped
 from engine.train.loop import Training
 from engine.train.model import load_base
+from engine.train.offload import decoder_layers
 from tests.support import stock
 from tests.support.fp8_checkpoints import write_fp8
 from tests.support.methods import METHODS, NF4, ON_EXPERTS, Method
+from tests.support.offloading import BASES, DEEP_MODELS, OFFLOADS, BeginDeep
 from tests.support.run_folders import read_steps
 from tests.support.stock import norm_of, stock_model, stock_step
 from tests.support.tiny import (
@@ -430,3 +433,68 @@ def test_continues_a_float32_adapter(model_folder: Models, uneven: Rows, tmp_pat
     assert moments
     assert all(before[key] == after[key] for key in moments)
     assert len(steps(ours, 2)) == 2
+
+
+ALL: dict[str, Any] = {}
+NONE: dict[str, Any] = {"gradient_checkpointing": False}
+TWO: dict[str, Any] = {"checkpointed_layers": 2}
+BASE_KEYS = {
+    "float32": BASES["float32"],
+    "full": {"adapter": None},
+    "DoRA": BASES["float32"] | {"peft_use_dora": True},
+    "NF4": BASES["NF4"],
+    "NF4 experts": BASES["NF4 experts"],
+}
+
+
+def learned(run: Training) -> tuple[Any, ...]:
+    """Loss, norm and every gradient of a step of packed rows."""
+    found = run.gradients(run.order.step(1))
+    return found, gradients(run.model)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [
+        *((name, "float32") for name in DEEP_MODELS),
+        *((name, "full") for name in ("mistral", "ministral3", "mistral4")),
+        ("ministral3", "DoRA"),
+        ("ministral3", "NF4"),
+        ("mistral4", "NF4 experts"),
+    ],
+)
+def test_same_gradients(begin_deep: BeginDeep, architecture: str, method: str) -> None:
+    adapted, dora = method != "full", method == "DoRA"
+    others = [NONE, {"checkpointed_layers": 1}, TWO, TWO | OFFLOADS["checkpoints"]]
+    others += [TWO | OFFLOADS["layers"]] if adapted and not dora else []
+    loss, every = None, None
+    for number, keys in enumerate((ALL, *others)):
+        given = BASE_KEYS[method] | keys
+        run = begin_deep(architecture, str(number), **given)
+        found, each = learned(run)
+        loss, every = loss or found, every or each
+        assert found == loss, keys
+        assert each.keys() == every.keys()
+        assert all(torch.equal(each[name], every[name]) for name in every), keys
+    assert every
+    assert all(float(gradient.norm()) > 0 for gradient in every.values())
+
+
+@pytest.mark.parametrize(
+    ("keys", "times"),
+    [(ALL, [2, 2, 2, 2]), (NONE, [1, 1, 1, 1]), (TWO, [2, 2, 1, 1])],
+    ids=["all", "none", "two"],
+)
+@pytest.mark.parametrize("offloads", [False, True])
+def test_layers_computed_again(
+    begin_deep: BeginDeep, keys: dict[str, Any], times: list[int], offloads: bool
+) -> None:
+    more = OFFLOADS["checkpoints"] if offloads and keys != NONE else {}
+    run = begin_deep("ministral3", **BASES["float32"], **keys, **more)
+    seen: Counter[int] = Counter()
+    for number, layer in enumerate(decoder_layers(unwrapped(run.model))):
+        norm: Any = layer.input_layernorm
+        norm.register_forward_hook(lambda *_, number=number: seen.update([number]))
+    step = run.order.step(1)
+    run.gradients(step)
+    assert [seen[number] // len(step.micros) for number in range(4)] == times
