@@ -30,7 +30,7 @@ ATTENTION = "tests/train/test_attention.py"
 LOSS = "tests/train/test_loss.py"
 VISION = "tests/train/test_vision.py"
 ARCHITECTURE = "tests/catalog/test_architecture.py"
-SECONDS = "tests/train/test_step_seconds.py"
+SECONDS = "tests/train/test_loop.py"
 SAVING = "tests/train/test_plan_sizes.py"
 
 
@@ -56,7 +56,7 @@ GUARDS = {
         "engine/train/run.py",
         'session.note("warning", require_planned_device(session.run, device))',
         'session.note("warning", None)',
-        "tests/train/test_process_failures.py::test_a_plan_for_a_card_never_ends_on_the_processor",
+        "tests/train/test_process_ends.py::test_a_plan_for_a_card_never_ends_on_the_processor",
     ),
     "bfloat16 only where it is the card's own": Guard(
         "engine/train/device.py",
@@ -312,7 +312,7 @@ GUARDS = {
         "engine/train/evaluate.py",
         "if not (math.isfinite(loss) and math.isfinite(norm)):",
         "if False:",
-        "tests/train/test_process_failures.py::test_nan_loss_touches_no_weight",
+        "tests/train/test_process_ends.py::test_nan_loss_touches_no_weight",
     ),
     "small steps of a bfloat16 adapter are not lost": Guard(
         "engine/train/optim.py",

@@ -564,9 +564,9 @@ def test_losses_of_single_rows(begin: Begin, ministral: Path, uneven: Rows, pack
     stock = stock_model(ministral)
     found = dict(row_losses(run.model, run.base, batch))
     assert sorted(found) == list(range(len(uneven)))
-    for row, loss in found.items():
-        ids = torch.from_numpy(uneven.ids(row).astype("int64"))[None]
-        answers = torch.from_numpy(uneven.kinds(row) >= Kind.TEXT)[None]
+    for index, loss in found.items():
+        ids = torch.from_numpy(uneven.ids(index).astype("int64"))[None]
+        answers = torch.from_numpy(uneven.kinds(index) >= Kind.TEXT)[None]
         theirs = stock(input_ids=ids, labels=ids.masked_fill(~answers, -100)).loss
         assert loss == pytest.approx(theirs.item(), rel=1e-4)
     assert run.model.training

@@ -1,4 +1,4 @@
-"""The plan's sizes against what the trainer really holds: parameters, bytes, optimizer state."""
+"""The plan's figures against what the trainer takes: what it holds, saves, updates and computes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -220,12 +220,6 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("saved_model") / "model", SAVED)
 
 
-@pytest.fixture(autouse=True)
-def from_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_files, "PIECE_BYTES", PIECE_BYTES)
-    monkeypatch.setattr(Tensor, "cpu", lambda tensor: tensor.clone())
-
-
 class Run:
     """A run after its first step, and what the process holds for it."""
 
@@ -251,7 +245,17 @@ class Run:
 
 
 @pytest.fixture(params=RUNS.values(), ids=list(RUNS))
-def made(request: pytest.FixtureRequest, tmp_path: Path, saved_model: Path, uneven: Rows) -> Run:
+def made(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    saved_model: Path,
+    uneven: Rows,
+) -> Run:
+    """On a CPU a tensor is in RAM already. Here what comes to it is copied, as from a card: so both
+    the card's memory and RAM are counted, and their sum may not grow by more than one piece."""
+    monkeypatch.setattr(weight_files, "PIECE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: tensor.clone())
     return Run(tmp_path, saved_model, uneven, request.param)
 
 
