@@ -7,11 +7,10 @@ are in axolotl_keys.yml. `reading` and `writing` go between text and RunConfig, 
 comment on the way.
 """
 
-from engine.config.data_keys import DatasetConfig
 from engine.config.document import Document
 from engine.config.explanation import section_of
 from engine.config.finding import ConfigError, Finding
-from engine.config.keys import SECTIONS, section_title
+from engine.config.keys import SECTIONS, DatasetConfig, section_title
 from engine.config.limits import SHARDED_OPTIMIZERS, require_supported, unsupported
 from engine.config.overriding import FULL, NONE, assignment, spell
 from engine.config.reading import ConfigFile, override, parse_config, read_config

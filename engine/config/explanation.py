@@ -11,10 +11,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from engine.config.axolotl import Level, Limit, limits, renamed
-from engine.config.data_keys import DatasetConfig
 from engine.config.document import key_path
 from engine.config.finding import shown
-from engine.config.keys import SECTIONS, section_title
+from engine.config.keys import SECTIONS, DatasetConfig, section_title
 from engine.config.reading import nearest_key
 from engine.config.run import RunConfig
 from engine.config.schema import allowed, describe, schema_at

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from engine.config.axolotl import Level, limits
 from engine.config.document import Document
 from engine.config.finding import ConfigError, Finding
+from engine.config.keys import Section
 from engine.config.run import RunConfig
-from engine.config.section import Section
 
 SHARDED_OPTIMIZERS: Mapping[str, str] = MappingProxyType(
     {

@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from engine.config.axolotl import elsewhere, limits, renamed
-from engine.config.data_keys import DatasetConfig
 from engine.config.document import (
     Document,
     KeyPath,
@@ -27,6 +26,7 @@ from engine.config.document import (
     parse_document,
 )
 from engine.config.finding import ConfigError, Finding, problem, shown
+from engine.config.keys import DatasetConfig
 from engine.config.limits import refuse_errors, unsupported
 from engine.config.overriding import assigned
 from engine.config.rules import broken_rules

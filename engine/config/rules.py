@@ -8,9 +8,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from engine.config.data_keys import DatasetConfig
 from engine.config.finding import Finding, problem, shown
-from engine.config.keys import RunKeys
+from engine.config.keys import DatasetConfig, RunKeys
 from engine.visible import visible
 
 

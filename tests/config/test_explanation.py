@@ -24,8 +24,7 @@ from engine.config import (
 )
 from engine.config.axolotl import Level, elsewhere, limits, renamed
 from engine.config.explanation import explain_key
-from engine.config.output_keys import TrackerKeys
-from engine.config.training_keys import DistributedKeys
+from engine.config.keys import DistributedKeys, TrackerKeys
 from engine.errors import UserError
 
 Run = Callable[..., str]

@@ -160,7 +160,7 @@ def test_an_unknown_optimizer_is_refused_with_those_there_are() -> None:
 def test_every_optimizer_of_the_config_is_there() -> None:
     from typing import get_args
 
-    from engine.config.training_keys import Optimizer
+    from engine.config.keys import Optimizer
 
     assert set(get_args(Optimizer)) == {*ALL, "adamw_torch_8bit"}, "for several GPUs"
 
