@@ -12,8 +12,16 @@ from engine.config.explanation import section_of
 from engine.config.finding import ConfigError, Finding
 from engine.config.keys import SECTIONS, DatasetConfig, section_title
 from engine.config.limits import SHARDED_OPTIMIZERS, require_supported, unsupported
-from engine.config.overriding import FULL, NONE, assignment, spell
-from engine.config.reading import ConfigFile, override, parse_config, read_config
+from engine.config.reading import (
+    FULL,
+    NONE,
+    ConfigFile,
+    assignment,
+    override,
+    parse_config,
+    read_config,
+    spell,
+)
 from engine.config.run import RunConfig
 from engine.config.schema import config_schema
 from engine.config.writing import write_config
