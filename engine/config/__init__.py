@@ -22,7 +22,7 @@ from engine.config.reading import (
     read_config,
     spell,
 )
-from engine.config.run import RunConfig
+from engine.config.rules import RunConfig
 from engine.config.schema import config_schema
 from engine.config.writing import write_config
 

@@ -13,7 +13,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from engine.config.axolotl import renamed
 from engine.config.document import Document, KeyPath
 from engine.config.keys import SECTIONS, Section, section_title
-from engine.config.run import RunConfig
+from engine.config.rules import RunConfig
 from engine.config.yaml_text import (
     HEADER,
     WIDTH,

@@ -15,7 +15,7 @@ from engine.config.document import key_path
 from engine.config.finding import shown
 from engine.config.keys import SECTIONS, DatasetConfig, section_title
 from engine.config.reading import nearest_key
-from engine.config.run import RunConfig
+from engine.config.rules import RunConfig
 from engine.config.schema import allowed, describe, schema_at
 from engine.config.yaml_text import flow
 from engine.errors import UserError

@@ -14,7 +14,7 @@ from engine.config.axolotl import Level, limits
 from engine.config.document import Document
 from engine.config.finding import ConfigError, Finding
 from engine.config.keys import Section
-from engine.config.run import RunConfig
+from engine.config.rules import RunConfig
 
 SHARDED_OPTIMIZERS: Mapping[str, str] = MappingProxyType(
     {

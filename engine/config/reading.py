@@ -30,8 +30,7 @@ from engine.config.document import (
 from engine.config.finding import ConfigError, Finding, problem, shown
 from engine.config.keys import DatasetConfig
 from engine.config.limits import refuse_errors, unsupported
-from engine.config.rules import broken_rules
-from engine.config.run import WITHOUT_RULES, RunConfig
+from engine.config.rules import WITHOUT_RULES, RunConfig, broken_rules
 from engine.config.schema import allowed, describe, schema_at
 from engine.errors import UserError
 

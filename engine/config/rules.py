@@ -7,6 +7,9 @@ them; the sentence that a person reads stands beside the condition.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Self
+
+from pydantic import ValidationInfo, model_validator
 
 from engine.config.finding import Finding, problem, shown
 from engine.config.keys import DatasetConfig, RunKeys
@@ -380,3 +383,19 @@ def _bad_dataset(key: str, dataset: DatasetConfig) -> Iterator[Finding]:
                     f"Left of the colon stands one of {', '.join(known)}.",
                     f"Write ours: theirs, for example {example}.",
                 )
+
+
+WITHOUT_RULES = {"rules": False}
+"""Validation context under which only types and ranges are checked."""
+
+
+class RunConfig(RunKeys):
+    """One run."""
+
+    @model_validator(mode="after")
+    def _keep_the_rules(self, info: ValidationInfo) -> Self:
+        if info.context != WITHOUT_RULES:
+            broken = broken_rules(self)
+            if broken:
+                raise ValueError("\n".join(finding.sentence() for finding in broken))
+        return self

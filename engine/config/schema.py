@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.config.axolotl import Limit, limits, renamed
 from engine.config.document import KeyPath
-from engine.config.run import RunConfig
+from engine.config.rules import RunConfig
 
 Schema = Mapping[str, Any]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import write_config
-from engine.config.run import RunConfig
+from engine.config.rules import RunConfig
 from engine.events import Eval, Event, EventWriter, Sample, Score, Started, Step
 from engine.runs import RunFolder
 from engine.runs.comparison import read_curves
