@@ -7,11 +7,9 @@ file says; a "note" changes no result.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
 from engine.config.axolotl import Level, limits
-from engine.config.document import Document
 from engine.config.finding import ConfigError, Finding
 from engine.config.keys import Section
 from engine.config.rules import RunConfig
@@ -88,19 +86,16 @@ _PARTLY: Mapping[str, Callable[[object], bool]] = {
 WHOLE_STATES = "cannot-be-sharded"
 
 
-def unsupported(config: RunConfig, document: Document | None = None) -> list[Finding]:
+def unsupported(config: RunConfig) -> list[Finding]:
     """Every key of `config` that this engine does not act on, in the order of the fields.
 
-    "error" means that training would not do what the file says. `document` gives the lines.
+    "error" means that training would not do what the file says.
     """
     found = [*_limited(config, "run", "")]
     for key in ("datasets", "test_datasets"):
         for index, dataset in enumerate(getattr(config, key)):
             found += _limited(dataset, "dataset", f"{key}[{index}].")
-    found += [*_whole_states(config), *_without_effect(config)]
-    if document is None:
-        return found
-    return [replace(finding, line=document.line(finding.key)) for finding in found]
+    return [*found, *_whole_states(config), *_without_effect(config)]
 
 
 def require_supported(config: RunConfig, *, sharded: bool = False) -> None:

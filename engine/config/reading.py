@@ -60,7 +60,7 @@ class ConfigFile:
 
     def findings(self) -> list[Finding]:
         """Everything to know about the file, in the order of its lines; errors stop `train`."""
-        found = [*self.notes, *unsupported(self.config, self.document)]
+        found = [*self.notes, *_with_lines(unsupported(self.config), self.document.line)]
         return sorted(found, key=lambda finding: finding.line or 0)
 
     def require_supported(self, *, sharded: bool = False) -> list[Finding]:
@@ -133,13 +133,17 @@ def check_values(
     """
     check = _Check(dict(values), list(problems), known)
     config = check.run()
-    found = [
-        finding if finding.line is not None else replace(finding, line=line(finding.key))
-        for finding in check.found
-    ]
+    found = _with_lines(check.found, line)
     if config is None:
         raise ConfigError(name, [finding for finding in found if finding.severity == "error"])
     return config, found
+
+
+def _with_lines(findings: Iterable[Finding], line: Callable[[str], int | None]) -> list[Finding]:
+    return [
+        finding if finding.line is not None else replace(finding, line=line(finding.key))
+        for finding in findings
+    ]
 
 
 @dataclass(slots=True)
