@@ -7,11 +7,11 @@ are in axolotl_keys.yml. `reading` and `writing` go between text and RunConfig, 
 comment on the way.
 """
 
+from engine.config.axolotl import SHARDED_OPTIMIZERS, require_supported, unsupported
 from engine.config.document import Document
 from engine.config.explanation import section_of
 from engine.config.finding import ConfigError, Finding
 from engine.config.keys import SECTIONS, DatasetConfig, section_title
-from engine.config.limits import SHARDED_OPTIMIZERS, require_supported, unsupported
 from engine.config.reading import (
     FULL,
     NONE,

@@ -4,15 +4,19 @@ The names let an error say what a key is, instead of guessing a typo.
 """
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from ruamel.yaml import YAML
 
-from engine.config.finding import Finding, shown
+from engine.config.finding import ConfigError, Finding, shown
+from engine.config.keys import Section
+from engine.config.rules import RunConfig
 
 Level = Literal["run", "dataset"]
 
@@ -126,3 +130,173 @@ def _table() -> Mapping[Level, Mapping[str, Limit]]:
                 later=group.get("later"),
             )
     return table
+
+
+SHARDED_OPTIMIZERS: Mapping[str, str] = MappingProxyType(
+    {
+        "adamw_bnb_8bit": "adamw_torch_8bit",
+        "adamw_8bit": "adamw_torch_8bit",
+        "paged_adamw_8bit": "adamw_torch_8bit",
+        "paged_adamw_32bit": "adamw_torch_fused",
+    }
+)
+"""bitsandbytes' optimizers, which cannot be sharded, and what takes their place in a run that is:
+FSDP2 hands an optimizer parts of tensors of a type of its own, on which those kernels fail. Axolotl
+refuses them with fsdp_config too."""
+FP8_CONFIG = "FineGrainedFP8Config"
+"""The value of `model_quantization_config` with which Axolotl reads FP8 weights."""
+
+
+def _other_formats(value: object) -> bool:
+    ours = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "blocksize": 64,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_threshold": 6.0,
+    }
+    return isinstance(value, dict) and any(
+        not _is_names(item) if key == "llm_int8_skip_modules" else ours.get(key, ...) != item
+        for key, item in value.items()
+    )
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+_BALANCE = ("output_router_logits", "router_aux_loss_coef")
+
+
+def _is_no_rope(value: object) -> bool:
+    return not isinstance(value, dict) or not all(
+        isinstance(item, str if key in ("rope_type", "type") else int | float)
+        for key, item in value.items()
+    )
+
+
+def _other_overrides(value: object) -> bool:
+    """Anything but the router's balance and the rotation of positions."""
+    if not isinstance(value, dict):
+        return value is not None
+    weight = value.get("router_aux_loss_coef", 0.0)
+    text = value.get("text_config", {})
+    parts = (value, text) if isinstance(text, dict) else ()
+    return (
+        not parts
+        or not value.keys() <= {*_BALANCE, "rope_parameters", "text_config"}
+        or not text.keys() <= {"rope_parameters"}
+        or any(_is_no_rope(part.get("rope_parameters", {})) for part in parts)
+        or not isinstance(value.get("output_router_logits", False), bool)
+        or isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or not 0 <= weight < math.inf
+    )
+
+
+_PARTLY: Mapping[str, Callable[[object], bool]] = {
+    "overrides_of_model_config": _other_overrides,
+    "bnb_config_kwargs": _other_formats,
+}
+"""Mappings of which some values are acted on: whether one holds any other."""
+
+WHOLE_STATES = "cannot-be-sharded"
+
+
+def unsupported(config: RunConfig) -> list[Finding]:
+    """Every key of `config` that this engine does not act on, in the order of the fields.
+
+    "error" means that training would not do what the file says.
+    """
+    found = [*_limited(config, "run", "")]
+    for key in ("datasets", "test_datasets"):
+        for index, dataset in enumerate(getattr(config, key)):
+            found += _limited(dataset, "dataset", f"{key}[{index}].")
+    return [*found, *_whole_states(config), *_without_effect(config)]
+
+
+def require_supported(config: RunConfig, *, sharded: bool = False) -> None:
+    """Raises ConfigError when training would not do what a config without a file says.
+
+    With `sharded` one for several GPUs passes, which can be planned and not run.
+    """
+    refuse_errors("The config", unsupported(config), sharded=sharded)
+
+
+def refuse_errors(name: str, found: Sequence[Finding], *, sharded: bool = False) -> None:
+    """Raises ConfigError with the errors among what was found in the file `name`.
+
+    `sharded`: see `require_supported`.
+    """
+    planned = {key for key, limit in limits().items() if sharded and limit.later == "several GPUs"}
+    errors = [
+        finding
+        for finding in found
+        if finding.severity == "error"
+        and (finding.id == WHOLE_STATES or finding.key not in planned)
+    ]
+    if errors:
+        raise ConfigError(name, errors)
+
+
+def _limited(section: Section, level: Level, prefix: str) -> Iterator[Finding]:
+    for key in type(section).model_fields:
+        limit, value = limits(level).get(key), getattr(section, key)
+        if limit is None or not limit.applies(value):
+            continue
+        if not limit.partly or _PARTLY[key](value):
+            yield limit.finding(f"{prefix}{key}", value)
+
+
+def _whole_states(config: RunConfig) -> list[Finding]:
+    """An optimizer that cannot be sharded, in a config that shards."""
+    instead = SHARDED_OPTIMIZERS.get(config.optimizer)
+    if config.fsdp_config is None or instead is None:
+        return []
+    what = f"optimizer: {config.optimizer} cannot be sharded, and fsdp_config is set."
+    why = "bitsandbytes' optimizers take whole tensors, and FSDP2 gives each GPU parts of them."
+    return [
+        Finding(WHOLE_STATES, "error", "optimizer", None, what, why, f"Write optimizer: {instead}.")
+    ]
+
+
+def _without_effect(config: RunConfig) -> list[Finding]:
+    """Keys that are supported and yet do nothing beside the others of this config."""
+    given = config.model_fields_set
+    found = []
+
+    def note(key: str, what: str, why: str, fix: str) -> None:
+        found.append(Finding("no-effect", "note", key, None, what, why, fix))
+
+    prefixes = ("lora", "peft_")
+    lora = [key for key in type(config).model_fields if key.startswith(prefixes) and key in given]
+    if config.adapter is None and lora:
+        note(
+            lora[0],
+            f"{lora[0]} is set without an adapter.",
+            "Without adapter every weight is trained.",
+            "Write adapter: lora or qlora, unless a full fine-tune is meant.",
+        )
+    if config.evals_per_epoch and not config.val_set_size and not config.test_datasets:
+        note(
+            "evals_per_epoch",
+            "evals_per_epoch is set, and no rows are held out.",
+            "Without val_set_size or test_datasets there is nothing to evaluate.",
+            "Write val_set_size: 0.05 to see whether the model memorises.",
+        )
+    if config.model_quantization_config == FP8_CONFIG:
+        note(
+            "model_quantization_config",
+            f"model_quantization_config: {FP8_CONFIG} has no effect.",
+            "FP8 weights are recognised in their files and converted while they are loaded.",
+            "It can stay in a file that Axolotl reads too.",
+        )
+    if config.cosine_min_lr_ratio and config.lr_scheduler != "cosine":
+        note(
+            "cosine_min_lr_ratio",
+            f"cosine_min_lr_ratio is set with lr_scheduler: {config.lr_scheduler}.",
+            "Only a cosine has such an end.",
+            "Write lr_scheduler: cosine, or remove it.",
+        )
+    return found

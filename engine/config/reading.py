@@ -16,7 +16,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from engine.config.axolotl import elsewhere, limits, renamed
+from engine.config.axolotl import elsewhere, limits, refuse_errors, renamed, unsupported
 from engine.config.document import (
     Document,
     KeyPath,
@@ -29,7 +29,6 @@ from engine.config.document import (
 )
 from engine.config.finding import ConfigError, Finding, problem, shown
 from engine.config.keys import DatasetConfig
-from engine.config.limits import refuse_errors, unsupported
 from engine.config.rules import WITHOUT_RULES, RunConfig, broken_rules
 from engine.config.schema import allowed, describe, schema_at
 from engine.errors import UserError
