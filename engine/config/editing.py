@@ -11,18 +11,19 @@ from dataclasses import dataclass, field
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from engine.config.axolotl import renamed
-from engine.config.document import Document, KeyPath
-from engine.config.keys import SECTIONS, Section, section_title
-from engine.config.rules import RunConfig
-from engine.config.yaml_text import (
+from engine.config.document import (
     HEADER,
     WIDTH,
+    Document,
+    KeyPath,
     comment_lines,
     comment_text,
     entry,
     flow,
     with_reason,
 )
+from engine.config.keys import SECTIONS, Section, section_title
+from engine.config.rules import RunConfig
 
 
 def changed_text(

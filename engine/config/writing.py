@@ -7,12 +7,11 @@ format, has no default for.
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.config.document import Document
+from engine.config.document import HEADER, Document, entry, with_reason
 from engine.config.editing import changed_text
 from engine.config.keys import SECTIONS, section_title
 from engine.config.reading import parse_config
 from engine.config.rules import RunConfig
-from engine.config.yaml_text import HEADER, entry, with_reason
 from engine.errors import UserError, WorkError
 from engine.files import write_whole
 

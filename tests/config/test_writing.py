@@ -19,7 +19,7 @@ from engine.config import (
     read_config,
     write_config,
 )
-from engine.config.yaml_text import HEADER, scalar
+from engine.config.document import HEADER, scalar
 from engine.errors import UserError, WorkError
 from tests.support.config_values import TEXTS, TRICKY, configs
 
