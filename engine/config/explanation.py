@@ -14,9 +14,8 @@ from engine.config.axolotl import Level, Limit, limits, renamed
 from engine.config.document import flow, key_path
 from engine.config.finding import shown
 from engine.config.keys import SECTIONS, DatasetConfig, section_title
-from engine.config.reading import nearest_key
 from engine.config.rules import RunConfig
-from engine.config.schema import allowed, describe, schema_at
+from engine.config.schema import allowed, describe, nearest_key, schema_at
 from engine.errors import UserError
 
 _FIELDS_OF: Mapping[Level, type[BaseModel]] = {"run": RunConfig, "dataset": DatasetConfig}

@@ -16,7 +16,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from engine.config.axolotl import elsewhere, limits, refuse_errors, renamed, unsupported
+from engine.config.axolotl import limits, refuse_errors, renamed, unsupported
 from engine.config.document import (
     Document,
     KeyPath,
@@ -30,7 +30,7 @@ from engine.config.document import (
 from engine.config.finding import ConfigError, Finding, problem, shown
 from engine.config.keys import DatasetConfig
 from engine.config.rules import WITHOUT_RULES, RunConfig, broken_rules
-from engine.config.schema import allowed, describe, schema_at
+from engine.config.schema import allowed, describe, nearest_key, schema_at
 from engine.errors import UserError
 
 _KEYS = frozenset(RunConfig.model_fields)
@@ -287,19 +287,6 @@ def _secrets(value: Value, path: KeyPath) -> Iterator[Finding]:
                 "Remove it, replace the token, and give the new one in the environment (HF_TOKEN,"
                 " WANDB_API_KEY) or with `hf auth login`.",
             )
-
-
-def nearest_key(key: str, known: frozenset[str]) -> str | None:
-    """The key that was probably meant."""
-    plain = key.strip().lower().replace("-", "_")
-    if plain in known:
-        return plain
-    others = elsewhere()
-    if others.get(plain) in known:
-        return others[plain]
-    close = difflib.get_close_matches(plain, [*known, *others], n=3, cutoff=0.6)
-    names = [name if name in known else others[name] for name in close]
-    return next((name for name in names if name in known), None)
 
 
 def _unknown(key: str, known: frozenset[str], prefix: str) -> Finding:

@@ -3,11 +3,12 @@
 An error about a value and `explain` say those words, from the same schema that editors read.
 """
 
+import difflib
 import functools
 from collections.abc import Mapping
 from typing import Any
 
-from engine.config.axolotl import Limit, limits, renamed
+from engine.config.axolotl import Limit, elsewhere, limits, renamed
 from engine.config.document import KeyPath
 from engine.config.rules import RunConfig
 
@@ -149,3 +150,16 @@ def _plain(item: Schema | bool) -> str:
     if kind == "array":
         return "lists of text"
     return {"string": "text", "integer": "whole numbers"}.get(str(kind), "values")
+
+
+def nearest_key(key: str, known: frozenset[str]) -> str | None:
+    """The key that was probably meant."""
+    plain = key.strip().lower().replace("-", "_")
+    if plain in known:
+        return plain
+    others = elsewhere()
+    if others.get(plain) in known:
+        return others[plain]
+    close = difflib.get_close_matches(plain, [*known, *others], n=3, cutoff=0.6)
+    names = [name if name in known else others[name] for name in close]
+    return next((name for name in names if name in known), None)
