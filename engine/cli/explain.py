@@ -12,8 +12,7 @@ from typing import Annotated
 import cyclopts
 from cyclopts import Parameter
 
-from engine.config.explanation import Explanation, explain_key
-from engine.config.schema import config_schema
+from engine.config.schema import Explanation, config_schema, explain_key
 
 AsJson = Annotated[bool, Parameter("--json", negative="")]
 

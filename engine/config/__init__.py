@@ -9,7 +9,6 @@ comment on the way.
 
 from engine.config.axolotl import SHARDED_OPTIMIZERS, require_supported, unsupported
 from engine.config.document import Document
-from engine.config.explanation import section_of
 from engine.config.finding import ConfigError, Finding
 from engine.config.keys import SECTIONS, DatasetConfig, section_title
 from engine.config.reading import (
@@ -23,7 +22,7 @@ from engine.config.reading import (
     spell,
 )
 from engine.config.rules import RunConfig
-from engine.config.schema import config_schema
+from engine.config.schema import config_schema, section_of
 from engine.config.writing import write_config
 
 __all__ = [

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from engine.config import NONE, RunConfig, spell
-from engine.config.explanation import explain_key
+from engine.config.schema import explain_key
 from engine.data.config_paths import with_absolute_paths
 from engine.errors import UserError
 from engine.hardware import assume, listed_gpus

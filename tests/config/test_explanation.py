@@ -23,8 +23,8 @@ from engine.config import (
     unsupported,
 )
 from engine.config.axolotl import Level, elsewhere, limits, renamed
-from engine.config.explanation import explain_key
 from engine.config.keys import DistributedKeys, TrackerKeys
+from engine.config.schema import explain_key
 from engine.errors import UserError
 
 Run = Callable[..., str]

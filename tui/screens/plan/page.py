@@ -12,7 +12,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from engine.config import RunConfig
-from engine.config.explanation import explain_key
+from engine.config.schema import explain_key
 from engine.data.config_paths import with_absolute_paths
 from engine.errors import UserError
 from engine.report.plan import plan_verdict
