@@ -1,10 +1,6 @@
 """What to do, in one file: Axolotl's YAML keys, checked before anything runs.
 
 It is the left hand of the only hand-over into a run (`config.yml`); `events.py` is the right one.
-The keys that act are in the `*_keys` modules, one section each; `rules` says which of them
-contradict each other and `limits` which values this engine does not act on. Axolotl's other keys
-are in axolotl_keys.yml. `reading` and `writing` go between text and RunConfig, and never lose a
-comment on the way.
 """
 
 from engine.config.axolotl import SHARDED_OPTIMIZERS, require_supported, unsupported

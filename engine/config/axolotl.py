@@ -1,6 +1,8 @@
-"""Axolotl's keys as data: what axolotl_keys.yml says of those that this engine does not act on.
+"""What this engine does not act on: axolotl_keys.yml, and the keys that do nothing beside others.
 
-The names let an error say what a key is, instead of guessing a typo.
+A rule says that a config contradicts itself; a limit says that Windtunnel is not there yet, and
+leaves the file when a part learns to do it. An "error" would train something else than the file
+says; a "note" changes no result.
 """
 
 import functools

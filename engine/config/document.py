@@ -1,7 +1,8 @@
-"""A YAML file as text with positions: plain values out, the line of every key, every syntax error.
+"""YAML text: plain values out with the line of every key, every syntax error, and values in again.
 
 Only null, booleans, numbers, text, lists and mappings are read, so no tag of a file can make an
-object. The text stays, because editing.py changes values inside it and leaves comments alone.
+object. Values are spelled so that Axolotl's reader, PyYAML, which is YAML 1.1, reads the same:
+there `2e-5` and `1e-05` are text and `no` is false.
 """
 
 import json

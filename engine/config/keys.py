@@ -1,4 +1,7 @@
-"""Every key of a run's config, unjudged: its sections together, in the order of a written file."""
+"""Every key of a run's config, unjudged: type, default and meaning, in the order of a written file.
+
+A new key is a field here, and acts where it is read.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -96,86 +99,6 @@ class ModelKeys(Section):
     tells from the files and converts while loading, so this key changes nothing."""
 
 
-class AdapterKeys(Section):
-    """Adapter."""
-
-    adapter: Literal["lora", "qlora"] | None = None
-    """What is trained. lora: two small matrices beside each frozen one; qlora: the same with
-    the frozen weights in 4 bits, about a quarter of the memory; absent: every weight (a full
-    fine-tune, roughly 8 times the memory of lora)."""
-    load_in_4bit: bool = False
-    """Hold the frozen weights in 4-bit NF4 with double quantization. Goes with adapter: qlora."""
-    load_in_8bit: bool = False
-    """Hold the frozen weights in 8 bits (LLM.int8()): half the memory of 16, and closer to them
-    than 4. Goes with adapter: lora."""
-    bnb_config_kwargs: dict[str, object] | None = None
-    """Settings of the quantized format. llm_int8_skip_modules: [vision_tower] lists the modules
-    that stay in 16 bits beside the head; absent, those are the vision tower and its projector."""
-    quantize_moe_experts: bool = False
-    """Quantize the experts of a mixture-of-experts model while they load."""
-    lora_r: Count = 16
-    """Rank of the adapter: how much it can hold. 16 or 32 suit small data; 8 is enough for tone
-    and format, 64 and more for new facts. Memory grows in proportion."""
-    lora_alpha: Count = Field(
-        default_factory=lambda data: 2 * data["lora_r"],
-        json_schema_extra={"default_words": "twice lora_r"},
-    )
-    """Strength of the adapter: its output is scaled by lora_alpha / lora_r. One or two times
-    lora_r is usual; raising it acts like a higher learning rate."""
-    lora_dropout: Below1 = 0.0
-    """Share of the adapter's input that is dropped at random while training. 0 is usual, and
-    the fused kernels need it; 0.05 can help when rows are few."""
-    peft_use_rslora: bool = False
-    """Scale the adapter by lora_alpha / sqrt(lora_r) instead (rsLoRA), which keeps ranks above 64
-    learning as fast as small ones."""
-    peft_use_dora: bool = False
-    """Learn the length of every output's weights beside their direction (DoRA). Slower: each pass
-    builds the adapter's whole matrix."""
-    peft_init_lora_weights: bool | str = True
-    """First values of the adapter's A matrices: true, uniform as PEFT does it, or gaussian. B
-    starts at zero either way, so that a run starts from the untouched model."""
-    peft_autocast_adapter_dtype: bool | None = None
-    """false: the adapter is held in bfloat16 instead of float32, which saves 4 bytes of each of
-    its numbers, weight and gradient; its steps are rounded at random, so that small ones are not
-    lost on average."""
-    peft_layers_to_transform: list[Whole] | Whole | None = None
-    """Numbers of the layers that get an adapter, from 0. Absent: all."""
-    lora_target_modules: list[str] | str | None = None
-    """Which matrices get an adapter. A list matches by the end of the name ([q_proj, v_proj]);
-    one text is a regular expression that must match the whole name; one that spells vision_tower
-    or multi_modal_projector reaches there too. Absent: see lora_target_linear."""
-    lora_target_parameters: list[str] | str | None = None
-    """Fused expert tensors that get an adapter, by the end of the name, such as
-    mlp.experts.gate_up_proj."""
-    lora_target_linear: bool = Field(
-        default_factory=lambda data: (
-            data["lora_target_modules"] is None
-            and data["lora_target_parameters"] is None
-            and not data["quantize_moe_experts"]
-        ),
-        json_schema_extra={"default_words": "true unless other targets are named"},
-    )
-    """Put an adapter on every linear layer of the language model. Usual: adapters on attention
-    alone learn less, even with as many parameters."""
-    lora_modules_to_save: list[str] | None = None
-    """Modules trained whole beside the adapter: embed_tokens and lm_head. They take as much memory
-    as in a full fine-tune, and are worth it only for tokens that the model does not know."""
-    lora_model_dir: str | None = None
-    """Folder of an adapter to go on from: its weights are the first ones of this run's adapter,
-    which must be of the same rank on the same matrices."""
-    lora_mlp_kernel: bool | None = None
-    """Fused kernel for the MLP's adapters: same result, less memory."""
-    lora_qkv_kernel: bool | None = None
-    """Fused kernel for the adapters of queries, keys and values: same result, less memory."""
-    lora_o_kernel: bool | None = None
-    """Fused kernel for the adapters of the attention output: same result, less memory."""
-    unfrozen_parameters: list[str] | None = None
-    """Full fine-tune only: regular expressions of the parameters to train; the others stay as
-    they are. Each is held against the start of a name, else of a part of it (embed_tokens finds
-    model.embed_tokens.weight). Absent: the whole language model, without the vision tower and
-    its projector."""
-
-
 class DatasetConfig(Section):
     """One source of conversations."""
 
@@ -266,6 +189,86 @@ class LearningKeys(Section):
     history_thinking: Literal["keep", "drop"] = "keep"
     """Thinking of the earlier answers of a conversation: keep shows it to the later turns, drop
     leaves it out, as most chat programs do."""
+
+
+class AdapterKeys(Section):
+    """Adapter."""
+
+    adapter: Literal["lora", "qlora"] | None = None
+    """What is trained. lora: two small matrices beside each frozen one; qlora: the same with
+    the frozen weights in 4 bits, about a quarter of the memory; absent: every weight (a full
+    fine-tune, roughly 8 times the memory of lora)."""
+    load_in_4bit: bool = False
+    """Hold the frozen weights in 4-bit NF4 with double quantization. Goes with adapter: qlora."""
+    load_in_8bit: bool = False
+    """Hold the frozen weights in 8 bits (LLM.int8()): half the memory of 16, and closer to them
+    than 4. Goes with adapter: lora."""
+    bnb_config_kwargs: dict[str, object] | None = None
+    """Settings of the quantized format. llm_int8_skip_modules: [vision_tower] lists the modules
+    that stay in 16 bits beside the head; absent, those are the vision tower and its projector."""
+    quantize_moe_experts: bool = False
+    """Quantize the experts of a mixture-of-experts model while they load."""
+    lora_r: Count = 16
+    """Rank of the adapter: how much it can hold. 16 or 32 suit small data; 8 is enough for tone
+    and format, 64 and more for new facts. Memory grows in proportion."""
+    lora_alpha: Count = Field(
+        default_factory=lambda data: 2 * data["lora_r"],
+        json_schema_extra={"default_words": "twice lora_r"},
+    )
+    """Strength of the adapter: its output is scaled by lora_alpha / lora_r. One or two times
+    lora_r is usual; raising it acts like a higher learning rate."""
+    lora_dropout: Below1 = 0.0
+    """Share of the adapter's input that is dropped at random while training. 0 is usual, and
+    the fused kernels need it; 0.05 can help when rows are few."""
+    peft_use_rslora: bool = False
+    """Scale the adapter by lora_alpha / sqrt(lora_r) instead (rsLoRA), which keeps ranks above 64
+    learning as fast as small ones."""
+    peft_use_dora: bool = False
+    """Learn the length of every output's weights beside their direction (DoRA). Slower: each pass
+    builds the adapter's whole matrix."""
+    peft_init_lora_weights: bool | str = True
+    """First values of the adapter's A matrices: true, uniform as PEFT does it, or gaussian. B
+    starts at zero either way, so that a run starts from the untouched model."""
+    peft_autocast_adapter_dtype: bool | None = None
+    """false: the adapter is held in bfloat16 instead of float32, which saves 4 bytes of each of
+    its numbers, weight and gradient; its steps are rounded at random, so that small ones are not
+    lost on average."""
+    peft_layers_to_transform: list[Whole] | Whole | None = None
+    """Numbers of the layers that get an adapter, from 0. Absent: all."""
+    lora_target_modules: list[str] | str | None = None
+    """Which matrices get an adapter. A list matches by the end of the name ([q_proj, v_proj]);
+    one text is a regular expression that must match the whole name; one that spells vision_tower
+    or multi_modal_projector reaches there too. Absent: see lora_target_linear."""
+    lora_target_parameters: list[str] | str | None = None
+    """Fused expert tensors that get an adapter, by the end of the name, such as
+    mlp.experts.gate_up_proj."""
+    lora_target_linear: bool = Field(
+        default_factory=lambda data: (
+            data["lora_target_modules"] is None
+            and data["lora_target_parameters"] is None
+            and not data["quantize_moe_experts"]
+        ),
+        json_schema_extra={"default_words": "true unless other targets are named"},
+    )
+    """Put an adapter on every linear layer of the language model. Usual: adapters on attention
+    alone learn less, even with as many parameters."""
+    lora_modules_to_save: list[str] | None = None
+    """Modules trained whole beside the adapter: embed_tokens and lm_head. They take as much memory
+    as in a full fine-tune, and are worth it only for tokens that the model does not know."""
+    lora_model_dir: str | None = None
+    """Folder of an adapter to go on from: its weights are the first ones of this run's adapter,
+    which must be of the same rank on the same matrices."""
+    lora_mlp_kernel: bool | None = None
+    """Fused kernel for the MLP's adapters: same result, less memory."""
+    lora_qkv_kernel: bool | None = None
+    """Fused kernel for the adapters of queries, keys and values: same result, less memory."""
+    lora_o_kernel: bool | None = None
+    """Fused kernel for the adapters of the attention output: same result, less memory."""
+    unfrozen_parameters: list[str] | None = None
+    """Full fine-tune only: regular expressions of the parameters to train; the others stay as
+    they are. Each is held against the start of a name, else of a part of it (embed_tokens finds
+    model.embed_tokens.weight). Absent: the whole language model, without the vision tower and
+    its projector."""
 
 
 class SequenceKeys(Section):
@@ -501,28 +504,8 @@ class TrackerKeys(Section):
     """Send figures to Trackio."""
 
 
-SECTIONS: tuple[type[Section], ...] = (
-    ModelKeys,
-    DataKeys,
-    LearningKeys,
-    AdapterKeys,
-    SequenceKeys,
-    OptimizationKeys,
-    MemoryKeys,
-    DistributedKeys,
-    OutputKeys,
-    TrackerKeys,
-)
-"""In the order of the written file."""
-
-
-def section_title(section: type[Section]) -> str:
-    """Its heading in a written file: its docstring without the full stop."""
-    return (section.__doc__ or "").removesuffix(".")
-
-
 # pydantic collects the fields from the last base to the first, and a default may read the fields
-# before it (learning_rate reads adapter): hence the reverse of SECTIONS.
+# before it (learning_rate reads adapter): hence the reverse of a written file.
 class RunKeys(
     TrackerKeys,
     OutputKeys,
@@ -544,3 +527,12 @@ class RunKeys(
             keys += ("lora_r", "lora_alpha")
             keys += ("lora_target_linear",) if self.lora_target_linear else ()
         return keys
+
+
+SECTIONS: tuple[type[Section], ...] = tuple(reversed(RunKeys.__bases__))
+"""In the order of the written file."""
+
+
+def section_title(section: type[Section]) -> str:
+    """Its heading in a written file: its docstring without the full stop."""
+    return (section.__doc__ or "").removesuffix(".")

@@ -1,4 +1,4 @@
-"""From a file's values to a RunConfig: every problem found at once, each with its line.
+"""From a file's values, or `key=value` arguments, to a RunConfig: every problem found at once.
 
 A file may spell things that RunConfig never sees: older names, empty values, keys of other tools,
 secrets.

@@ -1,4 +1,4 @@
-"""Whether the keys of a config contradict each other, and whether its values are safe.
+"""The whole config of a run, and the rules that it keeps: no key against another, no unsafe value.
 
 RULES is the table of those that contradict each other, Axolotl's own combinations where it has
 them; the sentence that a person reads stands beside the condition.

@@ -1,7 +1,4 @@
-"""The JSON schema of a config, and what a key takes in words: "a whole number, 1 or more".
-
-An error about a value and `explain` say those words, from the same schema that editors read.
-"""
+"""What a key is: the JSON schema for editors, and in words for `explain`, help and errors."""
 
 import difflib
 import functools

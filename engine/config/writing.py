@@ -1,7 +1,8 @@
 """From a RunConfig to text: a new file with the reason of each value, or a change in an own file.
 
-A file names the values that differ from the default, and those that Axolotl, which shares the
-format, has no default for.
+A change works on positions in the text and replaces the characters of a value, nothing else.
+ruamel's round trip keeps less: it joins the lines of a JSON file, indents lists anew, mixes line
+ends, and writes 3e-05, which YAML 1.1 reads as text.
 """
 
 from collections.abc import Mapping
