@@ -17,7 +17,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.chat.tokenizer_file import tokenizer_name
-from engine.cli.printing import print_lines, terminal_columns, underlines
+from engine.cli.printing import AsJson, print_lines, terminal_columns, underlines
 from engine.config import ConfigError, DatasetConfig, RunConfig, read_config, section_of
 from engine.errors import UserError
 from engine.report import Line
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from engine.data.statistics import BadRow, Checkup
 
 Effort = Literal["none", "high"]
-AsJson = Annotated[bool, Parameter("--json", negative="")]
 Strict = Annotated[bool, Parameter(negative="")]
 Think = Annotated[bool | None, Parameter("--think", negative="--no-think")]
 
@@ -119,8 +118,6 @@ def check_data(
         Count tokens as this model would: catalog name, hub id or folder.
     strict
         Exit with 1 when a row cannot be used.
-    as_json
-        Print one JSON document.
     """
     from engine.chat.tokenizer import open_tokenizer
     from engine.data.checkup import check_config, checkup_document
@@ -201,8 +198,6 @@ def preview_data(
         The effort that the prompt states, for models that state one.
     strict
         Exit with 1 when a shown row learns nothing.
-    as_json
-        Print JSON.
     """
     first = _first_row(row, every)
     request = _read_request(data, model, think)
@@ -275,8 +270,6 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
     ----------
     config
         The config file.
-    as_json
-        Print one JSON document.
     """
     from engine.chat.tokenizer import open_tokenizer
     from engine.data.prepare import default_store, label_rule, prepare

@@ -13,14 +13,8 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.cli.drawings import SEEN, UNSEEN, write_drawings
-from engine.cli.printing import print_lines
-from engine.cli.training import (
-    AsEvents,
-    AsJson,
-    EventLines,
-    RunsFolder,
-    start,
-)
+from engine.cli.printing import AsEvents, AsJson, RunsFolder, print_lines
+from engine.cli.training import EventLines, start
 from engine.cli.watch import Watch
 from engine.errors import UserError
 from engine.events import Sample, Score

@@ -12,9 +12,8 @@ from typing import Annotated
 import cyclopts
 from cyclopts import Parameter
 
+from engine.cli.printing import AsJson
 from engine.config.schema import Explanation, config_schema, explain_key
-
-AsJson = Annotated[bool, Parameter("--json", negative="")]
 
 _WIDTH = 80
 _LABEL_WIDTH = 10
@@ -26,7 +25,7 @@ def register(app: cyclopts.App) -> None:
     app.command(print_explanation, name="explain")
 
 
-def print_schema(*, as_json: AsJson = False) -> int:
+def print_schema(*, as_json: Annotated[bool, Parameter("--json", negative="")] = False) -> int:
     """Print the JSON schema of a config, with what each key means, for editors and scripts.
 
     Parameters
@@ -45,8 +44,6 @@ def print_explanation(key: str, /, *, as_json: AsJson = False) -> int:
     ----------
     key
         A key such as lora_r, or datasets.path for a key of a dataset.
-    as_json
-        Print one JSON document.
     """
     found = explain_key(key)
     if as_json:

@@ -14,7 +14,8 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.child import TRAINER
-from engine.cli.training import AsEvents, AsJson, EventLines
+from engine.cli.printing import AsEvents, AsJson
+from engine.cli.training import EventLines
 from engine.cli.watch import PlainWatch
 from engine.plan.measured import Measurement, store
 from engine.report.fit import difference, fit_lines

@@ -7,11 +7,11 @@ with 0 there; what is wrong is in the text and in `problems`.
 import json
 from dataclasses import asdict
 from textwrap import wrap
-from typing import Annotated, Any
+from typing import Any
 
 import cyclopts
-from cyclopts import Parameter
 
+from engine.cli.printing import AsJson, Assume
 from engine.hardware import (
     Gpu,
     Machine,
@@ -36,10 +36,6 @@ from engine.visible import fold, visible
 from engine.wizard.request import find_machine
 
 _COLUMNS = 80
-AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
-Assume = Annotated[
-    str | None, Parameter(help="Plan for GPUs that are not here, such as 'H100 x2' or '24 GB'.")
-]
 
 
 def register(app: cyclopts.App) -> None:

@@ -13,12 +13,11 @@ from cyclopts import Parameter
 
 from engine.catalog import ModelCard, ModuleTable, list_models
 from engine.catalog.rows import module_table
+from engine.cli.printing import AsJson
 from engine.plan import Device, Prospect, best_device, device_document, survey
 from engine.report.models import model_verdict, size
 from engine.units import gib
 from engine.wizard.request import find_machine
-
-AsJson = Annotated[bool, Parameter("--json", negative="")]
 
 _HEADINGS = ("name", "size", "active", "context", "reads", "thinks", "licence")
 _PLANNED_HEADINGS = ("name", "size", "verdict", "needs", "method", "length", "at once")
@@ -44,8 +43,6 @@ def print_models(
     ----------
     assumed
         Say what each needs on this GPU: "RTX 4090", "H100", "24 GB".
-    as_json
-        Print one JSON document.
     """
     offered = [card for card in list_models() if card.offered]
     catalog = [(card, module_table(card.config, where=card.name)) for card in offered]

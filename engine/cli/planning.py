@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from engine.catalog import Architecture, read_architecture
 from engine.chat.tokenizer_file import check_tokenizer, tokenizer_name
-from engine.cli.printing import print_lines
+from engine.cli.printing import AsJson, print_lines
 from engine.config import (
     DatasetConfig,
     RunConfig,
@@ -58,8 +58,6 @@ from engine.report.plan import (
 from engine.visible import visible
 from engine.wizard.counting import count_config_rows
 from engine.wizard.request import find_device, read_planned
-
-AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
 
 
 def register(app: cyclopts.App) -> None:

@@ -1,12 +1,31 @@
-"""How a command prints lines: whole for a script, folded at the terminal's width for a person."""
+"""What several commands take, and how they print: whole for a script, folded for a person."""
 
 import os
 import shutil
 import sys
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from engine.report import Line
 from engine.visible import fold, visible
+
+AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
+AsEvents = Annotated[
+    bool, Parameter("--events", negative="", help="Print the run's events as JSON lines.")
+]
+Assume = Annotated[
+    str | None, Parameter(help="Plan for GPUs that are not here, such as 'H100 x2' or '24 GB'.")
+]
+RunName = Annotated[str, Parameter(help="Name of the run, or its folder.")]
+RunsFolder = Annotated[
+    Path | None,
+    Parameter(
+        "--runs", help="Folder that holds runs/, instead of $WINDTUNNEL_RUNS or the default."
+    ),
+]
 
 
 def print_lines(lines: Iterable[Line | str]) -> None:

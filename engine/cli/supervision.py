@@ -14,6 +14,7 @@ from typing import Annotated, Final
 
 import cyclopts
 
+from engine.cli.printing import AsJson, RunName, RunsFolder
 from engine.cli.watch import PlainWatch, Watch, watch_to_end
 from engine.errors import UserError, WorkError
 from engine.events import Ack
@@ -36,17 +37,6 @@ from engine.visible import visible
 
 _ANSWER_SECONDS: Final = 60.0
 _SAVING_SECONDS: Final = 600.0
-
-RunName = Annotated[str, cyclopts.Parameter(help="Name of the run, or its folder.")]
-RunsFolder = Annotated[
-    Path | None,
-    cyclopts.Parameter(
-        name="--runs", help="Folder that holds runs/, instead of $WINDTUNNEL_RUNS or the default."
-    ),
-]
-AsJson = Annotated[
-    bool, cyclopts.Parameter(name="--json", negative="", help="Print one JSON document.")
-]
 
 
 OpenRun = Callable[[RunFolder, bool], int]

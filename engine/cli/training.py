@@ -10,7 +10,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine.cli.dry_run import try_dry
-from engine.cli.printing import print_lines
+from engine.cli.printing import AsEvents, AsJson, RunsFolder, print_lines
 from engine.cli.watch import Watch, watch_to_end
 from engine.events import Recorded, format_line
 from engine.launch import launch
@@ -19,15 +19,6 @@ from engine.report.run import state_lines
 from engine.runs import Follower
 from engine.wizard.request import plan_run
 from engine.wizard.start import Created, create
-
-AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
-AsEvents = Annotated[
-    bool, Parameter("--events", negative="", help="Print the run's events as JSON lines.")
-]
-RunsFolder = Annotated[
-    Path | None,
-    Parameter("--runs", help="Folder that holds runs/, instead of the default."),
-]
 
 
 class EventLines:

@@ -18,7 +18,7 @@ from cyclopts import Parameter
 
 from engine.catalog import UnknownModel
 from engine.child import TRAINER, Child, torch_process
-from engine.cli.supervision import AsJson, RunName, RunsFolder
+from engine.cli.printing import AsJson, RunName, RunsFolder
 from engine.errors import UserError
 from engine.interrupt import wait_for_line
 from engine.launch import planned_gpu, require_torch
