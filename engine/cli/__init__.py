@@ -24,7 +24,6 @@ from engine.cli import (
     new,
     planning,
     supervision,
-    training,
     use,
 )
 from engine.cli.watch import PlainWatch, Watch
@@ -50,7 +49,6 @@ def build_app(
         help_format="plaintext",
         default_parameter=cyclopts.Parameter(negative=(), show_default=False),
     )
-    training.register(app, make_watch)
     new.register(app, ask_new)
     fit.register(app)
     demo.register(app, make_watch)

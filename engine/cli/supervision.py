@@ -56,6 +56,7 @@ def register(
     app.command(show_runs, name="runs")
     app.command(pause)
     app.command(stop)
+    _register_train(app, make_watch)
     _register_watch(app, open_run)
 
     @app.command

@@ -32,7 +32,7 @@ class EventLines:
         sys.stdout.buffer.flush()
 
 
-def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
+def _register_train(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
     """Add the command; `make_watch` makes what shows a run that stays in the foreground."""
 
     @app.command
