@@ -23,7 +23,7 @@ from engine.cli import (
     models,
     new,
     planning,
-    supervision,
+    runs,
     use,
 )
 from engine.cli.watch import PlainWatch, Watch
@@ -36,7 +36,7 @@ WORK_FAILED, WRONG_REQUEST = 1, 2
 
 def build_app(
     make_watch: Callable[[], Watch],
-    open_run: supervision.OpenRun | None = None,
+    open_run: runs.OpenRun | None = None,
     ask_new: new.AskNew | None = None,
 ) -> cyclopts.App:
     """All commands; `make_watch` makes what shows a run in the foreground, `open_run` is the screen
@@ -54,7 +54,7 @@ def build_app(
     demo.register(app, make_watch)
     planning.register(app)
     dataset.register(app)
-    supervision.register(app, make_watch, open_run)
+    runs.register(app, make_watch, open_run)
     use.register(app)
     models.register(app)
     hardware.register(app)
@@ -65,7 +65,7 @@ def build_app(
 def main(
     arguments: Sequence[str] | None = None,
     make_watch: Callable[[], Watch] | None = None,
-    open_run: supervision.OpenRun | None = None,
+    open_run: runs.OpenRun | None = None,
     ask_new: new.AskNew | None = None,
     more_help: str = "",
 ) -> int:

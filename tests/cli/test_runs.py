@@ -14,7 +14,7 @@ import cyclopts
 import pytest
 
 import engine.launch
-from engine.cli import supervision
+from engine.cli import runs
 from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter
 from engine.runs import RunFolder, ask, create_run, is_locked, status
@@ -31,17 +31,17 @@ from tests.support.run_folders import read_steps
 pytestmark = pytest.mark.usefixtures("home")
 
 PROGRAM = (
-    "import sys, cyclopts, engine.launch; from engine.cli import supervision; "
+    "import sys, cyclopts, engine.launch; from engine.cli import runs; "
     "from functools import partial; "
-    "supervision.resume_run = partial(engine.launch.resume_run, module='tests.fakes.engine'); "
-    "app = cyclopts.App(); supervision.register(app); app(sys.argv[1:])"
+    "runs.resume_run = partial(engine.launch.resume_run, module='tests.fakes.engine'); "
+    "app = cyclopts.App(); runs.register(app); app(sys.argv[1:])"
 )
 
 
 @pytest.fixture
 def app() -> cyclopts.App:
     app = cyclopts.App()
-    supervision.register(app)
+    runs.register(app)
     return app
 
 
@@ -176,7 +176,7 @@ def test_an_unknown_run_is_answered_with_the_nearest(
 def test_a_run_that_does_not_answer_is_a_sentence(
     run: RunFolder, app: cyclopts.App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervision, "_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(runs, "_ANSWER_SECONDS", 0.2)
     with running_fake(run) as process:
         wait_until(lambda: len(read_steps(run)) > 1)
         process.send_signal(signal.SIGSTOP)
@@ -185,10 +185,10 @@ def test_a_run_that_does_not_answer_is_a_sentence(
 
 
 def test_a_run_with_long_steps_gets_longer_to_answer(run: RunFolder) -> None:
-    assert supervision._patience_seconds(run) == 60
+    assert runs._patience_seconds(run) == 60
     with EventWriter(run.events) as events:
         events.emit(dataclasses.replace(step_event(3), seconds=100.0))
-    assert supervision._patience_seconds(run) == 300
+    assert runs._patience_seconds(run) == 300
 
 
 def test_a_dead_run_is_resumed_in_the_foreground_to_its_end(run: RunFolder) -> None:
