@@ -135,7 +135,7 @@ def test_nothing_is_a_stub() -> None:
 
 def test_every_command_that_a_sentence_names_exists() -> None:
     from engine.cli import build_app
-    from engine.cli.watch import PlainWatch
+    from engine.cli.runs import PlainWatch
 
     commands = set(build_app(PlainWatch))
     for path in [*SOURCES, ROOT / "README.md", *(ROOT / "presets").rglob("*.yml")]:

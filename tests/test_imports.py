@@ -34,4 +34,4 @@ def test_a_preview_needs_no_training_stack() -> None:
 
 
 def test_starting_a_run_loads_the_trainer_in_its_own_process_only() -> None:
-    assert not loaded_by("import engine.launch, engine.cli.training") & (HEAVY | LATE)
+    assert not loaded_by("import engine.launch, engine.cli.runs") & (HEAVY | LATE)

@@ -19,7 +19,7 @@ from engine.visible import visible
 
 if TYPE_CHECKING:
     from engine.cli.new import NewRequest
-    from engine.cli.watch import Watch
+    from engine.cli.runs import Watch
     from engine.runs import RunFolder
     from engine.wizard.draft import Draft
     from tui.app import WindtunnelApp

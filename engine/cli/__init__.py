@@ -26,7 +26,7 @@ from engine.cli import (
     runs,
     use,
 )
-from engine.cli.watch import PlainWatch, Watch
+from engine.cli.runs import PlainWatch, Watch
 from engine.errors import UserError, WorkError
 from engine.interrupt import INTERRUPTED, interrupted
 from engine.visible import visible

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from engine.data.statistics import BadRow, Checkup
 
 Effort = Literal["none", "high"]
-Strict = Annotated[bool, Parameter(negative="")]
 Think = Annotated[bool | None, Parameter("--think", negative="--no-think")]
 
 _SHOWN_PROBLEMS = 20
@@ -106,7 +105,7 @@ def _load(path: str) -> RunConfig:
 
 
 def check_data(
-    data: str, /, *, model: str | None = None, strict: Strict = False, as_json: AsJson = False
+    data: str, /, *, model: str | None = None, strict: bool = False, as_json: AsJson = False
 ) -> int:
     """Read every row of a dataset and report each bad one by line, reason and repair.
 
@@ -174,10 +173,10 @@ def preview_data(
     *,
     model: str | None = None,
     row: int | None = None,
-    every: Annotated[bool, Parameter("--all", negative="")] = False,
+    every: Annotated[bool, Parameter("--all")] = False,
     think: Think = None,
     reasoning_effort: Effort | None = None,
-    strict: Strict = False,
+    strict: bool = False,
     as_json: AsJson = False,
 ) -> int:
     """Show what the model sees in a row, token by token, and which tokens are learned.

@@ -14,8 +14,7 @@ from cyclopts import Parameter
 
 from engine.cli.drawings import SEEN, UNSEEN, write_drawings
 from engine.cli.printing import AsEvents, AsJson, RunsFolder, print_lines
-from engine.cli.training import EventLines, start
-from engine.cli.watch import Watch
+from engine.cli.runs import EventLines, Watch, start
 from engine.errors import UserError
 from engine.events import Sample, Score
 from engine.report.run import state_lines
@@ -56,11 +55,9 @@ def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
         folder: Annotated[Path | None, Parameter(help="Where the run goes.")] = None,
         /,
         *changes: Annotated[str, Parameter(help="Changes to its config, such as seed=7.")],
-        qlora: Annotated[
-            bool, Parameter(negative="", help="Hold the frozen weights in 4 bits.")
-        ] = False,
+        qlora: Annotated[bool, Parameter(help="Hold the frozen weights in 4 bits.")] = False,
         vision: Annotated[
-            bool, Parameter(negative="", help="Learn to name coloured shapes from images.")
+            bool, Parameter(help="Learn to name coloured shapes from images.")
         ] = False,
         as_json: AsJson = False,
         as_events: AsEvents = False,

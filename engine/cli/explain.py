@@ -25,7 +25,7 @@ def register(app: cyclopts.App) -> None:
     app.command(print_explanation, name="explain")
 
 
-def print_schema(*, as_json: Annotated[bool, Parameter("--json", negative="")] = False) -> int:
+def print_schema(*, as_json: Annotated[bool, Parameter("--json")] = False) -> int:
     """Print the JSON schema of a config, with what each key means, for editors and scripts.
 
     Parameters

@@ -15,8 +15,7 @@ from cyclopts import Parameter
 
 from engine.child import TRAINER
 from engine.cli.printing import AsEvents, AsJson
-from engine.cli.training import EventLines
-from engine.cli.watch import PlainWatch
+from engine.cli.runs import EventLines, PlainWatch
 from engine.plan.measured import Measurement, store
 from engine.report.fit import difference, fit_lines
 from engine.visible import visible

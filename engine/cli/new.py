@@ -35,12 +35,8 @@ def register(app: cyclopts.App, ask: AskNew | None) -> None:
         out: Annotated[
             Path | None, Parameter(("--out", "-o"), help="Where the config is written.")
         ] = None,
-        plain: Annotated[
-            bool, Parameter(negative="", help="Numbered questions on plain lines.")
-        ] = False,
-        ascii_only: Annotated[
-            bool, Parameter("--ascii", negative="", help="Draw with ASCII alone.")
-        ] = False,
+        plain: Annotated[bool, Parameter(help="Numbered questions on plain lines.")] = False,
+        ascii_only: Annotated[bool, Parameter("--ascii", help="Draw with ASCII alone.")] = False,
         assumed: Annotated[
             str | None, Parameter("--assume", help="Plan for GPUs that are not here.")
         ] = None,

@@ -118,7 +118,7 @@ def print_estimate(
     /,
     *changes: Annotated[str, Parameter(help="Changes, such as sequence_len=4096.")],
     assumed: Annotated[str | None, Parameter("--assume")] = None,
-    lengths: Annotated[bool, Parameter(negative="")] = False,
+    lengths: bool = False,
     as_json: AsJson = False,
 ) -> int:
     """Estimate the memory of a config by part, and say whether it fits. Exit status 3: it does not.

@@ -12,10 +12,8 @@ from cyclopts import Parameter
 from engine.report import Line
 from engine.visible import fold, visible
 
-AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document.")]
-AsEvents = Annotated[
-    bool, Parameter("--events", negative="", help="Print the run's events as JSON lines.")
-]
+AsJson = Annotated[bool, Parameter("--json", help="Print one JSON document.")]
+AsEvents = Annotated[bool, Parameter("--events", help="Print the run's events as JSON lines.")]
 Assume = Annotated[
     str | None, Parameter(help="Plan for GPUs that are not here, such as 'H100 x2' or '24 GB'.")
 ]

@@ -1,25 +1,34 @@
-"""The commands that look after runs: `runs`, `watch`, `pause`, `resume`, `stop`.
+"""The commands about runs: `train`, `runs`, `watch`, `pause`, `resume`, `stop`.
 
 They decide only what is printed and how long to wait; what a run is and how it answers is in
-`engine.runs`, how a dead one is started again in `engine.launch`.
+`engine.runs`, how one is started in `engine.launch`.
 """
 
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from subprocess import Popen
+from typing import TYPE_CHECKING, Annotated, Final, Protocol, TextIO
 
 import cyclopts
+from cyclopts import Parameter
 
-from engine.cli.printing import AsJson, RunName, RunsFolder
-from engine.cli.watch import PlainWatch, Watch, watch_to_end
+from engine.cli.printing import AsEvents, AsJson, RunName, RunsFolder, print_lines
 from engine.errors import UserError, WorkError
-from engine.events import Ack
-from engine.launch import resume_run
-from engine.report.run import progress_text
+from engine.events import Ack, Ended, Phase, Recorded, Step, format_line
+from engine.hardware import assume
+from engine.interrupt import INTERRUPTED
+from engine.launch import forwarded_signals, launch, require_torch, resume_run
+from engine.plan import best_device, estimate, remarks
+from engine.plan.memory import cards_laid_out, cards_needed
+from engine.plan.trainer import refuse_bf16
+from engine.report.events import event_line
+from engine.report.plan import plan_verdict
+from engine.report.results import read_results
+from engine.report.run import progress_text, state_lines
 from engine.runs import (
     Follower,
     Request,
@@ -33,10 +42,66 @@ from engine.runs import (
     run_home,
     summarize,
 )
+from engine.units import counted
 from engine.visible import visible
+from engine.wizard.counting import check_rows
+from engine.wizard.request import find_machine, plan_run, read_planned
+from engine.wizard.start import Created, create
 
 _ANSWER_SECONDS: Final = 60.0
 _SAVING_SECONDS: Final = 600.0
+USUAL_CARD = "H100 80GB"
+"""What cards are counted in where this computer has none."""
+
+
+class Watch(Protocol):
+    """Something that shows the events of a run as they come."""
+
+    def show(self, recorded: Recorded) -> None:
+        """Take in one event."""
+
+    def close(self) -> None:
+        """The run has ended, or nobody watches any more."""
+
+
+class PlainWatch:
+    """Lines on stderr, steps and phases thinned out in time; for pipes, logs, screen readers."""
+
+    LINE_SECONDS = 5.0
+
+    def __init__(
+        self, out: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._out = out or sys.stderr
+        self._clock = clock
+        self._next = 0.0
+
+    def show(self, recorded: Recorded) -> None:
+        line = event_line(recorded.event)
+        if line is None or isinstance(recorded.event, Ended):  # whoever waits for the end tells it
+            return
+        last = isinstance(recorded.event, Step) and (
+            recorded.event.step == recorded.event.total_steps
+        )
+        if isinstance(recorded.event, Step | Phase) and not last:
+            if self._clock() < self._next:
+                return
+            self._next = self._clock() + self.LINE_SECONDS
+        print(visible(str(line), one_line=True), file=self._out, flush=True)
+
+    def close(self) -> None:
+        self._out.flush()
+
+
+class EventLines:
+    """Events as they are in events.jsonl, on stdout."""
+
+    def show(self, recorded: Recorded) -> None:
+        sys.stdout.buffer.write(format_line(recorded))
+        sys.stdout.buffer.flush()
+
+    def close(self) -> None:
+        sys.stdout.buffer.flush()
 
 
 OpenRun = Callable[[RunFolder, bool], int]
@@ -65,14 +130,14 @@ def register(
         /,
         *changes: Annotated[
             str,
-            cyclopts.Parameter(help="Changes that alter no result: micro_batch_size=1."),
+            Parameter(help="Changes that alter no result: micro_batch_size=1."),
         ],
         checkpoint: Annotated[
-            str | None, cyclopts.Parameter(name="--from", help="Checkpoint to go back to: step-N.")
+            str | None, Parameter("--from", help="Checkpoint to go back to: step-N.")
         ] = None,
         detach: Annotated[
             bool,
-            cyclopts.Parameter(negative="", help="Restart in the background and return at once."),
+            Parameter(help="Restart in the background and return at once."),
         ] = False,
         home: RunsFolder = None,
         as_json: AsJson = False,
@@ -98,18 +163,143 @@ def register(
         return 0
 
 
+def _register_train(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
+    """Add the command; `make_watch` makes what shows a run that stays in the foreground."""
+
+    @app.command
+    def train(
+        config: Annotated[Path, Parameter(help="YAML file with Axolotl's keys.")],
+        /,
+        *changes: Annotated[str, Parameter(help="Changes, such as learning_rate=1e-4.")],
+        detach: Annotated[
+            bool, Parameter(help="Start it and return; it outlives the terminal.")
+        ] = False,
+        max_steps: Annotated[
+            int | None, Parameter(help="Stop after so many optimizer steps.")
+        ] = None,
+        anyway: Annotated[
+            bool, Parameter(help="Start even where the estimate does not fit.")
+        ] = False,
+        as_json: AsJson = False,
+        as_events: AsEvents = False,
+        home: RunsFolder = None,
+    ) -> int:
+        """Train what a config says. Exit status 3: it does not fit this machine.
+
+        With --max-steps 0 nothing is trained or loaded: config, plan and rows are checked.
+        """
+        if max_steps == 0:
+            lines = try_dry(config, changes)
+            print(json.dumps({"run": None, "dry_run": lines}) if as_json else "\n".join(lines))
+            return 0
+        if max_steps is not None:
+            changes = (*changes, f"max_steps={max_steps}")
+        plan = plan_run(config, changes, anyway=anyway)
+        created = create(config, changes, home)
+        run = created.run
+        watch = None if detach else EventLines() if as_events else make_watch()
+        status = start(created, watch, plan)
+        if as_json:
+            print(json.dumps({"run": str(run.path)}))
+        elif not as_events:
+            if not detach:
+                print_lines(read_results(run))
+            print_lines(state_lines(run))
+        return status
+
+
+def start(created: Created, watch: Watch | None, plan: Mapping[str, object] | None = None) -> int:
+    """Launch a created run, detached where nobody watches; returns the exit status."""
+    follower = Follower(created.run.events, from_end=True)
+    process = launch(
+        created.run,
+        detach=watch is None,
+        config=created.config,
+        plan=plan,
+        resume=created.resume,
+        checkpoint=created.checkpoint,
+    )
+    return watch_to_end(created.run, process, follower, watch) if watch else 0
+
+
+def watch_to_end(run: RunFolder, process: "Popen[bytes]", follower: Follower, watch: Watch) -> int:
+    """Show a foreground trainer's events until it is gone; returns 0, or 130 when interrupted.
+
+    Raises the sentence of a run that failed, and WorkError for one that ended without a word.
+    """
+    end: Ended | None = None
+    with forwarded_signals(process) as received:
+        try:
+            for recorded in follow(run, lambda: process.poll() is not None, follower=follower):
+                if isinstance(recorded.event, Ended):
+                    end = recorded.event
+                watch.show(recorded)
+        finally:
+            watch.close()
+    if end and end.outcome == "failed":
+        raise UserError(end.what, end.why, end.fix, exit_status=process.returncode or 1)
+    if end is None and not received:
+        raise WorkError(
+            f"The run {visible(run.name, one_line=True)} is lost.",
+            f"Its trainer ended without a word (exit status {process.returncode}).",
+            f"Read {visible(str(run.log), one_line=True)}, then resume it.",
+        )
+    return INTERRUPTED if received else 0
+
+
+def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
+    """What a run would be, in a sentence, and the lines that support it; nothing is started.
+
+    Raises UserError where the config is wrong, the model is not known, or no row can be used.
+    """
+    config, architecture = read_planned(file, tuple(changes), sharded=True)
+    found = check_rows(config, file.absolute().parent)
+    if not found.usable:
+        name = visible(file.name, one_line=True)
+        raise UserError(
+            f"No row of the datasets in {name} can be used.",
+            f"{found.rows} were read, and each has a problem.",
+            f"`windtunnel check {name}` lists them, with repairs.",
+        )
+    machine = find_machine(None)
+    device = best_device(machine)
+    require_torch(machine, device.uuid)
+    refuse_bf16(config, device)
+    laid_out = cards_laid_out(config)
+    card = device if device.kind == "cuda" or laid_out == 1 else best_device(assume(USUAL_CARD))
+    statistics = found.statistics()
+    needs = estimate(config, architecture, card, statistics)
+    sentence = (
+        "Dry run, nothing was loaded: it would train"
+        f" {needs.trainable_parameters:,} of {needs.total_parameters:,} parameters of"
+        f" {visible(config.base_model, one_line=True)} on {found.usable:,} rows"
+    )
+    lines = (*(f"! {odd}" for odd in remarks(config, architecture)), *_row_lines(found))
+    if laid_out == 1:
+        return (f"{sentence}.", str(plan_verdict(needs, card)), *lines)
+    fewest = cards_needed(config, architecture, card, statistics)
+    meant = f"on {laid_out} GPUs" if laid_out else "on several GPUs"
+    least = f"{fewest} of {card.name} are the fewest" if fewest else f"{card.name} is too small"
+    return (f"{sentence}, {meant}; this version runs one.", f"{least}.", *lines)
+
+
+def _row_lines(found: "Checkup") -> list[str]:
+    from engine.report.data import learned_text
+
+    usable = f"{found.usable:,} of {counted(found.rows, 'row')} can be used."
+    if found.tokens is None:
+        return [usable, "Their tokens were not counted: the model's tokenizer is not here yet."]
+    return [usable, f"{learned_text(found.tokens.learned, found.tokens.total)}."]
+
+
 def _register_watch(app: cyclopts.App, open_run: OpenRun | None) -> None:
     @app.command
     def watch(
         name: RunName | None = None,
         /,
         *,
-        plain: Annotated[
-            bool, cyclopts.Parameter(negative="", help="Lines of text instead of a screen.")
-        ] = False,
-        ascii_only: Annotated[
-            bool, cyclopts.Parameter(name="--ascii", negative="", help="Draw with ASCII alone.")
-        ] = False,
+        plain: Annotated[bool, Parameter(help="Lines of text instead of a screen.")] = False,
+        ascii_only: Annotated[bool, Parameter("--ascii", help="Draw with ASCII alone.")] = False,
         home: RunsFolder = None,
     ) -> int:
         """Follow a run, the newest one without a name. Leaving never stops it."""
@@ -228,3 +418,7 @@ def _document(run: RunFolder, summary: Summary) -> dict[str, object]:
 
 def _print_now(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+if TYPE_CHECKING:
+    from engine.data.statistics import Checkup

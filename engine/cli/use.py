@@ -31,9 +31,7 @@ from engine.wizard.request import find_machine, read_planned
 Prompt = Annotated[
     str | None, Parameter(help="The question; without it, or with -, each line of stdin is one.")
 ]
-Base = Annotated[
-    bool, Parameter(negative="", help="Let the model from before training answer too.")
-]
+Base = Annotated[bool, Parameter(help="Let the model from before training answer too.")]
 Image = Annotated[Path | None, Parameter(help="A picture that is asked about.")]
 System = Annotated[str | None, Parameter(help="A system prompt.")]
 _THINKING = re.compile(r"\[THINK\](.*?)\[/THINK\](.*)", re.DOTALL)
@@ -51,9 +49,7 @@ class Asking:
     seed: Annotated[int | None, Parameter(help="Another answer; the same seed repeats it.")] = None
 
 
-Anyway = Annotated[
-    bool, Parameter(negative="", help="Load the model even where it does not seem to fit.")
-]
+Anyway = Annotated[bool, Parameter(help="Load the model even where it does not seem to fit.")]
 
 
 def register(app: cyclopts.App, module: str = TRAINER) -> None:

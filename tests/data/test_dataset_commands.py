@@ -8,7 +8,7 @@ import pytest
 
 from engine.chat.tokenizer import open_tokenizer
 from engine.cli import build_app, dataset
-from engine.cli.watch import PlainWatch
+from engine.cli.runs import PlainWatch
 from engine.errors import UserError
 from tests.support.data import chat
 
