@@ -1,14 +1,13 @@
 """Every headless command, each a thin layer over the function that the wizard calls too.
 
-One module a subject adds its commands with `register(app)`; here is only what all share: how a
-request becomes an exit status, and how an error becomes three lines.
+Here is what all share: how a request becomes an exit status, and how an error becomes three lines.
 """
 
 import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
 import cyclopts
@@ -32,6 +31,22 @@ from engine.interrupt import INTERRUPTED, interrupted
 from engine.visible import visible
 
 WORK_FAILED, WRONG_REQUEST = 1, 2
+_COMMANDS: Mapping[str, Callable[..., int | None]] = {
+    "probe": hardware.probe,
+    "doctor": hardware.doctor,
+    "models": models.print_models,
+    "check": dataset.check_data,
+    "preview": dataset.preview_data,
+    "prepare": dataset.prepare_data,
+    "recommend": planning.print_recommendation,
+    "estimate": planning.print_estimate,
+    "schema": explain.print_schema,
+    "explain": explain.print_explanation,
+    "push": use.push,
+    "serve-hint": use.serve_hint,
+    "compare": use.compare,
+}
+"""The others are made with what shows a run or asks a person."""
 
 
 def build_app(
@@ -49,16 +64,13 @@ def build_app(
         help_format="plaintext",
         default_parameter=cyclopts.Parameter(negative=(), show_default=False),
     )
+    for name, command in _COMMANDS.items():
+        app.command(command, name=name)
     new.register(app, ask_new)
     fit.register(app)
     demo.register(app, make_watch)
-    planning.register(app)
-    dataset.register(app)
     runs.register(app, make_watch, open_run)
     use.register(app)
-    models.register(app)
-    hardware.register(app)
-    explain.register(app)
     return app
 
 

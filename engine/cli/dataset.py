@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import cyclopts
 from cyclopts import Parameter
 
 from engine.chat.tokenizer_file import tokenizer_name
@@ -34,13 +33,6 @@ Think = Annotated[bool | None, Parameter("--think", negative="--no-think")]
 _SHOWN_PROBLEMS = 20
 _ABOUT_ROWS = ("Data", "What is learned")
 """Sections of the keys that decide what a row becomes."""
-
-
-def register(app: cyclopts.App) -> None:
-    """Adds the commands of this module to `app`; each returns its exit status."""
-    app.command(check_data, name="check")
-    app.command(preview_data, name="preview")
-    app.command(prepare_data, name="prepare")
 
 
 @dataclass(frozen=True, slots=True)

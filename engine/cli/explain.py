@@ -9,7 +9,6 @@ import textwrap
 from dataclasses import asdict
 from typing import Annotated
 
-import cyclopts
 from cyclopts import Parameter
 
 from engine.cli.printing import AsJson
@@ -17,12 +16,6 @@ from engine.config.schema import Explanation, config_schema, explain_key
 
 _WIDTH = 80
 _LABEL_WIDTH = 10
-
-
-def register(app: cyclopts.App) -> None:
-    """Adds the commands of this module to `app`; each returns its exit status."""
-    app.command(print_schema, name="schema")
-    app.command(print_explanation, name="explain")
 
 
 def print_schema(*, as_json: Annotated[bool, Parameter("--json")] = False) -> int:

@@ -9,8 +9,6 @@ from dataclasses import asdict
 from textwrap import wrap
 from typing import Any
 
-import cyclopts
-
 from engine.cli.printing import AsJson, Assume
 from engine.hardware import (
     Gpu,
@@ -38,16 +36,10 @@ from engine.wizard.request import find_machine
 _COLUMNS = 80
 
 
-def register(app: cyclopts.App) -> None:
-    """Adds the commands of this module to `app`."""
-    app.command(probe)
-    app.command(doctor)
-
-
 def probe(*, assume: Assume = None, as_json: AsJson = False) -> None:
     """Show this computer's GPUs, what uses them, memory, disk, and the training stack."""
     machine = find_machine(assume)
-    print(json.dumps(describe(machine)) if as_json else "\n".join(machine_lines(machine)))
+    print(json.dumps(machine_entry(machine)) if as_json else "\n".join(machine_lines(machine)))
 
 
 def doctor(*, as_json: AsJson = False) -> None:
@@ -63,7 +55,7 @@ def doctor(*, as_json: AsJson = False) -> None:
         print("\n".join(package_report(machine, missing)))
 
 
-def describe(machine: Machine) -> dict[str, Any]:
+def machine_entry(machine: Machine) -> dict[str, Any]:
     """The machine as `probe --json` prints it; sizes in bytes."""
     return {
         "gpus": [_gpu_entry(gpu) for gpu in machine.gpus],

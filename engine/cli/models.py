@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import cyclopts
 from cyclopts import Parameter
 
 from engine.catalog import ModelCard, ModuleTable, list_models
@@ -29,11 +28,6 @@ text; or, by effort, between tokens and only when asked to.
 All that is known of each, with sources: windtunnel models --json"""
 
 
-def register(app: cyclopts.App) -> None:
-    """Adds the command of this module to `app`."""
-    app.command(print_models, name="models")
-
-
 def print_models(
     *, assumed: Annotated[str | None, Parameter("--assume")] = None, as_json: AsJson = False
 ) -> int:
@@ -48,14 +42,14 @@ def print_models(
     catalog = [(card, module_table(card.config, where=card.name)) for card in offered]
     catalog.sort(key=lambda entry: entry[1].total_parameters)
     if assumed is None:
-        document = {"models": [describe(*entry) for entry in catalog]}
+        document = {"models": [model_entry(*entry) for entry in catalog]}
         print(json.dumps(document) if as_json else show(catalog))
         return 0
     device = best_device(find_machine(assumed))
     planned = survey(device)
     if as_json:
         entries = [
-            describe(*entry) | {"plan": _describe_plan(prospect)}
+            model_entry(*entry) | {"plan": _describe_plan(prospect)}
             for entry, prospect in zip(catalog, planned, strict=True)
         ]
         print(json.dumps({"device": device_document(device), "models": entries}))
@@ -64,7 +58,7 @@ def print_models(
     return 0
 
 
-def describe(card: ModelCard, table: ModuleTable) -> dict[str, Any]:
+def model_entry(card: ModelCard, table: ModuleTable) -> dict[str, Any]:
     """One entry of `models[]`: the card without its config, with the computed sizes."""
     entry = asdict(card)
     del entry["config"]

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import cyclopts
 from cyclopts import Parameter
 
 from engine.catalog import Architecture, read_architecture
@@ -58,12 +57,6 @@ from engine.report.plan import (
 from engine.visible import visible
 from engine.wizard.counting import count_config_rows
 from engine.wizard.request import find_device, read_planned
-
-
-def register(app: cyclopts.App) -> None:
-    """Add the commands of this module to `app`; each returns its exit status."""
-    app.command(print_recommendation, name="recommend")
-    app.command(print_estimate, name="estimate")
 
 
 def print_recommendation(

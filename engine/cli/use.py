@@ -57,9 +57,6 @@ def register(app: cyclopts.App, module: str = TRAINER) -> None:
     _add_generate(app, module)
     _add_chat(app, module)
     _add_merge(app, module)
-    app.command(push)
-    app.command(serve_hint)
-    app.command(compare)
 
 
 def _add_generate(app: cyclopts.App, module: str) -> None:

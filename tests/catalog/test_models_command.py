@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from cyclopts import App
 
 from engine.catalog import list_models
 from engine.catalog.rows import module_table
-from engine.cli.models import register
+from engine.cli import main
 from tests.support.sizes import BILLIONS
 
 OFFERED = [name for name in BILLIONS if name != "demo-tiny-vision"]
@@ -16,9 +15,7 @@ OFFERED = [name for name in BILLIONS if name != "demo-tiny-vision"]
 class TestCommand:
     @staticmethod
     def run(*arguments: str) -> None:
-        app = App()
-        register(app)
-        app(["models", *arguments], exit_on_error=False, result_action="return_value")
+        assert main(["models", *arguments]) == 0
 
     def test_the_table_fits_80_columns_and_names_every_model(
         self, capsys: pytest.CaptureFixture[str]

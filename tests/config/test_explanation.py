@@ -4,13 +4,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import cyclopts
 import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
 import engine.config
-from engine.cli import explain
+from engine.cli import main
 from engine.config import (
     SECTIONS,
     ConfigError,
@@ -33,14 +32,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    app = cyclopts.App(name="windtunnel")
-    explain.register(app)
-
     def run_command(*arguments: str) -> str:
-        status = app(
-            list(arguments), exit_on_error=False, print_error=False, result_action="return_value"
-        )
-        assert status == 0
+        assert main(arguments) == 0
         return capsys.readouterr().out
 
     return run_command
