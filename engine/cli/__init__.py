@@ -13,18 +13,7 @@ from importlib.metadata import version
 import cyclopts
 from cyclopts import CycloptsError
 
-from engine.cli import (
-    dataset,
-    demo,
-    explain,
-    fit,
-    hardware,
-    models,
-    new,
-    planning,
-    runs,
-    use,
-)
+from engine.cli import dataset, demo, explain, fit, machine, new, planning, runs, use
 from engine.cli.runs import PlainWatch, Watch
 from engine.errors import UserError, WorkError
 from engine.interrupt import INTERRUPTED, interrupted
@@ -32,9 +21,9 @@ from engine.visible import visible
 
 WORK_FAILED, WRONG_REQUEST = 1, 2
 _COMMANDS: Mapping[str, Callable[..., int | None]] = {
-    "probe": hardware.probe,
-    "doctor": hardware.doctor,
-    "models": models.print_models,
+    "probe": machine.probe,
+    "doctor": machine.doctor,
+    "models": machine.print_models,
     "check": dataset.check_data,
     "preview": dataset.preview_data,
     "prepare": dataset.prepare_data,

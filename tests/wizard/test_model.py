@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.catalog import find_model
-from engine.cli.models import show_planned
+from engine.cli.machine import show_planned
 from engine.errors import UserError
 from engine.hardware import assume
 from engine.plan import Device, Statistics, best_device, survey

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from engine.cli import main
-from engine.cli.hardware import command_lines
+from engine.cli.machine import command_lines
 from engine.hardware import missing_packages, read_machine
 from tests.fakes.nvml import H100, RTX_4090, FakeDriver
 from tests.fakes.packages import install_torch
