@@ -56,7 +56,7 @@ def build_app(
     for name, command in _COMMANDS.items():
         app.command(command, name=name)
     new.register(app, ask_new)
-    fit.register(app)
+    fit.register_fit(app)
     demo.register(app, make_watch)
     runs.register(app, make_watch, open_run)
     use.register(app)

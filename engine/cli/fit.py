@@ -23,7 +23,7 @@ from engine.wizard.measure import STEPS, measure
 from engine.wizard.request import read_planned
 
 
-def register(app: cyclopts.App, module: str = TRAINER) -> None:
+def register_fit(app: cyclopts.App, module: str = TRAINER) -> None:
     """Add the command; `module` is the process that computes."""
 
     @app.command

@@ -37,7 +37,7 @@ def config(tmp_path: Path) -> str:
 def command(*words: str) -> int:
     """One command line, with a process that needs no torch."""
     app = cyclopts.App(result_action="return_value")
-    fit.register(app, module="tests.fakes.fitter")
+    fit.register_fit(app, module="tests.fakes.fitter")
     try:
         status: int = app(["fit", *words], exit_on_error=False, print_error=False)
     except UserError as error:
