@@ -13,7 +13,7 @@ from importlib.metadata import version
 import cyclopts
 from cyclopts import CycloptsError
 
-from engine.cli import dataset, demo, explain, fit, machine, new, planning, runs, use
+from engine.cli import dataset, demo, explain, machine, new, planning, runs, use
 from engine.cli.runs import PlainWatch, Watch
 from engine.errors import UserError, WorkError
 from engine.interrupt import INTERRUPTED, interrupted
@@ -56,7 +56,7 @@ def build_app(
     for name, command in _COMMANDS.items():
         app.command(command, name=name)
     new.register(app, ask_new)
-    fit.register_fit(app)
+    planning.register_fit(app)
     demo.register(app, make_watch)
     runs.register(app, make_watch, open_run)
     use.register(app)

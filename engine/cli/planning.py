@@ -4,15 +4,20 @@ They only read arguments and print; what fits and what is advised is in `engine.
 """
 
 import json
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import cyclopts
 from cyclopts import Parameter
 
 from engine.catalog import Architecture, read_architecture
 from engine.chat.tokenizer_file import check_tokenizer, tokenizer_name
-from engine.cli.printing import AsJson, print_lines
+from engine.child import TRAINER
+from engine.cli.printing import AsEvents, AsJson, print_lines
+from engine.cli.runs import EventLines, PlainWatch
 from engine.config import (
     DatasetConfig,
     RunConfig,
@@ -41,7 +46,9 @@ from engine.plan import (
     remarks,
 )
 from engine.plan.attention import follow_attention, task_of
+from engine.plan.measured import Measurement, store
 from engine.report import Line
+from engine.report.fit import difference, fit_lines
 from engine.report.plan import (
     advice_lines,
     duration_lines,
@@ -56,6 +63,7 @@ from engine.report.plan import (
 )
 from engine.visible import visible
 from engine.wizard.counting import count_config_rows
+from engine.wizard.measure import STEPS, measure
 from engine.wizard.request import find_device, read_planned
 
 
@@ -212,3 +220,44 @@ def _fixed_values(model: str, changes: tuple[str, ...]) -> dict[str, object]:
     kept = override(RunConfig(base_model=model), changes)
     unset = {change.partition("=")[0] for change in changes} & set(RunConfig.model_fields)
     return {key: getattr(kept, key) for key in (kept.model_fields_set | unset) - {"base_model"}}
+
+
+def register_fit(app: cyclopts.App, module: str = TRAINER) -> None:
+    """Add the command; `module` is the process that computes."""
+
+    @app.command
+    def fit(
+        config: Annotated[Path, Parameter(help="YAML file with Axolotl's keys.")],
+        /,
+        *changes: Annotated[str, Parameter(help="Changes, such as sequence_len=4096.")],
+        steps: Annotated[int, Parameter(help="Steps to make; the first is not timed.")] = STEPS,
+        keep: Annotated[Path | None, Parameter(help="Keep the figures in this folder too.")] = None,
+        as_json: AsJson = False,
+        as_events: AsEvents = False,
+    ) -> int:
+        """Measure what a config takes here, in a few real steps on random weights.
+
+        Nothing is downloaded. The figures are kept, and beat the formula from then on.
+        Without a GPU a model of two layers is measured, which checks the formula only.
+        Exit status 3: it does not fit.
+        """
+        run, _ = read_planned(config, changes)
+        watch = EventLines() if as_events else None if as_json else PlainWatch(sys.stderr)
+        fitted = measure(run, max(1, steps), module, watch.show if watch else None)
+        measured = Measurement(**fitted["measurement"])
+        kept = [store(measured)] + ([store(measured, keep)] if keep else [])
+        if as_json:
+            print(json.dumps(document(fitted, kept)))
+        elif not as_events:
+            places = visible(" and ".join(map(str, kept)), one_line=True)
+            for line in fit_lines(fitted):
+                print(visible(line, one_line=True))
+            print(f"Kept in {places}")
+        return 0
+
+
+def document(fitted: Mapping[str, Any], kept: list[Path]) -> dict[str, Any]:
+    """What `--json` prints; sizes in bytes, times in seconds."""
+    figures = {name: value for name, value in fitted["measurement"].items() if name != "key"}
+    rest = {name: value for name, value in fitted.items() if name != "measurement"}
+    return figures | rest | {"difference": difference(fitted), "kept": [str(path) for path in kept]}

@@ -6,7 +6,7 @@ from pathlib import Path
 import cyclopts
 import pytest
 
-from engine.cli import fit, main, print_sentence
+from engine.cli import main, planning, print_sentence
 from engine.errors import UserError
 from engine.plan.measured import HOME_VARIABLE
 from tests.fakes.processes import ROOT
@@ -37,7 +37,7 @@ def config(tmp_path: Path) -> str:
 def command(*words: str) -> int:
     """One command line, with a process that needs no torch."""
     app = cyclopts.App(result_action="return_value")
-    fit.register_fit(app, module="tests.fakes.fitter")
+    planning.register_fit(app, module="tests.fakes.fitter")
     try:
         status: int = app(["fit", *words], exit_on_error=False, print_error=False)
     except UserError as error:
