@@ -55,7 +55,7 @@ def build_app(
     )
     for name, command in _COMMANDS.items():
         app.command(command, name=name)
-    new.register(app, ask_new)
+    new.register_new(app, ask_new)
     planning.register_fit(app)
     demo.register(app, make_watch)
     runs.register(app, make_watch, open_run)

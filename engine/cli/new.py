@@ -26,7 +26,7 @@ AskNew: TypeAlias = Callable[[NewRequest], int]
 """Asks, and returns the exit status."""
 
 
-def register(app: cyclopts.App, ask: AskNew | None) -> None:
+def register_new(app: cyclopts.App, ask: AskNew | None) -> None:
     """Add the command; `ask` is None where nobody can be asked."""
 
     @app.command
