@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.cli.drawings import HELD_OUT, SEEN, TRAINED, UNSEEN, write_drawings
+from engine.cli.demo import HELD_OUT, SEEN, TRAINED, UNSEEN, write_drawings
 from tests.support.extras import needs_trainer
 
 SETS = {"train": TRAINED, "new_drawings": HELD_OUT, "shuffled_pixels": HELD_OUT}
