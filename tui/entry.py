@@ -18,7 +18,7 @@ from engine.interrupt import INTERRUPTED, is_wanted, leave_at_once
 from engine.visible import visible
 
 if TYPE_CHECKING:
-    from engine.cli.explain import NewRequest
+    from engine.cli.config import NewRequest
     from engine.cli.runs import Watch
     from engine.runs import RunFolder
     from engine.wizard.draft import Draft

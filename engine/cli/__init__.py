@@ -13,7 +13,7 @@ from importlib.metadata import version
 import cyclopts
 from cyclopts import CycloptsError
 
-from engine.cli import dataset, demo, explain, machine, planning, runs, use
+from engine.cli import config, dataset, demo, machine, planning, runs, use
 from engine.cli.runs import PlainWatch, Watch
 from engine.errors import UserError, WorkError
 from engine.interrupt import INTERRUPTED, interrupted
@@ -29,8 +29,8 @@ _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "prepare": dataset.prepare_data,
     "recommend": planning.print_recommendation,
     "estimate": planning.print_estimate,
-    "schema": explain.print_schema,
-    "explain": explain.print_explanation,
+    "schema": config.print_schema,
+    "explain": config.print_explanation,
     "push": use.push,
     "serve-hint": use.serve_hint,
     "compare": use.compare,
@@ -41,7 +41,7 @@ _COMMANDS: Mapping[str, Callable[..., int | None]] = {
 def build_app(
     make_watch: Callable[[], Watch],
     open_run: runs.OpenRun | None = None,
-    ask_new: explain.AskNew | None = None,
+    ask_new: config.AskNew | None = None,
 ) -> cyclopts.App:
     """All commands; `make_watch` makes what shows a run in the foreground, `open_run` is the screen
     of `watch`, `ask_new` asks the questions of `new`."""
@@ -55,7 +55,7 @@ def build_app(
     )
     for name, command in _COMMANDS.items():
         app.command(command, name=name)
-    explain.register_new(app, ask_new)
+    config.register_new(app, ask_new)
     planning.register_fit(app)
     demo.register(app, make_watch)
     runs.register(app, make_watch, open_run)
@@ -67,7 +67,7 @@ def main(
     arguments: Sequence[str] | None = None,
     make_watch: Callable[[], Watch] | None = None,
     open_run: runs.OpenRun | None = None,
-    ask_new: explain.AskNew | None = None,
+    ask_new: config.AskNew | None = None,
     more_help: str = "",
 ) -> int:
     """Carry out one command line; returns its exit status and never shows a traceback.

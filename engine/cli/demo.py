@@ -1,6 +1,7 @@
 """`demo`: the main job once, on the embedded tiny models, with what it proves and what it does not.
 
-A recipe and its data ship; the outcome is printed as answers and scores.
+A recipe and its data ship. The pictures of `--vision` are drawn anew from a seed, so that the demo
+takes the way of any dataset with images; its sets decide what the scores mean.
 """
 
 import json
@@ -22,6 +23,39 @@ from engine.runs import Follower, RunFolder
 from engine.visible import visible
 from engine.wizard.start import create
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+SIDE = 56
+"""Pixels: two rows of two image tokens, the fewest that still tell where a thing is."""
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (40, 80, 220),
+    "yellow": (240, 210, 40),
+    "white": (245, 245, 245),
+    "black": (15, 15, 15),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+BACKGROUNDS = ((120, 140, 160), (150, 150, 130), (110, 120, 120), (170, 160, 170))
+Pair: TypeAlias = tuple[str, str]
+"""A colour and a shape."""
+UNSEEN: tuple[Pair, ...] = (
+    ("red", "cross"),
+    ("green", "triangle"),
+    ("blue", "circle"),
+    ("yellow", "square"),
+)
+"""Pairs of which no drawing is trained, though each colour and each shape is."""
+SEEN: tuple[Pair, ...] = tuple(
+    pair
+    for pair in ((colour, shape) for colour in COLOURS for shape in SHAPES)
+    if pair not in UNSEEN
+)
+QUESTION = "What is drawn here?"
+TRAINED, HELD_OUT = 1200, 100
+"""Drawings that are trained, and those of each held-out set: as many of every pair."""
 RECIPES = {
     "text": ("recipes", "demo-tiny", "lora.yml"),
     "qlora": ("recipes", "demo-tiny", "qlora.yml"),
@@ -125,41 +159,6 @@ def describe_demo(result: Mapping[str, Any], *, vision: bool) -> Iterator[str]:
         yield f"  {words:<36} {score.get('before', 0):>6.0%}  {score.get('after', 0):>6.0%}"
     yield ""
     yield from VISION_OUTCOME if vision else TEXT_OUTCOME
-
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Pair: TypeAlias = tuple[str, str]
-"""A colour and a shape."""
-
-SIDE = 56
-"""Pixels: two rows of two image tokens, the fewest that still tell where a thing is."""
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 170, 60),
-    "blue": (40, 80, 220),
-    "yellow": (240, 210, 40),
-    "white": (245, 245, 245),
-    "black": (15, 15, 15),
-}
-SHAPES = ("circle", "square", "triangle", "cross")
-BACKGROUNDS = ((120, 140, 160), (150, 150, 130), (110, 120, 120), (170, 160, 170))
-UNSEEN: tuple[Pair, ...] = (
-    ("red", "cross"),
-    ("green", "triangle"),
-    ("blue", "circle"),
-    ("yellow", "square"),
-)
-"""Pairs of which no drawing is trained, though each colour and each shape is."""
-SEEN: tuple[Pair, ...] = tuple(
-    pair
-    for pair in ((colour, shape) for colour in COLOURS for shape in SHAPES)
-    if pair not in UNSEEN
-)
-QUESTION = "What is drawn here?"
-TRAINED, HELD_OUT = 1200, 100
-"""Drawings that are trained, and those of each held-out set: as many of every pair."""
 
 
 def write_drawings(folder: Path, seed: int = 0) -> None:

@@ -1,7 +1,7 @@
-"""`windtunnel probe` and `windtunnel doctor`: what this computer has, and what to install for it.
+"""`probe`, `doctor` and `models`: what this computer has, what to install for it, what fits on it.
 
-They decide only how it is printed. Both do their work on a computer without a GPU too, so both end
-with 0 there; what is wrong is in the text and in `problems`.
+Probe and doctor do their work on a computer without a GPU too, so both end with 0 there; what is
+wrong is in the text and in `problems`.
 """
 
 import json

@@ -1,6 +1,7 @@
-"""`recommend` and `estimate`: will it fit, what to run, and why, before anything is loaded.
+"""`recommend`, `estimate` and `fit`: will it fit, what to run, and why, before a weight is loaded.
 
-They only read arguments and print; what fits and what is advised is in `engine.plan`.
+They only read arguments and print. `fit` measures in a process with torch; what fits and what is
+advised is in `engine.plan`.
 """
 
 import json

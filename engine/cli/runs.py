@@ -48,6 +48,9 @@ from engine.wizard.counting import check_rows
 from engine.wizard.request import find_machine, plan_run, read_planned
 from engine.wizard.start import Created, create
 
+if TYPE_CHECKING:
+    from engine.data.statistics import Checkup
+
 _ANSWER_SECONDS: Final = 60.0
 _SAVING_SECONDS: Final = 600.0
 USUAL_CARD = "H100 80GB"
@@ -418,7 +421,3 @@ def _document(run: RunFolder, summary: Summary) -> dict[str, object]:
 
 def _print_now(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-if TYPE_CHECKING:
-    from engine.data.statistics import Checkup

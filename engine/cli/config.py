@@ -1,8 +1,4 @@
-"""The commands about the config's format: schema, and explain for one key.
-
-They only print what `engine.config` knows, so that help on the screen, in the wizard and in an
-editor is one text.
-"""
+"""The commands about a config: `new` asks for one, `schema` and `explain` say what stands in it."""
 
 import json
 import textwrap
