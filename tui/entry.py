@@ -18,8 +18,7 @@ from engine.interrupt import INTERRUPTED, is_wanted, leave_at_once
 from engine.visible import visible
 
 if TYPE_CHECKING:
-    from engine.cli.config import NewRequest
-    from engine.cli.runs import Watch
+    from engine.cli.terminal import NewRequest, Watch
     from engine.runs import RunFolder
     from engine.wizard.draft import Draft
     from tui.app import WindtunnelApp
@@ -91,14 +90,15 @@ def read_request(arguments: Sequence[str]) -> WizardRequest | None:
 def run_command(arguments: list[str]) -> int:
     """One command of the engine, drawn where there is a terminal; returns its exit status."""
     from engine.cli import main as run
+    from engine.cli.terminal import Host, PlainWatch
 
-    return run(
-        arguments,
-        make_watch=_draw if _is_screen(sys.stderr) else None,
+    host = Host(
+        make_watch=_draw if _is_screen(sys.stderr) else PlainWatch,
         open_run=_open_run if _has_screen() else None,
         ask_new=_ask_new if _has_keys() else None,
         more_help=_HELP,
     )
+    return run(arguments, host)
 
 
 def open_wizard(request: WizardRequest) -> int:

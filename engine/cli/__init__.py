@@ -8,13 +8,14 @@ import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 
 import cyclopts
 from cyclopts import CycloptsError
 
 from engine.cli import config, dataset, demo, machine, planning, runs, use
-from engine.cli.runs import PlainWatch, Watch
+from engine.cli.terminal import HOST, Host
 from engine.errors import UserError, WorkError
 from engine.interrupt import INTERRUPTED, interrupted
 from engine.visible import visible
@@ -29,22 +30,28 @@ _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "prepare": dataset.prepare_data,
     "recommend": planning.print_recommendation,
     "estimate": planning.print_estimate,
+    "fit": planning.fit,
+    "new": config.new,
     "schema": config.print_schema,
     "explain": config.print_explanation,
+    "train": runs.train,
+    "demo": demo.demo,
+    "runs": runs.show_runs,
+    "watch": runs.watch,
+    "pause": runs.pause,
+    "resume": runs.resume,
+    "stop": runs.stop,
+    "generate": use.generate,
+    "chat": use.chat,
+    "merge": use.merge,
     "push": use.push,
     "serve-hint": use.serve_hint,
     "compare": use.compare,
 }
-"""The others are made with what shows a run or asks a person."""
 
 
-def build_app(
-    make_watch: Callable[[], Watch],
-    open_run: runs.OpenRun | None = None,
-    ask_new: config.AskNew | None = None,
-) -> cyclopts.App:
-    """All commands; `make_watch` makes what shows a run in the foreground, `open_run` is the screen
-    of `watch`, `ask_new` asks the questions of `new`."""
+def build_app(host: Host = HOST) -> cyclopts.App:
+    """All commands, for `host`."""
     app = cyclopts.App(
         name="windtunnel",
         help="Fine-tune Mistral models: see what is learned, train it, never lose a run.",
@@ -54,33 +61,23 @@ def build_app(
         default_parameter=cyclopts.Parameter(negative=(), show_default=False),
     )
     for name, command in _COMMANDS.items():
-        app.command(command, name=name)
-    config.register_new(app, ask_new)
-    planning.register_fit(app)
-    demo.register(app, make_watch)
-    runs.register(app, make_watch, open_run)
-    use.register(app)
+        bound = command
+        if "host" in (command.__kwdefaults__ or ()):
+            bound = partial(command, host=host)
+            bound.__doc__ = command.__doc__
+        app.command(bound, name=name)
     return app
 
 
-def main(
-    arguments: Sequence[str] | None = None,
-    make_watch: Callable[[], Watch] | None = None,
-    open_run: runs.OpenRun | None = None,
-    ask_new: config.AskNew | None = None,
-    more_help: str = "",
-) -> int:
-    """Carry out one command line; returns its exit status and never shows a traceback.
-
-    `more_help` is printed below the list of commands.
-    """
+def main(arguments: Sequence[str] | None = None, host: Host = HOST) -> int:
+    """Carry out one command line; returns its exit status and never shows a traceback."""
     _print_any_letter()
-    app = build_app(make_watch or PlainWatch, open_run, ask_new)
+    app = build_app(host)
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = app(given, exit_on_error=False, print_error=False, result_action="return_value")
-        if more_help and given in (["--help"], ["-h"]):
-            print(more_help)
+        if host.more_help and given in (["--help"], ["-h"]):
+            print(host.more_help)
         if sys.stdout:  # now, where a reader that left is no error
             sys.stdout.flush()
     except UserError as error:

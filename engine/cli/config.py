@@ -2,15 +2,13 @@
 
 import json
 import textwrap
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated
 
-import cyclopts
 from cyclopts import Parameter
 
-from engine.cli.printing import AsJson
+from engine.cli.terminal import HOST, AsJson, CommandHost, NewRequest
 from engine.config.schema import Explanation, config_schema, explain_key
 from engine.errors import UserError
 
@@ -65,44 +63,26 @@ def describe(explanation: Explanation) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class NewRequest:
-    """How the questions are asked, and where their config goes."""
+def new(
+    *,
+    out: Annotated[
+        Path | None, Parameter(("--out", "-o"), help="Where the config is written.")
+    ] = None,
+    plain: Annotated[bool, Parameter(help="Numbered questions on plain lines.")] = False,
+    ascii_only: Annotated[bool, Parameter("--ascii", help="Draw with ASCII alone.")] = False,
+    assumed: Annotated[
+        str | None, Parameter("--assume", help="Plan for GPUs that are not here.")
+    ] = None,
+    host: CommandHost = HOST,
+) -> int:
+    """Answer the wizard's six questions here, write the config, and start it or not.
 
-    out: Path | None = None
-    plain: bool = False
-    ascii_only: bool = False
-    assumed: str | None = None
-    """The GPUs to plan for."""
-
-
-AskNew: TypeAlias = Callable[[NewRequest], int]
-"""Asks, and returns the exit status."""
-
-
-def register_new(app: cyclopts.App, ask: AskNew | None) -> None:
-    """Add the command; `ask` is None where nobody can be asked."""
-
-    @app.command
-    def new(
-        *,
-        out: Annotated[
-            Path | None, Parameter(("--out", "-o"), help="Where the config is written.")
-        ] = None,
-        plain: Annotated[bool, Parameter(help="Numbered questions on plain lines.")] = False,
-        ascii_only: Annotated[bool, Parameter("--ascii", help="Draw with ASCII alone.")] = False,
-        assumed: Annotated[
-            str | None, Parameter("--assume", help="Plan for GPUs that are not here.")
-        ] = None,
-    ) -> int:
-        """Answer the wizard's six questions here, write the config, and start it or not.
-
-        The same questions as the wizard's, without a screen: what was answered stays above.
-        """
-        if ask is None:
-            raise UserError(
-                "No questions can be asked here.",
-                "`new` needs a terminal to write to and keys to read.",
-                "Write a config without questions: windtunnel recommend --model M -o config.yml",
-            )
-        return ask(NewRequest(out, plain, ascii_only, assumed))
+    The same questions as the wizard's, without a screen: what was answered stays above.
+    """
+    if host.ask_new is None:
+        raise UserError(
+            "No questions can be asked here.",
+            "`new` needs a terminal to write to and keys to read.",
+            "Write a config without questions: windtunnel recommend --model M -o config.yml",
+        )
+    return host.ask_new(NewRequest(out, plain, ascii_only, assumed))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from engine.chat.tokenizer_file import tokenizer_name
-from engine.cli.printing import AsJson, print_lines, terminal_columns, underlines
+from engine.cli.terminal import AsJson, print_lines, terminal_columns, underlines
 from engine.config import ConfigError, DatasetConfig, RunConfig, read_config, section_of
 from engine.errors import UserError
 from engine.report import Line

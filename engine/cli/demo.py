@@ -6,16 +6,23 @@ takes the way of any dataset with images; its sets decide what the scores mean.
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-import cyclopts
 from cyclopts import Parameter
 
-from engine.cli.printing import AsEvents, AsJson, RunsFolder, print_lines
-from engine.cli.runs import EventLines, Watch, start
+from engine.cli.runs import start
+from engine.cli.terminal import (
+    HOST,
+    AsEvents,
+    AsJson,
+    CommandHost,
+    EventLines,
+    RunsFolder,
+    print_lines,
+)
 from engine.errors import UserError
 from engine.events import Sample, Score
 from engine.report.run import state_lines
@@ -81,41 +88,37 @@ VISION_OUTCOME = (
 )
 
 
-def register(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
-    """Add the command; `make_watch` makes what shows the run."""
+def demo(
+    folder: Annotated[Path | None, Parameter(help="Where the run goes.")] = None,
+    /,
+    *changes: Annotated[str, Parameter(help="Changes to its config, such as seed=7.")],
+    qlora: Annotated[bool, Parameter(help="Hold the frozen weights in 4 bits.")] = False,
+    vision: Annotated[bool, Parameter(help="Learn to name coloured shapes from images.")] = False,
+    as_json: AsJson = False,
+    as_events: AsEvents = False,
+    home: RunsFolder = None,
+    host: CommandHost = HOST,
+) -> int:
+    """Fine-tune an embedded tiny model on sample conversations, in about a minute.
 
-    @app.command
-    def demo(
-        folder: Annotated[Path | None, Parameter(help="Where the run goes.")] = None,
-        /,
-        *changes: Annotated[str, Parameter(help="Changes to its config, such as seed=7.")],
-        qlora: Annotated[bool, Parameter(help="Hold the frozen weights in 4 bits.")] = False,
-        vision: Annotated[
-            bool, Parameter(help="Learn to name coloured shapes from images.")
-        ] = False,
-        as_json: AsJson = False,
-        as_events: AsEvents = False,
-        home: RunsFolder = None,
-    ) -> int:
-        """Fine-tune an embedded tiny model on sample conversations, in about a minute.
-
-        No download and no GPU. Three questions are answered before and after; with --vision they
-        are about images.
-        """
-        if folder:
-            changes = (*changes, f"output_dir={json.dumps(str(folder.absolute()))}")
-        with as_file(files("presets").joinpath(*RECIPES[_kind(qlora, vision)])) as recipe:
-            created = create(recipe, changes, home, name="demo")
-        if vision:
-            write_drawings(created.run.path / "drawings")
-        status = start(created, EventLines() if as_events else make_watch())
-        result = demo_result(created.run)
-        if as_json:
-            print(json.dumps(result))
-        elif not as_events:
-            print("\n".join(describe_demo(result, vision=vision)) if status == 0 else "")
-            print_lines(state_lines(created.run))
-        return status
+    No download and no GPU. Three questions are answered before and after; with --vision they
+    are about images.
+    """
+    if folder:
+        changes = (*changes, f"output_dir={json.dumps(str(folder.absolute()))}")
+    with as_file(files("presets").joinpath(*RECIPES[_kind(qlora, vision)])) as recipe:
+        created = create(recipe, changes, home, name="demo")
+    if vision:
+        write_drawings(created.run.path / "drawings")
+    watch = EventLines() if as_events else host.make_watch()
+    status = start(created, watch, host)
+    result = demo_result(created.run)
+    if as_json:
+        print(json.dumps(result))
+    elif not as_events:
+        print("\n".join(describe_demo(result, vision=vision)) if status == 0 else "")
+        print_lines(state_lines(created.run))
+    return status
 
 
 def _kind(qlora: bool, vision: bool) -> str:

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 
 from engine.catalog import ModelCard, ModuleTable, list_models
 from engine.catalog.rows import module_table
-from engine.cli.printing import AsJson, Assume
+from engine.cli.terminal import AsJson, Assume
 from engine.hardware import (
     Gpu,
     Machine,

@@ -11,14 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import cyclopts
 from cyclopts import Parameter
 
 from engine.catalog import Architecture, read_architecture
 from engine.chat.tokenizer_file import check_tokenizer, tokenizer_name
-from engine.child import TRAINER
-from engine.cli.printing import AsEvents, AsJson, print_lines
-from engine.cli.runs import EventLines, PlainWatch
+from engine.cli.terminal import (
+    HOST,
+    AsEvents,
+    AsJson,
+    CommandHost,
+    EventLines,
+    PlainWatch,
+    print_lines,
+)
 from engine.config import (
     DatasetConfig,
     RunConfig,
@@ -223,38 +228,35 @@ def _fixed_values(model: str, changes: tuple[str, ...]) -> dict[str, object]:
     return {key: getattr(kept, key) for key in (kept.model_fields_set | unset) - {"base_model"}}
 
 
-def register_fit(app: cyclopts.App, module: str = TRAINER) -> None:
-    """Add the command; `module` is the process that computes."""
+def fit(
+    config: Annotated[Path, Parameter(help="YAML file with Axolotl's keys.")],
+    /,
+    *changes: Annotated[str, Parameter(help="Changes, such as sequence_len=4096.")],
+    steps: Annotated[int, Parameter(help="Steps to make; the first is not timed.")] = STEPS,
+    keep: Annotated[Path | None, Parameter(help="Keep the figures in this folder too.")] = None,
+    as_json: AsJson = False,
+    as_events: AsEvents = False,
+    host: CommandHost = HOST,
+) -> int:
+    """Measure what a config takes here, in a few real steps on random weights.
 
-    @app.command
-    def fit(
-        config: Annotated[Path, Parameter(help="YAML file with Axolotl's keys.")],
-        /,
-        *changes: Annotated[str, Parameter(help="Changes, such as sequence_len=4096.")],
-        steps: Annotated[int, Parameter(help="Steps to make; the first is not timed.")] = STEPS,
-        keep: Annotated[Path | None, Parameter(help="Keep the figures in this folder too.")] = None,
-        as_json: AsJson = False,
-        as_events: AsEvents = False,
-    ) -> int:
-        """Measure what a config takes here, in a few real steps on random weights.
-
-        Nothing is downloaded. The figures are kept, and beat the formula from then on.
-        Without a GPU a model of two layers is measured, which checks the formula only.
-        Exit status 3: it does not fit.
-        """
-        run, _ = read_planned(config, changes)
-        watch = EventLines() if as_events else None if as_json else PlainWatch(sys.stderr)
-        fitted = measure(run, max(1, steps), module, watch.show if watch else None)
-        measured = Measurement(**fitted["measurement"])
-        kept = [store(measured)] + ([store(measured, keep)] if keep else [])
-        if as_json:
-            print(json.dumps(document(fitted, kept)))
-        elif not as_events:
-            places = visible(" and ".join(map(str, kept)), one_line=True)
-            for line in fit_lines(fitted):
-                print(visible(line, one_line=True))
-            print(f"Kept in {places}")
-        return 0
+    Nothing is downloaded. The figures are kept, and beat the formula from then on.
+    Without a GPU a model of two layers is measured, which checks the formula only.
+    Exit status 3: it does not fit.
+    """
+    run, _ = read_planned(config, changes)
+    watch = EventLines() if as_events else None if as_json else PlainWatch(sys.stderr)
+    fitted = measure(run, max(1, steps), host.trainer, watch.show if watch else None)
+    measured = Measurement(**fitted["measurement"])
+    kept = [store(measured)] + ([store(measured, keep)] if keep else [])
+    if as_json:
+        print(json.dumps(document(fitted, kept)))
+    elif not as_events:
+        places = visible(" and ".join(map(str, kept)), one_line=True)
+        for line in fit_lines(fitted):
+            print(visible(line, one_line=True))
+        print(f"Kept in {places}")
+    return 0
 
 
 def document(fitted: Mapping[str, Any], kept: list[Path]) -> dict[str, Any]:

@@ -8,24 +8,34 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import Popen
-from typing import TYPE_CHECKING, Annotated, Final, Protocol, TextIO
+from typing import TYPE_CHECKING, Annotated, Final
 
-import cyclopts
 from cyclopts import Parameter
 
-from engine.cli.printing import AsEvents, AsJson, RunName, RunsFolder, print_lines
+from engine.cli.terminal import (
+    HOST,
+    AsEvents,
+    AsJson,
+    CommandHost,
+    EventLines,
+    Host,
+    PlainWatch,
+    RunName,
+    RunsFolder,
+    Watch,
+    print_lines,
+)
 from engine.errors import UserError, WorkError
-from engine.events import Ack, Ended, Phase, Recorded, Step, format_line
+from engine.events import Ack, Ended
 from engine.hardware import assume
 from engine.interrupt import INTERRUPTED
 from engine.launch import forwarded_signals, launch, require_torch, resume_run
 from engine.plan import best_device, estimate, remarks
 from engine.plan.memory import cards_laid_out, cards_needed
 from engine.plan.trainer import refuse_bf16
-from engine.report.events import event_line
 from engine.report.plan import plan_verdict
 from engine.report.results import read_results
 from engine.report.run import progress_text, state_lines
@@ -51,167 +61,54 @@ from engine.wizard.start import Created, create
 if TYPE_CHECKING:
     from engine.data.statistics import Checkup
 
+
 _ANSWER_SECONDS: Final = 60.0
 _SAVING_SECONDS: Final = 600.0
 USUAL_CARD = "H100 80GB"
 """What cards are counted in where this computer has none."""
 
 
-class Watch(Protocol):
-    """Something that shows the events of a run as they come."""
+def train(
+    config: Annotated[Path, Parameter(help="YAML file with Axolotl's keys.")],
+    /,
+    *changes: Annotated[str, Parameter(help="Changes, such as learning_rate=1e-4.")],
+    detach: Annotated[
+        bool, Parameter(help="Start it and return; it outlives the terminal.")
+    ] = False,
+    max_steps: Annotated[int | None, Parameter(help="Stop after so many optimizer steps.")] = None,
+    anyway: Annotated[bool, Parameter(help="Start even where the estimate does not fit.")] = False,
+    as_json: AsJson = False,
+    as_events: AsEvents = False,
+    home: RunsFolder = None,
+    host: CommandHost = HOST,
+) -> int:
+    """Train what a config says. Exit status 3: it does not fit this machine.
 
-    def show(self, recorded: Recorded) -> None:
-        """Take in one event."""
-
-    def close(self) -> None:
-        """The run has ended, or nobody watches any more."""
-
-
-class PlainWatch:
-    """Lines on stderr, steps and phases thinned out in time; for pipes, logs, screen readers."""
-
-    LINE_SECONDS = 5.0
-
-    def __init__(
-        self, out: TextIO | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._out = out or sys.stderr
-        self._clock = clock
-        self._next = 0.0
-
-    def show(self, recorded: Recorded) -> None:
-        line = event_line(recorded.event)
-        if line is None or isinstance(recorded.event, Ended):  # whoever waits for the end tells it
-            return
-        last = isinstance(recorded.event, Step) and (
-            recorded.event.step == recorded.event.total_steps
-        )
-        if isinstance(recorded.event, Step | Phase) and not last:
-            if self._clock() < self._next:
-                return
-            self._next = self._clock() + self.LINE_SECONDS
-        print(visible(str(line), one_line=True), file=self._out, flush=True)
-
-    def close(self) -> None:
-        self._out.flush()
-
-
-class EventLines:
-    """Events as they are in events.jsonl, on stdout."""
-
-    def show(self, recorded: Recorded) -> None:
-        sys.stdout.buffer.write(format_line(recorded))
-        sys.stdout.buffer.flush()
-
-    def close(self) -> None:
-        sys.stdout.buffer.flush()
-
-
-OpenRun = Callable[[RunFolder, bool], int]
-"""Shows a run on a screen, in ASCII or not, until the person leaves; gives the exit status."""
-
-
-def register(
-    app: cyclopts.App,
-    make_watch: Callable[[], Watch] = PlainWatch,
-    open_run: OpenRun | None = None,
-) -> None:
-    """Add the commands; `make_watch` makes what shows a run that `resume` restarts, `open_run` is
-    the screen of `watch`, None where there is none.
-
-    They raise UserError and return an exit status, or None for 0.
+    With --max-steps 0 nothing is trained or loaded: config, plan and rows are checked.
     """
-    app.command(show_runs, name="runs")
-    app.command(pause)
-    app.command(stop)
-    _register_train(app, make_watch)
-    _register_watch(app, open_run)
-
-    @app.command
-    def resume(
-        name: RunName,
-        /,
-        *changes: Annotated[
-            str,
-            Parameter(help="Changes that alter no result: micro_batch_size=1."),
-        ],
-        checkpoint: Annotated[
-            str | None, Parameter("--from", help="Checkpoint to go back to: step-N.")
-        ] = None,
-        detach: Annotated[
-            bool,
-            Parameter(help="Restart in the background and return at once."),
-        ] = False,
-        home: RunsFolder = None,
-        as_json: AsJson = False,
-    ) -> int:
-        """Lift the pause of a run, or restart one that has ended from its last checkpoint."""
-        run = find_run(name, home)
-        follower = Follower(run.events, from_end=True)
-        patience = _patience_seconds(run)
-        resumed = resume_run(
-            run,
-            checkpoint=checkpoint,
-            changes=changes,
-            detach=detach,
-            timeout_seconds=patience,
-        )
-        if resumed.ack:
-            _require_done(run, resumed.ack)
-        if resumed.process and not detach:
-            exit_status = watch_to_end(run, resumed.process, follower, make_watch())
-            if exit_status:
-                return exit_status
-        _answer(run, "resume", summarize(run).status.capitalize(), as_json)
+    if max_steps == 0:
+        lines = try_dry(config, changes)
+        print(json.dumps({"run": None, "dry_run": lines}) if as_json else "\n".join(lines))
         return 0
+    if max_steps is not None:
+        changes = (*changes, f"max_steps={max_steps}")
+    plan = plan_run(config, changes, anyway=anyway)
+    created = create(config, changes, home)
+    run = created.run
+    watch = None if detach else EventLines() if as_events else host.make_watch()
+    status = start(created, watch, host, plan)
+    if as_json:
+        print(json.dumps({"run": str(run.path)}))
+    elif not as_events:
+        if not detach:
+            print_lines(read_results(run))
+        print_lines(state_lines(run))
+    return status
 
 
-def _register_train(app: cyclopts.App, make_watch: Callable[[], Watch]) -> None:
-    """Add the command; `make_watch` makes what shows a run that stays in the foreground."""
-
-    @app.command
-    def train(
-        config: Annotated[Path, Parameter(help="YAML file with Axolotl's keys.")],
-        /,
-        *changes: Annotated[str, Parameter(help="Changes, such as learning_rate=1e-4.")],
-        detach: Annotated[
-            bool, Parameter(help="Start it and return; it outlives the terminal.")
-        ] = False,
-        max_steps: Annotated[
-            int | None, Parameter(help="Stop after so many optimizer steps.")
-        ] = None,
-        anyway: Annotated[
-            bool, Parameter(help="Start even where the estimate does not fit.")
-        ] = False,
-        as_json: AsJson = False,
-        as_events: AsEvents = False,
-        home: RunsFolder = None,
-    ) -> int:
-        """Train what a config says. Exit status 3: it does not fit this machine.
-
-        With --max-steps 0 nothing is trained or loaded: config, plan and rows are checked.
-        """
-        if max_steps == 0:
-            lines = try_dry(config, changes)
-            print(json.dumps({"run": None, "dry_run": lines}) if as_json else "\n".join(lines))
-            return 0
-        if max_steps is not None:
-            changes = (*changes, f"max_steps={max_steps}")
-        plan = plan_run(config, changes, anyway=anyway)
-        created = create(config, changes, home)
-        run = created.run
-        watch = None if detach else EventLines() if as_events else make_watch()
-        status = start(created, watch, plan)
-        if as_json:
-            print(json.dumps({"run": str(run.path)}))
-        elif not as_events:
-            if not detach:
-                print_lines(read_results(run))
-            print_lines(state_lines(run))
-        return status
-
-
-def start(created: Created, watch: Watch | None, plan: Mapping[str, object] | None = None) -> int:
+def start(
+    created: Created, watch: Watch | None, host: Host, plan: Mapping[str, object] | None = None
+) -> int:
     """Launch a created run, detached where nobody watches; returns the exit status."""
     follower = Follower(created.run.events, from_end=True)
     process = launch(
@@ -221,6 +118,7 @@ def start(created: Created, watch: Watch | None, plan: Mapping[str, object] | No
         plan=plan,
         resume=created.resume,
         checkpoint=created.checkpoint,
+        module=host.trainer,
     )
     return watch_to_end(created.run, process, follower, watch) if watch else 0
 
@@ -295,27 +193,6 @@ def _row_lines(found: "Checkup") -> list[str]:
     return [usable, f"{learned_text(found.tokens.learned, found.tokens.total)}."]
 
 
-def _register_watch(app: cyclopts.App, open_run: OpenRun | None) -> None:
-    @app.command
-    def watch(
-        name: RunName | None = None,
-        /,
-        *,
-        plain: Annotated[bool, Parameter(help="Lines of text instead of a screen.")] = False,
-        ascii_only: Annotated[bool, Parameter("--ascii", help="Draw with ASCII alone.")] = False,
-        home: RunsFolder = None,
-    ) -> int:
-        """Follow a run, the newest one without a name. Leaving never stops it."""
-        run = find_run(name, home) if name else _newest(home)
-        if open_run and not plain:
-            return open_run(run, ascii_only)
-        shown = PlainWatch(sys.stdout)
-        for recorded in follow(run):
-            shown.show(recorded)
-        print(_ending(run), flush=True)
-        return 0
-
-
 def show_runs(*, home: RunsFolder = None, as_json: AsJson = False) -> None:
     """Every run that is known, the latest first: status, steps, loss."""
     shown: list[tuple[RunFolder, Summary]] = []
@@ -336,11 +213,64 @@ def show_runs(*, home: RunsFolder = None, as_json: AsJson = False) -> None:
         print(f"No runs yet under {where}. `windtunnel demo` makes one in about a minute.")
 
 
+def watch(
+    name: RunName | None = None,
+    /,
+    *,
+    plain: Annotated[bool, Parameter(help="Lines of text instead of a screen.")] = False,
+    ascii_only: Annotated[bool, Parameter("--ascii", help="Draw with ASCII alone.")] = False,
+    home: RunsFolder = None,
+    host: CommandHost = HOST,
+) -> int:
+    """Follow a run, the newest one without a name. Leaving never stops it."""
+    run = find_run(name, home) if name else _newest(home)
+    if host.open_run and not plain:
+        return host.open_run(run, ascii_only)
+    shown = PlainWatch(sys.stdout)
+    for recorded in follow(run):
+        shown.show(recorded)
+    print(_ending(run), flush=True)
+    return 0
+
+
 def pause(name: RunName, /, *, home: RunsFolder = None, as_json: AsJson = False) -> None:
     """Hold a run at the next step; it keeps its memory until `resume`."""
     run = find_run(name, home)
     _ask(run, "pause")
     _answer(run, "pause", "Paused", as_json)
+
+
+def resume(
+    name: RunName,
+    /,
+    *changes: Annotated[str, Parameter(help="Changes that alter no result: micro_batch_size=1.")],
+    checkpoint: Annotated[
+        str | None, Parameter("--from", help="Checkpoint to go back to: step-N.")
+    ] = None,
+    detach: Annotated[bool, Parameter(help="Restart in the background, return at once.")] = False,
+    home: RunsFolder = None,
+    as_json: AsJson = False,
+    host: CommandHost = HOST,
+) -> int:
+    """Lift the pause of a run, or restart one that has ended from its last checkpoint."""
+    run = find_run(name, home)
+    follower = Follower(run.events, from_end=True)
+    resumed = resume_run(
+        run,
+        checkpoint=checkpoint,
+        changes=changes,
+        detach=detach,
+        module=host.trainer,
+        timeout_seconds=_patience_seconds(run),
+    )
+    if resumed.ack:
+        _require_done(run, resumed.ack)
+    if resumed.process and not detach:
+        exit_status = watch_to_end(run, resumed.process, follower, host.make_watch())
+        if exit_status:
+            return exit_status
+    _answer(run, "resume", summarize(run).status.capitalize(), as_json)
+    return 0
 
 
 def stop(name: RunName, /, *, home: RunsFolder = None, as_json: AsJson = False) -> None:

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import cyclopts
 from cyclopts import Parameter
 
 from engine.catalog import UnknownModel
-from engine.child import TRAINER, Child, torch_process
-from engine.cli.printing import AsJson, RunName, RunsFolder
+from engine.child import Child, torch_process
+from engine.cli.terminal import HOST, AsJson, CommandHost, Host, RunName, RunsFolder
 from engine.errors import UserError
 from engine.interrupt import wait_for_line
 from engine.launch import planned_gpu, require_torch
@@ -52,112 +51,102 @@ class Asking:
 Anyway = Annotated[bool, Parameter(help="Load the model even where it does not seem to fit.")]
 
 
-def register(app: cyclopts.App, module: str = TRAINER) -> None:
-    """Add the commands; `module` is the process that computes."""
-    _add_generate(app, module)
-    _add_chat(app, module)
-    _add_merge(app, module)
+def generate(
+    name: RunName,
+    /,
+    *,
+    prompt: Prompt = None,
+    base: Base = False,
+    system: System = None,
+    image: Image = None,
+    asking: Asking | None = None,
+    anyway: Anyway = False,
+    home: RunsFolder = None,
+    as_json: AsJson = False,
+    host: CommandHost = HOST,
+) -> None:
+    """Ask what a run has trained: its result, or its newest checkpoint."""
+    run = find_run(name, home)
+    found = []
+    with _open(run, host, anyway) as process:
+        trained = _ready(process, as_json)
+        for text in _prompts(prompt):
+            request = asdict(asking or Asking()) | {"messages": _messages(text, system, image)}
+            answers = {}
+            for is_base in (True, False) if base else (False,):
+                if base and not as_json:
+                    print(f"\nbefore: {visible(text)}" if is_base else "\nafter:")
+                process.ask(request | {"base": is_base})
+                answers["base" if is_base else "tuned"] = _answer(process, as_json)
+            tuned = answers["tuned"]
+            found.append({"prompt": text, **tuned, "base": answers.get("base")})
+    if as_json:
+        print(json.dumps({"run": str(run.path), "trained": trained, "answers": found}))
 
 
-def _add_generate(app: cyclopts.App, module: str) -> None:
-    @app.command
-    def generate(
-        name: RunName,
-        /,
-        *,
-        prompt: Prompt = None,
-        base: Base = False,
-        system: System = None,
-        image: Image = None,
-        asking: Asking | None = None,
-        anyway: Anyway = False,
-        home: RunsFolder = None,
-        as_json: AsJson = False,
-    ) -> None:
-        """Ask what a run has trained: its result, or its newest checkpoint."""
-        run = find_run(name, home)
-        found = []
-        with _open(run, module, anyway) as process:
-            trained = _ready(process, as_json)
-            for text in _prompts(prompt):
-                request = asdict(asking or Asking()) | {"messages": _messages(text, system, image)}
-                answers = {}
-                for is_base in (True, False) if base else (False,):
-                    if base and not as_json:
-                        print(f"\nbefore: {visible(text)}" if is_base else "\nafter:")
-                    process.ask(request | {"base": is_base})
-                    answers["base" if is_base else "tuned"] = _answer(process, as_json)
-                tuned = answers["tuned"]
-                found.append({"prompt": text, **tuned, "base": answers.get("base")})
-        if as_json:
-            print(json.dumps({"run": str(run.path), "trained": trained, "answers": found}))
+def chat(
+    name: RunName,
+    /,
+    *,
+    base: Base = False,
+    system: System = None,
+    asking: Asking | None = None,
+    anyway: Anyway = False,
+    home: RunsFolder = None,
+    host: CommandHost = HOST,
+) -> None:
+    """Talk with what a run has trained, turn by turn; ctrl+d leaves. --base: as it was."""
+    run = find_run(name, home)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    with _open(run, host, anyway) as process:
+        _ready(process, as_json=False)
+        for text in _prompts(None):
+            said = [*messages, {"role": "user", "content": text}]
+            process.ask(asdict(asking or Asking()) | {"messages": said, "base": base})
+            try:
+                answer = _answer(process, as_json=False)["text"]
+            except UserError as error:
+                print(visible(str(error)), file=sys.stderr)
+                continue
+            if "[TOOL_CALLS]" in answer or not answer.strip():
+                print("left out of the history: there are no tools here", file=sys.stderr)
+                continue
+            messages = [*said, {"role": "assistant", "content": _content(answer)}]
 
 
-def _add_chat(app: cyclopts.App, module: str) -> None:
-    @app.command
-    def chat(
-        name: RunName,
-        /,
-        *,
-        base: Base = False,
-        system: System = None,
-        asking: Asking | None = None,
-        anyway: Anyway = False,
-        home: RunsFolder = None,
-    ) -> None:
-        """Talk with what a run has trained, turn by turn; ctrl+d leaves. --base: as it was."""
-        run = find_run(name, home)
-        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-        with _open(run, module, anyway) as process:
-            _ready(process, as_json=False)
-            for text in _prompts(None):
-                said = [*messages, {"role": "user", "content": text}]
-                process.ask(asdict(asking or Asking()) | {"messages": said, "base": base})
-                try:
-                    answer = _answer(process, as_json=False)["text"]
-                except UserError as error:
-                    print(visible(str(error)), file=sys.stderr)
-                    continue
-                if "[TOOL_CALLS]" in answer or not answer.strip():
-                    print("left out of the history: there are no tools here", file=sys.stderr)
-                    continue
-                messages = [*said, {"role": "assistant", "content": _content(answer)}]
+def merge(
+    name: RunName,
+    /,
+    *,
+    target: Annotated[Path, Parameter(name=["--out", "-o"], help="A new folder.")],
+    home: RunsFolder = None,
+    as_json: AsJson = False,
+    host: CommandHost = HOST,
+) -> None:
+    """Put a run's adapter into its base's original weights: a model that needs no adapter.
 
-
-def _add_merge(app: cyclopts.App, module: str) -> None:
-    @app.command
-    def merge(
-        name: RunName,
-        /,
-        *,
-        target: Annotated[Path, Parameter(name=["--out", "-o"], help="A new folder.")],
-        home: RunsFolder = None,
-        as_json: AsJson = False,
-    ) -> None:
-        """Put a run's adapter into its base's original weights: a model that needs no adapter.
-
-        Also a QLoRA run is merged into the bfloat16 weights (FP8 ones are converted), never into
-        4-bit ones. It needs the disk for a whole model and the memory of its largest matrix.
-        """
-        run = find_run(name, home)
-        arguments = ["merge", str(run.path), str(target.expanduser().absolute())]
-        shows = sys.stderr.isatty() and not as_json
-        with torch_process(arguments, {"CUDA_VISIBLE_DEVICES": ""}, module) as process:
-            for record in process.listen(until="merged"):
-                if "total" in record and shows:
-                    done, total = gib(record["done"]), gib(record["total"])
-                    print(f"\rmerged {done} of {total}  ", end="", file=sys.stderr, flush=True)
-        if shows:
-            print(file=sys.stderr)
-        if as_json:
-            print(json.dumps({"run": str(run.path), "merged": record["merged"]}))
-            return
-        print(f"Merged into the original weights: {visible(record['merged'], one_line=True)}")
-        if _was_quantized(run):
-            print(
-                "The run computed with 4-bit or 8-bit weights: answers can differ a little from "
-                "its own. `windtunnel generate` shows those."
-            )
+    Also a QLoRA run is merged into the bfloat16 weights (FP8 ones are converted), never into
+    4-bit ones. It needs the disk for a whole model and the memory of its largest matrix.
+    """
+    run = find_run(name, home)
+    arguments = ["merge", str(run.path), str(target.expanduser().absolute())]
+    shows = sys.stderr.isatty() and not as_json
+    with torch_process(arguments, {"CUDA_VISIBLE_DEVICES": ""}, host.trainer) as process:
+        for record in process.listen(until="merged"):
+            if "total" in record and shows:
+                done, total = gib(record["done"]), gib(record["total"])
+                print(f"\rmerged {done} of {total}  ", end="", file=sys.stderr, flush=True)
+    if shows:
+        print(file=sys.stderr)
+    if as_json:
+        print(json.dumps({"run": str(run.path), "merged": record["merged"]}))
+        return
+    print(f"Merged into the original weights: {visible(record['merged'], one_line=True)}")
+    if _was_quantized(run):
+        print(
+            "The run computed with 4-bit or 8-bit weights: answers can differ a little from "
+            "its own. `windtunnel generate` shows those."
+        )
 
 
 def push(
@@ -226,7 +215,7 @@ def compare(
         print(visible(f"  {key}: {a} -> {b}", one_line=True))
 
 
-def _open(run: RunFolder, module: str, anyway: bool) -> Child:
+def _open(run: RunFolder, host: Host, anyway: bool) -> Child:
     """The process that answers.
 
     Raises UserError where the model does not fit, and where the installed torch cannot use the card
@@ -239,7 +228,7 @@ def _open(run: RunFolder, module: str, anyway: bool) -> Child:
         with contextlib.suppress(UnknownModel):  # its shape is known only after it is fetched
             config, architecture = read_planned(run.config)
             refuse_answering(config, architecture, device)
-    return torch_process(["generate", str(run.path)], planned_gpu(run, machine), module)
+    return torch_process(["generate", str(run.path)], planned_gpu(run, machine), host.trainer)
 
 
 def _ready(process: Child, as_json: bool) -> str:

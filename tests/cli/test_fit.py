@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-import cyclopts
 import pytest
 
-from engine.cli import main, planning, print_sentence
-from engine.errors import UserError
+from engine.cli import main
+from engine.cli.terminal import Host
 from engine.plan.measured import HOME_VARIABLE
 from tests.fakes.processes import ROOT
 from tests.support.extras import needs_trainer
@@ -36,14 +35,7 @@ def config(tmp_path: Path) -> str:
 
 def command(*words: str) -> int:
     """One command line, with a process that needs no torch."""
-    app = cyclopts.App(result_action="return_value")
-    planning.register_fit(app, module="tests.fakes.fitter")
-    try:
-        status: int = app(["fit", *words], exit_on_error=False, print_error=False)
-    except UserError as error:
-        print_sentence(error)
-        return error.exit_status
-    return status
+    return main(["fit", *words], Host(trainer="tests.fakes.fitter"))
 
 
 def test_a_person_reads_what_was_built_measured_and_kept(

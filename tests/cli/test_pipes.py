@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from engine.cli import main
+from engine.cli.terminal import Host
 from tests.fakes.processes import PATIENCE_SECONDS, ROOT
 
 
@@ -43,4 +44,4 @@ class Leaving(io.StringIO):
 def test_nor_one_that_leaves_before_the_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", Leaving())
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert main(["--help"], more_help="THE WIZARD") == 0
+    assert main(["--help"], Host(more_help="THE WIZARD")) == 0

@@ -14,7 +14,7 @@ import cyclopts
 import pytest
 
 import engine.launch
-from engine.cli import runs
+from engine.cli import build_app, runs
 from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter
 from engine.runs import RunFolder, ask, create_run, is_locked, status
@@ -31,18 +31,14 @@ from tests.support.run_folders import read_steps
 pytestmark = pytest.mark.usefixtures("home")
 
 PROGRAM = (
-    "import sys, cyclopts, engine.launch; from engine.cli import runs; "
-    "from functools import partial; "
-    "runs.resume_run = partial(engine.launch.resume_run, module='tests.fakes.engine'); "
-    "app = cyclopts.App(); runs.register(app); app(sys.argv[1:])"
+    "import sys; from engine.cli import main; from engine.cli.terminal import Host; "
+    "sys.exit(main(host=Host(trainer='tests.fakes.engine')))"
 )
 
 
 @pytest.fixture
 def app() -> cyclopts.App:
-    app = cyclopts.App()
-    runs.register(app)
-    return app
+    return build_app()
 
 
 def call(app: cyclopts.App, *words: str) -> int:
@@ -218,7 +214,7 @@ def test_a_run_that_fails_in_the_foreground_says_why(run: RunFolder) -> None:
     resumed = start_resume("first", fails_at=2)
     _, err = resumed.communicate(timeout=60)
     assert resumed.returncode != 0
-    assert "The loss is NaN. It diverged. Lower lr." in err
+    assert "The loss is NaN.\nIt diverged.\nLower lr.\n" in err
 
 
 def test_a_run_that_is_killed_in_the_foreground_is_called_lost(run: RunFolder) -> None:

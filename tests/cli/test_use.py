@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import cyclopts
 import pytest
 
-from engine.cli import main, print_sentence, use
-from engine.errors import UserError
+from engine.cli import main, use
+from engine.cli.terminal import Host
 from tests.support.extras import needs_trainer
 from tests.support.run_folders import write_run
 
@@ -22,14 +21,7 @@ def run(tmp_path: Path) -> Path:
 
 def command(*words: str | Path) -> int:
     """One command line, with a process that needs no torch."""
-    app = cyclopts.App(result_action="return_value")
-    use.register(app, module="tests.fakes.answerer")
-    try:
-        status = app([str(word) for word in words], exit_on_error=False, print_error=False)
-    except UserError as error:
-        print_sentence(error)
-        return error.exit_status
-    return status or 0
+    return main([str(word) for word in words], Host(trainer="tests.fakes.answerer"))
 
 
 Out = pytest.CaptureFixture[str]

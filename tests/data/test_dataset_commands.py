@@ -8,7 +8,6 @@ import pytest
 
 from engine.chat.tokenizer import open_tokenizer
 from engine.cli import build_app, dataset
-from engine.cli.runs import PlainWatch
 from engine.errors import UserError
 from tests.support.data import chat
 
@@ -22,7 +21,7 @@ def run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Opening takes a second: once a model is enough for all these commands.
     monkeypatch.setattr("engine.chat.tokenizer.open_tokenizer", opened)
-    app = build_app(PlainWatch)
+    app = build_app()
 
     def command(*arguments: object) -> tuple[int, str, str]:
         status = app(

@@ -13,7 +13,7 @@ from rich.console import Console
 from textual.pilot import Pilot
 
 from engine.cli import main
-from engine.cli.runs import PlainWatch
+from engine.cli.terminal import PlainWatch
 from engine.config import DatasetConfig
 from engine.events import (
     Answers,
