@@ -278,7 +278,7 @@ GUARDS = {
         f"{VISION}::TestSameNumbers::test_lone_image_of_one_token",
     ),
     "no image from outside the dataset": Guard(
-        "engine/data/images.py",
+        "engine/data/rows.py",
         '            raise RowProblem(\n                f"The image {_short(name)} is outside',
         "            return Path(real)\n            raise RowProblem(\n"
         '                f"The image {_short(name)} is outside',

@@ -216,8 +216,7 @@ def _show_rows(
     """Prints the row `first`, or every row from it on; how many, and how many learn nothing."""
     from engine.chat.tokenizer import open_tokenizer
     from engine.data.prepare import label_rule
-    from engine.data.preview import preview_entry, preview_row
-    from engine.data.preview_text import legend, row_text
+    from engine.data.preview import legend, preview_entry, preview_row, row_text
     from engine.data.rows import iterate_rendered
 
     assert request.model is not None

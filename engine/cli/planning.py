@@ -30,7 +30,7 @@ from engine.config import (
     override,
     write_config,
 )
-from engine.data.config_paths import with_absolute_paths
+from engine.data.sources import with_absolute_paths
 from engine.errors import DOES_NOT_FIT, UserError
 from engine.plan import (
     AXOLOTL,

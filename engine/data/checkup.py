@@ -18,10 +18,8 @@ from engine.chat.conversation import Conversation, Image, Text
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, learned
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig
-from engine.data.array_writer import content_hash
-from engine.data.images import image_digest
-from engine.data.prepare import label_rule
-from engine.data.rows import RenderedRow, iterate_rendered
+from engine.data.prepare import content_hash, label_rule
+from engine.data.rows import RenderedRow, image_digest, iterate_rendered
 from engine.data.statistics import (
     FEW_ROWS,
     BadRow,

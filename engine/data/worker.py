@@ -4,31 +4,33 @@
 lines on stdout, each with the request's id: any number of `progress` and `item`, then one of
 `result`, `error` and `cancelled`. Requests that read a few rows are served in turn by one thread,
 those that read all of them by another, so that a preview never waits for a count; a third listens
-for `{"cancel": id}`. It ends when stdin does.
+for `{"cancel": id}`. It ends when stdin does. Only here is `datasets` imported.
 """
 
+import base64
 import json
 import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+from engine.chat.images import IMAGE_LIMIT_BYTES
 from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.chat.tokenizer_file import tokenizer_name
-from engine.config import RunConfig
+from engine.config import DatasetConfig, RunConfig
 from engine.data.checkup import check_config
-from engine.data.hub import resolve_revision, stream_hub
 from engine.data.prepare import label_rule
 from engine.data.preview import preview_row
 from engine.data.requests import (
     CheckRows,
+    HubRow,
     Preview,
     PreviewRows,
     Progress,
@@ -42,9 +44,10 @@ from engine.data.requests import (
 )
 from engine.data.rows import effective_datasets, iterate_rendered
 from engine.data.shape import read_shape
-from engine.data.sources import locate
+from engine.data.sources import locate, without_nulls
 from engine.data.statistics import Checkup
 from engine.errors import UserError, WorkError
+from engine.hardware.packages import install_command
 
 # A preview ends after the row that passes this, so that long rows come one by one.
 _PREVIEW_TOKENS = 20_000
@@ -134,6 +137,76 @@ class Reader:
             if tokens > _PREVIEW_TOKENS:
                 break
         return Preview(tuple(shown), tokenizer.efforts)
+
+
+def stream_hub(dataset: DatasetConfig) -> Iterator[HubRow]:
+    """The rows without the nulls that Arrow fills in, their bytes as {"base64"}."""
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{dataset.path} is on the hub and cannot be read here.",
+            f"The package {error.name} is not installed.",
+            f"Install it with {install_command('train')}, or name a local file.",
+        ) from error
+    try:
+        rows = load_dataset(
+            dataset.path,
+            dataset.name,
+            data_files=dataset.data_files,
+            split=dataset.split or "train",
+            revision=dataset.revision,
+            streaming=True,
+        ).decode(False)
+        for line, row in enumerate(rows, start=1):
+            yield HubRow(line, _with_bytes(without_nulls(dict(row))))
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client raises some thirty types
+        raise _unreachable(dataset, error) from error
+
+
+def _with_bytes(value: Any) -> Any:
+    """The row with the bytes of images that are files of the hub and not in the table."""
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode("ascii")}
+    if isinstance(value, list):
+        return [_with_bytes(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    path = value.get("path")
+    if (
+        value.keys() <= {"path", "bytes"}
+        and isinstance(path, str)
+        and "hf://" in path
+        and not value.get("bytes")
+    ):
+        from datasets.utils.file_utils import xopen
+
+        with xopen(path, "rb") as file:
+            value = {"path": path, "bytes": file.read(IMAGE_LIMIT_BYTES + 1)}
+    return {key: _with_bytes(item) for key, item in value.items()}
+
+
+def resolve_revision(dataset: DatasetConfig) -> str:
+    """The commit hash behind the revision."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().dataset_info(dataset.path, revision=dataset.revision).sha
+    except Exception as error:
+        raise _unreachable(dataset, error) from error
+    return found or dataset.revision or "main"
+
+
+def _unreachable(dataset: DatasetConfig, error: Exception) -> WorkError:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return WorkError(
+        f"{dataset.path} cannot be read from the hub.",
+        f"{type(error).__name__}: {first_line}",
+        "Check the name, split and revision, the network, and for a private set your token; "
+        "or download it and name the local folder.",
+    )
 
 
 class Worker:

@@ -23,9 +23,8 @@ from engine.catalog import Architecture
 from engine.chat.images import ImageSpec, pixels
 from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind, LabelRule, labels
 from engine.config import RunConfig
-from engine.data.pack import Indices, efficiency, pack, shuffle_order
 from engine.data.prepare import label_rule
-from engine.data.prepared import Prepared, StoredImage
+from engine.data.prepared import Indices, Prepared, StoredImage, efficiency, pack, shuffle_order
 from engine.errors import UserError, WorkError
 
 Pixels: TypeAlias = NDArray[np.float32]

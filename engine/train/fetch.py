@@ -46,7 +46,7 @@ from engine.catalog.cards import model_names
 from engine.catalog.rows import module_table
 from engine.chat.tokenizer import spec_of, write_tekken
 from engine.config import RunConfig
-from engine.data.pack import mix
+from engine.data.prepared import mix
 from engine.errors import UserError, WorkError
 from engine.train.weight_files import BytesProgress
 from engine.units import gib

@@ -16,9 +16,8 @@ from engine.catalog import read_architecture
 from engine.catalog.cards import Sampling, official_sampling
 from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.config import DatasetConfig, RunConfig, read_config
-from engine.data.pack import Indices
 from engine.data.prepare import default_store, label_rule, prepare
-from engine.data.prepared import Prepared
+from engine.data.prepared import Indices, Prepared
 from engine.data.requests import Progress
 from engine.events import Phase, Shortage, Started
 from engine.hardware.packages import installed

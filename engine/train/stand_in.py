@@ -23,8 +23,8 @@ from engine.catalog.rows import module_table
 from engine.catalog.sizes import Mistral3Sizes, Mistral4Sizes, TextSizes, read_sizes
 from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind, learned
 from engine.config import RunConfig
-from engine.data.pack import pack
 from engine.data.prepare import label_rule
+from engine.data.prepared import pack
 from engine.plan import Device, Statistics, estimate
 from engine.plan.vision import largest_image_tokens, tower_of
 from engine.train.batches import IMAGE_TOKEN, Micro, Pixels, Rows, StepBatch, collate, join

@@ -18,8 +18,8 @@ from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from engine.chat.render import IGNORED_LABEL, Kind, LabelRule, learned
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig
-from engine.data.pack import shuffle_order
 from engine.data.prepare import label_rule
+from engine.data.prepared import shuffle_order
 from engine.events import Answers, Drift, Event, Note
 from engine.train.batches import Rows, collate
 from engine.train.evaluate import FAR, BaseDrift, evaluating, general_texts

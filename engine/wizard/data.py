@@ -6,9 +6,8 @@ from typing import Final, Literal
 
 from engine.config import DatasetConfig
 from engine.data.requests import CheckRows, ReadShape, Shape
-from engine.data.samples import SAMPLE_PREFIX
 from engine.data.shape import mapped
-from engine.data.sources import locate
+from engine.data.sources import SAMPLE_PREFIX, locate
 from engine.data.statistics import Checkup
 from engine.errors import UserError
 from engine.report import Line

@@ -12,7 +12,7 @@ from typing import Final
 from engine.catalog import Architecture, read_architecture
 from engine.chat.tokenizer_file import check_tokenizer, tokenizer_name
 from engine.config import ConfigFile, DatasetConfig, RunConfig, write_config
-from engine.data.config_paths import with_absolute_paths
+from engine.data.sources import with_absolute_paths
 from engine.errors import UserError
 from engine.hardware import Machine
 from engine.plan import Device, Recommendation, Statistics, assess, plan_document, recommend

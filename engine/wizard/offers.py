@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from engine.data.samples import SAMPLE_PREFIX, list_samples
-from engine.data.sources import KNOWN_ENDINGS, READERS, ending_of
+from engine.data.sources import KNOWN_ENDINGS, READERS, SAMPLE_PREFIX, ending_of, list_samples
 
 _NEWEST: Final = 3
 _DEEPEST: Final = 3

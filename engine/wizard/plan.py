@@ -7,7 +7,7 @@ from typing import Final
 
 from engine.config import NONE, RunConfig, spell
 from engine.config.schema import explain_key
-from engine.data.config_paths import with_absolute_paths
+from engine.data.sources import with_absolute_paths
 from engine.errors import UserError
 from engine.hardware import assume, listed_gpus
 from engine.plan import (

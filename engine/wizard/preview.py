@@ -211,7 +211,7 @@ class PreviewStep:
             )
 
     def _row_text(self, row: PreviewRow | None) -> str:
-        from engine.data.preview_text import legend, row_text
+        from engine.data.preview import legend, row_text
 
         if row is None:
             return f"There is no row {self.number:,} any more: the rows were changed."

@@ -6,7 +6,7 @@ from typing import Final
 from engine.catalog import Architecture, UnknownModel, read_architecture
 from engine.chat.tokenizer_file import check_tokenizer, tokenizer_name
 from engine.config import RunConfig, assignment, read_config
-from engine.data.config_paths import with_absolute_paths
+from engine.data.sources import with_absolute_paths
 from engine.errors import DOES_NOT_FIT, UserError
 from engine.hardware import Machine, assume, read_machine
 from engine.launch import require_torch

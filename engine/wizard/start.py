@@ -13,7 +13,7 @@ from engine.config import (
     require_supported,
     write_config,
 )
-from engine.data.config_paths import with_absolute_paths
+from engine.data.sources import with_absolute_paths
 from engine.errors import UserError
 from engine.hardware import Machine, missing_packages
 from engine.launch import launch, require_torch

@@ -16,8 +16,7 @@ from engine.chat.render import Kind, learned
 from engine.chat.tokenizer import ChatTokenizer, spec_of
 from engine.config import RunConfig, read_config
 from engine.data.prepare import label_rule, prepare
-from engine.data.preview import preview_entry, preview_row
-from engine.data.preview_text import row_text
+from engine.data.preview import preview_entry, preview_row, row_text
 from engine.data.rows import iterate_rendered
 from tests.support.tokenizers import tokenizer_of
 

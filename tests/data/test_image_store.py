@@ -11,11 +11,10 @@ import pytest
 from engine.chat.images import ImageSpec, pixels
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
 from engine.config import DatasetConfig, RunConfig
-from engine.data import array_writer
-from engine.data.array_writer import Interval
-from engine.data.config_paths import with_absolute_paths
-from engine.data.prepare import prepare
+from engine.data import prepare as module
+from engine.data.prepare import Interval, prepare
 from engine.data.prepared import ARRAYS, Prepared
+from engine.data.sources import with_absolute_paths
 from engine.files import write_whole
 from tests.support.data import about, chat, config_of, content, killed_child
 from tests.support.pictures import png
@@ -134,7 +133,7 @@ def test_a_kill_loses_nothing_that_was_durable(folder, seeing, tmp_path, after):
             if commits == after:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        pytest.MonkeyPatch().setattr(array_writer, "write_whole", write_and_die)
+        pytest.MonkeyPatch().setattr(module, "write_whole", write_and_die)
         prepare(config, folder, seeing, store, interval=Interval(rows=1))
 
     killed_child(work)

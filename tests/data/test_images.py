@@ -16,11 +16,8 @@ from engine.chat.render import LabelRule
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
 from engine.config import DatasetConfig, RunConfig
 from engine.data.checkup import check_config
-from engine.data.image_fetch import find_fetched
-from engine.data.images import ImageRules
-from engine.data.preview import preview_entry, preview_row
-from engine.data.preview_text import row_text
-from engine.data.rows import RenderedRow, iterate_rendered
+from engine.data.preview import preview_entry, preview_row, row_text
+from engine.data.rows import ImageRules, RenderedRow, find_fetched, iterate_rendered
 from engine.data.shape import read_shape
 from engine.errors import UserError, WorkError
 from engine.report.data import image_lines

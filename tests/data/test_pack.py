@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.data.pack import WINDOW_ROWS, efficiency, pack, shuffle_order
+from engine.data.prepared import WINDOW_ROWS, efficiency, pack, shuffle_order
 
 CAPACITY = 512
 lengths_of_rows = st.lists(st.integers(1, CAPACITY), max_size=400)

@@ -16,8 +16,7 @@ from pyarrow import parquet
 from engine.chat.render import Kind, LabelRule
 from engine.chat.tokenizer import TokenizerSpec, build_tokenizer
 from engine.config import DatasetConfig, RunConfig
-from engine.data.array_writer import Interval
-from engine.data.prepare import default_store, prepare
+from engine.data.prepare import Interval, default_store, prepare
 from engine.data.prepared import ARRAYS, META, Prepared
 from engine.errors import UserError, WorkError
 from tests.bench.prepare_throughput import measure

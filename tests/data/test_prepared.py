@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.chat.conversation import Conversation
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered
 from engine.data import prepared as module
-from engine.data.array_writer import ArrayWriter, Interval
+from engine.data.prepare import ArrayWriter, Interval
 from engine.data.prepared import ARRAYS, META, Prepared
 from engine.data.rows import RenderedRow
 from engine.errors import UserError, WorkError

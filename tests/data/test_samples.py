@@ -2,8 +2,7 @@ import pytest
 
 from engine.config import DatasetConfig, RunConfig
 from engine.data.prepare import prepare
-from engine.data.samples import find_sample, list_samples
-from engine.data.sources import iterate_rows, locate
+from engine.data.sources import iterate_rows, list_samples, locate
 from engine.errors import UserError
 
 
@@ -40,7 +39,7 @@ def test_a_held_out_set_of_a_sample_has_a_name_too(tmp_path):
 
 def test_an_unknown_sample_names_the_nearest():
     with pytest.raises(UserError, match="Name sample:harbour-pilot"):
-        find_sample("harbor")
+        locate(DatasetConfig(path="sample:harbor"), list_samples()[0].path.parent)
     with pytest.raises(UserError, match="There is no sample named"):
         locate(DatasetConfig(path="sample:\x1b[31m"), list_samples()[0].path.parent)
 

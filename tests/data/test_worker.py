@@ -11,9 +11,8 @@ from msgspec import convert
 from engine.chat.render import LabelRule
 from engine.child import Child
 from engine.config import DatasetConfig, RunConfig
-from engine.data.hub import pin_revision
 from engine.data.prepare import prepare
-from engine.data.requests import WORKER, PreviewRow
+from engine.data.requests import WORKER, PreviewRow, ResolveRevision, ask_worker
 from engine.data.sources import iterate_rows
 from engine.errors import UserError
 from engine.hardware.packages import install_command
@@ -214,9 +213,10 @@ class TestHub:
         assert "org/set None train None" in str(row.row)
 
     def test_a_branch_is_pinned_to_its_commit(self):
-        assert pin_revision(DatasetConfig(path="org/set", revision="v2")) == "v2-commit"
+        asked = (DatasetConfig(path="org/set", revision=name) for name in ("v2", "no"))
+        assert list(ask_worker(ResolveRevision(next(asked)))) == ["v2-commit"]
         with pytest.raises(UserError, match="no such revision"):
-            pin_revision(DatasetConfig(path="org/set", revision="no"))
+            list(ask_worker(ResolveRevision(next(asked))))
 
     def test_it_is_prepared_once_for_a_commit(self, tmp_path, tokenizer):
         def prepared(revision):

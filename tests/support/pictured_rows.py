@@ -12,7 +12,7 @@ from PIL import Image
 from engine.chat.conversation import Conversation
 from engine.chat.images import ImageSpec, grid
 from engine.chat.render import Kind, Rendered, RenderedImage
-from engine.data.array_writer import ArrayWriter, Interval
+from engine.data.prepare import ArrayWriter, Interval
 from engine.data.prepared import Prepared, StoredImage
 from engine.data.rows import RenderedRow
 from engine.train.batches import Rows

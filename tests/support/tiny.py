@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from engine.chat.conversation import Conversation
 from engine.chat.render import Kind, Rendered
 from engine.config import RunConfig
-from engine.data.array_writer import ArrayWriter, Interval
+from engine.data.prepare import ArrayWriter, Interval
 from engine.data.prepared import Prepared
 from engine.data.rows import RenderedRow
 from engine.errors import UserError

@@ -18,8 +18,8 @@ from textual.widgets import Input, Static
 
 from engine.config import DatasetConfig
 from engine.data.requests import Progress
-from engine.data.samples import SAMPLE_PREFIX
 from engine.data.shape import mapped
+from engine.data.sources import SAMPLE_PREFIX
 from engine.errors import UserError
 from engine.report.data import Remark, list_remarks
 from engine.units import stored

@@ -13,7 +13,7 @@ from textual.widgets import Static
 
 from engine.config import RunConfig
 from engine.config.schema import explain_key
-from engine.data.config_paths import with_absolute_paths
+from engine.data.sources import with_absolute_paths
 from engine.errors import UserError
 from engine.report.plan import plan_verdict
 from engine.visible import visible
