@@ -16,9 +16,18 @@ from engine.train.experts.adapter import (
     adapt,
     stock_names,
 )
-from engine.train.experts.grouped import GroupedLinear, GroupedNF4, GroupedStack, Groups
-from engine.train.experts.layer import Experts, expert_modules, replace_experts
-from engine.train.experts.routing import balance_loss, balance_weight, watch_routers
+from engine.train.experts.grouped import (
+    Experts,
+    GroupedLinear,
+    GroupedNF4,
+    GroupedStack,
+    Groups,
+    balance_loss,
+    balance_weight,
+    expert_modules,
+    replace_experts,
+    watch_routers,
+)
 
 __all__ = [
     "EXPERT_LAYERS",

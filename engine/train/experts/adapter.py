@@ -17,8 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine.train.experts.grouped import GroupedLinear, Groups, grouped_linear
-from engine.train.experts.layer import expert_modules
+from engine.train.experts.grouped import GroupedLinear, Groups, expert_modules, grouped_linear
 
 
 class LoraGrouped(nn.Module, LoraLayer):

@@ -5,14 +5,18 @@ expert in full precision.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from bitsandbytes.autograd._functions import matmul_4bit
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
+from transformers.models.mistral4.modeling_mistral4 import Mistral4Experts, Mistral4TopkRouter
 
+from engine.config import RunConfig
 from engine.train.quantize import require_countable
 
 NF4_BLOCK = 64
@@ -205,3 +209,114 @@ class GroupedNF4(GroupedLinear):
             if len(part)
         ]
         return torch.cat(products)
+
+
+class Experts(nn.Module):
+    """Same numbers as transformers' Mistral4Experts, from grouped linear layers."""
+
+    def __init__(self, stock: Mistral4Experts, form: type[GroupedLinear], dtype: torch.dtype):
+        super().__init__()
+        self.num_experts = stock.num_experts
+        hidden, width = stock.hidden_dim, stock.intermediate_dim
+        self.gate_up_proj = form(self.num_experts, hidden, 2 * width, dtype)
+        self.down_proj = form(self.num_experts, width, hidden, dtype)
+        self.act_fn = stock.act_fn
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Hidden states (tokens, width) through each token's experts, (tokens, k), weighted.
+
+        Summed token by token, in no order that depends on the device's scheduling.
+        """
+        tokens, chosen = top_k_index.shape
+        sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
+        groups = Groups(sorted_experts, self.num_experts)
+        gate, up = self.gate_up_proj(hidden[order // chosen], groups).chunk(2, dim=-1)
+        rows: Tensor = self.down_proj(self.act_fn(gate) * up, groups)
+        rows = rows * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        summed = rows[places].view(tokens, chosen, -1).sum(dim=1)
+        return summed.type_as(hidden)
+
+
+def replace_experts(model: nn.Module, config: RunConfig, dtype: torch.dtype) -> int:
+    """Put `Experts` where transformers' experts are; returns how many layers were changed.
+
+    With `quantize_moe_experts` they are held in NF4. Otherwise they stay in `dtype`, also beside
+    `load_in_4bit`, as in Axolotl, and only those that get an adapter are replaced. The new ones
+    have no memory yet: each `GroupedLinear` is filled by its `take`.
+    """
+    if config.quantize_moe_experts:
+        form: type[GroupedLinear] = GroupedNF4
+    elif config.adapter and config.lora_target_parameters:
+        form = GroupedStack
+    else:
+        return 0
+    found = [name for name, module in model.named_modules() if isinstance(module, Mistral4Experts)]
+    for name in found:
+        stock = model.get_submodule(name)
+        assert isinstance(stock, Mistral4Experts)
+        model.set_submodule(name, Experts(stock, form, dtype))
+    return len(found)
+
+
+def expert_modules(model: nn.Module) -> tuple[str, ...]:
+    """Names of the grouped linear layers."""
+    return tuple(
+        name for name, module in model.named_modules() if isinstance(module, GroupedLinear)
+    )
+
+
+Routing: TypeAlias = tuple[Tensor, Tensor]
+"""What one router decided: logits (tokens, experts) and each token's experts (tokens, k)."""
+DEFAULT_WEIGHT = 0.001
+"""`router_aux_loss_coef` where only `output_router_logits` is given: Mixtral's own."""
+
+
+def balance_weight(config: RunConfig) -> float:
+    """The weight of the balance in the loss, 0 where the config does not ask for it."""
+    overrides = config.overrides_of_model_config or {}
+    if not overrides.get("output_router_logits"):
+        return 0.0
+    weight = overrides.get("router_aux_loss_coef", DEFAULT_WEIGHT)
+    assert isinstance(weight, int | float)
+    return float(weight)
+
+
+@contextmanager
+def watch_routers(model: nn.Module, enabled: bool = True) -> Iterator[list[Routing]]:
+    """A list that every router adds its decisions to while the context is open, if `enabled`."""
+    seen: list[Routing] = []
+    if not enabled:
+        yield seen
+        return
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        logits, _, chosen = output
+        seen.append((logits, chosen))
+
+    routers = [module for module in model.modules() if isinstance(module, Mistral4TopkRouter)]
+    hooks = [router.register_forward_hook(keep) for router in routers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def balance_loss(routings: Sequence[Routing], real: Tensor) -> Tensor:
+    """Experts times the sum, over experts, of their share of tokens and their mean probability.
+
+    Equations 4 to 6 of Switch Transformer (arXiv 2101.03961), over all layers at once as
+    transformers' load_balancing_loss_func has it: k where every expert is used alike. `real` says
+    which tokens are no padding, bool, as many as the routers saw.
+    """
+    kept = real.reshape(-1, 1).float()
+    rows = kept.sum() * len(routings)
+    experts = routings[0][0].shape[1]
+    used = kept.new_zeros(experts)
+    probability = kept.new_zeros(experts)
+    for logits, chosen in routings:
+        used = used.scatter_add(0, chosen.reshape(-1), kept.expand_as(chosen).reshape(-1))
+        probability = probability + (torch.softmax(logits, -1, torch.float32) * kept).sum(0)
+    return experts * (used / rows * probability / rows).sum()
