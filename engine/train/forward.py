@@ -30,7 +30,7 @@ def unwrapped(model: Model) -> PreTrainedModel:
 
 
 def head_module(model: Model) -> nn.Module:
-    """The head itself, whose weight is not always on the device: see `offload.tables`."""
+    """The head itself, whose weight is not always on the device: see `offload.LentHead`."""
     head: nn.Module = unwrapped(model).get_output_embeddings()
     return head
 

@@ -3,8 +3,6 @@
 Where transformers or peft are missing, the pieces that import them are skipped and the others run.
 """
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from torch import Tensor
 from engine.config import RunConfig
 from engine.plan.trainer import CHUNK_BYTES
 from engine.train.loss import Loss, settle_loss, summed_cross_entropy
-from tests.fakes.processes import ROOT
 from tests.support.card import Card
 
 VOCABULARY = 131_072
@@ -118,21 +115,6 @@ class TestLoss:
             assert off < 0.05
 
 
-def grouped_module() -> Any:
-    """engine/train/experts/grouped.py, from its file where its neighbours cannot be imported."""
-    if importlib.util.find_spec("peft") and importlib.util.find_spec("transformers"):
-        import engine.train.experts.grouped as module
-
-        return module
-    path = ROOT / "engine" / "train" / "experts" / "grouped.py"
-    spec = importlib.util.spec_from_file_location("grouped", path)
-    assert spec
-    assert spec.loader
-    loaded = sys.modules["grouped"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
 EXPERTS = 8
 SIDES = {"kernel": (256, 192), "loop": (256, 192), "odd rows": (60, 72)}
 """Inputs and outputs; rows of 60 halves are no multiple of 16 bytes, which the kernel wants."""
@@ -143,8 +125,10 @@ SIDES = {"kernel": (256, 192), "loop": (256, 192), "odd rows": (60, 72)}
 def test_experts_compute_and_learn_what_float32_does(
     card: Card, form: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("bitsandbytes")
-    grouped = grouped_module()
+    for name in ("bitsandbytes", "peft", "transformers"):
+        pytest.importorskip(name)
+    from engine.train import experts as grouped
+
     inputs, outputs = SIDES[way]
     if way == "loop":
         monkeypatch.setattr(grouped, "_has_kernel", lambda weight: False)

@@ -16,8 +16,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from engine.train.experts import Experts, GroupedNF4
-from engine.train.experts.adapter import LoraGrouped
+from engine.train.experts import Experts, GroupedNF4, LoraGrouped
 from tests.support.live_bytes import LiveBytes
 
 EXPERTS, CHOSEN = 8, 4

@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.train.batches import Rows
 from engine.train.forward import unwrapped
 from engine.train.loop import Training
-from engine.train.offload import decoder_layers
-from engine.train.offload.layers import movable_tensors
+from engine.train.offload import decoder_layers, movable_tensors
 from tests.support.methods import NF4, ON_EXPERTS
 from tests.support.tiny import (
     MINISTRAL3,

@@ -21,10 +21,10 @@ from engine.train.experts import (
     balance_loss,
     balance_weight,
     expert_modules,
+    grouped_linear,
     replace_experts,
     watch_routers,
 )
-from engine.train.experts.grouped import grouped_linear
 from tests.support.tiny import MISTRAL4, settings
 
 CPU = torch.device("cpu")

@@ -13,8 +13,7 @@ from engine.train.device import as_planned
 from engine.train.evaluate import score
 from engine.train.forward import head_of, unwrapped
 from engine.train.model import load_base
-from engine.train.offload import decoder_layers
-from engine.train.offload.transfer import Hosted, HostMemory
+from engine.train.offload import Hosted, HostMemory, decoder_layers
 from tests.support.methods import NF4
 from tests.support.offloading import OFFLOADS, BeginDeep
 from tests.support.tiny import Models, settings
