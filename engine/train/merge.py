@@ -22,7 +22,7 @@ from engine.publish.card import write_card
 from engine.runs import RunFolder
 from engine.runs.newest_result import newest_result
 from engine.train.adapter_files import Adapter
-from engine.train.companions import copy_companions
+from engine.train.checkpoint import copy_companions
 from engine.train.fetch import locate_base
 from engine.train.fp8 import Fp8Layout, find_layout, read_matrix
 from engine.train.weight_files import (
