@@ -19,9 +19,7 @@ checkpoint what is trained, and all that a run needs to go on, to disk and back
 evaluate  held-out loss, exact answers, drift from the base, and what a run's losses warn of
 generate  text from a prompt: a run's own questions, and those to what it trained
 text_metrics  what the model writes by itself, in numbers
-companions the files beside a result's weights
-adapter_files a saved adapter, read without its model
-merge     an adapter put into its base's weights
+merge     a saved adapter read without its model, and put into its base's weights
 out_of_memory  which errors say so, what was held, what makes room
 fitcheck  what a config really takes, measured on random weights
 stand_in  the model and the batch that are measured

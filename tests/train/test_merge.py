@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from engine.config import write_config
 from engine.errors import UserError, WorkError
 from engine.runs import RunFolder
-from engine.train.adapter_files import CONFIG, WEIGHTS
 from engine.train.batches import Rows
-from engine.train.merge import merge
+from engine.train.merge import CONFIG, WEIGHTS, merge
 from engine.train.weight_files import Entry, write_shards
 from tests.support.stock import stock_model
 from tests.support.tiny import (
