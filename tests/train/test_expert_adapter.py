@@ -84,7 +84,7 @@ def grouped_nf4(model: nn.Module) -> list[tuple[str, GroupedNF4]]:
     return [(n, m) for n, m in model.named_modules() if isinstance(m, GroupedNF4)]
 
 
-class TestTheLayer:
+class TestTheAdaptedLayer:
     @pytest.mark.parametrize("rank", [1, 3, 4, 8, 12])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("form", [GroupedStack, GroupedNF4])
@@ -240,7 +240,7 @@ class TestUse:
         )
 
 
-class TestBalance:
+class TestTheRoutersBalance:
     def test_added_to_the_gradient(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
         asked = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
         keys = {"gradient_accumulation_steps": 1, "micro_batch_size": 8, "max_grad_norm": 1e9}

@@ -20,7 +20,8 @@ from engine.train.evaluate import score
 from engine.train.forward import head_module, head_of, hidden_states, unwrapped
 from engine.train.generate import generate
 from engine.train.model import load_base
-from engine.train.offload import Hosted, HostMemory, decoder_layers, head_at_hand, transfer
+from engine.train import offload
+from engine.train.offload import Hosted, HostMemory, decoder_layers, head_at_hand
 from tests.support import stock
 from tests.support.methods import NF4
 from tests.support.offloading import (
@@ -177,14 +178,14 @@ class TestCheckpoints:
     def test_freed_with_the_step(self, begin_deep: BeginDeep) -> None:
         run = begin_deep("ministral3", **NF4, **OFFLOADS["checkpoints"])
         made: list[Any] = []
-        original = transfer._Input.__init__
+        original = offload._Input.__init__
 
         def note(self: Any, *args: Any) -> None:
             original(self, *args)
             made.append(weakref.ref(self))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transfer._Input, "__init__", note)
+            patch.setattr(offload._Input, "__init__", note)
             run.gradients(run.order.step(1))
         assert len(made) == 4 * len(run.order.step(1).micros)
         assert not any(ref() for ref in made)
