@@ -1,31 +1,52 @@
 """The experts of Mistral 4 as grouped linear layers: transformers' numbers at a quarter of the
 memory."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Mistral4Config, Mistral4ForCausalLM
 from transformers.models.mistral4.modeling_mistral4 import Mistral4Experts
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from engine.train.batches import Rows
+from engine.train.checkpoint import export_trained, load_trained, save_trained, trained_tensors
 from engine.train.experts import (
     Experts,
     GroupedLinear,
     GroupedNF4,
     GroupedStack,
     Groups,
+    LoraGrouped,
     balance_loss,
     balance_weight,
     expert_modules,
     grouped_linear,
     replace_experts,
+    stock_names,
     watch_routers,
 )
-from tests.support.tiny import MISTRAL4, settings
+from engine.train.loop import Training
+from tests.support.stock import stock_model, stock_step
+from tests.support.tiny import (
+    MISTRAL4,
+    Models,
+    adapted,
+    assert_resumes,
+    assert_same,
+    gradients,
+    logits,
+    settings,
+    training,
+    wake_adapter,
+)
 
 CPU = torch.device("cpu")
 TOKENS, EXPERTS, CHOSEN = 37, 8, 2
@@ -281,3 +302,234 @@ class TestBalance:
     )
     def test_off_until_asked_for(self, overrides: dict[str, object] | None, weight: float) -> None:
         assert balance_weight(settings(overrides_of_model_config=overrides)) == weight
+
+
+PROJECTIONS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+LINEARS = r"model\..*layers\.\d+\.(self_attn|mlp\.shared_experts)\.\w+_(proj|mqa)"
+LORA: dict[str, Any] = {
+    "adapter": "lora",
+    "lora_target_modules": LINEARS,
+    "lora_target_parameters": PROJECTIONS,
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "gradient_accumulation_steps": 64,
+    "micro_batch_size": 3,
+    "sample_packing": True,
+    "sequence_len": 64,
+    "max_grad_norm": 1e9,
+}
+QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True, "quantize_moe_experts": True}
+NO_EXPERTS: dict[str, Any] = {"lora_target_parameters": None}
+NAMES = ("mistral4", "mistral3 over mistral4")
+
+
+@pytest.fixture(params=NAMES)
+def base(request: pytest.FixtureRequest, model_folder: Models) -> Path:
+    return model_folder(request.param)
+
+
+@pytest.fixture
+def text_base(model_folder: Models) -> Path:
+    return model_folder("mistral4")
+
+
+def stock_peft(run: Training, base: Path, home: Path, model: Any = None) -> Any:
+    """The run's adapter, saved and opened by stock PEFT on stock transformers."""
+    folder = export_trained(run.model, home, base, run.config)
+    return peft.PeftModel.from_pretrained(
+        stock_model(base) if model is None else model, str(folder), is_trainable=True
+    )
+
+
+def as_stock(found: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Gradients under stock PEFT's names."""
+    names = stock_names(model)
+    parts = [(name.partition(".lora_"), tensor) for name, tensor in found.items()]
+    return {names.get(m, m) + dot + rest: tensor for (m, dot, rest), tensor in parts}
+
+
+def grouped_nf4(model: nn.Module) -> list[tuple[str, GroupedNF4]]:
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, GroupedNF4)]
+
+
+class TestTheAdaptedLayer:
+    @pytest.mark.parametrize("rank", [1, 3, 4, 8, 12])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("form", [GroupedStack, GroupedNF4])
+    def test_merged_matrix(self, form: type[GroupedLinear], dtype: torch.dtype, rank: int) -> None:
+        torch.manual_seed(0)
+        base = form(4, 64, 128, dtype)
+        base.take(iter(torch.randn(4, 128, 64) * 0.1), torch.device("cpu"))
+        config = peft.LoraConfig(r=rank, lora_alpha=5)
+        layer: Any = LoraGrouped(base, "default", config, r=rank, lora_alpha=5)
+        wake_adapter(layer)
+        experts = torch.tensor([0] * 5 + [1] * 3 + [3] * 9)
+        rows = torch.randn(17, 64).to(dtype)
+        a, b = (factor.detach().float() for factor in layer.factors("default"))
+        merged = torch.stack([base.matrix(e).float() for e in range(4)]) + 5 / rank * (b @ a)
+        expected = torch.einsum("soi,si->so", merged[experts], rows.float())
+        found = layer(rows, Groups(experts, 4))
+        assert found.dtype == dtype
+        error = (found.float() - expected).norm() / expected.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 0.01)
+        assert (found - base(rows, Groups(experts, 4))).norm() > 0.05 * found.norm()
+
+
+class TestTheStep:
+    def test_is_pefts_on_single_samples(self, base: Path, uneven: Rows, tmp_path: Path) -> None:
+        run = adapted(base, tmp_path, uneven, **LORA)
+        stock = stock_peft(run, base, tmp_path)
+        run.model.train()
+        loss, norm = run.gradients(run.order.step(1))
+        theirs, expected = stock_step(stock, uneven)
+        assert loss == pytest.approx(theirs, rel=1e-5)
+        whole = torch.cat([g.flatten().double() for g in expected.values()])
+        assert norm == pytest.approx(whole.norm().item(), rel=1e-5)
+        assert_same(as_stock(gradients(run.model), run.model), expected)
+
+    @pytest.mark.parametrize("keys", [LORA, QLORA], ids=["lora", "qlora"])
+    @pytest.mark.parametrize("bf16", [False, True])
+    @pytest.mark.parametrize("experts", [True, False])
+    def test_every_matrix_learns_and_recomputing_changes_nothing(
+        self, base: Path, uneven: Rows, tmp_path: Path, keys: Any, bf16: bool, experts: bool
+    ) -> None:
+        keys = keys | {"bf16": bf16} | ({} if experts else NO_EXPERTS)
+        found = []
+        for switch in (False, True):
+            run = adapted(
+                base, tmp_path / str(switch), uneven, gradient_checkpointing=switch, **keys
+            )
+            found.append((run.gradients(run.order.step(1)), gradients(run.model)))
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+        assert_same(found[0][1], found[1][1], 1e-6, 1e-6)
+        assert len(found[0][1]) == 2 * 2 * (10 if experts else 8)
+        assert all(gradient.abs().max() > 0 for gradient in found[0][1].values())
+        assert {parameter.dtype for parameter in run.parameters} == {torch.float32}
+
+    def test_evaluation_before_it(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
+        run = adapted(text_base, tmp_path, uneven, **QLORA | {"bf16": True})
+        before = run.gradients(run.order.step(1)), gradients(run.model)
+        run.model.zero_grad()
+        logits(run.model)
+        run.model.train()
+        after = run.gradients(run.order.step(1)), gradients(run.model)
+        assert before[0] == after[0]
+        assert_same(before[1], after[1], 0.0, 0.0)
+
+    def test_nf4_is_dequantized_stock(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
+        keys = QLORA | {"bnb_config_kwargs": {"llm_int8_skip_modules": ["self_attn", "mlp"]}}
+        run = adapted(text_base, tmp_path, uneven, **keys)
+        assert len(grouped_nf4(run.model)) == 4
+        stock = stock_model(text_base)
+        with torch.no_grad():
+            for name, module in grouped_nf4(run.model):
+                own = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+                for e in range(module.num_experts):
+                    stock.get_parameter(own)[e] = module.matrix(e)
+        opened = stock_peft(run, text_base, tmp_path, stock)
+        run.model.train()
+        loss, _ = run.gradients(run.order.step(1))
+        theirs, expected = stock_step(opened, uneven)
+        assert loss == pytest.approx(theirs, rel=1e-5)
+        assert_same(as_stock(gradients(run.model), run.model), expected)
+
+
+class TestTheFile:
+    @pytest.mark.parametrize(
+        "keys",
+        [
+            {},
+            {"lora_target_parameters": "mlp.experts.down_proj"},
+            {"lora_target_parameters": ["mlp.experts.gate_up_proj"]},
+            {"lora_target_parameters": ["layers.1.mlp.experts.gate_up_proj", PROJECTIONS[1]]},
+            {"lora_target_modules": None},
+            {"lora_target_modules": ["o_proj"], "peft_use_rslora": True},
+        ],
+        ids=str,
+    )
+    def test_stock_peft_answers_alike(
+        self, base: Path, uneven: Rows, tmp_path: Path, keys: dict[str, Any]
+    ) -> None:
+        run = adapted(base, tmp_path, uneven, **LORA | keys)
+        stock = stock_peft(run, base, tmp_path)
+        plain = logits(stock_model(base))
+        torch.testing.assert_close(logits(stock), logits(run.model), rtol=1e-5, atol=1e-5)
+        assert (plain - logits(stock)).abs().max() > 0.1
+        names = {n.replace(".default", "") for n, _ in stock.named_parameters() if "lora_" in n}
+        assert set(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == names
+
+    def test_bfloat16_base_answers_alike(self, base: Path, uneven: Rows, tmp_path: Path) -> None:
+        run = adapted(base, tmp_path, uneven, **LORA | {"bf16": True})
+        stock = stock_peft(run, base, tmp_path, stock_model(base, torch.bfloat16))
+        ours, theirs = (m.float().log_softmax(-1) for m in (logits(run.model), logits(stock)))
+        # Both round to 8 bits, at other places.
+        assert (
+            torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean") < 1e-3
+        )
+        assert (ours - theirs).norm() / theirs.norm() < 0.01
+
+    def test_its_config_is_stock_pefts(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
+        run = adapted(text_base, tmp_path, uneven, **QLORA)
+        folder = export_trained(run.model, tmp_path, text_base, run.config)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["target_parameters"] == sorted(PROJECTIONS)
+        assert "experts.gate_up" not in str(config["target_modules"])
+        assert config["lora_dropout"] == 0
+
+    def test_it_comes_back_bit_for_bit(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
+        first = adapted(text_base, tmp_path / "one", uneven, seed=1, **QLORA)
+        second = adapted(text_base, tmp_path / "two", uneven, seed=2, **QLORA)
+        save_trained(first.model, tmp_path, first.config)
+        load_trained(second.model, tmp_path)
+        ours, theirs = trained_tensors(first.model), trained_tensors(second.model)
+        assert len(ours) == 40
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert torch.equal(logits(first.model), logits(second.model))
+
+    def test_resume_repeats_the_steps(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
+        keys = QLORA | {"gradient_accumulation_steps": 1, "learning_rate": 0.01, "max_steps": 2}
+        assert_resumes(tmp_path, settings(text_base, **keys), uneven, saved=1)
+
+
+class TestUse:
+    def test_without_it_is_the_base(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
+        run = adapted(text_base, tmp_path, uneven, **LORA)
+        with run.model.disable_adapter():
+            found = logits(run.model)
+        torch.testing.assert_close(found, logits(stock_model(text_base)), rtol=1e-5, atol=1e-5)
+
+    def test_full_fine_tune_is_stock(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
+        run = training(tmp_path, settings(text_base, learning_rate=0.01), uneven)
+        assert any(isinstance(module, Mistral4Experts) for module in run.model.modules())
+        run.step(1, run.order.step(1))
+        folder = export_trained(run.model, tmp_path, text_base, run.config)
+        torch.testing.assert_close(
+            logits(stock_model(folder)), logits(run.model), rtol=1e-5, atol=1e-5
+        )
+
+
+class TestTheRoutersBalance:
+    def test_added_to_the_gradient(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
+        asked = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+        keys = {"gradient_accumulation_steps": 1, "micro_batch_size": 8, "max_grad_norm": 1e9}
+        run = training(
+            tmp_path, settings(text_base, overrides_of_model_config=asked, **keys), uneven
+        )
+        batch = run.order.step(1)
+        loss, norm = run.gradients(batch)
+        tensors = batch.micros[0].tensors
+        stock = stock_model(text_base)
+        ids = tensors["input_ids"]
+        inner = stock.model(input_ids=ids, output_router_logits=True, use_cache=False)
+        labels = tensors["labels"].roll(-1, 1)
+        labels[:, -1] = -100
+        entropy = nn.functional.cross_entropy(
+            stock.lm_head(inner.last_hidden_state).flatten(0, 1), labels.flatten()
+        )
+        balance = load_balancing_loss_func(inner.router_logits, 8, 2, (ids != 11).long())
+        (entropy + 0.5 * balance).backward()
+        whole = torch.cat([g.flatten().double() for g in gradients(stock).values()])
+        assert loss == pytest.approx(entropy.item(), rel=1e-5)
+        assert norm == pytest.approx(whole.norm().item(), rel=1e-5)
+        plain = training(tmp_path / "plain", settings(text_base, **keys), uneven)
+        assert plain.gradients(batch)[1] != pytest.approx(norm, rel=1e-3)

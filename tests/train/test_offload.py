@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from engine.train import offload
 from engine.train.batches import Rows
 from engine.train.checkpoint import export_trained
 from engine.train.device import as_planned
@@ -20,7 +21,6 @@ from engine.train.evaluate import score
 from engine.train.forward import head_module, head_of, hidden_states, unwrapped
 from engine.train.generate import generate
 from engine.train.model import load_base
-from engine.train import offload
 from engine.train.offload import Hosted, HostMemory, decoder_layers, head_at_hand
 from tests.support import stock
 from tests.support.methods import NF4
