@@ -10,7 +10,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from engine.events import Ended, Phase, Recorded, Sample, Started, Step
-from engine.report.events import event_line
+from engine.report.run import event_line
 from engine.visible import visible
 
 

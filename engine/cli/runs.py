@@ -37,8 +37,7 @@ from engine.plan import best_device, estimate, remarks
 from engine.plan.memory import cards_laid_out, cards_needed
 from engine.plan.trainer import refuse_bf16
 from engine.report.plan import plan_verdict
-from engine.report.results import read_results
-from engine.report.run import progress_text, state_lines
+from engine.report.run import progress_text, read_results, state_lines
 from engine.runs import (
     Follower,
     Request,

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from engine.child import TRAINER
 from engine.events import Ended, Phase, Recorded, Step, format_line
 from engine.report import Line
-from engine.report.events import event_line
+from engine.report.run import event_line
 from engine.runs import RunFolder
 from engine.visible import fold, visible
 

@@ -17,8 +17,7 @@ from engine.events import (
     Shortage,
     Started,
 )
-from engine.report.events import event_line
-from engine.report.run import figures_text
+from engine.report.run import event_line, figures_text
 from tests.support.written_runs import step_event
 
 GIB = 2**30

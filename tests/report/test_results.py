@@ -1,7 +1,7 @@
 """The table at the end of a run holds what its events say, and nothing that they do not."""
 
 from engine.events import Answers, Drift, Event, Score
-from engine.report.results import describe_results
+from engine.report.run import describe_results
 
 KINDS = {"think": 2.0, "text": 1.0, "call": 0.5, "eos": 0.1}
 AFTER = {"think": 1.5, "text": 0.75, "call": 0.25, "eos": 0.0}

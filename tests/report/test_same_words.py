@@ -31,7 +31,7 @@ from engine.events import (
 )
 from engine.hardware import assume
 from engine.plan import best_device
-from engine.report.events import event_line
+from engine.report.run import event_line
 from engine.runs import Follower, RunFolder
 from engine.runs.history import History
 from engine.wizard.data import TYPED

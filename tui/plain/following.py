@@ -6,8 +6,7 @@ from typing import Final
 
 from engine.errors import UserError, WorkError
 from engine.events import Ended, Event, Phase, Step
-from engine.report.events import event_line
-from engine.report.run import state_lines, way_back
+from engine.report.run import event_line, state_lines, way_back
 from engine.runs import RunFolder, follow, status
 from engine.visible import visible
 from tui.plain.dialogue import Dialogue, Leave

@@ -21,8 +21,7 @@ from textual.worker import get_current_worker
 
 from engine.errors import UserError, WorkError
 from engine.launch import resume_run
-from engine.report.events import room
-from engine.report.run import figures_text, way_back
+from engine.report.run import figures_text, room, way_back
 from engine.runs import Request, RunFolder, Status
 from engine.runs.history import History
 from engine.visible import visible

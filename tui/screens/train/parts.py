@@ -9,7 +9,7 @@ from textual.content import Content
 from textual.widget import Widget
 
 from engine.events import Phase
-from engine.report.events import event_line
+from engine.report.run import event_line
 from engine.runs.history import Answer, Logged
 from engine.visible import fold, visible
 from tui.line import line_content

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from engine.report.events import event_line
+from engine.report.run import event_line
 from engine.runs import Request, Status
 from engine.runs.history import History
 from engine.units import counted, nats
