@@ -25,7 +25,7 @@ from rich.text import Text
 
 from engine.errors import UserError
 from engine.report import Line
-from engine.report.memory_bar import Role, bar_parts, legend, stretches
+from engine.report.plan import Role, bar_parts, legend, stretches
 from engine.runs import RunFolder
 from engine.visible import fold, visible
 from engine.wizard.draft import Draft

@@ -35,7 +35,7 @@ from engine.report.machine import (
     ready_line,
     rest_lines,
 )
-from engine.report.models import model_verdict, size
+from engine.report.plan import model_verdict, size
 from engine.units import counted, gib
 from engine.visible import fold, visible
 from engine.wizard.request import find_machine

@@ -54,12 +54,13 @@ from engine.plan import (
 from engine.plan.attention import follow_attention, task_of
 from engine.plan.measured import Measurement, store
 from engine.report import Line
-from engine.report.fit import difference, fit_lines
 from engine.report.plan import (
     advice_lines,
+    difference,
     duration_lines,
     estimate_lines,
     faster_lines,
+    fit_lines,
     ladder_lines,
     larger_card_lines,
     length_lines,

@@ -1,13 +1,15 @@
 """A plan as lines for people: verdict, parts, rows, time, and what would make it fit."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
 from engine.catalog import Architecture
 from engine.config import SHARDED_OPTIMIZERS, RunConfig, assignment
 from engine.errors import UserError
 from engine.hardware import assume, listed_gpus
 from engine.plan import (
+    WEIGHTS,
     Alternative,
     Device,
     Duration,
@@ -24,6 +26,186 @@ from engine.plan.memory import cards_needed
 from engine.plan.trainer import refuse_bf16, why_float32
 from engine.report.line import VERDICT_MARKS, Line
 from engine.units import GIB, counted, gib, spoken
+
+Role = Literal["weights", "trainable", "activations", "process", "spare", "over", "kept"]
+_TRAINABLE = ("adapter", "gradients", "optimizer")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stretch of the bar, and its place in the legend."""
+
+    glyph: str
+    name: str
+    size_bytes: int
+    role: Role
+    drawn_bytes: int
+    """Of it on the bar: what lies beyond the device is drawn as over."""
+
+
+def bar_parts(needs: Estimate, device: Device) -> list[Part]:
+    """The stretches from left to right; the last is what the plan leaves to others.
+
+    Where the plan does not fit, what is over stands in place of the spare.
+    """
+    room = needs.can_give_bytes
+
+    def part(glyph: str, name: str, size: int, role: Role) -> Part:
+        nonlocal room
+        drawn = min(size, room)
+        room -= drawn
+        return Part(glyph, name, size, role, drawn)
+
+    weights = sum(needs.parts.get(name, 0) for name in WEIGHTS)
+    trainable = sum(needs.parts.get(name, 0) for name in _TRAINABLE)
+    rest = needs.peak_allocated_bytes - weights - trainable
+    parts = [
+        part("█", "weights", weights, "weights"),
+        part("▓", "adapter" if needs.targets else "training", trainable, "trainable"),
+        part("▒", "activations", rest, "activations"),
+        part(
+            "░",
+            "driver" if device.kind == "cuda" else "process",
+            needs.device_bytes - needs.peak_allocated_bytes,
+            "process",
+        ),
+    ]
+    if needs.spare_bytes >= 0:
+        parts.append(part("·", "spare", needs.spare_bytes, "spare"))
+    else:
+        over = -needs.spare_bytes
+        parts.append(Part("!", "over by", over, "over", over))
+    kept = max(0, device.total_bytes - needs.can_give_bytes)
+    parts.append(Part("╱", "kept free", kept, "kept", kept))
+    return parts
+
+
+def share_cells(sizes: Sequence[int], cells: int) -> list[int]:
+    """Cells for each size, in proportion, that add up to `cells`; the largest remainders win."""
+    total = sum(sizes)
+    if total <= 0:
+        return [0] * len(sizes)
+    exact = [size * cells / total for size in sizes]
+    found = [int(each) for each in exact]
+    order = sorted(range(len(sizes)), key=lambda at: found[at] - exact[at])
+    for at in order[: cells - sum(found)]:
+        found[at] += 1
+    return found
+
+
+def legend(parts: Sequence[Part], cells: int) -> list[tuple[Part, str]]:
+    """Each part and the text behind its glyph, as many as fit `cells` cells, two blanks apart."""
+    found: list[tuple[Part, str]] = []
+    for part in parts:
+        found.append((part, f" {part.name} {part.size_bytes / GIB:.1f}"))
+    while found and sum(len(text) + 3 for _, text in found) - 2 > cells:
+        found.pop()
+    return found
+
+
+def stretches(parts: Sequence[Part], cells: int) -> list[tuple[Part | None, str]]:
+    """The bar in `cells` cells: each part's glyphs, and the mark where the device can give no more
+    (its part is None)."""
+    counts = share_cells([part.drawn_bytes for part in parts], cells - 1)
+    limit = next((part for part in parts if part.role in ("over", "kept")), None)
+    found: list[tuple[Part | None, str]] = []
+    for part, count in zip(parts, counts, strict=True):
+        if part is limit:
+            found.append((None, "┃"))
+        found.append((part, part.glyph * count))
+    return found
+
+
+_METHODS: Final[Mapping[str | None, str]] = {
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    None: "all weights",
+}
+
+
+def method(plan: Recommendation) -> str:
+    """How the plan trains, as people call it."""
+    return _METHODS[plan.config.adapter]
+
+
+def size(parameters: int) -> str:
+    """A number of parameters as people say it: 24.0B."""
+    if parameters < 10**9:
+        return f"{parameters / 10**6:.1f}M"
+    return f"{parameters / 10**9:.1f}B"
+
+
+def model_verdict(plan: Recommendation) -> Line:
+    """Whether the model trains on the device: fits, tight, slow, 46.1 over, plan only.
+
+    A model that is not trained yet is not called fitting, and one whose layers are in this
+    computer's memory is, with a warning.
+    """
+    needs = plan.estimate
+    given = f"{needs.device_bytes / GIB:.1f} of {gib(needs.can_give_bytes)}"
+    mark, word, text = VERDICT_MARKS[needs.verdict], str(needs.verdict), f"needs {given}"
+    if needs.verdict == "does not fit":
+        word = f"{-needs.spare_bytes / GIB:.1f} over"
+    elif plan.not_trained:
+        mark, word, text = "·", "plan only", "can be planned and previewed, and is not trained yet"
+    elif plan.config.layer_offloading and needs.verdict == "fits":
+        mark, word, text = "!", "slow", f"fits with layers in RAM, slow: needs {given}"
+    return Line(mark, word, text)
+
+
+def weights_sentence(plan: Recommendation) -> str:
+    """What the weights take, on the device and beside it."""
+    needs = plan.estimate
+    held = sum(needs.parts.get(name, 0) for name in WEIGHTS)
+    shown = gib(held) if held >= GIB / 10 else f"{held / 2**20:.0f} MiB"
+    kind = "In 4 bit" if plan.config.load_in_4bit else "Not quantized,"
+    if plan.offloads:
+        return (
+            f"{kind} the weights on the device take {shown}; the others are read from"
+            f" {gib(needs.host_bytes)} of this computer's memory"
+        )
+    return f"{kind} the weights take {shown}"
+
+
+def fit_lines(fitted: Mapping[str, Any]) -> Iterator[str]:
+    """The figures for a person."""
+    measured, needs = fitted["measurement"], fitted["estimate"]
+    rows = "your rows" if fitted["own_rows"] else "random tokens"
+    built = f"{needs['total_parameters']:,} random weights in {fitted['layers']} layers"
+    yield f"{built}, {fitted['tokens']:,} tokens at once of {rows}, on {fitted['device']}"
+    if not fitted["whole"]:
+        widths = fitted["widths_divided_by"]
+        smaller = f", all widths divided by {widths}" if widths > 1 else ""
+        yield (
+            f"  this is {fitted['layers']} of {fitted['of_layers']} layers{smaller}: it checks the "
+            "formula, and says nothing of a card's memory or speed"
+        )
+    yield f"  measured peak   {gib(measured['peak_allocated_bytes']):>10}  allocated by tensors"
+    if measured["peak_reserved_bytes"]:
+        yield f"                  {gib(measured['peak_reserved_bytes']):>10}  held by the allocator"
+    if measured["device_bytes"]:
+        where = "of the device, by the driver" if fitted["kind"] == "cuda" else "of RAM at most"
+        yield f"                  {gib(measured['device_bytes']):>10}  the whole process, {where}"
+    yield (
+        f"  formula         {gib(needs['step_bytes']):>10}  "
+        f"measured is {difference(fitted):+.1%} from it"
+    )
+    if measured["load_peak_bytes"] > measured["peak_allocated_bytes"]:
+        yield f"  loading took    {gib(measured['load_peak_bytes']):>10}  more than the steps"
+    yield f"  speed           {measured['tokens_per_second']:>10,.0f}  tokens/s"
+    if fitted["run_seconds"] is not None:
+        steps = f"{fitted['total_steps']:,} steps, evaluations aside"
+        yield f"  the whole run   {spoken(fitted['run_seconds']):>10}  {steps}"
+    elif fitted["whole"]:
+        hourly = f"{3600 * measured['tokens_per_second']:,.0f}"
+        yield f"  an hour         {hourly:>10}  tokens; the rows that are not here decide how many"
+
+
+def difference(fitted: Mapping[str, Any]) -> float:
+    """How far the measured peak is from the formula's, as a share of the formula's."""
+    formula = int(fitted["estimate"]["step_bytes"])
+    return int(fitted["measurement"]["peak_allocated_bytes"]) / max(1, formula) - 1
+
 
 NOTABLE = 0.02
 """Of our peak, by which that of another trainer has to differ to be worth a line."""

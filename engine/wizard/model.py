@@ -9,7 +9,7 @@ from engine.chat.tokenizer_file import check_tokenizer
 from engine.errors import UserError
 from engine.plan import Device, Prospect, Recommendation, propose, recommend, survey
 from engine.report import Line
-from engine.report.models import method, model_verdict, size, weights_sentence
+from engine.report.plan import method, model_verdict, size, weights_sentence
 from engine.units import GIB, gib
 from engine.wizard.draft import Draft, reads_images
 from engine.wizard.question import Choice, Confirm, Question, Work

@@ -22,8 +22,7 @@ from engine.plan import (
     remarks,
 )
 from engine.report import VERDICT_MARKS, Line
-from engine.report.fit import fit_lines
-from engine.report.plan import plan_verdict
+from engine.report.plan import fit_lines, plan_verdict
 from engine.units import GIB, gib
 from engine.wizard.counting import count_work, take_answer
 from engine.wizard.draft import Draft

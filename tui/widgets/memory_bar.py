@@ -7,7 +7,7 @@ from textual.content import Content
 from textual.widget import Widget
 
 from engine.plan import Device, Estimate
-from engine.report.memory_bar import Part, Role, bar_parts, legend, stretches
+from engine.report.plan import Part, Role, bar_parts, legend, stretches
 
 _STYLES: Final[dict[Role, str]] = {
     "weights": "#ff8205",

@@ -10,7 +10,7 @@ from textual.pilot import Pilot
 from engine.config import DatasetConfig
 from engine.hardware import assume
 from engine.plan import Statistics, best_device, cpu_device
-from engine.report.memory_bar import bar_parts, legend, share_cells, stretches
+from engine.report.plan import bar_parts, legend, share_cells, stretches
 from engine.units import gib
 from engine.wizard.counting import counted_of
 from engine.wizard.draft import Draft

@@ -10,7 +10,7 @@ from textual.content import Content
 
 from engine.hardware import Machine
 from engine.plan import Device, Prospect, cpu_device, gpu_device
-from engine.report.models import method, model_verdict
+from engine.report.plan import method, model_verdict
 from engine.units import GIB, gib
 from engine.visible import visible
 from engine.wizard.model import Survey

@@ -18,7 +18,7 @@ from textual.widgets import Input, Static
 
 from engine.errors import UserError
 from engine.plan import Device
-from engine.report.models import size
+from engine.report.plan import size
 from engine.units import GIB
 from engine.visible import visible
 from engine.wizard.machine import named_cards
