@@ -1,21 +1,54 @@
-"""What a person is told, once for every printer: facts become lines, and nothing is drawn here.
+"""Facts become lines: one wording for every printer, and nothing is drawn here.
 
-    line        a line: mark, label, text, detail; which verdict and which severity has which mark
-    machine     a computer: its cards, what is installed and what is missing
-    models      a model on a device: verdict, method, size
-    data        rows: a bad one, what to know, how much is learned
-    plan        a plan: verdict, parts, time, what would make it fit, on which card
-    memory_bar  where its memory goes
-    fit         what a config took when it was measured
-    events      an event of a run
-    run         where a run is, and what its last evaluation said
-    results     what a run changed
-
-Commands, questions and the full screen print these lines; how a mark looks where there is no colour
-or no letter for it is theirs to say. A module a subject, and this package imports only `line`, so
-that the first frame of the wizard waits for no other.
+A module a subject: machine, data, plan and run. This package itself holds the line, so that the
+first frame of the wizard waits for none of them; how a mark looks where there is no colour or no
+letter for it is the printers' to say.
 """
 
-from engine.report.line import SEVERITY_MARKS, VERDICT_MARKS, Line, Mark
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
 
-__all__ = ["SEVERITY_MARKS", "VERDICT_MARKS", "Line", "Mark"]
+if TYPE_CHECKING:
+    from engine.plan import Verdict
+
+Mark = Literal["✓", "!", "✗", "·", "▶", "❚❚", "◌", "?", ""]
+"""Good, with care, not possible, a remark; of a run: it works, holds, loads, is silent.
+
+Empty for a line that judges nothing.
+"""
+
+VERDICT_MARKS: Final[Mapping["Verdict", Mark]] = {"fits": "✓", "tight": "!", "does not fit": "✗"}
+SEVERITY_MARKS: Final[Mapping[str, Mark]] = {
+    "error": "✗",
+    "warning": "!",
+    "note": "·",
+    "info": "",
+}
+"""Of a problem of the machine and of a note in the events."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """`✓ fits: needs 9.5 GiB`: the mark never stands without the word that it stands for.
+
+    What strangers wrote is in it as it is: whoever prints makes it visible.
+    """
+
+    mark: Mark
+    label: str
+    """What is judged or where it stands, in a word or two: fits, step 60 of 99; may be empty."""
+    text: str
+    detail: str = ""
+    """More for whoever has room: what a change costs, why a row is bad and how it is repaired."""
+
+    def __str__(self) -> str:
+        """All but the detail as plain text."""
+        words = f"{self.label}: {self.text}" if self.label and self.text else self.label + self.text
+        return f"{self.mark} {words}" if self.mark else words
+
+    @property
+    def whole(self) -> str:
+        """The line with its detail."""
+        gap = " " if self.text.endswith((".", "?", "!")) else ", "
+        return f"{self}{gap}{self.detail}" if self.detail else str(self)

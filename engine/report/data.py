@@ -6,7 +6,7 @@ from typing import Final
 
 from engine.data.requests import Shape
 from engine.data.statistics import FEW_ROWS, BadRow, Checkup, Finding, ProblemGroup, count_held_out
-from engine.report.line import Line, Mark
+from engine.report import Line, Mark
 from engine.units import counted, stored
 
 # What teaches something that nobody wants is worse than a repair.

@@ -10,7 +10,7 @@ from engine.hardware import (
     missing_packages,
     torch_problem,
 )
-from engine.report.line import SEVERITY_MARKS, Line
+from engine.report import SEVERITY_MARKS, Line
 from engine.units import GIB, counted
 
 _ENGINE = ("torch", "transformers", "peft", "bitsandbytes", "flash-attn")

@@ -24,7 +24,7 @@ from engine.plan import (
 )
 from engine.plan.memory import cards_needed
 from engine.plan.trainer import refuse_bf16, why_float32
-from engine.report.line import VERDICT_MARKS, Line
+from engine.report import VERDICT_MARKS, Line
 from engine.units import GIB, counted, gib, spoken
 
 Role = Literal["weights", "trainable", "activations", "process", "spare", "over", "kept"]

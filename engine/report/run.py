@@ -18,7 +18,7 @@ from engine.events import (
     Started,
     Step,
 )
-from engine.report.line import SEVERITY_MARKS, Line, Mark
+from engine.report import SEVERITY_MARKS, Line, Mark
 from engine.runs import Follower, RunFolder, Status, Summary, summarize
 from engine.units import gib, nats, stored
 from engine.visible import visible
