@@ -141,7 +141,7 @@ class WindtunnelApp(App[int]):
         self._counting: Counted | None = None
         self._ascii: list[LineFilter] = []
         if ascii_only:
-            from tui.ascii import AsciiFilter
+            from tui.line import AsciiFilter
 
             self._ascii = [AsciiFilter()]
             self.add_class("-ascii")

@@ -31,7 +31,7 @@ from engine.visible import fold, visible
 from engine.wizard.draft import Draft
 from engine.wizard.flow import Wizard, perform
 from engine.wizard.question import Choice, Confirm, Question
-from tui.ascii import to_ascii
+from tui.line import to_ascii
 from tui.plain.dialogue import Dialogue, Leave
 from tui.plain.following import follow_run
 

@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.wizard.draft import Draft
 from tests.support.screens import screen_text
 from tui.app import WindtunnelApp
-from tui.ascii import to_ascii
+from tui.line import to_ascii
 from tui.page import Key, Page
 from tui.widgets.choices import Choices
 from tui.widgets.keys import fit_keys

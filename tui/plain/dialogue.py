@@ -142,6 +142,6 @@ def _index(text: str, answers: Sequence[Answer], otherwise: int) -> int | None:
 
 
 def _in_ascii(text: str) -> str:
-    from tui.ascii import to_ascii
+    from tui.line import to_ascii
 
     return to_ascii(text)
