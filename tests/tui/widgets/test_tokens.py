@@ -9,8 +9,7 @@ from engine.chat.render import Kind
 from engine.data.requests import PreviewRow
 from tests.support.screens import screen_text
 from tui.app import THEME
-from tui.token_row import TokenRow, lay_out, read_row
-from tui.widgets.tokens import TokenView
+from tui.widgets.tokens import TokenRow, TokenView, lay_out, read_row
 
 CONTROL = 10
 

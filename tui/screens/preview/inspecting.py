@@ -6,8 +6,7 @@ from textual.content import Content
 
 from engine.chat.render import WITHHELD
 from engine.data.requests import PreviewRow
-from tui.token_row import TokenRow
-from tui.widgets.tokens import TokenView
+from tui.widgets.tokens import TokenRow, TokenView
 
 MARKS: Final = (
     ("┃", "tokens that are learned: underlined, counted as learned/all"),
