@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from tui.widgets.braille import Curve, Frame, Raster
-from tui.widgets.chart import label
+from tui.widgets.chart import Curve, Frame, Raster, label
 
 
 def drawn(curve: Curve, columns: int = 10, rows: int = 2, right: float = 19.0) -> list[str]:

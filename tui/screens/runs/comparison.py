@@ -15,8 +15,7 @@ from engine.runs.history import RunFacts
 from engine.visible import visible
 from tui.screens.help import TextPane
 from tui.screens.runs.wording import same_step
-from tui.widgets.braille import Curve
-from tui.widgets.chart import Chart, Scale
+from tui.widgets.chart import Chart, Curve, Scale
 from tui.widgets.pane import Pane
 
 if TYPE_CHECKING:

@@ -33,8 +33,7 @@ from tui.page import Key, Page
 from tui.screens.help import columns
 from tui.screens.runs import wording
 from tui.screens.runs.comparison import Comparison
-from tui.widgets.braille import Curve
-from tui.widgets.chart import Chart, Scale, Spark
+from tui.widgets.chart import Chart, Curve, Scale, Spark
 from tui.widgets.choices import Choices
 from tui.widgets.pane import Pane
 from tui.widgets.questions import Confirm

@@ -7,8 +7,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Final
 
 from engine.runs.history import METRICS, History, Metric, Series, finite
-from tui.widgets.braille import Curve
-from tui.widgets.chart import Chart, Scale, Spark
+from tui.widgets.chart import Chart, Curve, Scale, Spark
 from tui.widgets.pane import Pane
 
 if TYPE_CHECKING:
