@@ -25,10 +25,9 @@ from engine.wizard.switches import SWITCH_HELP
 from tui.page import HelpText, Key, Page
 from tui.screens.preview.counts import LearnedCounts, say_images
 from tui.screens.preview.inspecting import MARKS, describe_token
-from tui.widgets.choices import Choices
+from tui.widgets.choices import Choices, Switches
 from tui.widgets.pane import Pane
 from tui.widgets.questions import Prompt
-from tui.widgets.switches import Switches
 from tui.widgets.tokens import TokenView, read_row
 
 _LEGEND: Final = "underlined = learned, dim = only read"
