@@ -17,7 +17,7 @@ from engine.visible import visible
 from engine.wizard.settings import Field
 from tui.widgets.choices import Lines
 
-_NAME_CELLS: Final = 28
+_KEY_CELLS: Final = 28
 _VALUE_CELLS: Final = 19
 _TYPED: Final = frozenset("0123456789.-e")
 
@@ -69,7 +69,7 @@ class Fields(Lines):
             value = f"{field.value}{star}"
         return Content.assemble(
             cursor,
-            (f"{field.key:<{_NAME_CELLS}}", "$lit" if here else ""),
+            (f"{field.key:<{_KEY_CELLS}}", "$lit" if here else ""),
             (
                 f"{visible(value, one_line=True):<{_VALUE_CELLS}}",
                 "bold $accent" if here else "bold",

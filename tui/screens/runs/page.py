@@ -31,7 +31,7 @@ from tui.messages import (
 )
 from tui.page import Key, Page
 from tui.screens.help import columns
-from tui.screens.runs import wording
+from tui.screens.runs.wording import WIDE, Widths, header, run_line, state, change, details, totals
 from tui.screens.runs.comparison import Comparison
 from tui.widgets.chart import Chart, Curve, Scale, Spark
 from tui.widgets.choices import Choices
@@ -93,7 +93,7 @@ class RunsPage(Page):
         if here and here.folder in places:
             self.part(Choices).cursor = places.index(here.folder)
         self.say("", "Runs")
-        self.show_title(wording.totals(self._runs))
+        self.show_title(totals(self._runs))
         self._show()
 
     def on_choices_moved(self, message: Choices.Moved) -> None:
@@ -177,10 +177,10 @@ class RunsPage(Page):
 
     def _show(self) -> None:
         now = self._clock()
-        widths = wording.WIDE if self.has_class("-wide") else wording.Widths()
-        self.query_one("#header", Static).update(wording.header(widths))
+        widths = WIDE if self.has_class("-wide") else Widths()
+        self.query_one("#header", Static).update(header(widths))
         lines = [
-            wording.run_line(facts, self._mark_of(facts.folder), now, widths)
+            run_line(facts, self._mark_of(facts.folder), now, widths)
             for facts in self._runs
         ]
         if not lines:
@@ -195,15 +195,15 @@ class RunsPage(Page):
             return
         self.show_command(["watch", facts.folder.name])
         pane.show_title(visible(facts.folder.name, one_line=True))
-        pane.show_subtitle(wording.change(facts))
+        pane.show_subtitle(change(facts))
         scale = Scale(float(facts.total_steps or 1))
-        self.part(Spark).show(facts.loss, Scale(scale.right, bottom=0), wording.state(facts))
+        self.part(Spark).show(facts.loss, Scale(scale.right, bottom=0), state(facts))
         curves = [
             Curve(facts.loss, "bold $primary"),
             Curve([(float(step), loss) for step, loss in facts.held_out], "bold $lit", "◆"),
         ]
         self.part(Chart).show(curves, scale)
-        told = [(word, visible(text)) for word, text in wording.details(facts)]
+        told = [(word, visible(text)) for word, text in details(facts)]
         self.query_one("#facts", Static).update(columns(told, "$muted"))
 
     def _mark_of(self, folder: RunFolder) -> str:
