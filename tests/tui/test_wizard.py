@@ -15,8 +15,7 @@ from tests.support.extras import needs_trainer
 from tests.support.screens import wait_for, wait_for_text
 from tui.app import WindtunnelApp
 from tui.screens.review import ReviewPage
-from tui.widgets.choices import Switches
-from tui.widgets.fields import Fields
+from tui.widgets.choices import Fields, Switches
 
 SECONDS = 240
 

@@ -33,7 +33,7 @@ from tui.app import WindtunnelApp
 from tui.entry import WizardRequest, make_draft
 from tui.screens.plan import PlanPage
 from tui.screens.review import ReviewPage
-from tui.widgets.fields import Fields
+from tui.widgets.choices import Fields
 
 CONFIG = """\
 base_model: demo-tiny

@@ -20,7 +20,7 @@ from tests.support.screens import assert_golden, screen_text, wait_for
 from tui.app import WindtunnelApp
 from tui.entry import WizardRequest, make_draft
 from tui.page import Page
-from tui.widgets.fields import Fields
+from tui.widgets.choices import Fields
 
 ROWS = Statistics(480, 480, 142_150, 74_498, 33_180, 296.1, 688, 1213, (1213,) * 9 + (688,) * 471)
 

@@ -24,8 +24,7 @@ from engine.wizard.values import set_value
 from tui.messages import PlanMeasured, WorkRefused
 from tui.page import HelpText, Key, Page
 from tui.screens.plan.comparisons import card_lines, roomy_lines, rung_lines
-from tui.widgets.choices import Choices
-from tui.widgets.fields import Fields
+from tui.widgets.choices import Choices, Fields
 from tui.widgets.memory_bar import MemoryBar
 from tui.widgets.pane import Pane
 

@@ -31,8 +31,8 @@ from tui.messages import (
 )
 from tui.page import Key, Page
 from tui.screens.help import columns
-from tui.screens.runs.wording import WIDE, Widths, header, run_line, state, change, details, totals
 from tui.screens.runs.comparison import Comparison
+from tui.screens.runs.wording import WIDE, Widths, change, details, header, run_line, state, totals
 from tui.widgets.chart import Chart, Curve, Scale, Spark
 from tui.widgets.choices import Choices
 from tui.widgets.pane import Pane
@@ -179,10 +179,7 @@ class RunsPage(Page):
         now = self._clock()
         widths = WIDE if self.has_class("-wide") else Widths()
         self.query_one("#header", Static).update(header(widths))
-        lines = [
-            run_line(facts, self._mark_of(facts.folder), now, widths)
-            for facts in self._runs
-        ]
+        lines = [run_line(facts, self._mark_of(facts.folder), now, widths) for facts in self._runs]
         if not lines:
             lines = [Content.styled(_NONE_YET, "$muted")]
         self.part(Choices).show_lines(lines)
