@@ -21,8 +21,7 @@ from tui.line import to_ascii
 from tui.page import Key, Page
 from tui.widgets.choices import Choices
 from tui.widgets.keys import fit_keys
-from tui.widgets.pane import Pane
-from tui.widgets.questions import Confirm
+from tui.widgets.pane import Confirm, Pane
 
 
 class First(Page):

@@ -1,8 +1,18 @@
 """A bordered part of a page. Focus is a heavy border as well as a colour, for eyes without hues."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
+from textual.message import Message
+from textual.screen import ModalScreen
 from textual.widget import Widget
+from textual.widgets import Input, Static
+
+from engine.visible import visible
 
 
 class Pane(Vertical):
@@ -37,3 +47,105 @@ class Pane(Vertical):
 def _content(text: str | Content) -> Content | None:
     # A title is one line: Textual drops what follows a line feed.
     return (Content(text) if isinstance(text, str) else text) if text else None
+
+
+class Field(Input):
+    """One line: letters are text in it, Escape and the arrows leave it.
+
+    Posts Left when it gives up the focus; its text stays.
+    """
+
+    DEFAULT_CSS = """
+    Field { height: 1; border: none; padding: 0 1 0 2; background: $surface; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,up,down", "leave", "leave the field", show=False),
+    ]
+
+    @dataclass
+    class Left(Message):
+        """The field gives up the focus."""
+
+        field: "Field"
+
+    def __init__(self, hint: str, *, id: str | None = None) -> None:  # noqa: A002 (Textual's name)
+        super().__init__(placeholder=hint, compact=True, id=id)
+
+    def action_leave(self) -> None:
+        self.post_message(self.Left(self))
+
+
+class Prompt(Input):
+    """One line, hidden until `ask`; Enter posts Answered, Escape asks no more. The focus goes back.
+
+    `row` is what stands in its row else: one takes the place of the other, so that nothing moves.
+    """
+
+    DEFAULT_CSS = """
+    Prompt { display: none; height: 1; border: none; padding: 0 1; background: $surface; }
+    Prompt.-asking { display: block; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "close", "ask no more", show=False),
+        Binding("tab,shift+tab", "close", show=False),
+    ]
+
+    @dataclass
+    class Answered(Message):
+        """`text` was given for the question `name`."""
+
+        name: str
+        text: str
+
+    def __init__(self, row: Widget) -> None:
+        super().__init__(compact=True)
+        self._row = row
+        self._question = ""
+        self._below: Widget | None = None
+
+    def ask(self, name: str, hint: str) -> None:
+        """`hint` stands in the empty field."""
+        self._question = name
+        self.value = ""
+        self.placeholder = hint
+        self.add_class("-asking")
+        self._row.display = False
+        self._below = self.screen.focused
+        self.focus()
+
+    def action_close(self) -> None:
+        self.remove_class("-asking")
+        self._row.display = True
+        self.screen.set_focus(self._below)
+
+    def on_input_submitted(self, message: Input.Submitted) -> None:
+        message.stop()
+        self.action_close()
+        if self.value.strip():
+            self.post_message(self.Answered(self._question, self.value.strip()))
+
+
+class Confirm(ModalScreen[bool]):
+    """Enter does it, Escape does not: `app.push_screen(Confirm(...), callback)` gets True or False.
+
+    `question` says what follows; `yes` names what Enter does and `no` what Escape does.
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "answer(True)", "do it", show=False),
+        Binding("escape", "answer(False)", "do not", show=False),
+    ]
+
+    def __init__(self, title: str, question: str, *, yes: str, no: str) -> None:
+        super().__init__()
+        self._title = title
+        self._question = question
+        self._note = f"enter {yes}, esc {no}"
+
+    def compose(self) -> ComposeResult:
+        title = visible(self._title, one_line=True)
+        with Pane(title=title, subtitle=self._note, can_focus=True):
+            yield Static(visible(self._question), markup=False)
+
+    def action_answer(self, answer: bool) -> None:
+        self.dismiss(answer)

@@ -19,8 +19,7 @@ from engine.visible import visible
 from engine.wizard.model import Survey, look_at
 from tui.screens.help import columns
 from tui.widgets.choices import Choices
-from tui.widgets.pane import Pane
-from tui.widgets.questions import Field
+from tui.widgets.pane import Field, Pane
 
 _NAME_CELLS: Final = 24
 _OTHER: Final = "another"

@@ -29,8 +29,7 @@ from tui.screens.data.path_field import PathField
 from tui.screens.help import TextPane
 from tui.screens.machine.prospects import TITLE_CELLS, title_cells
 from tui.widgets.choices import Choices
-from tui.widgets.pane import Pane
-from tui.widgets.questions import Confirm, Field
+from tui.widgets.pane import Confirm, Field, Pane
 
 _TITLE: Final = (
     f"{'models':<{TITLE_CELLS + 7}}{'needs':>6} with  verdict     reads thinks  download"

@@ -26,8 +26,7 @@ from tui.page import HelpText, Key, Page
 from tui.screens.preview.counts import LearnedCounts, say_images
 from tui.screens.preview.inspecting import MARKS, describe_token
 from tui.widgets.choices import Choices, Switches
-from tui.widgets.pane import Pane
-from tui.widgets.questions import Prompt
+from tui.widgets.pane import Pane, Prompt
 from tui.widgets.tokens import TokenView, read_row
 
 _LEGEND: Final = "underlined = learned, dim = only read"

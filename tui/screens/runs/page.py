@@ -35,8 +35,7 @@ from tui.screens.runs.comparison import Comparison
 from tui.screens.runs.wording import WIDE, Widths, change, details, header, run_line, state, totals
 from tui.widgets.chart import Chart, Curve, Scale, Spark
 from tui.widgets.choices import Choices
-from tui.widgets.pane import Pane
-from tui.widgets.questions import Confirm
+from tui.widgets.pane import Confirm, Pane
 
 LOOK_SECONDS: Final = 2.0
 _MARKS: Final = "AB"

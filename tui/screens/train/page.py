@@ -33,8 +33,7 @@ from tui.screens.train import wording
 from tui.screens.train.curves import Curves, metric_styles
 from tui.screens.train.parts import Answers, Log, ProgressRow, answer_text, log_line
 from tui.widgets.chart import Chart, Spark
-from tui.widgets.pane import Pane
-from tui.widgets.questions import Confirm
+from tui.widgets.pane import Confirm, Pane
 
 _REDRAW_SECONDS: Final = 0.25
 _LOG_BYTES: Final = 1 << 14
