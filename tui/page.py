@@ -16,9 +16,9 @@ from textual.widget import Widget
 
 from engine.errors import UserError
 from engine.visible import visible
-from tui.screens.help import HelpPanel, HelpText, ProblemPanel
 from tui.widgets.choices import Choices
 from tui.widgets.keys import CommandLine, Key, KeyRow
+from tui.widgets.pane import HelpPanel, HelpText, ProblemPanel
 from tui.widgets.steps import STEPS, StepBar, Verdict, verdict
 
 if TYPE_CHECKING:

@@ -32,9 +32,8 @@ from tui.line import marked
 from tui.page import HelpText, Key, Page
 from tui.screens.data.panels import MappingPanel, first_rows, found_content
 from tui.screens.data.path_field import PathField
-from tui.screens.help import TextPane, columns
 from tui.widgets.choices import Choices
-from tui.widgets.pane import Confirm, Pane
+from tui.widgets.pane import Confirm, Pane, TextPane, columns
 
 # Whoever holds the down key reads no file on the way.
 _SETTLE_SECONDS: Final = 0.15

@@ -15,9 +15,8 @@ from engine.data.statistics import Checkup
 from engine.report.data import row_lines, shape_lines
 from engine.visible import visible
 from engine.wizard.switches import Switch
-from tui.screens.help import TextPane
 from tui.widgets.choices import Switches
-from tui.widgets.pane import Pane
+from tui.widgets.pane import Pane, TextPane
 
 _BARS: Final = "▁▂▃▄▅▆▇█"
 _RAW_CHARACTERS: Final = 600

@@ -20,11 +20,10 @@ from textual.widgets import Static
 from engine.wizard.flow import live_runs
 from engine.wizard.machine import ASKING, CPU, HELP, PLAN, PLAN_ONLY, named_cards
 from tui.page import HelpText, Key, Page
-from tui.screens.help import TextPane
 from tui.screens.machine import wording
 from tui.screens.machine.wording import Choice
 from tui.widgets.choices import Choices
-from tui.widgets.pane import Pane
+from tui.widgets.pane import Pane, TextPane
 
 if TYPE_CHECKING:
     from engine.hardware import Machine

@@ -17,9 +17,8 @@ from engine.plan import best_device
 from engine.units import GIB
 from engine.visible import visible
 from engine.wizard.model import Survey, look_at
-from tui.screens.help import columns
 from tui.widgets.choices import Choices
-from tui.widgets.pane import Field, Pane
+from tui.widgets.pane import Field, Pane, columns
 
 _NAME_CELLS: Final = 24
 _OTHER: Final = "another"

@@ -26,10 +26,9 @@ from engine.wizard.model import HELP, OWN_HELP, OWN_LABEL, PLANNING, Candidate, 
 from tui.line import MARK_STYLES
 from tui.page import HelpText, Key, Page
 from tui.screens.data.path_field import PathField
-from tui.screens.help import TextPane
 from tui.screens.machine.prospects import TITLE_CELLS, title_cells
 from tui.widgets.choices import Choices
-from tui.widgets.pane import Confirm, Field, Pane
+from tui.widgets.pane import Confirm, Field, Pane, TextPane
 
 _TITLE: Final = (
     f"{'models':<{TITLE_CELLS + 7}}{'needs':>6} with  verdict     reads thinks  download"

@@ -13,10 +13,9 @@ from textual.widget import Widget
 from engine.errors import UserError
 from engine.runs.history import RunFacts
 from engine.visible import visible
-from tui.screens.help import TextPane
 from tui.screens.runs.wording import same_step
 from tui.widgets.chart import Chart, Curve, Scale
-from tui.widgets.pane import Pane
+from tui.widgets.pane import Pane, TextPane
 
 if TYPE_CHECKING:
     from engine.runs.comparison import ConfigDifferences

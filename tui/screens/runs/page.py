@@ -30,12 +30,11 @@ from tui.messages import (
     WorkRefused,
 )
 from tui.page import Key, Page
-from tui.screens.help import columns
 from tui.screens.runs.comparison import Comparison
 from tui.screens.runs.wording import WIDE, Widths, change, details, header, run_line, state, totals
 from tui.widgets.chart import Chart, Curve, Scale, Spark
 from tui.widgets.choices import Choices
-from tui.widgets.pane import Confirm, Pane
+from tui.widgets.pane import Confirm, Pane, columns
 
 LOOK_SECONDS: Final = 2.0
 _MARKS: Final = "AB"

@@ -28,12 +28,11 @@ from engine.visible import visible
 from tui.follow import follow_run, send_command
 from tui.messages import EventsRead, RunAsked, RunResumed, RunUnreadable, WorkRefused
 from tui.page import HelpText, Key, Page
-from tui.screens.help import TextPane
 from tui.screens.train import wording
 from tui.screens.train.curves import Curves, metric_styles
 from tui.screens.train.parts import Answers, Log, ProgressRow, answer_text, log_line
 from tui.widgets.chart import Chart, Spark
-from tui.widgets.pane import Confirm, Pane
+from tui.widgets.pane import Confirm, Pane, TextPane
 
 _REDRAW_SECONDS: Final = 0.25
 _LOG_BYTES: Final = 1 << 14
