@@ -209,7 +209,7 @@ class WindtunnelApp(App[int]):
 
     async def _count_rows(self, config: "RunConfig") -> None:
         from engine.wizard.counting import count_rows
-        from tui.messages import RowsCounted
+        from tui.follow import RowsCounted
 
         new = await count_rows(self.draft, config, self.data_worker)
         self._counting = None

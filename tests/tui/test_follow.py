@@ -9,8 +9,7 @@ from engine.events import Ended, Recorded, format_line
 from engine.runs import RunFolder, create_run
 from tests.fakes.processes import running_fake, wait_until
 from tests.support.written_runs import step_event
-from tui.follow import follow_run, send_command
-from tui.messages import EventsRead, RunAsked, RunUnreadable, WorkRefused
+from tui.follow import EventsRead, RunAsked, RunUnreadable, WorkRefused, follow_run, send_command
 
 
 def posted(run: RunFolder, enough: int) -> list[Message]:

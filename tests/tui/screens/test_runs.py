@@ -15,7 +15,7 @@ from tests.support.extras import needs_trainer
 from tests.support.screens import assert_golden, screen_text, wait_for, wait_for_text
 from tests.support.written_runs import BEGAN, written_run
 from tui.app import WindtunnelApp
-from tui.messages import RunsSeen
+from tui.follow import RunsSeen
 from tui.page import Page
 from tui.screens.runs import RunsPage
 from tui.screens.train import TrainPage

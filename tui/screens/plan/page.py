@@ -21,7 +21,7 @@ from engine.wizard.commands import plan_command
 from engine.wizard.plan import MEASURING, Card, list_cards, list_rungs, measure_plan, what_to_know
 from engine.wizard.settings import amounts_text, list_fields
 from engine.wizard.values import set_value
-from tui.messages import PlanMeasured, WorkRefused
+from tui.follow import PlanMeasured, WorkRefused
 from tui.page import HelpText, Key, Page
 from tui.screens.plan.comparisons import card_lines, roomy_lines, rung_lines
 from tui.widgets.choices import Choices, Fields

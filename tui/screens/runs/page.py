@@ -21,7 +21,7 @@ from engine.runs.history import RunFacts, RunsReader
 from engine.runs.lock import measure, remove
 from engine.units import counted, gib
 from engine.visible import visible
-from tui.messages import (
+from tui.follow import (
     RemovalMeasured,
     RunRemoved,
     RunResumed,

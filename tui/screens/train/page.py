@@ -25,8 +25,15 @@ from engine.report.run import figures_text, room, way_back
 from engine.runs import Request, RunFolder, Status
 from engine.runs.history import History
 from engine.visible import visible
-from tui.follow import follow_run, send_command
-from tui.messages import EventsRead, RunAsked, RunResumed, RunUnreadable, WorkRefused
+from tui.follow import (
+    EventsRead,
+    RunAsked,
+    RunResumed,
+    RunUnreadable,
+    WorkRefused,
+    follow_run,
+    send_command,
+)
 from tui.page import HelpText, Key, Page
 from tui.screens.train import wording
 from tui.screens.train.curves import Curves, metric_styles
