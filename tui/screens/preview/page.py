@@ -4,30 +4,174 @@ A switch of labels asks nobody; only what changes the tokens themselves is asked
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from typing import ClassVar, Final
 
-from textual.app import ComposeResult
+from textual.app import ComposeResult, RenderResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
-from engine.data.requests import Progress
+from engine.chat.render import WITHHELD, LabelRule
+from engine.data.requests import PreviewRow, Progress
 from engine.errors import UserError
+from engine.report.data import learned_text
 from engine.visible import visible
 from engine.wizard.commands import preview_command
-from engine.wizard.judging import Verdict
+from engine.wizard.judging import GroupCount, Verdict, count_groups
 from engine.wizard.preview import PreviewStep
 from engine.wizard.reading import Read
 from engine.wizard.switches import SWITCH_HELP
 from tui.page import HelpText, Key, Page
-from tui.screens.preview.counts import LearnedCounts, say_images
-from tui.screens.preview.inspecting import MARKS, describe_token
 from tui.widgets.choices import Choices, Switches
 from tui.widgets.pane import Pane, Prompt
-from tui.widgets.tokens import TokenView, read_row
+from tui.widgets.tokens import TokenRow, TokenView, read_row
+
+_NAME_CELLS: Final = 14
+_STYLES: Final = {"thinking": "$think", "answers": "$answer", "tool calls": "$call"}
+
+Counts = Mapping[int, int]
+"""Tokens by stored kind."""
+
+
+class LearnedCounts(Widget):
+    """Two columns of counts; in a tall pane each group of tokens has a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._here: Counts = {}
+        self._all: Counts | None = None
+        self._heading = ""
+        self._rule = LabelRule()
+
+    def show_counts(
+        self, here: Counts, everywhere: Counts | None, rule: LabelRule, heading: str
+    ) -> None:
+        """`everywhere` is None while the rows are still being counted."""
+        self._here, self._all, self._rule, self._heading = here, everywhere, rule, heading
+        self.refresh()
+
+    def render(self) -> RenderResult:
+        here = count_groups(self._here, self._rule)
+        rest = None if self._all is None else count_groups(self._all, self._rule)
+        heading = f"{'':<{_NAME_CELLS}}{'this row':>11}{self._heading:>14}"
+        lines = [Content.styled(heading, "$muted")]
+        tall = self.size.height > 8
+        for learned in (True, False):
+            name = "┃ learned" if learned else "┊ only read"
+            style = "bold $lit" if learned else "$read"
+            lines.append(_line(name, here, rest, list(here), learned, style))
+            for group in here if tall else ():
+                if _tokens(here, group, learned) or (rest and _tokens(rest, group, learned)):
+                    mark = "┃" if learned else "┊"
+                    style = _STYLES.get(group, "$lit") if learned else "$muted"
+                    lines.append(_line(f"{mark}  {group}", here, rest, [group], learned, style))
+        if tall and rest:
+            lines += self._bar(rest)
+        return Content("\n").join(lines)
+
+    def _bar(self, rest: Mapping[str, GroupCount]) -> list[Content]:
+        learned, total = _sum(rest, list(rest), True), _total(rest)
+        if not total:
+            return []
+        width = self.size.width
+        full = round(width * learned / total)
+        return [
+            Content(""),
+            Content.assemble(("━" * full, "$primary"), ("┈" * (width - full), "$faint")),
+            Content(learned_text(learned, total)),
+        ]
+
+
+def say_images(counts: Counts) -> str:
+    """How many of the tokens are of images; empty where none is."""
+    tokens = count_groups(counts, LabelRule())["images"].total
+    return f"{tokens:,} are of images" if tokens else ""
+
+
+def _line(
+    name: str,
+    here: Mapping[str, GroupCount],
+    rest: Mapping[str, GroupCount] | None,
+    groups: list[str],
+    learned: bool,
+    style: str,
+) -> Content:
+    text = f"{name:<{_NAME_CELLS}}{_cell(here, groups, learned, 6)}"
+    text += _cell(rest, groups, learned, 9) if rest is not None else f"{'…':>9}"
+    return Content.styled(text, style)
+
+
+def _cell(found: Mapping[str, GroupCount], groups: list[str], learned: bool, width: int) -> str:
+    tokens, total = _sum(found, groups, learned), _total(found)
+    shown = f"{tokens:,}" if len(f"{tokens:,}") <= width else f"{tokens / 1e6:,.0f}M"
+    share = f"{tokens / total:.0%}" if total else ""
+    return f"{shown:>{width}}{share:>5}"
+
+
+def _tokens(found: Mapping[str, GroupCount], group: str, learned: bool) -> int:
+    count = found[group]
+    return count.learned if learned else count.total - count.learned
+
+
+def _sum(found: Mapping[str, GroupCount], groups: list[str], learned: bool) -> int:
+    return sum(_tokens(found, group, learned) for group in groups)
+
+
+def _total(found: Mapping[str, GroupCount]) -> int:
+    return sum(count.total for count in found.values())
+
+
+MARKS: Final = (
+    ("┃", "tokens that are learned: underlined, counted as learned/all"),
+    ("┊", "tokens that are only read: dim, counted"),
+    ("bold", "a control token; no text of a dataset can become one"),
+    ("[image", "one image: its pixels, and its grid of tokens; it is read, never learned"),
+    ("think", "the model's thinking; answer and call are what else it writes"),
+)
+
+
+def describe_token(view: TokenView, entry: PreviewRow | None) -> Content:
+    """The line below the row: what stands under the cursor."""
+    row: TokenRow | None = view.row
+    if row is None or entry is None or len(row) != len(entry.kinds):
+        return Content("")
+    at = view.cursor
+    if tokens := row.image_tokens(at):
+        return _describe_image(row, at, tokens)
+    piece = row.pieces[at].replace(" ", "·") or "(part of a character)"
+    is_learned, kind = view.is_learned(at), row.kinds[at]
+    state = f"learned as {kind}" if is_learned else f"only read: {kind}"
+    if entry.kinds[at] & WITHHELD:
+        state += ", kept out by the row"
+    source = row.sources[at]
+    return Content.assemble(
+        (f"token {at + 1:,}", "$lit"),
+        ("  id ", "$muted"),
+        str(row.ids[at]),
+        "  ",
+        (piece, "bold $accent"),
+        "  ",
+        (state, "bold $lit" if is_learned else "$muted"),
+        ("  control token" if row.is_control(at) else "", "$muted"),
+        (f"  message {source}" if source >= 0 else "", "$faint"),
+    )
+
+
+def _describe_image(row: TokenRow, at: int, tokens: int) -> Content:
+    """The whole of an image: its grid, each row of which ends with one more token."""
+    source = row.sources[at]
+    return Content.assemble(
+        (f"{tokens:,} tokens from {at + 2 - tokens:,}", "$lit"),
+        "  ",
+        (row.pieces[at].strip("[]"), "bold $accent"),
+        ("  only read: image", "$muted"),
+        (f"  message {source}" if source >= 0 else "", "$faint"),
+    )
+
 
 _LEGEND: Final = "underlined = learned, dim = only read"
 
