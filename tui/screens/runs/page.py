@@ -1,25 +1,31 @@
 """The Runs page: every run that is known, and what can be done with one."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
-from textual.app import ComposeResult
+from textual.app import ComposeResult, RenderResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal
+from textual.containers import Horizontal, Vertical
 from textual.content import Content
+from textual.geometry import Size
 from textual.message import Message
+from textual.widget import Widget
 from textual.widgets import Static
 from textual.worker import get_current_worker
 
 from engine.errors import UserError
 from engine.launch import resume_run
-from engine.runs import RunFolder
-from engine.runs.history import RunFacts, RunsReader
+from engine.report.run import figures_text
+from engine.runs import RunFolder, run_home
+from engine.runs.history import Point, RunFacts, RunsReader, finite
 from engine.runs.lock import measure, remove
-from engine.units import counted, gib
+from engine.units import counted, gib, nats
 from engine.visible import visible
 from tui.follow import (
     RemovalMeasured,
@@ -30,11 +36,244 @@ from tui.follow import (
     WorkRefused,
 )
 from tui.page import Key, Page
-from tui.screens.runs.comparison import Comparison
-from tui.screens.runs.wording import WIDE, Widths, change, details, header, run_line, state, totals
 from tui.widgets.chart import Chart, Curve, Scale, Spark
 from tui.widgets.choices import Choices
-from tui.widgets.pane import Confirm, Pane, columns
+from tui.widgets.pane import Confirm, Pane, TextPane, columns
+
+_STATES: Final = {
+    "running": ("▶", "$success"),
+    "paused": ("❚", "$accent"),
+    "finished": ("✓", "$muted"),
+    "stopped": ("·", "$muted"),
+    "failed": ("✗", "$error"),
+    "lost": ("✗", "$error"),
+    "waiting": ("◌", "$muted"),
+    None: ("?", "$warning"),
+}
+_WEEK_SECONDS: Final = 6 * 86_400.0
+_DAY_SECONDS: Final = 86_400.0
+_STATE_CELLS: Final = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Cells of the columns whose text can be long."""
+
+    name: int = 22
+    model: int = 12
+
+
+WIDE: Final = Widths(name=44, model=28)
+
+
+def header(widths: Widths) -> str:
+    """The names of the columns."""
+    return (
+        f"      {'name':<{widths.name}} {'model':<{widths.model}} {'state':<{_STATE_CELLS}}"
+        f"{'held out':>9}  when"
+    )
+
+
+def run_line(facts: RunFacts, mark: str, now: float, widths: Widths) -> Content:
+    """One run in the list: its mark, its state, its best held-out loss, when it was written."""
+    glyph, style = _STATES[facts.status]
+    name = _cut(visible(facts.folder.name, one_line=True), widths.name)
+    model = _cut(visible(facts.model, one_line=True), widths.model)
+    held_out = f"{facts.best[1]:.3f}" if facts.best else "-"
+    return Content.assemble(
+        (f"{mark:<2}", "bold $accent"),
+        (f"{glyph} ", style),
+        f"{name:<{widths.name}} ",
+        (f"{model:<{widths.model}} ", "$muted"),
+        (f"{_cut(state(facts), _STATE_CELLS):<{_STATE_CELLS}}", style),
+        f"{held_out:>9}  ",
+        (when(facts, now), "$muted"),
+    )
+
+
+def state(facts: RunFacts) -> str:
+    """What a run does, in a few words."""
+    of = f"{facts.step}/{facts.total_steps}" if facts.total_steps else f"{facts.step}"
+    return {
+        "running": f"step {of}" if facts.total_steps else "loading",
+        "paused": f"paused {of}",
+        "finished": f"done, {facts.step} steps",
+        "stopped": f"stopped {of}",
+        "failed": f"failed at {facts.step}",
+        "lost": f"lost at {facts.step}",
+        "waiting": "not started",
+        None: "cannot be read",
+    }[facts.status]
+
+
+def when(facts: RunFacts, now: float) -> str:
+    """`now`, a time of today, a weekday, or a date."""
+    if facts.is_alive:
+        return "now"
+    if not facts.written_time:
+        return ""
+    moment = datetime.fromtimestamp(facts.written_time)
+    age = now - facts.written_time
+    if age < _DAY_SECONDS and moment.date() == datetime.fromtimestamp(now).date():
+        return moment.strftime("%H:%M")
+    return moment.strftime("%a" if age < _WEEK_SECONDS else "%d %b")
+
+
+def totals(runs: Sequence[RunFacts]) -> str:
+    """`4 runs, 1 training`."""
+    live = sum(facts.status == "running" for facts in runs)
+    words = counted(len(runs), "run")
+    return f"{words}, {live} training" if live else words
+
+
+def details(facts: RunFacts) -> list[tuple[str, str]]:
+    """What the pane below the list says of the run under the cursor."""
+    if facts.status is None:
+        return [("why", facts.problem)]
+    lines = []
+    if facts.best:
+        step, loss = facts.best
+        lines.append(("best", f"held-out {nats(loss)} at step {step}"))
+    if told := figures_text(*facts.figures):
+        lines.append(("figures", told))
+    if facts.saved:
+        lines.append(("saved", ", ".join(each.rsplit("/", 1)[-1] for each in facts.saved[-4:])))
+    if facts.ended_what:
+        lines.append(("ended", facts.ended_what))
+    if facts.folder.path.parent != run_home() / "runs":
+        lines.append(("where", str(facts.folder.path)))
+    return lines
+
+
+def change(facts: RunFacts) -> str:
+    """The loss at the first and at the last step."""
+    values = finite(list(facts.loss))
+    return f"loss {nats(values[0])} → {nats(values[-1])}" if values else ""
+
+
+def at_step(points: Sequence[Point], step: int) -> float:
+    """The value of a curve at a step or at the nearest one before it; nan where there is none."""
+    before = [y for x, y in points if x <= step]
+    return before[-1] if before else math.nan
+
+
+def same_step(first: RunFacts, second: RunFacts) -> list[tuple[str, float, float, int]]:
+    """The figures of two runs at the last step that both have: name, A, B, decimals."""
+    step = min(first.step, second.step)
+    pairs = (
+        ("loss, smoothed", first.loss, second.loss, 3),
+        ("held out", first.held_out, second.held_out, 3),
+        ("tokens/s", first.tokens_per_second, second.tokens_per_second, 0),
+        ("memory GiB", first.memory_gib, second.memory_gib, 1),
+    )
+    return [(name, at_step(a, step), at_step(b, step), digits) for name, a, b, digits in pairs]
+
+
+def _cut(text: str, cells: int) -> str:
+    return text if len(text) <= cells else text[: cells - 1] + "…"
+
+
+if TYPE_CHECKING:
+    from engine.runs.comparison import ConfigDifferences
+
+_LEAST_CELLS: Final = 12
+
+
+class Differences(Widget):
+    """Key, value of A, value of B, a line each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: Sequence[tuple[str, str, str]] = ()
+        self._note = "reading the configs"
+
+    def show(self, lines: Sequence[tuple[str, str, str]], same: int) -> None:
+        """Draw these, and say how many keys are the same."""
+        self._lines = lines
+        self._note = f"{same} keys are the same"
+        self.refresh(layout=True)
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        return len(self._lines) + 1
+
+    def render(self) -> RenderResult:
+        width = max(self.size.width, _LEAST_CELLS)
+        longest = max((len(key) for key, _, _ in self._lines), default=0)
+        key_cells = min(longest, width // 2) + 2
+        cells = (width - key_cells) // 2
+        rows = [
+            Content.assemble(
+                (_cell(key, key_cells), "$muted"), _cell(first, cells), _cell(second, cells)
+            )
+            for key, first, second in self._lines
+        ]
+        return Content("\n").join([*rows, Content.styled(self._note, "$muted")])
+
+
+class Comparison(Vertical):
+    """A panel over the list; what the configs say comes when a thread has read them."""
+
+    def __init__(self, first: RunFacts, second: RunFacts) -> None:
+        super().__init__()
+        self._first, self._second = first, second
+
+    def compose(self) -> ComposeResult:
+        names = [visible(each.folder.name, one_line=True) for each in (self._first, self._second)]
+        with Pane(title=f"A ━━ {names[0]}   B ┅┅ {names[1]}", subtitle="loss, ◆◇ held out"):
+            yield Chart(waiting="neither has told a loss")
+        with Horizontal():
+            with Pane(title="what differs", can_focus=True):
+                yield Differences()
+            step = min(self._first.step, self._second.step)
+            yield TextPane(f"at the same step ({step})", self._figures())
+
+    def on_mount(self) -> None:
+        right = max(self._first.total_steps or 1, self._second.total_steps or 1)
+        curves = [
+            Curve(self._second.loss, "bold $secondary", dotted=True),
+            Curve(self._first.loss, "bold $primary"),
+            Curve(self._second.held_out, "bold $secondary", "◇"),
+            Curve(self._first.held_out, "bold $lit", "◆"),
+        ]
+        self.query_one(Chart).show(curves, Scale(float(right)))
+
+    def show_differences(self, found: "ConfigDifferences | UserError") -> None:
+        """The keys with different values, and which run is better where both hold out the same."""
+        if isinstance(found, UserError):
+            self.query_one(Differences).show([("config.yml", str(found), "")], 0)
+            return
+        self.query_one(Differences).show(found.lines, found.same)
+        self.query_one(TextPane).border_subtitle = (
+            "held out on different rows" if found.held_out else self._better()
+        )
+
+    def _figures(self) -> Content:
+        rows = [Content.styled(f"{'':<16}{'A':>9}{'B':>9}", "$muted")]
+        for name, a, b, digits in same_step(self._first, self._second):
+            rows.append(
+                Content.assemble(
+                    (f"{name:<16}", "$muted"), f"{_number(a, digits):>9}{_number(b, digits):>9}"
+                )
+            )
+        return Content("\n").join(rows)
+
+    def _better(self) -> str:
+        _, a, b, _ = same_step(self._first, self._second)[1]
+        if not math.isfinite(a - b) or a == b:
+            return ""
+        return f"{'A' if a < b else 'B'} is better by {abs(a - b):.3f} held out"
+
+
+def _cell(text: str, cells: int) -> str:
+    """One line of text in a column, with a space behind it."""
+    shown = visible(text, one_line=True)
+    room = cells - 1
+    return f"{shown if len(shown) <= room else shown[: room - 1] + '…':<{cells}}"
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "-"
+
 
 LOOK_SECONDS: Final = 2.0
 _MARKS: Final = "AB"
