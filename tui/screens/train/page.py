@@ -5,13 +5,16 @@ the events add up to in `engine.runs.history`.
 """
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
-from textual.app import ComposeResult
+from textual.app import ComposeResult, RenderResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
@@ -20,11 +23,12 @@ from textual.widgets import Static
 from textual.worker import get_current_worker
 
 from engine.errors import UserError, WorkError
+from engine.events import Phase
 from engine.launch import resume_run
-from engine.report.run import figures_text, room, way_back
+from engine.report.run import event_line, figures_text, room, way_back
 from engine.runs import Request, RunFolder, Status
-from engine.runs.history import History
-from engine.visible import visible
+from engine.runs.history import METRICS, Answer, History, Logged, Metric, Series, finite
+from engine.visible import fold, visible
 from tui.follow import (
     EventsRead,
     RunAsked,
@@ -34,12 +38,205 @@ from tui.follow import (
     follow_run,
     send_command,
 )
+from tui.line import line_content
 from tui.page import HelpText, Key, Page
 from tui.screens.train import wording
-from tui.screens.train.curves import Curves, metric_styles
-from tui.screens.train.parts import Answers, Log, ProgressRow, answer_text, log_line
-from tui.widgets.chart import Chart, Spark
+from tui.screens.train.wording import Headline, clock_time
+from tui.widgets.chart import Chart, Curve, Scale, Spark
 from tui.widgets.pane import Confirm, Pane, TextPane
+
+if TYPE_CHECKING:
+    from textual.screen import Screen
+
+_TREND_POINTS: Final = 10
+_MOST_DIGITS: Final = 3
+"""More would be zeros: such a figure is written as a power of ten."""
+
+
+_STYLES: Final = ("$accent", "$warning", "$success", "$secondary")
+
+
+def metric_styles() -> "Iterator[tuple[Metric, str]]":
+    """Every small chart and its colour."""
+    return zip(METRICS, cycle(_STYLES), strict=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """Draws a history into the charts of a page."""
+
+    history: History
+
+    def show(self, page: "Screen[None]") -> None:
+        """Redraw every chart and spark that can be seen."""
+        right = float(self.history.total_steps or 1)
+        self._show_loss(page.query_one("#loss", Pane), right)
+        drawn = zip(
+            metric_styles(), page.query("Pane.small").results(Pane), page.query(Spark), strict=True
+        )
+        for (metric, style), pane, spark in drawn:
+            series = self.history.series[metric]
+            points, top, value = series.raw.points(), _top(series), _value(metric, series)
+            pane.show_subtitle(value)
+            scale = Scale(right, bottom=0, top=top, digits=metric.digits)
+            pane.query_one(Chart).show([Curve(points, style)], scale)
+            spark.show(points, Scale(right, bottom=0, top=top), value)
+
+    def _show_loss(self, pane: Pane, right: float) -> None:
+        loss = self.history.loss
+        held_out = self.history.held_out
+        smooth = loss.smooth.points()
+        pane.show_title(f"loss {_number(loss.smooth.last)}{_trend(smooth)}" if smooth else "loss")
+        legend = "⠒ loss  ━ smoothed"
+        if held_out and self.history.best:
+            step, newest = held_out[-1]
+            best = ", best" if newest == self.history.best[1] else ""
+            legend += f"  ◆ held out {_number(newest)} at step {step}{best}"
+        pane.show_subtitle(legend)
+        curves = [Curve(loss.raw.points(), "$raw"), Curve(smooth, "bold $primary")]
+        curves.append(Curve([(float(step), value) for step, value in held_out], "bold $lit", "◆"))
+        pane.query_one(Chart).show(curves, Scale(right))
+
+
+def _value(metric: Metric, series: Series) -> str:
+    if not series.raw:
+        return ""
+    if not math.isfinite(series.last):
+        return "not a number"
+    small = metric.digits > _MOST_DIGITS
+    return _exponent(series.last) if small else f"{series.last:,.{metric.digits}f}"
+
+
+def _top(series: Series) -> float:
+    return max(finite(series.raw.points()), default=1.0) or 1.0
+
+
+def _trend(smooth: list[tuple[float, float]]) -> str:
+    """Where the average went over the last points that are drawn."""
+    values = finite(smooth)[-_TREND_POINTS:]
+    if len(values) < _TREND_POINTS or values[0] == values[-1]:
+        return ""
+    return " ↓" if values[-1] < values[0] else " ↑"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "not a number"
+
+
+def _exponent(value: float) -> str:
+    return f"{value:.1e}".replace("e-0", "e-") if value else "0"
+
+
+_LABEL_CELLS: Final = 9
+_LEAST_BAR_CELLS: Final = 8
+
+
+class ProgressRow(Widget):
+    """The second row: a bar where a share of the work is known, and one sentence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._headline = Headline("", "", "")
+
+    def show(self, headline: Headline) -> None:
+        """Draw this, if it is not what is drawn."""
+        if headline != self._headline:
+            self._headline = headline
+            self.refresh()
+
+    def render(self) -> RenderResult:
+        text = visible(self._headline.text, one_line=True)
+        share = self._headline.share
+        room = self.size.width - len(text) - 2
+        if share is None or room < _LEAST_BAR_CELLS:
+            return Content(text)
+        full = round(room * min(1.0, max(0.0, share)))
+        return Content.assemble(
+            ("━" * full, "bold $primary"), ("╌" * (room - full), "$faint"), "  ", text
+        )
+
+
+class Answers(Widget):
+    """A prompt and what the model said to it, before and since; the newest answer last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._prompt = ""
+        self._answers: Sequence[Answer] = ()
+
+    def show(self, prompt: str, answers: Sequence[Answer]) -> None:
+        """Draw the answers to one prompt."""
+        self._prompt, self._answers = prompt, answers
+        self.refresh()
+
+    def render(self) -> RenderResult:
+        if not self._prompt:
+            return Content.styled("no answer was asked for yet", "$muted")
+        return answer_text(self._prompt, self._answers, self.size.width, self.size.height)
+
+
+class Log(Widget):
+    """What happened, the newest line first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: Sequence[Logged] = ()
+
+    def show(self, lines: Sequence[Logged]) -> None:
+        """Draw these lines, given with the oldest first."""
+        self._lines = lines
+        self.refresh()
+
+    def render(self) -> RenderResult:
+        rows = list(reversed(self._lines))[: max(1, self.size.height)]
+        return Content("\n").join(
+            log_line(line).truncate(self.size.width, ellipsis=True) for line in rows
+        )
+
+
+def log_line(line: Logged) -> Content:
+    """A line of the log: the time, then what happened."""
+    told = event_line(line.event, line.best)
+    assert told is not None  # what tells a person nothing is not logged
+    if isinstance(line.event, Phase):  # how far it is stands in the second row
+        told = replace(told, text="")
+    return Content.styled(f"{clock_time(line.time)} ", "$faint") + line_content(told, detail=True)
+
+
+def answer_text(prompt: str, answers: Sequence[Answer], columns: int, rows: int) -> Content:
+    """A prompt and its answers in at most `rows` lines of `columns` cells.
+
+    The answer before training and the newest are shown whole before others get room; where even
+    they have none, each is cut to one line.
+    """
+    told = [("asked", prompt, "$muted")]
+    told += [(each.label, each.text, "$muted") for each in answers]
+    if answers:
+        told[-1] = (answers[-1].label, answers[-1].text, "$lit")
+    blocks = [_block(label, text, style, columns) for label, text, style in told]
+    while len(blocks) > 3 and sum(map(len, blocks)) > rows:
+        del blocks[2]  # the oldest answer between the first and the last
+    if sum(map(len, blocks)) > rows:
+        blocks = [[_cut(block, columns)] for block in blocks]
+    lines = [line for block in blocks for line in block]
+    return Content("\n").join(lines[:rows])
+
+
+def _block(label: str, text: str, style: str, columns: int) -> list[Content]:
+    shown = fold(visible(text, one_line=True), max(1, columns - _LABEL_CELLS))
+    heads = [label, *[""] * (len(shown) - 1)]
+    return [
+        Content.assemble((f"{head:<{_LABEL_CELLS}}", "$accent"), (line, style))
+        for head, line in zip(heads, shown, strict=True)
+    ]
+
+
+def _cut(block: list[Content], columns: int) -> Content:
+    first = block[0]
+    if len(block) == 1:
+        return first
+    return first.truncate(columns - 2).rstrip() + Content(" …")
+
 
 _REDRAW_SECONDS: Final = 0.25
 _LOG_BYTES: Final = 1 << 14
