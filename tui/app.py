@@ -19,8 +19,7 @@ from textual.screen import Screen
 from textual.theme import Theme
 
 from engine.errors import UserError
-from tui.page import Page
-from tui.widgets.steps import STEPS
+from tui.page import STEPS, Page
 
 if TYPE_CHECKING:
     from engine.config import RunConfig

@@ -4,7 +4,9 @@ A page fills the body and says what its verdict, command and keys are; how they 
 replaces the body (a problem, help) and what too small a terminal shows is decided here once.
 """
 
+import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 
 from textual.app import ComposeResult, RenderResult
@@ -17,9 +19,165 @@ from textual.widget import Widget
 from engine.errors import UserError
 from engine.visible import visible
 from tui.widgets.choices import Choices
-from tui.widgets.keys import CommandLine, Key, KeyRow
 from tui.widgets.pane import HelpPanel, HelpText, ProblemPanel
-from tui.widgets.steps import STEPS, StepBar, Verdict, verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One hint of the bottom row."""
+
+    key: str
+    """As it is printed: enter, space, F1, n/p."""
+    label: str
+    priority: int = 0
+    """Where there is no room, hints of a lower priority go first."""
+
+
+HELP_KEY: Final = Key("F1", "help")
+_KEPT: Final = frozenset({"enter", "esc", "escape", "f1"})
+_GAP: Final = "   "
+
+
+def fit_keys(keys: Sequence[Key], width: int) -> list[Key]:
+    """The hints that fit into `width` cells, in their order.
+
+    Hints are left out whole, those of a low priority first, among equals those nearest the middle
+    of the row, unless they are short enough; enter, escape and F1 always stay.
+    """
+    middle = (len(keys) - 1) / 2
+    places = range(len(keys))
+    shown = {place for place in places if keys[place].key.lower() in _KEPT}
+    for place in sorted(places, key=lambda at: (-keys[at].priority, -abs(at - middle), at)):
+        tried = [keys[at] for at in sorted(shown | {place})]
+        if _width(tried) <= width:
+            shown.add(place)
+    return [keys[place] for place in sorted(shown)]
+
+
+def _width(keys: Sequence[Key]) -> int:
+    return sum(len(key.key) + 1 + len(key.label) for key in keys) + len(_GAP) * (len(keys) - 1)
+
+
+class KeyRow(Widget):
+    """The page's keys; F1 is added to every page."""
+
+    def __init__(self, keys: Sequence[Key]) -> None:
+        super().__init__()
+        self._keys: Sequence[Key] = keys
+
+    @property
+    def keys(self) -> Sequence[Key]:
+        return self._keys
+
+    def show_keys(self, keys: Sequence[Key]) -> None:
+        self._keys = keys
+        self.refresh()
+
+    def render(self) -> RenderResult:
+        keys = list(self._keys)
+        if not any(key.key == HELP_KEY.key for key in keys):
+            keys.append(HELP_KEY)
+        parts = [
+            Content.assemble((key.key, "bold $accent"), f" {key.label}")
+            for key in fit_keys(keys, self.size.width)
+        ]
+        return Content(_GAP).join(parts)
+
+
+class CommandLine(Widget):
+    """`$ windtunnel ...`: the equivalent of what the page is about to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.command = ""
+        """As it can be pasted into a shell; empty where nothing is equivalent."""
+
+    def show_command(self, words: Sequence[str]) -> None:
+        self.command = shlex.join(["windtunnel", *words]) if words else ""
+        self.refresh()
+
+    def render(self) -> RenderResult:
+        if not self.command:
+            return Content()
+        return Content.assemble(("$ ", "$primary"), visible(self.command, one_line=True))
+
+
+STEPS: Final = ("Machine", "Model", "Data", "Preview", "Plan", "Review")
+
+_COLOURS: Final = {
+    "✓": "$success",
+    "▶": "$success",
+    "!": "$warning",
+    "?": "$warning",
+    "✗": "$error",
+}
+
+
+def verdict(mark: str, word: str, text: str) -> Content:
+    """The mark and the word in bold, in the colour of the mark, then the sentence."""
+    style = f"bold {_COLOURS.get(mark, '$lit')}"
+    head = " ".join(each for each in (mark, word) if each)
+    return Content.assemble((head, style), ("  " if head and text else "", ""), (text, ""))
+
+
+class StepBar(Widget):
+    """A tick for a step that is done, a filled dot for here, a ring for later.
+
+    On a page that is no step the verdict stands in their place. `title` (the device) is shown at
+    the right end where there is room for it.
+    """
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        self._step = step
+        self._title = ""
+        self._verdict = Content()
+
+    def show_title(self, text: str) -> None:
+        self._title = text
+        self.refresh()
+
+    def show_verdict(self, content: Content) -> None:
+        self._verdict = content
+        self.refresh()
+
+    def render(self) -> RenderResult:
+        line = Content.assemble(("windtunnel", "bold $primary"), "  ", self._place())
+        if line.cell_length > self.size.width and self._step:
+            line = self._place()
+        title = Content.styled(self._title, "$muted")
+        spare = self.size.width - line.cell_length - title.cell_length
+        return Content.assemble(line, " " * spare, title) if spare >= 2 else line
+
+    def _place(self) -> Content:
+        if not self._step:
+            return self._verdict
+        here = STEPS.index(self._step)
+        parts = []
+        for index, name in enumerate(STEPS):
+            if index == here:
+                parts.append(Content.styled(f"● {name}", "bold $lit"))
+            else:
+                mark, style = ("✓", "$muted") if index < here else ("○", "$faint")
+                parts.append(Content.styled(f"{mark} {name}", style))
+        return Content("  ").join(parts)
+
+
+class Verdict(Widget):
+    """The second row of a step: its name, then the verdict."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        self._step = step
+        self._verdict = Content()
+
+    def show_verdict(self, content: Content) -> None:
+        self._verdict = content
+        self.refresh()
+
+    def render(self) -> RenderResult:
+        return Content.assemble((f"{self._step}  ", "$muted"), self._verdict)
+
 
 if TYPE_CHECKING:
     from tui.app import WindtunnelApp

@@ -18,9 +18,8 @@ from engine.wizard.draft import Draft
 from tests.support.screens import screen_text
 from tui.app import WindtunnelApp
 from tui.line import to_ascii
-from tui.page import Key, Page
+from tui.page import Key, Page, fit_keys
 from tui.widgets.choices import Choices
-from tui.widgets.keys import fit_keys
 from tui.widgets.pane import Confirm, Pane
 
 

@@ -18,7 +18,7 @@ from engine.wizard.counting import rows_config
 from engine.wizard.draft import Draft
 from tests.support.screens import assert_golden
 from tests.support.stand_in import SAMPLE, WORKER, draft_on, opened
-from tui.widgets.keys import CommandLine
+from tui.page import CommandLine
 from tui.widgets.tokens import TokenView
 
 

@@ -15,9 +15,8 @@ from engine.wizard.draft import Draft
 from tests.support.extras import needs_trainer
 from tests.support.screens import screen_text
 from tui.app import WindtunnelApp
-from tui.page import Page
+from tui.page import CommandLine, Page
 from tui.screens.review import ReviewPage
-from tui.widgets.keys import CommandLine
 
 SAMPLE = DatasetConfig(path="sample:harbour-pilot", type="chat_template")
 
