@@ -40,7 +40,7 @@ from tui.follow import (
 )
 from tui.line import line_content
 from tui.page import HelpText, Key, Page
-from tui.screens.train import wording
+from tui.screens.train.wording import Headline,NEXT,ask_command,asked,device_and_model,headline,notes,stop_question
 from tui.screens.train.wording import Headline, clock_time
 from tui.widgets.chart import Chart, Curve, Scale, Spark
 from tui.widgets.pane import Confirm, Pane, TextPane
@@ -398,7 +398,7 @@ class TrainPage(Page):
         self.run_worker(work, thread=True)
 
     def action_stop(self) -> None:
-        question = wording.stop_question(self._history)
+        question = stop_question(self._history)
         confirm = Confirm(self._folder.name, question, yes="stops", no="goes on")
         self.app.push_screen(confirm, self._stop_if)
 
@@ -501,24 +501,24 @@ class TrainPage(Page):
 
     def _show_headline(self) -> None:
         now = self._clock()
-        line = wording.headline(self._history, self._status, now)
+        line = headline(self._history, self._status, now)
         if self._resuming:
-            line = wording.Headline("·", "resuming", "waiting for the trainer's process to begin")
-        text = wording.device_and_model(self._history)
+            line = Headline("·", "resuming", "waiting for the trainer's process to begin")
+        text = device_and_model(self._history)
         for word, since in self._asked.values():
-            text = wording.asked(word, since, now, self._history)
+            text = asked(word, since, now, self._history)
         self.say(line.mark, line.word, f"{self._folder.name}  {text}")
         self.part(ProgressRow).show(line)
 
     def _show_note(self) -> None:
         """What to look at, the figures of the last evaluation, what a finished run is good for."""
-        note = wording.notes(self._history)
+        note = notes(self._history)
         lines = [Content.styled(note, "$warning")] if note else []
         if told := figures_text(*self._history.figures):
             lines.append(Content.styled(visible(told, one_line=True), "$muted"))
         if self._status == "finished":
-            lines.append(Content(wording.NEXT))
-            self.show_command(wording.ask_command(self._history, self._folder.name))
+            lines.append(Content(NEXT))
+            self.show_command(ask_command(self._history, self._folder.name))
         self.query_one("#note", Static).update(Content("\n").join(lines))
         self.query_one("#note").display = bool(lines)
 
