@@ -9,6 +9,7 @@ import pytest
 from textual.pilot import Pilot
 
 from engine.events import Drift, Ended, Eval, EventWriter, Note, Phase, Recorded, Sample, Shortage
+from engine.report import run
 from engine.runs import Follower, RunFolder, RunLock, Status
 from engine.runs.history import History
 from tests.support.screens import assert_golden, screen_text, wait_for_text
@@ -16,7 +17,7 @@ from tests.support.written_runs import BEGAN, RunWriter, step_event, written_run
 from tui.app import WindtunnelApp
 from tui.page import Page
 from tui.screens.runs import RunsPage
-from tui.screens.train import TrainPage, wording
+from tui.screens.train import TrainPage
 
 NOW = BEGAN + 570
 
@@ -202,11 +203,11 @@ def history_of(writer: RunWriter) -> History:
 def test_loading_says_what_is_waited_for(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path / "run")
     writer.write(Phase("hashing", 3, 12, "rows"))
-    line = wording.headline(history_of(writer), "running", BEGAN)
+    line = run.headline(history_of(writer), "running", BEGAN)
     assert (line.mark, line.word, line.share) == ("◌", "loading", 0.25)
     assert line.text == "reading the data: 3 of 12 rows"
     writer.write(Phase("hashing", 9, 12, "rows"), seconds=2)
-    line = wording.headline(history_of(writer), "running", BEGAN + 12)
+    line = run.headline(history_of(writer), "running", BEGAN + 12)
     assert line.text == "reading the data: 9 of 12 rows  0:12"
 
 
@@ -216,13 +217,13 @@ def test_the_time_that_is_left_runs_down_during_a_step(tmp_path: Path) -> None:
     writer.train(1, 95)
     history = history_of(writer)
     for quiet, left in ((0, "0:36 left"), (6, "0:30 left"), (43, "0:00 left")):
-        assert left in wording.headline(history, "running", writer.time + quiet).text
+        assert left in run.headline(history, "running", writer.time + quiet).text
 
 
 def test_the_first_step_is_awaited_in_words(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path / "run")
     writer.begin()
-    line = wording.headline(history_of(writer), "running", BEGAN + 30)
+    line = run.headline(history_of(writer), "running", BEGAN + 30)
     assert line.text == "step 0/99  the first step takes longer than the others"
 
 
@@ -231,7 +232,7 @@ def test_a_check_in_between_is_called_one(tmp_path: Path) -> None:
     writer.begin()
     writer.train(1, 5)
     writer.write(Phase("evaluate", 9, 24, "rows"))
-    line = wording.headline(history_of(writer), "running", writer.time)
+    line = run.headline(history_of(writer), "running", writer.time)
     assert line.word == "checking"
     assert line.text.endswith("scoring what is held out: 9 of 24 rows")
 
@@ -241,8 +242,8 @@ def test_silence_is_shown_with_the_usual_step_time(tmp_path: Path) -> None:
     writer.begin()
     writer.train(1, 5)
     history = history_of(writer)
-    assert wording.headline(history, "running", writer.time + 44).word == "training"
-    line = wording.headline(history, "running", writer.time + 61)
+    assert run.headline(history, "running", writer.time + 44).word == "training"
+    line = run.headline(history, "running", writer.time + 61)
     assert (line.mark, line.word) == ("?", "silent")
     assert line.text.startswith("no word for 61 s (a step takes 8.9). The process lives")
 
@@ -255,7 +256,7 @@ def test_other_states_have_their_word(tmp_path: Path, status: Status | None, wor
     writer = RunWriter(tmp_path / "run")
     writer.begin()
     writer.train(1, 5)
-    assert wording.headline(history_of(writer), status, writer.time).word == word
+    assert run.headline(history_of(writer), status, writer.time).word == word
 
 
 def test_a_loss_that_is_no_number_says_what_to_do(tmp_path: Path) -> None:
@@ -263,7 +264,7 @@ def test_a_loss_that_is_no_number_says_what_to_do(tmp_path: Path) -> None:
     writer.begin()
     writer.train(1, 18)
     writer.write(*(step_event(step, loss=math.nan) for step in (19, 20)))
-    sentence = wording.notes(history_of(writer))
+    sentence = run.notes(history_of(writer))
     assert sentence == (
         "! loss is not a number since step 19: s stops, the last good save is step 17"
     )
@@ -272,7 +273,7 @@ def test_a_loss_that_is_no_number_says_what_to_do(tmp_path: Path) -> None:
 def test_a_rising_held_out_loss_names_the_best_step(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path / "run")
     writer.write(*(Eval(step, loss) for step, loss in enumerate((1.0, 0.7, 0.8, 0.9, 1.0))))
-    sentence = wording.notes(history_of(writer))
+    sentence = run.notes(history_of(writer))
     assert "rose 3 times in a row" in sentence
     assert "best is 0.700 at step 1" in sentence
 
@@ -282,7 +283,7 @@ def test_a_rising_held_out_loss_names_the_best_step(tmp_path: Path) -> None:
     [(0, "0:00"), (341.2, "5:41"), (3600, "1 h 00 min"), (math.nan, "?")],
 )
 def test_durations_are_short(seconds: float, words: str) -> None:
-    assert wording.duration(seconds) == words
+    assert run.duration(seconds) == words
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_durations_are_short(seconds: float, words: str) -> None:
 def test_what_is_read_is_told_in_bytes_and_percent(phase: Phase, writer: str) -> None:
     history = History()
     history.add([Recorded(1, NOW, phase)])
-    line = wording.headline(history, "running", NOW)
+    line = run.headline(history, "running", NOW)
     assert writer in line.text
     assert line.share == (phase.done / phase.total if phase.total else None)
 
@@ -316,5 +317,5 @@ async def test_figures_stand_below_the_curves_and_a_finished_run_says_what_is_ne
     async with shown(writer.folder, alive=False) as pilot:
         await wait_for_text(pilot, "✓ done")
         await wait_for_text(pilot, "step 20: drift 0.04")
-        await wait_for_text(pilot, wording.NEXT)
+        await wait_for_text(pilot, run.NEXT)
         await wait_for_text(pilot, "$ windtunnel generate run --prompt 'My lamp (order 4471)")

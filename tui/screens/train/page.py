@@ -25,7 +25,21 @@ from textual.worker import get_current_worker
 from engine.errors import UserError, WorkError
 from engine.events import Phase
 from engine.launch import resume_run
-from engine.report.run import event_line, figures_text, room, way_back
+from engine.report.run import (
+    NEXT,
+    Headline,
+    ask_command,
+    asked,
+    clock_time,
+    device_and_model,
+    event_line,
+    figures_text,
+    headline,
+    notes,
+    room,
+    stop_question,
+    way_back,
+)
 from engine.runs import Request, RunFolder, Status
 from engine.runs.history import METRICS, Answer, History, Logged, Metric, Series, finite
 from engine.visible import fold, visible
@@ -40,8 +54,6 @@ from tui.follow import (
 )
 from tui.line import line_content
 from tui.page import HelpText, Key, Page
-from tui.screens.train.wording import Headline,NEXT,ask_command,asked,device_and_model,headline,notes,stop_question
-from tui.screens.train.wording import Headline, clock_time
 from tui.widgets.chart import Chart, Curve, Scale, Spark
 from tui.widgets.pane import Confirm, Pane, TextPane
 
