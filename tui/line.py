@@ -1,4 +1,8 @@
-"""A line of the report as the screen draws it: its mark in colour, strangers' text made visible."""
+"""A line of the report as the screen draws it, in colour; and every glyph of ours in ASCII.
+
+One filter behind everything that is drawn, so that no widget needs a second set of marks. A glyph
+is replaced by one character of the same width: nothing moves.
+"""
 
 from collections.abc import Mapping
 from typing import Final

@@ -1,4 +1,4 @@
-"""A plan as lines for people: verdict, parts, rows, time, and what would make it fit."""
+"""A plan as lines: its memory bar, its model, verdict, parts and time, what would make it fit."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

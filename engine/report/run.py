@@ -1,4 +1,8 @@
-"""A run in words: where it stands, how far it is, what its last evaluation said."""
+"""A run in words: each event as a line, where it stands, how far it is, what it changed.
+
+The lines of `watch` and of the questions, the bar of a foreground run and the pages of runs are
+these. Pure but for the folder that is read: a history, a status and the time make the sentences.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

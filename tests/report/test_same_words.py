@@ -47,7 +47,7 @@ from tui.inline import Inline
 from tui.plain import run_plain
 from tui.plain.following import follow_run
 from tui.progress import Progress
-from tui.screens.train.page import log_line
+from tui.screens.train import log_line
 
 GIB = 2**30
 Printer = Callable[[pytest.CaptureFixture[str]], Awaitable[str]]

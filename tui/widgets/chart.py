@@ -1,4 +1,4 @@
-"""The chart: curves with the fewest axes that still let a value be read, from four rows up.
+"""Curves as braille, eight dots a cell, with the fewest axes that still let a value be read.
 
 Drawn by ourselves: for 10,000 points textual-hires-canvas took four times as long for the same
 picture (43 against 11 ms of CPU at 110x30), and it brings numpy along.

@@ -1,7 +1,8 @@
-"""Lists with a cursor `❯`: what a page offers, one choice a line.
+"""Lists with a cursor `❯`: choices, switches with a few answers each, values as in a spreadsheet.
 
 Textual's own OptionList marks the cursor by colour alone; here it is a glyph in a column of its
-own, so that it is seen without colour, and vim keys move it.
+own. A list is one stop of the tab key and nothing in it is an input: letters stay actions of the
+page. Whoever owns it checks a value and shows the new state.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,7 @@
-"""A bordered part of a page. Focus is a heavy border as well as a colour, for eyes without hues."""
+"""The bordered parts of a page: text, help, a problem, and the questions inside it.
+
+Focus is a heavy border as well as a colour, for eyes without hues.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ from PIL import Image
 from engine.wizard.offers import complete_path, find_newest
 from tests.support.screens import assert_golden
 from tests.support.stand_in import SAMPLE, draft_on, opened
-from tui.screens.data.page import spark
+from tui.screens.data import spark
 
 
 @pytest.fixture(autouse=True)

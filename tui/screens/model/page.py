@@ -25,7 +25,7 @@ from engine.wizard.machine import named_cards
 from engine.wizard.model import HELP, OWN_HELP, OWN_LABEL, PLANNING, Candidate, ModelStep, Survey
 from tui.line import MARK_STYLES
 from tui.page import HelpText, Key, Page
-from tui.screens.data.page import PathField
+from tui.screens.data import PathField
 from tui.screens.machine.prospects import TITLE_CELLS, title_cells
 from tui.widgets.choices import Choices
 from tui.widgets.pane import Confirm, Field, Pane, TextPane

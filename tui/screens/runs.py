@@ -1,4 +1,4 @@
-"""The Runs page: every run that is known, and what can be done with one."""
+"""The Runs page: every run that is known, what can be done with one, and two side by side."""
 
 import math
 import time

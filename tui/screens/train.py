@@ -1,7 +1,7 @@
 """The Train page: a run that lives in a process of its own, followed through its files.
 
-The page asks and shows; leaving it never stops the run. What the words are is in `wording`, what
-the events add up to in `engine.runs.history`.
+The page asks and shows; leaving it never stops the run. What the events add up to is in
+`engine.runs.history`.
 """
 
 import asyncio
