@@ -81,19 +81,42 @@ class Message:
     source: int = -1
     learn: bool = True
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Its content as parts, a text as one."""
+        return (Text(self.content),) if isinstance(self.content, str) else self.content
+
+    def holds(self, kind: type[Part]) -> bool:
+        """Whether a part of that kind is in content that is given in parts."""
+        return not isinstance(self.content, str) and any(
+            isinstance(part, kind) for part in self.content
+        )
+
+    def problem(self, what: str, why: str, fix: str) -> RowProblem:
+        """The error that this message is at fault for."""
+        return RowProblem(what, why, fix, self.source)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it holds nothing but calls and empty texts."""
+        return not any(not isinstance(part, Text) or part.text for part in self.parts)
+
+
+NoteId: TypeAlias = Literal[
+    "trimmed",
+    "call_ids_made",
+    "effort_contradicts_thinking",
+    "empty_thinking",
+    "blank_answer",
+    "image_left_out",
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Note:
     """Something about a usable row that a person should know, such as a repair."""
 
-    id: Literal[
-        "trimmed",
-        "call_ids_made",
-        "effort_contradicts_thinking",
-        "empty_thinking",
-        "blank_answer",
-        "image_left_out",
-    ]
+    id: NoteId
     text: str
     message: int | None = None
 

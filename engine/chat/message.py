@@ -18,6 +18,7 @@ from engine.chat.conversation import (
     Image,
     Message,
     Note,
+    NoteId,
     Part,
     Role,
     RowFormat,
@@ -29,74 +30,99 @@ from engine.chat.conversation import (
     describe,
 )
 
+PLACEHOLDER: Final = Image("")
+"""Stands where the next image of the row's column belongs."""
+_KEYS = ("bytes", "base64", "url", "path", "image", "image_url", "image_path", "file_name")
+_DATA_URL = re.compile(r"data:[^,;]*(?:;[^,;]*)*,", re.IGNORECASE)
+IMAGE_ENDINGS: Final = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif"),
+    *(".bmp", ".tif", ".tiff", ".avif"),
+)
+# Longer than any path or URL; base64 of the smallest useful image.
+_NAME_CHARACTERS = 4096
+_FIX = 'Write it as {"type": "image", "path": "pictures/cat.png"}, with url, or with base64.'
+_IMAGES = ("image_url", "image", "input_image", "image_path")
+_AUDIO = ("input_audio", "audio_url", "audio")
+_FUNCTION_NAME = re.compile(r"^[a-zA-Z0-9_-]{1,64}$")
+_CALL_FIX = 'Write it as {"id": "...", "function": {"name": "...", "arguments": {...}}}.'
 _RESULT_ROLES_WITHOUT_ID = ("observation", "function", "function_response", "tool_response")
 
 
 class MessageReader:
-    """Reads the messages of one row in order; `notes` collects what it repaired."""
+    """Reads the messages of one row in order; `notes` collects what it repaired.
 
-    __slots__ = ("_format", "_keys", "_made_ids", "_thinking_keys", "_unanswered", "notes")
+    A class because two dialects need memory from message to message: ShareGPT's calls and results
+    carry no ids, so they are numbered here in the order in which they answer one another.
+    """
+
+    __slots__ = ("_format", "_keys", "_made_ids", "_source", "_unanswered", "notes")
 
     def __init__(self, row_format: RowFormat) -> None:
         self._format = row_format
         self._keys = row_format.message_property_mappings
-        self._thinking_keys = tuple(self._keys.get(name, name) for name in THINKING_PROPERTIES)
         self._made_ids = 0
         self._unanswered: list[str] = []
+        self._source = -1
         self.notes: list[Note] = []
 
     def read(self, value: object, source: int) -> Message:
-        """The message at index `source`. Raises RowProblem."""
+        """The message at index `source`. Raises RowProblem with that index."""
+        self._source = source
+        try:
+            return self._read(value)
+        except RowProblem as problem:
+            problem.message = source
+            raise
+
+    def _read(self, value: object) -> Message:
         if not isinstance(value, Mapping):
             raise RowProblem(
                 "The message is not an object.",
                 f"It is {describe(value)}.",
                 'Write it as {"role": "user", "content": "..."}.',
-                source,
             )
-        name, speaker = self._read_role(value, source)
-        learn = self._read_learn(value, source)
-        has_ids = "from" not in value and name not in _RESULT_ROLES_WITHOUT_ID
-        if speaker == "assistant":
-            content, calls = self._read_assistant(value, source)
-            _refuse_images(content, speaker, source)
-            return Message("assistant", content, calls, None, source, learn)
+        name, speaker = self._read_role(value)
+        learn = self._read_learn(value)
+        calls: tuple[ToolCall, ...] = ()
+        call_id = None
+        content: str | tuple[Part, ...] = ""
         if speaker == "call":
-            calls = self._number(self._read_call_content(value, source), source)
-            return Message("assistant", "", calls, None, source, learn)
-        content = read_content(self._content(value), source)
-        if speaker == "tool":
-            self._check_name(value, source)
-            call_id = self._read_result_id(value, source, has_ids)
-            return Message(
-                "tool", _no_thinking(content, speaker, source), (), call_id, source, learn
-            )
-        if speaker == "user":
-            content = _no_thinking(content, speaker, source)
+            calls = self._number(self._read_call_content(value))
+        elif speaker == "assistant":
+            content, calls = self._read_assistant(value)
         else:
-            _refuse_images(content, speaker, source)
-        return Message(speaker, content, (), None, source, learn)
+            content = read_content(self._content(value))
+        if speaker == "tool":
+            if (function := self._property(value, "name")) is not None:
+                check_function_name(function)
+            has_ids = "from" not in value and name not in _RESULT_ROLES_WITHOUT_ID
+            call_id = self._read_result_id(value, has_ids)
+        role: Role = "assistant" if speaker == "call" else speaker
+        _refuse_parts(content, role)
+        return Message(role, content, calls, call_id, self._source, learn)
 
-    def _read_role(self, message: Mapping[str, object], source: int) -> tuple[str, Speaker]:
+    def _property(self, message: Mapping[str, object], name: str) -> object:
+        return message.get(self._keys.get(name, name))
+
+    def _read_role(self, message: Mapping[str, object]) -> tuple[str, Speaker]:
         key = self._keys.get("role")
         if key is None:
             key = "role" if message.get("role") is not None else "from"
         name = message.get(key)
         speaker = self._format.roles.get(name) if isinstance(name, str) else None
-        if speaker is None or not isinstance(name, str):
-            missing = name is None
+        if speaker is not None and isinstance(name, str):
+            return name, speaker
+        if name is None:
             raise RowProblem(
-                "The message has no role." if missing else "The message's role is unknown.",
-                f"Its keys are {describe_keys(message)}."
-                if missing
-                else f"It is {describe(name)}, and the known ones are "
-                f"{', '.join(self._format.roles)}.",
-                "Give it a role, or name the key in message_property_mappings."
-                if missing
-                else "Rename it, or say in the config's `roles` which role it stands for.",
-                source,
+                "The message has no role.",
+                f"Its keys are {describe_keys(message)}.",
+                "Give it a role, or name the key in message_property_mappings.",
             )
-        return name, speaker
+        raise RowProblem(
+            "The message's role is unknown.",
+            f"It is {describe(name)}, and the known ones are {', '.join(self._format.roles)}.",
+            "Rename it, or say in the config's `roles` which role it stands for.",
+        )
 
     def _content(self, message: Mapping[str, object]) -> object:
         key = self._keys.get("content")
@@ -105,16 +131,16 @@ class MessageReader:
         return message.get(key)
 
     def _read_assistant(
-        self, message: Mapping[str, object], source: int
+        self, message: Mapping[str, object]
     ) -> tuple[str | tuple[Part, ...], tuple[ToolCall, ...]]:
-        calls = read_tool_calls(message.get(self._keys.get("tool_calls", "tool_calls")), source)
+        calls = read_tool_calls(self._property(message, "tool_calls"))
         if calls and "from" in message:
-            calls = self._number(calls, source)
+            calls = self._number(calls)
         elif not calls and message.get("function_call") is not None:
-            calls = self._number(read_tool_calls(message["function_call"], source), source)
+            calls = self._number(read_tool_calls(message["function_call"]))
         value = self._content(message)
-        content = "" if value is None else read_content(value, source)
-        thinking = self._read_thinking_key(message, source)
+        content = "" if value is None else read_content(value)
+        thinking = self._read_thinking_key(message)
         if thinking is None:
             return content, calls
         if isinstance(content, str):
@@ -124,48 +150,37 @@ class MessageReader:
                 "The message gives its thinking twice.",
                 "It has a thinking chunk in its content and a key of its own for thinking.",
                 "Keep one of them.",
-                source,
             )
         return (Think(thinking), *content), calls
 
-    def _read_thinking_key(self, message: Mapping[str, object], source: int) -> str | None:
-        thinking = None
-        for key in self._thinking_keys:
-            value = message.get(key)
-            if value is None:
-                continue
-            text = read_thinking(value, source)
-            if thinking is not None and text != thinking:
-                raise RowProblem(
-                    "The message gives two different thinkings.",
-                    f"The keys {', '.join(self._thinking_keys)} must agree.",
-                    "Keep one of them.",
-                    source,
-                )
-            thinking = text
-        if thinking == "":
-            self.notes.append(
-                Note("empty_thinking", "The thinking is empty, and is learned as empty.", source)
+    def _read_thinking_key(self, message: Mapping[str, object]) -> str | None:
+        keys = [self._keys.get(name, name) for name in THINKING_PROPERTIES]
+        found = {read_thinking(message[key]) for key in keys if message.get(key) is not None}
+        if len(found) > 1:
+            raise RowProblem(
+                "The message gives two different thinkings.",
+                f"The keys {', '.join(keys)} must agree.",
+                "Keep one of them.",
             )
+        thinking = next(iter(found), None)
+        if thinking == "":
+            self._note("empty_thinking", "The thinking is empty, and is learned as empty.")
         return thinking
 
-    def _read_call_content(
-        self, message: Mapping[str, object], source: int
-    ) -> tuple[ToolCall, ...]:
+    def _read_call_content(self, message: Mapping[str, object]) -> tuple[ToolCall, ...]:
         value = self._content(message)
         if isinstance(value, str):
-            value = parse_json(value, "the call", source)
-        calls = read_tool_calls(value, source)
+            value = parse_json(value, "the call")
+        calls = read_tool_calls(value)
         if not calls:
             raise RowProblem(
                 "The message calls no tool.",
                 f"Its role is a call, and its content is {describe(value)}.",
                 'Write the call as {"name": "...", "arguments": {...}}.',
-                source,
             )
         return calls
 
-    def _number(self, calls: tuple[ToolCall, ...], source: int) -> tuple[ToolCall, ...]:
+    def _number(self, calls: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
         numbered = []
         for call in calls:
             if call.id is None:
@@ -174,16 +189,13 @@ class MessageReader:
                 made = f"call{self._made_ids:05d}"
                 call = ToolCall(call.name, call.arguments, made)
                 if self._made_ids == 1:
-                    text = "The calls have no ids, so they are numbered."
-                    self.notes.append(Note("call_ids_made", text, source))
+                    self._note("call_ids_made", "The calls have no ids, so they are numbered.")
                 self._unanswered.append(made)
             numbered.append(call)
         return tuple(numbered)
 
-    def _read_result_id(
-        self, message: Mapping[str, object], source: int, has_ids: bool
-    ) -> str | None:
-        call_id = message.get(self._keys.get("tool_call_id", "tool_call_id"))
+    def _read_result_id(self, message: Mapping[str, object], has_ids: bool) -> str | None:
+        call_id = self._property(message, "tool_call_id")
         if call_id is None and not has_ids and self._unanswered:
             return self._unanswered.pop(0)
         if isinstance(call_id, str):
@@ -192,22 +204,15 @@ class MessageReader:
             "The tool result names no call.",
             f"Its tool_call_id is {describe(call_id)}.",
             "Set tool_call_id to the id of the call that it answers.",
-            source,
         )
 
-    def _check_name(self, message: Mapping[str, object], source: int) -> None:
-        name = message.get(self._keys.get("name", "name"))
-        if name is not None:
-            check_function_name(name, source)
-
-    def _read_learn(self, message: Mapping[str, object], source: int) -> bool:
-        weight = message.get(self._keys.get("weight", "weight"))
+    def _read_learn(self, message: Mapping[str, object]) -> bool:
+        weight = self._property(message, "weight")
         if weight not in (None, 0, 1):
             raise RowProblem(
                 "The message's weight is neither 0 nor 1.",
                 f"It is {describe(weight)}: a message is learned or it is not.",
                 "Use 1 to learn it and 0 to keep it out of the loss.",
-                source,
             )
         key = self._format.message_field_training
         flag = message.get(key) if key is not None else None
@@ -216,31 +221,27 @@ class MessageReader:
                 f"The message's {key} is neither true nor false.",
                 f"It is {describe(flag)}.",
                 "Use true to learn the message and false to keep it out of the loss.",
-                source,
             )
         return weight != 0 and flag != 0
 
+    def _note(self, name: NoteId, text: str) -> None:
+        self.notes.append(Note(name, text, self._source))
 
-def _no_thinking(
-    content: str | tuple[Part, ...], role: Role, source: int
-) -> str | tuple[Part, ...]:
-    if not isinstance(content, str) and any(isinstance(part, Think) for part in content):
+
+def _refuse_parts(content: str | tuple[Part, ...], role: Role) -> None:
+    """Refuses thinking of a user or a tool, and images of the others."""
+    kinds = () if isinstance(content, str) else tuple(map(type, content))
+    if Think in kinds and role in ("user", "tool"):
         raise RowProblem(
             f"A {role} message thinks.",
             "Only the assistant thinks, and the system prompt may show how.",
             "Delete the thinking chunk, or move it to an assistant message.",
-            source,
         )
-    return content
-
-
-def _refuse_images(content: str | tuple[Part, ...], role: Role, source: int) -> None:
-    if not isinstance(content, str) and any(isinstance(part, Image) for part in content):
+    if Image in kinds and role in ("system", "assistant"):
         raise RowProblem(
             f"The {role} message has an image.",
             "Only a user and a tool show images; the models write text.",
             "Move the image to the user's message.",
-            source,
         )
 
 
@@ -250,13 +251,7 @@ def describe_keys(mapping: Mapping[str, object]) -> str:
     return ", ".join(names) + (", ..." if len(mapping) > 8 else "") if names else "none"
 
 
-_IMAGES = ("image_url", "image", "input_image", "image_path")
-_AUDIO = ("input_audio", "audio_url", "audio")
-_FUNCTION_NAME = re.compile(r"^[a-zA-Z0-9_-]{1,64}$")
-_CALL_FIX = 'Write it as {"id": "...", "function": {"name": "...", "arguments": {...}}}.'
-
-
-def read_content(value: object, source: int) -> str | tuple[Part, ...]:
+def read_content(value: object) -> str | tuple[Part, ...]:
     """A message's content: text as it is, a list of chunks as parts.
 
     Raises RowProblem for anything else, and for sound.
@@ -264,75 +259,68 @@ def read_content(value: object, source: int) -> str | tuple[Part, ...]:
     if isinstance(value, str):
         return value
     if isinstance(value, list | tuple):
-        return tuple(_read_chunk(chunk, source) for chunk in value)
+        return tuple(_read_chunk(chunk) for chunk in value)
     raise RowProblem(
         "The message has no content." if value is None else "The content is not text.",
         f"Its content is {describe(value)}, and it must be a string or a list of chunks.",
         "Give the message a text, or delete it; an empty string is allowed.",
-        source,
     )
 
 
-def _read_chunk(chunk: object, source: int) -> Part:
-    kind = chunk.get("type") if isinstance(chunk, Mapping) else None
+def _read_chunk(chunk: object) -> Part:
+    fields = chunk if isinstance(chunk, Mapping) else {}
+    kind = fields.get("type")
     if kind == "text":
-        assert isinstance(chunk, Mapping)
-        return Text(_read_text(chunk.get("text"), "text", source))
+        return Text(_read_text(fields.get("text"), "text"))
     if kind == "thinking":
-        assert isinstance(chunk, Mapping)
-        closed = chunk.get("closed")
+        closed = fields.get("closed")
         if closed is not None and not isinstance(closed, bool):
             raise RowProblem(
                 "A thinking chunk has an odd `closed`.",
                 f"It is {describe(closed)}, and it must be true or false.",
                 "Delete the key: thinking is closed unless it was cut off.",
-                source,
             )
-        return Think(read_thinking(chunk.get("thinking"), source), closed is not False)
+        return Think(read_thinking(fields.get("thinking")), closed is not False)
     if kind in _IMAGES:
-        assert isinstance(chunk, Mapping)
-        return read_image_chunk(chunk, source)
+        return read_image_chunk(fields)
     if isinstance(kind, str) and kind in _AUDIO:
         raise RowProblem(
             "The message has sound.",
             "Only text and images are read.",
             "Leave such rows out of this dataset.",
-            source,
         )
     raise RowProblem(
         "A chunk of the content is unknown.",
         "It has no type." if kind is None else f"Its type is {describe(kind)}.",
         'Use {"type": "text", "text": "..."}, {"type": "image", "path": "..."} or '
         '{"type": "thinking", "thinking": "..."}.',
-        source,
     )
 
 
-def _read_text(value: object, key: str, source: int) -> str:
+def _read_text(value: object, key: str) -> str:
     if isinstance(value, str):
         return value
     raise RowProblem(
         f"A chunk of the content has no {key}.",
         f"Its {key} is {describe(value)}, and it must be a string.",
         f"Give the chunk a string in {key}, or delete it.",
-        source,
     )
 
 
-def read_thinking(value: object, source: int) -> str:
+def read_thinking(value: object) -> str:
     """Thinking as a string, or as the list of text chunks that Mistral's API returns."""
     if not isinstance(value, list | tuple):
-        return _read_text(value, "thinking", source)
+        return _read_text(value, "thinking")
     texts = []
     for chunk in value:
         inner = chunk.get("text") if isinstance(chunk, Mapping) else chunk
-        texts.append(_read_text(inner, "thinking", source))
+        texts.append(_read_text(inner, "thinking"))
     return "".join(texts)
 
 
-def read_tool_calls(value: object, source: int) -> tuple[ToolCall, ...]:
+def read_tool_calls(value: object) -> tuple[ToolCall, ...]:
     """The calls of an assistant message: a list, a JSON string of one, or a single call."""
-    value = parse_if_text(value, "tool_calls", source)
+    value = parse_if_text(value, "tool_calls")
     if value is None:
         return ()
     if isinstance(value, Mapping):
@@ -342,43 +330,38 @@ def read_tool_calls(value: object, source: int) -> tuple[ToolCall, ...]:
             "The tool calls are not a list.",
             f"tool_calls is {describe(value)}.",
             _CALL_FIX,
-            source,
         )
-    return tuple(_read_call(call, source) for call in value)
+    return tuple(_read_call(call) for call in value)
 
 
-def _read_call(value: object, source: int) -> ToolCall:
-    call = parse_if_text(value, "a tool call", source)
+def _read_call(value: object) -> ToolCall:
+    call = parse_if_text(value, "a tool call")
     if not isinstance(call, Mapping):
-        raise RowProblem(
-            "A tool call is not an object.", f"It is {describe(call)}.", _CALL_FIX, source
-        )
+        raise RowProblem("A tool call is not an object.", f"It is {describe(call)}.", _CALL_FIX)
     kind, call_id = call.get("type"), call.get("id")
     if kind not in (None, "function"):
         raise RowProblem(
             "A tool call is not a function call.",
             f"Its type is {describe(kind)}, and the models know only functions.",
             _CALL_FIX,
-            source,
         )
     if call_id is not None and not isinstance(call_id, str):
         raise RowProblem(
             "A tool call's id is not text.",
             f"It is {describe(call_id)}.",
             "Write the id as a string, the same in the call and in its result.",
-            source,
         )
     function = call.get("function") or call
     if not isinstance(function, Mapping):
         raise RowProblem(
-            "A tool call names no function.", f"It is {describe(function)}.", _CALL_FIX, source
+            "A tool call names no function.", f"It is {describe(function)}.", _CALL_FIX
         )
-    name = check_function_name(function.get("name"), source)
-    arguments = _read_arguments(function.get("arguments"), source)
+    name = check_function_name(function.get("name"))
+    arguments = _read_arguments(function.get("arguments"))
     return ToolCall(name, arguments, None if call_id == "null" else call_id)
 
 
-def check_function_name(name: object, source: int | None) -> str:
+def check_function_name(name: object) -> str:
     """The name of a function, as mistral-common allows it in calls, results and definitions."""
     if isinstance(name, str) and _FUNCTION_NAME.match(name):
         return name
@@ -386,11 +369,10 @@ def check_function_name(name: object, source: int | None) -> str:
         "A function has no name." if name is None else "A function's name is not allowed.",
         f"It is {describe(name)}.",
         "Use 1 to 64 letters, digits, underscores and dashes.",
-        source,
     )
 
 
-def _read_arguments(value: object, source: int) -> object:
+def _read_arguments(value: object) -> object:
     if value is None or value == "":
         return {}
     if isinstance(value, Mapping):
@@ -409,20 +391,19 @@ def _read_arguments(value: object, source: int) -> object:
         "A tool call's arguments are not a JSON object.",
         why,
         'Write them as an object such as {"city": "Paris"}, or as that object in a string, once.',
-        source,
     )
 
 
-def parse_if_text(value: object, what: str, source: int | None) -> object:
+def parse_if_text(value: object, what: str) -> object:
     """A value that a column of strings holds as JSON; empty text stands for nothing."""
     if not isinstance(value, str):
         return value
     if not value.strip():
         return None
-    return parse_json(value, what, source)
+    return parse_json(value, what)
 
 
-def parse_json(text: str, what: str, source: int | None) -> object:
+def parse_json(text: str, what: str) -> object:
     """A column or key that holds JSON as a string. Raises RowProblem where it is not JSON."""
     try:
         return json.loads(text)
@@ -431,31 +412,17 @@ def parse_json(text: str, what: str, source: int | None) -> object:
             f"The text in {what} is not JSON.",
             f"{error}: {describe(text)}.",
             "Write valid JSON, with double quotes around keys and strings.",
-            source,
         ) from error
 
 
-PLACEHOLDER: Final = Image("")
-"""Stands where the next image of the row's column belongs."""
-_KEYS = ("bytes", "base64", "url", "path", "image", "image_url", "image_path", "file_name")
-_DATA_URL = re.compile(r"data:[^,;]*(?:;[^,;]*)*,", re.IGNORECASE)
-IMAGE_ENDINGS: Final = (
-    *(".png", ".jpg", ".jpeg", ".webp", ".gif"),
-    *(".bmp", ".tif", ".tiff", ".avif"),
-)
-# Longer than any path or URL; base64 of the smallest useful image.
-_NAME_CHARACTERS = 4096
-_FIX = 'Write it as {"type": "image", "path": "pictures/cat.png"}, with url, or with base64.'
-
-
-def read_image(value: object, source: int | None) -> Image:
+def read_image(value: object) -> Image:
     """One image: a path, a URL, a data URL, bytes, an object with one of them, a Pillow image.
 
     Raises RowProblem for anything else.
     """
     match value:
         case str():
-            return Image(_read_name(value, source))
+            return Image(_read_name(value))
         case bytes() | bytearray() | memoryview():
             return Image(bytes(value))
         case Mapping():
@@ -463,32 +430,32 @@ def read_image(value: object, source: int | None) -> Image:
                 inner = value.get(key)
                 if not _is_nothing(inner):
                     if key == "base64" and isinstance(inner, str):
-                        return Image(_decode(inner, source))
-                    return read_image(inner, source)
+                        return Image(_decode(inner))
+                    return read_image(inner)
     if hasattr(value, "save") and hasattr(value, "mode"):
-        return Image(_encode(value, source))
-    raise RowProblem("The image is not one.", f"It is {describe(value)}.", _FIX, source)
+        return Image(_encode(value))
+    raise RowProblem("The image is not one.", f"It is {describe(value)}.", _FIX)
 
 
-def read_image_chunk(chunk: Mapping[str, object], source: int) -> Image:
+def read_image_chunk(chunk: Mapping[str, object]) -> Image:
     """The image of a content chunk; PLACEHOLDER where the chunk names none."""
     if all(_is_nothing(chunk.get(key)) for key in _KEYS):
         return PLACEHOLDER
-    return read_image(chunk, source)
+    return read_image(chunk)
 
 
 def _is_nothing(value: object) -> bool:
     return value is None or (isinstance(value, str | bytes | Mapping) and not value)
 
 
-def _read_name(text: str, source: int | None) -> bytes | str:
+def _read_name(text: str) -> bytes | str:
     head = _DATA_URL.match(text)
     if head is not None:
         if not head.group().lower().endswith(";base64,"):
             raise RowProblem(
-                "An image's data URL is not base64.", f"It begins {describe(text)}.", _FIX, source
+                "An image's data URL is not base64.", f"It begins {describe(text)}.", _FIX
             )
-        return _decode(text[head.end() :], source)
+        return _decode(text)
     if not text.strip() or len(text) > _NAME_CHARACTERS:
         raise RowProblem(
             "The image is neither a path nor a URL.",
@@ -496,12 +463,11 @@ def _read_name(text: str, source: int | None) -> bytes | str:
             "If it is base64, write data:image/png;base64, in front of it."
             if text.strip()
             else _FIX,
-            source,
         )
     return text
 
 
-def _decode(text: str, source: int | None) -> bytes:
+def _decode(text: str) -> bytes:
     head = _DATA_URL.match(text)
     try:
         letters = "".join((text[head.end() :] if head else text).split())
@@ -511,11 +477,10 @@ def _decode(text: str, source: int | None) -> bytes:
             "An image's base64 cannot be decoded.",
             f"{error}.",
             "Encode the image's file again.",
-            source,
         ) from error
 
 
-def _encode(picture: Any, source: int | None) -> bytes:
+def _encode(picture: Any) -> bytes:
     file = io.BytesIO()
     try:
         picture.save(file, format="TIFF" if picture.mode in ("CMYK", "F") else "PNG")
@@ -524,7 +489,6 @@ def _encode(picture: Any, source: int | None) -> bytes:
             "The image of the row cannot be encoded.",
             f"{type(error).__name__}: {error}.",
             "Save it as a file and name that.",
-            source,
         ) from error
     return file.getvalue()
 

@@ -458,8 +458,7 @@ class _TokenWriter:
         texts: list[str] = []
         for message in turn:
             join = _JOIN
-            content = message.content
-            for part in (Text(content),) if isinstance(content, str) else content:
+            for part in message.parts:
                 if not isinstance(part, Text):
                     if texts:
                         parts.append(Text("".join(texts)))

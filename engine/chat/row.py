@@ -47,6 +47,19 @@ _CAPTIONS = ("caption", "text")
 _IMAGE_COLUMNS = ("images", "image")
 # In tables: names that hold an image in some datasets and a text about one in others.
 _PERHAPS_IMAGE_COLUMNS = ("image_id", "image_path", "image_url", "img", "picture", "file_name")
+_PLACEHOLDER_TEXT = "<image>"
+_TOOL_FIX = (
+    'Write each as {"type": "function", "function": {"name": "...", "description": "...", '
+    '"parameters": {...}}}.'
+)
+_NEXT: Mapping[Role, tuple[Role, ...]] = MappingProxyType(
+    {
+        "system": ("user", "assistant", "system"),
+        "user": ("assistant", "system", "user"),
+        "assistant": ("assistant", "user", "tool"),
+        "tool": ("assistant", "tool", "user"),
+    }
+)
 
 
 def read_row(row: Mapping[str, object], row_format: RowFormat) -> Conversation:
@@ -63,7 +76,7 @@ def read_row(row: Mapping[str, object], row_format: RowFormat) -> Conversation:
         thinking = [message.source for message in kept if _thinks(message)]
         notes += [Note("effort_contradicts_thinking", text, at) for at in thinking[:1]]
     notes += _images_left_out(kept, row, row_format)
-    tools = read_tools(row.get(row_format.field_tools))
+    tools = _read_tools(row.get(row_format.field_tools))
     return Conversation(tuple(kept), tools, effort, tuple(notes))
 
 
@@ -76,7 +89,7 @@ def _read_messages(
         messages = _read_columns(row, row_format, shows_image=bool(images))
     else:
         messages = [reader.read(message, index) for index, message in enumerate(listed)]
-    messages = place_images(messages, images, column)
+    messages = _place_images(messages, images, column)
     system = row.get("system")
     if not system or (messages and messages[0].role == "system"):
         return messages
@@ -95,7 +108,7 @@ def _find_list(row: Mapping[str, object], row_format: RowFormat) -> Sequence[obj
     for name in (field, *others):
         value = row.get(name)
         if isinstance(value, str) and value.strip():
-            value = parse_json(value, name, None)
+            value = parse_json(value, name)
         if isinstance(value, list | tuple):
             return value
         if value is not None:
@@ -117,11 +130,11 @@ def _find_images(
     chosen = row_format.field_image
     for column in (chosen,) if chosen is not None else _IMAGE_COLUMNS:
         if row.get(column):
-            return column, read_images(row[column], column)
+            return column, _read_images(row[column], column)
     if table and chosen is None:
         for column in _PERHAPS_IMAGE_COLUMNS:
             if looks_like_image(row.get(column)):
-                return column, read_images(row[column], column)
+                return column, _read_images(row[column], column)
     return "", ()
 
 
@@ -129,11 +142,9 @@ def _images_left_out(
     messages: Sequence[Message], row: Mapping[str, object], row_format: RowFormat
 ) -> Sequence[Note]:
     """A note where a column seems to hold an image and no message shows one."""
-    if row_format.field_image is not None:
-        return ()
-    parts = (part for m in messages if not isinstance(m.content, str) for part in m.content)
     column = next((c for c in _PERHAPS_IMAGE_COLUMNS if looks_like_image(row.get(c))), None)
-    if column is None or any(isinstance(part, Image) for part in parts):
+    chosen = row_format.field_image is not None
+    if chosen or column is None or any(message.holds(Image) for message in messages):
         return ()
     text = f"No message shows the image in {column}; field_image: {column} would put it there."
     return (Note("image_left_out", text),)
@@ -193,25 +204,20 @@ def _read_effort(row: Mapping[str, object], row_format: RowFormat) -> str | None
 
 
 def _thinks(message: Message) -> bool:
-    if message.role != "assistant":
-        return False
     if isinstance(message.content, str):
-        return message.content.lstrip().startswith("<think>")
-    return any(isinstance(part, Think) for part in message.content)
+        return message.role == "assistant" and message.content.lstrip().startswith("<think>")
+    return message.role == "assistant" and message.holds(Think)
 
 
-_PLACEHOLDER_TEXT = "<image>"
-
-
-def read_images(value: object, column: str) -> tuple[Image, ...]:
+def _read_images(value: object, column: str) -> tuple[Image, ...]:
     """The images of a column: one, a list of them, or the JSON text of a list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = parse_json(value, column, None)
+        value = parse_json(value, column)
     several = value if isinstance(value, list | tuple) else [value]
-    return tuple(read_image(each, None) for each in several)
+    return tuple(read_image(each) for each in several)
 
 
-def place_images(
+def _place_images(
     messages: Sequence[Message], images: Sequence[Image], column: str
 ) -> Sequence[Message]:
     """The messages with the images of the row's `column` in their places, in order.
@@ -220,7 +226,7 @@ def place_images(
     user; without any the images come before the first text of the user.
     """
     written = [_mark_places(message) if images else message for message in messages]
-    places = sum(part == PLACEHOLDER for message in written for part in _parts(message))
+    places = sum(part == PLACEHOLDER for message in written for part in message.parts)
     if not images and not places:
         return messages
     if images and not places:
@@ -232,29 +238,20 @@ def place_images(
             "Make the numbers equal, or leave the places out: images then come first.",
         )
     left = iter(images)
-    return [_fill(message, left) for message in written]
-
-
-def _parts(message: Message) -> tuple[Part, ...]:
-    return () if isinstance(message.content, str) else message.content
-
-
-def _fill(message: Message, left: Iterator[Image]) -> Message:
-    parts = _parts(message)
-    if PLACEHOLDER not in parts:
-        return message
-    return replace(
-        message, content=tuple(next(left) if part == PLACEHOLDER else part for part in parts)
-    )
+    return [
+        replace(m, content=tuple(next(left) if p == PLACEHOLDER else p for p in m.parts))
+        if PLACEHOLDER in m.parts
+        else m
+        for m in written
+    ]
 
 
 def _mark_places(message: Message) -> Message:
     """`<image>` in the texts of a user message as placeholders; the line ends around it go."""
     if message.role != "user":
         return message
-    content = message.content
     parts: list[Part] = []
-    for part in (Text(content),) if isinstance(content, str) else content:
+    for part in message.parts:
         if not isinstance(part, Text) or _PLACEHOLDER_TEXT not in part.text:
             parts.append(part)
             continue
@@ -272,7 +269,7 @@ def _mark_places(message: Message) -> Message:
 def _put_first(
     messages: Sequence[Message], images: Sequence[Image], column: str
 ) -> Sequence[Message]:
-    if any(isinstance(part, Image) for message in messages for part in _parts(message)):
+    if any(message.holds(Image) for message in messages):
         raise RowProblem(
             "The row gives images twice.",
             f"Its messages hold images of their own, and so does the column {column}.",
@@ -280,9 +277,7 @@ def _put_first(
         )
     for index, message in enumerate(messages):
         if message.role == "user":
-            content = message.content
-            text = content if not isinstance(content, str) else (Text(content),) if content else ()
-            shown = replace(message, content=(*images, *text))
+            shown = replace(message, content=(*images, *(message.parts if message.content else ())))
             return [*messages[:index], shown, *messages[index + 1 :]]
     raise RowProblem(
         "The row has images and no user message.",
@@ -291,24 +286,18 @@ def _put_first(
     )
 
 
-_TOOL_FIX = (
-    'Write each as {"type": "function", "function": {"name": "...", "description": "...", '
-    '"parameters": {...}}}.'
-)
-
-
-def read_tools(value: object) -> tuple[dict[str, object], ...]:
+def _read_tools(value: object) -> tuple[dict[str, object], ...]:
     """A list of tools, or a JSON string of one; bare function definitions are wrapped.
 
     Raises RowProblem where mistral-common would refuse the types. Whether `parameters` is a JSON
     schema is checked when they are rendered.
     """
-    value = parse_if_text(value, "the tools", None)
+    value = parse_if_text(value, "the tools")
     if value is None:
         return ()
     if not isinstance(value, list | tuple):
         raise _problem("The tools are not a list.", f"They are {describe(value)}.")
-    return tuple(_read_tool(parse_if_text(tool, "a tool", None)) for tool in value)
+    return tuple(_read_tool(parse_if_text(tool, "a tool")) for tool in value)
 
 
 def _read_tool(tool: object) -> dict[str, object]:
@@ -319,9 +308,9 @@ def _read_tool(tool: object) -> dict[str, object]:
     function = tool.get("function") or tool
     if not isinstance(function, Mapping):
         raise _problem("A tool defines no function.", f"It holds {describe(function)}.")
-    name = check_function_name(function.get("name"), None)
+    name = check_function_name(function.get("name"))
     description = function.get("description")
-    parameters = parse_if_text(function.get("parameters"), "a tool's parameters", None)
+    parameters = parse_if_text(function.get("parameters"), "a tool's parameters")
     if description is not None and not isinstance(description, str):
         raise _problem("A tool's description is not text.", f"It is {describe(description)}.")
     if parameters is not None and not isinstance(parameters, Mapping):
@@ -339,16 +328,6 @@ def _read_tool(tool: object) -> dict[str, object]:
 
 def _problem(what: str, why: str) -> RowProblem:
     return RowProblem(what, why, _TOOL_FIX)
-
-
-_NEXT: Mapping[Role, tuple[Role, ...]] = MappingProxyType(
-    {
-        "system": ("user", "assistant", "system"),
-        "user": ("assistant", "system", "user"),
-        "assistant": ("assistant", "user", "tool"),
-        "tool": ("assistant", "tool", "user"),
-    }
-)
 
 
 def trim(messages: Sequence[Message]) -> tuple[Sequence[Message], Note | None]:
@@ -376,11 +355,10 @@ def trim(messages: Sequence[Message]) -> tuple[Sequence[Message], Note | None]:
 def check_order(messages: Sequence[Message]) -> Iterator[Note]:
     """Yields what is worth knowing. Raises RowProblem at the first message out of order."""
     if len(messages) == 1:
-        raise RowProblem(
+        raise messages[0].problem(
             "The row is one assistant message.",
             "A conversation starts with a user or a system message.",
             "Add the question that this answers.",
-            messages[0].source,
         )
     _check_roles(messages)
     _check_answers(messages)
@@ -388,30 +366,30 @@ def check_order(messages: Sequence[Message]) -> Iterator[Note]:
         if role == "assistant":
             turn = list(group)
             _check_turn(turn)
-            yield from _note_blank(turn)
+            if all(map(_is_blank, turn)):
+                text = "The answer is blank: the model learns to say nothing."
+                yield Note("blank_answer", text, turn[-1].source)
 
 
 def _check_roles(messages: Sequence[Message]) -> None:
     for before, message in pairwise(messages):
         if message.role not in _NEXT[before.role]:
-            raise RowProblem(
+            raise message.problem(
                 f"After the {before.role} message comes a {message.role} message.",
                 f"Only {' or '.join(_NEXT[before.role])} may follow {before.role}.",
                 "A tool result comes right after the assistant message that calls it."
                 if message.role == "tool"
                 else "Put the messages in that order, or delete this one.",
-                message.source,
             )
 
 
 def _check_answers(messages: Sequence[Message]) -> None:
     first = messages[0]
     if first.role == "tool" or first.tool_calls:
-        raise RowProblem(
+        raise first.problem(
             f"The row starts with a tool {'result' if first.role == 'tool' else 'call'}.",
             "Nobody asked for it: mistral-common pairs no call or result in the first message.",
             "Put the user's question, and the call, before it.",
-            first.source,
         )
     unanswered = 0
     calls_at: int | None = None
@@ -434,58 +412,41 @@ def _refuse_count(unanswered: int, calls_at: int | None, message: Message) -> No
             "Add one tool message for each call, right after it.",
             calls_at,
         )
-    raise RowProblem(
+    raise message.problem(
         "A tool result answers no call.",
         "There are more tool messages than calls before this message.",
         "Delete the extra result, or add the call to the assistant message before it.",
-        message.source,
     )
 
 
 def _check_turn(turn: Sequence[Message]) -> None:
     """Messages of the assistant in a row: they are rendered as one."""
     last = turn[-1]
-    if not any(message.tool_calls or has_content(message) for message in turn):
-        raise RowProblem(
+    if not any(message.tool_calls or not message.is_silent for message in turn):
+        raise last.problem(
             "The assistant message is empty.",
             "It has neither text nor tool calls.",
             "Write the answer, or delete the message.",
-            last.source,
         )
     if any(message.learn != last.learn for message in turn):
-        raise RowProblem(
+        raise last.problem(
             "Assistant messages in a row disagree on what is learned.",
             "They are rendered as one message, which is learned or is not.",
             "Give them the same weight, or put a user message between them.",
-            last.source,
         )
     open_thinking: Message | None = None
     for message in turn:
-        content = message.content
-        for part in (Text(content),) if isinstance(content, str) else content:
+        for part in message.parts:
             if open_thinking is not None and (not isinstance(part, Text) or part.text):
-                raise RowProblem(
+                raise open_thinking.problem(
                     "Unclosed thinking is followed by more.",
                     "Nothing would mark where the thinking ends and the answer begins.",
                     "Delete `closed: false`, or cut the message after the thinking.",
-                    open_thinking.source,
                 )
             if isinstance(part, Think) and not part.closed:
                 open_thinking = message
 
 
-def has_content(message: Message) -> bool:
-    """Whether it holds more than calls and empty texts."""
-    if isinstance(message.content, str):
-        return bool(message.content)
-    return any(not isinstance(part, Text) or part.text for part in message.content)
-
-
-def _note_blank(turn: Sequence[Message]) -> Iterator[Note]:
-    only_text = all(isinstance(message.content, str) for message in turn)
-    if only_text and not any(
-        message.tool_calls or (isinstance(message.content, str) and message.content.strip())
-        for message in turn
-    ):
-        text = "The answer is blank: the model learns to say nothing."
-        yield Note("blank_answer", text, turn[-1].source)
+def _is_blank(message: Message) -> bool:
+    content = message.content
+    return isinstance(content, str) and not content.strip() and not message.tool_calls

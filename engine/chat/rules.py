@@ -22,7 +22,6 @@ from engine.chat.conversation import (
     Think,
     describe,
 )
-from engine.chat.row import has_content
 
 if TYPE_CHECKING:
     from engine.chat.tokenizer import ChatTokenizer
@@ -30,6 +29,11 @@ if TYPE_CHECKING:
 
 _TAG = re.compile(r"\s*<think>")
 _END_TAG = "</think>"
+_SHORT_ID = re.compile(r"^[a-zA-Z0-9]{9}$")
+_SHORT_ID_VERSIONS = ("v3", "v7", "v11")
+_UNSORTED_VERSIONS = ("v3", "v7")
+_THINKING_SYSTEM_VERSION = "v13"
+_IMAGE_RESULT_VERSION = "v15"
 
 
 def settle(
@@ -46,7 +50,8 @@ def settle(
     """
     messages = conversation.messages
     if any(map(_may_think, messages)):
-        last_user = _last_user(messages) if history_thinking == "drop" else 0
+        users = [i for i, message in enumerate(messages) if message.role == "user"]
+        last_user = users[-1] if users and history_thinking == "drop" else 0
         messages = tuple(
             _settle_message(message, tokenizer.thinks, index < last_user)
             if message.role == "assistant"
@@ -55,7 +60,9 @@ def settle(
         )
     effort = conversation.reasoning_effort
     if effort is None and tokenizer.efforts:
-        thinks = "high" in tokenizer.efforts and any(map(_has_thinking, messages))
+        thinks = "high" in tokenizer.efforts and any(
+            message.role == "assistant" and message.holds(Think) for message in messages
+        )
         effort = "high" if thinks else tokenizer.default_effort
     if messages is conversation.messages and effort == conversation.reasoning_effort:
         return conversation
@@ -69,18 +76,6 @@ def _may_think(message: Message) -> bool:
     return _TAG.match(content) is not None if isinstance(content, str) else bool(content)
 
 
-def _has_thinking(message: Message) -> bool:
-    return (
-        message.role == "assistant"
-        and not isinstance(message.content, str)
-        and any(isinstance(part, Think) for part in message.content)
-    )
-
-
-def _last_user(messages: tuple[Message, ...]) -> int:
-    return max((i for i, message in enumerate(messages) if message.role == "user"), default=0)
-
-
 def _settle_message(message: Message, as_tokens: bool, drop: bool) -> Message:
     split = split_tags(message) if as_tokens or drop else None
     if split is None and not drop:
@@ -89,11 +84,10 @@ def _settle_message(message: Message, as_tokens: bool, drop: bool) -> Message:
     if drop and not isinstance(parts, str):
         parts = tuple(part for part in parts if isinstance(part, Text))
         if not any(part.text for part in parts) and not message.tool_calls:
-            raise RowProblem(
+            raise message.problem(
                 "Nothing is left of the assistant message.",
                 "It is all thinking, and history_thinking: drop removes it.",
                 "Use history_thinking: keep, or add the answer that followed.",
-                message.source,
             )
     return replace(message, content=parts)
 
@@ -104,37 +98,22 @@ def split_tags(message: Message) -> tuple[Part, ...] | None:
     Blanks around the tags belong to them. Empty tags, which some models write for "no thinking",
     give no thinking.
     """
-    content = message.content
-    first, others = (
-        (content, ()) if isinstance(content, str) else (_leading_text(content), content[1:])
-    )
-    tag = _TAG.match(first) if first is not None else None
-    if tag is None or first is None:
+    first, *others = message.parts or (Text(""),)
+    tag = _TAG.match(first.text) if isinstance(first, Text) else None
+    if tag is None or not isinstance(first, Text):
         return None
-    thinking, end, answer = first[tag.end() :].partition(_END_TAG)
+    thinking, end, answer = first.text[tag.end() :].partition(_END_TAG)
     if not end:
-        raise RowProblem(
+        raise message.problem(
             "The assistant's <think> is never closed.",
             "Nothing marks where the thinking ends and the answer begins.",
             "Add </think> where the answer begins, or delete the row if it was cut off.",
-            message.source,
         )
     thinking, answer = thinking.strip(), answer.lstrip()
-    if isinstance(content, str):
+    if isinstance(message.content, str):
         answer = answer.rstrip(" ")  # as mistral-common does to an answer that is one string
     head = (Think(thinking),) if thinking else ()
     return (*head, Text(answer), *others)
-
-
-def _leading_text(parts: tuple[Part, ...]) -> str | None:
-    return parts[0].text if parts and isinstance(parts[0], Text) else None
-
-
-_SHORT_ID = re.compile(r"^[a-zA-Z0-9]{9}$")
-_SHORT_ID_VERSIONS = ("v3", "v7", "v11")
-_UNSORTED_VERSIONS = ("v3", "v7")
-_THINKING_SYSTEM_VERSION = "v13"
-_IMAGE_RESULT_VERSION = "v15"
 
 
 def check_version(conversation: Conversation, tokenizer: "ChatTokenizer") -> None:
@@ -176,42 +155,38 @@ def _check_effort(conversation: Conversation, tokenizer: "ChatTokenizer") -> Non
 
 
 def _check_images(message: Message, tokenizer: "ChatTokenizer") -> None:
-    if not any(isinstance(part, Image) for part in message.content):
+    if not message.holds(Image):
         return
     if tokenizer.image is None:
-        raise RowProblem(
+        raise message.problem(
             "The message has an image, and this model reads only text.",
             f"Its tokenizer ({tokenizer.version}) says of no size how many tokens an image takes.",
             "Choose a model that reads images, such as ministral-3-8b, or delete the row.",
-            message.source,
         )
     if message.role == "tool" and tokenizer.version != _IMAGE_RESULT_VERSION:
-        raise RowProblem(
+        raise message.problem(
             "The tool result has an image.",
             f"The model's tokenizer is {tokenizer.version}; results with images came with"
             f" {_IMAGE_RESULT_VERSION}.",
             "Move the image to a user message, or write the result as text.",
-            message.source,
         )
 
 
 def _check_thinking(message: Message, tokenizer: "ChatTokenizer") -> None:
-    if not any(isinstance(part, Think) for part in message.content):
+    if not message.holds(Think):
         return
     if not tokenizer.thinks:
-        raise RowProblem(
+        raise message.problem(
             "The message thinks, and this model has no thinking tokens.",
             f"Its tokenizer is {tokenizer.version} and has no [THINK].",
             "Choose a model that thinks in tokens, or write the thinking as <think>...</think> "
             "at the start of the text.",
-            message.source,
         )
     if message.role == "system" and tokenizer.version != _THINKING_SYSTEM_VERSION:
-        raise RowProblem(
+        raise message.problem(
             "The system prompt has a thinking chunk.",
             f"{tokenizer.version} takes only text there.",
             "Write the chunk as text.",
-            message.source,
         )
 
 
@@ -220,30 +195,28 @@ def _check_call_id(call_id: str | None, message: Message, is_last: bool, version
         if call_id is None:
             if is_last:
                 return
-            raise _id_problem("A tool call has no id.", version, message.source)
+            raise _id_problem("A tool call has no id.", version, message)
         if not _SHORT_ID.match(call_id):
-            raise _id_problem(f"A tool call's id is {describe(call_id)}.", version, message.source)
+            raise _id_problem(f"A tool call's id is {describe(call_id)}.", version, message)
     elif not call_id:
-        raise _id_problem("A tool call has no id.", version, message.source)
+        raise _id_problem("A tool call has no id.", version, message)
 
 
 def _check_result_id(message: Message, version: str) -> None:
     call_id = message.tool_call_id
     if version in _SHORT_ID_VERSIONS:
         if call_id is None or not _SHORT_ID.match(call_id):
-            raise _id_problem(
-                f"A tool result's id is {describe(call_id)}.", version, message.source
-            )
+            raise _id_problem(f"A tool result's id is {describe(call_id)}.", version, message)
     elif not call_id or call_id == "null":
-        raise _id_problem("A tool result names no call.", version, message.source)
+        raise _id_problem("A tool result names no call.", version, message)
 
 
-def _id_problem(what: str, version: str, source: int) -> RowProblem:
+def _id_problem(what: str, version: str, message: Message) -> RowProblem:
     if version in _SHORT_ID_VERSIONS:
         why = f"{version} writes ids as tokens, and takes exactly nine letters and digits."
-        return RowProblem(what, why, 'Use ids such as "a1B2c3D4e", one for each call.', source)
+        return message.problem(what, why, 'Use ids such as "a1B2c3D4e", one for each call.')
     why = f"{version} pairs calls and results by id."
-    return RowProblem(what, why, "Give every call an id and its result the same one.", source)
+    return message.problem(what, why, "Give every call an id and its result the same one.")
 
 
 def _check_one_thing(messages: tuple[Message, ...]) -> None:
@@ -252,20 +225,18 @@ def _check_one_thing(messages: tuple[Message, ...]) -> None:
         turn = list(group) if role == "assistant" else []
         speaks = False
         for message in turn:
-            if not has_content(message) and not message.tool_calls:
-                raise RowProblem(
+            if message.is_silent and not message.tool_calls:
+                raise message.problem(
                     "The assistant message is empty.",
                     "It has neither text nor tool calls.",
                     "Write the answer, or delete the message.",
-                    message.source,
                 )
-            speaks |= has_content(message)
+            speaks |= not message.is_silent
             if speaks and any(each.tool_calls for each in turn):
-                raise RowProblem(
+                raise message.problem(
                     "The assistant message has text and tool calls.",
                     "v3 writes either the one or the other.",
                     "Delete the text, or choose a newer model, such as ministral-3-8b.",
-                    message.source,
                 )
 
 
@@ -288,11 +259,10 @@ def _check_pairs(messages: tuple[Message, ...]) -> None:
 
 
 def _pair_problem(what: str, message: Message) -> RowProblem:
-    return RowProblem(
+    return message.problem(
         what,
         "Results are put in the order of their calls, by id.",
         "Give each call of a message its own id, and its result the same one.",
-        message.source,
     )
 
 

@@ -55,11 +55,10 @@ def check_config(
     Paths start at `folder`. `progress` gets (rows, bytes read) and may raise to cancel. Raises
     what `iterate_rendered` raises.
     """
-    rule = label_rule(config)
-    notebook = _Notebook(rule, OddRowFinder(rule))
+    notebook = Notebook(label_rule(config))
     for row in iterate_rendered(config, folder, tokenizer):
         notebook.rows += 1
-        notebook.images.named += len(row.image_names)
+        notebook.named_images += len(row.image_names)
         if row.problem is not None:
             notebook.problems.append(row.bad_row(row.problem))
         elif row.conversation is not None:
@@ -72,29 +71,36 @@ def check_config(
 
 
 @dataclass(slots=True)
-class _Notebook:
-    """Counts of one pass; 56 bytes a row, plus the bad rows."""
+class Notebook:
+    """Counts of one pass; 40 bytes a row, plus the bad rows and a digest for each image."""
 
     rule: LabelRule
-    odd: "OddRowFinder"
     rows: int = 0
     problems: list[BadRow] = field(default_factory=list)
     roles: dict[str, int] = field(default_factory=dict)
     findings: dict[str, Finding] = field(default_factory=dict)
+    turns: tuple[int, int] | None = None
+    prompts: list[str] = field(default_factory=list)
+    images: int = 0
+    image_rows: int = 0
+    image_bytes: int = 0
+    image_digests: set[str] = field(default_factory=set)
+    largest_image: tuple[int, int] = (0, 0)
+    named_images: int = 0
+    numbers: "array[int]" = field(default_factory=lambda: array("q"))
+    """Of the usable rows; the next ones are theirs."""
     lengths: "array[int]" = field(default_factory=lambda: array("q"))
-    learned: "array[int]" = field(default_factory=lambda: array("q"))
+    with_thinking: "array[int]" = field(default_factory=lambda: array("q"))
+    without_thinking: "array[int]" = field(default_factory=lambda: array("q"))
     hashes: "array[int]" = field(default_factory=lambda: array("Q"))
     kind_counts: Any = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
-    turns: tuple[int, int] | None = None
     thinking_answers: int = 0
+    call_answers: int = 0
     most_image_tokens: int = 0
     most_images_row: int | None = None
-    call_answers: int = 0
-    prompts: list[str] = field(default_factory=list)
-    images: "_ImageCounts" = field(default_factory=lambda: _ImageCounts())
 
     def read(self, row: RenderedRow, conversation: Conversation) -> None:
-        self.images.add(conversation)
+        self._read_images(conversation)
         asked = sum(message.role == "user" for message in conversation.messages)
         fewest, most = self.turns or (asked, asked)
         self.turns = (min(fewest, asked), max(most, asked))
@@ -107,6 +113,19 @@ class _Notebook:
         for note in conversation.notes:
             self.find(note.id, row, note.text)
 
+    def _read_images(self, conversation: Conversation) -> None:
+        parts = (part for message in conversation.messages for part in message.parts)
+        found = [part for part in parts if isinstance(part, Image)]
+        self.image_rows += bool(found)
+        self.images += len(found)
+        for image in found:
+            assert isinstance(image.content, bytes)
+            digest = image_digest(image.content)
+            if digest not in self.image_digests:
+                self.image_digests.add(digest)
+                self.image_bytes += len(image.content)
+            self.largest_image = max(self.largest_image, image.size or (0, 0), key=math.prod)
+
     def find(self, name: str, row: RenderedRow, text: str) -> None:
         known = self.findings.get(name, Finding(name, 0, text, (), ()))
         lines, numbers = known.lines, known.numbers
@@ -115,19 +134,25 @@ class _Notebook:
         self.findings[name] = Finding(name, known.rows + 1, known.text, lines, numbers)
 
     def measure(self, row: RenderedRow, rendered: Rendered) -> None:
-        carried = int(np.count_nonzero(learned(rendered.kinds, self.rule)))
-        self.lengths.append(len(rendered.input_ids))
-        self.learned.append(carried)
+        self.numbers.append(row.number)
+        self.lengths.append(len(rendered))
+        for thinking, counts in ((True, self.with_thinking), (False, self.without_thinking)):
+            flags = learned(rendered.kinds, replace(self.rule, thinking=thinking))
+            counts.append(int(np.count_nonzero(flags)))
         self.hashes.append(content_hash(rendered))
         self.kind_counts += np.bincount(rendered.kinds, minlength=256)
-        self.odd.add(row.number, rendered)
         of_images = np.count_nonzero(rendered.kinds & ~np.uint8(WITHHELD) == Kind.IMAGE)
         if of_images > self.most_image_tokens:
             self.most_image_tokens, self.most_images_row = int(of_images), row.number
         self.thinking_answers += _messages_of(Kind.THINK, rendered)
         self.call_answers += _messages_of(Kind.CALL, rendered)
-        if carried == 0:
+        if self.learned[-1] == 0:
             self.find("nothing_learned", row, "No token of the row carries the loss.")
+
+    @property
+    def learned(self) -> "array[int]":
+        """Learned tokens of each row under the rule."""
+        return self.with_thinking if self.rule.thinking else self.without_thinking
 
     def report(self, measured: bool, sequence_len: int | None) -> Checkup:
         usable = self.rows - len(self.problems)
@@ -149,8 +174,15 @@ class _Notebook:
             warnings=_warnings(usable, len(self.problems), duplicates, over, sequence_len),
             turns=self.turns or (0, 0),
             prompts=tuple(self.prompts),
-            odd=self.odd.report() if measured else None,
-            images=self.images.report(),
+            odd=self.odd_rows() if measured else None,
+            images=ImageStatistics(
+                self.images,
+                self.image_rows,
+                len(self.image_digests),
+                self.image_bytes,
+                self.largest_image,
+                self.named_images,
+            ),
         )
 
     def _tokens(self, lengths: Any) -> TokenStatistics:
@@ -175,87 +207,28 @@ class _Notebook:
             most_images_row=self.most_images_row,
         )
 
-
-@dataclass(slots=True)
-class OddRowFinder:
-    """Four numbers a row of all usable rows."""
-
-    rule: LabelRule
-    numbers: "array[int]" = field(default_factory=lambda: array("q"))
-    lengths: "array[int]" = field(default_factory=lambda: array("q"))
-    with_thinking: "array[int]" = field(default_factory=lambda: array("q"))
-    without_thinking: "array[int]" = field(default_factory=lambda: array("q"))
-
-    def add(self, number: int, rendered: Rendered) -> None:
-        self.numbers.append(number)
-        self.lengths.append(len(rendered))
-        for thinking, counts in ((True, self.with_thinking), (False, self.without_thinking)):
-            flags = learned(rendered.kinds, replace(self.rule, thinking=thinking))
-            counts.append(int(np.count_nonzero(flags)))
-
-    def report(self) -> OddRows:
-        numbers, lengths, always, answers = (
+    def odd_rows(self) -> OddRows:
+        """The rows that a person should look at."""
+        numbers, lengths, always, answers, learned_here = (
             np.array(values, dtype=np.int64)
-            for values in (self.numbers, self.lengths, self.with_thinking, self.without_thinking)
+            for values in (
+                *(self.numbers, self.lengths, self.with_thinking, self.without_thinking),
+                self.learned,
+            )
         )
         nothing = numbers[always == 0]
         only_thinking = numbers[(answers == 0) & (always > 0)]
         longest = np.argsort(-lengths, kind="stable")[:LISTED_LONGEST]
-        learned_here = always if self.rule.thinking else answers
         shares = learned_here / np.maximum(lengths, 1)
         least = np.argsort(np.where(learned_here > 0, shares, 1.0), kind="stable")[:_LISTED]
+        shown = np.stack((numbers, lengths, learned_here), axis=1)[least].tolist()
         return OddRows(
             tuple(nothing[:_LISTED].tolist()),
             len(nothing),
             tuple(only_thinking[:_LISTED].tolist()),
             len(only_thinking),
             tuple(numbers[longest].tolist()),
-            tuple(
-                zip(
-                    *(values[least].tolist() for values in (numbers, lengths, learned_here)),
-                    strict=True,
-                )
-            ),
-        )
-
-
-@dataclass(slots=True)
-class _ImageCounts:
-    """A digest for each different image, and six numbers."""
-
-    count: int = 0
-    rows: int = 0
-    different_bytes: int = 0
-    largest: tuple[int, int] = (0, 0)
-    named: int = 0
-    digests: set[str] = field(default_factory=set)
-
-    def add(self, conversation: Conversation) -> None:
-        found = [
-            part
-            for message in conversation.messages
-            if not isinstance(message.content, str)
-            for part in message.content
-            if isinstance(part, Image)
-        ]
-        self.rows += bool(found)
-        self.count += len(found)
-        for image in found:
-            assert isinstance(image.content, bytes)
-            digest = image_digest(image.content)
-            if digest not in self.digests:
-                self.digests.add(digest)
-                self.different_bytes += len(image.content)
-            self.largest = max(self.largest, image.size or (0, 0), key=math.prod)
-
-    def report(self) -> ImageStatistics:
-        return ImageStatistics(
-            self.count,
-            self.rows,
-            len(self.digests),
-            self.different_bytes,
-            self.largest,
-            self.named,
+            tuple((number, length, kept) for number, length, kept in shown),
         )
 
 
@@ -263,9 +236,7 @@ def _first_question(conversation: Conversation) -> str | None:
     """What the user says first, where it is a text that can stand in a config."""
     for message in conversation.messages:
         if message.role == "user":
-            content = message.content
-            parts = [Text(content)] if isinstance(content, str) else content
-            text = "".join(part.text for part in parts if isinstance(part, Text)).strip()
+            text = "".join(part.text for part in message.parts if isinstance(part, Text)).strip()
             return text if len(text) <= _PROMPT_CHARACTERS else None
     return None
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import unquote, urlsplit
 
-from engine.chat.conversation import Conversation, Image, Message, Part, RowFormat, RowProblem
+from engine.chat.conversation import Conversation, Image, Message, RowFormat, RowProblem
 from engine.chat.images import IMAGE_LIMIT_BYTES, ImageSpec, Resample, check_image
 from engine.chat.render import Rendered, render
 from engine.chat.row import read_row
@@ -224,21 +224,21 @@ class ImageFinder:
         `file` is the data file's name as the dataset names it. Raises RowProblem, with the message
         at fault; WorkError where the web does not answer.
         """
-        if not any(map(_shows_image, conversation.messages)):
+        if not any(message.holds(Image) for message in conversation.messages):
             return conversation
         beside = os.path.dirname(file)
         messages = tuple(
-            self._resolve_message(message, beside) if _shows_image(message) else message
+            self._resolve_message(message, beside) if message.holds(Image) else message
             for message in conversation.messages
         )
         return replace(conversation, messages=messages)
 
     def _resolve_message(self, message: Message, beside: str) -> Message:
         try:
-            parts: list[Part] = []
-            for part in message.content:
-                assert not isinstance(part, str)
-                parts.append(self._open(part, beside) if isinstance(part, Image) else part)
+            parts = [
+                self._open(part, beside) if isinstance(part, Image) else part
+                for part in message.parts
+            ]
         except RowProblem as problem:
             problem.message = message.source if message.source >= 0 else None
             raise
@@ -298,12 +298,6 @@ class ImageFinder:
             f"It was looked up in {' and '.join(dict.fromkeys(allowed))}.",
             "Put it there, or name its folder in image_folder.",
         )
-
-
-def _shows_image(message: Message) -> bool:
-    return not isinstance(message.content, str) and any(
-        isinstance(part, Image) for part in message.content
-    )
 
 
 def _short(name: str) -> str:

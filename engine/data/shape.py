@@ -49,7 +49,9 @@ def read_shape(dataset: DatasetConfig, folder: Path, count: int) -> Shape:
         texts.update(dict.fromkeys(name for name, value in raw.items() if isinstance(value, str)))
         text = json.dumps(source.row, ensure_ascii=False, default=_shown)[:_SHOWN_CHARACTERS]
         conversation, problem = _understand(raw, row_format, source.problem)
-        shows_images = shows_images or _has_image(conversation)
+        shows_images |= conversation is not None and any(
+            message.holds(Image) for message in conversation.messages
+        )
         messages = tuple(_messages(conversation)) if conversation else ()
         rows.append(FirstRow(source.line, source.file, text, messages, problem))
     found = {column: tuple(keys) for column, keys in lists.items() if column not in images}
@@ -112,15 +114,6 @@ def _propose_columns(texts: Sequence[str], images: Sequence[str]) -> dict[str, s
         named = {"field_answer": texts[0]}
     complete = "field_answer" in named and (images or "field_question" in named)
     return {**image, **named} if complete else {}
-
-
-def _has_image(conversation: Conversation | None) -> bool:
-    return conversation is not None and any(
-        isinstance(part, Image)
-        for message in conversation.messages
-        if not isinstance(message.content, str)
-        for part in message.content
-    )
 
 
 def _understand(

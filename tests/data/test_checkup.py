@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered
 from engine.config import DatasetConfig
-from engine.data.checkup import LISTED_LONGEST, OddRowFinder, check_config, length_statistics
+from engine.data.checkup import LISTED_LONGEST, Notebook, check_config, length_statistics
+from engine.data.rows import RenderedRow
 from engine.data.statistics import FEW_ROWS
 from tests.support.data import chat, config_of
 
@@ -133,14 +134,14 @@ def test_equal_problems_are_one_with_their_rows_the_most_frequent_first(write_js
 
 
 def odd_rows_of(*rows: Sequence[int], thinking: bool = True):
-    finder = OddRowFinder(LabelRule(thinking=thinking))
+    notebook = Notebook(LabelRule(thinking=thinking))
     for number, kinds in enumerate(rows, start=1):
         count = len(kinds)
         rendered = Rendered(
             np.zeros(count, np.uint32), np.array(kinds, np.uint8), np.zeros(count, np.int32)
         )
-        finder.add(number, rendered)
-    return finder.report()
+        notebook.measure(RenderedRow(number, number, "f", 0, 0), rendered)
+    return notebook.odd_rows()
 
 
 def test_rows_that_learn_nothing_are_apart_from_rows_that_only_think():
