@@ -6,6 +6,7 @@ of Mistral's repositories (one scale a matrix, or one an expert) and of block-wi
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,28 @@ class Fp8Layout:
     weights: Mapping[str, Fp8Weight]
     companions: frozenset[str]
     """Scales, those of activations included: training computes activations unquantized."""
+
+    def read(
+        self,
+        name: str,
+        tensor: StoredTensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        index: int | None = None,
+    ) -> Tensor:
+        """What a tensor's numbers mean, FP8 or not, or those of entry `index` of a stack; a copy
+        of the file's."""
+        part, fp8 = tensor.read(index), self.weights.get(name)
+        if fp8 is None:
+            return part.to(device, dtype, copy=True)
+        # In float32: 0-d, (E,), (rows, columns) of blocks, or (E, rows, columns).
+        scale = fp8.scale.read().to(device, torch.float32, copy=True)
+        if fp8.block is None:
+            scale = scale.reshape(()) if scale.numel() == 1 else scale.flatten()
+        own = scale[index] if index is not None and scale.ndim else scale
+        weight = torch.empty(part.shape, dtype=dtype, device=device)
+        dequantize(part.to(device), own, fp8.block, weight)
+        return weight
 
 
 def find_layout(
@@ -99,28 +122,13 @@ def _block(
     )
 
 
-def read_matrix(
-    tensor: StoredTensor,
-    fp8: Fp8Weight,
-    device: torch.device,
-    dtype: torch.dtype,
-    expert: int | None = None,
-) -> Tensor:
-    """The numbers that an FP8 matrix means, or those of one expert of a stack."""
-    part = tensor.read(expert)
-    scale = _read_scale(fp8)
-    own = scale[expert] if expert is not None and scale.ndim else scale
-    weight = torch.empty(part.shape, dtype=dtype, device=device)
-    dequantize(part.to(device), own.to(device), fp8.block, weight)
-    return weight
-
-
-def _read_scale(weight: Fp8Weight) -> Tensor:
-    """The scale in float32: 0-d, (E,), (rows, columns) of blocks, or (E, rows, columns)."""
-    scale = weight.scale.read().to(torch.float32, copy=True)
-    if weight.block is None:
-        return scale.reshape(()) if scale.numel() == 1 else scale.flatten()
-    return scale
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a model's config without what it says of its weights' format on disk."""
+    content = deepcopy(dict(config))
+    for part in (content, content.get("text_config"), content.get("vision_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)
+    return content
 
 
 def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int] | None, out: Tensor) -> None:

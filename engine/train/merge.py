@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import sqrt
@@ -28,7 +27,7 @@ from engine.runs import RunFolder
 from engine.runs.newest_result import newest_result
 from engine.train.checkpoint import copy_companions
 from engine.train.fetch import locate_base
-from engine.train.fp8 import Fp8Layout, find_layout, read_matrix
+from engine.train.fp8 import Fp8Layout, find_layout, unquantized
 from engine.train.weight_files import (
     DTYPES,
     SHARD_BYTES,
@@ -54,6 +53,8 @@ class Change:
 
     module: str
     """As PEFT names it, for patterns of alpha."""
+    experts: int | None = None
+    """How many share the tensors, where the weight is a stack."""
     keys: dict[str, str] = field(default_factory=dict)
     """lora_A, lora_B and lora_magnitude_vector, or `whole` for a weight that is replaced."""
 
@@ -85,40 +86,27 @@ class Adapter:
         for name, change in self.changes.items():
             self._check(name, change, names[name])
 
-    def merged(self, name: str, weight: Tensor) -> Tensor:
-        """The base weight `name` with the adapter in it, float32; the weight where none is.
+    def merged(self, name: str, weight: Tensor, expert: int | None) -> Tensor:
+        """The float32 base weight `name`, or one `expert` of a stack, with the adapter in it.
 
         W + s B A (Hu et al., arXiv 2106.09685), s = alpha / r or alpha / sqrt(r) (arXiv
-        2312.03732); with DoRA each row scaled to its trained length (arXiv 2402.09353).
+        2312.03732); with DoRA each row scaled to its trained length (arXiv 2402.09353). PEFT keeps
+        all experts in one pair: A is (experts * r, inputs), expert by expert; B is (outputs,
+        r * experts) with the expert counted fastest.
         """
-        change = self.changes.get(name)
-        if change is None:
-            return weight.float()
-        if "whole" in change.keys:
-            return self._read(change.keys["whole"]).float()
-        a, b = (self._read(change.keys[part]).float() for part in ("lora_A", "lora_B"))
-        out = torch.addmm(weight.float(), b, a, alpha=self._scaling(change, a.shape[0]))
-        if "lora_magnitude_vector" in change.keys:
-            length = self._read(change.keys["lora_magnitude_vector"]).float()
+        change = self.changes[name]
+        found = {part: self._read(key) for part, key in change.keys.items()}
+        if "whole" in found:
+            return (found["whole"] if expert is None else found["whole"][expert]).float()
+        a, b = found["lora_A"], found["lora_B"]
+        if expert is not None and change.experts:
+            rank = a.shape[0] // change.experts
+            a, b = a[expert * rank : (expert + 1) * rank], b[:, expert :: change.experts]
+        out = torch.addmm(weight, b.float(), a.float(), alpha=self._scaling(change, len(a)))
+        if "lora_magnitude_vector" in found:
+            length = found["lora_magnitude_vector"].float()
             out *= (length / torch.linalg.vector_norm(out, dim=1)).unsqueeze(1)
         return out
-
-    def merged_expert(self, name: str, expert: int, experts: int, weight: Tensor) -> Tensor:
-        """The same for one (outputs, inputs) matrix of a stack of `experts`.
-
-        PEFT keeps all experts in one pair: A is (experts * r, inputs), expert by expert; B is
-        (outputs, r * experts) with the expert counted fastest.
-        """
-        change = self.changes.get(name)
-        if change is None:
-            return weight.float()
-        if "whole" in change.keys:
-            return self._read(change.keys["whole"])[expert].float()
-        a, b = (self._read(change.keys[part]) for part in ("lora_A", "lora_B"))
-        rank = a.shape[0] // experts
-        scaling = self._scaling(change, rank)
-        own_a = a[expert * rank : (expert + 1) * rank].float()
-        return torch.addmm(weight.float(), b[:, expert::experts].float(), own_a, alpha=scaling)
 
     def _place(self, key: str, base: Mapping[str, StoredTensor]) -> tuple[str, Change, str]:
         """Which base weight a tensor of the file belongs to, and as what."""
@@ -131,7 +119,7 @@ class Adapter:
                 return f"{module}.weight", Change(module), part
             stack = self._find_stack(key, module, part, base)
             if stack:
-                return stack, Change(module), part
+                return stack, Change(module, base[stack].shape[0]), part
         raise WorkError(
             f"The adapter in {self.folder} does not fit its base model: "
             f"{visible(own, one_line=True)} has no counterpart there.",
@@ -160,7 +148,7 @@ class Adapter:
         if "whole" in shapes:
             fits = shapes["whole"] == stored.shape
         else:
-            experts = stored.shape[0] if len(stored.shape) == 3 else 1
+            experts = change.experts or 1
             outputs, inputs = stored.shape[-2:]
             a, b = shapes.get("lora_A", (0, 0)), shapes.get("lora_B", (0, 0))
             fits = a[0] == b[1] and (b[0], a[1]) == (outputs, inputs) and a[0] % experts == 0
@@ -298,26 +286,15 @@ class _Merge:
     def pieces(self, entry: Entry) -> Iterator[Tensor]:
         """The merged numbers of one tensor: whole, or expert by expert."""
         name = self._names[entry.name]
-        stored = self._stored[name]
-        if len(stored.shape) == 3:
-            for expert in range(stored.shape[0]):
-                weight = self._read(name, expert)
-                merged = self.adapter.merged_expert(name, expert, stored.shape[0], weight)
-                yield merged.to(entry.dtype)
-        elif name in self.adapter.changes:
-            yield self.adapter.merged(name, self._read(name, None)).to(entry.dtype)
-        else:
-            yield self._read(name, None).to(entry.dtype)
+        stored, changed = self._stored[name], name in self.adapter.changes
+        dtype = torch.float32 if changed else entry.dtype
+        for expert in range(stored.shape[0]) if len(stored.shape) == 3 else (None,):
+            weight = self._layout.read(name, stored, torch.device("cpu"), dtype, expert)
+            merged = self.adapter.merged(name, weight, expert) if changed else weight
+            yield merged.to(entry.dtype)
 
     def _entry(self, name: str, stored: StoredTensor) -> Entry:
         return Entry(name, stored.shape, torch.bfloat16 if stored.is_fp8 else DTYPES[stored.dtype])
-
-    def _read(self, name: str, expert: int | None) -> Tensor:
-        """A tensor, or one expert of a stack; FP8 numbers as what they mean, float32."""
-        stored = self._stored[name]
-        if fp8 := self._layout.weights.get(name):
-            return read_matrix(stored, fp8, torch.device("cpu"), torch.float32, expert)
-        return stored.read(expert)
 
 
 def _tied_head(architecture: Architecture) -> dict[str, str]:
@@ -342,7 +319,7 @@ def _untied(adapter: Adapter, tied: dict[str, str]) -> list[str]:
 
 
 def _refuse_unknown(
-    base: Path, stored: dict[str, StoredTensor] | Any, layout: Fp8Layout, names: set[str]
+    base: Path, stored: Mapping[str, StoredTensor], layout: Fp8Layout, names: set[str]
 ) -> None:
     """Refuse a base whose files are not the numbers of its architecture."""
     left = [n for n in stored if n not in names and n not in layout.companions]
@@ -360,34 +337,28 @@ def _write_beside(
     folder: Path, plan: _Merge, base: Path, run: RunFolder, config: RunConfig
 ) -> None:
     built = with_overrides(plan.architecture, config.overrides_of_model_config)
-    content = deepcopy(dict(built.config))
-    for part in (content, content.get("text_config"), content.get("vision_config")):
-        if isinstance(part, dict):
-            part.pop("quantization_config", None)
-            if plan.untied and "tie_word_embeddings" in part:
-                part["tie_word_embeddings"] = False
+    content = unquantized(built.config)
     if plan.untied:
         content["tie_word_embeddings"] = False
+        for part in (content.get("text_config"), content.get("vision_config")):
+            if isinstance(part, dict) and "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     copy_companions(base, folder, config, whole=True)
     write_card(run, folder)
 
 
 def _refuse_used(target: Path) -> None:
-    shown = visible(str(target), one_line=True)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(
-            f"{shown} already holds something.",
+            f"{visible(str(target), one_line=True)} already holds something.",
             "A merged model is written into a folder of its own, and nothing is overwritten.",
             "Name a new folder with -o.",
         )
 
 
 def _refuse_full_disk(target: Path, needed_bytes: int) -> None:
-    there = target.parent
-    while not there.exists():
-        there = there.parent
-    free_bytes = shutil.disk_usage(there).free
+    free_bytes = shutil.disk_usage(next(p for p in target.parents if p.exists())).free
     if needed_bytes + _SPARE_BYTES > free_bytes:
         raise WorkError(
             f"The merged model does not fit on the disk of {visible(str(target), one_line=True)}.",

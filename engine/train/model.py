@@ -8,9 +8,9 @@ form in which the run holds it, so that loading takes little more room than the 
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import no_tie_weights
 
@@ -29,7 +29,7 @@ from engine.errors import UserError
 from engine.train.attention import pick_attention, use_attention
 from engine.train.device import pick_device, pick_dtype
 from engine.train.experts import GroupedLinear, replace_experts
-from engine.train.fp8 import Fp8Layout, find_layout, read_matrix
+from engine.train.fp8 import Fp8Layout, find_layout, unquantized
 from engine.train.offload import Placement
 from engine.train.quantize import hold_quantized, statistics, swap_linears
 from engine.train.weight_files import BytesProgress, StoredTensor, list_tensors
@@ -152,11 +152,7 @@ def build_empty(
     """The model with its parameters on the meta device and its buffers, such as rotary, real."""
     model_class = getattr(transformers, architecture.class_name)
     # Not from the file: there a stranger may choose kernels; here those keys are gone.
-    content = deepcopy(dict(architecture.config))
-    for part in (content, content.get("text_config"), content.get("vision_config")):
-        if isinstance(part, dict):
-            part.pop("quantization_config", None)
-    settings = model_class.config_class.from_dict(content)
+    settings = model_class.config_class.from_dict(unquantized(architecture.config))
     parts = [getattr(settings, name, None) for name in settings.sub_configs]
     for config in (settings, *parts):
         if config is not None:
@@ -246,41 +242,21 @@ def _fill(
     for name, tensor in tensors.items():
         owner, _, own = name.rpartition(".")
         module, device = model.get_submodule(owner), placement.device_of(name)
+        read = partial(layout.read, name, tensor, device, dtype)
         if isinstance(module, Linear4bit | Linear8bitLt) and own == "weight":
-            hold_quantized(module, _read(name, tensor, layout, device, dtype))
+            hold_quantized(module, read())
         elif isinstance(stack := getattr(module, own), GroupedLinear):
-            stack.take(_slices(name, tensor, layout, device, dtype), device)
+            stack.take(map(read, range(tensor.shape[0])), device)
+        elif len(tensor.shape) == 3:  # expert by expert: one at a time is FP8 and wide
+            weight = torch.empty(tensor.shape, dtype=dtype, device=device)
+            for index in range(len(weight)):
+                weight[index] = read(index)
+            setattr(module, own, nn.Parameter(weight))
         else:
-            setattr(module, own, nn.Parameter(_read(name, tensor, layout, device, dtype)))
+            setattr(module, own, nn.Parameter(read()))
         placement.settle(name)
         done += tensor.size_bytes
         progress(done, total)
-
-
-def _read(
-    name: str, tensor: StoredTensor, layout: Fp8Layout, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """One tensor on its device in the base precision; a stack of experts slice by slice."""
-    if len(tensor.shape) == 3:
-        weight = torch.empty(tensor.shape, dtype=dtype, device=device)
-        for index, part in enumerate(_slices(name, tensor, layout, device, dtype)):
-            weight[index] = part
-        return weight
-    if fp8 := layout.weights.get(name):
-        return read_matrix(tensor, fp8, device, dtype)
-    return tensor.read().to(device, dtype, copy=True)
-
-
-def _slices(
-    name: str, tensor: StoredTensor, layout: Fp8Layout, device: torch.device, dtype: torch.dtype
-) -> Iterator[Tensor]:
-    """The experts of a stack, (outputs, inputs) each, on the device in the base precision."""
-    fp8 = layout.weights.get(name)
-    for index in range(tensor.shape[0]):
-        if fp8:
-            yield read_matrix(tensor, fp8, device, dtype, index)
-        else:
-            yield tensor.read(index).to(device, dtype)
 
 
 def describe_load(
