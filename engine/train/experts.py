@@ -13,6 +13,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -44,14 +45,12 @@ class Groups:
         every = torch.arange(num_experts, device=sorted_experts.device)
         self.ends = torch.searchsorted(sorted_experts, every, right=True, out_int32=True)
         """First row behind each expert's, int32 (experts,)."""
-        self._sizes: list[int] | None = None
 
+    @cached_property
     def sizes(self) -> list[int]:
-        """Rows of each expert. The first call waits for the device, later ones do not."""
-        if self._sizes is None:
-            ends = self.ends.tolist()
-            self._sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        return self._sizes
+        """Rows of each expert; the first reading waits for the device."""
+        ends = self.ends.tolist()
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
@@ -59,7 +58,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     rows = rows.to(weight.dtype)
     if _has_kernel(weight):
         return grouped_mm(rows, weight.transpose(-2, -1), offs=groups.ends)
-    parts = rows.split(groups.sizes())
+    parts = rows.split(groups.sizes)
     return torch.cat([part @ weight[e].t() for e, part in enumerate(parts)])
 
 
@@ -97,13 +96,10 @@ class GroupedLinear(nn.Module, ABC):
         Raises ValueError where their number or shape is another.
         """
         self.allocate(device)
-        count = 0
+        count, shape = 0, (self.out_features, self.in_features)
         with torch.no_grad():
             for count, matrix in enumerate(slices, start=1):
-                if count > self.num_experts or matrix.shape != (
-                    self.out_features,
-                    self.in_features,
-                ):
+                if count > self.num_experts or matrix.shape != shape:
                     raise ValueError(f"matrix {count} of {self.num_experts}: {matrix.shape}")
                 self.store(count - 1, matrix.to(device, self.dtype))
         if count != self.num_experts:
@@ -124,9 +120,6 @@ class GroupedLinear(nn.Module, ABC):
     @abstractmethod
     def forward(self, rows: Tensor, groups: Groups) -> Tensor:
         """(rows, inputs), sorted by expert, to (rows, outputs)."""
-
-    def extra_repr(self) -> str:
-        return f"{self.num_experts} x ({self.out_features}, {self.in_features}), {self.dtype}"
 
 
 class GroupedStack(GroupedLinear):
@@ -210,7 +203,7 @@ class GroupedNF4(GroupedLinear):
         return full
 
     def forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        parts = rows.to(self.dtype).split(groups.sizes())
+        parts = rows.to(self.dtype).split(groups.sizes)
         # Autograd keeps the packed weights of these products and no dequantized one.
         products = [
             matmul_4bit(part, self.weight[e].unsqueeze(1).t(), quant_state=self.state(e))
@@ -271,9 +264,7 @@ def replace_experts(model: nn.Module, config: RunConfig, dtype: torch.dtype) -> 
 
 def expert_modules(model: nn.Module) -> tuple[str, ...]:
     """Names of the grouped linear layers."""
-    return tuple(
-        name for name, module in model.named_modules() if isinstance(module, GroupedLinear)
-    )
+    return tuple(n for n, module in model.named_modules() if isinstance(module, GroupedLinear))
 
 
 Routing: TypeAlias = tuple[Tensor, Tensor]
@@ -296,15 +287,12 @@ def balance_weight(config: RunConfig) -> float:
 def watch_routers(model: nn.Module, enabled: bool = True) -> Iterator[list[Routing]]:
     """A list that every router adds its decisions to while the context is open, if `enabled`."""
     seen: list[Routing] = []
-    if not enabled:
-        yield seen
-        return
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
         logits, _, chosen = output
         seen.append((logits, chosen))
 
-    routers = [module for module in model.modules() if isinstance(module, Mistral4TopkRouter)]
+    routers = [m for m in model.modules() if enabled and isinstance(m, Mistral4TopkRouter)]
     hooks = [router.register_forward_hook(keep) for router in routers]
     try:
         yield seen
@@ -373,23 +361,14 @@ class LoraGrouped(nn.Module, LoraLayer):
         b = self.lora_B[adapter_name].get_parameter("weight")
         return a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
 
-    def acting(self) -> list[str]:
-        """Names of the adapters that take part in a forward pass."""
-        if self.disable_adapters:
-            return []
-        return [name for name in self.active_adapters if name in self.lora_A]
-
     def forward(self, rows: Tensor, groups: Groups) -> Tensor:
         result: Tensor = self.base_layer(rows, groups)
-        for name in self.acting():
+        acting = () if self.disable_adapters else self.active_adapters
+        for name in (each for each in acting if each in self.lora_A):
             a, b = (factor.to(result.dtype) for factor in self.factors(name))
             small = grouped_linear(rows, a, groups) * self.scaling[name]
             result = result + grouped_linear(small, b.contiguous(), groups)
         return result
-
-
-EXPERT_LAYERS: dict[type[nn.Module], type[nn.Module]] = {GroupedLinear: LoraGrouped}
-"""PEFT's table of layers that it does not know itself."""
 
 
 def adapt(model: PreTrainedModel, settings: LoraConfig, experts: Sequence[str]) -> PeftModel:
@@ -401,7 +380,7 @@ def adapt(model: PreTrainedModel, settings: LoraConfig, experts: Sequence[str]) 
     linears = settings.target_modules
     if experts:
         parameters = _shortest(experts, expert_modules(model))
-        settings._register_custom_module(EXPERT_LAYERS)
+        settings._register_custom_module({GroupedLinear: LoraGrouped})
         if isinstance(linears, str):
             settings.target_modules = "|".join([linears, *map(re.escape, experts)])
         else:

@@ -114,7 +114,7 @@ def _download(repository: str, revision: str | None, progress: BytesProgress) ->
     missing_bytes = sum(file.file_size or 0 for file in planned if file.will_download)
     refuse_full_disk(repository, missing_bytes, cache)
     blobs = cache / f"models--{repository.replace('/', '--')}" / "blobs"
-    there = {path for path in _list_files(blobs) if path.suffix != ".incomplete"}
+    there = {path for path in blobs.glob("*") if path.suffix != ".incomplete"}
     with ThreadPoolExecutor(1) as worker:
         download = worker.submit(
             huggingface_hub.snapshot_download,
@@ -125,13 +125,9 @@ def _download(repository: str, revision: str | None, progress: BytesProgress) ->
         )
         while wait([download], POLL_SECONDS).not_done:
             if missing_bytes:
-                done = sum(_size_bytes(path) for path in _list_files(blobs) if path not in there)
+                done = sum(_size_bytes(path) for path in blobs.glob("*") if path not in there)
                 progress(min(done, missing_bytes), missing_bytes)
     return Path(download.result())
-
-
-def _list_files(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _size_bytes(path: Path) -> int:
@@ -268,7 +264,11 @@ def write_base(name: str, layers: dict[str, Tensor], cache: Path) -> Path:
         weights[name_of] = draw_embedding(text["vocab_size"], text["hidden_size"])
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         write_tekken(spec_of(card), partial / "tekken.json")
-        _put_in_place(partial, target)
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster: it wrote the same
+                raise
     except (OSError, SafetensorError) as error:
         raise WorkError(
             f"The demo's base model could not be written to {cache}.",
@@ -278,11 +278,3 @@ def write_base(name: str, layers: dict[str, Tensor], cache: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    try:
-        partial.rename(target)
-    except OSError:
-        if not target.is_dir():  # else another process was faster: it wrote the same
-            raise

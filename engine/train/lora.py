@@ -102,14 +102,13 @@ def attach_lora(model: PreTrainedModel, architecture: Architecture, config: RunC
     with frozen_inputs(model):
         adapted = adapt(model, settings, experts)
     narrow = config.peft_autocast_adapter_dtype is False
-    if narrow:
-        hold_in_bfloat16(adapted)
+    for name, parameter in adapted.named_parameters():
+        # DoRA's lengths stay: rounded, they would not be the base's.
+        if narrow and is_lora_matrix(name):
+            parameter.data = parameter.data.to(torch.bfloat16)
     if not narrow or head_of(model).dtype == torch.bfloat16:
         leave_inputs_alone(adapted)
-    reached = set(adapted.targeted_module_names)
-    chosen = {*targets, *experts}
-    if reached != chosen:
-        missed = sorted(chosen ^ reached)
+    if missed := sorted({*targets, *experts} ^ set(adapted.targeted_module_names)):
         raise UserError(
             f"The adapter did not land where it should: {missed[0]} and {len(missed) - 1} others.",
             "The loaded model is not built as its config.json says.",
@@ -118,13 +117,6 @@ def attach_lora(model: PreTrainedModel, architecture: Architecture, config: RunC
     if config.lora_model_dir:
         go_on_from(adapted, Path(config.lora_model_dir))
     return adapted
-
-
-def hold_in_bfloat16(model: nn.Module) -> None:
-    """Narrow an adapter's matrices. DoRA's lengths stay: rounded, they would not be the base's."""
-    for name, parameter in model.named_parameters():
-        if is_lora_matrix(name):
-            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def leave_inputs_alone(model: nn.Module) -> None:
