@@ -131,19 +131,19 @@ GUARDS = {
         f"{MODEL}::TestWhatIsRefused::test_a_missing_weight",
     ),
     "FP8 without its scale": Guard(
-        "engine/train/fp8.py",
+        "engine/train/quantize.py",
         "        if not found:\n",
         "        if not found:\n            continue\n",
         f"{FP8}::test_fp8_numbers_without_their_scale",
     ),
     "FP8 experts without their scale": Guard(
-        "engine/train/fp8.py",
+        "engine/train/quantize.py",
         "        if not found:\n",
         "        if not found:\n            continue\n",
         f"{FP8}::test_experts_without_their_scale",
     ),
     "FP8 scales of another shape": Guard(
-        "engine/train/fp8.py",
+        "engine/train/quantize.py",
         "    shown = visible(weight.name, one_line=True)\n",
         "    return None\n    shown = visible(weight.name, one_line=True)\n",
         f"{FP8}::test_scale_of_no_layout",

@@ -7,8 +7,7 @@ model     the base model from its folder, refused when it would train broken
 forward   hidden states of a batch, packed rows kept apart
 offload   what lies in RAM until its turn on the device
 weight_files  safetensors files, read one tensor at a time and written as a stream
-fp8       FP8 weights and their scales
-quantize  NF4 and int8, and their guards
+quantize  weights in fewer bits: NF4 and int8, FP8 with its scales
 experts   mixture-of-experts layers in NF4, and adapters on them
 lora      adapters on the language model's linears
 batches   prepared rows and their images -> batches, in an order that a resumed run repeats

@@ -108,7 +108,9 @@ def attach_lora(model: PreTrainedModel, architecture: Architecture, config: RunC
             parameter.data = parameter.data.to(torch.bfloat16)
     if not narrow or head_of(model).dtype == torch.bfloat16:
         leave_inputs_alone(adapted)
-    if missed := sorted({*targets, *experts} ^ set(adapted.targeted_module_names)):
+    reached, chosen = set(adapted.targeted_module_names), {*targets, *experts}
+    if reached != chosen:
+        missed = sorted(chosen ^ reached)
         raise UserError(
             f"The adapter did not land where it should: {missed[0]} and {len(missed) - 1} others.",
             "The loaded model is not built as its config.json says.",

@@ -27,7 +27,7 @@ from engine.runs import RunFolder
 from engine.runs.newest_result import newest_result
 from engine.train.checkpoint import copy_companions
 from engine.train.fetch import locate_base
-from engine.train.fp8 import Fp8Layout, find_layout, unquantized
+from engine.train.quantize import Fp8Layout, find_layout, unquantized
 from engine.train.weight_files import (
     DTYPES,
     SHARD_BYTES,

@@ -29,9 +29,15 @@ from engine.errors import UserError
 from engine.train.attention import pick_attention, use_attention
 from engine.train.device import pick_device, pick_dtype
 from engine.train.experts import GroupedLinear, replace_experts
-from engine.train.fp8 import Fp8Layout, find_layout, unquantized
 from engine.train.offload import Placement
-from engine.train.quantize import hold_quantized, statistics, swap_linears
+from engine.train.quantize import (
+    Fp8Layout,
+    find_layout,
+    hold_quantized,
+    statistics,
+    swap_linears,
+    unquantized,
+)
 from engine.train.weight_files import BytesProgress, StoredTensor, list_tensors
 from engine.units import gib
 from engine.visible import visible

@@ -1,10 +1,16 @@
-"""Weights in 4 and 8 bits: which linears hold them, and the ways in which they go wrong silently.
+"""Weights in fewer bits, held in NF4 or int8 and read from FP8, and how they go wrong silently.
 
-The linears are replaced while they are still empty, and each weight is quantized on its way from
-the file to its device.
+Linears are replaced while they are still empty, and each weight is quantized on its way from the
+file to its device. FP8 numbers that are read without their scale are finite, plausible, and
+thousands of times too large. Their layouts are those of Mistral's repositories (one scale a matrix,
+or one an expert) and of block-wise ones.
 """
 
 import logging
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.config import RunConfig
-from engine.errors import WorkError
+from engine.errors import UserError, WorkError
 from engine.plan.trainer import is_kept, kept_modules
+from engine.train.weight_files import StoredTensor
+from engine.visible import visible
 
 MOST_NUMBERS = 2**31 - 1
 """Of one tensor: bitsandbytes' kernels count with 32 bits, and a larger one would wrap around. All
@@ -27,28 +35,24 @@ OUTLIER_THRESHOLD = 6.0
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-def swap_linears(model: PreTrainedModel, config: RunConfig, dtype: torch.dtype) -> int:
-    """Replace the linears of an empty model that the config wants quantized; returns how many.
+def swap_linears(model: PreTrainedModel, config: RunConfig, dtype: torch.dtype) -> None:
+    """Replace the linears of an empty model that the config wants quantized.
 
     4 bits are NF4 with double quantization (QLoRA, arXiv 2305.14314), 8 bits are LLM.int8(). The
     model is marked as PEFT expects it.
     """
     if not (config.load_in_4bit or config.load_in_8bit):
-        return 0
+        return
     kept = kept_modules(config)
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and not is_kept(name, kept)
-    }
-    for name, module in linears.items():
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or is_kept(name, kept):
+            continue
         with torch.device("meta"):
             swapped = _four_bit(module, dtype) if config.load_in_4bit else _eight_bit(module)
         swapped.requires_grad_(False)
         model.set_submodule(name, swapped)
     marked: Any = model
     marked.is_loaded_in_4bit, marked.is_loaded_in_8bit = config.load_in_4bit, config.load_in_8bit
-    return len(linears)
 
 
 def _four_bit(linear: nn.Linear, compute_dtype: torch.dtype) -> Linear4bit:
@@ -118,3 +122,134 @@ def statistics(module: Linear4bit | Linear8bitLt) -> tuple[Tensor, ...]:
         return (maxima,)
     state = weight.quant_state
     return (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+
+
+CHUNK_NUMBERS = 2**24
+"""Numbers that are float32 at one time: 64 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Weight:
+    """How one FP8 tensor is read."""
+
+    scale: StoredTensor
+    block: tuple[int, int] | None
+    """Rows and columns that share a scale; None for one scale a matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Layout:
+    """What of a model's files is FP8. Names are those in memory."""
+
+    weights: Mapping[str, Fp8Weight]
+    companions: frozenset[str]
+    """Scales, those of activations included: training computes activations unquantized."""
+
+    def read(
+        self,
+        name: str,
+        tensor: StoredTensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        index: int | None = None,
+    ) -> Tensor:
+        """What a tensor's numbers mean, FP8 or not, or those of entry `index` of a stack; a copy
+        of the file's."""
+        part, fp8 = tensor.read(index), self.weights.get(name)
+        if fp8 is None:
+            return part.to(device, dtype, copy=True)
+        # In float32: 0-d, (E,), (rows, columns) of blocks, or (E, rows, columns).
+        scale = fp8.scale.read().to(device, torch.float32, copy=True)
+        if fp8.block is None:
+            scale = scale.reshape(()) if scale.numel() == 1 else scale.flatten()
+        own = scale[index] if index is not None and scale.ndim else scale
+        weight = torch.empty(part.shape, dtype=dtype, device=device)
+        dequantize(part.to(device), own, fp8.block, weight)
+        return weight
+
+
+def find_layout(
+    tensors: Mapping[str, StoredTensor], folder: Path, config: Mapping[str, Any]
+) -> Fp8Layout:
+    """Pair every FP8 tensor with its scale; `config` is that of the model in `folder`.
+
+    A scale that belongs to no FP8 tensor is in no pair: it is left over. Raises UserError for an
+    FP8 tensor without a scale, or with one whose shape does not fit.
+    """
+    weights, companions, block = {}, set[str](), _block_size(config)
+    for name, tensor in tensors.items():
+        if not tensor.is_fp8:
+            continue
+        # The second spelling is that of Mistral's own format.
+        names = (f"{name}_scale_inv", f"{name.removesuffix('weight')}qscale_weight")
+        found = [scale for scale in names if scale in tensors]
+        if not found:
+            raise UserError(
+                f"The folder {folder} holds 8-bit weights without their scale: "
+                f"{visible(tensor.name, one_line=True)}.",
+                "Read as they are, those numbers would be thousands of times too large.",
+                "Download it again, or point `base_model` at the model's BF16 repository.",
+            )
+        weights[name] = Fp8Weight(tensors[found[0]], _block(tensor, tensors[found[0]], block))
+        stem = name.removesuffix(".weight")
+        activations = (f"{name}_activation_scale", f"{stem}.activation_scale", f"{stem}.qscale_act")
+        companions |= {found[0], *(scale for scale in activations if scale in tensors)}
+    return Fp8Layout(weights, frozenset(companions))
+
+
+def _block_size(config: Mapping[str, Any]) -> list[int] | None:
+    settings = config.get("quantization_config")
+    block = settings.get("weight_block_size") if isinstance(settings, Mapping) else None
+    fits = isinstance(block, list) and all(isinstance(n, int) and n > 0 for n in block)
+    return block if fits else None
+
+
+def _block(
+    weight: StoredTensor, scale: StoredTensor, block: Sequence[int] | None
+) -> tuple[int, int] | None:
+    """Rows and columns of `weight` that one number of `scale` is for; None for a whole matrix."""
+    stack, matrix = weight.shape[:-2], weight.shape[-2:]
+    # (), (1,) and, for experts, (E,) and (E, 1, 1): one scale a matrix.
+    if len(matrix) == 2 and scale.shape in ((), (1,), (1, 1), stack, (*stack, 1, 1)):
+        return None
+    grid = scale.shape[-2:]
+    if len(matrix) == 2 and len(grid) == 2 and scale.shape[:-2] == stack and all(grid):
+        guessed = [side // count for side, count in zip(matrix, grid, strict=True)]
+        rows, columns = block if block and len(block) == 2 else guessed
+        if rows > 0 < columns and grid == (-(-matrix[0] // rows), -(-matrix[1] // columns)):
+            return rows, columns
+    shown = visible(weight.name, one_line=True)
+    raise UserError(
+        f"The scale of {shown} in {weight.file.parent} has the shape {list(scale.shape)}.",
+        f"That fits no way of scaling 8-bit weights of the shape {list(weight.shape)}.",
+        "Point `base_model` at the model's BF16 repository.",
+    )
+
+
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a model's config without what it says of its weights' format on disk."""
+    content = deepcopy(dict(config))
+    for part in (content, content.get("text_config"), content.get("vision_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)
+    return content
+
+
+def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int] | None, out: Tensor) -> None:
+    """Write the numbers of an FP8 matrix into `out`, of the same shape and on the same device.
+
+    `scale` is 0-d, or a number for each `block` of rows and columns. Each number is computed in
+    float32 and rounded once.
+    """
+    rows = max(1, CHUNK_NUMBERS // weight.shape[1])
+    if block is not None:
+        rows = max(block[0], rows // block[0] * block[0])
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows].float()
+        if block is None:
+            part *= scale
+        else:
+            lines = scale[start // block[0] :][: -(-part.shape[0] // block[0])]
+            wide = lines.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+            part *= wide[: part.shape[0], : part.shape[1]]
+        out[start : start + rows] = part

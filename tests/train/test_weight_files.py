@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.train import fp8, weight_files
-from engine.train.fp8 import dequantize
+from engine.train import weight_files
 from engine.train.model import load_base
+from engine.train.quantize import dequantize
 from engine.train.weight_files import (
     DTYPES,
     Entry,
@@ -343,6 +343,6 @@ class TestDequantize:
         scale = scale if block else scale.reshape(())
         whole, parts = torch.empty(256, 128), torch.empty(256, 128)
         dequantize(weight, scale, block, whole)
-        monkeypatch.setattr(fp8, "CHUNK_NUMBERS", 70 * 128)
+        monkeypatch.setattr("engine.train.quantize.CHUNK_NUMBERS", 70 * 128)
         dequantize(weight, scale, block, parts)
         assert torch.equal(whole, parts)
