@@ -19,7 +19,7 @@ from textual.screen import Screen
 from textual.theme import Theme
 
 from engine.errors import UserError
-from tui.page import STEPS, Page
+from tui.page import STEPS, Page, RowsCounted
 
 if TYPE_CHECKING:
     from engine.config import RunConfig
@@ -208,7 +208,6 @@ class WindtunnelApp(App[int]):
 
     async def _count_rows(self, config: "RunConfig") -> None:
         from engine.wizard.counting import count_rows
-        from tui.follow import RowsCounted
 
         new = await count_rows(self.draft, config, self.data_worker)
         self._counting = None

@@ -5,7 +5,8 @@ replaces the body (a problem, help) and what too small a terminal shows is decid
 """
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 
@@ -13,6 +14,7 @@ from textual.app import ComposeResult, RenderResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
+from textual.message import Message
 from textual.screen import Screen
 from textual.widget import Widget
 
@@ -194,6 +196,10 @@ AnyWidget = TypeVar("AnyWidget", bound=Widget)
 _WHILE_COVERED: Final = frozenset({"back", "help"})
 
 
+class RowsCounted(Message):
+    """The plan has the rows of its config now, or the reason why it has not."""
+
+
 class TooSmall(Widget):
     """All that is shown of a page in a terminal that cannot hold it."""
 
@@ -336,6 +342,14 @@ class Page(Screen[None]):
             ProblemPanel(error, kept=kept, actions=actions, close=self.uncover),
             [*keys, Key("y", "copy this"), Key("esc", "close")],
         )
+
+    @contextmanager
+    def showing_refusals(self) -> Iterator[None]:
+        """What is refused inside stands in place of the body."""
+        try:
+            yield
+        except UserError as error:
+            self.show_problem(error)
 
     def help_for(self, focused: Widget | None) -> HelpText:
         """What F1 shows; a page overrides it for its own fields."""

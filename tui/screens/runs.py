@@ -1,11 +1,10 @@
 """The Runs page: every run that is known, what can be done with one, and two side by side."""
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
@@ -14,10 +13,8 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.geometry import Size
-from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
-from textual.worker import get_current_worker
 
 from engine.errors import UserError
 from engine.launch import resume_run
@@ -27,18 +24,13 @@ from engine.runs.history import Point, RunFacts, RunsReader, finite
 from engine.runs.lock import measure, remove
 from engine.units import counted, gib, nats
 from engine.visible import visible
-from tui.follow import (
-    RemovalMeasured,
-    RunRemoved,
-    RunResumed,
-    RunsCompared,
-    RunsSeen,
-    WorkRefused,
-)
 from tui.page import Key, Page
 from tui.widgets.chart import Chart, Curve, Scale, Spark
 from tui.widgets.choices import Choices
 from tui.widgets.pane import Confirm, Pane, TextPane, columns
+
+if TYPE_CHECKING:
+    from engine.runs.comparison import ConfigDifferences
 
 _STATES: Final = {
     "running": ("▶", "$success"),
@@ -53,39 +45,32 @@ _STATES: Final = {
 _WEEK_SECONDS: Final = 6 * 86_400.0
 _DAY_SECONDS: Final = 86_400.0
 _STATE_CELLS: Final = 15
+_LEAST_CELLS: Final = 12
 
 
-@dataclass(frozen=True, slots=True)
-class Widths:
-    """Cells of the columns whose text can be long."""
-
-    name: int = 22
-    model: int = 12
+_CELLS: Final = (22, 12)
+_WIDE_CELLS: Final = (44, 28)
+"""Of the columns whose text can be long: name and model."""
 
 
-WIDE: Final = Widths(name=44, model=28)
-
-
-def header(widths: Widths) -> str:
+def header(cells: tuple[int, int]) -> str:
     """The names of the columns."""
     return (
-        f"      {'name':<{widths.name}} {'model':<{widths.model}} {'state':<{_STATE_CELLS}}"
+        f"      {'name':<{cells[0]}} {'model':<{cells[1]}} {'state':<{_STATE_CELLS}}"
         f"{'held out':>9}  when"
     )
 
 
-def run_line(facts: RunFacts, mark: str, now: float, widths: Widths) -> Content:
+def run_line(facts: RunFacts, mark: str, now: float, cells: tuple[int, int]) -> Content:
     """One run in the list: its mark, its state, its best held-out loss, when it was written."""
     glyph, style = _STATES[facts.status]
-    name = _cut(visible(facts.folder.name, one_line=True), widths.name)
-    model = _cut(visible(facts.model, one_line=True), widths.model)
     held_out = f"{facts.best[1]:.3f}" if facts.best else "-"
     return Content.assemble(
         (f"{mark:<2}", "bold $accent"),
         (f"{glyph} ", style),
-        f"{name:<{widths.name}} ",
-        (f"{model:<{widths.model}} ", "$muted"),
-        (f"{_cut(state(facts), _STATE_CELLS):<{_STATE_CELLS}}", style),
+        _cell(facts.folder.name, cells[0]) + " ",
+        (_cell(facts.model, cells[1]) + " ", "$muted"),
+        (_cell(state(facts), _STATE_CELLS), style),
         f"{held_out:>9}  ",
         (when(facts, now), "$muted"),
     )
@@ -169,14 +154,14 @@ def same_step(first: RunFacts, second: RunFacts) -> list[tuple[str, float, float
     return [(name, at_step(a, step), at_step(b, step), digits) for name, a, b, digits in pairs]
 
 
-def _cut(text: str, cells: int) -> str:
-    return text if len(text) <= cells else text[: cells - 1] + "…"
+def _cell(text: str, cells: int) -> str:
+    """One line of text in a column."""
+    shown = visible(text, one_line=True)
+    return f"{shown if len(shown) <= cells else shown[: cells - 1] + '…':<{cells}}"
 
 
-if TYPE_CHECKING:
-    from engine.runs.comparison import ConfigDifferences
-
-_LEAST_CELLS: Final = 12
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "-"
 
 
 class Differences(Widget):
@@ -203,7 +188,9 @@ class Differences(Widget):
         cells = (width - key_cells) // 2
         rows = [
             Content.assemble(
-                (_cell(key, key_cells), "$muted"), _cell(first, cells), _cell(second, cells)
+                (_cell(key, key_cells - 1) + " ", "$muted"),
+                _cell(first, cells - 1) + " ",
+                _cell(second, cells - 1) + " ",
             )
             for key, first, second in self._lines
         ]
@@ -264,17 +251,6 @@ class Comparison(Vertical):
         return f"{'A' if a < b else 'B'} is better by {abs(a - b):.3f} held out"
 
 
-def _cell(text: str, cells: int) -> str:
-    """One line of text in a column, with a space behind it."""
-    shown = visible(text, one_line=True)
-    room = cells - 1
-    return f"{shown if len(shown) <= room else shown[: room - 1] + '…':<{cells}}"
-
-
-def _number(value: float, digits: int) -> str:
-    return f"{value:,.{digits}f}" if math.isfinite(value) else "-"
-
-
 LOOK_SECONDS: Final = 2.0
 _MARKS: Final = "AB"
 _NONE_YET: Final = "no runs yet: F2 sets one up, and Enter on every page trains the sample"
@@ -305,7 +281,7 @@ class RunsPage(Page):
         self._clock = clock
         self._runs: Sequence[RunFacts] = ()
         self._marked: list[RunFolder] = []
-        self._resuming: RunFolder | None = None
+        self._resuming = False
 
     def compose_body(self) -> ComposeResult:
         with Horizontal(id="runs"):
@@ -320,49 +296,24 @@ class RunsPage(Page):
     def on_mount(self) -> None:
         self.say("", "Runs", "reading the run folders")
         self.show_command(["runs"])
-        self.run_worker(self._look, thread=True)
+        self.run_worker(self._look())
 
-    def on_runs_seen(self, message: RunsSeen) -> None:
+    def show_runs(self, runs: Sequence[RunFacts]) -> None:
+        """Other facts; the cursor and the marks stay with their runs."""
         here = self._here
-        self._runs = message.runs
-        places = [facts.folder for facts in self._runs]
+        self._runs = runs
+        places = [facts.folder for facts in runs]
         self._marked = [each for each in self._marked if each in places]
         if here and here.folder in places:
             self.part(Choices).cursor = places.index(here.folder)
-        self.say("", "Runs")
-        self.show_title(totals(self._runs))
+        if not self._resuming:
+            self.say("", "Runs")
+        self.show_title(totals(runs))
         self._show()
 
     def on_choices_moved(self, message: Choices.Moved) -> None:
         message.stop()
         self._show()
-
-    def on_removal_measured(self, message: RemovalMeasured) -> None:
-        saves, size = message.contents.saves, message.contents.total_bytes
-        question = (
-            f"{counted(saves, 'save')}, {gib(size)} go. Its config.yml is kept in runs/.trash."
-        )
-        name = message.run.name
-        confirm = Confirm(f"remove {name}", question, yes="removes it", no="keeps it")
-        self.app.push_screen(confirm, partial(self._remove_if, message.run))
-
-    def on_run_removed(self, message: RunRemoved) -> None:
-        kept = f"; its config is {message.kept}" if message.kept else ""
-        self.app.notify(visible(f"removed {message.run.name}{kept}", one_line=True), markup=False)
-
-    def on_run_resumed(self, message: RunResumed) -> None:
-        run, self._resuming = self._resuming, None
-        if run:
-            self.app.open_run(run, fresh=True)
-
-    def on_work_refused(self, message: WorkRefused) -> None:
-        self._resuming = None
-        self.say("", "Runs")
-        self.show_problem(message.error)
-
-    def on_runs_compared(self, message: RunsCompared) -> None:
-        for panel in self.query(Comparison):
-            panel.show_differences(message.differences)
 
     def on_resize(self) -> None:
         self._show()
@@ -392,17 +343,16 @@ class RunsPage(Page):
             return
         first, second = (self._facts_of(each) for each in chosen)
         self.cover(Comparison(first, second), [Key("tab", "other pane"), Key("esc", "list")])
-        self.run_worker(partial(self._compare, first.folder, second.folder), thread=True)
+        self.run_worker(self._compare(first.folder, second.folder))
 
     def action_resume(self) -> None:
         if self._here and not self._resuming:
-            self._resuming = self._here.folder
-            self.say("", "Runs", f"waiting for {self._resuming.name} to begin")
-            self.run_worker(partial(self._resume, self._resuming), thread=True)
+            self._resuming = True
+            self.run_worker(self._resume(self._here.folder))
 
     def action_remove(self) -> None:
         if self._here:
-            self.run_worker(partial(self._measure, self._here.folder), thread=True)
+            self.run_worker(self._remove(self._here.folder))
 
     @property
     def _here(self) -> RunFacts | None:
@@ -414,9 +364,9 @@ class RunsPage(Page):
 
     def _show(self) -> None:
         now = self._clock()
-        widths = WIDE if self.has_class("-wide") else Widths()
-        self.query_one("#header", Static).update(header(widths))
-        lines = [run_line(facts, self._mark_of(facts.folder), now, widths) for facts in self._runs]
+        cells = _WIDE_CELLS if self.has_class("-wide") else _CELLS
+        self.query_one("#header", Static).update(header(cells))
+        lines = [run_line(facts, self._mark_of(facts.folder), now, cells) for facts in self._runs]
         if not lines:
             lines = [Content.styled(_NONE_YET, "$muted")]
         self.part(Choices).show_lines(lines)
@@ -443,45 +393,42 @@ class RunsPage(Page):
     def _mark_of(self, folder: RunFolder) -> str:
         return _MARKS[self._marked.index(folder)] if folder in self._marked else ""
 
-    def _remove_if(self, run: RunFolder, confirmed: bool | None) -> None:
-        if confirmed:
-            self.run_worker(partial(self._remove, run), thread=True)
-
-    def _look(self) -> None:
-        """In a thread: look at every run while the page lives."""
-        worker = get_current_worker()
+    async def _look(self) -> None:
+        """Look at every run while the page lives."""
         reader = RunsReader()
-        while not worker.is_cancelled:
-            runs, more = reader.look()
-            self.post_message(RunsSeen(runs))
-            deadline = time.monotonic() + (0 if more else LOOK_SECONDS)
-            while time.monotonic() < deadline and not worker.is_cancelled:
-                time.sleep(0.05)
+        while True:
+            runs, more = await asyncio.to_thread(reader.look)
+            self.show_runs(runs)
+            await asyncio.sleep(0 if more else LOOK_SECONDS)
 
-    def _compare(self, first: RunFolder, second: RunFolder) -> None:
-        # pydantic: in the thread, not in the list's first frame
+    async def _compare(self, first: RunFolder, second: RunFolder) -> None:
+        # pydantic: in a thread, not in the list's first frame
         from engine.runs.comparison import differences
 
+        found: ConfigDifferences | UserError
         try:
-            self.post_message(RunsCompared(differences(first, second)))
+            found = await asyncio.to_thread(differences, first, second)
         except UserError as error:
-            self.post_message(RunsCompared(error))
+            found = error
+        for panel in self.query(Comparison):
+            panel.show_differences(found)
 
-    def _resume(self, run: RunFolder) -> None:
-        def work() -> RunResumed:
-            resume_run(run)
-            return RunResumed()
+    async def _resume(self, run: RunFolder) -> None:
+        self.say("", "Runs", f"waiting for {run.name} to begin")
+        with self.showing_refusals():
+            await asyncio.to_thread(resume_run, run)
+            self.app.open_run(run, fresh=True)
+        self._resuming = False
+        self.say("", "Runs")
 
-        self._try(work)
-
-    def _measure(self, run: RunFolder) -> None:
-        self._try(lambda: RemovalMeasured(run, measure(run)))
-
-    def _remove(self, run: RunFolder) -> None:
-        self._try(lambda: RunRemoved(run, remove(run)))
-
-    def _try(self, work: Callable[[], Message]) -> None:
-        try:
-            self.post_message(work())
-        except UserError as error:
-            self.post_message(WorkRefused(error))
+    async def _remove(self, run: RunFolder) -> None:
+        with self.showing_refusals():
+            found = await asyncio.to_thread(measure, run)
+            goes = f"{counted(found.saves, 'save')}, {gib(found.total_bytes)} go."
+            question = f"{goes} Its config.yml is kept in runs/.trash."
+            confirm = Confirm(f"remove {run.name}", question, yes="removes it", no="keeps it")
+            if not await self.app.push_screen_wait(confirm):
+                return
+            kept = await asyncio.to_thread(remove, run)
+            tail = f"; its config is {kept}" if kept else ""
+            self.app.notify(visible(f"removed {run.name}{tail}", one_line=True), markup=False)

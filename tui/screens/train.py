@@ -7,23 +7,23 @@ The page asks and shows; leaving it never stops the run. What the events add up 
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import ClassVar, Final
 
-from textual.app import ComposeResult, RenderResult
+from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
+from textual.geometry import Size
 from textual.widget import Widget
 from textual.widgets import Static
-from textual.worker import get_current_worker
 
 from engine.errors import UserError, WorkError
-from engine.events import Phase
+from engine.events import Phase, Recorded
 from engine.launch import resume_run
 from engine.report.run import (
     NEXT,
@@ -40,25 +40,13 @@ from engine.report.run import (
     stop_question,
     way_back,
 )
-from engine.runs import Request, RunFolder, Status
+from engine.runs import Follower, Request, RunFolder, Status, send, status
 from engine.runs.history import METRICS, Answer, History, Logged, Metric, Series, finite
 from engine.visible import fold, visible
-from tui.follow import (
-    EventsRead,
-    RunAsked,
-    RunResumed,
-    RunUnreadable,
-    WorkRefused,
-    follow_run,
-    send_command,
-)
 from tui.line import line_content
 from tui.page import HelpText, Key, Page
 from tui.widgets.chart import Chart, Curve, Scale, Spark
-from tui.widgets.pane import Confirm, Pane, TextPane
-
-if TYPE_CHECKING:
-    from textual.screen import Screen
+from tui.widgets.pane import Confirm, Drawn, Pane, TextPane
 
 _TREND_POINTS: Final = 10
 _MOST_DIGITS: Final = 3
@@ -68,46 +56,9 @@ _MOST_DIGITS: Final = 3
 _STYLES: Final = ("$accent", "$warning", "$success", "$secondary")
 
 
-def metric_styles() -> "Iterator[tuple[Metric, str]]":
+def metric_styles() -> Iterator[tuple[Metric, str]]:
     """Every small chart and its colour."""
     return zip(METRICS, cycle(_STYLES), strict=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Curves:
-    """Draws a history into the charts of a page."""
-
-    history: History
-
-    def show(self, page: "Screen[None]") -> None:
-        """Redraw every chart and spark that can be seen."""
-        right = float(self.history.total_steps or 1)
-        self._show_loss(page.query_one("#loss", Pane), right)
-        drawn = zip(
-            metric_styles(), page.query("Pane.small").results(Pane), page.query(Spark), strict=True
-        )
-        for (metric, style), pane, spark in drawn:
-            series = self.history.series[metric]
-            points, top, value = series.raw.points(), _top(series), _value(metric, series)
-            pane.show_subtitle(value)
-            scale = Scale(right, bottom=0, top=top, digits=metric.digits)
-            pane.query_one(Chart).show([Curve(points, style)], scale)
-            spark.show(points, Scale(right, bottom=0, top=top), value)
-
-    def _show_loss(self, pane: Pane, right: float) -> None:
-        loss = self.history.loss
-        held_out = self.history.held_out
-        smooth = loss.smooth.points()
-        pane.show_title(f"loss {_number(loss.smooth.last)}{_trend(smooth)}" if smooth else "loss")
-        legend = "⠒ loss  ━ smoothed"
-        if held_out and self.history.best:
-            step, newest = held_out[-1]
-            best = ", best" if newest == self.history.best[1] else ""
-            legend += f"  ◆ held out {_number(newest)} at step {step}{best}"
-        pane.show_subtitle(legend)
-        curves = [Curve(loss.raw.points(), "$raw"), Curve(smooth, "bold $primary")]
-        curves.append(Curve([(float(step), value) for step, value in held_out], "bold $lit", "◆"))
-        pane.query_one(Chart).show(curves, Scale(right))
 
 
 def _value(metric: Metric, series: Series) -> str:
@@ -115,12 +66,9 @@ def _value(metric: Metric, series: Series) -> str:
         return ""
     if not math.isfinite(series.last):
         return "not a number"
-    small = metric.digits > _MOST_DIGITS
-    return _exponent(series.last) if small else f"{series.last:,.{metric.digits}f}"
-
-
-def _top(series: Series) -> float:
-    return max(finite(series.raw.points()), default=1.0) or 1.0
+    if metric.digits <= _MOST_DIGITS:
+        return f"{series.last:,.{metric.digits}f}"
+    return f"{series.last:.1e}".replace("e-0", "e-") if series.last else "0"
 
 
 def _trend(smooth: list[tuple[float, float]]) -> str:
@@ -135,75 +83,26 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "not a number"
 
 
-def _exponent(value: float) -> str:
-    return f"{value:.1e}".replace("e-0", "e-") if value else "0"
-
-
 _LABEL_CELLS: Final = 9
 _LEAST_BAR_CELLS: Final = 8
 
 
-class ProgressRow(Widget):
-    """The second row: a bar where a share of the work is known, and one sentence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._headline = Headline("", "", "")
-
-    def show(self, headline: Headline) -> None:
-        """Draw this, if it is not what is drawn."""
-        if headline != self._headline:
-            self._headline = headline
-            self.refresh()
-
-    def render(self) -> RenderResult:
-        text = visible(self._headline.text, one_line=True)
-        share = self._headline.share
-        room = self.size.width - len(text) - 2
-        if share is None or room < _LEAST_BAR_CELLS:
-            return Content(text)
-        full = round(room * min(1.0, max(0.0, share)))
-        return Content.assemble(
-            ("━" * full, "bold $primary"), ("╌" * (room - full), "$faint"), "  ", text
-        )
+def progress_row(headline: Headline, size: Size) -> Content:
+    """A bar where a share of the work is known, and one sentence."""
+    text = visible(headline.text, one_line=True)
+    room = size.width - len(text) - 2
+    if headline.share is None or room < _LEAST_BAR_CELLS:
+        return Content(text)
+    full = round(room * min(1.0, max(0.0, headline.share)))
+    return Content.assemble(
+        ("━" * full, "bold $primary"), ("╌" * (room - full), "$faint"), "  ", text
+    )
 
 
-class Answers(Widget):
-    """A prompt and what the model said to it, before and since; the newest answer last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._prompt = ""
-        self._answers: Sequence[Answer] = ()
-
-    def show(self, prompt: str, answers: Sequence[Answer]) -> None:
-        """Draw the answers to one prompt."""
-        self._prompt, self._answers = prompt, answers
-        self.refresh()
-
-    def render(self) -> RenderResult:
-        if not self._prompt:
-            return Content.styled("no answer was asked for yet", "$muted")
-        return answer_text(self._prompt, self._answers, self.size.width, self.size.height)
-
-
-class Log(Widget):
-    """What happened, the newest line first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lines: Sequence[Logged] = ()
-
-    def show(self, lines: Sequence[Logged]) -> None:
-        """Draw these lines, given with the oldest first."""
-        self._lines = lines
-        self.refresh()
-
-    def render(self) -> RenderResult:
-        rows = list(reversed(self._lines))[: max(1, self.size.height)]
-        return Content("\n").join(
-            log_line(line).truncate(self.size.width, ellipsis=True) for line in rows
-        )
+def log_rows(lines: Sequence[Logged], size: Size) -> Content:
+    """What happened, the newest line first, of lines that have the oldest first."""
+    rows = [log_line(line) for line in reversed(lines)][: max(1, size.height)]
+    return Content("\n").join(row.truncate(size.width, ellipsis=True) for row in rows)
 
 
 def log_line(line: Logged) -> Content:
@@ -215,23 +114,24 @@ def log_line(line: Logged) -> Content:
     return Content.styled(f"{clock_time(line.time)} ", "$faint") + line_content(told, detail=True)
 
 
-def answer_text(prompt: str, answers: Sequence[Answer], columns: int, rows: int) -> Content:
-    """A prompt and its answers in at most `rows` lines of `columns` cells.
+def answer_text(prompt: str, answers: Sequence[Answer], size: Size) -> Content:
+    """A prompt and its answers, the newest last, in the lines of `size`.
 
     The answer before training and the newest are shown whole before others get room; where even
     they have none, each is cut to one line.
     """
-    told = [("asked", prompt, "$muted")]
-    told += [(each.label, each.text, "$muted") for each in answers]
-    if answers:
-        told[-1] = (answers[-1].label, answers[-1].text, "$lit")
-    blocks = [_block(label, text, style, columns) for label, text, style in told]
-    while len(blocks) > 3 and sum(map(len, blocks)) > rows:
+    said = [("asked", prompt), *((each.label, each.text) for each in answers)]
+    newest = len(answers) or -1
+    blocks = [
+        _block(label, text, "$lit" if place == newest else "$muted", size.width)
+        for place, (label, text) in enumerate(said)
+    ]
+    while len(blocks) > 3 and sum(map(len, blocks)) > size.height:
         del blocks[2]  # the oldest answer between the first and the last
-    if sum(map(len, blocks)) > rows:
-        blocks = [[_cut(block, columns)] for block in blocks]
+    if sum(map(len, blocks)) > size.height:
+        blocks = [[_cut(block, size.width)] for block in blocks]
     lines = [line for block in blocks for line in block]
-    return Content("\n").join(lines[:rows])
+    return Content("\n").join(lines[: size.height])
 
 
 def _block(label: str, text: str, style: str, columns: int) -> list[Content]:
@@ -244,15 +144,17 @@ def _block(label: str, text: str, style: str, columns: int) -> list[Content]:
 
 
 def _cut(block: list[Content], columns: int) -> Content:
-    first = block[0]
     if len(block) == 1:
-        return first
-    return first.truncate(columns - 2).rstrip() + Content(" …")
+        return block[0]
+    return block[0].truncate(columns - 2).rstrip() + Content(" …")
 
 
 _REDRAW_SECONDS: Final = 0.25
 _LOG_BYTES: Final = 1 << 14
 _RESUME_SECONDS: Final = 120.0
+POLL_SECONDS: Final = 0.25
+_EVENTS_AT_ONCE: Final = 500
+"""A long file arrives in pieces of some 10 ms of work, so that keys are answered in between."""
 
 _ALIVE: Final = ("waiting", "running", "paused")
 _KEYS: Final = (
@@ -318,7 +220,7 @@ class TrainPage(Page):
         self._resuming = False
 
     def compose_body(self) -> ComposeResult:
-        yield ProgressRow()
+        yield Drawn(id="progress")
         with Horizontal(id="charts"):
             with Pane(title="loss", id="loss", can_focus=True):
                 yield Chart()
@@ -332,14 +234,14 @@ class TrainPage(Page):
         yield Static(id="note", markup=False)
         with Horizontal(id="below"):
             with Pane(id="samples", can_focus=True):
-                yield Answers()
+                yield Drawn("no answer was asked for yet", id="answers")
             with Pane(title="log", id="log", can_focus=True):
-                yield Log()
+                yield Drawn(id="happened")
 
     def on_mount(self) -> None:
         self.show_command(["watch", self._folder.name])
         self.set_interval(_REDRAW_SECONDS, self._redraw)
-        self.run_worker(self._follow, thread=True)
+        self.run_worker(self._follow())
         if self._fresh:
             self.notify("started; it goes on when this window closes", timeout=4, markup=False)
 
@@ -360,35 +262,23 @@ class TrainPage(Page):
             return False
         return super().check_action(action, parameters)
 
-    async def on_events_read(self, message: EventsRead) -> None:
-        self._history.add(message.events)
-        await asyncio.sleep(0)  # a page takes its messages in a row: keys are let in between
-        if message.status != self._status:
-            self._status = message.status
-            self._told_end = self._told_end and message.status not in _ALIVE
+    async def _follow(self) -> None:
+        with self.showing_refusals():
+            async for events, now in follow_run(self._folder):
+                self._take_in(events, now)
+
+    def _take_in(self, events: Sequence[Recorded], now: Status | None) -> None:
+        self._history.add(events)
+        if now != self._status:
+            self._status = now
+            self._told_end = self._told_end and now not in _ALIVE
             self.refresh_bindings()
         for identity in [each for each in self._asked if each in self._history.acks]:
             word, _ = self._asked.pop(identity)
             if self._history.acks[identity].outcome == "refused":
-                self._refuse(_refused(self._run_name, word))
+                self.show_problem(_refused(self._run_name, word))
         if self._status not in _ALIVE:
             self._asked.clear()
-        self._changed = True
-
-    def on_run_unreadable(self, message: RunUnreadable) -> None:
-        self._refuse(message.error)
-
-    def on_run_asked(self, message: RunAsked) -> None:
-        if message.identity not in self._history.acks:
-            self._asked[message.identity] = (message.command, self._clock())
-        self._changed = True
-
-    def on_work_refused(self, message: WorkRefused) -> None:
-        self._resuming = False
-        self._refuse(message.error)
-
-    def on_run_resumed(self, message: RunResumed) -> None:
-        self._resuming = False
         self._changed = True
 
     def on_screen_resume(self) -> None:
@@ -406,35 +296,42 @@ class TrainPage(Page):
 
     def action_ask(self, word: Request) -> None:
         """Write a command for the run; its answer comes with the events."""
-        work = partial(send_command, self._folder, word, self.post_message)
-        self.run_worker(work, thread=True)
+        self.run_worker(self._send(word))
+
+    async def _send(self, word: Request) -> None:
+        with self.showing_refusals():
+            identity = await asyncio.to_thread(send, self._folder, word)
+            if identity not in self._history.acks:
+                self._asked[identity] = (word, self._clock())
+            self._changed = True
 
     def action_stop(self) -> None:
         question = stop_question(self._history)
         confirm = Confirm(self._folder.name, question, yes="stops", no="goes on")
         self.app.push_screen(confirm, self._stop_if)
 
-    def action_resume(self) -> None:
+    def action_resume(self, changes: Mapping[str, str] | None = None) -> None:
         if not self._resuming:
             self._resuming = True
-            self._changed = True
-            self.run_worker(self._resume, thread=True)
+            words = [f"{key}={value}" for key, value in (changes or {}).items()]
+            self.run_worker(self._resume(words))
+
+    async def _resume(self, changes: Sequence[str]) -> None:
+        work = partial(resume_run, self._folder, changes=changes, timeout_seconds=_RESUME_SECONDS)
+        with self.showing_refusals():
+            await asyncio.to_thread(work)
+        self._resuming = False
 
     def action_make_room(self) -> None:
         """Go on with the change that saves memory and alters no result."""
-        told = self._history.shortage
-        if told is None or not told.changes or self._resuming or self._status in _ALIVE:
-            return
-        self._resuming = True
-        self._changed = True
-        changes = [f"{key}={value}" for key, value in told.changes.items()]
-        self.run_worker(partial(self._resume, changes), thread=True)
+        shortage = self._history.shortage
+        if shortage and shortage.changes and self._status not in _ALIVE:
+            self.action_resume(shortage.changes)
 
     def action_samples(self) -> None:
-        columns = max(20, self.size.width - 6)
+        size = Size(max(20, self.size.width - 6), 1000)
         texts = [
-            answer_text(prompt, answers, columns, 1000)
-            for prompt, answers in self._history.answers.items()
+            answer_text(prompt, answers, size) for prompt, answers in self._history.answers.items()
         ]
         text = Content("\n\n").join(texts) if texts else Content("no answer was asked for yet")
         self.cover(TextPane("what it said", text), [Key("esc", "close")])
@@ -482,22 +379,6 @@ class TrainPage(Page):
         if confirmed:
             self.action_ask("stop")
 
-    def _follow(self) -> None:
-        worker = get_current_worker()
-        follow_run(self._folder, self.post_message, lambda: worker.is_cancelled)
-
-    def _resume(self, changes: Sequence[str] = ()) -> None:
-        try:
-            resume_run(self._folder, changes=changes, timeout_seconds=_RESUME_SECONDS)
-        except UserError as error:
-            self.post_message(WorkRefused(error))
-        else:
-            self.post_message(RunResumed())
-
-    def _refuse(self, error: UserError) -> None:
-        self._changed = True
-        self.show_problem(error)
-
     def _redraw(self) -> None:
         """Draw what has changed; a timer calls it, so a flood of events costs four pictures."""
         if self.app.screen is not self and not self.app.screen.is_modal:
@@ -505,11 +386,45 @@ class TrainPage(Page):
         self._show_headline()
         if self._changed:
             self._changed = False
-            Curves(self._history).show(self)
+            self._show_curves()
             self._show_answers()
-            self.part(Log).show(self._history.log)
+            self.query_one("#happened", Drawn).show(partial(log_rows, self._history.log))
             self._show_note()
             self._show_end()
+
+    def _show_curves(self) -> None:
+        """Every chart and spark."""
+        right = float(self._history.total_steps or 1)
+        self._show_loss(right)
+        panes = self.query("Pane.small").results(Pane)
+        for (metric, style), pane, spark in zip(
+            metric_styles(), panes, self.query(Spark), strict=True
+        ):
+            series = self._history.series[metric]
+            points, value = series.raw.points(), _value(metric, series)
+            top = max(finite(points), default=1.0) or 1.0
+            scale = Scale(right, bottom=0, top=top, digits=metric.digits)
+            pane.show_subtitle(value)
+            pane.query_one(Chart).show([Curve(points, style)], scale)
+            spark.show(points, scale, value)
+
+    def _show_loss(self, right: float) -> None:
+        pane, loss, held_out = (
+            self.query_one("#loss", Pane),
+            self._history.loss,
+            self._history.held_out,
+        )
+        smooth = loss.smooth.points()
+        pane.show_title(f"loss {_number(loss.smooth.last)}{_trend(smooth)}" if smooth else "loss")
+        legend = "⠒ loss  ━ smoothed"
+        if held_out and self._history.best:
+            step, newest = held_out[-1]
+            best = ", best" if newest == self._history.best[1] else ""
+            legend += f"  ◆ held out {_number(newest)} at step {step}{best}"
+        pane.show_subtitle(legend)
+        curves = [Curve(loss.raw.points(), "$raw"), Curve(smooth, "bold $primary")]
+        curves.append(Curve([(float(step), value) for step, value in held_out], "bold $lit", "◆"))
+        pane.query_one(Chart).show(curves, Scale(right))
 
     def _show_headline(self) -> None:
         now = self._clock()
@@ -520,7 +435,7 @@ class TrainPage(Page):
         for word, since in self._asked.values():
             text = asked(word, since, now, self._history)
         self.say(line.mark, line.word, f"{self._folder.name}  {text}")
-        self.part(ProgressRow).show(line)
+        self.query_one("#progress", Drawn).show(partial(progress_row, line))
 
     def _show_note(self) -> None:
         """What to look at, the figures of the last evaluation, what a finished run is good for."""
@@ -540,7 +455,8 @@ class TrainPage(Page):
         more = f"   v all {len(prompts)} prompts" if len(prompts) > 1 else ""
         pane.show_title("what it says now" + more)
         if prompts:
-            self.part(Answers).show(prompts[0], self._history.answers[prompts[0]])
+            draw = partial(answer_text, prompts[0], self._history.answers[prompts[0]])
+            self.query_one("#answers", Drawn).show(draw)
 
     def _show_end(self) -> None:
         self.show_keys(_STATUS_KEYS.get(self._status, _LIVE_KEYS))
@@ -558,6 +474,36 @@ class TrainPage(Page):
             actions.insert(0, (words, self.action_make_room))
         kept = f"{last} is whole." if last else "nothing was saved yet."
         self.show_problem(_end_of(self._history, self._folder), kept=kept, actions=actions)
+
+
+async def follow_run(run: RunFolder) -> AsyncIterator[tuple[Sequence[Recorded], Status | None]]:
+    """The events of a run from its first one on, read in a thread: no disk holds the screen up.
+
+    At most four times a second once what was there is read, and only when there is something new.
+    The status is None while what was written before is still being read. Raises UserError where
+    the folder cannot be read.
+    """
+    follower = Follower(run.events)
+    before: Status | None = None
+    while True:
+        try:
+            now = await asyncio.to_thread(status, run)  # first: no word before an end is lost
+            events = await asyncio.to_thread(follower.read)
+        except OSError as error:
+            raise WorkError(
+                f"The events of {visible(run.name, one_line=True)} cannot be read.",
+                f"The system says: {error}.",
+                "See that its disk is there, then open the run again.",
+            ) from error
+        more = len(events) > _EVENTS_AT_ONCE
+        for start in range(0, len(events), _EVENTS_AT_ONCE):
+            yield events[start : start + _EVENTS_AT_ONCE], before if more else now
+            await asyncio.sleep(0)  # keys are let in between
+        if not events and now != before:
+            yield (), now
+        if not more:
+            before = now
+            await asyncio.sleep(POLL_SECONDS)
 
 
 _HELP: Final = {

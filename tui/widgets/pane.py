@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from textual.app import ComposeResult
+from textual.app import ComposeResult, RenderResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
+from textual.geometry import Size
 from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widget import Widget
@@ -166,6 +167,21 @@ class HelpText:
     """Pairs of a word and what it means, or a text."""
     command: tuple[str, ...] = ()
     """Words after `windtunnel` that print the same, where a command does."""
+
+
+class Drawn(Widget):
+    """Shows what a function draws for the widget's size."""
+
+    def __init__(self, waiting: str = "", *, id: str | None = None) -> None:  # noqa: A002
+        super().__init__(id=id)
+        self._draw: Callable[[Size], Content] = lambda _: Content.styled(waiting, "$muted")
+
+    def show(self, draw: Callable[[Size], Content]) -> None:
+        self._draw = draw
+        self.refresh()
+
+    def render(self) -> RenderResult:
+        return self._draw(self.size)
 
 
 class TextPane(Pane):

@@ -15,7 +15,6 @@ from tests.support.extras import needs_trainer
 from tests.support.screens import assert_golden, screen_text, wait_for, wait_for_text
 from tests.support.written_runs import BEGAN, written_run
 from tui.app import WindtunnelApp
-from tui.follow import RunsSeen
 from tui.page import Page
 from tui.screens.runs import RunsPage
 from tui.screens.train import TrainPage
@@ -101,7 +100,7 @@ async def test_a_comparison_stays_while_the_list_below_is_read_again(runs: list[
         before = screen_text(pilot.app)
         page = pilot.app.screen
         assert isinstance(page, RunsPage)
-        page.post_message(RunsSeen(RunsReader().look()[0]))
+        page.show_runs(RunsReader().look()[0])
         await pilot.pause(0.2)
         assert screen_text(pilot.app) == before
 

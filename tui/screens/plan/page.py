@@ -1,6 +1,6 @@
 """The page on which memory is seen: a value changes, and bar, verdict and reasons follow."""
 
-from functools import partial
+import asyncio
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -21,7 +21,6 @@ from engine.wizard.commands import plan_command
 from engine.wizard.plan import MEASURING, Card, list_cards, list_rungs, measure_plan, what_to_know
 from engine.wizard.settings import amounts_text, list_fields
 from engine.wizard.values import set_value
-from tui.follow import PlanMeasured, WorkRefused
 from tui.page import HelpText, Key, Page
 from tui.screens.plan.comparisons import card_lines, roomy_lines, rung_lines
 from tui.widgets.choices import Choices, Fields
@@ -216,25 +215,15 @@ class PlanPage(Page):
             self._measuring = True
             self.app.notify(MEASURING[device.kind], timeout=10, markup=False)
             config = with_absolute_paths(self.app.draft.config(), Path.cwd())
-            work = partial(self._measure, config)
-            self.run_worker(work, thread=True)
+            self.run_worker(self._measure(config))
 
-    def _measure(self, config: RunConfig) -> None:
-        """In a thread."""
-        try:
-            self.post_message(PlanMeasured(measure_plan(config)))
-        except UserError as error:
-            self.post_message(WorkRefused(error))
-
-    def on_plan_measured(self, message: PlanMeasured) -> None:
+    async def _measure(self, config: RunConfig) -> None:
+        with self.showing_refusals():
+            sentence = await asyncio.to_thread(measure_plan, config)
+            self.app.notify(visible(sentence, one_line=True), timeout=20, markup=False)
+            self.app.draft.look_again()
+            self._show_plan()
         self._measuring = False
-        self.app.notify(visible(message.sentence, one_line=True), timeout=20, markup=False)
-        self.app.draft.look_again()
-        self._show_plan()
-
-    def on_work_refused(self, message: WorkRefused) -> None:
-        self._measuring = False
-        self.show_problem(message.error)
 
     def action_other_gpus(self) -> None:
         draft = self.app.draft
