@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
-from engine.catalog.modules import Group, ModuleTable, Parameter
-from engine.catalog.sizes import (
+from engine.catalog.modules import (
+    Group,
     Ministral3Sizes,
     Mistral3Sizes,
     Mistral4Sizes,
+    ModuleTable,
+    Parameter,
     PixtralSizes,
     TextSizes,
     read_sizes,
