@@ -122,7 +122,7 @@ def _check(
     assumed: tuple[str, ...] = (),
 ) -> Architecture:
     # Imported here so that `import engine.catalog` does not load pydantic.
-    from engine.catalog.rows import module_table
+    from engine.catalog.modules import module_table
 
     where = visible(str(folder / "config.json"), one_line=True) if folder else name
     dropped = _drop_code_choices(config, where)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.catalog import find_model, linear_targets, list_models, read_architecture
-from engine.catalog.rows import module_table
+from engine.catalog.modules import module_table
 from engine.errors import UserError
 from tests.support.sizes import BILLIONS
 

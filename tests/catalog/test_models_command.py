@@ -5,7 +5,7 @@ import json
 import pytest
 
 from engine.catalog import list_models
-from engine.catalog.rows import module_table
+from engine.catalog.modules import module_table
 from engine.cli import main
 from tests.support.sizes import BILLIONS
 
