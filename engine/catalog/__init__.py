@@ -7,15 +7,17 @@ is the one table of parameters that everything that plans reads. `rows` makes it
 equal to the models that transformers builds.
 """
 
-from engine.catalog.agreement import (
+from engine.catalog.architecture import (
+    Architecture,
     Contradiction,
+    UnknownModel,
     attention_factor,
     contradictions,
+    read_architecture,
     repaired_rope,
     window_of,
     with_overrides,
 )
-from engine.catalog.architecture import Architecture, UnknownModel, read_architecture
 from engine.catalog.cards import (
     ModelCard,
     find_card,

@@ -17,7 +17,7 @@ from engine.catalog import (
     window_of,
     with_overrides,
 )
-from engine.catalog.agreement import ROPE
+from engine.catalog.architecture import ROPE
 from engine.config import RunConfig
 from engine.errors import DOES_NOT_FIT, UserError
 from engine.plan.device import Device

@@ -201,7 +201,7 @@ def test_the_attention_factor_is_transformers_own(card: Any) -> None:
 def test_what_a_silent_file_means_is_transformers_default(kind: str) -> None:
     from transformers import AutoConfig
 
-    from engine.catalog.agreement import _LEFT_OUT_BY_TYPE
+    from engine.catalog.architecture import _LEFT_OUT_BY_TYPE
 
     default = AutoConfig.for_model(kind)
     for key, value in _LEFT_OUT_BY_TYPE[kind].items():
