@@ -22,10 +22,19 @@ from engine.plan.ladder import (
     next_rung,
 )
 from engine.plan.memory import AXOLOTL, WEIGHTS, Peer, compare_peer, estimate
-from engine.plan.recommend import Recommendation, advice_document, assess, recommend
+from engine.plan.recommend import (
+    LengthPrice,
+    Prospect,
+    Recommendation,
+    advice_document,
+    assess,
+    price_lengths,
+    propose,
+    recommend,
+    survey,
+)
 from engine.plan.remarks import Goal, refuse_answering, remarks, why_not_trained
 from engine.plan.rungs import SAME_RESULT, changed
-from engine.plan.survey import LengthPrice, Prospect, price_lengths, propose, survey
 from engine.plan.verdict import Estimate, Verdict, estimate_document, plan_document
 
 __all__ = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.cli import main
-from engine.plan import Device, changed, estimate, price_lengths, propose, survey
+from engine.plan import Device, changed, estimate, price_lengths, propose
 from tests.support.machines import MODELS, card, config, cpu, model, sized
 
 
