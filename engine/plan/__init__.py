@@ -13,8 +13,10 @@ from engine.plan.attention import Attention, Heads, Task, choose_attention, head
 from engine.plan.device import Device, best_device, cpu_device, device_document, gpu_device
 from engine.plan.duration import Duration, expected_duration, pace_of
 from engine.plan.ladder import (
+    SAME_RESULT,
     Alternative,
     alternative_document,
+    changed,
     describe_faster,
     list_alternatives,
     make_faster,
@@ -34,7 +36,6 @@ from engine.plan.recommend import (
     survey,
 )
 from engine.plan.remarks import Goal, refuse_answering, remarks, why_not_trained
-from engine.plan.rungs import SAME_RESULT, changed
 from engine.plan.verdict import Estimate, Verdict, estimate_document, plan_document
 
 __all__ = [

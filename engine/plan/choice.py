@@ -22,10 +22,9 @@ from engine.data.statistics import Statistics, count_held_out
 from engine.plan.attention import Attention, choose_attention, task_of
 from engine.plan.device import Device
 from engine.plan.duration import count_steps, expected_duration
-from engine.plan.ladder import make_faster, make_fit
+from engine.plan.ladder import BUSY_TOKENS, learning_rate, make_faster, make_fit
 from engine.plan.memory import estimate
 from engine.plan.remarks import Goal
-from engine.plan.rungs import BUSY_TOKENS, learning_rate
 from engine.plan.targets import linear_endings
 from engine.plan.verdict import Estimate
 from engine.plan.vision import largest_image_tokens

@@ -18,10 +18,16 @@ from engine.plan.attention import Attention, choose_attention, task_of
 from engine.plan.choice import Choice, find_recipe
 from engine.plan.device import Device, device_document
 from engine.plan.duration import Duration, expected_duration, pace_of
-from engine.plan.ladder import Alternative, alternative_document, list_alternatives, make_fit
+from engine.plan.ladder import (
+    SAME_RESULT,
+    Alternative,
+    alternative_document,
+    changed,
+    list_alternatives,
+    make_fit,
+)
 from engine.plan.memory import estimate
 from engine.plan.remarks import Goal, refuse_goal, why_not_trained
-from engine.plan.rungs import SAME_RESULT, changed
 from engine.plan.verdict import Estimate, Verdict, estimate_document
 
 

@@ -19,7 +19,7 @@ from engine.plan import (
     next_rung,
     recommend,
 )
-from engine.plan.rungs import SAME_RESULT
+from engine.plan.ladder import SAME_RESULT
 from engine.units import GIB
 from tests.support.machines import card, config, cpu, dataset, model, sized
 
