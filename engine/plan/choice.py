@@ -23,11 +23,11 @@ from engine.plan.attention import Attention, choose_attention, task_of
 from engine.plan.device import Device
 from engine.plan.duration import count_steps, expected_duration
 from engine.plan.ladder import BUSY_TOKENS, learning_rate, make_faster, make_fit
+from engine.plan.layers import largest_image_tokens
 from engine.plan.memory import estimate
 from engine.plan.remarks import Goal
 from engine.plan.targets import linear_endings
 from engine.plan.verdict import Estimate
-from engine.plan.vision import largest_image_tokens
 from engine.units import counted, gib, spoken
 
 TOKENS_AT_ONCE = 8192

@@ -21,13 +21,19 @@ from engine.config import RunConfig
 from engine.data.statistics import Statistics, count_held_out
 from engine.hardware import speed_of
 from engine.plan.device import Device
-from engine.plan.layers import recomputed_layers, widths
+from engine.plan.layers import (
+    image_share,
+    patches_of,
+    recomputed_layers,
+    tokens_of_one_image,
+    tower_of,
+    widths,
+)
 from engine.plan.memory.frozen import frozen_bytes, packed_numbers
 from engine.plan.memory.moments import kept_states
 from engine.plan.memory.step import Step, make_step
 from engine.plan.targets import trainable_parameters, trains_vision
 from engine.plan.trainer import PATCHES_AT_ONCE
-from engine.plan.vision import image_share, patches_of, tokens_of_one_image, tower_of
 
 REACHED = 0.40
 """Share of a card's products that training reaches: 0.41 on an H100 (NeMo AutoModel's performance

@@ -16,13 +16,12 @@ from engine.config import SHARDED_OPTIMIZERS, RunConfig, assignment
 from engine.data.statistics import Statistics
 from engine.plan.device import Device
 from engine.plan.duration import pace_of, speedup
-from engine.plan.layers import recomputed_layers, widths
+from engine.plan.layers import recomputed_layers, tower_works, widths
 from engine.plan.memory import estimate, is_sharded
 from engine.plan.memory.frozen import SLOTS
 from engine.plan.targets import linear_endings
 from engine.plan.trainer import PLUGIN, PRICE, names_cut_loss
 from engine.plan.verdict import Estimate
-from engine.plan.vision import tower_works
 from engine.units import GIB, gib
 
 ADAPTER_RATE, LARGE_MODEL = 2e-4, 70 * 10**9

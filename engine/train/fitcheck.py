@@ -23,8 +23,8 @@ from engine.errors import DOES_NOT_FIT, UserError
 from engine.events import Event, EventWriter, Phase, Recorded, Step, format_line
 from engine.hardware import Machine, poll, read_machine
 from engine.plan import Device, Statistics, best_device, cpu_device, estimate, estimate_document
+from engine.plan.layers import image_tokens_at_once
 from engine.plan.measured import Measurement, key_of, step_bytes
-from engine.plan.vision import image_tokens_at_once
 from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.attention import pick_attention
 from engine.train.batches import Order, Rows, StepBatch, refuse_unread

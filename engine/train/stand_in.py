@@ -25,7 +25,7 @@ from engine.config import RunConfig
 from engine.data.prepare import label_rule
 from engine.data.prepared import pack
 from engine.plan import Device, Statistics, estimate
-from engine.plan.vision import largest_image_tokens, tower_of
+from engine.plan.layers import largest_image_tokens, tower_of
 from engine.train.batches import IMAGE_TOKEN, Micro, Pixels, Rows, StepBatch, collate, join
 from engine.train.weight_files import StoredTensor
 

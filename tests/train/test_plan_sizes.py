@@ -19,6 +19,7 @@ from engine.config import RunConfig
 from engine.hardware import assume
 from engine.plan import WEIGHTS, Estimate, cpu_device, estimate, trainer
 from engine.plan.duration import tower_operations
+from engine.plan.layers import image_share
 from engine.plan.memory import moment_parts
 from engine.plan.memory.moments import CPU_BYTES, FOREACH_BYTES, update_bytes
 from engine.plan.memory.step import make_step
@@ -29,7 +30,6 @@ from engine.plan.targets import (
     largest_trainable,
     trainable_parameters,
 )
-from engine.plan.vision import image_share
 from engine.train import weight_files
 from engine.train.batches import Order, Rows, collate
 from engine.train.checkpoint import export_trained

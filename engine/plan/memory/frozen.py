@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from engine.catalog import ModuleTable
 from engine.config import RunConfig
+from engine.plan.layers import tower_works
 from engine.plan.memory.step import Step
 from engine.plan.trainer import is_kept, kept_modules
-from engine.plan.vision import tower_works
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantization: 4 bits, an 8-bit scale for 64 weights, a float32 scale

@@ -13,6 +13,7 @@ from engine.plan.layers import (
     inference_bytes,
     kept_bytes,
     recomputed_layers,
+    tower_bytes,
     transient_bytes,
 )
 from engine.plan.memory.frozen import Frozen
@@ -31,7 +32,6 @@ from engine.plan.trainer import (
     WIDENED_NUMBERS,
     names_cut_loss,
 )
-from engine.plan.vision import tower_bytes
 
 LEARNED_AT_LOSS = 2
 """The learned states and their gradient, beside which the gradient of all states comes to lie."""

@@ -12,11 +12,10 @@ from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
 from engine.data.statistics import Statistics
 from engine.plan.device import Device
-from engine.plan.layers import Widths, widths
+from engine.plan.layers import Widths, image_tokens_at_once, tokens_of_one_image, widths
 from engine.plan.memory.stack import WINDTUNNEL, Stack
 from engine.plan.targets import adapter_parameters, trainable_parameters
 from engine.plan.trainer import SMALLEST_CHUNK_BYTES, base_bytes_of
-from engine.plan.vision import image_tokens_at_once, tokens_of_one_image
 
 REST_BYTES = 2
 """What bfloat16 cuts off of a trained float32 number, which the trainer keeps beside it."""
