@@ -11,7 +11,7 @@ from engine.plan import Estimate, Statistics, estimate
 from engine.plan.layers import kept_bytes, widths
 from engine.plan.memory import AXOLOTL as AXOLOTL_STACK
 from engine.plan.memory import WINDTUNNEL, Stack, compare_peer, moment_parts
-from engine.plan.memory.stack import DIFFERENCES
+from engine.plan.memory.step import DIFFERENCES
 from engine.plan.verdict import TIGHT_BYTES, judge
 from engine.units import GIB
 from tests.research.published import (

@@ -18,7 +18,7 @@ from engine.plan.memory.formula import (
 )
 from engine.plan.memory.frozen import WEIGHTS
 from engine.plan.memory.ranks import cards_laid_out, is_sharded
-from engine.plan.memory.stack import AXOLOTL, WINDTUNNEL, Stack
+from engine.plan.memory.step import AXOLOTL, WINDTUNNEL, Stack
 
 __all__ = [
     "AXOLOTL",

@@ -16,8 +16,7 @@ from engine.plan.measured import corrected, find_measured
 from engine.plan.memory.frozen import Frozen, Sizes, frozen_bytes, sizes_of
 from engine.plan.memory.moments import cuts_loss, kept_states, list_moments
 from engine.plan.memory.ranks import cards_of_a_copy, divide
-from engine.plan.memory.stack import DIFFERENCES, WINDTUNNEL, Stack
-from engine.plan.memory.step import Step, make_step
+from engine.plan.memory.step import DIFFERENCES, WINDTUNNEL, Stack, Step, make_step
 from engine.plan.targets import count_targets
 from engine.plan.trainer import (
     CHUNK_BYTES,
