@@ -84,7 +84,7 @@ def test_every_way_in_which_a_stack_can_differ_has_words() -> None:
 
 
 def test_the_table_fails_where_the_formula_gets_worse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.plan.memory.frozen.NF4_BYTES", 0.6)
+    monkeypatch.setattr("engine.plan.memory.step.NF4_BYTES", 0.6)
     read_rows.cache_clear()
     try:
         assert published() == 1

@@ -16,9 +16,7 @@ from engine.plan.memory.formula import (
     moment_parts,
     on_device,
 )
-from engine.plan.memory.frozen import WEIGHTS
-from engine.plan.memory.ranks import cards_laid_out, is_sharded
-from engine.plan.memory.step import AXOLOTL, WINDTUNNEL, Stack
+from engine.plan.memory.step import AXOLOTL, WEIGHTS, WINDTUNNEL, Stack, cards_laid_out, is_sharded
 
 __all__ = [
     "AXOLOTL",

@@ -13,10 +13,20 @@ from engine.config import SHARDED_OPTIMIZERS, RunConfig
 from engine.data.statistics import Statistics
 from engine.plan.device import Device
 from engine.plan.measured import corrected, find_measured
-from engine.plan.memory.frozen import Frozen, Sizes, frozen_bytes, sizes_of
 from engine.plan.memory.moments import cuts_loss, kept_states, list_moments
-from engine.plan.memory.ranks import cards_of_a_copy, divide
-from engine.plan.memory.step import DIFFERENCES, WINDTUNNEL, Stack, Step, make_step
+from engine.plan.memory.step import (
+    DIFFERENCES,
+    WINDTUNNEL,
+    Frozen,
+    Sizes,
+    Stack,
+    Step,
+    cards_of_a_copy,
+    divide,
+    frozen_bytes,
+    make_step,
+    sizes_of,
+)
 from engine.plan.targets import count_targets
 from engine.plan.trainer import (
     CHUNK_BYTES,

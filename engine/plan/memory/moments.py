@@ -16,8 +16,7 @@ from engine.plan.layers import (
     tower_bytes,
     transient_bytes,
 )
-from engine.plan.memory.frozen import Frozen
-from engine.plan.memory.step import EIGHT_BIT, Step
+from engine.plan.memory.step import EIGHT_BIT, Frozen, Step
 from engine.plan.targets import (
     expert_adapter_parameters,
     is_tied,
