@@ -7,15 +7,26 @@ what the trainer does; the peak is that of the fullest moment.
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Final
 
 from engine.catalog import Architecture
 from engine.config import SHARDED_OPTIMIZERS, RunConfig
 from engine.data.statistics import Statistics
+from engine.plan.attention import needs_mask
 from engine.plan.device import Device
+from engine.plan.layers import (
+    expert_bytes,
+    inference_bytes,
+    kept_bytes,
+    recomputed_layers,
+    tower_bytes,
+    transient_bytes,
+)
 from engine.plan.measured import corrected, find_measured
-from engine.plan.memory.moments import cuts_loss, kept_states, list_moments
 from engine.plan.memory.step import (
     DIFFERENCES,
+    EIGHT_BIT,
     WINDTUNNEL,
     Frozen,
     Sizes,
@@ -27,16 +38,294 @@ from engine.plan.memory.step import (
     make_step,
     sizes_of,
 )
-from engine.plan.targets import count_targets
+from engine.plan.targets import (
+    count_targets,
+    expert_adapter_parameters,
+    is_tied,
+    largest_trainable,
+    trains_embedding,
+    trains_head,
+)
 from engine.plan.trainer import (
+    ANSWER_TOKENS,
     CHUNK_BYTES,
     PIECE_BYTES,
     PROCESS_BYTES,
     SMALLEST_CHUNK_BYTES,
+    WIDENED_NUMBERS,
     kept_modules,
+    names_cut_loss,
 )
 from engine.plan.verdict import Estimate, judge
 from engine.units import GIB
+
+LEARNED_AT_LOSS = 2
+"""The learned states and their gradient, beside which the gradient of all states comes to lie."""
+OFFLOADED_STATES = 2
+"""Layer inputs that are on the device at once where they are kept in RAM: that of the layer at work
+and that of the next one."""
+
+# What the optimizer's step makes follows from code of other libraries, and from how our own step
+# moves bfloat16 weights; tests/train/test_plan_sizes.py holds these figures against what torch's
+# allocator was asked for.
+CPU_BYTES: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        # Its root, the quotient of that, and the quotient of the tensor before, which may be as
+        # large (torch.optim.adam, _single_tensor_adam).
+        "adamw_torch": 12,
+        # Both moments in float32, the scaled gradient, a root and its quotient; and for 32 bits
+        # the last three alone (bitsandbytes/backends/cpu/ops.py).
+        **dict.fromkeys(EIGHT_BIT, 20),
+        "paged_adamw_32bit": 12,
+        "adamw_torch_fused": 0,
+    }
+)
+"""For each number of the tensor that is moved, one after another."""
+FOREACH_BYTES: Final = 4
+"""On a GPU `adamw_torch` takes the root of all second moments at once (torch.optim.adam,
+_multi_tensor_adam). The other optimizers are kernels that work in place."""
+SPLIT_BYTES: Final = 4
+"""One number of `engine.train.optim.split`: an int32 beside the float32 that is cut in two."""
+JOIN_BYTES: Final = 8
+"""On a CPU `engine.train.optim.join` adds the cut-off bits by way of a copy in int32."""
+ROUND_BYTES: Final = 12
+"""Of `engine.train.optim.round_at_random`: the random bits, the sum with them, and that shifted."""
+
+
+def list_moments(step: Step, frozen: Frozen) -> dict[str, dict[str, float]]:
+    """What each moment holds on the device by part, the weights included, by the moment's name."""
+    resting = {**frozen.device, **step.trained_bytes()}
+    idle = {**resting, "gradients": 0.0}
+    kept, _ = kept_states(step)
+    seen, seeing = tower_bytes(
+        step.config, step.table, step.of_images, step.largest_image, step.base_bytes
+    )
+    masks_kept, mask = _mask_bytes(step)
+    backward = _gradients(step, resting)
+    return {
+        "loading": {**frozen.device, "loading": frozen.in_flight},
+        "backward pass": {
+            **backward,
+            "activations": kept + seen,
+            # The tower runs before anything is kept, and back through it when nothing is any more.
+            "layer": _table_bytes(step, max(_layer_bytes(step), seeing - kept), kept),
+            "mask": max(mask, masks_kept),
+        },
+        "loss": {
+            **(backward if _adds_up(step) else idle),
+            "activations": kept + seen,
+            "loss": _loss_bytes(step) + frozen.head,
+            "mask": masks_kept,
+        },
+        "optimizer step": {**resting, "update": update_bytes(step)},
+        "save": {**idle, "piece": 0 if step.offloads else _piece_bytes(step)},
+        "evaluation": {
+            **idle,
+            "activations": seen,
+            "layer": inference_bytes(step.config, step.widths, step.tokens, step.base_bytes),
+            "loss": _scored_bytes(step) + frozen.head,
+            "mask": mask,
+        },
+        "generation": {
+            **idle,
+            "cache": cache_bytes(step),
+            "loss": frozen.head,
+            "layer": inference_bytes(
+                step.config, step.widths, step.config.sequence_len, step.base_bytes
+            ),
+        },
+    }
+
+
+def _piece_bytes(step: Step) -> int:
+    """Of the largest tensor that is saved or read back, what a save and a resume have at once."""
+    return min(PIECE_BYTES, 4 * largest_trainable(step.table, step.config))
+
+
+def _adds_up(step: Step) -> bool:
+    """Whether a backward pass finds gradients of an earlier one."""
+    return step.config.gradient_accumulation_steps > 1
+
+
+def _gradients(step: Step, resting: Mapping[str, float]) -> Mapping[str, float]:
+    """Gradients before the last one of a backward pass is formed, that of the embedding.
+
+    Where weights move in the backward pass, only the largest one is there at once.
+    """
+    if step.stack.steps_in_backward:
+        largest = max(row.count for row in step.table.parameters)
+        return {**resting, "gradients": largest * step.base_bytes}
+    if _adds_up(step) or not _forms_table(step):
+        return resting
+    return {**resting, "gradients": resting["gradients"] - _embedding_bytes(step)}
+
+
+def _forms_table(step: Step) -> bool:
+    return trains_embedding(step.table, step.config) and step.stack.keeps_rest
+
+
+def _embedding_bytes(step: Step) -> int:
+    return step.widths.head * step.base_bytes
+
+
+def kept_states(step: Step) -> tuple[float, float]:
+    """What the layers keep from the forward to the backward pass: (on the device, in RAM)."""
+    config, sizes = step.config, step.widths
+    again = recomputed_layers(config, sizes)
+    state = step.tokens * sizes.hidden * step.base_bytes
+    whole = (sizes.layers - again) * (_one_kept(step) + _experts(step)[0])
+    if step.offloads and config.activation_offloading:
+        return min(OFFLOADED_STATES, again) * state + whole, again * state
+    return again * state + whole, 0
+
+
+def _layer_bytes(step: Step) -> float:
+    """What the one layer holds whose backward pass is running, beside what was kept for it.
+
+    Of the layers that were kept where there are some: they come first, and make more room as they
+    go than a layer takes that is computed again.
+    """
+    config, sizes = step.config, step.widths
+    layer = transient_bytes(config, sizes, step.tokens, step.base_bytes) + _repeated_bytes(step)
+    resting, held = _experts(step)
+    if recomputed_layers(config, sizes) < sizes.layers:
+        return max(0, layer - _one_kept(step)) + held - resting
+    return layer + held
+
+
+def _one_kept(step: Step) -> int:
+    """What one layer keeps that is not computed again, its experts not counted."""
+    config, device = step.config, step.device
+    flash = step.base_bytes == 2 and not needs_mask(config.attn_implementation, device)
+    one = kept_bytes(config, step.widths, step.tokens, step.base_bytes, flash=flash)
+    return one + _repeated_bytes(step)
+
+
+def _repeated_bytes(step: Step) -> int:
+    """What a layer's attention keeps of keys and values that were repeated for every head.
+
+    In float32 a card has one kernel that keeps no scores, and it takes no grouped heads.
+    """
+    if step.device.kind != "cuda" or step.base_bytes != 4:
+        return 0
+    return step.tokens * step.widths.repeated * step.base_bytes
+
+
+def _experts(step: Step) -> tuple[float, float]:
+    """(kept by a layer of experts, held in its backward pass); nothing without experts."""
+    config, sizes, stack = step.config, step.widths, step.stack
+    if not sizes.expert_rows:
+        return 0, 0
+    adapter = expert_adapter_parameters(step.table, config) // sizes.layers
+    kept, held = expert_bytes(config, sizes, step.tokens, step.base_bytes, adapter)
+    formed = stack.stacks_formed if adapter else stack.stacks_at_once
+    return kept, held + formed * sizes.expert_stack * step.base_bytes / 2
+
+
+def _loss_bytes(step: Step) -> float:
+    """The learned states, their gradient, and logits: a chunk of them where no kernel cuts them.
+
+    After the last chunk, the gradient of all states. A head that is trained adds up its gradient in
+    float32, beside which the one in its own type comes to lie.
+    """
+    sizes, stack = step.widths, step.stack
+    learned = LEARNED_AT_LOSS * step.learned * sizes.hidden * step.base_bytes
+    every = step.tokens * sizes.hidden * step.base_bytes
+    if stack.logits_bytes:
+        return learned + every + stack.logits_bytes * step.tokens * sizes.vocabulary
+    if cuts_loss(step):
+        return learned + every
+    logits = _logits_bytes(step, step.chunk_bytes)
+    # Beside a chunk in half precision: its gradient in the head's type, and the product of the two
+    # in float32. In float32 the gradient is the chunk, and the targets' rows of the head come
+    # beside.
+    share = sizes.hidden / sizes.vocabulary
+    chunk = logits * (1.5 + share if step.base_bytes == 2 else 1 + 2 * share)
+    if not (trains_head(step.table, step.config) and stack.keeps_rest):
+        return learned + max(every, chunk)
+    head = 4 * sizes.head
+    narrow = head / 2 if step.base_bytes == 2 else 0
+    return learned + head + max(every, narrow, chunk)
+
+
+def _scored_bytes(step: Step) -> float:
+    """A chunk of logits; a CPU's product of half precision is widened beside itself."""
+    widened = step.device.kind == "cpu" and step.base_bytes == 2
+    return _logits_bytes(step, SMALLEST_CHUNK_BYTES) * (1.5 if widened else 1)
+
+
+def cuts_loss(step: Step) -> bool:
+    """Whether cut-cross-entropy computes the loss: where asked for, for a frozen head."""
+    asked = step.stack.cuts_loss or names_cut_loss(step.config)
+    half = step.device.computes_bf16 and step.base_bytes == 2
+    return asked and half and not trains_head(step.table, step.config)
+
+
+def _logits_bytes(step: Step, chunk_bytes: int) -> int:
+    return min(chunk_bytes, 4 * step.learned * step.widths.vocabulary)
+
+
+def _table_bytes(step: Step, layer: float, kept: float) -> float:
+    """What the layers' part of a backward pass holds where the embedding is trained.
+
+    Its gradient is a whole table, at the end, when nothing is kept any more. Of a tied one that of
+    the head stays through the whole pass to be added to it.
+    """
+    if not _forms_table(step):
+        return layer
+    table = _embedding_bytes(step)
+    of_head = table if is_tied(step.table) else 0
+    return max(layer + of_head, table + of_head - kept)
+
+
+def _mask_bytes(step: Step) -> tuple[int, int]:
+    """Of the mask (tokens, tokens) that keeps packed rows apart where the backend cannot cut them:
+    (kept from the forward to the backward pass, held while a layer is computed).
+
+    One byte a pair as transformers makes it for all layers; PyTorch turns it into a number of the
+    queries' type in every layer, which is kept for the layer's backward pass unless that computes
+    the layer again (convert_boolean_attn_mask in sdp_utils).
+    """
+    config, sizes = step.config, step.widths
+    if not config.sample_packing or not needs_mask(config.attn_implementation, step.device):
+        return 0, 0
+    pairs = step.tokens * min(config.sequence_len, step.tokens)
+    again = recomputed_layers(config, sizes)
+    kept = (1 if again else 0) + (sizes.layers - again) * step.base_bytes
+    return pairs * kept, pairs * (1 + step.base_bytes)
+
+
+def cache_bytes(step: Step) -> float:
+    """Keys and values of one answer behind the longest prompt, in every layer."""
+    tokens = step.config.sequence_len + max(ANSWER_TOKENS, step.config.eval_max_new_tokens)
+    return step.widths.cached * step.widths.layers * tokens * step.base_bytes
+
+
+def update_bytes(step: Step) -> float:
+    """The most that the step takes, in bytes.
+
+    Weights in bfloat16 are moved in float32, a few at a time or the largest alone, each with its
+    gradient: 4 bytes more, or 2 of a weight whose cut-off bits lie beside it meanwhile.
+    """
+    cpu = step.device.kind == "cpu"
+    largest = largest_trainable(step.table, step.config)
+    whole = step.whole if step.rest_bytes else 0
+    factors = step.adapter if step.adapter_bytes == 2 else 0
+    widened = min(whole + factors, max(WIDENED_NUMBERS, largest))
+    cut = max(ROUND_BYTES * bool(factors), (JOIN_BYTES if cpu else SPLIT_BYTES) * bool(whole))
+    at_once = step.trainable - whole - factors + widened
+    return (4 if factors else 2) * widened + max(cut * largest, _working(step, largest, at_once))
+
+
+def _working(step: Step, largest: int, at_once: int) -> int:
+    """What the optimizer makes for itself."""
+    optimizer = step.config.optimizer
+    if step.stack.steps_in_backward:
+        return 0
+    if step.device.kind == "cpu":
+        return CPU_BYTES[optimizer] * largest
+    return FOREACH_BYTES * at_once if optimizer == "adamw_torch" else 0
+
 
 # Peak allocated -> what the card has to hold: CUDA's context, and what the allocator keeps beyond.
 CONTEXT_BYTES, ALLOCATOR_SLACK = int(0.55 * GIB), 0.03
