@@ -34,7 +34,8 @@ from engine.hardware import assume
 from engine.interrupt import INTERRUPTED
 from engine.launch import forwarded_signals, launch, require_torch, resume_run
 from engine.plan import best_device, estimate, remarks
-from engine.plan.memory import cards_laid_out, cards_needed
+from engine.plan.memory import cards_needed
+from engine.plan.step import cards_laid_out
 from engine.plan.trainer import refuse_bf16
 from engine.report.plan import plan_verdict
 from engine.report.run import progress_text, read_results, state_lines

@@ -23,7 +23,7 @@ from engine.plan.ladder import (
     make_fit,
     next_rung,
 )
-from engine.plan.memory import AXOLOTL, WEIGHTS, Peer, compare_peer, estimate
+from engine.plan.memory import Peer, compare_peer, estimate
 from engine.plan.recommend import (
     LengthPrice,
     Prospect,
@@ -36,6 +36,7 @@ from engine.plan.recommend import (
     survey,
 )
 from engine.plan.remarks import Goal, refuse_answering, remarks, why_not_trained
+from engine.plan.step import AXOLOTL, WEIGHTS
 from engine.plan.verdict import Estimate, Verdict, estimate_document, plan_document
 
 __all__ = [

@@ -29,8 +29,8 @@ from engine.plan.layers import (
     tower_of,
     widths,
 )
-from engine.plan.memory.formula import kept_states
-from engine.plan.memory.step import Step, frozen_bytes, make_step, packed_numbers
+from engine.plan.memory import kept_states
+from engine.plan.step import Step, frozen_bytes, make_step, packed_numbers
 from engine.plan.targets import trainable_parameters, trains_vision
 from engine.plan.trainer import PATCHES_AT_ONCE
 

@@ -17,8 +17,8 @@ from engine.data.statistics import Statistics
 from engine.plan.device import Device
 from engine.plan.duration import pace_of, speedup
 from engine.plan.layers import recomputed_layers, tower_works, widths
-from engine.plan.memory import estimate, is_sharded
-from engine.plan.memory.step import SLOTS
+from engine.plan.memory import estimate
+from engine.plan.step import SLOTS, is_sharded
 from engine.plan.targets import linear_endings
 from engine.plan.trainer import PLUGIN, PRICE, names_cut_loss
 from engine.plan.verdict import Estimate

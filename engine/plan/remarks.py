@@ -21,7 +21,8 @@ from engine.catalog.architecture import ROPE
 from engine.config import RunConfig
 from engine.errors import DOES_NOT_FIT, UserError
 from engine.plan.device import Device
-from engine.plan.memory import Stack, moment_parts, on_device
+from engine.plan.memory import moment_parts, on_device
+from engine.plan.step import Stack
 from engine.plan.targets import choose_targets
 from engine.units import gib
 from engine.visible import visible

@@ -15,7 +15,7 @@ from engine.config import RunConfig, spell
 from engine.errors import WorkError
 from engine.events import Shortage
 from engine.plan import SAME_RESULT, Device, next_rung
-from engine.plan.memory import WEIGHTS
+from engine.plan.step import WEIGHTS
 from engine.runs import RunFolder
 from engine.units import gib
 from engine.visible import visible

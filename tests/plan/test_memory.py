@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from engine.plan import Estimate, Statistics, estimate
 from engine.plan.layers import kept_bytes, widths
-from engine.plan.memory import AXOLOTL as AXOLOTL_STACK
-from engine.plan.memory import WINDTUNNEL, Stack, compare_peer, moment_parts
-from engine.plan.memory.step import DIFFERENCES
+from engine.plan.memory import compare_peer, moment_parts
+from engine.plan.step import AXOLOTL as AXOLOTL_STACK
+from engine.plan.step import DIFFERENCES, WINDTUNNEL, Stack
 from engine.plan.verdict import TIGHT_BYTES, judge
 from engine.units import GIB
 from tests.research.published import (
@@ -84,7 +84,7 @@ def test_every_way_in_which_a_stack_can_differ_has_words() -> None:
 
 
 def test_the_table_fails_where_the_formula_gets_worse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.plan.memory.step.NF4_BYTES", 0.6)
+    monkeypatch.setattr("engine.plan.step.NF4_BYTES", 0.6)
     read_rows.cache_clear()
     try:
         assert published() == 1

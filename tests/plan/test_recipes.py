@@ -19,7 +19,8 @@ from engine.config import read_config, require_supported
 from engine.errors import UserError
 from engine.hardware import assume
 from engine.plan import best_device, estimate
-from engine.plan.memory import cards_laid_out, cards_needed
+from engine.plan.memory import cards_needed
+from engine.plan.step import cards_laid_out
 
 FOLDER = Path(__file__).parents[2] / "presets" / "recipes"
 MINISTRAL = {"qlora-text", "qlora-think", "qlora-vision", "lora", "full"}

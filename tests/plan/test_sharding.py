@@ -9,7 +9,8 @@ from engine.config import SHARDED_OPTIMIZERS, read_config, require_supported
 from engine.errors import UserError
 from engine.hardware import assume
 from engine.plan import Estimate, best_device, changed, estimate, make_fit, recommend
-from engine.plan.memory import cards_laid_out, cards_needed, moment_parts
+from engine.plan.memory import cards_needed, moment_parts
+from engine.plan.step import cards_laid_out
 from tests.support.machines import config, model, sized
 
 FSDP = {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}

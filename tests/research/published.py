@@ -23,7 +23,8 @@ from ruamel.yaml import YAML
 from engine.catalog import Architecture, model_names, read_architecture
 from engine.config import RunConfig
 from engine.plan import estimate
-from engine.plan.memory import AXOLOTL, Stack, on_device
+from engine.plan.memory import on_device
+from engine.plan.step import AXOLOTL, Stack
 from engine.units import GIB
 from tests.support.machines import card
 

@@ -20,9 +20,8 @@ from engine.hardware import assume
 from engine.plan import WEIGHTS, Estimate, cpu_device, estimate, trainer
 from engine.plan.duration import tower_operations
 from engine.plan.layers import image_share
-from engine.plan.memory import moment_parts
-from engine.plan.memory.formula import CPU_BYTES, FOREACH_BYTES, update_bytes
-from engine.plan.memory.step import make_step
+from engine.plan.memory import CPU_BYTES, FOREACH_BYTES, moment_parts, update_bytes
+from engine.plan.step import make_step
 from engine.plan.targets import (
     adapter_parameters,
     choose_targets,

@@ -24,7 +24,7 @@ from engine.plan.layers import (
     transient_bytes,
 )
 from engine.plan.measured import corrected, find_measured
-from engine.plan.memory.step import (
+from engine.plan.step import (
     DIFFERENCES,
     EIGHT_BIT,
     WINDTUNNEL,
