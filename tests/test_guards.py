@@ -74,7 +74,7 @@ GUARDS = {
         "engine/plan/remarks.py",
         "        _other_than_its_makers(config, architecture),\n",
         "",
-        "tests/catalog/test_agreement.py"
+        "tests/catalog/test_architecture.py"
         "::test_the_first_config_of_medium_is_reported_with_what_repairs_it",
     ),
     "an override of the rotation that is built": Guard(

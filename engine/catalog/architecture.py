@@ -2,7 +2,10 @@
 
 The word of a stranger's config.json is taken or refused here: the architecture has to be on the
 allow-list, and the file may not choose code or kernels. Nothing is fetched: a hub id is looked up
-in this computer's cache and in the catalog.
+in this computer's cache and in the catalog. The file decides how the model is built, so that a
+wrong number in it is trained with and goes unnoticed: Mistral Medium 3.5 was released with
+`mscale_all_dim: 1.0`, which switches YaRN's scaling of attention off. So it is compared with the
+keys that a source of the catalog's card vouches for.
 """
 
 import json
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.catalog.cards import ModelCard, find_model, find_repository, list_models, model_names
-from engine.catalog.modules import ModuleTable
+from engine.catalog.modules import ModuleTable, module_table
 from engine.errors import UserError
 from engine.visible import visible
 
@@ -122,9 +125,6 @@ def _check(
     checkpoint: str | None,
     assumed: tuple[str, ...] = (),
 ) -> Architecture:
-    # Imported here so that `import engine.catalog` does not load pydantic.
-    from engine.catalog.modules import module_table
-
     where = visible(str(folder / "config.json"), one_line=True) if folder else name
     dropped = _drop_code_choices(config, where)
     table = module_table(config, where=where)

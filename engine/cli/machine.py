@@ -23,7 +23,7 @@ from engine.hardware import (
     flash_4_on,
     missing_packages,
 )
-from engine.plan import Device, Prospect, best_device, device_document
+from engine.plan import Device, Prospect, best_device, device_document, survey
 from engine.report import Line
 from engine.report.machine import (
     card_state,

@@ -1,7 +1,8 @@
 """What makes any config fit: the cheapest sequence of changes, each with what it saves and costs.
 
-It goes from what changes no result, over what costs time, exactness and capacity, to what costs
-data. Rungs that the later ones make needless are left out again, the dearest first.
+A rung is a function of the config as it is by then, and something that the trainer does. The ladder
+goes from what changes no result, over what costs time, exactness and capacity, to what costs data.
+Rungs that the later ones make needless are left out again, the dearest first.
 """
 
 from bisect import bisect_left

@@ -1,9 +1,10 @@
-"""What the layers of a step cost: the widths of a model, and bytes a token for each of them.
+"""What layers and images cost: the widths of a model, bytes a token, and the vision tower's share.
 
-The figures are profiled, not derived, and are data, presets/memory.yml, with their origin:
-`python -m tests.research.layer_memory` makes them anew for the versions of constraints.txt, and a
-test profiles layers again and compares. `python -m tests.research.expert_memory` prints those of
-the trainer's layer of experts.
+The figures of the decoder's layers are profiled, not derived, and are data, presets/memory.yml,
+with their origin: `python -m tests.research.layer_memory` makes them anew for the versions of
+constraints.txt, and a test profiles layers again and compares. `python -m
+tests.research.expert_memory` prints those of the trainer's layer of experts. The tower's are
+counted from its shapes alone, which is why a plan with images has a wider range.
 """
 
 import math

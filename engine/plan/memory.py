@@ -1,7 +1,8 @@
 """How much memory a run needs, by part, before anything is loaded or downloaded.
 
 A closed formula over the module table, cheap enough to run at every keystroke. Each part follows
-what the trainer does; the peak is that of the fullest moment.
+what the trainer does; the peak is that of the fullest moment, and saying which one that is says
+what would help.
 """
 
 from bisect import bisect_left

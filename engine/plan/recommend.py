@@ -1,7 +1,8 @@
 """From a model, a device and a dataset to a whole config, with a reason for every value.
 
-The rules themselves are in `choice`; here is what is kept of the person's own values, and what is
-said of them.
+The rules themselves are in `choice`; here is what is kept of the person's own values, what is said
+of them, and a plan of every model of the catalog on a device. A sequence has to fit on one card:
+spreading one row over several (context parallelism) is not done.
 """
 
 from collections.abc import Mapping

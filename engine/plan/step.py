@@ -1,7 +1,12 @@
-"""What decides the memory of one run, and what is trained in it.
+"""What decides the memory of one run: what is trained, the model's weights, one card's share of both.
 
 Each trained number is held up to four times, in types of its own: itself, its gradient, the
-optimizer's state, and what bfloat16 cuts off of it.
+optimizer's state, and what bfloat16 cuts off of it. FSDP2 divides all of them over the cards of one
+copy; HSDP's further copies change nothing on a card. Expert parallelism divides the experts in
+another direction and to the same size, but never gathers them. What a forward and backward pass
+holds is each card's own, and so is what is gathered: a layer at work with the next one on its way,
+the root's embedding and head for as long as the pass lasts, and the gradients of a layer before
+they are scattered.
 """
 
 import re
@@ -28,7 +33,12 @@ from engine.plan.trainer import SMALLEST_CHUNK_BYTES, base_bytes_of, is_kept, ke
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """How a trainer does what a config leaves open; the defaults are ours."""
+    """How a trainer does what a config leaves open; the defaults are ours.
+
+    By it the formula is held against figures that other tools published for the same config: each
+    difference is a field, read off their source or their own description, and never fitted to one
+    of the figures.
+    """
 
     name: str = "Windtunnel"
     tower: Literal["idle in RAM", "on the device", "quantized"] = "idle in RAM"

@@ -7,7 +7,7 @@ from typing import Final
 from engine.catalog import Architecture, ModelCard, read_architecture
 from engine.chat.tokenizer_file import check_tokenizer
 from engine.errors import UserError
-from engine.plan import Device, Prospect, Recommendation, propose, recommend
+from engine.plan import Device, Prospect, Recommendation, propose, recommend, survey
 from engine.report import Line
 from engine.report.plan import method, model_verdict, size, weights_sentence
 from engine.units import GIB, gib

@@ -1,9 +1,12 @@
 """Measured figures: found again for the very same run and for no other, and put in the plan."""
 
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from types import FrameType
@@ -14,11 +17,12 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from engine.catalog import Architecture
+from engine.catalog import Architecture, read_architecture
 from engine.catalog.modules import module_table
 from engine.config import RunConfig
 from engine.errors import WorkError
-from engine.plan import Device, estimate
+from engine.hardware import listed_gpus
+from engine.plan import Device, estimate, make_fit
 from engine.plan.measured import (
     HOME_VARIABLE,
     INDIFFERENT,
@@ -31,6 +35,7 @@ from engine.plan.measured import (
     store,
 )
 from engine.units import GIB
+from tests.make.fits import GOALS, PAGE, Cell, cells, line_of, page
 from tests.support.machines import card, config, cpu, model
 
 H100 = card("H100 80GB")
@@ -261,3 +266,38 @@ class TestThePlan:
         plain = replace(plain, moments={**plain.moments, "evaluation": 30 * GIB})
         plan = corrected(plain, figure(peak=20 * GIB))
         assert plan == replace(plain, tokens_per_second=1234.5)
+
+
+@cache
+def every_cell() -> tuple[Cell, ...]:
+    return tuple(cells())
+
+
+def test_the_page_holds_the_lines_that_are_made_now() -> None:
+    """`python -m tests.make.fits` makes it anew."""
+    written = PAGE.read_text("utf-8").splitlines()
+    assert Counter(map(line_of, every_cell())) == Counter(
+        line for line in written if re.match(r"\| (magistral|ministral|mistral)-", line)
+    )
+
+
+@pytest.mark.slow
+def test_the_whole_page_is_what_is_made_now() -> None:
+    assert PAGE.read_text("utf-8") == page()
+
+
+def test_every_card_model_and_goal_has_its_line() -> None:
+    counts = Counter(cell.goal for cell in every_cell())
+    assert len({cell.card for cell in every_cell()}) == len(listed_gpus()) + 3
+    assert set(counts) == set(GOALS)
+    assert counts["text"] == 9 * (len(listed_gpus()) + 3)
+
+
+def test_none_is_worse_than_the_ladder_can_make_it() -> None:
+    poor = [cell for cell in every_cell() if cell.advice.estimate.verdict != "fits"]
+    for cell in poor:
+        rungs = make_fit(cell.advice.config, read_architecture(cell.model), cell.device)
+        assert not rungs or rungs[-1].estimate.verdict != "fits"
+    # Only the two largest models, and only below 12 GB.
+    assert {cell.model for cell in poor} <= {"mistral-medium-3.5", "mistral-small-4"}
+    assert {cell.card for cell in poor} <= {"6 GB GPU", "8 GB GPU"}

@@ -10,7 +10,7 @@ from engine.catalog import find_model
 from engine.cli.machine import show_planned
 from engine.errors import UserError
 from engine.hardware import assume
-from engine.plan import Device, Statistics, best_device
+from engine.plan import Device, Statistics, best_device, survey
 from engine.units import GIB
 from engine.wizard.draft import Draft
 from engine.wizard.flow import Wizard, perform
