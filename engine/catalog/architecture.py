@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.catalog.cards import ModelCard, find_model, find_repository, list_models, model_names
-from engine.catalog.modules import ModuleTable, module_table
+from engine.catalog.modules import ModuleTable
+from engine.catalog.rows import module_table
 from engine.errors import UserError
 from engine.visible import visible
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from engine.catalog import ModelCard, ModuleTable, list_models
-from engine.catalog.modules import module_table
+from engine.catalog.rows import module_table
 from engine.cli.terminal import AsJson, Assume
 from engine.hardware import (
     Gpu,

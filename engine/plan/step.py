@@ -1,4 +1,4 @@
-"""What decides the memory of one run: what is trained, the model's weights, one card's share of both.
+"""What decides the memory of a run: what is trained, the weights, one card's share of both.
 
 Each trained number is held up to four times, in types of its own: itself, its gradient, the
 optimizer's state, and what bfloat16 cuts off of it. FSDP2 divides all of them over the cards of one

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from engine.catalog import find_model
 from engine.catalog.cards import model_names
-from engine.catalog.modules import module_table
+from engine.catalog.rows import module_table
 from engine.chat.tokenizer import spec_of, write_tekken
 from engine.config import RunConfig
 from engine.data.prepared import mix

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.catalog import Architecture
-from engine.catalog.modules import Mistral3Sizes, Mistral4Sizes, TextSizes, module_table, read_sizes
+from engine.catalog.rows import Mistral3Sizes, Mistral4Sizes, TextSizes, module_table, read_sizes
 from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind, learned
 from engine.config import RunConfig
 from engine.data.prepare import label_rule

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.catalog import find_model, linear_targets, list_models, read_architecture
-from engine.catalog.modules import module_table
+from engine.catalog.rows import module_table
 from engine.cli import main
 from engine.errors import UserError
 from tests.support.sizes import BILLIONS

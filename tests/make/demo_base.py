@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.catalog import find_model
-from engine.catalog.modules import module_table
+from engine.catalog.rows import module_table
 from engine.config import parse_config, write_config
 from engine.runs import RunFolder
 from engine.train.fetch import EMBEDDING, write_base

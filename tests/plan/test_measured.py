@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from engine.catalog import Architecture, read_architecture
-from engine.catalog.modules import module_table
+from engine.catalog.rows import module_table
 from engine.config import RunConfig
 from engine.errors import WorkError
 from engine.hardware import listed_gpus

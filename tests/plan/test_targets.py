@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from engine.catalog import linear_targets, list_models
-from engine.catalog.modules import module_table
+from engine.catalog.rows import module_table
 from engine.errors import UserError
 from engine.plan.targets import (
     ALL_LINEAR,

@@ -78,7 +78,7 @@ def write_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from engine.catalog.modules import module_table
+    from engine.catalog.rows import module_table
 
     config = MODEL | dict(changes or {})
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from engine.catalog import ModuleTable, find_model, linear_targets, list_models
-from engine.catalog.modules import module_table
+from engine.catalog.rows import module_table
 from tests.support import tiny
 
 # Of latent attention no two widths are alike, so that none can stand in another's place.

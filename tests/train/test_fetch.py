@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.catalog import find_model
-from engine.catalog.modules import module_table
+from engine.catalog.rows import module_table
 from engine.chat.tokenizer import open_tokenizer
 from engine.errors import WorkError
 from engine.train import fetch

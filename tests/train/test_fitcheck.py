@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from engine.catalog import list_models, read_architecture
-from engine.catalog.modules import module_table
+from engine.catalog.rows import module_table
 from engine.chat.render import IGNORED_LABEL
 from engine.config import RunConfig, write_config
 from engine.errors import UserError

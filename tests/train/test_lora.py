@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.catalog import linear_targets, list_models, read_architecture
-from engine.catalog.modules import module_table
+from engine.catalog.rows import module_table
 from engine.errors import UserError
 from engine.plan.targets import choose_targets
 from engine.plan.targets import trainable_parameters as planned_parameters

@@ -286,7 +286,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     base.mkdir()
     config = MINISTRAL3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 32}
     config |= {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 64}
-    from engine.catalog.modules import module_table
+    from engine.catalog.rows import module_table
 
     tensors = [Entry(p.name, p.shape, torch.bfloat16) for p in module_table(config).parameters]
     write_shards(base, tensors, lambda each: iter([torch.ones(each.shape, dtype=torch.bfloat16)]))
