@@ -21,7 +21,6 @@ from typing import Any
 
 from engine.catalog.cards import ModelCard, find_model, find_repository, list_models, model_names
 from engine.catalog.modules import ModuleTable
-from engine.catalog.rows import module_table
 from engine.errors import UserError
 from engine.visible import visible
 
@@ -126,6 +125,9 @@ def _check(
     checkpoint: str | None,
     assumed: tuple[str, ...] = (),
 ) -> Architecture:
+    # Imported here so that `import engine.catalog` does not load pydantic.
+    from engine.catalog.rows import module_table
+
     where = visible(str(folder / "config.json"), one_line=True) if folder else name
     dropped = _drop_code_choices(config, where)
     table = module_table(config, where=where)
