@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from engine import events
 from engine.errors import UserError, WorkError
-from engine.events import Ended, Event, Phase, Step
 from engine.report.run import event_line, state_lines, way_back
 from engine.runs import RunFolder, follow, status
 from engine.visible import visible
@@ -35,9 +35,9 @@ def follow_run(
             last = event
     except KeyboardInterrupt:
         raise Leave(f"{name} is {way_back(run, status(run)) or 'done'}") from None
-    if isinstance(last, Ended) and last.outcome == "failed":
+    if isinstance(last, events.Ended) and last.outcome == "failed":
         raise UserError(last.what, last.why, last.fix, exit_status=1)
-    if not isinstance(last, Ended):
+    if not isinstance(last, events.Ended):
         raise WorkError(
             f"The run {name} is lost.",
             "Its trainer ended without a word.",
@@ -46,14 +46,18 @@ def follow_run(
     dialogue.say(*map(str, state_lines(run)))
 
 
-def _is_due(event: Event, last: Event | None, silent_seconds: float) -> bool:
-    if isinstance(event, Phase):
+def _is_due(event: events.Event, last: events.Event | None, silent_seconds: float) -> bool:
+    if isinstance(event, events.Phase):
         # A download tells its progress several times a second.
-        return not isinstance(last, Phase) or last.name != event.name or _is_long(silent_seconds)
-    if isinstance(event, Step):
+        return (
+            not isinstance(last, events.Phase)
+            or last.name != event.name
+            or _is_long(silent_seconds)
+        )
+    if isinstance(event, events.Step):
         at_end = event.step == event.total_steps
         return at_end or event.step % _LINE_STEPS == 0 or _is_long(silent_seconds)
-    return not isinstance(event, Ended)  # what came of it is said below
+    return not isinstance(event, events.Ended)  # what came of it is said below
 
 
 def _is_long(seconds: float) -> bool:
