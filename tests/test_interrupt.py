@@ -123,7 +123,7 @@ def test_a_shell_that_has_it_ignored_is_obeyed(interrupter: str) -> None:
 # just before it.
 ASKING = """
 import signal, sys, threading, time
-from tui.plain.dialogue import read_line
+from tui.plain import read_line
 threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 try:

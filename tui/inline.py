@@ -32,8 +32,7 @@ from engine.wizard.draft import Draft
 from engine.wizard.flow import Wizard, perform
 from engine.wizard.question import Choice, Confirm, Question
 from tui.line import to_ascii
-from tui.plain.dialogue import Dialogue, Leave
-from tui.plain.following import follow_run
+from tui.plain import Dialogue, Leave, follow_run
 
 _STYLE: Final = Style.from_dict(
     {

@@ -44,8 +44,7 @@ from tests.support.steps import ready, recommended
 from tests.support.written_runs import RunWriter
 from tui.app import WindtunnelApp
 from tui.inline import Inline
-from tui.plain import run_plain
-from tui.plain.following import follow_run
+from tui.plain import follow_run, run_plain
 from tui.progress import Progress
 from tui.screens.train import log_line
 

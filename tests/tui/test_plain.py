@@ -20,9 +20,7 @@ from tests.fakes.processes import PATIENCE_SECONDS, running_fake, wait_until
 from tests.support.conversation import Conversation
 from tests.support.extras import needs_trainer
 from tests.support.written_runs import written_run
-from tui.plain import Dialogue, run_plain
-from tui.plain.dialogue import Leave
-from tui.plain.following import follow_run
+from tui.plain import Dialogue, Leave, follow_run, run_plain
 
 SAMPLE = DatasetConfig(path="sample:harbour-pilot")
 SIX = ("Machine", "Model", "Data", "Preview", "Plan", "Review")
