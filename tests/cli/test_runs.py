@@ -1,31 +1,27 @@
-"""`runs`, `pause`, `resume` and `stop` as a person and a script use them."""
+"""`train`, `runs`, `pause`, `resume` and `stop` as a person and a script use them."""
 
 import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import cyclopts
 import pytest
 
-import engine.launch
-from engine.cli import build_app, runs
-from engine.errors import UserError, WorkError
+import engine.child
+from engine.cli import runs
+from engine.config import parse_config
 from engine.events import Ended, EventWriter
 from engine.runs import RunFolder, ask, create_run, is_locked, status
+from engine.wizard.start import create
 from tests.fakes.engine import loss_at, step_event
-from tests.fakes.processes import (
-    ROOT,
-    fake_environment,
-    processes_of,
-    running_fake,
-    wait_until,
-)
+from tests.fakes.processes import ROOT, fake_environment, processes_of, running_fake, wait_until
+from tests.support.commands import Call
+from tests.support.extras import needs_trainer
 from tests.support.run_folders import read_steps
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -34,21 +30,21 @@ PROGRAM = (
     "import sys; from engine.cli import main; from engine.cli.terminal import Host; "
     "sys.exit(main(host=Host(trainer='tests.fakes.engine')))"
 )
-
-
-@pytest.fixture
-def app() -> cyclopts.App:
-    return build_app()
-
-
-def call(app: cyclopts.App, *words: str) -> int:
-    result = app(list(words), exit_on_error=False, print_error=False, result_action="return_value")
-    return result or 0
-
-
-def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+SAMPLE = ROOT / "presets" / "samples" / "harbour-pilot" / "train.jsonl"
+SMALL = """
+# kept: a person's own words
+base_model: demo-tiny
+datasets:
+  - path: rows.jsonl  # beside this file
+    type: chat_template
+adapter: lora
+lora_r: 8
+sequence_len: 128
+micro_batch_size: 4
+max_steps: 3
+learning_rate: 0.005
+bf16: false
+"""
 
 
 def start_resume(*words: str, **fake: object) -> "subprocess.Popen[str]":
@@ -64,120 +60,100 @@ def start_resume(*words: str, **fake: object) -> "subprocess.Popen[str]":
     )
 
 
-def test_runs_prints_the_keys_of_the_contract(
-    run: RunFolder, app: cyclopts.App, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_prints_the_keys_of_the_contract(run: RunFolder, call: Call) -> None:
     with EventWriter(run.events) as events:
         events.emit(step_event(3))
         events.emit(Ended("finished", 3))
-    call(app, "runs", "--json")
-    (row,) = document(capsys)["runs"]
-    assert row["name"] == "first"
-    assert row["status"] == "finished"
-    assert row["step"] == 3
-    assert row["total_steps"] == step_event(3).total_steps
-    assert row["loss"] == loss_at(3)
-    call(app, "runs")
-    assert capsys.readouterr().out.startswith("first  finished  step 3 of ")
+    (row,) = call.document("runs")["runs"]
+    assert row.pop("path") == str(run.path)
+    assert row == {
+        "name": "first",
+        "status": "finished",
+        "step": 3,
+        "total_steps": step_event(3).total_steps,
+        "loss": loss_at(3),
+    }
+    assert call("runs")[1].startswith("first  finished  step 3 of ")
 
 
 def test_a_loss_that_is_not_a_number_is_null_in_json_and_nan_in_words(
-    run: RunFolder, app: cyclopts.App, capsys: pytest.CaptureFixture[str]
+    run: RunFolder, call: Call
 ) -> None:
     with EventWriter(run.events) as events:
         events.emit(dataclasses.replace(step_event(3), loss=math.nan))
-    call(app, "runs", "--json")
-    assert document(capsys)["runs"][0]["loss"] is None
-    call(app, "runs")
-    assert "loss nan" in capsys.readouterr().out
+    assert call.document("runs")["runs"][0]["loss"] is None
+    assert "loss nan" in call("runs")[1]
 
 
-def test_no_runs_yet_is_an_empty_list_and_a_way_to_begin(
-    app: cyclopts.App, capsys: pytest.CaptureFixture[str]
-) -> None:
-    call(app, "runs", "--json")
-    assert document(capsys) == {"runs": []}
-    call(app, "runs")
-    assert "windtunnel demo" in capsys.readouterr().out
+def test_no_runs_yet_is_an_empty_list_and_a_way_to_begin(call: Call) -> None:
+    assert call.document("runs") == {"runs": []}
+    assert "windtunnel demo" in call("runs")[1]
 
 
 def test_a_run_that_cannot_be_read_hides_no_other(
-    run: RunFolder, app: cyclopts.App, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    run: RunFolder, call: Call, tmp_path: Path
 ) -> None:
     broken = create_run("r", output_dir=tmp_path / "\x1b[2J")
     broken.events.mkdir()
-    call(app, "runs", "--json")
-    captured = capsys.readouterr()
-    assert [row["name"] for row in json.loads(captured.out)["runs"]] == ["first"]
-    assert "cannot be read" in captured.err
-    assert "\x1b" not in captured.err
+    _, out, err = call("runs", "--json")
+    assert [row["name"] for row in json.loads(out)["runs"]] == ["first"]
+    assert "cannot be read" in err
+    assert "\x1b" not in err
 
 
-def test_a_folder_name_cannot_speak_to_the_terminal(
-    app: cyclopts.App, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_folder_name_cannot_speak_to_the_terminal(call: Call, tmp_path: Path) -> None:
     create_run("r", output_dir=tmp_path / "\x1b[2Jx")
-    call(app, "runs")
-    assert "\x1b" not in capsys.readouterr().out
+    assert "\x1b" not in call("runs")[1]
 
 
 def test_runs_of_another_folder_are_listed_with_the_option(
-    run: RunFolder, app: cyclopts.App, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    run: RunFolder, call: Call, tmp_path: Path
 ) -> None:
     create_run("other", home=tmp_path / "elsewhere")
-    call(app, "runs", "--runs", str(tmp_path / "elsewhere"), "--json")
-    assert [row["name"] for row in document(capsys)["runs"]] == ["other"]
+    found = call.document("runs", "--runs", tmp_path / "elsewhere")["runs"]
+    assert [row["name"] for row in found] == ["other"]
 
 
-def test_a_run_is_paused_resumed_and_stopped(
-    run: RunFolder, app: cyclopts.App, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_paused_resumed_and_stopped(run: RunFolder, call: Call) -> None:
     with running_fake(run, save_seconds=0.3) as process:
         wait_until(lambda: len(read_steps(run)) > 1)
-        call(app, "pause", "first", "--json")
-        paused = document(capsys)
+        paused = call.document("pause", "first")
         assert (paused["run"], paused["outcome"], paused["status"]) == ("first", "done", "paused")
-        call(app, "resume", "first")
-        assert capsys.readouterr().out.startswith("Running: first, step ")
-        call(app, "stop", "first", "--json")
-        stopped = document(capsys)
-        assert stopped["status"] == "stopped"
+        assert call("resume", "first")[1].startswith("Running: first, step ")
+        code, out, _ = call("stop", "first", "--json")
+        stopped = json.loads(out)
+        assert (code, stopped["status"]) == (0, "stopped")
         assert not is_locked(run), "what was asked to stop has saved and is gone"
         assert process.wait(60) == 0
     assert (run.checkpoints / "LATEST").read_text() == f"step-{stopped['step']}"
 
 
-def test_what_the_run_refuses_is_an_error(run: RunFolder, app: cyclopts.App) -> None:
-    with running_fake(run, refuses="pause"), pytest.raises(WorkError, match="refused to pause"):
-        call(app, "pause", "first")
-
-
-@pytest.mark.parametrize("command", ["pause", "stop"])
-def test_a_run_that_is_not_running_cannot_be_asked(
-    run: RunFolder, app: cyclopts.App, command: str
-) -> None:
-    with pytest.raises(UserError, match="is not running"):
-        call(app, command, "first")
+def test_what_the_run_refuses_is_an_error(run: RunFolder, call: Call) -> None:
+    with running_fake(run, refuses="pause"):
+        code, _, err = call("pause", "first")
+    assert (code, "refused to pause" in err) == (1, True)
 
 
 @pytest.mark.parametrize("command", ["pause", "stop", "resume"])
-def test_an_unknown_run_is_answered_with_the_nearest(
-    run: RunFolder, app: cyclopts.App, command: str
+def test_a_run_that_is_not_running_or_not_known_cannot_be_asked(
+    run: RunFolder, call: Call, command: str
 ) -> None:
-    with pytest.raises(UserError) as caught:
-        call(app, command, "firts")
-    assert "The nearest name is first." in caught.value.why
+    if command != "resume":
+        code, _, err = call(command, "first")
+        assert (code, "is not running" in err) == (2, True)
+    code, _, err = call(command, "firts")
+    assert (code, "The nearest name is first." in err) == (2, True)
 
 
 def test_a_run_that_does_not_answer_is_a_sentence(
-    run: RunFolder, app: cyclopts.App, monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "_ANSWER_SECONDS", 0.2)
     with running_fake(run) as process:
         wait_until(lambda: len(read_steps(run)) > 1)
         process.send_signal(signal.SIGSTOP)
-        with pytest.raises(WorkError, match="has not answered"):
-            call(app, "stop", "first")
+        code, _, err = call("stop", "first")
+    assert (code, "has not answered" in err) == (1, True)
 
 
 def test_a_run_with_long_steps_gets_longer_to_answer(run: RunFolder) -> None:
@@ -226,9 +202,7 @@ def test_a_run_that_is_killed_in_the_foreground_is_called_lost(run: RunFolder) -
     assert "The run first is lost." in err
 
 
-def test_resume_in_the_background_returns_at_once(
-    run: RunFolder, app: cyclopts.App, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_in_the_background_returns_at_once(run: RunFolder) -> None:
     resumed = start_resume("first", "--detach", "--json")
     out, err = resumed.communicate(timeout=60)
     assert resumed.returncode == 0, err
@@ -236,3 +210,150 @@ def test_resume_in_the_background_returns_at_once(
     assert ask(run, "stop", timeout_seconds=20).outcome == "done"
     wait_until(lambda: not is_locked(run))
     assert engine.child.TRAINER == "engine.train"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "rows.jsonl").write_bytes(SAMPLE.read_bytes())
+    path = tmp_path / "pilot.yml"
+    path.write_text(SMALL, "utf-8")
+    return path
+
+
+def started(call: Call, *words: object) -> RunFolder:
+    code, out, _ = call("train", *words, "--json")
+    assert code == 0
+    return RunFolder(Path(json.loads(out)["run"]))
+
+
+@needs_trainer
+class TestTrain:
+    def test_runs_to_the_end_and_says_where(self, config: Path, home: Path, call: Call) -> None:
+        run = started(call, config)
+        assert run.path.parent == home / "runs"
+        assert status(run) == "finished"
+        written = run.config.read_text("utf-8")
+        assert "# kept: a person's own words" in written
+        assert str(config.parent / "rows.jsonl") in written
+        assert (run.adapter / "adapter_config.json").is_file()
+        assert list(run.data.glob("*"))
+
+    def test_events_are_printed_as_they_are_in_the_file(self, config: Path, call: Call) -> None:
+        changes = ("output_dir=here", "--max-steps", "1", "sample_packing=true")
+        code, printed, _ = call("train", config, *changes, "--events")
+        assert code == 0
+        types, kept = (
+            [json.loads(line)["type"] for line in text.splitlines()]
+            for text in (printed, Path("here/events.jsonl").read_text("utf-8"))
+        )
+        assert types == kept
+        assert types[-1] == "ended"
+        assert {"started", "step", "saved"} <= set(types)
+        assert re.search(r"104 rows packed into \d+ sequences, 9\d\.\d% full", printed)
+
+    def test_a_detached_run_goes_on_without_us(self, config: Path, call: Call) -> None:
+        run = started(call, config, "--detach")
+        assert is_locked(run)
+        code, _, err = call("resume", run.path, "--json")
+        assert (code, "is running" in err) == (2, True)
+        # 1 where it ends by itself before it reads the command: it has three steps.
+        assert call("stop", run.path, "--json")[0] in (0, 1)
+        wait_until(lambda: not is_locked(run))
+        assert status(run) in ("stopped", "finished")
+
+    @pytest.mark.parametrize(
+        ("change", "word"),
+        [("datasets[0].path=gone.jsonl", "gone.jsonl"), ("sequence_len=8", "sequence_len")],
+    )
+    def test_what_only_the_trainer_can_see_is_a_sentence_too(
+        self, change: str, word: str, config: Path, call: Call
+    ) -> None:
+        code, _, err = call("train", config, change, "output_dir=here")
+        assert code == 2
+        assert "Traceback" not in err
+        assert word in err
+        assert status(RunFolder(Path("here"))) == "failed"
+
+    def test_a_used_folder_is_never_mixed_with_another_run(self, config: Path, call: Call) -> None:
+        words = ("train", config, "output_dir=here")
+        events = Path("here/events.jsonl")
+        assert call(*words, "max_steps=1")[0] == 0
+        before = events.read_bytes()
+        code, _, err = call(*words, "max_steps=1")
+        assert (code, "already holds a run" in err) == (2, True)
+        assert events.read_bytes() == before
+        assert call(*words, "max_steps=2", "resume_from_checkpoint=true")[0] == 0
+        assert events.read_bytes().startswith(before)
+
+    def test_an_interrupted_run_is_saved_and_says_how_to_go_on(
+        self, config: Path, tmp_path: Path
+    ) -> None:
+        run = RunFolder(tmp_path / "here")
+        changes = [f"output_dir={run.path}", "max_steps=5000"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "engine", "train", str(config), *changes],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            wait_until(
+                lambda: run.events.exists() and '"type": "step"' in run.events.read_text(), 120
+            )
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        assert process.returncode == 130, err
+        assert f"Go on with: windtunnel resume {run.path}" in out
+        assert status(run) == "stopped"
+        assert (run.checkpoints / "LATEST").is_file()
+
+
+def test_paths_beside_the_config_are_absolute_in_the_run(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "words").mkdir()
+    text = config.read_text("utf-8").replace("demo-tiny", "model")
+    config.write_text(f"{text}tokenizer_config: words\ndataset_prepared_path: kept\n", "utf-8")
+    made = parse_config(create(config, [], tmp_path / "home").config).config
+    assert made.base_model == str(tmp_path / "model")
+    assert made.tokenizer_config == str(tmp_path / "words")
+    assert made.datasets[0].path == str(tmp_path / "rows.jsonl")
+    assert made.dataset_prepared_path == str(tmp_path / "kept")
+
+
+def test_a_catalog_name_stays_a_name_even_beside_a_folder_of_that_name(
+    config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "demo-tiny").mkdir()
+    made = parse_config(create(config, [], tmp_path / "home").config).config
+    assert made.base_model == "demo-tiny"
+
+
+class TestDryRun:
+    """`train --max-steps 0`"""
+
+    ROWS = SAMPLE.read_text("utf-8").splitlines(keepends=True)[:2]
+    BAD = '{"messages": [{"role": "user", "content": "Hi"}]}\n'
+
+    def test_says_what_would_run_and_runs_nothing(
+        self, config: Path, home: Path, call: Call
+    ) -> None:
+        Path("rows.jsonl").write_text("".join([*self.ROWS, self.BAD]), "utf-8")
+        code, out, _ = call("train", config, "--max-steps", "0")
+        said = out.splitlines()
+        assert code == 0
+        assert said[0].startswith("Dry run, nothing was loaded: it would train ")
+        assert said[0].endswith(" parameters of demo-tiny on 2 rows.")
+        assert "needs" in said[1]
+        assert said[2] == "2 of 3 rows can be used."
+        assert "tokens are learned" in said[3]
+        assert not home.exists()
+        printed = call.document("train", config, "--max-steps", "0")
+        assert printed == {"run": None, "dry_run": said}
+
+    def test_rows_of_which_none_can_be_used_are_refused_now(self, config: Path, call: Call) -> None:
+        Path("rows.jsonl").write_text(self.BAD, "utf-8")
+        code, _, err = call("train", config, "--max-steps", "0")
+        assert code == 2
+        assert "No row of the datasets in pilot.yml can be used." in err
