@@ -282,7 +282,7 @@ GUARDS = {
         '            raise RowProblem(\n                f"The image {_short(name)} is outside',
         "            return Path(real)\n            raise RowProblem(\n"
         '                f"The image {_short(name)} is outside',
-        "tests/data/test_images.py::TestPlaces::test_nothing_outside_is_read",
+        "tests/data/test_rows.py::TestPlaces::test_nothing_outside_is_read",
     ),
     "no kernels from the hub": Guard(
         "engine/train/__init__.py",

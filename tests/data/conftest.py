@@ -1,17 +1,23 @@
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, write_tekken
+from tests.support.data import write_rows
 from tests.support.tokenizers import tokenizer_of
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> ChatTokenizer:
     return tokenizer_of(TokenizerSpec("v13", think=True))
+
+
+@pytest.fixture(scope="session")
+def seeing() -> ChatTokenizer:
+    """The same for a model that reads images."""
+    return tokenizer_of(TokenizerSpec("v13", think=True, image=(14, 1540, 2)))
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +30,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
-    def write(rows: list[object], name: str = "rows.jsonl") -> Path:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return path
+    def write(rows: Iterable[object], name: str = "rows.jsonl") -> Path:
+        return write_rows(tmp_path / name, *rows)
 
     return write
 

@@ -11,8 +11,10 @@ from pyarrow import parquet
 
 from engine.config import DatasetConfig
 from engine.data import sources
-from engine.data.sources import iterate_rows
+from engine.data.prepare import prepare
+from engine.data.sources import iterate_rows, list_samples, locate, with_absolute_paths
 from engine.errors import UserError
+from tests.support.data import config_of, write_rows
 
 ROWS = [{"messages": [{"role": "user", "content": f"q {n}"}], "n": n} for n in range(5)]
 
@@ -245,15 +247,17 @@ class TestUnreadableFiles:
         assert "There is no other/train.jsonl" in refusal(Path("other/train.jsonl"), tmp_path)
 
     @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-    @pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"])
-    def test_an_empty_file_holds_no_rows(self, tmp_path, name, content):
-        assert "holds no rows" in refusal(write(tmp_path, name, content))
-
-    def test_an_unknown_ending_lists_the_known(self, tmp_path):
-        message = refusal(write(tmp_path, "a.docx", "x"))
-        assert "ends in .docx" in message
-        assert ".jsonl, .jsonl.gz, .json, .csv, .parquet" in message
-        assert "ends in nothing" in refusal(write(tmp_path, "rows", "x"))
+    @pytest.mark.parametrize(
+        ("content", "why"),
+        [
+            ("", "holds no rows"),
+            ("\n \n", "holds no rows"),
+            ("\ufeff", "holds no rows"),
+            (lines(ROWS).encode("utf-16"), "UTF-16"),
+        ],
+    )
+    def test_a_file_without_rows(self, tmp_path, name, content, why):
+        assert why in refusal(write(tmp_path, name, content))
 
     def test_a_folder_without_data_names_a_subfolder_that_has_some(self, tmp_path):
         assert "Name another folder" in refusal(tmp_path)
@@ -268,47 +272,94 @@ class TestUnreadableFiles:
             list(iterate_rows(dataset, tmp_path))
 
     def test_a_cut_gzip_is_damage_after_its_rows(self, tmp_path):
-        whole = gzip.compress(
-            lines([{"n": n, "x": "%032x" % (n * 7919**5)} for n in range(9999)]).encode()
-        )
-        stream = iterate_rows(
-            DatasetConfig(path=str(write(tmp_path, "a.jsonl.gz", whole[: len(whole) // 2]))),
-            tmp_path,
-        )
-        first = next(stream).row
-        assert first is not None
-        assert first["n"] == 0
+        rows = [{"n": n, "x": "%032x" % (n * 7919**5)} for n in range(9999)]
+        whole = gzip.compress(lines(rows).encode())
+        path = write(tmp_path, "a.jsonl.gz", whole[: len(whole) // 2])
+        stream = iterate_rows(DatasetConfig(path=str(path)), tmp_path)
+        assert next(stream).row == rows[0]
         with pytest.raises(UserError, match="damaged"):
             list(stream)
-        assert "damaged" in refusal(write(tmp_path, "b.jsonl.gz", b"not gzip"))
 
     @pytest.mark.parametrize(
-        ("content", "why"),
+        ("name", "content", "why"),
         [
-            ('[{"a": 1},\n{"a": }]', "Line 2: Expecting value"),
-            ('[{"a": 1}\n{"a": 2}]', "Line 2: a comma or the end of the array was expected"),
-            ('[{"a": 1},', "Line 1: Expecting value"),
-            ("7", "Line 1: an array of rows was expected"),
-            ('{\n"a": 1}', 'Line 2: another key, "data", with an array of rows was expected'),
-            ('{"data":\n3}', 'Line 2: an array under "data" was expected'),
+            ("a.json", '[{"a": 1},\n{"a": }]', "Line 2: Expecting value"),
+            (
+                "a.json",
+                '[{"a": 1}\n{"a": 2}]',
+                "Line 2: a comma or the end of the array was expected",
+            ),
+            ("a.json", '[{"a": 1},', "Line 1: Expecting value"),
+            ("a.json", "7", "Line 1: an array of rows was expected"),
+            (
+                "a.json",
+                '{\n"a": 1}',
+                'Line 2: another key, "data", with an array of rows was expected',
+            ),
+            ("a.json", '{"data":\n3}', 'Line 2: an array under "data" was expected'),
+            ("a.csv", "a,b,a\n1,2,3\n", "two columns of the name a"),
+            ("a.parquet", b"PAR1 nonsense PAR1", "not readable as Parquet"),
+            ("b.jsonl.gz", b"not gzip", "damaged"),
+            ("a.docx", "x", "ends in .docx"),
+            ("a.docx", "x", ".jsonl, .jsonl.gz, .json, .csv, .parquet"),
+            ("rows", "x", "ends in nothing"),
         ],
     )
-    def test_a_json_array_that_breaks_off_says_where(self, tmp_path, content, why):
-        assert why in refusal(write(tmp_path, "a.json", content))
-
-    def test_two_csv_columns_of_one_name(self, tmp_path):
-        assert "two columns of the name a" in refusal(write(tmp_path, "a.csv", "a,b,a\n1,2,3\n"))
-
-    def test_broken_parquet(self, tmp_path):
-        assert "not readable as Parquet" in refusal(
-            write(tmp_path, "a.parquet", b"PAR1 nonsense PAR1")
-        )
-
-    @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-    def test_utf_16_is_named(self, tmp_path, name):
-        assert "UTF-16" in refusal(write(tmp_path, name, lines(ROWS).encode("utf-16")))
+    def test_what_is_no_data_says_where_and_why(self, tmp_path, name, content, why):
+        assert why in refusal(write(tmp_path, name, content))
 
     def test_a_file_that_may_not_be_read(self, tmp_path, without_privileges):
         path = write(tmp_path, "a.jsonl", lines(ROWS))
         path.chmod(0)
         assert "cannot be opened" in refusal(path)
+
+
+def test_what_ships_is_listed_with_its_rows():
+    (sample,) = list_samples()
+    assert (sample.name, sample.title, sample.rows) == ("harbour-pilot", "Harbour pilot", 104)
+    assert sample.description
+    assert sample.path.name == "train.jsonl"
+
+
+def test_a_sample_is_read_by_name_from_any_folder(tmp_path):
+    rows = list(iterate_rows(DatasetConfig(path="sample:harbour-pilot"), tmp_path))
+    assert len(rows) == 104
+    assert rows[0].file == "train.jsonl"
+
+
+def test_a_config_keeps_the_name_and_prepares_the_same_arrays(tmp_path, tokenizer):
+    def prepared(path: str):
+        config = config_of(DatasetConfig(path=path))
+        assert config.datasets[0].path == path
+        return prepare(config, tmp_path, tokenizer, tmp_path / "store")
+
+    named = prepared("sample:harbour-pilot")
+    (sample,) = list_samples()
+    assert prepared(str(sample.path)).folder == named.folder
+
+
+def test_a_held_out_set_of_a_sample_has_a_name_too(tmp_path):
+    rows = list(iterate_rows(DatasetConfig(path="sample:harbour-pilot/heldout_wording"), tmp_path))
+    assert len(rows) == 52
+    with pytest.raises(UserError, match="it has base, heldout_pairing, heldout_wording"):
+        locate(DatasetConfig(path="sample:harbour-pilot/../../gpus"), tmp_path)
+
+
+def test_an_unknown_sample_names_the_nearest():
+    with pytest.raises(UserError, match="Name sample:harbour-pilot"):
+        locate(DatasetConfig(path="sample:harbor"), list_samples()[0].path.parent)
+    with pytest.raises(UserError, match="There is no sample named"):
+        locate(DatasetConfig(path="sample:\x1b[31m"), list_samples()[0].path.parent)
+
+
+def test_a_file_of_that_name_wins(tmp_path):
+    (tmp_path / "sample:mine.jsonl").write_text('{"a": 1}\n')
+    (row,) = iterate_rows(DatasetConfig(path="sample:mine.jsonl"), tmp_path)
+    assert row.row == {"a": 1}
+
+
+def test_a_copy_of_the_config_elsewhere_still_names_the_images(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 1)
+    config = config_of(DatasetConfig(path="rows.jsonl"))
+    moved = with_absolute_paths(config, tmp_path)
+    assert moved.image_folder == os.path.realpath(tmp_path)

@@ -1,5 +1,6 @@
 """Rows, configs and prepared folders that the tests of data share."""
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -28,13 +29,14 @@ def about(*names: object, **columns: object) -> dict[str, Any]:
     """A row that asks about images by their names."""
     chunks = [{"type": "image", "path": name} for name in names]
     content = [*chunks, {"type": "text", "text": "What is it?"}]
-    return {
-        "messages": [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": "A cat."},
-        ],
-        **columns,
-    }
+    asked, answered = chat("", "A cat.")["messages"]
+    return {"messages": [asked | {"content": content}, answered], **columns}
+
+
+def write_rows(path: Path, *rows: object) -> Path:
+    """The file, with a row a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def content(folder: Path, *names: str) -> dict[str, bytes]:

@@ -1,7 +1,6 @@
 """Where images of rows may be, what is refused, and what check and preview say of them."""
 
 import http.server
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ import pytest
 from pyarrow import parquet
 
 from engine.chat.render import LabelRule
-from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec
 from engine.config import DatasetConfig, RunConfig
 from engine.data.checkup import check_config
 from engine.data.preview import preview_entry, preview_row, row_text
@@ -21,14 +19,8 @@ from engine.data.rows import ImageRules, RenderedRow, find_fetched, iterate_rend
 from engine.data.shape import read_shape
 from engine.errors import UserError, WorkError
 from engine.report.data import image_lines
-from tests.support.data import about, config_of
+from tests.support.data import about, config_of, write_rows
 from tests.support.pictures import png
-from tests.support.tokenizers import tokenizer_of
-
-
-@pytest.fixture(scope="module")
-def seeing() -> ChatTokenizer:
-    return tokenizer_of(TokenizerSpec("v13", think=True, image=(14, 1540, 2)))
 
 
 @pytest.fixture
@@ -48,9 +40,7 @@ def read(data: Path) -> Callable[..., list[RenderedRow]]:
     def read_rows(
         *rows: object, beside: Path | None = None, fetch: bool = False, **keys: Any
     ) -> list[RenderedRow]:
-        path = data / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        dataset = DatasetConfig(path=str(path), **keys)
+        dataset = DatasetConfig(path=str(write_rows(data / "rows.jsonl", *rows)), **keys)
         config = config_of(dataset, image_folder=str(beside) if beside else None)
         return list(iterate_rendered(config, data, None, fetch=fetch))
 
@@ -78,7 +68,7 @@ class TestPlaces:
     def test_a_file_in_a_subfolder_finds_images_beside_it(self, data):
         (data / "part").mkdir()
         (data / "part" / "own.png").write_bytes(png(30, 30))
-        (data / "part" / "rows.jsonl").write_text(json.dumps(about("own.png")), "utf-8")
+        write_rows(data / "part" / "rows.jsonl", about("own.png"))
         dataset = DatasetConfig(path=str(data), data_files="part/rows.jsonl")
         (row,) = iterate_rendered(config_of(dataset), data, None)
         assert images_of(row)[0].size == (30, 30)
@@ -198,17 +188,9 @@ class TestFetching:
 
 class TestSources:
     def test_a_parquet_column_of_images(self, data, seeing):
-        table = pa.table(
-            {
-                "image_id": [
-                    {"bytes": png(60, 40), "path": "a.png"},
-                    {"bytes": None, "path": "cat.png"},
-                ],
-                "question": ["What?", "And?"],
-                "answer": ["A lung.", "A cat."],
-            }
-        )
-        parquet.write_table(table, data / "rows.parquet")
+        images = [{"bytes": png(60, 40), "path": "a.png"}, {"bytes": None, "path": "cat.png"}]
+        texts = {"question": ["What?", "And?"], "answer": ["A lung.", "A cat."]}
+        parquet.write_table(pa.table({"image_id": images, **texts}), data / "rows.parquet")
         dataset = DatasetConfig(path=str(data / "rows.parquet"))
         for row in iterate_rendered(config_of(dataset), data, seeing):
             assert [(image.rows, image.columns) for image in row.rendered.images] == [(2, 3)]
@@ -216,38 +198,44 @@ class TestSources:
         assert "bytes>" in shape.rows[0].raw
         assert shape.rows[0].messages[0][1].startswith("[image of ")
 
-    def test_a_folder_with_metadata(self, data):
+    @pytest.fixture
+    def read_folder(self, data) -> Callable[..., list[RenderedRow]]:
+        def read_it(name: str = "") -> list[RenderedRow]:
+            config = config_of(DatasetConfig(path=str(data / name)))
+            return list(iterate_rendered(config, data.parent, None))
+
+        return read_it
+
+    def test_a_folder_with_metadata(self, data, read_folder):
         (data / "metadata.csv").write_text("file_name,text\ncat.png,A cat.\n", "utf-8")
-        (row,) = iterate_rendered(config_of(DatasetConfig(path=str(data))), data.parent, None)
+        (row,) = read_folder()
         assert row.problem is None
         assert row.conversation.messages[0].content[0].size == (60, 40)
 
-    def test_a_folder_of_images_with_captions(self, data):
+    def test_a_folder_of_images_with_captions(self, data, read_folder):
         (data / "cat.txt").write_text("A cat.\n", "utf-8")
         (data / "alone.jpg").write_bytes(png())
-        alone, cat = iterate_rendered(config_of(DatasetConfig(path=str(data))), data.parent, None)
+        alone, cat = read_folder()
         assert "no caption" in alone.problem.what
         assert (cat.file, cat.line) == ("cat.txt", 1)
         assert cat.conversation.messages[1].content == "A cat."
 
-    def test_two_images_with_one_caption_are_two_rows(self, data):
+    def test_two_images_with_one_caption_are_two_rows(self, data, read_folder):
         (data / "cat.txt").write_text("A cat.\n", "utf-8")
         (data / "cat.jpg").write_bytes(png(20, 20))
-        rows = list(iterate_rendered(config_of(DatasetConfig(path=str(data))), data.parent, None))
-        sizes = [row.conversation.messages[0].content[0].size for row in rows]
+        sizes = [row.conversation.messages[0].content[0].size for row in read_folder()]
         assert sizes == [(20, 20), (60, 40)]
 
-    def test_a_text_file_alone_is_still_refused(self, data):
+    def test_a_text_file_alone_is_still_refused(self, data, read_folder):
         (data / "cat.txt").write_text("A cat.\n", "utf-8")
         with pytest.raises(UserError, match="not a data file"):
-            list(iterate_rendered(config_of(DatasetConfig(path=str(data / "cat.txt"))), data, None))
+            read_folder("cat.txt")
 
 
 class TestReports:
     def test_a_checkup_counts_images_and_names_bad_ones(self, data, seeing):
-        path = data / "rows.jsonl"
         rows = [about("cat.png", "cat.png"), about("none.png"), about()]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        path = write_rows(data / "rows.jsonl", *rows)
         found = check_config(config_of(DatasetConfig(path=str(path))), data, seeing)
         images = found.images
         assert (images.count, images.rows, images.different, images.named) == (2, 1, 1, 3)
@@ -259,23 +247,15 @@ class TestReports:
         assert line.text.endswith(", up to 60x40")
 
     def test_a_preview_shows_an_image_as_one_mark(self, data, seeing):
-        path = data / "rows.jsonl"
-        path.write_text(json.dumps(about("cat.png", "cat.png")), "utf-8")
+        path = write_rows(data / "rows.jsonl", about("cat.png", "cat.png"))
         (row,) = iterate_rendered(config_of(DatasetConfig(path=str(path))), data, seeing)
         shown = preview_row(row, seeing)
         entry = preview_entry(shown, LabelRule())
         assert entry["images"] == [{"rows": 2, "columns": 3, "width": 60, "height": 40}] * 2
         assert entry["kinds"].count("image") == 16
-        assert [
-            piece
-            for piece, kind in zip(shown.pieces, entry["kinds"], strict=True)
-            if kind == "image"
-        ] == [
-            *[""] * 7,
-            "[image 60x40: 3 x 2 tokens]",
-            *[""] * 7,
-            "[image 60x40: 3 x 2 tokens]",
-        ]
+        kinds = zip(shown.pieces, entry["kinds"], strict=True)
+        pieces = [piece for piece, kind in kinds if kind == "image"]
+        assert pieces == [*[""] * 7, "[image 60x40: 3 x 2 tokens]"] * 2
         text = row_text(shown, LabelRule(), underline=False)
         mark = "⟦image 60x40: 3 x 2 tokens⟧"
         assert f"- image             0/16  {mark}{mark}\n" in text
