@@ -2,6 +2,7 @@
 memory."""
 
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from engine.train.experts import (
     watch_routers,
 )
 from engine.train.loop import Training
-from tests.support.stock import stock_model, stock_step
+from tests.support.stock import norm_of, stock_model, stock_step, take_nf4_experts
 from tests.support.tiny import (
     MISTRAL4,
     Models,
@@ -116,21 +117,15 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 class TestTheLayer:
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_plain_experts_are_transformers_own(self, dtype: torch.dtype) -> None:
-        stock = stock_experts(dtype)
-        expected, expected_gradient = forward_and_gradient(stock, dtype)
-        output, gradient = forward_and_gradient(ours(stock, GroupedStack), dtype)
-        assert torch.equal(output, expected)
-        assert torch.equal(gradient, expected_gradient)
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_nf4_experts_are_stock_with_dequantized_weights(self, dtype: torch.dtype) -> None:
-        layer = ours(stock_experts(dtype), GroupedNF4)
-        output, gradient = forward_and_gradient(layer, dtype)
-        expected, expected_gradient = forward_and_gradient(dequantized(stock_experts(dtype)), dtype)
-        assert torch.equal(output, expected)
-        assert torch.equal(gradient, expected_gradient)
-        assert not torch.equal(output, forward_and_gradient(stock_experts(dtype), dtype)[0])
+    def test_its_numbers_are_those_of_stock_with_the_weights_it_holds(
+        self, dtype: torch.dtype
+    ) -> None:
+        expected = forward_and_gradient(stock_experts(dtype), dtype)
+        rounded = forward_and_gradient(dequantized(stock_experts(dtype)), dtype)
+        for form, theirs in ((GroupedStack, expected), (GroupedNF4, rounded)):
+            found = forward_and_gradient(ours(stock_experts(dtype), form), dtype)
+            assert all(map(torch.equal, found, theirs))
+        assert not torch.equal(expected[0], rounded[0])
 
     def test_it_agrees_with_the_loop_that_is_transformers_reference(self) -> None:
         stock = stock_experts()
@@ -153,8 +148,7 @@ class TestTheLayer:
             layer(*routed(torch.bfloat16, seed=2))
         layer.train()
         after = forward_and_gradient(layer, torch.bfloat16)
-        assert torch.equal(before[0], after[0])
-        assert torch.equal(before[1], after[1])
+        assert all(map(torch.equal, before, after))
 
     def test_autograd_keeps_packed_weights_only(self) -> None:
         layer = ours(stock_experts(), GroupedNF4)
@@ -175,22 +169,18 @@ class TestStorage:
 
     @pytest.mark.parametrize("form", [GroupedStack, GroupedNF4])
     def test_matrices_are_taken_one_by_one(self, form: type[GroupedLinear]) -> None:
-        alive = 0
+        read: list[weakref.ref[Tensor]] = []
         most = 0
 
-        class Counted(Tensor):
-            def __del__(self) -> None:
-                nonlocal alive
-                alive -= 1
-
-        def read() -> Iterator[Tensor]:
-            nonlocal alive, most
+        def matrices() -> Iterator[Tensor]:
+            nonlocal most
             for _ in range(5):
-                alive += 1
-                most = max(most, alive)
-                yield torch.randn(64, 128).as_subclass(Counted)
+                matrix = torch.randn(64, 128)
+                read.append(weakref.ref(matrix))
+                most = max(most, sum(ref() is not None for ref in read))
+                yield matrix
 
-        form(5, 128, 64, torch.float32).take(read(), CPU)
+        form(5, 128, 64, torch.float32).take(matrices(), CPU)
         assert most <= 2
 
     @pytest.mark.parametrize("form", [GroupedStack, GroupedNF4])
@@ -215,12 +205,13 @@ def test_a_product_that_the_kernel_cannot_do_is_a_loop(width: int) -> None:
     torch.testing.assert_close(found, expected)
 
 
-class TestReplacing:
-    @pytest.fixture
-    def model(self) -> Mistral4ForCausalLM:
-        with torch.device("meta"):
-            return Mistral4ForCausalLM(Mistral4Config.from_dict(MISTRAL4))
+@pytest.fixture
+def tiny_model() -> Mistral4ForCausalLM:
+    torch.manual_seed(0)
+    return Mistral4ForCausalLM(Mistral4Config.from_dict(MISTRAL4))
 
+
+class TestReplacing:
     @pytest.mark.parametrize(
         ("keys", "form"),
         [
@@ -231,14 +222,14 @@ class TestReplacing:
         ],
     )
     def test_quantized_or_adapted_experts_are_ours(
-        self, model: Mistral4ForCausalLM, keys: dict[str, Any], form: type[GroupedLinear]
+        self, tiny_model: Mistral4ForCausalLM, keys: dict[str, Any], form: type[GroupedLinear]
     ) -> None:
-        assert replace_experts(model, settings(**keys), torch.bfloat16) == 2
+        assert replace_experts(tiny_model, settings(**keys), torch.bfloat16) == 2
         names = [
             f"model.layers.{n}.mlp.experts.{m}_proj" for n in (0, 1) for m in ("gate_up", "down")
         ]
-        assert list(expert_modules(model)) == names
-        found = [model.get_submodule(name) for name in names]
+        assert list(expert_modules(tiny_model)) == names
+        found = [tiny_model.get_submodule(name) for name in names]
         assert {type(module) for module in found} == {form}
         assert {module.dtype for module in found} == {torch.bfloat16}
 
@@ -247,48 +238,43 @@ class TestReplacing:
         [{}, {"adapter": "lora"}, {"adapter": "qlora", "load_in_4bit": True}],
         ids=["full", "lora", "only the linears in 4 bits"],
     )
-    def test_others_stay_stock(self, model: Mistral4ForCausalLM, keys: dict[str, Any]) -> None:
-        assert replace_experts(model, settings(**keys), torch.bfloat16) == 0
-        assert not expert_modules(model)
+    def test_others_stay_stock(self, tiny_model: Mistral4ForCausalLM, keys: dict[str, Any]) -> None:
+        assert replace_experts(tiny_model, settings(**keys), torch.bfloat16) == 0
+        assert not expert_modules(tiny_model)
 
 
 class TestBalance:
-    @pytest.fixture
-    def model(self) -> Mistral4ForCausalLM:
-        torch.manual_seed(0)
-        return Mistral4ForCausalLM(Mistral4Config.from_dict(MISTRAL4))
-
     @pytest.mark.parametrize("padding", [0, 5])
-    def test_it_is_transformers_formula(self, model: Mistral4ForCausalLM, padding: int) -> None:
+    def test_it_is_transformers_formula(
+        self, tiny_model: Mistral4ForCausalLM, padding: int
+    ) -> None:
         ids = torch.randint(20, 192, (2, 13), generator=torch.Generator().manual_seed(0))
         real = torch.ones(ids.shape, dtype=torch.bool)
         real[1, len(real[1]) - padding :] = False
-        with watch_routers(model) as routings:
-            model.model(input_ids=ids, use_cache=False)
+        with watch_routers(tiny_model) as routings:
+            tiny_model.model(input_ids=ids, use_cache=False)
         assert len(routings) == 2
         logits: Any = tuple(logits for logits, _ in routings)
         expected = load_balancing_loss_func(logits, 8, 2, real.long())
         assert balance_loss(routings, real).item() == pytest.approx(expected.item(), rel=1e-6)
         assert balance_loss(routings, real).item() > 2.0
 
-    def test_what_is_recomputed_is_not_counted_again(self, model: Mistral4ForCausalLM) -> None:
+    def test_what_is_recomputed_is_not_counted_again(self, tiny_model: Mistral4ForCausalLM) -> None:
         found = []
         ids = torch.arange(20, 60)[None]
         for recompute in (False, True):
             if recompute:
-                model.activation_checkpointing_enable(
+                tiny_model.activation_checkpointing_enable(
                     activation_checkpointing_kwargs={"use_reentrant": False}
                 )
-            model.train().zero_grad()
-            with watch_routers(model) as routings:
-                model.model(input_ids=ids, use_cache=False)
+            tiny_model.train().zero_grad()
+            with watch_routers(tiny_model) as routings:
+                tiny_model.model(input_ids=ids, use_cache=False)
             balance_loss(routings, torch.ones_like(ids, dtype=torch.bool)).backward()
             assert len(routings) == 2
-            found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        assert found[0].keys() == found[1].keys()
+            found.append(gradients(tiny_model))
         assert "model.layers.0.mlp.gate.weight" in found[0]
-        for name, gradient in found[0].items():
-            torch.testing.assert_close(gradient, found[1][name])
+        assert_same(found[0], found[1], 1.3e-6, 1e-5)
 
     @pytest.mark.parametrize(
         ("overrides", "weight"),
@@ -348,10 +334,6 @@ def as_stock(found: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {names.get(m, m) + dot + rest: tensor for (m, dot, rest), tensor in parts}
 
 
-def grouped_nf4(model: nn.Module) -> list[tuple[str, GroupedNF4]]:
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, GroupedNF4)]
-
-
 class TestTheAdaptedLayer:
     @pytest.mark.parametrize("rank", [1, 3, 4, 8, 12])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -383,8 +365,7 @@ class TestTheStep:
         loss, norm = run.gradients(run.order.step(1))
         theirs, expected = stock_step(stock, uneven)
         assert loss == pytest.approx(theirs, rel=1e-5)
-        whole = torch.cat([g.flatten().double() for g in expected.values()])
-        assert norm == pytest.approx(whole.norm().item(), rel=1e-5)
+        assert norm == pytest.approx(norm_of(expected), rel=1e-5)
         assert_same(as_stock(gradients(run.model), run.model), expected)
 
     @pytest.mark.parametrize("keys", [LORA, QLORA], ids=["lora", "qlora"])
@@ -419,13 +400,9 @@ class TestTheStep:
     def test_nf4_is_dequantized_stock(self, text_base: Path, uneven: Rows, tmp_path: Path) -> None:
         keys = QLORA | {"bnb_config_kwargs": {"llm_int8_skip_modules": ["self_attn", "mlp"]}}
         run = adapted(text_base, tmp_path, uneven, **keys)
-        assert len(grouped_nf4(run.model)) == 4
+        assert sum(isinstance(module, GroupedNF4) for module in run.model.modules()) == 4
         stock = stock_model(text_base)
-        with torch.no_grad():
-            for name, module in grouped_nf4(run.model):
-                own = name.removeprefix("base_model.model.").removesuffix(".base_layer")
-                for e in range(module.num_experts):
-                    stock.get_parameter(own)[e] = module.matrix(e)
+        take_nf4_experts(stock, run.model)
         opened = stock_peft(run, text_base, tmp_path, stock)
         run.model.train()
         loss, _ = run.gradients(run.order.step(1))
@@ -528,8 +505,7 @@ class TestTheRoutersBalance:
         )
         balance = load_balancing_loss_func(inner.router_logits, 8, 2, (ids != 11).long())
         (entropy + 0.5 * balance).backward()
-        whole = torch.cat([g.flatten().double() for g in gradients(stock).values()])
         assert loss == pytest.approx(entropy.item(), rel=1e-5)
-        assert norm == pytest.approx(whole.norm().item(), rel=1e-5)
+        assert norm == pytest.approx(norm_of(gradients(stock)), rel=1e-5)
         plain = training(tmp_path / "plain", settings(text_base, **keys), uneven)
         assert plain.gradients(batch)[1] != pytest.approx(norm, rel=1e-3)
