@@ -10,6 +10,7 @@ import json
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,7 +31,7 @@ from engine.events import EventWriter
 from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.batches import Rows
 from engine.train.checkpoint import optimizer_tensors, trained_tensors
-from engine.train.forward import Model, half_precision
+from engine.train.forward import Model, half_precision, unwrapped
 from engine.train.loop import Session, Training
 from engine.train.lora import put_on_training
 from engine.train.model import Base, load_base
@@ -263,6 +264,15 @@ def steps(run: Training, count: int) -> list[tuple[float, float]]:
         run.step(number, batch)
         found.append((loss, float(torch.rand(()))))
     return found
+
+
+def moved(run: Training, count: int) -> set[str]:
+    """Names, in the base, of the parameters that a run's first `count` steps change."""
+    before = {n: p.detach().clone() for n, p in unwrapped(run.model).named_parameters()}
+    for number, batch in islice(run.order.steps(0), count):
+        run.step(number, batch)
+    after = unwrapped(run.model).named_parameters()
+    return {name for name, parameter in after if not torch.equal(parameter, before[name])}
 
 
 def everything(run: Training) -> dict[str, Any]:

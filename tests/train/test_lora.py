@@ -4,32 +4,35 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from torch import nn
 
 from engine.catalog import linear_targets, list_models, read_architecture
 from engine.catalog.rows import module_table
 from engine.errors import UserError
 from engine.plan.targets import choose_targets
 from engine.plan.targets import trainable_parameters as planned_parameters
-from engine.train.batches import Order, Rows
+from engine.train.batches import Rows
 from engine.train.checkpoint import export_trained, trained_parameters, trained_tensors
-from engine.train.forward import Model, head_of, hidden_states
+from engine.train.forward import head_of, hidden_states, unwrapped
 from engine.train.loop import Training
 from engine.train.lora import as_expression, attach_lora, choose_trained
-from engine.train.model import Base, load_base
+from engine.train.model import load_base
 from tests.support.stock import stock_model
 from tests.support.tiny import (
     ARCHITECTURES,
     MINISTRAL3,
     VOCABULARY,
     Begin,
-    Models,
+    gradients,
     logits,
+    moved,
     settings,
     training,
     wake_adapter,
@@ -37,23 +40,27 @@ from tests.support.tiny import (
     write_model,
 )
 
+QLORA = {"adapter": "qlora", "load_in_4bit": True}
 TABLES = {name: module_table(config) for name, config in ARCHITECTURES.items()} | {
     card.name: module_table(card.config) for card in list_models()
 }
 
 
-def adapted(model: Model) -> set[str]:
-    """Modules of the base that have an adapter."""
-    found = {n.split(".lora_A")[0] for n, _ in model.named_parameters() if ".lora_A" in n}
-    return {name.removeprefix("base_model.model.") for name in found}
+def attached(folder: Path, **keys: Any) -> Any:
+    """The folder's model with the config's adapter on it."""
+    config = settings(folder, adapter="lora", **keys)
+    return attach_lora(load_base(folder, config).model, read_architecture(folder), config)
 
 
-def loaded(folder: Path, **keys: Any) -> Base:
-    return load_base(folder, settings(folder, **keys))
+def chosen(folder: Path, **keys: Any) -> Any:
+    """The folder's model as a full fine-tune trains it."""
+    config = settings(folder, **keys)
+    return choose_trained(load_base(folder, config).model, read_architecture(folder), config)
 
 
-def free(base: Base, folder: Path, **keys: Any) -> Model:
-    return choose_trained(base.model, read_architecture(folder), settings(folder, **keys))
+def free(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters that are trained."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
@@ -78,118 +85,85 @@ def test_the_expression_for_all_layers_covers_them_and_nothing_else(table: Any) 
     ids=str,
 )
 def test_the_adapter_lands_on_exactly_what_was_chosen(any_model: Path, wish: Any) -> None:
+    model = attached(any_model, lora_target_modules=wish)
+    found = {n.split(".lora_A")[0] for n, _ in model.named_parameters() if ".lora_A" in n}
     config = settings(any_model, adapter="lora", lora_target_modules=wish)
-    architecture = read_architecture(any_model)
-    model: Any = attach_lora(loaded(any_model).model, architecture, config)
-    assert adapted(model) == set(choose_targets(architecture.table, config))
+    targets = choose_targets(read_architecture(any_model).table, config)
+    assert {name.removeprefix("base_model.model.") for name in found} == set(targets)
 
 
 def test_many_layers_are_stored_as_one_expression(any_model: Path) -> None:
-    config = settings(any_model, adapter="lora")
-    model: Any = attach_lora(loaded(any_model).model, read_architecture(any_model), config)
-    stored = model.peft_config["default"].target_modules
+    stored = attached(any_model).peft_config["default"].target_modules
     assert isinstance(stored, str)
     assert r"layers\.\d+\.self_attn\.o_proj" in stored
 
 
 def test_a_model_that_is_not_built_as_described_is_refused(tmp_path: Path, ministral: Path) -> None:
     short = write_model(tmp_path / "short", MINISTRAL3 | {"num_hidden_layers": 1})
-    config = settings(ministral, adapter="lora")
+    model = load_base(short, settings(short)).model
     with pytest.raises(UserError, match="did not land where it should"):
-        attach_lora(loaded(short).model, read_architecture(ministral), config)
+        attach_lora(model, read_architecture(ministral), settings(ministral, adapter="lora"))
 
 
 class TestWhatIsTrained:
     def test_the_adapters_settings_are_the_configs(self, ministral: Path) -> None:
-        config = settings(ministral, adapter="lora", lora_r=4, lora_alpha=12, lora_dropout=0.25)
-        model: Any = attach_lora(loaded(ministral).model, read_architecture(ministral), config)
+        model = attached(ministral, lora_r=4, lora_alpha=12, lora_dropout=0.25)
         layer = model.base_model.model.model.layers[0].mlp.up_proj
         assert layer.lora_A["default"].weight.shape == (4, 64)
         assert layer.scaling["default"] == 3.0
         assert layer.lora_dropout["default"].p == 0.25
 
     def test_only_the_adapter_trains_and_in_float32(self, any_model: Path) -> None:
-        config = settings(any_model, adapter="lora", bf16=True)
-        model = attach_lora(
-            loaded(any_model, bf16=True).model, read_architecture(any_model), config
-        )
-        moving = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        assert moving
-        assert all("lora_" in name for name in moving)
-        assert {p.dtype for p in moving.values()} == {torch.float32}
+        trained = free(attached(any_model, bf16=True))
+        assert trained
+        assert all("lora_" in name for name in trained)
+        assert {p.dtype for p in trained.values()} == {torch.float32}
 
+    @pytest.mark.parametrize("keys", [{"adapter": "lora"}, QLORA], ids=["lora", "qlora"])
     def test_step_changes_the_adapter_alone(
-        self, any_model: Path, uneven: Rows, tmp_path: Path
+        self, any_model: Path, uneven: Rows, tmp_path: Path, keys: dict[str, Any]
     ) -> None:
-        config = settings(any_model, adapter="lora", learning_rate=0.01, max_steps=2)
-        run = training(tmp_path, config, uneven)
-        before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
-        for number, batch in Order(uneven, config).steps(0):
-            run.step(number, batch)
-        moved = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
-        assert moved == {n for n in before if "lora_" in n}
-
-    def test_vision_tower_is_frozen(
-        self, model_folder: Models, uneven: Rows, tmp_path: Path
-    ) -> None:
-        folder = model_folder("mistral3 over ministral3")
-        config = settings(folder, learning_rate=0.01, weight_decay=0.5, max_steps=1)
-        run = training(tmp_path, config, uneven)
-        before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
-        run.step(1, Order(uneven, config).step(1))
-        still = {n for n, p in run.model.named_parameters() if torch.equal(p, before[n])}
-        assert still == {n for n in before if "vision_tower" in n or "multi_modal_projector" in n}
-        assert still == {n for n, p in run.model.named_parameters() if not p.requires_grad}
-        assert still
-
-    def test_unfrozen_parameters_choose_by_the_start_of_the_name(self, ministral: Path) -> None:
-        base = loaded(ministral)
-        patterns = [r"model\.layers\.1\.", r"model.norm.*"]
-        model = free(base, ministral, unfrozen_parameters=patterns)
-        moving = {n for n, p in model.named_parameters() if p.requires_grad}
-        assert moving == {
-            n
-            for n, _ in model.named_parameters()
-            if n.startswith(("model.layers.1.", "model.norm."))
+        run = training(tmp_path, settings(any_model, learning_rate=0.01, **keys), uneven)
+        assert moved(run, 2) == {
+            n for n, _ in unwrapped(run.model).named_parameters() if "lora_" in n
         }
 
-    def test_unfrozen_parameters_may_name_the_vision_tower(self, tmp_path: Path) -> None:
-        folder = write_model(tmp_path / "seeing", with_vision(MINISTRAL3))
-        patterns = [r"model\.multi_modal_projector"]
-        model = free(loaded(folder), folder, unfrozen_parameters=patterns)
-        moving = [n for n, p in model.named_parameters() if p.requires_grad]
-        assert moving
-        assert all("multi_modal_projector" in name for name in moving)
+    @pytest.mark.parametrize(
+        ("sees", "patterns", "starts"),
+        [
+            (False, [r"model\.layers\.1\.", r"model.norm.*"], ("model.layers.1.", "model.norm.")),
+            (True, [r"model\.multi_modal_projector"], ("model.multi_modal_projector.",)),
+        ],
+        ids=["layers", "projector"],
+    )
+    def test_unfrozen_parameters_choose_by_the_start_of_the_name(
+        self, tmp_path: Path, sees: bool, patterns: list[str], starts: tuple[str, ...]
+    ) -> None:
+        folder = write_model(tmp_path / "base", with_vision(MINISTRAL3) if sees else MINISTRAL3)
+        model = chosen(folder, unfrozen_parameters=patterns)
+        names = {name for name, _ in model.named_parameters() if name.startswith(starts)}
+        assert names
+        assert free(model).keys() == names
 
     def test_an_unfrozen_parameter_that_matches_nothing_is_refused(self, ministral: Path) -> None:
-        patterns = ["lm_head", "layers.9"]
         with pytest.raises(UserError, match=r"layers\.9 matches no parameter"):
-            free(loaded(ministral), ministral, unfrozen_parameters=patterns)
+            chosen(ministral, unfrozen_parameters=["lm_head", "layers.9"])
 
 
-class TestWhatTheAdapterReads:
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_adapter_reads_its_layers_input_as_it_is(
+    any_model: Path, bf16: bool, dtype: torch.dtype
+) -> None:
     """A wide copy of each adapted layer's input would be kept for the backward pass."""
-
-    @staticmethod
-    def read_types(folder: Path, **keys: Any) -> set[torch.dtype]:
-        config = settings(folder, adapter="lora", **keys)
-        model = attach_lora(loaded(folder, **keys).model, read_architecture(folder), config)
-        found: set[torch.dtype] = set()
-        for name, module in model.named_modules():
-            if name.endswith("lora_A.default"):
-                module.register_forward_pre_hook(lambda _, args: found.add(args[0].dtype))
-        ids = torch.arange(8)[None]
-        states = hidden_states(model, {"input_ids": ids, "position_ids": ids})
-        states.float().sum().backward()
-        moving = [p for p in model.parameters() if p.requires_grad]
-        assert {p.grad.dtype for p in moving if p.grad is not None} == {torch.float32}
-        return found
-
-    def test_a_bfloat16_base_hands_its_states_on_as_they_are(self, any_model: Path) -> None:
-        assert self.read_types(any_model, bf16=True) == {torch.bfloat16}
-
-    def test_a_float32_base_stays_exact(self, any_model: Path) -> None:
-        assert self.read_types(any_model, bf16=False) == {torch.float32}
+    model = attached(any_model, bf16=bf16)
+    found: set[torch.dtype] = set()
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda _, args: found.add(args[0].dtype))
+    ids = torch.arange(8)[None]
+    hidden_states(model, {"input_ids": ids, "position_ids": ids}).float().sum().backward()
+    assert {gradient.dtype for gradient in gradients(model).values()} == {torch.float32}
+    assert found == {dtype}
 
 
 BASES: dict[str, dict[str, Any]] = {
@@ -205,8 +179,8 @@ def steps(home: Path, base: Path, rows: Rows, count: int = 2, **keys: Any) -> Tr
     config = settings(base, **({"adapter": "lora", "learning_rate": 0.01} | keys))
     run = training(home, config, rows)
     wake_adapter(run.model)
-    for number, batch in zip(range(1, count + 1), run.order.steps(0), strict=False):
-        run.step(number, batch[1])
+    for number, batch in islice(run.order.steps(0), count):
+        run.step(number, batch)
     return run
 
 
@@ -253,10 +227,10 @@ class TestStockPeft:
         assert {p.dtype for p in lengths} == {torch.float32}
 
     def test_adapter_starts_from_the_untouched_model(self, begin: Begin, ministral: Path) -> None:
-        ways: list[dict[str, Any]] = [
+        ways: tuple[dict[str, Any], ...] = (
             {"peft_init_lora_weights": "gaussian"},
             {"peft_use_dora": True},
-        ]
+        )
         for number, keys in enumerate(ways):
             run = begin(str(number), adapter="lora", **keys)
             torch.testing.assert_close(
@@ -405,15 +379,13 @@ class TestFreezing:
         keys = {"adapter": None, "weight_decay": 0.5, "unfrozen_parameters": wish, "bf16": bf16}
         config = settings(base, learning_rate=0.05, **keys)
         run = training(tmp_path / "run", config, uneven)
-        before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
-        for number, batch in zip((1, 2), run.order.steps(0), strict=False):
-            run.step(number, batch[1])
-        moved = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
-        free = {n for n, p in run.model.named_parameters() if p.requires_grad}
+        trained, every = free(run.model).keys(), {n for n, _ in run.model.named_parameters()}
         # In a text run the tower gets no gradient, so that being free moves nothing of it.
-        assert moved == {n for n in free if "vision_tower" not in n}
-        assert free
-        assert free != set(before)
+        assert moved(run, 2) == {n for n in trained if "vision_tower" not in n}
+        assert trained
+        assert trained != every
+        if wish is None:
+            assert every - trained == {n for n in every if "vision_tower" in n or "projector" in n}
 
 
 @pytest.mark.parametrize("tied", [False, True])
