@@ -331,7 +331,7 @@ GUARDS = {
         "engine/chat/render.py",
         "_learned_by_kind(rule)[kinds]",
         "_learned_by_kind(rule)[kinds & ~np.uint8(WITHHELD)]",
-        "tests/chat/test_kinds.py::test_a_rule_learns_its_kinds_and_nothing_withheld",
+        "tests/chat/test_render.py::test_a_rule_learns_its_kinds_and_nothing_withheld",
     ),
     "a save copies no state on the device": Guard(
         "engine/train/checkpoint.py",

@@ -1,16 +1,31 @@
 """What rendering decides beyond mistral-common: thinking, effort, withheld messages, sources."""
 
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.chat.conversation import Conversation, Message, RowProblem, Text, Think
-from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, labels, learned, render
+from engine.chat.render import (
+    WITHHELD,
+    Kind,
+    LabelRule,
+    Rendered,
+    labels,
+    learned,
+    render,
+    truncate,
+)
 from engine.chat.tokenizer import ChatTokenizer
 from tests.support import oracle
 from tests.support.exact import render_exact
-from tests.support.tokenizers import ANSWER, USER, Read, Tokenizers
+from tests.support.tokenizers import ANSWER, SPECS, USER, Read, Tokenizers
 
 
 def text_of(rendered: Rendered, tokenizer: ChatTokenizer) -> str:
@@ -20,6 +35,21 @@ def text_of(rendered: Rendered, tokenizer: ChatTokenizer) -> str:
 def learned_text(rendered: Rendered, tokenizer: ChatTokenizer, rule: LabelRule) -> str:
     kept = rendered.input_ids[learned(rendered.kinds, rule)]
     return "".join(tokenizer.pieces(kept))
+
+
+@pytest.fixture
+def text(read: Read, tokenizers: Tokenizers) -> Callable[..., str]:
+    """What a version writes for a row, given as its messages and other columns."""
+
+    def render_text(version: str, *messages: object, drop: bool = False, **columns: object) -> str:
+        row, tokenizer = read(*messages, **columns), tokenizers[version]
+        rendered = render(row, tokenizer, history_thinking="drop" if drop else "keep")
+        return text_of(rendered, tokenizer)
+
+    return render_text
+
+
+TAGGED = {"role": "assistant", "content": "<think>t</think>a"}
 
 
 @pytest.mark.parametrize(
@@ -33,27 +63,21 @@ def learned_text(rendered: Rendered, tokenizer: ChatTokenizer, rule: LabelRule) 
     ],
 )
 def test_think_tags_become_tokens_where_there_are_tokens_for_them(
-    content: Any, thinking_tokens: str, read: Read, tokenizers: Tokenizers
+    content: Any, thinking_tokens: str, text: Callable[..., str]
 ) -> None:
-    row = read(USER, {"role": "assistant", "content": content})
     for version in ("v13", "v15"):
-        text = text_of(render(row, tokenizers[version]), tokenizers[version])
-        assert text.partition("[/INST]")[2] == thinking_tokens
+        written = text(version, USER, {"role": "assistant", "content": content})
+        assert written.partition("[/INST]")[2] == thinking_tokens
 
 
 @pytest.mark.parametrize("version", ["v3", "v7", "v11"])
-def test_think_tags_are_text_where_unknown(
-    version: str, read: Read, tokenizers: Tokenizers
-) -> None:
-    row = read(USER, {"role": "assistant", "content": "<think>t</think>a"})
-    text = text_of(render(row, tokenizers[version]), tokenizers[version])
-    assert text.endswith("[/INST]<think>t</think>a</s>")
+def test_think_tags_are_text_where_unknown(version: str, text: Callable[..., str]) -> None:
+    assert text(version, USER, TAGGED).endswith("[/INST]<think>t</think>a</s>")
 
 
-def test_think_tags_that_never_close_are_refused(read: Read, tokenizers: Tokenizers) -> None:
-    row = read(USER, {"role": "assistant", "content": "<think>I was cut"})
+def test_think_tags_that_never_close_are_refused(text: Callable[..., str]) -> None:
     with pytest.raises(RowProblem, match="never closed"):
-        render(row, tokenizers["v13"])
+        text("v13", USER, {"role": "assistant", "content": "<think>I was cut"})
 
 
 TWO_TURNS = (
@@ -74,28 +98,23 @@ def test_history_thinking_is_kept_unless_it_is_dropped(read: Read, tokenizers: T
         assert "[THINK]t2[/THINK]two" in dropped
 
 
-def test_thinking_after_last_question_is_not_history(read: Read, tokenizers: Tokenizers) -> None:
-    call = {"id": "abcdefghi", "function": {"name": "f", "arguments": {}}}
-    row = read(
-        USER,
-        {"role": "assistant", "reasoning_content": "t1", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "abcdefghi", "content": "r"},
-        ANSWER,
-    )
-    rendered = render(row, tokenizers["v13"], history_thinking="drop")
-    assert "[THINK]t1" in text_of(rendered, tokenizers["v13"])
+CALL = {"id": "abcdefghi", "function": {"name": "f", "arguments": {}}}
+RESULT = {"role": "tool", "tool_call_id": "abcdefghi", "content": "r"}
 
 
-def test_history_thinking_in_tags_is_dropped_too(read: Read, tokenizers: Tokenizers) -> None:
-    tagged = {"role": "assistant", "content": "<think>t1</think>one"}
-    rendered = render(read(USER, tagged, USER, ANSWER), tokenizers["v11"], history_thinking="drop")
-    assert "[/INST]one</s>" in text_of(rendered, tokenizers["v11"])
+def test_thinking_after_last_question_is_not_history(text: Callable[..., str]) -> None:
+    calling = {"role": "assistant", "reasoning_content": "t1", "tool_calls": [CALL]}
+    assert "[THINK]t1" in text("v13", USER, calling, RESULT, ANSWER, drop=True)
 
 
-def test_answer_that_is_all_thinking_cannot_be_dropped(read: Read, tokenizers: Tokenizers) -> None:
+def test_history_thinking_in_tags_is_dropped_too(text: Callable[..., str]) -> None:
+    assert "[/INST]a</s>" in text("v11", USER, TAGGED, USER, ANSWER | {"content": "b"}, drop=True)
+
+
+def test_answer_that_is_all_thinking_cannot_be_dropped(text: Callable[..., str]) -> None:
     only = {"role": "assistant", "content": None, "reasoning_content": "t"}
     with pytest.raises(RowProblem, match="Nothing is left"):
-        render(read(USER, only, USER, ANSWER), tokenizers["v13"], history_thinking="drop")
+        text("v13", USER, only, USER, ANSWER, drop=True)
 
 
 @pytest.mark.parametrize(
@@ -103,20 +122,19 @@ def test_answer_that_is_all_thinking_cannot_be_dropped(read: Read, tokenizers: T
     [
         ({}, ANSWER, "none"),
         ({}, ANSWER | {"reasoning_content": "t"}, "high"),
-        ({}, {"role": "assistant", "content": "<think>t</think>a"}, "high"),
+        ({}, TAGGED, "high"),
         ({"reasoning_effort": "none"}, ANSWER | {"reasoning_content": "t"}, "none"),
         ({"reasoning_effort": "high"}, ANSWER, "high"),
     ],
 )
 def test_effort_is_high_where_a_row_thinks_and_says_nothing(
-    columns: dict[str, str], answer: dict[str, Any], effort: str, read: Read, tokenizers: Tokenizers
+    columns: dict[str, str], answer: dict[str, Any], effort: str, text: Callable[..., str]
 ) -> None:
-    rendered = render(read(USER, answer, **columns), tokenizers["v15"])
     expected = f'<s>[MODEL_SETTINGS]{{"reasoning_effort": "{effort}"}}[/MODEL_SETTINGS][INST]'
-    assert text_of(rendered, tokenizers["v15"]).startswith(expected)
+    assert text("v15", USER, answer, **columns).startswith(expected)
 
 
-@pytest.mark.parametrize("version", ["v3", "v7", "v11", "v13", "v15"])
+@pytest.mark.parametrize("version", SPECS)
 def test_look_alikes_of_tokens_stay_text(version: str, read: Read, tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers[version]
     special = tokenizer.specials
@@ -125,58 +143,45 @@ def test_look_alikes_of_tokens_stay_text(version: str, read: Read, tokenizers: T
         for field in fields(special)
         if getattr(special, field.name) is not None
     ]
-    row = read(
-        {"role": "user", "content": " ".join(names)},
-        {"role": "assistant", "content": " ".join(names)},
-    )
+    row = read(*(message | {"content": " ".join(names)} for message in (USER, ANSWER)))
     rendered = render(row, tokenizer)
     controls = [token for token in rendered.input_ids.tolist() if tokenizer.is_control(token)]
     found = [token for token in controls if token not in (special.settings, special.end_settings)]
     assert found == [special.bos, special.inst, special.end_inst, special.eos]
 
 
-def test_only_spaces_after_a_string_answer_are_dropped(read: Read, tokenizers: Tokenizers) -> None:
-    tokenizer = tokenizers["v13"]
-    thinking = {"type": "thinking", "thinking": "t"}
-    for content, end in (
+@pytest.mark.parametrize(
+    ("content", "end"),
+    [
         ("y   ", "y</s>"),
         ("y \n", "y ␊</s>"),
-        ([thinking, {"type": "text", "text": "a   "}], "a   </s>"),
-    ):
-        row = read({"role": "user", "content": "q  "}, {"role": "assistant", "content": content})
-        text = text_of(render(row, tokenizer), tokenizer)
-        assert text.startswith("<s>[INST]q  [/INST]")
-        assert text.endswith(end)
+        ([{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a   "}], "a   </s>"),
+    ],
+)
+def test_only_spaces_after_a_string_answer_are_dropped(
+    content: Any, end: str, text: Callable[..., str]
+) -> None:
+    written = text("v13", USER | {"content": "q  "}, ANSWER | {"content": content})
+    assert written.startswith("<s>[INST]q  [/INST]")
+    assert written.endswith(end)
 
 
 @pytest.mark.parametrize(("version", "joined"), [("v13", "a␊␊b␊␊c"), ("v15", "ab␊␊c")])
-def test_joined_chunks(version: str, joined: str, read: Read, tokenizers: Tokenizers) -> None:
+def test_joined_chunks(version: str, joined: str, text: Callable[..., str]) -> None:
     chunks = [{"type": "text", "text": text} for text in ("a", "b")]
-    row = read({"role": "user", "content": chunks}, {"role": "user", "content": "c"}, ANSWER)
-    assert f"[INST]{joined}[/INST]" in text_of(
-        render(row, tokenizers[version]), tokenizers[version]
-    )
+    asked = (USER | {"content": chunks}, USER | {"content": "c"})
+    assert f"[INST]{joined}[/INST]" in text(version, *asked, ANSWER)
 
 
 def test_tool_results_in_call_order_with_their_sources(read: Read, tokenizers: Tokenizers) -> None:
-    calls = [{"id": f"{n}bcdefghi", "function": {"name": "f", "arguments": {}}} for n in "12"]
-    row = read(
-        USER,
-        {"role": "assistant", "tool_calls": calls},
-        {"role": "tool", "tool_call_id": "2bcdefghi", "content": "second"},
-        {"role": "tool", "tool_call_id": "1bcdefghi", "content": "first"},
-        ANSWER,
-    )
-    for version, order in (
-        ("v3", [2, 3]),
-        ("v7", [2, 3]),
-        ("v11", [3, 2]),
-        ("v13", [3, 2]),
-        ("v15", [3, 2]),
-    ):
-        rendered = render(row, tokenizers[version])
-        results = rendered.sources[rendered.kinds == Kind.TOOL_RESULT].tolist()
-        assert list(dict.fromkeys(results)) == order
+    ids = ("1bcdefghi", "2bcdefghi")
+    calling = {"role": "assistant", "tool_calls": [CALL | {"id": each} for each in ids]}
+    results = (RESULT | {"tool_call_id": each} for each in reversed(ids))
+    row = read(USER, calling, *results, ANSWER)
+    for version, tokenizer in ((each, tokenizers[each]) for each in SPECS):
+        rendered = render(row, tokenizer)
+        found = rendered.sources[rendered.kinds == Kind.TOOL_RESULT].tolist()
+        assert list(dict.fromkeys(found)) == ([2, 3] if version in ("v3", "v7") else [3, 2])
 
 
 def test_merged_messages_have_the_source_of_the_last(read: Read, tokenizers: Tokenizers) -> None:
@@ -206,7 +211,7 @@ def test_thinking_is_learned_or_not_by_the_rule(read: Read, tokenizers: Tokenize
 
 
 def test_call_id_of_v11_is_learned_with_its_call(read: Read, tokenizers: Tokenizers) -> None:
-    call = {"id": "abcdefghi", "function": {"name": "f", "arguments": {"a": 1}}}
+    call = CALL | {"function": {"name": "f", "arguments": {"a": 1}}}
     rendered = render(read(USER, {"role": "assistant", "tool_calls": [call]}), tokenizers["v11"])
     assert learned_text(rendered, tokenizers["v11"], LabelRule()) == (
         '[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"a": 1}</s>'
@@ -247,3 +252,85 @@ def test_labels_are_the_learned_ids_and_nothing_else(read: Read, tokenizers: Tok
     assert found.dtype == "int64"
     assert found.tolist() == oracle.scan_labels(rendered.input_ids.tolist(), tokenizers["v13"])
     assert found.tolist().count(-100) == 4
+
+
+WORDS = [
+    *("bos", "system", "tools", "settings", "user", "image", "tool_result", "text"),
+    *("think", "call", "eos"),
+]
+
+
+def row_of(*kinds: int) -> Rendered:
+    ids = np.arange(len(kinds), dtype=np.uint32)
+    return Rendered(ids, np.array(kinds, np.uint8), np.zeros(len(kinds), np.int32))
+
+
+def test_kinds_are_the_words_of_the_contract_in_their_order() -> None:
+    assert [kind.word for kind in Kind] == WORDS
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (LabelRule(), "text think call eos"),
+        (LabelRule(thinking=False), "text call eos"),
+        (LabelRule(inputs=True), "system tools settings user tool_result text think call eos"),
+    ],
+)
+def test_a_rule_learns_its_kinds_and_nothing_withheld(rule: LabelRule, expected: str) -> None:
+    kinds = np.array(list(Kind), np.uint8)
+    assert [kind.word for kind, kept in zip(Kind, learned(kinds, rule), strict=True) if kept] == (
+        expected.split()
+    )
+    assert not learned(kinds | np.uint8(WITHHELD), rule).any()
+
+
+USER_THEN_TEXT = (Kind.BOS, Kind.USER, Kind.TEXT, Kind.TEXT, Kind.EOS)
+
+
+def test_a_row_within_the_limit_is_not_copied() -> None:
+    row = row_of(*USER_THEN_TEXT)
+    assert truncate(row, 5) is row
+
+
+def test_the_tail_is_cut() -> None:
+    cut = truncate(row_of(*USER_THEN_TEXT), 3)
+    assert cut is not None
+    assert cut.input_ids.tolist() == [0, 1, 2]
+    assert len(cut.kinds) == len(cut.sources) == 3
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_nothing_remains_where_nothing_learned_remains(limit: int) -> None:
+    assert truncate(row_of(*USER_THEN_TEXT), limit) is None
+
+
+def test_what_remains_is_judged_by_the_rule() -> None:
+    row = row_of(Kind.BOS, Kind.USER, Kind.THINK, Kind.TEXT)
+    assert truncate(row, 3) is not None
+    assert truncate(row, 3, LabelRule(thinking=False)) is None
+    assert truncate(row_of(Kind.BOS, Kind.TEXT | WITHHELD), 2) is None
+
+
+IMAGE_RUNS = (
+    *(Kind.BOS, Kind.TEXT, *[Kind.IMAGE] * 4, Kind.USER),
+    *(*[Kind.IMAGE | WITHHELD] * 3, Kind.EOS),
+)
+
+
+@given(limit=st.integers(0, len(IMAGE_RUNS) + 2))
+def test_a_cut_never_leaves_a_part_of_an_image(limit: int) -> None:
+    cut = truncate(row_of(*IMAGE_RUNS), limit)
+    if cut is not None:
+        assert len(cut) <= limit
+        images = np.count_nonzero((cut.kinds & ~np.uint8(WITHHELD)) == Kind.IMAGE)
+        assert images in (0, 4, 7)
+
+
+def test_labels_need_no_tokenizer() -> None:
+    """The trainer reads prepared arrays; mistral-common stays out of its start."""
+    code = "import sys, engine.chat.render; print('mistral_common' in sys.modules)"
+    run: Any = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "False"
