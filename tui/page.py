@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 
 from textual.app import ComposeResult, RenderResult
@@ -21,7 +22,7 @@ from textual.widget import Widget
 from engine.errors import UserError
 from engine.visible import visible
 from tui.widgets.choices import Choices
-from tui.widgets.pane import HelpPanel, HelpText, ProblemPanel
+from tui.widgets.pane import Drawn, Field, HelpPanel, HelpText, ProblemPanel
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,20 +166,8 @@ class StepBar(Widget):
         return Content("  ").join(parts)
 
 
-class Verdict(Widget):
+class Verdict(Drawn):
     """The second row of a step: its name, then the verdict."""
-
-    def __init__(self, step: str) -> None:
-        super().__init__()
-        self._step = step
-        self._verdict = Content()
-
-    def show_verdict(self, content: Content) -> None:
-        self._verdict = content
-        self.refresh()
-
-    def render(self) -> RenderResult:
-        return Content.assemble((f"{self._step}  ", "$muted"), self._verdict)
 
 
 if TYPE_CHECKING:
@@ -252,7 +241,7 @@ class Page(Screen[None]):
     def compose(self) -> ComposeResult:
         yield StepBar(self.STEP)
         if self.STEP:
-            yield Verdict(self.STEP)
+            yield Verdict(f"{self.STEP}  ")
         with Vertical(id="body"):
             yield from self.compose_body()
         yield CommandLine()
@@ -272,7 +261,8 @@ class Page(Screen[None]):
         """The page's answer: one of `✓ ! ✗ · ▶ ?`, the verdict's word, and one sentence."""
         content = verdict(mark, word, visible(text, one_line=True))
         if self.STEP:
-            self.query_one(Verdict).show_verdict(content)
+            name = (f"{self.STEP}  ", "$muted")
+            self.query_one(Verdict).show(lambda _: Content.assemble(name, content))
         else:
             self.query_one(StepBar).show_verdict(content)
 
@@ -412,3 +402,44 @@ class Page(Screen[None]):
                 before = found.get(binding.description)
                 found[binding.description] = f"{before}, {shown}" if before else shown
         return [(shown, description) for description, shown in found.items()]
+
+
+class PathField(Field):
+    """For a path or a hub id: tab completes what is on the disk. Posts Offered and Left."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("tab", "complete", "complete the path", show=False, priority=True),
+    ]
+    KEYS: ClassVar[tuple[Key, ...]] = (
+        Key("enter", "read it"),
+        Key("tab", "complete"),
+        Key("esc", "leave the field"),
+    )
+
+    @dataclass
+    class Offered(Message):
+        """Several names go on like the text."""
+
+        names: list[str]
+
+    class Left(Field.Left):
+        """The field gave up the focus."""
+
+    def on_focus(self) -> None:
+        if isinstance(self.screen, Page):
+            self.screen.show_keys(self.KEYS)
+
+    def on_blur(self) -> None:
+        if isinstance(self.screen, Page):
+            self.screen.show_keys(self.screen.KEYS)
+
+    def action_complete(self) -> None:
+        from engine.wizard.offers import complete_path  # the first frame does not wait for it
+
+        completed, names = complete_path(self.value, Path.cwd())
+        if not names:
+            self.screen.focus_next()
+            return
+        self.value = completed
+        self.cursor_position = len(completed)
+        self.post_message(self.Offered(names))

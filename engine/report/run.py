@@ -285,17 +285,30 @@ class Headline:
 
 def headline(history: History, status: Status | None, now: float) -> Headline:
     """What the run does. `now` is in Unix seconds."""
-    name = {
-        None: _starting,
-        "waiting": _starting,
-        "running": _running,
-        "paused": _paused,
-        "finished": _finished,
-        "stopped": _stopped,
-        "failed": _failed,
-        "lost": _lost,
-    }[status]
-    return name(history, now)
+    done, share = steps(history), _share(history)
+    match status:
+        case "running":
+            return _running(history, now)
+        case "paused":
+            return Headline("❚❚", "paused", f"{done}   p goes on", share)
+        case "finished":
+            took = duration(history.last_time - history.began_time)
+            text = f"{history.steps_done} steps in {took}"
+            if history.best:
+                step, loss = history.best
+                text += f"   best held-out {nats(loss)} at step {step}"
+            return Headline("✓", "done", text)
+        case "stopped":
+            text = f"{done}  stopped {clock_time(history.last_time)}   r goes on"
+            return Headline("·", "stopped", text, share)
+        case "failed":
+            what = history.ended.what if history.ended else ""
+            return Headline("✗", "failed", f"{done}  {what}".strip())
+        case "lost":
+            text = f"{done}  its process ended without a word   r goes on, l shows its log"
+            return Headline("✗", "lost", text)
+        case _:
+            return Headline("·", "starting", "waiting for the trainer's process to begin")
 
 
 def device_and_model(history: History) -> str:
@@ -371,10 +384,6 @@ def steps(history: History) -> str:
     return words
 
 
-def _starting(history: History, now: float) -> Headline:
-    return Headline("·", "starting", "waiting for the trainer's process to begin")
-
-
 def _running(history: History, now: float) -> Headline:
     quiet = now - history.last_time
     if history.phase:
@@ -419,36 +428,5 @@ def _silent(history: History, quiet: float) -> Headline:
     return Headline("?", "silent", text)
 
 
-def _paused(history: History, now: float) -> Headline:
-    return Headline("❚❚", "paused", f"{steps(history)}   p goes on", _share(history))
-
-
-def _finished(history: History, now: float) -> Headline:
-    text = f"{history.steps_done} steps in {_elapsed(history)}"
-    if history.best:
-        step, loss = history.best
-        text += f"   best held-out {nats(loss)} at step {step}"
-    return Headline("✓", "done", text)
-
-
-def _stopped(history: History, now: float) -> Headline:
-    text = f"{steps(history)}  stopped {clock_time(history.last_time)}   r goes on"
-    return Headline("·", "stopped", text, _share(history))
-
-
-def _failed(history: History, now: float) -> Headline:
-    what = history.ended.what if history.ended else ""
-    return Headline("✗", "failed", f"{steps(history)}  {what}".strip())
-
-
-def _lost(history: History, now: float) -> Headline:
-    text = f"{steps(history)}  its process ended without a word   r goes on, l shows its log"
-    return Headline("✗", "lost", text)
-
-
 def _share(history: History) -> float | None:
     return history.steps_done / history.total_steps if history.total_steps else None
-
-
-def _elapsed(history: History) -> str:
-    return duration(history.last_time - history.began_time)

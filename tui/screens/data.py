@@ -29,11 +29,11 @@ from engine.units import stored
 from engine.visible import visible
 from engine.wizard.commands import check_command
 from engine.wizard.data import USE, DataStep
-from engine.wizard.offers import Source, complete_path, find_newest, list_sources
+from engine.wizard.offers import Source, find_newest, list_sources
 from engine.wizard.reading import Read
 from engine.wizard.switches import Switch
 from tui.line import marked
-from tui.page import HelpText, Key, Page
+from tui.page import HelpText, Key, Page, PathField
 from tui.widgets.choices import Choices, Switches
 from tui.widgets.pane import Confirm, Pane, TextPane, columns
 
@@ -90,13 +90,10 @@ class MappingPanel(Pane):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(title="which column is which", subtitle="enter uses this, esc does not")
-        self._lists: Mapping[str, Sequence[str]] = shape.lists
-        self._images: Sequence[str] = shape.images
-        self._texts: Sequence[str] = shape.texts
-        proposed: Mapping[str, str] = shape.proposed
-        first = next(iter(self._lists), "")
-        self._taken = {"field_messages": proposed.get("field_messages", first)}
-        self._propose(proposed)
+        self._shape = shape
+        first = next(iter(shape.lists), "")
+        self._taken = {"field_messages": shape.proposed.get("field_messages", first)}
+        self._propose(shape.proposed)
 
     @staticmethod
     def applies_to(shape: Shape) -> bool:
@@ -105,7 +102,7 @@ class MappingPanel(Pane):
 
     def compose(self) -> ComposeResult:
         yield Switches()
-        about = _ABOUT_LISTS if self._lists else _ABOUT_TABLE
+        about = _ABOUT_LISTS if self._shape.lists else _ABOUT_TABLE
         yield Static(Content.styled(f"\n{about}", "$muted"), markup=False)
 
     def on_mount(self) -> None:
@@ -113,12 +110,12 @@ class MappingPanel(Pane):
 
     def _answers(self) -> dict[str, tuple[str, ...]]:
         """What each name can be, in the order of the panel."""
-        image = {"field_image": (_NONE, *self._images)} if self._images else {}
-        if not self._lists:
-            texts = tuple(self._texts)
+        image = {"field_image": (_NONE, *self._shape.images)} if self._shape.images else {}
+        if not self._shape.lists:
+            texts = tuple(self._shape.texts)
             return {"field_question": (_NONE, *texts), "field_answer": texts, **image}
-        keys = tuple(self._lists[self._taken["field_messages"]])
-        own = {"field_messages": tuple(self._lists), "role": keys, "content": keys}
+        keys = tuple(self._shape.lists[self._taken["field_messages"]])
+        own = {"field_messages": tuple(self._shape.lists), "role": keys, "content": keys}
         return {**own, "thinking": (_NONE, *keys), **image}
 
     def _propose(self, proposed: Mapping[str, str]) -> None:
@@ -141,7 +138,7 @@ class MappingPanel(Pane):
         name = message.name if message.name in _KEYS else f"field_{message.name}"
         self._taken[name] = message.answer
         if name == "field_messages":
-            kept = {"field_image": self._taken["field_image"]} if self._images else {}
+            kept = {"field_image": self._taken["field_image"]} if self._shape.images else {}
             self._propose(kept)
         self._show()
 
@@ -175,56 +172,6 @@ def spark(counts: Sequence[int], width: int) -> str:
     merged = [sum(counts[at : at + step]) for at in range(0, len(counts), step)]
     top = max(merged) or 1
     return "".join(_BARS[-(-count * 7 // top)] for count in merged)
-
-
-class PathField(Input):
-    """Posts Offered with the names that a text may become."""
-
-    DEFAULT_CSS = """
-    PathField { height: 1; border: none; padding: 0 1 0 2; background: $surface; }
-    """
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("tab", "complete", "complete the path", show=False, priority=True),
-        Binding("escape,up,down", "leave", "leave the field", show=False),
-    ]
-
-    KEYS: ClassVar[tuple[Key, ...]] = (
-        Key("enter", "read it"),
-        Key("tab", "complete"),
-        Key("esc", "leave the field"),
-    )
-
-    @dataclass
-    class Offered(Message):
-        """Several names go on like this."""
-
-        names: list[str]
-
-    class Left(Message):
-        """The field gave up the focus."""
-
-    def on_focus(self) -> None:
-        self._show_keys(self.KEYS)
-
-    def on_blur(self) -> None:
-        self._show_keys(None)
-
-    def _show_keys(self, keys: tuple[Key, ...] | None) -> None:
-        page = self.screen
-        if isinstance(page, Page):
-            page.show_keys(page.KEYS if keys is None else keys)
-
-    def action_complete(self) -> None:
-        completed, names = complete_path(self.value, Path.cwd())
-        if not names:
-            self.screen.focus_next()
-            return
-        self.value = completed
-        self.cursor_position = len(completed)
-        self.post_message(self.Offered(names))
-
-    def action_leave(self) -> None:
-        self.post_message(self.Left())
 
 
 # Whoever holds the down key reads no file on the way.
@@ -273,7 +220,7 @@ class DataPage(Page):
     def compose_body(self) -> ComposeResult:
         with Pane(id="from", title="where from"):
             yield Choices(id="sources")
-            yield PathField(placeholder="type or paste a path; tab completes it", compact=True)
+            yield PathField("type or paste a path; tab completes it")
         with Pane(id="found", title="what was found"):
             yield Static(id="rows", markup=False)
         with Pane(id="know", title="what to know"):

@@ -5,13 +5,14 @@ A switch of labels asks nobody; only what changes the tokens themselves is asked
 
 from collections import Counter
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar, Final
 
-from textual.app import ComposeResult, RenderResult
+from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
 from textual.content import Content
+from textual.geometry import Size
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -27,63 +28,40 @@ from engine.wizard.reading import Read
 from engine.wizard.switches import SWITCH_HELP
 from tui.page import HelpText, Key, Page
 from tui.widgets.choices import Choices, Switches
-from tui.widgets.pane import Pane, Prompt
+from tui.widgets.pane import Drawn, Pane, Prompt
 from tui.widgets.tokens import TokenRow, TokenView, read_row
-
-_NAME_CELLS: Final = 14
-_STYLES: Final = {"thinking": "$think", "answers": "$answer", "tool calls": "$call"}
 
 Counts = Mapping[int, int]
 """Tokens by stored kind."""
+Groups = Mapping[str, GroupCount] | None
+_NAME_CELLS: Final = 14
+_STYLES: Final = {"thinking": "$think", "answers": "$answer", "tool calls": "$call"}
 
 
-class LearnedCounts(Widget):
-    """Two columns of counts; in a tall pane each group of tokens has a line."""
+def learned_table(
+    here: Counts, everywhere: Counts | None, rule: LabelRule, heading: str, size: Size
+) -> Content:
+    """How much is learned, in two columns of counts; where it is tall each group has a line.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._here: Counts = {}
-        self._all: Counts | None = None
-        self._heading = ""
-        self._rule = LabelRule()
-
-    def show_counts(
-        self, here: Counts, everywhere: Counts | None, rule: LabelRule, heading: str
-    ) -> None:
-        """`everywhere` is None while the rows are still being counted."""
-        self._here, self._all, self._rule, self._heading = here, everywhere, rule, heading
-        self.refresh()
-
-    def render(self) -> RenderResult:
-        here = count_groups(self._here, self._rule)
-        rest = None if self._all is None else count_groups(self._all, self._rule)
-        heading = f"{'':<{_NAME_CELLS}}{'this row':>11}{self._heading:>14}"
-        lines = [Content.styled(heading, "$muted")]
-        tall = self.size.height > 8
-        for learned in (True, False):
-            name = "┃ learned" if learned else "┊ only read"
-            style = "bold $lit" if learned else "$read"
-            lines.append(_line(name, here, rest, list(here), learned, style))
-            for group in here if tall else ():
-                if _tokens(here, group, learned) or (rest and _tokens(rest, group, learned)):
-                    mark = "┃" if learned else "┊"
-                    style = _STYLES.get(group, "$lit") if learned else "$muted"
-                    lines.append(_line(f"{mark}  {group}", here, rest, [group], learned, style))
-        if tall and rest:
-            lines += self._bar(rest)
-        return Content("\n").join(lines)
-
-    def _bar(self, rest: Mapping[str, GroupCount]) -> list[Content]:
-        learned, total = _sum(rest, list(rest), True), _total(rest)
-        if not total:
-            return []
-        width = self.size.width
-        full = round(width * learned / total)
-        return [
-            Content(""),
-            Content.assemble(("━" * full, "$primary"), ("┈" * (width - full), "$faint")),
-            Content(learned_text(learned, total)),
-        ]
+    `everywhere` is None while the rows are still being counted.
+    """
+    rest = None if everywhere is None else count_groups(everywhere, rule)
+    columns = count_groups(here, rule), rest
+    tall = size.height > 8
+    lines = [Content.styled(f"{'':<{_NAME_CELLS}}{'this row':>11}{heading:>14}", "$muted")]
+    for learned, mark, name in ((True, "┃", "learned"), (False, "┊", "only read")):
+        style = "bold $lit" if learned else "$read"
+        lines.append(_line(f"{mark} {name}", columns, list(columns[0]), learned, style))
+        for group in columns[0] if tall else ():
+            if any(_tokens(each, [group], learned) for each in columns):
+                style = _STYLES.get(group, "$lit") if learned else "$muted"
+                lines.append(_line(f"{mark}  {group}", columns, [group], learned, style))
+    if tall and rest and (total := _total(rest)):
+        tokens = _tokens(rest, list(rest), True)
+        full = round(size.width * tokens / total)
+        bar = ("━" * full, "$primary"), ("┈" * (size.width - full), "$faint")
+        lines += [Content(""), Content.assemble(*bar), Content(learned_text(tokens, total))]
+    return Content("\n").join(lines)
 
 
 def say_images(counts: Counts) -> str:
@@ -93,32 +71,25 @@ def say_images(counts: Counts) -> str:
 
 
 def _line(
-    name: str,
-    here: Mapping[str, GroupCount],
-    rest: Mapping[str, GroupCount] | None,
-    groups: list[str],
-    learned: bool,
-    style: str,
+    name: str, columns: tuple[Groups, Groups], groups: list[str], learned: bool, style: str
 ) -> Content:
+    here, rest = columns
     text = f"{name:<{_NAME_CELLS}}{_cell(here, groups, learned, 6)}"
-    text += _cell(rest, groups, learned, 9) if rest is not None else f"{'…':>9}"
-    return Content.styled(text, style)
+    return Content.styled(text + _cell(rest, groups, learned, 9), style)
 
 
-def _cell(found: Mapping[str, GroupCount], groups: list[str], learned: bool, width: int) -> str:
-    tokens, total = _sum(found, groups, learned), _total(found)
+def _cell(found: Groups, groups: list[str], learned: bool, width: int) -> str:
+    if found is None:
+        return f"{'…':>{width}}"
+    tokens, total = _tokens(found, groups, learned), _total(found)
     shown = f"{tokens:,}" if len(f"{tokens:,}") <= width else f"{tokens / 1e6:,.0f}M"
     share = f"{tokens / total:.0%}" if total else ""
     return f"{shown:>{width}}{share:>5}"
 
 
-def _tokens(found: Mapping[str, GroupCount], group: str, learned: bool) -> int:
-    count = found[group]
-    return count.learned if learned else count.total - count.learned
-
-
-def _sum(found: Mapping[str, GroupCount], groups: list[str], learned: bool) -> int:
-    return sum(_tokens(found, group, learned) for group in groups)
+def _tokens(found: Groups, groups: list[str], learned: bool) -> int:
+    counts = [found[group] for group in groups] if found else []
+    return sum(count.learned if learned else count.total - count.learned for count in counts)
 
 
 def _total(found: Mapping[str, GroupCount]) -> int:
@@ -202,7 +173,7 @@ class PreviewPage(Page):
     #learn { width: 37; height: 100%; } #counts { width: 1fr; height: 100%; }
     #learn Switches { height: auto; }
     #switch-help { display: none; color: $muted; margin-top: 1; }
-    LearnedCounts { text-wrap: nowrap; height: 100%; }
+    #learned { text-wrap: nowrap; height: 100%; }
     PreviewPage.-wide #split { layout: horizontal; }
     PreviewPage.-wide #side { width: 46; height: 100%; layout: vertical; }
     PreviewPage.-wide #learn { width: 100%; height: auto; }
@@ -247,7 +218,7 @@ class PreviewPage(Page):
                     yield Switches()
                     yield Static(id="switch-help", markup=False)
                 with Pane(id="counts", title="how much is learned"):
-                    yield LearnedCounts()
+                    yield Drawn(id="learned")
 
     def on_mount(self) -> None:
         self.part(TokenView).focus()
@@ -357,7 +328,8 @@ class PreviewPage(Page):
         counts = found.tokens.kind_counts if found and found.tokens else None
         total = f"all {found.rows:,}" if found else "all rows"
         here = Counter(entry.kinds) if entry else {}
-        self.part(LearnedCounts).show_counts(here, counts, rule, total)
+        draw = partial(learned_table, here, counts, rule, total)
+        self.query_one("#learned", Drawn).show(draw)
         self.query_one("#counts", Pane).show_subtitle(say_images(counts or here))
         self._redraw_verdict()
         self._redraw_titles()

@@ -151,20 +151,14 @@ class Switches(Lines):
         name: str
         answer: str
 
-    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 (Textual's name)
-        super().__init__(id=id)
-        self._switches: Sequence[Switch] = ()
-
-    @property
-    def switches(self) -> Sequence[Switch]:
-        return self._switches
+    switches: Sequence[Switch] = ()
 
     def show_switches(self, switches: Sequence[Switch]) -> None:
-        self._switches = switches
+        self.switches = switches
         self.show_count(len(switches), self.cursor)
 
     def line(self, place: int, cursor: Content) -> Content:
-        switch, here = self._switches[place], place == self.cursor and self.has_focus
+        switch, here = self.switches[place], place == self.cursor and self.has_focus
         name = (f"{switch.name:<{_NAME_CELLS}}", "$lit" if here else "")
         return Content.assemble(cursor if self.has_focus else "  ", name, *self._answers(switch))
 
@@ -180,9 +174,9 @@ class Switches(Lines):
         return parts
 
     def action_turn(self, step: int) -> None:
-        if not self._switches:
+        if not self.switches:
             return
-        switch = self._switches[self.cursor]
+        switch = self.switches[self.cursor]
         if not switch.locked and len(switch.answers) > 1:
             answer = switch.answers[(switch.chosen + step) % len(switch.answers)]
             self.post_message(self.Turned(switch.name, answer))
@@ -215,10 +209,8 @@ class Fields(Lines):
         key: str
         text: str
 
-    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 (Textual's name)
-        super().__init__(id=id)
-        self._fields: Sequence[Field] = ()
-        self._typed: str | None = None
+    _fields: Sequence[Field] = ()
+    _typed: str | None = None
 
     @property
     def field(self) -> Field | None:

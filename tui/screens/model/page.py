@@ -24,8 +24,7 @@ from engine.visible import visible
 from engine.wizard.machine import named_cards
 from engine.wizard.model import HELP, OWN_HELP, OWN_LABEL, PLANNING, Candidate, ModelStep, Survey
 from tui.line import MARK_STYLES
-from tui.page import HelpText, Key, Page
-from tui.screens.data import PathField
+from tui.page import HelpText, Key, Page, PathField
 from tui.screens.machine.prospects import TITLE_CELLS, title_cells
 from tui.widgets.choices import Choices
 from tui.widgets.pane import Confirm, Field, Pane, TextPane
@@ -70,7 +69,7 @@ class ModelPage(Page):
     def compose_body(self) -> ComposeResult:
         with Pane(id="models", title=_TITLE, subtitle="/ filters, o takes your own"):
             yield Choices([Content.styled(PLANNING, "$muted")])
-            yield PathField(placeholder="a folder, or org/name; tab completes", compact=True)
+            yield PathField("a folder, or org/name; tab completes")
             yield Field("part of a name", id="filter")
         pane = TextPane("why this one", Content(""))
         pane.id = "why"
