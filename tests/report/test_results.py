@@ -1,7 +1,10 @@
 """The table at the end of a run holds what its events say, and nothing that they do not."""
 
+import pytest
+
 from engine.events import Answers, Drift, Event, Score
 from engine.report.run import describe_results
+from engine.units import counted, nats, spoken
 
 KINDS = {"think": 2.0, "text": 1.0, "call": 0.5, "eos": 0.1}
 AFTER = {"think": 1.5, "text": 0.75, "call": 0.25, "eos": 0.0}
@@ -48,3 +51,27 @@ def test_a_run_without_two_evaluations_has_no_table() -> None:
 def test_a_name_cannot_reach_the_terminal() -> None:
     told = [Score(step, "a\x1b]52;c;x\x07", 1.0, 0.0, 9) for step in (0, 5)]
     assert not any("\x1b" in line or "\x07" in line for line in describe_results(told))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "1 second"),
+        (1.4, "1 second"),
+        (40, "40 seconds"),
+        (720, "12 minutes"),
+        (12_600, "3.5 hours"),
+        (172_800, "2.0 days"),
+    ],
+)
+def test_a_length_of_time_has_the_noun_that_its_number_asks_for(seconds: float, words: str) -> None:
+    assert spoken(seconds) == words
+
+
+def test_one_of_a_thing_has_no_s_and_thousands_have_a_comma() -> None:
+    assert (counted(0, "row"), counted(1, "row")) == ("0 rows", "1 row")
+    assert counted(1_200, "row") == "1,200 rows"
+
+
+def test_a_loss_has_three_decimals() -> None:
+    assert nats(0.41249) == "0.412"
