@@ -12,7 +12,6 @@ except KeyboardInterrupt:
 
 
 def main() -> None:
-    """Carry out the command line and leave with its exit status."""
     sys.exit(interruptible(carry_out))
 
 

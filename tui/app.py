@@ -243,7 +243,6 @@ class WindtunnelApp(App[int]):
         self._show(name)
 
     def open_runs(self) -> None:
-        """The list of runs."""
         self._show("Runs")
 
     def leave(self, parting: str = "") -> None:
@@ -252,7 +251,6 @@ class WindtunnelApp(App[int]):
         self.exit(0)
 
     def copy(self, text: str, what: str) -> None:
-        """Put text on the clipboard of the terminal, and say so."""
         self.copy_to_clipboard(text)
         self.notify(f"copied {what}", timeout=2, markup=False)
 
@@ -286,7 +284,8 @@ class WindtunnelApp(App[int]):
         if name == self._shown:
             return
         self._shown = name
-        self._close_modals()
+        while self.screen.is_modal:  # an open question, which is answered with nothing
+            self.pop_screen()
         # The first page lies below whatever page is shown: it is uncovered, the others change.
         if self._opened[name] is self.screen_stack[0]:
             self.pop_screen()
@@ -305,8 +304,3 @@ class WindtunnelApp(App[int]):
         module, _, word = PAGES[name].partition(":")
         page: type[Page] = getattr(import_module(module), word)
         return page
-
-    def _close_modals(self) -> None:
-        """A resumed run opens its page over an open question: that is answered with nothing."""
-        while self.screen.is_modal:
-            self.pop_screen()

@@ -47,7 +47,6 @@ class WizardRequest:
 
 
 def carry_out() -> int:
-    """Carry out the command line; returns its exit status."""
     arguments = sys.argv[1:]
     try:
         request = read_request(arguments)

@@ -66,18 +66,14 @@ class KeyRow(Widget):
 
     def __init__(self, keys: Sequence[Key]) -> None:
         super().__init__()
-        self._keys: Sequence[Key] = keys
-
-    @property
-    def keys(self) -> Sequence[Key]:
-        return self._keys
+        self.keys = keys
 
     def show_keys(self, keys: Sequence[Key]) -> None:
-        self._keys = keys
+        self.keys = keys
         self.refresh()
 
     def render(self) -> RenderResult:
-        keys = list(self._keys)
+        keys = list(self.keys)
         if not any(key.key == HELP_KEY.key for key in keys):
             keys.append(HELP_KEY)
         parts = [
@@ -249,7 +245,6 @@ class Page(Screen[None]):
         yield TooSmall()
 
     def compose_body(self) -> ComposeResult:
-        """The panes of the page."""
         yield from ()
 
     def part(self, kind: type[AnyWidget]) -> AnyWidget:
@@ -288,7 +283,6 @@ class Page(Screen[None]):
 
     @property
     def is_covered(self) -> bool:
-        """Whether help, a problem or another panel stands in place of the body."""
         return self._panel is not None
 
     def cover(self, panel: Widget, keys: Sequence[Key]) -> None:
@@ -306,7 +300,6 @@ class Page(Screen[None]):
         self.call_after_refresh(self._focus_cover, panel)
 
     def uncover(self) -> None:
-        """Take the panel away and give the focus back."""
         if not self._panel:
             return
         self._panel.remove()
@@ -350,11 +343,9 @@ class Page(Screen[None]):
         """Called whenever the page is shown again: the draft may have changed meanwhile."""
 
     def action_accept(self) -> None:
-        """Enter: take what is highlighted and go on."""
         self.app.next_step()
 
     def on_choices_chosen(self, message: Choices.Chosen) -> None:
-        """Enter on a line of a list is Enter on the page."""
         message.stop()
         self.action_accept()
 

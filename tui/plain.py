@@ -69,7 +69,6 @@ class Dialogue:
                 self.write(_in_ascii(part) if self.ascii_only else part)
 
     def refuse(self, error: UserError) -> None:
-        """What, why and what to do, a line each."""
         self.say(*(f"  {part}" for part in (error.what, error.why, error.fix) if part))
 
     def answer(self, prompt: str = "> ") -> str:

@@ -32,7 +32,6 @@ class Progress:
         self._bar.start()
 
     def show(self, recorded: Recorded) -> None:
-        """Take in one event."""
         event, line = recorded.event, event_line(recorded.event)
         if line is None or isinstance(event, Ended):  # whoever waits for the end tells it
             return
@@ -53,7 +52,6 @@ class Progress:
                 self._keep(str(line))
 
     def close(self) -> None:
-        """Stop drawing."""
         self._bar.stop()
 
     def _describe(self, work: str) -> None:

@@ -83,7 +83,6 @@ def shape_lines(shape: Shape) -> list[Line]:
 
 
 def learned_text(learned: int, total: int) -> str:
-    """How much of a count of tokens is learned."""
     return f"{learned:,} of {counted(total, 'token')} are learned"
 
 

@@ -168,7 +168,6 @@ def weights_sentence(plan: Recommendation) -> str:
 
 
 def fit_lines(fitted: Mapping[str, Any]) -> Iterator[str]:
-    """The figures for a person."""
     measured, needs = fitted["measurement"], fitted["estimate"]
     rows = "your rows" if fitted["own_rows"] else "random tokens"
     built = f"{needs['total_parameters']:,} random weights in {fitted['layers']} layers"
@@ -212,7 +211,6 @@ NOTABLE = 0.02
 
 
 def plan_verdict(needs: Estimate, device: Device) -> Line:
-    """Verdict, number and what the device can give."""
     sure = "measured" if needs.source == "measured" else f"± {needs.uncertainty:.0%}"
     each = f" on each of {needs.cards}" if needs.cards > 1 else ""
     given = f"{device.can_give_bytes / GIB:.1f} of {device.total_bytes / GIB:.1f}"
@@ -296,12 +294,10 @@ def row_line(needs: Estimate, uncounted: str) -> str:
 
 
 def steps_text(duration: Duration) -> str:
-    """How many steps, and how long they take."""
     return f"{counted(duration.steps, 'step')}, about {spoken(duration.seconds)}"
 
 
 def duration_lines(duration: Duration | None) -> list[Line]:
-    """Steps, time, pace and cost."""
     if duration is None:
         return []
     pace = f"{duration.tokens_per_second:,.0f} tokens a second ({duration.source})"
@@ -310,7 +306,6 @@ def duration_lines(duration: Duration | None) -> list[Line]:
 
 
 def faster_lines(faster: Alternative | None) -> list[Line]:
-    """What the room that is left could be used for."""
     return [Line("·", "", describe_faster(faster))] if faster else []
 
 

@@ -65,7 +65,6 @@ def way_back(run: RunFolder, status: Status | None) -> str:
 
 
 def progress_text(summary: Summary) -> str:
-    """How far a run is, and its loss there."""
     of = f" of {summary.total_steps}" if summary.total_steps else ""
     loss = "" if summary.loss is None else f", loss {nats(summary.loss)}"
     return f"step {summary.step}{of}{loss}"
@@ -201,7 +200,6 @@ _NUMBER_CELLS: Final = 9
 
 
 def read_results(run: RunFolder) -> list[str]:
-    """The table of a run's folder."""
     follower, events = Follower(run.events), list[Event]()
     while found := follower.read():
         events += [recorded.event for recorded in found]

@@ -95,11 +95,6 @@ class MappingPanel(Pane):
         self._taken = {"field_messages": shape.proposed.get("field_messages", first)}
         self._propose(shape.proposed)
 
-    @staticmethod
-    def applies_to(shape: Shape) -> bool:
-        """Whether there is anything to choose: messages, or texts of a table."""
-        return bool(shape.lists or shape.texts)
-
     def compose(self) -> ComposeResult:
         yield Switches()
         about = _ABOUT_LISTS if self._shape.lists else _ABOUT_TABLE
@@ -233,12 +228,11 @@ class DataPage(Page):
 
     async def _look_around(self) -> None:
         newest = await asyncio.to_thread(find_newest, Path.cwd())
-        cursor = self.query_one("#sources", Choices).cursor
-        taken = self._sources[cursor]
+        here = self._source.title
         self._sources = list_sources(newest)
         self._show_sources()
-        same = [place for place, source in enumerate(self._sources) if source.title == taken.title]
-        self.query_one("#sources", Choices).cursor = same[0] if same else 0
+        titles = [source.title for source in self._sources]
+        self.query_one("#sources", Choices).cursor = titles.index(here) if here in titles else 0
 
     def _show_sources(self) -> None:
         self.query_one("#sources", Choices).show_lines(
@@ -266,12 +260,9 @@ class DataPage(Page):
             self._consider(dataset)
         else:
             self.part(PathField).value = dataset.path
-            self._point_at("typed")
+            kinds = [source.kind for source in self._sources]
+            self.query_one("#sources", Choices).cursor = kinds.index("typed")
             self._consider(dataset)
-
-    def _point_at(self, kind: str) -> None:
-        places = [place for place, source in enumerate(self._sources) if source.kind == kind]
-        self.query_one("#sources", Choices).cursor = places[0]
 
     @property
     def _source(self) -> Source:
@@ -293,14 +284,17 @@ class DataPage(Page):
             self._forget("a path" if source.kind == "typed" else "org/name")
 
     def _forget(self, wanted: str) -> None:
-        self.workers.cancel_group(self, "read")
+        self._clear("")
         self._step.back()
-        self._goes_on = False
         self.say("·", "no data", f"enter, then type {wanted}; enter reads it")
-        self.query_one("#rows", Static).update("")
+        self.show_command([])
+
+    def _clear(self, waiting: str) -> None:
+        self.workers.cancel_group(self, "read")
+        self._goes_on = False
+        self.query_one("#rows", Static).update(Content(waiting))
         self.query_one("#found", Pane).show_subtitle("")
         self._show_remarks([])
-        self.show_command([])
 
     def _consider(self, dataset: DatasetConfig) -> None:
         """Read that dataset, once the person agrees where it is on the hub."""
@@ -325,14 +319,10 @@ class DataPage(Page):
         self.app.push_screen(Confirm(asked.title, asked.text, yes=asked.yes, no=asked.no), answered)
 
     def _start(self, dataset: DatasetConfig) -> None:
-        self.workers.cancel_group(self, "read")
-        self._step.consider(dataset)
-        self._goes_on = False
         name = visible(dataset.path, one_line=True)
+        self._clear(f"reading {name}")
+        self._step.consider(dataset)
         self.say("·", "reading", name)
-        self.query_one("#rows", Static).update(Content(f"reading {name}"))
-        self.query_one("#found", Pane).show_subtitle("")
-        self._show_remarks([])
         self.show_command(check_command(self.app.draft, dataset))
 
     async def _read(self) -> None:
@@ -341,9 +331,8 @@ class DataPage(Page):
         while work := step.work():
             assert work.request is not None
             try:
-                step.receive(
-                    work, await self.app.data_worker.ask(work.request, self._show_progress)
-                )
+                found = await self.app.data_worker.ask(work.request, self._show_progress)
+                step.receive(work, found)
             except UserError as error:
                 step.receive(work, error)
                 self._refuse(error)
@@ -358,10 +347,8 @@ class DataPage(Page):
         assert self._step.dataset is not None
         if progress.phase == "tokenizer":
             model = visible(self._model or "", one_line=True)
-            shown, rows = (
-                f"starting the tokenizer of {model} (about 2 s, once)",
-                "the tokenizer first",
-            )
+            shown = f"starting the tokenizer of {model} (about 2 s, once)"
+            rows = "the tokenizer first"
         else:
             shown = f"reading {visible(self._step.dataset.path, one_line=True)}"
             shown += f"  {progress.rows:,} rows"
@@ -461,7 +448,7 @@ class DataPage(Page):
         shape = self._step.shape
         if not shape:
             return
-        if MappingPanel.applies_to(shape):
+        if shape.lists or shape.texts:
             panel = MappingPanel(shape)
             self.cover(panel, [Key("enter", "use this"), Key("space", "turn"), Key("esc", "close")])
         else:

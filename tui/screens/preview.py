@@ -185,8 +185,8 @@ class PreviewPage(Page):
         Binding("p", "step(-1)", "row before", show=False),
         Binding("N", "odd(1)", "next odd row", show=False),
         Binding("P", "odd(-1)", "odd row before", show=False),
-        Binding("g", "ask_row", "go to a row", show=False),
-        Binding("slash", "ask_text", "find text or id:34", show=False),
+        Binding("g", "ask('row')", "go to a row", show=False),
+        Binding("slash", "ask('text')", "find text or id:34", show=False),
         Binding("w", "list_odd", "list the odd rows", show=False),
         Binding("m", "labels", "labels under the tokens", show=False),
         Binding("b", "edges", "edges of the tokens", show=False),
@@ -323,8 +323,11 @@ class PreviewPage(Page):
         view = self.part(TokenView)
         if entry and entry.problem is None and view.row:
             view.relabel(entry.learned(rule))
-        self.part(Switches).show_switches(self._step.switches())
-        self._show_switch_help()
+        switches = self.part(Switches)
+        switches.show_switches(self._step.switches())
+        if switches.switches:
+            name = switches.switches[switches.cursor].name
+            self.query_one("#switch-help", Static).update(Content(SWITCH_HELP[name]))
         counts = found.tokens.kind_counts if found and found.tokens else None
         total = f"all {found.rows:,}" if found else "all rows"
         here = Counter(entry.kinds) if entry else {}
@@ -334,7 +337,7 @@ class PreviewPage(Page):
         self._redraw_verdict()
         self._redraw_titles()
         self._inspect()
-        self._show_equivalent()
+        self.show_command(preview_command(self.app.draft, self._step.config, self._step.number))
 
     def _redraw_verdict(self) -> None:
         if self._step.found is None:
@@ -372,16 +375,6 @@ class PreviewPage(Page):
         line = Content.styled(visible(text, one_line=True), "$warning")
         self.query_one("#inspector", Static).update(line)
 
-    def _show_switch_help(self) -> None:
-        switches = self.part(Switches)
-        if switches.switches:
-            name = switches.switches[switches.cursor].name
-            self.query_one("#switch-help", Static).update(Content(SWITCH_HELP[name]))
-
-    def _show_equivalent(self) -> None:
-        assert self._step.config is not None
-        self.show_command(preview_command(self.app.draft, self._step.config, self._step.number))
-
     def action_accept(self) -> None:
         if self._step.config is not None and not self._verdict.stops:
             self.app.next_step()
@@ -412,21 +405,16 @@ class PreviewPage(Page):
         self.uncover()
         self._go(self._step.odd_rows()[message.choices.cursor].number)
 
-    def action_ask_row(self) -> None:
-        self.part(Prompt).ask("row", f"row number{self._of_all}")
-
-    def action_ask_text(self) -> None:
-        self.part(Prompt).ask("text", "text in this row, or id:34")
+    def action_ask(self, name: str) -> None:
+        hints = {"row": f"row number{self._of_all}", "text": "text in this row, or id:34"}
+        self.part(Prompt).ask(name, hints[name])
 
     def on_prompt_answered(self, message: Prompt.Answered) -> None:
-        if message.name == "row":
-            self._go_to_typed(message.text)
-        else:
+        if message.name == "text":
             self._find(message.text)
-
-    def _go_to_typed(self, text: str) -> None:
+            return
         try:
-            self._go(self._step.row_number(text))
+            self._go(self._step.row_number(message.text))
         except UserError as error:
             self._warn(error.what)
 

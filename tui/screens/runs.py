@@ -54,7 +54,6 @@ _WIDE_CELLS: Final = (44, 28)
 
 
 def header(cells: tuple[int, int]) -> str:
-    """The names of the columns."""
     return (
         f"      {'name':<{cells[0]}} {'model':<{cells[1]}} {'state':<{_STATE_CELLS}}"
         f"{'held out':>9}  when"
@@ -77,7 +76,6 @@ def run_line(facts: RunFacts, mark: str, now: float, cells: tuple[int, int]) -> 
 
 
 def state(facts: RunFacts) -> str:
-    """What a run does, in a few words."""
     of = f"{facts.step}/{facts.total_steps}" if facts.total_steps else f"{facts.step}"
     return {
         "running": f"step {of}" if facts.total_steps else "loading",
@@ -112,7 +110,6 @@ def totals(runs: Sequence[RunFacts]) -> str:
 
 
 def details(facts: RunFacts) -> list[tuple[str, str]]:
-    """What the pane below the list says of the run under the cursor."""
     if facts.status is None:
         return [("why", facts.problem)]
     lines = []
@@ -155,7 +152,6 @@ def same_step(first: RunFacts, second: RunFacts) -> list[tuple[str, float, float
 
 
 def _cell(text: str, cells: int) -> str:
-    """One line of text in a column."""
     shown = visible(text, one_line=True)
     return f"{shown if len(shown) <= cells else shown[: cells - 1] + '…':<{cells}}"
 
@@ -173,7 +169,6 @@ class Differences(Widget):
         self._note = "reading the configs"
 
     def show(self, lines: Sequence[tuple[str, str, str]], same: int) -> None:
-        """Draw these, and say how many keys are the same."""
         self._lines = lines
         self._note = f"{same} keys are the same"
         self.refresh(layout=True)
@@ -319,7 +314,6 @@ class RunsPage(Page):
         self._show()
 
     def action_accept(self) -> None:
-        """Attach to the run under the cursor."""
         if self._here and self._here.status:
             self.app.open_run(self._here.folder)
 
@@ -394,7 +388,6 @@ class RunsPage(Page):
         return _MARKS[self._marked.index(folder)] if folder in self._marked else ""
 
     async def _look(self) -> None:
-        """Look at every run while the page lives."""
         reader = RunsReader()
         while True:
             runs, more = await asyncio.to_thread(reader.look)

@@ -57,7 +57,6 @@ _STYLES: Final = ("$accent", "$warning", "$success", "$secondary")
 
 
 def metric_styles() -> Iterator[tuple[Metric, str]]:
-    """Every small chart and its colour."""
     return zip(METRICS, cycle(_STYLES), strict=False)
 
 
@@ -106,7 +105,6 @@ def log_rows(lines: Sequence[Logged], size: Size) -> Content:
 
 
 def log_line(line: Logged) -> Content:
-    """A line of the log: the time, then what happened."""
     told = event_line(line.event, line.best)
     assert told is not None  # what tells a person nothing is not logged
     if isinstance(line.event, Phase):  # how far it is stands in the second row
@@ -295,7 +293,6 @@ class TrainPage(Page):
         self.action_ask("resume" if self._status == "paused" else "pause")
 
     def action_ask(self, word: Request) -> None:
-        """Write a command for the run; its answer comes with the events."""
         self.run_worker(self._send(word))
 
     async def _send(self, word: Request) -> None:
@@ -306,9 +303,13 @@ class TrainPage(Page):
             self._changed = True
 
     def action_stop(self) -> None:
+        self.run_worker(self._stop())
+
+    async def _stop(self) -> None:
         question = stop_question(self._history)
         confirm = Confirm(self._folder.name, question, yes="stops", no="goes on")
-        self.app.push_screen(confirm, self._stop_if)
+        if await self.app.push_screen_wait(confirm):
+            await self._send("stop")
 
     def action_resume(self, changes: Mapping[str, str] | None = None) -> None:
         if not self._resuming:
@@ -375,10 +376,6 @@ class TrainPage(Page):
                 each.add_class("-only")
         self._changed = True
 
-    def _stop_if(self, confirmed: bool | None) -> None:
-        if confirmed:
-            self.action_ask("stop")
-
     def _redraw(self) -> None:
         """Draw what has changed; a timer calls it, so a flood of events costs four pictures."""
         if self.app.screen is not self and not self.app.screen.is_modal:
@@ -393,7 +390,6 @@ class TrainPage(Page):
             self._show_end()
 
     def _show_curves(self) -> None:
-        """Every chart and spark."""
         right = float(self._history.total_steps or 1)
         self._show_loss(right)
         panes = self.query("Pane.small").results(Pane)

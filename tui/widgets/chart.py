@@ -63,7 +63,6 @@ class Raster:
         self._marks: dict[tuple[int, int], str] = {}
 
     def draw(self, curve: Curve) -> None:
-        """Put a curve over what is there already."""
         before: tuple[int, int] | None = None
         for point in curve.points:
             if not math.isfinite(point[1]):
@@ -144,7 +143,6 @@ class Chart(Widget):
         self._scale = Scale(1)
 
     def show(self, curves: Sequence[Curve], scale: Scale) -> None:
-        """Draw these; the first curve lies lowest."""
         self._curves, self._scale = curves, scale
         self.refresh()
 
@@ -186,7 +184,6 @@ class Spark(Widget):
         self._value = ""
 
     def show(self, points: Sequence[Point], scale: Scale, value: str) -> None:
-        """Draw these points and write `value` behind them."""
         self._points, self._scale, self._value = points, scale, value
         self.refresh()
 
@@ -223,7 +220,6 @@ def _frame(scale: Scale, values: Sequence[float], columns: int, rows: int) -> Fr
 
 
 def _step_axis(frame: Frame) -> Content:
-    """The first, the middle and the last step below the curves."""
     left, middle, right = (
         f"{step:,.0f}" for step in (frame.left, (frame.left + frame.right) / 2, frame.right)
     )

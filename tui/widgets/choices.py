@@ -214,7 +214,6 @@ class Fields(Lines):
 
     @property
     def field(self) -> Field | None:
-        """The one under the cursor."""
         return self._fields[self.cursor] if self._fields else None
 
     def show_fields(self, fields: Sequence[Field]) -> None:

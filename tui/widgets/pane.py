@@ -47,7 +47,6 @@ class Pane(Vertical):
         self.border_title = _content(text)
 
     def show_subtitle(self, text: str | Content) -> None:
-        """Text on the lower border."""
         self.border_subtitle = _content(text)
 
 

@@ -109,7 +109,6 @@ class Line:
 
 
 def read_row(row: PreviewRow) -> TokenRow:
-    """A row of the worker's preview."""
     kinds, sources = [kind_word(kind) for kind in row.kinds], row.sources
     blocks: list[Block] = []
     start, before = 0, None
@@ -337,7 +336,6 @@ class TokenView(ScrollView, can_focus=True):
         self.refresh()
 
     def _find_lines(self, tokens: int) -> list[int]:
-        """The line on which each token starts."""
         found = [-1] * tokens
         for number, line in enumerate(self._lines):
             for _, index in line.fragments:

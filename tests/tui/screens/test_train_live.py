@@ -155,12 +155,12 @@ async def test_the_status_of_a_run_comes_with_its_last_event(home: Path) -> None
         for step in range(1, 20_001):
             lines.write(format_line(Recorded(step, 1e9, step_event(step))))
         lines.write(format_line(Recorded(20_001, 1e9, Ended("finished", 20_000))))
-    async for events, status in follow_run(run):
+    async for events, state in follow_run(run):
         assert len(events) <= 500
         taken += len(events)
-        if status:
+        if state:
             break
-    assert (taken, status) == (20_001, "finished")
+    assert (taken, state) == (20_001, "finished")
 
 
 async def test_nothing_is_posted_while_nothing_happens(home: Path) -> None:
