@@ -288,7 +288,7 @@ GUARDS = {
         "engine/train/__init__.py",
         'sys.modules["kernels"] = None',
         'sys.modules["kernels_"] = None',
-        "tests/train/test_hub_guard.py::test_no_kernel_import_and_no_hub_request",
+        "tests/train/test_fetch.py::test_no_kernel_import_and_no_hub_request",
     ),
     "no code from a model": Guard(
         "engine/catalog/architecture.py",

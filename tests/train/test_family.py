@@ -2,12 +2,12 @@
 
 What is proved of each (architecture, method), and where:
 
-- the first step's loss and gradient norm, of text, of images and from FP8: `test_first_step`
+- the first step's loss and gradient norm, of text, of images and from FP8: `test_equivalence`
 - rows of text and images packed, padded and alone: `test_equivalence`, `test_vision`
 - recomputing changes nothing, every matrix of an adapter learns, the step is saved and stock
   transformers and PEFT answer as the run does, in logits and in generated tokens: here
 - an adapter in the vision tower, trained with images: here
-- other options of an adapter: `test_lora_options`; experts: `test_expert_adapter`
+- other options of an adapter: `test_lora`; experts: `test_experts`
 """
 
 from pathlib import Path

@@ -1,4 +1,9 @@
-"""Downloads of a base model, from a web server that speaks as the hub does."""
+"""Downloads of a base model from a server that speaks as the hub does; the demo's bases.
+
+And the guards of a trainer: it runs only code that was installed, and asks the network for nothing.
+Tried in a process of its own: an importable `kernels` package is what makes transformers and
+bitsandbytes fetch compiled code.
+"""
 
 import hashlib
 import json
@@ -19,19 +24,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.catalog import find_model
 from engine.catalog.rows import module_table
 from engine.chat.tokenizer import open_tokenizer
+from engine.config import write_config
 from engine.errors import WorkError
 from engine.train import fetch
+from engine.train.batches import Rows
 from engine.train.fetch import EMBEDDING, SPREAD, draw_embedding, refuse_full_disk, write_base
 from engine.train.forward import head_of
 from engine.train.generate import generate
 from engine.train.model import load_base
-from tests.support.tiny import files_at_most, settings
+from engine.train.run import run as run_training
+from tests.support.tiny import UNEVEN, files_at_most, open_session, settings, write_rows
 
 REPOSITORY = Path(__file__).parents[2]
 COMMIT = "a" * 40
@@ -143,22 +152,27 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
+def clean_environment(hub: Hub, home: Path, *path: Path) -> dict[str, str]:
+    """A process's, whose hub is ours and whose cache is in `home`."""
+    found = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "USE_HUB"))}
+    return found | {
+        "PYTHONPATH": os.pathsep.join(map(str, [*path, REPOSITORY])),
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(home / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
 @pytest.fixture
 def locate(tmp_path: Path, hub: Hub) -> Callable[..., dict[str, Any]]:
     """Locate a model in a process of its own, whose cache stays from call to call."""
 
     def run(model: str = "some/model", **environment: str) -> dict[str, Any]:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-        clean |= {
-            "PYTHONPATH": str(REPOSITORY),
-            "HF_ENDPOINT": hub.address,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
         done = subprocess.run(
             [sys.executable, "-c", WORK, model],
-            env=clean | environment,
+            env=clean_environment(hub, tmp_path) | environment,
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -384,3 +398,113 @@ class TestWriting:
         base = write_base("demo-tiny", random_layers(0), tmp_path)
         assert sorted(os.listdir(base)) == ["config.json", "model.safetensors", "tekken.json"]
         assert list(tmp_path.iterdir()) == [base]
+
+
+KERNELS = "from pathlib import Path\nPath(__file__).with_name('imported').touch()\n"
+TRAINING = """
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+import engine.train
+import transformers.utils
+import huggingface_hub
+from engine.train.evaluate import score
+from engine.train.fetch import leave_hub
+from engine.train.generate import generate
+from engine.train.checkpoint import export_trained
+from tests.support.tiny import MINISTRAL3, UNEVEN, settings, training, write_model, write_rows
+
+home = Path(sys.argv[1])
+try:
+    import kernels
+except ImportError:
+    print("kernels: blocked")
+print("transformers sees kernels:", transformers.utils.is_kernels_available())
+base = write_model(home / "base", MINISTRAL3)
+rows = write_rows(home / "rows", UNEVEN)
+for name, keys in (("full", {}), ("qlora", {"adapter": "qlora", "load_in_4bit": True})):
+    config = settings(base, **keys)
+    run = training(home / name, config, rows)
+    run.step(1, run.order.step(1))
+    run.save()
+    score(run.model, run.base, rows, config)
+    generate(run.model, run.base.device, [1, 40], end=2, max_new_tokens=3)
+    # PEFT asks the hub about a base that is no folder here, or no longer one.
+    if name == "qlora":
+        run.model.peft_config["default"].base_model_name_or_path = "someone/tuned"
+    export_trained(run.model, home / name, base, config)
+    print("trained:", name)
+with suppress(HTTPError):
+    urlopen(os.environ["HF_ENDPOINT"] + "/the-work-is-done")
+huggingface_hub.file_exists("someone/asked", "config.json")
+leave_hub()
+try:
+    huggingface_hub.file_exists("someone/later", "config.json")
+except huggingface_hub.errors.OfflineModeIsEnabled:
+    print("the hub: switched off")
+"""
+
+
+def test_no_kernel_import_and_no_hub_request(tmp_path: Path, hub: Hub) -> None:
+    hub.refusal = (404, "EntryNotFound")
+    site = tmp_path / "site"
+    (site / "kernels").mkdir(parents=True)
+    (site / "kernels" / "__init__.py").write_text(KERNELS)
+    (site / "kernels-0.13.0.dist-info").mkdir()
+    (site / "kernels-0.13.0.dist-info" / "METADATA").write_text("Name: kernels\nVersion: 0.13.0\n")
+    environment = clean_environment(hub, tmp_path, site)
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINING, str(tmp_path)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "kernels: blocked",
+        "transformers sees kernels: False",
+        "trained: full",
+        "trained: qlora",
+        "the hub: switched off",
+    ]
+    assert not (site / "kernels" / "imported").exists()
+    asked = [path for _, path, _ in hub.asked]
+    assert asked[0] == "/the-work-is-done"
+    # What the work does last shows that asking before would have been seen.
+    assert any("someone/asked" in path for path in asked[1:])
+    assert not any("someone/later" in path for path in asked)
+
+    subprocess.run([sys.executable, "-c", "import kernels"], env=environment, check=True)
+    assert (site / "kernels" / "imported").exists()
+
+
+class Reached(Exception):
+    """As far as the test goes."""
+
+
+def test_when_hub_is_left(tmp_path: Path, ministral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rows on the hub are read by a child, which inherits the environment.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    seen = []
+
+    def read_rows(*_: object) -> tuple[Rows, dict[str, Rows]]:
+        seen.append((os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE))
+        return write_rows(tmp_path / "rows", UNEVEN), {}
+
+    def load(*_: object, **__: object) -> None:
+        seen.append((os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE))
+        raise Reached
+
+    monkeypatch.setattr("engine.train.run.open_tokenizer", lambda _: None)
+    monkeypatch.setattr("engine.train.run.prepare_rows", read_rows)
+    monkeypatch.setattr("engine.train.run.load_base", load)
+    session = open_session(tmp_path)
+    session.run.config.write_text(write_config(settings(ministral)))
+    with pytest.raises(Reached):
+        run_training(session, resume=False)
+    assert seen == [("0", False), ("1", True)]
