@@ -59,12 +59,8 @@ def as_expression(names: Sequence[str]) -> str:
 def put_on_training(base: Base, folder: Path, config: RunConfig) -> Model:
     """The model as it trains: an adapter on frozen weights, or the chosen weights trainable."""
     if config.gradient_checkpointing:
-        offloads = bool(config.activation_offloading)
-        checkpoint_activations(
-            base.model,
-            config.checkpointed_layers,
-            offload_from=base.device if offloads else None,
-        )
+        offload_from = base.device if config.activation_offloading else None
+        checkpoint_activations(base.model, config.checkpointed_layers, offload_from=offload_from)
     attach = choose_trained if config.adapter is None else attach_lora
     return attach(base.model, read_architecture(folder), config)
 

@@ -34,6 +34,7 @@ from engine.train.weight_files import (
     BytesProgress,
     Entry,
     StoredTensor,
+    contents,
     list_tensors,
     write_shards,
 )
@@ -45,6 +46,8 @@ _PREFIX = "base_model.model."
 _PARTS = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 """Values of init_lora_weights that leave the base weights as they are."""
+_SPARE_BYTES = 256 * 2**20
+"""Left free on the disk, for the small files and for whoever else writes there."""
 
 
 @dataclass(slots=True)
@@ -72,8 +75,7 @@ class Adapter:
         self.folder = folder
         try:
             self.config: dict[str, Any] = json.loads((folder / CONFIG).read_text("utf-8"))
-            with safe_open(folder / WEIGHTS, framework="pt") as file:
-                self._shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.offset_keys()}
+            self._shapes = {name: shape for name, shape, _ in contents(folder / WEIGHTS)}
         except (OSError, ValueError, SafetensorError) as error:
             raise _unreadable(folder, error) from error
         _refuse_other_kinds(folder, self.config)
@@ -95,7 +97,7 @@ class Adapter:
         r * experts) with the expert counted fastest.
         """
         change = self.changes[name]
-        found = {part: self._read(key) for part, key in change.keys.items()}
+        found = {part: _read(self.folder / WEIGHTS, key) for part, key in change.keys.items()}
         if "whole" in found:
             return (found["whole"] if expert is None else found["whole"][expert]).float()
         a, b = found["lora_A"], found["lora_B"]
@@ -169,9 +171,6 @@ class Adapter:
         alpha = float(patterns[named[0]] if named else self.config["lora_alpha"])
         return alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def _read(self, key: str) -> Tensor:
-        return _read(self.folder / WEIGHTS, key)
-
 
 @lru_cache(maxsize=2)  # the pair of a stack is asked for once an expert
 def _read(path: Path, key: str) -> Tensor:
@@ -209,10 +208,6 @@ def _unreadable(folder: Path, error: Exception) -> WorkError:
     )
 
 
-_SPARE_BYTES = 256 * 2**20
-"""Left free on the disk, for the small files and for whoever else writes there."""
-
-
 def merge(
     run: RunFolder,
     target: Path,
@@ -227,12 +222,18 @@ def merge(
     """
     config = read_config(run.config).config
     if config.adapter is None:
-        raise _nothing_to_merge(run)
+        done = run.model.is_dir()
+        shown = visible(str(run.model), one_line=True)
+        raise UserError(
+            "There is nothing to merge: this run trains the model itself, no adapter.",
+            f"The whole model is in {shown}." if done else "It has not finished yet.",
+            "Use that folder as it is." if done else "Resume it, or wait for its end.",
+        )
     _refuse_used(target)
     folder = newest_result(run, config)
     base = locate_base(config, run.path)
     plan = _Merge(base, folder)
-    _refuse_full_disk(target, plan.size_bytes)
+    _refuse_full_disk(target, sum(tensor.size_bytes for tensor in plan.tensors))
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -243,15 +244,13 @@ def merge(
             target.rmdir()
         partial.rename(target)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise WorkError(
             f"The merged model could not be written to {visible(str(target), one_line=True)}.",
             f"The system says: {error.strerror or error}.",
             "Free disk space, or name a folder on another disk.",
         ) from error
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     return target
 
 
@@ -259,9 +258,9 @@ class _Merge:
     """What is written, and how each tensor of it comes about."""
 
     def __init__(self, base: Path, adapter: Path) -> None:
-        self.architecture: Architecture = read_architecture(base)
+        self.architecture = read_architecture(base)
         stored = list_tensors(base)
-        self._layout: Fp8Layout = find_layout(stored, base, self.architecture.config)
+        self._layout = find_layout(stored, base, self.architecture.config)
         names = {p.name for p in self.architecture.table.parameters}
         _refuse_unknown(base, stored, self._layout, names)
         self._stored = {n: t for n, t in stored.items() if n not in self._layout.companions}
@@ -278,10 +277,6 @@ class _Merge:
                 prefix = "language_model." if source.name.startswith("language_model.") else ""
                 self._names[prefix + head] = head
                 self.tensors.append(self._entry(prefix + head, source))
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(tensor.size_bytes for tensor in self.tensors)
 
     def pieces(self, entry: Entry) -> Iterator[Tensor]:
         """The merged numbers of one tensor: whole, or expert by expert."""
@@ -365,13 +360,3 @@ def _refuse_full_disk(target: Path, needed_bytes: int) -> None:
             f"It takes {needed_bytes / GIB:.1f} GiB, and {free_bytes / GIB:.1f} GiB are free.",
             "Free disk space, or name a folder on another disk.",
         )
-
-
-def _nothing_to_merge(run: RunFolder) -> UserError:
-    shown = visible(str(run.model), one_line=True)
-    there = f"The whole model is in {shown}." if run.model.is_dir() else "It has not finished yet."
-    return UserError(
-        "There is nothing to merge: this run trains the model itself, no adapter.",
-        there,
-        "Use that folder as it is." if run.model.is_dir() else "Resume it, or wait for its end.",
-    )

@@ -129,19 +129,11 @@ CHUNK_NUMBERS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Weight:
-    """How one FP8 tensor is read."""
-
-    scale: StoredTensor
-    block: tuple[int, int] | None
-    """Rows and columns that share a scale; None for one scale a matrix."""
-
-
-@dataclass(frozen=True, slots=True)
 class Fp8Layout:
     """What of a model's files is FP8. Names are those in memory."""
 
-    weights: Mapping[str, Fp8Weight]
+    weights: Mapping[str, tuple[StoredTensor, tuple[int, int] | None]]
+    """Scales, and the rows and columns that share one number: None for one scale a matrix."""
     companions: frozenset[str]
     """Scales, those of activations included: training computes activations unquantized."""
 
@@ -155,16 +147,17 @@ class Fp8Layout:
     ) -> Tensor:
         """What a tensor's numbers mean, FP8 or not, or those of entry `index` of a stack; a copy
         of the file's."""
-        part, fp8 = tensor.read(index), self.weights.get(name)
-        if fp8 is None:
+        part = tensor.read(index)
+        if name not in self.weights:
             return part.to(device, dtype, copy=True)
+        stored, block = self.weights[name]
         # In float32: 0-d, (E,), (rows, columns) of blocks, or (E, rows, columns).
-        scale = fp8.scale.read().to(device, torch.float32, copy=True)
-        if fp8.block is None:
+        scale = stored.read().to(device, torch.float32, copy=True)
+        if block is None:
             scale = scale.reshape(()) if scale.numel() == 1 else scale.flatten()
         own = scale[index] if index is not None and scale.ndim else scale
         weight = torch.empty(part.shape, dtype=dtype, device=device)
-        dequantize(part.to(device), own, fp8.block, weight)
+        dequantize(part.to(device), own, block, weight)
         return weight
 
 
@@ -190,7 +183,7 @@ def find_layout(
                 "Read as they are, those numbers would be thousands of times too large.",
                 "Download it again, or point `base_model` at the model's BF16 repository.",
             )
-        weights[name] = Fp8Weight(tensors[found[0]], _block(tensor, tensors[found[0]], block))
+        weights[name] = tensors[found[0]], _block(tensor, tensors[found[0]], block)
         stem = name.removesuffix(".weight")
         activations = (f"{name}_activation_scale", f"{stem}.activation_scale", f"{stem}.qscale_act")
         companions |= {found[0], *(scale for scale in activations if scale in tensors)}

@@ -96,6 +96,14 @@ class StoredTensor:
         return found
 
 
+def contents(path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and safetensors' type of each tensor of a file, in the order of its bytes."""
+    with safe_open(path, framework="np") as file:  # "pt" takes the whole file's size from torch
+        for name in file.offset_keys():
+            part = file.get_slice(name)
+            yield name, tuple(part.get_shape()), part.get_dtype()
+
+
 def list_tensors(folder: Path) -> Mapping[str, StoredTensor]:
     """Every tensor of the folder's model by its name in memory, in the order of the files.
 
@@ -105,16 +113,14 @@ def list_tensors(folder: Path) -> Mapping[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     try:
         for path in _files(folder):
-            with safe_open(path, framework="np") as file:
-                for name in file.offset_keys():
-                    part = file.get_slice(name)
-                    tensor = StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
-                    if found.setdefault(_name_in_memory(name), tensor) is not tensor:
-                        raise UserError(
-                            f"The folder {folder} holds {visible(name, one_line=True)} twice.",
-                            "Nothing says which of the two the model was trained with.",
-                            "Download it again.",
-                        )
+            for name, shape, dtype in contents(path):
+                tensor = StoredTensor(path, name, shape, dtype)
+                if found.setdefault(_name_in_memory(name), tensor) is not tensor:
+                    raise UserError(
+                        f"The folder {folder} holds {visible(name, one_line=True)} twice.",
+                        "Nothing says which of the two the model was trained with.",
+                        "Download it again.",
+                    )
     except (OSError, SafetensorError) as error:
         raise _unreadable(folder, error) from error
     return found
@@ -227,12 +233,10 @@ def list_entries(path: Path) -> list[Entry]:
     Raises SafetensorError where it is damaged, or holds numbers of a type that is not in `DTYPES`.
     """
     entries = []
-    with safe_open(path, framework="np") as file:  # "pt" takes the whole file's size from torch
-        for name in file.offset_keys():
-            part = file.get_slice(name)
-            if part.get_dtype() not in DTYPES:
-                raise SafetensorError(f"{path.name} holds numbers of the type {part.get_dtype()}")
-            entries.append(Entry(name, tuple(part.get_shape()), DTYPES[part.get_dtype()]))
+    for name, shape, dtype in contents(path):
+        if dtype not in DTYPES:
+            raise SafetensorError(f"{path.name} holds numbers of the type {dtype}")
+        entries.append(Entry(name, shape, DTYPES[dtype]))
     return entries
 
 

@@ -119,6 +119,7 @@ class TestGradientsAfterAnEvaluation:
 
 
 UP = "model.layers.1.mlp.up_proj"
+SCALES = (f"{UP}.weight_scale_inv", f"{UP}.activation_scale")
 EXPERTS = "language_model.model.layers.1.mlp.experts.gate_up_proj"
 QLORA_EXPERTS = QLORA | {"quantize_moe_experts": True, "lora_target_modules": ["o_proj"]}
 
@@ -176,7 +177,7 @@ class TestConverted:
         """Mistral's own names, those of activations included, and other shapes of one number."""
         folder = own()
         before, stored = up_proj(folder), load_file(folder / "model.safetensors")
-        changes = {f"{UP}.weight_scale_inv": None, f"{UP}.activation_scale": None}
+        changes: dict[str, Tensor | None] = dict.fromkeys(SCALES)
         changes |= {f"{UP}.{name}": stored[f"{UP}.weight_scale_inv"].reshape(shape)}
         changes |= {f"{UP}.qscale_act": stored[f"{UP}.activation_scale"]}
         edit_weights(folder, changes)
@@ -271,9 +272,8 @@ class TestRefused:
 
     def test_numbers_of_a_packed_format(self, own: Callable[..., Path]) -> None:
         folder = own()
-        without = dict.fromkeys((f"{UP}.weight_scale_inv", f"{UP}.activation_scale"))
-        packed = torch.zeros(128, 64, dtype=torch.int8)
-        edit_weights(folder, {**without, f"{UP}.weight": packed})
+        packed = {f"{UP}.weight": torch.zeros(128, 64, dtype=torch.int8)}
+        edit_weights(folder, {**dict.fromkeys(SCALES), **packed})
         assert f"no floating-point numbers: {UP}.weight" in refused(folder).what
 
 
