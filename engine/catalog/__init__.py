@@ -20,6 +20,7 @@ from engine.catalog.architecture import (
 )
 from engine.catalog.cards import (
     ModelCard,
+    TokenizerSpec,
     find_card,
     find_model,
     find_repository,
@@ -35,6 +36,7 @@ __all__ = [
     "ModelCard",
     "ModuleTable",
     "Parameter",
+    "TokenizerSpec",
     "UnknownModel",
     "attention_factor",
     "contradictions",

@@ -27,16 +27,16 @@ class Repository:
 
 
 @dataclass(frozen=True, slots=True)
-class Tokenizer:
+class TokenizerSpec:
     """Which tokenizer the model speaks, enough to make it without a download."""
 
     version: str
-    """Tekken version: v11, v13 or v15."""
-    think: bool
+    """Tekken version, such as v11 or v15."""
+    think: bool = False
     """Whether [THINK] and [/THINK] are tokens."""
-    image: tuple[int, int, int] | None
+    image: tuple[int, int, int] | None = None
     """Patch size and largest side in pixels, patches merged a side; None reads no images."""
-    settings: bool
+    settings: bool = False
     """Whether settings, such as the reasoning effort, go to the model in tokens."""
 
 
@@ -78,7 +78,7 @@ class ModelCard:
     context_tokens: int
     modalities: tuple[Literal["text", "vision"], ...]
     thinking: Literal["none", "text tags", "tokens", "effort"]
-    tokenizer: Tokenizer
+    tokenizer: TokenizerSpec
     sampling: Mapping[Literal["answering", "thinking"], Sampling]
     config: Mapping[str, Any]
     """The content of config.json, shared by all readers: copy it before changing it."""

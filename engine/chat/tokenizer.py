@@ -10,13 +10,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 from mistral_common.tokens.tokenizers.base import (
     SpecialTokenPolicy,
@@ -27,7 +28,7 @@ from mistral_common.tokens.tokenizers.image import ImageConfig
 from mistral_common.tokens.tokenizers.model_settings_builder import ModelSettingsBuilder
 from mistral_common.tokens.tokenizers.tekken import SpecialTokenInfo, Tekkenizer
 
-from engine.catalog import ModelCard, find_model, list_models
+from engine.catalog import ModelCard, TokenizerSpec, find_model, find_repository, model_names
 from engine.chat.images import ImageSpec
 from engine.chat.tokenizer_file import HUB_ID, TEKKEN, check_file, find_in_folder
 from engine.errors import UserError, WorkError
@@ -36,6 +37,24 @@ from engine.visible import visible
 # Long system prompts and tool lists repeat from row to row; a few hundred are enough to hold
 # those of a mixed dataset and too few to matter in memory.
 _REPEATED_TEXTS = 256
+_IMAGE_KEYS = ("image_patch_size", "max_image_size", "spatial_merge_size")
+_STRAY_BYTE = re.compile("[\udc80-\udcff]")
+_CALL_TOKENS = {32: SpecialTokens.args, 33: SpecialTokens.call_id}
+_THINK_TOKENS = {34: SpecialTokens.begin_think, 35: SpecialTokens.end_think}
+_SETTINGS_TOKENS = {
+    36: SpecialTokens.begin_model_settings,
+    37: SpecialTokens.end_model_settings,
+}
+# As in the published tekken.json of Mistral Small 4.
+_SETTINGS: Mapping[str, Any] = MappingProxyType(
+    {
+        "reasoning_effort": {
+            "values": ["none", "high"],
+            "accepts_none": True,
+            "default": "none",
+        }
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +149,7 @@ class ChatTokenizer:
 
 def _show(piece: bytes) -> str:
     text = piece.decode("utf-8", errors="surrogateescape")
-    if any("\udc80" <= letter <= "\udcff" for letter in text):
-        text = "".join(
-            f"<{ord(letter) - 0xDC00:02X}>" if "\udc80" <= letter <= "\udcff" else letter
-            for letter in text
-        )
+    text = _STRAY_BYTE.sub(lambda found: f"<{ord(found[0]) - 0xDC00:02X}>", text)
     return visible(text, one_line=True)
 
 
@@ -166,11 +181,7 @@ def assemble(tekken: Tekkenizer) -> ChatTokenizer:
         fingerprint=_fingerprint(tekken),
         efforts=tuple(str(value) for value in effort.values) if effort else (),
         default_effort=str(effort.default) if effort else None,
-        image=ImageSpec(
-            tekken.image.image_patch_size,
-            tekken.image.max_image_size,
-            tekken.image.spatial_merge_size,
-        )
+        image=ImageSpec(*(getattr(tekken.image, key) for key in _IMAGE_KEYS))
         if tekken.image
         else None,
         encode_ordinary=ranks,
@@ -229,35 +240,6 @@ def _fingerprint(tekken: Tekkenizer) -> str:
         token = tekken._model.decode_single_token_bytes(rank)
         content.update(len(token).to_bytes(4, "little") + token)
     return content.hexdigest()
-
-
-_CALL_TOKENS = {32: SpecialTokens.args, 33: SpecialTokens.call_id}
-_THINK_TOKENS = {34: SpecialTokens.begin_think, 35: SpecialTokens.end_think}
-_SETTINGS_TOKENS = {
-    36: SpecialTokens.begin_model_settings,
-    37: SpecialTokens.end_model_settings,
-}
-# As in the published tekken.json of Mistral Small 4.
-_SETTINGS: Mapping[str, Any] = MappingProxyType(
-    {
-        "reasoning_effort": {
-            "values": ["none", "high"],
-            "accepts_none": True,
-            "default": "none",
-        }
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerSpec:
-    """What sets one model's tokenizer apart from the others."""
-
-    version: str
-    think: bool = False
-    image: tuple[int, int, int] | None = None
-    """Patch size and largest side in pixels, patches merged a side; None reads no images."""
-    settings: bool = False
 
 
 def build_tokenizer(spec: TokenizerSpec) -> ChatTokenizer:
@@ -326,9 +308,7 @@ def _special_tokens(spec: TokenizerSpec, slots: int) -> list[SpecialTokenInfo]:
 
 
 def _image_keys(image: tuple[int, int, int]) -> dict[str, int]:
-    return dict(
-        zip(("image_patch_size", "max_image_size", "spatial_merge_size"), image, strict=True)
-    )
+    return dict(zip(_IMAGE_KEYS, image, strict=True))
 
 
 def open_tokenizer(model: str | Path, folder: Path | None = None) -> ChatTokenizer:
@@ -340,9 +320,8 @@ def open_tokenizer(model: str | Path, folder: Path | None = None) -> ChatTokeniz
     where a hub id cannot be fetched.
     """
     name = str(model)
-    cards = {} if isinstance(model, Path) else {card.name: card for card in list_models()}
-    if name in cards:
-        return _open_card(cards[name])
+    if not isinstance(model, Path) and name in model_names():
+        return _open_card(find_model(name))
     # os.path, unlike pathlib, answers a name that no file system can hold with False.
     path = os.path.join(folder or "", os.path.expanduser(name))
     if os.path.isdir(path):
@@ -365,23 +344,13 @@ def _open_card(card: ModelCard) -> ChatTokenizer:
         cached = _find_in_cache(repository.id)
         if cached is not None:
             return _open_file(cached)
-    return build_tokenizer(spec_of(card))
-
-
-def spec_of(card: ModelCard) -> TokenizerSpec:
-    """What the catalog says of a model's tokenizer."""
-    said = card.tokenizer
-    return TokenizerSpec(said.version, said.think, said.image, said.settings)
+    return build_tokenizer(card.tokenizer)
 
 
 def _open_hub_id(repo_id: str) -> ChatTokenizer:
     cached = _find_in_cache(repo_id)
-    if cached is not None:
-        return _open_file(cached)
-    for card in list_models():
-        if any(repository.id == repo_id for repository in card.repositories):
-            return _open_card(card)
-    return _open_file(_fetch(repo_id))
+    found = None if cached else find_repository(repo_id)
+    return _open_card(found[0]) if found else _open_file(cached or _fetch(repo_id))
 
 
 def _find_in_cache(repo_id: str) -> Path | None:
@@ -451,13 +420,9 @@ def _open_file(path: Path) -> ChatTokenizer:
         *(AssertionError, AttributeError, IndexError, KeyError, OSError, RecursionError),
         *(TypeError, ValueError),
     ) as error:
-        _refuse_damaged(path, error)
-
-
-def _refuse_damaged(path: Path, error: Exception) -> NoReturn:
-    first_line = (str(error).splitlines() or [""])[0][:200]
-    raise UserError(
-        f"{visible(str(path), one_line=True)} is not a whole Tekken tokenizer.",
-        f"Reading it ended in {type(error).__name__}: {visible(first_line, one_line=True)}.",
-        "Download the file again, or name the folder that holds the model's tekken.json.",
-    ) from error
+        first_line = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"{visible(str(path), one_line=True)} is not a whole Tekken tokenizer.",
+            f"Reading it ended in {type(error).__name__}: {visible(first_line, one_line=True)}.",
+            "Download the file again, or name the folder that holds the model's tekken.json.",
+        ) from error

@@ -42,7 +42,6 @@ from engine.data.rows import (
     iterate_rendered,
 )
 from engine.data.sources import Location, locate
-from engine.data.statistics import BadRow
 from engine.errors import UserError, WorkError
 from engine.files import sweep, sync, write_whole
 
@@ -154,7 +153,8 @@ def _plan(config: RunConfig, folder: Path, tokenizer: ChatTokenizer, report: OnP
         "tokenizer": tokenizer.fingerprint,
         "image": asdict(spec) if spec else None,
         "history_thinking": config.history_thinking,
-        "formats": [_format_keys(dataset) for dataset in datasets],
+        # All keys that can reach the arrays: one too many costs a tokenization, one too few a run.
+        "formats": [each.model_dump(mode="json", exclude={"path", "weight"}) for each in datasets],
         "rows": [_content(location, total_bytes, report) for location in locations],
     }
     text = json.dumps(recipe, sort_keys=True)
@@ -174,11 +174,6 @@ def _pinned(dataset: DatasetConfig, folder: Path) -> DatasetConfig:
         return dataset
     (commit,) = ask_worker(ResolveRevision(dataset))
     return dataset.model_copy(update={"revision": commit})
-
-
-def _format_keys(dataset: DatasetConfig) -> dict[str, Any]:
-    """All keys that can reach the arrays; one too many costs a tokenization, one too few a run."""
-    return dataset.model_dump(mode="json", exclude={"path", "weight"})
 
 
 def _stamps(locations: Sequence[Location]) -> tuple[tuple[int, ...], ...]:
@@ -260,10 +255,11 @@ def _make(target: Path, job: _Job, interval: Interval, report: OnProgress) -> No
 def _fill(partial: Path, job: _Job, interval: Interval, report: OnProgress) -> None:
     writer = ArrayWriter(partial, interval)
     try:
-        for row in job.rows(writer.source_rows):
+        state = writer.state
+        for row in job.rows(state.source_rows):
             writer.add(row)
-            if writer.source_rows % _PROGRESS_ROWS == 0:
-                report(Progress("tokenizing", writer.source_rows, row.read_bytes, job.total_bytes))
+            if state.source_rows % _PROGRESS_ROWS == 0:
+                report(Progress("tokenizing", state.source_rows, row.read_bytes, job.total_bytes))
         if _stamps(job.locations) != job.stamps:
             shutil.rmtree(partial)
             raise WorkError(
@@ -271,20 +267,17 @@ def _fill(partial: Path, job: _Job, interval: Interval, report: OnProgress) -> N
                 "Its size or time is not what it was at the start.",
                 "Wait until nothing writes to it and run again.",
             )
-        if writer.usable_rows == 0:
+        if state.rows == 0:
             shutil.rmtree(partial)
-            raise _no_usable_row(writer.first_problem, writer.source_rows)
+            problem = state.problems[0]
+            raise UserError(
+                f"None of the {state.source_rows} rows can be used.",
+                f"Line {problem.line} of {problem.file}: {problem.what} {problem.why}",
+                problem.fix,
+            )
         writer.finish(job.key, job.image_spec)
     finally:
         writer.close()
-
-
-def _no_usable_row(problem: BadRow, rows: int) -> UserError:
-    return UserError(
-        f"None of the {rows} rows can be used.",
-        f"Line {problem.line} of {problem.file}: {problem.what} {problem.why}",
-        problem.fix,
-    )
 
 
 def content_hash(rendered: Rendered) -> int:
@@ -299,7 +292,7 @@ def content_hash(rendered: Rendered) -> int:
 class ArrayWriter:
     """The array files in `folder`, at the end of what is durable there.
 
-    `source_rows` is how many rows of the source the caller has to skip.
+    `state.source_rows` is how many rows of the source the caller has to skip.
     """
 
     def __init__(self, folder: Path, interval: Interval) -> None:
@@ -307,39 +300,27 @@ class ArrayWriter:
         sweep(folder)
         self._folder = folder
         self._interval = interval
-        self._state = _read_state(folder)
+        self.state = _read_state(folder)
         self._pending: dict[str, list[Any]] = {name: [] for name in ARRAYS}
         self._pending_tokens = self._since = 0
         self._files = {name: self._open(name) for name in ARRAYS}
-        self._images = _read_images(folder, self._state)
-        self._names = set(read_image_names(folder, self._state.image_name_bytes))
-        if self._state.rows == 0:
+        self._images = _read_images(folder, self.state)
+        self._names = set(read_image_names(folder, self.state.image_name_bytes))
+        if self.state.rows == 0:
             for name in ("offsets", "row_images", "image_offsets"):
                 self._pending[name].append(0)
-
-    @property
-    def source_rows(self) -> int:
-        return self._state.source_rows
-
-    @property
-    def usable_rows(self) -> int:
-        return self._state.rows
-
-    @property
-    def first_problem(self) -> BadRow:
-        return self._state.problems[0]
 
     def _open(self, name: str) -> IO[bytes]:
         path = self._folder / name
         path.touch()
         file = path.open("rb+")
-        file.truncate(_durable_bytes(name, self._state))
+        file.truncate(_durable_bytes(name, self.state))
         file.seek(0, os.SEEK_END)
         return file
 
     def add(self, row: RenderedRow) -> None:
         """One row; a bad one is counted and the first hundred are kept."""
-        state = self._state
+        state = self.state
         state.source_rows += 1
         self._since += 1
         self._add_names(row.image_names)
@@ -357,7 +338,7 @@ class ArrayWriter:
             self.commit()
 
     def _append(self, row: RenderedRow, rendered: Rendered) -> None:
-        state, pending = self._state, self._pending
+        state, pending = self.state, self._pending
         if state.files[-1:] != [row.file]:
             state.files.append(row.file)
         state.rows += 1
@@ -379,7 +360,7 @@ class ArrayWriter:
 
     def _store(self, content: bytes | memoryview) -> int:
         """The number of an image; its bytes are written where they are new."""
-        digest, state = image_digest(content), self._state
+        digest, state = image_digest(content), self.state
         number = self._images.setdefault(digest, state.images)
         if number == state.images:
             # Written at once, as images are too large to wait in memory.
@@ -395,7 +376,7 @@ class ArrayWriter:
                 self._names.add(name)
                 line = json.dumps(astuple(name)).encode() + b"\n"
                 self._pending["image_names"].append(np.frombuffer(line, np.uint8))
-                self._state.image_name_bytes += len(line)
+                self.state.image_name_bytes += len(line)
 
     def commit(self) -> None:
         """A durable point: what was added until now survives."""
@@ -415,7 +396,7 @@ class ArrayWriter:
                 continue
             self._files[name].flush()
             os.fsync(self._files[name].fileno())
-        self._write_json(_STATE, asdict(self._state))
+        self._write_json(_STATE, asdict(self.state))
         self._pending_tokens = self._since = 0
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
@@ -423,9 +404,9 @@ class ArrayWriter:
         write_whole(self._folder / name, text.encode())
 
     def _count(self, kinds: Any) -> None:
-        counts = Counter(self._state.kind_counts)
+        counts = Counter(self.state.kind_counts)
         counts.update({kind: int(count) for kind, count in enumerate(np.bincount(kinds)) if count})
-        self._state.kind_counts = dict(counts)
+        self.state.kind_counts = dict(counts)
 
     def finish(self, key: str, image_spec: ImageSpec | None = None) -> None:
         """Commits and writes meta.json: `key` and the counts, nothing of when or how fast.
@@ -434,8 +415,8 @@ class ArrayWriter:
         """
         self.commit()
         self.close()
-        spec = astuple(image_spec) if image_spec and self._state.images else None
-        self._write_json(META, {"key": key, "image": spec, **asdict(self._state)})
+        spec = astuple(image_spec) if image_spec and self.state.images else None
+        self._write_json(META, {"key": key, "image": spec, **asdict(self.state)})
         (self._folder / _STATE).unlink()
         sync(self._folder)
 

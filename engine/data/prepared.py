@@ -100,14 +100,9 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredImage:
-    """An image of a row: its file's bytes, its grid of tokens, and a number that is the same
-    wherever the same image stands.
-    """
+class StoredImage(RenderedImage):
+    """An image of a row; `number` is the same wherever the same image stands."""
 
-    content: bytes | memoryview
-    rows: int
-    columns: int
     number: int
 
 
@@ -167,10 +162,7 @@ class Prepared:
             self.ids(index),
             self.kinds(index),
             self.sources(index),
-            tuple(
-                RenderedImage(image.content, image.rows, image.columns)
-                for image in self.images(index)
-            ),
+            self.images(index),
         )
 
     def line(self, index: int) -> int:

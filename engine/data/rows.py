@@ -12,7 +12,7 @@ import stat
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from email.message import Message as Headers
 from http.client import HTTPException
@@ -126,17 +126,18 @@ def effective_datasets(
     """
     forced = {"reasoning_effort": reasoning_effort} if reasoning_effort else {}
     return tuple(
-        with_template_kwargs(dataset, config.chat_template_kwargs or {}, forced)
+        dataset.model_copy(
+            update={
+                "chat_template_kwargs": {
+                    **(config.chat_template_kwargs or {}),
+                    **(dataset.chat_template_kwargs or {}),
+                    **forced,
+                }
+                or None
+            }
+        )
         for dataset in config.datasets
     )
-
-
-def with_template_kwargs(
-    dataset: DatasetConfig, defaults: Mapping[str, str], forced: Mapping[str, str]
-) -> DatasetConfig:
-    """`dataset` with `chat_template_kwargs` added below and above its own."""
-    merged = {**defaults, **(dataset.chat_template_kwargs or {}), **forced}
-    return dataset.model_copy(update={"chat_template_kwargs": merged or None})
 
 
 def iterate_rendered(

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from engine.catalog import find_model, find_repository, model_names
-from engine.chat.tokenizer import open_tokenizer, spec_of, write_tekken
+from engine.chat.tokenizer import open_tokenizer, write_tekken
 from engine.config import RunConfig
 from engine.errors import WorkError
 from engine.files import sweep, sync, write_whole
@@ -399,7 +399,7 @@ def copy_companions(base: Path, target: Path, config: RunConfig, *, whole: bool)
     except ValueError:  # it has no file: it was made from the catalog's card
         name = config.tokenizer_config
         listed = find_repository(name)
-        write_tekken(spec_of(listed[0] if listed else find_model(name)), target / "tekken.json")
+        write_tekken((listed[0] if listed else find_model(name)).tokenizer, target / "tekken.json")
 
 
 def _copy(source: Path, target: Path, patterns: Sequence[str]) -> None:

@@ -44,7 +44,7 @@ from torch import Tensor
 from engine.catalog import find_model
 from engine.catalog.cards import model_names
 from engine.catalog.rows import module_table
-from engine.chat.tokenizer import spec_of, write_tekken
+from engine.chat.tokenizer import write_tekken
 from engine.config import RunConfig
 from engine.data.prepared import mix
 from engine.errors import UserError, WorkError
@@ -263,7 +263,7 @@ def write_base(name: str, layers: dict[str, Tensor], cache: Path) -> Path:
             text, name_of = config["text_config"], _in_vision_model(EMBEDDING)
         weights[name_of] = draw_embedding(text["vocab_size"], text["hidden_size"])
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        write_tekken(spec_of(card), partial / "tekken.json")
+        write_tekken(card.tokenizer, partial / "tekken.json")
         try:
             partial.rename(target)
         except OSError:

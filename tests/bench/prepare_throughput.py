@@ -26,10 +26,11 @@ from typing import Any
 
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
+from engine.catalog import TokenizerSpec
 from engine.chat.conversation import RowFormat
 from engine.chat.render import LabelRule, labels, render
 from engine.chat.row import read_row
-from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, build_tokenizer
+from engine.chat.tokenizer import ChatTokenizer, build_tokenizer
 from engine.config import DatasetConfig, RunConfig
 from engine.data.prepare import prepare
 from engine.data.prepared import Prepared

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers import image as stock
 
+from engine.catalog import TokenizerSpec
 from engine.chat.conversation import RowFormat, RowProblem
 from engine.chat.images import grid
 from engine.chat.render import IGNORED_LABEL, Kind, LabelRule, labels, render, truncate
 from engine.chat.row import read_row
-from engine.chat.tokenizer import TokenizerSpec
 from tests.support import oracle
 from tests.support.exact import render_exact
 from tests.support.pictures import png

@@ -15,8 +15,8 @@ import mistral_common
 import pytest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from engine.catalog import list_models
-from engine.chat.tokenizer import TokenizerSpec, build_tokenizer, open_tokenizer, write_tekken
+from engine.catalog import TokenizerSpec, list_models
+from engine.chat.tokenizer import build_tokenizer, open_tokenizer, write_tekken
 from engine.chat.tokenizer_file import check_tokenizer
 from engine.errors import UserError
 from tests.support.tokenizers import SPECS, Tokenizers

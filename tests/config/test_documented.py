@@ -13,7 +13,7 @@ import pytest
 
 from engine.catalog import find_repository
 from engine.chat.render import Kind, learned
-from engine.chat.tokenizer import ChatTokenizer, spec_of
+from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig, read_config
 from engine.data.prepare import label_rule, prepare
 from engine.data.preview import preview_entry, preview_row, row_text
@@ -29,7 +29,7 @@ def model_tokenizer(base_model: str) -> ChatTokenizer:
     """The tokenizer of a repository, made as the catalog says it is."""
     found = find_repository(base_model)
     assert found is not None
-    return tokenizer_of(spec_of(found[0]))
+    return tokenizer_of(found[0].tokenizer)
 
 
 def entries(config: RunConfig, case: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, write_tekken
+from engine.catalog import TokenizerSpec
+from engine.chat.tokenizer import ChatTokenizer, write_tekken
 from tests.support.data import write_rows
 from tests.support.tokenizers import tokenizer_of
 

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from engine.catalog import TokenizerSpec
 from engine.chat.images import ImageSpec, pixels
 from engine.chat.render import Kind, LabelRule
-from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, build_tokenizer
+from engine.chat.tokenizer import ChatTokenizer, build_tokenizer
 from engine.config import DatasetConfig, RunConfig
 from engine.data import prepare as module
 from engine.data.prepare import Interval, default_store, prepare
@@ -461,7 +462,8 @@ def test_the_store_is_the_configs_or_the_users_cache(tmp_path):
 BIG_CHILD = """
 import os, signal, sys
 from pathlib import Path
-from engine.chat.tokenizer import TokenizerSpec, build_tokenizer
+from engine.catalog import TokenizerSpec
+from engine.chat.tokenizer import build_tokenizer
 from engine.config import DatasetConfig, RunConfig
 from engine.data.prepare import prepare
 data, store, kill_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+from engine.catalog import TokenizerSpec
 from engine.chat.conversation import Conversation
-from engine.chat.tokenizer import ChatTokenizer, TokenizerSpec, build_tokenizer
+from engine.chat.tokenizer import ChatTokenizer, build_tokenizer
 
 tokenizer_of = cache(build_tokenizer)
 

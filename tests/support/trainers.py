@@ -26,7 +26,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.chat.tokenizer import TokenizerSpec, write_tekken
+from engine.catalog import TokenizerSpec
+from engine.chat.tokenizer import write_tekken
 from engine.events import Ended, Eval, Event, Step
 from engine.runs import Follower, RunFolder, is_locked
 from engine.train.forward import unwrapped

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.catalog import find_model
-from engine.chat.tokenizer import spec_of, write_tekken
+from engine.chat.tokenizer import write_tekken
 from engine.config import RunConfig
 from engine.errors import UserError, WorkError
 from engine.plan.trainer import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
@@ -471,7 +471,7 @@ class TestAdapter:
             (base / name).write_text("the base's own")
         other = tmp_path / "other" / "tekken.json"
         other.parent.mkdir()
-        write_tekken(spec_of(find_model("demo-tiny")), other)
+        write_tekken(find_model("demo-tiny").tokenizer, other)
         used = str(other) if as_file else "demo-tiny"
         run = adapted(base, tmp_path, uneven, tokenizer_config=used)
         folder = export_trained(run.model, tmp_path, base, run.config)

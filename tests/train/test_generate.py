@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.catalog import read_architecture
-from engine.chat.tokenizer import TokenizerSpec, build_tokenizer, open_tokenizer, write_tekken
+from engine.catalog import TokenizerSpec, read_architecture
+from engine.chat.tokenizer import build_tokenizer, open_tokenizer, write_tekken
 from engine.config import write_config
 from engine.errors import UserError
 from engine.runs import RunFolder

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.catalog import TokenizerSpec
 from engine.chat.render import Kind, LabelRule, Rendered
-from engine.chat.tokenizer import TokenizerSpec, build_tokenizer
+from engine.chat.tokenizer import build_tokenizer
 from engine.errors import WorkError
 from engine.plan.trainer import PATCHES_AT_ONCE
 from engine.train import forward
