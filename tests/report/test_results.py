@@ -6,15 +6,15 @@ from engine.events import Answers, Drift, Event, Score
 from engine.report.run import describe_results
 from engine.units import counted, nats, spoken
 
-KINDS = {"think": 2.0, "text": 1.0, "call": 0.5, "eos": 0.1}
+BY_KIND = {"think": 2.0, "text": 1.0, "call": 0.5, "eos": 0.1}
 AFTER = {"think": 1.5, "text": 0.75, "call": 0.25, "eos": 0.0}
-COUNTS = dict.fromkeys(KINDS, 10)
+COUNTS = dict.fromkeys(BY_KIND, 10)
 BEFORE: list[Event] = [
-    Score(0, "held", 1.6, 0.0, 50, KINDS, COUNTS),
+    Score(0, "held", 1.6, 0.0, 50, BY_KIND, COUNTS),
     Answers(0, "held", 8, 0.5, 2.0, 0.0, 4, 0.25),
     Drift(0, 0.0, 500),
 ]
-INSIDE: list[Event] = [Score(10, "held", 1.2, 0.0, 50, KINDS, COUNTS), Drift(10, 0.5, 500)]
+INSIDE: list[Event] = [Score(10, "held", 1.2, 0.0, 50, BY_KIND, COUNTS), Drift(10, 0.5, 500)]
 LAST: list[Event] = [
     Score(20, "held", 0.9, 0.25, 50, AFTER, COUNTS),
     Answers(20, "held", 8, 1.0, 1.0, 0.125, 4, 0.75),

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from textual.pilot import Pilot
 
 from engine.cli import main
 from engine.cli.terminal import PlainWatch
@@ -38,7 +37,7 @@ from engine.wizard.data import TYPED
 from engine.wizard.draft import Draft
 from engine.wizard.flow import Wizard
 from tests.support.conversation import Conversation
-from tests.support.screens import screen_text
+from tests.support.screens import screen_text, wait_for
 from tests.support.stand_in import draft_on, opened
 from tests.support.steps import ready, recommended
 from tests.support.written_runs import RunWriter
@@ -153,19 +152,10 @@ def shown_in_new(wizard: Wizard) -> str:
 async def on_the_plan_page(_capsys: pytest.CaptureFixture[str]) -> str:
     app = WindtunnelApp(planned_draft(), start="Plan")
     async with app.run_test(size=(120, 40)) as pilot:
-        await _until_counted(pilot)
+        await wait_for(pilot, lambda: app.draft.statistics is not None)
+        await pilot.pause()
         # A page has the verdict's word and its sentence apart.
         return screen_text(app).replace("fits  needs", "fits: needs")
-
-
-async def _until_counted(pilot: Pilot[int]) -> None:
-    app = pilot.app
-    assert isinstance(app, WindtunnelApp)
-    for _ in range(600):
-        await pilot.pause(0.05)
-        if app.draft.statistics is not None:
-            await pilot.pause()
-            return
 
 
 VERDICT_PRINTERS: dict[str, Printer] = {

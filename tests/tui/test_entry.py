@@ -1,8 +1,6 @@
 """`windtunnel` without a command: what opens where, and with which exit status it leaves."""
 
 import io
-import os
-import pty
 import signal
 import subprocess
 import sys
@@ -15,7 +13,7 @@ from engine.config import read_config
 from engine.errors import UserError
 from engine.events import Ended, Event, Note, Phase, Recorded, Sample, Saved, Score, Started, Step
 from engine.runs import create_run
-from tests.fakes.processes import PATIENCE_SECONDS, ROOT, run_python, running_fake
+from tests.fakes.processes import ROOT, run_python, running_fake
 from tests.support.extras import needs_trainer
 from tests.support.terminal import Terminal
 from tests.support.written_runs import written_run
@@ -208,22 +206,13 @@ def test_plain_and_a_dumb_terminal_get_lines_without_escapes(
     assert "told is finished, step 20 of 99" in terminal.written
 
 
-def test_a_pipe_gets_lines(home: Path) -> None:
+@pytest.mark.parametrize("program", ["tui", "engine"])
+def test_a_pipe_gets_lines_from_the_engine_alone_too(home: Path, program: str) -> None:
     written_run(create_run("told").path, 20, Ended("finished", 20))
-    done = run_python("-m", "tui", "watch", "told")
+    done = run_python("-m", program, "watch", "told")
     assert (done.returncode, done.stderr) == (0, "")
     assert "told is finished" in done.stdout
     assert "\x1b" not in done.stdout
-
-
-def test_the_engine_alone_follows_too(home: Path) -> None:
-    written_run(create_run("told").path, 20, Ended("finished", 20))
-    command = [sys.executable, "-m", "engine", "watch", "told"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
-    )
-    assert done.returncode == 0
-    assert "told is finished" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -246,13 +235,6 @@ def test_ascii_writes_nothing_else(home: Path) -> None:
         terminal.press("q")
         assert terminal.end() == 0
     assert terminal.written.isascii()
-
-
-def test_the_wizard_without_a_terminal_says_so_and_leaves_with_2() -> None:
-    done = run_python("-m", "tui")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("No answers can be asked here.")
 
 
 def test_a_screen_loads_no_library_that_trains_or_tokenizes(home: Path) -> None:
@@ -287,12 +269,13 @@ def test_what_is_worth_keeping_stays_above_the_bar() -> None:
         Score(2, "heldout_wording", 0.4, 0.5, 52),
         Saved(2, "checkpoints/step-2"),
     )
-    assert "starting PyTorch" in text
-    assert "training demo-tiny (lora) on cpu: 2 steps, 98,304 trained parameters" in text
-    assert "2/2" in text
-    assert "loss 0.500" in text
-    assert "step 2: heldout_wording, loss 0.400, 50% of 52 answers word for word" in text
-    assert "step 2: saved checkpoints/step-2" in text
+    for kept in (
+        "starting PyTorch",
+        "training demo-tiny (lora) on cpu: 2 steps, 98,304 trained parameters",
+        *("2/2", "loss 0.500", "step 2: saved checkpoints/step-2"),
+        "step 2: heldout_wording, loss 0.400, 50% of 52 answers word for word",
+    ):
+        assert kept in text
 
 
 def test_text_of_a_dataset_cannot_act_on_the_terminal() -> None:
@@ -300,31 +283,16 @@ def test_text_of_a_dataset_cannot_act_on_the_terminal() -> None:
         STARTED, Note("info", "[/] \x1b]0;title\x07 \x9b31m"), Sample(0, "q", "a", "before")
     )
     assert "[/]" in text
-    assert "\x1b]0" not in text
-    assert "\x07" not in text
-    assert "\x9b" not in text
+    for acting in ("\x1b]0", "\x07", "\x9b"):
+        assert acting not in text
 
 
 @needs_trainer
 def test_the_console_script_draws_on_a_terminal(tmp_path: Path) -> None:
-    master, slave = pty.openpty()
-    arguments = ["demo", str(tmp_path / "run"), "max_steps=2", "eval_steps=null"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tui", *arguments, "test_datasets=[]", "eval_train_rows=0"],
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
+    terminal = Terminal(
+        *("demo", str(tmp_path / "run"), "max_steps=2", "eval_steps=null"),
+        *("test_datasets=[]", "eval_train_rows=0"),
     )
-    os.close(slave)
-    text = b""
-    try:
-        while chunk := os.read(master, 4096):
-            text += chunk
-    except OSError:  # Linux's word for: the other side of the terminal is closed
-        pass
-    os.close(master)
-    assert process.wait() == 0, text
-    assert b"2 steps" in text
-    assert b"before" in text
-    assert b"Finished at step 2" in text
+    assert terminal.end() == 0, terminal.written
+    for text in ("2 steps", "before", "Finished at step 2"):
+        assert text in terminal.written

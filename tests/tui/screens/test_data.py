@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from engine.wizard.draft import Draft
 from engine.wizard.offers import complete_path, find_newest
 from tests.support.screens import assert_golden
-from tests.support.stand_in import SAMPLE, draft_on, opened
+from tests.support.stand_in import SAMPLE, Screen, draft_on, opened
 from tui.screens.data import spark
 
 
@@ -36,6 +39,18 @@ def write(path: Path, *rows: object) -> Path:
 def chat(question: str, answer: str = "Fine.") -> dict[str, Any]:
     said = [("user", question), ("assistant", answer)]
     return {"messages": [{"role": role, "content": text} for role, text in said]}
+
+
+@asynccontextmanager
+async def pointed_at(
+    name: str, until: str, draft: Draft | None = None, size: tuple[int, int] = (80, 24)
+) -> AsyncIterator[Screen]:
+    """The page with the cursor on the newest file of the folder, once it shows `until`."""
+    async with opened(draft or draft_on(), "Data", size) as screen:
+        await screen.until(name)
+        await screen.press("down")
+        await screen.until(until)
+        yield screen
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
@@ -65,10 +80,7 @@ async def test_what_is_wrong_is_listed_worst_first_with_a_place_and_a_repair(fol
         chat("q 7"),
         chat("x", "  "),
     )
-    async with opened(draft_on(), "Data") as screen:
-        await screen.until("rows.jsonl")
-        await screen.press("down")
-        await screen.until("122 conversations")
+    async with pointed_at("rows.jsonl", "122 conversations") as screen:
         assert "110 to learn from, 12 held out; 4 rows left out" in screen.text
         told = [line for line in screen.text.splitlines() if " rows: " in line or "row: " in line]
         assert "✗ 3 rows: The row has no assistant message. (line 122 of rows" in told[0]
@@ -85,10 +97,8 @@ async def test_what_is_wrong_is_listed_worst_first_with_a_place_and_a_repair(fol
 async def test_a_dataset_that_cannot_be_used_does_not_pass(folder) -> None:
     write(folder / "rows.jsonl", {"a": 1}, {"a": 2})
     draft = draft_on()
-    async with opened(draft, "Data") as screen:
-        await screen.until("rows.jsonl")
-        await screen.press("down")
-        await screen.until("✗ not usable  none of 2 rows can be used")
+    verdict = "✗ not usable  none of 2 rows can be used"
+    async with pointed_at("rows.jsonl", verdict, draft) as screen:
         assert "columns  a" in screen.text
         await screen.press("m")
         assert "no column holds messages or texts; there are a" in screen.text
@@ -101,10 +111,7 @@ async def test_columns_are_mapped_as_proposed_or_otherwise(folder) -> None:
     said = [{"speaker": "human", "said": "hi"}, {"speaker": "gpt", "said": "yo", "thoughts": "t"}]
     write(folder / "rows.jsonl", {"dialog": said})
     draft = draft_on()
-    async with opened(draft, "Data") as screen:
-        await screen.until("rows.jsonl")
-        await screen.press("down")
-        await screen.until("✗ not usable")
+    async with pointed_at("rows.jsonl", "✗ not usable", draft) as screen:
         await screen.press("m")
         await screen.until("which column is which")
         assert "messages     (•) dialog" in screen.text
@@ -114,10 +121,7 @@ async def test_columns_are_mapped_as_proposed_or_otherwise(folder) -> None:
         await screen.press("enter")
         await screen.until(lambda: screen.went_on)
         assert draft.dataset.field_messages == "dialog"
-        assert draft.dataset.message_property_mappings == {
-            "role": "speaker",
-            "content": "said",
-        }
+        assert draft.dataset.message_property_mappings == {"role": "speaker", "content": "said"}
 
 
 async def test_h_holds_rows_out() -> None:
@@ -135,10 +139,7 @@ async def test_h_holds_rows_out() -> None:
 
 async def test_the_first_rows_show_hostile_text_and_do_not_act_on_it(folder) -> None:
     write(folder / "[bold]b[x.jsonl", chat("\x1b]0;x\x07 [bold]b[/] \u202e", "[/] fine"))
-    async with opened(draft_on(), "Data") as screen:
-        await screen.until("[bold]b[x.jsonl")
-        await screen.press("down")
-        await screen.until("1 conversation")
+    async with pointed_at("[bold]b[x.jsonl", "1 conversation") as screen:
         await screen.press("e")
         await screen.until("user      ␛]0;x␇ [bold]b[/] ⟨U+202E⟩")
         assert "[/] fine" in screen.text
@@ -147,10 +148,7 @@ async def test_the_first_rows_show_hostile_text_and_do_not_act_on_it(folder) -> 
 
 async def test_a_name_that_no_config_may_hold_is_a_sentence(folder) -> None:
     write(folder / "a\x1b[31m.jsonl", chat("q"))
-    async with opened(draft_on(), "Data") as screen:
-        await screen.until("a␛[31m.jsonl")
-        await screen.press("down")
-        await screen.until("holds invisible characters")
+    async with pointed_at("a␛[31m.jsonl", "holds invisible characters") as screen:
         assert "✗ cannot be read" in screen.text
 
 
@@ -204,10 +202,7 @@ async def test_the_hub_is_asked_only_after_yes(folder) -> None:
 
 async def test_a_worker_that_is_killed_is_a_sentence_and_r_reads_again(folder) -> None:
     write(folder / "rows.jsonl", *(chat(f"q {n}") for n in range(20_000)))
-    async with opened(draft_on(), "Data") as screen:
-        await screen.until("held out")
-        await screen.press("down")
-        await screen.until("rows so far")
+    async with pointed_at("held out", "rows so far") as screen:
         await screen.until(" MB")
         os.kill(screen.app.data_worker.process_id, signal.SIGKILL)  # type: ignore[arg-type]
         await screen.until("It was stopped by signal 9.")
@@ -255,10 +250,7 @@ async def test_images_are_counted_and_missing_ones_listed_by_line(folder) -> Non
     picture(folder / "a.png")
     rows = [chat("what is it?") | {"images": [name]} for name in ("a.png", "a.png", "b.png")]
     write(folder / "rows.jsonl", *rows)
-    async with opened(draft_on("demo-tiny-vision"), "Data") as screen:
-        await screen.until("rows.jsonl")
-        await screen.press("down")
-        await screen.until("2 conversations")
+    async with pointed_at("rows.jsonl", "2 conversations", draft_on("demo-tiny-vision")) as screen:
         assert "images   2 in 2 rows, " in screen.text
         assert "1 different, " in screen.text
         assert "up to 64x32" in screen.text
@@ -269,10 +261,9 @@ async def test_images_are_counted_and_missing_ones_listed_by_line(folder) -> Non
 async def test_a_text_model_over_images_is_said_in_the_verdict(folder) -> None:
     picture(folder / "a.png")
     write(folder / "rows.jsonl", chat("q"), chat("q") | {"images": ["a.png"]})
-    async with opened(draft_on("demo-tiny"), "Data", (120, 40)) as screen:
-        await screen.until("rows.jsonl")
-        await screen.press("down")
-        await screen.until("the model reads only text, and rows have images")
+    sentence = "the model reads only text, and rows have images"
+    async with pointed_at("rows.jsonl", sentence, size=(120, 40)):
+        pass
 
 
 async def test_the_columns_of_a_table_are_mapped_too(folder) -> None:

@@ -44,9 +44,12 @@ def runs(home: Path) -> list[RunFolder]:
 
 
 @asynccontextmanager
-async def listed(size: tuple[int, int] = (80, 24)) -> AsyncIterator[Pilot[int]]:
+async def listed(
+    until: str = "support-0", size: tuple[int, int] = (80, 24)
+) -> AsyncIterator[Pilot[int]]:
     app = WindtunnelApp(start="Runs", pages=PAGES)
     async with app.run_test(size=size) as pilot:
+        await wait_for_text(pilot, until)
         yield pilot
 
 
@@ -55,22 +58,19 @@ async def test_every_run_with_its_state_and_the_one_under_the_cursor(
     runs: list[RunFolder], size: tuple[int, int]
 ) -> None:
     with RunLock(runs[0]):
-        async with listed(size) as pilot:
-            await wait_for_text(pilot, "3 runs, 1 training")
+        async with listed("3 runs, 1 training", size) as pilot:
             await wait_for_text(pilot, "step 61/99")
             await pilot.pause(0.2)
             assert_golden(f"runs-{size[0]}x{size[1]}", screen_text(pilot.app))
 
 
 async def test_no_run_yet_says_how_to_make_one() -> None:
-    async with listed() as pilot:
-        await wait_for_text(pilot, "no runs yet: F2 sets one up")
+    async with listed("no runs yet: F2 sets one up") as pilot:
         await pilot.press("enter", "r", "delete", "space", "c")
 
 
 async def test_enter_attaches_and_escape_comes_back_to_the_same_line(runs: list[RunFolder]) -> None:
     async with listed() as pilot:
-        await wait_for_text(pilot, "support-0")
         await pilot.press("j", "enter")
         await wait_for_text(pilot, "✓ done  support-0")
         await pilot.press("escape")
@@ -79,7 +79,6 @@ async def test_enter_attaches_and_escape_comes_back_to_the_same_line(runs: list[
 
 async def test_space_marks_two_and_c_compares_them(runs: list[RunFolder]) -> None:
     async with listed() as pilot:
-        await wait_for_text(pilot, "support-0")
         await pilot.press("space", "j", "space")
         await wait_for_text(pilot, "❯ B ✓ support-0")
         await pilot.press("c")
@@ -94,7 +93,6 @@ async def test_space_marks_two_and_c_compares_them(runs: list[RunFolder]) -> Non
 
 async def test_a_comparison_stays_while_the_list_below_is_read_again(runs: list[RunFolder]) -> None:
     async with listed() as pilot:
-        await wait_for_text(pilot, "support-0")
         await pilot.press("space", "j", "space", "c")
         await wait_for_text(pilot, "keys are the same")
         before = screen_text(pilot.app)
@@ -118,8 +116,7 @@ async def test_a_winner_is_named_only_over_the_same_held_out_rows(
         with EventWriter(run.events, clock=lambda: BEGAN + 900) as events:
             events.emit(Eval(61, loss))
         os.utime(run.events, (BEGAN - loss, BEGAN - loss))
-    async with listed() as pilot:
-        await wait_for_text(pilot, "second")
+    async with listed("second") as pilot:
         await pilot.press("down", "space", "up", "space", "c")
         await wait_for_text(pilot, "keys are the same")
         text = screen_text(pilot.app)
@@ -130,7 +127,6 @@ async def test_a_winner_is_named_only_over_the_same_held_out_rows(
 
 async def test_a_third_mark_takes_the_place_of_the_oldest(runs: list[RunFolder]) -> None:
     async with listed() as pilot:
-        await wait_for_text(pilot, "support-0")
         await pilot.press("space", "j", "space", "j", "space")
         await wait_for_text(pilot, "❯ B ✗ medium-try")
         assert "A ✓ support-0" in screen_text(pilot.app)
@@ -143,7 +139,6 @@ async def test_a_config_that_cannot_be_read_says_so_in_the_comparison(
 ) -> None:
     runs[1].config.write_text("lora_rank: [", "utf-8")
     async with listed() as pilot:
-        await wait_for_text(pilot, "support-0")
         await pilot.press("space", "j", "c")
         await wait_for_text(pilot, "config.yml")
 
@@ -153,7 +148,6 @@ async def test_delete_says_what_goes_and_keeps_the_config(
 ) -> None:
     config = runs[1].config.read_text("utf-8")
     async with listed() as pilot:
-        await wait_for_text(pilot, "support-0")
         await pilot.press("j", "delete")
         await wait_for_text(pilot, "remove support-0")
         assert "0 saves, 0.0 MiB go." in screen_text(pilot.app)
@@ -173,7 +167,6 @@ async def test_delete_says_what_goes_and_keeps_the_config(
 async def test_a_live_run_is_not_removed(runs: list[RunFolder]) -> None:
     with RunLock(runs[0]):
         async with listed() as pilot:
-            await wait_for_text(pilot, "support-0")
             await pilot.press("delete")
             await wait_for_text(pilot, "remove support-1")
             await pilot.press("enter")
@@ -184,8 +177,7 @@ async def test_a_live_run_is_not_removed(runs: list[RunFolder]) -> None:
 async def test_a_run_in_a_folder_that_somebody_chose_is_not_removed(tmp_path: Path) -> None:
     chosen = written_run(create_run("mine", output_dir=tmp_path / "mine").path, 3)
     (chosen.path / "thesis.txt").write_text("mine")
-    async with listed() as pilot:
-        await wait_for_text(pilot, "mine")
+    async with listed("mine") as pilot:
         await pilot.press("delete")
         await wait_for_text(pilot, "lies in a folder that somebody chose")
     assert (chosen.path / "thesis.txt").exists()
@@ -194,7 +186,6 @@ async def test_a_run_in_a_folder_that_somebody_chose_is_not_removed(tmp_path: Pa
 
 async def test_resuming_a_finished_run_says_why_not(runs: list[RunFolder]) -> None:
     async with listed() as pilot:
-        await wait_for_text(pilot, "support-0")
         await pilot.press("j", "r")
         await wait_for_text(pilot, "The run support-0 has finished.")
 
@@ -204,8 +195,7 @@ async def test_a_run_that_cannot_be_read_stands_in_the_list_with_its_reason(
 ) -> None:
     runs[2].events.unlink()
     runs[2].events.mkdir()
-    async with listed() as pilot:
-        await wait_for_text(pilot, "cannot be read")
+    async with listed("cannot be read") as pilot:
         assert "? medium-try" in screen_text(pilot.app)
 
 
@@ -214,7 +204,6 @@ async def test_a_run_that_cannot_be_read_stands_in_the_list_with_its_reason(
 async def test_r_starts_the_trainer_again_and_shows_how_it_went(runs: list[RunFolder]) -> None:
     """The trainer itself refuses this config: its sentence is what the page shows."""
     runs[0].config.write_text("base_model: nobody/nothing\nlora_rank: 3\n", "utf-8")
-    async with listed() as pilot:
-        await wait_for_text(pilot, "support-1")
+    async with listed("support-1") as pilot:
         await pilot.press("r")
         await wait_for(pilot, lambda: "lora_rank" in screen_text(pilot.app), seconds=90)

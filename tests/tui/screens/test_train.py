@@ -116,7 +116,7 @@ async def test_a_run_that_was_killed_is_lost_and_says_so(tmp_path: Path) -> None
         await wait_for_text(pilot, "❯ resume from step-60")
 
 
-async def test_a_folder_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+async def test_a_folder_that_cannot_be_read_is_a_problem(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.events.mkdir(parents=True)
     async with shown(run, alive=False) as pilot:
@@ -194,6 +194,13 @@ async def test_escape_goes_to_the_list_of_runs(tmp_path: Path) -> None:
 # The sentences, without a screen.
 
 
+def begun(tmp_path: Path, steps: int = 0) -> RunWriter:
+    writer = RunWriter(tmp_path / "run")
+    writer.begin()
+    writer.train(1, steps)
+    return writer
+
+
 def history_of(writer: RunWriter) -> History:
     history = History()
     history.add(Follower(writer.folder.events).read())
@@ -212,25 +219,20 @@ def test_loading_says_what_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_the_time_that_is_left_runs_down_during_a_step(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path / "run")
-    writer.begin()
-    writer.train(1, 95)
+    writer = begun(tmp_path, 95)
     history = history_of(writer)
     for quiet, left in ((0, "0:36 left"), (6, "0:30 left"), (43, "0:00 left")):
         assert left in run.headline(history, "running", writer.time + quiet).text
 
 
 def test_the_first_step_is_awaited_in_words(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path / "run")
-    writer.begin()
+    writer = begun(tmp_path)
     line = run.headline(history_of(writer), "running", BEGAN + 30)
     assert line.text == "step 0/99  the first step takes longer than the others"
 
 
 def test_a_check_in_between_is_called_one(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path / "run")
-    writer.begin()
-    writer.train(1, 5)
+    writer = begun(tmp_path, 5)
     writer.write(Phase("evaluate", 9, 24, "rows"))
     line = run.headline(history_of(writer), "running", writer.time)
     assert line.word == "checking"
@@ -238,9 +240,7 @@ def test_a_check_in_between_is_called_one(tmp_path: Path) -> None:
 
 
 def test_silence_is_shown_with_the_usual_step_time(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path / "run")
-    writer.begin()
-    writer.train(1, 5)
+    writer = begun(tmp_path, 5)
     history = history_of(writer)
     assert run.headline(history, "running", writer.time + 44).word == "training"
     line = run.headline(history, "running", writer.time + 61)
@@ -253,16 +253,12 @@ def test_silence_is_shown_with_the_usual_step_time(tmp_path: Path) -> None:
     [("paused", "paused"), ("stopped", "stopped"), ("waiting", "starting"), (None, "starting")],
 )
 def test_other_states_have_their_word(tmp_path: Path, status: Status | None, word: str) -> None:
-    writer = RunWriter(tmp_path / "run")
-    writer.begin()
-    writer.train(1, 5)
+    writer = begun(tmp_path, 5)
     assert run.headline(history_of(writer), status, writer.time).word == word
 
 
 def test_a_loss_that_is_no_number_says_what_to_do(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path / "run")
-    writer.begin()
-    writer.train(1, 18)
+    writer = begun(tmp_path, 18)
     writer.write(*(step_event(step, loss=math.nan) for step in (19, 20)))
     sentence = run.notes(history_of(writer))
     assert sentence == (
@@ -310,9 +306,7 @@ def test_what_is_read_is_told_in_bytes_and_percent(phase: Phase, writer: str) ->
 async def test_figures_stand_below_the_curves_and_a_finished_run_says_what_is_next(
     tmp_path: Path,
 ) -> None:
-    writer = RunWriter(tmp_path / "run")
-    writer.begin()
-    writer.train(1, 20)
+    writer = begun(tmp_path, 20)
     writer.write(Drift(20, 0.04, 900), Ended("finished", 20))
     async with shown(writer.folder, alive=False) as pilot:
         await wait_for_text(pilot, "✓ done")

@@ -1,9 +1,13 @@
 """The token view: lines that never split what must be whole, and meaning without colour."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
-from textual.app import App, ComposeResult
+from textual.app import App
+from textual.pilot import Pilot
 
 from engine.chat.render import Kind
 from engine.data.requests import PreviewRow
@@ -94,14 +98,14 @@ def test_text_and_ids_are_found_from_the_cursor_on_and_around() -> None:
     assert TALK.find("nowhere", 0) is None
 
 
-class Shown(App[None]):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_theme(THEME)
-        self.theme = THEME.name
-
-    def compose(self) -> ComposeResult:
-        yield TokenView()
+@asynccontextmanager
+async def shown(columns: int, rows: int) -> AsyncIterator[tuple[TokenView, Pilot[None]]]:
+    app, view = App[None](), TokenView()
+    app.register_theme(THEME)
+    app.theme = THEME.name
+    async with app.run_test(size=(columns, rows)) as pilot:
+        await app.mount(view)
+        yield view, pilot
 
 
 def luminance(colour) -> float:
@@ -110,9 +114,7 @@ def luminance(colour) -> float:
 
 
 async def test_learned_text_is_lighter_than_text_that_is_only_read() -> None:
-    app = Shown()
-    async with app.run_test(size=(60, 10)):
-        view = app.query_one(TokenView)
+    async with shown(60, 10) as (view, _):
         styles = {
             name: view.get_component_rich_style(f"tokens--{name}", partial=True)
             for name in ("think", "answer", "call", "other", "read")
@@ -126,30 +128,26 @@ async def test_learned_text_is_lighter_than_text_that_is_only_read() -> None:
 
 
 async def test_the_gutter_tells_what_is_learned_and_control_tokens_are_bold() -> None:
-    app = Shown()
-    async with app.run_test(size=(60, 10)) as pilot:
-        view = app.query_one(TokenView)
+    async with shown(60, 10) as (view, pilot):
         flags = [kind in ("think", "text", "eos") for kind in TALK.kinds]
         view.show_row(TALK, flags)
         await pilot.pause()
-        text = screen_text(app)
+        text = screen_text(pilot.app)
         assert "user    ┊ <s>[INST]Is it far?[/INST]" in text
         assert "think   ┃ [THINK]No.[/THINK]" in text
         view.relabel([kind in ("text", "eos") for kind in TALK.kinds])
         await pilot.pause()
-        assert "think   ┊ [THINK]No.[/THINK]" in screen_text(app)
+        assert "think   ┊ [THINK]No.[/THINK]" in screen_text(pilot.app)
         styles = {s.text: s.style for s in view.render_line(0)}
         assert styles["[INST]"].bold
         assert not styles["Is"].bold
-        app.add_class("-ascii")
+        pilot.app.add_class("-ascii")
         view.refresh()
-        assert "think   : [THINK]" in screen_text(app) or ":" in view.render_line(1).text
+        assert "think   : [THINK]" in screen_text(pilot.app) or ":" in view.render_line(1).text
 
 
 async def test_counts_stand_below_the_role_and_the_cursor_goes_by_token_and_line() -> None:
-    app = Shown()
-    async with app.run_test(size=(24, 12)) as pilot:
-        view = app.query_one(TokenView)
+    async with shown(24, 12) as (view, pilot):
         view.show_row(TALK, [kind != "user" for kind in TALK.kinds])
         view.focus()
         await pilot.press("right", "l")
@@ -160,13 +158,11 @@ async def test_counts_stand_below_the_role_and_the_cursor_goes_by_token_and_line
         assert view.cursor == len(TALK) - 1
         await pilot.press("home")
         assert view.cursor == 0
-        assert "4/4     ┃" in screen_text(app)
+        assert "4/4     ┃" in screen_text(pilot.app)
 
 
 async def test_a_token_that_is_part_of_a_character_shows_the_cursor_on_the_whole() -> None:
-    app = Shown()
-    async with app.run_test(size=(40, 8)) as pilot:
-        view = app.query_one(TokenView)
+    async with shown(40, 8) as (view, pilot):
         view.show_row(row(("text", "a"), ("text", ""), ("text", "漢")), [True] * 3, cursor=1)
         view.focus()
         await pilot.pause()
