@@ -2,9 +2,24 @@
 
 import pytest
 
-from engine.events import Answers, Drift, Event, Score
-from engine.report.run import describe_results
+from engine.events import (
+    Ack,
+    Answers,
+    Drift,
+    Ended,
+    Eval,
+    Event,
+    Note,
+    Phase,
+    Sample,
+    Saved,
+    Score,
+    Shortage,
+    Started,
+)
+from engine.report.run import describe_results, event_line, figures_text
 from engine.units import counted, nats, spoken
+from tests.support.written_runs import step_event
 
 BY_KIND = {"think": 2.0, "text": 1.0, "call": 0.5, "eos": 0.1}
 AFTER = {"think": 1.5, "text": 0.75, "call": 0.25, "eos": 0.0}
@@ -75,3 +90,90 @@ def test_one_of_a_thing_has_no_s_and_thousands_have_a_comma() -> None:
 
 def test_a_loss_has_three_decimals() -> None:
     assert nats(0.41249) == "0.412"
+
+
+GIB = 2**30
+KINDS = {"think": 1.25, "text": 0.5, "eos": 0.1}
+SHORTAGE = Shortage(
+    4,
+    "the backward pass",
+    30 * GIB,
+    parts={"weights": 8 * GIB, "adapter": 0},
+    predicted_parts={"weights": 7 * GIB},
+    changes={"micro_batch_size": "1"},
+    trade="slower",
+    saves_bytes=3 * GIB,
+)
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        (
+            Started("r", "demo-tiny", "lora", ("cpu",), 1, 2000, 98_304),
+            "training demo-tiny (lora) on cpu: 2,000 steps, 98,304 trained parameters",
+        ),
+        (Phase("import"), "starting PyTorch"),
+        (Phase("new", 3, 12, "things"), "new: 3 of 12 things"),
+        (Phase("prepared", 104, 104, "104 rows prepared"), "data ready: 104 rows prepared"),
+        (
+            Phase("hashing", 32_000, 32_000, "bytes, 0 rows"),
+            "reading the data: 32.0 of 32.0 kB, 100%",
+        ),
+        (step_event(9, loss=0.41249), "step 9 of 99: loss 0.412, lr 1.96e-04, 460 tokens/s"),
+        (Eval(60, 0.7312), "step 60: held-out loss 0.731"),
+        (
+            Score(20, "held", 0.9, 0.31, 20, KINDS),
+            "step 20: held, loss 0.900, 31% of 20 answers word for word",
+        ),
+        (
+            Answers(20, "held", 8, 1.0, 1.0, 0.5),
+            "step 20: held, 100% of 8 written answers stop by themselves,"
+            " 1.00 times the reference's length",
+        ),
+        (Drift(20, 0.123, 900), "step 20: drift on general questions 0.12 nats a token"),
+        (Sample(0, "Who?", "Me.", "before"), "before: Who? -> Me."),
+        (Saved(3, "adapter"), "step 3: saved adapter"),
+        (Note("info", "hello"), "hello"),
+        (Note("warning", "careful"), "! careful"),
+        (
+            SHORTAGE,
+            "✗ memory ran out in the backward pass: weights 8.0 GiB (planned 7.0 GiB)",
+        ),
+        (Ended("finished", 9), "✓ finished at step 9"),
+        (Ended("failed", 3, "It broke.", "Why.", "Fix."), "✗ failed at step 3: It broke."),
+    ],
+)
+def test_an_event_reads(event: Event, text: str) -> None:
+    assert str(event_line(event)) == text
+
+
+def test_an_answer_to_a_command_is_no_line() -> None:
+    assert event_line(Ack("abc", "pause", "done")) is None
+
+
+@pytest.mark.parametrize(
+    ("event", "best", "detail"),
+    [
+        (Eval(60, 0.731), 0.768, "best so far (was 0.768)"),
+        (Eval(60, 0.8), 0.768, "best 0.768"),
+        (Eval(60, 0.8), None, ""),
+        (Score(20, "held", 0.9, 0.31, 20, KINDS), None, "thinking 1.250, answers 0.500"),
+        (Score(20, "held", 0.9, 0.31, 20, {"text": 0.5}), None, ""),
+        (SHORTAGE, None, "go on with micro_batch_size 1: 3.0 GiB less; slower"),
+    ],
+)
+def test_more_is_known_where_there_is_room(event: Event, best: float | None, detail: str) -> None:
+    line = event_line(event, best)
+    assert line
+    assert line.detail == detail
+
+
+def test_figures_name_the_step_that_they_are_of() -> None:
+    score = Score(10, "held out", 0.9, 0.2, 8, KINDS)
+    written, drift = Answers(10, "held out", 8, 0.875, 1.1, 0.2), Drift(10, 0.123, 900)
+    assert figures_text(score, written, drift) == (
+        "step 10: loss of thinking 1.250, answers 0.500  ·  88% stop by themselves  ·  drift 0.12"
+    )
+    assert figures_text(Score(10, "held out", 0.9, 0.2, 8, {"text": 0.5}), None, None) == ""
+    assert figures_text(None, None, None) == ""
