@@ -1,4 +1,4 @@
-"""`windtunnel` without a command: what opens where, and with which exit status it leaves."""
+"""What a command line opens where, and what it leaves with; a run that is watched or drawn."""
 
 import io
 import signal

@@ -1,4 +1,4 @@
-"""The table at the end of a run holds what its events say, and nothing that they do not."""
+"""A run in lines: its events, its results, and numbers that are spelled in one way."""
 
 import pytest
 
