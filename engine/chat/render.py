@@ -44,6 +44,8 @@ Sources: TypeAlias = NDArray[np.int32]
 WITHHELD = 0x80
 # What torch's cross entropy skips.
 IGNORED_LABEL = -100
+# Part of the key of prepared arrays: raised when any conversation gives other arrays than before.
+RENDERER_VERSION = 2
 
 
 class Kind(IntEnum):
@@ -64,6 +66,15 @@ class Kind(IntEnum):
     @property
     def word(self) -> str:
         return self.name.lower()
+
+
+# Plain integers: numpy reads a list of IntEnum members ten times slower.
+_BOS, _SYSTEM, _TOOLS, _SETTINGS, _USER, _IMAGE = map(int, tuple(Kind)[:6])
+_RESULT, _TEXT, _THINK, _CALL, _EOS = map(int, tuple(Kind)[6:])
+_JOIN = "\n\n"
+
+# What one call writes: control tokens by id, texts as strings.
+Piece: TypeAlias = int | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +174,6 @@ def truncate(
     )
 
 
-# Part of the key of prepared arrays: raised when any conversation gives other arrays than before.
-RENDERER_VERSION = 2
-
-
 def render(
     conversation: Conversation,
     tokenizer: "ChatTokenizer",
@@ -190,15 +197,6 @@ def render(
             "It holds a run of blanks, or of one character, that is too long for the tokenizer.",
             "Shorten the run, or delete the row.",
         ) from None
-
-
-# Plain integers: numpy reads a list of IntEnum members ten times slower.
-_BOS, _SYSTEM, _TOOLS, _SETTINGS, _USER, _IMAGE = map(int, tuple(Kind)[:6])
-_RESULT, _TEXT, _THINK, _CALL, _EOS = map(int, tuple(Kind)[6:])
-_JOIN = "\n\n"
-
-# What one call writes: control tokens by id, texts as strings.
-Piece: TypeAlias = int | str
 
 
 def encode(conversation: Conversation, tokenizer: "ChatTokenizer") -> Rendered:
@@ -241,23 +239,6 @@ def _place_of_tools(messages: Sequence[Message], version: str) -> int:
 
 class _TokenWriter:
     """Writes a conversation: ids, and runs of tokens of one kind and source."""
-
-    __slots__ = (
-        "_chunk_join",
-        "_conversation",
-        "_ids",
-        "_images",
-        "_kinds",
-        "_lengths",
-        "_offset",
-        "_prompt",
-        "_prompt_kind",
-        "_prompt_source",
-        "_sources",
-        "_tokenizer",
-        "_tools_json",
-        "_writes_ids",
-    )
 
     def __init__(self, conversation: Conversation, tokenizer: "ChatTokenizer") -> None:
         self._conversation = conversation
@@ -303,8 +284,8 @@ class _TokenWriter:
         self._ids.append(end - self._offset)
         self._close_run(kind, source, before)
 
-    def _close_run(self, kind: int, source: int, before: int) -> None:
-        self._lengths.append(len(self._ids) - before)
+    def _close_run(self, kind: int, source: int, before: int, end: int | None = None) -> None:
+        self._lengths.append((len(self._ids) if end is None else end) - before)
         self._kinds.append(kind)
         self._sources.append(source)
 
@@ -345,9 +326,7 @@ class _TokenWriter:
         end, left = start, _utf8_size(self._prompt)
         while end < len(ids) and (left := left - self._tokenizer.size(ids[end])) >= 0:
             end += 1
-        self._lengths.append(end - start)
-        self._kinds.append(self._prompt_kind)
-        self._sources.append(self._prompt_source)
+        self._close_run(self._prompt_kind, self._prompt_source, start, end)
         self._close_run(_USER | mark, source, end)
 
     def _write_shown(self, kind: int, mark: int, source: int, parts: Sequence[Part]) -> None:

@@ -10,11 +10,18 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from engine.chat.images import read_size
-from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind, LabelRule, RenderedImage
+from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind, LabelRule
 from engine.chat.tokenizer import ChatTokenizer
 from engine.data.requests import ImageGrid, PreviewRow, kind_word
 from engine.data.rows import RenderedRow
 from engine.visible import fold, visible
+
+_UNDERLINE = ("\x1b[4m", "\x1b[24m")
+_BRACKETS = ("‹", "›")
+# Our own marks inside a dataset's text are spelt out, or text could pass as a control token.
+_OURS = {ord(mark): f"⟨U+{ord(mark):04X}⟩" for mark in "⟦⟧‹›"}
+_INDENT = 26
+_NARROWEST = 20
 
 
 def preview_row(row: RenderedRow, tokenizer: ChatTokenizer) -> PreviewRow:
@@ -30,7 +37,7 @@ def preview_row(row: RenderedRow, tokenizer: ChatTokenizer) -> PreviewRow:
     assert row.conversation is not None
     rendered = row.rendered
     ids, kinds = rendered.input_ids.tolist(), rendered.kinds.tolist()
-    images = [_grid(image) for image in rendered.images]
+    images = [ImageGrid(i.rows, i.columns, *read_size(i.content)) for i in rendered.images]
     pieces = list(tokenizer.pieces(ids))
     places = [at for at, kind in enumerate(kinds) if kind & ~WITHHELD == Kind.IMAGE]
     start = 0
@@ -68,18 +75,6 @@ def preview_entry(row: PreviewRow, rule: LabelRule) -> dict[str, Any]:
         "notes": row.notes,
         "images": [asdict(image) for image in row.images],
     }
-
-
-def _grid(image: RenderedImage) -> ImageGrid:
-    return ImageGrid(image.rows, image.columns, *read_size(image.content))
-
-
-_UNDERLINE = ("\x1b[4m", "\x1b[24m")
-_BRACKETS = ("‹", "›")
-# Our own marks inside a dataset's text are spelt out, or text could pass as a control token.
-_OURS = {ord(mark): f"⟨U+{ord(mark):04X}⟩" for mark in "⟦⟧‹›"}
-_INDENT = 26
-_NARROWEST = 20
 
 
 class _Token(NamedTuple):

@@ -121,10 +121,7 @@ class PreviewRow:
 
 def kind_word(stored: int) -> str:
     """The word of a stored kind."""
-    return _WORDS[stored & ~WITHHELD]
-
-
-_WORDS = {kind.value: kind.word for kind in Kind}
+    return Kind(stored & ~WITHHELD).word
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,19 +125,13 @@ def effective_datasets(
     A dataset's own value wins over the run's, `reasoning_effort` over both.
     """
     forced = {"reasoning_effort": reasoning_effort} if reasoning_effort else {}
-    return tuple(
-        dataset.model_copy(
-            update={
-                "chat_template_kwargs": {
-                    **(config.chat_template_kwargs or {}),
-                    **(dataset.chat_template_kwargs or {}),
-                    **forced,
-                }
-                or None
-            }
-        )
-        for dataset in config.datasets
-    )
+
+    def merged(dataset: DatasetConfig) -> DatasetConfig:
+        below, own = config.chat_template_kwargs or {}, dataset.chat_template_kwargs or {}
+        update = {"chat_template_kwargs": {**below, **own, **forced} or None}
+        return dataset.model_copy(update=update)
+
+    return tuple(map(merged, config.datasets))
 
 
 def iterate_rendered(
@@ -167,20 +161,15 @@ def iterate_rendered(
             if number <= skip:
                 continue
             place = (number, source.line, source.file, index, source.read_bytes)
+            conversation = rendered = problem = None
             try:
-                conversation = finder.resolve(_read(source, row_format), source.file)
-                rendered = (
-                    render(conversation, tokenizer, history_thinking=config.history_thinking)
-                    if tokenizer
-                    else None
-                )
-            except RowProblem as problem:
-                yield RenderedRow(*place, problem=problem, image_names=finder.take_names())
-            else:
-                names = finder.take_names()
-                yield RenderedRow(
-                    *place, conversation=conversation, rendered=rendered, image_names=names
-                )
+                read = finder.resolve(_read(source, row_format), source.file)
+                if tokenizer:
+                    rendered = render(read, tokenizer, history_thinking=config.history_thinking)
+                conversation = read
+            except RowProblem as error:
+                problem = error
+            yield RenderedRow(*place, problem, conversation, rendered, finder.take_names())
 
 
 def adapt_tokenizer(tokenizer: ChatTokenizer, rules: ImageRules) -> ChatTokenizer:
@@ -213,10 +202,7 @@ class ImageFinder:
 
     def take_names(self) -> tuple[ImageName, ...]:
         """What rows named since the last call."""
-        if not self._names:
-            return ()
-        taken = tuple(self._names)
-        self._names.clear()
+        taken, self._names = tuple(self._names), []
         return taken
 
     def resolve(self, conversation: Conversation, file: str) -> Conversation:
