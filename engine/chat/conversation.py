@@ -184,79 +184,33 @@ _PROPERTIES = (
     *("role", "content", "tool_calls", "tool_call_id", "name", "weight"),
     *THINKING_PROPERTIES,
 )
-DEFAULT_FIELD_MESSAGES = "messages"
-DEFAULT_FIELD_TOOLS = "tools"
 
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """Where a row keeps what, and what its roles are called."""
+    """How a dataset spells its rows: its entry in the config, with its roles as a lookup."""
 
-    field_messages: str = DEFAULT_FIELD_MESSAGES
-    field_tools: str = DEFAULT_FIELD_TOOLS
-    message_property_mappings: Mapping[str, str] = field(default_factory=dict)
-    """Our property -> the key in a message."""
+    dataset: DatasetConfig = field(default_factory=lambda: DatasetConfig(path="."))
     roles: Mapping[str, Speaker] = field(default_factory=lambda: _ROLES)
     """The row's name of a role -> ours."""
-    message_field_training: str | None = None
-    reasoning_effort: str | None = None
-    """The effort of rows that name none."""
-    field_image: str | None = None
-    field_question: str | None = None
-    field_answer: str | None = None
 
     @classmethod
-    def from_config(
-        cls, dataset: DatasetConfig, chat_template_kwargs: Mapping[str, object] | None = None
-    ) -> "RowFormat":
-        """The format that a dataset's entry in the config describes.
-
-        `chat_template_kwargs` are the run's own; the entry's win over them.
-
-        Raises UserError for a property or role that does not exist.
-        """
-        mappings = dict(dataset.message_property_mappings or {})
-        for name in mappings:
+    def from_config(cls, dataset: DatasetConfig) -> "RowFormat":
+        """The format of an entry. Raises UserError for a property or role that does not exist."""
+        for name in dataset.message_property_mappings or {}:
             if name not in _PROPERTIES:
                 raise UserError(
                     f"message_property_mappings has the key {name!r}.",
                     f"The properties of a message are {', '.join(_PROPERTIES)}.",
                     "Write it as property: the key that your messages use.",
                 )
-        return cls(
-            field_messages=dataset.field_messages,
-            field_tools=dataset.field_tools,
-            message_property_mappings=mappings,
-            roles=_read_roles(dataset.roles or {}),
-            message_field_training=dataset.message_field_training,
-            field_image=dataset.field_image,
-            field_question=dataset.field_question,
-            field_answer=dataset.field_answer,
-            reasoning_effort=_configured_effort(
-                {**(chat_template_kwargs or {}), **(dataset.chat_template_kwargs or {})}
-            ),
-        )
-
-
-def _read_roles(roles: Mapping[str, list[str]]) -> Mapping[str, Speaker]:
-    names = dict(_ROLES)
-    for ours, theirs in roles.items():
-        if ours not in _OUR_ROLES:
-            raise UserError(
-                f"roles has the key {ours!r}.",
-                f"Mistral's roles are {', '.join(_OUR_ROLES)}.",
-                "Put one of them on the left and the names that your rows use on the right.",
-            )
-        names.update(dict.fromkeys(theirs, _OUR_ROLES[ours]))
-    return names
-
-
-def _configured_effort(chat_template_kwargs: Mapping[str, object]) -> str | None:
-    effort = chat_template_kwargs.get("reasoning_effort")
-    if effort is None or isinstance(effort, str):
-        return effort
-    raise UserError(
-        f"chat_template_kwargs has reasoning_effort: {effort!r}.",
-        "It is a word, such as none or high.",
-        "Put quotes around the word.",
-    )
+        names = dict(_ROLES)
+        for ours, theirs in (dataset.roles or {}).items():
+            if ours not in _OUR_ROLES:
+                raise UserError(
+                    f"roles has the key {ours!r}.",
+                    f"Mistral's roles are {', '.join(_OUR_ROLES)}.",
+                    "Put one of them on the left and the names that your rows use on the right.",
+                )
+            names.update(dict.fromkeys(theirs, _OUR_ROLES[ours]))
+        return cls(dataset, names)

@@ -59,7 +59,7 @@ class MessageReader:
 
     def __init__(self, row_format: RowFormat) -> None:
         self._format = row_format
-        self._keys = row_format.message_property_mappings
+        self._keys = row_format.dataset.message_property_mappings or {}
         self._made_ids = 0
         self._unanswered: list[str] = []
         self._source = -1
@@ -214,7 +214,7 @@ class MessageReader:
                 f"It is {describe(weight)}: a message is learned or it is not.",
                 "Use 1 to learn it and 0 to keep it out of the loss.",
             )
-        key = self._format.message_field_training
+        key = self._format.dataset.message_field_training
         flag = message.get(key) if key is not None else None
         if flag not in (None, 0, 1):
             raise RowProblem(

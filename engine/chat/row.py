@@ -11,7 +11,6 @@ from itertools import groupby, pairwise
 from types import MappingProxyType
 
 from engine.chat.conversation import (
-    DEFAULT_FIELD_MESSAGES,
     Conversation,
     Image,
     Message,
@@ -35,6 +34,8 @@ from engine.chat.message import (
     read_image,
 )
 
+# Where no other name is chosen, these stand for it.
+_FIELD_MESSAGES = "messages"
 _OTHER_FIELDS = ("conversations", "conversation")
 _QUESTION_AND_ANSWER = (
     ("instruction", "output"),
@@ -76,7 +77,7 @@ def read_row(row: Mapping[str, object], row_format: RowFormat) -> Conversation:
         thinking = [message.source for message in kept if _thinks(message)]
         notes += [Note("effort_contradicts_thinking", text, at) for at in thinking[:1]]
     notes += _images_left_out(kept, row, row_format)
-    tools = _read_tools(row.get(row_format.field_tools))
+    tools = _read_tools(row.get(row_format.dataset.field_tools))
     return Conversation(tuple(kept), tools, effort, tuple(notes))
 
 
@@ -103,8 +104,8 @@ def _read_messages(
 
 
 def _find_list(row: Mapping[str, object], row_format: RowFormat) -> Sequence[object] | None:
-    field = row_format.field_messages
-    others = _OTHER_FIELDS if field == DEFAULT_FIELD_MESSAGES else ()
+    field = row_format.dataset.field_messages
+    others = _OTHER_FIELDS if field == _FIELD_MESSAGES else ()
     for name in (field, *others):
         value = row.get(name)
         if isinstance(value, str) and value.strip():
@@ -127,7 +128,7 @@ def _find_images(
     row: Mapping[str, object], row_format: RowFormat, table: bool
 ) -> tuple[str, tuple[Image, ...]]:
     """The column that holds the row's images, and these; "" and none where there is none."""
-    chosen = row_format.field_image
+    chosen = row_format.dataset.field_image
     for column in (chosen,) if chosen is not None else _IMAGE_COLUMNS:
         if row.get(column):
             return column, _read_images(row[column], column)
@@ -143,7 +144,7 @@ def _images_left_out(
 ) -> Sequence[Note]:
     """A note where a column seems to hold an image and no message shows one."""
     column = next((c for c in _PERHAPS_IMAGE_COLUMNS if looks_like_image(row.get(c))), None)
-    chosen = row_format.field_image is not None
+    chosen = row_format.dataset.field_image is not None
     if chosen or column is None or any(message.holds(Image) for message in messages):
         return ()
     text = f"No message shows the image in {column}; field_image: {column} would put it there."
@@ -173,7 +174,8 @@ def _find_columns(
     row: Mapping[str, object], row_format: RowFormat, shows_image: bool
 ) -> tuple[str, str]:
     """The columns of the question, "" for an image with a caption alone, and of the answer."""
-    asks, answers = row_format.field_question, row_format.field_answer
+    dataset = row_format.dataset
+    asks, answers = dataset.field_question, dataset.field_answer
     for question, answer in _QUESTION_AND_ANSWER:
         pair = (asks or question, answers or answer)
         if all(row.get(column) is not None for column in pair):
@@ -184,7 +186,7 @@ def _find_columns(
                 return "", answer
     raise RowProblem(
         "The row has no messages.",
-        f"It has no {row_format.field_messages}; its columns are {describe_keys(row)}.",
+        f"It has no {dataset.field_messages}; its columns are {describe_keys(row)}.",
         "Name the column in field_messages, or use columns such as question and answer, or name "
         "yours in field_question and field_answer.",
     )
@@ -193,7 +195,7 @@ def _find_columns(
 def _read_effort(row: Mapping[str, object], row_format: RowFormat) -> str | None:
     effort = row.get("reasoning_effort")
     if effort is None:
-        return row_format.reasoning_effort
+        return (row_format.dataset.chat_template_kwargs or {}).get("reasoning_effort")
     if isinstance(effort, str):
         return effort
     raise RowProblem(

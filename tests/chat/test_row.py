@@ -117,12 +117,11 @@ def test_misspelt_key_of_the_format_is_refused(keys: dict[str, Any]) -> None:
         row_format(**keys)
 
 
-def test_the_datasets_reasoning_effort_wins_over_the_runs_and_the_rows_over_both() -> None:
-    dataset = DatasetConfig(path="x", chat_template_kwargs={"reasoning_effort": "high"})
-    configured = RowFormat.from_config(dataset, {"reasoning_effort": "none"})
-    assert configured.reasoning_effort == "high"
-    row = {"messages": [USER, ANSWER], "reasoning_effort": "none"}
-    assert read_row(row, configured).reasoning_effort == "none"
+def test_the_rows_reasoning_effort_wins_over_the_datasets() -> None:
+    configured = row_format(chat_template_kwargs={"reasoning_effort": "high"})
+    row = {"messages": [USER, ANSWER]}
+    assert read_row(row, configured).reasoning_effort == "high"
+    assert read_row(row | {"reasoning_effort": "none"}, configured).reasoning_effort == "none"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,13 @@ from engine.chat.render import LabelRule
 from engine.config import DatasetConfig, RunConfig
 from engine.data.checkup import check_config
 from engine.data.preview import preview_entry, preview_row, row_text
-from engine.data.rows import ImageRules, RenderedRow, find_fetched, iterate_rendered
+from engine.data.rows import (
+    ImageRules,
+    RenderedRow,
+    effective_datasets,
+    find_fetched,
+    iterate_rendered,
+)
 from engine.data.shape import read_shape
 from engine.errors import UserError, WorkError
 from engine.report.data import image_lines
@@ -259,3 +265,13 @@ class TestReports:
         text = row_text(shown, LabelRule(), underline=False)
         mark = "⟦image 60x40: 3 x 2 tokens⟧"
         assert f"- image             0/16  {mark}{mark}\n" in text
+
+
+def test_a_datasets_own_effort_wins_over_the_runs_and_what_is_asked_over_both():
+    own, run = ({"reasoning_effort": effort} for effort in ("high", "none"))
+    dataset = DatasetConfig(path="x", chat_template_kwargs=own)
+    config = config_of(dataset, DatasetConfig(path="y"), chat_template_kwargs=run)
+    kept = [each.chat_template_kwargs for each in effective_datasets(config)]
+    asked = effective_datasets(config, reasoning_effort="none")
+    assert kept == [own, run]
+    assert [each.chat_template_kwargs for each in asked] == [run, run]
