@@ -7,7 +7,7 @@ page. Whoever owns it checks a value and shows the new state.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from textual.app import RenderResult
 from textual.binding import Binding, BindingType
@@ -19,8 +19,10 @@ from textual.reactive import reactive
 from textual.widget import Widget
 
 from engine.visible import visible
-from engine.wizard.settings import Field
-from engine.wizard.switches import Switch
+
+if TYPE_CHECKING:
+    from engine.wizard.settings import Field
+    from engine.wizard.switches import Switch
 
 
 class Lines(Widget, can_focus=True):
@@ -151,9 +153,9 @@ class Switches(Lines):
         name: str
         answer: str
 
-    switches: Sequence[Switch] = ()
+    switches: "Sequence[Switch]" = ()
 
-    def show_switches(self, switches: Sequence[Switch]) -> None:
+    def show_switches(self, switches: "Sequence[Switch]") -> None:
         self.switches = switches
         self.show_count(len(switches), self.cursor)
 
@@ -162,7 +164,7 @@ class Switches(Lines):
         name = (f"{switch.name:<{_NAME_CELLS}}", "$lit" if here else "")
         return Content.assemble(cursor if self.has_focus else "  ", name, *self._answers(switch))
 
-    def _answers(self, switch: Switch) -> list[tuple[str, str]]:
+    def _answers(self, switch: "Switch") -> list[tuple[str, str]]:
         if switch.locked:
             return [(f"- {switch.locked}", "$muted")]
         parts = []
@@ -209,14 +211,14 @@ class Fields(Lines):
         key: str
         text: str
 
-    _fields: Sequence[Field] = ()
+    _fields: "Sequence[Field]" = ()
     _typed: str | None = None
 
     @property
-    def field(self) -> Field | None:
+    def field(self) -> "Field | None":
         return self._fields[self.cursor] if self._fields else None
 
-    def show_fields(self, fields: Sequence[Field]) -> None:
+    def show_fields(self, fields: "Sequence[Field]") -> None:
         """Other values; the cursor stays on its key, else on its line."""
         keys = [field.key for field in fields]
         before = self.field.key if self.field else ""
@@ -269,7 +271,7 @@ class Fields(Lines):
         text = (field.value if self._typed is None else self._typed)[:-1]
         self._type(field, text)
 
-    def _type(self, field: Field, text: str) -> None:
+    def _type(self, field: "Field", text: str) -> None:
         self._typed = text
         self.refresh()
         if text:
@@ -283,7 +285,7 @@ class Fields(Lines):
         self.post_message(self.Changed(field.key, _next_value(field, step)))
 
 
-def _next_value(field: Field, step: int) -> str:
+def _next_value(field: "Field", step: int) -> str:
     """The usual value beside the present one, which need not be usual itself; ends stay."""
     usual = list(field.usual)
     if field.value in usual:
