@@ -20,8 +20,8 @@ from engine.data.preview import preview_entry, preview_row, row_text
 from engine.data.rows import iterate_rendered
 from tests.support.tokenizers import tokenizer_of
 
-FOLDER = Path(__file__).parents[1] / "golden" / "documented"
-CASES = sorted(path.parent for path in FOLDER.glob("*/config.yml"))
+DOCUMENTED = Path(__file__).parents[1] / "golden" / "documented"
+CASES = sorted(path.parent for path in DOCUMENTED.glob("*/config.yml"))
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -39,7 +39,7 @@ def entries(config: RunConfig, case: Path) -> list[dict[str, Any]]:
     return [preview_entry(preview_row(row, tokenizer), label_rule(config)) for row in rows]
 
 
-def answer(case: Path) -> str:
+def shown(case: Path) -> str:
     file = read_config(case / "config.yml")
     config = file.config
     attention = config.attn_implementation or "chosen for the card"
@@ -55,7 +55,7 @@ def answer(case: Path) -> str:
 @each_case
 class TestEachCase:
     def test_it_does_what_its_text_says(self, case: Path) -> None:
-        assert answer(case) == (case / "expected.txt").read_text("utf-8")
+        assert shown(case) == (case / "expected.txt").read_text("utf-8")
 
     def test_training_is_not_refused(self, case: Path) -> None:
         read_config(case / "config.yml").require_supported()
@@ -88,7 +88,7 @@ class TestEachCase:
 
 def pieces_of(name: str, row: int) -> list[str]:
     """The pieces of one row of a case."""
-    case = FOLDER / name
+    case = DOCUMENTED / name
     config = read_config(case / "config.yml").config
     ids = entries(config, case)[row]["input_ids"]
     return list(model_tokenizer(config.base_model).pieces(ids))
@@ -110,7 +110,7 @@ def test_an_effort_under_a_dataset_reaches_no_other_datasets_rows() -> None:
     "name", ["small-4-effort-by-dataset", "magistral-thinking-chunks", "medium-3.5-legacy-flags"]
 )
 def test_thinking_is_learned_between_its_tokens(name: str) -> None:
-    case = FOLDER / name
+    case = DOCUMENTED / name
     config = read_config(case / "config.yml").config
     entry = entries(config, case)[0]
     pieces = pieces_of(name, 0)
@@ -132,10 +132,10 @@ def test_thinking_is_learned_between_its_tokens(name: str) -> None:
     ],
 )
 def test_attention_is_the_one_that_is_asked_for(name: str, backend: str) -> None:
-    config = read_config(FOLDER / name / "config.yml").config
+    config = read_config(DOCUMENTED / name / "config.yml").config
     assert config.attn_implementation == backend
 
 
 if __name__ == "__main__":
     for folder in CASES:
-        (folder / "expected.txt").write_text(answer(folder), "utf-8")
+        (folder / "expected.txt").write_text(shown(folder), "utf-8")

@@ -24,12 +24,6 @@ def outcome(text: str) -> UserError | None:
     return None
 
 
-def refusal(text: str) -> UserError:
-    error = outcome(text)
-    assert error is not None
-    return error
-
-
 KEYS = sorted(config_schema()["properties"])
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
