@@ -5,13 +5,21 @@ tests/golden/config holds one YAML a file and the answer beside it as text. Afte
 """
 
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 
-from engine.config import config_schema, parse_config, read_config, write_config
+from engine.catalog import find_repository
+from engine.chat.render import Kind, learned
+from engine.chat.tokenizer import ChatTokenizer, spec_of
+from engine.config import RunConfig, config_schema, parse_config, read_config, write_config
 from engine.config.document import load_document
+from engine.data.prepare import label_rule, prepare
+from engine.data.preview import preview_entry, preview_row, row_text
+from engine.data.rows import iterate_rendered
 from engine.errors import UserError
+from tests.support.tokenizers import tokenizer_of
 
 FOLDER = Path(__file__).parents[1] / "golden" / "config"
 EXAMPLES = sorted(FOLDER.glob("*.yml"))
@@ -78,3 +86,123 @@ def test_the_examples_for_one_gpu_run() -> None:
 if __name__ == "__main__":
     for example in EXAMPLES:
         example.with_suffix(".txt").write_text(answer(example), "utf-8")
+
+DOCUMENTED = Path(__file__).parents[1] / "golden" / "documented"
+CASES = sorted(path.parent for path in DOCUMENTED.glob("*/config.yml"))
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def model_tokenizer(base_model: str) -> ChatTokenizer:
+    """The tokenizer of a repository, made as the catalog says it is."""
+    found = find_repository(base_model)
+    assert found is not None
+    return tokenizer_of(spec_of(found[0]))
+
+
+def entries(config: RunConfig, case: Path) -> list[dict[str, Any]]:
+    """Every row as `windtunnel preview` shows it."""
+    tokenizer = model_tokenizer(config.base_model)
+    rows = iterate_rendered(config, case, tokenizer)
+    return [preview_entry(preview_row(row, tokenizer), label_rule(config)) for row in rows]
+
+
+def shown(case: Path) -> str:
+    file = read_config(case / "config.yml")
+    config = file.config
+    attention = config.attn_implementation or "chosen for the card"
+    lines = [f"method: {config.adapter or 'full fine-tune'}; attention: {attention}"]
+    lines += [finding.sentence() for finding in file.findings()]
+    tokenizer = model_tokenizer(config.base_model)
+    for row in iterate_rendered(config, case, tokenizer):
+        text = row_text(preview_row(row, tokenizer), label_rule(config), underline=False)
+        lines += ["", text]
+    return "\n".join(lines) + "\n"
+
+
+@each_case
+class TestEachCase:
+    def test_it_does_what_its_text_says(self, case: Path) -> None:
+        assert shown(case) == (case / "expected.txt").read_text("utf-8")
+
+    def test_training_is_not_refused(self, case: Path) -> None:
+        read_config(case / "config.yml").require_supported()
+
+    def test_the_arrays_that_are_trained_are_what_the_preview_shows(
+        self, case: Path, tmp_path: Path
+    ) -> None:
+        config = read_config(case / "config.yml").config
+        prepared = prepare(config, case, model_tokenizer(config.base_model), tmp_path)
+        shown = entries(config, case)
+        assert len(prepared) == len(shown)
+        for index, entry in enumerate(shown):
+            kinds = prepared.kinds(index)
+            assert prepared.ids(index).tolist() == entry["input_ids"]
+            assert [Kind(int(kind)).word for kind in kinds] == entry["kinds"]
+            carried = [label != -100 for label in entry["labels"]]
+            assert learned(kinds, label_rule(config)).tolist() == carried
+
+    def test_only_the_answers_are_learned(self, case: Path) -> None:
+        config = read_config(case / "config.yml").config
+        for entry in entries(config, case):
+            carried = {
+                kind
+                for kind, label in zip(entry["kinds"], entry["labels"], strict=True)
+                if label != -100
+            }
+            assert carried
+            assert carried <= {"think", "text", "eos"}
+
+
+def pieces_of(name: str, row: int) -> list[str]:
+    """The pieces of one row of a case."""
+    case = DOCUMENTED / name
+    config = read_config(case / "config.yml").config
+    ids = entries(config, case)[row]["input_ids"]
+    return list(model_tokenizer(config.base_model).pieces(ids))
+
+
+@pytest.mark.parametrize("name", ["small-4-effort-by-dataset", "small-4-vision-effort"])
+def test_an_effort_under_a_dataset_reaches_its_rows(name: str) -> None:
+    text = "".join(pieces_of(name, 0))
+    assert '[MODEL_SETTINGS]{"reasoning_effort": "high"}[/MODEL_SETTINGS]' in text
+
+
+def test_an_effort_under_a_dataset_reaches_no_other_datasets_rows() -> None:
+    texts = ["".join(pieces_of("small-4-effort-by-dataset", row)) for row in range(3)]
+    assert ['"high"' in text for text in texts] == [True, True, False]
+    assert '"none"' in texts[2]
+
+
+@pytest.mark.parametrize(
+    "name", ["small-4-effort-by-dataset", "magistral-thinking-chunks", "medium-3.5-legacy-flags"]
+)
+def test_thinking_is_learned_between_its_tokens(name: str) -> None:
+    case = DOCUMENTED / name
+    config = read_config(case / "config.yml").config
+    entry = entries(config, case)[0]
+    pieces = pieces_of(name, 0)
+    opened, closed = (
+        max(at for at, piece in enumerate(pieces) if piece == token)
+        for token in ("[THINK]", "[/THINK]")
+    )
+    assert opened < closed
+    assert all(label != -100 for label in entry["labels"][opened : closed + 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("small-4-effort-by-dataset", "flash_attention_2"),
+        ("medium-3.5-legacy-flags", "flash_attention_2"),
+        ("magistral-2506-full", "sdpa"),
+        ("small-4-vision-effort", "xformers"),
+    ],
+)
+def test_attention_is_the_one_that_is_asked_for(name: str, backend: str) -> None:
+    config = read_config(DOCUMENTED / name / "config.yml").config
+    assert config.attn_implementation == backend
+
+
+if __name__ == "__main__":
+    for folder in CASES:
+        (folder / "expected.txt").write_text(shown(folder), "utf-8")
