@@ -206,10 +206,8 @@ def compare(
         a, b = (_number(value, figure.digits) for value in (figure.first, figure.second))
         print(f"{visible(figure.name, one_line=True):<34}{a:>14}{b:>14}")
     if found.held_out:
-        keys = ", ".join(found.held_out)
-        print(
-            f"\nHeld out on different rows ({keys}): a lower held-out loss is not the better run."
-        )
+        where = f"{found.held_out_on} ({', '.join(found.held_out)})"
+        print(f"\nHeld out on {where}: a lower held-out loss is not the better run.")
     print(f"\nWhat the configs say differently ({found.same} keys are the same):")
     for key, a, b in found.lines:
         print(visible(f"  {key}: {a} -> {b}", one_line=True))

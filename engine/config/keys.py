@@ -86,7 +86,8 @@ class ModelKeys(Section):
     """Tokenize with mistral-common. Windtunnel always does; Axolotl needs `true` here for
     Mistral models, so it stays in a file that both tools read."""
     processor_type: str | None = None
-    """AutoProcessor turns on image training in Axolotl."""
+    """AutoProcessor turns on image training in Axolotl. Here images in the rows are trained without
+    it; where the rows are not counted, a plan takes them to have images by it."""
     trust_remote_code: bool | None = None
     """Run Python that a model repository ships. Refused when true: Windtunnel knows the
     architectures that it trains and never runs downloaded code."""

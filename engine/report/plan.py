@@ -294,7 +294,11 @@ def row_line(needs: Estimate, uncounted: str) -> str:
 
 
 def steps_text(duration: Duration) -> str:
-    return f"{counted(duration.steps, 'step')}, about {spoken(duration.seconds)}"
+    """How many steps, and how long they take: the formula knows no kernel's launch, so that of
+    seconds it knows a bound only."""
+    short = duration.source == "formula" and duration.seconds < 60
+    time = "less than a minute" if short else f"about {spoken(duration.seconds)}"
+    return f"{counted(duration.steps, 'step')}, {time}"
 
 
 def duration_lines(duration: Duration | None) -> list[Line]:

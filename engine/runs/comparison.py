@@ -106,6 +106,12 @@ class ConfigDifferences:
     """Keys by which the two hold out different rows, or learn other tokens of them: then a lower
     held-out loss does not mean the better model."""
 
+    @property
+    def held_out_on(self) -> str:
+        """What the two hold out that is not the same: different rows, or other tokens of them."""
+        other_rows = {*SPLIT_KEYS, "test_datasets"} & {*self.held_out}
+        return "different rows" if other_rows else "other tokens"
+
 
 def compare_figures(first: Curves, second: Curves) -> tuple[int, list[Figure]]:
     """The learned tokens at which both are compared, and the figures there and at the ends."""

@@ -173,13 +173,18 @@ def test_compare_prints_figures_and_differences(tmp_path: Path, capfd: Out) -> N
     assert document["held_out_differs_by"] == []
 
 
-def test_compare_names_no_winner_over_different_held_out_rows(tmp_path: Path, capfd: Out) -> None:
-    first = write_run(tmp_path / "a", val_set_size=0.1).path
-    second = write_run(tmp_path / "b", val_set_size=0.2).path
+@pytest.mark.parametrize(
+    ("key", "values", "where"),
+    [("val_set_size", (0.1, 0.2), "different rows"), ("sequence_len", (64, 128), "other tokens")],
+)
+def test_compare_names_no_winner_over_other_held_out_rows_or_tokens(
+    tmp_path: Path, capfd: Out, key: str, values: tuple[float, float], where: str
+) -> None:
+    first, second = (write_run(tmp_path / f"{value}", **{key: value}).path for value in values)
     assert main(["compare", str(first), str(second)]) == 0
-    assert "Held out on different rows (val_set_size)" in capfd.readouterr().out
+    assert f"Held out on {where} ({key})" in capfd.readouterr().out
     assert main(["compare", str(first), str(second), "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["held_out_differs_by"] == ["val_set_size"]
+    assert json.loads(capfd.readouterr().out)["held_out_differs_by"] == [key]
 
 
 def test_serve_hint_prints_commands_and_a_reason_each(run: Path, capfd: Out) -> None:

@@ -1,7 +1,10 @@
-"""Axolotl's Mistral examples, as people have them, and what we say of each.
+"""Axolotl's Mistral examples and the configs of its documents, and what we say of each.
 
-tests/golden/config holds one YAML a file and the answer beside it as text. After a wanted change,
-`python -m tests.config.test_examples` writes the answers anew: read the difference.
+tests/golden/config holds one YAML a file and the answer beside it as text. Each folder of
+tests/golden/documented holds a config.yml, the rows it names, and what becomes of them in
+expected.txt: what kind of run it is, what is said of its keys, and every row as the model sees it,
+with what is learned between ‹ and ›. After a wanted change, `python -m tests.config.test_examples`
+writes the answers anew: read the difference.
 """
 
 from pathlib import Path
@@ -82,10 +85,6 @@ def test_the_examples_for_one_gpu_run() -> None:
         "voxtral-mini-qlora",
     }
 
-
-if __name__ == "__main__":
-    for example in EXAMPLES:
-        example.with_suffix(".txt").write_text(answer(example), "utf-8")
 
 DOCUMENTED = Path(__file__).parents[1] / "golden" / "documented"
 CASES = sorted(path.parent for path in DOCUMENTED.glob("*/config.yml"))
@@ -204,5 +203,7 @@ def test_attention_is_the_one_that_is_asked_for(name: str, backend: str) -> None
 
 
 if __name__ == "__main__":
+    for example in EXAMPLES:
+        example.with_suffix(".txt").write_text(answer(example), "utf-8")
     for folder in CASES:
         (folder / "expected.txt").write_text(shown(folder), "utf-8")

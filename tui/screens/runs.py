@@ -226,7 +226,7 @@ class Comparison(Vertical):
             return
         self.query_one(Differences).show(found.lines, found.same)
         self.query_one(TextPane).border_subtitle = (
-            "held out on different rows" if found.held_out else self._better()
+            f"held out on {found.held_out_on}" if found.held_out else self._better()
         )
 
     def _figures(self) -> Content:

@@ -105,7 +105,11 @@ async def test_a_comparison_stays_while_the_list_below_is_read_again(runs: list[
 
 @pytest.mark.parametrize(
     ("changed", "verdict"),
-    [("", "B is better by 2.000 held out"), ("seed: 7\n", "held out on different rows")],
+    [
+        ("", "B is better by 2.000 held out"),
+        ("seed: 7\n", "held out on different rows"),
+        ("sequence_len: 7\n", "held out on other tokens"),
+    ],
 )
 async def test_a_winner_is_named_only_over_the_same_held_out_rows(
     home: Path, changed: str, verdict: str

@@ -77,6 +77,7 @@ class TestExplain:
     def test_what_is_not_acted_on_says_so(self) -> None:
         assert "not supported yet" in str(explain_key("deepspeed")[0].limit)
         assert "no effect" in str(explain_key("wandb_project")[0].limit)
+        assert explain_key("processor_type")[0].limit is None  # a plan without rows reads it
 
     def test_a_key_of_axolotl_that_is_not_acted_on(self, run: Run) -> None:
         assert run("explain", "kd_alpha").splitlines() == [
