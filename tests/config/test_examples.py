@@ -15,7 +15,7 @@ import pytest
 
 from engine.catalog import find_repository
 from engine.chat.render import Kind, learned
-from engine.chat.tokenizer import ChatTokenizer, spec_of
+from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig, config_schema, parse_config, read_config, write_config
 from engine.config.document import load_document
 from engine.data.prepare import label_rule, prepare
@@ -95,7 +95,7 @@ def model_tokenizer(base_model: str) -> ChatTokenizer:
     """The tokenizer of a repository, made as the catalog says it is."""
     found = find_repository(base_model)
     assert found is not None
-    return tokenizer_of(spec_of(found[0]))
+    return tokenizer_of(found[0].tokenizer)
 
 
 def entries(config: RunConfig, case: Path) -> list[dict[str, Any]]:
