@@ -178,7 +178,7 @@ def test_compare_prints_figures_and_differences(tmp_path: Path, capfd: Out) -> N
     [("val_set_size", (0.1, 0.2), "different rows"), ("sequence_len", (64, 128), "other tokens")],
 )
 def test_compare_names_no_winner_over_other_held_out_rows_or_tokens(
-    tmp_path: Path, capfd: Out, key: str, values: tuple[float, float], where: str
+    tmp_path: Path, capfd: Out, key: str, values: tuple[Any, Any], where: str
 ) -> None:
     first, second = (write_run(tmp_path / f"{value}", **{key: value}).path for value in values)
     assert main(["compare", str(first), str(second)]) == 0
