@@ -22,14 +22,13 @@ from engine.train.attention import (
     use_attention,
 )
 from tests.support.attention import CUT, positions, states, tiny, tokens
-from tests.support.tiny import ARCHITECTURES, MISTRAL, settings
+from tests.support.tiny import ARCHITECTURES, MISTRAL, assert_same, gradients, settings
 
 
 def forward_and_backward(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     found = states(model, tokens(), positions())
     found.square().mean().backward()
-    named = model.named_parameters()
-    return found.detach(), {name: p.grad for name, p in named if p.grad is not None}
+    return found.detach(), gradients(model)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -40,9 +39,7 @@ def test_cutting_gives_what_a_mask_gives(name: str, recompute: bool) -> None:
         cut.gradient_checkpointing_enable({"use_reentrant": False})
     ours, theirs = forward_and_backward(cut), forward_and_backward(masked)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
-    assert ours[1].keys() == theirs[1].keys()
-    for key in ours[1]:
-        torch.testing.assert_close(ours[1][key], theirs[1][key], rtol=1e-5, atol=1e-6)
+    assert_same(ours[1], theirs[1], 1e-5, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["mistral", "ministral3", "mistral4"])
@@ -75,15 +72,11 @@ def test_text_is_generated_as_without_it(name: str) -> None:
     assert answers[0] == answers[1]
 
 
-def test_the_vision_tower_keeps_its_own_attention() -> None:
-    model = tiny(ARCHITECTURES["mistral3 over ministral3"], CUT)
-    assert model.config.text_config._attn_implementation == TORCH_VARLEN
-    assert model.config.vision_config._attn_implementation == "sdpa"
-
-
-def test_a_saved_model_does_not_name_our_backend() -> None:
-    model = tiny(ARCHITECTURES["mistral3 over ministral3"], CUT)
-    assert TORCH_VARLEN not in model.config.to_json_string()
+def test_the_vision_tower_keeps_its_own_attention_and_a_saved_model_names_none_of_ours() -> None:
+    config = tiny(ARCHITECTURES["mistral3 over ministral3"], CUT).config
+    assert config.text_config._attn_implementation == TORCH_VARLEN
+    assert config.vision_config._attn_implementation == "sdpa"
+    assert TORCH_VARLEN not in config.to_json_string()
 
 
 def see(sequences: Tensor) -> Callable[..., Tensor]:
@@ -147,20 +140,16 @@ def test_every_flash_attention_gets_the_rows(backend: int) -> None:
     assert masks[f"flash_attention_{backend}"] is find_segments
 
 
-class TestPick:
-    cpu = torch.device("cpu")
+@pytest.mark.parametrize(("asked", "backend"), [(None, "sdpa"), ("eager", "eager")])
+def test_a_cpu_gets_what_it_runs_or_what_the_config_asks_for(
+    asked: str | None, backend: str
+) -> None:
+    config, device = settings(attn_implementation=asked), torch.device("cpu")
+    assert pick_attention(config, read_architecture("demo-tiny"), device).backend == backend
 
-    def test_a_cpu_gets_what_it_runs(self) -> None:
-        chosen = pick_attention(settings(), read_architecture("demo-tiny"), self.cpu)
-        assert chosen.backend == "sdpa"
 
-    def test_the_config_is_followed(self) -> None:
-        asked = settings(attn_implementation="eager")
-        chosen = pick_attention(asked, read_architecture("demo-tiny"), self.cpu)
-        assert chosen.backend == "eager"
-
-    def test_what_cannot_run_here_is_refused_before_anything_loads(self) -> None:
-        asked = settings(attn_implementation="flash_attention_4")
-        with pytest.raises(UserError, match="needs a GPU") as caught:
-            pick_attention(asked, read_architecture("demo-tiny"), self.cpu)
-        assert "attn_implementation: sdpa" in caught.value.fix
+def test_what_cannot_run_here_is_refused_before_anything_loads() -> None:
+    asked = settings(attn_implementation="flash_attention_4")
+    with pytest.raises(UserError, match="needs a GPU") as caught:
+        pick_attention(asked, read_architecture("demo-tiny"), torch.device("cpu"))
+    assert "attn_implementation: sdpa" in caught.value.fix

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bitsandbytes.nn.modules import Linear4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from engine.catalog import ModuleTable, find_model, linear_targets, list_models
@@ -113,28 +115,24 @@ def test_every_field_of_a_catalog_config_is_one_that_transformers_knows(name: st
     assert set(flat) <= set(default)
 
 
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "config",
+    [*VARIANTS.values(), *DEFAULTS.values()],
+    ids=[*VARIANTS, *(f"{name}, no size said" for name in DEFAULTS)],
+)
 def test_every_variant_has_the_parameters_that_transformers_builds(config: dict[str, Any]) -> None:
-    assert_same(module_table(config), meta_model(config))
-
-
-@pytest.mark.parametrize("config", DEFAULTS.values(), ids=DEFAULTS)
-def test_a_size_that_is_left_out_is_the_default_of_transformers(config: dict[str, Any]) -> None:
     assert_same(module_table(config), meta_model(config))
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_what_is_quantizable_is_what_bitsandbytes_makes_4_bit(config: dict[str, Any]) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-
     model = meta_model(config)
     replace_with_bnb_linear(
         model,
         modules_to_not_convert=get_keys_to_not_convert(model),
         quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True),
     )
-    made = {n for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    made = {n for n, m in model.named_modules() if isinstance(m, Linear4bit)}
     assert {row.module for row in module_table(config).parameters if row.quantizable} == made
 
 

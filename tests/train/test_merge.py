@@ -15,17 +15,18 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from engine.catalog.rows import module_table
 from engine.config import write_config
 from engine.errors import UserError, WorkError
 from engine.runs import RunFolder
 from engine.train.batches import Rows
 from engine.train.merge import CONFIG, WEIGHTS, merge
 from engine.train.weight_files import Entry, write_shards
-from tests.support.stock import stock_model
+from tests.support.fp8_checkpoints import write_fp8
+from tests.support.stock import stock_model, write_dequantized
 from tests.support.tiny import (
     MINISTRAL3,
     Models,
-    edit_config,
     files_at_most,
     logits,
     settings,
@@ -52,15 +53,17 @@ def finished(uneven: Rows, tmp_path: Path) -> Finished:
     return make
 
 
-def merged_by_peft(base: Path, adapter: Path) -> torch.Tensor:
-    found: Any = peft.PeftModel.from_pretrained(stock_model(base), str(adapter))
-    return logits(found.merge_and_unload())
-
-
 def assert_merged(folder: Path, base: Path, adapter: Path) -> None:
     """The folder answers as what stock PEFT merges."""
-    expected = merged_by_peft(base, adapter)
+    found: Any = peft.PeftModel.from_pretrained(stock_model(base), str(adapter))
+    expected = logits(found.merge_and_unload())
     torch.testing.assert_close(logits(loaded(folder)), expected, rtol=0, atol=1e-5)
+
+
+def edit_settings(adapter: Path, changes: dict[str, Any]) -> None:
+    """Change what an adapter says of itself."""
+    path = adapter / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def loaded(folder: Path) -> Any:
@@ -107,17 +110,16 @@ class TestMerged:
         run = finished(base, lora_target_parameters=targets, lora_r=4)
         folder = merge(run, tmp_path / "merged")
         assert_merged(folder, base, run.adapter)
-        stacks = [
-            n for n in load_file(base / "model.safetensors") if n.endswith("experts.down_proj")
-        ]
-        before, after = (load_file(f / "model.safetensors")[stacks[0]] for f in (base, folder))
+        before, after = (
+            load_file(f / "model.safetensors")["model.layers.0.mlp.experts.down_proj"]
+            for f in (base, folder)
+        )
         assert all((before[e] - after[e]).abs().max() > 1e-3 for e in range(len(before)))
 
     def test_alpha_patterns(self, ministral: Path, finished: Finished, tmp_path: Path) -> None:
         run = finished(ministral)
-        config = json.loads((run.adapter / CONFIG).read_text())
-        config["alpha_pattern"] = {"q_proj": 7, r"layers\.1\.mlp\.up_proj": 3}
-        (run.adapter / CONFIG).write_text(json.dumps(config))
+        patterns = {"q_proj": 7, r"layers\.1\.mlp\.up_proj": 3}
+        edit_settings(run.adapter, {"alpha_pattern": patterns})
         folder = merge(run, tmp_path / "merged")
         assert_merged(folder, ministral, run.adapter)
 
@@ -164,24 +166,16 @@ class TestMerged:
         assert_merged(folder, ministral, run.adapter)
 
     def test_fp8_weights_become_bfloat16(self, finished: Finished, tmp_path: Path) -> None:
-        base = write_model(tmp_path / "base", MINISTRAL3)
-        plain = load_file(base / "model.safetensors")
-        fp8, expected = {}, {}
-        for name, tensor in plain.items():
-            if name.endswith("_proj.weight"):
-                scale = tensor.abs().max() / 448
-                fp8[name] = (tensor / scale).to(torch.float8_e4m3fn)
-                fp8[f"{name}_scale_inv"] = scale
-                expected[name] = fp8[name].float() * scale
-            else:
-                fp8[name] = expected[name] = tensor.bfloat16()
-        save_file(fp8, base / "model.safetensors", {"format": "pt"})
-        edit_config(base, quantization_config={"quant_method": "fp8"})
+        base = write_fp8(write_model(tmp_path / "base", MINISTRAL3))
+        expected = load_file(write_dequantized(base, tmp_path / "meant") / "model.safetensors")
         run = finished(base)
         folder = merge(run, tmp_path / "merged")
         written = load_file(folder / "model.safetensors")
-        assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
-        assert set(written) == set(plain)
+        stored = {n: t.dtype for n, t in load_file(base / "model.safetensors").items()}
+        becomes = {torch.float8_e4m3fn: torch.bfloat16}
+        assert {name: tensor.dtype for name, tensor in written.items()} == {
+            name: becomes.get(stored[name], stored[name]) for name in expected
+        }
         assert "quantization_config" not in json.loads((folder / "config.json").read_text())
         tensors = load_file(run.adapter / WEIGHTS)
         name = "model.layers.0.self_attn.q_proj"
@@ -255,8 +249,7 @@ class TestRefused:
         self, said: dict[str, Any], ministral: Path, finished: Finished, tmp_path: Path
     ) -> None:
         run = finished(ministral)
-        config = json.loads((run.adapter / CONFIG).read_text()) | said
-        (run.adapter / CONFIG).write_text(json.dumps(config))
+        edit_settings(run.adapter, said)
         with pytest.raises(UserError, match="cannot be merged"):
             merge(run, tmp_path / "out")
 
@@ -286,8 +279,6 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     base.mkdir()
     config = MINISTRAL3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 32}
     config |= {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 64}
-    from engine.catalog.rows import module_table
-
     tensors = [Entry(p.name, p.shape, torch.bfloat16) for p in module_table(config).parameters]
     write_shards(base, tensors, lambda each: iter([torch.ones(each.shape, dtype=torch.bfloat16)]))
     (base / "config.json").write_text(json.dumps(config))
