@@ -134,8 +134,7 @@ class Adapter:
     ) -> str | None:
         """The stack of experts that a tensor is for: PEFT names two pairs of one module by how
         often they are wrapped, so that only the shapes show which is which."""
-        while module.endswith(".base_layer"):
-            module = module.removesuffix(".base_layer")
+        module = re.sub(r"(\.base_layer)+$", "", module)
         pair = [key.replace(f".{part}.", f".{other}.") for other in ("lora_A", "lora_B")]
         shapes = [self._shapes.get(each, ()) for each in pair]
         for name, stored in base.items():

@@ -210,17 +210,13 @@ def movable_tensors(module: nn.Module, name: str) -> list[Tensor]:
 class LentHead(nn.Linear):
     """A head whose weight is on the device only where `head_at_hand` or `head_for_loss` says so."""
 
-    hosted: Hosted
-
-    @classmethod
-    def of(cls, head: nn.Linear, device: torch.device, memory: HostMemory) -> "LentHead":
+    def __init__(self, head: nn.Linear, device: torch.device, memory: HostMemory) -> None:
         """The same head with its numbers, which `head` has in RAM, for `device`."""
-        lent = cls(head.in_features, head.out_features, bias=False, device="meta")
+        super().__init__(head.in_features, head.out_features, bias=False, device="meta")
         host = memory.copy(head.weight)
         shell = torch.empty_like(host, device=device, pin_memory=False)
-        lent.weight = nn.Parameter(shell, requires_grad=False)
-        lent.hosted = Hosted(shell, host)
-        return lent
+        self.weight = nn.Parameter(shell, requires_grad=False)
+        self.hosted = Hosted(shell, host)
 
     def forward(self, states: Tensor) -> Tensor:
         if not self.hosted.present:
@@ -235,7 +231,7 @@ def offload_tables(model: PreTrainedModel, device: torch.device, memory: HostMem
     """
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
-    lent = LentHead.of(head, device, memory)
+    lent = LentHead(head, device, memory)
     if head.weight is embedding.weight:
         embedding.weight = nn.Parameter(lent.hosted.host)
     embedding.weight.requires_grad_(False)
@@ -303,11 +299,9 @@ class Placement:
         named = model.named_modules(remove_duplicate=False)
         self._tables = {f"{name}.weight" for name, module in named if module in tables}
         self._offloads_tables = config.offload_embeddings
-        self._turns: LayerTurns | None = None
-        self._offloaded = 0
-        if config.layer_offloading:
-            self._turns = LayerTurns(device, self._memory)
-            self._offloaded = min(config.offloaded_layers or 2**31, len(decoder_layers(model)))
+        self._turns = LayerTurns(device, self._memory)
+        layers = config.offloaded_layers or len(decoder_layers(model))
+        self._offloaded = layers if config.layer_offloading else 0
 
     def device_of(self, name: str) -> torch.device:
         """Where the tensor `name` is to be once it is read."""
@@ -321,18 +315,14 @@ class Placement:
         At once: the next one may find no room beside it.
         """
         found = _LAYER.search(name)
-        if self._turns is None or found is None or _VISION.search(name):
-            return
-        layer = int(found[1])
-        if layer < self._offloaded:
+        if found and int(found[1]) < self._offloaded and not _VISION.search(name):
             owner, _, own = name.rpartition(".")
             tensors = movable_tensors(self._model.get_submodule(owner), own)
-            self._turns.take(layer, tensors)
+            self._turns.take(int(found[1]), tensors)
 
     def finish(self) -> None:
         """Call for what stays in RAM from now on; all weights are in their places and tied."""
-        if self._turns:
-            self._turns.watch(decoder_layers(self._model))
+        self._turns.watch(decoder_layers(self._model))
         if self._offloads_tables:
             offload_tables(self._model, self._device, self._memory)
 

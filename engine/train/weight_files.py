@@ -1,10 +1,9 @@
 """Safetensors files, read one tensor at a time and written as a stream.
 
-A base model's files hold the names of any release of transformers, which become the names in
-memory here. safetensors' own reader keeps every page that it has read mapped, and its writer wants
-every tensor of a file at once and holds its bytes in RAM: a full fine-tune's state is larger than
-what many cards and computers have to spare. So no more than one tensor, one expert of a stack, or
-one piece of a tensor that is written, is in RAM at any time.
+safetensors' own reader keeps every page that it has read mapped, and its writer wants every tensor
+of a file at once in RAM: a full fine-tune's state is larger than what many computers have to spare.
+So no more than one tensor, one expert of a stack, or one piece of a tensor that is written, is in
+RAM at any time. Names of any release of transformers become those in memory here.
 """
 
 import json

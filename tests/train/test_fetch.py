@@ -356,26 +356,19 @@ class TestWriting:
         monkeypatch.setattr(fetch, "draw_embedding", lambda rows, width: draw_embedding(500, width))
         monkeypatch.setattr(fetch, "write_tekken", lambda spec, path: path.write_text("words"))
 
-    def test_other_layers_are_another_folder(self, tmp_path: Path) -> None:
-        one, other = (write_base("demo-tiny", random_layers(n), tmp_path) for n in (0, 1))
-        assert one != other
-        assert set(tmp_path.iterdir()) == {one, other}
-        assert write_base("demo-tiny", random_layers(0), tmp_path) == one
-
-    def test_a_single_bit_is_another_folder(self, tmp_path: Path) -> None:
-        changed = random_layers(0)
-        next(iter(changed.values())).view(torch.int16).flatten()[0] ^= 1
-        one, other = (
-            write_base("demo-tiny", layers, tmp_path) for layers in (random_layers(0), changed)
-        )
-        assert one != other
-
-    def test_seed_and_spread_matter(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        made = {write_base("demo-tiny", random_layers(0), tmp_path)}
+    def test_all_that_goes_into_it_names_the_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one_bit = random_layers(0)
+        next(iter(one_bit.values())).view(torch.int16).flatten()[0] ^= 1
+        layers = (random_layers(0), random_layers(1), one_bit)
+        made = [write_base("demo-tiny", each, tmp_path) for each in layers]
+        assert write_base("demo-tiny", random_layers(0), tmp_path) == made[0]
         for name, value in (("SEED", 1), ("SPREAD", 0.5)):
             monkeypatch.setattr(fetch, name, value)
-            made.add(write_base("demo-tiny", random_layers(0), tmp_path))
-        assert len(made) == 3
+            made.append(write_base("demo-tiny", random_layers(0), tmp_path))
+        assert len(set(made)) == 5
+        assert set(tmp_path.iterdir()) == set(made)
 
     def test_a_full_disk_is_a_sentence_and_leaves_nothing(self, tmp_path: Path) -> None:
         with files_at_most(10_000), pytest.raises(WorkError, match="could not be written") as error:
