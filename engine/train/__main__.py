@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter, Phase
 from engine.hardware.packages import install_command, installed, version_problem
 from engine.pace import every
-from engine.runs import ControlReader, RunFolder, RunLock, StopSignals
-from engine.visible import visible
+from engine.runs import ControlReader, RunFolder, RunLock, StopSignals, summarize
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,7 +62,8 @@ def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
         except Exception as error:
             reason = explain(error)
             traceback.print_exc()
-            events.emit(Ended("failed", _last_step(run), reason.what, reason.why, reason.fix))
+            step = summarize(run).step
+            events.emit(Ended("failed", step, reason.what, reason.why, reason.fix))
             return reason.exit_status
     return 0
 
@@ -84,20 +84,26 @@ def use(options: argparse.Namespace) -> int:
         else:
             from engine.train.merge import merge
 
-            made = merge(run, options.target.resolve(), _progress())
+            due = every(0.1)
+
+            def report(done: int, total: int) -> None:
+                if due() or done == total:
+                    _emit({"done": done, "total": total})
+
+            made = merge(run, options.target.resolve(), report)
             _emit({"merged": str(made)})
     except Exception as error:
-        sentence = explain(error)
+        reason = explain(error)
         if not isinstance(error, UserError):
             traceback.print_exc()
-        sentences = {"what": sentence.what, "why": sentence.why, "fix": sentence.fix}
-        _emit({"error": sentences | {"exit_status": sentence.exit_status}})
-        return sentence.exit_status
+        sentences = {"what": reason.what, "why": reason.why, "fix": reason.fix}
+        _emit({"error": sentences | {"exit_status": reason.exit_status}})
+        return reason.exit_status
     return 0
 
 
 def require_stack() -> None:
-    """Raise WorkError where a package of the training stack has a version that is not asked for.
+    """Raise WorkError for a package of another version than is asked for.
 
     One that is missing is reported by its import: not every run needs all of them.
     """
@@ -109,26 +115,14 @@ def _emit(record: Mapping[str, Any]) -> None:
     print(json.dumps(record), flush=True)
 
 
-def _progress() -> Callable[[int, int], None]:
-    """Emits bytes done and bytes in all, at most ten times a second."""
-    due = every(0.1)
-
-    def progress(done: int, total: int) -> None:
-        if due() or done == total:
-            _emit({"done": done, "total": total})
-
-    return progress
-
-
 def explain(error: Exception) -> UserError:
     """The three sentences for whatever ended the run."""
     if isinstance(error, UserError):
         return error
-    said = visible(next(iter(str(error).splitlines()), "") or type(error).__name__, one_line=True)
-    if isinstance(error, ImportError):
-        return _not_imported(error, said)
-    from engine.train.out_of_memory import is_out_of_memory, message_of
+    from engine.train.out_of_memory import first_line, is_out_of_memory, message_of
 
+    if isinstance(error, ImportError):
+        return _not_imported(error, first_line(error))
     if is_out_of_memory(error):
         return WorkError(
             "There is not as much memory as this needs.",
@@ -139,18 +133,18 @@ def explain(error: Exception) -> UserError:
     if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
         return WorkError(
             "A file could not be read or written.",
-            f"The system says: {said.rstrip('.')}.",
+            f"The system says: {first_line(error)}.",
             "See that the file is whole and that the disk has space; the run resumes from its "
             "last checkpoint.",
         )
     return WorkError(
         "The trainer stopped at an error that it does not know.",
-        f"{type(error).__name__}: {said.rstrip('.')}.",
+        f"{type(error).__name__}: {first_line(error)}.",
         "engine.log in the run's folder has the details; the run resumes from its last checkpoint.",
     )
 
 
-def _not_imported(error: ImportError, said: str) -> WorkError:
+def _not_imported(error: ImportError, message: str) -> WorkError:
     """The sentences for a package that is not there, or of which a part is not."""
     package, _, inner = (error.name or "training stack").partition(".")
     command = install_command("train")
@@ -163,15 +157,9 @@ def _not_imported(error: ImportError, said: str) -> WorkError:
     return WorkError(
         f"A part of the installed {package} {installed(package) or ''}".rstrip()
         + " cannot be imported.",
-        f"The system says: {said.rstrip('.')}.",
+        f"The system says: {message}.",
         f"Install the versions that Windtunnel needs: {command}",
     )
-
-
-def _last_step(run: RunFolder) -> int:
-    from engine.runs import summarize
-
-    return summarize(run).step
 
 
 if __name__ == "__main__":

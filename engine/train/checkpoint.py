@@ -1,15 +1,16 @@
-"""Everything that a run needs to go on as if it had never stopped, written so that no kill hurts.
+"""What is trained, and all that a run needs to go on as if it had never stopped, to disk and back.
 
-A checkpoint is a folder that appears under its name only when it is complete: written as
-`step-N.partial`, every file synced, read back, renamed; then `LATEST` moves. Tensors are
-safetensors and the rest is JSON: nothing here can run code when it is opened.
+For LoRA what is trained has PEFT's own layout, also for adapted experts; for a full fine-tune it is
+the trained tensors by name. A checkpoint is a folder that appears under its name only when it is
+complete: written as `step-N.partial`, every file synced, read back, renamed; then `LATEST` moves.
+Tensors are safetensors and the rest is JSON: nothing here can run code when it is opened.
 """
 
 import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,16 +54,14 @@ def trained_parameters(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
 def trained_tensors(model: Model) -> dict[str, Tensor]:
     """What is trained by the name that it has on disk; the tensors are the model's own."""
     if isinstance(model, PeftModel):
-        names = stock_names(model)
+        experts, named = stock_names(model), {}
         # Left to itself, PEFT asks the hub whether the base's vocabulary was resized.
         found = get_peft_model_state_dict(model, save_embedding_layers=False)
-        return {_stock_name(name, names): tensor for name, tensor in found.items()}
+        for name, tensor in found.items():
+            module, separator, rest = name.partition(".lora_")
+            named[experts.get(module, module) + separator + rest] = tensor
+        return named
     return {name: p.detach() for name, p in trained_parameters(model)}
-
-
-def _stock_name(name: str, experts: Mapping[str, str]) -> str:
-    module, separator, rest = name.partition(".lora_")
-    return experts.get(module, module) + separator + rest
 
 
 def save_trained(model: Model, folder: Path, config: RunConfig) -> None:
@@ -70,15 +69,11 @@ def save_trained(model: Model, folder: Path, config: RunConfig) -> None:
     write_tensors(folder / _file_name(model), trained_tensors(model))
     if isinstance(model, PeftModel):
         settings = copy.copy(model.peft_config["default"])
-        settings.base_model_name_or_path = _public_name(config.base_model)
+        named = config.base_model in model_names()
+        hub_id = find_model(config.base_model).hub_id if named else None
+        settings.base_model_name_or_path = hub_id or config.base_model
         settings.inference_mode = True
         settings.save_pretrained(str(folder))
-
-
-def _public_name(base_model: str) -> str:
-    """What other programs call the base: for a name of the catalog, its repository on the hub."""
-    hub_id = find_model(base_model).hub_id if base_model in model_names() else None
-    return hub_id or base_model
 
 
 def load_trained(model: Model, folder: Path) -> None:
@@ -103,9 +98,8 @@ def _file_name(model: Model) -> str:
 def export_trained(model: Model, folder: Path, base: Path, config: RunConfig) -> Path:
     """Write the finished adapter (`adapter/`) or model (`model/`) of a run; returns its folder.
 
-    Beside it go the tokenizer that the run used and the base's licence, and beside a model all that
-    stock transformers reads, so that the folder works on its own. Raises WorkError where there is
-    no room; an earlier one is untouched then.
+    Beside it goes all that others need for the folder to work on its own. Raises WorkError where
+    there is no room; an earlier one is untouched then.
     """
     target = folder / ("model" if config.adapter is None else "adapter")
     partial = target.with_name(target.name + ".partial")
@@ -139,6 +133,7 @@ def _write_model(model: PreTrainedModel, folder: Path, base: Path) -> None:
     write_shards(folder, entries_of(named), lambda entry: in_pieces(named[entry.name]))
 
 
+BEST = "BEST"
 OPTIMIZER, RANDOM, STATE = "optimizer.safetensors", "random.safetensors", "state.json"
 
 
@@ -161,10 +156,7 @@ class Position:
 def optimizer_tensors(
     model: Model, optimizer: Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by `parameter|key`, and as JSON values for the rest.
-
-    The tensors are the optimizer's own.
-    """
+    """An optimizer's own tensors by `parameter|key`, and the rest of its state as JSON values."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for name, parameter in trained_parameters(model):
@@ -179,7 +171,7 @@ def optimizer_tensors(
 def restore_optimizer(
     model: Model, optimizer: Optimizer, file: Path, values: dict[str, Any]
 ) -> None:
-    """Put a saved state back without the type casts of `load_state_dict`, and without a copy."""
+    """Put a saved state back without the type casts of `load_state_dict` and without a copy."""
     parameters = dict(trained_parameters(model))
     optimizer.state.clear()
 
@@ -202,17 +194,9 @@ def _room(optimizer: Optimizer, parameter: nn.Parameter, key: str, entry: Entry)
         paged: Tensor = optimizer.get_state_buffer(parameter, dtype=entry.dtype)  # type: ignore[attr-defined]
         return paged
     # torch keeps `step` of a plain AdamW on the CPU; the fused one keeps it with the rest.
-    device = parameter.device if entry.shape or _fused(optimizer) else "cpu"
+    fused = optimizer.defaults.get("fused")
+    device = parameter.device if entry.shape or fused else "cpu"
     return torch.empty(entry.shape, dtype=entry.dtype, device=device)
-
-
-def _state_kind(optimizer_class: str) -> str:
-    """What an optimizer's state is like: a paged one's differs only in where it lies."""
-    return optimizer_class.removeprefix("Paged")
-
-
-def _fused(optimizer: Optimizer) -> bool:
-    return bool(optimizer.defaults.get("fused"))
 
 
 def rng_state() -> dict[str, Tensor]:
@@ -248,12 +232,11 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest checkpoint: the one marked so, else the last step that is complete."""
-        complete = (folder for folder in reversed(self._steps()) if is_complete(folder))
-        return self._marked(LATEST) or next(complete, None)
+        return self._marked(LATEST) or next(filter(is_complete, reversed(self._steps())), None)
 
     def best(self) -> Path | None:
         """The complete checkpoint with the lowest evaluation loss."""
-        return self._marked("BEST")
+        return self._marked(BEST)
 
     def save(self, model: Model, optimizer: Optimizer, position: Position) -> Path:
         """Write a checkpoint of `position` and move LATEST, and BEST where it is the best, to it.
@@ -274,9 +257,9 @@ class Checkpoints:
                 os.rename(target, replaced)
             os.rename(partial, target)
             sync(self.root)
-            self._mark(LATEST, target)
+            write_whole(self.root / LATEST, target.name.encode())
             if position.best_step == position.step:
-                self._mark("BEST", target)
+                write_whole(self.root / BEST, target.name.encode())
             shutil.rmtree(replaced, ignore_errors=True)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)  # or a full disk has no room for `ended`
@@ -295,12 +278,12 @@ class Checkpoints:
         A run that went back stays there when it is killed again; and a kill between the two marks
         of `save` leaves no BEST that the run itself has left behind.
         """
-        self._mark(LATEST, folder)
+        write_whole(self.root / LATEST, folder.name.encode())
         best = self.root / f"step-{position.best_step}"
         if is_complete(best):
-            self._mark("BEST", best)
+            write_whole(self.root / BEST, best.name.encode())
         else:
-            (self.root / "BEST").unlink(missing_ok=True)
+            (self.root / BEST).unlink(missing_ok=True)
 
     def load(self, folder: Path, model: Model, optimizer: Optimizer) -> Position:
         """Put the model, the optimizer and the random generators back to where `folder` was.
@@ -314,10 +297,10 @@ class Checkpoints:
                 "Resume from an earlier one with `--from step-N`.",
             )
         state = json.loads((folder / STATE).read_text("utf-8"))
-        made_by = state.pop("optimizer_class")
-        if _state_kind(made_by) != _state_kind(type(optimizer).__name__):
+        made_by, here = state.pop("optimizer_class"), type(optimizer).__name__
+        if made_by.removeprefix("Paged") != here.removeprefix("Paged"):  # only where it lies
             raise WorkError(
-                f"The optimizer of {folder.name} is {made_by}, not {type(optimizer).__name__}.",
+                f"The optimizer of {folder.name} is {made_by}, not {here}.",
                 "The config was changed since it was saved, and one cannot go on with the state "
                 "of the other.",
                 "Undo the change to `optimizer`, or train into a new output_dir.",
@@ -332,9 +315,8 @@ class Checkpoints:
         tensors, values = optimizer_tensors(model, optimizer)
         write_tensors(partial / OPTIMIZER, tensors)
         write_tensors(partial / RANDOM, rng_state())
-        kind = type(optimizer).__name__
-        state = {**asdict(position), "optimizer_class": kind, "optimizer": values}
-        (partial / STATE).write_text(json.dumps(state), "utf-8")
+        state = {"optimizer_class": type(optimizer).__name__, "optimizer": values}
+        (partial / STATE).write_text(json.dumps(asdict(position) | state), "utf-8")
 
     def _marked(self, mark: str) -> Path | None:
         try:
@@ -345,11 +327,8 @@ class Checkpoints:
 
     def _steps(self) -> list[Path]:
         """All checkpoints, by step."""
-        found = [p for p in self.root.glob("step-*") if p.name.removeprefix("step-").isdecimal()]
-        return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
-
-    def _mark(self, mark: str, target: Path) -> None:
-        write_whole(self.root / mark, target.name.encode())
+        steps = {path.name.removeprefix("step-"): path for path in self.root.glob("step-*")}
+        return [steps[number] for number in sorted(filter(str.isdecimal, steps), key=int)]
 
     def _prune(self) -> None:
         kept = {self.latest(), self.best()}

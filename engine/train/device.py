@@ -23,10 +23,8 @@ def pick_device() -> torch.device:
 
 
 def read_device() -> Device:
-    """The device as a plan sees it, with all of its memory.
-
-    To be asked for before a run takes any: the driver is asked in a thread, which needs some too.
-    """
+    """The device as a plan sees it, with all of its memory; asked for before a run takes any, since
+    the driver is asked in a thread, which needs some too."""
     machine = read_machine()
     device = best_device(machine) if machine.usable_gpus else cpu_device(machine)
     return replace(device, can_give_bytes=device.total_bytes)
@@ -72,7 +70,7 @@ def require_planned_device(run: RunFolder, here: Device) -> str | None:
 def name_of(device: torch.device) -> str:
     """How events name a device: cpu, or the card's UUID."""
     if device.type == "cpu":
-        return "cpu"
+        return device.type
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 

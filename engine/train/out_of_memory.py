@@ -32,7 +32,7 @@ _MESSAGES = (
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _GREW_SHARE = 0.02
-"""A part that is above the plan by less of the whole is not said to have grown."""
+"""Of the whole; a part that is less above the plan has not grown."""
 ACTIVATIONS = "activations"
 
 
@@ -45,14 +45,19 @@ class OutOfMemory(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that there is no more memory."""
     return isinstance(error, MemoryError) or any(part in str(error) for part in _MESSAGES)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, else its name, without the last full stop."""
+    found = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return visible(found, one_line=True).rstrip(".")
 
 
 def message_of(error: BaseException) -> str:
     """The first two sentences of what the system says, without the last full stop."""
-    said = visible(next(iter(str(error).splitlines()), "") or type(error).__name__, one_line=True)
-    return ". ".join(said.rpartition("DefaultCPUAllocator: ")[2].split(". ")[:2]).rstrip(".")
+    message = first_line(error).rpartition("DefaultCPUAllocator: ")[2]
+    return ". ".join(message.split(". ")[:2]).rstrip(".")
 
 
 def asked_bytes(error: BaseException) -> int | None:
@@ -81,7 +86,7 @@ def in_a_step(facts: Shortage, step: int, held: Mapping[str, int], longest: str)
     planned = facts.predicted_parts
     above = {name: size - planned.get(name, 0) for name, size in parts.items()} if planned else {}
     grew = max(above, key=lambda name: above[name], default="")
-    if not grew or above[grew] < _GREW_SHARE * facts.held_bytes:
+    if grew and above[grew] < _GREW_SHARE * facts.held_bytes:
         grew = ""
     return replace(facts, step=step, parts=parts, grew=grew, longest=longest)
 
@@ -112,10 +117,11 @@ def as_error(facts: Shortage, run: RunFolder) -> WorkError:
         why += f" The longest row of the batch is {facts.longest}."
     where = visible(str(run.path), one_line=True)
     if not facts.changes:
-        smaller = (
-            "Train with a lower sequence_len or lora_r, with adapter: qlora, or on a larger GPU"
+        fix = (
+            "Train with a lower sequence_len or lora_r, with adapter: qlora, or on a larger GPU; "
+            "`windtunnel estimate` shows what each part takes."
         )
-        return WorkError(what, why, f"{smaller}; `windtunnel estimate` shows what each part takes.")
+        return WorkError(what, why, fix)
     values = " ".join(f"{key}={value}" for key, value in facts.changes.items())
     saves = f"{gib(facts.saves_bytes)} less, {facts.trade}"
     return WorkError(what, why, f"Go on with {saves}: `windtunnel resume {where} {values}`.")
@@ -128,16 +134,16 @@ def held_parts(
     parameters = list(parameters)
     trainable = [p for p in parameters if p.requires_grad] if adapted else []
     state = (value for each in optimizer.state.values() for value in each.values())
+
+    def size(tensors: Iterable[Any]) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
     return {
         "weights": base_bytes,
-        "adapter": sum(map(_size, trainable)),
-        "gradients": sum(_size(p.grad) for p in parameters if p.grad is not None),
-        "optimizer": sum(_size(value) for value in state if hasattr(value, "untyped_storage")),
+        "adapter": size(trainable),
+        "gradients": size(p.grad for p in parameters if p.grad is not None),
+        "optimizer": size(value for value in state if hasattr(value, "untyped_storage")),
     }
-
-
-def _size(tensor: Any) -> int:
-    return int(tensor.untyped_storage().nbytes())
 
 
 def _grouped(parts: Mapping[str, int]) -> dict[str, int]:
