@@ -1,7 +1,9 @@
-"""From prepared rows to the batches of every optimizer step, in an order that a resume repeats.
+"""From prepared rows and their images to the batches of every optimizer step.
 
 The order is a pure function of rows, config and seed: step 412 can be cut without walking through
-the 411 before it, which is how a run resumes in no time.
+the 411 before it, which is how a run resumes in no time. Decoding images is the one part of a batch
+that takes long: threads do it while the model computes (Pillow lets go of the interpreter), and
+what was decoded is kept while there is room.
 """
 
 import hashlib
@@ -151,6 +153,11 @@ PAD = 11
 """`<pad>` of every Tekken vocabulary. It is never learned and nothing attends to it."""
 
 
+def place(prepared: Prepared, row: int) -> str:
+    """Where a person finds a prepared row."""
+    return f"{prepared.file(int(row))} line {prepared.line(int(row))}"
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The prepared rows that one side of the split uses, cut to the config's length."""
@@ -194,16 +201,17 @@ class Rows:
             )
         return stored[:whole]
 
+    def beginning(self, row: int, tokens: int) -> "Rows":
+        """One row alone, cut behind its first `tokens`."""
+        return Rows(self.prepared, self.chosen[row : row + 1], np.array([tokens], np.int64))
+
     def first(self, count: int) -> "Rows":
         """The first `count` rows, fewer where there are fewer."""
         return Rows(self.prepared, self.chosen[:count], self.lengths[:count])
 
     def place(self, row: int) -> str:
         """Where a person finds the row."""
-        return self._place(int(self.chosen[row]))
-
-    def _place(self, index: int) -> str:
-        return f"{self.prepared.file(index)} line {self.prepared.line(index)}"
+        return place(self.prepared, self.chosen[row])
 
     def longest(self, rows: Iterable[int]) -> str:
         """Where the longest of `rows` is, and its tokens; empty without rows."""
@@ -215,7 +223,7 @@ class Rows:
         missing = np.setdiff1d(np.arange(len(self.prepared)), self.chosen)
         if not len(missing):
             return ""
-        named = ", ".join(self._place(int(index)) for index in missing[:NAMED_ROWS])
+        named = ", ".join(place(self.prepared, index) for index in missing[:NAMED_ROWS])
         return (
             f"{len(missing)} of {len(self.prepared)} rows are left out, longer than sequence_len "
             f"or with nothing to learn: {named}{' and others' * (len(missing) > NAMED_ROWS)}"
@@ -223,11 +231,8 @@ class Rows:
 
     def fingerprint(self) -> str:
         """Hash of which rows these are and where each is cut."""
-        content = (self.prepared.hashes[self.chosen], self.lengths)
-        digest = hashlib.sha256()
-        for part in content:
-            digest.update(np.ascontiguousarray(part).tobytes())
-        return digest.hexdigest()[:16]
+        hashes = self.prepared.hashes[self.chosen]
+        return hashlib.sha256(hashes.tobytes() + self.lengths.tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

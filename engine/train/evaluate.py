@@ -1,10 +1,14 @@
-"""How good the model is on rows that it does not train on, in numbers a person can check.
+"""How good the model is, how far it has moved from its base, and what a run's losses warn of.
 
-Beside the loss, whole and by kind of token, it counts exact answers: a row is exact when every
-learned token is the most likely one, which is the same as greedy decoding giving the reference
-answer back word for word. Only learned tokens count anywhere: thinking that the config does not
-train is in no figure. What the model writes by itself is in `text_metrics`, what it forgets in
-`drift`.
+Beside the held-out loss, whole and by kind of token, exact answers are counted: a row is exact when
+every learned token is the most likely one, which is the same as greedy decoding giving the answer
+back word for word. Only learned tokens count: thinking that the config does not train is in no
+figure. What the model writes by itself is in `text_metrics`.
+
+Drift is the Kullback-Leibler divergence of base from tuned model over fixed answers to general
+questions, which need no generation and are the same for every run. Of the base only the `TOP` most
+likely tokens of each place and the mass of the rest are kept, in the run's folder: a full fine-tune
+has no second model to ask, and a resumed run nothing to repeat.
 """
 
 import hashlib
@@ -27,6 +31,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from engine.chat.conversation import RowFormat
 from engine.chat.render import IGNORED_LABEL, Kind, LabelRule, labels, learned, render
@@ -37,7 +42,7 @@ from engine.data.prepare import label_rule
 from engine.errors import UserError
 from engine.events import Score
 from engine.plan.trainer import SMALLEST_CHUNK_BYTES, chunk_rows
-from engine.train.batches import PAD, Micro, Rows, StepBatch, evaluation_micros
+from engine.train.batches import PAD, Rows, StepBatch, evaluation_micros
 from engine.train.forward import Model, head_module, head_of, hidden_states
 from engine.train.loss import product, score_tokens, shift
 from engine.train.model import Base
@@ -67,7 +72,9 @@ def score(
             losses, right = score_tokens(
                 hidden_states(model, tensors), head_of(model), tensors["labels"]
             )
-            kinds = _learned_kinds(micro, rows, rule)
+            # In the loss's order; a row's first token is never learned: nothing precedes it.
+            kinds = np.concatenate([rows.kinds(row)[1:] for row in micro.rows])
+            kinds = kinds[learned(kinds, rule)]
             sums += np.bincount(kinds, losses.double().cpu().numpy(), len(Kind))
             counts += np.bincount(kinds, minlength=len(Kind))
             exact += _exact_rows(tensors, right)
@@ -81,13 +88,6 @@ def score(
         loss_by_kind={kind.word: float(sums[kind] / counts[kind]) for kind in seen},
         tokens_by_kind={kind.word: int(counts[kind]) for kind in seen},
     )
-
-
-def _learned_kinds(micro: Micro, rows: Rows, rule: LabelRule) -> NDArray[np.uint8]:
-    """The kind of each learned token of a micro-batch, in the loss's order."""
-    # A row's first token is never learned: nothing precedes it.
-    kinds = np.concatenate([rows.kinds(row)[1:] for row in micro.rows])
-    return kinds[learned(kinds, rule)]
 
 
 def row_losses(model: Model, base: Base, batch: StepBatch) -> list[tuple[int, float]]:
@@ -198,11 +198,11 @@ def general_questions() -> list[str]:
 
 def _general_rows() -> list[dict[str, Any]]:
     path = files("presets") / "samples" / "general" / "questions.jsonl"
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return list(map(json.loads, path.read_text("utf-8").splitlines()))
 
 
 class BaseDrift:
-    """TextMetrics one run's model against its base, which it remembers in `file`."""
+    """Measures one run's model against its base, which it remembers in `file`."""
 
     def __init__(
         self, model: Model, device: torch.device, texts: Sequence[Text], file: Path
@@ -229,13 +229,13 @@ class BaseDrift:
 
     def _read(self) -> Distributions | None:
         try:
-            with safe_open(self._file, "pt") as stored:
+            with safe_open(self._file, "pt", str(self._device)) as stored:
                 if (stored.metadata() or {}).get("texts") != _digest(self._texts):
                     return None
-                found = {name: stored.get_tensor(name) for name in ("ids", "logs", "rest")}
+                names = ("ids", "logs", "rest")
+                return Distributions(**{name: stored.get_tensor(name) for name in names})
         except (OSError, SafetensorError):
             return None
-        return Distributions(**{name: found[name].to(self._device) for name in found})
 
     def _write(self, base: Distributions) -> None:
         """Keep it for a later launch; where the disk refuses, this launch has it all the same."""
@@ -304,18 +304,15 @@ def _log_probabilities(
 
 def _batch(texts: Sequence[Text]) -> dict[str, Tensor]:
     """One text a sequence, padded behind: positions count on, so that no mask is needed."""
-    length = max(len(text.ids) for text in texts)
 
-    def padded(values: NDArray[np.int64], filler: int) -> NDArray[np.int64]:
-        return np.pad(values, (0, length - len(values)), constant_values=filler)
+    def padded(parts: list[NDArray[np.int64]], filler: int) -> Tensor:
+        return pad_sequence([torch.from_numpy(part) for part in parts], True, filler)
 
-    ids = np.stack([padded(text.ids, PAD) for text in texts])
-    targets = np.stack([padded(text.labels, IGNORED_LABEL) for text in texts])
-    positions = np.tile(np.arange(length), (len(texts), 1))
+    ids = padded([text.ids for text in texts], PAD)
     return {
-        "input_ids": torch.from_numpy(ids),
-        "labels": torch.from_numpy(targets),
-        "position_ids": torch.from_numpy(positions),
+        "input_ids": ids,
+        "labels": padded([text.labels for text in texts], IGNORED_LABEL),
+        "position_ids": torch.arange(ids.shape[1]).expand_as(ids),
     }
 
 

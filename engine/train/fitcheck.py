@@ -1,6 +1,8 @@
-"""From a config to measured figures: build, attach, step, and say what each took.
+"""What a config's run really takes, measured in a few steps on weights that are drawn.
 
-It ends in the figures, or in a sentence on where memory ran out on the way.
+Nothing of it is kept, and no weight has to be downloaded first. What holds the weights, what is
+trained and how a step is made are a run's own functions. It ends in the figures, or in a sentence
+on where memory ran out on the way.
 """
 
 import gc
@@ -8,10 +10,10 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.autograd.profiler import profile
@@ -27,7 +29,7 @@ from engine.plan.layers import image_tokens_at_once
 from engine.plan.measured import Measurement, key_of, step_bytes
 from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.attention import pick_attention
-from engine.train.batches import Order, Rows, StepBatch, refuse_unread
+from engine.train.batches import Rows, StepBatch, refuse_unread
 from engine.train.checkpoint import trained_parameters
 from engine.train.device import pick_device, pick_dtype
 from engine.train.fetch import leave_hub
@@ -47,7 +49,7 @@ from engine.train.stand_in import (
     draw_weights,
     heaviest_step,
     reduce_for_cpu,
-    run_tokens,
+    run_length,
     synthetic_step,
 )
 from engine.units import gib
@@ -63,58 +65,44 @@ class Peak:
     """What the allocator held; None on a CPU, which has no such store."""
 
 
-class PeakMemory(Protocol):
-    """The peak of each piece of work on one device."""
-
-    device: torch.device
-    peaks: dict[str, Peak]
-    """By the name of each piece of work."""
-
-    def measure(self, name: str) -> AbstractContextManager[None]:
-        """A context for one piece of work; also where the work fails its peak is kept."""
-
-    def wait(self) -> None:
-        """Return when everything that was asked of the device is done."""
-
-    def device_bytes(self) -> int | None:
-        """What the process takes of the device now, or has taken of RAM at most; None: unknown."""
-
-
 class CpuPeakMemory:
-    """Peaks of torch's allocator on a CPU; it has to be there before what it shall count."""
+    """The peak of each piece of work, by torch's allocator: a CPU's keeps none, but reports every
+    block to torch's profiler, also those that a kernel takes and gives back inside one operation.
+
+    It has to be there before what it shall count.
+    """
 
     device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.peaks: dict[str, Peak] = {}
+        """By the name of each piece of work."""
         self._live_bytes = 0
         gc.collect()  # an earlier measurement's garbage would be taken off this one's
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """See `PeakMemory`. Between two contexts nothing may be given back or taken."""
+        """One piece of work, whose peak is kept where it fails, too. Between two of them nothing
+        may be given back or taken."""
         watched = profile(use_kineto=True, profile_memory=True)
         watched.__enter__()
         try:
             yield
         finally:
             watched.__exit__(None, None, None)
-            self.peaks[name] = Peak(self._add_up(watched))
-
-    def _add_up(self, watched: profile) -> int:
-        results: Any = watched.kineto_results
-        blocks = [event for event in results.events() if event.name() == "[memory]"]
-        peak = self._live_bytes
-        for block in sorted(blocks, key=lambda event: event.start_ns()):
-            self._live_bytes += block.nbytes()  # negative for one that is given back
-            peak = max(peak, self._live_bytes)
-        return peak
+            results: Any = watched.kineto_results
+            blocks = [event for event in results.events() if event.name() == "[memory]"]
+            peak = self._live_bytes
+            for block in sorted(blocks, key=lambda event: event.start_ns()):
+                self._live_bytes += block.nbytes()  # negative for one that is given back
+                peak = max(peak, self._live_bytes)
+            self.peaks[name] = Peak(peak)
 
     def wait(self) -> None:
-        """A CPU has done what it was asked for."""
+        """Return when everything that was asked of the device is done: a CPU has done it."""
 
     def device_bytes(self) -> int | None:
-        """The most RAM that the process ever held, Python and its libraries included."""
+        """The most RAM that the process ever held, with Python and its libraries; None: unknown."""
         try:
             fields = Path("/proc/self/status").read_text("utf-8")
         except OSError:
@@ -123,17 +111,17 @@ class CpuPeakMemory:
         return next((int(line[1]) * 1024 for line in lines if line[0] == "VmHWM:"), None)
 
 
-class CudaPeakMemory:
-    """Peaks of CUDA's allocator, and the driver's word on what the process takes."""
+class CudaPeakMemory(CpuPeakMemory):
+    """The same by CUDA's allocator, which keeps its own, and by the driver."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self.device = device
-        self.peaks: dict[str, Peak] = {}
         self._before = read_machine()
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """See `PeakMemory`."""
+        """One piece of work."""
         torch.cuda.reset_peak_memory_stats(self.device)
         try:
             yield
@@ -166,15 +154,9 @@ def used_by_process(before: Machine, now: Machine, uuid: str, process: int) -> i
     return None
 
 
-def open_peak_memory(device: torch.device) -> PeakMemory:
+def open_peak_memory(device: torch.device) -> CpuPeakMemory:
     """The memory of the device on which a run would compute."""
     return CudaPeakMemory(device) if device.type == "cuda" else CpuPeakMemory()
-
-
-def describe_peak(memory: PeakMemory, name: str) -> str:
-    """What was held at the worst moment of a piece of work."""
-    peak = memory.peaks.get(name)
-    return gib(peak.allocated_bytes) if peak else "nothing yet"
 
 
 LOADING = "loading the model"
@@ -237,7 +219,10 @@ def check(run: RunFolder, steps: int, emit: Emit) -> None:
     built = as_it_is(architecture)
     if place.kind != "cuda":
         built = reduce_for_cpu(architecture, config, place, statistics)
-    session.base_folder = _write_model(run.path / "model", built.architecture)
+    session.base_folder = run.path / "model"
+    session.base_folder.mkdir()
+    content = json.dumps(built.architecture.config)
+    (session.base_folder / "config.json").write_text(content, "utf-8")
     built = replace(built, architecture=read_architecture(session.base_folder))
     if not built.whole:
         session.note("warning", built.sentence())
@@ -246,7 +231,10 @@ def check(run: RunFolder, steps: int, emit: Emit) -> None:
         images = "image" in rows.prepared.tokens_by_kind()
     attention = pick_attention(config, built.architecture, device, images=images)
     settled = config.model_copy(update={"attn_implementation": attention.backend})
-    data = _choose_data(rows, statistics, built.architecture, config)
+    if rows:
+        data = Data(heaviest_step(rows, config), statistics, *run_length(rows, config))
+    else:
+        data = Data(synthetic_step(built.architecture, config), None, config.max_steps, None)
     memory = open_peak_memory(device)
     model = _build(built.architecture, settled, session, memory, images=images)
     planned = estimate(config, built.architecture, place, statistics)
@@ -254,13 +242,6 @@ def check(run: RunFolder, steps: int, emit: Emit) -> None:
     session.note("info", note)
     paces = _step(model, settled, loss, data.batch, steps, session, memory)
     emit({"fitted": _figures(built, config, place, data, memory, paces)})
-
-
-def _write_model(folder: Path, architecture: Architecture) -> Path:
-    """The folder of a model that has only a description."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(architecture.config), "utf-8")
-    return folder
 
 
 def _find_rows(config: RunConfig, session: Session) -> Rows | None:
@@ -281,21 +262,11 @@ def _find_rows(config: RunConfig, session: Session) -> Rows | None:
     return rows
 
 
-def _choose_data(
-    rows: Rows | None, statistics: Statistics | None, architecture: Architecture, config: RunConfig
-) -> Data:
-    if rows is None:
-        return Data(synthetic_step(architecture, config), None, config.max_steps, None)
-    order = Order(rows, config)
-    tokens = run_tokens(rows, config, order.total_steps, order.steps_per_epoch())
-    return Data(heaviest_step(rows, config), statistics, order.total_steps, tokens)
-
-
 def _build(
     architecture: Architecture,
     config: RunConfig,
     session: Session,
-    memory: PeakMemory,
+    memory: CpuPeakMemory,
     *,
     images: bool,
 ) -> Model:
@@ -320,7 +291,7 @@ def _step(
     batch: StepBatch,
     steps: int,
     session: Session,
-    memory: PeakMemory,
+    memory: CpuPeakMemory,
 ) -> list[Pace]:
     """Make `steps` steps of the same batch, at the learning rate of a run's first."""
     with _part(OPTIMIZER, memory):
@@ -358,7 +329,7 @@ def _step(
 
 
 @contextmanager
-def _part(name: str, memory: PeakMemory) -> Iterator[None]:
+def _part(name: str, memory: CpuPeakMemory) -> Iterator[None]:
     """A measured piece of work. Where memory runs out in it, the error says so."""
     try:
         with memory.measure(name):
@@ -366,9 +337,10 @@ def _part(name: str, memory: PeakMemory) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        peak = memory.peaks.get(name)
         raise UserError(
             f"It does not fit: memory ran out in {name}.",
-            f"{describe_peak(memory, name)} were allocated at the most; "
+            f"{gib(peak.allocated_bytes) if peak else 'nothing yet'} were allocated at the most; "
             f"the system says: {message_of(error)}.",
             "Set gradient_checkpointing: true or adapter: qlora, or lower micro_batch_size or "
             "sequence_len; `windtunnel estimate` shows what each part takes.",
@@ -381,13 +353,14 @@ def _figures(
     config: RunConfig,
     place: Device,
     data: Data,
-    memory: PeakMemory,
+    memory: CpuPeakMemory,
     paces: list[Pace],
 ) -> dict[str, Any]:
     """The record for whoever asked: figures, the formula's, and the measurement to be stored."""
     needs = estimate(config, built.architecture, place, data.statistics)
-    peak = _highest([memory.peaks[f"step {n + 1}"] for n in range(len(paces))])
-    loading = _highest([memory.peaks[name] for name in (LOADING, ATTACHING, OPTIMIZER)])
+    peaks = [memory.peaks[f"step {n + 1}"] for n in range(len(paces))]
+    reserved = [peak.reserved_bytes for peak in peaks if peak.reserved_bytes is not None]
+    loading = [memory.peaks[name].allocated_bytes for name in (LOADING, ATTACHING, OPTIMIZER)]
     later = paces[1:] or paces  # the first step makes the optimizer's state and warms up
     micros = len(data.batch.micros)
     micro_seconds = sum(p.gradient_seconds for p in later) / len(later) / micros
@@ -401,10 +374,10 @@ def _figures(
     measurement = Measurement(
         key=key_of(config, built.architecture, place, needs.tokens_at_once, images),
         model=built.architecture.class_name,
-        peak_allocated_bytes=peak.allocated_bytes,
-        peak_reserved_bytes=peak.reserved_bytes,
+        peak_allocated_bytes=max(peak.allocated_bytes for peak in peaks),
+        peak_reserved_bytes=max(reserved, default=None),
         device_bytes=memory.device_bytes(),
-        load_peak_bytes=loading.allocated_bytes,
+        load_peak_bytes=max(loading),
         tokens_per_second=speed,
         formula_bytes=step_bytes(needs),
         measured_at=time.strftime("%Y-%m-%d", time.gmtime()),
@@ -438,8 +411,3 @@ def _run_seconds(
     if data.tokens is None:
         return data.steps * (data.batch.tokens / speed)
     return data.tokens * token_seconds + data.steps * update_seconds
-
-
-def _highest(peaks: list[Peak]) -> Peak:
-    reserved = [peak.reserved_bytes for peak in peaks if peak.reserved_bytes is not None]
-    return Peak(max(peak.allocated_bytes for peak in peaks), max(reserved, default=None))

@@ -1,7 +1,8 @@
-"""Text from a prompt, token by token, with the tuned model or with its base.
+"""Text from a prompt, token by token: a run's own questions, and those to what it trained.
 
-It is the one place where a key-value cache exists: a cache turns off the separation of packed rows,
-so it stays out of every training and scoring path.
+A question is a row cut where its answer begins, rendered and batched as training rows are: what a
+model is asked here is what it learned to answer. This is the one place where a key-value cache
+exists: a cache turns off the separation of packed rows, so it stays out of training and scoring.
 """
 
 import itertools
@@ -108,15 +109,25 @@ class Prompt:
 
 def ask(text: str, tokenizer: ChatTokenizer, config: RunConfig) -> Prompt:
     """A question as the model sees it: everything up to where its answer begins."""
-    row = {
-        "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "."}],
-        **(config.chat_template_kwargs or {}),
-    }
-    first = config.datasets[0] if config.datasets else DatasetConfig(path=".")
-    row_format = RowFormat.from_config(DatasetConfig(path=first.path))
-    rendered = render(read_row(row, row_format), tokenizer)
-    begins = int(np.flatnonzero(learned(rendered.kinds, LabelRule()))[0])
-    return Prompt(text, tuple(rendered.input_ids[:begins].tolist()))
+    return replace(open_answer([{"role": "user", "content": text}], tokenizer, config), text=text)
+
+
+def open_answer(
+    messages: list[dict[str, Any]],
+    tokenizer: ChatTokenizer,
+    config: RunConfig,
+    reasoning_effort: str | None = None,
+) -> Prompt:
+    """A conversation as training renders it, cut where the answer to its last message begins."""
+    effort = {"reasoning_effort": reasoning_effort} if reasoning_effort is not None else {}
+    answered = [*messages, {"role": "assistant", "content": "."}]
+    row = (config.chat_template_kwargs or {}) | effort | {"messages": answered}
+    rendered = render(read_row(row, RowFormat.from_config(DatasetConfig(path="."))), tokenizer)
+    spec = tokenizer.image
+    images = [pixels(i.content, i.rows, i.columns, spec) for i in rendered.images if spec]
+    own = learned(rendered.kinds, LabelRule()) & (rendered.sources == len(messages))
+    begins = int(np.flatnonzero(own)[0])
+    return Prompt("", tuple(rendered.input_ids[:begins].tolist()), join(images))
 
 
 def ask_by_default(
@@ -149,10 +160,8 @@ def ask_about_images(
 def _question(rows: Rows, row: int, tokenizer: ChatTokenizer) -> Prompt:
     """One row up to where its first answer begins, with the images that come before it."""
     begins = int(np.flatnonzero(learned(rows.kinds(row), LabelRule()))[0])
-    one = slice(row, row + 1)
-    asked = replace(rows, chosen=rows.chosen[one], lengths=np.array([begins], np.int64))
-    pixels = open_pixels(rows)
-    images = join([pixels.read(image) for image in asked.images(0)]) if pixels else {}
+    asked, decoders = rows.beginning(row, begins), open_pixels(rows)
+    images = join([decoders.read(image) for image in asked.images(0)]) if decoders else {}
     ids = asked.ids(0)
     of_user = asked.kinds(0) & ~np.uint8(WITHHELD) == Kind.USER
     tekken = tokenizer.tekken
@@ -212,19 +221,15 @@ class Answering:
         as_base = base and self.config.adapter is None
         if self._loaded is None or as_base != self._holds_base:
             self._loaded = None  # its memory is free before the other one is read
-            self._loaded = self._load_base() if as_base else self._load_tuned()
+            self._loaded = self._load(as_base)
             self._holds_base = as_base
         return self._loaded
 
-    def _load_base(self) -> tuple[Base, Model]:
-        base = load_base(self._base_folder, self.config)
-        return base, base.model
-
-    def _load_tuned(self) -> tuple[Base, Model]:
-        if self.config.adapter is None and self.trained == self.run.model:
-            base = load_base(self.trained, self.config)
+    def _load(self, as_base: bool) -> tuple[Base, Model]:
+        finished = self.config.adapter is None and self.trained == self.run.model and not as_base
+        base = load_base(self.trained if finished else self._base_folder, self.config)
+        if as_base or finished:
             return base, base.model
-        base = load_base(self._base_folder, self.config)
         model = put_on_training(base, self._base_folder, self.config)
         load_trained(model, self.trained)
         return base, model
@@ -269,23 +274,8 @@ class Answering:
 
     def prompt(self, request: Request) -> Prompt:
         """The conversation as training renders it, cut where the answer begins."""
-        messages = [*(map(_with_image_bytes, request.messages))]
-        row: dict[str, Any] = {
-            **(self.config.chat_template_kwargs or {}),
-            "messages": [*messages, {"role": "assistant", "content": "."}],
-        }
-        if request.reasoning_effort is not None:
-            row["reasoning_effort"] = request.reasoning_effort
-        conversation = read_row(row, RowFormat.from_config(DatasetConfig(path=".")))
-        rendered = render(conversation, self.tokenizer)
-        images = [
-            pixels(image.content, image.rows, image.columns, self.tokenizer.image)
-            for image in rendered.images
-            if self.tokenizer.image
-        ]
-        own = learned(rendered.kinds, LabelRule()) & (rendered.sources == len(messages))
-        begins = int(np.flatnonzero(own)[0])
-        return Prompt("", tuple(rendered.input_ids[:begins].tolist()), join(images))
+        messages = [*map(_with_image_bytes, request.messages)]
+        return open_answer(messages, self.tokenizer, self.config, request.reasoning_effort)
 
 
 class _Pieces:
@@ -311,14 +301,9 @@ def serve(run: RunFolder, lines: Iterable[str], emit: Emit) -> None:
     """
     answering = Answering(run)
     base, _ = answering.load()
-    emit(
-        {
-            "ready": True,
-            "trained": str(answering.trained),
-            "model": answering.config.base_model,
-            "report": base.report.sentence(),
-        }
-    )
+    model, trained = answering.config.base_model, str(answering.trained)
+    report = base.report.sentence()
+    emit({"ready": True, "trained": trained, "model": model, "report": report})
     for line in lines:
         try:
             emit({"answer": answering.answer(Request.from_line(line), emit)})
@@ -336,10 +321,10 @@ def _with_image_bytes(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if not isinstance(content, list):
         return message
-    return message | {"content": [_read_image(chunk) for chunk in content]}
-
-
-def _read_image(chunk: dict[str, Any]) -> dict[str, Any]:
-    if chunk.get("type") != "image" or "path" not in chunk:
-        return chunk
-    return {"type": "image", "image": Path(chunk["path"]).read_bytes()}
+    chunks = [
+        {"type": "image", "image": Path(chunk["path"]).read_bytes()}
+        if chunk.get("type") == "image" and "path" in chunk
+        else chunk
+        for chunk in content
+    ]
+    return message | {"content": chunks}

@@ -1,8 +1,8 @@
 """The steps: from batches to updated weights, and everything that happens between two steps.
 
 Thin on purpose. What is learned is decided by `batches`, what it costs by `loss`, the update by
-`optim`; here is only their order, and the arithmetic that makes every learned token of an optimizer
-step weigh the same, however the step is cut into forward passes.
+`optim`; here is their order, the arithmetic that makes every learned token of a step weigh the same
+however it is cut, and what ties the process to its run folder: events, commands and signals.
 """
 
 import math
@@ -92,7 +92,7 @@ class Session:
         self.run = run
         self.base_folder: Path = run.path
         """Folder of the base model, known once it is located."""
-        self._events, self._control, self._signals, self._sleep = events, control, signals, sleep
+        self._events, self._control, self._signals, self.sleep = events, control, signals, sleep
         self.doing = ""
         """Name of the newest phase."""
         self.paused = False
@@ -138,10 +138,6 @@ class Session:
             else:
                 self.paused = command.command == "pause"
             self.emit(Ack(command.id, command.command, "done"))
-
-    def rest(self) -> None:
-        """Let a paused run wait a moment before it reads again."""
-        self._sleep(PAUSE_POLL_SECONDS)
 
     def wished(self, word: Request) -> bool:
         """Whether somebody asked for `word` (save or sample) since it was granted last."""
@@ -212,9 +208,12 @@ class Training:
         if self.position.step == 0 and not self.session.stopping:
             self.sample(prompts, "before")
             self.evaluate()
-        steps_per_epoch, last = self.order.steps_per_epoch(), self.order.total_steps
-        every_eval = eval_interval(self.config, steps_per_epoch)
-        every_save = save_interval(self.config, steps_per_epoch)
+        config, epoch, last = self.config, self.order.steps_per_epoch(), self.order.total_steps
+        every_eval = interval(
+            config.eval_strategy, config.eval_steps, config.evals_per_epoch, epoch
+        )
+        saves = config.saves_per_epoch or 1
+        every_save = interval(config.save_strategy, config.save_steps, saves, epoch)
         batches = self.order.steps(self.position.step)
         while self.position.step < last:
             self.between_steps(prompts)
@@ -248,12 +247,15 @@ class Training:
                 self.session.grant("sample")
             if not self.session.paused or self.session.stopping:
                 return
-            self.session.rest()
+            self.session.sleep(PAUSE_POLL_SECONDS)
 
     def finish(self, prompts: Sequence[Prompt]) -> None:
         """The last answers, and the finished adapter or model."""
-        if self.config.load_best_model_at_end:
-            self._go_to_best()
+        best = self.checkpoints.best() if self.config.load_best_model_at_end else None
+        if best is not None and self.position.best_step != self.position.step:
+            load_trained(self.model, best)
+            self.session.note("info", f"ends with {best.name}, the lowest evaluation loss")
+            self.measure()  # the last figures of a run are those of its result
         self.sample(prompts, "after")
         self.session.emit(Phase("export"))
         run = self.session.run
@@ -272,12 +274,8 @@ class Training:
                 raise
             held_bytes = held_memory_bytes(self.base.device)
             facts = describe(error, f"step {number}", held_bytes, self.session.run)
-            held = held_parts(
-                self.model.parameters(),
-                self.optimizer,
-                self.base.report.held_bytes,
-                adapted=self.config.adapter is not None,
-            )
+            base_bytes, adapted = self.base.report.held_bytes, self.config.adapter is not None
+            held = held_parts(self.model.parameters(), self.optimizer, base_bytes, adapted=adapted)
             longest = self.rows.longest(batch.rows)
             # From nothing: the error's own frames hold the memory of the step.
             raise OutOfMemory(in_a_step(facts, number, held, longest)) from None
@@ -311,11 +309,7 @@ class Training:
         )
 
     def gradients(self, batch: StepBatch) -> tuple[float, float]:
-        """Fill the gradients of one optimizer step; returns its loss and gradient norm.
-
-        The loss is the mean over all learned tokens of the step, without the routers' balance, the
-        norm is the one before clipping to `max_grad_norm`.
-        """
+        """`fill_gradients` of this run's model."""
         return fill_gradients(
             self.model, self.parameters, batch, self.base.device, self.config, self.loss
         )
@@ -323,17 +317,21 @@ class Training:
     def judge(self, number: int, loss: float, norm: float, batch: StepBatch) -> None:
         """Say what is odd about a step before it changes anything; WorkError ends the run."""
         if what := self.alarm.stop_reason(number, loss, norm):
-            raise self._stopped(what, batch)
+            self.session.note("error", what)
+            raise WorkError(
+                what,
+                "The weights were not touched by this step. Its rows with the highest loss: "
+                f"{self._highest(batch)}.",
+                "Look at those rows with `windtunnel preview`, or lower learning_rate; the run "
+                "resumes from its last checkpoint.",
+            )
         if number == 1:
             self.session.note("warning", self.alarm.odd_start(loss))
             self.session.note("warning", unreached(trained_parameters(self.model)))
         usual = self.alarm.spike(loss)
         if usual is not None:
-            highest = self._highest(batch)
-            self.session.note(
-                "warning",
-                f"step {number}: the loss leapt to {loss:.2f} from {usual:.2f}; highest: {highest}",
-            )
+            leap = f"step {number}: the loss leapt to {loss:.2f} from {usual:.2f}"
+            self.session.note("warning", f"{leap}; highest: {self._highest(batch)}")
 
     def evaluate(self) -> bool:
         """Score the held-out rows; True when their loss is the lowest so far."""
@@ -400,30 +398,12 @@ class Training:
         self._saved_step = self.position.step
         self.session.emit(Saved(self.position.step, f"checkpoints/{folder.name}"))
 
-    def _go_to_best(self) -> None:
-        folder = self.checkpoints.best()
-        if folder is not None and self.position.best_step != self.position.step:
-            load_trained(self.model, folder)
-            self.session.note("info", f"ends with {folder.name}, the lowest evaluation loss")
-            self.measure()  # the last figures of a run are those of its result
-
-    def _stopped(self, what: str, batch: StepBatch) -> WorkError:
-        self.session.note("error", what)
-        return WorkError(
-            what,
-            "The weights were not touched by this step. Its rows with the highest loss: "
-            f"{self._highest(batch)}.",
-            "Look at those rows with `windtunnel preview`, or lower learning_rate; the run "
-            "resumes from its last checkpoint.",
-        )
-
     def _highest(self, batch: StepBatch) -> str:
         """The rows of a step with the highest losses, as a person finds them."""
         losses = row_losses(self.model, self.base, batch)
         losses.sort(key=lambda found: -found[1] if math.isfinite(found[1]) else -math.inf)
-        return "; ".join(
-            f"{self.rows.place(row)} ({loss:.2f})" for row, loss in losses[:NAMED_ROWS]
-        )
+        named = (f"{self.rows.place(row)} ({loss:.2f})" for row, loss in losses[:NAMED_ROWS])
+        return "; ".join(named)
 
 
 class StepClock:
@@ -434,14 +414,13 @@ class StepClock:
         self._started = clock()
 
     def start(self) -> None:
-        """Begin a step: an eval, a save or a pause before it is not its time."""
+        """Begin a step: what came before it is not its time."""
         self._started = self._clock()
 
     def stop(self, tokens: int) -> tuple[float, float]:
         """End a step when the device has done it; returns its seconds and its tokens a second.
 
-        Waits for the optimizer alone, as the loss was read before the update. Events on the
-        device would be waited for as well, because the step's figures are written at once.
+        Waits for the optimizer alone, as the loss was read before the update.
         """
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -450,7 +429,7 @@ class StepClock:
 
 
 def update_weights(optimizer: Optimizer) -> None:
-    """Update the weights by their gradients, and drop those."""
+    """Move the weights by their gradients, and drop those."""
     take_step(optimizer)
     optimizer.zero_grad(set_to_none=True)
 
@@ -463,9 +442,10 @@ def fill_gradients(
     config: RunConfig,
     way: Loss,
 ) -> tuple[float, float]:
-    """`Training.gradients` of any model: its trained `parameters` get their gradients, clipped.
+    """Give the trained `parameters` the gradients of one optimizer step; its loss and their norm.
 
-    Both numbers are read once, at the end: each reading waits for the device.
+    The loss is the mean over all learned tokens of the step, without the routers' balance, the norm
+    the one before clipping to `max_grad_norm`. Both are read at the end: a reading waits.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     weight = balance_weight(config)
@@ -499,25 +479,13 @@ def clip_gradients(parameters: Sequence[torch.nn.Parameter], limit: float) -> to
     return norm
 
 
-def eval_interval(config: RunConfig, steps_per_epoch: int) -> int | None:
-    """Optimizer steps between two evaluations inside the run; None: only before and after."""
-    if config.eval_strategy == "no":
+def interval(strategy: str, steps: int | None, per_epoch: int | None, epoch: int) -> int | None:
+    """Optimizer steps between two evaluations or saves inside a run, whose epoch has `epoch`.
+
+    None: evaluated only before and after, saved only at the end, at a stop and at a best loss.
+    """
+    if strategy in ("no", "best"):
         return None
-    if config.eval_strategy == "epoch":
-        return steps_per_epoch
-    return _interval(config.eval_steps, config.evals_per_epoch, steps_per_epoch)
-
-
-def save_interval(config: RunConfig, steps_per_epoch: int) -> int | None:
-    """Optimizer steps between two saves; None: only at the end, at a stop and at a best loss."""
-    if config.save_strategy in ("no", "best"):
-        return None
-    if config.save_strategy == "epoch":
-        return steps_per_epoch
-    return _interval(config.save_steps, config.saves_per_epoch or 1, steps_per_epoch)
-
-
-def _interval(steps: int | None, per_epoch: int | None, steps_per_epoch: int) -> int | None:
-    if steps is not None:
-        return steps
-    return max(1, round(steps_per_epoch / per_epoch)) if per_epoch else None
+    if strategy == "epoch":
+        return epoch
+    return steps if steps or not per_epoch else max(1, round(epoch / per_epoch))

@@ -1,8 +1,5 @@
-"""One launch of a run, from its folder to the first step and to the last event.
-
-The pieces are fetched, checked against each other and put together, each with a `phase` event, so
-that a person sees what is waited for.
-"""
+"""One launch of a run, from its folder to its last event: what it needs is fetched, checked against
+each other and put together, each with a `phase` event, so that a person sees what is waited for."""
 
 import gc
 from collections.abc import Sequence
@@ -33,7 +30,6 @@ from engine.plan.trainer import (
     why_float32,
 )
 from engine.publish.card import find_base
-from engine.runs import RunFolder
 from engine.train.attention import pick_attention
 from engine.train.batches import Rows, refuse_unread
 from engine.train.checkpoint import trained_parameters
@@ -126,15 +122,19 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
     torch.manual_seed(config.seed)
     session.emit(Phase("model", detail=config.base_model))
     session.base_folder = locate_base(config, session.run.path, session.progress("download"))
+    architecture = read_architecture(session.base_folder)
     tokenizer = open_tokenizer(config.tokenizer_config or session.base_folder)
     rows, held_out = prepare_rows(config, tokenizer, session)
-    for part in (rows, *held_out.values()):
-        refuse_unread(read_architecture(session.base_folder), part.prepared)
+    parts = [part.prepared for part in (rows, *held_out.values())]
+    for prepared in parts:
+        refuse_unread(architecture, prepared)
     leave_hub()
-    for sentence in remarks(config, read_architecture(session.base_folder)):
+    for sentence in remarks(config, architecture):
         session.note("warning", sentence)
-    images = any("image" in part.prepared.tokens_by_kind() for part in (rows, *held_out.values()))
-    config = settle_attention(config, session, images=images)
+    images = any("image" in prepared.tokens_by_kind() for prepared in parts)
+    attention = pick_attention(config, architecture, pick_device(), images=images)
+    session.note("info", f"Attention by {attention.backend}: {attention.reason}")
+    config = config.model_copy(update={"attn_implementation": attention.backend})
     session.emit(Phase("load", detail=config.base_model))
     base = load_base(session.base_folder, config, session.progress("load"), images=images)
     session.note("info", base.report.sentence())
@@ -142,7 +142,9 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
         session.note("info", "no row has an image: the vision tower stays in RAM")
     torch.manual_seed(config.seed)  # the adapter's first values do not depend on what was loaded
     model = put_on_training(base, session.base_folder, config)
-    loss, note = settle_loss(config, head_of(model), base.device, planned_chunk(session.run))
+    chunk = read_estimate(session.run).get("loss_chunk_bytes")
+    chunk = chunk if chunk in CHUNK_BYTES else SMALLEST_CHUNK_BYTES  # few where there is no plan
+    loss, note = settle_loss(config, head_of(model), base.device, chunk)
     session.note("info", note)
     training = Training(
         *(base, model, rows, held_out, config, session, tokenizer),
@@ -154,19 +156,13 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
         training.restore(checkpoint)
     if config.sample_packing:
         sequences, fill = training.order.packing()
-        text = f"{len(rows)} rows packed into {sequences} sequences, {fill:.1%} full"
-        session.note("info", text)
+        packed = f"{len(rows)} rows packed into {sequences} sequences, {fill:.1%} full"
+        session.note("info", packed)
     session.emit(_started(session, config, base, training))
     prompts = [ask(text, tokenizer, config) for text in config.sample_prompts]
     if not prompts and config.eval_table_size:
         prompts = ask_by_default(held_out, tokenizer, config)
     training.fit(prompts + ask_about_images(held_out, tokenizer))
-
-
-def planned_chunk(run: RunFolder) -> int:
-    """The logits that the run's plan has room for at once; few where there is no plan."""
-    planned = read_estimate(run).get("loss_chunk_bytes")
-    return planned if planned in CHUNK_BYTES else SMALLEST_CHUNK_BYTES
 
 
 def sampling_of(config: RunConfig) -> Sampling:
@@ -177,14 +173,6 @@ def sampling_of(config: RunConfig) -> Sampling:
     thinks = effort == "high" or (card and card.thinking in ("tokens", "text tags"))
     longest = ANSWER_TOKENS if thinks else SAMPLE_TOKENS
     return replace(official, max_tokens=min(official.max_tokens or longest, longest))
-
-
-def settle_attention(config: RunConfig, session: Session, *, images: bool) -> RunConfig:
-    """`config` with the attention code that the run gets; refused here before anything loads."""
-    architecture = read_architecture(session.base_folder)
-    chosen = pick_attention(config, architecture, pick_device(), images=images)
-    session.note("info", f"Attention by {chosen.backend}: {chosen.reason}")
-    return config.model_copy(update={"attn_implementation": chosen.backend})
 
 
 def prepare_rows(

@@ -26,7 +26,7 @@ from engine.data.prepare import label_rule
 from engine.data.prepared import pack
 from engine.plan import Device, Statistics, estimate
 from engine.plan.layers import largest_image_tokens, tower_of
-from engine.train.batches import IMAGE_TOKEN, Micro, Pixels, Rows, StepBatch, collate, join
+from engine.train.batches import IMAGE_TOKEN, Micro, Order, Pixels, Rows, StepBatch, collate, join
 from engine.train.weight_files import StoredTensor
 
 LAYERS = 2
@@ -177,12 +177,10 @@ class DrawnTensor(StoredTensor):
         # A convolution's inputs are its channels and its window; each expert has its own.
         stack = len(self.shape) == 3
         inputs = self.shape[-1] if stack else torch.Size(self.shape[1:]).numel()
-        generator = torch.Generator(self.device).manual_seed(self._seed_of(index))
+        seed = zlib.crc32(f"{self.seed} {self.name} {index}".encode())
+        generator = torch.Generator(self.device).manual_seed(seed)
         drawn = torch.empty(shape, dtype=self.kind, device=self.device)
         return drawn.normal_(0.0, inputs**-0.5, generator=generator)
-
-    def _seed_of(self, index: int | None) -> int:
-        return zlib.crc32(f"{self.seed} {self.name} {index}".encode())
 
 
 def draw_weights(
@@ -266,8 +264,6 @@ def _fill_up(rows: Rows, bins: list[list[int]], length: int) -> tuple[Rows, list
 
 def _first_image(rows: Rows, row: int) -> int:
     """Tokens of a row that come before its first image."""
-    if rows.prepared.image_spec is None:
-        return int(rows.lengths[row])
     images = np.flatnonzero(_of_images(rows, row))
     return int(images[0]) if len(images) else int(rows.lengths[row])
 
@@ -318,23 +314,20 @@ def _put_images(
     """Write as many of the model's largest images into a sequence as there is room for."""
     largest = largest_image_tokens(architecture)
     start = 1
-    # n rows of n tokens, and one more at each row's end.
-    while (side := _largest_side(min(largest, len(sequence) - start))) > 0:
+    # n rows of n tokens, and one more at each row's end: n of the largest n (n + 1) that has room.
+    while (side := (math.isqrt(4 * min(largest, len(sequence) - start) + 1) - 1) // 2) > 0:
         block = sequence[start : start + side * (side + 1)].reshape(side, side + 1)
         block[:, :side] = IMAGE_TOKEN
         start += block.size
         yield rng.standard_normal((3, side * token_pixels, side * token_pixels), np.float32)
 
 
-def _largest_side(tokens: int) -> int:
-    """n of the largest n (n + 1) that is at most `tokens`."""
-    return (math.isqrt(4 * tokens + 1) - 1) // 2
-
-
 def _repeat(micro: Micro, config: RunConfig) -> StepBatch:
     return StepBatch((micro,) * min(MICROS, config.gradient_accumulation_steps), epoch=0.0)
 
 
-def run_tokens(rows: Rows, config: RunConfig, steps: int, steps_per_epoch: int) -> int:
-    """Tokens of a whole run over the rows."""
-    return round(int(rows.lengths.sum()) * steps / max(1, steps_per_epoch))
+def run_length(rows: Rows, config: RunConfig) -> tuple[int, int]:
+    """Steps and tokens of a whole run over the rows."""
+    order = Order(rows, config)
+    epochs = order.total_steps / max(1, order.steps_per_epoch())
+    return order.total_steps, round(int(rows.lengths.sum()) * epochs)

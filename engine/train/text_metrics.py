@@ -1,13 +1,12 @@
 """What the model writes by itself on a few held-out rows, in numbers.
 
-The figures of `evaluate` hold for every token under the reference's own beginning: a model can have
-a low loss and never stop. Everything here is greedy, so that the numbers repeat, and bounded by the
-config: a few rows, a few tokens, a quarter of them at evaluations inside the run.
+A model can have a low loss and never stop. Everything here is greedy, so that the numbers repeat,
+and bounded by the config: a few rows, a few tokens, a quarter of them at evaluations inside a run.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
@@ -95,15 +94,14 @@ class TextMetrics:
             for reference, answer, target in zip(references, made, given, strict=True)
             if reference.calls
         ]
+        pairs = list(zip(made, given, strict=True))
         return Answers(
             step,
             name,
             rows=len(references),
             stopped=mean(answer[-1] == eos for answer in made),
-            length_ratio=median(
-                len(answer) / len(target) for answer, target in zip(made, given, strict=True)
-            ),
-            exact=mean(answer == target for answer, target in zip(made, given, strict=True)),
+            length_ratio=median(len(answer) / len(target) for answer, target in pairs),
+            exact=mean(answer == target for answer, target in pairs),
             calls=len(called),
             calls_valid=mean(called) if called else None,
         )
@@ -114,8 +112,7 @@ class TextMetrics:
         It is the reference up to the first token that the model would choose otherwise, which one
         forward pass shows: an exact answer is not generated at all.
         """
-        one = slice(reference.row, reference.row + 1)
-        cut = replace(rows, chosen=rows.chosen[one], lengths=np.array([reference.ends], np.int64))
+        cut = rows.beginning(reference.row, reference.ends)
         tensors = collate(cut, [[0]], LabelRule()).to(self._device)
         ids = tensors["input_ids"]
         tensors["labels"] = torch.full_like(ids, IGNORED_LABEL)
@@ -207,23 +204,16 @@ def read_calls(answer: Sequence[int], tokenizer: ChatTokenizer) -> list[str] | N
         if special.args is None:
             calls = [(c["name"], c["arguments"]) for c in json.loads(_text(parts[0], tokenizer))]
         else:
-            pairs = [_split(part, special.args) for part in parts]
-            calls = [
-                (_name(name, tokenizer), json.loads(_text(arguments, tokenizer)))
-                for name, arguments in pairs
-            ]
+            calls = []
+            for name, arguments in (_split(part, special.args) for part in parts):
+                own = _split(name, special.call_id)[0]  # the call's id is nobody's to guess
+                calls.append((_text(own, tokenizer), json.loads(_text(arguments, tokenizer))))
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return [name for name, _ in calls] if all(isinstance(a, dict) for _, a in calls) else None
 
 
-def _name(tokens: Sequence[int], tokenizer: ChatTokenizer) -> str:
-    """A function's name, without the call's id behind it, which is nobody's to guess."""
-    call_id = tokenizer.specials.call_id
-    return _text(_split(tokens, call_id)[0] if call_id is not None else tokens, tokenizer)
-
-
-def _split(tokens: Sequence[int], at: int) -> list[list[int]]:
+def _split(tokens: Sequence[int], at: int | None) -> list[list[int]]:
     parts: list[list[int]] = [[]]
     for token in tokens:
         if token == at:
@@ -233,6 +223,5 @@ def _split(tokens: Sequence[int], at: int) -> list[list[int]]:
     return parts
 
 
-def _text(tokens: Sequence[int], tokenizer: ChatTokenizer) -> str:
-    tekken = tokenizer.tekken
-    return tekken.decode(list(tokens), special_token_policy=SpecialTokenPolicy.KEEP)
+def _text(tokens: list[int], tokenizer: ChatTokenizer) -> str:
+    return tokenizer.tekken.decode(tokens, special_token_policy=SpecialTokenPolicy.KEEP)
