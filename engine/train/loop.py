@@ -479,7 +479,9 @@ def clip_gradients(parameters: Sequence[torch.nn.Parameter], limit: float) -> to
     return norm
 
 
-def interval(strategy: str, steps: int | None, per_epoch: int | None, epoch: int) -> int | None:
+def interval(
+    strategy: str | None, steps: int | None, per_epoch: int | None, epoch: int
+) -> int | None:
     """Optimizer steps between two evaluations or saves inside a run, whose epoch has `epoch`.
 
     None: evaluated only before and after, saved only at the end, at a stop and at a best loss.
