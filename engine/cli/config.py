@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from engine.cli.terminal import HOST, AsJson, CommandHost, NewRequest
+from engine.cli.terminal import HOST, Ascii, AsJson, Assume, CommandHost, NewRequest
 from engine.config.schema import Explanation, config_schema, explain_key
 from engine.errors import UserError
 
@@ -69,10 +69,8 @@ def new(
         Path | None, Parameter(("--out", "-o"), help="Where the config is written.")
     ] = None,
     plain: Annotated[bool, Parameter(help="Numbered questions on plain lines.")] = False,
-    ascii_only: Annotated[bool, Parameter("--ascii", help="Draw with ASCII alone.")] = False,
-    assumed: Annotated[
-        str | None, Parameter("--assume", help="Plan for GPUs that are not here.")
-    ] = None,
+    ascii_only: Ascii = False,
+    assumed: Assume = None,
     host: CommandHost = HOST,
 ) -> int:
     """Answer the wizard's six questions here, write the config, and start it or not.

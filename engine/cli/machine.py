@@ -8,9 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from textwrap import wrap
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from engine.catalog import ModelCard, ModuleTable, list_models
 from engine.catalog.rows import module_table
@@ -180,15 +178,10 @@ text; or, by effort, between tokens and only when asked to.
 All that is known of each, with sources: windtunnel models --json"""
 
 
-def print_models(
-    *, assumed: Annotated[str | None, Parameter("--assume")] = None, as_json: AsJson = False
-) -> int:
+def print_models(*, assumed: Assume = None, as_json: AsJson = False) -> int:
     """List the models of the catalog with their sizes, licences and contexts.
 
-    Parameters
-    ----------
-    assumed
-        Say what each needs on this GPU: "RTX 4090", "H100", "24 GB".
+    With --assume: what each needs on that GPU.
     """
     offered = [card for card in list_models() if card.offered]
     catalog = [(card, module_table(card.config, where=card.name)) for card in offered]

@@ -19,7 +19,9 @@ from engine.cli.terminal import (
     HOST,
     AsEvents,
     AsJson,
+    Assume,
     CommandHost,
+    ConfigPath,
     EventLines,
     PlainWatch,
     print_lines,
@@ -36,7 +38,6 @@ from engine.plan import (
     AXOLOTL,
     Device,
     Goal,
-    Recommendation,
     Statistics,
     advice_document,
     alternative_document,
@@ -76,26 +77,14 @@ from engine.wizard.request import find_device, read_planned
 
 def print_recommendation(
     *changes: Annotated[str, Parameter(help="Values to keep, such as lora_r=64.")],
-    model: str,
+    model: Annotated[str, Parameter(help="Catalog name, hub id or folder.")],
     data: Annotated[str | None, Parameter(help="File, folder, hub id or sample:NAME.")] = None,
-    assumed: Annotated[str | None, Parameter("--assume")] = None,
-    goal: Goal = "text",
-    out: Annotated[Path | None, Parameter(("--out", "-o"))] = None,
+    assumed: Assume = None,
+    goal: Annotated[Goal, Parameter(help="What the model should get better at.")] = "text",
+    out: Annotated[Path | None, Parameter(("--out", "-o"), help="Write the config there.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Recommend a whole config for a model on this machine, with a reason for every value.
-
-    Parameters
-    ----------
-    model
-        Catalog name, hub id or folder.
-    assumed
-        Plan for this GPU instead of what is here: "RTX 4090", "H100 x2", "24 GB".
-    goal
-        What the model should get better at.
-    out
-        Write the config there.
-    """
+    """Recommend a whole config for a model on this machine, with a reason for every value."""
     device = find_device(assumed)
     architecture = read_architecture(model)
     dataset = DatasetConfig(path=data, type="chat_template") if data else None
@@ -109,7 +98,8 @@ def print_recommendation(
     config = advice.config
     if out and out.absolute().parent != Path.cwd():
         config = with_absolute_paths(config, Path.cwd())
-    text = write_config(config, _reasons(advice), out)
+    reasons = {key: why for key, why in advice.reasons.items() if key != "datasets"}
+    text = write_config(config, reasons, out)
     if as_json:
         print(json.dumps(advice_document(advice, device)))
         return 0
@@ -122,24 +112,17 @@ def print_recommendation(
 
 
 def print_estimate(
-    config: Annotated[str, Parameter(help="YAML file with Axolotl's keys.")],
+    config: ConfigPath,
     /,
     *changes: Annotated[str, Parameter(help="Changes, such as sequence_len=4096.")],
-    assumed: Annotated[str | None, Parameter("--assume")] = None,
-    lengths: bool = False,
+    assumed: Assume = None,
+    lengths: Annotated[
+        bool, Parameter(help="What each sequence_len would cost, up to the most of the model.")
+    ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Estimate the memory of a config by part, and say whether it fits. Exit status 3: it does not.
-
-    Parameters
-    ----------
-    assumed
-        Estimate for this GPU instead of what is here: "RTX 4090", "H100 x2", "24 GB".
-    lengths
-        What each sequence_len would cost, up to the most that the model reads.
-    """
-    file = Path(config)
-    run, architecture = read_planned(file, changes, sharded=True)
+    """Estimate the memory of a config by part, and say whether it fits. Exit status 3: it does not."""
+    run, architecture = read_planned(config, changes, sharded=True)
     device = find_device(assumed)
     if lengths:
         prices = price_lengths(run, architecture, device)
@@ -148,7 +131,7 @@ def print_estimate(
         else:
             print_lines(length_lines(prices, device))
         return 0
-    statistics, uncounted = count_config_rows(run, architecture, file.absolute().parent)
+    statistics, uncounted = count_config_rows(run, architecture, config.absolute().parent)
     needs = estimate(run, architecture, device, statistics)
     rungs = make_fit(run, architecture, device, statistics)
     faster = make_faster(run, architecture, device, statistics)
@@ -216,10 +199,6 @@ def _attention_lines(config: RunConfig, architecture: Architecture, device: Devi
     return []
 
 
-def _reasons(advice: Recommendation) -> dict[str, str]:
-    return {key: reason for key, reason in advice.reasons.items() if key != "datasets"}
-
-
 def _fixed_values(model: str, changes: tuple[str, ...]) -> dict[str, object]:
     """The values of `key=value` changes, checked as in a config; `adapter=` is a full fine-tune."""
     if not changes:
@@ -230,7 +209,7 @@ def _fixed_values(model: str, changes: tuple[str, ...]) -> dict[str, object]:
 
 
 def fit(
-    config: Annotated[Path, Parameter(help="YAML file with Axolotl's keys.")],
+    config: ConfigPath,
     /,
     *changes: Annotated[str, Parameter(help="Changes, such as sequence_len=4096.")],
     steps: Annotated[int, Parameter(help="Steps to make; the first is not timed.")] = STEPS,

@@ -17,9 +17,11 @@ from cyclopts import Parameter
 
 from engine.cli.terminal import (
     HOST,
+    Ascii,
     AsEvents,
     AsJson,
     CommandHost,
+    ConfigPath,
     EventLines,
     Host,
     PlainWatch,
@@ -69,7 +71,7 @@ USUAL_CARD = "H100 80GB"
 
 
 def train(
-    config: Annotated[Path, Parameter(help="YAML file with Axolotl's keys.")],
+    config: ConfigPath,
     /,
     *changes: Annotated[str, Parameter(help="Changes, such as learning_rate=1e-4.")],
     detach: Annotated[
@@ -218,7 +220,7 @@ def watch(
     /,
     *,
     plain: Annotated[bool, Parameter(help="Lines of text instead of a screen.")] = False,
-    ascii_only: Annotated[bool, Parameter("--ascii", help="Draw with ASCII alone.")] = False,
+    ascii_only: Ascii = False,
     home: RunsFolder = None,
     host: CommandHost = HOST,
 ) -> int:

@@ -21,8 +21,11 @@ from engine.visible import fold, visible
 AsJson = Annotated[bool, Parameter("--json", help="Print one JSON document.")]
 AsEvents = Annotated[bool, Parameter("--events", help="Print the run's events as JSON lines.")]
 Assume = Annotated[
-    str | None, Parameter(help="Plan for GPUs that are not here, such as 'H100 x2' or '24 GB'.")
+    str | None,
+    Parameter("--assume", help="Plan for GPUs that are not here, such as 'H100 x2' or '24 GB'."),
 ]
+ConfigPath = Annotated[Path, Parameter(help="YAML file with Axolotl's keys.")]
+Ascii = Annotated[bool, Parameter("--ascii", help="Draw with ASCII alone.")]
 RunName = Annotated[str, Parameter(help="Name of the run, or its folder.")]
 RunsFolder = Annotated[
     Path | None,
