@@ -121,7 +121,7 @@ def print_estimate(
     ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Estimate the memory of a config by part, and say whether it fits. Exit status 3: it does not."""
+    """Estimate a config's memory by part, and say whether it fits. Exit status 3: it does not."""
     run, architecture = read_planned(config, changes, sharded=True)
     device = find_device(assumed)
     if lengths:

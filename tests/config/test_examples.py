@@ -188,20 +188,6 @@ def test_thinking_is_learned_between_its_tokens(name: str) -> None:
     assert all(label != -100 for label in entry["labels"][opened : closed + 1])
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"),
-    [
-        ("small-4-effort-by-dataset", "flash_attention_2"),
-        ("medium-3.5-legacy-flags", "flash_attention_2"),
-        ("magistral-2506-full", "sdpa"),
-        ("small-4-vision-effort", "xformers"),
-    ],
-)
-def test_attention_is_the_one_that_is_asked_for(name: str, backend: str) -> None:
-    config = read_config(DOCUMENTED / name / "config.yml").config
-    assert config.attn_implementation == backend
-
-
 if __name__ == "__main__":
     for example in EXAMPLES:
         example.with_suffix(".txt").write_text(answer(example), "utf-8")

@@ -21,6 +21,7 @@ from engine.config import (
     parse_config,
     read_config,
 )
+from engine.config.document import parse_document
 from engine.errors import UserError
 
 
@@ -32,6 +33,12 @@ def refusal(text: str) -> UserError:
     with pytest.raises(UserError) as caught:
         parse_config(textwrap.dedent(text))
     return caught.value
+
+
+def faults(text: str) -> ConfigError:
+    error = refusal(text)
+    assert isinstance(error, ConfigError)
+    return error
 
 
 def notes(text: str) -> dict[str, str]:
@@ -284,8 +291,7 @@ class TestOneRound:
     """A file with several faults hears all of them: none of them hides the others."""
 
     def findings(self, text: str) -> list[tuple[int | None, str, str]]:
-        error = refusal(text)
-        assert isinstance(error, ConfigError)
+        error = faults(text)
         return [(finding.line, finding.id, finding.key) for finding in error.findings]
 
     def test_a_broken_rule_hides_nothing_that_is_not_supported(self) -> None:
@@ -358,8 +364,7 @@ class TestOneRound:
 class TestRefusals:
     @pytest.mark.parametrize(("text", "line", "says", "fix"), BAD_VALUES)
     def test_a_bad_value(self, text: str, line: int | None, says: str, fix: str) -> None:
-        error = refusal(text)
-        assert isinstance(error, ConfigError)
+        error = faults(text)
         (finding,) = error.findings
         assert finding.line == line
         assert says in str(error)
@@ -368,21 +373,17 @@ class TestRefusals:
 
     @pytest.mark.parametrize(("text", "key", "fix"), BROKEN_RULES)
     def test_a_broken_rule(self, text: str, key: str, fix: str) -> None:
-        error = refusal(f"base_model: x\n{text}")
-        assert isinstance(error, ConfigError)
+        error = faults(f"base_model: x\n{text}")
         (finding,) = error.findings
         assert finding.key == key
         assert fix in finding.fix
         assert finding.line is not None
-
-    @pytest.mark.parametrize(("text", "key", "fix"), BROKEN_RULES)
-    def test_a_broken_rule_is_no_config_in_code_either(self, text: str, key: str, fix: str) -> None:
-        values = parse_document_values(f"base_model: x\n{text}")
-        with pytest.raises(ValueError, match=re.escape(fix)):
+        values = parse_document(f"base_model: x\n{text}", "config.yml").values
+        with pytest.raises(ValueError, match=re.escape(fix)):  # no config in code either
             RunConfig.model_validate(values)
 
     def test_all_problems_come_at_once_in_the_order_of_the_file(self) -> None:
-        error = refusal(
+        error = faults(
             """\
             lora_rank: 8
             adapter: qlora
@@ -395,7 +396,6 @@ class TestRefusals:
               - path: 5
             """
         )
-        assert isinstance(error, ConfigError)
         assert [(finding.line, finding.id) for finding in error.findings] == [
             (1, "unknown-key"),
             (2, "qlora-needs-4bit"),
@@ -408,16 +408,9 @@ class TestRefusals:
         assert error.why.count("\n") == 5
 
     def test_a_rule_is_not_judged_by_a_value_that_could_not_be_read(self) -> None:
-        error = refusal("base_model: x\nadapter: qlora\nload_in_4bit: ture")
-        assert isinstance(error, ConfigError)
+        error = faults("base_model: x\nadapter: qlora\nload_in_4bit: ture")
         assert [finding.id for finding in error.findings] == ["bad-value"]
         assert error.fix == "Did you mean true?"
-
-
-def parse_document_values(text: str) -> object:
-    from engine.config.document import parse_document
-
-    return parse_document(text, "config.yml").values
 
 
 def outcome(text: str) -> UserError | None:
@@ -480,38 +473,37 @@ class TestFiles:
     def test_a_file_made_to_hurt_is_refused_at_once(self, bomb: str) -> None:
         assert "nested too deeply" in refusal(bomb).what
 
-    def test_a_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="was not found"):
-            read_config(tmp_path / "none.yml")
+    def test_a_missing_file_a_folder_and_a_dataset_by_mistake(self, tmp_path: Path) -> None:
+        big = tmp_path / "big.yml"
+        big.touch()
+        os.truncate(big, 1 << 31)
+        for path, says in (
+            (tmp_path / "none.yml", "was not found"),
+            (tmp_path, "cannot be read"),
+            (big, "larger than 1 MiB"),
+        ):
+            with pytest.raises(UserError, match=says):
+                read_config(path)
 
-    def test_a_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="cannot be read"):
-            read_config(tmp_path)
-
-    def test_other_encodings_and_control_characters(self, tmp_path: Path) -> None:
-        path = tmp_path / "c.yml"
-        path.write_bytes("base_model: x\n# é\n".encode("latin-1"))
-        with pytest.raises(UserError, match="line 2: this is not UTF-8"):
-            read_config(path)
-        path.write_bytes("base_model: x".encode("utf-16"))
-        with pytest.raises(UserError, match="not UTF-8"):
-            read_config(path)
-        path.write_bytes(b"base_model: \x07")
-        with pytest.raises(UserError, match="does not allow"):
-            read_config(path)
-
-    def test_a_dataset_by_mistake(self, tmp_path: Path) -> None:
-        path = tmp_path / "big.yml"
-        with path.open("wb") as file:
-            os.truncate(file.fileno(), 1 << 31)
-        with pytest.raises(UserError, match="larger than 1 MiB"):
-            read_config(path)
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            ("base_model: x\n# é\n".encode("latin-1"), "line 2: this is not UTF-8"),
+            ("base_model: x".encode("utf-16"), "not UTF-8"),
+            (b"base_model: \x07", "does not allow"),
+        ],
+    )
+    def test_other_encodings_and_control_characters(
+        self, tmp_path: Path, content: bytes, says: str
+    ) -> None:
+        (tmp_path / "c.yml").write_bytes(content)
+        with pytest.raises(UserError, match=says):
+            read_config(tmp_path / "c.yml")
 
     @pytest.mark.parametrize("key", ["datasets[x]", "datasets[7]", "datasets[0].path", "[", "a."])
     def test_a_key_that_looks_like_a_place_and_stands_there_twice(self, key: str) -> None:
         text = f"'{key}': 1\n'{key}': 2\nlora_r: x\ndatasets: [{{path: a}}]\n"
-        error = refusal(f"base_model: x\n{text}")
-        assert isinstance(error, ConfigError)
+        error = faults(f"base_model: x\n{text}")
         assert {"yaml", "bad-value"} <= {finding.id for finding in error.findings}
 
     @given(st.text(max_size=200) | st.text("ab:-[]{}#&*!|>'\"%@`\n \t,?", max_size=60))
@@ -538,8 +530,7 @@ SECRETS = [
 class TestSafety:
     @pytest.mark.parametrize(("text", "key"), SECRETS)
     def test_a_secret_is_refused_and_not_repeated(self, text: str, key: str) -> None:
-        error = refusal(f"base_model: x\n{text}")
-        assert isinstance(error, ConfigError)
+        error = faults(f"base_model: x\n{text}")
         assert [(finding.id, finding.key) for finding in error.findings] == [("secret", key)]
         assert not re.search(r"abc|aaaa|xxxx|pass@", str(error))
 
