@@ -6,14 +6,14 @@ are kept when they are left, so that going back loses nothing.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from textual.app import App
+from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
-from textual.command import DiscoveryHit, Hit, Provider
 from textual.filter import LineFilter
 from textual.screen import Screen
 from textual.theme import Theme
@@ -67,34 +67,6 @@ THEME: Final = Theme(
 )
 
 
-class Actions(Provider):
-    """Every key that works now, findable by what it does."""
-
-    async def discover(self) -> AsyncIterator[DiscoveryHit]:
-        for name, act in self._found():
-            yield DiscoveryHit(name, act)
-
-    async def search(self, query: str) -> AsyncIterator[Hit]:
-        matcher = self.matcher(query)
-        for name, act in self._found():
-            if (score := matcher.match(name)) > 0:
-                yield Hit(score, matcher.highlight(name), act)
-
-    def _found(self) -> list[tuple[str, Callable[[], Any]]]:
-        found: dict[str, Callable[[], Any]] = {}
-        for active in self.screen.active_bindings.values():
-            binding, node = active.binding, active.node
-            if active.enabled and binding.description and binding.description not in found:
-                found[binding.description] = self._running(binding.action, node)
-        return sorted(found.items())
-
-    def _running(self, action: str, node: Any) -> Callable[[], Any]:
-        async def run() -> None:
-            await self.app.run_action(action, node)
-
-        return run
-
-
 class WindtunnelApp(App[int]):
     """The screens over one draft, an empty one unless it is given. `run()` gives the exit status.
 
@@ -105,7 +77,6 @@ class WindtunnelApp(App[int]):
     CSS_PATH = "app.tcss"
     TITLE = "windtunnel"
     ENABLE_COMMAND_PALETTE = True
-    COMMANDS: ClassVar[set[Any]] = {Actions}
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+q", "leave", "leave", show=False, priority=True),
         Binding("f2", "setup", "set up a run", show=False),
@@ -176,6 +147,15 @@ class WindtunnelApp(App[int]):
         self._shown = self._start
         self._load_screen_css(page)  # Textual does so for every screen but the default one
         return page
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """Every key that works now, findable by what it does."""
+        found: dict[str, SystemCommand] = {}
+        for active in screen.active_bindings.values():
+            name, action = active.binding.description, active.binding.action
+            if active.enabled and name and name not in found:
+                found[name] = SystemCommand(name, "", partial(self.run_action, action, active.node))
+        return found.values()
 
     def on_mount(self) -> None:
         if self._run:
