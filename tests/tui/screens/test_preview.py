@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from engine.data.requests import CheckRows, PreviewRows, Request, plain
 from engine.wizard.counting import rows_config
 from engine.wizard.draft import Draft
 from tests.support.screens import assert_golden
-from tests.support.stand_in import SAMPLE, WORKER, draft_on, opened
+from tests.support.stand_in import SAMPLE, WORKER, Screen, draft_on, opened
 from tui.page import CommandLine
 from tui.widgets.tokens import TokenView
 
@@ -48,10 +50,18 @@ def sample() -> Draft:
     return draft_on(dataset=DatasetConfig(path=SAMPLE))
 
 
+@asynccontextmanager
+async def previewed(
+    draft: Draft, until: str = "✓ good", size: tuple[int, int] = (80, 24)
+) -> AsyncIterator[Screen]:
+    async with opened(draft, "Preview", size) as screen:
+        await screen.until(until)
+        yield screen
+
+
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
 async def test_the_page_looks_like_its_golden_text(size: tuple[int, int]) -> None:
-    async with opened(sample(), "Preview", size) as screen:
-        await screen.until("✓ good")
+    async with previewed(sample(), size=size) as screen:
         await screen.until("[THINK]")
         assert_golden(f"preview-{size[0]}x{size[1]}", screen.text)
 
@@ -84,8 +94,9 @@ async def test_it_shows_the_very_arrays_that_training_reads(tmp_path) -> None:
 async def test_rows_are_reached_by_n_p_and_number_and_odd_rows_by_N_P_and_w(tmp_path) -> None:
     rows = [chat(f"question {n}", f"answer {n}") for n in range(40)]
     rows[29] = chat("q", {"content": "silent", "weight": 0})
-    async with opened(draft_of(tmp_path, *rows), "Preview") as screen:
-        await screen.until("nothing to learn in 1 row, left out")
+    async with previewed(
+        draft_of(tmp_path, *rows), "nothing to learn in 1 row, left out"
+    ) as screen:
         await screen.press("p")
         assert "row 1 of 40" in screen.text
         await screen.press("n")
@@ -121,8 +132,7 @@ async def described(screen, text: str) -> str:
 
 
 async def test_tokens_are_found_by_text_and_id_and_described() -> None:
-    async with opened(sample(), "Preview") as screen:
-        await screen.until("✓ good")
+    async with previewed(sample()) as screen:
         line = await described(screen, "calm")
         assert "·calm  learned as think" in line
         assert line.endswith("message 1")
@@ -133,8 +143,7 @@ async def test_tokens_are_found_by_text_and_id_and_described() -> None:
 
 
 async def test_labels_edges_and_a_copy_of_the_row() -> None:
-    async with opened(sample(), "Preview") as screen:
-        await screen.until("✓ good")
+    async with previewed(sample()) as screen:
         await screen.press("b")
         assert "<s>│[INST]│What│ does│" in screen.text
         await screen.press("b", "m")
@@ -148,8 +157,7 @@ async def test_labels_edges_and_a_copy_of_the_row() -> None:
 
 async def test_the_thinking_switch_relabels_at_once_and_asks_nobody() -> None:
     draft = sample()
-    async with opened(draft, "Preview") as screen:
-        await screen.until("✓ good")
+    async with previewed(draft) as screen:
         asked = list(WORKER.asked)
         assert "4,372  75%" in screen.text
         await screen.press("space", "space")
@@ -166,8 +174,7 @@ async def test_the_thinking_switch_relabels_at_once_and_asks_nobody() -> None:
 async def test_dropping_old_thinking_takes_its_tokens_out(tmp_path) -> None:
     row = chat("q", thinking("older thought", "a"), "r", thinking("newer thought", "b"))
     draft = draft_of(tmp_path, row)
-    async with opened(draft, "Preview") as screen:
-        await screen.until("✓ good")
+    async with previewed(draft) as screen:
         assert "older thought" in screen.text
         await screen.press("space", "down", "space")
         await screen.until(lambda: "older thought" not in screen.text)
@@ -179,8 +186,9 @@ async def test_dropping_old_thinking_takes_its_tokens_out(tmp_path) -> None:
 
 
 async def test_switches_that_are_no_choice_say_why(tmp_path) -> None:
-    async with opened(draft_of(tmp_path, chat("q", "a")), "Preview") as screen:
-        await screen.until("thinking     - none in the rows")
+    async with previewed(
+        draft_of(tmp_path, chat("q", "a")), "thinking     - none in the rows"
+    ) as screen:
         assert "reasoning    - v15 models only" in screen.text
 
 
@@ -188,8 +196,9 @@ async def test_the_effort_of_a_v15_model_is_a_switch_and_none_over_thinking_a_wa
     tmp_path,
 ) -> None:
     draft = draft_of(tmp_path, chat("q", thinking("t", "a")), model="mistral-small-4")
-    async with opened(draft, "Preview", (120, 40)) as screen:
-        await screen.until('[MODEL_SETTINGS]{"reasoning_effort": "high"}')
+    async with previewed(
+        draft, '[MODEL_SETTINGS]{"reasoning_effort": "high"}', size=(120, 40)
+    ) as screen:
         await screen.press("space", "down", "down", "left")
         await screen.until('[MODEL_SETTINGS]{"reasoning_effort": "none"}')
         assert draft.changes == {"chat_template_kwargs": {"reasoning_effort": "none"}}
@@ -200,8 +209,7 @@ async def test_the_effort_of_a_v15_model_is_a_switch_and_none_over_thinking_a_wa
 
 async def test_a_bad_row_is_a_sentence_and_n_goes_on(tmp_path) -> None:
     rows = ("{bad\n", chat("q", "fine"))
-    async with opened(draft_of(tmp_path, *rows), "Preview") as screen:
-        await screen.until("✗ row 1 cannot be used")
+    async with previewed(draft_of(tmp_path, *rows), "✗ row 1 cannot be used") as screen:
         assert "The line is not JSON." in screen.text
         await screen.until("! look  an error in 1 row")
         await screen.press("n")
@@ -210,24 +218,23 @@ async def test_a_bad_row_is_a_sentence_and_n_goes_on(tmp_path) -> None:
 
 async def test_where_nothing_is_learned_enter_does_not_go_on(tmp_path) -> None:
     row = chat("q", {"content": "a", "weight": 0})
-    async with opened(draft_of(tmp_path, row), "Preview") as screen:
-        await screen.until("✗ stop  no token is learned in any row")
+    async with previewed(
+        draft_of(tmp_path, row), "✗ stop  no token is learned in any row"
+    ) as screen:
         await screen.press("enter")
         assert "● Preview" in screen.text
 
 
 async def test_enter_goes_on_and_a_row_that_is_too_long_is_told(tmp_path) -> None:
     draft = draft_of(tmp_path, chat("q", "word " * 200), chat("q", "b"), sequence_len=128)
-    async with opened(draft, "Preview") as screen:
-        await screen.until("! look  over 128 tokens in 1 row, left out")
+    async with previewed(draft, "! look  over 128 tokens in 1 row, left out") as screen:
         await screen.press("enter")
         assert screen.went_on
 
 
 async def test_hostile_text_is_shown_and_does_nothing(tmp_path) -> None:
     text = "\x1b[31mred \u202eback [bold]b[/bold] [/] [INST]"
-    async with opened(draft_of(tmp_path, chat(text, text)), "Preview") as screen:
-        await screen.until("✓ good")
+    async with previewed(draft_of(tmp_path, chat(text, text))) as screen:
         shown = screen.text
         assert "␛[31mred ⟨U+202E⟩back [bold]b[/bold] [/] [INST]" in shown.replace("\n", "")
         assert "\x1b" not in shown
@@ -239,8 +246,7 @@ async def test_hostile_text_is_shown_and_does_nothing(tmp_path) -> None:
 
 async def test_a_worker_that_is_killed_is_a_sentence_and_r_reads_again(tmp_path) -> None:
     rows = [chat(f"question {n}", "a") for n in range(60)]
-    async with opened(draft_of(tmp_path, *rows), "Preview") as screen:
-        await screen.until("✓ good")
+    async with previewed(draft_of(tmp_path, *rows)) as screen:
         os.kill(screen.app.data_worker.process_id, signal.SIGSTOP)  # type: ignore[arg-type]
         await screen.press("g", "5", "0", "enter")
         os.kill(screen.app.data_worker.process_id, signal.SIGKILL)  # type: ignore[arg-type]
@@ -270,8 +276,7 @@ async def test_an_image_is_one_chip_that_the_cursor_steps_over_and_nobody_learns
     Image.new("RGB", (448, 336)).save(tmp_path / "lamp.png")
     row = chat("What is it?", "A lamp.", images=["lamp.png"])
     draft = draft_of(tmp_path, row, model="demo-tiny-vision")
-    async with opened(draft, "Preview") as screen:
-        await screen.until("every row learns something")
+    async with previewed(draft, "every row learns something") as screen:
         assert screen.text.count("[image 448x336: 8 x 6 tokens]") == 1
         await screen.press("right", "right")
         told = "54 tokens from 3  image 448x336: 8 x 6 tokens  only read: image  message 0"

@@ -48,18 +48,18 @@ PAGES: dict[str, type[Page]] = {"Train": FrozenTrainPage, "Runs": RunsPage}
 
 @asynccontextmanager
 async def shown(
-    run: RunFolder, size: tuple[int, int] = (80, 24), *, alive: bool = True
+    run: RunFolder, until: str, size: tuple[int, int] = (80, 24), *, alive: bool = True
 ) -> AsyncIterator[Pilot[int]]:
     app = WindtunnelApp(run=run, pages=PAGES)
     with RunLock(run) if alive else nullcontext():
         async with app.run_test(size=size) as pilot:
+            await wait_for_text(pilot, until)
             yield pilot
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
 async def test_a_run_under_way(tmp_path: Path, size: tuple[int, int]) -> None:
-    async with shown(written_run(tmp_path / "support-magistral-1"), size) as pilot:
-        await wait_for_text(pilot, "step 61/99")
+    async with shown(written_run(tmp_path / "support-magistral-1"), "step 61/99", size) as pilot:
         await wait_for_text(pilot, "step 60  I'm sorry")
         await pilot.pause()
         assert_golden(f"train-{size[0]}x{size[1]}", screen_text(pilot.app))
@@ -68,8 +68,7 @@ async def test_a_run_under_way(tmp_path: Path, size: tuple[int, int]) -> None:
 async def test_a_run_that_has_finished(tmp_path: Path) -> None:
     async with shown(
         written_run(tmp_path / "support-magistral-1", 99, Ended("finished", 99)), alive=False
-    ) as pilot:
-        await wait_for_text(pilot, "✓ done")
+    , "✓ done") as pilot:
         await wait_for_text(pilot, "99 steps in")
         await pilot.pause(0.3)
         assert_golden("train-done-80x24", screen_text(pilot.app))
@@ -108,24 +107,21 @@ async def test_a_run_without_memory_offers_what_makes_room(
     with EventWriter(run.events, clock=lambda: NOW) as writer:
         writer.emit(OUT_OF_MEMORY)
         writer.emit(end)
-    async with shown(run, size, alive=False) as pilot:
-        await wait_for_text(pilot, "go on with micro_batch_size 1")
+    async with shown(run, "go on with micro_batch_size 1", size, alive=False) as pilot:
         await pilot.pause()
         assert_golden(f"train-memory-{size[0]}x{size[1]}", screen_text(pilot.app))
 
 
 async def test_a_run_that_failed_says_what_why_kept_and_what_can_be_done(tmp_path: Path) -> None:
     end = Ended("failed", 61, "The save could not be written.", "The disk is full.", "Free 1 GB.")
-    async with shown(written_run(tmp_path / "support-magistral-1", 61, end), alive=False) as pilot:
-        await wait_for_text(pilot, "The disk is full.")
+    async with shown(written_run(tmp_path / "support-magistral-1", 61, end), "The disk is full.", alive=False) as pilot:
         assert_golden("train-failed-80x24", screen_text(pilot.app))
         await pilot.press("escape")
         await wait_for_text(pilot, "smoothed")
 
 
 async def test_a_run_that_was_killed_is_lost_and_says_so(tmp_path: Path) -> None:
-    async with shown(written_run(tmp_path / "run"), alive=False) as pilot:
-        await wait_for_text(pilot, "✗ lost")
+    async with shown(written_run(tmp_path / "run"), "✗ lost", alive=False) as pilot:
         await wait_for_text(pilot, "wrote no last word")
         await wait_for_text(pilot, "❯ resume from step-60")
 
@@ -133,8 +129,7 @@ async def test_a_run_that_was_killed_is_lost_and_says_so(tmp_path: Path) -> None
 async def test_a_folder_that_cannot_be_read_is_a_problem(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.events.mkdir(parents=True)
-    async with shown(run, alive=False) as pilot:
-        await wait_for_text(pilot, "cannot be read.")
+    async with shown(run, "cannot be read.", alive=False) as pilot:
 
 
 @pytest.mark.parametrize(
@@ -152,8 +147,7 @@ async def test_a_key_shows_more_and_escape_shows_all_again(
 ) -> None:
     run = written_run(tmp_path / "run")
     run.log.write_text("loading shards\rloading shards 100%\n\x1b[31mred\n")
-    async with shown(run) as pilot:
-        await wait_for_text(pilot, "grad norm")
+    async with shown(run, "grad norm") as pilot:
         await pilot.press(key)
         await wait_for_text(pilot, text)
         assert "grad norm" not in screen_text(pilot.app)
@@ -164,8 +158,7 @@ async def test_a_key_shows_more_and_escape_shows_all_again(
 async def test_the_log_of_libraries_cannot_act_on_the_terminal(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run")
     run.log.write_text("\x1b[31mred [bold]x\n")
-    async with shown(run) as pilot:
-        await wait_for_text(pilot, "grad norm")
+    async with shown(run, "grad norm") as pilot:
         await pilot.press("l")
         await wait_for_text(pilot, "␛[31mred [bold]x")
 
@@ -174,8 +167,7 @@ async def test_answers_and_names_of_strangers_are_shown_and_do_nothing(tmp_path:
     writer = RunWriter(tmp_path / "run")
     writer.begin(model="org/[bold]x\x1b]0;t\x07")
     writer.write(Sample(0, "q [red]?", "a\x9b31m [/nope] \u202e", "after"), Note("error", "[/x]"))
-    async with shown(writer.folder) as pilot:
-        await wait_for_text(pilot, "what it says now")
+    async with shown(writer.folder, "what it says now") as pilot:
         assert "[bold]x␛]0;t␇" in screen_text(pilot.app)
         await pilot.press("v")
         await wait_for_text(pilot, "asked    q [red]?")
@@ -183,8 +175,7 @@ async def test_answers_and_names_of_strangers_are_shown_and_do_nothing(tmp_path:
 
 
 async def test_leaving_a_run_that_trains_says_how_to_come_back(tmp_path: Path) -> None:
-    async with shown(written_run(tmp_path / "run")) as pilot:
-        await wait_for_text(pilot, "▶ training")
+    async with shown(written_run(tmp_path / "run"), "▶ training") as pilot:
         await pilot.press("q")
     assert pilot.app.parting == "still training: windtunnel watch run"  # type: ignore[attr-defined]
 
@@ -192,15 +183,13 @@ async def test_leaving_a_run_that_trains_says_how_to_come_back(tmp_path: Path) -
 async def test_leaving_a_run_that_has_ended_says_nothing(tmp_path: Path) -> None:
     async with shown(
         written_run(tmp_path / "run", 99, Ended("finished", 99)), alive=False
-    ) as pilot:
-        await wait_for_text(pilot, "✓ done")
+    , "✓ done") as pilot:
         await pilot.press("q")
     assert pilot.app.parting == ""  # type: ignore[attr-defined]
 
 
 async def test_escape_goes_to_the_list_of_runs(tmp_path: Path) -> None:
-    async with shown(written_run(tmp_path / "run")) as pilot:
-        await wait_for_text(pilot, "▶ training")
+    async with shown(written_run(tmp_path / "run"), "▶ training") as pilot:
         await pilot.press("escape")
         await wait_for_text(pilot, "space marks two to compare")
 
@@ -322,25 +311,25 @@ async def test_figures_stand_below_the_curves_and_a_finished_run_says_what_is_ne
 ) -> None:
     writer = begun(tmp_path, 20)
     writer.write(Drift(20, 0.04, 900), Ended("finished", 20))
-    async with shown(writer.folder, alive=False) as pilot:
-        await wait_for_text(pilot, "✓ done")
+    async with shown(writer.folder, "✓ done", alive=False) as pilot:
         await wait_for_text(pilot, "step 20: drift 0.04")
         await wait_for_text(pilot, run.NEXT)
         await wait_for_text(pilot, "$ windtunnel generate run --prompt 'My lamp (order 4471)")
 
 
 @asynccontextmanager
-async def attached(run: RunFolder, **fake: object) -> AsyncIterator[Pilot[int]]:
+async def attached(**fake: object) -> AsyncIterator[tuple[RunFolder, Pilot[int]]]:
     """The page on the fake trainer, which goes on until the work is done."""
+    run = create_run("live")
     app = WindtunnelApp(run=run)
     with running_fake(run, **{"steps": 100_000, "step_seconds": 0.01, **fake}):
         async with app.run_test(size=(80, 24), notifications=True) as pilot:
-            yield pilot
+            await wait_for_text(pilot, "▶ training")
+            yield run, pilot
 
 
 async def test_charts_move_while_the_run_goes_on(home: Path) -> None:
-    async with attached(create_run("live")) as pilot:
-        await wait_for_text(pilot, "▶ training")
+    async with attached() as (_, pilot):
         await wait_for_text(pilot, "loss 2.")
         before = screen_text(pilot.app)
         await wait_for(pilot, lambda: screen_text(pilot.app) != before)
@@ -357,9 +346,7 @@ async def test_a_run_that_was_just_started_says_that_it_outlives_the_window(home
 
 
 async def test_p_pauses_and_p_goes_on(home: Path) -> None:
-    run = create_run("live")
-    async with attached(run) as pilot:
-        await wait_for_text(pilot, "▶ training")
+    async with attached() as (run, pilot):
         await pilot.press("p")
         await wait_for_text(pilot, "❚❚ paused")
         assert status(run) == "paused"
@@ -372,9 +359,7 @@ async def test_p_pauses_and_p_goes_on(home: Path) -> None:
 
 
 async def test_a_request_is_shown_until_the_run_answers(home: Path) -> None:
-    run = create_run("live")
-    async with attached(run, save_seconds=1) as pilot:
-        await wait_for_text(pilot, "▶ training")
+    async with attached(save_seconds=1) as (run, pilot):
         await pilot.press("c")
         await wait_for_text(pilot, "asked to save…")
         await wait_for_text(pilot, "▶ training  live  CPU")
@@ -384,9 +369,7 @@ async def test_a_request_is_shown_until_the_run_answers(home: Path) -> None:
 
 
 async def test_s_asks_first_and_escape_lets_the_run_go_on(home: Path) -> None:
-    run = create_run("live")
-    async with attached(run) as pilot:
-        await wait_for_text(pilot, "▶ training")
+    async with attached() as (run, pilot):
         await pilot.press("s")
         await wait_for_text(pilot, "save it and keep the adapter?")
         await pilot.press("escape")
@@ -395,9 +378,7 @@ async def test_s_asks_first_and_escape_lets_the_run_go_on(home: Path) -> None:
 
 
 async def test_s_and_enter_save_and_stop_the_run(home: Path) -> None:
-    run = create_run("live")
-    async with attached(run) as pilot:
-        await wait_for_text(pilot, "▶ training")
+    async with attached() as (run, pilot):
         await pilot.press("s")
         await wait_for_text(pilot, "Stop after step")
         await pilot.press("enter")
@@ -408,8 +389,7 @@ async def test_s_and_enter_save_and_stop_the_run(home: Path) -> None:
 
 
 async def test_what_a_run_refuses_is_a_sentence(home: Path) -> None:
-    async with attached(create_run("live"), refuses="save") as pilot:
-        await wait_for_text(pilot, "▶ training")
+    async with attached(refuses="save") as (_, pilot):
         await pilot.press("c")
         await wait_for_text(pilot, "The run live refused to save.")
 
