@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux, which draws the terminal"),
 ]
 
-PATIENCE = 240.0
+SECONDS = 240.0
 """For the longest wait: from a resume to the last of 150 steps."""
 WINDTUNNEL = str(Path(sys.executable).with_name("windtunnel"))
 """By its path: a shell of tmux sets its own PATH."""
@@ -49,7 +49,7 @@ class Terminal:
 
     def wait_for(self, condition: str | Callable[[str], bool]) -> str:
         """The screen once it holds the text; it is looked at, never slept for."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             screen = self.screen()
             if condition in screen if isinstance(condition, str) else condition(screen):

@@ -66,9 +66,8 @@ async def test_a_run_under_way(tmp_path: Path, size: tuple[int, int]) -> None:
 
 
 async def test_a_run_that_has_finished(tmp_path: Path) -> None:
-    async with shown(
-        written_run(tmp_path / "support-magistral-1", 99, Ended("finished", 99)), alive=False
-    , "✓ done") as pilot:
+    run = written_run(tmp_path / "support-magistral-1", 99, Ended("finished", 99))
+    async with shown(run, "✓ done", alive=False) as pilot:
         await wait_for_text(pilot, "99 steps in")
         await pilot.pause(0.3)
         assert_golden("train-done-80x24", screen_text(pilot.app))
@@ -114,7 +113,8 @@ async def test_a_run_without_memory_offers_what_makes_room(
 
 async def test_a_run_that_failed_says_what_why_kept_and_what_can_be_done(tmp_path: Path) -> None:
     end = Ended("failed", 61, "The save could not be written.", "The disk is full.", "Free 1 GB.")
-    async with shown(written_run(tmp_path / "support-magistral-1", 61, end), "The disk is full.", alive=False) as pilot:
+    run = written_run(tmp_path / "support-magistral-1", 61, end)
+    async with shown(run, "The disk is full.", alive=False) as pilot:
         assert_golden("train-failed-80x24", screen_text(pilot.app))
         await pilot.press("escape")
         await wait_for_text(pilot, "smoothed")
@@ -129,7 +129,8 @@ async def test_a_run_that_was_killed_is_lost_and_says_so(tmp_path: Path) -> None
 async def test_a_folder_that_cannot_be_read_is_a_problem(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.events.mkdir(parents=True)
-    async with shown(run, "cannot be read.", alive=False) as pilot:
+    async with shown(run, "cannot be read.", alive=False):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -181,9 +182,8 @@ async def test_leaving_a_run_that_trains_says_how_to_come_back(tmp_path: Path) -
 
 
 async def test_leaving_a_run_that_has_ended_says_nothing(tmp_path: Path) -> None:
-    async with shown(
-        written_run(tmp_path / "run", 99, Ended("finished", 99)), alive=False
-    , "✓ done") as pilot:
+    run = written_run(tmp_path / "run", 99, Ended("finished", 99))
+    async with shown(run, "✓ done", alive=False) as pilot:
         await pilot.press("q")
     assert pilot.app.parting == ""  # type: ignore[attr-defined]
 
@@ -336,11 +336,9 @@ async def test_charts_move_while_the_run_goes_on(home: Path) -> None:
 
 
 async def test_a_run_that_was_just_started_says_that_it_outlives_the_window(home: Path) -> None:
-    run = create_run("live")
-    async with attached(run) as pilot:
+    async with attached() as (_, pilot):
         app = pilot.app
         assert isinstance(app, WindtunnelApp)
-        await wait_for_text(pilot, "▶ training  live")
         app.open_run(create_run("other"), fresh=True)
         await wait_for_text(pilot, "started; it goes on")
 
