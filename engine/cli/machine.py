@@ -39,6 +39,10 @@ from engine.visible import fold, visible
 from engine.wizard.request import find_machine
 
 _COLUMNS = 80
+_HOST = (
+    *("cpu_name", "cpu_count", "ram_total_bytes", "ram_available_bytes"),
+    *("disk_path", "disk_free_bytes", "driver_version", "cuda_version"),
+)
 
 
 def probe(*, assume: Assume = None, as_json: AsJson = False) -> None:
@@ -65,16 +69,7 @@ def machine_entry(machine: Machine) -> dict[str, Any]:
     return {
         "gpus": [_gpu_entry(gpu) for gpu in machine.gpus],
         "assumed": machine.assumed,
-        "host": {
-            "cpu_name": machine.cpu_name,
-            "cpu_count": machine.cpu_count,
-            "ram_total_bytes": machine.ram_total_bytes,
-            "ram_available_bytes": machine.ram_available_bytes,
-            "disk_path": machine.disk_path,
-            "disk_free_bytes": machine.disk_free_bytes,
-            "driver_version": machine.driver_version,
-            "cuda_version": machine.cuda_version,
-        },
+        "host": {name: getattr(machine, name) for name in _HOST},
         "stack": dict(machine.stack),
         "torch_cuda": machine.torch_cuda,
         "missing": [asdict(each) for each in missing_packages(machine)],

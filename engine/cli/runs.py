@@ -231,7 +231,9 @@ def watch(
     shown = PlainWatch(sys.stdout)
     for recorded in follow(run):
         shown.show(recorded)
-    print(_ending(run), flush=True)
+    summary = summarize(run)
+    ended = f"{visible(run.name, one_line=True)} is {summary.status}, {progress_text(summary)}"
+    print(ended, flush=True)
     return 0
 
 
@@ -305,11 +307,6 @@ def _newest(home: Path | None) -> RunFolder:
             "Start one with `windtunnel train CONFIG`, or name its folder.",
         )
     return runs[0]
-
-
-def _ending(run: RunFolder) -> str:
-    summary = summarize(run)
-    return f"{visible(run.name, one_line=True)} is {summary.status}, {progress_text(summary)}"
 
 
 def _ask(run: RunFolder, command: Request) -> None:

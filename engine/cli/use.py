@@ -6,6 +6,7 @@ of it and how the answers are printed.
 
 import contextlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from cyclopts import Parameter
 from engine.catalog import UnknownModel
 from engine.child import Child, torch_process
 from engine.cli.terminal import HOST, AsJson, CommandHost, Host, RunName, RunsFolder
+from engine.config import read_config
 from engine.errors import UserError
 from engine.interrupt import wait_for_line
 from engine.launch import planned_gpu, require_torch
@@ -97,7 +99,7 @@ def chat(
 ) -> None:
     """Talk with what a run has trained, turn by turn; ctrl+d leaves. --base: as it was."""
     run = find_run(name, home)
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages = _system(system)
     with _open(run, host, anyway) as process:
         _ready(process, as_json=False)
         for text in _prompts(None):
@@ -142,7 +144,8 @@ def merge(
         print(json.dumps({"run": str(run.path), "merged": record["merged"]}))
         return
     print(f"Merged into the original weights: {visible(record['merged'], one_line=True)}")
-    if _was_quantized(run):
+    config = read_config(run.config).config
+    if config.load_in_4bit or config.load_in_8bit:
         print(
             "The run computed with 4-bit or 8-bit weights: answers can differ a little from "
             "its own. `windtunnel generate` shows those."
@@ -192,7 +195,10 @@ def compare(
         document = {
             "runs": [str(run.path) for run in runs],
             "learned_tokens": tokens,
-            "figures": {f.name: [_json_number(f.first), _json_number(f.second)] for f in figures},
+            "figures": {
+                f.name: [None if math.isnan(value) else value for value in (f.first, f.second)]
+                for f in figures
+            },
             "differences": {key: [a, b] for key, a, b in found.lines},
             "same_keys": found.same,
             "held_out_differs_by": found.held_out,
@@ -203,7 +209,10 @@ def compare(
         print(f"{letter}  {visible(str(run.path), one_line=True)}")
     print(f"\n{f'at {tokens:,} learned tokens':<34}{'A':>14}{'B':>14}")
     for figure in figures:
-        a, b = (_number(value, figure.digits) for value in (figure.first, figure.second))
+        a, b = (
+            "-" if math.isnan(value) else f"{value:,.{figure.digits}f}"
+            for value in (figure.first, figure.second)
+        )
         print(f"{visible(figure.name, one_line=True):<34}{a:>14}{b:>14}")
     if found.held_out:
         where = f"{found.held_out_on} ({', '.join(found.held_out)})"
@@ -285,8 +294,11 @@ def _messages(text: str, system: str | None, image: Path | None) -> list[dict[st
             )
         path = str(image.absolute())
         content = [{"type": "image", "path": path}, {"type": "text", "text": text}]
-    told: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    return [*told, {"role": "user", "content": content}]
+    return [*_system(system), {"role": "user", "content": content}]
+
+
+def _system(prompt: str | None) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": prompt}] if prompt else []
 
 
 def _content(answer: str) -> str | list[dict[str, str]]:
@@ -296,18 +308,3 @@ def _content(answer: str) -> str | list[dict[str, str]]:
         return answer
     thinking = {"type": "thinking", "thinking": found[1]}
     return [thinking, *([{"type": "text", "text": found[2]}] if found[2] else [])]
-
-
-def _was_quantized(run: RunFolder) -> bool:
-    from engine.config import read_config
-
-    config = read_config(run.config).config
-    return bool(config.load_in_4bit or config.load_in_8bit)
-
-
-def _number(value: float, digits: int) -> str:
-    return "-" if value != value else f"{value:,.{digits}f}"
-
-
-def _json_number(value: float) -> float | None:
-    return None if value != value else value

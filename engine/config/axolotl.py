@@ -159,13 +159,11 @@ def _other_formats(value: object) -> bool:
         "llm_int8_threshold": 6.0,
     }
     return isinstance(value, dict) and any(
-        not _is_names(item) if key == "llm_int8_skip_modules" else ours.get(key, ...) != item
+        not (isinstance(item, list) and all(isinstance(name, str) for name in item))
+        if key == "llm_int8_skip_modules"
+        else ours.get(key, ...) != item
         for key, item in value.items()
     )
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 _BALANCE = ("output_router_logits", "router_aux_loss_coef")

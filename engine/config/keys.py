@@ -39,16 +39,13 @@ class Section(BaseModel):
         protected_namespaces=(),
     )
 
-    def default_of(self, key: str) -> Any:
-        """The default of `key` beside the other values here, which it may depend on."""
+    def is_default(self, key: str) -> bool:
+        """Whether a file need not name `key`; its default may depend on the other values here."""
         field = type(self).model_fields[key]
         if field.is_required():
-            return None
-        return field.get_default(call_default_factory=True, validated_data=self.__dict__)
-
-    def is_default(self, key: str) -> bool:
-        """Whether a file need not name `key`."""
-        return bool(getattr(self, key) == self.default_of(key))
+            return False
+        default = field.get_default(call_default_factory=True, validated_data=self.__dict__)
+        return bool(getattr(self, key) == default)
 
     def file_value(self, key: str) -> Any:
         """The value of `key` as YAML has it: lists and mappings, None for an empty tuple."""

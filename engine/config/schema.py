@@ -58,13 +58,10 @@ def _fields_schema() -> dict[str, Any]:
             entry.pop("title", None)
             if "description" in entry:
                 entry["description"] = " ".join(entry["description"].split())
-            if key not in required and not _accepts_null(entry):
+            null = any(option.get("type") == "null" for option in entry.get("anyOf", ()))
+            if key not in required and not null:
                 _allow_null(entry)
     return schema
-
-
-def _accepts_null(entry: Schema) -> bool:
-    return any(option.get("type") == "null" for option in entry.get("anyOf", ()))
 
 
 def _allow_null(entry: dict[str, Any]) -> None:
@@ -99,7 +96,8 @@ def describe(entry: Schema) -> str:
         return "text"
     if kind == "array":
         item = entry.get("items", {})
-        return "a list of datasets" if "$ref" in item else f"a list{_of(item)}"
+        of = f" of {_plain(item)}" if item.get("type") else ""
+        return "a list of datasets" if "$ref" in item else f"a list{of}"
     if kind == "object":
         item = entry.get("additionalProperties", {})
         return f"a mapping of names to {_plain(item)}"
@@ -143,10 +141,6 @@ def _range(entry: Schema) -> str:
     if low is not None:
         return f", {low:g} or more"
     return "" if above is None else f" above {above:g}"
-
-
-def _of(item: Schema) -> str:
-    return f" of {_plain(item)}" if item.get("type") else ""
 
 
 def _plain(item: Schema | bool) -> str:
