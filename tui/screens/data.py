@@ -30,8 +30,8 @@ from engine.visible import visible
 from engine.wizard.commands import check_command
 from engine.wizard.data import USE, DataStep
 from engine.wizard.offers import Source, find_newest, list_sources
+from engine.wizard.preview import Switch
 from engine.wizard.reading import Read
-from engine.wizard.switches import Switch
 from tui.line import marked
 from tui.page import HelpText, Key, Page, PathField
 from tui.widgets.choices import Choices, Switches

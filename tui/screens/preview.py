@@ -22,10 +22,8 @@ from engine.errors import UserError
 from engine.report.data import learned_text
 from engine.visible import visible
 from engine.wizard.commands import preview_command
-from engine.wizard.judging import GroupCount, Verdict, count_groups
-from engine.wizard.preview import PreviewStep
+from engine.wizard.preview import SWITCH_HELP, GroupCount, PreviewStep, Verdict, count_groups
 from engine.wizard.reading import Read
-from engine.wizard.switches import SWITCH_HELP
 from tui.page import HelpText, Key, Page
 from tui.widgets.choices import Choices, Switches
 from tui.widgets.pane import Drawn, Pane, Prompt

@@ -22,7 +22,7 @@ from engine.visible import visible
 
 if TYPE_CHECKING:
     from engine.wizard.settings import Field
-    from engine.wizard.switches import Switch
+    from engine.wizard.preview import Switch
 
 
 class Lines(Widget, can_focus=True):
