@@ -24,8 +24,8 @@ from tui.page import STEPS, Page, RowsCounted
 if TYPE_CHECKING:
     from engine.config import RunConfig
     from engine.runs import RunFolder
-    from engine.wizard.data_worker import DataWorker
     from engine.wizard.draft import Counted, Draft
+    from engine.wizard.reading import DataWorker
 
 PAGES: Final[Mapping[str, str]] = {
     "Machine": "tui.screens.machine:MachinePage",
@@ -130,7 +130,7 @@ class WindtunnelApp(App[int]):
     def data_worker(self) -> "DataWorker":
         """The process that reads and tokenizes; started at the first use, ended with the app."""
         if self._data_worker is None:
-            from engine.wizard.data_worker import DataWorker
+            from engine.wizard.reading import DataWorker
 
             self._data_worker = DataWorker()
         return self._data_worker
@@ -254,7 +254,7 @@ class WindtunnelApp(App[int]):
 
     async def _prepare(self) -> None:
         """Load what the next pages need while the person looks at the first one."""
-        for module in ("engine.wizard.draft", "engine.wizard.data_worker"):
+        for module in ("engine.wizard.draft", "engine.wizard.reading"):
             await asyncio.to_thread(import_module, module)
         await self.data_worker.warm()
 

@@ -20,9 +20,8 @@ from engine.plan import Statistics
 from engine.wizard.draft import Counted, Draft
 
 if TYPE_CHECKING:
-    from engine.wizard.data_worker import DataWorker
     from engine.wizard.question import Work
-    from engine.wizard.reading import Read
+    from engine.wizard.reading import DataWorker, Read
 
 NO_ROW: Final = "no row of it can be used, or its tokenizer is not here"
 MOST_BYTES: Final = 256 * 2**20

@@ -14,8 +14,8 @@ from engine.config import DatasetConfig
 from engine.data.requests import Answer, Progress, Request
 from engine.plan import Device
 from engine.units import GIB
-from engine.wizard.data_worker import DataWorker
 from engine.wizard.draft import Draft
+from engine.wizard.reading import DataWorker
 from tests.support.screens import screen_text
 from tui.app import WindtunnelApp
 from tui.page import Page

@@ -26,8 +26,8 @@ from engine.wizard.counting import (
     next_count,
     take_count,
 )
-from engine.wizard.data_worker import DataWorker
 from engine.wizard.draft import Draft
+from engine.wizard.reading import DataWorker
 from tests.support.stand_in import SAMPLE, WORKER, Screen, draft_on, opened
 from tui.app import WindtunnelApp
 from tui.entry import WizardRequest, make_draft

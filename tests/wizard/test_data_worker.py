@@ -12,7 +12,7 @@ import pytest
 from engine.config import DatasetConfig, RunConfig
 from engine.data.requests import CheckRows, PreviewRows, Progress, ReadShape, Warm
 from engine.errors import UserError
-from engine.wizard.data_worker import DataWorker
+from engine.wizard.reading import DataWorker
 from tests.support.stand_in import SAMPLE
 
 
