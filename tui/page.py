@@ -425,7 +425,7 @@ class PathField(Field):
             self.screen.show_keys(self.screen.KEYS)
 
     def action_complete(self) -> None:
-        from engine.wizard.offers import complete_path  # the first frame does not wait for it
+        from engine.wizard.data import complete_path  # the first frame does not wait for it
 
         completed, names = complete_path(self.value, Path.cwd())
         if not names:

@@ -8,7 +8,7 @@ import pytest
 
 from engine.config import read_config
 from engine.interrupt import INTERRUPTED
-from engine.wizard.offers import find_newest, list_sources
+from engine.wizard.data import find_newest, list_sources
 from tests.fakes.processes import ROOT
 from tests.support.extras import needs_trainer
 from tests.support.terminal import Terminal

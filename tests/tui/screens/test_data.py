@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from engine.wizard.data import complete_path, find_newest
 from engine.wizard.draft import Draft
-from engine.wizard.offers import complete_path, find_newest
 from tests.support.screens import assert_golden
 from tests.support.stand_in import SAMPLE, Screen, draft_on, opened
 from tui.screens.data import spark
