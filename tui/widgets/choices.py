@@ -21,7 +21,7 @@ from textual.widget import Widget
 from engine.visible import visible
 
 if TYPE_CHECKING:
-    from engine.wizard.settings import Field
+    from engine.wizard.plan import Field
     from engine.wizard.preview import Switch
 
 

@@ -14,7 +14,7 @@ from engine.report.plan import bar_parts, legend, share_cells, stretches
 from engine.units import gib
 from engine.wizard.counting import counted_of
 from engine.wizard.draft import Draft
-from engine.wizard.settings import list_fields
+from engine.wizard.plan import list_fields
 from engine.wizard.values import set_value
 from tests.support.screens import assert_golden, screen_text, wait_for
 from tui.app import WindtunnelApp

@@ -18,8 +18,16 @@ from engine.errors import UserError
 from engine.report.plan import plan_verdict
 from engine.visible import visible
 from engine.wizard.commands import plan_command
-from engine.wizard.plan import MEASURING, Card, list_cards, list_rungs, measure_plan, what_to_know
-from engine.wizard.settings import amounts_text, list_fields
+from engine.wizard.plan import (
+    MEASURING,
+    Card,
+    amounts_text,
+    list_cards,
+    list_fields,
+    list_rungs,
+    measure_plan,
+    what_to_know,
+)
 from engine.wizard.values import set_value
 from tui.page import HelpText, Key, Page
 from tui.screens.plan.comparisons import card_lines, roomy_lines, rung_lines
