@@ -178,7 +178,7 @@ class WindtunnelApp(App[int]):
 
         The page that is shown then gets RowsCounted.
         """
-        from engine.wizard.counting import counted_of, next_count
+        from engine.wizard.draft import counted_of, next_count
 
         with suppress(UserError):  # the page says itself why there is no plan
             config = next_count(self.draft)
@@ -187,7 +187,7 @@ class WindtunnelApp(App[int]):
                 self.run_worker(self._count_rows(config), group="rows", exclusive=True)
 
     async def _count_rows(self, config: "RunConfig") -> None:
-        from engine.wizard.counting import count_rows
+        from engine.wizard.draft import count_rows
 
         new = await count_rows(self.draft, config, self.data_worker)
         self._counting = None

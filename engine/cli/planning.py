@@ -70,7 +70,7 @@ from engine.report.plan import (
     row_line,
 )
 from engine.visible import visible
-from engine.wizard.counting import count_config_rows
+from engine.wizard.draft import count_config_rows
 from engine.wizard.measure import STEPS, measure
 from engine.wizard.request import find_device, read_planned
 

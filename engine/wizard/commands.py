@@ -3,8 +3,7 @@
 from typing import Final
 
 from engine.config import DatasetConfig, RunConfig, assignment
-from engine.wizard.counting import RENDER_KEYS, WHICH_KEYS
-from engine.wizard.draft import Draft, is_named_by_path
+from engine.wizard.draft import RENDER_KEYS, WHICH_KEYS, Draft, is_named_by_path
 from engine.wizard.machine import named_cards
 
 _SAID_BY_FILE: Final = (WHICH_KEYS | RENDER_KEYS) - {"chat_template_kwargs"}

@@ -22,8 +22,7 @@ from engine.data.statistics import Checkup
 from engine.errors import UserError
 from engine.report import Line
 from engine.report.data import list_remarks, row_lines, rows_verdict, shape_lines
-from engine.wizard.counting import rows_config, take_count, with_rows
-from engine.wizard.draft import Draft
+from engine.wizard.draft import Draft, rows_config, take_count, with_rows
 from engine.wizard.question import Choice, Confirm, Question, Work
 from engine.wizard.reading import Read
 

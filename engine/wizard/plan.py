@@ -29,12 +29,18 @@ from engine.plan.attention import task_of, why_not
 from engine.report import VERDICT_MARKS, Line
 from engine.report.plan import fit_lines, plan_verdict, steps_text
 from engine.units import GIB, gib
-from engine.wizard.counting import count_work, take_answer
-from engine.wizard.draft import Draft
+from engine.wizard.draft import (
+    EXPERTS,
+    Draft,
+    count_work,
+    expert_tensors,
+    set_value,
+    spelled,
+    take_answer,
+)
 from engine.wizard.measure import measure_and_keep
 from engine.wizard.question import Choice, Confirm, Progress, Question, Work
 from engine.wizard.reading import Read
-from engine.wizard.values import EXPERTS, expert_tensors, set_value, spelled
 
 _POWERS: Final = tuple(str(2**n) for n in range(7, 18))
 _FIRST: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (

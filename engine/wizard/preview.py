@@ -12,8 +12,7 @@ from engine.data.statistics import Checkup
 from engine.errors import UserError
 from engine.report import Line, Mark
 from engine.units import counted
-from engine.wizard.counting import rows_config
-from engine.wizard.draft import Draft
+from engine.wizard.draft import Draft, rows_config
 from engine.wizard.question import Choice, Confirm, Question, Work
 from engine.wizard.reading import Read
 

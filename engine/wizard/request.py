@@ -14,7 +14,7 @@ from engine.plan import Device, Statistics, best_device, estimate, make_fit, pla
 from engine.plan.trainer import refuse_bf16
 from engine.runs import run_home
 from engine.units import gib
-from engine.wizard.counting import count_config_rows
+from engine.wizard.draft import count_config_rows
 
 # A driver that has to wake eight cards first takes longer than a page of the wizard waits.
 _PATIENCE_SECONDS: Final = 15.0

@@ -10,8 +10,7 @@ from engine.errors import UserError
 from engine.report import Line
 from engine.runs import RunFolder
 from engine.units import gib
-from engine.wizard.counting import count_work, next_count, take_answer
-from engine.wizard.draft import Draft, draft_from
+from engine.wizard.draft import Draft, count_work, draft_from, next_count, take_answer
 from engine.wizard.question import Choice, Confirm, Question, Work
 from engine.wizard.reading import Read
 from engine.wizard.start import free_config_path, save_config, start_run, why_not

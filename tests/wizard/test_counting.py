@@ -16,9 +16,10 @@ from engine.hardware import assume
 from engine.plan import Statistics, best_device, estimate
 from engine.units import gib
 from engine.wizard.commands import check_command, plan_command, preview_command
-from engine.wizard.counting import (
+from engine.wizard.draft import (
     COUNTING,
     MOST_BYTES,
+    Draft,
     check_rows,
     count_config_rows,
     count_rows,
@@ -26,7 +27,6 @@ from engine.wizard.counting import (
     next_count,
     take_count,
 )
-from engine.wizard.draft import Draft
 from engine.wizard.reading import DataWorker
 from tests.support.stand_in import SAMPLE, WORKER, Screen, draft_on, opened
 from tui.app import WindtunnelApp

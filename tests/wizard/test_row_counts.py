@@ -18,8 +18,7 @@ from engine.data.statistics import Statistics
 from engine.data.worker import Worker
 from engine.hardware import assume
 from engine.plan import best_device
-from engine.wizard.counting import check_rows, count_config_rows
-from engine.wizard.draft import draft_from
+from engine.wizard.draft import check_rows, count_config_rows, draft_from
 from engine.wizard.flow import Wizard, perform
 from engine.wizard.request import read_planned
 from tests.support.pictures import png

@@ -12,10 +12,8 @@ from engine.hardware import assume
 from engine.plan import Statistics, best_device, cpu_device
 from engine.report.plan import bar_parts, legend, share_cells, stretches
 from engine.units import gib
-from engine.wizard.counting import counted_of
-from engine.wizard.draft import Draft
+from engine.wizard.draft import Draft, counted_of, set_value
 from engine.wizard.plan import list_fields
-from engine.wizard.values import set_value
 from tests.support.screens import assert_golden, screen_text, wait_for
 from tui.app import WindtunnelApp
 from tui.entry import WizardRequest, make_draft

@@ -16,8 +16,7 @@ from engine.chat.tokenizer import open_tokenizer
 from engine.config import DatasetConfig
 from engine.data.prepare import prepare
 from engine.data.requests import CheckRows, PreviewRows, Request, plain
-from engine.wizard.counting import rows_config
-from engine.wizard.draft import Draft
+from engine.wizard.draft import Draft, rows_config
 from tests.support.screens import assert_golden
 from tests.support.stand_in import SAMPLE, WORKER, Screen, draft_on, opened
 from tui.page import CommandLine

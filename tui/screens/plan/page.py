@@ -18,6 +18,7 @@ from engine.errors import UserError
 from engine.report.plan import plan_verdict
 from engine.visible import visible
 from engine.wizard.commands import plan_command
+from engine.wizard.draft import set_value
 from engine.wizard.plan import (
     MEASURING,
     Card,
@@ -28,7 +29,6 @@ from engine.wizard.plan import (
     measure_plan,
     what_to_know,
 )
-from engine.wizard.values import set_value
 from tui.page import HelpText, Key, Page
 from tui.screens.plan.comparisons import card_lines, roomy_lines, rung_lines
 from tui.widgets.choices import Choices, Fields
