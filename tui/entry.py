@@ -138,7 +138,7 @@ def make_draft(request: WizardRequest) -> "Draft":
         draft.path, draft.name = request.config, run_name(request.config)
     if request.config is not None or request.assumed is not None:
         from engine.plan import best_device
-        from engine.wizard.request import find_machine
+        from engine.wizard.start import find_machine
 
         draft.machine = find_machine(request.assumed)
         draft.device = best_device(draft.machine)

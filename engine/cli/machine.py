@@ -36,7 +36,7 @@ from engine.report.machine import (
 from engine.report.plan import model_verdict, size
 from engine.units import counted, gib
 from engine.visible import fold, visible
-from engine.wizard.request import find_machine
+from engine.wizard.start import find_machine
 
 _COLUMNS = 80
 _HOST = (

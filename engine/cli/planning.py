@@ -71,8 +71,7 @@ from engine.report.plan import (
 )
 from engine.visible import visible
 from engine.wizard.draft import count_config_rows
-from engine.wizard.measure import STEPS, measure
-from engine.wizard.request import find_device, read_planned
+from engine.wizard.start import STEPS, find_device, measure, read_planned
 
 
 def print_recommendation(

@@ -57,8 +57,7 @@ from engine.runs import (
 from engine.units import counted
 from engine.visible import visible
 from engine.wizard.draft import check_rows
-from engine.wizard.request import find_machine, plan_run, read_planned
-from engine.wizard.start import Created, create
+from engine.wizard.start import Created, create, find_machine, plan_run, read_planned
 
 if TYPE_CHECKING:
     from engine.data.statistics import Checkup

@@ -27,7 +27,7 @@ from engine.plan import best_device, refuse_answering
 from engine.runs import RunFolder, find_run
 from engine.units import gib
 from engine.visible import visible
-from engine.wizard.request import find_machine, read_planned
+from engine.wizard.start import find_machine, read_planned
 
 Prompt = Annotated[
     str | None, Parameter(help="The question; without it, or with -, each line of stdin is one.")

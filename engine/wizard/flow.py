@@ -121,6 +121,6 @@ def perform(work: Work, progress: Progress) -> object:
 
 def _read_here() -> "Machine":
     # Imported here: the first frame of a screen does not wait for it.
-    from engine.wizard.request import find_machine
+    from engine.wizard.start import find_machine
 
     return find_machine(None)

@@ -38,9 +38,9 @@ from engine.wizard.draft import (
     spelled,
     take_answer,
 )
-from engine.wizard.measure import measure_and_keep
 from engine.wizard.question import Choice, Confirm, Progress, Question, Work
 from engine.wizard.reading import Read
+from engine.wizard.start import measure_and_keep
 
 _POWERS: Final = tuple(str(2**n) for n in range(7, 18))
 _FIRST: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (

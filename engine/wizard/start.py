@@ -1,28 +1,35 @@
 """A run from a draft or from a config file: why it cannot start, its folder, its saved config."""
 
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from engine.catalog import Architecture, UnknownModel, read_architecture
+from engine.chat.tokenizer_file import check_tokenizer, tokenizer_name
+from engine.child import TRAINER, torch_process
 from engine.config import (
     RunConfig,
+    assignment,
     parse_config,
     read_config,
     require_supported,
     write_config,
 )
 from engine.data.sources import with_absolute_paths
-from engine.errors import UserError
-from engine.hardware import Machine, missing_packages
+from engine.errors import DOES_NOT_FIT, UserError
+from engine.events import Recorded, parse
+from engine.hardware import Machine, assume, cuda_environment, missing_packages, read_machine
 from engine.launch import launch, require_torch
-from engine.plan import Device, Estimate
+from engine.plan import Device, Estimate, Statistics, best_device, estimate, make_fit, plan_document
+from engine.plan.measured import Measurement, store
 from engine.plan.trainer import refuse_bf16
-from engine.runs import RunFolder, create_run
+from engine.runs import RunFolder, create_run, run_home
 from engine.units import gib
 from engine.visible import visible
-from engine.wizard.draft import Draft
+from engine.wizard.draft import Draft, count_config_rows
 
 _NEEDED: Final = frozenset({"torch", "transformers", "peft", "safetensors"})
 """Without one of them no run begins; the others are for some methods only."""
@@ -181,3 +188,129 @@ def _require_stack(machine: Machine, device: Device) -> None:
                 f"Install it, then start: {missing.command}",
             )
     require_torch(machine, device.uuid)
+
+
+# A driver that has to wake eight cards first takes longer than a page of the wizard waits.
+_PATIENCE_SECONDS: Final = 15.0
+
+
+def find_machine(planned: str | None) -> Machine:
+    """This computer, or the one that `--assume` describes.
+
+    Raises UserError for a GPU that is not known.
+    """
+    if planned is not None:
+        return assume(planned, disk=run_home())
+    return read_machine(disk=run_home(), timeout_seconds=_PATIENCE_SECONDS)
+
+
+def find_device(assumed: str | None) -> Device:
+    """The device that a run would use here, or the planned one.
+
+    Raises UserError for a card that is not known.
+    """
+    return best_device(find_machine(assumed))
+
+
+def read_planned(
+    file: Path, changes: tuple[str, ...] = (), *, sharded: bool = False
+) -> tuple[RunConfig, Architecture]:
+    """The config of a file with its changes, and the architecture of its model.
+
+    Raises UserError where either cannot be read, where a key would not be acted on and where the
+    model's tokenizer is none that rows can be rendered by; with `sharded` one for several GPUs
+    passes, which can be planned and not run.
+    """
+    given = read_config(file).override(changes)
+    given.require_supported(sharded=sharded)
+    config = with_absolute_paths(given.config, file.absolute().parent)
+    architecture = read_architecture(config.base_model)
+    check_tokenizer(tokenizer_name(config), file.absolute().parent)
+    return config, architecture
+
+
+def plan_run(
+    file: Path, changes: tuple[str, ...], *, anyway: bool = False
+) -> dict[str, object] | None:
+    """The plan of a config's run on this machine, for its folder.
+
+    None where the model's shape is not known before it is fetched. Raises UserError where the
+    installed torch cannot use the card that the plan is for, and with exit status 3 where the run
+    does not fit, unless `anyway`.
+    """
+    machine = find_machine(None)
+    device = best_device(machine)
+    try:
+        config, architecture = read_planned(file, changes)
+    except UnknownModel:
+        require_torch(machine, device.uuid)
+        return None
+    refuse_bf16(config, device)
+    statistics, _ = count_config_rows(config, architecture, file.absolute().parent)
+    needs = estimate(config, architecture, device, statistics)
+    if needs.verdict == "does not fit" and not anyway:
+        raise _too_large(config, architecture, device, statistics)
+    require_torch(machine, device.uuid)
+    return plan_document(needs, device)
+
+
+def _too_large(
+    config: RunConfig, architecture: Architecture, device: Device, statistics: Statistics | None
+) -> UserError:
+    needs = estimate(config, architecture, device, statistics)
+    rungs = make_fit(config, architecture, device, statistics)
+    fix = "Train it on a larger GPU"
+    if rungs and rungs[-1].estimate.verdict != "does not fit":
+        values = " ".join(assignment(*change) for change in rungs[-1].changes.items())
+        fix = f"It fits with: {values}; these can stand behind the config. Or use a larger GPU"
+    return UserError(
+        f"It does not fit: {gib(needs.device_bytes)} are needed.",
+        f"{device.name} can give {gib(needs.can_give_bytes)} of {gib(device.total_bytes)}.",
+        f"{fix}; --anyway starts it all the same.",
+        exit_status=DOES_NOT_FIT,
+    )
+
+
+STEPS: Final = 3
+"""The first makes the optimizer's state and warms up; the others are timed."""
+
+
+def measure(
+    run: RunConfig,
+    steps: int = STEPS,
+    module: str = TRAINER,
+    show: Callable[[Recorded], object] | None = None,
+) -> dict[str, Any]:
+    """The record of a process that measures `run` here; `show` gets its events.
+
+    Paths of `run` are absolute. Raises UserError with exit status 3 where memory runs out.
+    """
+    with tempfile.TemporaryDirectory(prefix="windtunnel-fit-") as scratch:
+        folder = RunFolder(Path(scratch).resolve())
+        write_config(run, {}, folder.config)
+        arguments = ["fit", str(folder.path), "--steps", str(steps)]
+        with torch_process(arguments, _one_gpu(), module) as process:
+            for record in process.listen(until="fitted"):
+                event = parse(record)
+                if event and show:
+                    show(Recorded(record["seq"], record["time"], event))
+    found: dict[str, Any] = record["fitted"]
+    return found
+
+
+def measure_and_keep(run: RunConfig) -> dict[str, Any]:
+    """Measure `run` here and keep the figures, which the estimate has from then on.
+
+    Raises what `measure` raises.
+    """
+    fitted = measure(run)
+    store(Measurement(**fitted["measurement"]))
+    return fitted
+
+
+def _one_gpu() -> dict[str, str]:
+    """What makes CUDA show the process the card that a run would be given."""
+    machine = find_machine(None)
+    uuid = best_device(machine).uuid
+    require_torch(machine, uuid)
+    return cuda_environment([gpu for gpu in machine.gpus if gpu.uuid == uuid] if uuid else [])

@@ -20,7 +20,7 @@ from engine.hardware import assume
 from engine.plan import best_device
 from engine.wizard.draft import check_rows, count_config_rows, draft_from
 from engine.wizard.flow import Wizard, perform
-from engine.wizard.request import read_planned
+from engine.wizard.start import read_planned
 from tests.support.pictures import png
 
 QUESTION = {"role": "user", "content": "Why?"}
