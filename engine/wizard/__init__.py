@@ -8,19 +8,10 @@
     preview     step 4, PreviewStep: rows as training reads them, what of them is learned
     plan        step 5, PlanStep: every value with its reason, what would make it fit
     review      step 6, ReviewStep: start, save, name, edit; its outcome is the run or the file
-    reading     rows that a step asks for: as work for a process, or read in this one
-    draft       the answers so far, and the config that follows from them
-    data_worker the process that reads rows for a screen
-    judging     what a checkup means for the preview: one verdict, rows to look at
-    switches    what of a row is learned, as questions
-    offers      datasets to choose from before anything is typed
-    counting    the rows of a config in its plan: what a count holds for, when there is another
-    settings    which values of the plan are shown, and why each is what it is
-    values      a typed value on its way into the draft
+    reading     rows that a step asks for: read in this process, or by the worker of a screen
+    draft       the answers so far, the config that follows from them, its rows in the plan
     commands    the command lines that do the same
-    request     a machine, a config or a plan that is asked for in words or by a file
-    start       a run from a draft or a config; a saved config
-    measure     what a config really takes here
+    start       what is asked for in words or by a file; why a run cannot start, its start
 
 A printer (full screen, inline questions, plain lines) holds no question of its own. It goes around:
 

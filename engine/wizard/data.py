@@ -1,4 +1,7 @@
-"""The third step: which rows, read whole before they are taken."""
+"""The third step: which rows, read whole before they are taken.
+
+What is offered before anything is typed is looked up by name alone; no file is opened.
+"""
 
 import os
 from collections.abc import Iterator

@@ -1,7 +1,11 @@
-"""What the person has answered so far, and the config that follows from it.
+"""What the person has answered so far, the config that follows from it, and its rows, counted.
 
 Pure state, without Textual: every page writes its answer here, and reads the same recommendation.
-A value that the person chose is kept in `changes` and never recommended over.
+A value that the person chose is kept in `changes` and never recommended over; every printer takes
+and refuses the same texts for one, as a config file does. Each answer can change what a row
+becomes: another model, another dataset, images of another size, an edited file. Whoever shows a
+plan asks for the rows first, and says why they are not counted: rows that are not here, on the hub,
+or too many to read before an answer leave `sequence_len` to count with.
 """
 
 import json

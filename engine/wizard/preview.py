@@ -1,4 +1,8 @@
-"""The fourth step: rows as training reads them, and what of them is learned."""
+"""The fourth step: rows as training reads them, and what of them is learned.
+
+A checkup is judged by pure functions of the worker's answer and the switches, so that turning one
+is answered at once.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,8 @@
-"""Rows that a step asks for: as work for any printer, and what is read in this process."""
+"""Rows that a step asks for: as work for any printer, read in this process or by a worker.
+
+The event loop never waits for the worker: a thread listens to it. A process that died is started
+anew by the next request; whoever waited gets a sentence.
+"""
 
 import asyncio
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""A run from a draft or from a config file: why it cannot start, its folder, its saved config."""
+"""A machine, a config and a plan, asked for in words or by a file; why and how a run is started."""
 
 import re
 import tempfile
