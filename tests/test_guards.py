@@ -325,7 +325,7 @@ GUARDS = {
         "engine/chat/render.py",
         "Kind.TOOL_RESULT]] = rule.inputs",
         "Kind.TOOL_RESULT, Kind.IMAGE]] = rule.inputs",
-        "tests/chat/test_image_render.py::test_nothing_of_an_image_is_ever_learned",
+        "tests/chat/test_differential.py::test_nothing_of_an_image_is_ever_learned",
     ),
     "what a row keeps out of the loss": Guard(
         "engine/chat/render.py",

@@ -92,6 +92,7 @@ def scan(ids: Sequence[int], tokenizer: ChatTokenizer) -> np.ndarray[Any, np.dty
         *(special.end_system, special.end_tools, special.end_settings),
         *(special.end_inst, special.end_results),
     )
+    shows = (special.image, special.image_break, special.image_end)
     kinds = np.empty(len(ids), np.uint8)
     state = Kind.TEXT
     for index, token in enumerate(ids):
@@ -99,7 +100,7 @@ def scan(ids: Sequence[int], tokenizer: ChatTokenizer) -> np.ndarray[Any, np.dty
             state = opens[token]
         elif token == special.think and state == Kind.TEXT:
             state = Kind.THINK
-        kinds[index] = state
+        kinds[index] = Kind.IMAGE if token in shows else state
         if token == special.bos:
             kinds[index] = Kind.BOS
         elif token == special.eos:
