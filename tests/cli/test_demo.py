@@ -166,8 +166,7 @@ SETS = {"train": TRAINED, "new_drawings": HELD_OUT, "shuffled_pixels": HELD_OUT}
 
 
 def demo(folder: Path, *changes: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "engine", "demo", str(folder), "--vision", "--json", *changes]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = windtunnel("demo", str(folder), "--vision", "--json", *changes)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
@@ -228,14 +227,6 @@ def test_three_steps_ask_about_three_held_out_images_and_score_every_set(tmp_pat
     assert [answer["prompt"] for answer in result["after"]] == asked
     assert set(result["scores"]) == {*SETS, "unseen_pairs"}
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-
-
-def test_images_with_4_bit_weights_are_refused_in_sentences(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "engine", "demo", str(tmp_path / "run"), "--vision", "--qlora"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "Choose --qlora or --vision." in done.stderr
-    assert not (tmp_path / "run").exists()
 
 
 @needs_trainer

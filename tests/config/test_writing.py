@@ -4,6 +4,7 @@ import os
 import re
 import stat
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,12 @@ OWN = textwrap.dedent(
     # the end
     """
 )
+
+
+def rewritten(text: str, *changes: str, reasons: Mapping[str, str] | None = None) -> str:
+    """A file's text after `key=value` changes."""
+    file = parse_config(text)
+    return write_config(override(file.config, changes), reasons, document=file.document)
 
 
 def comments(text: str) -> list[str]:
@@ -176,7 +183,6 @@ class TestNewFile:
 
 class TestOwnFile:
     def test_an_override_changes_its_line_and_no_comment(self) -> None:
-        file = parse_config(OWN)
         changes = [
             "lora_r=64",
             "max_steps=9",
@@ -188,8 +194,7 @@ class TestOwnFile:
             "datasets[1].path=other rows.jsonl",
             "datasets[0].split=train",
         ]
-        changed = override(file.config, changes)
-        text = write_config(changed, {"warmup_ratio": "usual"}, document=file.document)
+        text = rewritten(OWN, *changes, reasons={"warmup_ratio": "usual"})
         expected = OWN
         for old, new in (
             ("lora_r: 32 ", "lora_r: 64 "),
@@ -212,9 +217,7 @@ class TestOwnFile:
         assert text == expected
 
     def test_a_reason_stands_above_a_line_with_its_own_comment(self) -> None:
-        file = parse_config(OWN)
-        changed = override(file.config, ["lora_r=64"])
-        text = write_config(changed, {"lora_r": "fits"}, document=file.document)
+        text = rewritten(OWN, "lora_r=64", reasons={"lora_r": "fits"})
         assert "# fits\nlora_r: 64   # big\n" in text
 
     @slow_to_draw
@@ -229,9 +232,8 @@ class TestOwnFile:
         assert lost <= {"# queries"}
 
     def test_of_several_older_flags_the_one_that_counts_is_changed(self) -> None:
-        file = parse_config("base_model: x\nflash_attention:\nsdp_attention: true\n")
-        changed = override(file.config, ["attn_implementation=eager"])
-        text = write_config(changed, document=file.document)
+        old = "base_model: x\nflash_attention:\nsdp_attention: true\n"
+        text = rewritten(old, "attn_implementation=eager")
         assert text == "base_model: x\nflash_attention:\nattn_implementation: eager\n"
 
     def test_windows_line_ends_stay(self) -> None:
@@ -242,9 +244,9 @@ class TestOwnFile:
         assert parse_config(text).config == changed
 
     def test_json_stays_json(self) -> None:
-        file = parse_config('{"base_model": "x",\n "adapter": "lora",\n "lora_r": 8}')
-        changed = override(file.config, ["lora_r=4", "output_dir=a b", "num_epochs=3"])
-        text = write_config(changed, {"lora_r": "small"}, document=file.document)
+        old = '{"base_model": "x",\n "adapter": "lora",\n "lora_r": 8}'
+        changes = ("lora_r=4", "output_dir=a b", "num_epochs=3")
+        text = rewritten(old, *changes, reasons={"lora_r": "small"})
         assert text == (
             '{"base_model": "x",\n "adapter": "lora",\n "lora_r": 4, "num_epochs": 3.0,'
             ' "output_dir": "a b"}'
@@ -254,9 +256,8 @@ class TestOwnFile:
         config = RunConfig(base_model="x", adapter="lora")
         long = "it is long enough to stand above the line, as it would not fit beside it; " * 2
         old = write_config(config, {"lora_r": long, "learning_rate": "usual"})
-        file = parse_config(old + "# my own note\n")
-        changed = override(file.config, ["lora_r=64", "learning_rate=1e-3"])
-        text = write_config(changed, {"lora_r": "fits"}, document=file.document)
+        changes = ("lora_r=64", "learning_rate=1e-3")
+        text = rewritten(old + "# my own note\n", *changes, reasons={"lora_r": "fits"})
         assert "lora_r: 64  # fits\n" in text
         assert "learning_rate: 0.001\n" in text
         assert "long enough" not in text
@@ -268,18 +269,13 @@ class TestOwnFile:
             "base_model: x\ndatasets:\n  - &first\n    path: a.jsonl\n    split: train\n"
             "  - <<: *first\n    path: b.jsonl\n"
         )
-        file = parse_config(text)
-        assert file.config.datasets[1].split == "train"
-        changed = override(file.config, ["datasets[1].split=test"])
-        assert write_config(changed, document=file.document) == text + "    split: test\n"
+        assert parse_config(text).config.datasets[1].split == "train"
+        assert rewritten(text, "datasets[1].split=test") == text + "    split: test\n"
 
     def test_a_shared_value_is_refused_not_broken(self) -> None:
-        file = parse_config(
-            "base_model: x\nsave_steps: &often 50\neval_steps: *often\nval_set_size: 9\n"
-        )
-        changed = override(file.config, ["eval_steps=10"])
+        text = "base_model: x\nsave_steps: &often 50\neval_steps: *often\nval_set_size: 9\n"
         with pytest.raises(UserError, match="cannot be changed without rewriting"):
-            write_config(changed, document=file.document)
+            rewritten(text, "eval_steps=10")
 
 
 class TestSaving:
