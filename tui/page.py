@@ -190,10 +190,8 @@ class TooSmall(Widget):
 
     def render(self) -> RenderResult:
         width, height = self.app.size
-        return Content(
-            f"needs {MIN_COLUMNS} columns and {MIN_ROWS} rows, has {width}x{height}; "
-            "--plain works at any size"
-        )
+        needs = f"needs {MIN_COLUMNS} columns and {MIN_ROWS} rows, has {width}x{height}"
+        return Content(f"{needs}; --plain works at any size")
 
 
 class Page(Screen[None]):

@@ -129,7 +129,7 @@ def details(facts: RunFacts) -> list[tuple[str, str]]:
 
 def change(facts: RunFacts) -> str:
     """The loss at the first and at the last step."""
-    values = finite(list(facts.loss))
+    values = finite(facts.loss)
     return f"loss {nats(values[0])} → {nats(values[-1])}" if values else ""
 
 

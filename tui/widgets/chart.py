@@ -119,7 +119,6 @@ class Scale:
 
     right: float
     """The last step: what is empty is still to come."""
-    left: float = 0.0
     bottom: float | None = None
     top: float | None = None
     digits: int = 2
@@ -129,18 +128,11 @@ class Scale:
 class Chart(Widget):
     """Braille curves over steps. `waiting` is what it says before the first point."""
 
-    def __init__(
-        self,
-        *,
-        foot: bool = True,
-        waiting: str = "waiting for the first step",
-        id: str | None = None,  # noqa: A002 (Textual's name)
-    ) -> None:
-        super().__init__(id=id)
+    def __init__(self, *, foot: bool = True, waiting: str = "waiting for the first step") -> None:
+        super().__init__()
         self._foot = foot
         self._waiting = waiting
-        self._curves: Sequence[Curve] = ()
-        self._scale = Scale(1)
+        self.show((), Scale(1))
 
     def show(self, curves: Sequence[Curve], scale: Scale) -> None:
         self._curves, self._scale = curves, scale
@@ -179,9 +171,7 @@ class Spark(Widget):
         super().__init__()
         self._title = name
         self._style = style
-        self._points: Sequence[Point] = ()
-        self._scale = Scale(1)
-        self._value = ""
+        self.show((), Scale(1), "")
 
     def show(self, points: Sequence[Point], scale: Scale, value: str) -> None:
         self._points, self._scale, self._value = points, scale, value
@@ -189,7 +179,7 @@ class Spark(Widget):
 
     def render(self) -> RenderResult:
         columns = self.size.width - 11 - 15
-        values = finite(list(self._points))
+        values = finite(self._points)
         curve: list[tuple[str, str]] = [(" " * max(columns, 0), "")]
         if columns >= _LEAST_COLUMNS and values:
             raster = Raster(_frame(self._scale, values, columns, 1))
@@ -216,7 +206,7 @@ def _frame(scale: Scale, values: Sequence[float], columns: int, rows: int) -> Fr
         margin = abs(top) / 10 or 1.0
         bottom, top = bottom - margin, top + margin
     right = scale.right if math.isfinite(scale.right) else 1.0
-    return Frame(columns, rows, scale.left, max(right, scale.left + 1), bottom, top)
+    return Frame(columns, rows, 0.0, max(right, 1.0), bottom, top)
 
 
 def _step_axis(frame: Frame) -> Content:

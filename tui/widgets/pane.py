@@ -68,17 +68,14 @@ class Field(Input):
         Binding("escape,up,down", "leave", "leave the field", show=False),
     ]
 
-    @dataclass
     class Left(Message):
         """The field gives up the focus."""
-
-        field: "Field"
 
     def __init__(self, hint: str, *, id: str | None = None) -> None:  # noqa: A002 (Textual's name)
         super().__init__(placeholder=hint, compact=True, id=id)
 
     def action_leave(self) -> None:
-        self.post_message(self.Left(self))
+        self.post_message(self.Left())
 
 
 class Prompt(Input):
