@@ -308,13 +308,10 @@ class TestDecoding:
             assert np.array_equal(ImagePixels(SPEC).read(image), expected)
             assert expected.shape == (3, 28, 28 * image.columns)
 
-    def test_an_image_is_decoded_once(self) -> None:
+    @pytest.mark.parametrize("ahead", [[], IMAGES], ids=["read", "prefetched"])
+    def test_an_image_is_decoded_once(self, ahead: list[StoredImage]) -> None:
         decoded = ImagePixels(SPEC)
-        assert decoded.read(IMAGES[1]) is decoded.read(IMAGES[1])
-
-    def test_what_was_prefetched_is_there(self) -> None:
-        decoded = ImagePixels(SPEC)
-        decoded.prefetch(IMAGES)
+        decoded.prefetch(ahead)
         first = [decoded.read(image) for image in IMAGES]
         assert all(decoded.read(i) is found for i, found in zip(IMAGES, first, strict=True))
 

@@ -528,16 +528,10 @@ class TestFullModel:
         assert_same(logits(stock_model(folder)), logits(run.model))
         assert "lm_head.weight" not in load_file(folder / "model.safetensors")
 
-    def test_its_tokenizer_lies_beside_it(self, uneven: Rows, tmp_path: Path) -> None:
-        base = write_model(tmp_path / "base", MINISTRAL3)
-        (base / "tekken.json").write_text("the vocabulary")
-        run = training(tmp_path / "run", settings(base), uneven)
-        folder = export_trained(run.model, tmp_path, base, run.config)
-        assert (folder / "tekken.json").read_text() == "the vocabulary"
-
     def test_all_that_a_stock_load_reads_lies_beside_it(self, uneven: Rows, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", MINISTRAL3)
         kept = ("LICENSE", "SYSTEM_PROMPT.txt", "preprocessor_config.json", "tokenizer.json")
+        kept += ("tekken.json",)
         for name in kept:
             (base / name).write_text(name)
         (base / "generation_config.json").write_text('{"temperature": 0.15, "do_sample": true}')

@@ -403,10 +403,6 @@ def alarm(**keys: Any) -> LossAlarm:
     return LossAlarm(settings(**keys), vocabulary=131072)
 
 
-def too_high(alarm: LossAlarm, loss: float) -> bool:
-    return alarm.stop_reason(1, loss, 1.0) is not None
-
-
 def notes(run: Training) -> list[tuple[str, str]]:
     """Level and text of every note so far."""
     lines = run.session.run.events.read_text().splitlines()
@@ -450,29 +446,24 @@ class TestStart:
 
 
 class TestSpike:
-    def test_it_is_a_leap_over_the_median_of_the_losses_before(self) -> None:
-        found = alarm()
-        for _ in range(LEAST_STEPS):
-            assert found.spike(1.5) is None
-        assert found.spike(2.9) is None
-        assert found.spike(3.1) == 1.5
-
-    def test_a_few_losses_are_too_few(self) -> None:
-        found = alarm()
-        assert [found.spike(loss) for loss in (1.0, 1.0, 9.0)] == [None] * 3
-
-    def test_a_memorised_loss_may_double(self) -> None:
-        found = alarm()
-        assert [found.spike(0.01) for _ in range(LEAST_STEPS)] == [None] * LEAST_STEPS
-        assert found.spike(0.5) is None
-        assert found.spike(1.2) is not None
-
-    def test_it_is_reported_once_in_a_while(self) -> None:
-        found = alarm()
-        for _ in range(30):
-            found.spike(1.0)
-        reported = [found.spike(5.0) is not None for _ in range(LEAST_STEPS + 1)]
-        assert reported == [True, *[False] * (LEAST_STEPS - 1), True]
+    @pytest.mark.parametrize(
+        ("before", "then", "found"),
+        [
+            ([1.5] * LEAST_STEPS, [2.9, 3.1], [None, 1.5]),
+            ([1.0, 1.0], [9.0], [None]),  # a few losses are too few
+            ([0.01] * LEAST_STEPS, [0.5, 1.2], [None, 0.01]),  # a memorised loss may double
+            ([1.0] * 30, [5.0] * (LEAST_STEPS + 1), [1.0, *[None] * (LEAST_STEPS - 1), 5.0]),
+        ],
+        ids=["a leap over the median", "too few", "memorised", "once in a while"],
+    )
+    def test_it_is_reported(
+        self, before: list[float], then: list[float], found: list[float | None]
+    ) -> None:
+        losses = alarm()
+        assert not any(losses.spike(loss) for loss in before)
+        reported = [losses.spike(loss) for loss in then]
+        assert [each is not None for each in reported] == [each is not None for each in found]
+        assert reported[:2] == found[:2]
 
     def test_note_names_the_rows_with_the_highest_loss(self, begin: Begin, uneven: Rows) -> None:
         run = begin(gradient_accumulation_steps=8, learning_rate=1e-5)
@@ -487,17 +478,20 @@ class TestSpike:
 
 
 class TestLimit:
-    def test_the_run_ends_after_the_steps_that_patience_grants(self) -> None:
-        found = alarm(loss_watchdog_threshold=5.0, loss_watchdog_patience=2)
-        assert [too_high(found, loss) for loss in (6, 5, 6, 4, 6, 6)] == [False] * 5 + [True]
-
-    def test_patience_is_three_steps_unless_named(self) -> None:
-        found = alarm(loss_watchdog_threshold=5.0)
-        assert [too_high(found, 6) for _ in range(3)] == [False, False, True]
-
-    def test_without_a_limit_no_loss_is_too_high(self) -> None:
-        found = alarm()
-        assert not any(too_high(found, 100) for _ in range(10))
+    @pytest.mark.parametrize(
+        ("keys", "losses", "ends"),
+        [
+            ({"loss_watchdog_patience": 2}, (6, 5, 6, 4, 6, 6), [False] * 5 + [True]),
+            ({}, (6, 6, 6), [False, False, True]),
+            ({"loss_watchdog_threshold": None}, (100,) * 10, [False] * 10),
+        ],
+        ids=["patience", "three steps unless named", "no limit"],
+    )
+    def test_the_run_ends_after_the_steps_that_patience_grants(
+        self, keys: dict[str, Any], losses: tuple[float, ...], ends: list[bool]
+    ) -> None:
+        found = alarm(**({"loss_watchdog_threshold": 5.0} | keys))
+        assert [found.stop_reason(1, loss, 1.0) is not None for loss in losses] == ends
 
     def test_the_rows_are_named_and_the_weights_left_alone(
         self, begin: Begin, uneven: Rows
@@ -513,30 +507,30 @@ class TestLimit:
 
 
 class TestLearningByHeart:
-    def warned(self, held_out: list[float], training: list[float]) -> list[bool]:
-        alarm, warned = OverfittingAlarm(), []
-        for loss, steps in zip(held_out, [None, *training], strict=True):
+    @pytest.mark.parametrize(
+        ("held_out", "training", "warned"),
+        [
+            ([2.0, 1.0, 1.1, 1.2, 1.3], [1.5, 1.0, 0.8, 0.5], [3]),  # at the second rise, and once
+            ([1.0, 1.1, 1.05, 1.2], [0.9, 0.8, 0.7], []),  # a fall in between begins anew
+            ([1.0, 1.1, 1.0, 1.1, 1.2], [0.9, 0.8, 0.7, 0.6], [4]),
+            ([1.0, 1.1, 1.2], [0.9, 1.4], []),  # the training loss rises, too
+        ],
+    )
+    def test_it_warns_at_the_second_rise_in_a_row_while_training_falls(
+        self, held_out: list[float], training: list[float], warned: list[int]
+    ) -> None:
+        alarm, found = OverfittingAlarm(), []
+        for number, (loss, steps) in enumerate(zip(held_out, [None, *training], strict=True)):
             if steps is not None:
                 alarm.add_step(steps)
-            warned.append(alarm.add_evaluation(loss, best_step=20) is not None)
-        return warned
-
-    def test_it_warns_at_the_second_rise_in_a_row_and_once(self) -> None:
-        held_out, training = [2.0, 1.0, 1.1, 1.2, 1.3], [1.5, 1.0, 0.8, 0.5]
-        assert self.warned(held_out, training) == [False, False, False, True, False]
-
-    def test_a_fall_in_between_begins_anew(self) -> None:
-        assert not any(self.warned([1.0, 1.1, 1.05, 1.2], [0.9, 0.8, 0.7]))
-        assert self.warned([1.0, 1.1, 1.0, 1.1, 1.2], [0.9, 0.8, 0.7, 0.6])[-1]
-
-    def test_a_training_loss_that_rises_too_is_another_trouble(self) -> None:
-        assert not any(self.warned([1.0, 1.1, 1.2], [0.9, 1.4]))
+            if alarm.add_evaluation(loss, best_step=20) is not None:
+                found.append(number)
+        assert found == warned
 
     def test_it_names_the_losses_and_the_best_save(self) -> None:
         alarm = OverfittingAlarm()
-        for loss, step in ((1.0, None), (1.1, 0.9), (1.2, 0.8)):
-            if step:
-                alarm.add_step(step)
+        for loss, step in ((1.0, 1.0), (1.1, 0.9), (1.2, 0.8)):
+            alarm.add_step(step)
             sentence = alarm.add_evaluation(loss, best_step=20)
         assert sentence
         assert "(1.000 -> 1.100 -> 1.200)" in sentence
