@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,40 +27,33 @@ from tests.support.trainers import Workshop
 torch.set_num_threads(1)  # toy shapes: a second thread only waits
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """The folder of a tiny model, by its name in `ARCHITECTURES`; made once, never changed."""
-    home = tmp_path_factory.mktemp("models")
+def written(home: Path, config_of: Callable[[str], dict[str, Any]]) -> Models:
+    """Model folders by name; each is made once and never changed."""
 
     def folder(name: str) -> Path:
         path = home / name.replace(" ", "-")
-        return path if path.exists() else write_model(path, ARCHITECTURES[name])
+        return path if path.exists() else write_model(path, config_of(name))
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The folder of a tiny model, by its name in `ARCHITECTURES`."""
+    return written(tmp_path_factory.mktemp("models"), ARCHITECTURES.__getitem__)
 
 
 @pytest.fixture(scope="session")
 def seeing_model(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The folder of a model that sees the images of `mixed`, by the name of its text model."""
     home = tmp_path_factory.mktemp("seeing")
-
-    def folder(name: str) -> Path:
-        path = home / name
-        return path if path.exists() else write_model(path, seeing(ARCHITECTURES[name]))
-
-    return folder
+    return written(home, lambda name: seeing(ARCHITECTURES[name]))
 
 
 @pytest.fixture(scope="session")
 def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The folder of a model of four layers, by its name in `DEEP_MODELS`."""
-    home = tmp_path_factory.mktemp("deep")
-
-    def folder(name: str) -> Path:
-        path = home / name
-        return path if path.exists() else write_model(path, DEEP_MODELS[name])
-
-    return folder
+    return written(tmp_path_factory.mktemp("deep"), DEEP_MODELS.__getitem__)
 
 
 @pytest.fixture

@@ -440,20 +440,19 @@ class TestAdapter:
         plain = logits(stock_model(any_model))
         assert (plain - logits(run.model)).abs().max() > 0.1
 
-    def test_config_names_the_base(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
-        run = adapted(ministral, tmp_path, uneven, lora_r=4, lora_alpha=8)
-        folder = export_trained(run.model, tmp_path, ministral, run.config)
-        config = json.loads((folder / "adapter_config.json").read_text())
-        assert config["base_model_name_or_path"] == str(ministral)
-        assert config["inference_mode"] is True
-        assert (config["r"], config["lora_alpha"], config["bias"]) == (4, 8, "none")
-
-    def test_name_of_a_catalog_base(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
-        run = adapted(ministral, tmp_path, uneven)
-        named = run.config.model_copy(update={"base_model": "ministral-3-3b"})
-        folder = export_trained(run.model, tmp_path, ministral, named)
-        config = json.loads((folder / "adapter_config.json").read_text())
-        assert config["base_model_name_or_path"] == "mistralai/Ministral-3-3B-Instruct-2512-BF16"
+    @pytest.mark.parametrize("catalog", [False, True])
+    def test_config_names_the_base(self, begin: Begin, tmp_path: Path, catalog: bool) -> None:
+        run = begin(adapter="lora", lora_r=4, lora_alpha=8)
+        base = named = run.config.base_model
+        config = run.config
+        if catalog:
+            config = config.model_copy(update={"base_model": "ministral-3-3b"})
+            named = "mistralai/Ministral-3-3B-Instruct-2512-BF16"
+        folder = export_trained(run.model, tmp_path, Path(base), config)
+        written = json.loads((folder / "adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == named
+        assert written["inference_mode"] is True
+        assert (written["r"], written["lora_alpha"], written["bias"]) == (4, 8, "none")
 
     def test_tokenizer_and_licence_lie_beside_it(self, uneven: Rows, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", MINISTRAL3)

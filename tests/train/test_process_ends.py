@@ -196,11 +196,15 @@ def without(package: str, folder: Path) -> Path:
     return folder
 
 
+def launched(run: RunFolder, packages: Path) -> int:
+    """The exit status of a run for which `packages` come first."""
+    path = os.pathsep.join([str(packages), str(ROOT)])
+    return launch(run, detach=True, environment={"PYTHONPATH": path}).wait(60)
+
+
 def test_a_trainer_without_torch_says_what_to_install(workshop: Workshop, tmp_path: Path) -> None:
     run = workshop.new()
-    path = os.pathsep.join([str(without("torch", tmp_path)), str(ROOT)])
-    process = launch(run, detach=True, environment={"PYTHONPATH": path})
-    assert process.wait(60) == 1
+    assert launched(run, without("torch", tmp_path)) == 1
     assert_explained(run, "Training needs the package torch", install_command("train"))
 
 
@@ -208,19 +212,16 @@ def test_old_torch_names_the_versions_needed(workshop: Workshop, tmp_path: Path)
     package(tmp_path, "windtunnel", "0.1.0", ["torch<3,>=2.12; extra == 'train'"])
     package(tmp_path, "torch", "2.11.0")
     run = workshop.new()
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    assert launch(run, detach=True, environment={"PYTHONPATH": path}).wait(60) == 1
+    assert launched(run, tmp_path) == 1
     assert_explained(run, "torch 2.11.0 (>=2.12,<3)", "'windtunnel[train]'")
 
 
 @pytest.mark.parametrize("module", ["torch.nn.functional", "torch.nn"])
 def test_module_that_a_package_lacks(workshop: Workshop, tmp_path: Path, module: str) -> None:
     run = workshop.new()
-    path = os.pathsep.join([str(without(module, tmp_path)), str(ROOT)])
-    assert launch(run, detach=True, environment={"PYTHONPATH": path}).wait(60) == 1
-    assert_explained(
-        run, "A part of the installed torch 2", module.split(".")[-1], install_command("train")
-    )
+    assert launched(run, without(module, tmp_path)) == 1
+    part = "A part of the installed torch 2"
+    assert_explained(run, part, module.split(".")[-1], install_command("train"))
     assert "not installed" not in last_end(run).what
 
 

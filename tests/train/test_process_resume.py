@@ -59,13 +59,7 @@ def test_a_changed_order_of_rows_is_refused(workshop: Workshop, change: dict[str
     assert end.what == "The run cannot go on from step-2."
     assert "batch size, the packing or the seed" in end.why
     assert (run.checkpoints / "LATEST").read_text() == "step-2"
-
-
-def test_a_change_that_was_undone_lets_the_run_go_on(workshop: Workshop) -> None:
-    run = workshop.finished(max_steps=2)
-    workshop.configure(run, seed=4)
-    assert finish(run, "--resume") == 1
-    workshop.configure(run)
+    workshop.configure(run)  # undone, it goes on
     assert finish(run, "--resume") == 0
     assert all_steps(run) == [1, 2, 3, 4, 5, 6]
 
