@@ -404,11 +404,15 @@ class Order:
     def _cut(self, epoch: int) -> list[StepRows]:
         config, rows = self._config, self._rows
         if config.sample_packing:
-            bins = pack(rows.lengths, config.sequence_len, config.seed, epoch)
-            sequences = [members.tolist() for members in bins]
+            sequences = packed(rows, config, epoch)
         else:
             sequences = [[row] for row in shuffle_order(len(rows), config.seed, epoch).tolist()]
         return group(group(sequences, config.micro_batch_size), config.gradient_accumulation_steps)
+
+
+def packed(rows: Rows, config: RunConfig, epoch: int = 0) -> list[list[int]]:
+    """The rows of each packed sequence of an epoch."""
+    return [part.tolist() for part in pack(rows.lengths, config.sequence_len, config.seed, epoch)]
 
 
 Item = TypeVar("Item")
@@ -433,12 +437,8 @@ def images_of(rows: Rows, sequences: Iterable[Sequence[int]]) -> Iterator[Stored
 def evaluation_micros(rows: Rows, config: RunConfig) -> Iterator[Micro]:
     """Every row of `rows` once, in a fixed order, packed where the config packs evaluation."""
     packs = config.eval_sample_packing
-    if config.sample_packing if packs is None else packs:
-        bins: list[list[int]] = [
-            b.tolist() for b in pack(rows.lengths, config.sequence_len, config.seed, 0)
-        ]
-    else:
-        bins = [[row] for row in range(len(rows))]
+    packs = config.sample_packing if packs is None else packs
+    bins = packed(rows, config) if packs else [[row] for row in range(len(rows))]
     pixels, parts = open_pixels(rows), group(bins, config.micro_batch_size)
     for number, part in enumerate(parts, start=1):
         micro = collate(rows, part, label_rule(config), pixels)

@@ -1,9 +1,8 @@
 """Which optimizer updates the trained parameters, and how fast at each step.
 
-A resumed run builds the very same thing again. The schedule is a pure function of the step: it has
-no state to save. bfloat16 weights are updated in float32, or most small steps would be rounded
-away. Afterwards they keep what was cut off (a full fine-tune), or are rounded at random (an adapter
-in bfloat16).
+The schedule is a pure function of the step: it has no state to save. bfloat16 weights are updated
+in float32, or most small steps would be rounded away. Afterwards they keep what was cut off (a full
+fine-tune), or are rounded at random (an adapter in bfloat16).
 """
 
 import ctypes
@@ -48,12 +47,12 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: RunConfig
 
 
 def is_lora_matrix(name: str) -> bool:
-    """Whether a parameter's name is that of one of an adapter's two factors."""
+    """Whether a parameter is one of an adapter's two factors."""
     return "lora_A." in name or "lora_B." in name
 
 
 def _groups(named: Iterable[tuple[str, nn.Parameter]], config: RunConfig) -> list[dict[str, Any]]:
-    """Parameter groups by how they decay and how fast they learn; none is empty."""
+    """Parameter groups by how they decay and how fast they learn."""
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
@@ -129,8 +128,9 @@ def _update_in_float32(optimizer: Optimizer, adapter: frozenset[nn.Parameter]) -
     """
 
     def widen(optimizer: Optimizer, *_: object) -> None:
-        for parameter in _with_gradients(optimizer, torch.bfloat16):
-            assert parameter.grad is not None
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if parameter.dtype != torch.bfloat16 or parameter.grad is None:
+                continue
             gradient, rest = parameter.grad.float(), optimizer.state[parameter].pop("rest", None)
             parameter.grad = None
             parameter.data = join(parameter.data, rest)
@@ -150,11 +150,6 @@ def _update_in_float32(optimizer: Optimizer, adapter: frozenset[nn.Parameter]) -
     if any(p.dtype == torch.bfloat16 for group in optimizer.param_groups for p in group["params"]):
         optimizer.register_step_pre_hook(widen)
         optimizer.register_step_post_hook(narrow)
-
-
-def _with_gradients(optimizer: Optimizer, dtype: torch.dtype) -> list[nn.Parameter]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return [p for p in parameters if p.dtype == dtype and p.grad is not None]
 
 
 def take_step(optimizer: Optimizer) -> None:

@@ -23,10 +23,19 @@ from engine.catalog.rows import Mistral3Sizes, Mistral4Sizes, TextSizes, module_
 from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind, learned
 from engine.config import RunConfig
 from engine.data.prepare import label_rule
-from engine.data.prepared import pack
 from engine.plan import Device, Statistics, estimate
 from engine.plan.layers import largest_image_tokens, tower_of
-from engine.train.batches import IMAGE_TOKEN, Micro, Order, Pixels, Rows, StepBatch, collate, join
+from engine.train.batches import (
+    IMAGE_TOKEN,
+    Micro,
+    Order,
+    Pixels,
+    Rows,
+    StepBatch,
+    collate,
+    join,
+    packed,
+)
 from engine.train.weight_files import StoredTensor
 
 LAYERS = 2
@@ -231,10 +240,7 @@ def heaviest_step(rows: Rows, config: RunConfig) -> StepBatch:
     A sequence weighs its tokens, and those of images twice: once for the tower.
     """
     weights = rows.lengths + _image_tokens(rows)
-    if config.sample_packing:
-        bins = [part.tolist() for part in pack(rows.lengths, config.sequence_len, config.seed, 0)]
-    else:
-        bins = [[row] for row in range(len(rows))]
+    bins = packed(rows, config) if config.sample_packing else [[row] for row in range(len(rows))]
     bins.sort(key=lambda members: -int(weights[members].sum()))
     chosen = bins[: config.micro_batch_size]
     if config.sample_packing and len(bins) > len(chosen):
