@@ -529,8 +529,8 @@ class TestFullModel:
 
     def test_all_that_a_stock_load_reads_lies_beside_it(self, uneven: Rows, tmp_path: Path) -> None:
         base = write_model(tmp_path / "base", MINISTRAL3)
-        kept = ("LICENSE", "SYSTEM_PROMPT.txt", "preprocessor_config.json", "tokenizer.json")
-        kept += ("tekken.json",)
+        kept = ["LICENSE", "SYSTEM_PROMPT.txt", "preprocessor_config.json", "tokenizer.json"]
+        kept.append("tekken.json")
         for name in kept:
             (base / name).write_text(name)
         (base / "generation_config.json").write_text('{"temperature": 0.15, "do_sample": true}')
