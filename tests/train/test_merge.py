@@ -91,8 +91,9 @@ class TestMerged:
             {"peft_use_rslora": True, "lora_r": 4},
             {"peft_use_dora": True},
             {"lora_modules_to_save": ["lm_head", "embed_tokens"]},
+            {"adapter": "qlora", "load_in_4bit": True},
         ],
-        ids=["rslora", "dora", "modules to save"],
+        ids=["rslora", "dora", "modules to save", "qlora"],
     )
     def test_every_variant_of_lora_is_merged(
         self, keys: dict[str, Any], ministral: Path, finished: Finished, tmp_path: Path
@@ -159,11 +160,6 @@ class TestMerged:
         torch.testing.assert_close(written["lm_head.weight"], embedding + 0.5)
         torch.testing.assert_close(written["model.embed_tokens.weight"], embedding)
         loaded(folder)
-
-    def test_qlora(self, ministral: Path, finished: Finished, tmp_path: Path) -> None:
-        run = finished(ministral, adapter="qlora", load_in_4bit=True)
-        folder = merge(run, tmp_path / "merged")
-        assert_merged(folder, ministral, run.adapter)
 
     def test_fp8_weights_become_bfloat16(self, finished: Finished, tmp_path: Path) -> None:
         base = write_fp8(write_model(tmp_path / "base", MINISTRAL3))

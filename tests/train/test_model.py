@@ -30,6 +30,7 @@ from tests.support.tiny import (
     MISTRAL,
     YARN,
     Models,
+    assert_same,
     edit_config,
     edit_weights,
     logits,
@@ -241,9 +242,7 @@ def pair(request: pytest.FixtureRequest, model_folder: Models) -> tuple[Base, Pr
 class TestAgainstTransformers:
     def test_all_tensors_are_equal_bit_for_bit(self, pair: tuple[Base, PreTrainedModel]) -> None:
         ours, theirs = (stored(model) for model in (pair[0].model, pair[1]))
-        assert ours.keys() == theirs.keys()
-        assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in theirs.items()}
-        assert [n for n in ours if not torch.equal(ours[n], theirs[n])] == []
+        assert_same(ours, theirs, 0.0, 0.0)  # and of the same types
         assert any("inv_freq" in name for name in ours)
 
     def test_and_so_is_what_is_said_of_it(self, pair: tuple[Base, PreTrainedModel]) -> None:
@@ -274,9 +273,7 @@ class TestSavedAgain:
             tmp_path, dtype=base.dtype, output_loading_info=True
         )
         assert not any(report.values())
-        ours, theirs = stored(base.model), stored(again)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert_same(stored(base.model), stored(again), 0.0, 0.0)
         written = load_file(tmp_path / "model.safetensors").keys()
         assert written == load_file(any_model / "model.safetensors").keys()
 
@@ -319,16 +316,13 @@ class TestFiles:
     def test_several_files_are_one_model(self, own: Path) -> None:
         whole = load_base(own, settings(own)).model.state_dict()
         self.shard(own)
-        parts = load_base(own, settings(own)).model.state_dict()
-        assert whole.keys() == parts.keys()
-        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+        assert_same(whole, load_base(own, settings(own)).model.state_dict(), 0.0, 0.0)
 
     def test_names_may_be_those_in_memory(self, own: Path) -> None:
         before = load_base(own, settings(own)).model.state_dict()
         assert before.keys() != load_file(own / "model.safetensors").keys()
         save_file(before, own / "model.safetensors", {"format": "pt"})
-        after = load_base(own, settings(own)).model.state_dict()
-        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert_same(before, load_base(own, settings(own)).model.state_dict(), 0.0, 0.0)
 
     def test_a_missing_file_of_several(self, own: Path) -> None:
         (own / sorted(set(self.shard(own).values()))[1]).unlink()
