@@ -72,15 +72,15 @@ def progress_text(summary: Summary) -> str:
 
 def figures_text(score: Score | None, written: Answers | None, drift: Drift | None) -> str:
     """The newest figures of an evaluation beside its loss, and its step; empty before the first."""
-    told = []
+    figures = []
     if score and (kinds := kind_losses(score)):
-        told.append("loss of " + ", ".join(f"{kind} {nats(loss)}" for kind, loss in kinds))
+        figures.append("loss of " + ", ".join(f"{kind} {nats(loss)}" for kind, loss in kinds))
     if written:
-        told.append(f"{written.stopped:.0%} stop by themselves")
+        figures.append(f"{written.stopped:.0%} stop by themselves")
     if drift:
-        told.append(f"drift {drift.kl:.2f}")
-    step = max(each.step for each in (score, written, drift) if each) if told else 0
-    return f"step {step}: {'  ·  '.join(told)}" if told else ""
+        figures.append(f"drift {drift.kl:.2f}")
+    step = max(each.step for each in (score, written, drift) if each) if figures else 0
+    return f"step {step}: {'  ·  '.join(figures)}" if figures else ""
 
 
 PHASES: Final[Mapping[str, str]] = {
@@ -220,9 +220,9 @@ def describe_results(events: Iterable[Event]) -> list[str]:
             case Drift():
                 drifts.append(event)
     lines = []
-    for dataset, told in scores.items():
-        if told[0].step < told[-1].step:
-            lines += _set_lines(dataset, told, answers.get(dataset, ()))
+    for dataset, found in scores.items():
+        if found[0].step < found[-1].step:
+            lines += _set_lines(dataset, found, answers.get(dataset, ()))
     if drifts and drifts[0].step < drifts[-1].step:
         values = (f"{each.kl:.2f}" for each in (drifts[0], drifts[-1]))
         lines.append(_row("drift on general questions (nats)", *values))

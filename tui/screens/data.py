@@ -360,9 +360,9 @@ class DataPage(Page):
 
     def _refuse(self, error: UserError) -> None:
         self.say("✗", "cannot be read", error.what)
-        told = (("what", error.what), ("why", error.why), ("fix", error.fix))
+        parts = (("what", error.what), ("why", error.why), ("fix", error.fix))
         self.query_one("#rows", Static).update(
-            columns([(word, visible(text)) for word, text in told], "bold $error")
+            columns([(word, visible(text)) for word, text in parts], "bold $error")
         )
 
     def _redraw(self) -> None:

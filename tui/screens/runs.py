@@ -116,8 +116,8 @@ def details(facts: RunFacts) -> list[tuple[str, str]]:
     if facts.best:
         step, loss = facts.best
         lines.append(("best", f"held-out {nats(loss)} at step {step}"))
-    if told := figures_text(*facts.figures):
-        lines.append(("figures", told))
+    if figures := figures_text(*facts.figures):
+        lines.append(("figures", figures))
     if facts.saved:
         lines.append(("saved", ", ".join(each.rsplit("/", 1)[-1] for each in facts.saved[-4:])))
     if facts.ended_what:
@@ -381,8 +381,8 @@ class RunsPage(Page):
             Curve([(float(step), loss) for step, loss in facts.held_out], "bold $lit", "◆"),
         ]
         self.part(Chart).show(curves, scale)
-        told = [(word, visible(text)) for word, text in details(facts)]
-        self.query_one("#facts", Static).update(columns(told, "$muted"))
+        shown = [(word, visible(text)) for word, text in details(facts)]
+        self.query_one("#facts", Static).update(columns(shown, "$muted"))
 
     def _mark_of(self, folder: RunFolder) -> str:
         return _MARKS[self._marked.index(folder)] if folder in self._marked else ""

@@ -105,11 +105,11 @@ def log_rows(lines: Sequence[Logged], size: Size) -> Content:
 
 
 def log_line(line: Logged) -> Content:
-    told = event_line(line.event, line.best)
-    assert told is not None  # what tells a person nothing is not logged
+    report = event_line(line.event, line.best)
+    assert report is not None  # what tells a person nothing is not logged
     if isinstance(line.event, Phase):  # how far it is stands in the second row
-        told = replace(told, text="")
-    return Content.styled(f"{clock_time(line.time)} ", "$faint") + line_content(told, detail=True)
+        report = replace(report, text="")
+    return Content.styled(f"{clock_time(line.time)} ", "$faint") + line_content(report, detail=True)
 
 
 def answer_text(prompt: str, answers: Sequence[Answer], size: Size) -> Content:
@@ -214,7 +214,7 @@ class TrainPage(Page):
         self._status: Status | None = None
         self._asked: dict[str, tuple[Request, float]] = {}
         self._changed = True
-        self._told_end = False
+        self._end_shown = False
         self._resuming = False
 
     def compose_body(self) -> ComposeResult:
@@ -269,7 +269,7 @@ class TrainPage(Page):
         self._history.add(events)
         if now != self._status:
             self._status = now
-            self._told_end = self._told_end and now not in _ALIVE
+            self._end_shown = self._end_shown and now not in _ALIVE
             self.refresh_bindings()
         for identity in [each for each in self._asked if each in self._history.acks]:
             word, _ = self._asked.pop(identity)
@@ -338,10 +338,10 @@ class TrainPage(Page):
         self.cover(TextPane("what it said", text), [Key("esc", "close")])
 
     def action_log(self) -> None:
-        told = Content("\n").join(log_line(line) for line in reversed(self._history.log))
+        happened = Content("\n").join(log_line(line) for line in reversed(self._history.log))
         printed = visible(_tail(self._folder.log))
         panel = Vertical(
-            TextPane("what happened", told or Content("nothing yet"), subtitle="newest first"),
+            TextPane("what happened", happened or Content("nothing yet"), subtitle="newest first"),
             TextPane("engine.log", Content(printed or "it printed nothing"), subtitle="its end"),
             classes="halves",
         )
@@ -437,8 +437,8 @@ class TrainPage(Page):
         """What to look at, the figures of the last evaluation, what a finished run is good for."""
         note = notes(self._history)
         lines = [Content.styled(note, "$warning")] if note else []
-        if told := figures_text(*self._history.figures):
-            lines.append(Content.styled(visible(told, one_line=True), "$muted"))
+        if figures := figures_text(*self._history.figures):
+            lines.append(Content.styled(visible(figures, one_line=True), "$muted"))
         if self._status == "finished":
             lines.append(Content(NEXT))
             self.show_command(ask_command(self._history, self._folder.name))
@@ -456,9 +456,9 @@ class TrainPage(Page):
 
     def _show_end(self) -> None:
         self.show_keys(_STATUS_KEYS.get(self._status, _LIVE_KEYS))
-        if self._status not in ("failed", "lost") or self._told_end:
+        if self._status not in ("failed", "lost") or self._end_shown:
             return
-        self._told_end = True
+        self._end_shown = True
         saves = [each.path for each in self._history.saved]
         last = visible(saves[-1], one_line=True) if saves else ""
         actions: list[tuple[str, Callable[[], None]]] = [("keep it as it is", lambda: None)]
