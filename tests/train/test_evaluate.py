@@ -49,11 +49,11 @@ from tests.support.tiny import (
     MakeRows,
     Models,
     Row,
+    adapted,
     learn_by_heart,
     row,
     settings,
     training,
-    wake_adapter,
     with_vision,
     write_model,
     write_rows,
@@ -233,7 +233,7 @@ class TestItLeavesNoTrace:
 
 
 CPU = torch.device("cpu")
-LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
+LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 
 
 def text(question_tokens: int, answer_tokens: int, seed: int) -> Text:
@@ -259,10 +259,10 @@ def textbook(model: Model) -> Tensor:
     return torch.cat(found)
 
 
-def adapted(folder: Path, home: Path, rows: Rows, **keys: object) -> Training:
-    run = training(home, settings(folder, **(LORA | keys)), rows)
-    wake_adapter(run.model)
-    return run
+@pytest.fixture
+def moved(ministral: Path, uneven: Rows, tmp_path: Path) -> Training:
+    """A run whose adapter acts."""
+    return adapted(ministral, tmp_path, uneven, **LORA)
 
 
 class TestTheNumber:
@@ -271,7 +271,7 @@ class TestTheNumber:
         self, name: str, model_folder: Models, uneven: Rows, tmp_path: Path
     ) -> None:
         folder = model_folder(name)
-        run = adapted(folder, tmp_path, uneven)
+        run = adapted(folder, tmp_path, uneven, **LORA)
         stock = textbook(load_base(folder, settings(folder)).model)
         tuned = textbook(run.model)
         by_hand = F.kl_div(tuned, stock, reduction="none", log_target=True).sum(-1)
@@ -281,20 +281,19 @@ class TestTheNumber:
         assert by_hand.mean() > 0.05
         assert torch.allclose(found, by_hand, atol=1e-5)
 
-    def test_error_of_what_is_not_kept(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
-        run = adapted(ministral, tmp_path, uneven)
-        with without_adapter(run.model):
-            whole = expect(run.model, CPU, TEXTS, top=VOCABULARY)
-            kept = expect(run.model, CPU, TEXTS)
-        exact = divergences(whole, run.model, CPU, TEXTS)
-        found = divergences(kept, run.model, CPU, TEXTS)
+    def test_error_of_what_is_not_kept(self, moved: Training) -> None:
+        with without_adapter(moved.model):
+            whole = expect(moved.model, CPU, TEXTS, top=VOCABULARY)
+            kept = expect(moved.model, CPU, TEXTS)
+        exact = divergences(whole, moved.model, CPU, TEXTS)
+        found = divergences(kept, moved.model, CPU, TEXTS)
         assert kept.ids.shape == (len(exact), TOP)
         assert (found <= exact + 1e-6).all()
         logs = torch.zeros(len(exact), VOCABULARY).scatter(1, whole.ids, whole.logs)
         others = torch.ones_like(logs).scatter(1, kept.ids, 0.0).bool()
         mass = (logs.exp() * others).sum(-1)
         assert torch.allclose(mass, kept.rest.exp(), atol=1e-5)
-        tuned = textbook(run.model)
+        tuned = textbook(moved.model)
         among = torch.where(others, logs.exp() * (logs - tuned), 0.0).sum(-1)
         bound = among - mass * (mass.log() - torch.where(others, tuned.exp(), 0.0).sum(-1).log())
         assert torch.allclose(exact - found, bound, atol=1e-5)
@@ -305,12 +304,11 @@ class TestTheNumber:
         assert drift.measure(untouched=True) == (0.0, sum(2 + 3 * n for n in range(10)))
 
     def test_it_does_not_depend_on_how_places_are_cut(
-        self, ministral: Path, uneven: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: Training
     ) -> None:
-        run = adapted(ministral, tmp_path, uneven)
 
         def found() -> tuple[float, int] | None:
-            return BaseDrift(run.model, CPU, TEXTS, tmp_path / "none" / "file").measure(
+            return BaseDrift(moved.model, CPU, TEXTS, tmp_path / "none" / "file").measure(
                 untouched=False
             )
 
@@ -322,29 +320,27 @@ class TestTheNumber:
         assert in_chunks[0] == pytest.approx(once[0], rel=1e-5)
         assert in_chunks[1] == once[1]
 
-    def test_never_negative(self, model_folder: Models, uneven: Rows, tmp_path: Path) -> None:
-        run = adapted(model_folder("ministral3"), tmp_path, uneven)
+    def test_never_negative(self, moved: Training) -> None:
         with torch.no_grad():
-            for name, parameter in run.model.named_parameters():
+            for name, parameter in moved.model.named_parameters():
                 if "lora_B" in name:
                     parameter.mul_(1e-4)
-            with without_adapter(run.model):
-                base = expect(run.model, CPU, TEXTS)
-        found = divergences(base, run.model, CPU, TEXTS)
+            with without_adapter(moved.model):
+                base = expect(moved.model, CPU, TEXTS)
+        found = divergences(base, moved.model, CPU, TEXTS)
         assert float(found.min()) == 0.0
         assert float(found.max()) < 1e-5
 
 
 class TestTheBase:
-    def test_disabled_adapter_is_base(self, ministral: Path, uneven: Rows, tmp_path: Path) -> None:
-        run = adapted(ministral, tmp_path, uneven)
-        trained = [p.requires_grad for p in run.model.parameters()]
-        with without_adapter(run.model):
-            inside = textbook(run.model)
+    def test_disabled_adapter_is_base(self, ministral: Path, moved: Training) -> None:
+        trained = [p.requires_grad for p in moved.model.parameters()]
+        with without_adapter(moved.model):
+            inside = textbook(moved.model)
         stock = textbook(load_base(ministral, settings(ministral)).model)
         assert torch.equal(inside, stock)
-        assert not torch.allclose(textbook(run.model), stock, atol=1e-2)
-        assert [p.requires_grad for p in run.model.parameters()] == trained
+        assert not torch.allclose(textbook(moved.model), stock, atol=1e-2)
+        assert [p.requires_grad for p in moved.model.parameters()] == trained
 
     def test_full_fine_tune_is_stored(self, begin: Begin, ministral: Path, tmp_path: Path) -> None:
         run = begin(max_steps=3, learning_rate=0.01)
@@ -372,7 +368,7 @@ class TestTheBase:
         elif lost == "torn":
             file.write_bytes(file.read_bytes()[:100])
         assert BaseDrift(full.model, CPU, texts, file).measure(untouched=False) is None
-        run = adapted(ministral, tmp_path / "lora", uneven)
+        run = adapted(ministral, tmp_path / "lora", uneven, **LORA)
         found = BaseDrift(run.model, CPU, texts, file).measure(untouched=False)
         assert found
         assert found[0] > 0.05
