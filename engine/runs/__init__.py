@@ -4,11 +4,10 @@ A run is a folder and a process that may or may not be alive; this package is th
 tells which. It sits below everything that starts or shows a run, and holds nothing heavy, so that
 the trainer, the commands and the wizard share one set of rules.
 
-`folder` has the paths and finds runs by name; `lock` says whether a trainer lives; `lines` and
-`follower` read files that are being written; `summary` decides the status of a run; `history` adds
-its events up, `series` to curves, `facts` for a list of runs; `comparison` puts two side by side;
-`control` carries commands to the trainer; `signals` turns SIGTERM into "save, then end";
-`newest_result` finds what was saved; `removal` takes a run away. What a trainer does with them:
+`folder` has the paths and finds runs by name; `lock` says whether a trainer lives, and takes a run
+away; `summary` decides a run's status and follows its events; `history` adds them up to curves and
+to a list of runs; `comparison` puts two side by side; `control` carries commands and signals to the
+trainer. What a trainer does with them:
 
     with StopSignals() as signals, RunLock(run) as lock, EventWriter(run.events) as events:
         control = ControlReader(run.control, since=lock.since)
