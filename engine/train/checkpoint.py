@@ -27,9 +27,9 @@ from transformers import PreTrainedModel
 from engine.catalog import find_model, find_repository, model_names
 from engine.chat.tokenizer import open_tokenizer, write_tekken
 from engine.config import RunConfig
-from engine.errors import WorkError
+from engine.errors import UserError, WorkError
 from engine.files import sweep, sync, write_whole
-from engine.runs.newest_result import LATEST
+from engine.runs.folder import RunFolder
 from engine.train.experts import stock_names
 from engine.train.forward import Model, unwrapped
 from engine.train.weight_files import (
@@ -42,6 +42,7 @@ from engine.train.weight_files import (
     write_shards,
     write_tensors,
 )
+from engine.visible import visible
 
 TRAINED = "trained.safetensors"
 
@@ -386,3 +387,30 @@ def _copy(source: Path, target: Path, patterns: Sequence[str]) -> None:
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)
+
+
+LATEST = "LATEST"
+"""File in `checkpoints/` with the name of the newest one."""
+
+
+def newest_result(run: RunFolder, config: RunConfig) -> Path:
+    """The folder of the finished adapter or model, or of the newest checkpoint.
+
+    Raises UserError where nothing was saved yet.
+    """
+    exported = run.model if config.adapter is None else run.adapter
+    if exported.is_dir():
+        return exported
+    try:
+        name = (run.checkpoints / LATEST).read_text("utf-8").strip()
+    except OSError:
+        name = ""
+    newest = run.checkpoints / name
+    if not name.startswith("step-") or not newest.is_dir():
+        shown = visible(run.name, one_line=True)
+        raise UserError(
+            f"The run {shown} has saved nothing yet.",
+            "There is neither a finished result nor a checkpoint in its folder.",
+            f"Wait for its first save; `windtunnel watch {shown}` shows how far it is.",
+        )
+    return newest

@@ -29,9 +29,8 @@ from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.config import DatasetConfig, RunConfig, read_config
 from engine.errors import UserError
 from engine.runs import RunFolder
-from engine.runs.newest_result import newest_result
 from engine.train.batches import Rows, join, open_pixels
-from engine.train.checkpoint import load_trained
+from engine.train.checkpoint import load_trained, newest_result
 from engine.train.evaluate import evaluating, general_questions, without_adapter
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model, half_precision, image_features, unwrapped

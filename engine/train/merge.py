@@ -24,8 +24,7 @@ from engine.config import RunConfig, read_config
 from engine.errors import UserError, WorkError
 from engine.publish.card import write_card
 from engine.runs import RunFolder
-from engine.runs.newest_result import newest_result
-from engine.train.checkpoint import copy_companions
+from engine.train.checkpoint import copy_companions, newest_result
 from engine.train.fetch import locate_base
 from engine.train.quantize import Fp8Layout, find_layout, unquantized
 from engine.train.weight_files import (
