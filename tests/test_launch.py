@@ -23,7 +23,7 @@ from tests.fakes.processes import (
     running_fake,
     wait_until,
 )
-from tests.support.run_folders import read_steps
+from tests.support.written_runs import read_steps
 
 pytestmark = pytest.mark.usefixtures("home")
 

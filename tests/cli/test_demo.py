@@ -15,7 +15,7 @@ from PIL import Image
 from engine.cli.demo import HELD_OUT, SEEN, TRAINED, UNSEEN, write_drawings
 from engine.runs import RunFolder
 from tests.support.extras import needs_trainer
-from tests.support.run_folders import read_steps
+from tests.support.written_runs import read_steps
 
 ROOT = Path(__file__).parents[2]
 STEPS = 13

@@ -22,7 +22,7 @@ from tests.fakes.engine import loss_at, step_event
 from tests.fakes.processes import ROOT, fake_environment, processes_of, running_fake, wait_until
 from tests.support.commands import Call
 from tests.support.extras import needs_trainer
-from tests.support.run_folders import read_steps
+from tests.support.written_runs import read_steps
 
 pytestmark = pytest.mark.usefixtures("home")
 

@@ -11,7 +11,7 @@ import pytest
 from engine.cli import main, use
 from engine.cli.terminal import Host
 from tests.support.extras import needs_trainer
-from tests.support.run_folders import write_run
+from tests.support.written_runs import write_run
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from ruamel.yaml import YAML
 
 from engine.publish.card import write_card
 from engine.publish.hub import publish_result
-from tests.support.run_folders import write_run
+from tests.support.written_runs import write_run
 
 
 def front_matter(text: str) -> dict[str, object]:

@@ -13,7 +13,7 @@ from engine.config import read_config
 from engine.events import Note
 from engine.publish.hub import publish_result
 from engine.runs import RunFolder
-from tests.support.run_folders import write_run
+from tests.support.written_runs import write_run
 
 
 class Hub:

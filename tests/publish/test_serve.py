@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.publish.card import VLLM_RANKS, serve_hints
-from tests.support.run_folders import write_run
+from tests.support.written_runs import write_run
 
 
 def arguments(run: Any, title: str) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from engine.events import Eval, EventWriter
 from engine.runs.comparison import _loss_at, compare_figures, differences, read_curves
-from tests.support.run_folders import step, write_run
+from tests.support.written_runs import step, write_run
 
 TEST = {"path": "test.jsonl"}
 

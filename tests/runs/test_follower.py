@@ -14,7 +14,7 @@ from engine.runs import Follower, RunFolder, follow
 from engine.runs.folder import LineReader, append_line, lines_backwards
 from tests.fakes.engine import step_event
 from tests.fakes.processes import running_fake, wait_until
-from tests.support.run_folders import read_steps
+from tests.support.written_runs import read_steps
 
 
 def lines(count: int, *, first: int = 0, time: float = 0.0) -> list[bytes]:

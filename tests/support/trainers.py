@@ -33,7 +33,7 @@ from engine.runs import Follower, RunFolder, is_locked
 from engine.train.forward import unwrapped
 from engine.train.offload import decoder_layers
 from tests.fakes.processes import ROOT, wait_until
-from tests.support.run_folders import read_steps
+from tests.support.written_runs import read_steps
 
 VOCABULARY = 2048
 """The 1,000 control tokens of every Tekken file, and its first 1,048 pieces of text."""

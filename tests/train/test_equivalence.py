@@ -29,7 +29,6 @@ from tests.support import stock
 from tests.support.fp8_checkpoints import write_fp8
 from tests.support.methods import METHODS, NF4, ON_EXPERTS, Method
 from tests.support.offloading import BASES, DEEP_MODELS, OFFLOADS, BeginDeep
-from tests.support.run_folders import read_steps
 from tests.support.stock import norm_of, stock_model, stock_step
 from tests.support.tiny import (
     ARCHITECTURES,
@@ -44,6 +43,7 @@ from tests.support.tiny import (
     training,
     wake_adapter,
 )
+from tests.support.written_runs import read_steps
 
 ALL_IN_ONE_STEP = {"gradient_accumulation_steps": 64}
 LAYOUTS = {

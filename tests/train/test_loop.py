@@ -16,8 +16,8 @@ from engine.train.generate import Prompt
 from engine.train.loop import StepClock, Training
 from engine.train.lora import put_on_training
 from engine.train.model import load_base
-from tests.support.run_folders import read_steps
 from tests.support.tiny import Begin, open_session, settings, training, wake_adapter
+from tests.support.written_runs import read_steps
 
 COLLATING, MOVING, BETWEEN = 7.0, 5.0, 1000.0
 

@@ -14,7 +14,6 @@ from engine.cli import main
 from engine.events import Note, Saved, Shortage
 from engine.runs import RunFolder
 from engine.train.out_of_memory import asked_bytes, is_out_of_memory, message_of
-from tests.support.run_folders import read_steps
 from tests.support.trainers import (
     LORA,
     Workshop,
@@ -24,6 +23,7 @@ from tests.support.trainers import (
     hold_at_most,
     last_end,
 )
+from tests.support.written_runs import read_steps
 
 KEYS = LORA | {
     "lora_dropout": 0.0,

@@ -16,7 +16,6 @@ from engine.events import Ack, Phase, Sample, Saved
 from engine.launch import launch
 from engine.runs import Request, RunFolder, ask, is_locked, send, status
 from tests.fakes.processes import ROOT, wait_until
-from tests.support.run_folders import read_steps
 from tests.support.trainers import (
     LORA,
     Workshop,
@@ -28,6 +27,7 @@ from tests.support.trainers import (
     training,
     wait,
 )
+from tests.support.written_runs import read_steps
 
 KEYS = LORA | {"max_steps": 5_000, "save_steps": 5_000, "lr_scheduler": "constant"}
 QUESTION = "How many knots is force 3?"

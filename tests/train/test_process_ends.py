@@ -25,7 +25,6 @@ from engine.launch import launch
 from engine.runs import RunFolder, is_locked, status
 from tests.fakes.packages import package
 from tests.fakes.processes import ROOT, wait_until
-from tests.support.run_folders import read_steps
 from tests.support.trainers import (
     LORA,
     VOCABULARY,
@@ -39,6 +38,7 @@ from tests.support.trainers import (
     training,
     write_model,
 )
+from tests.support.written_runs import read_steps
 
 KEYS = LORA | {"max_steps": 4, "save_steps": 2}
 EMBEDDING = "model.embed_tokens.weight"

@@ -13,7 +13,6 @@ from engine.events import Note, Phase, Step
 from engine.launch import resume_run
 from engine.runs import Follower, RunFolder, status
 from tests.fakes.processes import wait_until
-from tests.support.run_folders import read_steps
 from tests.support.trainers import (
     LORA,
     QLORA,
@@ -29,6 +28,7 @@ from tests.support.trainers import (
     training,
     wait,
 )
+from tests.support.written_runs import read_steps
 
 KEYS = LORA | {"max_steps": 6, "save_steps": 2}
 
