@@ -36,7 +36,7 @@ from engine.runs.history import History
 from engine.wizard.data import TYPED
 from engine.wizard.draft import Draft
 from engine.wizard.flow import Wizard
-from tests.support.conversation import Conversation
+from tests.support.data import Conversation
 from tests.support.screens import screen_text, wait_for
 from tests.support.stand_in import draft_on, opened
 from tests.support.steps import ready, recommended

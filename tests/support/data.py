@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import DatasetConfig, RunConfig
+from tui.plain import Dialogue
 
 
 def config_of(*datasets: DatasetConfig, **keys: object) -> RunConfig:
@@ -55,3 +56,26 @@ def killed_child(work: Callable[[], object]) -> None:
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
     assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+class Conversation:
+    """A person who gives prepared answers and then ctrl+d; everything that they read."""
+
+    def __init__(self, *answers: str) -> None:
+        self._answers = iter(answers)
+        self.lines: list[str] = []
+        self.dialogue = Dialogue(self._read, self.lines.append)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    def _read(self, prompt: str) -> str:
+        answer = next(self._answers, None)
+        self.lines.append(prompt + (answer or ""))
+        if answer is None:
+            raise EOFError
+        return answer
+
+    def headings(self) -> list[str]:
+        return [line.split("  ")[1].split(":")[0] for line in self.lines if " of 6  " in line]

@@ -17,7 +17,7 @@ from engine.wizard.draft import Draft, draft_from
 from engine.wizard.start import save_config, start_run, why_not
 from tests.fakes.nvml import RTX_4090, FakeDriver
 from tests.fakes.processes import PATIENCE_SECONDS, running_fake, wait_until
-from tests.support.conversation import Conversation
+from tests.support.data import Conversation
 from tests.support.extras import needs_trainer
 from tests.support.written_runs import written_run
 from tui.plain import Dialogue, Leave, follow_run, run_plain
