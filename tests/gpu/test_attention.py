@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from engine.train.attention import Segments, attend_by_kernel, attend_row_by_row
-from tests.support.attention import CUT, positions, states, tiny, tokens
 from tests.support.card import Card
+from tests.support.stock import CUT, positions, states, tiny, tokens
 from tests.support.tiny import ARCHITECTURES
 
 

@@ -1,5 +1,6 @@
 """The yardstick: stock transformers and PEFT, one row at a time, as a person would write it."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.chat.render import Kind, LabelRule
+from engine.train.attention import use_attention
 from engine.train.batches import Rows, collate, pad
 from engine.train.experts import GroupedNF4
 from engine.train.forward import Model, half_precision, head_of, hidden_states
-from tests.support.tiny import edit_config
+from tests.support.tiny import VOCABULARY, edit_config
 
 KEPT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 """Names as they begin in memory: transformers quantizes the tower of a mere `vision_tower`."""
@@ -162,3 +164,30 @@ def stock_step(model: Any, rows: Rows, prefix: str = "") -> tuple[float, dict[st
     named = model.named_parameters()
     found = {prefix + n: p.grad / learned for n, p in named if p.grad is not None}
     return total / learned, found
+
+
+CUT = "flash_attention_torch"
+SIZES = ([13, 20, 7], [25, 15])
+
+
+def positions(sizes: tuple[list[int], ...] = SIZES) -> Tensor:
+    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in sizes])
+
+
+@cache
+def tokens() -> Tensor:
+    return torch.randint(20, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def tiny(architecture: dict[str, Any], backend: str, **keys: Any) -> Any:
+    model_class = getattr(transformers, architecture["architectures"][0])
+    config = model_class.config_class.from_dict(architecture | keys)
+    use_attention(config, backend)
+    torch.manual_seed(0)
+    return model_class(config).train()
+
+
+def states(model: Any, ids: Tensor, where: Tensor) -> Tensor:
+    found = model.model(input_ids=ids, position_ids=where, use_cache=False).last_hidden_state
+    assert isinstance(found, Tensor)
+    return found

@@ -21,7 +21,7 @@ from engine.train.attention import (
     pick_attention,
     use_attention,
 )
-from tests.support.attention import CUT, positions, states, tiny, tokens
+from tests.support.stock import CUT, positions, states, tiny, tokens
 from tests.support.tiny import ARCHITECTURES, MISTRAL, assert_same, gradients, settings
 
 
