@@ -1,4 +1,4 @@
-"""What kernels need beside torch, on computers that are described by folders."""
+"""What kernels need beside torch, and what is said of torch, a driver and a card: by files alone."""
 
 import subprocess
 import sys

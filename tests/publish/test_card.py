@@ -1,4 +1,4 @@
-"""A model card tells the run's figures and nothing of the computer or of the rows."""
+"""The model card, and the commands that serve a result."""
 
 import json
 from pathlib import Path

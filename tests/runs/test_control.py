@@ -1,4 +1,4 @@
-"""Commands to a live run: each is read once, answered by id, and never by the wrong process."""
+"""Commands to a run that lives, by its file and by signals."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The events of a run add up to the same history, read at once or bit by bit."""
+"""The events of a run added up, to curves of bounded length."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The word for a run comes from the lock and the end of its events."""
+"""The status of a run, and its events followed while they are written."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Every form of CUDA_VISIBLE_DEVICES, over the fake driver; torch's own parser is the oracle."""
+"""CUDA_VISIBLE_DEVICES over the fake driver, with torch's own parser as the oracle; and the host."""
 
 import json
 import os
