@@ -13,7 +13,6 @@ from packaging.utils import canonicalize_name
 from engine.hardware import assume, attention_backends, known_gpus, missing_packages
 from engine.hardware.packages import toolchain_problems, torch_problems
 
-ROOT = Path(__file__).parents[2]
 OWN = "windtunnel"
 # Looked up on PyPI in November 2026; one that is added here has to be looked up first.
 ON_PYPI = {

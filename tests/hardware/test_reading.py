@@ -1,4 +1,4 @@
-"""CUDA_VISIBLE_DEVICES over the fake driver, with torch's own parser as the oracle; and the host."""
+"""CUDA_VISIBLE_DEVICES over the fake driver, with torch's own parser as oracle; and the host."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What kernels need beside torch, and what is said of torch, a driver and a card: by files alone."""
+"""What kernels need beside torch, and what is said of torch and a card: by files alone."""
 
 import subprocess
 import sys
