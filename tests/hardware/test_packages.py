@@ -1,4 +1,4 @@
-"""Versions that the training stack is asked for, and the command that brings it."""
+"""Versions that the training stack is asked for, and the commands and names that bring it."""
 
 import re
 import shlex
