@@ -36,6 +36,12 @@ def visible(text: str, *, one_line: bool = False) -> str:
     return shown
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, else its name, without the last full stop."""
+    found = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return visible(found, one_line=True).rstrip(".")
+
+
 def fold(text: str, columns: int | None) -> list[str]:
     """`text`, one line, as lines of at most `columns` cells, broken after a space where one is.
 

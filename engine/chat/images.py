@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.chat.conversation import RowProblem
+from engine.visible import first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image, Resampling
@@ -204,9 +205,8 @@ def _no_image(content: ImageBytes) -> RowProblem:
 
 
 def _undecodable(error: Exception) -> RowProblem:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
     return RowProblem(
         "The image is damaged.",
-        f"Decoding it ended in {first_line}.",
+        f"Decoding it ended in {first_line(error)[:200]}.",
         "Fetch or save it again, or delete the row.",
     )

@@ -32,7 +32,7 @@ from engine.catalog import ModelCard, TokenizerSpec, find_model, find_repository
 from engine.chat.images import ImageSpec
 from engine.chat.tokenizer_file import HUB_ID, TEKKEN, check_file, find_in_folder
 from engine.errors import UserError, WorkError
-from engine.visible import visible
+from engine.visible import first_line, visible
 
 # Long system prompts and tool lists repeat from row to row; a few hundred are enough to hold
 # those of a mixed dataset and too few to matter in memory.
@@ -395,7 +395,7 @@ def _fetch(repo_id: str) -> Path:
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise WorkError(
             f"The tokenizer of {repo_id} could not be fetched.",
-            f"{visible(str(error).splitlines()[0], one_line=True)}.",
+            f"{first_line(error)}.",
             f"Try again later, or copy the model's {TEKKEN} here and name its folder.",
         ) from error
 
@@ -420,9 +420,8 @@ def _open_file(path: Path) -> ChatTokenizer:
         *(AssertionError, AttributeError, IndexError, KeyError, OSError, RecursionError),
         *(TypeError, ValueError),
     ) as error:
-        first_line = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
             f"{visible(str(path), one_line=True)} is not a whole Tekken tokenizer.",
-            f"Reading it ended in {type(error).__name__}: {visible(first_line, one_line=True)}.",
+            f"Reading it ended in {type(error).__name__}: {first_line(error)[:200]}.",
             "Download the file again, or name the folder that holds the model's tekken.json.",
         ) from error

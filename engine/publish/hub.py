@@ -15,7 +15,7 @@ from engine.errors import UserError, WorkError
 from engine.events import Note, Phase
 from engine.publish.card import write_card
 from engine.runs import RunFolder
-from engine.visible import visible
+from engine.visible import first_line, visible
 
 
 def publish_result(run: RunFolder, result: Path, config: RunConfig) -> Iterator[Note | Phase]:
@@ -74,10 +74,9 @@ def push(run: RunFolder, repository: str | None = None) -> str:
         ) from error
     # A lost connection is an error of the client's HTTP library, which is another in each release.
     except Exception as error:
-        first = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise WorkError(
             f"{visible(name, one_line=True)} could not be uploaded.",
-            f"{visible(first, one_line=True).rstrip('.')}.",
+            f"{first_line(error)}.",
             f"Log in with `hf auth login`, then repeat it: {repeat_command(run)}",
         ) from error
     return str(made)

@@ -119,7 +119,8 @@ def explain(error: Exception) -> UserError:
     """The three sentences for whatever ended the run."""
     if isinstance(error, UserError):
         return error
-    from engine.train.out_of_memory import first_line, is_out_of_memory, message_of
+    from engine.train.out_of_memory import is_out_of_memory, message_of
+    from engine.visible import first_line
 
     if isinstance(error, ImportError):
         return _not_imported(error, first_line(error))

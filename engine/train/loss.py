@@ -14,7 +14,8 @@ from torch import Tensor
 from engine.chat.render import IGNORED_LABEL
 from engine.config import RunConfig
 from engine.plan.trainer import PRICE, SMALLEST_CHUNK_BYTES, chunk_rows, names_cut_loss
-from engine.train.out_of_memory import first_line, is_out_of_memory
+from engine.train.out_of_memory import is_out_of_memory
+from engine.visible import first_line
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ from engine.train.quantize import (
 )
 from engine.train.weight_files import BytesProgress, StoredTensor, list_tensors
 from engine.units import gib
-from engine.visible import visible
+from engine.visible import first_line, visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ def build_empty(
     except ImportError as error:
         raise UserError(
             "The model cannot be loaded as the config asks.",
-            f"{str(error).splitlines()[0].rstrip('.')}.",
+            f"{first_line(error)}.",
             "Remove attn_implementation, so that an installed one is chosen, or install what is "
             "missing.",
         ) from error

@@ -18,7 +18,7 @@ from engine.plan import SAME_RESULT, Device, next_rung
 from engine.plan.step import WEIGHTS
 from engine.runs import RunFolder
 from engine.units import gib
-from engine.visible import visible
+from engine.visible import first_line, visible
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,12 +46,6 @@ class OutOfMemory(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(part in str(error) for part in _MESSAGES)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first, else its name, without the last full stop."""
-    found = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return visible(found, one_line=True).rstrip(".")
 
 
 def message_of(error: BaseException) -> str:
