@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.hardware import Gpu, Machine
-from engine.units import gib
+from engine.units import GIB, gib
 from engine.visible import visible
 
 GPU_MARGIN = 0.05
@@ -17,7 +17,9 @@ BF16_CAPABILITY = (8, 0)
 """Compute capability from which on a card has bfloat16. torch.cuda.is_bf16_supported() is no
 measure: it says yes of older cards too, which emulate it."""
 RAM_MARGIN = 0.10
-"""The same of this computer's free memory, which everything else shares."""
+"""The same of this computer's memory, which everything else shares."""
+LEAST_RAM_MARGIN_BYTES = 2 * GIB
+"""What a system and its desktop take of a small computer's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,12 @@ def cpu_device(machine: Machine) -> Device:
 
 
 def _ram_bytes(machine: Machine) -> int:
-    return int(machine.ram_available_bytes * (1 - RAM_MARGIN))
+    """Of all memory and not of what is free now: a plan is the same from one minute to the next.
+
+    Whether it is free is asked where a run starts: `refuse_busy_memory`.
+    """
+    total = machine.ram_total_bytes
+    return max(0, total - max(int(total * RAM_MARGIN), LEAST_RAM_MARGIN_BYTES))
 
 
 def best_device(machine: Machine) -> Device:

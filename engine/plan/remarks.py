@@ -20,6 +20,7 @@ from engine.catalog import (
 from engine.catalog.architecture import ROPE
 from engine.config import RunConfig
 from engine.errors import DOES_NOT_FIT, UserError
+from engine.hardware import reading
 from engine.plan.device import Device
 from engine.plan.memory import moment_parts, on_device
 from engine.plan.step import Stack
@@ -163,9 +164,10 @@ def answering_bytes(config: RunConfig, architecture: Architecture, device: Devic
 
 
 def refuse_answering(config: RunConfig, architecture: Architecture, device: Device) -> None:
-    """Raises UserError with exit status 3 where the run's model does not fit on `device`."""
+    """Raises UserError with exit status 3 where the run's model does not fit on `device` now."""
     needed = answering_bytes(config, architecture, device)
     if needed <= device.can_give_bytes:
+        refuse_busy_memory(needed, device, "--anyway tries it all the same")
         return
     four_bit = config.load_in_4bit or config.adapter is None
     smaller = "" if four_bit else ", or train with adapter: qlora, whose weights are in 4 bits"
@@ -173,5 +175,22 @@ def refuse_answering(config: RunConfig, architecture: Architecture, device: Devi
         f"The model does not fit: {gib(needed)} are needed to ask it.",
         f"{device.name} can give {gib(device.can_give_bytes)} of {gib(device.total_bytes)}.",
         f"Ask it on a larger GPU{smaller}; --anyway tries it all the same.",
+        exit_status=DOES_NOT_FIT,
+    )
+
+
+def refuse_busy_memory(needed_bytes: int, device: Device, otherwise: str) -> None:
+    """Raises UserError with exit status 3 where other programs hold the RAM that a CPU run takes.
+
+    `otherwise` is what helps beside closing them.
+    """
+    free_bytes = reading.read_memory()[1]
+    if device.kind != "cpu" or needed_bytes <= free_bytes:
+        return
+    raise UserError(
+        f"Too little memory is free now: {gib(needed_bytes)} are needed.",
+        f"Other programs leave {gib(free_bytes)} of {gib(device.total_bytes)}: the run would wait"
+        " for the disk at every step, or the system would end it.",
+        f"Close some of them and start again; {otherwise}.",
         exit_status=DOES_NOT_FIT,
     )

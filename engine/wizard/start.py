@@ -25,6 +25,7 @@ from engine.hardware import Machine, assume, cuda_environment, missing_packages,
 from engine.launch import launch, require_torch
 from engine.plan import Device, Estimate, Statistics, best_device, estimate, make_fit, plan_document
 from engine.plan.measured import Measurement, store
+from engine.plan.remarks import refuse_busy_memory
 from engine.plan.trainer import refuse_bf16
 from engine.runs import RunFolder, create_run, run_home
 from engine.units import gib
@@ -176,6 +177,7 @@ def _require_fit(needs: Estimate, device: Device) -> None:
             "Plan has an answer that makes it fit, or choose a smaller model.",
             exit_status=3,
         )
+    refuse_busy_memory(needs.device_bytes, device, "a smaller model or a shorter row needs less")
 
 
 def _require_stack(machine: Machine, device: Device) -> None:
@@ -250,6 +252,8 @@ def plan_run(
     needs = estimate(config, architecture, device, statistics)
     if needs.verdict == "does not fit" and not anyway:
         raise _too_large(config, architecture, device, statistics)
+    if not anyway:
+        refuse_busy_memory(needs.device_bytes, device, "--anyway starts it all the same")
     require_torch(machine, device.uuid)
     return plan_document(needs, device)
 

@@ -3,20 +3,27 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.catalog import find_model
-from engine.config import read_config
+from engine.config import DatasetConfig, read_config
 from engine.events import Ended
+from engine.hardware import read_machine
+from engine.plan import cpu_device
 from engine.plan.measured import HOME_VARIABLE
 from engine.runs import Follower, RunFolder, status
+from engine.units import GIB
+from engine.wizard.draft import Draft
+from engine.wizard.start import plan_run, why_not
 from tests.fakes.nvml import RTX_4090, FakeDriver
 from tests.fakes.processes import ROOT
 from tests.support.commands import Call
 from tests.support.extras import needs_trainer
+from tests.support.run_folders import write_run
 
 SAMPLE = ROOT / "presets" / "samples" / "harbour-pilot" / "train.jsonl"
 SMALL_GPU = (
@@ -367,6 +374,48 @@ class TestTrainIsRefusedWhereItDoesNotFit:
         plan = json.loads((folder / "plan.json").read_text("utf-8"))
         assert plan["estimate"]["verdict"] == "does not fit"
         assert plan["device"]["uuid"] == "GPU-cccc-1"
+
+
+class TestMemoryOfTheComputer:
+    """A plan for a CPU counts on all of it; whether it is free is asked where a run starts."""
+
+    @pytest.fixture
+    def demo(self, tmp_path: Path) -> Path:
+        path = tmp_path / "demo.yml"
+        path.write_text(LARGE.replace("ministral-3-3b", "demo-tiny"), "utf-8")
+        return path
+
+    @pytest.fixture(autouse=True)
+    def busy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("engine.hardware.reading.read_memory", lambda: (16 * GIB, GIB // 4))
+
+    def test_a_plan_does_not_move_with_what_is_free(self) -> None:
+        here = read_machine()
+        idle, busy = (replace(here, ram_available_bytes=free) for free in (8 * GIB, GIB))
+        assert cpu_device(idle) == cpu_device(busy)
+        small = cpu_device(replace(here, ram_total_bytes=8 * GIB))
+        assert (small.can_give_bytes, small.ram_bytes) == (6 * GIB, 6 * GIB)
+
+    def test_train_says_what_to_close(self, call: Call, demo: Path, home: Path) -> None:
+        code, out, err = call("train", str(demo))
+        assert (code, out) == (3, "")
+        what, why, fix = err.strip().splitlines()
+        assert what.startswith("Too little memory is free now: ")
+        assert "Other programs leave 0.2 GiB of" in why
+        assert fix == "Close some of them and start again; --anyway starts it all the same."
+        assert not home.exists()
+        assert plan_run(demo, (), anyway=True)
+
+    def test_so_do_the_wizard_and_a_question_to_a_run(self, call: Call, tmp_path: Path) -> None:
+        machine = read_machine()
+        rows = DatasetConfig(path="sample:harbour-pilot")
+        draft = Draft(machine=machine, device=cpu_device(machine), model="demo-tiny", dataset=rows)
+        error = why_not(draft)
+        assert error
+        assert error.what.startswith("Too little memory is free now: ")
+        asked = write_run(tmp_path / "pilot", base_model="demo-tiny").path
+        code, _, err = call("generate", str(asked), "--prompt", "Hi")
+        assert (code, "--anyway tries it all the same" in err) == (3, True)
 
 
 class TestPrecision:
