@@ -23,7 +23,7 @@ from tests.fakes.nvml import RTX_4090, FakeDriver
 from tests.fakes.processes import ROOT
 from tests.support.commands import Call
 from tests.support.extras import needs_trainer
-from tests.support.run_folders import write_run
+from tests.support.written_runs import write_run
 
 SAMPLE = ROOT / "presets" / "samples" / "harbour-pilot" / "train.jsonl"
 SMALL_GPU = (
