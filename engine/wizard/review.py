@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from engine.config import parse_config
+from engine.config import RunConfig, parse_config
 from engine.errors import UserError
 from engine.report import Line
 from engine.runs import RunFolder
@@ -40,7 +40,7 @@ class Saved:
         """Where it lies, and how it is run."""
         where = shlex.quote(self.path.name if self.planned else str(self.path))
         line = Line("✓", "saved", f"{self.path}; run it with: windtunnel train {where}")
-        there = Line("·", "planned", f"copy {self.path.name} to the machine that has it first")
+        there = Line("·", "planned", "first copy it to the machine that has the card")
         return (line, there) if self.planned else (line,)
 
 
@@ -70,7 +70,14 @@ class ReviewStep:
         self._edited = ""
         self._fault: UserError | None = None
         self._shows = False
+        self._written: RunConfig | None = None
         self.outcome: RunFolder | Saved | None = None
+
+    @property
+    def saved(self) -> Saved | None:
+        """What was written, for as long as the answers are still those."""
+        saved = self.outcome if isinstance(self.outcome, Saved) else None
+        return saved if saved and self._written == self._draft.config() else None
 
     def work(self) -> Work | None:
         """Counting rows that the plan is without. The question can be asked before."""
@@ -113,12 +120,16 @@ class ReviewStep:
             )
         if self._new:
             return Question(self.verdict(), (replace(save, label="save"), shown, name), 0, facts)
+        if (saved := self.saved) and saved.planned:
+            save = replace(save, note=saved.lines()[1].text)
         choices = (start, save, shown, name)
         return Question(self.verdict(), choices, int(refused is not None), facts)
 
     def verdict(self) -> Line:
-        """Whether it can start, and what it needs."""
+        """Whether it can start, and what it needs; where it was written, once it was."""
         draft = self._draft
+        if not self._new and (saved := self.saved):
+            return saved.lines()[0]
         needs, refused, device = draft.advice().estimate, why_not(draft), draft.device
         over = "" if needs.verdict == "fits" else f"{needs.verdict}: "
         amounts = f"{over}{gib(needs.device_bytes)} of {gib(needs.can_give_bytes)}"
@@ -155,11 +166,13 @@ class ReviewStep:
             self.outcome = start_run(self._draft, home=self._home)
         elif key == SAVE:
             path = Path(text) if text else free_config_path(self._draft)
-            saved = save_config(self._draft, path)
+            written = save_config(self._draft, path)
             device = self._draft.device
-            self.outcome = Saved(saved, device is not None and device.planned)
+            self.outcome = Saved(written, device is not None and device.planned)
+            self._written = self._draft.config()
         elif key == NAME:
             self._draft.name = text or self._draft.name
+            self._written = None
         elif key == EDIT:
             self._edit(text)
         return key in (START, LEAVE) or (key == SAVE and not self._new)

@@ -23,7 +23,7 @@ from engine.visible import visible
 from engine.wizard.commands import plan_command
 from engine.wizard.question import Question
 from engine.wizard.reading import Read
-from engine.wizard.review import EDIT, NAME, SAVE, START, STARTING, ReviewStep, Saved
+from engine.wizard.review import EDIT, NAME, SAVE, START, STARTING, ReviewStep
 from tui.page import Key, Page
 from tui.widgets.choices import Choices
 from tui.widgets.pane import Pane
@@ -133,8 +133,9 @@ class ReviewPage(Page):
         if self._question is None:
             return
         draft, path = self.app.draft, self._question.choice(SAVE).usual
-        if self._key == START:
-            self.show_command(["train", path])
+        saved = self._step.saved
+        if self._key == START or saved:
+            self.show_command(["train", str(saved.path) if saved else path])
             return
         words = plan_command(draft)
         self.show_command([*words, "-o", path] if words and draft.own is None else [])
@@ -157,11 +158,7 @@ class ReviewPage(Page):
         except UserError as error:
             self.show_problem(error, kept=_KEPT)
             return
-        saved = self._step.outcome
-        assert isinstance(saved, Saved)
-        line = saved.lines()[0]
-        self.say(line.mark, line.label, line.text)
-        self.show_command(["train", str(saved.path)])
+        self.refresh_from_draft()
 
     @work(thread=True, exclusive=True)
     def _start(self) -> None:

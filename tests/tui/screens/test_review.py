@@ -81,6 +81,25 @@ async def test_for_a_planned_card_the_first_answer_is_to_save() -> None:
     assert "❯ save only" in text
 
 
+async def test_what_was_saved_is_said_until_an_answer_changes() -> None:
+    draft = for_a_planned_card()
+    async with review_page(draft) as pilot:
+        page = pilot.app.screen
+        assert isinstance(page, ReviewPage)
+        await pilot.press("enter")
+        page.on_rows_counted()
+        await pilot.pause()
+        text = screen_text(pilot.app)
+        draft.change("learning_rate", 0.001)
+        page.on_rows_counted()
+        await pilot.pause()
+        changed = screen_text(pilot.app)
+    assert "✓ saved  /" in text
+    assert "save only     first copy it to the machine that has the card" in text
+    assert "saved" not in changed
+    assert "· ready to save" in changed
+
+
 async def test_a_plan_that_does_not_fit_is_saved_and_said_to_be_one() -> None:
     draft = for_a_planned_card()
     draft.model = "mistral-medium-3.5"
