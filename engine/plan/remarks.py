@@ -167,7 +167,8 @@ def refuse_answering(config: RunConfig, architecture: Architecture, device: Devi
     """Raises UserError with exit status 3 where the run's model does not fit on `device` now."""
     needed = answering_bytes(config, architecture, device)
     if needed <= device.can_give_bytes:
-        refuse_busy_memory(needed, device, "--anyway tries it all the same")
+        if device.kind == "cpu":
+            refuse_busy_memory(needed, "--anyway tries it all the same")
         return
     four_bit = config.load_in_4bit or config.adapter is None
     smaller = "" if four_bit else ", or train with adapter: qlora, whose weights are in 4 bits"
@@ -179,17 +180,18 @@ def refuse_answering(config: RunConfig, architecture: Architecture, device: Devi
     )
 
 
-def refuse_busy_memory(needed_bytes: int, device: Device, otherwise: str) -> None:
-    """Raises UserError with exit status 3 where other programs hold the RAM that a CPU run takes.
+def refuse_busy_memory(needed_bytes: int, otherwise: str) -> None:
+    """Raises UserError with exit status 3 where other programs hold the RAM that a run takes: all
+    of its own on a CPU, what it keeps there for a card.
 
     `otherwise` is what helps beside closing them.
     """
-    free_bytes = reading.read_memory()[1]
-    if device.kind != "cpu" or needed_bytes <= free_bytes:
+    total_bytes, free_bytes = reading.read_memory()
+    if needed_bytes <= free_bytes:
         return
     raise UserError(
-        f"Too little memory is free now: {gib(needed_bytes)} are needed.",
-        f"Other programs leave {gib(free_bytes)} of {gib(device.total_bytes)}: the run would wait"
+        f"Too little memory is free now: {gib(needed_bytes)} of RAM are needed.",
+        f"Other programs leave {gib(free_bytes)} of {gib(total_bytes)}: the run would wait"
         " for the disk at every step, or the system would end it.",
         f"Close some of them and start again; {otherwise}.",
         exit_status=DOES_NOT_FIT,

@@ -95,6 +95,8 @@ class Verdict:
     word: str
     text: str
     stops: bool = False
+    key: str = ""
+    """What shows or mends it on the full screen, where keys do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +140,8 @@ def judge(found: Checkup, rule: LabelRule, sequence_len: int, excess: str) -> Ve
         else:
             text = "no token is learned in any row: all answers are kept out of the loss"
         return Verdict("✗", "stop", text, stops=True)
-    for text in _complaints(found, rule, sequence_len, excess):
-        return Verdict("!", "look", text)
+    for text, key in _complaints(found, rule, sequence_len, excess):
+        return Verdict("!", "look", text, key=key)
     longest = found.tokens.row_length.max
     return Verdict(
         "✓",
@@ -148,7 +150,10 @@ def judge(found: Checkup, rule: LabelRule, sequence_len: int, excess: str) -> Ve
     )
 
 
-def _complaints(found: Checkup, rule: LabelRule, sequence_len: int, excess: str) -> list[str]:
+def _complaints(
+    found: Checkup, rule: LabelRule, sequence_len: int, excess: str
+) -> list[tuple[str, str]]:
+    """Sentences, the worst first, each with the key of the full screen that helps."""
     assert found.tokens is not None
     assert found.odd is not None
     nothing = found.odd.learns_nothing_count
@@ -156,18 +161,18 @@ def _complaints(found: Checkup, rule: LabelRule, sequence_len: int, excess: str)
     against = sum(f.rows for f in found.findings if f.id == _AGAINST_EFFORT)
     cut = sum(tokens > sequence_len for tokens in found.tokens.longest_rows)
     fate = {"truncate": "cut", "raise": "which the run refuses"}.get(excess, "left out")
-    told = []
+    shows, complaints = "w shows them", []
     if against:
         rows = counted(against, "row")
-        told.append(f"effort is none over thinking in {rows}: space on reasoning")
+        complaints.append((f"effort is none over thinking in {rows}", "space on reasoning"))
     if nothing:
-        told.append(f"nothing to learn in {counted(nothing, 'row')}, left out: w shows them")
+        complaints.append((f"nothing to learn in {counted(nothing, 'row')}, left out", shows))
     if cut:
         rows = counted(cut, "row")
-        told.append(f"over {sequence_len:,} tokens in {rows}, {fate}: w shows them")
+        complaints.append((f"over {sequence_len:,} tokens in {rows}, {fate}", shows))
     if found.bad_rows:
-        told.append(f"an error in {counted(found.bad_rows, 'row')}, left out: w shows them")
-    return told
+        complaints.append((f"an error in {counted(found.bad_rows, 'row')}, left out", shows))
+    return complaints
 
 
 _AGAINST_EFFORT: Final = "effort_contradicts_thinking"

@@ -177,7 +177,7 @@ def _require_fit(needs: Estimate, device: Device) -> None:
             "Plan has an answer that makes it fit, or choose a smaller model.",
             exit_status=3,
         )
-    refuse_busy_memory(needs.device_bytes, device, "a smaller model or a shorter row needs less")
+    refuse_busy_memory(needs.host_bytes, "a smaller model or shorter rows need less")
 
 
 def _require_stack(machine: Machine, device: Device) -> None:
@@ -253,7 +253,7 @@ def plan_run(
     if needs.verdict == "does not fit" and not anyway:
         raise _too_large(config, architecture, device, statistics)
     if not anyway:
-        refuse_busy_memory(needs.device_bytes, device, "--anyway starts it all the same")
+        refuse_busy_memory(needs.host_bytes, "--anyway starts it all the same")
     require_torch(machine, device.uuid)
     return plan_document(needs, device)
 

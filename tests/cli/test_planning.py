@@ -406,6 +406,17 @@ class TestMemoryOfTheComputer:
         assert not home.exists()
         assert plan_run(demo, (), anyway=True)
 
+    def test_so_does_one_on_a_card_for_what_it_keeps_beside(
+        self, call: Call, nvml: FakeDriver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        nvml.set(RTX_4090)
+        needed = call.document("estimate", "large.yml")["host_bytes"]
+        for free, refused in ((needed - 1, True), (needed, False)):
+            memory = 64 * GIB, free
+            monkeypatch.setattr("engine.hardware.reading.read_memory", lambda found=memory: found)
+            code, _, err = call("train", "large.yml")
+            assert ("Too little memory is free now" in err, code == 3) == (refused, refused)
+
     def test_so_do_the_wizard_and_a_question_to_a_run(self, call: Call, tmp_path: Path) -> None:
         machine = read_machine()
         rows = DatasetConfig(path="sample:harbour-pilot")

@@ -118,7 +118,7 @@ def test_a_gpu_can_be_planned_for_and_its_config_is_only_saved() -> None:
     assert "H100 PCIe is planned for and not here." in told.text
     assert "*  2  save only" in told.text
     assert "run it with: windtunnel train out.yml" in told.lines[-2]
-    assert told.lines[-1] == "  · planned: copy out.yml to the machine that has it first"
+    assert told.lines[-1] == "  · planned: first copy it to the machine that has the card"
     assert saved().base_model == "ministral-3-8b"
 
 

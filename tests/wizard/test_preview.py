@@ -98,6 +98,16 @@ def test_rows_that_teach_nothing_stop_here(tmp_path: Path) -> None:
         step.take(RIGHT, "")
 
 
+def test_a_key_of_the_full_screen_is_named_there_alone(tmp_path: Path) -> None:
+    step, draft = asked(rows(tmp_path, "yes", "yes " * 200))
+    draft.change("sequence_len", 64)
+    ready(step)
+    verdict = step.judge()
+    assert (verdict.word, verdict.key) == ("look", "w shows them")
+    assert "over 64 tokens in 1 row" in step.question().headline.text
+    assert "w shows" not in step.question().headline.text
+
+
 def test_rows_that_cannot_be_read_end_the_question() -> None:
     step, _ = asked(DatasetConfig(path="nope.jsonl"))
     with pytest.raises(UserError, match=r"There is no nope\.jsonl\."):

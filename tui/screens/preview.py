@@ -343,7 +343,9 @@ class PreviewPage(Page):
             self._verdict = Verdict("·", "counting", f"what is learned in all rows{rows}")
         else:
             self._verdict = self._step.judge()
-        self.say(self._verdict.mark, self._verdict.word, self._verdict.text)
+        verdict = self._verdict
+        text = f"{verdict.text}: {verdict.key}" if verdict.key else verdict.text
+        self.say(verdict.mark, verdict.word, text)
 
     def _redraw_titles(self) -> None:
         pane, view = self.query_one("#row", Pane), self.part(TokenView)

@@ -226,7 +226,9 @@ async def test_where_nothing_is_learned_enter_does_not_go_on(tmp_path) -> None:
 
 async def test_enter_goes_on_and_a_row_that_is_too_long_is_told(tmp_path) -> None:
     draft = draft_of(tmp_path, chat("q", "word " * 200), chat("q", "b"), sequence_len=128)
-    async with previewed(draft, "! look  over 128 tokens in 1 row, left out") as screen:
+    async with previewed(
+        draft, "! look  over 128 tokens in 1 row, left out: w shows them"
+    ) as screen:
         await screen.press("enter")
         assert screen.went_on
 
