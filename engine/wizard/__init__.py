@@ -10,7 +10,6 @@
     review      step 6, ReviewStep: start, save, name, edit; its outcome is the run or the file
     reading     rows that a step asks for: read in this process, or by the worker of a screen
     draft       the answers so far, the config that follows from them, its rows in the plan
-    commands    the command lines that do the same
     start       what is asked for in words or by a file; why a run cannot start, its start
 
 A printer (full screen, inline questions, plain lines) holds no question of its own. It goes around:

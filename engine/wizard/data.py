@@ -25,7 +25,7 @@ from engine.data.statistics import Checkup
 from engine.errors import UserError
 from engine.report import Line
 from engine.report.data import list_remarks, row_lines, rows_verdict, shape_lines
-from engine.wizard.draft import Draft, rows_config, take_count, with_rows
+from engine.wizard.draft import Draft, is_named_by_path, rows_config, take_count, with_rows
 from engine.wizard.question import Choice, Confirm, Question, Work
 from engine.wizard.reading import Read
 
@@ -336,3 +336,16 @@ class DataStep:
                 f"{self.found.rows:,} were read, and each has a problem.",
                 "Repair the rows, map the columns, or take others.",
             )
+
+
+def check_command(draft: Draft, dataset: DatasetConfig) -> list[str]:
+    """The words after `windtunnel` that report on the same rows; none where no command does.
+
+    Those of an opened config are read as it says: with its image folder, its switches.
+    """
+    own = draft.own
+    if own is not None and dataset in own.datasets:
+        same = draft.path is not None and not draft.changes and draft.model == own.base_model
+        return ["check", str(draft.path)] if same and len(own.datasets) == 1 else []
+    words = ["check", dataset.path, "--model", draft.model or ""]
+    return words if is_named_by_path(dataset) else []

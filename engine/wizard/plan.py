@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from engine.config import FULL, NONE, RunConfig, spell
+from engine.config import FULL, NONE, RunConfig, assignment, spell
 from engine.config.schema import explain_key
 from engine.data.sources import with_absolute_paths
 from engine.errors import UserError
@@ -34,10 +34,12 @@ from engine.wizard.draft import (
     Draft,
     count_work,
     expert_tensors,
+    is_named_by_path,
     set_value,
     spelled,
     take_answer,
 )
+from engine.wizard.machine import named_cards
 from engine.wizard.question import Choice, Confirm, Progress, Question, Work
 from engine.wizard.reading import Read
 from engine.wizard.start import measure_and_keep
@@ -499,3 +501,34 @@ def measure_plan(config: RunConfig, _progress: Progress | None = None) -> str:
     """
     lines = [" ".join(line.split()) for line in fit_lines(measure_and_keep(config))]
     return "; ".join(lines[1:4])
+
+
+def plan_command(draft: Draft) -> list[str]:
+    """The words after `windtunnel`; none where no command says the same.
+
+    The person's values come first: they are what has just changed.
+    """
+    if not all(map(_can_be_typed, draft.changes.values())):
+        return []
+    values = [assignment(*change) for change in draft.changes.items()]
+    device = draft.device
+    assume = []
+    if device and device.planned:
+        assume = ["--assume", named_cards(device)]
+    if draft.own is not None:
+        if draft.path is None or (draft.dataset and draft.dataset not in draft.own.datasets):
+            return []
+        if draft.model and draft.model != draft.own.base_model:
+            values.append(assignment("base_model", draft.model))
+        return ["estimate", str(draft.path), *values, *assume]
+    if draft.dataset and not is_named_by_path(draft.dataset):
+        return []
+    data = ["--data", draft.dataset.path] if draft.dataset else []
+    return ["recommend", *values, "--model", draft.model or "", *data, *assume]
+
+
+def _can_be_typed(value: object) -> bool:
+    """Whether `key=value` of a command line says it: one value, or a list of names."""
+    if isinstance(value, list | tuple):
+        return all(isinstance(each, str) for each in value)
+    return value is None or isinstance(value, bool | int | float | str)

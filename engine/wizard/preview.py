@@ -16,7 +16,7 @@ from engine.data.statistics import Checkup
 from engine.errors import UserError
 from engine.report import Line, Mark
 from engine.units import counted
-from engine.wizard.draft import Draft, rows_config
+from engine.wizard.draft import RENDER_KEYS, WHICH_KEYS, Draft, is_named_by_path, rows_config
 from engine.wizard.question import Choice, Confirm, Question, Work
 from engine.wizard.reading import Read
 
@@ -212,6 +212,8 @@ RIGHT: Final = "right"
 NEXT: Final = "next"
 ROW: Final = "row"
 _KEPT_ROWS: Final = 500
+_SAID_BY_FILE: Final = (WHICH_KEYS | RENDER_KEYS) - {"chat_template_kwargs"}
+"""What decides a previewed row and has no flag."""
 
 
 class PreviewStep:
@@ -421,3 +423,23 @@ class PreviewStep:
             f"All {found.usable:,} usable rows: {learned:,} of {tokens.total:,} tokens are learned."
             f" {tokens.thinking:,} are thinking, {tokens.answer:,} answers."
         )
+
+
+def preview_command(draft: Draft, config: RunConfig, number: int) -> list[str]:
+    """The words after `windtunnel` that print row `number` of `config` alike; none where only
+    another file could."""
+    (dataset, *more), path = config.datasets, draft.path
+    own = draft.own or RunConfig(base_model=config.base_model, datasets=config.datasets)
+    same = all(getattr(config, key) == getattr(own, key) for key in _SAID_BY_FILE)
+    if draft.own is not None:
+        words = ["preview", str(path)] if same and path else []
+    else:
+        named = same and not more and is_named_by_path(dataset)
+        words = ["preview", dataset.path, "--model", config.base_model] if named else []
+    words += ["--row", str(number)] if words else []
+    if words and config.train_on_thinking != own.train_on_thinking:
+        words.append("--think" if config.train_on_thinking else "--no-think")
+    if config.chat_template_kwargs != own.chat_template_kwargs:
+        effort = (config.chat_template_kwargs or {}).get("reasoning_effort")
+        words = [*words, "--reasoning-effort", effort] if words and effort else []
+    return words

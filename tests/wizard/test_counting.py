@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.hardware import assume
 from engine.plan import Statistics, best_device, estimate
 from engine.units import gib
-from engine.wizard.commands import check_command, plan_command, preview_command
+from engine.wizard.data import check_command
 from engine.wizard.draft import (
     COUNTING,
     MOST_BYTES,
@@ -27,6 +27,8 @@ from engine.wizard.draft import (
     next_count,
     take_count,
 )
+from engine.wizard.plan import plan_command
+from engine.wizard.preview import preview_command
 from engine.wizard.reading import DataWorker
 from tests.support.stand_in import SAMPLE, WORKER, Screen, draft_on, opened
 from tui.app import WindtunnelApp

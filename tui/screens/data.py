@@ -27,8 +27,7 @@ from engine.errors import UserError
 from engine.report.data import Remark, list_remarks, row_lines, shape_lines
 from engine.units import stored
 from engine.visible import visible
-from engine.wizard.commands import check_command
-from engine.wizard.data import USE, DataStep, Source, find_newest, list_sources
+from engine.wizard.data import USE, DataStep, Source, check_command, find_newest, list_sources
 from engine.wizard.preview import Switch
 from engine.wizard.reading import Read
 from tui.line import marked

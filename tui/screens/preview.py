@@ -21,8 +21,14 @@ from engine.data.requests import PreviewRow, Progress
 from engine.errors import UserError
 from engine.report.data import learned_text
 from engine.visible import visible
-from engine.wizard.commands import preview_command
-from engine.wizard.preview import SWITCH_HELP, GroupCount, PreviewStep, Verdict, count_groups
+from engine.wizard.preview import (
+    SWITCH_HELP,
+    GroupCount,
+    PreviewStep,
+    Verdict,
+    count_groups,
+    preview_command,
+)
 from engine.wizard.reading import Read
 from tui.page import HelpText, Key, Page
 from tui.widgets.choices import Choices, Switches

@@ -20,7 +20,7 @@ from textual.widgets import Input, Static
 from engine.errors import UserError
 from engine.runs import RunFolder
 from engine.visible import visible
-from engine.wizard.commands import plan_command
+from engine.wizard.plan import plan_command
 from engine.wizard.question import Question
 from engine.wizard.reading import Read
 from engine.wizard.review import EDIT, NAME, SAVE, START, STARTING, ReviewStep

@@ -17,7 +17,6 @@ from engine.data.sources import with_absolute_paths
 from engine.errors import UserError
 from engine.report.plan import plan_verdict
 from engine.visible import visible
-from engine.wizard.commands import plan_command
 from engine.wizard.draft import set_value
 from engine.wizard.plan import (
     MEASURING,
@@ -27,6 +26,7 @@ from engine.wizard.plan import (
     list_fields,
     list_rungs,
     measure_plan,
+    plan_command,
     what_to_know,
 )
 from tui.page import HelpText, Key, Page
