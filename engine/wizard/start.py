@@ -175,7 +175,7 @@ def _require_fit(needs: Estimate, device: Device) -> None:
             f"{visible(device.name, one_line=True)} can give {gib(needs.can_give_bytes)} of"
             f" {gib(device.total_bytes)}.",
             "Plan has an answer that makes it fit, or choose a smaller model.",
-            exit_status=3,
+            exit_status=DOES_NOT_FIT,
         )
     refuse_busy_memory(needs.host_bytes, "a smaller model or shorter rows need less")
 
