@@ -33,6 +33,7 @@ from engine.chat.message import (
     parse_json,
     read_image,
 )
+from engine.units import counted
 
 # Where no other name is chosen, these stand for it.
 _FIELD_MESSAGES = "messages"
@@ -235,7 +236,7 @@ def _place_images(
         return _put_first(written, images, column)
     if places != len(images):
         raise RowProblem(
-            f"The row has {len(images)} images and {places} places for them.",
+            f"The row has {counted(len(images), 'image')} and {counted(places, 'place')} for them.",
             f'A place is {{"type": "image"}} or {_PLACEHOLDER_TEXT}.',
             "Make the numbers equal, or leave the places out: images then come first.",
         )

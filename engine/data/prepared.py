@@ -32,6 +32,7 @@ from engine.chat.render import (
 )
 from engine.data.statistics import BadRow, count_held_out
 from engine.errors import UserError, WorkError
+from engine.units import counted
 
 META = "meta.json"
 # File name -> little-endian element type. `offsets` and `row_images` have one entry more than there
@@ -217,7 +218,7 @@ class Prepared:
         only_thinking = not rule.thinking and self.tokens_by_kind().get("think")
         raise UserError(
             "Nothing would be learned from this dataset.",
-            f"In {len(self)} rows no token carries the loss.",
+            f"In {counted(len(self), 'row')} no token carries the loss.",
             "Every answer is only thinking: turn train_on_thinking on."
             if only_thinking
             else "Check that the rows hold answers, and that none is marked as not to be learned.",

@@ -18,6 +18,7 @@ from typing import Final
 import platformdirs
 
 from engine.errors import UserError, WorkError
+from engine.units import counted
 from engine.visible import visible
 
 HOME_VARIABLE: Final = "WINDTUNNEL_RUNS"
@@ -168,7 +169,7 @@ def find_run(name_or_path: str | Path, home: str | Path | None = None) -> RunFol
     near = difflib.get_close_matches(text, [run.name for run in runs], n=1, cutoff=0.5)
     raise UserError(
         f"There is no run called {visible(text, one_line=True)!r}.",
-        f"{len(runs)} runs are known under {visible(str(run_home(home)))}."
+        f"Known under {visible(str(run_home(home)))}: {counted(len(runs), 'run')}."
         + (f" The nearest name is {visible(near[0], one_line=True)}." if near else ""),
         "List them with `windtunnel runs`, or give the run's folder.",
     )

@@ -58,6 +58,7 @@ from engine.train.out_of_memory import (
     with_next_rung,
 )
 from engine.train.text_metrics import TextMetrics
+from engine.units import counted
 
 PLACES = {
     "load": "loading the model",
@@ -156,8 +157,8 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
         training.restore(checkpoint)
     if config.sample_packing:
         sequences, fill = training.order.packing()
-        packed = f"{len(rows)} rows packed into {sequences} sequences, {fill:.1%} full"
-        session.note("info", packed)
+        bins = counted(sequences, "sequence")
+        session.note("info", f"{counted(len(rows), 'row')} packed into {bins}, {fill:.1%} full")
     session.emit(_started(session, config, base, training))
     prompts = [ask(text, tokenizer, config) for text in config.sample_prompts]
     if not prompts and config.eval_table_size:
@@ -226,7 +227,8 @@ def _prepare(
     store = default_store(config, home)
     prepared = prepare(config, home, tokenizer, store, report, datasets=datasets)
     state = "already prepared" if prepared.reused else "prepared"
-    session.emit(Phase("prepared", len(prepared), len(prepared), f"{len(prepared)} rows {state}"))
+    said = f"{counted(len(prepared), 'row')} {state}"
+    session.emit(Phase("prepared", len(prepared), len(prepared), said))
     return prepared
 
 

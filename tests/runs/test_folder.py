@@ -162,6 +162,7 @@ def test_a_name_that_is_not_there_is_answered_with_the_nearest(home: Path) -> No
     with pytest.raises(UserError) as caught:
         find_run("suport-magistral")
     assert "support-magistral" in caught.value.why
+    assert ": 1 run. The nearest" in caught.value.why
     with pytest.raises(UserError) as caught:
         find_run("\x1b[2J")
     assert "\x1b" not in str(caught.value)
