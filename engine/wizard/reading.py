@@ -30,7 +30,7 @@ from engine.data.requests import (
 )
 from engine.errors import UserError
 from engine.pace import every
-from engine.wizard.question import Progress as Tell
+from engine.wizard.question import Progress as Say
 from engine.wizard.question import Work
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Read:
         key = (repr(request),)
         return Work(type(request).__name__, key, waiting, partial(self._answer, request), request)
 
-    def _answer(self, request: ReadShape | CheckRows | PreviewRows, tell: Tell) -> Any:
+    def _answer(self, request: ReadShape | CheckRows | PreviewRows, say: Say) -> Any:
         # Imported here: the tokenizer takes seconds to load, and a screen never loads it.
         from engine.data.worker import Reader
 
@@ -61,9 +61,9 @@ class Read:
             if progress is None:
                 return
             if progress.phase == "tokenizer":
-                tell("Opening the tokenizer of the model.")
+                say("Opening the tokenizer of the model.")
             elif due():
-                tell(f"{progress.rows:,} rows so far.")
+                say(f"{progress.rows:,} rows so far.")
 
         return self._reader.answer(request, report)
 

@@ -106,10 +106,10 @@ class PlannedPanel(Vertical):
         self.query_one(Field).display = here is None
         self.post_message(self.Pointed(here.gpus[0].short_name if here else ""))
         if here is None:
-            told = "Makers say GB: 24 GB is a card of 24 GiB. Two alike: H100 x2."
+            shown = "Makers say GB: 24 GB is a card of 24 GiB. Two alike: H100 x2."
         else:
-            told = " ".join(f"{p.what} {p.why} {p.fix}" for p in here.problems)
-        self._show_reason(Content(visible(told)))
+            shown = " ".join(f"{p.what} {p.why} {p.fix}" for p in here.problems)
+        self._show_reason(Content(visible(shown)))
 
     def _show_reason(self, text: Content) -> None:
         self.query_one("#why Static", Static).update(text)
@@ -129,9 +129,9 @@ class PlannedPanel(Vertical):
         try:
             machine = assume(f"{text} GB" if _is_number(text) else text)
         except UserError as error:
-            told = (("what", error.what), ("why", error.why), ("fix", error.fix))
+            shown = (("what", error.what), ("why", error.why), ("fix", error.fix))
             self._show_reason(
-                columns([(word, visible(words)) for word, words in told], "bold $error")
+                columns([(word, visible(words)) for word, words in shown], "bold $error")
             )
             return
         self.post_message(self.Taken(machine))

@@ -1,4 +1,4 @@
-"""How a computer is told: a line for each choice, one verdict, the rest in rows.
+"""How a computer is described: a line for each choice, one verdict, the rest in rows.
 
 Pure, and without the planner: the first frame of the wizard waits for this module. Names of cards
 and paths are strangers' text, and are made visible here.
@@ -143,6 +143,6 @@ def processes(machine: "Machine") -> Content:
             lines.append(Content.styled("   nothing runs on it", "$muted"))
         for process in gpu.processes or ():
             memory, user, command = process_cells(process)
-            told = visible(f"{user}  {command}", one_line=True)
-            lines.append(Content(f"   {memory:>9}  {told}"))
+            program = visible(f"{user}  {command}", one_line=True)
+            lines.append(Content(f"   {memory:>9}  {program}"))
     return Content("\n").join(lines or [Content("There is no GPU here.")])

@@ -264,6 +264,6 @@ class PlanPage(Page):
         if field is None:
             return super().help_for(focused)
         found = explain_key(field.key)[0]
-        told = [("means", found.meaning), ("takes", found.takes), ("default", found.default)]
-        told += [("here", field.reason), ("keys", _TYPED_NUMBERS)]
-        return HelpText(field.key, told, ("explain", field.key))
+        lines = [("means", found.meaning), ("takes", found.takes), ("default", found.default)]
+        lines += [("here", field.reason), ("keys", _TYPED_NUMBERS)]
+        return HelpText(field.key, lines, ("explain", field.key))
