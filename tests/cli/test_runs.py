@@ -274,6 +274,7 @@ class TestTrain:
         assert word in err
         assert status(RunFolder(Path("here"))) == "failed"
 
+    @pytest.mark.slow
     def test_a_used_folder_is_never_mixed_with_another_run(self, config: Path, call: Call) -> None:
         words = ("train", config, "output_dir=here")
         events = Path("here/events.jsonl")

@@ -8,6 +8,7 @@ from tests.install import resolve
 from tests.install.resolve import CONSTRAINTS
 
 
+@pytest.mark.slow
 def test_a_pin_that_torch_contradicts_and_one_that_is_missing_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

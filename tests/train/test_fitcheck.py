@@ -198,6 +198,7 @@ Sizes = st.lists(st.tuples(st.integers(1, 2**20), st.booleans()), min_size=1, ma
 
 
 class TestPeakMemory:
+    @pytest.mark.slow
     @given(first=Sizes, second=Sizes)
     @hypothesis_settings(max_examples=20, deadline=None)
     def test_it_counts_every_block_over_several_pieces_of_work(

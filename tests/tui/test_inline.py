@@ -29,6 +29,7 @@ def to_review(terminal: Terminal) -> None:
         answer(terminal, question)
 
 
+@pytest.mark.slow
 def test_the_config_is_written_where_it_was_asked_for_and_left_there(tmp_path: Path) -> None:
     path = tmp_path / "mine.yml"
     terminal = Terminal("new", "-o", str(path), "--assume", "RTX 4090")

@@ -291,6 +291,7 @@ async def test_an_h100_that_is_not_here_can_be_planned_for(nvml: FakeDriver) -> 
         await screen.until("❯ plan for another GPU  now H100 80GB HBM3")
 
 
+@pytest.mark.slow
 async def test_the_list_may_be_left_before_every_card_is_worked_out(nvml: FakeDriver) -> None:
     async with machine_page() as screen:
         await screen.until("❯ this computer's CPU")
