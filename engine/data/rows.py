@@ -26,7 +26,8 @@ from engine.chat.render import Rendered, render
 from engine.chat.row import read_row
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig
-from engine.data.sources import Location, SourceRow, iterate_rows, locate
+from engine.data.formats import SourceRow
+from engine.data.sources import Location, iterate_rows, locate
 from engine.data.statistics import BadRow
 from engine.errors import UserError, WorkError
 from engine.files import write_whole

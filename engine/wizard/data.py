@@ -11,16 +11,10 @@ from pathlib import Path
 from typing import Final, Literal
 
 from engine.config import DatasetConfig
+from engine.data.formats import KNOWN_ENDINGS, READERS, ending_of
 from engine.data.requests import CheckRows, ReadShape, Shape
 from engine.data.shape import mapped
-from engine.data.sources import (
-    KNOWN_ENDINGS,
-    READERS,
-    SAMPLE_PREFIX,
-    ending_of,
-    list_samples,
-    locate,
-)
+from engine.data.sources import SAMPLE_PREFIX, list_samples, locate
 from engine.data.statistics import Checkup
 from engine.errors import UserError
 from engine.report import Line

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from engine.config import DatasetConfig
-from engine.data import sources
+from engine.data import formats
 from engine.data.prepare import prepare
 from engine.data.sources import iterate_rows, list_samples, locate, with_absolute_paths
 from engine.errors import UserError
@@ -85,7 +85,7 @@ class TestGoodFiles:
         text = json.dumps({"version": 1234567, "data": rows}, ensure_ascii=False, indent=0)
         path = write(tmp_path_factory.mktemp("json"), "a.json", text)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sources, "_BLOCK_BYTES", 3)
+            patch.setattr(formats, "_BLOCK_BYTES", 3)
             assert [row.row for row in read(path)] == rows
 
     def test_csv_cells_are_text_and_empty_cells_null(self, tmp_path):
@@ -169,8 +169,8 @@ class TestBadRows:
         assert problem.message is None
 
     def test_a_line_beyond_the_limit_is_passed_over_in_small_pieces(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(sources, "ROW_LIMIT_BYTES", 1000)
-        monkeypatch.setattr(sources, "_BLOCK_BYTES", 64)
+        monkeypatch.setattr(formats, "ROW_LIMIT_BYTES", 1000)
+        monkeypatch.setattr(formats, "_BLOCK_BYTES", 64)
         content = '{"a": 1}\n{"a": "' + "x" * 5000 + '"}\n{"a": 3}\n'
         found = read(write(tmp_path, "a.jsonl", content))
         assert [row.row for row in found] == [{"a": 1}, None, {"a": 3}]
@@ -193,7 +193,7 @@ class TestBadRows:
         assert "not UTF-8" in found[3].problem.what
 
     def test_of_csv_with_a_quote_that_never_closes(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(sources, "ROW_LIMIT_BYTES", 100)
+        monkeypatch.setattr(formats, "ROW_LIMIT_BYTES", 100)
         content = 'prompt,completion\n"q,a\n' + "q,a\n" * 40
         found = read(write(tmp_path, "a.csv", content))
         assert "not CSV" in found[0].problem.what
