@@ -100,6 +100,7 @@ def listed_gpus() -> tuple[KnownGpu, ...]:
     return tuple(gpu for gpu in known_gpus() if gpu.listed)
 
 
+@cache
 def speed_of(name: str) -> Speed | None:
     """The speed of the card that the driver calls `name`; None for one that is not known."""
     return next((gpu.speed for gpu in known_gpus() if _spell(name) in gpu.spellings), None)

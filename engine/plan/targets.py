@@ -8,8 +8,7 @@ are the language model's.
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from math import prod
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from engine.catalog import ModuleTable, linear_targets
 from engine.catalog.modules import Group, Parameter
@@ -44,14 +43,14 @@ def choose_targets(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
     only, unless the expression spells `vision_tower` or `multi_modal_projector`. Raises UserError
     for an entry that matches nothing.
     """
-    found = dict.fromkeys(name for _, names in _modules(table, config) for name in names)
+    found = _adapted(table, _modules(table, config)).names
     if not found and not config.lora_target_parameters:
         raise UserError(
             "The adapter would sit on no module at all.",
             "lora_target_linear is false and lora_target_modules names nothing.",
             "Leave both out to adapt every linear layer.",
         )
-    return tuple(found)
+    return found
 
 
 def choose_stacks(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
@@ -60,7 +59,7 @@ def choose_stacks(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
     Raises UserError for an entry of `lora_target_parameters` that matches none.
     """
     chosen = {name for _, names in _stacks(table, config) for name in names}
-    return tuple(row.name for row in table.parameters if row.name in chosen)
+    return tuple(row.name for row in table.parameters if row.name in chosen) if chosen else ()
 
 
 def choose_saved(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
@@ -69,10 +68,12 @@ def choose_saved(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
     A head that shares the embedding's weights is the embedding. Raises UserError for anything but
     those two.
     """
+    if not config.lora_modules_to_save:
+        return ()
     rows = {row.module: row for row in table.parameters if row.group in ("embedding", "head")}
     embedding = next(name for name, row in rows.items() if row.group == "embedding")
     found: dict[str, None] = {}
-    for entry in config.lora_modules_to_save or ():
+    for entry in config.lora_modules_to_save:
         named = [name for name in rows if _ends(name, entry)]
         if not named:
             raise UserError(
@@ -98,38 +99,40 @@ def adapter_parameters(table: ModuleTable, config: RunConfig) -> int:
 
     DoRA adds one for each output of a module.
     """
-    edges, outputs = _edges(table, _modules(table, config))
-    linears = config.lora_r * edges + (outputs if config.peft_use_dora else 0)
+    adapted = _adapted(table, _modules(table, config))
+    linears = config.lora_r * adapted.edges + (adapted.outputs if config.peft_use_dora else 0)
     return linears + expert_adapter_parameters(table, config)
 
 
 def expert_adapter_parameters(table: ModuleTable, config: RunConfig) -> int:
     """Numbers of the adapter on the experts alone."""
-    return config.lora_r * _stack_edges(table, choose_stacks(table, config))
+    return config.lora_r * _fused(table, choose_stacks(table, config))[0]
 
 
 def trainable_parameters(table: ModuleTable, config: RunConfig) -> int:
     """Trainable numbers: of the adapter, and of what is trained whole."""
-    whole = sum(prod(row.shape) for row in _whole(table, config))
-    return whole + (adapter_parameters(table, config) if config.adapter else 0)
+    adapter = adapter_parameters(table, config) if config.adapter else 0
+    return adapter + _whole(table, config).numbers
 
 
 def largest_trainable(table: ModuleTable, config: RunConfig) -> int:
     """Numbers of the largest trainable tensor: a weight, or one of the two factors of a module's
     or of a fused expert tensor's adapter."""
-    whole = max((row.count for row in _whole(table, config)), default=0)
+    whole = _whole(table, config).largest
     if not config.adapter:
         return whole
-    longest = _longest_edge(table, _modules(table, config), choose_stacks(table, config))
-    return max(whole, config.lora_r * longest)
+    longest = _adapted(table, _modules(table, config)).longest
+    fused = _fused(table, choose_stacks(table, config))[1]
+    return max(whole, config.lora_r * max(longest, fused))
 
 
 def trains_head(table: ModuleTable, config: RunConfig) -> bool:
     """Whether the head's own weight is trained, or the embedding that it shares."""
-    groups = {row.group for row in _whole(table, config)}
+    groups = _whole(table, config).groups
     return "head" in groups or (is_tied(table) and "embedding" in groups)
 
 
+@lru_cache(maxsize=32)
 def is_tied(table: ModuleTable) -> bool:
     """Whether the head shares the embedding's weights."""
     return any(row.tied for row in table.parameters)
@@ -137,27 +140,37 @@ def is_tied(table: ModuleTable) -> bool:
 
 def trains_embedding(table: ModuleTable, config: RunConfig) -> bool:
     """Whether the embedding's own weight is trained."""
-    return any(row.group == "embedding" for row in _whole(table, config))
+    return "embedding" in _whole(table, config).groups
 
 
 def trains_vision(table: ModuleTable, config: RunConfig) -> bool:
     """Whether anything of the vision tower or the projector is trained."""
-    modules = set(choose_targets(table, config)) if config.adapter else set()
-    adapted = (row for row in table.parameters if row.module in modules)
-    return any(row.group in VISION.values() for row in (*adapted, *_whole(table, config)))
+    groups = _whole(table, config).groups
+    if config.adapter:
+        groups |= _adapted(table, _modules(table, config)).groups
+    return not groups.isdisjoint(VISION.values())
 
 
-def _whole(table: ModuleTable, config: RunConfig) -> tuple[Parameter, ...]:
+class _Whole(NamedTuple):
     """The parameters that are trained themselves, a tied head not among them."""
+
+    numbers: int
+    largest: int
+    """Numbers of the largest."""
+    groups: frozenset[Group]
+
+
+def _whole(table: ModuleTable, config: RunConfig) -> _Whole:
     if not config.adapter:
         return _named(table, trainable_names(table, config))
-    saved = choose_saved(table, config)
-    return tuple(row for row in table.parameters if row.module in saved) if saved else ()
+    return _named(table, frozenset(f"{module}.weight" for module in choose_saved(table, config)))
 
 
 @lru_cache(maxsize=32)
-def _named(table: ModuleTable, names: frozenset[str]) -> tuple[Parameter, ...]:
-    return tuple(row for row in table.parameters if row.name in names)
+def _named(table: ModuleTable, names: frozenset[str]) -> _Whole:
+    rows = [row for row in table.parameters if row.name in names]
+    counts = [row.count for row in rows]
+    return _Whole(sum(counts), max(counts, default=0), frozenset(row.group for row in rows))
 
 
 def trainable_names(table: ModuleTable, config: RunConfig) -> frozenset[str]:
@@ -209,28 +222,39 @@ def _ends(name: str, entry: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
 
 
+class _Adapted(NamedTuple):
+    """The linear layers that get an adapter."""
+
+    names: tuple[str, ...]
+    edges: int
+    """Inputs plus outputs of all."""
+    outputs: int
+    longest: int
+    """The most inputs or outputs of one."""
+    groups: frozenset[Group]
+
+
 @lru_cache(maxsize=128)
-def _edges(table: ModuleTable, matches: Matches) -> tuple[int, int]:
-    """Inputs plus outputs of all adapted modules, and their outputs alone."""
-    chosen = {name for _, names in matches for name in names}
-    shapes = [r.shape for r in table.parameters if r.quantizable and r.module in chosen]
-    return sum(map(sum, shapes)), sum(shape[0] for shape in shapes)
+def _adapted(table: ModuleTable, matches: Matches) -> _Adapted:
+    names = dict.fromkeys(name for _, names in matches for name in names)
+    rows = [row for row in table.parameters if row.quantizable and row.module in names]
+    shapes = [row.shape for row in rows]
+    return _Adapted(
+        tuple(names),
+        sum(map(sum, shapes)),
+        sum(shape[0] for shape in shapes),
+        max(map(max, shapes), default=0),
+        frozenset(row.group for row in rows),
+    )
 
 
 @lru_cache(maxsize=32)
-def _stack_edges(table: ModuleTable, names: tuple[str, ...]) -> int:
-    """Inputs plus outputs of each expert of the fused tensors, (experts, outputs, inputs)."""
+def _fused(table: ModuleTable, names: tuple[str, ...]) -> tuple[int, int]:
+    """Of fused expert tensors, (experts, outputs, inputs): inputs plus outputs of each expert, and
+    the most inputs or outputs of all experts of one tensor."""
     shapes = [row.shape for row in table.parameters if row.name in names]
-    return sum(experts * (outputs + inputs) for experts, outputs, inputs in shapes)
-
-
-@lru_cache(maxsize=32)
-def _longest_edge(table: ModuleTable, matches: Matches, stacks: tuple[str, ...]) -> int:
-    """Of all that is adapted, the most inputs or outputs; those of all experts of a tensor."""
-    chosen = {name for _, names in matches for name in names}
-    linears = (max(r.shape) for r in table.parameters if r.quantizable and r.module in chosen)
-    fused = (r.shape[0] * max(r.shape[1:]) for r in table.parameters if r.name in stacks)
-    return max((*linears, *fused), default=0)
+    edges = sum(experts * (outputs + inputs) for experts, outputs, inputs in shapes)
+    return edges, max((shape[0] * max(shape[1:]) for shape in shapes), default=0)
 
 
 def _modules(table: ModuleTable, config: RunConfig) -> Matches:

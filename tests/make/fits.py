@@ -6,6 +6,7 @@ never says what the product does not. Rows are not known there: each goal has it
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -46,8 +47,13 @@ class Cell:
     advice: Recommendation
 
 
-def cells() -> Iterator[Cell]:
+@cache
+def cells() -> tuple[Cell, ...]:
     """Every cell of the table whose model can meet the goal."""
+    return tuple(_cells())
+
+
+def _cells() -> Iterator[Cell]:
     for name in (*SIZES, *(gpu.name for gpu in listed_gpus())):
         device = best_device(assume(name))
         for card in list_models():
