@@ -24,7 +24,7 @@ from engine.events import Ack
 from engine.files import write_whole
 from engine.hardware import Machine, cuda_environment, read_machine, torch_problem
 from engine.runs.control import ask
-from engine.runs.folder import RunFolder
+from engine.runs.folder import RunFolder, list_checkpoints
 from engine.runs.lock import LAUNCH_VARIABLE, in_use, is_locked, read_claim
 from engine.runs.summary import Status, status
 from engine.visible import visible
@@ -174,7 +174,7 @@ def _require_resumable(run: RunFolder, word: Status, checkpoint: str | None) -> 
 
 
 def _require_checkpoint(run: RunFolder, checkpoint: str) -> None:
-    there = _checkpoints(run)
+    there = list_checkpoints(run.checkpoints)
     if checkpoint not in there:
         shown = visible(run.name, one_line=True)
         raise UserError(
@@ -182,12 +182,6 @@ def _require_checkpoint(run: RunFolder, checkpoint: str) -> None:
             f"It has {', '.join(there)}." if there else "It has saved none.",
             f"Name one of these, or leave --from out: windtunnel resume {shown}",
         )
-
-
-def _checkpoints(run: RunFolder) -> list[str]:
-    found = (path.name for path in run.checkpoints.glob("step-*") if path.is_dir())
-    numbered = (name for name in found if name.removeprefix("step-").isdecimal())
-    return sorted(numbered, key=lambda name: int(name.removeprefix("step-")))
 
 
 def _fill(run: RunFolder, config: str | None, plan: Mapping[str, object] | None) -> None:

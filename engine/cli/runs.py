@@ -271,6 +271,8 @@ def resume(
     if resumed.process and not detach:
         exit_status = watch_to_end(run, resumed.process, follower, host.make_watch())
         if exit_status:
+            if not as_json:
+                print_lines(state_lines(run))
             return exit_status
     _answer(run, "resume", summarize(run).status.capitalize(), as_json)
     return 0

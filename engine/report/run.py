@@ -27,6 +27,7 @@ from engine.events import (
 )
 from engine.report import SEVERITY_MARKS, Line, Mark
 from engine.runs import Follower, Request, RunFolder, Status, Summary, summarize
+from engine.runs.folder import LATEST, read_mark
 from engine.runs.history import History
 from engine.units import counted, gib, nats, stored
 from engine.visible import visible
@@ -47,14 +48,25 @@ def state_lines(run: RunFolder) -> list[Line]:
                 str(folder) for folder in (run.adapter, run.model) if folder.is_dir()
             )
             return [Line("", f"Finished at step {summary.step}", made)]
-        case "stopped":
+        case "stopped" | "lost":
             of = f" of {summary.total_steps}" if summary.total_steps else ""
+            ended = f"{summary.status.capitalize()} at step {summary.step}{of}"
             return [
-                Line("", "", f"Stopped at step {summary.step}{of}, and saved."),
+                Line("", "", f"{ended}, {_saved_text(run, summary.step)}."),
                 Line("", "Go on with", f"windtunnel resume {run.path}"),
             ]
         case _:
             return [Line("", "", f"It is {summary.status} in {run.path}")]
+
+
+def _saved_text(run: RunFolder, step: int) -> str:
+    """`and saved`, or what a run that ended at `step` goes on from."""
+    name = read_mark(run.checkpoints, LATEST)
+    if name == f"step-{step}":
+        return "and saved"
+    if name:
+        return f"the last save is {name}"
+    return "and nothing was saved" if step else "nothing to save yet"
 
 
 def way_back(run: RunFolder, status: Status | None) -> str:

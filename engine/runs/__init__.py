@@ -9,8 +9,8 @@ away; `summary` decides a run's status and follows its events; `history` adds th
 to a list of runs; `comparison` puts two side by side; `control` carries commands and signals to the
 trainer. What a trainer does with them:
 
-    with StopSignals() as signals, RunLock(run) as lock, EventWriter(run.events) as events:
-        control = ControlReader(run.control, since=lock.since)
+    control = ControlReader(run.control)
+    with StopSignals() as signals, RunLock(run), EventWriter(run.events) as events:
         events.emit(Phase("load"))  # then Started, then at each step boundary:
         for command in control.read():
             events.emit(Ack(command.id, command.command, "done"))

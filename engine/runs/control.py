@@ -38,15 +38,17 @@ class Command:
 
 
 class ControlReader:
-    """The trainer's ear: each command that was written after `since` once, whole lines only.
+    """The trainer's ear: each command that comes after it was made once, whole lines only.
 
     Lines that are no commands are skipped; a file that was replaced does not repeat a command.
+    Make it before the run's lock is taken: whoever sees the lock may write. By their ids and not
+    by their time: a clock can be set back.
     """
 
-    def __init__(self, path: Path, since: float) -> None:
+    def __init__(self, path: Path) -> None:
         self._lines = LineReader(path)
-        self._since = since
         self._seen: set[str] = set()
+        self.read()
 
     def read(self) -> list[Command]:
         """Commands since the last call, oldest first. Costs microseconds: call it at every step.
@@ -72,7 +74,7 @@ class ControlReader:
         identity, name, written = record.get("id"), record.get("command"), record.get("time")
         if not isinstance(identity, str) or not isinstance(written, int | float):
             return None
-        if name not in _REQUESTS or not written >= self._since or identity in self._seen:
+        if name not in _REQUESTS or identity in self._seen:
             return None
         self._seen.add(identity)
         return Command(identity, cast(Request, name), written)
@@ -143,8 +145,9 @@ class StopSignals:
     """Inside `with StopSignals() as signals`, the first SIGTERM or SIGINT sets `requested`.
 
     The trainer then saves at the next step boundary and ends "stopped". A second one leaves at once
-    with exit status 130 and saves nothing. A hangup asks to stop as well where a terminal owns the
-    process, and means nothing to a detached one. Only for the main thread.
+    with exit status 130 and saves nothing; `leaving` has the last word. A hangup asks to stop as
+    well where a terminal owns the process, and means nothing to a detached one. Only for the main
+    thread.
     """
 
     def __init__(self) -> None:
@@ -152,6 +155,8 @@ class StopSignals:
         """Whether the run was asked to save and end."""
         self.name = ""
         """The signal that asked, such as SIGTERM."""
+        self.leaving: Callable[[], object] = lambda: None
+        """Called before it leaves at once."""
         self._first = 0.0
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
@@ -176,4 +181,5 @@ class StopSignals:
         if not self.requested:
             self.requested, self.name, self._first = True, signal.Signals(number).name, now
         elif number != signal.SIGHUP and now - self._first > _SAME_REQUEST_SECONDS:
+            self.leaving()
             os._exit(_LEAVING)

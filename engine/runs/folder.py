@@ -24,6 +24,9 @@ from engine.visible import visible
 HOME_VARIABLE: Final = "WINDTUNNEL_RUNS"
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_CHECKPOINT: Final = re.compile(r"step-[0-9]+")
+LATEST: Final = "LATEST"
+"""File in `checkpoints/` with the name of the newest one."""
 _MARKS: Final = ("lock", "events.jsonl", "config.yml")
 
 
@@ -52,6 +55,11 @@ class RunFolder:
     def events(self) -> Path:
         """What happened, one JSON object a line; written by the trainer alone."""
         return self.path / "events.jsonl"
+
+    @property
+    def events_bytes(self) -> int:
+        """How long `events` is by now; 0 before the first."""
+        return self.events.stat().st_size if self.events.exists() else 0
 
     @property
     def log(self) -> Path:
@@ -279,6 +287,21 @@ def _enter_in_index(home: Path, run: RunFolder) -> None:
     with contextlib.suppress(OSError):
         home.mkdir(parents=True, exist_ok=True)
         append_line(home / "index.jsonl", {"path": str(run.path)})
+
+
+def list_checkpoints(folder: Path) -> list[str]:
+    """The names `step-N` of the folders in a run's checkpoints/, by N."""
+    found = (path.name for path in folder.glob("step-*") if path.is_dir())
+    return sorted(filter(_CHECKPOINT.fullmatch, found), key=lambda name: int(name[5:]))
+
+
+def read_mark(folder: Path, mark: str) -> str:
+    """The checkpoint in `folder` that its LATEST or BEST names; empty where it names none there."""
+    try:
+        name = (folder / mark).read_text("utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+    return name if name in list_checkpoints(folder) else ""
 
 
 CHUNK_BYTES: Final = 1 << 22

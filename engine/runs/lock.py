@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -45,6 +45,8 @@ class Claim:
     """Value of WINDTUNNEL_LAUNCH in the holder's environment."""
     since: float = 0.0
     """Unix seconds when the lock was taken."""
+    events_bytes: int = 0
+    """How long events.jsonl was then: what is behind it is this launch's, whatever its clock."""
 
 
 class RunLock:
@@ -57,15 +59,12 @@ class RunLock:
     def __init__(self, run: RunFolder) -> None:
         self._run = run
         self._descriptor = -1
-        self.since = 0.0
-        """Unix seconds when the lock was taken: commands of before are not for this process."""
 
     def __enter__(self) -> "RunLock":
         try:
             self._descriptor = os.open(self._run.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             _HELD.add(self._descriptor)
             self._take()
-            self.since = time.time()
             self._sign()
         except BlockingIOError as error:
             self._close()
@@ -102,8 +101,9 @@ class RunLock:
 
     def _sign(self) -> None:
         """Over what is there, not after emptying it: at no moment is there no claim to read."""
-        claim = {"launch": os.environ.get(LAUNCH_VARIABLE, ""), "since": self.since}
-        line = json.dumps(claim).encode("ascii") + b"\n"
+        launch = os.environ.get(LAUNCH_VARIABLE, "")
+        claim = Claim(launch, time.time(), self._run.events_bytes)
+        line = json.dumps(asdict(claim)).encode("ascii") + b"\n"
         if os.pwrite(self._descriptor, line, 0) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -157,7 +157,8 @@ def read_claim(run: RunFolder) -> Claim:
     """Who took the lock last, whether or not it is still held; an empty claim where nobody did."""
     try:
         record = json.loads(run.lock.read_bytes().partition(b"\n")[0])
-        return Claim(str(record["launch"]), float(record["since"]))
+        launch, since, size = (record[each] for each in ("launch", "since", "events_bytes"))
+        return Claim(str(launch), float(since), int(size))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return Claim()
 

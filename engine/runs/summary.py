@@ -46,13 +46,13 @@ def status(run: RunFolder) -> Status:
     # The lock first: a run that ends between the two looks has written its end before.
     if is_locked(run):
         return "paused" if _is_paused(run) else "running"
-    since = read_claim(run).since
+    claim = read_claim(run)
     last = next(_newest_first(run), None)
-    if last and last.time >= since and isinstance(last.event, Ended):
+    if last and isinstance(last.event, Ended) and run.events_bytes > claim.events_bytes:
         return last.event.outcome
     if is_locked(run):  # a launch has begun between the two looks
         return "running"
-    return "lost" if last or since else "waiting"
+    return "lost" if last or claim.since else "waiting"
 
 
 def summarize(run: RunFolder) -> Summary:
@@ -84,10 +84,11 @@ def summarize(run: RunFolder) -> Summary:
 
 def _is_paused(run: RunFolder) -> bool:
     """Whether the last answer of this launch to pause or resume is a pause, with no step after."""
-    since = read_claim(run).since
-    for recorded in _newest_first(run):
+    # One more, the line feed before it: a cut line is left out.
+    written_bytes = 1 + run.events_bytes - read_claim(run).events_bytes
+    for recorded in _newest_first(run, min(written_bytes, _TAIL_BYTES)):
         event = recorded.event
-        if recorded.time < since or isinstance(event, Step | Started):
+        if isinstance(event, Step | Started):
             return False
         if isinstance(event, Ack) and event.outcome == "done":
             if event.command == "pause":
@@ -97,9 +98,9 @@ def _is_paused(run: RunFolder) -> bool:
     return False
 
 
-def _newest_first(run: RunFolder) -> Iterator[Recorded]:
+def _newest_first(run: RunFolder, limit_bytes: int = _TAIL_BYTES) -> Iterator[Recorded]:
     try:
-        for line in lines_backwards(run.events, _TAIL_BYTES):
+        for line in lines_backwards(run.events, limit_bytes):
             with contextlib.suppress(ValueError):
                 if recorded := parse_line(line):
                     yield recorded

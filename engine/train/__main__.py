@@ -49,9 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
     """Hold the run's lock for life and carry the run out."""
+    control = ControlReader(run.control)
     # Signals first: one that comes between the two would kill without a word.
-    with StopSignals() as signals, RunLock(run) as lock, EventWriter(run.events) as events:
-        control = ControlReader(run.control, since=lock.since)
+    with StopSignals() as signals, RunLock(run), EventWriter(run.events) as events:
+        signals.leaving = lambda: events.emit(Ended("stopped", summarize(run).step))
         try:
             events.emit(Phase("import"))
             require_stack()

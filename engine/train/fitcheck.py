@@ -168,7 +168,7 @@ class ReportingSession(Session):
     """A session whose events also go, as lines, to whoever started the process."""
 
     def __init__(self, run: RunFolder, emit: Emit) -> None:
-        control = ControlReader(run.control, since=time.time())
+        control = ControlReader(run.control)
         super().__init__(run, EventWriter(run.events), control, StopSignals())
         self._emit_line, self._count = emit, 0
 

@@ -14,7 +14,7 @@ from engine.catalog import Architecture
 from engine.config import RunConfig, spell
 from engine.errors import WorkError
 from engine.events import Shortage
-from engine.plan import SAME_RESULT, Device, next_rung
+from engine.plan import SAME_RESULT, Device, changed, estimate, next_rung
 from engine.plan.step import WEIGHTS
 from engine.runs import RunFolder
 from engine.units import gib
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _MESSAGES = (
     *("can't allocate memory", "not enough memory"),  # torch's allocator, a plain RuntimeError
+    "Cannot allocate memory",  # the system's, where a file is mapped
     *("out of memory", "CUDA_ERROR_OUT_OF_MEMORY", "cudaErrorMemoryAllocation"),  # CUDA's
     "_STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER and cuSPARSE, which allocate on their own
 )
@@ -33,7 +34,12 @@ _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _GREW_SHARE = 0.02
 """Of the whole; a part that is less above the plan has not grown."""
+_WORTH_SHARE = 0.02
+"""Of the plan's peak; a change that saves less makes no room."""
 ACTIVATIONS = "activations"
+PREPARING, LOADING = "preparing the run", "loading the model"
+"""Where memory runs out before a step: of a run's settings, only those of its weights matter."""
+_OF_WEIGHTS = frozenset({"offload_embeddings", "layer_offloading", "offloaded_layers"})
 
 
 class OutOfMemory(Exception):
@@ -88,12 +94,19 @@ def in_a_step(facts: Shortage, step: int, held: Mapping[str, int], longest: str)
 def with_next_rung(
     facts: Shortage, config: RunConfig, architecture: Architecture, device: Device
 ) -> Shortage:
-    """The same with the next change that saves memory and alters no result."""
-    rung = next_rung(config, architecture, device, only=SAME_RESULT)
-    if rung is None:
-        return facts
-    changes = {key: spell(key, value) for key, value in rung.changes.items()}
-    return replace(facts, changes=changes, trade=rung.trade, saves_bytes=rung.saves_bytes)
+    """The same with the next changes that make room and alter no result, where there are any."""
+    only = SAME_RESULT & _OF_WEIGHTS if facts.where in (PREPARING, LOADING) else SAME_RESULT
+    least = _WORTH_SHARE * estimate(config, architecture, device).peak_allocated_bytes
+    changes: dict[str, object] = {}
+    saves, trade = 0, ""
+    while saves < least:
+        rung = next_rung(changed(config, changes), architecture, device, only=only)
+        if rung is None:
+            return facts
+        changes |= rung.changes
+        saves, trade = saves + rung.saves_bytes, rung.trade
+    spelled = {key: spell(key, value) for key, value in changes.items()}
+    return replace(facts, changes=spelled, trade=trade, saves_bytes=saves)
 
 
 def as_error(facts: Shortage, run: RunFolder) -> WorkError:
@@ -110,6 +123,13 @@ def as_error(facts: Shortage, run: RunFolder) -> WorkError:
     if facts.longest:
         why += f" The longest row of the batch is {facts.longest}."
     where = visible(str(run.path), one_line=True)
+    if not facts.changes and facts.where in (PREPARING, LOADING):
+        fix = (
+            "The model does not fit in this memory, whatever the batches: give the process more of "
+            "it (close other programs, raise its limit), or train a smaller base_model or with "
+            "adapter: qlora."
+        )
+        return WorkError(what, why, fix)
     if not facts.changes:
         fix = (
             "Train with a lower sequence_len or lora_r, with adapter: qlora, or on a larger GPU; "

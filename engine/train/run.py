@@ -50,6 +50,8 @@ from engine.train.loss import settle_loss
 from engine.train.model import Base, load_base
 from engine.train.optim import free_paged_state
 from engine.train.out_of_memory import (
+    LOADING,
+    PREPARING,
     OutOfMemory,
     as_error,
     describe,
@@ -61,7 +63,7 @@ from engine.train.text_metrics import TextMetrics
 from engine.units import counted
 
 PLACES = {
-    "load": "loading the model",
+    "load": LOADING,
     "evaluate": "an evaluation",
     "save": "a save",
     "export": "the export",
@@ -106,7 +108,7 @@ def _try(session: Session, *, resume: bool, checkpoint: str | None) -> Shortage 
     except Exception as error:
         if not is_out_of_memory(error) or session.base_folder == session.run.path:
             raise
-        where = PLACES.get(session.doing, "preparing the run")
+        where = PLACES.get(session.doing, PREPARING)
         return describe(error, where, held_memory_bytes(pick_device()), session.run)
     return None
 

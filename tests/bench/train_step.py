@@ -92,7 +92,7 @@ def set_up(steps: int, work: Path) -> Any:
     run = RunFolder(work)
     config = parse_config(CONFIG.format(rows=ROWS, batch=BATCH, steps=steps)).config
     events = EventWriter(run.events)
-    session = Session(run, events, ControlReader(run.control, since=0.0), StopSignals())
+    session = Session(run, events, ControlReader(run.control), StopSignals())
     folder = make_base()
     tokenizer = open_tokenizer(folder)
     rows, held_out = prepare_rows(config, tokenizer, session)

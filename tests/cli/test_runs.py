@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -179,11 +180,25 @@ def test_ctrl_c_in_the_foreground_saves_and_leaves_with_130(run: RunFolder) -> N
     resumed = start_resume("first")
     wait_until(lambda: len(read_steps(run)) > 2)
     os.killpg(resumed.pid, signal.SIGINT)
-    _, err = resumed.communicate(timeout=60)
+    out, err = resumed.communicate(timeout=60)
     assert resumed.returncode == 130
     assert "Traceback" not in err
     assert status(run) == "stopped"
     assert "saved checkpoints/step-" in err
+    assert re.search(r"Stopped at step \d+ of 1000000000, and saved\.\n", out)
+
+
+def test_ctrl_c_twice_says_what_is_saved_and_how_to_go_on(run: RunFolder) -> None:
+    resumed = start_resume("first", save_seconds=30)
+    wait_until(lambda: len(read_steps(run)) > 2)
+    os.killpg(resumed.pid, signal.SIGINT)
+    time.sleep(0.4)
+    os.killpg(resumed.pid, signal.SIGINT)
+    out, err = resumed.communicate(timeout=20)
+    assert resumed.returncode == 130
+    assert "Traceback" not in err
+    assert re.search(r"Stopped at step \d+ of 1000000000, and nothing was saved\.\n", out)
+    assert f"Go on with: windtunnel resume {run.path}\n" in out
 
 
 def test_a_run_that_fails_in_the_foreground_says_why(run: RunFolder) -> None:

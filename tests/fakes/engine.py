@@ -83,11 +83,13 @@ def obey(
     return paused, stopping
 
 
-def train(run: RunFolder, arguments: list[str], since: float, signals: StopSignals) -> None:
+def train(
+    run: RunFolder, arguments: list[str], control: ControlReader, signals: StopSignals
+) -> None:
     """Nap through the steps until the end, a stop or a failure."""
     step = first_step(run, arguments)
-    control = ControlReader(run.control, since)
     with EventWriter(run.events) as events:
+        signals.leaving = lambda: events.emit(Ended("stopped", step))
         events.emit(Phase("load"))
         events.emit(Started(run.name, "fake", "lora", ("cpu",), 1, STEPS, 8))
         paused = stopping = False
@@ -118,14 +120,15 @@ def main(arguments: list[str]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
     run = RunFolder(Path(arguments[1]))
     try:
-        with StopSignals() as signals, RunLock(run) as lock:
+        control = ControlReader(run.control)
+        with StopSignals() as signals, RunLock(run):
             if "FAKE_LEAVES_A_WORKER" in os.environ and os.fork() == 0:
                 os.close(2)  # or whoever reads what the trainer prints would wait for the worker
                 signal.alarm(20)
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.pause()
                 os._exit(0)
-            train(run, arguments, lock.since, signals)
+            train(run, arguments, control, signals)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_status)

@@ -1,5 +1,7 @@
 """A run in lines: its events, its results, and numbers that are spelled in one way."""
 
+from pathlib import Path
+
 import pytest
 
 from engine.events import (
@@ -9,7 +11,9 @@ from engine.events import (
     Ended,
     Eval,
     Event,
+    EventWriter,
     Note,
+    Outcome,
     Phase,
     Sample,
     Saved,
@@ -17,7 +21,8 @@ from engine.events import (
     Shortage,
     Started,
 )
-from engine.report.run import describe_results, event_line, figures_text
+from engine.report.run import describe_results, event_line, figures_text, state_lines
+from engine.runs import RunFolder
 from engine.units import counted, nats, spoken
 from tests.support.written_runs import step_event
 
@@ -50,6 +55,31 @@ def test_the_first_evaluation_stands_beside_the_last() -> None:
         "  right calls, valid arguments              25%      75%",
         "drift on general questions (nats)          0.00     0.12",
     ]
+
+
+@pytest.mark.parametrize(
+    ("ended", "step", "latest", "said"),
+    [
+        ("stopped", 4, "step-4", "Stopped at step 4, and saved."),
+        ("stopped", 7, "step-4", "Stopped at step 7, the last save is step-4."),
+        ("stopped", 0, None, "Stopped at step 0, nothing to save yet."),
+        ("stopped", 3, "../elsewhere/step-3", "Stopped at step 3, and nothing was saved."),
+        (None, 7, "step-4", "Lost at step 7, the last save is step-4."),
+    ],
+)
+def test_saved_is_said_of_what_was_saved(
+    tmp_path: Path, ended: Outcome | None, step: int, latest: str | None, said: str
+) -> None:
+    run = RunFolder(tmp_path)
+    (run.checkpoints / "step-4").mkdir(parents=True)
+    if latest:
+        (run.checkpoints / "LATEST").write_text(latest)
+    with EventWriter(run.events) as events:
+        events.emit(Eval(step, 1.0))
+        if ended:
+            events.emit(Ended(ended, step))
+    first, second = map(str, state_lines(run))
+    assert (first, second) == (said, f"Go on with: windtunnel resume {tmp_path}")
 
 
 def test_one_kind_alone_is_not_told_twice() -> None:

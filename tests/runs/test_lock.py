@@ -108,10 +108,11 @@ def test_the_lock_says_when_and_for_which_launch_it_was_taken(
         pass
     monkeypatch.setenv("WINDTUNNEL_LAUNCH", "token")
     before = time.time()
-    with RunLock(run) as lock:
-        assert before <= lock.since <= time.time()
-        assert read_claim(run).launch == "token"
-        assert read_claim(run).since == lock.since
+    run.events.write_text("what an earlier launch said\n")
+    with RunLock(run):
+        claim = read_claim(run)
+        assert before <= claim.since <= time.time()
+        assert (claim.launch, claim.events_bytes) == ("token", 28)
     run.lock.write_bytes(b"")
     assert read_claim(run).launch == ""
 

@@ -223,7 +223,7 @@ def open_session(folder: Path) -> Session:
     """A session of the run in `folder`, which listens to no signal."""
     run = RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return Session(run, EventWriter(run.events), ControlReader(run.control, 0.0), StopSignals())
+    return Session(run, EventWriter(run.events), ControlReader(run.control), StopSignals())
 
 
 def gradients(model: Model) -> dict[str, torch.Tensor]:

@@ -10,10 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.catalog import read_architecture
 from engine.cli import main
+from engine.config import RunConfig
 from engine.events import Note, Saved, Shortage
+from engine.hardware import assume
+from engine.plan import SAME_RESULT, best_device, estimate, next_rung
 from engine.runs import RunFolder
-from engine.train.out_of_memory import asked_bytes, is_out_of_memory, message_of
+from engine.train.out_of_memory import (
+    LOADING,
+    asked_bytes,
+    is_out_of_memory,
+    message_of,
+    with_next_rung,
+)
 from tests.support.trainers import (
     LORA,
     Workshop,
@@ -144,6 +154,37 @@ class TestWithAutoFit:
         assert last_end(run).outcome == "failed"
 
 
+def no_room_for_the_model() -> None:
+    """Loading asks torch's allocator for more than there is."""
+    from engine.train import run
+
+    def load_base(*_: object, **__: object) -> None:
+        torch.empty(2**50, dtype=torch.uint8)
+
+    pytest.MonkeyPatch().setattr(run, "load_base", load_base)  # this process is its own
+
+
+def test_where_the_model_itself_has_no_room_no_batch_is_blamed(workshop: Workshop) -> None:
+    run = workshop.new(auto_fit=True)
+    assert finish(run, before=no_room_for_the_model) == 1
+    (facts,) = out_of_memory(run)
+    assert (facts.where, facts.changes) == (LOADING, {})
+    assert "does not fit in this memory" in last_end(run).fix
+
+
+def test_what_saves_too_little_is_joined_by_the_next() -> None:
+    keys = {"adapter": "lora", "micro_batch_size": 2, "sequence_len": 16}
+    config = RunConfig.model_validate({"base_model": "ministral-3-8b"} | keys)
+    architecture, device = read_architecture("ministral-3-8b"), best_device(assume("RTX 4090"))
+    peak = estimate(config, architecture, device).peak_allocated_bytes
+    first = next_rung(config, architecture, device, only=SAME_RESULT)
+    assert first is not None
+    assert first.saves_bytes < peak / 50
+    found = with_next_rung(Shortage(1, "step 1", peak), config, architecture, device)
+    assert found.saves_bytes >= peak / 50
+    assert set(first.changes) < set(found.changes)
+
+
 @pytest.mark.parametrize(
     ("words", "asked"),
     [
@@ -162,6 +203,7 @@ class TestWithAutoFit:
         ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", None),
         ("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY", None),
         ("cudaErrorMemoryAllocation", None),
+        ("unable to mmap 68 bytes from file <m.safetensors>: Cannot allocate memory (12)", None),
     ],
 )
 def test_what_the_system_says(words: str, asked: int | None) -> None:
