@@ -42,18 +42,14 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def short_demo(folder: Path, rows: Path, *changes: str, qlora: bool = False) -> dict[str, Any]:
+def short_demo(folder: Path, rows: Path, *changes: str) -> dict[str, Any]:
     sets = json.dumps([{"path": str(rows), "type": "chat_template", "split": "train"}])
-    done = windtunnel(
-        "demo",
-        str(folder),
-        f"max_steps={STEPS}",
-        "eval_train_rows=4",
-        f"test_datasets={sets}",
-        *changes,
-        *(["--qlora"] if qlora else []),
-        "--json",
-    )
+    short = (f"max_steps={STEPS}", "eval_train_rows=4", "eval_table_size=1")
+    return demo(folder, "--qlora", *short, f"test_datasets={sets}", *changes)
+
+
+def demo(folder: Path, *changes: str) -> dict[str, Any]:
+    done = windtunnel("demo", str(folder), "--json", *changes)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
@@ -64,15 +60,19 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, few_rows: Path) -> Path:
-    folder = tmp_path_factory.mktemp("plain") / "run"
-    short_demo(folder, few_rows)
-    return folder
+def result(tmp_path_factory: pytest.TempPathFactory, few_rows: Path) -> dict[str, Any]:
+    return short_demo(tmp_path_factory.mktemp("short") / "run", few_rows)
+
+
+@pytest.fixture(scope="module")
+def short(result: dict[str, Any]) -> Path:
+    return Path(result["run"])
 
 
 @needs_trainer
-def test_it_answers_before_and_after_and_scores_every_set(tmp_path: Path, few_rows: Path) -> None:
-    result = short_demo(tmp_path / "run", few_rows, "max_steps=40", qlora=True)
+def test_it_answers_before_and_after_and_scores_every_set(
+    result: dict[str, Any], short: Path
+) -> None:
     assert set(result) == {"run", "before", "after", "scores"}
     questions = [answer["prompt"] for answer in result["before"]]
     assert len(questions) == 3
@@ -80,40 +80,39 @@ def test_it_answers_before_and_after_and_scores_every_set(tmp_path: Path, few_ro
     assert result["before"] != result["after"]
     assert set(result["scores"]) == {"train", "heldout_wording"}
     assert all(set(score) == {"before", "after"} for score in result["scores"].values())
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
-    started = (tmp_path / "run" / "events.jsonl").read_text("utf-8")
-    assert '"method": "qlora"' in started
+    assert (short / "adapter" / "adapter_model.safetensors").is_file()
+    assert '"method": "qlora"' in (short / "events.jsonl").read_text("utf-8")
 
 
 @needs_trainer
-def test_the_untouched_base_answers_its_questions_plainly(plain: Path) -> None:
-    events = [json.loads(line) for line in (plain / "events.jsonl").read_text().splitlines()]
+def test_the_untouched_base_answers_its_questions_plainly(short: Path) -> None:
+    events = [json.loads(line) for line in (short / "events.jsonl").read_text().splitlines()]
     first = [e["text"] for e in events if e["type"] == "sample" and e["when"] == "before"]
     assert first[1] == "It is 7 to 10 knots."
 
 
 @needs_trainer
-def test_the_loss_falls_from_the_start(plain: Path) -> None:
-    run = losses(plain)
+def test_the_loss_falls_from_the_start(short: Path) -> None:
+    run = losses(short)
     assert len(run) == STEPS
     assert run[-1] < run[0] - 1
 
 
 @needs_trainer
 @pytest.mark.slow
-def test_another_seed_gives_other_figures(plain: Path, tmp_path: Path, few_rows: Path) -> None:
+def test_another_seed_gives_other_figures(short: Path, tmp_path: Path, few_rows: Path) -> None:
     short_demo(tmp_path / "run", few_rows, "seed=7")
-    assert losses(tmp_path / "run") != losses(plain)
+    assert losses(tmp_path / "run") != losses(short)
 
 
 @needs_trainer
 @pytest.mark.slow
-def test_one_edited_row_gives_other_figures(plain: Path, tmp_path: Path, few_rows: Path) -> None:
+def test_one_edited_row_gives_other_figures(short: Path, tmp_path: Path, few_rows: Path) -> None:
     rows = tmp_path / "train.jsonl"
     text = (SAMPLE / "train.jsonl").read_text("utf-8")
     rows.write_text(text.replace("Logged as force 0, pilot.", "Noted, captain.", 1), "utf-8")
     short_demo(tmp_path / "run", few_rows, f"datasets[0].path={rows}")
-    assert losses(tmp_path / "run") != losses(plain)
+    assert losses(tmp_path / "run") != losses(short)
 
 
 def test_the_shipped_sample_is_what_its_script_makes() -> None:
@@ -136,8 +135,7 @@ def test_held_out_wordings_are_in_no_training_file() -> None:
 @needs_trainer
 @pytest.mark.slow
 def test_the_whole_demo_learns_its_conversations_by_heart(tmp_path: Path) -> None:
-    done = windtunnel("demo", str(tmp_path / "run"), "--json")
-    scores = json.loads(done.stdout)["scores"]
+    scores = demo(tmp_path / "run")["scores"]
     assert scores["train"]["before"] == 0.0
     assert scores["train"]["after"] >= 0.9
     assert set(scores) == {"train", "heldout_pairing", "heldout_wording"}
@@ -163,13 +161,6 @@ def test_the_script_that_made_the_shipped_layers_makes_an_equal_base(tmp_path: P
 
 
 SETS = {"train": TRAINED, "new_drawings": HELD_OUT, "shuffled_pixels": HELD_OUT}
-
-
-def demo(folder: Path, *changes: str) -> dict[str, Any]:
-    done = windtunnel("demo", str(folder), "--vision", "--json", *changes)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 def answers(folder: Path, name: str) -> list[str]:
@@ -218,7 +209,7 @@ def test_the_same_seed_draws_the_same(drawings: Path, tmp_path: Path) -> None:
 @needs_trainer
 @pytest.mark.slow
 def test_three_steps_ask_about_three_held_out_images_and_score_every_set(tmp_path: Path) -> None:
-    result = demo(tmp_path / "run", "max_steps=3", "eval_train_rows=4")
+    result = demo(tmp_path / "run", "--vision", "max_steps=3", "eval_train_rows=4")
     assert set(result) == {"run", "before", "after", "scores"}
     asked = [answer["prompt"] for answer in result["before"]]
     assert asked == [
@@ -234,7 +225,7 @@ def test_three_steps_ask_about_three_held_out_images_and_score_every_set(tmp_pat
 def test_it_learns_to_name_what_it_sees_and_guesses_where_nothing_is_to_be_seen(
     tmp_path: Path,
 ) -> None:
-    scores = demo(tmp_path / "run")["scores"]
+    scores = demo(tmp_path / "run", "--vision")["scores"]
     chance = 1 / len(SEEN)
     assert scores["new_drawings"]["after"] >= 0.8
     assert scores["shuffled_pixels"]["after"] <= chance + 0.05

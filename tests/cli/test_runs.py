@@ -27,9 +27,10 @@ from tests.support.written_runs import read_steps
 
 pytestmark = pytest.mark.usefixtures("home")
 
+FAKE = "tests.fakes.engine"
 PROGRAM = (
     "import sys; from engine.cli import main; from engine.cli.terminal import Host; "
-    "sys.exit(main(host=Host(trainer='tests.fakes.engine')))"
+    f"sys.exit(main(host=Host(trainer={FAKE!r})))"
 )
 SAMPLE = ROOT / "presets" / "samples" / "harbour-pilot" / "train.jsonl"
 SMALL = """
@@ -48,10 +49,10 @@ bf16: false
 """
 
 
-def start_resume(*words: str, **fake: object) -> "subprocess.Popen[str]":
-    """`resume` in a process of its own, with the fake trainer in the place of the real one."""
+def start(*words: str, **fake: object) -> "subprocess.Popen[str]":
+    """A command in a process of its own, with the fake trainer in the place of the real one."""
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "resume", *words],
+        [sys.executable, "-c", PROGRAM, *words],
         cwd=ROOT,
         env={**os.environ, **fake_environment(**fake)},
         stdout=subprocess.PIPE,
@@ -59,6 +60,12 @@ def start_resume(*words: str, **fake: object) -> "subprocess.Popen[str]":
         text=True,
         start_new_session=True,
     )
+
+
+def read_a_line(process: "subprocess.Popen[str]") -> None:
+    """From the first line on a signal goes to the trainer."""
+    assert process.stderr
+    assert process.stderr.readline()
 
 
 def test_runs_prints_the_keys_of_the_contract(run: RunFolder, call: Call) -> None:
@@ -169,7 +176,7 @@ def test_a_dead_run_is_resumed_in_the_foreground_to_its_end(run: RunFolder) -> N
         wait_until(lambda: len(read_steps(run)) > 4)
         process.kill()
         process.wait()
-    resumed = start_resume("first", "--json", steps=8)
+    resumed = start("resume", "first", "--json", steps=8)
     out, err = resumed.communicate(timeout=60)
     assert resumed.returncode == 0, err
     assert json.loads(out)["status"] == "finished"
@@ -177,8 +184,8 @@ def test_a_dead_run_is_resumed_in_the_foreground_to_its_end(run: RunFolder) -> N
 
 
 def test_ctrl_c_in_the_foreground_saves_and_leaves_with_130(run: RunFolder) -> None:
-    resumed = start_resume("first")
-    wait_until(lambda: len(read_steps(run)) > 2)
+    resumed = start("resume", "first")
+    read_a_line(resumed)
     os.killpg(resumed.pid, signal.SIGINT)
     out, err = resumed.communicate(timeout=60)
     assert resumed.returncode == 130
@@ -202,14 +209,14 @@ def test_ctrl_c_twice_says_what_is_saved_and_how_to_go_on(run: RunFolder) -> Non
 
 
 def test_a_run_that_fails_in_the_foreground_says_why(run: RunFolder) -> None:
-    resumed = start_resume("first", fails_at=2)
+    resumed = start("resume", "first", fails_at=2)
     _, err = resumed.communicate(timeout=60)
     assert resumed.returncode != 0
     assert "The loss is NaN.\nIt diverged.\nLower lr.\n" in err
 
 
 def test_a_run_that_is_killed_in_the_foreground_is_called_lost(run: RunFolder) -> None:
-    resumed = start_resume("first")
+    resumed = start("resume", "first")
     wait_until(lambda: len(read_steps(run)) > 2)
     (trainer,) = processes_of(run.path)
     os.kill(trainer, signal.SIGKILL)
@@ -218,7 +225,7 @@ def test_a_run_that_is_killed_in_the_foreground_is_called_lost(run: RunFolder) -
 
 
 def test_resume_in_the_background_returns_at_once(run: RunFolder) -> None:
-    resumed = start_resume("first", "--detach", "--json")
+    resumed = start("resume", "first", "--detach", "--json")
     out, err = resumed.communicate(timeout=60)
     assert resumed.returncode == 0, err
     assert json.loads(out)["status"] == "running"
@@ -235,60 +242,54 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def started(call: Call, *words: object) -> RunFolder:
-    code, out, _ = call("train", *words, "--json")
-    assert code == 0
-    return RunFolder(Path(json.loads(out)["run"]))
-
-
-@needs_trainer
 class TestTrain:
-    def test_runs_to_the_end_and_says_where(self, config: Path, home: Path, call: Call) -> None:
-        run = started(call, config)
-        assert run.path.parent == home / "runs"
-        assert status(run) == "finished"
-        written = run.config.read_text("utf-8")
-        assert "# kept: a person's own words" in written
-        assert str(config.parent / "rows.jsonl") in written
-        assert (run.adapter / "adapter_config.json").is_file()
-        assert list(run.data.glob("*"))
-
-    def test_events_are_printed_as_they_are_in_the_file(self, config: Path, call: Call) -> None:
+    @needs_trainer
+    def test_runs_to_the_end_and_prints_its_events(self, config: Path, call: Call) -> None:
         changes = ("output_dir=here", "--max-steps", "1", "sample_packing=true")
         code, printed, _ = call("train", config, *changes, "--events")
         assert code == 0
+        run = RunFolder(Path("here"))
         types, kept = (
             [json.loads(line)["type"] for line in text.splitlines()]
-            for text in (printed, Path("here/events.jsonl").read_text("utf-8"))
+            for text in (printed, run.events.read_text("utf-8"))
         )
         assert types == kept
         assert types[-1] == "ended"
         assert {"started", "step", "saved"} <= set(types)
         assert re.search(r"104 rows packed into \d+ sequences, 9\d\.\d% full", printed)
+        assert status(run) == "finished"
+        assert (run.adapter / "adapter_config.json").is_file()
+        assert list(run.data.glob("*"))
 
-    def test_a_detached_run_goes_on_without_us(self, config: Path, call: Call) -> None:
-        run = started(call, config, "--detach")
+    def test_a_detached_run_goes_on_without_us_where_it_says(
+        self, config: Path, home: Path, call: Call
+    ) -> None:
+        run = RunFolder(Path(call.document("train", config, "--detach", trainer=FAKE)["run"]))
+        assert run.path.parent == home / "runs"
+        written = run.config.read_text("utf-8")
+        assert "# kept: a person's own words" in written
+        assert str(config.parent / "rows.jsonl") in written
         assert is_locked(run)
         code, _, err = call("resume", run.path, "--json")
         assert (code, "is running" in err) == (2, True)
-        # 1 where it ends by itself before it reads the command: it has three steps.
-        assert call("stop", run.path, "--json")[0] in (0, 1)
+        assert call("stop", run.path, "--json")[0] == 0
         wait_until(lambda: not is_locked(run))
-        assert status(run) in ("stopped", "finished")
+        assert status(run) == "stopped"
 
-    @pytest.mark.parametrize(
-        ("change", "word"),
-        [("datasets[0].path=gone.jsonl", "gone.jsonl"), ("sequence_len=8", "sequence_len")],
-    )
-    def test_what_only_the_trainer_can_see_is_a_sentence_too(
-        self, change: str, word: str, config: Path, call: Call
+    def test_an_interrupted_run_is_saved_and_says_how_to_go_on(
+        self, config: Path, tmp_path: Path
     ) -> None:
-        code, _, err = call("train", config, change, "output_dir=here")
-        assert code == 2
-        assert "Traceback" not in err
-        assert word in err
-        assert status(RunFolder(Path("here"))) == "failed"
+        run = RunFolder(tmp_path / "here")
+        process = start("train", str(config), f"output_dir={run.path}")
+        read_a_line(process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        assert f"Go on with: windtunnel resume {run.path}" in out
+        assert status(run) == "stopped"
+        assert (run.checkpoints / "LATEST").is_file()
 
+    @needs_trainer
     @pytest.mark.slow
     def test_a_used_folder_is_never_mixed_with_another_run(self, config: Path, call: Call) -> None:
         words = ("train", config, "output_dir=here")
@@ -300,30 +301,6 @@ class TestTrain:
         assert events.read_bytes() == before
         assert call(*words, "max_steps=2", "resume_from_checkpoint=true")[0] == 0
         assert events.read_bytes().startswith(before)
-
-    def test_an_interrupted_run_is_saved_and_says_how_to_go_on(
-        self, config: Path, tmp_path: Path
-    ) -> None:
-        run = RunFolder(tmp_path / "here")
-        changes = [f"output_dir={run.path}", "max_steps=5000"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "engine", "train", str(config), *changes],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            wait_until(
-                lambda: run.events.exists() and '"type": "step"' in run.events.read_text(), 120
-            )
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=120)
-        finally:
-            process.kill()
-        assert process.returncode == 130, err
-        assert f"Go on with: windtunnel resume {run.path}" in out
-        assert status(run) == "stopped"
-        assert (run.checkpoints / "LATEST").is_file()
 
 
 def test_paths_beside_the_config_are_absolute_in_the_run(config: Path, tmp_path: Path) -> None:

@@ -93,11 +93,9 @@ def test_a_look_that_takes_long_is_waited_for_and_a_trainer_is_not(run: RunFolde
     look = os.open(run.lock, os.O_RDONLY)
     fcntl.flock(look, fcntl.LOCK_SH)
     threading.Timer(0.7, os.close, [look]).start()
-    with RunLock(run):
-        begun = time.monotonic()
-        with pytest.raises(UserError, match="already running"), RunLock(run):
-            pass
-        assert time.monotonic() - begun < 5
+    # A wait for a trainer would end in "cannot be locked".
+    with RunLock(run), pytest.raises(UserError, match="already running"), RunLock(run):
+        pass
 
 
 def test_the_lock_says_when_and_for_which_launch_it_was_taken(

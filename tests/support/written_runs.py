@@ -1,6 +1,7 @@
 """Runs that tests write by hand: the events of a real one, at times that never change."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,14 @@ class RunWriter:
 
     def write(self, *events: Event, seconds: float = 0.0) -> None:
         """Let `seconds` go by, then write these."""
-        self.time += seconds
+        self._write([(seconds, events)])
+
+    def _write(self, batches: Iterable[tuple[float, Iterable[Event]]]) -> None:
         with EventWriter(self.folder.events, clock=lambda: self.time) as writer:
-            for event in events:
-                writer.emit(event)
+            for seconds, events in batches:
+                self.time += seconds
+                for event in events:
+                    writer.emit(event)
 
     def begin(self, total: int = 99, model: str = "mistralai/Magistral-Small-2509") -> None:
         """Load the model and look at it before the first step."""
@@ -80,12 +85,16 @@ class RunWriter:
     def train(self, first: int, last: int, total: int = 99) -> None:
         """Steps, with a check, an answer and a save at 17, 33, 50 and 60."""
         held_out = {17: 1.13, 33: 0.84, 50: 0.768, 60: 0.731}
-        for step in range(first, last + 1):
-            self.write(step_event(step, total), seconds=8.9)
-            if step in held_out:
-                self.write(Phase("evaluate", 0, 24, "rows"), Eval(step, held_out[step]))
-                self.write(Sample(step, PROMPT, AFTER, "during"), Phase("save"))
-                self.write(Saved(step, f"checkpoints/step-{step}"))
+
+        def saved(step: int) -> list[Event]:
+            evaluated = [Phase("evaluate", 0, 24, "rows"), Eval(step, held_out[step])]
+            sampled = [Sample(step, PROMPT, AFTER, "during"), Phase("save")]
+            return [*evaluated, *sampled, Saved(step, f"checkpoints/step-{step}")]
+
+        self._write(
+            (8.9, [step_event(step, total), *(saved(step) if step in held_out else [])])
+            for step in range(first, last + 1)
+        )
 
 
 def written_run(

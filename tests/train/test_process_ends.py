@@ -89,6 +89,7 @@ REQUESTS: dict[str, tuple[dict[str, Any], dict[str, str | None], str]] = {
         "None of the 1 rows can be used",
     ),
     "rows without an answer": ({}, {"rows.jsonl": ASKED}, "rows.jsonl"),
+    "rows that are all longer": ({"sequence_len": 8}, {}, "sequence_len"),
     "no such target": ({"lora_target_modules": ["query"]}, {}, "query matches no module"),
     "a model that is not there": ({"base_model": "./nowhere"}, {}, "nowhere"),
 }
