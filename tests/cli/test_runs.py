@@ -196,7 +196,7 @@ def test_ctrl_c_in_the_foreground_saves_and_leaves_with_130(run: RunFolder) -> N
 
 
 def test_ctrl_c_twice_says_what_is_saved_and_how_to_go_on(run: RunFolder) -> None:
-    resumed = start_resume("first", save_seconds=30)
+    resumed = start("resume", "first", save_seconds=30)
     wait_until(lambda: len(read_steps(run)) > 2)
     os.killpg(resumed.pid, signal.SIGINT)
     time.sleep(0.4)
