@@ -87,9 +87,11 @@ class RunWriter:
         held_out = {17: 1.13, 33: 0.84, 50: 0.768, 60: 0.731}
 
         def saved(step: int) -> list[Event]:
-            evaluated = [Phase("evaluate", 0, 24, "rows"), Eval(step, held_out[step])]
-            sampled = [Sample(step, PROMPT, AFTER, "during"), Phase("save")]
-            return [*evaluated, *sampled, Saved(step, f"checkpoints/step-{step}")]
+            return [
+                *(Phase("evaluate", 0, 24, "rows"), Eval(step, held_out[step])),
+                *(Sample(step, PROMPT, AFTER, "during"), Phase("save")),
+                Saved(step, f"checkpoints/step-{step}"),
+            ]
 
         self._write(
             (8.9, [step_event(step, total), *(saved(step) if step in held_out else [])])
