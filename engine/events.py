@@ -14,14 +14,22 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 
-from msgspec import ValidationError, convert
+from msgspec import Meta, convert
 
 Outcome = Literal["finished", "stopped", "failed"]
 SampleTime = Literal["before", "during", "after"]
 NoteLevel = Literal["info", "warning", "error"]
 AckOutcome = Literal["done", "refused"]
+
+
+Whole = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+"""Of 64 bits: 400 digits make no float, and no chart."""
+Moment = Annotated[float, Meta(ge=0, le=32_503_680_000)]
+"""Unix seconds, until the year 3000: further ones are no date."""
+_LARGEST: Final = 1e39
+"""Just beyond float32, in which losses and norms are measured; products of such stay finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +44,11 @@ class Started:
     """lora, qlora or full."""
     devices: tuple[str, ...]
     """UUIDs of the GPUs, or `cpu`."""
-    world_size: int
+    world_size: Whole
     """Processes that train together."""
-    total_steps: int
+    total_steps: Whole
     """Optimizer steps from step 0 to the end of the run, those of earlier launches included."""
-    trainable_parameters: int
+    trainable_parameters: Whole
     """Number of weights that the optimizer moves."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Package name -> its version."""
@@ -51,9 +59,9 @@ class Phase:
     """Progress of anything that is not a step: loading, tokenizing, evaluating, saving."""
 
     name: str
-    done: int | None = None
+    done: Whole | None = None
     """How much of `total` is done, in the unit that `detail` names; None where nobody can say."""
-    total: int | None = None
+    total: Whole | None = None
     detail: str = ""
 
 
@@ -61,15 +69,15 @@ class Phase:
 class Step:
     """One optimizer step, reported after it is done."""
 
-    step: int
+    step: Whole
     """Counts from 1. A number that comes again after a resume supersedes the earlier one."""
     epoch: float
     """Passes over the training rows so far, with its fraction."""
     loss: float
     """Mean over the learned tokens of the whole optimizer step, all ranks, in nats a token."""
-    learned_tokens: int
+    learned_tokens: Whole
     """Tokens of this step that are in the loss, all ranks."""
-    tokens: int
+    tokens: Whole
     """Tokens of this step, padding left out, all ranks."""
     lr: float
     """Learning rate that this step used."""
@@ -79,9 +87,9 @@ class Step:
     """Wall time of this step, its batch and optimizer included, without evals, saves and pauses."""
     tokens_per_second: float
     """`tokens` over `seconds`."""
-    peak_memory_bytes: int
+    peak_memory_bytes: Whole
     """Largest amount allocated so far on the fullest device; resident bytes on a CPU."""
-    total_steps: int | None = None
+    total_steps: Whole | None = None
     """As in `Started`, so that the end of the file alone tells how far a run is."""
     grad_norm_clipped: float | None = None
     """L2 norm of the gradient that moved the weights, after clipping; None where not measured."""
@@ -91,7 +99,7 @@ class Step:
 class Eval:
     """Loss on the held-out rows."""
 
-    step: int
+    step: Whole
     """Optimizer steps done; 0 is the untouched model."""
     loss: float
     """Mean over the learned tokens, in nats a token."""
@@ -101,17 +109,17 @@ class Eval:
 class Score:
     """How one set of rows does at an evaluation; `Eval` sums up the held-out ones."""
 
-    step: int
+    step: Whole
     dataset: str
     """Name of the evaluation set; `train` are rows that the run learns from."""
     loss: float
     """Mean over the learned tokens, in nats a token."""
     exact: float
     """Share of rows whose answer the model gives back word for word, 0 to 1."""
-    rows: int
+    rows: Whole
     loss_by_kind: Mapping[str, float] = field(default_factory=dict)
     """Of the learned tokens of each kind (think, text, call, eos ...), in nats a token."""
-    tokens_by_kind: Mapping[str, int] = field(default_factory=dict)
+    tokens_by_kind: Mapping[str, Whole] = field(default_factory=dict)
     """How many learned tokens those are."""
 
 
@@ -119,10 +127,10 @@ class Score:
 class Answers:
     """What the model writes by itself, greedily, on a few held-out rows."""
 
-    step: int
+    step: Whole
     dataset: str
     """Name of the evaluation set."""
-    rows: int
+    rows: Whole
     """Answers that were generated, one a row."""
     stopped: float
     """Share of them that end by themselves within `eval_max_new_tokens`, 0 to 1."""
@@ -130,7 +138,7 @@ class Answers:
     """Median of their tokens over the reference's; where the limit cut one, what it had by then."""
     exact: float
     """Share that is the reference word for word, 0 to 1."""
-    calls: int = 0
+    calls: Whole = 0
     """Those whose reference calls tools."""
     calls_valid: float | None = None
     """Share of `calls` with the reference's functions by name, each with arguments that are a JSON
@@ -141,10 +149,10 @@ class Answers:
 class Drift:
     """How far the model has moved from its base on general questions, which nobody trains on."""
 
-    step: int
+    step: Whole
     kl: float
     """Kullback-Leibler divergence of base from tuned model, nats a token; 0: the same."""
-    tokens: int
+    tokens: Whole
     """Tokens over which it is the mean."""
 
 
@@ -152,7 +160,7 @@ class Drift:
 class Sample:
     """What the model answers to a fixed prompt."""
 
-    step: int
+    step: Whole
     prompt: str
     text: str
     when: SampleTime
@@ -162,7 +170,7 @@ class Sample:
 class Saved:
     """A checkpoint or the result is whole on the disk."""
 
-    step: int
+    step: Whole
     path: str
     """Relative to the run's folder where it lies inside."""
 
@@ -179,19 +187,19 @@ class Note:
 class Shortage:
     """Memory ran out: `ended` follows, or the run goes on with `changes`. Sizes in bytes."""
 
-    step: int
+    step: Whole
     """The optimizer step that did not fit; 0 before the first."""
     where: str
     """What the trainer was doing."""
-    held_bytes: int
+    held_bytes: Whole
     """Allocated by then; resident bytes on a CPU."""
-    asked_bytes: int | None = None
+    asked_bytes: Whole | None = None
     """What was asked for beyond; None where the system did not say."""
-    predicted_bytes: int | None = None
+    predicted_bytes: Whole | None = None
     """The plan's figure for the fullest moment; None where a run has no plan."""
-    parts: Mapping[str, int] = field(default_factory=dict)
+    parts: Mapping[str, Whole] = field(default_factory=dict)
     """What was held: weights, adapter, gradients, optimizer, and the rest, which is activations."""
-    predicted_parts: Mapping[str, int] = field(default_factory=dict)
+    predicted_parts: Mapping[str, Whole] = field(default_factory=dict)
     """The same of the plan."""
     grew: str = ""
     """The part that was furthest above the plan; empty where none was."""
@@ -202,7 +210,7 @@ class Shortage:
     where there is none."""
     trade: str = ""
     """What that change costs."""
-    saves_bytes: int = 0
+    saves_bytes: Whole = 0
     """What it saves, by the formula."""
     taken: bool = False
     """Whether the run goes on with it by itself, as `auto_fit` asks."""
@@ -226,7 +234,7 @@ class Ended:
     """The last event of a launch. Its absence, with the lock free, means that the run is lost."""
 
     outcome: Outcome
-    step: int
+    step: Whole
     """Optimizer steps done."""
     what: str = ""
     """With `why` and `fix`: the three sentences of a failure; empty otherwise."""
@@ -255,9 +263,9 @@ Event = (
 class Recorded:
     """An event with the envelope of its line."""
 
-    seq: int
+    seq: Whole
     """Grows by one an event over the whole life of the folder; a hole means dropped events."""
-    time: float
+    time: Moment
     """Unix seconds."""
     event: Event
 
@@ -272,8 +280,8 @@ _NAMES: Final = {kind: name for name, kind in _KINDS.items()}
 @dataclass(frozen=True, slots=True)
 class _Envelope:
     v: int
-    seq: int
-    time: float
+    seq: Whole
+    time: Moment
     type: str
 
 
@@ -289,7 +297,7 @@ def parse(record: object) -> Event | None:
     """The event in one decoded JSON object, without its envelope.
 
     None where the object is none of the types known here, lacks a field, or has a field of the
-    wrong type; fields that are not known are left out.
+    wrong type or beyond all range; fields that are not known are left out.
     """
     if not isinstance(record, dict):
         return None
@@ -297,10 +305,10 @@ def parse(record: object) -> Event | None:
     kind = _KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         return None
-    numbers = {name: _with_nan(record[name]) for name in _NUMBERS[kind] if name in record}
     try:
+        numbers = {name: _with_nan(record[name]) for name in _NUMBERS[kind] if name in record}
         return convert({**record, **numbers}, kind)
-    except ValidationError:
+    except ValueError:  # ValidationError is one
         return None
 
 
@@ -341,9 +349,11 @@ def format_line(recorded: Recorded) -> bytes:
 
 
 def _with_nan(value: Any) -> Any:
-    """A number as JSON has it, or a mapping of them, with nan for `null`."""
+    """Numbers as JSON has them, nan for `null`. Raises ValueError beyond what is measured."""
     if isinstance(value, dict):
         return {key: _with_nan(each) for key, each in value.items()}
+    if isinstance(value, int | float) and not abs(value) <= _LARGEST:
+        raise ValueError("a number beyond all that is measured")
     return math.nan if value is None else value
 
 

@@ -125,7 +125,11 @@ def test_an_event_comes_back_as_it_was_written(event: Event) -> None:
     assert parse(decoded(event)) == event
 
 
-@given(st.text(st.characters()), st.floats(), st.integers())
+@given(
+    st.text(st.characters()),
+    st.floats(width=32),
+    st.integers(-(2**63), 2**63 - 1),
+)
 def test_any_text_and_any_number_make_one_line_of_strict_json(
     text: str, number: float, count: int
 ) -> None:
@@ -168,6 +172,12 @@ def test_what_is_no_known_event_is_none(record: object) -> None:
         (STEP, {"loss": "1.25"}),
         (STEP, {"loss": True}),
         (STEP, {"loss": 10**400}),
+        (STEP, {"loss": 10**40}),
+        (STEP, {"loss": math.inf}),
+        (STEP, {"tokens": 2**63}),
+        (STEP, {"total_steps": 10**400}),
+        (EXAMPLES[4], {"tokens_by_kind": {"text": 2**63}}),
+        (EXAMPLES[4], {"loss_by_kind": {"text": 10**40}}),
         (STEP, {"step": 3.0}),
         (STEP, {"step": True}),
         (STEP, {"step": None}),
@@ -213,6 +223,8 @@ def test_what_a_newer_windtunnel_writes_is_skipped_without_complaint(
         b'{"type": "note", "level": "info", "text": "no envelope"}',
         b'{"v": 1, "seq": 1, "time": "now", "type": "note", "level": "info", "text": ""}',
         b'{"v": 1, "seq": 1, "time": 1, "type": {}}',
+        b'{"v": 1, "seq": 1, "time": 1e12, "type": "note", "level": "info", "text": ""}',
+        b'{"v": 1, "seq": 9223372036854775808, "time": 1, "type": "note"}',
     ],
     ids=lambda line: repr(line[:20]),
 )

@@ -22,9 +22,9 @@ from typing import Any
 from engine.catalog.cards import ModelCard, find_model, find_repository, list_models, model_names
 from engine.catalog.modules import ModuleTable
 from engine.errors import UserError
+from engine.hub_id import is_hub_id
 from engine.visible import visible
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Spelled with and without underscores in front, and with endings such as `_internal`.
 _KERNEL_KEY = re.compile(r"_*(attn|experts)_implementation")
 _CHECKPOINT_OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -70,7 +70,7 @@ def read_architecture(model: str | Path) -> Architecture:
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
         return _read_folder(name, Path(folder), None)
-    if not is_path and _HUB_ID.fullmatch(name):
+    if not is_path and is_hub_id(name):
         return _read_hub_id(name)
     if is_path or os.sep in name or name.startswith((".", "~")):
         raise UserError(

@@ -30,8 +30,9 @@ from mistral_common.tokens.tokenizers.tekken import SpecialTokenInfo, Tekkenizer
 
 from engine.catalog import ModelCard, TokenizerSpec, find_model, find_repository, model_names
 from engine.chat.images import ImageSpec
-from engine.chat.tokenizer_file import HUB_ID, TEKKEN, check_file, find_in_folder
+from engine.chat.tokenizer_file import TEKKEN, check_file, find_in_folder
 from engine.errors import UserError, WorkError
+from engine.hub_id import is_hub_id
 from engine.visible import first_line, visible
 
 # Long system prompts and tool lists repeat from row to row; a few hundred are enough to hold
@@ -328,7 +329,7 @@ def open_tokenizer(model: str | Path, folder: Path | None = None) -> ChatTokeniz
         return _open_folder(Path(path))
     if os.path.isfile(path):
         return _open_file(Path(path))
-    if isinstance(model, str) and HUB_ID.fullmatch(name) and not name.startswith("."):
+    if isinstance(model, str) and is_hub_id(name):
         return _open_hub_id(name)
     if isinstance(model, Path) or os.sep in name or name.startswith((".", "~")):
         raise UserError(

@@ -12,13 +12,13 @@ from pathlib import Path
 from engine.catalog import find_repository, model_names
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.hub_id import is_hub_id
 from engine.visible import visible
 
 TEKKEN = "tekken.json"
 VERSIONS = ("v3", "v7", "v11", "v13", "v15")
 """What `render` writes token by token as mistral-common does."""
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SENTENCEPIECE = ("tokenizer.model*", "*.model.v*")
 _OTHER_FORMATS = ("tokenizer.json", "tokenizer_config.json")
 # Published files begin with their config, which is shorter than this.
@@ -41,7 +41,7 @@ def check_tokenizer(model: str | Path, folder: Path | None = None) -> None:
     file = Path(path) if os.path.isfile(path) else None
     if os.path.isdir(path):
         file = find_in_folder(Path(path))
-    elif file is None and HUB_ID.fullmatch(name) and not name.startswith("."):
+    elif file is None and is_hub_id(name):
         file = _find_in_cache(name)
     if file is not None:
         check_file(file)

@@ -86,7 +86,7 @@ class Document:
 def key_path(key: str) -> KeyPath:
     """("datasets", 0, "path") for datasets[0].path."""
     parts = key.replace("]", "").replace("[", ".").split(".")
-    return tuple(int(part) if part.isdecimal() else part for part in parts)
+    return tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in parts)
 
 
 def key_text(path: KeyPath) -> str:

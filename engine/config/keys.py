@@ -5,7 +5,7 @@ A new key is a field here, and acts where it is read.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 
@@ -16,11 +16,23 @@ def _refuse_bool(value: object) -> object:
     return value
 
 
-_number = BeforeValidator(_refuse_bool)
+LARGEST_WHOLE = 10**12
+"""No run has so many of anything."""
 
-Whole = Annotated[int, Field(ge=0), _number]
+
+def _refuse_huge(value: int) -> int:
+    """10^400 is a whole number, and no float."""
+    if value > LARGEST_WHOLE:
+        raise PydanticCustomError("huge_number", "beyond all that is counted")
+    return value
+
+
+_number = BeforeValidator(_refuse_bool)
+_in_range = AfterValidator(_refuse_huge)
+
+Whole = Annotated[int, Field(ge=0), _number, _in_range]
 """A whole number that may be 0."""
-Count = Annotated[int, Field(ge=1), _number]
+Count = Annotated[int, Field(ge=1), _number, _in_range]
 Amount = Annotated[float, Field(ge=0), _number]
 Positive = Annotated[float, Field(gt=0), _number]
 Fraction = Annotated[float, Field(ge=0, le=1), _number]

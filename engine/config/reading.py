@@ -28,7 +28,7 @@ from engine.config.document import (
     parse_value,
 )
 from engine.config.finding import ConfigError, Finding, problem, shown
-from engine.config.keys import DatasetConfig
+from engine.config.keys import LARGEST_WHOLE, DatasetConfig
 from engine.config.rules import WITHOUT_RULES, RunConfig, broken_rules
 from engine.config.schema import allowed, describe, nearest_key, schema_at
 from engine.errors import UserError
@@ -159,6 +159,7 @@ class _Check:
         self.unread = {finding.key for finding in self.found}
         self.found += _secrets(self.values, ())
         secret = {finding.key for finding in self.found if finding.id == "secret"}
+        self.unread |= secret
         self.values = {key: value for key, value in self.values.items() if key not in secret}
         self.modernize()
         self.values = cast("dict[str, Value]", _without_empty(self.values))
@@ -332,6 +333,8 @@ _MISSING = {
 
 def _wrong_value(path: KeyPath, value: Value) -> Finding:
     key, must_be = key_text(path), describe(schema_at(path))
+    if isinstance(value, int) and value > LARGEST_WHOLE:
+        must_be += f", and at most {LARGEST_WHOLE:,}"
     name = [part for part in path if part in _KEYS or part in _DATASET_KEYS][-1]
     fix = f"`windtunnel explain {name}` says what it means."
     if must_be == "text":

@@ -13,6 +13,7 @@ from pydantic import ValidationInfo, model_validator
 
 from engine.config.finding import Finding, problem, shown
 from engine.config.keys import DatasetConfig, RunKeys
+from engine.hub_id import REPOSITORY_NAMES, hub_id_in, is_repository_name
 from engine.visible import visible
 
 
@@ -288,6 +289,7 @@ _NAMES = (
     "resume_from_checkpoint",
     "hub_model_id",
 )
+_FILE_NAME_LETTERS = 255
 _ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = (
     *("role", "content", "tool_calls", "tool_call_id", "name", "weight"),
@@ -309,6 +311,12 @@ def broken_rules(config: RunKeys, unread: frozenset[str] = frozenset()) -> list[
             found.append(problem(rule.id, key, rule.what, rule.why, rule.fix))
     for key in _NAMES:
         found.extend(_unsafe_name(key, getattr(config, key)))
+    for key in ("base_model", "tokenizer_config"):
+        found.extend(_bad_source(key, getattr(config, key)))
+    if config.hub_model_id and not is_repository_name(config.hub_model_id):
+        what = f"hub_model_id is {shown(config.hub_model_id)}, which is no name of a repository."
+        fix = "Write you/your-model, or remove hub_model_id."
+        found.append(problem("bad-hub-name", "hub_model_id", what, REPOSITORY_NAMES, fix))
     found.extend(_bad_patterns("lora_target_modules", config.lora_target_modules))
     found.extend(_bad_patterns("unfrozen_parameters", config.unfrozen_parameters))
     found.extend(_bad_settings("chat_template_kwargs", config.chat_template_kwargs))
@@ -330,6 +338,20 @@ def _unsafe_name(key: str, value: object) -> Iterator[Finding]:
         return
     why = "It becomes a file name, a hub id or an argument of a command."
     yield problem("unsafe-name", key, what, why, fix)
+
+
+def _bad_source(key: str, value: str | None) -> Iterator[Finding]:
+    """What can be no file, no folder, no hub id and no name of the catalog."""
+    if not value:
+        return
+    named = hub_id_in(value)
+    what, fix = f"{key} is {shown(value)}.", "Name the hub id, or the file or folder here."
+    if named or "://" in value:
+        why = "That is a web address; a hub id is read by its name, other addresses not at all."
+        yield problem("web-address", key, what, why, f"Write {named}." if named else fix)
+    elif any(len(part) > _FILE_NAME_LETTERS for part in value.split("/")):
+        why = "Neither the hub nor a disk has so long a name."
+        yield problem("bad-hub-name", key, what, why, fix)
 
 
 def _bad_patterns(key: str, patterns: list[str] | str | None) -> Iterator[Finding]:
@@ -359,6 +381,7 @@ def _bad_settings(key: str, settings: dict[str, str] | None) -> Iterator[Finding
 
 
 def _bad_dataset(key: str, dataset: DatasetConfig) -> Iterator[Finding]:
+    yield from _bad_source(f"{key}.path", dataset.path)
     for field in ("path", "name", "split", "revision"):
         yield from _unsafe_name(f"{key}.{field}", getattr(dataset, field))
     yield from _bad_settings(f"{key}.chat_template_kwargs", dataset.chat_template_kwargs)

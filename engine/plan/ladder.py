@@ -8,6 +8,7 @@ Rungs that the later ones make needless are left out again, the dearest first.
 from bisect import bisect_left
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any, TypeAlias
 
 from pydantic import ValidationError
@@ -102,7 +103,8 @@ def busy_batches(config: RunConfig, place: Place) -> Iterator[Change]:
 def smaller_batches(config: RunConfig, place: Place) -> Iterator[Change]:
     """Fewer sequences at once, and as many more of them before a step."""
     micro = config.micro_batch_size
-    for size in sorted((n for n in range(1, micro) if micro % n == 0), reverse=True):
+    small = [n for n in range(1, isqrt(micro) + 1) if micro % n == 0]
+    for size in sorted({*small, *(micro // n for n in small)} - {micro}, reverse=True):
         keys = batch_of(config, size)
         name = f"micro_batch_size {size}, accumulation {keys['gradient_accumulation_steps']}"
         yield name, keys, "the same result, slower"

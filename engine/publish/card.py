@@ -17,11 +17,10 @@ from engine.catalog import ModelCard, find_card
 from engine.config import RunConfig, read_config, write_config
 from engine.data.prepared import Prepared
 from engine.errors import UserError
+from engine.hub_id import is_hub_id
 from engine.runs import RunFolder
 from engine.runs.comparison import Curves, read_curves
 from engine.visible import visible
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(slots=True)
@@ -65,7 +64,7 @@ def find_base(base_model: str) -> tuple[ModelCard | None, str | None]:
     """The catalog's card of a base model, and the hub id that stands for it."""
     if card := find_card(base_model):
         return card, card.hub_id if base_model == card.name else base_model
-    is_id = _HUB_ID.fullmatch(base_model) and not Path(base_model).exists()
+    is_id = is_hub_id(base_model) and not Path(base_model).exists()
     return None, base_model if is_id else None
 
 

@@ -13,6 +13,7 @@ from engine.child import child_environment
 from engine.config import RunConfig, read_config
 from engine.errors import UserError, WorkError
 from engine.events import Note, Phase
+from engine.hub_id import REPOSITORY_NAMES, is_repository_name
 from engine.publish.card import write_card
 from engine.runs import RunFolder
 from engine.visible import first_line, visible
@@ -55,9 +56,14 @@ def push(run: RunFolder, repository: str | None = None) -> str:
             f"There is no {visible(str(folder), one_line=True)}.",
             "Resume it, or wait for its end.",
         )
+    if not is_repository_name(name):
+        raise UserError(
+            f"{visible(name, one_line=True)} is no name of a repository.",
+            REPOSITORY_NAMES,
+            "Correct hub_model_id, or name another: --to you/your-model",
+        )
     # Imported here: `import engine.publish` stays light.
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
@@ -66,12 +72,6 @@ def push(run: RunFolder, repository: str | None = None) -> str:
         huggingface_hub.upload_folder(
             repo_id=made.repo_id, folder_path=folder, commit_message=f"Windtunnel run {run.name}"
         )
-    except HFValidationError as error:
-        raise UserError(
-            f"{visible(name, one_line=True)} is no name of a repository.",
-            "The hub's names are you/your-model, in letters, digits, dots and dashes.",
-            "Correct hub_model_id.",
-        ) from error
     # A lost connection is an error of the client's HTTP library, which is another in each release.
     except Exception as error:
         raise WorkError(

@@ -275,6 +275,8 @@ _SILENT_STEPS: Final = 5
 _PATIENCE_SECONDS: Final = 10.0
 _PHASE_SECONDS: Final = 600.0
 """Reading 250 GB of weights from a slow disk tells nothing for minutes."""
+_FORESEEN_SECONDS: Final = 1e9
+"""Thirty years: what takes longer has no time of day at which it is done."""
 _MANY_SECONDS: Final = 300.0
 _CLOCK_SECONDS: Final = 3.0
 """Longer waits have a clock: what stands still looks dead."""
@@ -409,7 +411,7 @@ def _running(history: History, now: float) -> Headline:
         return _silent(history, quiet)
     left = history.seconds_left
     tail = ""
-    if math.isfinite(left):
+    if left < _FORESEEN_SECONDS:
         done = datetime.fromtimestamp(history.last_time + left).strftime("%H:%M")
         tail = f"   {duration(left - quiet)} left, done {done}"
     return Headline("▶", "training", steps(history) + tail, _share(history))

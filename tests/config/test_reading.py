@@ -517,6 +517,32 @@ class TestFiles:
         assert error is None or error.fix
 
 
+NAMES = [
+    *(
+        (f"hub_model_id: {name!r}", "bad-hub-name", "Write you/your-model")
+        for name in (
+            *("../../evil", "user/..", "a/b/c", "u/r;rm -rf", "a--b/c", "a/b.git", "a/.b"),
+            *("https://evil.com/x", f"a/{'b' * 97}"),
+        )
+    ),
+    ("base_model: https://evil.com/x", "web-address", "Name the hub id"),
+    ("base_model: https://huggingface.co/a/b.c/tree/main", "web-address", "Write a/b.c."),
+    ("tokenizer_config: hf.co/a/b", "web-address", "Write a/b."),
+    (f"base_model: a/{'b' * 300}", "bad-hub-name", "Name the hub id"),
+    ("datasets: [{path: 'https://huggingface.co/datasets/a/b'}]", "web-address", "Write a/b."),
+    ("datasets: [{path: 's3://bucket/rows.jsonl'}]", "web-address", "Name the hub id"),
+]
+
+NUMBERS = [
+    (f"micro_batch_size: 1{'0' * 400}", "at most 1,000,000,000,000"),
+    (f"learning_rate: 1{'0' * 400}", "a number above 0"),
+    (f"learning_rate: 1{'0' * 400}.0", "a number above 0"),
+    ("sequence_len: -1000000000000000", "1 or more"),
+    (f"lora_r: {'9' * 5000}", "a whole number"),
+    (f"? '{'9' * 5000}'\n: 1", "is not a key"),
+    (f"datasets:\n- path: a\n  ? '{'9' * 5000}'\n  : 1", "is not a key"),
+]
+
 SECRETS = [
     ("hf_token: abc", "hf_token"),
     ("comet_api_key: abc", "comet_api_key"),
@@ -533,6 +559,26 @@ class TestSafety:
         error = faults(f"base_model: x\n{text}")
         assert [(finding.id, finding.key) for finding in error.findings] == [("secret", key)]
         assert not re.search(r"abc|aaaa|xxxx|pass@", str(error))
+
+    @pytest.mark.parametrize(("text", "finding", "fix"), NAMES)
+    def test_a_name_that_no_hub_takes_is_found_at_once(self, text, finding, fix) -> None:
+        base = "" if text.startswith("base_model") else "base_model: x\n"
+        (found,) = faults(f"{base}{text}").findings
+        assert (found.id, found.key) == (
+            finding,
+            re.split(r"[: ]", text)[0] if "datasets" not in text else "datasets[0].path",
+        )
+        assert found.fix.startswith(fix)
+
+    @pytest.mark.parametrize("name", ["you/your-model", "model", "A_b/c.d-e_1"])
+    def test_a_name_that_the_hub_takes(self, name: str) -> None:
+        assert config(f"hub_model_id: {name}").hub_model_id == name
+
+    @pytest.mark.parametrize(("text", "words"), NUMBERS, ids=lambda text: text[:20])
+    def test_a_huge_number_is_a_sentence(self, text: str, words: str) -> None:
+        (found,) = faults(f"base_model: x\n{text}").findings
+        assert words in found.sentence()
+        assert len(found.sentence()) < 400
 
     def test_keys_that_only_sound_like_secrets_are_fine(self) -> None:
         text = "special_tokens: {pad_token: <pad>}\neot_tokens: [a]\nhf_use_auth_token: true\n"
