@@ -7,7 +7,6 @@ what is right or wrong about a dataset is decided there.
 import json
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,12 +24,11 @@ from engine.visible import visible
 
 if TYPE_CHECKING:
     from engine.data.requests import Progress
-    from engine.data.statistics import BadRow, Checkup
+    from engine.data.statistics import Checkup
 
 Effort = Literal["none", "high"]
 Think = Annotated[bool | None, Parameter("--think", negative="--no-think")]
 
-_SHOWN_PROBLEMS = 20
 _ABOUT_ROWS = ("Data", "What is learned")
 """Sections of the keys that decide what a row becomes."""
 
@@ -130,7 +128,7 @@ def check_data(
 
 
 def _print_checkup(found: "Checkup") -> None:
-    from engine.report.data import image_lines, list_remarks
+    from engine.report.data import image_lines, list_remarks, problem_lines
 
     _clear_progress()
     print(f"{counted(found.rows, 'row')}, {found.usable:,} usable")
@@ -143,20 +141,11 @@ def _print_checkup(found: "Checkup") -> None:
             f" p99 {length.p99}, longest {length.max}"
         )
     print_lines(image_lines(found))
-    _print_problems(found.problems)
+    print_lines(problem_lines(found.groups))
     remarks = [remark.line for remark in list_remarks(found)]
     print_lines(str(line) for line in remarks if line.mark in ("!", "·"))
     if found.tokens is None:
         print_lines([Line("·", "", "Tokens are not counted: name a model with --model.")])
-
-
-def _print_problems(problems: "Sequence[BadRow]") -> None:
-    from engine.report.data import bad_row_line
-
-    print_lines(map(bad_row_line, problems[:_SHOWN_PROBLEMS]))
-    if len(problems) > _SHOWN_PROBLEMS:
-        more = f"and {len(problems) - _SHOWN_PROBLEMS:,} more; --json lists them"
-        print_lines([Line("✗", "", more)])
 
 
 def preview_data(
@@ -262,7 +251,9 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
         The config file.
     """
     from engine.chat.tokenizer import open_tokenizer
+    from engine.data.checkup import group_problems
     from engine.data.prepare import default_store, label_rule, prepare
+    from engine.report.data import problem_lines
 
     start = time.monotonic()
     if not _is_config(config):
@@ -302,7 +293,10 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
         print(json.dumps(report))
     else:
         _print_report(report, run.sequence_len)
-        _print_problems(prepared.meta.problems)
+        listed = prepared.meta.problems
+        print_lines(problem_lines(group_problems(listed)))
+        if len(listed) < prepared.meta.bad_rows:
+            print_lines([Line("·", "", f"These are the first {len(listed)} of them.")])
     return 0
 
 

@@ -20,6 +20,7 @@ from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig
 from engine.data.prepare import content_hash, label_rule
 from engine.data.rows import RenderedRow, image_digest, iterate_rendered
+from engine.data.sources import dataset_notes
 from engine.data.statistics import (
     FEW_ROWS,
     BadRow,
@@ -55,6 +56,7 @@ def check_config(
     Paths start at `folder`. `progress` gets (rows, bytes read) and may raise to cancel. Raises
     what `iterate_rendered` raises.
     """
+    files = tuple(note for dataset in config.datasets for note in dataset_notes(dataset, folder))
     notebook = Notebook(label_rule(config))
     for row in iterate_rendered(config, folder, tokenizer):
         notebook.rows += 1
@@ -67,7 +69,7 @@ def check_config(
                 notebook.measure(row, row.rendered)
         if progress is not None and notebook.rows % _PROGRESS_ROWS == 0:
             progress(notebook.rows, row.read_bytes)
-    return notebook.report(tokenizer is not None, sequence_len)
+    return replace(notebook.report(tokenizer is not None, sequence_len), files=files)
 
 
 @dataclass(slots=True)
@@ -277,7 +279,12 @@ def group_problems(problems: Sequence[BadRow]) -> tuple[ProblemGroup, ...]:
     for problem in problems:
         same.setdefault(problem.what, []).append(problem)
     groups = (
-        ProblemGroup(rows[0], len(rows), tuple(row.row for row in rows[:_GROUP_ROWS]))
+        ProblemGroup(
+            rows[0],
+            len(rows),
+            tuple(row.row for row in rows[:_GROUP_ROWS]),
+            tuple(row.line for row in rows[:_NOTE_EXAMPLES] if row.file == rows[0].file),
+        )
         for rows in same.values()
     )
     return tuple(sorted(groups, key=lambda group: -group.count)[:_GROUPS])

@@ -272,7 +272,8 @@ def _fill(partial: Path, job: _Job, interval: Interval, report: OnProgress) -> N
             problem = state.problems[0]
             raise UserError(
                 f"None of the {state.source_rows} rows can be used.",
-                f"Line {problem.line} of {problem.file}: {problem.what} {problem.why}",
+                f"{problem.unit.capitalize()} {problem.line} of {problem.file}: {problem.what}"
+                f" {problem.why}",
                 problem.fix,
             )
         writer.finish(job.key, job.image_spec)

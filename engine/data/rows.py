@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from email.message import Message as Headers
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 from urllib.parse import unquote, urlsplit
 
 from engine.chat.conversation import Conversation, Image, Message, RowFormat, RowProblem
@@ -26,7 +26,7 @@ from engine.chat.render import Rendered, render
 from engine.chat.row import read_row
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig
-from engine.data.formats import SourceRow
+from engine.data.content import SourceRow
 from engine.data.sources import Location, iterate_rows, locate
 from engine.data.statistics import BadRow
 from engine.errors import UserError, WorkError
@@ -111,11 +111,13 @@ class RenderedRow:
     rendered: Rendered | None = None
     image_names: tuple[ImageName, ...] = ()
     """Paths and URLs that the row, good or bad, named."""
+    unit: Literal["line", "row"] = "line"
+    """What `line` counts."""
 
     def bad_row(self, problem: RowProblem) -> BadRow:
         """What is reported of a row that cannot be used."""
         said = (problem.message, problem.what, problem.why, problem.fix)
-        return BadRow(self.file, self.number, self.line, *said)
+        return BadRow(self.file, self.number, self.line, *said, self.unit)
 
 
 def effective_datasets(
@@ -170,7 +172,8 @@ def iterate_rendered(
                 conversation = read
             except RowProblem as error:
                 problem = error
-            yield RenderedRow(*place, problem, conversation, rendered, finder.take_names())
+            names = finder.take_names()
+            yield RenderedRow(*place, problem, conversation, rendered, names, source.unit)
 
 
 def adapt_tokenizer(tokenizer: ChatTokenizer, rules: ImageRules) -> ChatTokenizer:

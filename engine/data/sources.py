@@ -16,7 +16,9 @@ from typing import Any
 from engine.catalog import model_names
 from engine.chat.message import IMAGE_ENDINGS
 from engine.config import DatasetConfig, RunConfig
-from engine.data.formats import CAPTION_READERS, KNOWN_ENDINGS, READERS, SourceRow, ending_of
+from engine.data.content import SourceRow
+from engine.data.formats import CAPTION_READERS, KNOWN_ENDINGS, READERS, ending_of, file_notes
+from engine.data.statistics import FileNote
 from engine.errors import UserError
 from engine.visible import visible
 
@@ -94,11 +96,20 @@ def iterate_rows(dataset: DatasetConfig, folder: Path) -> Iterator[SourceRow]:
         found = True
         yield row
     if not found:
+        empty = location.files and not any(file.stat().st_size for file in location.files)
         raise UserError(
             f"{dataset.path} holds no rows.",
-            "It was read to its end and every line is blank.",
+            "It is empty: 0 bytes." if empty else "It was read to its end and every line is blank.",
             "Write one conversation a line, or name another file.",
         )
+
+
+def dataset_notes(dataset: DatasetConfig, folder: Path) -> tuple[FileNote, ...]:
+    """What to know of how the files of a dataset are read. Raises what `iterate_rows` raises."""
+    location = locate(dataset, folder)
+    return tuple(
+        FileNote(location.name(file), text) for file in location.files for text in file_notes(file)
+    )
 
 
 def _local_rows(location: Location) -> Iterator[SourceRow]:
@@ -116,7 +127,7 @@ def _hub_rows(dataset: DatasetConfig) -> Iterator[SourceRow]:
     from engine.data.requests import ReadHub, ask_worker
 
     for found in ask_worker(ReadHub(dataset)):
-        yield SourceRow(found.line, found.row, None, 0, dataset.path)
+        yield SourceRow(found.line, found.row, None, 0, dataset.path, "row")
 
 
 def _check_ending(path: Path) -> None:

@@ -6,6 +6,7 @@ none of them needs a tokenizer to hold it.
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import Literal
 
 from engine.config import RunConfig
 
@@ -67,7 +68,8 @@ def count_held_out(val_set_size: float, rows: int) -> int:
 class BadRow:
     """A row that cannot be used, as `check --json` and meta.json report it.
 
-    `row` counts over all rows, `line` inside the file; `message` is the message at fault.
+    `row` counts over all rows, `line` inside the file what `unit` says; `message` is the message
+    at fault.
     """
 
     file: str
@@ -77,15 +79,28 @@ class BadRow:
     what: str
     why: str
     fix: str
+    unit: Literal["line", "row"] = "line"
+
+
+@dataclass(frozen=True, slots=True)
+class FileNote:
+    """Something to know of how a file of a dataset is read, or that it is not."""
+
+    file: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ProblemGroup:
-    """Rows with the same problem: the first of them, how many, and the numbers of the first 100."""
+    """Rows with the same problem: the first of them, how many, and the numbers of the first 100.
+
+    `lines` are those of the first five that are in the file of the first.
+    """
 
     first: BadRow
     count: int
     rows: tuple[int, ...]
+    lines: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +211,7 @@ class Checkup:
     odd: OddRows | None
     images: ImageStatistics
     groups: tuple[ProblemGroup, ...]
+    files: tuple[FileNote, ...] = ()
 
     @property
     def bad_rows(self) -> int:

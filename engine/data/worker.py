@@ -26,7 +26,6 @@ from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.chat.tokenizer_file import tokenizer_name
 from engine.config import DatasetConfig, RunConfig
 from engine.data.checkup import check_config
-from engine.data.formats import without_nulls
 from engine.data.prepare import label_rule
 from engine.data.preview import preview_row
 from engine.data.requests import (
@@ -47,6 +46,7 @@ from engine.data.rows import effective_datasets, iterate_rendered
 from engine.data.shape import read_shape
 from engine.data.sources import locate
 from engine.data.statistics import Checkup
+from engine.data.tables import without_nulls
 from engine.errors import UserError, WorkError
 from engine.hardware.packages import install_command
 

@@ -1,11 +1,19 @@
 """What was found in the rows: whether they can be used, how they look, what to know about them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from engine.data.requests import Shape
-from engine.data.statistics import FEW_ROWS, BadRow, Checkup, Finding, ProblemGroup, count_held_out
+from engine.data.statistics import (
+    FEW_ROWS,
+    BadRow,
+    Checkup,
+    FileNote,
+    Finding,
+    ProblemGroup,
+    count_held_out,
+)
 from engine.report import Line, Mark
 from engine.units import counted, stored
 
@@ -91,9 +99,20 @@ def bad_row_line(row: BadRow) -> Line:
     return Line("✗", _place(row), row.what, f"{row.why} {row.fix}")
 
 
+def problem_lines(groups: Sequence[ProblemGroup]) -> list[Line]:
+    """The problems of rows, equal ones as one; of a row alone where it is."""
+    return [
+        bad_row_line(group.first) if group.count == 1 else _problem(group).line for group in groups
+    ]
+
+
 def list_remarks(found: Checkup) -> list[Remark]:
     """What to know, worst first; one line says so where there is nothing."""
-    remarks = [*map(_problem, found.groups), *map(_finding, found.findings)]
+    remarks = [
+        *map(_problem, found.groups),
+        *map(_file, found.files),
+        *map(_finding, found.findings),
+    ]
     if found.duplicates:
         text = "repeating an earlier row; repeated rows weigh more"
         fix = "dataset_exact_deduplication leaves them out, or delete them."
@@ -114,8 +133,12 @@ def _problem(group: ProblemGroup) -> Remark:
     first = group.first
     line = bad_row_line(first)
     more = len(group.rows) < group.count
+    where = line.label
+    if len(group.lines) > 1:
+        lines = _numbers(group.lines, group.count > len(group.lines))
+        where = f"{first.unit}s {lines} of {first.file}"
     return Remark(
-        Line("✗", counted(group.count, "row"), f"{first.what} ({line.label})", line.detail),
+        Line("✗", counted(group.count, "row"), f"{first.what} ({where})", line.detail),
         (
             ("what", first.what),
             ("why", f"{line.label}: {first.why}"),
@@ -123,6 +146,10 @@ def _problem(group: ProblemGroup) -> Remark:
             ("rows", _numbers(group.rows, more)),
         ),
     )
+
+
+def _file(note: FileNote) -> Remark:
+    return Remark(Line("·", note.file, note.text), (("file", note.file), ("what", note.text)))
 
 
 def _finding(finding: Finding) -> Remark:
@@ -141,7 +168,7 @@ def _warning(rows: int, text: str, fix: str) -> Remark:
 
 def _place(row: BadRow) -> str:
     message = "" if row.message is None else f", message {row.message}"
-    return f"line {row.line:,} of {row.file}{message}"
+    return f"{row.unit} {row.line:,} of {row.file}{message}"
 
 
 def _numbers(numbers: Iterable[int], more: bool) -> str:

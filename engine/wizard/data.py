@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from engine.config import DatasetConfig
-from engine.data.formats import KNOWN_ENDINGS, READERS, ending_of
+from engine.data.formats import READERS, ending_of
 from engine.data.requests import CheckRows, ReadShape, Shape
 from engine.data.shape import mapped
 from engine.data.sources import SAMPLE_PREFIX, list_samples, locate
@@ -52,7 +52,7 @@ def list_sources(newest: list[str]) -> list[Source]:
             for sample in list_samples()
         ),
         *(Source("file", name, "newest here", name) for name in newest),
-        Source("typed", "file or folder", KNOWN_ENDINGS),
+        Source("typed", "file or folder", "JSON, CSV, Parquet, Arrow; also .gz and .zst"),
         Source("hub", "huggingface.co", "org/name; asks before it connects"),
     ]
 

@@ -95,10 +95,18 @@ class TestCheck:
             run("check", "missing.jsonl")
         assert caught.value.exit_status == 2
 
-    def test_many_problems_are_listed_in_part(self, run, write_jsonl):
+    def test_equal_problems_are_one_line_with_their_count_and_the_first_lines(
+        self, run, write_jsonl
+    ):
         _, out, _ = run("check", write_jsonl([7] * 50))
-        assert out.count(" of rows.jsonl") == 20
-        assert "and 30 more" in out
+        assert out.count(" of rows.jsonl") == 1
+        assert "✗ 50 rows: The row is not a JSON object. (lines 1, 2, 3, 4, 5 … of rows" in out
+
+    def test_how_a_file_is_read_is_said(self, run, tmp_path):
+        (tmp_path / "rows.jsonl").write_text(json.dumps([chat("q"), chat("r")]))
+        assert "· rows.jsonl: one JSON array" in run("check", "rows.jsonl")[1]
+        document = json.loads(run("check", "rows.jsonl", "--json")[1])
+        assert [note["file"] for note in document["files"]] == ["rows.jsonl"]
 
 
 class TestPreview:

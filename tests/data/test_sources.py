@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from engine.config import DatasetConfig
-from engine.data import formats
+from engine.data import formats, json_rows
 from engine.data.prepare import prepare
 from engine.data.sources import iterate_rows, list_samples, locate, with_absolute_paths
 from engine.errors import UserError
@@ -85,7 +85,7 @@ class TestGoodFiles:
         text = json.dumps({"version": 1234567, "data": rows}, ensure_ascii=False, indent=0)
         path = write(tmp_path_factory.mktemp("json"), "a.json", text)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(formats, "_BLOCK_BYTES", 3)
+            patch.setattr(json_rows, "BLOCK_BYTES", 3)
             assert [row.row for row in read(path)] == rows
 
     def test_csv_cells_are_text_and_empty_cells_null(self, tmp_path):
@@ -169,8 +169,8 @@ class TestBadRows:
         assert problem.message is None
 
     def test_a_line_beyond_the_limit_is_passed_over_in_small_pieces(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(formats, "ROW_LIMIT_BYTES", 1000)
-        monkeypatch.setattr(formats, "_BLOCK_BYTES", 64)
+        monkeypatch.setattr(json_rows, "ROW_LIMIT_BYTES", 1000)
+        monkeypatch.setattr(json_rows, "BLOCK_BYTES", 64)
         content = '{"a": 1}\n{"a": "' + "x" * 5000 + '"}\n{"a": 3}\n'
         found = read(write(tmp_path, "a.jsonl", content))
         assert [row.row for row in found] == [{"a": 1}, None, {"a": 3}]
@@ -253,7 +253,6 @@ class TestUnreadableFiles:
             ("", "holds no rows"),
             ("\n \n", "holds no rows"),
             ("\ufeff", "holds no rows"),
-            (lines(ROWS).encode("utf-16"), "UTF-16"),
         ],
     )
     def test_a_file_without_rows(self, tmp_path, name, content, why):
@@ -290,18 +289,17 @@ class TestUnreadableFiles:
                 "Line 2: a comma or the end of the array was expected",
             ),
             ("a.json", '[{"a": 1},', "Line 1: Expecting value"),
-            ("a.json", "7", "Line 1: an array of rows was expected"),
-            (
-                "a.json",
-                '{\n"a": 1}',
-                'Line 2: another key, "data", with an array of rows was expected',
-            ),
-            ("a.json", '{"data":\n3}', 'Line 2: an array under "data" was expected'),
+            ("a.json", '[{"a": 1},\n{"a": 2}]\n7', "Line 3: more text follows where the rows end"),
+            ("a.json", '{"data":\n[{"a": 1}]}\n7', "Line 3: more text follows where the rows end"),
             ("a.csv", "a,b,a\n1,2,3\n", "two columns of the name a"),
             ("a.parquet", b"PAR1 nonsense PAR1", "not readable as Parquet"),
-            ("b.jsonl.gz", b"not gzip", "damaged"),
+            ("b.jsonl.gz", b"\x1f\x8b not gzip", "damaged"),
             ("a.docx", "x", "ends in .docx"),
-            ("a.docx", "x", ".jsonl, .jsonl.gz, .json, .csv, .parquet"),
+            (
+                "a.docx",
+                "x",
+                ".jsonl, .ndjson, .json, .csv, .tsv, each also with .gz or .zst, and .parquet",
+            ),
             ("rows", "x", "ends in nothing"),
         ],
     )

@@ -468,7 +468,10 @@ class DataPage(Page):
             return HelpText(
                 "a path or a hub id",
                 [
-                    ("file", ".jsonl, .jsonl.gz, .json, .csv or .parquet, one conversation a row"),
+                    (
+                        "file",
+                        "JSON, CSV, Parquet, Arrow, also .gz and .zst; one conversation a row",
+                    ),
                     ("folder", "all such files in it, one after another; or images with captions"),
                     ("org/name", "a dataset on huggingface.co; asked before anything is sent"),
                     ("sample:x", "a dataset that comes with Windtunnel"),

@@ -83,7 +83,7 @@ async def test_what_is_wrong_is_listed_worst_first_with_a_place_and_a_repair(fol
     async with pointed_at("rows.jsonl", "122 conversations") as screen:
         assert "110 to learn from, 12 held out; 4 rows left out" in screen.text
         told = [line for line in screen.text.splitlines() if " rows: " in line or "row: " in line]
-        assert "✗ 3 rows: The row has no assistant message. (line 122 of rows" in told[0]
+        assert "✗ 3 rows: The row has no assistant message. (lines 122, 123, 124" in told[0]
         assert "✗ 1 row: The line is not JSON." in told[1]
         assert "! 1 row: The answer is blank" in told[2]
         assert "! 1 row: repeating" in screen.text
