@@ -71,7 +71,8 @@ class Message:
     """One message.
 
     `source` is its index in the row as given, -1 for one made from a key of the row itself.
-    `learn` is False where the row keeps the message out of the loss.
+    `learn` is False where the row keeps the message out of the loss. `written` is the content
+    before thinking was read out of its text, None where none was.
     """
 
     role: Role
@@ -80,6 +81,7 @@ class Message:
     tool_call_id: str | None = None
     source: int = -1
     learn: bool = True
+    written: str | tuple[Part, ...] | None = field(default=None, compare=False)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -109,16 +111,25 @@ NoteId: TypeAlias = Literal[
     "empty_thinking",
     "blank_answer",
     "image_left_out",
+    "thinking_read",
+    "thinking_kept",
+    "thinking_unsure",
+    "markers_read",
+    "markers_left",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something about a usable row that a person should know, such as a repair."""
+    """Something about a usable row that a person should know, such as a repair.
+
+    Rows are counted by `id` and `about`, which is what the note is of: a marker.
+    """
 
     id: NoteId
     text: str
     message: int | None = None
+    about: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,10 +195,11 @@ class MessageReader:
         return tuple(numbered)
 
     def _read_result_id(self, message: Mapping[str, object], has_ids: bool) -> str | None:
+        """The id of the call that a result answers; None where the row gives none."""
         call_id = self._property(message, "tool_call_id")
         if call_id is None and not has_ids and self._unanswered:
             return self._unanswered.pop(0)
-        if isinstance(call_id, str):
+        if call_id is None or isinstance(call_id, str):
             return call_id
         raise RowProblem(
             "The tool result names no call.",

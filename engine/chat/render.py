@@ -45,7 +45,7 @@ WITHHELD = 0x80
 # What torch's cross entropy skips.
 IGNORED_LABEL = -100
 # Part of the key of prepared arrays: raised when any conversation gives other arrays than before.
-RENDERER_VERSION = 2
+RENDERER_VERSION = 3
 
 
 class Kind(IntEnum):
@@ -185,9 +185,13 @@ def render(
     `history_thinking` "drop" leaves out the assistant's thinking before the last user message,
     as some servers do. Raises RowProblem where the tokenizer's version refuses the conversation.
     """
-    settled = settle(conversation, tokenizer, history_thinking)
+    return render_settled(settle(conversation, tokenizer, history_thinking), tokenizer)
+
+
+def render_settled(conversation: Conversation, tokenizer: "ChatTokenizer") -> Rendered:
+    """The arrays of a conversation that `settle` has made. Raises RowProblem as `render` does."""
     try:
-        return encode(settled, tokenizer)
+        return _encode(conversation, tokenizer)
     except BaseException as error:
         # tiktoken's Rust panics on a run of some 10^6 blanks, outside Exception and unexported.
         if type(error).__name__ != "PanicException":
@@ -199,8 +203,7 @@ def render(
         ) from None
 
 
-def encode(conversation: Conversation, tokenizer: "ChatTokenizer") -> Rendered:
-    """The arrays of a settled conversation. Raises RowProblem where the version refuses it."""
+def _encode(conversation: Conversation, tokenizer: "ChatTokenizer") -> Rendered:
     check_version(conversation, tokenizer)
     writer = _TokenWriter(conversation, tokenizer)
     writer.write(_BOS, -1, tokenizer.specials.bos)

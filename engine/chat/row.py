@@ -23,6 +23,7 @@ from engine.chat.conversation import (
     Think,
     describe,
 )
+from engine.chat.markers import read_markers
 from engine.chat.message import (
     PLACEHOLDER,
     MessageReader,
@@ -70,15 +71,20 @@ def read_row(row: Mapping[str, object], row_format: RowFormat) -> Conversation:
     Raises RowProblem, and nothing else, whatever JSON the row holds.
     """
     reader = MessageReader(row_format)
-    kept, trimmed = trim(_read_messages(row, row_format, reader))
-    notes = [*reader.notes, *([trimmed] if trimmed else ()), *check_order(kept)]
+    messages, tools, marked = read_markers(
+        _read_messages(row, row_format, reader),
+        _read_tools(row.get(row_format.dataset.field_tools)),
+        row_format.dataset,
+        _read_tools,
+    )
+    kept, trimmed = trim(messages)
+    notes = [*reader.notes, *marked, *([trimmed] if trimmed else ()), *check_order(kept)]
     effort = _read_effort(row, row_format)
     if effort == "none":
         text = "The assistant thinks although reasoning_effort is none."
         thinking = [message.source for message in kept if _thinks(message)]
         notes += [Note("effort_contradicts_thinking", text, at) for at in thinking[:1]]
     notes += _images_left_out(kept, row, row_format)
-    tools = _read_tools(row.get(row_format.dataset.field_tools))
     return Conversation(tuple(kept), tools, effort, tuple(notes))
 
 
@@ -207,8 +213,6 @@ def _read_effort(row: Mapping[str, object], row_format: RowFormat) -> str | None
 
 
 def _thinks(message: Message) -> bool:
-    if isinstance(message.content, str):
-        return message.role == "assistant" and message.content.lstrip().startswith("<think>")
     return message.role == "assistant" and message.holds(Think)
 
 

@@ -1,8 +1,8 @@
 """What one tokenizer makes of a conversation before it is written: thinking, effort, refusals.
 
-Rows spell thinking as chunks or as <think> tags; which of them are control tokens depends on the
-tokenizer. The refusals are those of mistral-common 1.13's finetuning validators that differ between
-versions; its own name classes and stop at the first, and a person needs the message and the repair.
+Thinking is a control token or text, whichever the tokenizer has. The refusals are those of
+mistral-common 1.13's finetuning validators that differ between versions; its own name classes and
+stop at the first, and a person needs the message and the repair.
 """
 
 import json
@@ -16,7 +16,7 @@ from engine.chat.conversation import (
     Conversation,
     Image,
     Message,
-    Part,
+    Note,
     RowProblem,
     Text,
     Think,
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from engine.chat.tokenizer import ChatTokenizer
 
 
-_TAG = re.compile(r"\s*<think>")
-_END_TAG = "</think>"
 _SHORT_ID = re.compile(r"^[a-zA-Z0-9]{9}$")
 _SHORT_ID_VERSIONS = ("v3", "v7", "v11")
 _UNSORTED_VERSIONS = ("v3", "v7")
@@ -43,77 +41,56 @@ def settle(
 ) -> Conversation:
     """The conversation with thinking and effort as this tokenizer writes them.
 
-    <think> tags at the start of an answer become thinking where the tokenizer has [THINK] and
-    stay text where it has not. An effort that nothing states is "high" for a row that thinks, else
-    the tokenizer's default; None where the tokenizer has no settings. Raises RowProblem for tags
-    that never close and for an answer of which nothing is left.
+    Thinking that was written as text is thinking where the tokenizer has [THINK], and the text
+    that it was where it has not. An effort that nothing states is "high" for a row that thinks,
+    else the tokenizer's default; None where the tokenizer has no settings. Raises RowProblem for
+    an answer of which nothing is left.
     """
-    messages = conversation.messages
-    if any(map(_may_think, messages)):
+    messages, notes = conversation.messages, conversation.notes
+    if any(message.holds(Think) or message.written is not None for message in messages):
         users = [i for i, message in enumerate(messages) if message.role == "user"]
         last_user = users[-1] if users and history_thinking == "drop" else 0
         messages = tuple(
-            _settle_message(message, tokenizer.thinks, index < last_user)
-            if message.role == "assistant"
-            else message
+            _settle_message(message, tokenizer, drop=index < last_user)
             for index, message in enumerate(messages)
         )
+    if notes and not tokenizer.thinks:
+        notes = tuple(map(_keep_text, notes))
     effort = conversation.reasoning_effort
     if effort is None and tokenizer.efforts:
         thinks = "high" in tokenizer.efforts and any(
             message.role == "assistant" and message.holds(Think) for message in messages
         )
         effort = "high" if thinks else tokenizer.default_effort
-    if messages is conversation.messages and effort == conversation.reasoning_effort:
+    unchanged = messages is conversation.messages and notes is conversation.notes
+    if unchanged and effort == conversation.reasoning_effort:
         return conversation
-    return replace(conversation, messages=messages, reasoning_effort=effort)
+    return replace(conversation, messages=messages, reasoning_effort=effort, notes=notes)
 
 
-def _may_think(message: Message) -> bool:
-    if message.role != "assistant":
-        return False
-    content = message.content
-    return _TAG.match(content) is not None if isinstance(content, str) else bool(content)
+def _keep_text(note: Note) -> Note:
+    """The note for a model that reads thinking as the text that it is written in."""
+    if note.id != "thinking_read":
+        return note
+    text = f"Thinking written as {note.about}: stays text, as the model has no [THINK]."
+    return replace(note, id="thinking_kept", text=text)
 
 
-def _settle_message(message: Message, as_tokens: bool, drop: bool) -> Message:
-    split = split_tags(message) if as_tokens or drop else None
-    if split is None and not drop:
-        return message
-    parts = split if split is not None else message.content
-    if drop and not isinstance(parts, str):
-        parts = tuple(part for part in parts if isinstance(part, Text))
+def _settle_message(message: Message, tokenizer: "ChatTokenizer", drop: bool) -> Message:
+    answers = message.role == "assistant"
+    if answers and drop and not isinstance(message.content, str):
+        parts = tuple(part for part in message.parts if isinstance(part, Text))
         if not any(part.text for part in parts) and not message.tool_calls:
             raise message.problem(
                 "Nothing is left of the assistant message.",
                 "It is all thinking, and history_thinking: drop removes it.",
                 "Use history_thinking: keep, or add the answer that followed.",
             )
-    return replace(message, content=parts)
-
-
-def split_tags(message: Message) -> tuple[Part, ...] | None:
-    """The parts of an answer that opens with <think>...</think>, or None where it does not.
-
-    Blanks around the tags belong to them. Empty tags, which some models write for "no thinking",
-    give no thinking.
-    """
-    first, *others = message.parts or (Text(""),)
-    tag = _TAG.match(first.text) if isinstance(first, Text) else None
-    if tag is None or not isinstance(first, Text):
-        return None
-    thinking, end, answer = first.text[tag.end() :].partition(_END_TAG)
-    if not end:
-        raise message.problem(
-            "The assistant's <think> is never closed.",
-            "Nothing marks where the thinking ends and the answer begins.",
-            "Add </think> where the answer begins, or delete the row if it was cut off.",
-        )
-    thinking, answer = thinking.strip(), answer.lstrip()
-    if isinstance(message.content, str):
-        answer = answer.rstrip(" ")  # as mistral-common does to an answer that is one string
-    head = (Think(thinking),) if thinking else ()
-    return (*head, Text(answer), *others)
+        return replace(message, content=parts, written=None)
+    as_tokens = tokenizer.thinks and (answers or tokenizer.version == _THINKING_SYSTEM_VERSION)
+    if as_tokens or message.written is None:
+        return message
+    return replace(message, content=message.written, written=None)
 
 
 def check_version(conversation: Conversation, tokenizer: "ChatTokenizer") -> None:

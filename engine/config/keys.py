@@ -145,6 +145,13 @@ class DatasetConfig(Section):
     {role: from, content: value}."""
     roles: dict[str, list[str]] | None = None
     """Our role (system, user, assistant, tool) -> the names that the rows use for it."""
+    split_thinking: bool | None = None
+    """Whether thinking that an answer marks in its text, as <think>...</think>, is read as
+    thinking. Absent: where the answer begins with it. true: wherever it stands. false: it stays
+    text."""
+    read_markers: bool = True
+    """Read calls, tools, results and ends of text that rows spell out (<tool_call>, <tools>, </s>)
+    as what they stand for. false: they stay text."""
     message_field_training: str | None = None
     """Key in a message whose false value keeps that message out of the loss."""
     chat_template_kwargs: dict[str, str] | None = None

@@ -113,7 +113,7 @@ class Notebook:
         for message in conversation.messages:
             self.roles[message.role] = self.roles.get(message.role, 0) + 1
         for note in conversation.notes:
-            self.find(note.id, row, note.text)
+            self.find(note.id, row, note.text, note.about)
 
     def _read_images(self, conversation: Conversation) -> None:
         parts = (part for message in conversation.messages for part in message.parts)
@@ -128,12 +128,13 @@ class Notebook:
                 self.image_bytes += len(image.content)
             self.largest_image = max(self.largest_image, image.size or (0, 0), key=math.prod)
 
-    def find(self, name: str, row: RenderedRow, text: str) -> None:
-        known = self.findings.get(name, Finding(name, 0, text, (), ()))
+    def find(self, name: str, row: RenderedRow, text: str, about: str = "") -> None:
+        key = f"{name} {about}".rstrip()
+        known = self.findings.get(key, Finding(name, 0, text, (), ()))
         lines, numbers = known.lines, known.numbers
         if len(lines) < _NOTE_EXAMPLES:
             lines, numbers = (*lines, row.line), (*numbers, row.number)
-        self.findings[name] = Finding(name, known.rows + 1, known.text, lines, numbers)
+        self.findings[key] = Finding(name, known.rows + 1, known.text, lines, numbers)
 
     def measure(self, row: RenderedRow, rendered: Rendered) -> None:
         self.numbers.append(row.number)

@@ -22,8 +22,9 @@ from urllib.parse import unquote, urlsplit
 
 from engine.chat.conversation import Conversation, Image, Message, RowFormat, RowProblem
 from engine.chat.images import IMAGE_LIMIT_BYTES, ImageSpec, Resample, check_image
-from engine.chat.render import Rendered, render
+from engine.chat.render import Rendered, render_settled
 from engine.chat.row import read_row
+from engine.chat.rules import settle
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig
 from engine.data.content import SourceRow
@@ -168,7 +169,8 @@ def iterate_rendered(
             try:
                 read = finder.resolve(_read(source, row_format), source.file)
                 if tokenizer:
-                    rendered = render(read, tokenizer, history_thinking=config.history_thinking)
+                    read = settle(read, tokenizer, config.history_thinking)
+                    rendered = render_settled(read, tokenizer)
                 conversation = read
             except RowProblem as error:
                 problem = error

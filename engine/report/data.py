@@ -19,7 +19,10 @@ from engine.units import counted, stored
 
 # What teaches something that nobody wants is worse than a repair.
 _SERIOUS: Final = frozenset(
-    {"blank_answer", "effort_contradicts_thinking", "nothing_learned", "image_left_out"}
+    {
+        *("blank_answer", "effort_contradicts_thinking", "nothing_learned", "image_left_out"),
+        *("thinking_unsure", "markers_left"),
+    }
 )
 _RANKS: Final = "✗!·✓"
 

@@ -64,7 +64,7 @@ ROWS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
                     "role": "assistant",
                     "content": [
                         {"type": "thinking", "thinking": [{"type": "text", "text": "It is text."}]},
-                        {"type": "text", "text": "Here, yes.</s> "},
+                        {"type": "text", "text": "Here: </s>, yes. "},
                     ],
                 },
             ]

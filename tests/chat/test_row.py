@@ -249,7 +249,7 @@ def test_a_weight_between_is_refused(read: Read) -> None:
     ],
 )
 def test_what_is_odd_but_usable_gets_a_note(row: dict[str, Any], note: str) -> None:
-    assert [found.id for found in read_row(row, RowFormat()).notes] == [note]
+    assert note in [found.id for found in read_row(row, RowFormat()).notes]
 
 
 KEYS = (

@@ -52,7 +52,6 @@ fragments = st.sampled_from(NON_LATIN + LOOK_ALIKES + ODD + LATIN * 2)
 texts = st.one_of(
     st.lists(fragments, min_size=0, max_size=3).map("".join), fragments, st.text(max_size=12)
 )
-answers = texts.filter(lambda text: not text.lstrip().startswith("<think>"))
 names = st.sampled_from(("add", "get_weather", "a-b_C9", "x" * 64))
 values: Any = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-5, 10**12), st.floats(allow_nan=False), texts),
@@ -108,7 +107,7 @@ def calls_with_results(draw: Any, nonce: list[int]) -> list[dict[str, Any]]:
 
 
 def answer(draw: Any, thinking: bool) -> dict[str, Any]:
-    text = draw(answers)
+    text = draw(texts)
     if not thinking or not draw(st.booleans()):
         return {"role": "assistant", "content": as_chunks(draw, text or "ok")}
     thought = draw(texts)
