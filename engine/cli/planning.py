@@ -7,7 +7,7 @@ advised is in `engine.plan`.
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +38,7 @@ from engine.plan import (
     AXOLOTL,
     Device,
     Goal,
+    Place,
     Statistics,
     advice_document,
     alternative_document,
@@ -85,15 +86,15 @@ def print_recommendation(
 ) -> int:
     """Recommend a whole config for a model on this machine, with a reason for every value."""
     device = find_device(assumed)
-    architecture = read_architecture(model)
+    place = Place(read_architecture(model), device)
     dataset = DatasetConfig(path=data, type="chat_template") if data else None
     fixed = _fixed_values(model, changes)
-    advice = recommend(architecture, device, dataset=dataset, goal=goal, fixed=fixed)
+    advice = recommend(place, dataset=dataset, goal=goal, fixed=fixed)
     check_tokenizer(tokenizer_name(advice.config))
     if dataset:
         # Goal and changes decide what a row becomes, so that its lengths are those of the config.
-        counts = _count_rows(advice.config)
-        advice = recommend(architecture, device, counts, dataset=dataset, goal=goal, fixed=fixed)
+        place = replace(place, statistics=_count_rows(advice.config))
+        advice = recommend(place, dataset=dataset, goal=goal, fixed=fixed)
     config = advice.config
     if out and out.absolute().parent != Path.cwd():
         config = with_absolute_paths(config, Path.cwd())
@@ -124,19 +125,20 @@ def print_estimate(
     run, architecture = read_planned(config, changes, sharded=True)
     device = find_device(assumed)
     if lengths:
-        prices = price_lengths(run, architecture, device)
+        prices = price_lengths(run, Place(architecture, device))
         if as_json:
             print(json.dumps({"lengths": [asdict(price) for price in prices]}))
         else:
             print_lines(length_lines(prices, device))
         return 0
     statistics, uncounted = count_config_rows(run, architecture, config.absolute().parent)
-    needs = estimate(run, architecture, device, statistics)
-    rungs = make_fit(run, architecture, device, statistics)
-    faster = make_faster(run, architecture, device, statistics)
-    duration = expected_duration(run, architecture, device, statistics, needs.tokens_per_second)
+    place = Place(architecture, device, statistics)
+    needs = estimate(run, place)
+    rungs = make_fit(run, place)
+    faster = make_faster(run, place)
+    duration = expected_duration(run, place, needs.tokens_per_second)
     odd = remarks(run, architecture)
-    peer = compare_peer(AXOLOTL, run, architecture, device, statistics)
+    peer = compare_peer(AXOLOTL, run, place)
     if as_json:
         more = {
             "axolotl": asdict(peer),
@@ -159,7 +161,7 @@ def print_estimate(
             *_attention_lines(run, architecture, device),
             *(Line("!", "", sentence) for sentence in odd),
             *ladder_lines(needs, rungs),
-            *(larger_card_lines(run, architecture, device, statistics) if rungs else ()),
+            *(larger_card_lines(run, place) if rungs else ()),
         )
         print_lines(lines)
     return DOES_NOT_FIT if needs.verdict == "does not fit" else 0

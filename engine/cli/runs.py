@@ -35,7 +35,7 @@ from engine.events import Ack, Ended
 from engine.hardware import assume
 from engine.interrupt import INTERRUPTED
 from engine.launch import forwarded_signals, launch, require_torch, resume_run
-from engine.plan import best_device, estimate, remarks
+from engine.plan import Place, best_device, estimate, remarks
 from engine.plan.memory import cards_needed
 from engine.plan.step import cards_laid_out
 from engine.plan.trainer import refuse_bf16
@@ -169,8 +169,8 @@ def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
     refuse_bf16(config, device)
     laid_out = cards_laid_out(config)
     card = device if device.kind == "cuda" or laid_out == 1 else best_device(assume(USUAL_CARD))
-    statistics = found.statistics()
-    needs = estimate(config, architecture, card, statistics)
+    place = Place(architecture, card, found.statistics())
+    needs = estimate(config, place)
     sentence = (
         "Dry run, nothing was loaded: it would train"
         f" {needs.trainable_parameters:,} of {needs.total_parameters:,} parameters of"
@@ -179,7 +179,7 @@ def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
     lines = (*(f"! {odd}" for odd in remarks(config, architecture)), *_row_lines(found))
     if laid_out == 1:
         return (f"{sentence}.", str(plan_verdict(needs, card)), *lines)
-    fewest = cards_needed(config, architecture, card, statistics)
+    fewest = cards_needed(config, place)
     meant = f"on {laid_out} GPUs" if laid_out else "on several GPUs"
     least = f"{fewest} of {card.name} are the fewest" if fewest else f"{card.name} is too small"
     return (f"{sentence}, {meant}; this version runs one.", f"{least}.", *lines)

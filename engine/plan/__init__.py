@@ -10,7 +10,7 @@ the trainer itself runs by.
 
 from engine.data.statistics import Statistics
 from engine.plan.attention import Attention, Heads, Task, choose_attention, heads_of
-from engine.plan.device import Device, best_device, cpu_device, device_document, gpu_device
+from engine.plan.device import Device, Place, best_device, cpu_device, device_document, gpu_device
 from engine.plan.duration import Duration, expected_duration, pace_of
 from engine.plan.ladder import (
     SAME_RESULT,
@@ -52,6 +52,7 @@ __all__ = [
     "Heads",
     "LengthPrice",
     "Peer",
+    "Place",
     "Prospect",
     "Recommendation",
     "Statistics",

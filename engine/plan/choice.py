@@ -16,11 +16,11 @@ from importlib.resources import as_file, files
 from math import ceil
 from typing import Any
 
-from engine.catalog import Architecture
+from engine.catalog import Architecture, ModelCard
 from engine.config import SHARDED_OPTIMIZERS, DatasetConfig, RunConfig, read_config
 from engine.data.statistics import Statistics, count_held_out
 from engine.plan.attention import Attention, choose_attention, task_of
-from engine.plan.device import Device
+from engine.plan.device import Place
 from engine.plan.duration import count_steps, expected_duration
 from engine.plan.ladder import BUSY_TOKENS, learning_rate, make_faster, make_fit
 from engine.plan.layers import largest_image_tokens
@@ -79,9 +79,7 @@ class Recipe:
 class Choice:
     """The values chosen so far, each with its reason."""
 
-    architecture: Architecture
-    device: Device
-    statistics: Statistics | None
+    place: Place
     dataset: DatasetConfig | None
     fixed: dict[str, object] = field(default_factory=dict)
     """Values that the person chose."""
@@ -94,9 +92,22 @@ class Choice:
     reasons: dict[str, str] = field(default_factory=dict, init=False)
 
     @property
+    def known(self) -> Statistics | None:
+        """What is known of the rows."""
+        return self.place.statistics
+
+    @property
+    def card(self) -> ModelCard | None:
+        return self.place.architecture.card
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.place.device.kind == "cuda"
+
+    @property
     def attention(self) -> Attention:
-        task = task_of(self.config(), self.architecture, self.device, self.images)
-        return choose_attention(self.device, task)
+        task = task_of(self.config(), self.place.architecture, self.place.device, self.images)
+        return choose_attention(self.place.device, task)
 
     def put(self, key: str, value: object, reason: str) -> None:
         """Advise a value, unless the person chose it or said the same in another way."""
@@ -110,10 +121,12 @@ class Choice:
         """The config of the values so far, with `trial` in place of some and `fixed` over all."""
         data = {"datasets": [self.dataset]} if self.dataset else {}
         chosen = {**self.values, **trial, **self.fixed}
-        return RunConfig.model_validate({"base_model": self.architecture.name, **data, **chosen})
+        return RunConfig.model_validate(
+            {"base_model": self.place.architecture.name} | data | chosen
+        )
 
     def needs(self, **trial: object) -> Estimate:
-        return estimate(self.config(**trial), self.architecture, self.device, self.statistics)
+        return estimate(self.config(**trial), self.place)
 
     def largest(self, key: str, values: tuple[Any, ...], **others: Callable[[Any], object]) -> Any:
         """The first of `values` with which the plan fits, else the last."""
@@ -140,7 +153,7 @@ class Choice:
         if self._has_experts() and self.fixed.get("adapter", "qlora") == "qlora":
             self.put(
                 "lora_target_modules",
-                linear_endings(self.architecture.table),
+                linear_endings(self.place.table),
                 "attention and shared experts",
             )
             four_bit["quantize_moe_experts"] = True
@@ -157,7 +170,7 @@ class Choice:
             return
         reason = f"16-bit weights would need {gib(whole.device_bytes)}"
         self.put(
-            "adapter", "qlora", f"{reason}, {self._place()} can give {gib(whole.can_give_bytes)}"
+            "adapter", "qlora", f"{reason}, {self._where()} can give {gib(whole.can_give_bytes)}"
         )
         self.put("load_in_4bit", True, f"weights in 4 bits: {gib(packed.device_bytes)} in all")
         if self._has_experts():
@@ -165,14 +178,14 @@ class Choice:
 
     def rows(self) -> None:
         """How long a sequence is, and whether rows share one."""
+        known = self.known
         length, reason = self._sequence_len()
-        known = self.statistics
         uneven = known is None or known.mean_tokens * 1.5 < known.longest_tokens
         waste = 0.0 if known is None else 1 - known.mean_tokens / max(1, known.longest_tokens)
         why = f"padding would waste {waste:.0%} of a batch" if known else "no padding is computed"
         why = why if uneven else "rows of nearly one length gain nothing"
         self.put("sample_packing", uneven, why)
-        if self.architecture.table.total_parameters >= CHECKPOINTED_MODEL:
+        if self.place.table.total_parameters >= CHECKPOINTED_MODEL:
             self.put("gradient_checkpointing", True, "a third slower, a fraction of the memory")
         self.put("sequence_len", length, reason)
         least = {"lora_r": 16, "optimizer": "adamw_bnb_8bit", **self._offloading()}
@@ -186,7 +199,7 @@ class Choice:
     def _offloading(self) -> dict[str, object]:
         """What makes room without leaving a row out: all that can be offloaded is."""
         config = self.config()
-        if not (self.device.has_ram_beside and config.gradient_checkpointing):
+        if not (self.place.device.has_ram_beside and config.gradient_checkpointing):
             return {}
         frozen = config.adapter is not None and not config.lora_modules_to_save
         return {"activation_offloading": True, "offload_embeddings": frozen}
@@ -209,12 +222,12 @@ class Choice:
         exact = self.needs(optimizer="adamw_torch_fused")
         small = self.needs(optimizer="adamw_bnb_8bit")
         more = gib(exact.device_bytes - small.device_bytes)
-        if exact.verdict == "fits" or self.device.kind == "cpu":
+        if exact.verdict == "fits" or not self.on_gpu:
             self.put("optimizer", "adamw_torch_fused", f"exact; 8-bit states would save {more}")
         else:
             self.put("optimizer", "adamw_bnb_8bit", f"states in 8 bits; adamw_torch adds {more}")
         length = int(self.config().sequence_len)
-        most = TOKENS_AT_ONCE if self.device.kind == "cuda" else 1024
+        most = TOKENS_AT_ONCE if self.on_gpu else 1024
         sizes = tuple(n for n in (8, 4, 2) if n * length <= most)
         micro = self.largest("micro_batch_size", (*sizes, 1))
         self.put("micro_batch_size", micro, "")  # `settle` says why
@@ -222,8 +235,8 @@ class Choice:
 
     def _accumulate(self) -> None:
         """How many micro-batches make a step."""
+        known = self.known
         at_once = self.needs().tokens_at_once
-        known = self.statistics
         if known is None:
             steps = max(1, TOKENS_A_STEP // 2 // at_once)
             self.put("gradient_accumulation_steps", steps, f"{at_once * steps:,} tokens a step")
@@ -240,27 +253,27 @@ class Choice:
         key = "gradient_accumulation_steps"
         if self.reasons.get(key) == "":
             an_epoch = {"num_epochs": 1, "max_steps": None}
-            steps = count_steps(self.config().model_copy(update=an_epoch), self.statistics)
+            steps = count_steps(self.config().model_copy(update=an_epoch), self.known)
             self.reasons[key] = f"{counted(steps or 1, 'update')} an epoch"
 
     def _why_no_more(self, micro: int) -> str:
         """Why twice as many sequences at once are not taken: memory, or that nothing is gained."""
-        known = self.statistics
+        known = self.known
         if known and known.usable_rows <= micro:
             return f"all {counted(known.usable_rows, 'row')} at once"
         needs = self.needs(micro_batch_size=2 * micro)
         if needs.verdict != "fits":
             return f"{2 * micro} would need {gib(needs.device_bytes)}"
         at_once = self.needs().tokens_at_once
-        if self.device.kind == "cuda" and at_once < BUSY_TOKENS:  # chosen before room was made
+        if self.on_gpu and at_once < BUSY_TOKENS:  # chosen before room was made
             return f"{2 * micro} would fit too, with {gib(needs.device_bytes)}"
-        return f"{at_once:,} tokens at once keep {self._place()} busy"
+        return f"{at_once:,} tokens at once keep {self._where()} busy"
 
     def optimization(self) -> None:
         """How far and how often the weights move."""
-        whole, total = self.config().adapter is None, self.architecture.table.total_parameters
+        whole, total = self.config().adapter is None, self.place.table.total_parameters
         self.put("learning_rate", *learning_rate(total, whole=whole))
-        rows = self.statistics.usable_rows if self.statistics else None
+        rows = self.known.usable_rows if self.known else None
         if rows is None:
             self.put("num_epochs", 2, "1 to 3 is usual")
         else:
@@ -272,7 +285,7 @@ class Choice:
 
     def habits(self) -> None:
         """What is held out, saved and asked."""
-        known = self.statistics
+        known = self.known
         if self.images:
             self.put("processor_type", "AutoProcessor", "rows have images; Axolotl needs it too")
         if known and (known.usable_rows >= 40 or self.fixed.get("eval_steps")):
@@ -288,20 +301,19 @@ class Choice:
             self.put("train_on_thinking", True, learned)
         if known and known.prompts:
             self.put("sample_prompts", known.prompts[:3], "answered before, during and after")
-        card = self.architecture.card
-        if self.goal == "think" and card and card.thinking == "effort":
+        if self.goal == "think" and self.card and self.card.thinking == "effort":
             reason = "rows that think are rendered as the model thinks: on request"
             self.put("chat_template_kwargs", {"reasoning_effort": "high"}, reason)
 
     def intervals(self) -> None:
         """How often it is saved and evaluated."""
         config = self.config()
-        needed = expected_duration(config, self.architecture, self.device, self.statistics)
+        needed = expected_duration(config, self.place)
         epoch = needed.seconds / config.num_epochs if needed and not config.max_steps else 0.0
         saves = int(min(MOST_SAVES, max(LEAST_SAVES, ceil(epoch / LOST_SECONDS))))
         lost = f"about {spoken(epoch / saves)}" if epoch else f"1/{saves} of an epoch"
         self.put("saves_per_epoch", saves, f"a power cut costs {lost} at most")
-        if config.val_set_size and self.statistics:
+        if config.val_set_size and self.known:
             self.put("evals_per_epoch", saves, "as often as it is saved, to see memorising")
             best = "the save with the lowest held-out loss counts, not the last one"
             self.put("load_best_model_at_end", True, best)
@@ -310,7 +322,7 @@ class Choice:
         """Take the rungs that lead to a better verdict; none changes what the person chose."""
         needed = self.needs()
         keep = {*self.fixed, *(() if self.may_offload_layers else ("layer_offloading",))}
-        rungs = make_fit(self.config(), self.architecture, self.device, self.statistics, keep=keep)
+        rungs = make_fit(self.config(), self.place, keep=keep)
         if not rungs or _RANKS[rungs[-1].estimate.verdict] <= _RANKS[needed.verdict]:
             return
         for rung in rungs:
@@ -330,14 +342,13 @@ class Choice:
         needed, micro, length = self.needs(), config.micro_batch_size, config.sequence_len
         asked = {"gradient_checkpointing", "checkpointed_layers"} & self.fixed.keys()
         asked |= {"activation_offloading"} if self.fixed.get("activation_offloading") else set()
-        if asked or self.device.kind == "cpu" or needed.verdict != "fits":
+        if asked or not self.on_gpu or needed.verdict != "fits":
             return
         busy = min(BUSY_TOKENS, micro * length)
         sizes = sorted({micro, *(n for n in (4, 2, 1) if n < micro and n * length >= busy)})
         if "micro_batch_size" in self.fixed:
             sizes = [micro]
-        place = self.architecture, self.device, self.statistics
-        faster = make_faster(config, *place, sizes=sizes)
+        faster = make_faster(config, self.place, sizes=sizes)
         if faster is None:
             return
         count = faster.changes.get("checkpointed_layers")
@@ -354,10 +365,10 @@ class Choice:
             self.put("micro_batch_size", micro, "")
 
     def _sequence_len(self) -> tuple[int, str]:
-        most = self.architecture.card.context_tokens if self.architecture.card else 2**18
-        known = self.statistics
+        known = self.known
+        most = self.card.context_tokens if self.card else 2**18
         if known is None:
-            image = largest_image_tokens(self.architecture) if self.images else 0
+            image = largest_image_tokens(self.place.architecture) if self.images else 0
             if not image:
                 usual = USUAL_LENGTHS[self.goal]
                 reason = f"rows are not known yet; {usual} suits most of this kind"
@@ -367,7 +378,7 @@ class Choice:
         longest = known.longest_tokens
         odd = known.p99_tokens and longest > OUTLIER * known.p99_tokens
         held = known.p99_tokens if odd else longest
-        least = 1024 if self.device.kind == "cuda" else 128
+        least = 1024 if self.on_gpu else 128
         length = max(least, 1 << max(0, held - 1).bit_length())
         if length > most:
             return most, f"the model reads no more; {self._left_out(most)}"
@@ -379,19 +390,19 @@ class Choice:
 
     def _cut(self, length: int) -> str:
         cut = f"{2 * length:,} would not fit"
-        return f"{cut}; {self._left_out(length)}" if self.statistics else cut
+        return f"{cut}; {self._left_out(length)}" if self.known else cut
 
     def _left_out(self, length: int) -> str:
-        assert self.statistics is not None
-        over, more = self.statistics.rows_over(length)
-        rows = f"{over:,}{' or more' if more else ''} of {self.statistics.usable_rows:,} rows"
+        assert self.known is not None
+        over, more = self.known.rows_over(length)
+        rows = f"{over:,}{' or more' if more else ''} of {self.known.usable_rows:,} rows"
         return f"{rows} are longer and left out"
 
-    def _place(self) -> str:
-        return "this card" if self.device.kind == "cuda" else "this computer"
+    def _where(self) -> str:
+        return "this card" if self.on_gpu else "this computer"
 
     def _has_experts(self) -> bool:
-        return bool(self.architecture.table.counts_by_group()["experts"])
+        return bool(self.place.table.counts_by_group()["experts"])
 
 
 def find_recipe(architecture: Architecture, dataset: DatasetConfig | None) -> Recipe | None:

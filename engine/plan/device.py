@@ -1,11 +1,13 @@
 """The one place on which a run computes: how much memory it can give, after what others use and a
-margin.
+margin; and with a model and rows, what a config is planned for.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from engine.catalog import Architecture, ModuleTable
+from engine.data.statistics import Statistics
 from engine.hardware import Gpu, Machine
 from engine.units import GIB, gib
 from engine.visible import visible
@@ -58,6 +60,20 @@ class Device:
         """Whether bfloat16 products are native: from Ampere on; assumed of unknown cards."""
         capability = self.compute_capability or BF16_CAPABILITY
         return self.kind == "cuda" and capability >= BF16_CAPABILITY
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a config is planned for."""
+
+    architecture: Architecture
+    device: Device
+    statistics: Statistics | None = None
+    """Of the rows; those of unknown data have `sequence_len` tokens."""
+
+    @property
+    def table(self) -> ModuleTable:
+        return self.architecture.table
 
 
 def gpu_device(gpu: Gpu, machine: Machine) -> Device:

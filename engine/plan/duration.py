@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from engine.catalog import Architecture, ModuleTable
+from engine.catalog import ModuleTable
 from engine.config import RunConfig
 from engine.data.statistics import Statistics, count_held_out
 from engine.hardware import speed_of
-from engine.plan.device import Device
+from engine.plan.device import Place
 from engine.plan.layers import (
     image_share,
     patches_of,
@@ -61,22 +61,18 @@ class Duration:
 
 
 def expected_duration(
-    config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None,
-    measured_tokens_per_second: float | None = None,
+    config: RunConfig, place: Place, measured_tokens_per_second: float | None = None
 ) -> Duration | None:
-    """The duration of `config` on `device`, at a measured pace where one is given.
+    """The duration of `config` at `place`, at a measured pace where one is given.
 
     None where neither the pace nor the card is known, and where the number of steps is not.
     """
-    steps = count_steps(config, statistics)
-    pace = measured_tokens_per_second or pace_of(config, architecture, device, statistics)
+    steps = count_steps(config, place.statistics)
+    pace = measured_tokens_per_second or pace_of(config, place)
     if steps is None or pace is None:
         return None
-    seconds = _run_tokens(config, statistics, steps) / pace
-    speed = speed_of(device.card)
+    seconds = _run_tokens(config, place.statistics, steps) / pace
+    speed = speed_of(place.device.card)
     usd = speed.usd_an_hour * seconds / 3600 if speed and speed.usd_an_hour else None
     source = "measured" if measured_tokens_per_second else "formula"
     return Duration(steps, seconds, pace, usd, source)
@@ -115,45 +111,38 @@ def _run_tokens(config: RunConfig, statistics: Statistics | None, steps: int) ->
     return tokens if config.max_steps else min(tokens, config.num_epochs * a_pass)
 
 
-def pace_of(
-    config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None = None,
-) -> float | None:
+def pace_of(config: RunConfig, place: Place) -> float | None:
     """Tokens a second of training by the card's data sheet; None for a card without one."""
+    device, table = place.device, place.table
     speed = speed_of(device.card) if device.kind == "cuda" else None
     if speed is None:
         return None
-    step = make_step(config, architecture, device, statistics)
+    step = make_step(config, place)
     tokens = step.tokens
-    row = min(statistics.mean_tokens if statistics else config.sequence_len, config.sequence_len)
     rate = speed.bf16_flops * REACHED * (1 if device.computes_bf16 else FP32_SHARE)
-    operations = _operations(config, architecture.table, row) * tokens
-    operations += tower_operations(config, architecture, tokens, statistics)
+    row = min(_usual_row(config, place), config.sequence_len)
+    operations = _operations(config, table, row) * tokens + tower_operations(config, place, tokens)
     computing = operations / rate
-    passes = 2 + _again(config, architecture.table)
-    unpacked = packed_numbers(config, architecture.table) * UNPACKED_BYTES * passes
+    passes = 2 + _again(config, table)
+    unpacked = packed_numbers(config, table) * UNPACKED_BYTES * passes
     computing += unpacked / (speed.memory_bytes * MOVED)
     copying = _copied_bytes(step) / (speed.link_bytes * MOVED)
     return tokens / max(computing, copying)
 
 
-def speedup(
-    before: RunConfig,
-    after: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None = None,
-) -> float:
+def speedup(before: RunConfig, after: RunConfig, place: Place) -> float:
     """How many times as fast `after` is, by the card's data sheet; without one by the operations of
     a token alone."""
-    paces = [pace_of(config, architecture, device, statistics) for config in (before, after)]
+    paces = [pace_of(config, place) for config in (before, after)]
     if paces[0] and paces[1]:
         return paces[1] / paces[0]
-    row = statistics.mean_tokens if statistics else before.sequence_len
-    work = [_operations(config, architecture.table, row) for config in (before, after)]
+    row = _usual_row(before, place)
+    work = [_operations(config, place.table, row) for config in (before, after)]
     return work[0] / work[1]
+
+
+def _usual_row(config: RunConfig, place: Place) -> float:
+    return place.statistics.mean_tokens if place.statistics else config.sequence_len
 
 
 def _operations(config: RunConfig, table: ModuleTable, row_tokens: float) -> float:
@@ -173,24 +162,22 @@ def _again(config: RunConfig, table: ModuleTable) -> float:
     return recomputed_layers(config, sizes) / sizes.layers
 
 
-def tower_operations(
-    config: RunConfig, architecture: Architecture, tokens: int, statistics: Statistics | None
-) -> float:
+def tower_operations(config: RunConfig, place: Place, tokens: int) -> float:
     """Floating-point operations of the vision tower and projector for `tokens` of usual rows.
 
     Frozen, images are seen once, and nothing goes back. The tower's attention is of all patches
     that it sees together to all, under a mask.
     """
-    table = architecture.table
+    table = place.table
     tower = tower_of(table)
-    share = image_share(config, statistics)
+    share = image_share(config, place.statistics)
     if tower is None or not share:
         return 0
     sizes = {"vision": 0, "projector": 0}
     for row in table.parameters:
         if row.group in sizes:
             sizes[row.group] += row.count
-    one = tokens_of_one_image(architecture, ceil(tokens * share), statistics)
+    one = tokens_of_one_image(place, ceil(tokens * share))
     lone = patches_of(one, tower)
     seen = tokens * share * lone / one
     together = min(seen, max(PATCHES_AT_ONCE, lone))

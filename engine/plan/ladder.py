@@ -15,8 +15,7 @@ from pydantic import ValidationError
 
 from engine.catalog import Architecture
 from engine.config import SHARDED_OPTIMIZERS, RunConfig, assignment
-from engine.data.statistics import Statistics
-from engine.plan.device import Device
+from engine.plan.device import Place
 from engine.plan.duration import pace_of, speedup
 from engine.plan.layers import recomputed_layers, tower_works, widths
 from engine.plan.memory import estimate
@@ -43,23 +42,6 @@ SAME_RESULT = frozenset(
 """Keys that a run can change on its way: the steps to come compute what they would have."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What a change is judged on."""
-
-    architecture: Architecture
-    device: Device
-    statistics: Statistics | None
-
-    def needs(self, config: RunConfig) -> Estimate:
-        """The estimate of `config` here."""
-        return estimate(config, self.architecture, self.device, self.statistics)
-
-    def pace(self, config: RunConfig) -> float | None:
-        """Tokens a second of `config` here, where the card is known."""
-        return pace_of(config, self.architecture, self.device, self.statistics)
-
-
 Change: TypeAlias = tuple[str, Mapping[str, object], str]
 """Its name, the values by key, and what it costs."""
 Rung: TypeAlias = Callable[[RunConfig, Place], Iterator[Change]]
@@ -77,9 +59,9 @@ def changed(config: RunConfig, changes: Mapping[str, object]) -> RunConfig:
 
 def same_result(place: Place, config: RunConfig, changes: Mapping[str, object]) -> str:
     """What a change costs that alters no result: how much longer a run takes, where known."""
-    before = place.pace(config)
+    before = pace_of(config, place)
     try:
-        after = place.pace(changed(config, changes))
+        after = pace_of(changed(config, changes), place)
     except ValidationError:
         after = None
     if before is None or after is None:
@@ -121,13 +103,13 @@ def batch_of(config: RunConfig, size: int) -> dict[str, object]:
 def checkpointing(config: RunConfig, place: Place) -> Iterator[Change]:
     """Layers are computed a second time instead of being kept: as few as will do, all where that
     is not enough."""
-    sizes = widths(place.architecture.table)
+    sizes = widths(place.table)
     now, layers = recomputed_layers(config, sizes), sizes.layers
     if now == layers:
         return
     if is_sharded(config):  # Axolotl, which would run it, knows all or none
         count = layers
-    elif place.needs(config).verdict == "fits":  # and yet memory ran out: half of those kept
+    elif estimate(config, place).verdict == "fits":  # and yet memory ran out: half of those kept
         count = (now + layers + 1) // 2
     else:
         count = fewest_recomputed(config, place, least=now + 1)
@@ -140,10 +122,12 @@ def checkpointing(config: RunConfig, place: Place) -> Iterator[Change]:
 def fewest_recomputed(config: RunConfig, place: Place, *, least: int = 0) -> int:
     """The fewest layers, from `least` on, that have to be computed a second time for `config` to
     fit; all of them where it does not either way."""
-    layers = widths(place.architecture.table).layers
+    layers = widths(place.table).layers
 
     def fits(count: int) -> bool:
-        return place.needs(changed(config, recomputing(config, layers, count))).verdict == "fits"
+        return (
+            estimate(changed(config, recomputing(config, layers, count)), place).verdict == "fits"
+        )
 
     return bisect_left(range(layers), True, lo=least, key=fits)
 
@@ -195,7 +179,7 @@ def four_bits(config: RunConfig, place: Place) -> Iterator[Change]:
 def small_tower(config: RunConfig, place: Place) -> Iterator[Change]:
     """The vision tower in the format of the other frozen weights."""
     quantized = config.load_in_4bit or config.load_in_8bit
-    works = tower_works(config, place.architecture.table, place.statistics)
+    works = tower_works(config, place.table, place.statistics)
     if quantized and works and not config.bnb_config_kwargs:
         keys: dict[str, object] = {"bnb_config_kwargs": {"llm_int8_skip_modules": []}}
         bits = 4 if config.load_in_4bit else 8
@@ -220,7 +204,7 @@ def narrow_adapter(config: RunConfig, place: Place) -> Iterator[Change]:
 def layers_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
     """As few of the frozen layers as will do are offloaded; all where that is not enough."""
     can = place.device.has_ram_beside and config.adapter and config.gradient_checkpointing
-    layers = widths(place.architecture.table).layers
+    layers = widths(place.table).layers
     now = (config.offloaded_layers or layers) if config.layer_offloading else 0
     if not can or now >= layers:
         return
@@ -229,7 +213,7 @@ def layers_in_ram(config: RunConfig, place: Place) -> Iterator[Change]:
         return {"layer_offloading": True, "offloaded_layers": count if count < layers else None}
 
     def fits(count: int) -> bool:
-        return place.needs(changed(config, keys(count))).verdict == "fits"
+        return estimate(changed(config, keys(count)), place).verdict == "fits"
 
     enough = layers
     if now:  # some were not enough: twice as many
@@ -263,13 +247,13 @@ def no_experts(config: RunConfig, place: Place) -> Iterator[Change]:
     if config.lora_target_parameters:
         keys: dict[str, object] = {"lora_target_parameters": None}
         if not config.lora_target_modules and not config.lora_target_linear:
-            keys["lora_target_modules"] = linear_endings(place.architecture.table)
+            keys["lora_target_modules"] = linear_endings(place.table)
         yield "experts off", keys, "the experts learn nothing, attention and shared experts do"
 
 
 def fewer_targets(config: RunConfig, place: Place) -> Iterator[Change]:
     """An adapter on attention alone."""
-    endings = linear_endings(place.architecture.table, group="attention")
+    endings = linear_endings(place.table, group="attention")
     own = config.lora_target_modules
     if config.adapter and not isinstance(own, str) and set(own or ()) != set(endings):
         keys: dict[str, object] = {"lora_target_modules": endings, "lora_target_linear": False}
@@ -358,9 +342,7 @@ _Taken = list[tuple[Rung, Alternative]]
 
 def make_fit(
     config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None = None,
+    place: Place,
     *,
     keep: Container[str] = (),
     only: Container[str] | None = None,
@@ -370,7 +352,7 @@ def make_fit(
     Each stands on those above it: its changes hold theirs too. Empty where the config fits already.
     No rung changes a key of `keep`, nor, with `only`, any other than those.
     """
-    ladder = _Ladder(config, Place(architecture, device, statistics), keep, only)
+    ladder = _Ladder(config, place, keep, only)
     found = ladder.climb(RUNGS)
     if _fits(found):
         needed = [rung for rung in RUNGS if any(rung is taken for taken, _ in found)]
@@ -393,9 +375,7 @@ def _names(taken: _Taken) -> set[str]:
 
 def next_rung(
     config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None = None,
+    place: Place,
     *,
     only: Container[str] | None = None,
 ) -> Alternative | None:
@@ -404,8 +384,7 @@ def next_rung(
     For a run that has shown that it does not fit; None where nothing is left. Of a kind that can
     give more or less, such as smaller batches, it is the least.
     """
-    place = Place(architecture, device, statistics)
-    needed = place.needs(config)
+    needed = estimate(config, place)
     ladder = _Ladder(config, place, (), only)
     for rung in RUNGS:
         for change in rung(config, place):
@@ -416,9 +395,7 @@ def next_rung(
 
 def make_faster(
     config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None = None,
+    place: Place,
     *,
     sizes: Sequence[int] = (),
 ) -> Alternative | None:
@@ -427,9 +404,8 @@ def make_faster(
 
     `sizes` are micro-batches to choose from, the smaller ones first, which divide the config's own.
     """
-    place = Place(architecture, device, statistics)
-    layers = widths(architecture.table).layers
-    now, needed = recomputed_layers(config, widths(architecture.table)), place.needs(config)
+    layers = widths(place.table).layers
+    now, needed = recomputed_layers(config, widths(place.table)), estimate(config, place)
     if not now or needed.verdict != "fits" or is_sharded(config):
         return None
     best, most = None, SLOWER_SHARE
@@ -439,11 +415,14 @@ def make_faster(
         count = fewest_recomputed(start, place)
         keys = recomputing(start, layers, count)
         trial = changed(start, keys)
-        gain = speedup(config, trial, architecture, device, statistics)
+        gain = speedup(config, trial, place)
         if count < now and gain >= most:
             left = f"{layers - count} of {layers} layers" if count else "every layer"
             name = " ".join(assignment(*change) for change in keys.items())
-            trade, needs = f"{left} computed once: about {gain - 1:.0%} faster", place.needs(trial)
+            trade, needs = (
+                f"{left} computed once: about {gain - 1:.0%} faster",
+                estimate(trial, place),
+            )
             saved = needed.device_bytes - needs.device_bytes
             best, most = Alternative(name, {**batch, **keys}, needs, trade, saved), gain
     return best
@@ -469,7 +448,7 @@ class _Ladder:
         """Take rungs, the cheapest first, until the plan fits or none saves any more."""
         taken: Mapping[str, object] = {}
         found: _Taken = []
-        needed = self.place.needs(self.config)
+        needed = estimate(self.config, self.place)
         while needed.verdict != "fits":
             step = self._next(rungs, taken, needed)
             if step is None:
@@ -503,7 +482,7 @@ class _Ladder:
         ):
             return None
         trial = {**taken, **keys}
-        now = self.place.needs(changed(self.config, trial))
+        now = estimate(changed(self.config, trial), self.place)
         saved = needed.device_bytes - now.device_bytes
         ram = self.place.device.ram_bytes
         too_much = ram is not None and now.host_bytes > max(ram, needed.host_bytes)
@@ -512,21 +491,18 @@ class _Ladder:
 
 def list_alternatives(
     config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None = None,
+    place: Place,
 ) -> tuple[Alternative, ...]:
     """The same plan with another method, and with half or twice the rank; layers are computed a
     second time where that is what each takes."""
-    place = Place(architecture, device, statistics)
-    here = place.needs(config)
+    here = estimate(config, place)
     found = []
-    for name, changes, trade in _others(config, architecture):
+    for name, changes, trade in _others(config, place.architecture):
         trial = changed(config, changes)
-        needs = place.needs(trial)
+        needs = estimate(trial, place)
         if needs.verdict != "fits" and (again := next(checkpointing(trial, place), None)):
             changes, trade = {**changes, **again[1]}, f"{trade}; with {again[0]}"
-            needs = place.needs(changed(config, changes))
+            needs = estimate(changed(config, changes), place)
         saved = here.device_bytes - needs.device_bytes
         found.append(Alternative(name, changes, needs, trade, saved))
     return tuple(found)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
 from engine.data.statistics import Statistics
+from engine.plan.device import Place
 from engine.plan.targets import trains_vision
 from engine.plan.trainer import PATCHES_AT_ONCE
 
@@ -70,15 +71,13 @@ def largest_image_tokens(architecture: Architecture) -> int:
     return side * (side + 1)
 
 
-def tokens_of_one_image(
-    architecture: Architecture, image_tokens: int, statistics: Statistics | None
-) -> int:
+def tokens_of_one_image(place: Place, image_tokens: int) -> int:
     """What one image can have of the `image_tokens` of a forward pass, in tokens.
 
     No more than all images of the row that has most: what they have one by one is not counted.
     """
-    row = statistics.most_image_tokens if statistics else image_tokens
-    return min(largest_image_tokens(architecture), row, image_tokens)
+    row = place.statistics.most_image_tokens if place.statistics else image_tokens
+    return min(largest_image_tokens(place.architecture), row, image_tokens)
 
 
 def image_share(config: RunConfig, statistics: Statistics | None) -> float:

@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
-from engine.catalog import Architecture
 from engine.config import SHARDED_OPTIMIZERS, RunConfig
-from engine.data.statistics import Statistics
 from engine.plan.attention import needs_mask
-from engine.plan.device import Device
+from engine.plan.device import Device, Place
 from engine.plan.layers import (
     expert_bytes,
     inference_bytes,
@@ -346,21 +344,15 @@ UNEVEN = 1.5
 """Rows are of different lengths where the longest has so many times the tokens of the mean."""
 
 
-def estimate(
-    config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None = None,
-    *,
-    stack: Stack = WINDTUNNEL,
-) -> Estimate:
-    """The memory of `config` on `device`; rows of unknown data have `sequence_len` tokens.
+def estimate(config: RunConfig, place: Place, *, stack: Stack = WINDTUNNEL) -> Estimate:
+    """The memory of `config` at `place`.
 
     For a config that is laid out for several cards the sizes are those of one of them. Raises
     UserError where an entry of the adapter's targets matches no module. A measurement of the very
     same run on the same device beats the formula.
     """
-    step = make_step(config, architecture, device, statistics, stack)
+    device = place.device
+    step = make_step(config, place, stack)
     frozen, cards = frozen_bytes(step), _cards(step)
     step, moments = _roomiest(step, frozen)
     sums = {name: int(sum(parts.values())) for name, parts in moments.items()}
@@ -391,7 +383,7 @@ def estimate(
     )
     if stack is not WINDTUNNEL or cards > 1:
         return found
-    measured = find_measured(config, architecture, device, step.tokens, step.of_images)
+    measured = find_measured(config, place.architecture, device, step.tokens, step.of_images)
     return corrected(found, measured) if measured else found
 
 
@@ -406,42 +398,32 @@ class Peer:
     difference."""
 
 
-def compare_peer(
-    peer: Stack,
-    config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None = None,
-) -> Peer:
+def compare_peer(peer: Stack, config: RunConfig, place: Place) -> Peer:
     """What `peer` would hold at its peak, and where that differs from ours.
 
     A published figure of another trainer is compared with this one, not with ours. Raises UserError
     where an entry of the adapter's targets matches no module.
     """
     stack = replace(WINDTUNNEL, name=peer.name)  # another object: by the formula, never measured
-    peak = estimate(config, architecture, device, statistics, stack=stack).peak_allocated_bytes
+    peak = estimate(config, place, stack=stack).peak_allocated_bytes
     differences = {}
     for name, difference in DIFFERENCES.items():
         if getattr(stack, name) == getattr(peer, name):
             continue
         stack = replace(stack, **{name: getattr(peer, name)})
-        found = estimate(config, architecture, device, statistics, stack=stack)
+        found = estimate(config, place, stack=stack)
         if found.peak_allocated_bytes != peak:
             differences[difference] = found.peak_allocated_bytes - peak
         peak = found.peak_allocated_bytes
     return Peer(peer.name, peak, differences)
 
 
-def cards_needed(
-    config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None = None,
-) -> int | None:
-    """The fewest cards like `device` that hold the run sharded over them; None: none would.
+def cards_needed(config: RunConfig, place: Place) -> int | None:
+    """The fewest cards like that of `place` that hold the run sharded over them; None: none would.
 
     One card where the run fits it as it is.
     """
+    one = replace(place, device=replace(place.device, count=1))
     sharded = {
         "fsdp_config": config.fsdp_config or {},
         "optimizer": SHARDED_OPTIMIZERS.get(config.optimizer, config.optimizer),
@@ -449,9 +431,8 @@ def cards_needed(
 
     def fits(cards: int) -> bool:
         keys = {**sharded, "dp_shard_size": cards} if cards > 1 else {"fsdp_config": None}
-        laid_out = config.model_copy(update=keys)
-        found = estimate(laid_out, architecture, replace(device, count=1), statistics)
-        return found.device_bytes <= device.can_give_bytes
+        found = estimate(config.model_copy(update=keys), one)
+        return found.device_bytes <= found.can_give_bytes
 
     if not fits(MOST_CARDS):
         return None
@@ -459,15 +440,10 @@ def cards_needed(
 
 
 def moment_parts(
-    config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    moment: str,
-    *,
-    stack: Stack = WINDTUNNEL,
+    config: RunConfig, place: Place, moment: str, *, stack: Stack = WINDTUNNEL
 ) -> dict[str, int]:
     """What one moment holds by part, in bytes; its name is one of `Estimate.moments`."""
-    step = make_step(config, architecture, device, stack=stack)
+    step = make_step(config, place, stack)
     parts = _roomiest(step, frozen_bytes(step))[1][moment]
     return {name: int(size) for name, size in parts.items() if size >= 1}
 
@@ -517,7 +493,7 @@ def host_bytes(step: Step, frozen: Frozen, sizes: Sizes) -> int:
 
 def disk_bytes(step: Step, sizes: Sizes) -> int:
     """The download, the prepared rows, the checkpoints that are kept, and the result."""
-    config, architecture, statistics = step.config, step.architecture, step.statistics
+    config, architecture, statistics = step.config, step.place.architecture, step.statistics
     made_here = architecture.card is not None and not architecture.card.repositories
     stored = {"fp8": 1, "fp32": 4}.get(architecture.checkpoint, 2)
     download = 0 if made_here or architecture.folder else sizes.all * stored

@@ -11,13 +11,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engine.catalog import Architecture, ModelCard, list_models, read_architecture
+from engine.catalog import ModelCard, list_models, read_architecture
 from engine.config import DatasetConfig, RunConfig, spell
-from engine.data.statistics import Statistics
 from engine.errors import UserError
 from engine.plan.attention import Attention, choose_attention, task_of
 from engine.plan.choice import Choice, find_recipe
-from engine.plan.device import Device, device_document
+from engine.plan.device import Device, Place, device_document
 from engine.plan.duration import Duration, expected_duration, pace_of
 from engine.plan.ladder import (
     SAME_RESULT,
@@ -61,22 +60,21 @@ class Recommendation:
 
 
 def recommend(
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None = None,
+    place: Place,
     *,
     dataset: DatasetConfig | None = None,
     goal: Goal = "text",
     fixed: Mapping[str, object] | None = None,
 ) -> Recommendation:
-    """The config for training `architecture` on `device` with rows that `statistics` describe.
+    """The config for training at `place`.
 
     `fixed` holds values that the person chose: they are kept, and the rest is chosen around them.
     Raises UserError where the goal cannot be met or where fixed values contradict each other.
     """
-    refuse_goal(goal, architecture)
-    images = goal == "vision" or bool(statistics and statistics.image_tokens)
-    asked = Choice(architecture, device, statistics, dataset, images=images, goal=goal)
+    refuse_goal(goal, place.architecture)
+    rows = place.statistics
+    images = goal == "vision" or bool(rows and rows.image_tokens)
+    asked = Choice(place, dataset, images=images, goal=goal)
     try:
         free = choice = _choose(asked)
         if fixed:
@@ -90,9 +88,7 @@ def recommend(
     reasons = {key: _own_reason(free, key, value) for key, value in choice.fixed.items()}
     return _advise(
         config,
-        architecture,
-        device,
-        statistics,
+        place,
         reasons={**choice.reasons, **reasons},
         recommended=dict(free.values),
         attention=choice.attention,
@@ -101,9 +97,7 @@ def recommend(
 
 def assess(
     config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None = None,
+    place: Place,
     *,
     changes: Mapping[str, object] | None = None,
 ) -> Recommendation:
@@ -117,37 +111,32 @@ def assess(
         raise _contradiction(error) from None
     return _advise(
         kept,
-        architecture,
-        device,
-        statistics,
+        place,
         reasons=dict.fromkeys(changes or {}, "yours"),
         recommended={},
-        attention=choose_attention(device, task_of(kept, architecture, device)),
+        attention=choose_attention(place.device, task_of(kept, place.architecture, place.device)),
     )
 
 
 def _advise(
     config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None,
+    place: Place,
     *,
     reasons: Mapping[str, str],
     recommended: Mapping[str, object],
     attention: Attention,
 ) -> Recommendation:
-    place = architecture, device, statistics
-    needs = estimate(config, *place)
+    needs = estimate(config, place)
     return Recommendation(
         config,
         reasons,
         recommended,
         needs,
-        list_alternatives(config, *place),
+        list_alternatives(config, place),
         attention,
-        why_not_trained(architecture),
-        expected_duration(config, *place, needs.tokens_per_second),
-        needs.tokens_per_second or pace_of(config, *place),
+        why_not_trained(place.architecture),
+        expected_duration(config, place, needs.tokens_per_second),
+        needs.tokens_per_second or pace_of(config, place),
     )
 
 
@@ -178,7 +167,7 @@ def _with_method(fixed: dict[str, object]) -> dict[str, object]:
 
 def _choose(asked: Choice) -> Choice:
     choice = replace(asked)
-    recipe = find_recipe(choice.architecture, choice.dataset)
+    recipe = find_recipe(choice.place.architecture, choice.dataset)
     if recipe is None or not recipe.whole:
         choice.habits()
         choice.method()
@@ -261,7 +250,7 @@ def _rank(prospect: Prospect) -> tuple[int, bool, str]:
 
 
 def _plan(card: ModelCard, device: Device) -> Recommendation:
-    return recommend(read_architecture(card.name), device)
+    return recommend(Place(read_architecture(card.name), device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,22 +268,18 @@ class LengthPrice:
     """With them, by the card's data sheet."""
 
 
-def price_lengths(
-    config: RunConfig, architecture: Architecture, device: Device
-) -> tuple[LengthPrice, ...]:
+def price_lengths(config: RunConfig, place: Place) -> tuple[LengthPrice, ...]:
     """Powers of two from 512 to the model's context, and the context itself."""
-    card = architecture.card
+    card = place.architecture.card
     most = card.context_tokens if card else LONGEST_WITHOUT_CARD
     lengths = [2**n for n in range(SHORTEST.bit_length() - 1, most.bit_length()) if 2**n < most]
-    return tuple(_price(config, architecture, device, length) for length in (*lengths, most))
+    return tuple(_price(config, place, length) for length in (*lengths, most))
 
 
-def _price(
-    config: RunConfig, architecture: Architecture, device: Device, length: int
-) -> LengthPrice:
+def _price(config: RunConfig, place: Place, length: int) -> LengthPrice:
     one = changed(config, {"sequence_len": length, "micro_batch_size": 1})
-    needs = estimate(one, architecture, device)
-    rungs = make_fit(one, architecture, device, only=SAME_RESULT)
+    needs = estimate(one, place)
+    rungs = make_fit(one, place, only=SAME_RESULT)
     fits = rungs[-1].estimate.verdict == "fits" if rungs else needs.verdict == "fits"
     best = changed(one, rungs[-1].changes) if rungs and fits else one
     needed = rungs[-1].estimate if rungs else needs
@@ -304,5 +289,5 @@ def _price(
         needs.verdict,
         needed.device_bytes if fits else None,
         tuple(rung.name for rung in rungs) if fits else (),
-        pace_of(best, architecture, device),
+        pace_of(best, place),
     )

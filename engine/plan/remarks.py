@@ -21,7 +21,7 @@ from engine.catalog.architecture import ROPE
 from engine.config import RunConfig
 from engine.errors import DOES_NOT_FIT, UserError
 from engine.hardware import reading
-from engine.plan.device import Device
+from engine.plan.device import Device, Place
 from engine.plan.memory import moment_parts, on_device
 from engine.plan.step import Stack
 from engine.plan.targets import choose_targets
@@ -159,7 +159,7 @@ def refuse_goal(goal: Goal, architecture: Architecture) -> None:
 
 def answering_bytes(config: RunConfig, architecture: Architecture, device: Device) -> int:
     """What has to be free on `device` to hold the run's model, and one long answer's cache."""
-    parts = moment_parts(config, architecture, device, "generation", stack=ANSWERING)
+    parts = moment_parts(config, Place(architecture, device), "generation", stack=ANSWERING)
     return on_device(sum(parts.values()) - parts.get("optimizer", 0), device)
 
 

@@ -16,10 +16,10 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from engine.catalog import Architecture, ModuleTable
+from engine.catalog import ModuleTable
 from engine.config import RunConfig
 from engine.data.statistics import Statistics
-from engine.plan.device import Device
+from engine.plan.device import Device, Place
 from engine.plan.layers import (
     Widths,
     image_tokens_at_once,
@@ -113,9 +113,7 @@ class Step:
     """One run, as far as it decides memory."""
 
     config: RunConfig
-    architecture: Architecture
-    device: Device
-    statistics: Statistics | None
+    place: Place
     stack: Stack
     base_bytes: int
     """Of one weight that is not quantized."""
@@ -135,8 +133,16 @@ class Step:
     """Float32 logits that the loss holds at once."""
 
     @property
+    def device(self) -> Device:
+        return self.place.device
+
+    @property
+    def statistics(self) -> Statistics | None:
+        return self.place.statistics
+
+    @property
     def table(self) -> ModuleTable:
-        return self.architecture.table
+        return self.place.table
 
     @property
     def widths(self) -> Widths:
@@ -187,28 +193,21 @@ class Step:
         }
 
 
-def make_step(
-    config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    statistics: Statistics | None = None,
-    stack: Stack = WINDTUNNEL,
-) -> Step:
-    """The run of `config`; rows of unknown data have `sequence_len` tokens."""
-    table, tokens = architecture.table, _tokens_at_once(config, statistics)
+def make_step(config: RunConfig, place: Place, stack: Stack = WINDTUNNEL) -> Step:
+    """The run of `config` at `place`."""
+    table, statistics = place.table, place.statistics
+    tokens = _tokens_at_once(config, statistics)
     of_images = image_tokens_at_once(config, table, tokens, statistics)
     adapter = adapter_parameters(table, config) if config.adapter else 0
     return Step(
         config,
-        architecture,
-        device,
-        statistics,
+        place,
         stack,
-        base_bytes_of(config, device),
+        base_bytes_of(config, place.device),
         tokens,
         _learned_at_once(config, tokens, statistics),
         of_images,
-        tokens_of_one_image(architecture, of_images, statistics),
+        tokens_of_one_image(place, of_images),
         adapter,
         trainable_parameters(table, config) - adapter,
     )

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from engine.catalog import Architecture
 from engine.config import SHARDED_OPTIMIZERS, RunConfig, assignment
 from engine.errors import UserError
 from engine.hardware import assume, listed_gpus
@@ -16,8 +15,8 @@ from engine.plan import (
     Estimate,
     LengthPrice,
     Peer,
+    Place,
     Recommendation,
-    Statistics,
     best_device,
     describe_faster,
     estimate,
@@ -329,21 +328,20 @@ def ladder_lines(needs: Estimate, rungs: Sequence[Alternative]) -> Iterator[Line
         yield f"{gib(-rungs[-1].estimate.spare_bytes)} are still missing"
 
 
-def larger_card_lines(
-    config: RunConfig, architecture: Architecture, device: Device, statistics: Statistics | None
-) -> Iterator[str]:
+def larger_card_lines(config: RunConfig, place: Place) -> Iterator[str]:
     """The smallest card that holds the plan as it is, and how many of this one would."""
     for gpu in listed_gpus():
         other = best_device(assume(gpu.name))
-        if estimate(config, architecture, other, statistics).verdict == "fits":
+        if estimate(config, replace(place, device=other)).verdict == "fits":
             yield f"as it is it fits: {other.name}"
             break
-    if device.kind == "cuda":
-        count = cards_needed(config, architecture, device, statistics)
+    if place.device.kind == "cuda":
+        count = cards_needed(config, place)
         if count is not None and count > 1:
             instead = SHARDED_OPTIMIZERS.get(config.optimizer)
             means = f"FSDP2, optimizer={instead}" if instead else "FSDP2"
-            yield f"sharded over {count} of {device.name} too ({means}); this version runs one"
+            name = place.device.name
+            yield f"sharded over {count} of {name} too ({means}); this version runs one"
 
 
 def length_lines(prices: Sequence[LengthPrice], device: Device) -> list[str]:

@@ -24,7 +24,15 @@ from engine.config import RunConfig, read_config
 from engine.errors import DOES_NOT_FIT, UserError
 from engine.events import Event, EventWriter, Phase, Recorded, Step, format_line
 from engine.hardware import Machine, poll, read_machine
-from engine.plan import Device, Statistics, best_device, cpu_device, estimate, estimate_document
+from engine.plan import (
+    Device,
+    Place,
+    Statistics,
+    best_device,
+    cpu_device,
+    estimate,
+    estimate_document,
+)
 from engine.plan.layers import image_tokens_at_once
 from engine.plan.measured import Measurement, key_of, step_bytes
 from engine.runs import ControlReader, RunFolder, StopSignals
@@ -237,7 +245,7 @@ def check(run: RunFolder, steps: int, emit: Emit) -> None:
         data = Data(synthetic_step(built.architecture, config), None, config.max_steps, None)
     memory = open_peak_memory(device)
     model = _build(built.architecture, settled, session, memory, images=images)
-    planned = estimate(config, built.architecture, place, statistics)
+    planned = estimate(config, Place(built.architecture, place, statistics))
     loss, note = settle_loss(settled, head_of(model), device, planned.loss_chunk_bytes)
     session.note("info", note)
     paces = _step(model, settled, loss, data.batch, steps, session, memory)
@@ -357,7 +365,7 @@ def _figures(
     paces: list[Pace],
 ) -> dict[str, Any]:
     """The record for whoever asked: figures, the formula's, and the measurement to be stored."""
-    needs = estimate(config, built.architecture, place, data.statistics)
+    needs = estimate(config, Place(built.architecture, place, data.statistics))
     peaks = [memory.peaks[f"step {n + 1}"] for n in range(len(paces))]
     reserved = [peak.reserved_bytes for peak in peaks if peak.reserved_bytes is not None]
     loading = [memory.peaks[name].allocated_bytes for name in (LOADING, ATTACHING, OPTIMIZER)]

@@ -14,7 +14,7 @@ from engine.catalog import Architecture
 from engine.config import RunConfig, spell
 from engine.errors import WorkError
 from engine.events import Shortage
-from engine.plan import SAME_RESULT, Device, changed, estimate, next_rung
+from engine.plan import SAME_RESULT, Device, Place, changed, estimate, next_rung
 from engine.plan.step import WEIGHTS
 from engine.runs import RunFolder
 from engine.units import gib
@@ -96,11 +96,12 @@ def with_next_rung(
 ) -> Shortage:
     """The same with the next changes that make room and alter no result, where there are any."""
     only = SAME_RESULT & _OF_WEIGHTS if facts.where in (PREPARING, LOADING) else SAME_RESULT
-    least = _WORTH_SHARE * estimate(config, architecture, device).peak_allocated_bytes
+    place = Place(architecture, device)
+    least = _WORTH_SHARE * estimate(config, place).peak_allocated_bytes
     changes: dict[str, object] = {}
     saves, trade = 0, ""
     while saves < least:
-        rung = next_rung(changed(config, changes), architecture, device, only=only)
+        rung = next_rung(changed(config, changes), place, only=only)
         if rung is None:
             return facts
         changes |= rung.changes

@@ -23,7 +23,7 @@ from engine.catalog.rows import Mistral3Sizes, Mistral4Sizes, TextSizes, module_
 from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind, learned
 from engine.config import RunConfig
 from engine.data.prepare import label_rule
-from engine.plan import Device, Statistics, estimate
+from engine.plan import Device, Place, Statistics, estimate
 from engine.plan.layers import largest_image_tokens, tower_of
 from engine.train.batches import (
     IMAGE_TOKEN,
@@ -93,7 +93,7 @@ def reduce_for_cpu(
     """
 
     def affordable(model: Architecture) -> bool:
-        needs = estimate(config, model, device, statistics)
+        needs = estimate(config, Place(model, device, statistics))
         products = needs.tokens_at_once * model.table.active_parameters
         quick = products <= PRODUCTS and model.table.total_parameters <= NUMBERS
         return needs.verdict != "does not fit" and quick

@@ -32,7 +32,7 @@ from engine.data.sources import with_absolute_paths
 from engine.data.statistics import Checkup
 from engine.errors import UserError, WorkError
 from engine.hardware import Machine
-from engine.plan import Device, Recommendation, Statistics, assess, plan_document, recommend
+from engine.plan import Device, Place, Recommendation, Statistics, assess, plan_document, recommend
 
 _FOLLOWS: Final[Mapping[str, tuple[str, ...]]] = {"adapter": ("load_in_4bit",)}
 """Keys that a change of another key takes along."""
@@ -106,12 +106,6 @@ class Draft:
 
         Raises UserError where an answer is missing or where values contradict each other.
         """
-        if self.device is None:
-            raise UserError(
-                "No device is chosen.",
-                "What fits depends on it.",
-                "Choose one on the Machine page.",
-            )
         state = (
             self.model,
             self.device,
@@ -120,25 +114,29 @@ class Draft:
             repr(sorted(self.changes.items())),
         )
         if self._made is None or self._made[0] != state:
-            self._made = (state, self._advise(self.device))
+            self._made = (state, self._advise())
         return self._made[1]
 
-    def _advise(self, device: Device) -> Recommendation:
-        if self.own is None:
-            return recommend(
-                self.architecture(),
-                device,
-                self.statistics,
-                dataset=self.dataset,
-                fixed=self.changes,
+    def place(self) -> Place:
+        """What is planned for. Raises UserError where device or model is missing."""
+        if self.device is None:
+            raise UserError(
+                "No device is chosen.",
+                "What fits depends on it.",
+                "Choose one on the Machine page.",
             )
+        return Place(self.architecture(), self.device, self.statistics)
+
+    def _advise(self) -> Recommendation:
+        place = self.place()
+        if self.own is None:
+            return recommend(place, dataset=self.dataset, fixed=self.changes)
         changes = dict(self.changes)
         if self.model != self.own.base_model:
             changes["base_model"] = self.model
         if self.dataset is not None and self.dataset not in self.own.datasets:
             changes["datasets"] = (self.dataset,)
-        architecture = self.architecture()
-        return assess(self.own, architecture, device, self.statistics, changes=changes)
+        return assess(self.own, place, changes=changes)
 
     def look_again(self) -> None:
         """Make the plan anew: something was measured meanwhile."""

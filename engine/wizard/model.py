@@ -7,7 +7,7 @@ from typing import Final
 from engine.catalog import Architecture, ModelCard, read_architecture
 from engine.chat.tokenizer_file import check_tokenizer
 from engine.errors import UserError
-from engine.plan import Device, Prospect, Recommendation, propose, recommend, survey
+from engine.plan import Device, Place, Prospect, Recommendation, propose, recommend, survey
 from engine.report import Line
 from engine.report.plan import method, model_verdict, size, weights_sentence
 from engine.units import GIB, gib
@@ -181,7 +181,7 @@ class ModelStep:
         ):
             architecture = read_architecture(name)
             check_tokenizer(name)
-            plan = recommend(architecture, device)
+            plan = recommend(Place(architecture, device))
             self._own = own = Candidate(name, name, plan, architecture.card, architecture)
         return replace(own, shows_images=self._draft.shows_images)
 

@@ -1,7 +1,7 @@
 """The fifth step: does it fit, every value with its reason, and what would make it fit."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -198,17 +198,15 @@ def _reason_of_own(draft: Draft, advice: Recommendation, key: str) -> str:
 
 def _price_of_experts(draft: Draft, advice: Recommendation, key: str) -> str:
     """What the value of a key about experts means, and what the other one would need."""
-    architecture, device = draft.architecture(), draft.device
-    assert device is not None
     here = getattr(advice.config, key)
     other: dict[str, object]
     if key == "lora_target_parameters":
-        other = {key: None if here else expert_tensors(architecture)}
+        other = {key: None if here else expert_tensors(draft.architecture())}
         means = "all experts learn too" if here else "attention and shared experts learn"
     else:
         other = {key: not here}
         means = "experts in 4 bits" if here else "experts in 16 bits"
-    needs = estimate(changed(advice.config, other), architecture, device, draft.statistics)
+    needs = estimate(changed(advice.config, other), draft.place())
     return f"{'without' if here else 'with'}: {gib(needs.device_bytes)}; {means}"
 
 
@@ -254,24 +252,21 @@ def what_to_know(draft: Draft) -> str:
 
 def list_rungs(draft: Draft) -> tuple[Alternative, ...]:
     """Changes that make the plan fit, each on top of those before; empty where it fits."""
-    assert draft.device is not None
-    return make_fit(draft.config(), draft.architecture(), draft.device, draft.statistics)
+    return make_fit(draft.config(), draft.place())
 
 
 def faster_sentence(draft: Draft) -> str:
     """What the room that is left could be used for; may be empty."""
-    assert draft.device is not None
-    place = draft.architecture(), draft.device, draft.statistics
-    found = make_faster(draft.config(), *place)
+    found = make_faster(draft.config(), draft.place())
     return describe_faster(found) if found else ""
 
 
 def list_cards(draft: Draft) -> list[Card]:
     """The plan as it is on every known GPU, the smallest first."""
-    config, architecture, rows = draft.config(), draft.architecture(), draft.statistics
+    config, place = draft.config(), draft.place()
     devices = [best_device(assume(gpu.name)) for gpu in listed_gpus()]
     devices.sort(key=lambda device: device.total_bytes)
-    return [Card(device, estimate(config, architecture, device, rows)) for device in devices]
+    return [Card(each, estimate(config, replace(place, device=each))) for each in devices]
 
 
 class PlanStep:

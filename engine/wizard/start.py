@@ -23,7 +23,15 @@ from engine.errors import DOES_NOT_FIT, UserError
 from engine.events import Recorded, parse
 from engine.hardware import Machine, assume, cuda_environment, missing_packages, read_machine
 from engine.launch import launch, require_torch
-from engine.plan import Device, Estimate, Statistics, best_device, estimate, make_fit, plan_document
+from engine.plan import (
+    Device,
+    Estimate,
+    Place,
+    best_device,
+    estimate,
+    make_fit,
+    plan_document,
+)
 from engine.plan.measured import Measurement, store
 from engine.plan.remarks import refuse_busy_memory
 from engine.plan.trainer import refuse_bf16
@@ -249,20 +257,18 @@ def plan_run(
         return None
     refuse_bf16(config, device)
     statistics, _ = count_config_rows(config, architecture, file.absolute().parent)
-    needs = estimate(config, architecture, device, statistics)
+    place = Place(architecture, device, statistics)
+    needs = estimate(config, place)
     if needs.verdict == "does not fit" and not anyway:
-        raise _too_large(config, architecture, device, statistics)
+        raise _too_large(config, place)
     if not anyway:
         refuse_busy_memory(needs.host_bytes, "--anyway starts it all the same")
     require_torch(machine, device.uuid)
     return plan_document(needs, device)
 
 
-def _too_large(
-    config: RunConfig, architecture: Architecture, device: Device, statistics: Statistics | None
-) -> UserError:
-    needs = estimate(config, architecture, device, statistics)
-    rungs = make_fit(config, architecture, device, statistics)
+def _too_large(config: RunConfig, place: Place) -> UserError:
+    device, needs, rungs = place.device, estimate(config, place), make_fit(config, place)
     fix = "Train it on a larger GPU"
     if rungs and rungs[-1].estimate.verdict != "does not fit":
         values = " ".join(assignment(*change) for change in rungs[-1].changes.items())

@@ -12,7 +12,7 @@ from pathlib import Path
 from engine.catalog import read_architecture
 from engine.config import read_config
 from engine.hardware import assume
-from engine.plan import cpu_device, estimate, estimate_document
+from engine.plan import Place, cpu_device, estimate, estimate_document
 from engine.plan.measured import Measurement, key_of, step_bytes
 
 
@@ -32,7 +32,7 @@ def main() -> int:
     tell(**event, seq=1, type="note", level="info", text=f"{steps} steps\x1b[31m")
     config = read_config(Path(folder, "config.yml")).config
     architecture, device = read_architecture(config.base_model), cpu_device(assume("24 GB"))
-    needs = estimate(config, architecture, device)
+    needs = estimate(config, Place(architecture, device))
     formula = step_bytes(needs)
     measured = Measurement(
         key=key_of(config, architecture, device, needs.tokens_at_once, 0),

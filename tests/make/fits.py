@@ -13,7 +13,7 @@ from typing import get_args
 from engine.catalog import list_models, read_architecture
 from engine.errors import UserError
 from engine.hardware import assume, listed_gpus
-from engine.plan import Device, Goal, Recommendation, best_device, recommend
+from engine.plan import Device, Goal, Place, Recommendation, best_device, recommend
 from engine.plan.layers import recomputed_layers, widths
 from engine.report import VERDICT_MARKS
 from engine.units import GIB
@@ -61,7 +61,7 @@ def _cells() -> Iterator[Cell]:
                 architecture = read_architecture(card.name)
                 for goal in GOALS:
                     try:
-                        advice = recommend(architecture, device, goal=goal)
+                        advice = recommend(Place(architecture, device), goal=goal)
                     except UserError:
                         continue
                     yield Cell(device.name, card.name, goal, device, advice)

@@ -6,7 +6,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.hardware import attention_backends
-from engine.plan import Device, Heads, Task, choose_attention, heads_of, recommend
+from engine.plan import Device, Heads, Place, Task, choose_attention, heads_of, recommend
 from engine.plan.attention import (
     find_backend,
     follow_attention,
@@ -203,7 +203,7 @@ def test_a_run_is_in_float32_where_its_config_or_its_card_says_so() -> None:
     assert halves == [True, False, False, False]
     assert task_of(config(processor_type="AutoProcessor"), architecture, ampere).images
     assert not task_of(config(processor_type="AutoProcessor"), architecture, ampere, False).images
-    advice = recommend(architecture, ampere, fixed={"bf16": False})
+    advice = recommend(Place(architecture, ampere), fixed={"bf16": False})
     assert advice.attention.backend == TORCH, "FlashAttention 2 computes in 16 bits only"
 
 

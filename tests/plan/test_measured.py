@@ -20,7 +20,7 @@ from engine.catalog.rows import module_table
 from engine.config import RunConfig
 from engine.errors import WorkError
 from engine.hardware import listed_gpus
-from engine.plan import Device, estimate, make_fit
+from engine.plan import Device, Place, estimate, make_fit
 from engine.plan.measured import (
     HOME_VARIABLE,
     INDIFFERENT,
@@ -34,7 +34,7 @@ from engine.plan.measured import (
 )
 from engine.units import GIB
 from tests.make.fits import GOALS, PAGE, cells, page
-from tests.support.machines import card, config, cpu, model
+from tests.support.machines import at, card, config, cpu, model
 
 H100 = card("H100 80GB")
 RUN = config(adapter="qlora", sequence_len=2048, sample_packing=True, gradient_checkpointing=True)
@@ -230,10 +230,10 @@ class TestTheStore:
 
 class TestThePlan:
     def test_a_measured_peak_beats_the_formula_and_says_so(self) -> None:
-        plain = estimate(RUN, model("ministral-3-3b"), H100)
+        plain = estimate(RUN, at("ministral-3-3b", H100))
         peak = step_bytes(plain) + GIB
         store(figure(peak=peak))
-        plan = estimate(RUN, model("ministral-3-3b"), H100)
+        plan = estimate(RUN, at("ministral-3-3b", H100))
         assert (plain.source, plan.source) == ("formula", "measured")
         assert plan.peak_allocated_bytes == sum(plan.parts.values()) == peak
         assert plan.device_bytes == peak + GIB
@@ -243,7 +243,7 @@ class TestThePlan:
     @given(share=st.floats(0.5, 2.0))
     @hypothesis_settings(max_examples=50, deadline=None)
     def test_the_parts_add_up_to_what_was_measured(self, share: float) -> None:
-        plain = estimate(config(adapter="lora"), model("ministral-3-3b"), H100)
+        plain = estimate(config(adapter="lora"), at("ministral-3-3b", H100))
         plain = replace(plain, moments={"loss": plain.peak_allocated_bytes})
         peak = int(plain.peak_allocated_bytes * share)
         plan = corrected(plain, figure(peak=peak))
@@ -254,13 +254,13 @@ class TestThePlan:
 
     @pytest.mark.parametrize("over", [-2 * GIB, GIB])
     def test_the_verdict_follows_the_measurement(self, over: int) -> None:
-        plain = estimate(RUN, model("ministral-3-3b"), H100)
+        plain = estimate(RUN, at("ministral-3-3b", H100))
         plain = replace(plain, moments={"loss": plain.peak_allocated_bytes})
         measured = replace(figure(), device_bytes=plain.can_give_bytes + over)
         assert corrected(plain, measured).verdict == ("does not fit" if over > 0 else "fits")
 
     def test_a_moment_beside_the_steps_that_is_fuller_stays(self) -> None:
-        plain = estimate(RUN, model("ministral-3-3b"), H100)
+        plain = estimate(RUN, at("ministral-3-3b", H100))
         plain = replace(plain, moments={**plain.moments, "evaluation": 30 * GIB})
         plan = corrected(plain, figure(peak=20 * GIB))
         assert plan == replace(plain, tokens_per_second=1234.5)
@@ -281,7 +281,7 @@ def test_every_card_model_and_goal_has_its_line() -> None:
 def test_none_is_worse_than_the_ladder_can_make_it() -> None:
     poor = [cell for cell in cells() if cell.advice.estimate.verdict != "fits"]
     for cell in poor:
-        rungs = make_fit(cell.advice.config, read_architecture(cell.model), cell.device)
+        rungs = make_fit(cell.advice.config, Place(read_architecture(cell.model), cell.device))
         assert not rungs or rungs[-1].estimate.verdict != "fits"
     # Only the two largest models, and only below 12 GB.
     assert {cell.model for cell in poor} <= {"mistral-medium-3.5", "mistral-small-4"}

@@ -12,7 +12,16 @@ from engine.catalog import read_architecture
 from engine.config import SHARDED_OPTIMIZERS, read_config, require_supported
 from engine.errors import UserError
 from engine.hardware import assume
-from engine.plan import Estimate, Statistics, best_device, changed, estimate, make_fit, recommend
+from engine.plan import (
+    Estimate,
+    Place,
+    Statistics,
+    best_device,
+    changed,
+    estimate,
+    make_fit,
+    recommend,
+)
 from engine.plan.layers import kept_bytes, widths
 from engine.plan.memory import cards_needed, compare_peer, moment_parts
 from engine.plan.step import AXOLOTL as AXOLOTL_STACK
@@ -28,7 +37,7 @@ from tests.research.published import (
     share_inside,
 )
 from tests.research.published import main as published
-from tests.support.machines import card, config, cpu, dataset, model, sized
+from tests.support.machines import at, card, config, cpu, dataset, model, sized
 
 H200 = card("H200")
 AXOLOTL: dict[str, Any] = {
@@ -74,9 +83,9 @@ def test_a_peer_is_counted_as_it_is_built_and_the_difference_has_a_name(
     name: str, keys: dict[str, Any], largest: str
 ) -> None:
     run, read = config(**AXOLOTL | keys), model(name)
-    peer = compare_peer(AXOLOTL_STACK, run, read, H200)
+    peer = compare_peer(AXOLOTL_STACK, run, Place(read, H200))
     ours, theirs = (
-        estimate(run, read, H200, stack=stack).peak_allocated_bytes
+        estimate(run, Place(read, H200), stack=stack).peak_allocated_bytes
         for stack in (WINDTUNNEL, AXOLOTL_STACK)
     )
     assert peer.peak_allocated_bytes == theirs
@@ -102,7 +111,7 @@ def test_packed_experts_add_one_matrix_and_no_whole_tensor(adapted: bool) -> Non
     """A layer of Small 4 has 6 GiB of experts in bfloat16, one matrix of an expert 32 MiB."""
     keys = AXOLOTL | SMALL_4 | {"lora_r": 8, "sequence_len": 256}
     keys |= {"lora_target_parameters": EXPERTS} if adapted else {}
-    parts = estimate(config(**keys), model("mistral-small-4"), H200).parts
+    parts = estimate(config(**keys), at("mistral-small-4", H200)).parts
     assert 32 * 2**20 < parts["layer"] < GIB // 2
 
 
@@ -110,7 +119,9 @@ def test_experts_that_stay_whole_are_held_once_and_trained_ones_have_a_whole_gra
     small_4 = model("mistral-small-4")
     table = small_4.table
     frozen, moving = (
-        moment_parts(config(adapter=adapter, sequence_len=256), small_4, H200, "backward pass")
+        moment_parts(
+            config(adapter=adapter, sequence_len=256), Place(small_4, H200), "backward pass"
+        )
         for adapter in ("lora", None)
     )
     stack = max(p.count for p in table.parameters if p.group == "experts")
@@ -120,7 +131,7 @@ def test_experts_that_stay_whole_are_held_once_and_trained_ones_have_a_whole_gra
 
 def test_without_checkpointing_every_layer_keeps_its_routed_rows() -> None:
     keys = AXOLOTL | SMALL_4 | {"gradient_checkpointing": False}
-    found = estimate(config(**keys), model("mistral-small-4"), H200)
+    found = estimate(config(**keys), at("mistral-small-4", H200))
     sizes = widths(model("mistral-small-4").table)
     dense = sizes.layers * kept_bytes(config(**keys), sizes, found.tokens_at_once, 2, flash=True)
     assert found.parts["activations"] == dense + 36 * 4 * found.tokens_at_once * 4096 * 2
@@ -141,19 +152,19 @@ def test_the_verdict_follows_from_what_is_to_spare(spare: int, verdict: str) -> 
 
 
 def test_spare_is_what_the_device_could_give_beyond() -> None:
-    found = estimate(config(), model("ministral-3-3b"), sized(12))
+    found = estimate(config(), at("ministral-3-3b", sized(12)))
     assert found.spare_bytes == 12 * GIB - found.device_bytes
     assert found.verdict == judge(found.device_bytes, 12 * GIB)
     assert found.can_give_bytes == 12 * GIB
 
 
 def test_a_card_holds_more_than_the_tensors() -> None:
-    found = estimate(config(), model("ministral-3-3b"), sized(12))
+    found = estimate(config(), at("ministral-3-3b", sized(12)))
     assert found.device_bytes == int(found.peak_allocated_bytes * 1.03) + int(0.55 * GIB)
 
 
 def test_on_a_cpu_the_memory_is_the_computers() -> None:
-    found = estimate(config(), model("ministral-3-3b"), cpu(64))
+    found = estimate(config(), at("ministral-3-3b", cpu(64)))
     assert found.host_bytes == found.device_bytes > found.peak_allocated_bytes
 
 
@@ -161,8 +172,7 @@ def test_packed_rows_need_a_mask_unless_they_are_cut_apart() -> None:
     needs = {
         name: estimate(
             config(sample_packing=packed, sequence_len=4096, attn_implementation=backend),
-            model("ministral-3-3b"),
-            H200,
+            at("ministral-3-3b", H200),
         ).parts
         for name, packed, backend in [
             ("torch", True, "sdpa"),
@@ -178,7 +188,7 @@ def test_packed_rows_need_a_mask_unless_they_are_cut_apart() -> None:
         attn_implementation="sdpa",
         gradient_checkpointing=True,
     )
-    computed = estimate(again, model("ministral-3-3b"), H200).parts["mask"]
+    computed = estimate(again, at("ministral-3-3b", H200)).parts["mask"]
     assert computed == (1 + 2) * 4096**2  # the one for all, and that of the layer at work
     assert "mask" not in needs["flash"]
     assert "mask" not in needs["chosen"]
@@ -199,9 +209,7 @@ def test_a_batch_beyond_the_rows_needs_no_smaller_mask() -> None:
                 gradient_checkpointing=True,
                 cut_cross_entropy=True,  # or the loss is the fullest moment
             ),
-            model("ministral-3-3b"),
-            H200,
-            rows,
+            at("ministral-3-3b", H200, rows),
         ).parts["mask"]
         for size in (2, 4, 80)
     ]
@@ -213,7 +221,7 @@ def test_rows_that_learn_little_take_as_few_logits() -> None:
 
     def loss(rows: Statistics, **keys: Any) -> float:
         settings = config(sequence_len=1024, **keys)
-        return estimate(settings, model("demo-tiny"), cpu(), rows).moments["loss"]
+        return estimate(settings, at("demo-tiny", cpu(), rows)).moments["loss"]
 
     few = replace(rows, most_learned_tokens=10)
     width, vocabulary = 128, 131072
@@ -226,13 +234,13 @@ def test_rows_that_learn_little_take_as_few_logits() -> None:
 
 def test_rows_that_are_known_to_be_short_need_less() -> None:
     long = config(sequence_len=8192, sample_packing=False)
-    unknown = estimate(long, model("ministral-3-3b"), H200)
-    known = estimate(long, model("ministral-3-3b"), H200, dataset(100, 300, 700))
+    unknown = estimate(long, at("ministral-3-3b", H200))
+    known = estimate(long, at("ministral-3-3b", H200, dataset(100, 300, 700)))
     assert (unknown.tokens_at_once, known.tokens_at_once) == (8192, 700)
     assert known.peak_allocated_bytes < unknown.peak_allocated_bytes
     packed = config(sequence_len=8192, sample_packing=True)
-    assert estimate(packed, model("ministral-3-3b"), H200, dataset(100, 300, 700)).tokens_at_once
-    few = estimate(packed, model("ministral-3-3b"), H200, dataset(2, 300, 700))
+    assert estimate(packed, at("ministral-3-3b", H200, dataset(100, 300, 700))).tokens_at_once
+    few = estimate(packed, at("ministral-3-3b", H200, dataset(2, 300, 700)))
     assert few.tokens_at_once == 600
 
 
@@ -241,13 +249,13 @@ def test_bf16_auto_is_float32_where_bfloat16_would_be_emulated(name: str, width:
     device = cpu() if name == "CPU" else card(name)
     architecture = model("magistral-small-2507")
     counts = architecture.table.counts_by_group()
-    parts = estimate(config(bf16="auto"), architecture, device).parts
+    parts = estimate(config(bf16="auto"), Place(architecture, device)).parts
     assert parts["embeddings"] == width * (counts["embedding"] + counts["head"])
 
 
 def test_a_paged_optimizer_makes_room_on_the_card_and_takes_it_here() -> None:
     plain, small, paged = (
-        estimate(config(optimizer=name), model("ministral-3-3b"), H200)
+        estimate(config(optimizer=name), at("ministral-3-3b", H200))
         for name in ("adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit")
     )
     trained = plain.trainable_parameters
@@ -259,12 +267,12 @@ def test_a_paged_optimizer_makes_room_on_the_card_and_takes_it_here() -> None:
 def test_the_disk_holds_download_checkpoints_and_result() -> None:
     architecture = model("ministral-3-3b")
     kept = {
-        limit: estimate(config(save_total_limit=limit), architecture, H200).disk_bytes
+        limit: estimate(config(save_total_limit=limit), Place(architecture, H200)).disk_bytes
         for limit in (1, 2, 3)
     }
     assert kept[3] - kept[2] == kept[2] - kept[1] > 0
     assert kept[1] > 2 * architecture.table.total_parameters
-    assert estimate(config(), model("demo-tiny"), H200).disk_bytes < 10**8
+    assert estimate(config(), at("demo-tiny", H200)).disk_bytes < 10**8
 
 
 RANDOM = {
@@ -289,7 +297,7 @@ ROWS = st.sampled_from([None, dataset(20, 60, 200), dataset(5000, 900, 40_000)])
 
 
 def planned(keys: dict[str, Any], name: str, *rest: Any) -> Estimate:
-    return estimate(config(**keys), model(name), *rest)
+    return estimate(config(**keys), at(name, *rest))
 
 
 @settings(max_examples=100, deadline=None)
@@ -342,7 +350,7 @@ def test_where_there_is_no_memory_beside_the_devices_nothing_is_paged_out() -> N
     """bitsandbytes keeps the state in RAM itself on a CPU, and RAM is what a unified card has."""
     for device in (cpu(), replace(card("24 GB"), unified=True)):
         paged, plain = (
-            estimate(config(optimizer=name), model("ministral-3-3b"), device)
+            estimate(config(optimizer=name), at("ministral-3-3b", device))
             for name in ("paged_adamw_8bit", "adamw_bnb_8bit")
         )
         assert paged.parts["optimizer"] == plain.parts["optimizer"] > 0
@@ -353,7 +361,7 @@ def test_float32_on_a_card_keeps_keys_and_values_for_every_head() -> None:
     keys = {"bf16": False, "gradient_checkpointing": False, "sample_packing": False}
     run, name = config(**keys, sequence_len=1024), model("ministral-3-3b")
     kept = [
-        moment_parts(run, name, device, "backward pass")["activations"]
+        moment_parts(run, Place(name, device), "backward pass")["activations"]
         for device in (card("T4"), cpu())
     ]
     layers, heads = 26, 32 * 128
@@ -365,7 +373,7 @@ FULL = {"adapter": None, "bf16": True, "gradient_checkpointing": True}
 
 
 def needed(gibibytes: float, name: str = "magistral-small-2506") -> int | None:
-    return cards_needed(config(**FULL), model(name), sized(gibibytes))
+    return cards_needed(config(**FULL), at(name, sized(gibibytes)))
 
 
 def test_the_fewest_cards_follow_their_size() -> None:
@@ -377,7 +385,7 @@ def test_the_fewest_cards_follow_their_size() -> None:
 
 def test_all_cards_together_hold_what_is_divided() -> None:
     run, architecture, device = config(**FULL), model("magistral-small-2506"), sized(80)
-    needs = estimate(run, architecture, device)
+    needs = estimate(run, Place(architecture, device))
     count = needed(80)
     assert count is not None
     assert needs.parts["linear"] + needs.parts["optimizer"] < count * 80 * 2**30
@@ -402,17 +410,15 @@ def test_a_config_says_how_many_cards_it_is_for(keys: dict[str, object], count: 
 
 
 def on_each(name: str = "magistral-small-2506", **keys: object) -> Estimate:
-    return estimate(config(**FULL | FSDP | keys), model(name), sized(80))
+    return estimate(config(**FULL | FSDP | keys), at(name, sized(80)))
 
 
 def test_a_card_holds_its_share_and_what_is_gathered() -> None:
-    whole = estimate(config(**FULL), model("magistral-small-2506"), sized(80))
+    whole = estimate(config(**FULL), at("magistral-small-2506", sized(80)))
     each = on_each(dp_shard_size=8)
     assert each.cards == 8
     stepping = [
-        moment_parts(
-            config(**FULL | keys), model("magistral-small-2506"), sized(80), "optimizer step"
-        )
+        moment_parts(config(**FULL | keys), at("magistral-small-2506", sized(80)), "optimizer step")
         for keys in ({}, FSDP | {"dp_shard_size": 8})
     ]
     for part in ("linear", "gradients", "optimizer"):
@@ -423,7 +429,7 @@ def test_a_card_holds_its_share_and_what_is_gathered() -> None:
 
 
 def moment(part: str) -> int:
-    found = moment_parts(config(**FULL), model("magistral-small-2506"), sized(80), "backward pass")
+    found = moment_parts(config(**FULL), at("magistral-small-2506", sized(80)), "backward pass")
     return found[part]
 
 
@@ -459,14 +465,14 @@ def test_no_sharded_plan_gets_an_optimizer_that_cannot_be_sharded(path: Path) ->
         device = best_device(assume(name))
         for optimizer in ("adamw_torch", "adamw_torch_fused", "adamw_torch_8bit"):
             run = changed(given, {"optimizer": optimizer})
-            for rung in make_fit(run, architecture, device):
+            for rung in make_fit(run, Place(architecture, device)):
                 assert rung.changes.get("optimizer") not in SHARDED_OPTIMIZERS, (name, rung.name)
 
 
 def test_none_is_recommended_beside_fsdp() -> None:
     fixed = {"adapter": None, "fsdp_config": {"reshard_after_forward": True}}
     for name in ("24 GB", "H100 x8"):
-        advice = recommend(model("ministral-3-8b"), best_device(assume(name)), fixed=fixed)
+        advice = recommend(at("ministral-3-8b", best_device(assume(name))), fixed=fixed)
         assert advice.config.optimizer not in SHARDED_OPTIMIZERS
         require_supported(advice.config, sharded=True)
 
@@ -481,7 +487,7 @@ def test_a_config_with_one_is_refused(optimizer: str) -> None:
 def test_cards_are_counted_with_one_that_can_be_sharded() -> None:
     """A paged state would take no room on any of them."""
     counts = {
-        cards_needed(config(optimizer=name, **FULL), model("magistral-small-2506"), sized(40))
+        cards_needed(config(optimizer=name, **FULL), at("magistral-small-2506", sized(40)))
         for name in ("adamw_torch_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
     }
     assert len(counts) == 1

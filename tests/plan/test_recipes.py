@@ -18,7 +18,7 @@ from engine.cli import main
 from engine.config import read_config, require_supported
 from engine.errors import UserError
 from engine.hardware import assume
-from engine.plan import best_device, estimate
+from engine.plan import Place, best_device, estimate
 from engine.plan.memory import cards_needed
 from engine.plan.step import cards_laid_out
 
@@ -197,9 +197,9 @@ class TestHere:
         count = 1 if said[1] == "One" else int(said[1])
         assert cards_laid_out(config) == count
         if count == 1:
-            assert estimate(config, architecture, card).verdict == "fits"
+            assert estimate(config, Place(architecture, card)).verdict == "fits"
         else:
-            fewest = cards_needed(config, architecture, card)
+            fewest = cards_needed(config, Place(architecture, card))
             assert fewest is not None
             assert 1 < fewest <= count
 

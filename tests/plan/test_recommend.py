@@ -14,6 +14,7 @@ from engine.errors import UserError
 from engine.hardware import listed_gpus
 from engine.plan import (
     Device,
+    Place,
     Recommendation,
     Statistics,
     changed,
@@ -26,7 +27,7 @@ from engine.plan import (
 )
 from engine.plan.duration import count_steps
 from engine.units import GIB, counted, gib
-from tests.support.machines import MODELS, card, config, cpu, dataset, model, sized
+from tests.support.machines import MODELS, at, card, config, cpu, dataset, model, sized
 
 GPUS = [gpu.name for gpu in listed_gpus()]
 SMALLER = ("2 GB", "4 GB", "8 GB", "12 GB", "16 GB")
@@ -44,7 +45,7 @@ NEEDS_NO_REASON = {"base_model", "datasets", "test_datasets"}
 def advised(
     architecture: Architecture, device: Device, rows: Any = None, **fixed: Any
 ) -> Recommendation:
-    return recommend(architecture, device, rows, dataset=OWN if rows else None, fixed=fixed)
+    return recommend(Place(architecture, device, rows), dataset=OWN if rows else None, fixed=fixed)
 
 
 def check(advice: Recommendation, architecture: Architecture, device: Device, rows: Any) -> None:
@@ -53,7 +54,7 @@ def check(advice: Recommendation, architecture: Architecture, device: Device, ro
     if advice.not_trained is None:
         require_supported(advice.config)
     if advice.estimate.verdict != "fits":
-        rungs = make_fit(advice.config, architecture, device, rows)
+        rungs = make_fit(advice.config, Place(architecture, device, rows))
         assert not rungs or rungs[-1].estimate.verdict != "fits"
 
 
@@ -211,7 +212,7 @@ class TestWhatTheRowsDecide:
 
     @pytest.mark.parametrize(("goal", "length"), [("text", 2048), ("tools", 4096), ("think", 8192)])
     def test_unknown_rows_have_the_usual_length_of_their_goal(self, goal: Any, length: int) -> None:
-        advice = recommend(model("ministral-3-3b"), card("H100"), goal=goal)
+        advice = recommend(at("ministral-3-3b", "H100"), goal=goal)
         assert advice.config.sequence_len == length
 
     def test_a_long_epoch_is_saved_more_often(self) -> None:
@@ -387,12 +388,11 @@ class TestWhatThePersonChose:
 class TestGoals:
     def test_images_are_refused_for_a_model_that_reads_none(self) -> None:
         with pytest.raises(UserError, match="reads no images"):
-            recommend(model("magistral-small-2507"), card("H100"), goal="vision")
+            recommend(at("magistral-small-2507", "H100"), goal="vision")
 
     def test_images_get_room_for_the_largest_and_no_flash_attention_4(self) -> None:
         text, seen = (
-            recommend(model("ministral-3-3b"), card("H100"), goal=goal)
-            for goal in ("text", "vision")
+            recommend(at("ministral-3-3b", "H100"), goal=goal) for goal in ("text", "vision")
         )
         assert (text.config.sequence_len, seen.config.sequence_len) == (2048, 4096)
         assert "3,080 tokens" in seen.reasons["sequence_len"]
@@ -402,19 +402,19 @@ class TestGoals:
         assert text.estimate.uncertainty < 0.15
 
     def test_a_model_that_thinks_on_request_is_asked_to(self) -> None:
-        advice = recommend(model("mistral-small-4"), card("H200"), goal="think")
+        advice = recommend(at("mistral-small-4", "H200"), goal="think")
         assert advice.config.chat_template_kwargs == {"reasoning_effort": "high"}
-        assert not recommend(model("mistral-small-4"), card("H200")).config.chat_template_kwargs
+        assert not recommend(at("mistral-small-4", "H200")).config.chat_template_kwargs
 
     def test_thinking_is_refused_for_a_model_without_the_tokens(self) -> None:
         with pytest.raises(UserError, match="does not think"):
-            recommend(model("mistral-small-3.2"), card("H100"), goal="think")
-        assert recommend(model("magistral-small-2509"), card("H100"), goal="think")
+            recommend(at("mistral-small-3.2", "H100"), goal="think")
+        assert recommend(at("magistral-small-2509", "H100"), goal="think")
 
     @pytest.mark.parametrize("goal", ["text", "tools"])
     @pytest.mark.parametrize("name", MODELS)
     def test_text_and_tools_suit_every_model(self, name: str, goal: Any) -> None:
-        assert recommend(model(name), card("H100"), goal=goal)
+        assert recommend(at(name, "H100"), goal=goal)
 
 
 class TestReasonsAreTrue:
@@ -450,7 +450,7 @@ class TestReasonsAreTrue:
             reason, micro = advice.reasons["micro_batch_size"], advice.config.micro_batch_size
             if "would need" in reason:
                 twice = advice.config.model_copy(update={"micro_batch_size": 2 * micro})
-                needs = estimate(twice, architecture, device, ROWS["some"])
+                needs = estimate(twice, Place(architecture, device, ROWS["some"]))
                 assert needs.verdict != "fits"
                 assert reason == f"{2 * micro} would need {gib(needs.device_bytes)}"
             else:
@@ -475,7 +475,7 @@ class TestRecipes:
     """The model that is made here comes with a recipe that was tried."""
 
     def test_without_a_dataset_the_recipe_is_followed_whole(self) -> None:
-        advice = recommend(model("demo-tiny"), cpu(8))
+        advice = recommend(at("demo-tiny", cpu(8)))
         config = advice.config
         assert (config.learning_rate, config.max_steps, config.lora_alpha) == (0.005, 150, 32)
         assert len(config.datasets) == 1
@@ -485,7 +485,7 @@ class TestRecipes:
     def test_another_dataset_keeps_what_suits_the_model_and_takes_lengths_from_the_rows(
         self,
     ) -> None:
-        advice = recommend(model("demo-tiny"), cpu(8), dataset(60, 300, 700), dataset=OWN)
+        advice = recommend(at("demo-tiny", cpu(8), dataset(60, 300, 700)), dataset=OWN)
         config = advice.config
         assert (config.learning_rate, config.lora_alpha, config.bf16) == (0.005, 32, False)
         assert (config.sequence_len, config.max_steps) == (1024, None)
@@ -497,14 +497,14 @@ class TestRecipes:
         assert (config.val_set_size, config.test_datasets) == (0.2, ())
 
     def test_a_downloaded_model_has_no_recipe(self) -> None:
-        config = recommend(model("ministral-3-3b"), card("H100")).config
+        config = recommend(at("ministral-3-3b", "H100")).config
         assert (config.learning_rate, config.max_steps) == (2e-4, None)
 
     @pytest.mark.parametrize(
         ("name", "rate"), [("ministral-3-3b", 2e-4), ("mistral-medium-3.5", 1e-4)]
     )
     def test_models_above_70b_learn_at_half_the_rate(self, name: str, rate: float) -> None:
-        assert recommend(model(name), card("H200")).config.learning_rate == rate
+        assert recommend(at(name, "H200")).config.learning_rate == rate
 
     def test_whole_weights_learn_at_a_tenth_of_it(self) -> None:
         advice = advised(model("ministral-3-3b"), card("H200"), adapter=None)
@@ -568,7 +568,7 @@ def test_prices_reach_the_context_and_grow_with_the_length(name: str) -> None:
     keys = QLORA if name != "mistral-small-4" else QLORA | {"quantize_moe_experts": True}
     if name == "mistral-small-4":
         keys |= {"lora_target_modules": ["o_proj"]}
-    prices = price_lengths(config(**keys), architecture, card("H200"))
+    prices = price_lengths(config(**keys), Place(architecture, card("H200")))
     assert architecture.card
     assert prices[-1].sequence_len == architecture.card.context_tokens
     needed = [price.device_bytes for price in prices]
@@ -584,10 +584,10 @@ def test_prices_reach_the_context_and_grow_with_the_length(name: str) -> None:
 
 def test_a_price_is_the_estimate_of_that_length() -> None:
     run = config(**QLORA, micro_batch_size=4)
-    prices = price_lengths(run, model("ministral-3-8b"), card("RTX 4090"))
+    prices = price_lengths(run, at("ministral-3-8b", "RTX 4090"))
     one = changed(run, {"micro_batch_size": 1, "sequence_len": 16_384})
     (price,) = [price for price in prices if price.sequence_len == 16_384]
-    needs = estimate(one, model("ministral-3-8b"), card("RTX 4090"))
+    needs = estimate(one, at("ministral-3-8b", "RTX 4090"))
     assert (price.device_bytes, price.verdict) == (needs.device_bytes, needs.verdict)
 
 

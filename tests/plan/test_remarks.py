@@ -12,7 +12,7 @@ from engine.errors import DOES_NOT_FIT, UserError
 from engine.plan import estimate, refuse_answering, remarks
 from engine.plan.remarks import answering_bytes
 from engine.units import GIB
-from tests.support.machines import card, config, model, sized
+from tests.support.machines import at, card, config, model, sized
 
 EXAMPLE = Path(__file__).parent.parent / "golden" / "config" / "mistral4-qlora-text.yml"
 ROUTERS = {"overrides_of_model_config": {"output_router_logits": True}}
@@ -76,7 +76,7 @@ def test_rows_beyond_a_window_of_attention_are_refused_and_up_to_it_nothing_is_s
 def test_asking_takes_the_weights_and_the_adapter_but_no_step() -> None:
     asked, device = config(adapter="qlora"), card("RTX 4090")
     needed = answering_bytes(asked, model("ministral-3-8b"), device)
-    assert needed < estimate(asked, model("ministral-3-8b"), device).device_bytes
+    assert needed < estimate(asked, at("ministral-3-8b", device)).device_bytes
     wide = answering_bytes(config(), model("ministral-3-8b"), device)
     assert wide == pytest.approx(8.92e9 * 2 * 1.03 + 0.55 * GIB, rel=0.03)
     assert needed < wide / 2

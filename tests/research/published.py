@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 
 from engine.catalog import Architecture, model_names, read_architecture
 from engine.config import RunConfig
-from engine.plan import estimate
+from engine.plan import Place, estimate
 from engine.plan.memory import on_device
 from engine.plan.step import AXOLOTL, Stack
 from engine.units import GIB
@@ -125,12 +125,12 @@ def predict(entry: Mapping[str, Any]) -> Row:
     )
     device, stack = card("H200"), STACKS[entry["stack"]]
     architecture = find_architecture(entry["model"])
-    found = estimate(config, architecture, device, stack=stack)
+    found = estimate(config, Place(architecture, device), stack=stack)
     whole, ours = (
         on_device(peak, device) if entry["kind"] == "nvidia-smi" else peak
         for peak in (
             found.peak_allocated_bytes,
-            estimate(config, architecture, device).peak_allocated_bytes,
+            estimate(config, Place(architecture, device)).peak_allocated_bytes,
         )
     )
     mistral = entry["group"] == "mistral"

@@ -9,7 +9,7 @@ import torch
 from engine.catalog import read_architecture
 from engine.plan import estimate
 from tests.research.oracle import WIDE, Run, dry_run, really_run
-from tests.support.machines import card, config, model
+from tests.support.machines import at, config, model
 from tests.support.tiny import settings, write_model
 
 LENGTH = 2048
@@ -50,7 +50,7 @@ def compared(name: str, sequences: int, keys: dict[str, Any]) -> tuple[float, Ru
         sequences=sequences,
         vision_on_device=False,  # no row has an image
     )
-    planned = estimate(settings, model(name), card("H200"))
+    planned = estimate(settings, at(name, "H200"))
     return planned.peak_allocated_bytes / run.peak_bytes, run
 
 

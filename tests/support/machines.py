@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from engine.catalog import Architecture, list_models, read_architecture
 from engine.config import RunConfig
 from engine.hardware import assume
-from engine.plan import Device, Statistics, best_device, cpu_device
+from engine.plan import Device, Place, Statistics, best_device, cpu_device
 from engine.units import GIB
 
 MODELS = tuple(card.name for card in list_models())
@@ -30,9 +31,15 @@ def cpu(gibibytes: float = 64) -> Device:
 
 
 @cache
-def model(name: str) -> Architecture:
+def model(name: str | Path) -> Architecture:
     """A model of the catalog."""
     return read_architecture(name)
+
+
+def at(name: str | Path, device: Device | str, rows: Statistics | None = None) -> Place:
+    """A model of the catalog or in a folder on `device`, or on the card of that name."""
+    where = card(device) if isinstance(device, str) else device
+    return Place(model(name), where, rows)
 
 
 def config(**keys: Any) -> RunConfig:

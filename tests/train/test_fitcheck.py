@@ -23,7 +23,7 @@ from engine.chat.render import IGNORED_LABEL
 from engine.config import RunConfig, write_config
 from engine.errors import UserError
 from engine.hardware import GpuProcess, Machine, assume
-from engine.plan import estimate
+from engine.plan import Place, estimate
 from engine.runs import RunFolder
 from engine.train.batches import IMAGE_TOKEN, PAD, Rows
 from engine.train.fitcheck import CpuPeakMemory, check, used_by_process
@@ -110,7 +110,7 @@ class TestTheFormula:
     def test_measured_peak_is_near(self, wide: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
         config = settings(wide, **PACKED | {"micro_batch_size": 2} | keys)
         fitted = measure(tmp_path / "run", config)[-1]["fitted"]
-        formula = estimate(config, read_architecture(wide), cpu())
+        formula = estimate(config, Place(read_architecture(wide), cpu()))
         steps = max(formula.moments[name] for name in ("backward pass", "loss", "optimizer step"))
         assert fitted["measurement"]["formula_bytes"] == steps
         assert fitted["measurement"]["peak_allocated_bytes"] == pytest.approx(steps, rel=0.1)
@@ -140,7 +140,7 @@ class TestTheFormula:
             **LORA | CHECKPOINTED,
         )
         fitted = measure(tmp_path / "run", config)[-1]["fitted"]["measurement"]
-        formula = estimate(config, read_architecture(folder), cpu()).moments
+        formula = estimate(config, Place(read_architecture(folder), cpu())).moments
         assert fitted["peak_allocated_bytes"] == pytest.approx(fitted["formula_bytes"], rel=0.1)
         assert formula["backward pass"] == fitted["formula_bytes"]
 
@@ -166,7 +166,7 @@ class TestTheFormula:
         folder = describe(tmp_path / "model", content)
         config = settings(folder, bf16=True, sequence_len=64)
         fitted = measure(tmp_path / "run", config)[-1]["fitted"]
-        formula = estimate(config, read_architecture(folder), cpu())
+        formula = estimate(config, Place(read_architecture(folder), cpu()))
         assert formula.moments["optimizer step"] == fitted["measurement"]["formula_bytes"]
         measured = fitted["measurement"]["peak_allocated_bytes"]
         # A bound: the largest weight may come when no other is widened yet.
@@ -307,7 +307,7 @@ class TestBatches:
             config = settings("demo-tiny", adapter="lora", **keys)
             step = heaviest_step(uneven, config)
             planned = estimate(
-                config, architecture, cpu(), count_rows(uneven, config)
+                config, Place(architecture, cpu(), count_rows(uneven, config))
             ).tokens_at_once
             assert step.micros[0].tensors["input_ids"].numel() == planned
 
@@ -368,7 +368,7 @@ class TestReduced:
         config = settings("ministral-3-3b", **LORA, sequence_len=128)
         architecture = read_architecture("ministral-3-3b")
         built = reduce_for_cpu(architecture, config, cpu(gibibytes), None)
-        needs = estimate(config, built.architecture, cpu(gibibytes))
+        needs = estimate(config, Place(built.architecture, cpu(gibibytes)))
         assert needs.verdict != "does not fit"
         assert (built.layers, built.of_layers, built.whole) == (2, 26, False)
         assert "2 of 26 layers" in built.sentence()

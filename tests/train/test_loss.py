@@ -30,7 +30,7 @@ from engine.train.loss import (
     summed_cross_entropy,
 )
 from tests.fakes.kernels import check_product, matrix_product
-from tests.support.machines import config, cpu, model
+from tests.support.machines import at, config, cpu
 from tests.support.trainers import LORA, Workshop, events_of, figures, finish
 
 
@@ -388,7 +388,7 @@ def test_a_run_without_a_compiler_trains_in_chunks_to_the_same_losses(
 )
 def test_a_run_takes_the_chunks_of_its_plan(workshop: Workshop, planned: int, taken: int) -> None:
     run = workshop.new()
-    needs = estimate(config(), model("ministral-3-3b"), cpu())
+    needs = estimate(config(), at("ministral-3-3b", cpu()))
     plan = plan_document(replace(needs, loss_chunk_bytes=planned), cpu())
     run.plan.write_text(json.dumps(plan), "utf-8")
     assert finish(run) == 0, run.log.read_text()

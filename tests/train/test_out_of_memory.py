@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.catalog import read_architecture
 from engine.cli import main
 from engine.config import RunConfig
 from engine.events import Note, Saved, Shortage
-from engine.hardware import assume
-from engine.plan import SAME_RESULT, best_device, estimate, next_rung
+from engine.plan import SAME_RESULT, estimate, next_rung
 from engine.runs import RunFolder
 from engine.train.out_of_memory import (
     LOADING,
@@ -24,6 +22,7 @@ from engine.train.out_of_memory import (
     message_of,
     with_next_rung,
 )
+from tests.support.machines import at
 from tests.support.trainers import (
     LORA,
     Workshop,
@@ -175,12 +174,12 @@ def test_where_the_model_itself_has_no_room_no_batch_is_blamed(workshop: Worksho
 def test_what_saves_too_little_is_joined_by_the_next() -> None:
     keys = {"adapter": "lora", "micro_batch_size": 2, "sequence_len": 16}
     config = RunConfig.model_validate({"base_model": "ministral-3-8b"} | keys)
-    architecture, device = read_architecture("ministral-3-8b"), best_device(assume("RTX 4090"))
-    peak = estimate(config, architecture, device).peak_allocated_bytes
-    first = next_rung(config, architecture, device, only=SAME_RESULT)
+    place = at("ministral-3-8b", "RTX 4090")
+    peak = estimate(config, place).peak_allocated_bytes
+    first = next_rung(config, place, only=SAME_RESULT)
     assert first is not None
     assert first.saves_bytes < peak / 50
-    found = with_next_rung(Shortage(1, "step 1", peak), config, architecture, device)
+    found = with_next_rung(Shortage(1, "step 1", peak), config, place.architecture, place.device)
     assert found.saves_bytes >= peak / 50
     assert set(first.changes) < set(found.changes)
 

@@ -17,7 +17,7 @@ from engine.catalog import ModuleTable, read_architecture
 from engine.chat.render import LabelRule
 from engine.config import RunConfig
 from engine.hardware import assume
-from engine.plan import WEIGHTS, Estimate, cpu_device, estimate, trainer
+from engine.plan import WEIGHTS, Estimate, Place, cpu_device, estimate, trainer
 from engine.plan.duration import tower_operations
 from engine.plan.layers import image_share
 from engine.plan.memory import CPU_BYTES, FOREACH_BYTES, moment_parts, update_bytes
@@ -43,7 +43,7 @@ from tests.fakes.processes import ROOT
 from tests.research import oracle
 from tests.research.layer_memory import PACKAGES, PAGE, REGIMES, layer_against_plan
 from tests.support import tiny
-from tests.support.machines import card, config, cpu, model
+from tests.support.machines import at, card, config, cpu
 from tests.support.pictured_rows import Pictured, picture, seeing, write_pictured
 from tests.support.tiny import (
     MINISTRAL3,
@@ -76,7 +76,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(folder: Path, config: RunConfig) -> Estimate:
-    return estimate(config, read_architecture(folder), CPU)
+    return estimate(config, Place(read_architecture(folder), CPU))
 
 
 def moving(model: nn.Module) -> int:
@@ -165,7 +165,7 @@ class TestTrainable:
     ) -> None:
         config = settings(wide, max_steps=1, lora_r=64, **keys)
         run = training(tmp_path, config, uneven)
-        parts = moment_parts(config, read_architecture(wide), CPU, "optimizer step")
+        parts = moment_parts(config, Place(read_architecture(wide), CPU), "optimizer step")
         run.gradients(Order(uneven, config).step(1))
         grads = [p.grad for p in run.model.parameters() if p.grad is not None]
         assert parts["gradients"] == held_bytes(*grads)
@@ -285,7 +285,7 @@ def test_the_formula_counts_that_piece(made: Run, monkeypatch: pytest.MonkeyPatc
     """Of the largest tensor, where that is less: a state's numbers take up to four bytes."""
     monkeypatch.setattr(weight_files, "PIECE_BYTES", WHOLE_PIECE_BYTES)
     run = made.run
-    parts = moment_parts(run.config, read_architecture(made.base), cpu(), "save")
+    parts = moment_parts(run.config, Place(read_architecture(made.base), cpu()), "save")
     grown = made.grows(run.save)
     assert parts["piece"] / 4 <= grown <= parts["piece"] + GENERATOR_BYTES
     assert grown >= parts["piece"] or "8bit" in run.config.optimizer
@@ -294,11 +294,11 @@ def test_the_formula_counts_that_piece(made: Run, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("keys", [{}, {"adapter": None, "bf16": True}], ids=["lora", "full"])
 def test_on_a_card_a_save_takes_nothing_and_in_ram_a_piece(keys: dict[str, Any]) -> None:
     asked, h100 = config(**keys), card("H100 80GB")
-    parts = moment_parts(asked, model("ministral-3-8b"), h100, "save")
-    resting = moment_parts(asked, model("ministral-3-8b"), h100, "optimizer step")
+    parts = moment_parts(asked, at("ministral-3-8b", h100), "save")
+    resting = moment_parts(asked, at("ministral-3-8b", h100), "optimizer step")
     assert parts == {k: v for k, v in resting.items() if k not in ("gradients", "update")}
     narrow, wide = (
-        estimate(asked.model_copy(update={"optimizer": name}), model("ministral-3-8b"), h100)
+        estimate(asked.model_copy(update={"optimizer": name}), at("ministral-3-8b", h100))
         for name in ("adamw_bnb_8bit", "adamw_torch_fused")
     )
     assert narrow.host_bytes == wide.host_bytes
@@ -323,7 +323,9 @@ def test_masked_rows_take_the_plan(
     keys |= {"gradient_checkpointing": True, "gradient_accumulation_steps": 2} | again
     _, peak = oracle.really_run(three_layers, keys, tokens, 1, rows=2)
     architecture = read_architecture(three_layers)
-    planned = moment_parts(settings(three_layers, **keys), architecture, cpu(64), "backward pass")
+    planned = moment_parts(
+        settings(three_layers, **keys), Place(architecture, cpu(64)), "backward pass"
+    )
     more = sum(planned.get(part, 0) for part in ("activations", "layer", "mask"))
     assert more == pytest.approx(peak, rel=0.1)
 
@@ -355,7 +357,7 @@ def test_tower_takes_what_is_planned(tmp_path: Path, keys: dict[str, Any], train
         hidden_states(model, text).square().sum().backward()
     statistics = count_rows(rows, config)
     assert 0 < image_share(config, statistics) < 1
-    counted = tower_operations(config, read_architecture(base), statistics.total_tokens, statistics)
+    counted = tower_operations(config, at(base, cpu(), statistics), statistics.total_tokens)
     taken = counter.get_total_flops() - without.get_total_flops()
     assert counted == pytest.approx(taken, rel=0.1)
 
@@ -422,7 +424,7 @@ def taken_bytes(
 def test_step_takes_the_planned_memory(tmp_path: Path, name: str, keys: dict[str, Any]) -> None:
     architecture = read_architecture(describe(tmp_path / "model", tiny.WIDE))
     config = settings(tmp_path / "model", optimizer=name, **keys)
-    step = make_step(config, architecture, cpu())
+    step = make_step(config, Place(architecture, cpu()))
     if config.adapter:
         made = sum(p.numel() for _, p in parameters(architecture.table, config))
         assert made == adapter_parameters(architecture.table, config)
@@ -448,7 +450,7 @@ def test_on_a_gpu_only_that_and_what_is_widened_count(tmp_path: Path) -> None:
 
     def counted(name: str, **keys: Any) -> tuple[float, int, int]:
         config = settings(tmp_path / "model", optimizer=name, **keys)
-        step = make_step(config, architecture, card("H100 80GB"))
+        step = make_step(config, Place(architecture, card("H100 80GB")))
         return update_bytes(step), step.trainable, largest_trainable(step.table, config)
 
     for keys in KINDS.values():

@@ -13,7 +13,7 @@ from engine.data.requests import CheckRows, Request
 from engine.data.statistics import Checkup
 from engine.errors import UserError
 from engine.hardware import assume
-from engine.plan import Statistics, best_device, estimate
+from engine.plan import Place, Statistics, best_device, estimate
 from engine.units import gib
 from engine.wizard.data import check_command
 from engine.wizard.draft import (
@@ -84,7 +84,9 @@ def counted(draft: Draft) -> Statistics:
 
 def needs(draft: Draft, rows: Statistics | None) -> str:
     assert draft.device is not None
-    return gib(estimate(draft.config(), draft.architecture(), draft.device, rows).device_bytes)
+    return gib(
+        estimate(draft.config(), Place(draft.architecture(), draft.device, rows)).device_bytes
+    )
 
 
 class Held(DataWorker):
