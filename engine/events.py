@@ -12,11 +12,11 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 
-from msgspec import Meta, convert
+from msgspec import Meta, Struct, convert, field
 
 Outcome = Literal["finished", "stopped", "failed"]
 SampleTime = Literal["before", "during", "after"]
@@ -32,8 +32,11 @@ _LARGEST: Final = 1e39
 """Just beyond float32, in which losses and norms are measured; products of such stay finite."""
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class _Event(Struct, frozen=True, tag=str.lower):
+    """Its `type` is its name in small letters."""
+
+
+class Started(_Event, frozen=True):
     """The model is loaded and the first step of this launch is next; once per launch."""
 
     run: str
@@ -54,8 +57,7 @@ class Started:
     """Package name -> its version."""
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
+class Phase(_Event, frozen=True):
     """Progress of anything that is not a step: loading, tokenizing, evaluating, saving."""
 
     name: str
@@ -65,8 +67,7 @@ class Phase:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(_Event, frozen=True):
     """One optimizer step, reported after it is done."""
 
     step: Whole
@@ -95,8 +96,7 @@ class Step:
     """L2 norm of the gradient that moved the weights, after clipping; None where not measured."""
 
 
-@dataclass(frozen=True, slots=True)
-class Eval:
+class Eval(_Event, frozen=True):
     """Loss on the held-out rows."""
 
     step: Whole
@@ -105,8 +105,7 @@ class Eval:
     """Mean over the learned tokens, in nats a token."""
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(_Event, frozen=True):
     """How one set of rows does at an evaluation; `Eval` sums up the held-out ones."""
 
     step: Whole
@@ -123,8 +122,7 @@ class Score:
     """How many learned tokens those are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
+class Answers(_Event, frozen=True):
     """What the model writes by itself, greedily, on a few held-out rows."""
 
     step: Whole
@@ -145,8 +143,7 @@ class Answers:
     object; None where `calls` is 0."""
 
 
-@dataclass(frozen=True, slots=True)
-class Drift:
+class Drift(_Event, frozen=True):
     """How far the model has moved from its base on general questions, which nobody trains on."""
 
     step: Whole
@@ -156,8 +153,7 @@ class Drift:
     """Tokens over which it is the mean."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(_Event, frozen=True):
     """What the model answers to a fixed prompt."""
 
     step: Whole
@@ -166,8 +162,7 @@ class Sample:
     when: SampleTime
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
+class Saved(_Event, frozen=True):
     """A checkpoint or the result is whole on the disk."""
 
     step: Whole
@@ -175,16 +170,14 @@ class Saved:
     """Relative to the run's folder where it lies inside."""
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(_Event, frozen=True):
     """A sentence for the person who watches."""
 
     level: NoteLevel
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Shortage:
+class Shortage(_Event, frozen=True):
     """Memory ran out: `ended` follows, or the run goes on with `changes`. Sizes in bytes."""
 
     step: Whole
@@ -216,8 +209,7 @@ class Shortage:
     """Whether the run goes on with it by itself, as `auto_fit` asks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ack:
+class Ack(_Event, frozen=True):
     """Answer to one line of `control.jsonl`, written when the trainer has acted on it.
 
     To `stop` it means that the request is accepted: what is saved and `ended` follow.
@@ -229,8 +221,7 @@ class Ack:
     outcome: AckOutcome
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(_Event, frozen=True):
     """The last event of a launch. Its absence, with the lock free, means that the run is lost."""
 
     outcome: Outcome

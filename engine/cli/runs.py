@@ -54,6 +54,7 @@ from engine.runs import (
     run_home,
     summarize,
 )
+from engine.runs.listing import AT_ONCE, summaries
 from engine.units import counted
 from engine.visible import visible
 from engine.wizard.draft import check_rows
@@ -196,20 +197,20 @@ def _row_lines(found: "Checkup") -> list[str]:
 
 def show_runs(*, home: RunsFolder = None, as_json: AsJson = False) -> None:
     """Every run that is known, the latest first: status, steps, loss."""
-    shown: list[tuple[RunFolder, Summary]] = []
-    for run in list_runs(home):
-        try:
-            shown.append((run, summarize(run)))
-        except WorkError as error:
-            _print_now(str(error))
-    if as_json:
-        print(json.dumps({"runs": [_document(run, summary) for run, summary in shown]}))
-    elif shown:
-        width = max(len(visible(run.name, one_line=True)) for run, _ in shown)
-        for run, summary in shown:
+    shown = []
+    width = max((len(visible(run.name, one_line=True)) for run in list_runs(home)), default=0)
+    for run, summary in summaries(home):
+        if isinstance(summary, UserError):
+            _print_now(str(summary))
+            continue
+        shown.append(_document(run, summary))
+        if not as_json:
             name = visible(run.name, one_line=True)
-            print(f"{name:<{width}}  {summary.status:<8}  {progress_text(summary)}".rstrip())
-    else:
+            line = f"{name:<{width}}  {summary.status:<8}  {progress_text(summary)}"
+            print(line.rstrip(), flush=len(shown) == AT_ONCE)
+    if as_json:
+        print(json.dumps({"runs": shown}))
+    elif not shown:
         where = visible(str(run_home(home)), one_line=True)
         print(f"No runs yet under {where}. `windtunnel demo` makes one in about a minute.")
 

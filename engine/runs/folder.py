@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import platformdirs
 
@@ -60,6 +60,11 @@ class RunFolder:
     def events_bytes(self) -> int:
         """How long `events` is by now; 0 before the first."""
         return self.events.stat().st_size if self.events.exists() else 0
+
+    @property
+    def history(self) -> Path:
+        """What the events add up to so far; made anew from them where it is missing."""
+        return self.path / "history.msgpack"
 
     @property
     def log(self) -> Path:
@@ -139,17 +144,29 @@ def create_run(
     return run
 
 
+Stamp = tuple[int, int]
+"""Size of a run's events in bytes and when they were last written, in nanoseconds."""
+
+
 def list_runs(home: str | Path | None = None) -> list[RunFolder]:
     """The runs under `run_home(home)` and those in its index, the latest written first."""
+    return [run for run, _ in stamped_runs(home)]
+
+
+def stamped_runs(home: str | Path | None = None) -> list[tuple[RunFolder, Stamp]]:
+    """`list_runs` with the stamp of each: no file of a run is opened."""
     base = run_home(home)
     found: dict[str, RunFolder] = {}
     with contextlib.suppress(OSError):
+        real = os.path.realpath(base / "runs")
         for entry in os.scandir(base / "runs"):
             if entry.is_dir():
-                found[os.path.realpath(entry.path)] = RunFolder(Path(entry.path))
+                at = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
+                found[at] = RunFolder(Path(entry.path))
     for path in _indexed(base):
         found.setdefault(os.path.realpath(path), RunFolder(path))
-    return sorted((run for run in found.values() if _is_run(run)), key=_written, reverse=True)
+    stamped = [(run, stamp) for run in found.values() if (stamp := _stamp(run))]
+    return sorted(stamped, key=lambda each: each[1][1], reverse=True)
 
 
 def find_run(name_or_path: str | Path, home: str | Path | None = None) -> RunFolder:
@@ -261,11 +278,19 @@ def _make_unique(folder: Path, name: str) -> RunFolder:
             return run
 
 
-def _written(run: RunFolder) -> float:
-    for path in (run.events, run.path):
-        with contextlib.suppress(OSError):
-            return path.stat().st_mtime
-    return 0.0
+def _stamp(run: RunFolder) -> Stamp | None:
+    """None where the folder holds no run; without events, the time of the folder."""
+    with contextlib.suppress(OSError):
+        return stamp_of(run)
+    with contextlib.suppress(OSError):
+        return (0, os.stat(run.path).st_mtime_ns) if _is_run(run) else None
+    return None
+
+
+def stamp_of(run: RunFolder) -> Stamp:
+    """Raises OSError where there are no events."""
+    found = os.stat(run.events)
+    return found.st_size, found.st_mtime_ns
 
 
 def _indexed(home: Path) -> Iterator[Path]:
@@ -329,6 +354,13 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
         os.close(descriptor)
 
 
+class Place(NamedTuple):
+    """How far a file was read: the position, and the last bytes before it."""
+
+    position: int = 0
+    before: bytes = b""
+
+
 class LineReader:
     """Reads the lines that were added to a file since the last time.
 
@@ -338,12 +370,15 @@ class LineReader:
     the start.
     """
 
-    def __init__(self, path: Path, *, from_end: bool = False) -> None:
+    def __init__(self, path: Path, place: Place | None = None, *, from_end: bool = False) -> None:
         self._path = path
-        self._position = 0
-        self._before = b""
+        self._position, self._before = place or Place()
         if from_end:
             self._skip_whole_lines()
+
+    @property
+    def place(self) -> Place:
+        return Place(self._position, self._before)
 
     def read(self, limit_bytes: int = CHUNK_BYTES) -> list[bytes]:
         """Whole lines without their line feeds, blank ones left out; empty when nothing is new.

@@ -4,13 +4,10 @@ The same events give the same history, live or years later.
 """
 
 import math
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final, NamedTuple
 
-from engine.errors import UserError
 from engine.events import (
     Ack,
     Answers,
@@ -28,8 +25,6 @@ from engine.events import (
     Started,
     Step,
 )
-from engine.runs.folder import RunFolder, list_runs
-from engine.runs.summary import Follower, Status, status
 from engine.units import GIB
 
 CAPACITY: Final = 1024
@@ -71,13 +66,13 @@ class Bucket:
         return math.isnan(self.low[1])
 
 
+@dataclass(slots=True)
 class Stream:
     """Points of rising x, at most CAPACITY stretches of them."""
 
-    def __init__(self) -> None:
-        self._buckets: list[Bucket] = []
-        self._width = 1
-        """Points that a stretch takes before the next one begins."""
+    _buckets: list[Bucket] = field(default_factory=list)
+    _width: int = 1
+    """Points that a stretch takes before the next one begins."""
 
     def __len__(self) -> int:
         return len(self._buckets)
@@ -122,6 +117,7 @@ class Stream:
         self._width *= 2
 
 
+@dataclass(slots=True)
 class Smoothed:
     """An exponential moving average over about `span` points, without the usual bias of its start.
 
@@ -129,16 +125,16 @@ class Smoothed:
     divided by the weight that it has so far.
     """
 
-    def __init__(self, span: float) -> None:
-        self._keep = 1 - 1 / max(1.0, span)
-        self._sum = 0.0
-        self._weight = 0.0
+    span: float
+    _sum: float = 0.0
+    _weight: float = 0.0
 
     def add(self, value: float) -> float:
         """The average with one more value; nan before the first finite one."""
         if math.isfinite(value):
-            self._sum = self._keep * self._sum + (1 - self._keep) * value
-            self._weight = self._keep * self._weight + (1 - self._keep)
+            keep = 1 - 1 / max(1.0, self.span)
+            self._sum = keep * self._sum + (1 - keep) * value
+            self._weight = keep * self._weight + (1 - keep)
         return self._sum / self._weight if self._weight else math.nan
 
     def restart(self, value: float) -> None:
@@ -146,31 +142,31 @@ class Smoothed:
         self._sum, self._weight = (value, 1.0) if math.isfinite(value) else (0.0, 0.0)
 
 
+@dataclass(slots=True)
 class Series:
-    """One metric over the steps of a run: as reported, and smoothed where a span is given."""
+    """One metric over the steps of a run: as reported, and smoothed where there is an average."""
 
-    def __init__(self, span: float | None = None) -> None:
-        self.raw = Stream()
-        self.smooth = Stream()
-        """Empty without a span."""
-        self.last = math.nan
-        """The newest value, nan included."""
-        self._average = Smoothed(span) if span else None
+    average: Smoothed | None = None
+    raw: Stream = field(default_factory=Stream)
+    smooth: Stream = field(default_factory=Stream)
+    """Empty without an average."""
+    last: float = math.nan
+    """The newest value, nan included."""
 
     def add(self, x: float, y: float) -> None:
         """The value at a step, right of all before."""
         self.last = y
         self.raw.add(x, y)
-        if self._average:
-            self.smooth.add(x, self._average.add(y))
+        if self.average:
+            self.smooth.add(x, self.average.add(y))
 
     def rewind(self, x: float) -> None:
         """Forget the values at `x` and right of it."""
         self.raw.rewind(x)
         self.smooth.rewind(x)
         self.last = self.raw.last
-        if self._average:
-            self._average.restart(self.smooth.last)
+        if self.average:
+            self.average.restart(self.smooth.last)
 
 
 def finite(points: Iterable[Point]) -> list[float]:
@@ -262,38 +258,41 @@ class Between:
         return self._total / self._steps if self._steps > 0 else 0.0
 
 
+@dataclass(slots=True)
 class History:
     """The state of a run after the events that were added, in their order."""
 
-    def __init__(self) -> None:
-        self.started: Started | None = None
-        self.phase: Phase | None = None
-        """What the run does besides steps, until the next step."""
-        self.step: Step | None = None
-        self.total_steps: int | None = None
-        self.ended: Ended | None = None
-        self.shortage: Shortage | None = None
-        """Of this launch, the newest: memory that ran out."""
-        self.last_time = math.nan
-        """Unix seconds of the newest event."""
-        self.began_time = math.nan
-        """Unix seconds of the first event of this launch."""
-        self.held_out: list[tuple[int, float]] = []
-        """Step and loss of each evaluation."""
-        self.figures = Figures()
-        self.answers: dict[str, list[Answer]] = {}
-        """By prompt, in the order of the events."""
-        self.saved: list[Saved] = []
-        self.acks: dict[str, Ack] = {}
-        self.log: deque[Logged] = deque(maxlen=LOG_LINES)
-        self.nan_since: int | None = None
-        """First step of the stretch of losses without a number that the run is in."""
-        self.loss = Series()
-        self.series = {metric: Series() for metric in METRICS}
-        self.phase_time = math.nan
-        """Unix seconds at which `phase` began."""
-        self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self._between = Between()
+    started: Started | None = None
+    phase: Phase | None = None
+    """What the run does besides steps, until the next step."""
+    step: Step | None = None
+    total_steps: int | None = None
+    ended: Ended | None = None
+    shortage: Shortage | None = None
+    """Of this launch, the newest: memory that ran out."""
+    last_time: float = math.nan
+    """Unix seconds of the newest event."""
+    began_time: float = math.nan
+    """Unix seconds of the first event of this launch."""
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    """Step and loss of each evaluation."""
+    figures: Figures = field(default_factory=Figures)
+    answers: dict[str, list[Answer]] = field(default_factory=dict)
+    """By prompt, in the order of the events."""
+    saved: list[Saved] = field(default_factory=list)
+    acks: dict[str, Ack] = field(default_factory=dict)
+    log: list[Logged] = field(default_factory=list)
+    """The newest LOG_LINES."""
+    nan_since: int | None = None
+    """First step of the stretch of losses without a number that the run is in."""
+    loss: Series = field(default_factory=Series)
+    series: dict[str, Series] = field(default_factory=lambda: {m.name: Series() for m in METRICS})
+    """By the name of its metric."""
+    phase_time: float = math.nan
+    """Unix seconds at which `phase` began."""
+    _seconds: list[float] = field(default_factory=list)
+    """Of the last _RECENT_STEPS."""
+    _between: Between = field(default_factory=Between)
 
     def add(self, events: Iterable[Recorded]) -> None:
         """Take in events, oldest first."""
@@ -383,7 +382,7 @@ class History:
         self._between = Between(time)
         if not self.loss.raw:
             # A thirtieth of the run: follows a fall in 100 steps, calms the noise of 10,000.
-            self.loss = Series(span=min(50.0, max(3.0, event.total_steps / 30)))
+            self.loss = Series(Smoothed(min(50.0, max(3.0, event.total_steps / 30))))
         self._log(time, event)
 
     def _take_step(self, step: Step, time: float) -> None:
@@ -393,14 +392,14 @@ class History:
             self._rewind(step.step)
         self.step, self.phase = step, None
         self.total_steps = step.total_steps or self.total_steps
-        self._seconds.append(step.seconds)
+        self._seconds = [*self._seconds[1 - _RECENT_STEPS :], step.seconds]
         if math.isfinite(step.loss):
             self.nan_since = None
         elif self.nan_since is None:
             self.nan_since = step.step
         self.loss.add(step.step, step.loss)
-        for metric, series in self.series.items():
-            series.add(step.step, getattr(step, metric.field) / metric.unit)
+        for metric in METRICS:
+            self.series[metric.name].add(step.step, getattr(step, metric.field) / metric.unit)
 
     def _rewind(self, step: int) -> None:
         for series in (self.loss, *self.series.values()):
@@ -424,93 +423,10 @@ class History:
 
     def _log(self, time: float, event: Event) -> None:
         self.log.append(Logged(time, event, self.best[1] if self.best else None))
+        del self.log[:-LOG_LINES]
 
 
 def best_of(held_out: Sequence[tuple[int, float]]) -> tuple[int, float] | None:
     """Step and loss of the evaluation with the lowest loss; None before the first."""
     real = [each for each in held_out if math.isfinite(each[1])]
     return min(real, key=lambda each: each[1]) if real else None
-
-
-@dataclass(frozen=True, slots=True)
-class RunFacts:
-    """One run at one moment."""
-
-    folder: RunFolder
-    status: Status | None
-    """None where the folder cannot be read; `problem` says why."""
-    problem: str = ""
-    written_time: float = 0.0
-    """Unix seconds of the newest event; 0 before the first."""
-    model: str = ""
-    step: int = 0
-    total_steps: int | None = None
-    seconds_left: float = 0.0
-    loss: tuple[Point, ...] = ()
-    """By step, smoothed; nan is a gap."""
-    held_out: tuple[tuple[int, float], ...] = ()
-    tokens_per_second: tuple[Point, ...] = ()
-    memory_gib: tuple[Point, ...] = ()
-    saved: tuple[str, ...] = ()
-    """Paths inside the folder, the newest last."""
-    ended_what: str = ""
-    figures: Figures = field(default_factory=Figures)
-
-    @property
-    def best(self) -> tuple[int, float] | None:
-        """The evaluation with the lowest loss: its step and its loss."""
-        return best_of(self.held_out)
-
-    @property
-    def is_alive(self) -> bool:
-        return self.status in ("running", "paused")
-
-
-class RunsReader:
-    """Looks at every run under a home; for one thread."""
-
-    def __init__(self, home: Path | None = None) -> None:
-        self._home = home
-        self._read: dict[Path, tuple[Follower, History]] = {}
-
-    def look(self) -> tuple[list[RunFacts], bool]:
-        """Every run, the latest written first, and whether there is more to read at once.
-
-        Never raises: a run that cannot be read says so in its own line.
-        """
-        found, more = [], False
-        for folder in list_runs(self._home):
-            follower, history = self._read.setdefault(
-                folder.path, (Follower(folder.events), History())
-            )
-            try:
-                now = status(folder)
-                events = follower.read()
-            except (UserError, OSError) as error:
-                found.append(RunFacts(folder, None, problem=str(error)))
-                continue
-            history.add(events)
-            more = more or bool(events)
-            found.append(_facts(folder, now, history))
-        return found, more
-
-
-def _facts(folder: RunFolder, now: Status, history: History) -> RunFacts:
-    model = history.started.model if history.started else ""
-    smooth = history.loss.smooth.points() or history.loss.raw.points()
-    return RunFacts(
-        folder,
-        now,
-        written_time=0.0 if math.isnan(history.last_time) else history.last_time,
-        model=model.rstrip("/").rsplit("/", 1)[-1],
-        step=history.steps_done,
-        total_steps=history.total_steps,
-        seconds_left=history.seconds_left,
-        loss=tuple(smooth),
-        held_out=tuple(history.held_out),
-        tokens_per_second=tuple(history.series[SPEED].raw.points()),
-        memory_gib=tuple(history.series[MEMORY].raw.points()),
-        saved=tuple(each.path for each in history.saved),
-        ended_what=history.ended.what if history.ended else "",
-        figures=history.figures,
-    )

@@ -5,14 +5,15 @@ sees the folder says the same, and a run of a million steps costs no more than o
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from engine.events import Ack, Ended, Eval, Recorded, Saved, Started, Step, parse_line
-from engine.runs.folder import LineReader, RunFolder, lines_backwards
+from engine.runs.folder import LineReader, Place, RunFolder, lines_backwards
 from engine.runs.lock import is_locked, read_claim, unreadable
 
 Status = Literal["waiting", "running", "paused", "stopped", "finished", "failed", "lost"]
@@ -118,6 +119,14 @@ def _first_total(run: RunFolder) -> int | None:
     return None
 
 
+class Newest(NamedTuple):
+    """The newest event that was read: its number, its time in Unix seconds, the place behind it."""
+
+    seq: int = -1
+    time: float = -math.inf
+    place: Place = Place()
+
+
 class Follower:
     """Gives every event of a file once, in the order of the file.
 
@@ -125,14 +134,17 @@ class Follower:
     (not later in number and not later in time than the last one) is left out.
     """
 
-    def __init__(self, path: Path, *, from_end: bool = False) -> None:
-        self._lines = LineReader(path, from_end=from_end)
-        self._seq = -1
-        self._time = float("-inf")
+    def __init__(self, path: Path, newest: Newest | None = None, *, from_end: bool = False) -> None:
+        self._newest = newest or Newest()
+        self._lines = LineReader(path, self._newest.place, from_end=from_end)
         self.garbage = 0
         """Whole lines that are no events, such as what a killed writer left."""
         self.unknown = 0
         """Events of a type that only a newer Windtunnel knows."""
+
+    @property
+    def newest(self) -> Newest:
+        return self._newest._replace(place=self._lines.place)
 
     def read(self) -> list[Recorded]:
         """Events that came since the last call, at most some thousands at once; empty when
@@ -151,9 +163,9 @@ class Follower:
         if recorded is None:
             self.unknown += 1
             return None
-        if recorded.seq <= self._seq and recorded.time <= self._time:
+        if recorded.seq <= self._newest.seq and recorded.time <= self._newest.time:
             return None
-        self._seq, self._time = recorded.seq, recorded.time
+        self._newest = Newest(recorded.seq, recorded.time)
         return recorded
 
 

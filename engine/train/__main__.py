@@ -19,6 +19,7 @@ from engine.events import Ended, EventWriter, Phase
 from engine.hardware.packages import install_command, installed, version_problem
 from engine.pace import every
 from engine.runs import ControlReader, RunFolder, RunLock, StopSignals, summarize
+from engine.runs.listing import keep_history
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,6 +67,8 @@ def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
             step = summarize(run).step
             events.emit(Ended("failed", step, reason.what, reason.why, reason.fix))
             return reason.exit_status
+        finally:
+            keep_history(run)
     return 0
 
 

@@ -37,6 +37,7 @@ from engine.pace import every
 from engine.plan.trainer import SAMPLE_TOKENS
 from engine.publish.hub import publish_result
 from engine.runs import Command, ControlReader, Request, RunFolder, StopSignals
+from engine.runs.listing import keep_history
 from engine.train.batches import NAMED_ROWS, PAD, Order, Rows, StepBatch
 from engine.train.checkpoint import (
     Checkpoints,
@@ -103,6 +104,8 @@ class Session:
     def emit(self, event: Event) -> None:
         """Write one event. At each phase commands are taken in too: loading can take minutes."""
         self._events.emit(event)
+        if isinstance(event, Saved):
+            keep_history(self.run)
         if isinstance(event, Phase):
             self.doing = event.name
             self.read()

@@ -7,8 +7,9 @@ torch here. Only changes that alter no step to come are offered.
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
 
 from engine.catalog import Architecture
 from engine.config import RunConfig, spell
@@ -88,7 +89,7 @@ def in_a_step(facts: Shortage, step: int, held: Mapping[str, int], longest: str)
     grew = max(above, key=lambda name: above[name], default="")
     if grew and above[grew] < _GREW_SHARE * facts.held_bytes:
         grew = ""
-    return replace(facts, step=step, parts=parts, grew=grew, longest=longest)
+    return structs.replace(facts, step=step, parts=parts, grew=grew, longest=longest)
 
 
 def with_next_rung(
@@ -107,7 +108,7 @@ def with_next_rung(
         changes |= rung.changes
         saves, trade = saves + rung.saves_bytes, rung.trade
     spelled = {key: spell(key, value) for key, value in changes.items()}
-    return replace(facts, changes=spelled, trade=trade, saves_bytes=saves)
+    return structs.replace(facts, changes=spelled, trade=trade, saves_bytes=saves)
 
 
 def as_error(facts: Shortage, run: RunFolder) -> WorkError:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from msgspec import structs
 
 from engine.catalog import read_architecture
 from engine.catalog.cards import Sampling, official_sampling
@@ -88,7 +89,7 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
         torch.cuda.empty_cache()
         config = read_config(session.run.config).config
         facts = with_next_rung(facts, config, read_architecture(session.base_folder), device)
-        facts = replace(facts, taken=config.auto_fit and bool(facts.changes))
+        facts = structs.replace(facts, taken=config.auto_fit and bool(facts.changes))
         session.emit(facts)
         if not facts.taken:
             raise as_error(facts, session.run)

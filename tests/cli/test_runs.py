@@ -1,6 +1,5 @@
 """`train`, `runs`, `pause`, `resume` and `stop` as a person and a script use them."""
 
-import dataclasses
 import json
 import math
 import os
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 import engine.child
 from engine.cli import runs
@@ -88,7 +88,7 @@ def test_a_loss_that_is_not_a_number_is_null_in_json_and_nan_in_words(
     run: RunFolder, call: Call
 ) -> None:
     with EventWriter(run.events) as events:
-        events.emit(dataclasses.replace(step_event(3), loss=math.nan))
+        events.emit(structs.replace(step_event(3), loss=math.nan))
     assert call.document("runs")["runs"][0]["loss"] is None
     assert "loss nan" in call("runs")[1]
 
@@ -167,7 +167,7 @@ def test_a_run_that_does_not_answer_is_a_sentence(
 def test_a_run_with_long_steps_gets_longer_to_answer(run: RunFolder) -> None:
     assert runs._patience_seconds(run) == 60
     with EventWriter(run.events) as events:
-        events.emit(dataclasses.replace(step_event(3), seconds=100.0))
+        events.emit(structs.replace(step_event(3), seconds=100.0))
     assert runs._patience_seconds(run) == 300
 
 

@@ -1,11 +1,11 @@
 """The events of a run added up, to curves of bounded length."""
 
-import dataclasses
 import math
 from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from engine.events import (
     Ack,
@@ -61,7 +61,7 @@ def timed(*events: tuple[float, Event]) -> History:
 
 
 STARTED = Started("run", "model", "lora", ("cpu",), 0, 6, 100)
-STEPS = [dataclasses.replace(step_event(n, 6), seconds=2.0) for n in range(1, 7)]
+STEPS = [structs.replace(step_event(n, 6), seconds=2.0) for n in range(1, 7)]
 
 
 def test_what_is_done_after_the_last_step_is_part_of_the_time_that_is_left() -> None:
@@ -220,7 +220,7 @@ def test_the_average_leaves_out_what_is_no_number() -> None:
 
 
 def test_a_rewound_average_goes_on_from_where_it_was() -> None:
-    series, straight = Series(span=5), Series(span=5)
+    series, straight = Series(Smoothed(5)), Series(Smoothed(5))
     for x in range(40):
         series.add(x, float(x))
     series.rewind(20)

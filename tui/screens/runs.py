@@ -1,10 +1,12 @@
 """The Runs page: every run that is known, what can be done with one, and two side by side."""
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
@@ -20,13 +22,14 @@ from engine.errors import UserError
 from engine.launch import resume_run
 from engine.report.run import figures_text
 from engine.runs import RunFolder, run_home
-from engine.runs.history import Point, RunFacts, RunsReader, finite
+from engine.runs.history import MEMORY, SPEED, History, Point, finite
+from engine.runs.listing import OpenRun, RunFacts, RunsReader
 from engine.runs.lock import measure, remove
 from engine.units import counted, gib, nats
 from engine.visible import visible
 from tui.page import Key, Page
 from tui.widgets.chart import Chart, Curve, Scale, Spark
-from tui.widgets.choices import Choices
+from tui.widgets.choices import Choices, Made
 from tui.widgets.pane import Confirm, Pane, TextPane, columns
 
 if TYPE_CHECKING:
@@ -102,34 +105,40 @@ def when(facts: RunFacts, now: float) -> str:
     return moment.strftime("%a" if age < _WEEK_SECONDS else "%d %b")
 
 
-def totals(runs: Sequence[RunFacts]) -> str:
-    """`4 runs, 1 training`."""
+def totals(runs: Sequence[RunFacts], waiting: int) -> str:
+    """`4 runs, 1 training`; with those that wait to be read."""
     live = sum(facts.status == "running" for facts in runs)
-    words = counted(len(runs), "run")
-    return f"{words}, {live} training" if live else words
+    shown = counted(len(runs) + waiting, "run")
+    return f"{shown}, {live} training" if live else shown
 
 
-def details(facts: RunFacts) -> list[tuple[str, str]]:
+def details(facts: RunFacts, history: History) -> list[tuple[str, str]]:
     if facts.status is None:
         return [("why", facts.problem)]
     lines = []
     if facts.best:
         step, loss = facts.best
         lines.append(("best", f"held-out {nats(loss)} at step {step}"))
-    if figures := figures_text(*facts.figures):
+    if figures := figures_text(*history.figures):
         lines.append(("figures", figures))
-    if facts.saved:
-        lines.append(("saved", ", ".join(each.rsplit("/", 1)[-1] for each in facts.saved[-4:])))
-    if facts.ended_what:
-        lines.append(("ended", facts.ended_what))
+    if history.saved:
+        saved = (each.path.rsplit("/", 1)[-1] for each in history.saved[-4:])
+        lines.append(("saved", ", ".join(saved)))
+    if history.ended and history.ended.what:
+        lines.append(("ended", history.ended.what))
     if facts.folder.path.parent != run_home() / "runs":
         lines.append(("where", str(facts.folder.path)))
     return lines
 
 
-def change(facts: RunFacts) -> str:
+def loss_curve(history: History) -> list[Point]:
+    """By step, smoothed where it can be; nan is a gap."""
+    return history.loss.smooth.points() or history.loss.raw.points()
+
+
+def change(history: History) -> str:
     """The loss at the first and at the last step."""
-    values = finite(facts.loss)
+    values = finite(loss_curve(history))
     return f"loss {nats(values[0])} → {nats(values[-1])}" if values else ""
 
 
@@ -139,16 +148,19 @@ def at_step(points: Sequence[Point], step: int) -> float:
     return before[-1] if before else math.nan
 
 
-def same_step(first: RunFacts, second: RunFacts) -> list[tuple[str, float, float, int]]:
+def same_step(first: History, second: History) -> list[tuple[str, float, float, int]]:
     """The figures of two runs at the last step that both have: name, A, B, decimals."""
-    step = min(first.step, second.step)
-    pairs = (
-        ("loss, smoothed", first.loss, second.loss, 3),
-        ("held out", first.held_out, second.held_out, 3),
-        ("tokens/s", first.tokens_per_second, second.tokens_per_second, 0),
-        ("memory GiB", first.memory_gib, second.memory_gib, 1),
-    )
-    return [(name, at_step(a, step), at_step(b, step), digits) for name, a, b, digits in pairs]
+    step = min(first.steps_done, second.steps_done)
+    curves: list[tuple[str, Callable[[History], Sequence[Point]], int]] = [
+        ("loss, smoothed", loss_curve, 3),
+        ("held out", lambda history: history.held_out, 3),
+        (SPEED.name, lambda history: history.series[SPEED.name].raw.points(), SPEED.digits),
+        (MEMORY.name, lambda history: history.series[MEMORY.name].raw.points(), MEMORY.digits),
+    ]
+    return [
+        (name, at_step(curve(first), step), at_step(curve(second), step), digits)
+        for name, curve, digits in curves
+    ]
 
 
 def _cell(text: str, cells: int) -> str:
@@ -163,15 +175,9 @@ def _number(value: float, digits: int) -> str:
 class Differences(Widget):
     """Key, value of A, value of B, a line each."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines: Sequence[tuple[str, str, str]], same: int) -> None:
         super().__init__()
-        self._lines: Sequence[tuple[str, str, str]] = ()
-        self._note = "reading the configs"
-
-    def show(self, lines: Sequence[tuple[str, str, str]], same: int) -> None:
-        self._lines = lines
-        self._note = f"{same} keys are the same"
-        self.refresh(layout=True)
+        self._lines, self._same = lines, same
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         return len(self._lines) + 1
@@ -189,45 +195,48 @@ class Differences(Widget):
             )
             for key, first, second in self._lines
         ]
-        return Content("\n").join([*rows, Content.styled(self._note, "$muted")])
+        same = Content.styled(f"{self._same} keys are the same", "$muted")
+        return Content("\n").join([*rows, same])
 
 
 class Comparison(Vertical):
-    """A panel over the list; what the configs say comes when a thread has read them."""
+    """A panel over the list: curves, the keys with different values, and which run is better where
+    both hold out the same."""
 
-    def __init__(self, first: RunFacts, second: RunFacts) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        histories: Sequence[History],
+        found: "ConfigDifferences | UserError",
+    ) -> None:
         super().__init__()
-        self._first, self._second = first, second
+        self._names, self._found = names, found
+        self._first, self._second = histories
 
     def compose(self) -> ComposeResult:
-        names = [visible(each.folder.name, one_line=True) for each in (self._first, self._second)]
+        names = [visible(name, one_line=True) for name in self._names]
         with Pane(title=f"A ━━ {names[0]}   B ┅┅ {names[1]}", subtitle="loss, ◆◇ held out"):
             yield Chart(waiting="neither has told a loss")
         with Horizontal():
             with Pane(title="what differs", can_focus=True):
-                yield Differences()
-            step = min(self._first.step, self._second.step)
-            yield TextPane(f"at the same step ({step})", self._figures())
+                if isinstance(self._found, UserError):
+                    yield Differences([("config.yml", str(self._found), "")], 0)
+                else:
+                    yield Differences(self._found.lines, self._found.same)
+            step = min(self._first.steps_done, self._second.steps_done)
+            pane = TextPane(f"at the same step ({step})", self._figures())
+            pane.border_subtitle = self._verdict()
+            yield pane
 
     def on_mount(self) -> None:
         right = max(self._first.total_steps or 1, self._second.total_steps or 1)
         curves = [
-            Curve(self._second.loss, "bold $secondary", dotted=True),
-            Curve(self._first.loss, "bold $primary"),
+            Curve(loss_curve(self._second), "bold $secondary", dotted=True),
+            Curve(loss_curve(self._first), "bold $primary"),
             Curve(self._second.held_out, "bold $secondary", "◇"),
             Curve(self._first.held_out, "bold $lit", "◆"),
         ]
         self.query_one(Chart).show(curves, Scale(float(right)))
-
-    def show_differences(self, found: "ConfigDifferences | UserError") -> None:
-        """The keys with different values, and which run is better where both hold out the same."""
-        if isinstance(found, UserError):
-            self.query_one(Differences).show([("config.yml", str(found), "")], 0)
-            return
-        self.query_one(Differences).show(found.lines, found.same)
-        self.query_one(TextPane).border_subtitle = (
-            f"held out on {found.held_out_on}" if found.held_out else self._better()
-        )
 
     def _figures(self) -> Content:
         rows = [Content.styled(f"{'':<16}{'A':>9}{'B':>9}", "$muted")]
@@ -239,14 +248,35 @@ class Comparison(Vertical):
             )
         return Content("\n").join(rows)
 
-    def _better(self) -> str:
+    def _verdict(self) -> str:
+        if isinstance(self._found, UserError):
+            return ""
+        if self._found.held_out:
+            return f"held out on {self._found.held_out_on}"
         _, a, b, _ = same_step(self._first, self._second)[1]
         if not math.isfinite(a - b) or a == b:
             return ""
         return f"{'A' if a < b else 'B'} is better by {abs(a - b):.3f} held out"
 
 
+def _read_both(first: RunFolder, second: RunFolder) -> Comparison:
+    # pydantic: in a thread, not in the list's first frame
+    from engine.runs.comparison import differences
+
+    found: ConfigDifferences | UserError
+    try:
+        found = differences(first, second)
+    except UserError as error:
+        found = error
+    histories = [OpenRun(run).read_all() for run in (first, second)]
+    return Comparison((first.name, second.name), histories, found)
+
+
 LOOK_SECONDS: Final = 2.0
+_LOOKING_SHARE: Final = 0.05
+"""Of the time at most, however many runs there are."""
+_OPEN_AT_MOST: Final = 8
+"""Runs whose curves are kept for the cursor to come back."""
 _MARKS: Final = "AB"
 _NONE_YET: Final = "no runs yet: F2 sets one up, and Enter on every page trains the sample"
 
@@ -275,6 +305,9 @@ class RunsPage(Page):
         super().__init__()
         self._clock = clock
         self._runs: Sequence[RunFacts] = ()
+        self._waiting = 0
+        self._due = asyncio.Event()
+        """The run under the cursor is another, or may have gone on."""
         self._marked: list[RunFolder] = []
         self._resuming = False
 
@@ -292,18 +325,20 @@ class RunsPage(Page):
         self.say("", "Runs", "reading the run folders")
         self.show_command(["runs"])
         self.run_worker(self._look())
+        self.run_worker(self._follow_cursor())
 
-    def show_runs(self, runs: Sequence[RunFacts]) -> None:
+    def show_runs(self, runs: Sequence[RunFacts], waiting: int = 0) -> None:
         """Other facts; the cursor and the marks stay with their runs."""
         here = self._here
-        self._runs = runs
+        self._runs, self._waiting = runs, waiting
         places = [facts.folder for facts in runs]
         self._marked = [each for each in self._marked if each in places]
         if here and here.folder in places:
             self.part(Choices).cursor = places.index(here.folder)
         if not self._resuming:
-            self.say("", "Runs")
-        self.show_title(totals(runs))
+            left = f"reading the run folders: {waiting:,} to go" if waiting else ""
+            self.say("", "Runs", left)
+        self.show_title(totals(runs, waiting))
         self._show()
 
     def on_choices_moved(self, message: Choices.Moved) -> None:
@@ -335,9 +370,7 @@ class RunsPage(Page):
         if len(chosen) < len(_MARKS):
             self.app.notify("space marks the two runs to compare", markup=False, timeout=3)
             return
-        first, second = (self._facts_of(each) for each in chosen)
-        self.cover(Comparison(first, second), [Key("tab", "other pane"), Key("esc", "list")])
-        self.run_worker(self._compare(first.folder, second.folder))
+        self.run_worker(self._compare(*chosen))
 
     def action_resume(self) -> None:
         if self._here and not self._resuming:
@@ -353,35 +386,31 @@ class RunsPage(Page):
         cursor = self.part(Choices).cursor
         return self._runs[cursor] if cursor < len(self._runs) else None
 
-    def _facts_of(self, folder: RunFolder) -> RunFacts:
-        return next(facts for facts in self._runs if facts.folder == folder)
-
     def _show(self) -> None:
         now = self._clock()
         cells = _WIDE_CELLS if self.has_class("-wide") else _CELLS
         self.query_one("#header", Static).update(header(cells))
-        lines = [run_line(facts, self._mark_of(facts.folder), now, cells) for facts in self._runs]
-        if not lines:
-            lines = [Content.styled(_NONE_YET, "$muted")]
-        self.part(Choices).show_lines(lines)
-        self._show_detail(self._here)
+        if self._runs or self._waiting:
+            line = partial(run_line, now=now, cells=cells)
+            self.part(Choices).show_lines(
+                Made(self._runs, lambda facts: line(facts, self._mark_of(facts.folder)))
+            )
+        else:
+            self.part(Choices).show_lines([Content.styled(_NONE_YET, "$muted")])
+        self.query_one("#detail", Pane).display = self._here is not None
+        self._due.set()
 
-    def _show_detail(self, facts: RunFacts | None) -> None:
+    def _show_detail(self, facts: RunFacts, history: History) -> None:
         pane = self.query_one("#detail", Pane)
-        pane.display = facts is not None
-        if not facts:
-            return
         self.show_command(["watch", facts.folder.name])
         pane.show_title(visible(facts.folder.name, one_line=True))
-        pane.show_subtitle(change(facts))
+        pane.show_subtitle(change(history))
         scale = Scale(float(facts.total_steps or 1))
-        self.part(Spark).show(facts.loss, Scale(scale.right, bottom=0), state(facts))
-        curves = [
-            Curve(facts.loss, "bold $primary"),
-            Curve([(float(step), loss) for step, loss in facts.held_out], "bold $lit", "◆"),
-        ]
+        loss = loss_curve(history)
+        self.part(Spark).show(loss, Scale(scale.right, bottom=0), state(facts))
+        curves = [Curve(loss, "bold $primary"), Curve(history.held_out, "bold $lit", "◆")]
         self.part(Chart).show(curves, scale)
-        shown = [(word, visible(text)) for word, text in details(facts)]
+        shown = [(word, visible(text)) for word, text in details(facts, history)]
         self.query_one("#facts", Static).update(columns(shown, "$muted"))
 
     def _mark_of(self, folder: RunFolder) -> str:
@@ -390,21 +419,36 @@ class RunsPage(Page):
     async def _look(self) -> None:
         reader = RunsReader()
         while True:
-            runs, more = await asyncio.to_thread(reader.look)
-            self.show_runs(runs)
-            await asyncio.sleep(0 if more else LOOK_SECONDS)
+            began = time.monotonic()
+            runs, waiting = await asyncio.to_thread(reader.look)
+            self.show_runs(runs, waiting)
+            spent = time.monotonic() - began
+            await asyncio.sleep(0 if waiting else max(LOOK_SECONDS, spent / _LOOKING_SHARE))
+
+    async def _follow_cursor(self) -> None:
+        """Read the run under the cursor, and show it: by parts, where it is long."""
+        opened: dict[RunFolder, OpenRun] = {}
+        while True:
+            await self._due.wait()
+            self._due.clear()
+            if not (here := self._here):
+                continue
+            run = opened.pop(here.folder) if here.folder in opened else OpenRun(here.folder)
+            opened[here.folder] = run
+            with contextlib.suppress(UserError):  # its line in the list says why
+                if await asyncio.to_thread(run.read):
+                    self._due.set()
+                else:
+                    await asyncio.to_thread(run.keep)
+            if (now := self._here) and now.folder == here.folder:
+                self._show_detail(now, run.history)
+            for each in list(opened)[:-_OPEN_AT_MOST]:
+                del opened[each]
 
     async def _compare(self, first: RunFolder, second: RunFolder) -> None:
-        # pydantic: in a thread, not in the list's first frame
-        from engine.runs.comparison import differences
-
-        found: ConfigDifferences | UserError
-        try:
-            found = await asyncio.to_thread(differences, first, second)
-        except UserError as error:
-            found = error
-        for panel in self.query(Comparison):
-            panel.show_differences(found)
+        with self.showing_refusals():
+            panel = await asyncio.to_thread(_read_both, first, second)
+            self.cover(panel, [Key("tab", "other pane"), Key("esc", "list")])
 
     async def _resume(self, run: RunFolder) -> None:
         self.say("", "Runs", f"waiting for {run.name} to begin")

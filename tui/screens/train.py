@@ -42,6 +42,8 @@ from engine.report.run import (
 )
 from engine.runs import Follower, Request, RunFolder, Status, send, status
 from engine.runs.history import METRICS, Answer, History, Logged, Metric, Series, finite
+from engine.runs.listing import OpenRun
+from engine.runs.lock import unreadable
 from engine.visible import fold, visible
 from tui.line import line_content
 from tui.page import HelpText, Key, Page
@@ -262,8 +264,12 @@ class TrainPage(Page):
 
     async def _follow(self) -> None:
         with self.showing_refusals():
-            async for events, now in follow_run(self._folder):
+            opened = await asyncio.to_thread(OpenRun, self._folder)
+            self._history = opened.history
+            async for events, now in follow_run(self._folder, opened.follower):
                 self._take_in(events, now)
+                if now:
+                    await asyncio.to_thread(opened.keep)
 
     def _take_in(self, events: Sequence[Recorded], now: Status | None) -> None:
         self._history.add(events)
@@ -396,7 +402,7 @@ class TrainPage(Page):
         for (metric, style), pane, spark in zip(
             metric_styles(), panes, self.query(Spark), strict=True
         ):
-            series = self._history.series[metric]
+            series = self._history.series[metric.name]
             points, value = series.raw.points(), _value(metric, series)
             top = max(finite(points), default=1.0) or 1.0
             scale = Scale(right, bottom=0, top=top, digits=metric.digits)
@@ -472,25 +478,23 @@ class TrainPage(Page):
         self.show_problem(_end_of(self._history, self._folder), kept=kept, actions=actions)
 
 
-async def follow_run(run: RunFolder) -> AsyncIterator[tuple[Sequence[Recorded], Status | None]]:
-    """The events of a run from its first one on, read in a thread: no disk holds the screen up.
+async def follow_run(
+    run: RunFolder, follower: Follower
+) -> AsyncIterator[tuple[Sequence[Recorded], Status | None]]:
+    """The events of a run that `follower` has not given, read in a thread: no disk holds the screen
+    up.
 
     At most four times a second once what was there is read, and only when there is something new.
     The status is None while what was written before is still being read. Raises UserError where
     the folder cannot be read.
     """
-    follower = Follower(run.events)
     before: Status | None = None
     while True:
         try:
             now = await asyncio.to_thread(status, run)  # first: no word before an end is lost
             events = await asyncio.to_thread(follower.read)
         except OSError as error:
-            raise WorkError(
-                f"The events of {visible(run.name, one_line=True)} cannot be read.",
-                f"The system says: {error}.",
-                "See that its disk is there, then open the run again.",
-            ) from error
+            raise unreadable(run, error) from error
         more = len(events) > _EVENTS_AT_ONCE
         for start in range(0, len(events), _EVENTS_AT_ONCE):
             yield events[start : start + _EVENTS_AT_ONCE], before if more else now

@@ -5,17 +5,18 @@ own. A list is one stop of the tab key and nothing in it is an input: letters st
 page. Whoever owns it checks a value and shows the new state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
-from textual.app import RenderResult
 from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.events import Click, Key
 from textual.geometry import Region, Size
 from textual.message import Message
 from textual.reactive import reactive
+from textual.strip import Strip
+from textual.visual import Visual
 from textual.widget import Widget
 
 from engine.visible import visible
@@ -62,10 +63,12 @@ class Lines(Widget, can_focus=True):
         # Not by rendering: that asks for a size, which asks for this height.
         return self.count
 
-    def render(self) -> RenderResult:
-        cursor, blank = Content.styled("❯ ", "bold $primary"), Content("  ")
-        lines = (self.line(at, cursor if at == self.cursor else blank) for at in range(self.count))
-        return Content("\n").join(line.truncate(self.size.width, ellipsis=True) for line in lines)
+    def render_line(self, y: int) -> Strip:
+        """Only lines that are seen are made: there may be thousands."""
+        width = self.size.width
+        mark = Content.styled("❯ ", "bold $primary") if y == self.cursor else Content("  ")
+        line = self.line(y, mark).truncate(width, ellipsis=True) if y < self.count else Content()
+        return Visual.to_strips(self, line, width, 1, self.visual_style)[0]
 
     def watch_cursor(self) -> None:
         if self.is_attached:
@@ -80,6 +83,22 @@ class Lines(Widget, can_focus=True):
         if event.y < self.count:
             self.cursor = event.y
             self.click()
+
+
+Item = TypeVar("Item")
+
+
+class Made(Sequence[Content], Generic[Item]):
+    """Lines that are made when they are seen."""
+
+    def __init__(self, items: Sequence[Item], make: Callable[[Item], Content]) -> None:
+        self._items, self._make = items, make
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._make(self._items[place])
 
 
 class Choices(Lines):

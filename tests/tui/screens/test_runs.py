@@ -10,7 +10,7 @@ from textual.pilot import Pilot
 
 from engine.events import Ended, Eval, EventWriter
 from engine.runs import RunFolder, RunLock, create_run
-from engine.runs.history import RunsReader
+from engine.runs.listing import RunsReader
 from tests.support.extras import needs_trainer
 from tests.support.screens import assert_golden, screen_text, wait_for, wait_for_text
 from tests.support.written_runs import BEGAN, written_run
@@ -98,7 +98,7 @@ async def test_a_comparison_stays_while_the_list_below_is_read_again(runs: list[
         before = screen_text(pilot.app)
         page = pilot.app.screen
         assert isinstance(page, RunsPage)
-        page.show_runs(RunsReader().look()[0])
+        page.show_runs(*RunsReader().look())
         await pilot.pause(0.2)
         assert screen_text(pilot.app) == before
 

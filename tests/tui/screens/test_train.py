@@ -444,7 +444,7 @@ async def test_the_status_of_a_run_comes_with_its_last_event(home: Path) -> None
         for step in range(1, 20_001):
             lines.write(format_line(Recorded(step, 1e9, step_event(step))))
         lines.write(format_line(Recorded(20_001, 1e9, Ended("finished", 20_000))))
-    async for events, state in follow_run(run):
+    async for events, state in follow_run(run, Follower(run.events)):
         assert len(events) <= 500
         taken += len(events)
         if state:
@@ -453,7 +453,8 @@ async def test_the_status_of_a_run_comes_with_its_last_event(home: Path) -> None
 
 
 async def test_nothing_is_posted_while_nothing_happens(home: Path) -> None:
-    following = follow_run(create_run("idle"))
+    run = create_run("idle")
+    following = follow_run(run, Follower(run.events))
     assert await anext(following) == ((), "waiting")
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(anext(following), 0.6)
@@ -463,4 +464,4 @@ async def test_a_folder_that_cannot_be_read_is_a_sentence(home: Path) -> None:
     run = create_run("broken")
     run.events.mkdir()
     with pytest.raises(UserError, match="cannot be read"):
-        await anext(follow_run(run))
+        await anext(follow_run(run, Follower(run.events)))
