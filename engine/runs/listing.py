@@ -196,6 +196,8 @@ class RunsReader:
         self._home = home
         self._index = _Index(run_home(home))
         self._open: dict[Path, OpenRun] = {}
+        self._listed: list[tuple[RunFolder, Stamp]] = []
+        """Not asked for anew while some of them still wait."""
 
     def look(self) -> tuple[list[RunFacts], int]:
         """The runs that were read so far, the latest written first, and how many wait: at most
@@ -204,7 +206,8 @@ class RunsReader:
         Never raises: a run that cannot be read says so in its own line.
         """
         found, read, waiting = [], 0, 0
-        for run, stamp in stamped_runs(self._home):
+        self._listed = self._listed or stamped_runs(self._home)
+        for run, stamp in self._listed:
             facts = self._index.find(run, stamp)
             if not facts and read < AT_ONCE:
                 read += 1
@@ -214,6 +217,8 @@ class RunsReader:
                 waiting += 1
             if facts:
                 found.append(facts)
+        if not waiting:
+            self._listed = []
         return found, waiting
 
     def _read(self, run: RunFolder, stamp: Stamp) -> tuple[RunFacts, bool]:

@@ -6,17 +6,18 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from textual.content import Content
 from textual.pilot import Pilot
 
 from engine.events import Ended, Eval, EventWriter
 from engine.runs import RunFolder, RunLock, create_run
-from engine.runs.listing import RunsReader
+from engine.runs.listing import RunFacts, RunsReader
 from tests.support.extras import needs_trainer
 from tests.support.screens import assert_golden, screen_text, wait_for, wait_for_text
 from tests.support.written_runs import BEGAN, written_run
 from tui.app import WindtunnelApp
 from tui.page import Page
-from tui.screens.runs import RunsPage
+from tui.screens.runs import RunsPage, run_line
 from tui.screens.train import TrainPage
 
 
@@ -211,3 +212,26 @@ async def test_r_starts_the_trainer_again_and_shows_how_it_went(runs: list[RunFo
     async with listed("support-1") as pilot:
         await pilot.press("r")
         await wait_for(pilot, lambda: "lora_rank" in screen_text(pilot.app), seconds=90)
+
+
+async def test_of_many_runs_only_those_in_sight_are_drawn(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(120):
+        written_run(home / "runs" / f"run-{number:03}", 0)
+    drawn: list[str] = []
+
+    def counting(facts: RunFacts, mark: str, now: float, cells: tuple[int, int]) -> Content:
+        drawn.append(facts.folder.name)
+        return run_line(facts, mark, now, cells)
+
+    monkeypatch.setattr("tui.screens.runs.run_line", counting)
+    async with listed("120 runs") as pilot:
+        await wait_for(pilot, lambda: "to go" not in screen_text(pilot.app))
+        drawn.clear()
+        await pilot.press("j")
+        await pilot.pause(0.1)
+        assert len(set(drawn)) <= 24
+        await pilot.press("end")
+        await wait_for_text(pilot, "run-000")
+        assert len(set(drawn)) <= 48
