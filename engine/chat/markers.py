@@ -29,6 +29,7 @@ from engine.chat.conversation import (
     describe,
 )
 from engine.chat.message import read_tool_calls
+from engine.chat.transcript import read_prompt
 from engine.config import DatasetConfig
 
 Tools = tuple[dict[str, object], ...]
@@ -146,6 +147,11 @@ class _Reader:
             if results:
                 yield from map(self._identify, results)
                 return
+            turns = self._read_prompt(message)
+            if turns:
+                for turn in turns:
+                    yield from self.read(turn)
+                return
             if message.role == "assistant":
                 message = self._read_calls(self._drop_end(message))
             elif message.role == "system":
@@ -159,6 +165,16 @@ class _Reader:
             message = self._identify(message)
         self._tell_left(message)
         yield message
+
+    def _read_prompt(self, message: Message) -> list[Message]:
+        """The messages of a user's text that a chat template wrote up to the answer."""
+        text = message.content if message.role == "user" else ""
+        found = read_prompt(text) if isinstance(text, str) else None
+        if found is None:
+            return []
+        name, turns = found
+        self._note("markers_read", f"Messages written as {name}: read as messages", name, message)
+        return [replace(message, role=role, content=content) for role, content in turns]
 
     def _drop_end(self, message: Message) -> Message:
         """An answer without the end of text that it spells out; `</s>` may be HTML's."""

@@ -34,6 +34,7 @@ from engine.chat.message import (
     parse_json,
     read_image,
 )
+from engine.chat.transcript import read_transcript
 from engine.units import counted
 
 # Where no other name is chosen, these stand for it.
@@ -46,6 +47,7 @@ _QUESTION_AND_ANSWER = (
     ("prompt", "response"),
     ("question", "answer"),
 )
+_TRANSCRIPTS = ("text", "chat")
 _CAPTIONS = ("caption", "text")
 _IMAGE_COLUMNS = ("images", "image")
 # In tables: names that hold an image in some datasets and a text about one in others.
@@ -91,7 +93,7 @@ def read_row(row: Mapping[str, object], row_format: RowFormat) -> Conversation:
 def _read_messages(
     row: Mapping[str, object], row_format: RowFormat, reader: MessageReader
 ) -> Sequence[Message]:
-    listed = _find_list(row, row_format)
+    listed = _find_list(row, row_format, reader)
     column, images = _find_images(row, row_format, table=listed is None)
     if listed is None:
         messages = _read_columns(row, row_format, shows_image=bool(images))
@@ -110,7 +112,9 @@ def _read_messages(
     return [Message("system", system), *messages]
 
 
-def _find_list(row: Mapping[str, object], row_format: RowFormat) -> Sequence[object] | None:
+def _find_list(
+    row: Mapping[str, object], row_format: RowFormat, reader: MessageReader
+) -> Sequence[object] | None:
     field = row_format.dataset.field_messages
     others = _OTHER_FIELDS if field == _FIELD_MESSAGES else ()
     for name in (field, *others):
@@ -128,6 +132,21 @@ def _find_list(row: Mapping[str, object], row_format: RowFormat) -> Sequence[obj
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):
         return [*prompt, *completion]
+    return _read_text_columns(row, reader)
+
+
+def _read_text_columns(
+    row: Mapping[str, object], reader: MessageReader
+) -> Sequence[dict[str, object]] | None:
+    """The messages of a text that a chat template wrote, where a row has one."""
+    for column in _TRANSCRIPTS:
+        text = row.get(column)
+        found = read_transcript(text) if isinstance(text, str) else None
+        if found is not None:
+            template, messages = found
+            said = f"Messages written as {template} in {column}: read as messages."
+            reader.notes.append(Note("markers_read", said, None, template))
+            return messages
     return None
 
 
