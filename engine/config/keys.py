@@ -184,6 +184,10 @@ class DataKeys(Section):
     image_folder: str | None = None
     """Folder in which image paths of rows are looked up after the dataset's own folder. No image
     is read outside the two. Absent: the config's folder."""
+    allow_private_image_hosts: bool = False
+    """Fetch images of rows from this computer and private networks too, and through the proxies
+    that the environment names. Left out, only the public internet is asked: the URLs in a
+    stranger's rows could reach what only this computer can."""
     image_size: Count | Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
     """Longest side of an image in pixels, where it is below the model's own limit: fewer tokens an
     image. Of [width, height] the larger counts: images keep their shape and are not padded."""

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +42,7 @@ from engine.data.rows import (
     iterate_rendered,
 )
 from engine.data.sources import Location, locate
+from engine.data.web_images import NetworkDown, WebImages, check_url, is_web
 from engine.errors import UserError, WorkError
 from engine.files import sweep, sync, write_whole
 
@@ -53,6 +54,7 @@ _LOCK_POLL_SECONDS = 0.2
 _COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 _STATE = "progress.json"
 _LISTED_PROBLEMS = 100
+_SECOND_LOOK_SECONDS = 10.0
 
 OnProgress = Callable[[Progress], None]
 
@@ -145,14 +147,17 @@ def _plan(config: RunConfig, folder: Path, tokenizer: ChatTokenizer, report: OnP
     locations = tuple(locate(dataset, folder) for dataset in datasets)
     stamps = _stamps(locations)
     total_bytes = sum(size for size, *_ in stamps)
-    rules = ImageRules.from_config(config, folder, fetch=True)
+    rules = ImageRules.from_config(config, folder)
     spec = adapt_tokenizer(tokenizer, rules).image
+    private = config.allow_private_image_hosts
+    again = WebImages(private=private, pauses=())
     recipe = {
         "layout": LAYOUT_VERSION,
         "rendering": RENDERER_VERSION,
         "tokenizer": tokenizer.fingerprint,
         "image": asdict(spec) if spec else None,
         "history_thinking": config.history_thinking,
+        **({"private_images": True} if private else {}),
         # All keys that can reach the arrays: one too many costs a tokenization, one too few a run.
         "formats": [each.model_dump(mode="json", exclude={"path", "weight"}) for each in datasets],
         "rows": [_content(location, total_bytes, report) for location in locations],
@@ -163,8 +168,14 @@ def _plan(config: RunConfig, folder: Path, tokenizer: ChatTokenizer, report: OnP
         stamps,
         total_bytes,
         hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
-        lambda skip: iterate_rendered(pinned, folder, tokenizer, skip=skip, fetch=True),
-        tuple(ImageFinder(index, place, rules) for index, place in enumerate(locations)),
+        lambda skip: iterate_rendered(
+            pinned,
+            folder,
+            tokenizer,
+            skip=skip,
+            web=WebImages(private=private),
+        ),
+        tuple(ImageFinder(index, place, rules, again) for index, place in enumerate(locations)),
         spec,
     )
 
@@ -225,10 +236,15 @@ def _is_whole(folder: Path) -> bool:
 def _is_stale(folder: Path, job: _Job, report: OnProgress) -> bool:
     """Whether an image that the rows name has other bytes than in the arrays, or has appeared.
 
-    One that is gone leaves them as they are: they hold its bytes.
+    One that is gone leaves them as they are: they hold its bytes. Of each host of the web that had
+    none, one is asked for again.
     """
+    missing: dict[str, ImageName] = {}
     for name in read_image_names(folder):
-        if name.name.lower().startswith(("http://", "https://")):
+        if is_web(name.name):
+            if name.digest is None:
+                with suppress(RowProblem):
+                    missing.setdefault(check_url(name.name)[1], name)
             continue
         report(Progress("hashing", 0, job.total_bytes, job.total_bytes))
         try:
@@ -236,6 +252,13 @@ def _is_stale(folder: Path, job: _Job, report: OnProgress) -> bool:
         except RowProblem:
             continue
         if image_digest(content) != name.digest:
+            return True
+    deadline = time.monotonic() + _SECOND_LOOK_SECONDS
+    for name in missing.values():
+        if time.monotonic() > deadline:
+            break
+        with suppress(RowProblem, WorkError):
+            job.finders[name.dataset].read(name.name, name.beside)
             return True
     return False
 
@@ -277,6 +300,10 @@ def _fill(partial: Path, job: _Job, interval: Interval, report: OnProgress) -> N
                 problem.fix,
             )
         writer.finish(job.key, job.image_spec)
+    except NetworkDown:
+        # Rows were taken for bad whose images are there when the network is.
+        shutil.rmtree(partial)
+        raise
     finally:
         writer.close()
 

@@ -3,22 +3,17 @@
 What a person previews and what training reads come from the same generator, so that the two cannot
 differ. The images of rows are looked up here. A row is a stranger's text, so a path in it reaches
 only the dataset's own folder and `image_folder`, links followed; the web is asked only where the
-caller allows it, over http and https, and what it sends is kept in the user's cache by URL.
+caller brings a `WebImages`.
 """
 
 import hashlib
 import os
 import stat
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from email.message import Message as Headers
-from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Literal
-from urllib.parse import unquote, urlsplit
+from typing import Literal
+from urllib.parse import unquote
 
 from engine.chat.conversation import Conversation, Image, Message, RowFormat, RowProblem
 from engine.chat.images import IMAGE_LIMIT_BYTES, ImageSpec, Resample, check_image
@@ -30,22 +25,13 @@ from engine.config import DatasetConfig, RunConfig
 from engine.data.content import SourceRow
 from engine.data.sources import Location, iterate_rows, locate
 from engine.data.statistics import BadRow
-from engine.errors import UserError, WorkError
-from engine.files import write_whole
-
-# Without a byte for so long, and for one image in all.
-SILENCE_SECONDS = 20.0
-TOTAL_SECONDS = 120.0
-_BLOCK_BYTES = 2**16
-_AGENT = "windtunnel"
-# The server's word that there is no image here; every other status may pass.
-_GONE = (400, 401, 403, 404, 405, 406, 410, 414, 415, 451)
-_WEB = ("http", "https")
+from engine.data.web_images import WebImages, is_web, read_kept
+from engine.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRules:
-    """What a config says of images: the folder beside the dataset's, their size, and the web.
+    """What a config says of images: the folder beside the dataset's, and their size.
 
     `longest` is a limit of the longest side in pixels below the tokenizer's own.
     """
@@ -53,10 +39,9 @@ class ImageRules:
     folder: Path
     longest: int | None = None
     resample: Resample = "bicubic"
-    fetch: bool = False
 
     @classmethod
-    def from_config(cls, config: RunConfig, folder: Path, *, fetch: bool = False) -> "ImageRules":
+    def from_config(cls, config: RunConfig, folder: Path) -> "ImageRules":
         """The rules of a config in `folder`. Raises UserError where `image_folder` is none."""
         root = folder
         if config.image_folder:
@@ -72,7 +57,6 @@ class ImageRules:
             root,
             max(size) if isinstance(size, list) else size,
             config.image_resize_algorithm or "bicubic",
-            fetch,
         )
 
     def adapt(self, spec: ImageSpec) -> ImageSpec:
@@ -145,21 +129,21 @@ def iterate_rendered(
     *,
     reasoning_effort: str | None = None,
     skip: int = 0,
-    fetch: bool = False,
+    web: WebImages | None = None,
 ) -> Iterator[RenderedRow]:
     """Every row of every dataset of a config, in order; the first `skip` are read, not rendered.
 
-    Paths start at `folder`. `reasoning_effort` wins over what config and datasets say; `fetch`
-    lets images come from the web. Raises what `iterate_rows` raises, and UserError where
+    Paths start at `folder`. `reasoning_effort` wins over what config and datasets say; `web`
+    fetches images. Raises what `iterate_rows` and `WebImages` raise, and UserError where
     `image_folder` is none; a bad row is yielded with its problem.
     """
-    rules = ImageRules.from_config(config, folder, fetch=fetch)
+    rules = ImageRules.from_config(config, folder)
     tokenizer = adapt_tokenizer(tokenizer, rules) if tokenizer else None
     number = 0
     datasets = effective_datasets(config, reasoning_effort=reasoning_effort)
     for index, dataset in enumerate(datasets):
         row_format = RowFormat.from_config(dataset)
-        finder = ImageFinder(index, locate(dataset, folder), rules)
+        finder = ImageFinder(index, locate(dataset, folder), rules, web)
         for source in iterate_rows(dataset, folder):
             number += 1
             if number <= skip:
@@ -176,6 +160,8 @@ def iterate_rendered(
                 problem = error
             names = finder.take_names()
             yield RenderedRow(*place, problem, conversation, rendered, names, source.unit)
+    if web:
+        web.finish()
 
 
 def adapt_tokenizer(tokenizer: ChatTokenizer, rules: ImageRules) -> ChatTokenizer:
@@ -200,10 +186,17 @@ def image_digest(content: bytes | memoryview) -> str:
 class ImageFinder:
     """Looks up the images of one dataset, and remembers what its rows named."""
 
-    def __init__(self, dataset: int, location: Location, rules: ImageRules) -> None:
+    def __init__(
+        self,
+        dataset: int,
+        location: Location,
+        rules: ImageRules,
+        web: WebImages | None = None,
+    ) -> None:
         self._dataset = dataset
         self._own = location.folder
         self._rules = rules
+        self._web = web
         self._names: list[ImageName] = []
 
     def take_names(self) -> tuple[ImageName, ...]:
@@ -215,7 +208,7 @@ class ImageFinder:
         """The conversation with the bytes and the size of every image.
 
         `file` is the data file's name as the dataset names it. Raises RowProblem, with the message
-        at fault; WorkError where the web does not answer.
+        at fault; WorkError where `WebImages` does.
         """
         if not any(message.holds(Image) for message in conversation.messages):
             return conversation
@@ -254,9 +247,9 @@ class ImageFinder:
 
     def read(self, name: str, beside: str) -> bytes:
         """The bytes behind a path or a URL. Raises RowProblem where there are none to read."""
-        scheme = urlsplit(name).scheme.lower() if "://" in name else ""
-        if scheme in _WEB:
-            return fetch_image(name) if self._rules.fetch else _need_fetched(name)
+        if is_web(name):
+            return self._web.fetch(name) if self._web else read_kept(name)
+        scheme = name.partition("://")[0].lower() if "://" in name else ""
         if scheme == "file":
             name = unquote(name[len("file://") :]).removeprefix("localhost")
         elif scheme:
@@ -297,17 +290,6 @@ def _short(name: str) -> str:
     return name if len(name) <= 100 else f"{name[:97]}..."
 
 
-def _need_fetched(url: str) -> bytes:
-    found = find_fetched(url)
-    if found is None:
-        raise RowProblem(
-            "The image is on the web and was not fetched.",
-            f"{_short(url)} is not on this computer, and looking at rows fetches nothing.",
-            "Run windtunnel prepare with the config: it fetches every image once.",
-        )
-    return found
-
-
 def _read_file(path: Path) -> bytes:
     try:
         # Asked before it is opened: a pipe would wait for a writer.
@@ -324,105 +306,4 @@ def _read_file(path: Path) -> bytes:
             f"The image {_short(path.name)} cannot be opened.",
             f"{error.strerror or error}.",
             "Check who may read it.",
-        ) from error
-
-
-def find_fetched(url: str) -> bytes | None:
-    """The bytes of a URL that was fetched before, else None."""
-    try:
-        return _place(url).read_bytes()
-    except OSError:
-        return None
-
-
-def fetch_image(url: str) -> bytes:
-    """The image behind a URL, from the cache or the web.
-
-    Raises RowProblem where the server says that there is none, and where what it sends is no image
-    within the limits; WorkError where it does not answer: a row must not be left out because a
-    network was down.
-    """
-    found = find_fetched(url)
-    if found is not None:
-        return found
-    try:
-        content = _download(url)
-    except urllib.error.HTTPError as error:
-        error.close()
-        # A redirect that is not followed: to another scheme, or round in circles.
-        if error.code in _GONE or error.code // 100 == 3:
-            raise RowProblem(
-                f"The image {url[:100]} cannot be fetched.",
-                f"The server answered {error.code} {error.reason}.",
-                "Correct the URL, or delete the row.",
-            ) from error
-        raise _unanswered(url, f"The server answered {error.code} {error.reason}.") from error
-    except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise _unanswered(url, f"{type(error).__name__}: {reason}.") from error
-    except ValueError as error:
-        raise RowProblem(
-            f"The image {url[:100]} cannot be fetched.",
-            f"The URL is not one that is followed: {error}.",
-            "Correct the URL, or delete the row.",
-        ) from error
-    check_image(content)
-    _keep(url, content)
-    return content
-
-
-class _WebRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: Headers,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        if not newurl.lower().startswith(("http://", "https://")):
-            raise ValueError(f"it leads to {newurl[:60]}, and only http and https are followed")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
-
-
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": _AGENT})
-    deadline = time.monotonic() + TOTAL_SECONDS
-    opener = urllib.request.build_opener(_WebRedirects)
-    with opener.open(request, timeout=SILENCE_SECONDS) as answer:
-        blocks, size = [], 0
-        while size <= IMAGE_LIMIT_BYTES and (block := answer.read1(_BLOCK_BYTES)):
-            blocks.append(block)
-            size += len(block)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"it took longer than {TOTAL_SECONDS:.0f} seconds")
-    return b"".join(blocks)[: IMAGE_LIMIT_BYTES + 1]
-
-
-def _unanswered(url: str, why: str) -> WorkError:
-    return WorkError(
-        f"The image {url[:100]} could not be fetched.",
-        why,
-        "Run the command again when the network answers; what was fetched stays.",
-    )
-
-
-def _place(url: str) -> Path:
-    from platformdirs import user_cache_path
-
-    name = hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    return user_cache_path("windtunnel") / "images" / name[:2] / name
-
-
-def _keep(url: str, content: bytes) -> None:
-    place = _place(url)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(place, content)
-    except OSError as error:
-        raise WorkError(
-            f"The fetched image cannot be kept in {place.parent}.",
-            f"{error.strerror or error}.",
-            "Free space there.",
         ) from error

@@ -1,9 +1,7 @@
 """Where images of rows may be, what is refused, and what check and preview say of them."""
 
-import http.server
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,10 @@ from engine.data.rows import (
     ImageRules,
     RenderedRow,
     effective_datasets,
-    find_fetched,
     iterate_rendered,
 )
 from engine.data.shape import read_shape
-from engine.errors import UserError, WorkError
+from engine.errors import UserError
 from engine.report.data import image_lines
 from tests.support.data import about, config_of, write_rows
 from tests.support.pictures import png
@@ -43,12 +40,10 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def read(data: Path) -> Callable[..., list[RenderedRow]]:
-    def read_rows(
-        *rows: object, beside: Path | None = None, fetch: bool = False, **keys: Any
-    ) -> list[RenderedRow]:
+    def read_rows(*rows: object, beside: Path | None = None, **keys: Any) -> list[RenderedRow]:
         dataset = DatasetConfig(path=str(write_rows(data / "rows.jsonl", *rows)), **keys)
         config = config_of(dataset, image_folder=str(beside) if beside else None)
-        return list(iterate_rendered(config, data, None, fetch=fetch))
+        return list(iterate_rendered(config, data, None))
 
     return read_rows
 
@@ -127,69 +122,6 @@ class TestRefusals:
         (row,) = read(about("http://127.0.0.1:9/cat.png"))
         assert "was not fetched" in row.problem.what
         assert "windtunnel prepare" in row.problem.fix
-
-
-class TestFetching:
-    @pytest.fixture(autouse=True)
-    def own_cache(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    @pytest.fixture
-    def site(self) -> Iterator[tuple[str, list[str]]]:
-        asked: list[str] = []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                asked.append(self.path)
-                elsewhere = {"/away": "file:///etc/hostname", "/ftp": "ftp://127.0.0.1/cat.png"}
-                if self.path in elsewhere:
-                    self.send_response(302)
-                    self.send_header("Location", elsewhere[self.path])
-                    self.end_headers()
-                    return
-                bodies = {"/cat.png": png(), "/page": b"<html>", "/large": bytes(21_000_000)}
-                self.send_response(
-                    503 if self.path == "/busy" else 200 if self.path in bodies else 404
-                )
-                self.end_headers()
-                self.wfile.write(bodies.get(self.path, b""))
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
-        server.server_close()
-
-    def test_an_image_is_fetched_once_and_then_known(self, read, data, site):
-        url, asked = site
-        row = about(f"{url}/cat.png")
-        assert images_of(read(row, row, fetch=True)[1])[0].size == (60, 40)
-        assert asked == ["/cat.png"]
-        assert images_of(read(row)[0])
-        assert asked == ["/cat.png"]
-
-    @pytest.mark.parametrize(
-        ("path", "sentence"),
-        [
-            ("/gone", "cannot be fetched"),
-            ("/page", "cannot be read"),
-            ("/large", "too many bytes"),
-            ("/away", "cannot be fetched"),
-            ("/ftp", "cannot be fetched"),
-        ],
-    )
-    def test_what_is_no_image_is_a_bad_row_and_is_not_kept(self, read, data, site, path, sentence):
-        (row,) = read(about(site[0] + path), fetch=True)
-        assert sentence in row.problem.what
-        assert find_fetched(site[0] + path) is None
-
-    def test_a_server_that_does_not_answer_stops_the_work(self, read, data, site):
-        for url in (site[0] + "/busy", "http://127.0.0.1:9/cat.png"):
-            with pytest.raises(WorkError, match="could not be fetched"):
-                read(about(url), fetch=True)
 
 
 class TestSources:
