@@ -6,7 +6,7 @@ are kept when they are left, so that going back loses nothing.
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -23,8 +23,11 @@ from tui.page import STEPS, Page, RowsCounted
 
 if TYPE_CHECKING:
     from engine.config import RunConfig
+    from engine.hardware import Machine
     from engine.runs import RunFolder
     from engine.wizard.draft import Counted, Draft
+    from engine.wizard.flow import Wizard
+    from engine.wizard.question import Work
     from engine.wizard.reading import DataWorker
 
 PAGES: Final[Mapping[str, str]] = {
@@ -67,11 +70,21 @@ THEME: Final = Theme(
 )
 
 
+def read_here() -> "Machine":
+    """This computer, with the disk that runs are written to. A driver that is silent is asked again
+    by the page, which waits for it no longer than it must."""
+    # Imported in the thread that asks: the first frame does not wait for it.
+    from engine.hardware import read_machine
+    from engine.runs import run_home
+
+    return read_machine(disk=run_home())
+
+
 class WindtunnelApp(App[int]):
     """The screens over one draft, an empty one unless it is given. `run()` gives the exit status.
 
     Starts on the step `start`, or on the Train page of `run`. `pages` are further or other pages
-    by name.
+    by name; `read` looks at this computer.
     """
 
     CSS_PATH = "app.tcss"
@@ -92,6 +105,7 @@ class WindtunnelApp(App[int]):
         run: "RunFolder | None" = None,
         ascii_only: bool = False,
         pages: Mapping[str, type[Page]] | None = None,
+        read: "Callable[[], Machine]" = read_here,
     ) -> None:
         super().__init__()
         if "TEXTUAL_ANIMATIONS" not in os.environ:
@@ -99,6 +113,8 @@ class WindtunnelApp(App[int]):
         self.register_theme(THEME)  # before the stylesheet is read, which uses its variables
         self.theme = THEME.name
         self._draft = draft
+        self._wizard: Wizard | None = None
+        self._read = read
         self.parting = ""
         """A line to print once the screen is given back, such as how to return to a run."""
         self._start = start
@@ -117,14 +133,31 @@ class WindtunnelApp(App[int]):
             self.add_class("-ascii")
 
     @property
-    def draft(self) -> "Draft":
-        """The answers so far. Its first use imports all that plans, which takes 0.4 s: a page asks
-        for it after its first frame."""
-        if self._draft is None:
+    def wizard(self) -> "Wizard":
+        """The steps that the pages print. Its first use imports all that plans, which takes 0.4 s:
+        the first page waits for `load` instead, after its first frame."""
+        if self._wizard is None:
             from engine.wizard.draft import Draft
+            from engine.wizard.flow import Wizard
 
-            self._draft = Draft()
-        return self._draft
+            self._wizard = Wizard(self._draft or Draft(), read=self._read)
+        return self._wizard
+
+    async def load(self) -> "Wizard":
+        """The wizard, its imports done in a thread."""
+        await asyncio.to_thread(import_module, "engine.wizard.flow")
+        return self.wizard
+
+    @property
+    def draft(self) -> "Draft":
+        """The answers so far."""
+        return self.wizard.draft
+
+    async def perform(self, work: "Work") -> object:
+        """Do what a step waits for in a thread: its result, or the UserError that ended it."""
+        from engine.wizard.flow import perform
+
+        return await asyncio.to_thread(perform, work, lambda _done: None)
 
     @property
     def data_worker(self) -> "DataWorker":
@@ -254,8 +287,7 @@ class WindtunnelApp(App[int]):
 
     async def _prepare(self) -> None:
         """Load what the next pages need while the person looks at the first one."""
-        for module in ("engine.wizard.draft", "engine.wizard.reading"):
-            await asyncio.to_thread(import_module, module)
+        await self.load()
         await self.data_worker.warm()
 
     def _show(self, name: str) -> None:

@@ -203,10 +203,9 @@ def _draw() -> "Watch":
 
 
 def _open_run(run: "RunFolder", ascii_only: bool) -> int:
-    from engine.wizard.draft import Draft
     from tui.app import WindtunnelApp
 
-    return show(WindtunnelApp(Draft(), run=run, ascii_only=ascii_only))
+    return show(WindtunnelApp(run=run, ascii_only=ascii_only))
 
 
 def _ask_new(request: "NewRequest") -> int:

@@ -2,17 +2,24 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from engine.errors import UserError, WorkError
+from engine.hardware import Machine
 from engine.report import Line
+from engine.report.run import way_back
+from engine.runs import list_runs, status
+from engine.wizard.data import DataStep
+from engine.wizard.draft import Draft
 from engine.wizard.machine import MachineStep
+from engine.wizard.model import ModelStep
+from engine.wizard.plan import PlanStep
+from engine.wizard.preview import PreviewStep
 from engine.wizard.question import Confirm, Progress, Question, Step, Work
-
-if TYPE_CHECKING:
-    from engine.hardware import Machine
-    from engine.wizard.draft import Draft
+from engine.wizard.reading import Read
+from engine.wizard.review import ReviewStep
+from engine.wizard.start import find_machine
 
 
 class Wizard:
@@ -23,23 +30,16 @@ class Wizard:
 
     def __init__(
         self,
-        draft: "Draft",
+        draft: Draft,
         *,
         home: Path | None = None,
-        read: "Callable[[], Machine] | None" = None,
+        read: Callable[[], Machine] | None = None,
         new: bool = False,
         out: Path | None = None,
     ) -> None:
-        from engine.wizard.data import DataStep
-        from engine.wizard.model import ModelStep
-        from engine.wizard.plan import PlanStep
-        from engine.wizard.preview import PreviewStep
-        from engine.wizard.reading import Read
-        from engine.wizard.review import ReviewStep
-
         self.draft = draft
         self.home = home
-        self.machine = MachineStep(draft, read or _read_here)
+        self.machine = MachineStep(draft, read or partial(find_machine, None))
         self.model = ModelStep(draft)
         rows = Read()
         self.data = DataStep(draft, rows)
@@ -99,9 +99,6 @@ class Wizard:
 
 def live_runs(home: Path | None = None) -> list[Line]:
     """Who trains or is paused already, and the way back to each."""
-    from engine.report.run import way_back
-    from engine.runs import list_runs, status
-
     lines = []
     for run in list_runs(home):
         with suppress(WorkError):  # a folder that cannot be read is no reason to ask nothing
@@ -117,10 +114,3 @@ def perform(work: Work, progress: Progress) -> object:
         return work.run(progress)
     except UserError as error:
         return error
-
-
-def _read_here() -> "Machine":
-    # Imported here: the first frame of a screen does not wait for it.
-    from engine.wizard.start import find_machine
-
-    return find_machine(None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from engine.errors import UserError
 from engine.report import SEVERITY_MARKS, Line
-from engine.units import GIB, gib
+from engine.units import GIB, counted, gib
 from engine.wizard.question import Choice, Confirm, Question, Work
 
 if TYPE_CHECKING:
@@ -78,6 +78,19 @@ class MachineStep:
         """Reading this computer anew."""
         return Work(self.title, (), ASKING, lambda _progress: self._read())
 
+    def watch(self) -> Work:
+        """The same cards again; all anew where the driver has shown none yet: it may wake them."""
+        machine = self.machine
+        assert machine is not None
+
+        def look(_progress: object) -> "Machine":
+            from engine.hardware import poll
+
+            silent = any(problem.id == "driver_silent" for problem in machine.problems)
+            return self._read() if silent and not machine.gpus else poll(machine)
+
+        return Work("watch", (), ASKING, look)
+
     def receive(self, _work: Work, result: object) -> None:
         """Take in this computer, read for the first time or again.
 
@@ -101,7 +114,7 @@ class MachineStep:
             label = f"plan for {named_cards(planned)}"
             note = f"can give {planned.can_give_bytes / GIB:.1f} of {gib(planned.total_bytes)}"
             choices.insert(0, Choice(PLANNED, label, note, reason=PLAN_REASON))
-        cores = f"{machine.cpu_count} core{'s' * (machine.cpu_count != 1)}"
+        cores = counted(machine.cpu_count, "core")
         choices += [
             Choice(
                 CPU,
@@ -132,9 +145,14 @@ class MachineStep:
         assert self.machine is not None
         if key in (PLANNED, PLAN):
             return PLAN_ONLY
-        return machine_verdict(
-            self.machine, next((gpu for gpu in self.machine.gpus if gpu.uuid == key), None)
-        )
+        return machine_verdict(self.machine, self._gpu(key))
+
+    def is_plain(self, key: str) -> bool:
+        """Whether the verdict only names a card: what fits on it can stand in its place."""
+        gpu = self._gpu(key)
+        if gpu is None or self.verdict(key).mark != "✓":
+            return False
+        return not gpu.mig_parent and not gpu.unified
 
     def device(self, key: str) -> "Device":
         """The device that a choice stands for. Raises UserError where a run cannot use it."""
@@ -145,12 +163,12 @@ class MachineStep:
             return self._planned
         if key == CPU:
             return cpu_device(self.machine)
-        choice = self.question().choice(key)
-        gpu = next(gpu for gpu in self.machine.gpus if gpu.uuid == choice.key)
-        if choice.refusal:
+        gpu = self._gpu(self.question().choice(key).key)
+        assert gpu is not None
+        if gpu.refusal:
             raise UserError(
                 f"GPU {gpu.index}, {gpu.short_name}, cannot be used.",
-                f"{choice.refusal}.",
+                f"{gpu.refusal}.",
                 "Take another of the list, or look again once it is ready.",
             )
         return gpu_device(gpu, self.machine)
@@ -175,6 +193,10 @@ class MachineStep:
         """Nothing is begun here that could be undone."""
         return False
 
+    def _gpu(self, key: str) -> "Gpu | None":
+        assert self.machine is not None
+        return next((gpu for gpu in self.machine.gpus if gpu.uuid == key), None)
+
     @property
     def _planned(self) -> "Device | None":
         device = self._draft.device
@@ -197,6 +219,15 @@ def planned_machine(text: str) -> "Machine":
         if not text.replace(".", "", 1).isdecimal():
             raise
         return assume(f"{text} GB")
+
+
+def listed_machines() -> "list[Machine]":
+    """This computer with each known GPU in it, the smallest first."""
+    from engine.hardware import assume, listed_gpus
+    from engine.plan import best_device
+
+    machines = [assume(gpu.name) for gpu in listed_gpus()]
+    return sorted(machines, key=lambda machine: best_device(machine).total_bytes)
 
 
 def named_cards(device: "Device") -> str:

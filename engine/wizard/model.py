@@ -107,6 +107,10 @@ class Survey:
     proposed: Prospect
     cached: frozenset[str] = frozenset()
 
+    def holds_for(self, device: Device) -> bool:
+        """Whether a device can give what it could then, but for less than a tight plan spares."""
+        return abs(self.device.can_give_bytes - device.can_give_bytes) < GIB
+
 
 class ModelStep:
     """Which model. An own one is a candidate of its own once it was read."""
@@ -135,6 +139,19 @@ class ModelStep:
     def found(self, device: Device) -> Survey | None:
         """What is known of a device already."""
         return next((found for found in self._surveys if found.device == device), None)
+
+    def last(self, device: Device) -> Survey | None:
+        """What was found last for that card, whatever of it was used then."""
+
+        def named(card: Device) -> tuple[object, ...]:
+            return card.name, card.uuid, card.count
+
+        same = (each for each in reversed(self._surveys) if named(each.device) == named(device))
+        return next(same, None)
+
+    def forget(self) -> None:
+        """Have every device planned for anew."""
+        self._surveys.clear()
 
     def question(self) -> Question:
         """Every model of the catalog, the smallest first, then a folder or hub id of one's own."""

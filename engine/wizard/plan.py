@@ -10,7 +10,7 @@ from engine.config import FULL, NONE, RunConfig, assignment, spell
 from engine.config.schema import explain_key
 from engine.data.sources import with_absolute_paths
 from engine.errors import UserError
-from engine.hardware import assume, attention_backends, listed_gpus
+from engine.hardware import attention_backends
 from engine.plan import (
     Alternative,
     Attention,
@@ -39,7 +39,7 @@ from engine.wizard.draft import (
     spelled,
     take_answer,
 )
-from engine.wizard.machine import named_cards
+from engine.wizard.machine import listed_machines, named_cards
 from engine.wizard.question import Choice, Confirm, Progress, Question, Work
 from engine.wizard.reading import Read
 from engine.wizard.start import measure_and_keep
@@ -264,8 +264,7 @@ def faster_sentence(draft: Draft) -> str:
 def list_cards(draft: Draft) -> list[Card]:
     """The plan as it is on every known GPU, the smallest first."""
     config, place = draft.config(), draft.place()
-    devices = [best_device(assume(gpu.name)) for gpu in listed_gpus()]
-    devices.sort(key=lambda device: device.total_bytes)
+    devices = map(best_device, listed_machines())
     return [Card(each, estimate(config, replace(place, device=each))) for each in devices]
 
 

@@ -7,7 +7,6 @@ asked only after the person has agreed.
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -29,7 +28,6 @@ from engine.units import stored
 from engine.visible import visible
 from engine.wizard.data import USE, DataStep, Source, check_command, find_newest, list_sources
 from engine.wizard.preview import Switch
-from engine.wizard.reading import Read
 from tui.line import marked
 from tui.page import HelpText, Key, Page, PathField
 from tui.widgets.choices import Choices, Switches
@@ -206,9 +204,9 @@ class DataPage(Page):
         self._goes_on = False
         self._remarks: list[Remark] = []
 
-    @cached_property
+    @property
     def _step(self) -> DataStep:
-        return DataStep(self.app.draft, Read())
+        return self.app.wizard.data
 
     def compose_body(self) -> ComposeResult:
         with Pane(id="from", title="where from"):

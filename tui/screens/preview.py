@@ -5,7 +5,7 @@ A switch of labels asks nobody; only what changes the tokens themselves is asked
 
 from collections import Counter
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import partial
 from typing import ClassVar, Final
 
 from textual.app import ComposeResult
@@ -29,7 +29,6 @@ from engine.wizard.preview import (
     count_groups,
     preview_command,
 )
-from engine.wizard.reading import Read
 from tui.page import HelpText, Key, Page
 from tui.widgets.choices import Choices, Switches
 from tui.widgets.pane import Drawn, Pane, Prompt
@@ -204,9 +203,9 @@ class PreviewPage(Page):
         self._counted_rows = 0
         self._verdict = Verdict("·", "reading", "")
 
-    @cached_property
+    @property
     def _step(self) -> PreviewStep:
-        return PreviewStep(self.app.draft, Read())
+        return self.app.wizard.preview
 
     def compose_body(self) -> ComposeResult:
         with Container(id="split"):

@@ -7,7 +7,6 @@ import os
 import shlex
 import subprocess
 import tempfile
-from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -22,7 +21,6 @@ from engine.runs import RunFolder
 from engine.visible import visible
 from engine.wizard.plan import plan_command
 from engine.wizard.question import Question
-from engine.wizard.reading import Read
 from engine.wizard.review import EDIT, NAME, SAVE, START, STARTING, ReviewStep
 from tui.page import Key, Page
 from tui.widgets.choices import Choices
@@ -140,6 +138,10 @@ class ReviewPage(Page):
         words = plan_command(draft)
         self.show_command([*words, "-o", path] if words and draft.own is None else [])
 
+    @property
+    def _step(self) -> ReviewStep:
+        return self.app.wizard.review
+
     # --- keys
 
     def action_accept(self) -> None:
@@ -235,10 +237,6 @@ class ReviewPage(Page):
             self.show_problem(error, kept=kept)
             return
         self.refresh_from_draft()
-
-    @cached_property
-    def _step(self) -> ReviewStep:
-        return ReviewStep(self.app.draft, Read())
 
 
 def _coloured(text: str) -> Content:

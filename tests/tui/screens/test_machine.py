@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.hardware import Machine, poll, read_machine
+from engine.hardware import Machine, read_machine
 from engine.hardware.packages import torch_problems
 from engine.runs import create_run
 from engine.units import GIB
@@ -75,9 +75,8 @@ async def machine_page(
     poll_seconds: float = 60,
     draft: Draft | None = None,
 ) -> AsyncIterator[Screen]:
-    page = partial(MachinePage, read, lambda machine: fixed(poll(machine)), poll_seconds)
-    pages: dict[str, Any] = {"Machine": page, "Model": Beyond}
-    app = WindtunnelApp(draft or Draft(), pages=pages)
+    pages: dict[str, Any] = {"Machine": partial(MachinePage, poll_seconds), "Model": Beyond}
+    app = WindtunnelApp(draft or Draft(), pages=pages, read=read)
     async with app.run_test(size=size) as pilot:
         yield Screen(app, pilot)
 
@@ -288,7 +287,7 @@ async def test_an_h100_that_is_not_here_can_be_planned_for(nvml: FakeDriver) -> 
         assert (device.name, device.planned) == ("H100 80GB HBM3", True)
         assert screen.app.draft.machine.assumed
         screen.app.open_step("Machine")
-        await screen.until("❯ plan for another GPU  now H100 80GB HBM3")
+        await screen.until("❯ plan for H100 80GB HBM3  can give 75.")
 
 
 @pytest.mark.slow
@@ -321,7 +320,7 @@ async def test_the_largest_model_of_each_planned_card_is_the_one_that_is_propose
             await screen.until(partial(listed, f" {card} ", can_give, model))
 
 
-@pytest.mark.parametrize(("typed", "gibibytes"), [("40", 40), ("H100 x2", 79.6)])
+@pytest.mark.parametrize(("typed", "gibibytes"), [("4090", 24), ("H100 x2", 79.6)])
 async def test_memory_or_a_name_can_be_typed(
     nvml: FakeDriver, typed: str, gibibytes: float
 ) -> None:
@@ -357,7 +356,7 @@ async def test_the_card_of_assume_is_under_the_cursor_and_enter_takes_it_however
     draft = make_draft(WizardRequest(assumed="H100 x2"))
     before = draft.device
     async with opened(draft, "Machine", (100, 30)) as screen:
-        await screen.until("❯ plan for another GPU  now H100 80GB HBM3 x2")
+        await screen.until("❯ plan for H100 80GB HBM3 x2  can give 75.")
         await screen.press("p")
         await screen.until("❯ H100 80GB HBM3")
         await screen.press("escape")

@@ -1,12 +1,10 @@
-"""The Machine page: the device under the cursor is what the run will compute on.
+"""The Machine page prints the wizard's first step: the device under the cursor is what the run will
+compute on.
 
-The page is drawn before anything is asked; a driver that hangs keeps nobody from leaving it. What
-it shows is what `read` and `poll` answer, in threads.
+The page is drawn before anything is asked; a driver that hangs keeps nobody from leaving it.
 """
 
 import asyncio
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from textual import work
@@ -17,16 +15,14 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
-from engine.wizard.flow import live_runs
-from engine.wizard.machine import ASKING, CPU, HELP, PLAN, PLAN_ONLY, named_cards
+from engine.wizard.machine import ASKING, HELP, PLAN, PLAN_ONLY, PLANNED, MachineStep
+from engine.wizard.question import Choice, Question, Work
 from tui.page import HelpText, Key, Page
 from tui.screens.machine import wording
-from tui.screens.machine.wording import Choice
 from tui.widgets.choices import Choices
 from tui.widgets.pane import Pane, TextPane
 
 if TYPE_CHECKING:
-    from engine.hardware import Machine
     from engine.plan import Device
     from engine.wizard.model import Survey
     from tui.screens.machine.planned import PlannedPanel
@@ -34,22 +30,6 @@ if TYPE_CHECKING:
 POLL_SECONDS: Final = 2.0
 # Whoever holds the down key plans nothing on the way.
 _SETTLE_SECONDS: Final = 0.15
-
-
-def read_here() -> "Machine":
-    """This computer, with the disk that runs are written to."""
-    # Imported in the thread that asks: the first frame does not wait for it.
-    from engine.hardware import read_machine
-    from engine.runs import run_home
-
-    return read_machine(disk=run_home())
-
-
-def poll_here(machine: "Machine") -> "Machine":
-    """The same cards again."""
-    from engine.hardware import poll
-
-    return poll(machine)
 
 
 class MachinePage(Page):
@@ -83,19 +63,11 @@ class MachinePage(Page):
         Binding("p", "plan_for_another", "plan for another GPU", show=False),
     ]
 
-    def __init__(
-        self,
-        read: "Callable[[], Machine]" = read_here,
-        poll: "Callable[[Machine], Machine]" = poll_here,
-        poll_seconds: float = POLL_SECONDS,
-    ) -> None:
+    def __init__(self, poll_seconds: float = POLL_SECONDS) -> None:
         super().__init__()
-        self._read = read
-        self._poll = poll
         self._poll_seconds = poll_seconds
-        self._machine: Machine | None = None
-        self._choices: list[Choice] = []
-        self._surveys: dict[str, Survey] = {}
+        self._question: Question | None = None
+        """None until the driver has answered."""
         self._surveyed_now = ""
         self._goes_on = False
 
@@ -115,6 +87,10 @@ class MachinePage(Page):
         self._look()
         self._watch()
 
+    @property
+    def _step(self) -> MachineStep:
+        return self.app.wizard.machine
+
     # --- what the driver says
 
     def _look(self) -> None:
@@ -123,15 +99,14 @@ class MachinePage(Page):
 
     @work(group="read", exclusive=True)
     async def _ask(self) -> None:
-        machine = await asyncio.to_thread(self._read)
-        # Imported in the thread: the planner takes longer to load than the driver to answer.
-        best = PLAN if self._planned else await asyncio.to_thread(_best_key, machine)
-        here = self._choice.key if self._machine else best
-        self._receive(machine)
-        self._point_at(here)
+        step = (await self.app.load()).machine
+        work = step.look_again()
+        self._receive(work, await self.app.perform(work))
+        from engine.wizard.flow import live_runs
+
         for line in await asyncio.to_thread(live_runs):
             self.app.notify(f"{line.text}; F4 lists the runs", timeout=10, markup=False)
-        if self._goes_on and not wording.blocks(machine):
+        if self._goes_on and not wording.blocks(step.machine):
             self.action_accept()
         self._goes_on = False
 
@@ -139,118 +114,94 @@ class MachinePage(Page):
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self._poll_seconds)
-            before = self._machine
-            if before is None or not self.is_current:
+            if self._question is None or not self.is_current:
                 continue
-            silent = any(problem.id == "driver_silent" for problem in before.problems)
-            # A driver that has found nothing yet may have been waking its cards.
-            waking = silent and not before.gpus
-            ask = self._read if waking else partial(self._poll, before)
-            now = await asyncio.to_thread(ask)
-            if self._machine is before:
-                self._receive(now)
+            work, before = self._step.watch(), self._step.machine
+            found = await self.app.perform(work)
+            if self._step.machine is before:
+                self._receive(work, found)
 
-    def _receive(self, machine: "Machine") -> None:
-        here = self._choice.key if self._machine else ""
-        self._machine = machine
-        self._choices = wording.list_choices(machine)
-        if here:
-            self._point_at(here)
-        draft = self.app.draft
-        if draft.device and any(
-            choice.key == draft.device.uuid and choice.refusal for choice in self._choices
-        ):
-            draft.device = None
+    def _receive(self, work: Work, found: object) -> None:
+        self._step.receive(work, found)
+        if self._question is None:
+            self._question = self._step.question()
+            self.query_one("#choices", Choices).cursor = self._question.recommended
         self._show()
-
-    def _point_at(self, key: str) -> None:
-        keys = [choice.key for choice in self._choices]
-        choices = self.query_one("#choices", Choices)
-        place = keys.index(key) if key in keys else keys.index(CPU)
-        if choices.cursor != place:
-            choices.cursor = place
-        else:
-            self._show()
 
     # --- what is shown
 
     @property
     def _choice(self) -> Choice:
-        return self._choices[self.query_one("#choices", Choices).cursor]
+        assert self._question is not None
+        return self._question.choices[self.query_one("#choices", Choices).cursor]
 
-    @property
-    def _planned(self) -> "Device | None":
-        device = self.app.draft.device
-        return device if device and device.planned else None
-
-    def _show(self) -> None:
-        machine = self._machine
-        if machine is None or self.is_covered:
+    def _show(self, key: str = "") -> None:
+        """Print what is asked, the cursor on `key`, else on the line where it was."""
+        if self._question is None or self.is_covered:
             return
+        key = key or self._choice.key
+        question = self._question = self._step.question()
+        machine = self._step.machine
+        assert machine is not None
         choices = self.query_one("#choices", Choices)
-        name = named_cards(self._planned) if self._planned else ""
         cells = (choices.size.width or self.app.size.width - 4) - 2
-        choices.show_lines(wording.choice_lines(self._choices, machine, name, cells))
+        choices.show_lines(wording.choice_lines(question, machine, cells))
+        keys = [choice.key for choice in question.choices]
+        choices.cursor = keys.index(key) if key in keys else question.recommended
         rest = self.query_one("#rest", Pane)
         rest.query_one(Static).update(wording.rest(machine, self._cells(rest)))
-        self._show_choice(machine)
+        self._show_choice()
 
     def _cells(self, pane: Pane) -> int:
         return pane.scrollable_content_region.width or self.app.size.width - 4
 
-    def _show_choice(self, machine: "Machine") -> None:
+    def _show_choice(self) -> None:
         choice = self._choice
-        self.say(*wording.verdict(machine, choice))
+        line = self._step.verdict(choice.key)
+        self.say(line.mark, line.label, line.text)
         self.query_one("#good", Pane).show_subtitle("")
         if choice.key == PLAN:
             self._show_good("Enter lists GPUs that are not here, and what each of them holds.")
         elif choice.refusal:
             self._show_good("A run cannot use it now; the other lines can be taken.")
-        elif found := self._surveys.get(choice.key):
-            self._show_survey(found)
-            self._survey_again_if_moved(choice, machine)
         else:
-            self._show_good("working out what fits…")
-            self._survey(choice, machine)
+            device = self._step.device(choice.key)
+            found = self.app.wizard.model.last(device)
+            if found:
+                self._show_survey(found)
+            else:
+                self._show_good("working out what fits…")
+            # A poll that finds other figures does not begin it anew: it would never end.
+            if not (found and found.holds_for(device)) and self._surveyed_now != choice.key:
+                self._surveyed_now = choice.key
+                self._survey(choice.key, device)
 
     def _show_good(self, text: str) -> None:
         self.query_one("#good Static", Static).update(Content.styled(text, "$muted"))
 
-    def _survey_again_if_moved(self, choice: Choice, machine: "Machine") -> None:
-        from tui.screens.machine.prospects import device_of, has_moved
-
-        if has_moved(self._surveys[choice.key].device, device_of(choice, machine)):
-            self._survey(choice, machine)
-
-    def _survey(self, choice: Choice, machine: "Machine") -> None:
-        # A poll that finds other figures does not begin it anew: it would never end.
-        if self._surveyed_now != choice.key:
-            self._surveyed_now = choice.key
-            self._plan_for(choice, machine)
-
     @work(group="survey", exclusive=True)
-    async def _plan_for(self, choice: Choice, machine: "Machine") -> None:
+    async def _survey(self, key: str, device: "Device") -> None:
         await asyncio.sleep(_SETTLE_SECONDS)
-        found = await asyncio.to_thread(_look_at, choice, machine)
-        self._surveys[choice.key] = found
+        step = self.app.wizard.model
+        work = step.survey(device)
+        step.receive(work, await self.app.perform(work))
         self._surveyed_now = ""
-        if choice.key == self._choice.key and not self.is_covered:
-            self._show_survey(found)
+        if key == self._choice.key and not self.is_covered:
+            self._show_choice()
 
     def _show_survey(self, found: "Survey") -> None:
         from tui.screens.machine.prospects import headline, prospect_lines
 
-        assert self._machine is not None
-        if wording.is_plain(self._machine, self._choice):
+        if self._step.is_plain(self._choice.key):
             self.say("✓", "ready", headline(found))
         self.query_one("#good Static", Static).update(prospect_lines(found))
         on_cpu = found.device.kind == "cpu"
         note = "by memory; a real model takes days on a CPU" if on_cpu else "as recommended"
         self.query_one("#good", Pane).show_subtitle(note)
 
-    def on_choices_moved(self, message: Choices.Moved) -> None:
-        if self._machine and not self.is_covered:
-            self._show_choice(self._machine)
+    def on_choices_moved(self) -> None:
+        if self._question is not None and not self.is_covered:
+            self._show_choice()
 
     def on_resize(self) -> None:
         self.call_after_refresh(self._show)
@@ -259,50 +210,42 @@ class MachinePage(Page):
 
     def action_accept(self) -> None:
         """Take the device under the cursor, or wait for the driver to name one."""
-        if self._machine is None:
+        if self._question is None:
             self._goes_on = True
             self.say("·", "looking", f"{ASKING} goes on when it answers")
-        elif self._choice.key == PLAN and self._planned:
-            self.app.next_step()  # it was planned for before, or by --assume
         elif self._choice.key == PLAN:
             self.action_plan_for_another()
         elif self._choice.refusal:
-            self.say(*wording.verdict(self._machine, self._choice))
+            self._show_choice()
         else:
-            from tui.screens.machine.prospects import device_of
-
-            self._take(self._machine, device_of(self._choice, self._machine))
-
-    def _take(self, machine: "Machine", device: "Device") -> None:
-        self.app.draft.machine, self.app.draft.device = machine, device
-        self.app.next_step()
+            self._step.take(self._choice.key, "")
+            self.app.next_step()
 
     def action_look_again(self) -> None:
-        self._surveys.clear()
+        if self._question is not None:
+            self.app.wizard.model.forget()
         self._surveyed_now = ""
         self._look()
 
     def action_processes(self) -> None:
-        if self._machine:
-            found = wording.processes(self._machine)
+        if self._step.machine:
+            found = wording.processes(self._step.machine)
             self.cover(TextPane("what runs on the GPUs", found), [Key("esc", "close")])
 
     def action_plan_for_another(self) -> None:
         from tui.screens.machine.planned import PlannedPanel
 
         self.say(PLAN_ONLY.mark, PLAN_ONLY.label, PLAN_ONLY.text)
-        name = self._planned.name if self._planned else ""
-        self.cover(PlannedPanel(name), [Key("enter", "plan for it"), Key("esc", "close")])
+        panel = PlannedPanel(self.app.wizard)
+        self.cover(panel, [Key("enter", "plan for it"), Key("esc", "close")])
 
     def on_planned_panel_pointed(self, message: "PlannedPanel.Pointed") -> None:
         self.show_command(["models", "--assume", message.name] if message.name else ["probe"])
 
-    def on_planned_panel_taken(self, message: "PlannedPanel.Taken") -> None:
-        from engine.plan import best_device
-
-        self._point_at(PLAN)
+    def on_planned_panel_taken(self) -> None:
         self.uncover()
-        self._take(message.machine, best_device(message.machine))
+        self._show(PLANNED)
+        self.app.next_step()
 
     def uncover(self) -> None:
         super().uncover()
@@ -313,27 +256,10 @@ class MachinePage(Page):
         self._show()
 
     def help_for(self, focused: Widget | None) -> HelpText:
-        return HelpText(
-            "the device that the run computes on",
-            HELP,
-            ("probe",),
-        )
+        return HelpText("the device that the run computes on", HELP, ("probe",))
 
 
 def _text_pane(name: str, title: str) -> TextPane:
     pane = TextPane(title, Content(""))
     pane.id = name
     return pane
-
-
-def _best_key(machine: "Machine") -> str:
-    from engine.plan import best_device
-
-    return best_device(machine).uuid or CPU
-
-
-def _look_at(choice: Choice, machine: "Machine") -> "Survey":
-    from engine.wizard.model import look_at
-    from tui.screens.machine.prospects import device_of
-
-    return look_at(device_of(choice, machine))

@@ -12,11 +12,13 @@ from textual.message import Message
 from textual.widgets import Input, Static
 
 from engine.errors import UserError
-from engine.hardware import Gpu, Machine, assume, listed_gpus
+from engine.hardware import Gpu, Machine
 from engine.plan import best_device
 from engine.units import GIB
 from engine.visible import visible
-from engine.wizard.model import Survey, look_at
+from engine.wizard.flow import Wizard, perform
+from engine.wizard.machine import PLAN, listed_machines
+from engine.wizard.model import Survey
 from tui.widgets.choices import Choices
 from tui.widgets.pane import Field, Pane, columns
 
@@ -36,18 +38,14 @@ class PlannedPanel(Vertical):
 
         name: str
 
-    @dataclass
     class Taken(Message):
-        """The computer with that GPU in it."""
+        """The draft is for the computer with that GPU in it."""
 
-        machine: Machine
-
-    def __init__(self, name: str = "") -> None:
-        """`name` is the GPU to begin at, the first where it is not listed."""
+    def __init__(self, wizard: Wizard) -> None:
+        """Begins at the GPU that is planned for, at the first where it is not listed."""
         super().__init__()
-        self._name = name
+        self._wizard = wizard
         self._machines: list[Machine] = []
-        self._surveys: dict[int, Survey] = {}
         self._list = Choices([Content.styled("reading the list…", "$muted")])
 
     def compose(self) -> ComposeResult:
@@ -63,20 +61,22 @@ class PlannedPanel(Vertical):
 
     @work
     async def _fill(self) -> None:
-        machines = await asyncio.to_thread(_assume_all)
+        machines = await asyncio.to_thread(listed_machines)
         if self._is_closed():
             return
         self._machines = machines
         self._show()
         names = [machine.gpus[0].short_name for machine in machines]
-        self._list.cursor = names.index(self._name) if self._name in names else 0
+        device, models = self._wizard.draft.device, self._wizard.model
+        self._list.cursor = names.index(device.name) if device and device.name in names else 0
         self._point()
-        for place, machine in enumerate(self._machines):
-            found = await asyncio.to_thread(look_at, best_device(machine))
-            if self._is_closed():
-                return
-            self._surveys[place] = found
-            self._show()
+        for each in map(best_device, machines):
+            if models.last(each) is None:
+                work = models.survey(each)
+                models.receive(work, await asyncio.to_thread(perform, work, lambda _done: None))
+                if self._is_closed():
+                    return
+                self._show()
 
     def _is_closed(self) -> bool:
         """Whether the panel was closed while a thread worked for it."""
@@ -84,7 +84,8 @@ class PlannedPanel(Vertical):
 
     def _show(self) -> None:
         lines = [
-            _line(machine, self._surveys.get(place)) for place, machine in enumerate(self._machines)
+            _line(machine, self._wizard.model.last(best_device(machine)))
+            for machine in self._machines
         ]
         other = Content.assemble(
             f"{_OTHER:<{_NAME_CELLS}}", ("  type its memory in GB, or its name", "$muted")
@@ -117,36 +118,28 @@ class PlannedPanel(Vertical):
     def on_choices_chosen(self, message: Choices.Chosen) -> None:
         message.stop()
         if self._here:
-            self.post_message(self.Taken(self._here))
+            self._take(self._here.gpus[0].short_name)
         elif self._machines:
             self.query_one(Field).focus()
 
     def on_input_submitted(self, message: Input.Submitted) -> None:
         message.stop()
-        text = message.value.strip()
-        if not text:
-            return
+        if text := message.value.strip():
+            self._take(text)
+
+    def _take(self, text: str) -> None:
         try:
-            machine = assume(f"{text} GB" if _is_number(text) else text)
+            self._wizard.machine.take(PLAN, text)
         except UserError as error:
             shown = (("what", error.what), ("why", error.why), ("fix", error.fix))
             self._show_reason(
                 columns([(word, visible(words)) for word, words in shown], "bold $error")
             )
             return
-        self.post_message(self.Taken(machine))
+        self.post_message(self.Taken())
 
     def on_field_left(self) -> None:
         self._list.focus()
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdecimal()
-
-
-def _assume_all() -> list[Machine]:
-    machines = [assume(gpu.name) for gpu in listed_gpus()]
-    return sorted(machines, key=lambda machine: best_device(machine).total_bytes)
 
 
 def _line(machine: Machine, found: Survey | None) -> Content:

@@ -8,26 +8,14 @@ from typing import Final
 
 from textual.content import Content
 
-from engine.hardware import Machine
-from engine.plan import Device, Prospect, cpu_device, gpu_device
+from engine.plan import Device, Prospect
 from engine.report.plan import method, model_verdict
 from engine.units import GIB, gib
 from engine.visible import visible
 from engine.wizard.model import Survey
 from tui.line import MARK_STYLES
-from tui.screens.machine.wording import Choice
 
 TITLE_CELLS: Final = 19
-
-
-def device_of(choice: Choice, machine: Machine) -> Device:
-    """The device that a choice of this computer stands for."""
-    return gpu_device(choice.gpu, machine) if choice.gpu else cpu_device(machine)
-
-
-def has_moved(before: Device, now: Device) -> bool:
-    """Whether what a device can give has changed by more than a tight plan has to spare."""
-    return abs(before.can_give_bytes - now.can_give_bytes) >= GIB
 
 
 def headline(found: Survey) -> str:

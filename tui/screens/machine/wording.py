@@ -1,18 +1,17 @@
-"""How a computer is described: a line for each choice, one verdict, the rest in rows.
+"""How a computer is described: a line for each choice, the rest in rows.
 
 Pure, and without the planner: the first frame of the wizard waits for this module. Names of cards
 and paths are strangers' text, and are made visible here.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from textual.content import Content
 
-from engine.units import counted
 from engine.visible import fold, visible
-from engine.wizard.machine import CPU, PLAN, PLAN_ONLY, card_figures, machine_verdict
+from engine.wizard.machine import card_figures
+from engine.wizard.question import Question
 from tui.line import marked
 
 if TYPE_CHECKING:
@@ -25,42 +24,18 @@ _GAP: Final = "  "
 _COMMAND_CELLS: Final = 60
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One line that Enter can take: a card, the processor, or a card that is not here."""
-
-    key: str
-    """The card's UUID, CPU or PLAN."""
-    gpu: "Gpu | None" = None
-
-    @property
-    def refusal(self) -> str:
-        """Why a run cannot use it; empty where it can."""
-        return self.gpu.refusal if self.gpu else ""
-
-
-def list_choices(machine: "Machine") -> list[Choice]:
-    """Every card in the driver's order, then the processor, then cards that are not here."""
-    return [*(Choice(gpu.uuid, gpu) for gpu in machine.gpus), Choice(CPU), Choice(PLAN)]
-
-
-def choice_lines(
-    choices: Sequence[Choice], machine: "Machine", planned: str, cells: int
-) -> list[Content]:
-    """A line for each choice; `planned` names the card that is planned for now, if one is."""
-    lines = _gpu_lines([choice.gpu for choice in choices if choice.gpu], cells)
-    cores = counted(machine.cpu_count, "core")
-    lines.append(
-        Content.assemble(
-            "this computer's CPU",
-            (f"{_GAP}{cores}; trains the demo model in about a minute", "$muted"),
+def choice_lines(question: Question, machine: "Machine", cells: int) -> list[Content]:
+    """A line for each choice: the cards as a table, what is known of the others beside them."""
+    uuids = [gpu.uuid for gpu in machine.gpus]
+    cards = dict(zip(uuids, _gpu_lines(machine.gpus, cells), strict=True))
+    return [
+        cards.get(choice.key)
+        or Content.assemble(
+            visible(choice.label, one_line=True),
+            (f"{_GAP}{visible(choice.note, one_line=True)}", "$muted"),
         )
-    )
-    now = (
-        f"now {visible(planned, one_line=True)}" if planned else "what it holds, without having it"
-    )
-    lines.append(Content.assemble("plan for another GPU", (f"{_GAP}{now}", "$muted")))
-    return lines
+        for choice in question.choices
+    ]
 
 
 def _gpu_lines(gpus: "Sequence[Gpu]", cells: int) -> list[Content]:
@@ -84,22 +59,9 @@ def _gpu_lines(gpus: "Sequence[Gpu]", cells: int) -> list[Content]:
     return lines
 
 
-def verdict(machine: "Machine", choice: Choice) -> tuple[str, str, str]:
-    """Mark, word and sentence: what is wrong with the machine, else what the choice is."""
-    line = PLAN_ONLY if choice.key == PLAN else machine_verdict(machine, choice.gpu)
-    return line.mark, line.label, line.text
-
-
-def is_plain(machine: "Machine", choice: Choice) -> bool:
-    """Whether the verdict has nothing to warn of, so that there is room for what fits."""
-    gpu = choice.gpu
-    mark, _, _ = verdict(machine, choice)
-    return mark == "✓" and gpu is not None and not gpu.mig_parent and not gpu.unified
-
-
-def blocks(machine: "Machine") -> bool:
+def blocks(machine: "Machine | None") -> bool:
     """Whether something is wrong that a person should see before going on unasked."""
-    return any(problem.severity == "error" for problem in machine.problems)
+    return machine is not None and any(p.severity == "error" for p in machine.problems)
 
 
 def rest(machine: "Machine", cells: int) -> Content:
