@@ -238,7 +238,7 @@ def test_ascii_writes_nothing_else(home: Path) -> None:
 
 
 def test_a_screen_loads_no_library_that_trains_or_tokenizes(home: Path) -> None:
-    code = "import sys, tui.app, tui.screens.machine; from tui.screens import train, runs; print(*sys.modules)"
+    code = "import sys, tui.app; from tui.screens import machine, runs, train; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
