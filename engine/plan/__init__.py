@@ -13,7 +13,6 @@ from engine.plan.attention import Attention, Heads, Task, choose_attention, head
 from engine.plan.device import Device, Place, best_device, cpu_device, device_document, gpu_device
 from engine.plan.duration import Duration, expected_duration, pace_of
 from engine.plan.ladder import (
-    SAME_RESULT,
     Alternative,
     alternative_document,
     changed,
@@ -36,6 +35,7 @@ from engine.plan.recommend import (
     survey,
 )
 from engine.plan.remarks import Goal, refuse_answering, remarks, why_not_trained
+from engine.plan.savers import SAME_RESULT
 from engine.plan.step import AXOLOTL, WEIGHTS
 from engine.plan.verdict import Estimate, Verdict, estimate_document, plan_document
 

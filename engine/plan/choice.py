@@ -22,10 +22,11 @@ from engine.data.statistics import Statistics, count_held_out
 from engine.plan.attention import Attention, choose_attention, task_of
 from engine.plan.device import Place
 from engine.plan.duration import count_steps, expected_duration
-from engine.plan.ladder import BUSY_TOKENS, learning_rate, make_faster, make_fit
+from engine.plan.ladder import learning_rate, make_faster, make_fit
 from engine.plan.layers import largest_image_tokens
 from engine.plan.memory import estimate
 from engine.plan.remarks import Goal
+from engine.plan.savers import BUSY_TOKENS, IN_RAM, SLOW
 from engine.plan.targets import linear_endings
 from engine.plan.verdict import Estimate
 from engine.units import counted, gib, spoken
@@ -128,11 +129,13 @@ class Choice:
     def needs(self, **trial: object) -> Estimate:
         return estimate(self.config(**trial), self.place)
 
+    def fits(self, trial: Mapping[str, object]) -> bool:
+        return self.needs(**trial).verdict == "fits"
+
     def largest(self, key: str, values: tuple[Any, ...], **others: Callable[[Any], object]) -> Any:
         """The first of `values` with which the plan fits, else the last."""
         for value in values:
-            more = {other: make(value) for other, make in others.items()}
-            if self.needs(**{key: value}, **more).verdict == "fits":
+            if self.fits({key: value} | {other: make(value) for other, make in others.items()}):
                 return value
         return values[-1]
 
@@ -190,19 +193,17 @@ class Choice:
         self.put("sequence_len", length, reason)
         least = {"lora_r": 16, "optimizer": "adamw_bnb_8bit", **self._offloading()}
         shorter = length
-        while self.needs(sequence_len=shorter, **least).verdict != "fits" and shorter > 1024:
+        while not self.fits(least | {"sequence_len": shorter}) and shorter > 1024:
             shorter //= 2
         # Where even the shortest does not fit, leaving rows out would be for nothing.
-        if shorter < length and self.needs(sequence_len=shorter, **least).verdict == "fits":
+        if shorter < length and self.fits(least | {"sequence_len": shorter}):
             self.put("sequence_len", shorter, self._cut(shorter))
 
     def _offloading(self) -> dict[str, object]:
         """What makes room without leaving a row out: all that can be offloaded is."""
-        config = self.config()
-        if not (self.place.device.has_ram_beside and config.gradient_checkpointing):
-            return {}
-        frozen = config.adapter is not None and not config.lora_modules_to_save
-        return {"activation_offloading": True, "offload_embeddings": frozen}
+        config, quick = self.config(), (saver for saver in IN_RAM if not saver.slow)
+        changes = (each for saver in quick for each in saver.changes(config, self.place, self.fits))
+        return {key: value for _, keys, _ in changes for key, value in keys.items()}
 
     def adapter(self) -> None:
         """Rank and scale, where there is an adapter."""
@@ -321,7 +322,7 @@ class Choice:
     def fit(self) -> None:
         """Take the rungs that lead to a better verdict; none changes what the person chose."""
         needed = self.needs()
-        keep = {*self.fixed, *(() if self.may_offload_layers else ("layer_offloading",))}
+        keep = {*self.fixed, *(() if self.may_offload_layers else SLOW)}
         rungs = make_fit(self.config(), self.place, keep=keep)
         if not rungs or _RANKS[rungs[-1].estimate.verdict] <= _RANKS[needed.verdict]:
             return

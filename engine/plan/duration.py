@@ -29,8 +29,8 @@ from engine.plan.layers import (
     tower_of,
     widths,
 )
-from engine.plan.memory import kept_states
-from engine.plan.step import Step, frozen_bytes, make_step, packed_numbers
+from engine.plan.savers import list_waiting
+from engine.plan.step import make_step, packed_numbers
 from engine.plan.targets import trainable_parameters, trains_vision
 from engine.plan.trainer import PATCHES_AT_ONCE
 
@@ -126,7 +126,8 @@ def pace_of(config: RunConfig, place: Place) -> float | None:
     passes = 2 + _again(config, table)
     unpacked = packed_numbers(config, table) * UNPACKED_BYTES * passes
     computing += unpacked / (speed.memory_bytes * MOVED)
-    copying = _copied_bytes(step) / (speed.link_bytes * MOVED)
+    copied = sum(each.copied for each in list_waiting(step).values())
+    copying = copied / (speed.link_bytes * MOVED)
     return tokens / max(computing, copying)
 
 
@@ -196,10 +197,3 @@ def passed_numbers(table: ModuleTable) -> int:
         if row.group in ("attention", "mlp", "experts", "router")
     )
     return int(passed) + widths(table).head
-
-
-def _copied_bytes(step: Step) -> float:
-    """What a micro-batch brings from RAM and takes there: layers twice, states there and back."""
-    frozen = frozen_bytes(step)
-    layers = sum(frozen.host.get(part, 0) for part in ("linear", "experts"))
-    return 2 * layers + 2 * kept_states(step)[1] + frozen.head

@@ -20,20 +20,20 @@ from engine.plan.layers import (
     kept_bytes,
     recomputed_layers,
     tower_bytes,
+    tower_works,
     transient_bytes,
 )
 from engine.plan.measured import corrected, find_measured
+from engine.plan.savers import Waiting, list_waiting
 from engine.plan.step import (
     DIFFERENCES,
     EIGHT_BIT,
     WINDTUNNEL,
-    Frozen,
     Sizes,
     Stack,
     Step,
     cards_of_a_copy,
     divide,
-    frozen_bytes,
     make_step,
     sizes_of,
 )
@@ -60,9 +60,6 @@ from engine.units import GIB
 
 LEARNED_AT_LOSS = 2
 """The learned states and their gradient, beside which the gradient of all states comes to lie."""
-OFFLOADED_STATES = 2
-"""Layer inputs that are on the device at once where they are kept in RAM: that of the layer at work
-and that of the next one."""
 
 # What the optimizer's step makes follows from code of other libraries, and from how our own step
 # moves bfloat16 weights; tests/train/test_plan_sizes.py holds these figures against what torch's
@@ -91,11 +88,43 @@ ROUND_BYTES: Final = 12
 """Of `engine.train.optim.round_at_random`: the random bits, the sum with them, and that shifted."""
 
 
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Bytes of a model's own weights."""
+
+    device: Mapping[str, float]
+    """By part, on the device for the length of a run."""
+    waiting: Mapping[str, Waiting]
+    """By part, what is in this computer's RAM instead, of the activations too."""
+    in_flight: float
+    """Largest tensor that is on the device in the base precision while the model is loaded."""
+
+    def moved(self, part: str) -> float:
+        """What its waiting adds to a part on the device; negative."""
+        found = self.waiting.get(part)
+        return found.at_once - found.held if found else 0.0
+
+
+def frozen_bytes(step: Step) -> Frozen:
+    """The weights of a run; where nothing can be offloaded, as on a CPU, all on the device."""
+    config, counts, waiting = step.config, step.counts, list_waiting(step)
+    whole = {part: step.bytes_of(part, held) for part, held in counts.parts.items()}
+    idle = step.offloads and step.stack.tower == "idle in RAM"
+    if idle and not tower_works(config, step.table, step.statistics):
+        waiting |= {part: Waiting(whole[part]) for part in ("vision", "projector")}
+    expert = counts.largest_expert if config.quantize_moe_experts else 0
+    packed = counts.largest_packed if step.quantizes else 0
+    in_flight = max(expert, packed) * step.base_bytes * (2 if config.load_in_8bit else 1)
+    frozen = Frozen(whole, waiting, float(in_flight))
+    return replace(frozen, device={part: size + frozen.moved(part) for part, size in whole.items()})
+
+
 def list_moments(step: Step, frozen: Frozen) -> dict[str, dict[str, float]]:
     """What each moment holds on the device by part, the weights included, by the moment's name."""
     resting = {**frozen.device, **step.trained_bytes()}
     idle = {**resting, "gradients": 0.0}
-    kept, _ = kept_states(step)
+    kept = _kept_states(step) + frozen.moved("activations")
+    head = sum(each.for_loss for each in frozen.waiting.values())
     seen, seeing = tower_bytes(
         step.config, step.table, step.of_images, step.largest_image, step.base_bytes
     )
@@ -113,7 +142,7 @@ def list_moments(step: Step, frozen: Frozen) -> dict[str, dict[str, float]]:
         "loss": {
             **(backward if _adds_up(step) else idle),
             "activations": kept + seen,
-            "loss": _loss_bytes(step) + frozen.head,
+            "loss": _loss_bytes(step) + head,
             "mask": masks_kept,
         },
         "optimizer step": {**resting, "update": update_bytes(step)},
@@ -122,13 +151,13 @@ def list_moments(step: Step, frozen: Frozen) -> dict[str, dict[str, float]]:
             **idle,
             "activations": seen,
             "layer": inference_bytes(step.config, step.widths, step.tokens, step.base_bytes),
-            "loss": _scored_bytes(step) + frozen.head,
+            "loss": _scored_bytes(step) + head,
             "mask": mask,
         },
         "generation": {
             **idle,
             "cache": cache_bytes(step),
-            "loss": frozen.head,
+            "loss": head,
             "layer": inference_bytes(
                 step.config, step.widths, step.config.sequence_len, step.base_bytes
             ),
@@ -167,15 +196,11 @@ def _embedding_bytes(step: Step) -> int:
     return step.widths.head * step.base_bytes
 
 
-def kept_states(step: Step) -> tuple[float, float]:
-    """What the layers keep from the forward to the backward pass: (on the device, in RAM)."""
-    config, sizes = step.config, step.widths
-    again = recomputed_layers(config, sizes)
-    state = step.tokens * sizes.hidden * step.base_bytes
-    whole = (sizes.layers - again) * (_one_kept(step) + _experts(step)[0])
-    if step.offloads and config.activation_offloading:
-        return min(OFFLOADED_STATES, again) * state + whole, again * state
-    return again * state + whole, 0
+def _kept_states(step: Step) -> float:
+    """What the layers keep from the forward to the backward pass, wherever it lies."""
+    again = recomputed_layers(step.config, step.widths)
+    state = step.tokens * step.widths.hidden * step.base_bytes
+    return again * state + (step.widths.layers - again) * (_one_kept(step) + _experts(step)[0])
 
 
 def _layer_bytes(step: Step) -> float:
@@ -487,7 +512,7 @@ def host_bytes(step: Step, frozen: Frozen, sizes: Sizes) -> int:
     """
     paged = step.state_bytes if step.pages_state else 0
     loaded = 2 * sizes.largest * step.base_bytes
-    kept = sum(frozen.host.values()) + kept_states(step)[1]
+    kept = sum(each.held for each in frozen.waiting.values())
     return int(CUDA_PROCESS_BYTES + kept + paged + max(loaded, PIECE_BYTES))
 
 

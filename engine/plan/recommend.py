@@ -19,7 +19,6 @@ from engine.plan.choice import Choice, find_recipe
 from engine.plan.device import Device, Place, device_document
 from engine.plan.duration import Duration, expected_duration, pace_of
 from engine.plan.ladder import (
-    SAME_RESULT,
     Alternative,
     alternative_document,
     changed,
@@ -28,6 +27,7 @@ from engine.plan.ladder import (
 )
 from engine.plan.memory import estimate
 from engine.plan.remarks import Goal, refuse_goal, why_not_trained
+from engine.plan.savers import SAME_RESULT, SLOW, in_use
 from engine.plan.verdict import Estimate, Verdict, estimate_document
 
 
@@ -52,11 +52,13 @@ class Recommendation:
 
     @property
     def offloads(self) -> bool:
-        """Whether the plan fits only because something is offloaded to this computer's memory."""
-        config = self.config
-        return bool(
-            config.layer_offloading or config.activation_offloading or config.offload_embeddings
-        )
+        """Whether something is offloaded to this computer's memory."""
+        return bool(in_use(self.config))
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether what is offloaded can make the run many times as long."""
+        return any(saver.slow for saver in in_use(self.config))
 
 
 def recommend(
@@ -79,7 +81,7 @@ def recommend(
         free = choice = _choose(asked)
         if fixed:
             # A value that a person changes makes no plan slow by itself: that is asked for.
-            offloaded = "layer_offloading" in free.values
+            offloaded = not SLOW.isdisjoint(free.values)
             own = _with_method(dict(fixed))
             choice = _choose(replace(asked, fixed=own, may_offload_layers=offloaded))
         config = choice.config()

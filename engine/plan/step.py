@@ -24,7 +24,6 @@ from engine.plan.layers import (
     Widths,
     image_tokens_at_once,
     tokens_of_one_image,
-    tower_works,
     widths,
 )
 from engine.plan.targets import adapter_parameters, trainable_parameters
@@ -180,6 +179,26 @@ class Step:
         """What is kept beside whole weights in bfloat16, so that small steps move them."""
         return REST_BYTES * self.whole if self.base_bytes == 2 and self.stack.keeps_rest else 0
 
+    @property
+    def quantizes(self) -> bool:
+        return self.config.load_in_4bit or self.config.load_in_8bit
+
+    @property
+    def counts(self) -> "Sizes":
+        every = self.stack.tower == "quantized" and self.quantizes
+        return sizes_of(self.table, ("lm_head",) if every else kept_modules(self.config))
+
+    def bytes_of(self, part: str, held: "Held") -> float:
+        """What `held`, numbers of a part of the weights, take."""
+        config, base_bytes = self.config, self.base_bytes
+        if part == "experts":
+            return held.plain * (NF4_BYTES if config.quantize_moe_experts else base_bytes)
+        if config.load_in_4bit:
+            return held.plain * base_bytes + held.packed * NF4_BYTES
+        if config.load_in_8bit:
+            return held.plain * base_bytes + held.packed + held.rows * INT8_ROW_BYTES
+        return float((held.plain + held.packed) * base_bytes)
+
     def trained_bytes(self) -> dict[str, float]:
         """Adapter, gradients and optimizer state on the device.
 
@@ -268,20 +287,6 @@ class Held(NamedTuple):
         return Held(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    """Bytes of a model's own weights."""
-
-    device: Mapping[str, float]
-    """By part, on the device for the length of a run."""
-    host: Mapping[str, float]
-    """By part, in this computer's RAM instead."""
-    head: float
-    """Of them, what the loss brings to the device."""
-    in_flight: float
-    """Largest tensor that is on the device in the base precision while the model is loaded."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Sizes:
     """Numbers of a model, by part and by layer."""
@@ -329,55 +334,6 @@ def sizes_of(table: ModuleTable, kept: tuple[str, ...]) -> Sizes:
         largest_packed=largest_packed,
         largest_expert=largest_expert,
     )
-
-
-def frozen_bytes(step: Step) -> Frozen:
-    """The weights of a run; where nothing can be offloaded, as on a CPU, all on the device."""
-    config, table, base_bytes, stack = step.config, step.table, step.base_bytes, step.stack
-    quantized = config.load_in_4bit or config.load_in_8bit
-    kept = ("lm_head",) if stack.tower == "quantized" and quantized else kept_modules(config)
-    counts = sizes_of(table, kept)
-
-    def take(part: str, held: Held) -> float:
-        return _bytes(part, held, config, base_bytes)
-
-    device = {part: take(part, held) for part, held in counts.parts.items()}
-    host: dict[str, float] = {}
-    if step.offloads and config.layer_offloading:
-        moved = counts.layers[: config.offloaded_layers or len(counts.layers)]
-        for part in ("linear", "experts"):
-            each = [take(part, layer[part]) for layer in moved if part in layer]
-            slots = SLOTS * max(each, default=0)
-            if slots < sum(each):
-                host[part] = sum(each)
-                device[part] += slots - sum(each)
-    if step.offloads and config.offload_embeddings:
-        host["embeddings"], device["embeddings"] = device["embeddings"], 0.0
-    if (
-        step.offloads
-        and stack.tower == "idle in RAM"
-        and not tower_works(config, table, step.statistics)
-    ):
-        for part in ("vision", "projector"):
-            host[part], device[part] = device[part], 0.0
-    expert = counts.largest_expert if config.quantize_moe_experts else 0
-    packed = counts.largest_packed if quantized else 0
-    return Frozen(
-        device=device,
-        host=host,
-        head=float(counts.head * base_bytes) if "embeddings" in host else 0.0,
-        in_flight=float(max(expert, packed) * base_bytes * (2 if config.load_in_8bit else 1)),
-    )
-
-
-def _bytes(part: str, held: Held, config: RunConfig, base_bytes: int) -> float:
-    if part == "experts":
-        return held.plain * (NF4_BYTES if config.quantize_moe_experts else base_bytes)
-    if config.load_in_4bit:
-        return held.plain * base_bytes + held.packed * NF4_BYTES
-    if config.load_in_8bit:
-        return held.plain * base_bytes + held.packed + held.rows * INT8_ROW_BYTES
-    return float((held.plain + held.packed) * base_bytes)
 
 
 def packed_numbers(config: RunConfig, table: ModuleTable) -> int:

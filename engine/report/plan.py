@@ -147,7 +147,7 @@ def model_verdict(plan: Recommendation) -> Line:
         word = f"{-needs.spare_bytes / GIB:.1f} over"
     elif plan.not_trained:
         mark, word, text = "·", "plan only", "can be planned and previewed, and is not trained yet"
-    elif plan.config.layer_offloading and needs.verdict == "fits":
+    elif plan.is_slow and needs.verdict == "fits":
         mark, word, text = "!", "slow", f"fits with layers in RAM, slow: needs {given}"
     return Line(mark, word, text)
 

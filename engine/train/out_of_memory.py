@@ -16,6 +16,7 @@ from engine.config import RunConfig, spell
 from engine.errors import WorkError
 from engine.events import Shortage
 from engine.plan import SAME_RESULT, Device, Place, changed, estimate, next_rung
+from engine.plan.savers import IN_RAM
 from engine.plan.step import WEIGHTS
 from engine.runs import RunFolder
 from engine.units import gib
@@ -40,7 +41,7 @@ _WORTH_SHARE = 0.02
 ACTIVATIONS = "activations"
 PREPARING, LOADING = "preparing the run", "loading the model"
 """Where memory runs out before a step: of a run's settings, only those of its weights matter."""
-_OF_WEIGHTS = frozenset({"offload_embeddings", "layer_offloading", "offloaded_layers"})
+_OF_WEIGHTS = {key for saver in IN_RAM if saver.frozen for key in saver.keys}
 
 
 class OutOfMemory(Exception):

@@ -26,6 +26,7 @@ from engine.plan import (
     remarks,
 )
 from engine.plan.attention import task_of, why_not
+from engine.plan.savers import IN_RAM
 from engine.report import VERDICT_MARKS, Line
 from engine.report.plan import fit_lines, plan_verdict, steps_text
 from engine.units import GIB, gib
@@ -84,11 +85,11 @@ _MORE: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("bf16", ("auto", "true", "false")),
     ("seed", ("0", "1", "42")),
 )
-_WAITING: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
-    ("offload_embeddings", ("false", "true")),
-    ("activation_offloading", ("none", "true")),
-    ("layer_offloading", ("none", "true")),
-    ("offloaded_layers", ("none", "4", "8", "16", "32")),
+_COUNTS: Final = ("none", "4", "8", "16", "32")
+_WAITING: Final = tuple(
+    (key, _COUNTS if number else (spell(key, RunConfig.model_fields[key].default), "true"))
+    for saver in IN_RAM
+    for number, key in enumerate(saver.keys)
 )
 """What can wait in RAM: shown where it does, and among all settings."""
 _ADAPTER_ONLY: Final = ("lora_r", "lora_alpha", "lora_dropout")

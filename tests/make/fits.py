@@ -15,6 +15,7 @@ from engine.errors import UserError
 from engine.hardware import assume, listed_gpus
 from engine.plan import Device, Goal, Place, Recommendation, best_device, recommend
 from engine.plan.layers import recomputed_layers, widths
+from engine.plan.savers import in_use
 from engine.report import VERDICT_MARKS
 from engine.units import GIB
 
@@ -70,11 +71,9 @@ def _cells() -> Iterator[Cell]:
 def line_of(cell: Cell) -> str:
     """One row of the table."""
     config, needs = cell.advice.config, cell.advice.estimate
-    waiting = [
-        *(["states"] if config.activation_offloading else []),
-        *(["embedding"] if config.offload_embeddings else []),
-        *([f"{config.offloaded_layers or 'all'} layers"] if config.layer_offloading else []),
-    ]
+    savers = sorted(in_use(config), key=lambda saver: (saver.slow, saver.keys))
+    counts = [[f"{getattr(config, key) or 'all'} " for key in saver.keys[1:]] for saver in savers]
+    waiting = ["".join(count) + saver.label for saver, count in zip(savers, counts, strict=True)]
     pace = cell.advice.tokens_per_second
     columns = (
         cell.model,

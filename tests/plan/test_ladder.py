@@ -20,7 +20,7 @@ from engine.plan import (
     next_rung,
     recommend,
 )
-from engine.plan.ladder import SAME_RESULT
+from engine.plan.savers import SAME_RESULT
 from engine.units import GIB
 from tests.support.machines import at, card, config, cpu, dataset, model, sized
 

@@ -50,7 +50,7 @@ def _line(prospect: Prospect, proposed: Prospect, device: Device) -> Content:
         note = f"{note}, proposed"
     elif device.kind == "cpu":
         note = f"{note}, slow"
-    elif plan.config.layer_offloading:
+    elif plan.is_slow:
         note = f"{note}, in RAM: slow"
     return Content.assemble(
         (mark, MARK_STYLES[mark]),
