@@ -1,6 +1,8 @@
 """Writes that a power cut, a kill or a full disk can leave undone, but not half done."""
 
+import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -22,6 +24,46 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         beside.unlink(missing_ok=True)
     sync(target.parent)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal: 1.7 GB a second of one core where the CPU has instructions
+    for it, against 0.9 with BLAKE2b. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+SUMS = "SHA256SUMS"
+
+
+def write_sums(folder: Path, known: Mapping[str, str]) -> None:
+    """Write the digest of every file of `folder` into its SHA256SUMS, for us and `sha256sum -c`.
+
+    Of a file in `known` it is that one. README.md is left out, being there to be edited.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.name != "README.md")
+    lines = (f"{known.get(name) or digest(folder / name)}  {name}\n" for name in names)
+    (folder / SUMS).write_text("".join(lines), "utf-8")
+
+
+def changed_file(folder: Path) -> str | None:
+    """The first file of a folder that is not as its SHA256SUMS says; None where all are, or where
+    there is no such list."""
+    try:
+        *lines, _ = (folder / SUMS).read_text("utf-8").split("\n")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return SUMS
+    for line in lines:
+        saved, _, name = line.partition("  ")
+        try:
+            same = Path(name).name == name and digest(folder / name) == saved
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            return name or SUMS
+    return None
 
 
 def sync(path: Path) -> None:

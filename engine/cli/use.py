@@ -9,7 +9,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,6 +135,7 @@ def merge(
     shows = sys.stderr.isatty() and not as_json
     with torch_process(arguments, {"CUDA_VISIBLE_DEVICES": ""}, host.trainer) as process:
         for record in process.listen(until="merged"):
+            _print_note(record)
             if "total" in record and shows:
                 done, total = gib(record["done"]), gib(record["total"])
                 print(f"\rmerged {done} of {total}  ", end="", file=sys.stderr, flush=True)
@@ -242,11 +243,17 @@ def _ready(process: Child, as_json: bool) -> str:
     """Wait until the model is loaded; returns the folder of what was trained."""
     if not as_json:
         print("loading the model", file=sys.stderr, flush=True)
-    *_, last = process.listen(until="ready")
+    for last in process.listen(until="ready"):
+        _print_note(last)
     trained = str(last["trained"])
     if not as_json:
         print(visible(f"answers come from {trained}", one_line=True), file=sys.stderr, flush=True)
     return trained
+
+
+def _print_note(record: Mapping[str, Any]) -> None:
+    if "note" in record:
+        print(visible(f"! {record['note']}", one_line=True), file=sys.stderr, flush=True)
 
 
 def _answer(process: Child, as_json: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from engine.events import Note, Phase
 from engine.hub_id import REPOSITORY_NAMES, is_repository_name
 from engine.publish.card import write_card
 from engine.runs import RunFolder
+from engine.runs.folder import require_unchanged
 from engine.visible import first_line, visible
 
 
@@ -62,6 +63,7 @@ def push(run: RunFolder, repository: str | None = None) -> str:
             REPOSITORY_NAMES,
             "Correct hub_model_id, or name another: --to you/your-model",
         )
+    require_unchanged(run, folder)
     # Imported here: `import engine.publish` stays light.
     import huggingface_hub
     from huggingface_hub.utils.tqdm import disable_progress_bars

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 import platformdirs
 
 from engine.errors import UserError, WorkError
+from engine.files import SUMS, changed_file
 from engine.units import counted
 from engine.visible import visible
 
@@ -327,6 +328,22 @@ def read_mark(folder: Path, mark: str) -> str:
     except (OSError, ValueError):
         return ""
     return name if name in list_checkpoints(folder) else ""
+
+
+def require_unchanged(run: RunFolder, result: Path) -> None:
+    """Raises WorkError where a file of the run's finished adapter or model is not as it was
+    written."""
+    name = changed_file(result)
+    if name is None:
+        return
+    shown, saved = visible(str(run.path), one_line=True), list_checkpoints(run.checkpoints)
+    again = f"Write it again: `windtunnel resume {shown} --from {saved[-1] if saved else ''}`."
+    raise WorkError(
+        f"The finished {result.name} of {visible(run.name, one_line=True)} is damaged.",
+        f"{visible(name, one_line=True)} is not as it was written.",
+        (again if saved else "Put a copy back, or train again.")
+        + f" If the change is yours, remove {SUMS}.",
+    )
 
 
 CHUNK_BYTES: Final = 1 << 22

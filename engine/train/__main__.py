@@ -94,7 +94,8 @@ def use(options: argparse.Namespace) -> int:
                 if due() or done == total:
                     _emit({"done": done, "total": total})
 
-            made = merge(run, options.target.resolve(), report)
+            target = options.target.resolve()
+            made = merge(run, target, report, say=lambda text: _emit({"note": text}))
             _emit({"merged": str(made)})
     except Exception as error:
         reason = explain(error)

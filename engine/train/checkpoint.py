@@ -3,22 +3,21 @@
 For LoRA what is trained has PEFT's own layout, also for adapted experts; for a full fine-tune it is
 the trained tensors by name. A checkpoint is a folder that appears under its name only when it is
 complete: written as `step-N.partial`, every file synced, read back, renamed; then `LATEST` moves.
+`seal` says whether one is still whole.
 Tensors are safetensors and the rest is JSON: nothing here can run code when it is opened.
 """
 
 import copy
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,10 +27,26 @@ from engine.catalog import find_model, find_repository, model_names
 from engine.chat.tokenizer import open_tokenizer, write_tekken
 from engine.config import RunConfig
 from engine.errors import UserError, WorkError
-from engine.files import sweep, sync, write_whole
-from engine.runs.folder import RunFolder
+from engine.files import sweep, sync, write_sums, write_whole
+from engine.runs.folder import (
+    LATEST,
+    RunFolder,
+    list_checkpoints,
+    read_mark,
+    require_unchanged,
+)
 from engine.train.experts import stock_names
 from engine.train.forward import Model, unwrapped
+from engine.train.seal import (
+    Checkpoint,
+    Damaged,
+    Position,
+    Say,
+    named_whole,
+    newest_whole,
+    read_checkpoint,
+    write_state,
+)
 from engine.train.weight_files import (
     Entry,
     entries_of,
@@ -65,9 +80,11 @@ def trained_tensors(model: Model) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in trained_parameters(model)}
 
 
-def save_trained(model: Model, folder: Path, config: RunConfig) -> None:
-    """Write the trained tensors into `folder`: an adapter in PEFT's layout, or `TRAINED`."""
-    write_tensors(folder / _file_name(model), trained_tensors(model))
+def save_trained(model: Model, folder: Path, config: RunConfig) -> dict[str, str]:
+    """Write the trained tensors into `folder`: an adapter in PEFT's layout, or `TRAINED`; returns
+    the digest of the file with tensors, by its name."""
+    name = _file_name(model)
+    digests = {name: write_tensors(folder / name, trained_tensors(model))}
     if isinstance(model, PeftModel):
         settings = copy.copy(model.peft_config["default"])
         named = config.base_model in model_names()
@@ -75,6 +92,7 @@ def save_trained(model: Model, folder: Path, config: RunConfig) -> None:
         settings.base_model_name_or_path = hub_id or config.base_model
         settings.inference_mode = True
         settings.save_pretrained(str(folder))
+    return digests
 
 
 def load_trained(model: Model, folder: Path) -> None:
@@ -108,10 +126,11 @@ def export_trained(model: Model, folder: Path, base: Path, config: RunConfig) ->
     try:
         partial.mkdir(parents=True)
         if config.adapter is None:
-            _write_model(unwrapped(model), partial, base)
+            digests = _write_model(unwrapped(model), partial, base)
         else:
-            save_trained(model, partial, config)
+            digests = save_trained(model, partial, config)
         copy_companions(base, partial, config, whole=config.adapter is None)
+        write_sums(partial, digests)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
@@ -125,33 +144,17 @@ def export_trained(model: Model, folder: Path, base: Path, config: RunConfig) ->
     return target
 
 
-def _write_model(model: PreTrainedModel, folder: Path, base: Path) -> None:
+def _write_model(model: PreTrainedModel, folder: Path, base: Path) -> dict[str, str]:
     """A whole model by the names that its base has on disk; a tied head only as the embedding."""
     model.save_pretrained(folder, state_dict={})  # its configs alone
     stored = list_tensors(base)
     own = {name: p.detach() for name, p in model.named_parameters()}
     named = {stored[name].name if name in stored else name: t for name, t in own.items()}
-    write_shards(folder, entries_of(named), lambda entry: in_pieces(named[entry.name]))
+    return write_shards(folder, entries_of(named), lambda entry: in_pieces(named[entry.name]))
 
 
 BEST = "BEST"
-OPTIMIZER, RANDOM, STATE = "optimizer.safetensors", "random.safetensors", "state.json"
-
-
-@dataclass(slots=True)
-class Position:
-    """Where a run is: what a checkpoint holds beside tensors."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    tokens: int = 0
-    """Tokens seen since step 0, padding left out."""
-    best_loss: float | None = None
-    best_step: int | None = None
-    fingerprint: str = ""
-    """Hash of what decides the order of the batches; a checkpoint of another order is refused."""
-    loss_chunk_bytes: int = 0
-    """Logits that the loss held at once; 0 where that was not written down."""
+OPTIMIZER, RANDOM = "optimizer.safetensors", "random.safetensors"
 
 
 def optimizer_tensors(
@@ -170,7 +173,7 @@ def optimizer_tensors(
 
 
 def restore_optimizer(
-    model: Model, optimizer: Optimizer, file: Path, values: dict[str, Any]
+    model: Model, optimizer: Optimizer, file: Path, values: Mapping[str, Any]
 ) -> None:
     """Put a saved state back without the type casts of `load_state_dict` and without a copy."""
     parameters = dict(trained_parameters(model))
@@ -217,11 +220,11 @@ def restore_rng_state(state: dict[str, Tensor]) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `root`."""
+    """The checkpoints of `run`. `say` hears of each that is passed over."""
 
-    def __init__(self, root: Path, config: RunConfig) -> None:
-        self.root = root
-        self._config = config
+    def __init__(self, run: RunFolder, config: RunConfig, say: Say = lambda text: None) -> None:
+        self._run, self._config, self._say = run, config, say
+        self.root = root = run.checkpoints
         root.mkdir(parents=True, exist_ok=True)
         for replaced in root.glob("*.old"):
             # Killed between the two renames of `save`: the older one is the complete one.
@@ -231,13 +234,21 @@ class Checkpoints:
         for leftover in [*root.glob("*.partial"), *root.glob("*.old")]:
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def latest(self) -> Path | None:
-        """The newest checkpoint: the one marked so, else the last step that is complete."""
-        return self._marked(LATEST) or next(filter(is_complete, reversed(self._steps())), None)
+    def find(self, name: str | None = None) -> Checkpoint | None:
+        """The checkpoint `name`, else the newest whole one; None where none was saved.
+
+        Raises WorkError where it is damaged, or all are.
+        """
+        return named_whole(self._run, name) if name else newest_whole(self._run, self._say)
 
     def best(self) -> Path | None:
-        """The complete checkpoint with the lowest evaluation loss."""
-        return self._marked(BEST)
+        """The checkpoint with the lowest evaluation loss, where it is whole."""
+        name = read_mark(self.root, BEST)
+        try:
+            return read_checkpoint(self.root / name).folder if name else None
+        except Damaged as error:
+            self._say(f"{name}, the best one, is damaged and not gone back to: {error}")
+        return None
 
     def save(self, model: Model, optimizer: Optimizer, position: Position) -> Path:
         """Write a checkpoint of `position` and move LATEST, and BEST where it is the best, to it.
@@ -281,73 +292,42 @@ class Checkpoints:
         """
         write_whole(self.root / LATEST, folder.name.encode())
         best = self.root / f"step-{position.best_step}"
-        if is_complete(best):
+        if best.is_dir():
             write_whole(self.root / BEST, best.name.encode())
         else:
             (self.root / BEST).unlink(missing_ok=True)
 
-    def load(self, folder: Path, model: Model, optimizer: Optimizer) -> Position:
-        """Put the model, the optimizer and the random generators back to where `folder` was.
+    def load(self, found: Checkpoint, model: Model, optimizer: Optimizer) -> Position:
+        """Put the model, the optimizer and the random generators back to where `found` was.
 
-        Raises WorkError when it is damaged, or when it was made with another model or optimizer.
+        Raises WorkError when it was made with another model or optimizer.
         """
-        if not is_complete(folder):
-            raise WorkError(
-                f"The checkpoint {folder.name} cannot be read.",
-                "A file of it is missing or was changed after it was saved.",
-                "Resume from an earlier one with `--from step-N`.",
-            )
-        state = json.loads((folder / STATE).read_text("utf-8"))
-        made_by, here = state.pop("optimizer_class"), type(optimizer).__name__
+        made_by, here = found.optimizer_class, type(optimizer).__name__
         if made_by.removeprefix("Paged") != here.removeprefix("Paged"):  # only where it lies
             raise WorkError(
-                f"The optimizer of {folder.name} is {made_by}, not {here}.",
+                f"The optimizer of {found.folder.name} is {made_by}, not {here}.",
                 "The config was changed since it was saved, and one cannot go on with the state "
                 "of the other.",
                 "Undo the change to `optimizer`, or train into a new output_dir.",
             )
-        load_trained(model, folder)
-        restore_optimizer(model, optimizer, folder / OPTIMIZER, state.pop("optimizer"))
-        restore_rng_state(load_file(folder / RANDOM))
-        return Position(**state)
+        load_trained(model, found.folder)
+        restore_optimizer(model, optimizer, found.folder / OPTIMIZER, found.optimizer)
+        restore_rng_state(load_file(found.folder / RANDOM))
+        return replace(found.position)
 
     def _write(self, partial: Path, model: Model, optimizer: Optimizer, position: Position) -> None:
-        save_trained(model, partial, self._config)
+        digests = save_trained(model, partial, self._config)
         tensors, values = optimizer_tensors(model, optimizer)
-        write_tensors(partial / OPTIMIZER, tensors)
-        write_tensors(partial / RANDOM, rng_state())
-        state = {"optimizer_class": type(optimizer).__name__, "optimizer": values}
-        (partial / STATE).write_text(json.dumps(asdict(position) | state), "utf-8")
-
-    def _marked(self, mark: str) -> Path | None:
-        try:
-            folder = self.root / (self.root / mark).read_text("utf-8").strip()
-        except FileNotFoundError:
-            return None
-        return folder if is_complete(folder) else None
-
-    def _steps(self) -> list[Path]:
-        """All checkpoints, by step."""
-        steps = {path.name.removeprefix("step-"): path for path in self.root.glob("step-*")}
-        return [steps[number] for number in sorted(filter(str.isdecimal, steps), key=int)]
+        digests[OPTIMIZER] = write_tensors(partial / OPTIMIZER, tensors)
+        digests[RANDOM] = write_tensors(partial / RANDOM, rng_state())
+        config = self._config.model_dump(mode="json", exclude_none=True)
+        write_state(partial, position, (type(optimizer).__name__, values), config, digests)
 
     def _prune(self) -> None:
-        kept = {self.latest(), self.best()}
-        for folder in self._steps()[: -self._config.save_total_limit]:
-            if folder not in kept:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether every file of a checkpoint is there, and as long as its own header says."""
-    tensors = list(folder.glob("*.safetensors"))
-    try:
-        json.loads((folder / STATE).read_text("utf-8"))
-        for file in tensors:
-            list_entries(file)
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return {OPTIMIZER, RANDOM} < {file.name for file in tensors}
+        kept = {read_mark(self.root, LATEST), read_mark(self.root, BEST)}
+        for name in list_checkpoints(self.root)[: -self._config.save_total_limit]:
+            if name not in kept:
+                shutil.rmtree(self.root / name, ignore_errors=True)
 
 
 TOKENIZER_FILES = (
@@ -389,28 +369,22 @@ def _copy(source: Path, target: Path, patterns: Sequence[str]) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-LATEST = "LATEST"
-"""File in `checkpoints/` with the name of the newest one."""
+def newest_result(run: RunFolder, config: RunConfig, say: Say) -> Path:
+    """The folder of the finished adapter or model, or of the newest whole checkpoint.
 
-
-def newest_result(run: RunFolder, config: RunConfig) -> Path:
-    """The folder of the finished adapter or model, or of the newest checkpoint.
-
-    Raises UserError where nothing was saved yet.
+    `say` hears of a checkpoint that is passed over. Raises UserError where nothing was saved yet,
+    WorkError where the result or every checkpoint is damaged.
     """
     exported = run.model if config.adapter is None else run.adapter
+    shown = visible(run.name, one_line=True)
     if exported.is_dir():
+        require_unchanged(run, exported)
         return exported
-    try:
-        name = (run.checkpoints / LATEST).read_text("utf-8").strip()
-    except OSError:
-        name = ""
-    newest = run.checkpoints / name
-    if not name.startswith("step-") or not newest.is_dir():
-        shown = visible(run.name, one_line=True)
+    found = newest_whole(run, say)
+    if found is None:
         raise UserError(
             f"The run {shown} has saved nothing yet.",
             "There is neither a finished result nor a checkpoint in its folder.",
             f"Wait for its first save; `windtunnel watch {shown}` shows how far it is.",
         )
-    return newest
+    return found.folder

@@ -36,6 +36,7 @@ from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model, half_precision, image_features, unwrapped
 from engine.train.lora import put_on_training
 from engine.train.model import Base, load_base
+from engine.train.seal import Say
 
 
 def generate(
@@ -200,11 +201,11 @@ class Request:
 class Answering:
     """A run's model, loaded once, with what was trained and without it."""
 
-    def __init__(self, run: RunFolder) -> None:
-        """Find the run's result and its base. Raises UserError where there is none."""
+    def __init__(self, run: RunFolder, say: Say = lambda text: None) -> None:
+        """Find the run's result and its base. Raises as `newest_result`."""
         self.run = run
         self.config: RunConfig = read_config(run.config).config
-        self.trained = newest_result(run, self.config)
+        self.trained = newest_result(run, self.config, say)
         self._base_folder = locate_base(self.config, run.path)
         source = self.config.tokenizer_config or self._base_folder
         self.tokenizer: ChatTokenizer = open_tokenizer(source)
@@ -295,10 +296,11 @@ class _Pieces:
 def serve(run: RunFolder, lines: Iterable[str], emit: Emit) -> None:
     """Load the run's model, then answer each line of `lines`; raises what loading raises.
 
-    Emitted are `{"ready": …}` once, then for each request its pieces and `{"answer": …}`, or
-    `{"refused": …}` with the sentences for one that cannot be answered, and `{"end": …}`.
+    Emitted are `{"note": …}` for what was passed over, `{"ready": …}` once, then for each request
+    its pieces and `{"answer": …}`, or `{"refused": …}` with the sentences for one that cannot be
+    answered, and `{"end": …}`.
     """
-    answering = Answering(run)
+    answering = Answering(run, lambda text: emit({"note": text}))
     base, _ = answering.load()
     model, trained = answering.config.base_model, str(answering.trained)
     report = base.report.sentence()

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,11 +38,11 @@ from engine.pace import every
 from engine.plan.trainer import SAMPLE_TOKENS
 from engine.publish.hub import publish_result
 from engine.runs import Command, ControlReader, Request, RunFolder, StopSignals
+from engine.runs.folder import list_checkpoints
 from engine.runs.listing import keep_history
 from engine.train.batches import NAMED_ROWS, PAD, Order, Rows, StepBatch
 from engine.train.checkpoint import (
     Checkpoints,
-    Position,
     export_trained,
     load_trained,
     restore_rng_state,
@@ -72,7 +73,9 @@ from engine.train.out_of_memory import (
     in_a_step,
     is_out_of_memory,
 )
+from engine.train.seal import Position, changes_since
 from engine.train.text_metrics import TextMetrics
+from engine.visible import visible
 
 PAUSE_POLL_SECONDS = 0.2
 PROGRESS_SECONDS = 0.5
@@ -174,7 +177,7 @@ class Training:
         self.order = Order(rows, config)
         self.parameters = [p for _, p in trained_parameters(model)]
         self.optimizer = build_optimizer(trained_parameters(model), config)
-        self.checkpoints = Checkpoints(session.run.checkpoints, config)
+        self.checkpoints = Checkpoints(session.run, config, partial(session.note, "warning"))
         self.position = Position(
             fingerprint=self.order.fingerprint(), loss_chunk_bytes=loss.chunk_bytes
         )
@@ -182,14 +185,16 @@ class Training:
         self.alarm = LossAlarm(config, vocabulary=head_of(model).shape[0])
         self.overfitting = OverfittingAlarm()
         self._saved_step = -1
+        self._resumed_at = 0
 
     def restore(self, name: str | None) -> None:
-        """Go back to the checkpoint `name`, else to the newest one, where there is one."""
-        folder = self.checkpoints.root / name if name else self.checkpoints.latest()
-        if folder is None:
+        """Go back to the checkpoint `name`, else to the newest whole one, where there is one."""
+        found = self.checkpoints.find(name)
+        if found is None:
             self.session.note("info", "there is no checkpoint: the run begins at step 1")
             return
-        position = self.checkpoints.load(folder, self.model, self.optimizer)
+        folder = found.folder
+        position = self.checkpoints.load(found, self.model, self.optimizer)
         if position.fingerprint != self.position.fingerprint:
             raise WorkError(
                 f"The run cannot go on from {folder.name}.",
@@ -198,12 +203,14 @@ class Training:
                 "Undo the change, or start a new run with another output_dir.",
             )
         self.checkpoints.go_on_from(folder, position)
+        for level, change in changes_since(found, self.config):
+            self.session.note(level, change)
         if 0 < position.loss_chunk_bytes < self.loss.chunk_bytes:
             # Other chunks round otherwise, and a new plan may have found more room than the first.
             self.loss = replace(self.loss, chunk_bytes=position.loss_chunk_bytes)
         position.loss_chunk_bytes = self.loss.chunk_bytes
         self.position = position
-        self._saved_step = position.step
+        self._saved_step = self._resumed_at = position.step
 
     def fit(self, prompts: Sequence[Prompt]) -> None:
         """Train to the last step, or to a stop; ends with the `ended` event."""
@@ -321,10 +328,18 @@ class Training:
         """Say what is odd about a step before it changes anything; WorkError ends the run."""
         if what := self.alarm.stop_reason(number, loss, norm):
             self.session.note("error", what)
+            touched = "The weights were not touched by this step."
+            if number == self._resumed_at + 1 > 1:
+                raise WorkError(
+                    what,
+                    f"{touched} It is the first one after step-{self._resumed_at} was put back, "
+                    "which is as it was saved: what differs is the config, this computer or its "
+                    "packages, or it was saved on the way there.",
+                    self._further_back(),
+                )
             raise WorkError(
                 what,
-                "The weights were not touched by this step. Its rows with the highest loss: "
-                f"{self._highest(batch)}.",
+                f"{touched} Its rows with the highest loss: {self._highest(batch)}.",
                 "Look at those rows with `windtunnel preview`, or lower learning_rate; the run "
                 "resumes from its last checkpoint.",
             )
@@ -400,6 +415,15 @@ class Training:
         folder = self.checkpoints.save(self.model, self.optimizer, self.position)
         self._saved_step = self.position.step
         self.session.emit(Saved(self.position.step, f"checkpoints/{folder.name}"))
+
+    def _further_back(self) -> str:
+        """How to go on from before the checkpoint that was gone back to."""
+        names = list_checkpoints(self.checkpoints.root)
+        earlier = names[: names.index(f"step-{self._resumed_at}")]
+        if not earlier:
+            return "Start a new run with a lower learning_rate."
+        shown = visible(str(self.session.run.path), one_line=True)
+        return f"Go further back: `windtunnel resume {shown} --from {earlier[-1]}`."
 
     def _highest(self, batch: StepBatch) -> str:
         """The rows of a step with the highest losses, as a person finds them."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from engine.catalog import Architecture, read_architecture
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.files import changed_file
 from engine.plan.targets import choose_saved, choose_stacks, choose_targets, trainable_names
 from engine.train.checkpoint import load_trained, trained_tensors
 from engine.train.experts import adapt
@@ -177,6 +178,8 @@ def _shown(value: object) -> str:
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
+    if name := changed_file(folder):
+        raise _no_adapter(folder, f"{visible(name, one_line=True)} is not as it was written")
     try:
         settings = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -27,6 +27,7 @@ from engine.runs import RunFolder
 from engine.train.checkpoint import copy_companions, newest_result
 from engine.train.fetch import locate_base
 from engine.train.quantize import Fp8Layout, find_layout, unquantized
+from engine.train.seal import Say
 from engine.train.weight_files import (
     DTYPES,
     SHARD_BYTES,
@@ -211,12 +212,14 @@ def merge(
     target: Path,
     progress: BytesProgress = lambda done, total: None,
     shard_bytes: int = SHARD_BYTES,
+    say: Say = lambda text: None,
 ) -> Path:
     """Write the run's base model with its adapter merged into the new folder `target`.
 
     Weights keep the base's type; FP8 ones become bfloat16. Each product is computed in float32 and
-    rounded once. Raises UserError where the run has nothing to merge or `target` is in use,
-    WorkError where there is no room; `target` appears only when it is complete.
+    rounded once. `say` hears of a checkpoint that is passed over. Raises UserError where the run
+    has nothing to merge or `target` is in use, WorkError where there is no room; `target` appears
+    only when it is complete.
     """
     config = read_config(run.config).config
     if config.adapter is None:
@@ -228,7 +231,7 @@ def merge(
             "Use that folder as it is." if done else "Resume it, or wait for its end.",
         )
     _refuse_used(target)
-    folder = newest_result(run, config)
+    folder = newest_result(run, config, say)
     base = locate_base(config, run.path)
     plan = _Merge(base, folder)
     _refuse_full_disk(target, sum(tensor.size_bytes for tensor in plan.tensors))

@@ -6,6 +6,7 @@ So no more than one tensor, one expert of a stack, or one piece of a tensor that
 RAM at any time. Names of any release of transformers become those in memory here.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -195,27 +196,32 @@ def _bytes_of(piece: Tensor) -> memoryview:
     return piece.view(-1).view(torch.uint8).numpy().data
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors`, on whatever device they are, as one file. OSError as `write_file`."""
-    write_file(file, entries_of(tensors), lambda entry: in_pieces(tensors[entry.name]))
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write `tensors`, on whatever device they are, as one file; all as `write_file`."""
+    return write_file(file, entries_of(tensors), lambda entry: in_pieces(tensors[entry.name]))
 
 
 def write_file(
     path: Path, entries: Iterable[Entry], pieces: Callable[[Entry], Iterator[Tensor]]
-) -> None:
-    """Write a file, sync it, and see that safetensors' own reader finds `entries` in it.
+) -> str:
+    """Write a file, sync it, and see that safetensors' own reader finds `entries` in it; returns
+    its digest, which is of what was to be written: a file read back has its faults in it already.
 
     `pieces` gives a tensor's numbers in their order, in any number of parts, in its dtype. Raises
     OSError where there is no room, and where the file does not read back.
     """
     # Wide numbers first, so that every tensor begins at a multiple of its own width.
     ordered = sorted(entries, key=lambda each: -each.dtype.itemsize)
+    header = _header(ordered)
+    hashed = hashlib.sha256(header)
     with path.open("wb") as file:
-        file.write(_header(ordered))
+        file.write(header)
         for entry in ordered:
             for piece in pieces(entry):
-                file.write(_bytes_of(piece.contiguous()))
-                del piece  # or it lies beside the next one
+                content = _bytes_of(piece.contiguous())
+                hashed.update(content)
+                file.write(content)
+                del piece, content  # or it lies beside the next one
         file.flush()
         os.fsync(file.fileno())
     try:
@@ -224,6 +230,7 @@ def write_file(
         same = False
     if not same:
         raise OSError(f"{path.name} does not read back as it was written")
+    return hashed.hexdigest()
 
 
 def list_entries(path: Path) -> list[Entry]:
@@ -262,8 +269,9 @@ def write_shards(
     pieces: Callable[[Entry], Iterator[Tensor]],
     progress: BytesProgress = lambda done, total: None,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write `entries` as model.safetensors, or as numbered shards with their index.
+) -> dict[str, str]:
+    """Write `entries` as model.safetensors, or as numbered shards with their index; returns the
+    digests of the files with weights, by name.
 
     `pieces` and what is raised are as in `write_file`.
     """
@@ -278,14 +286,15 @@ def write_shards(
             progress(done, total)
 
     shards = _split(entries, shard_bytes)
-    weight_map = {}
+    weight_map, digests = {}, {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else _SINGLE
-        write_file(folder / name, shard, counted)
+        digests[name] = write_file(folder / name, shard, counted)
         weight_map.update({entry.name: name for entry in shard})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    return digests
 
 
 def _split(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:

@@ -254,20 +254,22 @@ class TestOptimizers:
     def test_its_state_is_saved_and_goes_on(self, card: Card, name: str, tmp_path: Path) -> None:
         pytest.importorskip("bitsandbytes")
         pytest.importorskip("transformers")
-        from engine.train.checkpoint import Checkpoints, Position
+        from engine.runs import RunFolder
+        from engine.train.checkpoint import Checkpoints
         from engine.train.optim import build_optimizer
+        from engine.train.seal import Position, read_checkpoint
 
         keys = {"base_model": "any", "optimizer": name, "learning_rate": 0.01}
         config = RunConfig.model_validate(keys)
         with card.here():
             first, second = self.network(CUDA, torch.float32), self.network(CUDA, torch.float32)
             optimizers = [build_optimizer(each.items(), config) for each in (first, second)]
-            checkpoints = Checkpoints(tmp_path, config)
+            checkpoints = Checkpoints(RunFolder(tmp_path), config)
             self.steps(first, optimizers[0], 2)
             position = Position(2, 0, None, None, "same")
             folder = checkpoints.save(first, optimizers[0], position)  # type: ignore[arg-type]
             self.steps(first, optimizers[0], 2)
-            checkpoints.load(folder, second, optimizers[1])  # type: ignore[arg-type]
+            checkpoints.load(read_checkpoint(folder), second, optimizers[1])  # type: ignore[arg-type]
             self.steps(second, optimizers[1], 2)
             for key in SHAPES:
                 assert torch.equal(first[key], second[key]), key

@@ -226,6 +226,13 @@ def open_session(folder: Path) -> Session:
     return Session(run, EventWriter(run.events), ControlReader(run.control), StopSignals())
 
 
+def flip(path: Path, at: float = 0.5, bit: int = 0) -> None:
+    """Another value of one bit of a file, `at` a share of its length."""
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 1 << bit
+    path.write_bytes(content)
+
+
 def gradients(model: Model) -> dict[str, torch.Tensor]:
     """A copy of every gradient, by parameter."""
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

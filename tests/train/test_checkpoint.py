@@ -18,21 +18,20 @@ from engine.chat.tokenizer import write_tekken
 from engine.config import RunConfig
 from engine.errors import UserError, WorkError
 from engine.plan.trainer import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
+from engine.runs import RunFolder
 from engine.train.batches import Rows
 from engine.train.checkpoint import (
     OPTIMIZER,
     RANDOM,
-    STATE,
     Checkpoints,
-    Position,
     export_trained,
-    is_complete,
     load_trained,
     save_trained,
     trained_tensors,
 )
 from engine.train.loss import Loss
 from engine.train.model import Base, load_base
+from engine.train.seal import STATE, Damaged, Position, _with_digest, read_checkpoint
 from tests.support.stock import stock_model
 from tests.support.tiny import (
     MINISTRAL3,
@@ -42,6 +41,7 @@ from tests.support.tiny import (
     assemble,
     everything,
     files_at_most,
+    flip,
     logits,
     settings,
     steps,
@@ -146,8 +146,10 @@ class TestRoundTrip:
     def test_the_position_comes_back_whole(self, begin: Begin) -> None:
         run = begin(**SMALL)
         position = Position(7, 1234, 0.1 + 0.2, 5, "abc")
-        folder = run.checkpoints.save(run.model, run.optimizer, position)
-        assert run.checkpoints.load(folder, run.model, run.optimizer) == position
+        run.checkpoints.save(run.model, run.optimizer, position)
+        found = run.checkpoints.find("step-7")
+        assert found is not None
+        assert run.checkpoints.load(found, run.model, run.optimizer) == position
 
     def test_a_resume_where_nothing_was_saved_starts_at_the_beginning(self, begin: Begin) -> None:
         run = begin(**SMALL)
@@ -158,9 +160,9 @@ class TestRoundTrip:
         run = begin(**LORA)
         steps(run, 1)
         run.save()
-        latest = run.checkpoints.latest()
+        latest = run.checkpoints.find()
         assert latest is not None
-        assert {path.suffix for path in latest.iterdir()} == {".json", ".safetensors"}
+        assert {path.suffix for path in latest.folder.iterdir()} == {".json", ".safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +179,11 @@ class Run:
         for name, parameter in base.model.named_parameters():
             parameter.requires_grad_("model.norm" in name)
         self.training = assemble(root, base, base.model, config, rows)
-        self.root = root / "checkpoints"
+        self.folder = RunFolder(root)
+        self.root = self.folder.checkpoints
         self.config: RunConfig = config
+        self.said: list[str] = []
+        """What the newest look passed over."""
 
     def save(self, step: int, *, mark: float | None = None, best: int | None = None) -> Path:
         with torch.no_grad():
@@ -186,17 +191,20 @@ class Run:
         order = self.training.order.fingerprint()
         position = Position(step=step, best_step=best, fingerprint=order)
         training = self.training
-        return Checkpoints(self.root, self.config).save(
-            training.model, training.optimizer, position
-        )
+        return self.checkpoints().save(training.model, training.optimizer, position)
+
+    def checkpoints(self) -> Checkpoints:
+        """As a new process finds them."""
+        self.said.clear()
+        return Checkpoints(self.folder, self.config, self.said.append)
 
     def latest(self) -> tuple[int, float]:
-        """Step and weight of the newest checkpoint, as a new process finds it."""
-        checkpoints = Checkpoints(self.root, self.config)
-        folder = checkpoints.latest()
-        assert folder is not None
-        position = checkpoints.load(folder, self.training.model, self.training.optimizer)
-        assert folder.name == f"step-{position.step}"
+        """Step and weight of the newest checkpoint."""
+        checkpoints = self.checkpoints()
+        found = checkpoints.find()
+        assert found is not None
+        position = checkpoints.load(found, self.training.model, self.training.optimizer)
+        assert found.folder.name == f"step-{position.step}"
         return position.step, float(self.training.parameters[0].detach()[0])
 
     def names(self) -> set[str]:
@@ -218,7 +226,7 @@ class TestWhichAreKept:
         run.save(1, best=1)
         run.save(2, best=1)
         assert run.latest() == (2, 2.0)
-        assert Checkpoints(run.root, run.config).best() == run.root / "step-1"
+        assert run.checkpoints().best() == run.root / "step-1"
 
     def test_older_ones_go_and_the_best_never_does(self, run: Run) -> None:
         for step in (1, 2, 10, 11, 12):
@@ -251,13 +259,13 @@ class TestGoingBack:
         for step, best in ((1, 1), (2, 1), (3, 3)):
             run.save(step, best=best)
         run.training.restore("step-2")
-        assert Checkpoints(run.root, run.config).best() == run.root / "step-1"
+        assert run.checkpoints().best() == run.root / "step-1"
 
     def test_a_best_that_is_gone_is_none(self, run: Run) -> None:
         run.save(1)
         run.save(2, best=2)
         run.training.restore("step-1")
-        assert Checkpoints(run.root, run.config).best() is None
+        assert run.checkpoints().best() is None
 
 
 class Killed(BaseException):
@@ -343,22 +351,104 @@ def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
 
 
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def edit(**changes: object) -> Callable[[Path], object]:
+    """state.json with other values; what is None is removed."""
+
+    def change(path: Path) -> None:
+        state = json.loads(path.read_text("utf-8")) | changes
+        path.write_text(json.dumps({k: v for k, v in state.items() if v is not None}), "utf-8")
+
+    return change
+
+
+def write(text: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(text)
+
+
+STATES = [
+    *(write(text) for text in (b"{}", b"[]", b'"20"', b"{", b"\xff\xfe", b"[" * 10**5, b"null")),
+    *(edit(step=3), edit(step="4"), edit(tokens=None), edit(nonsense=1), edit(digest="0" * 64)),
+    *(edit(files={}), edit(optimizer_class=None), edit(digest=None)),
+    lambda path: path.write_text(json.dumps(json.loads(path.read_text()), indent=1)),
+]
+MARKS = [b"step-99", b"", b"\xff", b"../other/step-5", b"step-4/../step-3", b"."]
+
+
 class TestDamage:
-    @pytest.mark.parametrize("damage", [Path.unlink, cut_short], ids=["missing", "cut short"])
+    @pytest.mark.parametrize("damage", [Path.unlink, cut_short, empty, flip])
     @pytest.mark.parametrize("name", [OPTIMIZER, RANDOM, STATE, "trained.safetensors"])
-    def test_damaged_is_refused(self, run: Run, name: str, damage: Callable[[Path], None]) -> None:
+    def test_damaged_is_passed_over(
+        self, run: Run, name: str, damage: Callable[[Path], None]
+    ) -> None:
+        run.save(3)
+        damage(run.save(4) / name)
+        assert run.latest() == (3, 3.0)
+        assert [text.startswith("step-4 is damaged and passed over: ") for text in run.said] == [1]
+        assert name in run.said[0]
+        with pytest.raises(WorkError, match="step-4 cannot be read") as caught:
+            run.training.restore("step-4")
+        assert name in caught.value.why
+        assert run.latest() == (3, 3.0)
+
+    @pytest.mark.parametrize("damage", STATES)
+    def test_an_odd_state_is_damage(self, run: Run, damage: Callable[[Path], object]) -> None:
+        run.save(3)
+        damage(run.save(4) / STATE)
+        assert run.latest() == (3, 3.0)
+        assert "state.json" in run.said[0]
+
+    def test_a_state_that_was_sealed_anew_is_read_with_the_same_care(self, run: Run) -> None:
         run.save(3)
         folder = run.save(4)
-        damage(folder / name)
-        assert not is_complete(folder)
-        assert run.latest() == (3, 3.0)
-        with pytest.raises(WorkError, match="step-4 cannot be read"):
-            run.training.restore("step-4")
+        state = json.loads((folder / STATE).read_text("utf-8"))
+        for changes in ({"step": 3}, {"nonsense": 1}, {"files": ["LATEST"]}, {"files": {"x": "0"}}):
+            content = {k: v for k, v in (state | changes).items() if k != "digest"}
+            (folder / STATE).write_bytes(_with_digest(content))
+            with pytest.raises(Damaged):
+                read_checkpoint(folder)
 
-    def test_a_mark_that_leads_nowhere_is_passed_over(self, run: Run) -> None:
+    @pytest.mark.parametrize("mark", [*MARKS, None])
+    def test_a_mark_that_names_none_of_its_own_is_said(self, run: Run, mark: bytes | None) -> None:
+        other = run.root.parent / "other"
         run.save(3)
-        (run.root / "LATEST").write_text("step-99")
-        assert run.latest() == (3, 3.0)
+        run.save(4)
+        shutil.copytree(run.root, other)
+        (other / "step-4").rename(other / "step-5")
+        (run.root / "LATEST").unlink()
+        if mark is not None:
+            (run.root / "LATEST").write_bytes(mark)
+        assert run.latest() == (4, 4.0)
+        assert run.said == ["LATEST names no checkpoint of this run: the newest whole one counts"]
+
+    def test_what_came_after_the_one_gone_back_to_is_never_taken(self, run: Run) -> None:
+        run.save(3)
+        run.save(4)
+        run.training.restore("step-3")
+        flip(run.root / "step-3" / STATE)
+        with pytest.raises(WorkError, match=r"up to step-3 is whole") as caught:
+            run.training.restore(None)
+        assert "--from step-4` tries a later one" in caught.value.fix
+
+    def test_where_none_is_whole_the_advice_works(self, run: Run) -> None:
+        for step in (3, 4):
+            flip(run.save(step) / OPTIMIZER)
+        with pytest.raises(WorkError, match="No checkpoint of this run") as caught:
+            run.training.restore(None)
+        assert "Undo" not in caught.value.fix
+        assert f"remove {run.root} and resume: the run then begins at step 1" in caught.value.fix
+        shutil.rmtree(run.root)
+        run.training.restore(None)
+        assert run.training.position.step == 0
+
+    def test_a_damaged_best_is_said_and_not_gone_back_to(self, run: Run) -> None:
+        run.save(3)
+        flip(run.save(4, best=4) / "trained.safetensors")
+        assert run.checkpoints().best() is None
+        assert run.said[0].startswith("step-4, the best one, is damaged")
 
     def test_other_things_in_the_folder_are_left_alone(self, run: Run) -> None:
         for name in ("notes.txt", "step-by-step", "step-1.zip"):

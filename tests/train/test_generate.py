@@ -1,6 +1,7 @@
 """Answers token by token: the cache changes their speed and nothing else."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from engine.catalog import TokenizerSpec, read_architecture
 from engine.chat.tokenizer import build_tokenizer, open_tokenizer, write_tekken
 from engine.config import write_config
-from engine.errors import UserError
+from engine.errors import UserError, WorkError
 from engine.runs import RunFolder
 from engine.train.batches import Rows
 from engine.train.forward import Model
@@ -19,7 +20,15 @@ from engine.train.generate import Answering, Request, _choose, ask, generate, re
 from engine.train.lora import attach_lora
 from engine.train.model import load_base
 from tests.support.pictured_rows import SPEC, picture, seeing
-from tests.support.tiny import MISTRAL, edit_config, settings, training, wake_adapter, write_model
+from tests.support.tiny import (
+    MISTRAL,
+    edit_config,
+    flip,
+    settings,
+    training,
+    wake_adapter,
+    write_model,
+)
 from tests.support.trainers import VOCABULARY, small_tekken
 
 CPU = torch.device("cpu")
@@ -122,14 +131,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(base: Path, uneven: Rows, tmp_path: Path) -> Callable[..., RunFolder]:
     """A run whose weights were moved, saved or finished."""
 
-    def make(finish: bool = True, **keys: Any) -> RunFolder:
+    def make(finish: bool = True, begun: bool = True, **keys: Any) -> RunFolder:
         config = settings(base, **({"adapter": "lora", "learning_rate": 0.05} | keys))
         run = training(tmp_path / "run", config, uneven)
-        if config.adapter:
-            wake_adapter(run.model)
-        run.step(1, run.order.step(1))
-        run.position.step = 1
-        run.save()
+        if begun:
+            if config.adapter:
+                wake_adapter(run.model)
+            run.step(1, run.order.step(1))
+            run.position.step = 1
+            run.save()
+        else:
+            run.restore("step-1")
         if finish:
             run.finish([])
         folder = RunFolder(tmp_path / "run")
@@ -217,6 +229,36 @@ def test_bad_conversation_is_refused_next_answered(trained: Callable[..., RunFol
     assert lines[1]["refused"]["fix"]
     assert lines[2] == {"end": True}
     assert any("answer" in each for each in lines)
+
+
+@pytest.mark.parametrize("adapter", ["lora", None])
+def test_a_damaged_result_is_refused_and_written_again_as_the_advice_says(
+    trained: Callable[..., RunFolder], adapter: str | None
+) -> None:
+    run = trained(adapter=adapter)
+    result = run.adapter if adapter else run.model
+    weights = next(result.glob("*model.safetensors"))
+    whole = weights.read_bytes()
+    flip(weights)
+    with pytest.raises(WorkError, match=f"finished {result.name} of run is damaged") as caught:
+        Answering(run)
+    assert weights.name in caught.value.why
+    assert f"`windtunnel resume {run.path} --from step-1`" in caught.value.fix
+    again = trained(adapter=adapter, begun=False)
+    assert again == run
+    assert weights.read_bytes() == whole
+    assert Answering(run).trained == result
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_answers(
+    trained: Callable[..., RunFolder],
+) -> None:
+    run = trained(finish=False)
+    shutil.copytree(run.checkpoints / "step-1", run.checkpoints / "step-2")
+    (run.checkpoints / "LATEST").write_text("step-2")
+    first, second, *_ = answers(run, asked())
+    assert first == {"note": "step-2 is damaged and passed over: it holds step 1"}
+    assert second["trained"].endswith("step-1")
 
 
 def test_a_run_that_saved_nothing_says_so(base: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from engine.catalog import linear_targets, list_models, read_architecture
 from engine.catalog.rows import module_table
 from engine.errors import UserError
+from engine.files import SUMS
 from engine.plan.targets import choose_targets
 from engine.plan.targets import trainable_parameters as planned_parameters
 from engine.train.batches import Rows
@@ -337,6 +338,9 @@ class TestGoingOn:
     def test_other_settings_refused(self, begin: Begin, first: Path, key: str, value: Any) -> None:
         path = first / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+        with pytest.raises(UserError, match="is not as it was written"):
+            begin("second", adapter="lora", lora_model_dir=str(first))
+        (first / SUMS).unlink()  # the change is meant
         with pytest.raises(UserError, match=f"its {key} is"):
             begin("second", adapter="lora", lora_model_dir=str(first))
 

@@ -20,7 +20,6 @@ from engine.plan import estimate, plan_document
 from engine.plan.trainer import CHUNK_BYTES, PRICE, SMALLEST_CHUNK_BYTES, chunk_rows
 from engine.train import loss as loss_module
 from engine.train import loss as module
-from engine.train.checkpoint import STATE
 from engine.train.loss import (
     IN_CHUNKS,
     Loss,
@@ -29,6 +28,7 @@ from engine.train.loss import (
     shift,
     summed_cross_entropy,
 )
+from engine.train.seal import STATE
 from tests.fakes.kernels import check_product, matrix_product
 from tests.support.machines import at, config, cpu
 from tests.support.trainers import LORA, Workshop, events_of, figures, finish

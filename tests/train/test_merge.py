@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from engine.catalog.rows import module_table
 from engine.config import write_config
 from engine.errors import UserError, WorkError
+from engine.files import SUMS
 from engine.runs import RunFolder
 from engine.train.batches import Rows
 from engine.train.merge import CONFIG, WEIGHTS, merge
@@ -28,6 +29,7 @@ from tests.support.tiny import (
     MINISTRAL3,
     Models,
     files_at_most,
+    flip,
     logits,
     settings,
     training,
@@ -64,6 +66,7 @@ def edit_settings(adapter: Path, changes: dict[str, Any]) -> None:
     """Change what an adapter says of itself."""
     path = adapter / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (adapter / SUMS).unlink()
 
 
 def loaded(folder: Path) -> Any:
@@ -141,6 +144,7 @@ class TestMerged:
             if ".lora_" not in name:
                 tensors[name] = moved.clone()
         save_file(tensors, run.adapter / WEIGHTS, {"format": "pt"})
+        (run.adapter / SUMS).unlink()
         folder = merge(run, tmp_path / "merged")
         written = load_file(folder / "model.safetensors")
         assert set(written) == set(load_file(base / "model.safetensors"))
@@ -154,6 +158,7 @@ class TestMerged:
         embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
         tensors["base_model.model.lm_head.weight"] = embedding + 0.5
         save_file(tensors, run.adapter / WEIGHTS)
+        (run.adapter / SUMS).unlink()
         folder = merge(run, tmp_path / "merged")
         assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
         written = load_file(folder / "model.safetensors")
@@ -210,6 +215,7 @@ def _change_saved(adapter: Path) -> None:
         if ".lora_A" not in name and ".lora_B" not in name:
             tensors[name] = tensor * (1 + 0.2 * torch.randn(tensor.shape, generator=drawn))
     save_file(tensors, adapter / WEIGHTS, {"format": "pt"})
+    (adapter / SUMS).unlink()
 
 
 class TestRefused:
@@ -248,6 +254,18 @@ class TestRefused:
         edit_settings(run.adapter, said)
         with pytest.raises(UserError, match="cannot be merged"):
             merge(run, tmp_path / "out")
+
+    def test_a_changed_adapter_is_refused_until_the_change_is_owned(
+        self, ministral: Path, finished: Finished, tmp_path: Path
+    ) -> None:
+        run = finished(ministral)
+        flip(run.adapter / WEIGHTS)
+        with pytest.raises(WorkError, match="adapter of run is damaged") as caught:
+            merge(run, tmp_path / "out")
+        assert WEIGHTS in caught.value.why
+        assert f"remove {SUMS}" in caught.value.fix
+        (run.adapter / SUMS).unlink()
+        merge(run, tmp_path / "out")
 
     def test_full_disk(self, ministral: Path, finished: Finished, tmp_path: Path) -> None:
         run = finished(ministral)

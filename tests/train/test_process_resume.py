@@ -33,6 +33,11 @@ from tests.support.written_runs import read_steps
 KEYS = LORA | {"max_steps": 6, "save_steps": 2}
 
 
+def notes_of(run: RunFolder) -> list[str]:
+    """What a run said in sentences."""
+    return [event.text for event in events_of(run) if isinstance(event, Note)]
+
+
 def all_steps(run: RunFolder) -> list[int]:
     """The steps in the order in which they were emitted, repeated ones too."""
     return [event.step for event in events_of(run) if isinstance(event, Step)]
@@ -84,8 +89,7 @@ def test_a_run_without_a_checkpoint_begins_again(workshop: Workshop) -> None:
     assert finish(run, before=DieBeforeStep(3)) == -signal.SIGKILL
     assert status(run) == "lost"
     assert finish(run, "--resume") == 0
-    notes = [event.text for event in events_of(run) if isinstance(event, Note)]
-    assert "there is no checkpoint: the run begins at step 1" in notes
+    assert "there is no checkpoint: the run begins at step 1" in notes_of(run)
     assert all_steps(run) == [1, 2, 1, 2, 3, 4, 5, 6]
     whole = workshop.finished()
     assert figures(run) == figures(whole)
@@ -142,9 +146,39 @@ def test_a_damaged_checkpoint_is_passed_over(workshop: Workshop, name: str) -> N
     damaged.write_bytes(damaged.read_bytes()[:-20])
     assert finish(run, "--resume", "--from", "step-6") == 1
     assert last_end(run).what == "The checkpoint step-6 cannot be read."
+    assert name in last_end(run).why
     assert finish(run, "--resume") == 0
     assert all_steps(run) == [1, 2, 3, 4, 5, 6, 5, 6]
     assert figures(run) == whole
+    assert f"step-6 is damaged and passed over: {name} is not as it was saved" in notes_of(run)
+
+
+def test_what_was_changed_between_stop_and_resume_is_noted(workshop: Workshop) -> None:
+    run = workshop.finished(max_steps=2)
+    assert not [text for text in notes_of(run) if " until step-" in text]
+    workshop.configure(run, max_steps=3, learning_rate=0.002, gradient_checkpointing=True)
+    assert finish(run, "--resume") == 0
+    changes = [
+        "gradient_checkpointing was false until step-2 and is true from there on",
+        "learning_rate was 0.01 until step-2 and is 0.002 from there on",
+        "max_steps was 2 until step-2 and is 3 from there on",
+    ]
+    assert [text for text in notes_of(run) if text in changes] == changes
+
+
+def test_no_number_right_after_a_resume_is_sent_further_back(workshop: Workshop) -> None:
+    run = workshop.finished(max_steps=2)
+    workshop.configure(run, learning_rate=1e30, save_steps=1)
+    assert finish(run, "--resume") == 1
+    failed = last_end(run)
+    assert "Look at those rows" in failed.fix
+    assert finish(run, "--resume") == 1
+    end = last_end(run)
+    assert (end.what, end.step) == (failed.what, failed.step)
+    assert f"after step-{end.step} was put back" in end.why
+    assert end.fix == (
+        f"Go further back: `windtunnel resume {run.path} --from step-{end.step - 1}`."
+    )
 
 
 METHODS = {"lora": LORA, "qlora": QLORA}
