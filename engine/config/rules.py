@@ -14,6 +14,7 @@ from pydantic import ValidationInfo, model_validator
 from engine.config.finding import Finding, problem, shown
 from engine.config.keys import DatasetConfig, RunKeys
 from engine.hub_id import REPOSITORY_NAMES, hub_id_in, is_repository_name
+from engine.pattern import PatternError, find_matches
 from engine.visible import visible
 
 
@@ -357,13 +358,13 @@ def _bad_source(key: str, value: str | None) -> Iterator[Finding]:
 def _bad_patterns(key: str, patterns: list[str] | str | None) -> Iterator[Finding]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
         try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
+            find_matches(pattern)
+        except PatternError as error:
             yield problem(
                 "bad-pattern",
                 key,
-                f"{key} holds {shown(pattern)}, which is not a regular expression.",
-                f"Python's re module says: {visible(str(error), one_line=True)}.",
+                f"{key} holds {shown(pattern)}, which is not a regular expression that is read.",
+                visible(str(error), one_line=True),
                 "Correct the pattern, or write a list of plain names.",
             )
 

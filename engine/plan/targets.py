@@ -6,14 +6,17 @@ are the language model's.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 from engine.catalog import ModuleTable, linear_targets
 from engine.catalog.modules import Group, Parameter
 from engine.config import RunConfig
+from engine.config.finding import shown
 from engine.errors import UserError
+from engine.pattern import How, PatternError, find_matches
+from engine.visible import visible
 
 Matches: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
 """Each entry of a config's targets with the names that it matches."""
@@ -191,9 +194,8 @@ def _trainable(table: ModuleTable, expressions: tuple[str, ...] | None) -> froze
         return _names(table, language)
     found: list[Parameter] = []
     for expression in expressions:
-        pattern = re.compile(expression)
-        matches = [row for row in table.parameters if pattern.match(row.name)]
-        matches = matches or [row for row in language if _starts_a_part(pattern, row.name)]
+        matches = _match("unfrozen_parameters", expression, table.parameters, "start")
+        matches = matches or _match("unfrozen_parameters", expression, language, "part")
         if not matches:
             raise UserError(
                 f"unfrozen_parameters: {expression} matches no parameter.",
@@ -204,8 +206,23 @@ def _trainable(table: ModuleTable, expressions: tuple[str, ...] | None) -> froze
     return _names(table, found)
 
 
-def _starts_a_part(pattern: re.Pattern[str], name: str) -> bool:
-    return any(pattern.match(name, dot.end()) for dot in re.finditer(r"\.", name))
+def _match(key: str, expression: str, rows: Sequence[Parameter], how: How) -> list[Parameter]:
+    found = set(_match_names(key, expression, tuple(row.name for row in rows), how))
+    return [row for row in rows if row.name in found]
+
+
+def _match_names(
+    key: str, expression: str, names: tuple[str, ...], how: How = "whole"
+) -> tuple[str, ...]:
+    """The names that a config's expression matches; UserError where it is no usable one."""
+    try:
+        return find_matches(expression, names, how)
+    except PatternError as error:
+        raise UserError(
+            f"{key} is not a regular expression that is read: {shown(expression)}",
+            visible(str(error), one_line=True),
+            "Correct it, or give a list of endings such as [q_proj, v_proj].",
+        ) from error
 
 
 def _names(table: ModuleTable, rows: Iterable[Parameter]) -> frozenset[str]:
@@ -333,15 +350,7 @@ def _in_layers(names: tuple[str, ...], layers: tuple[int, ...] | None) -> tuple[
 
 
 def _match_expression(expression: str, modules: tuple[str, ...]) -> tuple[str, ...]:
-    try:
-        pattern = re.compile(expression)
-    except re.error as error:
-        raise UserError(
-            f"lora_target_modules is not a regular expression: {expression}",
-            f"{error.msg} at place {error.pos}.",
-            "Correct it, or give a list of endings such as [q_proj, v_proj].",
-        ) from error
-    matches = tuple(name for name in modules if pattern.fullmatch(name))
+    matches = _match_names("lora_target_modules", expression, modules)
     if not matches:
         raise _no_match(expression, modules)
     return matches

@@ -22,6 +22,7 @@ from torch import Tensor
 from engine.catalog import Architecture, read_architecture, with_overrides
 from engine.config import RunConfig, read_config
 from engine.errors import UserError, WorkError
+from engine.pattern import PatternError, find_matches
 from engine.publish.card import write_card
 from engine.runs import RunFolder
 from engine.train.checkpoint import copy_companions, newest_result
@@ -166,7 +167,19 @@ class Adapter:
 
     def _scaling(self, change: Change, rank: int) -> float:
         patterns = self.config.get("alpha_pattern") or {}
-        named = [key for key in patterns if re.match(rf"(.*\.)?({key})$", change.module)]
+        modules = tuple(each.module for each in self.changes.values())
+        try:
+            named = [
+                key
+                for key in patterns
+                if change.module in find_matches(rf"(.*\.)?({key})$", modules, "start")
+            ]
+        except PatternError as error:
+            raise WorkError(
+                f"The adapter in {self.folder} has an alpha_pattern that is not read.",
+                visible(str(error), one_line=True),
+                "Write its keys as plain names in adapter_config.json.",
+            ) from error
         alpha = float(patterns[named[0]] if named else self.config["lora_alpha"])
         return alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
