@@ -22,7 +22,7 @@ from textual.widget import Widget
 from engine.errors import UserError
 from engine.visible import visible
 from tui.widgets.choices import Choices
-from tui.widgets.pane import Drawn, Field, HelpPanel, HelpText, ProblemPanel
+from tui.widgets.pane import Confirm, Drawn, Field, HelpPanel, HelpText, ProblemPanel
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +167,7 @@ class Verdict(Drawn):
 
 
 if TYPE_CHECKING:
+    from engine.wizard.question import Confirm as Asked
     from tui.app import WindtunnelApp
 
 __all__ = ["STEPS", "HelpText", "Key", "Page"]
@@ -331,6 +332,15 @@ class Page(Screen[None]):
             yield
         except UserError as error:
             self.show_problem(error)
+
+    def ask_again(self, asked: "Asked", then: Callable[[], object]) -> None:
+        """Ask what a step asks again; `then` is done where the person agrees."""
+
+        def answered(agreed: bool | None) -> None:
+            if agreed:
+                then()
+
+        self.app.push_screen(Confirm(asked.title, asked.text, yes=asked.yes, no=asked.no), answered)
 
     def help_for(self, focused: Widget | None) -> HelpText:
         """What F1 shows; a page overrides it for its own fields."""

@@ -1,6 +1,6 @@
 """The second step: the model that the run starts from, each with what it comes to on the device."""
 
-from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -17,6 +17,7 @@ from engine.wizard.question import Choice, Confirm, Question, Work
 OWN: Final = "own"
 """A folder or hub id, named in the text."""
 OWN_LABEL: Final = "own folder or hub id"
+OWN_REASON: Final = "A folder with config.json of a model that is trained here, or a hub id."
 PLANNING: Final = "working out what fits…"
 HELP: Final = (
     ("needs", "GiB on the device at the peak, with the recommended values"),
@@ -88,15 +89,6 @@ class Candidate:
             return Line("✗", "no images", "reads only text, and the rows have images")
         return found
 
-    def where_from(self, cached: Collection[str]) -> str:
-        """Where its weights are; `cached` are the names of models that are on this computer."""
-        if self.name in cached or (self.architecture and self.architecture.folder):
-            return "on disk"
-        if self.card is None or not self.card.repositories:
-            return "made here"
-        stored = _STORED_BYTES[self.card.repositories[0].checkpoint]
-        return f"{self.plan.estimate.total_parameters * stored / 1e9:.0f} GB"
-
 
 @dataclass(frozen=True, slots=True)
 class Survey:
@@ -113,14 +105,14 @@ class Survey:
 
 
 class ModelStep:
-    """Which model. An own one is a candidate of its own once it was read."""
+    """Which model. Own ones are candidates, too, once they were read."""
 
     title = "Model"
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
         self._surveys: list[Survey] = []
-        self._own: Candidate | None = None
+        self._own: dict[str, tuple[Device, Candidate]] = {}
 
     def work(self) -> Work | None:
         """Planning every model on the draft's device."""
@@ -161,27 +153,28 @@ class ModelStep:
             Choice(
                 OWN,
                 OWN_LABEL,
-                reason="A folder with config.json of a model that is trained here, or a hub id.",
+                reason=OWN_REASON,
                 asks="a folder, or org/name",
                 completes="model",
             )
         )
         names = [candidate.name for candidate in candidates]
-        wanted = self._draft.model or found.proposed.card.name
+        wanted = self._draft.model if self._draft.model in names else found.proposed.card.name
         place = names.index(wanted)
         return Question(self.verdict(candidates[place]), tuple(choices), place)
 
     def candidates(self) -> list[Candidate]:
         """The models of the list, marked where they cannot read the images of the rows.
 
-        An own model that was read is among them, planned again where the device is another.
+        Own models that were read are among them, planned again where the device is another.
         """
         found = self._survey
         listed = [Candidate(p.card.name, p.card.title, p.plan, p.card) for p in found.prospects]
         names = {candidate.name for candidate in listed}
-        typed = (self._draft.model, self._own.name if self._own else None)
-        if own := next((name for name in typed if name and name not in names), None):
-            listed.append(self.read_own(own))
+        for name in dict.fromkeys((self._draft.model, *self._own)):
+            if name is not None and name not in names:
+                with suppress(UserError):  # its folder is gone
+                    listed.append(self.read_own(name))
         return [replace(each, shows_images=self._draft.shows_images) for each in listed]
 
     def read_own(self, name: str) -> Candidate:
@@ -190,17 +183,25 @@ class ModelStep:
         Raises UserError where its shape or its tokenizer cannot be read.
         """
         device = self._survey.device
-        own = self._own
-        if (
-            own is None
-            or own.name != name
-            or own.plan.estimate.can_give_bytes != (device.can_give_bytes)
-        ):
+        if name not in self._own or self._own[name][0] != device:
+            self._own.pop(name, None)
             architecture = read_architecture(name)
             check_tokenizer(name)
             plan = recommend(Place(architecture, device))
-            self._own = own = Candidate(name, name, plan, architecture.card, architecture)
-        return replace(own, shows_images=self._draft.shows_images)
+            own = Candidate(name, name, plan, architecture.card, architecture)
+            self._own[name] = device, own
+        return replace(self._own[name][1], shows_images=self._draft.shows_images)
+
+    def where_from(self, candidate: Candidate) -> str:
+        """Where the weights of a model are."""
+        if candidate.name in self._survey.cached:
+            return "on disk"
+        if candidate.architecture and candidate.architecture.folder:
+            return "on disk"
+        if candidate.card is None or not candidate.card.repositories:
+            return "made here"
+        stored = _STORED_BYTES[candidate.card.repositories[0].checkpoint]
+        return f"{candidate.plan.estimate.total_parameters * stored / 1e9:.0f} GB"
 
     def verdict(self, candidate: Candidate) -> Line:
         """The model's title and its verdict on the device in one sentence."""
@@ -277,7 +278,7 @@ class ModelStep:
         needs = candidate.plan.estimate
         note = (
             f"{size(needs.total_parameters)}, needs {gib(needs.device_bytes)} with"
-            f" {method(candidate.plan)}, {candidate.where_from(self._survey.cached)}"
+            f" {method(candidate.plan)}, {self.where_from(candidate)}"
         )
         return Choice(
             candidate.name,

@@ -14,7 +14,7 @@ from engine.plan import Device, Statistics, best_device, survey
 from engine.units import GIB
 from engine.wizard.draft import Draft
 from engine.wizard.flow import Wizard, perform
-from engine.wizard.model import OWN, ModelStep
+from engine.wizard.model import OWN, ModelStep, look_at
 
 CPU = Device("this computer's CPU", "cpu", 64 * GIB, 46 * GIB)
 ROWS = Statistics(10, 10, 900, 300, 0, 90.0, 118, 120)
@@ -120,6 +120,24 @@ def test_an_own_folder_is_read_and_is_a_choice_from_then_on(tmp_path: Path) -> N
     assert draft.model == str(tmp_path)
     assert question.choices[question.recommended].key == str(tmp_path)
     assert question.choices[question.recommended].note.endswith("on disk")
+
+
+def test_own_models_stay_in_the_list_until_their_folder_is_gone(tmp_path: Path) -> None:
+    config = json.dumps(find_model("ministral-3-3b").config, default=dict)
+    own = [str(tmp_path / name) for name in ("one", "two")]
+    for name in own:
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(config, "utf-8")
+    draft = on("RTX 4090", model=own[0])
+    step = asked(draft)
+    step.read_own(own[1])
+    assert [each.name for each in step.candidates()][-2:] == own
+    Path(own[0], "config.json").unlink()
+    draft.device = best_device(assume("T4"))
+    step.receive(step.survey(draft.device), look_at(draft.device))
+    assert [each.name for each in step.candidates()][-1:] == own[1:]
+    question = step.question()
+    assert question.choices[question.recommended].key == "ministral-3-8b"
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "mixtral-9x9b"])

@@ -7,6 +7,7 @@ asked only after the person has agreed.
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -31,7 +32,7 @@ from engine.wizard.preview import Switch
 from tui.line import marked
 from tui.page import HelpText, Key, Page, PathField
 from tui.widgets.choices import Choices, Switches
-from tui.widgets.pane import Confirm, Pane, TextPane, columns
+from tui.widgets.pane import Pane, TextPane, columns
 
 _BARS: Final = "▁▂▃▄▅▆▇█"
 _RAW_CHARACTERS: Final = 600
@@ -306,13 +307,11 @@ class DataPage(Page):
             self._start(dataset)
             self.run_worker(self._read(), group="read", exclusive=True)
             return
+        self.ask_again(asked, partial(self._agree, dataset))
 
-        def answered(agreed: bool | None) -> None:
-            if agreed:
-                step.agree(dataset)
-                self._consider(dataset)
-
-        self.app.push_screen(Confirm(asked.title, asked.text, yes=asked.yes, no=asked.no), answered)
+    def _agree(self, dataset: DatasetConfig) -> None:
+        self._step.agree(dataset)
+        self._consider(dataset)
 
     def _start(self, dataset: DatasetConfig) -> None:
         name = visible(dataset.path, one_line=True)

@@ -1,12 +1,12 @@
-"""The Model page: the model under the cursor is what the run starts from.
+"""The Model page prints the wizard's second step: the model under the cursor is what the run starts
+from.
 
-Every model of the catalog is planned on the chosen device, in a thread, whenever the page is shown
-with another device. A folder or hub id is read only after it was typed; nothing is fetched.
+The models are planned in a thread whenever the page is shown with another device. A folder or hub
+id is read only after it was typed; nothing is fetched.
 """
 
 import asyncio
-from collections.abc import Collection
-from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Final
 
 from textual import work
@@ -22,12 +22,20 @@ from engine.report.plan import size
 from engine.units import GIB
 from engine.visible import visible
 from engine.wizard.machine import named_cards
-from engine.wizard.model import HELP, OWN_HELP, OWN_LABEL, PLANNING, Candidate, ModelStep, Survey
+from engine.wizard.model import (
+    HELP,
+    OWN_HELP,
+    OWN_LABEL,
+    OWN_REASON,
+    PLANNING,
+    Candidate,
+    ModelStep,
+)
 from tui.line import MARK_STYLES
 from tui.page import HelpText, Key, Page, PathField
 from tui.screens.machine.prospects import TITLE_CELLS, title_cells
 from tui.widgets.choices import Choices
-from tui.widgets.pane import Confirm, Field, Pane, TextPane
+from tui.widgets.pane import Field, Pane, TextPane
 
 _TITLE: Final = (
     f"{'models':<{TITLE_CELLS + 7}}{'needs':>6} with  verdict     reads thinks  download"
@@ -59,11 +67,9 @@ class ModelPage(Page):
     def __init__(self) -> None:
         super().__init__()
         self._device: Device | None = None
-        self._survey: Survey | None = None
-        self._catalog: list[Candidate] = []
+        self._is_planned = False
+        """Whether it is known what fits on the device."""
         self._shown: list[Candidate] = []
-        self._cached: Collection[str] = ()
-        self._own: Candidate | None = None
         self._goes_on = False
 
     def compose_body(self) -> ComposeResult:
@@ -78,59 +84,42 @@ class ModelPage(Page):
     def on_mount(self) -> None:
         self.part(Choices).focus()
 
-    # --- the catalog on the device
+    @property
+    def _step(self) -> ModelStep:
+        return self.app.wizard.model
+
+    # --- the models on the device
 
     def refresh_from_draft(self) -> None:
         device = self.app.draft.device
         if device is None:
-            self._device = self._survey = None
+            self._device, self._is_planned = None, False
             self.say("·", "no device", "what fits depends on it: esc goes back to Machine")
             return
         planned = " (planned)" if device.planned else ""
         self.show_title(f"{device.name}{planned}")
-        if device == self._device:
-            self._mark_images()
+        if self._is_planned and device == self._device and self._step.work() is None:
+            self._show()
+            self._show_here()
             return
-        self._device, self._survey = device, None
-        self._step = ModelStep(self.app.draft)
+        self._device, self._is_planned = device, False
         self.say("·", "planning", f"working out what fits on {device.name}")
-        self._plan_all(device)
+        self._plan()
 
     @work(group="plan", exclusive=True)
-    async def _plan_all(self, device: Device) -> None:
-        work = self._step.survey(device)
-        found = await asyncio.to_thread(work.run, lambda _done: None)
-        assert isinstance(found, Survey)
-        self._step.receive(work, found)
-        self._cached = found.cached
-        self._catalog = [
-            Candidate(prospect.card.name, prospect.card.title, prospect.plan, prospect.card)
-            for prospect in found.prospects
-        ]
-        if self._own:
-            try:
-                self._own = await asyncio.to_thread(self._step.read_own, self._own.name)
-            except UserError:
-                self._own = None  # its folder is gone; the field still has its name
-        self._survey = found
-        self._mark_images()
+    async def _plan(self) -> None:
+        step, draft = self._step, self.app.draft
+        while work := step.work():
+            step.receive(work, await self.app.perform(work))
+        if draft.device is None:  # taken back on the Machine page
+            return
+        question = await asyncio.to_thread(step.question)  # reads an own model
+        self._is_planned = True
         self._show()
-        self._point_at(self.app.draft.model or found.proposed.card.name)
+        self._point_at(draft.model or question.choices[question.recommended].key)
         if self._goes_on:
             self._goes_on = False
             self.action_accept()
-
-    def _mark_images(self) -> None:
-        """Tell every candidate whether the rows have images: they may have been read since."""
-        shows_images = self.app.draft.shows_images
-        before = [*self._catalog, *([self._own] if self._own else [])]
-        if self._survey is None or all(each.shows_images == shows_images for each in before):
-            return
-        self._catalog = [replace(each, shows_images=shows_images) for each in self._catalog]
-        if self._own:
-            self._own = replace(self._own, shows_images=shows_images)
-        self._show()
-        self._show_here()
 
     def _point_at(self, name: str) -> None:
         names = [candidate.name for candidate in self._shown]
@@ -139,20 +128,18 @@ class ModelPage(Page):
         else:
             self.part(Choices).cursor = len(names)
             self.part(PathField).value = name
-            if not self._own:
-                self._read(name)
+            self._read(name)
         self._show_here()
 
     def _show(self) -> None:
         wanted = self.query_one("#filter", Input).value.strip().lower()
         self._shown = [
-            each for each in self._catalog if wanted in each.name or wanted in each.title.lower()
+            each
+            for each in self._step.candidates()
+            if wanted in each.name.lower() or wanted in each.title.lower()
         ]
-        lines = [_model_line(candidate, self._cached) for candidate in self._shown]
-        if self._own:
-            lines.append(_model_line(self._own, self._cached))
-        else:
-            lines.append(Content.assemble(OWN_LABEL, ("  o, then type or paste it", "$muted")))
+        lines = [_model_line(each, self._step.where_from(each)) for each in self._shown]
+        lines.append(Content.assemble(OWN_LABEL, ("  o, then type or paste it", "$muted")))
         self.part(Choices).show_lines(lines)
         nothing = f'nothing matches "{wanted}": esc clears' if wanted and not self._shown else ""
         self.query_one("#models", Pane).show_subtitle(
@@ -163,38 +150,28 @@ class ModelPage(Page):
 
     @property
     def _here(self) -> Candidate | None:
-        """None on the line for an own model that was not typed yet."""
+        """None on the line for an own model."""
         cursor = self.part(Choices).cursor
-        return self._shown[cursor] if cursor < len(self._shown) else self._own
-
-    @property
-    def _on_own_line(self) -> bool:
-        return self.part(Choices).cursor >= len(self._shown)
+        return self._shown[cursor] if cursor < len(self._shown) else None
 
     def on_choices_moved(self, message: Choices.Moved) -> None:
         message.stop()
-        if self._survey:
+        if self._is_planned:
             self._show_here()
 
     def _show_here(self) -> None:
         assert self._device is not None
-        assert self._survey is not None
-        self.query_one("#models").set_class(self._on_own_line, "-typing")
         here = self._here
+        self.query_one("#models").set_class(here is None, "-typing")
         assumed = ["--assume", named_cards(self._device)] if self._device.planned else []
         self.show_command(["models", *assumed])
         if here is None:
             self.say("·", "own model", "enter, then type a folder or org/name; enter reads it")
-            self._show_reason(
-                "A folder with config.json of a model that is trained here, or a hub id."
-            )
+            self.query_one("#why Static", Static).update(Content.styled(OWN_REASON, "$muted"))
             return
         line = self._step.verdict(here)
         self.say(line.mark, visible(line.label, one_line=True), line.text)
         self.query_one("#why Static", Static).update(Content(visible(self._step.reason(here))))
-
-    def _show_reason(self, text: str) -> None:
-        self.query_one("#why Static", Static).update(Content.styled(text, "$muted"))
 
     # --- a model of one's own
 
@@ -204,19 +181,15 @@ class ModelPage(Page):
 
     @work(group="own", exclusive=True)
     async def _read_typed(self, name: str) -> None:
-        assert self._device is not None
         try:
-            own = await asyncio.to_thread(self._step.read_own, name)
-            self._own = replace(own, shows_images=self.app.draft.shows_images)
+            await asyncio.to_thread(self._step.read_own, name)
         except UserError as error:
-            self._own = None
-            self._show()
             self._show_here()
             self.show_problem(error, kept=f"{name} is still in the field")
             return
+        self._clear_filter()
         self._show()
-        self.part(Choices).focus()
-        self._show_here()
+        self._point_at(name)
 
     def on_input_submitted(self, message: Input.Submitted) -> None:
         message.stop()
@@ -227,7 +200,7 @@ class ModelPage(Page):
 
     def on_input_changed(self, message: Input.Changed) -> None:
         message.stop()
-        if message.input.id == "filter" and self._survey:
+        if message.input.id == "filter" and self._is_planned:
             here = self._here
             self._show()
             names = [candidate.name for candidate in self._shown]
@@ -252,12 +225,12 @@ class ModelPage(Page):
     # --- keys
 
     def action_filter(self) -> None:
-        if self._survey:
+        if self._is_planned:
             self.query_one("#models").add_class("-filtering")
             self.query_one("#filter").focus()
 
     def action_own(self) -> None:
-        if self._survey:
+        if self._is_planned:
             self.part(Choices).cursor = len(self._shown)
             self.part(PathField).focus()
 
@@ -270,25 +243,17 @@ class ModelPage(Page):
 
     def action_accept(self) -> None:
         """Take the model under the cursor; ask first where it cannot be trained on the device."""
-        if self._survey is None:
+        here = self._here
+        if not self._is_planned:
             self._goes_on = self._device is not None
             if self._goes_on:
                 self.say("·", "planning", "goes on when it is known what fits")
-        elif self._here is None:
+        elif here is None:
             self.part(PathField).focus()
-        elif self._here.doubt:
-            self._ask(self._here)
+        elif asked := self._step.confirm(here.name, ""):
+            self.ask_again(asked, partial(self._take, here))
         else:
-            self._take(self._here)
-
-    def _ask(self, candidate: Candidate) -> None:
-        def answered(agreed: bool | None) -> None:
-            if agreed:
-                self._take(candidate)
-
-        asked = self._step.confirm(candidate.name, "")
-        assert asked is not None
-        self.app.push_screen(Confirm(asked.title, asked.text, yes=asked.yes, no=asked.no), answered)
+            self._take(here)
 
     def _take(self, candidate: Candidate) -> None:
         self._step.take(candidate.name, "")
@@ -300,8 +265,7 @@ class ModelPage(Page):
         return HelpText("the model that the run starts from", HELP, ("models",))
 
 
-def _model_line(candidate: Candidate, cached: Collection[str]) -> Content:
-    """One line of the list; `cached` are the names of models that are on this computer."""
+def _model_line(candidate: Candidate, where: str) -> Content:
     plan, line = candidate.plan, candidate.verdict()
     style = "$muted" if candidate.is_blind else MARK_STYLES[line.mark]
     reads = "image" if candidate.sees else "text"
@@ -310,5 +274,5 @@ def _model_line(candidate: Candidate, cached: Collection[str]) -> Content:
         f"{size(plan.estimate.total_parameters):>6}",
         f"{plan.estimate.device_bytes / GIB:>6.1f} {plan.config.adapter or 'full':<6}",
         (f"{line.mark} {line.label:<10}", style),
-        (f"{reads:<6}{candidate.thinks:<8}{candidate.where_from(cached)}", "$muted"),
+        (f"{reads:<6}{candidate.thinks:<8}{where}", "$muted"),
     )
