@@ -29,26 +29,3 @@ from engine.catalog.cards import (
     official_sampling,
 )
 from engine.catalog.modules import ModuleTable, Parameter, linear_targets
-
-__all__ = [
-    "Architecture",
-    "Contradiction",
-    "ModelCard",
-    "ModuleTable",
-    "Parameter",
-    "TokenizerSpec",
-    "UnknownModel",
-    "attention_factor",
-    "contradictions",
-    "find_card",
-    "find_model",
-    "find_repository",
-    "linear_targets",
-    "list_models",
-    "model_names",
-    "official_sampling",
-    "read_architecture",
-    "repaired_rope",
-    "window_of",
-    "with_overrides",
-]

@@ -242,9 +242,7 @@ def _load_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         detail = visible(str(error), one_line=True)
         raise UserError(
-            f"{where} is not valid JSON.",
-            f"Reading stopped: {detail}.",
-            "Download the file again.",
+            f"{where} is not valid JSON.", f"Reading stopped: {detail}.", "Download the file again."
         ) from None
     if not isinstance(content, dict):
         raise UserError(

@@ -12,15 +12,7 @@ from math import prod
 from typing import Literal, get_args
 
 Group = Literal[
-    "embedding",
-    "head",
-    "attention",
-    "mlp",
-    "experts",
-    "router",
-    "norm",
-    "vision",
-    "projector",
+    "embedding", "head", "attention", "mlp", "experts", "router", "norm", "vision", "projector"
 ]
 
 

@@ -20,27 +20,3 @@ from engine.config.reading import (
 from engine.config.rules import RunConfig
 from engine.config.schema import config_schema, section_of
 from engine.config.writing import write_config
-
-__all__ = [
-    "FULL",
-    "NONE",
-    "SECTIONS",
-    "SHARDED_OPTIMIZERS",
-    "ConfigError",
-    "ConfigFile",
-    "DatasetConfig",
-    "Document",
-    "Finding",
-    "RunConfig",
-    "assignment",
-    "config_schema",
-    "override",
-    "parse_config",
-    "read_config",
-    "require_supported",
-    "section_of",
-    "section_title",
-    "spell",
-    "unsupported",
-    "write_config",
-]

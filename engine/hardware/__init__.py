@@ -17,24 +17,3 @@ from engine.hardware.known import (
 from engine.hardware.machine import Gpu, GpuProcess, Machine, Problem
 from engine.hardware.packages import Missing, missing_packages, torch_problem
 from engine.hardware.reading import assume, cuda_environment, poll, read_machine
-
-__all__ = [
-    "Gpu",
-    "GpuProcess",
-    "KnownGpu",
-    "Machine",
-    "Missing",
-    "Problem",
-    "Speed",
-    "assume",
-    "attention_backends",
-    "cuda_environment",
-    "flash_4_on",
-    "known_gpus",
-    "listed_gpus",
-    "missing_packages",
-    "poll",
-    "read_machine",
-    "speed_of",
-    "torch_problem",
-]

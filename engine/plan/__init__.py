@@ -11,7 +11,7 @@ the trainer itself runs by.
 from engine.data.statistics import Statistics
 from engine.plan.attention import Attention, Heads, Task, choose_attention, heads_of
 from engine.plan.device import Device, Place, best_device, cpu_device, device_document, gpu_device
-from engine.plan.duration import Duration, expected_duration, pace_of
+from engine.plan.duration import Duration, expected_duration
 from engine.plan.ladder import (
     Alternative,
     alternative_document,
@@ -34,56 +34,7 @@ from engine.plan.recommend import (
     recommend,
     survey,
 )
-from engine.plan.remarks import Goal, refuse_answering, remarks, why_not_trained
+from engine.plan.remarks import Goal, refuse_answering, remarks
 from engine.plan.savers import SAME_RESULT
 from engine.plan.step import AXOLOTL, WEIGHTS
 from engine.plan.verdict import Estimate, Verdict, estimate_document, plan_document
-
-__all__ = [
-    "AXOLOTL",
-    "SAME_RESULT",
-    "WEIGHTS",
-    "Alternative",
-    "Attention",
-    "Device",
-    "Duration",
-    "Estimate",
-    "Goal",
-    "Heads",
-    "LengthPrice",
-    "Peer",
-    "Place",
-    "Prospect",
-    "Recommendation",
-    "Statistics",
-    "Task",
-    "Verdict",
-    "advice_document",
-    "alternative_document",
-    "assess",
-    "best_device",
-    "changed",
-    "choose_attention",
-    "compare_peer",
-    "cpu_device",
-    "describe_faster",
-    "device_document",
-    "estimate",
-    "estimate_document",
-    "expected_duration",
-    "gpu_device",
-    "heads_of",
-    "list_alternatives",
-    "make_faster",
-    "make_fit",
-    "next_rung",
-    "pace_of",
-    "plan_document",
-    "price_lengths",
-    "propose",
-    "recommend",
-    "refuse_answering",
-    "remarks",
-    "survey",
-    "why_not_trained",
-]

@@ -140,11 +140,5 @@ def _used_by(gpu: Gpu) -> str:
 
 def device_document(device: Device) -> dict[str, Any]:
     """Where a plan is for; sizes in bytes."""
-    return {
-        "name": device.name,
-        "kind": device.kind,
-        "uuid": device.uuid,
-        "total_bytes": device.total_bytes,
-        "can_give_bytes": device.can_give_bytes,
-        "planned": device.planned,
-    }
+    names = ("name", "kind", "uuid", "total_bytes", "can_give_bytes", "planned")
+    return {name: getattr(device, name) for name in names}

@@ -125,10 +125,7 @@ def _names(taken: _Taken) -> set[str]:
 
 
 def next_rung(
-    config: RunConfig,
-    place: Place,
-    *,
-    only: Container[str] | None = None,
+    config: RunConfig, place: Place, *, only: Container[str] | None = None
 ) -> Alternative | None:
     """The cheapest change that saves anything, whether or not the formula calls the config fitting.
 
@@ -145,10 +142,7 @@ def next_rung(
 
 
 def make_faster(
-    config: RunConfig,
-    place: Place,
-    *,
-    sizes: Sequence[int] = (),
+    config: RunConfig, place: Place, *, sizes: Sequence[int] = ()
 ) -> Alternative | None:
     """What a config that fits could make of the room that is left: layers computed once, all of
     them or as many as there is room for; None where that would hardly be faster.
@@ -245,10 +239,7 @@ class _Ladder:
         return Alternative(name, trial, now, trade, saved)
 
 
-def list_alternatives(
-    config: RunConfig,
-    place: Place,
-) -> tuple[Alternative, ...]:
+def list_alternatives(config: RunConfig, place: Place) -> tuple[Alternative, ...]:
     """The same plan with another method, and with half or twice the rank; layers are computed a
     second time where that is what each takes."""
     here = estimate(config, place)

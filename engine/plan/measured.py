@@ -1,8 +1,8 @@
 """Measured figures that beat the formula: kept, found again, and put in its place.
 
 A figure stands only for what it was measured on: every key of a config has to be the same except
-those listed as having no part in memory. A key that is new therefore separates runs until somebody
-says that it need not.
+those that have no part in memory: of rows, results and trackers, and some that are listed. Any
+other new key separates runs until somebody says that it need not.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from engine.catalog import Architecture, ModuleTable
 from engine.config import RunConfig
+from engine.config.keys import DataKeys, LearningKeys, OutputKeys, TrackerKeys
 from engine.errors import WorkError
 from engine.files import write_whole
 from engine.hardware.packages import installed
@@ -34,20 +35,15 @@ PACKAGES: Final = (
     *("flash-attn", "flash-attn-3", "flash-attn-4"),
 )
 """Whose version a figure holds for, by its first two numbers."""
+_SECTIONS: Final = (DataKeys, LearningKeys, OutputKeys, TrackerKeys)
 _NAMES: Final = """
 base_model revision_of_model tokenizer_config tokenizer_use_mistral_common trust_remote_code
-chat_template_kwargs datasets test_datasets val_set_size dataset_prepared_path skip_prepare_dataset
-remove_unused_columns image_folder image_size image_resize_algorithm processor_type train_on_inputs
-train_on_thinking history_thinking lora_alpha peft_use_rslora peft_init_lora_weights lora_model_dir
+processor_type lora_alpha peft_use_rslora peft_init_lora_weights lora_model_dir auto_fit
 excess_length_strategy eval_sample_packing num_epochs max_steps learning_rate loraplus_lr_ratio
 lr_scheduler cosine_min_lr_ratio warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2
-adam_epsilon max_grad_norm loss_watchdog_threshold loss_watchdog_patience seed auto_fit output_dir
-saves_per_epoch save_steps save_strategy save_total_limit load_best_model_at_end evals_per_epoch
-eval_steps eval_train_rows eval_table_size eval_max_new_tokens eval_drift eval_strategy
-sample_prompts resume_from_checkpoint hub_model_id wandb_project wandb_entity wandb_name
-wandb_run_id wandb_mode wandb_watch wandb_log_model use_wandb use_tensorboard use_trackio
+adam_epsilon max_grad_norm loss_watchdog_threshold loss_watchdog_patience seed
 """
-INDIFFERENT: Final = frozenset(_NAMES.split())
+INDIFFERENT: Final = frozenset((*_NAMES.split(), *(k for s in _SECTIONS for k in s.model_fields)))
 """Keys of a config that change nothing in a step's memory, or are in the figure's key by what they
 lead to: the model's shapes, the tokens at once."""
 _SHAPES: Final = (

@@ -98,10 +98,7 @@ def recommend(
 
 
 def assess(
-    config: RunConfig,
-    place: Place,
-    *,
-    changes: Mapping[str, object] | None = None,
+    config: RunConfig, place: Place, *, changes: Mapping[str, object] | None = None
 ) -> Recommendation:
     """A person's own config with `changes`: nothing is advised, it is only looked at.
 
@@ -227,7 +224,8 @@ class Prospect:
 
 def survey(device: Device) -> tuple[Prospect, ...]:
     """Every model of the catalog as it would be recommended on `device`, the smallest first."""
-    plans = [Prospect(card, _plan(card, device)) for card in list_models() if card.offered]
+    offered = (card for card in list_models() if card.offered)
+    plans = [Prospect(c, recommend(Place(read_architecture(c.name), device))) for c in offered]
     return tuple(sorted(plans, key=lambda p: p.plan.estimate.total_parameters))
 
 
@@ -249,10 +247,6 @@ def _rank(prospect: Prospect) -> tuple[int, bool, str]:
     card = prospect.card
     billions = round(prospect.plan.estimate.total_parameters / 10**9)
     return billions, card.thinking in ("tokens", "effort"), card.name
-
-
-def _plan(card: ModelCard, device: Device) -> Recommendation:
-    return recommend(Place(read_architecture(card.name), device))
 
 
 @dataclass(frozen=True, slots=True)

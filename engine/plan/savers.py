@@ -303,11 +303,7 @@ SAVERS = (
         subject="embedding and head",
     ),
     Saver(
-        _states_in_ram,
-        ("activation_offloading",),
-        same_result=True,
-        waits=_states,
-        label="states",
+        _states_in_ram, ("activation_offloading",), same_result=True, waits=_states, label="states"
     ),
     Saver(_small_states),
     Saver(_four_bits),

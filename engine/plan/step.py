@@ -20,12 +20,7 @@ from engine.catalog import ModuleTable
 from engine.config import RunConfig
 from engine.data.statistics import Statistics
 from engine.plan.device import Device, Place
-from engine.plan.layers import (
-    Widths,
-    image_tokens_at_once,
-    tokens_of_one_image,
-    widths,
-)
+from engine.plan.layers import Widths, image_tokens_at_once, tokens_of_one_image, widths
 from engine.plan.targets import adapter_parameters, trainable_parameters
 from engine.plan.trainer import SMALLEST_CHUNK_BYTES, base_bytes_of, is_kept, kept_modules
 

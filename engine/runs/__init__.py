@@ -25,25 +25,3 @@ from engine.runs.control import Command, ControlReader, Request, StopSignals, as
 from engine.runs.folder import RunFolder, create_run, find_run, list_runs, run_home
 from engine.runs.lock import RunLock, is_locked
 from engine.runs.summary import Follower, Status, Summary, follow, status, summarize
-
-__all__ = [
-    "Command",
-    "ControlReader",
-    "Follower",
-    "Request",
-    "RunFolder",
-    "RunLock",
-    "Status",
-    "StopSignals",
-    "Summary",
-    "ask",
-    "create_run",
-    "find_run",
-    "follow",
-    "is_locked",
-    "list_runs",
-    "run_home",
-    "send",
-    "status",
-    "summarize",
-]

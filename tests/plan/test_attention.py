@@ -7,13 +7,7 @@ import pytest
 from engine.errors import UserError
 from engine.hardware import attention_backends
 from engine.plan import Device, Heads, Place, Task, choose_attention, heads_of, recommend
-from engine.plan.attention import (
-    find_backend,
-    follow_attention,
-    needs_mask,
-    task_of,
-    why_not,
-)
+from engine.plan.attention import find_backend, follow_attention, needs_mask, task_of, why_not
 from tests.support.machines import MODELS, card, config, cpu, model
 
 PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")

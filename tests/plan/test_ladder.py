@@ -92,7 +92,7 @@ def test_a_sharded_plan_computes_all_layers_again_or_none() -> None:
 
 class TestFaster:
     START: ClassVar[dict[str, Any]] = BIG | {
-        **{"micro_batch_size": 1, "sequence_len": 4096, "gradient_checkpointing": True},
+        **{"micro_batch_size": 1, "sequence_len": 4096, "gradient_checkpointing": True}
     }
 
     def test_a_roomy_card_computes_every_layer_once(self) -> None:

@@ -157,10 +157,7 @@ class TestTheRung:
 
     @pytest.mark.parametrize(
         "other",
-        [
-            {"compute_capability": (7, 5)},
-            {"stack": {"torch": "2.13.0", "cut-cross-entropy": None}},
-        ],
+        [{"compute_capability": (7, 5)}, {"stack": {"torch": "2.13.0", "cut-cross-entropy": None}}],
         ids=["no bfloat16", "not installed"],
     )
     def test_it_is_not_proposed_where_it_cannot_run(self, other: dict[str, Any]) -> None:

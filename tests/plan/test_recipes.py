@@ -27,7 +27,7 @@ MINISTRAL = {"qlora-text", "qlora-think", "qlora-vision", "lora", "full"}
 NAMES = {
     "mistral-medium-3.5": {"qlora-text", "qlora-vision", "lora", "full-vision-64gpu"},
     "mistral-small-4": {
-        *("qlora-text", "qlora-text-experts", "qlora-vision", "full-text", "full-vision"),
+        *("qlora-text", "qlora-text-experts", "qlora-vision", "full-text", "full-vision")
     },
     "magistral-small-2506": {"qlora-text", "full"},
     "magistral-small-2507": {"qlora-think", "full"},

@@ -353,9 +353,7 @@ class TestWhatThePersonChose:
         assert advice.estimate.verdict == "does not fit"
         assert (advice.config.adapter, advice.config.lora_r) == ("lora", 128)
 
-    def test_layers_are_offloaded_unasked_only_where_the_model_cannot_do_without(
-        self,
-    ) -> None:
+    def test_layers_are_offloaded_unasked_only_where_the_model_cannot_do_without(self) -> None:
         large = model("mistral-medium-3.5")
         alone = advised(large, card("RTX 4090"))
         changed = advised(large, card("RTX 4090"), lora_r=8)
