@@ -10,10 +10,12 @@ then a switch, not a reason to tokenize again.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
@@ -191,16 +193,39 @@ def render(
 def render_settled(conversation: Conversation, tokenizer: "ChatTokenizer") -> Rendered:
     """The arrays of a conversation that `settle` has made. Raises RowProblem as `render` does."""
     try:
-        return _encode(conversation, tokenizer)
+        with _unheard():
+            return _encode(conversation, tokenizer)
     except BaseException as error:
         # tiktoken's Rust panics on a run of some 10^6 blanks, outside Exception and unexported.
         if type(error).__name__ != "PanicException":
             raise
         raise RowProblem(
             "The text cannot be tokenized.",
-            "It holds a run of blanks, or of one character, that is too long for the tokenizer.",
+            "It holds a run of blanks, or of one character, that is too long for the tokenizer's"
+            " pattern.",
             "Shorten the run, or delete the row.",
         ) from None
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Rust writes where it panicked, on request with a backtrace, before Python hears of it."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
+    try:
+        os.dup2(_null(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@cache
+def _null() -> int:
+    return os.open(os.devnull, os.O_WRONLY)
 
 
 def _encode(conversation: Conversation, tokenizer: "ChatTokenizer") -> Rendered:

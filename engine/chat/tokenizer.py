@@ -30,7 +30,7 @@ from mistral_common.tokens.tokenizers.tekken import SpecialTokenInfo, Tekkenizer
 
 from engine.catalog import ModelCard, TokenizerSpec, find_model, find_repository, model_names
 from engine.chat.images import ImageSpec
-from engine.chat.tokenizer_file import TEKKEN, check_file, find_in_folder
+from engine.chat.tokenizer_file import TEKKEN, check_file, check_sizes, find_in_folder
 from engine.errors import UserError, WorkError
 from engine.hub_id import is_hub_id
 from engine.visible import first_line, visible
@@ -415,6 +415,7 @@ def _open_folder(folder: Path) -> ChatTokenizer:
 def _open_file(path: Path) -> ChatTokenizer:
     check_file(path)
     try:
+        check_sizes(path)
         return assemble(Tekkenizer.from_file(path))
     # mistral-common asserts, and reads keys, of whatever JSON the file holds.
     except (

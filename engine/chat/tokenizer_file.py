@@ -8,6 +8,10 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta, Struct
+from msgspec.json import decode
 
 from engine.catalog import find_repository, model_names
 from engine.config import RunConfig
@@ -24,6 +28,41 @@ _OTHER_FORMATS = ("tokenizer.json", "tokenizer_config.json")
 # Published files begin with their config, which is shorter than this.
 _HEAD_CHARACTERS = 4096
 _VERSION = re.compile(r'"version"\s*:\s*"([^"]*)"')
+
+
+_LARGEST_BYTES = 2**28
+# Published files have 150,000 tokens, 1,000 of them special, and a pattern of 200 letters; what is
+# beyond is no tokenizer, and mistral-common would count up to it.
+_Tokens = Annotated[int, Meta(ge=1, le=2**21)]
+
+
+class _Config(Struct):
+    pattern: Annotated[str, Meta(max_length=10_000)]
+    default_vocab_size: _Tokens
+    default_num_special_tokens: Annotated[int, Meta(ge=1, le=2**16)]
+    num_vocab_tokens: _Tokens | None = None
+
+
+class _Image(Struct):
+    image_patch_size: Annotated[int, Meta(ge=1, le=2**10)]
+    max_image_size: Annotated[int, Meta(ge=1, le=2**14)]
+    spatial_merge_size: Annotated[int, Meta(ge=1, le=2**6)] = 1
+
+
+class _Sizes(Struct):
+    """What of a tekken file decides how long it takes to open; the rest is mistral-common's."""
+
+    config: _Config
+    image: _Image | None = None
+    multimodal: _Image | None = None
+
+
+def check_sizes(path: Path) -> None:
+    """Raises ValueError where a tekken file states sizes that no tokenizer has, OSError where it
+    cannot be read."""
+    if path.stat().st_size > _LARGEST_BYTES:
+        raise ValueError(f"it has more than {_LARGEST_BYTES // 2**20} MiB")
+    decode(path.read_bytes(), type=_Sizes)
 
 
 def check_tokenizer(model: str | Path, folder: Path | None = None) -> None:

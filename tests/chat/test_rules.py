@@ -205,11 +205,14 @@ def test_arguments_beyond_json(read: Read, tokenizers: Tokenizers) -> None:
         render(read(USER, call(arguments={"when": object()})), tokenizers["v13"])
 
 
-def test_too_many_blanks_refused(read: Read, tokenizers: Tokenizers) -> None:
+def test_too_many_blanks_refused(
+    read: Read, tokenizers: Tokenizers, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(RowProblem, match="cannot be tokenized"):
         render(
             read(USER, {"role": "assistant", "content": "a" + " " * 10**6 + "b"}), tokenizers["v13"]
         )
+    assert capfd.readouterr().err == ""  # nothing of Rust's panic
 
 
 def test_merged_messages_must_agree_on_what_is_learned(read: Read) -> None:

@@ -164,6 +164,35 @@ def test_incomplete_file_is_refused(changes: dict[str, Any], tekken: Path, tmp_p
         open_tokenizer(damaged(tekken, tmp_path, **changes))
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        *(("config", "default_num_special_tokens", value) for value in (2**63, 10**400, -1, 2**20)),
+        *(("config", "default_vocab_size", value) for value in (2**63, 0, "3000")),
+        *(("config", "num_vocab_tokens", 2**31), ("config", "pattern", "x" * 20_000)),
+        *(("image", "max_image_size", 2**40), ("image", "image_patch_size", 0)),
+        ("image", "spatial_merge_size", 10**9),
+    ],
+)
+def test_a_size_of_no_tokenizer_is_refused_before_anybody_counts_to_it(
+    section: str, key: str, value: object, tmp_path: Path
+) -> None:
+    content: dict[str, dict[str, object]] = {
+        "config": {
+            "version": "v13",
+            "pattern": "a",
+            "default_vocab_size": 3000,
+            "default_num_special_tokens": 1000,
+        },
+        "image": {"image_patch_size": 14, "max_image_size": 1540},
+    }
+    content[section][key] = value
+    path = tmp_path / "tekken.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"at `\$\.{section}\.{key}`|Number out of range"):
+        open_tokenizer(path)
+
+
 @pytest.mark.parametrize("token", ["[ARGS]", "[CALL_ID]", "[MODEL_SETTINGS]", "[IMG_END]"])
 def test_a_file_that_lacks_a_control_token_of_its_version_is_a_sentence(
     token: str, tekken: Path, tmp_path: Path
