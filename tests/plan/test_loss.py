@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine.config import require_supported
-from engine.plan import Device, Place, changed, estimate, make_fit
+from engine.config import RunConfig, require_supported
+from engine.plan import Alternative, Device, changed, estimate, make_fit
 from engine.plan.memory import moment_parts
 from engine.plan.trainer import CHUNK_BYTES, PRICE, SMALLEST_CHUNK_BYTES, chunk_rows, names_cut_loss
 from engine.train.loss import _ChunkedCrossEntropy
 from engine.units import GIB
 from tests.support.card_bytes import CardBytes, as_on_cuda
-from tests.support.machines import card, config, cpu, model, sized
+from tests.support.machines import at, card, config, cpu, sized
 
 TOKENS = 2048
 TRAINED_HEAD = {"lora_modules_to_save": ["lm_head", "embed_tokens"]}
@@ -25,7 +25,7 @@ KEYS: dict[str, Any] = {
     "gradient_checkpointing": True,
     "bf16": True,
 }
-SMALL = model("ministral-3-3b")
+SMALL = "ministral-3-3b"
 START = config(
     **KEYS
     | {
@@ -45,7 +45,7 @@ START = config(
 
 
 def planned(device: Device, **keys: Any) -> int:
-    return estimate(config(**KEYS | keys), Place(SMALL, device)).loss_chunk_bytes
+    return estimate(config(**KEYS | keys), at(SMALL, device)).loss_chunk_bytes
 
 
 def measured(dtype: torch.dtype, chunk_bytes: int, *, trained: bool) -> int:
@@ -71,21 +71,21 @@ def measured(dtype: torch.dtype, chunk_bytes: int, *, trained: bool) -> int:
 def test_a_chunk_takes_what_is_planned_for_it(chunk_bytes: int, bf16: bool, trained: bool) -> None:
     keys = KEYS | {"micro_batch_size": 1, "bf16": bf16} | (TRAINED_HEAD if trained else {})
     device = card("H200") if chunk_bytes == CHUNK_BYTES[0] else cpu()
-    loss = moment_parts(config(**keys), Place(SMALL, device), "loss")["loss"]
+    loss = moment_parts(config(**keys), at(SMALL, device), "loss")["loss"]
     dtype = torch.bfloat16 if bf16 else torch.float32
     assert loss == pytest.approx(measured(dtype, chunk_bytes, trained=trained), rel=0.02)
 
 
 def test_a_chunk_shrinks_before_a_plan_stops_to_fit() -> None:
     start = changed(START, {"micro_batch_size": 4})
-    least, most = (estimate(start, Place(SMALL, device)) for device in (sized(0), card("H200")))
+    least, most = (estimate(start, at(SMALL, device)) for device in (sized(0), card("H200")))
     assert least.moment == most.moment == "loss"
     assert (least.verdict, most.verdict) == ("does not fit", "fits")
     assert (least.loss_chunk_bytes, most.loss_chunk_bytes) == (CHUNK_BYTES[-1], CHUNK_BYTES[0])
     found = []
     for step in range(21):
         needed = least.device_bytes + (most.device_bytes - least.device_bytes) * step // 20
-        plan = estimate(start, Place(SMALL, replace(sized(0), can_give_bytes=GIB + needed)))
+        plan = estimate(start, at(SMALL, replace(sized(0), can_give_bytes=GIB + needed)))
         assert plan.verdict == "fits"
         found.append(plan.loss_chunk_bytes)
     assert found == sorted(found)
@@ -93,7 +93,7 @@ def test_a_chunk_shrinks_before_a_plan_stops_to_fit() -> None:
 
 
 def test_a_chunk_stays_large_where_it_is_not_what_is_in_the_way() -> None:
-    needs = estimate(config(**KEYS), Place(SMALL, sized(0)))
+    needs = estimate(config(**KEYS), at(SMALL, sized(0)))
     assert (needs.moment, needs.verdict) == ("backward pass", "does not fit")
     assert CHUNK_BYTES[0] >= needs.loss_chunk_bytes > SMALLEST_CHUNK_BYTES
     assert needs.moments["loss"] <= needs.moments["backward pass"]
@@ -125,7 +125,7 @@ def test_a_config_asks_for_cut_cross_entropy_by_its_plugin(
 
 def test_the_kernel_is_counted_only_where_it_can_run() -> None:
     def loss(device: Device, **keys: Any) -> int:
-        return moment_parts(config(**KEYS | keys), Place(SMALL, device), "loss")["loss"]
+        return moment_parts(config(**KEYS | keys), at(SMALL, device), "loss")["loss"]
 
     asked = {"plugins": [PLUGIN]}
     assert loss(sized(1), **asked) < loss(sized(1)) - 64 * 2**20
@@ -140,13 +140,15 @@ class TestTheRung:
 
     def short_by(self, size: int) -> Device:
         """A card that lacks so many bytes for `START`, whose loss is its fullest moment."""
-        needs = estimate(START, Place(SMALL, sized(0)))
+        needs = estimate(START, at(SMALL, sized(0)))
         assert needs.moment == "loss"
         return replace(sized(0), can_give_bytes=needs.device_bytes + GIB - size)
 
+    def rungs(self, start: RunConfig = START, **other: Any) -> tuple[Alternative, ...]:
+        return make_fit(start, at(SMALL, replace(self.short_by(40 * 2**20), **other)))
+
     def test_it_is_taken_where_only_the_chunk_is_missing(self) -> None:
-        device = self.short_by(40 * 2**20)
-        (rung,) = make_fit(START, Place(SMALL, device))
+        (rung,) = self.rungs()
         assert rung.name == "cut cross-entropy"
         assert rung.trade == PRICE
         assert "2.2 %" in PRICE
@@ -161,10 +163,8 @@ class TestTheRung:
         ids=["no bfloat16", "not installed"],
     )
     def test_it_is_not_proposed_where_it_cannot_run(self, other: dict[str, Any]) -> None:
-        device = replace(self.short_by(40 * 2**20), planned=False, **other)
-        assert "cut cross-entropy" not in [r.name for r in make_fit(START, Place(SMALL, device))]
+        assert "cut cross-entropy" not in [r.name for r in self.rungs(planned=False, **other)]
 
     def test_nor_to_someone_who_switched_it_off(self) -> None:
         start = changed(START, {"cut_cross_entropy": False})
-        rungs = make_fit(start, Place(SMALL, self.short_by(40 * 2**20)))
-        assert "cut cross-entropy" not in [rung.name for rung in rungs]
+        assert "cut cross-entropy" not in [rung.name for rung in self.rungs(start)]
