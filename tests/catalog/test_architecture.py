@@ -6,7 +6,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from engine.catalog import (
     repaired_rope,
     with_overrides,
 )
+from engine.catalog.rows import ARCHITECTURES
 from engine.config import ConfigError, read_config, require_supported
 from engine.errors import UserError
 from engine.plan import remarks
@@ -98,17 +99,16 @@ class TestReading:
         assert read_architecture(write_config(tmp_path, config)).checkpoint == "fp8"
 
     @pytest.mark.parametrize(
-        "name", ["no-such-model", "a\0b", "x" * 5000, "~nobody-here"], ids=lambda name: name[:20]
+        ("name", "what"),
+        [
+            *((name, "There is no") for name in ("no-such-model", "a\0b", "x" * 5000, "~nobody")),
+            *((name, "There is no folder") for name in ("./missing", "/missing/model", "a/b/c")),
+            (Path("missing"), "There is no folder"),
+        ],
+        ids=lambda each: str(each)[:20],
     )
-    def test_a_name_of_nothing_is_refused(self, name: str) -> None:
-        assert refusal(name).what.startswith("There is no")
-
-    @pytest.mark.parametrize("path", ["./missing", "/missing/model", "a/b/c", Path("missing")])
-    def test_a_missing_folder_is_refused(self, path: str | Path) -> None:
-        assert "There is no folder" in refusal(path).what
-
-    def test_a_folder_without_config_json_is_refused(self, tmp_path: Path) -> None:
-        assert "config.json" in refusal(tmp_path).what
+    def test_a_name_or_a_folder_of_nothing_is_refused(self, name: str | Path, what: str) -> None:
+        assert refusal(name).what.startswith(what)
 
     @pytest.mark.parametrize(
         "text",
@@ -128,12 +128,15 @@ class TestReading:
     def test_a_broken_config_json_is_refused(self, tmp_path: Path, text: str) -> None:
         refusal(write_config(tmp_path, text))
 
-    def test_a_config_json_that_is_no_text_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
+    def test_a_config_json_that_is_no_text_no_file_or_not_there_is_refused(
+        self, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "config.json"
+        assert "config.json" in refusal(tmp_path).what
+        file.write_bytes(b"\xff\xfe\x00")
         assert "not valid JSON" in refusal(tmp_path).what
-
-    def test_a_config_json_that_is_a_folder_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "config.json").mkdir()
+        file.unlink()
+        file.mkdir()
         assert "cannot be read" in refusal(tmp_path).what
 
 
@@ -170,48 +173,66 @@ class TestHub:
         assert done.stdout.split() == ["(64,", "32)", "magistral-small-2509", "False"]
 
 
+CODE = {"auto_map": {"AutoModel": "modeling_evil.Evil"}}
+
+
 class TestStrangersConfig:
-    def test_an_unknown_architecture_is_refused_with_the_allowed_ones(self, tmp_path: Path) -> None:
-        config = SMALL | {"architectures": ["MixtralForCausalLM\x1b[2J"]}
-        error = refusal(write_config(tmp_path, config))
-        assert "MixtralForCausalLM" in error.what
-        assert "\x1b" not in str(error)
-        for allowed in (
-            "MistralForCausalLM",
-            "Ministral3ForCausalLM",
-            "Mistral4ForCausalLM",
-            "Mistral3ForConditionalGeneration",
-        ):
-            assert allowed in error.why
-
-    @pytest.mark.parametrize("architectures", [None, [], "MistralForCausalLM", [None]])
-    def test_a_missing_architecture_is_refused(self, tmp_path: Path, architectures: Any) -> None:
-        config = SMALL | {"architectures": architectures}
-        assert "no architecture" in refusal(write_config(tmp_path, config)).what
-
-    def test_a_class_and_a_model_type_that_differ_are_refused(self, tmp_path: Path) -> None:
-        error = refusal(write_config(tmp_path, SMALL | {"model_type": "ministral3"}))
-        assert "ministral3" in error.what
-        assert "mistral" in error.why
-
-    def test_an_unknown_text_or_vision_model_is_refused(self, tmp_path: Path) -> None:
-        for part, name in (("text_config", "llama"), ("vision_config", "siglip")):
-            config = SEEING | {part: {"model_type": name}}
-            error = refusal(write_config(tmp_path, config))
-            assert name in error.what
-            assert part in error.what
-
-    def test_a_missing_vision_tower_is_refused(self, tmp_path: Path) -> None:
-        config = {k: v for k, v in SEEING.items() if k != "vision_config"}
-        assert "no vision_config" in refusal(write_config(tmp_path, config)).what
-
-    @pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
-    def test_code_that_came_with_the_model_is_refused(
-        self, tmp_path: Path, part: str | None
+    @pytest.mark.parametrize(
+        ("config", "part", "named"),
+        [
+            *(
+                (SMALL | {"architectures": named}, "what", ["no architecture"])
+                for named in (None, [], "MistralForCausalLM", [None])
+            ),
+            (
+                SMALL | {"architectures": ["MixtralForCausalLM\x1b[2J"]},
+                "what",
+                ["MixtralForCausalLM"],
+            ),
+            (SMALL | {"architectures": ["MixtralForCausalLM"]}, "why", ARCHITECTURES),
+            (SMALL | {"model_type": "ministral3"}, "what", ["ministral3"]),
+            (SMALL | {"model_type": "ministral3"}, "why", ["mistral"]),
+            (SEEING | {"text_config": {"model_type": "llama"}}, "what", ["llama", "text_config"]),
+            (
+                SEEING | {"vision_config": {"model_type": "siglip"}},
+                "what",
+                ["siglip", "vision_config"],
+            ),
+            (
+                {k: v for k, v in SEEING.items() if k != "vision_config"},
+                "what",
+                ["no vision_config"],
+            ),
+            *(
+                (SEEING | ({part: SEEING[part] | CODE} if part else CODE), "why", ["auto_map"])
+                for part in (None, "text_config", "vision_config")
+            ),
+            *(
+                (SMALL | {key: value}, "why", [f"`{key}` is {json.dumps(value)}"])
+                for key, value in [
+                    ("num_hidden_layers", 10**9),
+                    ("num_hidden_layers", 0),
+                    ("hidden_size", -1),
+                    ("hidden_size", "4096"),
+                    ("vocab_size", 1.5),
+                    ("vocab_size", True),
+                    ("vocab_size", None),
+                    ("tie_word_embeddings", "yes"),
+                ]
+            ),
+            (
+                SEEING | {"text_config": {"model_type": "mistral", "hidden_size": [1]}},
+                "why",
+                ["`text_config.hidden_size` is a list"],
+            ),
+        ],
+    )
+    def test_what_may_not_or_cannot_be_built_is_refused_by_name(
+        self, tmp_path: Path, config: Any, part: str, named: Iterable[str]
     ) -> None:
-        code = {"auto_map": {"AutoModel": "modeling_evil.Evil"}}
-        config = SEEING | ({part: SEEING[part] | code} if part else code)
-        assert "auto_map" in refusal(write_config(tmp_path, config)).why
+        error = refusal(write_config(tmp_path, config))
+        assert all(each in getattr(error, part) for each in named)
+        assert "\x1b" not in str(error)
 
     @pytest.mark.parametrize(
         "key",
@@ -238,29 +259,6 @@ class TestStrangersConfig:
         assert key not in json.dumps(dict(read.config))
         assert any(f"`{key}`" in note for note in read.notes)
 
-    @pytest.mark.parametrize(
-        ("key", "value"),
-        [
-            ("num_hidden_layers", 10**9),
-            ("num_hidden_layers", 0),
-            ("hidden_size", -1),
-            ("hidden_size", "4096"),
-            ("vocab_size", 1.5),
-            ("vocab_size", True),
-            ("vocab_size", None),
-            ("tie_word_embeddings", "yes"),
-        ],
-    )
-    def test_sizes_that_no_model_has_are_refused_by_name(
-        self, tmp_path: Path, key: str, value: Any
-    ) -> None:
-        error = refusal(write_config(tmp_path, SMALL | {key: value}))
-        assert f"`{key}` is {json.dumps(value)}" in error.why
-
-    def test_a_wrong_size_inside_says_where(self, tmp_path: Path) -> None:
-        config = SEEING | {"text_config": {"model_type": "mistral", "hidden_size": [1]}}
-        assert "`text_config.hidden_size` is a list" in refusal(write_config(tmp_path, config)).why
-
     @settings(max_examples=150, deadline=None)
     @given(
         st.dictionaries(
@@ -281,39 +279,40 @@ class TestStrangersConfig:
             assert read_architecture(folder).table.total_parameters > 0
 
 
-class TestTiedHead:
-    def test_a_head_among_the_weights_is_the_models_own(self, tmp_path: Path) -> None:
-        write_config(tmp_path, SEEING)
-        index = {"weight_map": {"language_model.lm_head.weight": "model-1.safetensors"}}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-        read = read_architecture(tmp_path)
-        assert not read.table.parameters[-1].tied
-        assert (read.config["tie_word_embeddings"], read.notes) == (False, ())
+def header(*names: str) -> bytes:
+    """The start of a file of weights with these names."""
+    content = json.dumps({"__metadata__": {}, **{name: {} for name in names}}).encode()
+    return struct.pack("<Q", len(content)) + content
 
-    def test_a_head_missing_from_the_weights_is_the_embeddings(self, tmp_path: Path) -> None:
-        write_config(tmp_path, SEEING)
-        header = json.dumps({"__metadata__": {}, "model.embed_tokens.weight": {}}).encode()
-        (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-        read = read_architecture(tmp_path)
-        assert read.table.parameters[-1].tied
-        assert read.notes == ()
 
-    @pytest.mark.parametrize("damage", [None, b"", b"\xff" * 9, struct.pack("<Q", 2) + b"[]"])
-    def test_without_weights_the_assumption_is_said(
-        self, tmp_path: Path, damage: bytes | None
-    ) -> None:
-        write_config(tmp_path, SEEING)
-        if damage is not None:
-            (tmp_path / "model.safetensors").write_bytes(damage)
-        read = read_architecture(tmp_path)
-        assert read.table.parameters[-1].tied
-        assert "counted once" in read.notes[0]
+INDEX = json.dumps(
+    {"weight_map": {"language_model.lm_head.weight": "model-1.safetensors"}}
+).encode()
 
-    def test_what_the_file_says_is_not_doubted(self, tmp_path: Path) -> None:
-        write_config(tmp_path, SEEING | {"tie_word_embeddings": False})
-        read = read_architecture(tmp_path)
-        assert not read.table.parameters[-1].tied
-        assert read.notes == ()
+
+@pytest.mark.parametrize(
+    ("says", "file", "content", "tied", "note"),
+    [
+        ({}, "model.safetensors.index.json", INDEX, False, ""),
+        ({}, "model.safetensors", header("model.embed_tokens.weight"), True, ""),
+        ({"tie_word_embeddings": False}, None, b"", False, ""),
+        ({}, None, b"", True, "counted once"),
+        *(
+            ({}, "model.safetensors", damage, True, "counted once")
+            for damage in (b"", b"\xff" * 9, struct.pack("<Q", 2) + b"[]")
+        ),
+    ],
+)
+def test_a_head_is_tied_as_the_file_or_else_the_weights_say(
+    tmp_path: Path, says: dict[str, Any], file: str | None, content: bytes, tied: bool, note: str
+) -> None:
+    write_config(tmp_path, SEEING | says)
+    if file:
+        (tmp_path / file).write_bytes(content)
+    read = read_architecture(tmp_path)
+    assert read.table.parameters[-1].tied == tied
+    assert tied or read.config["tie_word_embeddings"] is False
+    assert [note in each for each in read.notes] == [True] * bool(note)
 
 
 RECIPES = Path(__file__).parents[2] / "presets" / "recipes"

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -37,12 +37,9 @@ from tests.make.fits import GOALS, PAGE, cells, page
 from tests.support.machines import at, card, config, cpu, model
 
 H100 = card("H100 80GB")
+HERE = at("ministral-3-3b", H100)
 RUN = config(adapter="qlora", sequence_len=2048, sample_packing=True, gradient_checkpointing=True)
 TOKENS = 2048
-COUNTING = sorted(set(RunConfig.model_fields) - INDIFFERENT)
-ONCE = hypothesis_settings(
-    max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
-)
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +52,7 @@ def figure(peak: int = 9 * GIB, day: str = "2026-11-26", **changes: Any) -> Meas
     """A measurement of `RUN`, of which `changes` are other arguments of its key."""
     given: dict[str, Any] = {
         "config": RUN,
-        "architecture": model("ministral-3-3b"),
+        "architecture": HERE.architecture,
         "device": H100,
         "tokens_at_once": TOKENS,
         "image_tokens": 0,
@@ -80,12 +77,12 @@ def found(
     tokens: int = TOKENS,
     images: int = 0,
 ) -> Measurement | None:
-    return find_measured(config, architecture or model("ministral-3-3b"), device, tokens, images)
+    return find_measured(config, architecture or HERE.architecture, device, tokens, images)
 
 
 def with_shapes(**text: Any) -> Architecture:
     """Ministral 3 3B with other sizes."""
-    plain = model("ministral-3-3b")
+    plain = HERE.architecture
     content = {**plain.config, "text_config": {**plain.config["text_config"], **text}}
     return replace(plain, config=content, table=module_table(content))
 
@@ -99,22 +96,15 @@ class TestTheKey:
         assert again is not None
         assert json.loads(json.dumps(asdict(again))) == json.loads(json.dumps(asdict(figure())))
 
-    @given(name=st.sampled_from(COUNTING))
-    @ONCE
-    def test_another_value_of_any_key_with_a_part_in_memory_is_another_run(self, name: str) -> None:
+    def test_another_value_of_a_key_is_another_run_where_it_has_a_part_in_memory(self) -> None:
         store(figure())
-        value: Any = 2 if name == "gradient_accumulation_steps" else ("something", "else")
-        assert found(RUN.model_copy(update={name: value})) is None
+        for name in RunConfig.model_fields:
+            value: Any = 2 if name == "gradient_accumulation_steps" else ("something", "else")
+            same = found(RUN.model_copy(update={name: value})) is not None
+            assert same == (name in INDIFFERENT), name
         assert found() is not None
-
-    @given(name=st.sampled_from(sorted(INDIFFERENT)))
-    @ONCE
-    def test_other_keys_change_nothing(self, name: str) -> None:
-        store(figure())
-        assert found(RUN.model_copy(update={name: ("something", "else")})) is not None
-
-    def test_every_key_that_is_left_out_is_one_of_the_configs(self) -> None:
         assert set(RunConfig.model_fields) >= INDIFFERENT
+        assert not INDIFFERENT & {"sequence_len", "optimizer", "layer_offloading", "lora_r"}
 
     @pytest.mark.parametrize(
         "change",
@@ -138,7 +128,7 @@ class TestTheKey:
 
     def test_a_fine_tune_of_the_same_shapes_is_the_same_run(self) -> None:
         store(figure())
-        tuned = replace(model("ministral-3-3b"), name="./my-own", card=None)
+        tuned = replace(HERE.architecture, name="./my-own", card=None)
         assert found(architecture=with_shapes(eos_token_id=7)) is not None
         assert found(architecture=tuned) is not None
 
@@ -230,10 +220,10 @@ class TestTheStore:
 
 class TestThePlan:
     def test_a_measured_peak_beats_the_formula_and_says_so(self) -> None:
-        plain = estimate(RUN, at("ministral-3-3b", H100))
+        plain = estimate(RUN, HERE)
         peak = step_bytes(plain) + GIB
         store(figure(peak=peak))
-        plan = estimate(RUN, at("ministral-3-3b", H100))
+        plan = estimate(RUN, HERE)
         assert (plain.source, plan.source) == ("formula", "measured")
         assert plan.peak_allocated_bytes == sum(plan.parts.values()) == peak
         assert plan.device_bytes == peak + GIB
@@ -243,7 +233,7 @@ class TestThePlan:
     @given(share=st.floats(0.5, 2.0))
     @hypothesis_settings(max_examples=50, deadline=None)
     def test_the_parts_add_up_to_what_was_measured(self, share: float) -> None:
-        plain = estimate(config(adapter="lora"), at("ministral-3-3b", H100))
+        plain = estimate(config(adapter="lora"), HERE)
         plain = replace(plain, moments={"loss": plain.peak_allocated_bytes})
         peak = int(plain.peak_allocated_bytes * share)
         plan = corrected(plain, figure(peak=peak))
@@ -254,13 +244,13 @@ class TestThePlan:
 
     @pytest.mark.parametrize("over", [-2 * GIB, GIB])
     def test_the_verdict_follows_the_measurement(self, over: int) -> None:
-        plain = estimate(RUN, at("ministral-3-3b", H100))
+        plain = estimate(RUN, HERE)
         plain = replace(plain, moments={"loss": plain.peak_allocated_bytes})
         measured = replace(figure(), device_bytes=plain.can_give_bytes + over)
         assert corrected(plain, measured).verdict == ("does not fit" if over > 0 else "fits")
 
     def test_a_moment_beside_the_steps_that_is_fuller_stays(self) -> None:
-        plain = estimate(RUN, at("ministral-3-3b", H100))
+        plain = estimate(RUN, HERE)
         plain = replace(plain, moments={**plain.moments, "evaluation": 30 * GIB})
         plan = corrected(plain, figure(peak=20 * GIB))
         assert plan == replace(plain, tokens_per_second=1234.5)

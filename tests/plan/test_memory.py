@@ -1,5 +1,6 @@
 """The estimate against published figures, its verdicts, and what must hold for any config."""
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from engine.config import SHARDED_OPTIMIZERS, read_config, require_supported
 from engine.errors import UserError
 from engine.hardware import assume
 from engine.plan import (
+    Device,
     Estimate,
     Place,
     Statistics,
@@ -39,7 +41,7 @@ from tests.research.published import (
 from tests.research.published import main as published
 from tests.support.machines import at, card, config, cpu, dataset, model, sized
 
-H200 = card("H200")
+SMALL, DENSE, H200 = "ministral-3-3b", "magistral-small-2506", card("H200")
 AXOLOTL: dict[str, Any] = {
     "adapter": "qlora",
     "lora_r": 32,
@@ -57,6 +59,11 @@ SMALL_4: dict[str, Any] = {
 }
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IMAGES = {"sample_packing": False, "sequence_len": 1500, "processor_type": "AutoProcessor"}
+
+
+def needs(device: Device = H200, rows: Statistics | None = None, **keys: Any) -> Estimate:
+    """Of the 3B model."""
+    return estimate(config(**keys), at(SMALL, device, rows))
 
 
 def test_published_peaks_lie_in_the_range_and_close() -> None:
@@ -82,10 +89,10 @@ def test_published_peaks_lie_in_the_range_and_close() -> None:
 def test_a_peer_is_counted_as_it_is_built_and_the_difference_has_a_name(
     name: str, keys: dict[str, Any], largest: str
 ) -> None:
-    run, read = config(**AXOLOTL | keys), model(name)
-    peer = compare_peer(AXOLOTL_STACK, run, Place(read, H200))
+    run, place = config(**AXOLOTL | keys), at(name, H200)
+    peer = compare_peer(AXOLOTL_STACK, run, place)
     ours, theirs = (
-        estimate(run, Place(read, H200), stack=stack).peak_allocated_bytes
+        estimate(run, place, stack=stack).peak_allocated_bytes
         for stack in (WINDTUNNEL, AXOLOTL_STACK)
     )
     assert peer.peak_allocated_bytes == theirs
@@ -116,12 +123,10 @@ def test_packed_experts_add_one_matrix_and_no_whole_tensor(adapted: bool) -> Non
 
 
 def test_experts_that_stay_whole_are_held_once_and_trained_ones_have_a_whole_gradient() -> None:
-    small_4 = model("mistral-small-4")
-    table = small_4.table
+    place = at("mistral-small-4", H200)
+    table = place.table
     frozen, moving = (
-        moment_parts(
-            config(adapter=adapter, sequence_len=256), Place(small_4, H200), "backward pass"
-        )
+        moment_parts(config(adapter=adapter, sequence_len=256), place, "backward pass")
         for adapter in ("lora", None)
     )
     stack = max(p.count for p in table.parameters if p.group == "experts")
@@ -131,8 +136,8 @@ def test_experts_that_stay_whole_are_held_once_and_trained_ones_have_a_whole_gra
 
 def test_without_checkpointing_every_layer_keeps_its_routed_rows() -> None:
     keys = AXOLOTL | SMALL_4 | {"gradient_checkpointing": False}
-    found = estimate(config(**keys), at("mistral-small-4", H200))
-    sizes = widths(model("mistral-small-4").table)
+    place = at("mistral-small-4", H200)
+    found, sizes = estimate(config(**keys), place), widths(place.table)
     dense = sizes.layers * kept_bytes(config(**keys), sizes, found.tokens_at_once, 2, flash=True)
     assert found.parts["activations"] == dense + 36 * 4 * found.tokens_at_once * 4096 * 2
 
@@ -151,66 +156,40 @@ def test_the_verdict_follows_from_what_is_to_spare(spare: int, verdict: str) -> 
     assert judge(8 * GIB, 8 * GIB + spare) == verdict
 
 
-def test_spare_is_what_the_device_could_give_beyond() -> None:
-    found = estimate(config(), at("ministral-3-3b", sized(12)))
+def test_a_card_holds_more_than_the_tensors_and_a_cpus_memory_is_the_computers() -> None:
+    found, here = needs(sized(12)), needs(cpu(64))
     assert found.spare_bytes == 12 * GIB - found.device_bytes
     assert found.verdict == judge(found.device_bytes, 12 * GIB)
     assert found.can_give_bytes == 12 * GIB
-
-
-def test_a_card_holds_more_than_the_tensors() -> None:
-    found = estimate(config(), at("ministral-3-3b", sized(12)))
     assert found.device_bytes == int(found.peak_allocated_bytes * 1.03) + int(0.55 * GIB)
-
-
-def test_on_a_cpu_the_memory_is_the_computers() -> None:
-    found = estimate(config(), at("ministral-3-3b", cpu(64)))
-    assert found.host_bytes == found.device_bytes > found.peak_allocated_bytes
+    assert here.host_bytes == here.device_bytes > here.peak_allocated_bytes
 
 
 def test_packed_rows_need_a_mask_unless_they_are_cut_apart() -> None:
-    needs = {
-        name: estimate(
-            config(sample_packing=packed, sequence_len=4096, attn_implementation=backend),
-            at("ministral-3-3b", H200),
-        ).parts
-        for name, packed, backend in [
-            ("torch", True, "sdpa"),
-            ("flash", True, "flash_attention_2"),
-            ("chosen", True, None),
-            ("apart", False, "sdpa"),
-        ]
-    }
-    assert needs["torch"]["mask"] == 26 * 2 * 4096**2  # a copy in bfloat16 for every layer
-    again = config(
-        sample_packing=True,
-        sequence_len=4096,
-        attn_implementation="sdpa",
-        gradient_checkpointing=True,
-    )
-    computed = estimate(again, at("ministral-3-3b", H200)).parts["mask"]
+    def parts(backend: str | None, packed: bool = True, **keys: Any) -> Mapping[str, int]:
+        keys |= {"sample_packing": packed, "attn_implementation": backend}
+        return needs(sequence_len=4096, **keys).parts
+
+    torch, flash = parts("sdpa"), parts("flash_attention_2")
+    assert torch["mask"] == 26 * 2 * 4096**2  # a copy in bfloat16 for every layer
+    computed = parts("sdpa", gradient_checkpointing=True)["mask"]
     assert computed == (1 + 2) * 4096**2  # the one for all, and that of the layer at work
-    assert "mask" not in needs["flash"]
-    assert "mask" not in needs["chosen"]
-    assert "mask" not in needs["apart"]
+    for others in (flash, parts(None), parts("sdpa", packed=False)):
+        assert "mask" not in others
     # Under a mask keys and values are repeated for every head of the queries, and kept so.
-    assert needs["torch"]["activations"] > 1.1 * needs["flash"]["activations"]
+    assert torch["activations"] > 1.1 * flash["activations"]
 
 
 def test_a_batch_beyond_the_rows_needs_no_smaller_mask() -> None:
-    rows = dataset(20, 60, 200)
+    keys: dict[str, Any] = {
+        "sample_packing": True,
+        "sequence_len": 300,
+        "attn_implementation": "sdpa",
+    }
+    # By the kernel, or the loss is the fullest moment.
+    keys |= {"gradient_checkpointing": True, "cut_cross_entropy": True}
     masks = [
-        estimate(
-            config(
-                sample_packing=True,
-                sequence_len=300,
-                micro_batch_size=size,
-                attn_implementation="sdpa",
-                gradient_checkpointing=True,
-                cut_cross_entropy=True,  # or the loss is the fullest moment
-            ),
-            at("ministral-3-3b", H200, rows),
-        ).parts["mask"]
+        needs(rows=dataset(20, 60, 200), micro_batch_size=size, **keys).parts["mask"]
         for size in (2, 4, 80)
     ]
     assert masks == [3 * 600 * 300, 3 * 1200 * 300, 3 * 1200 * 300]
@@ -233,29 +212,26 @@ def test_rows_that_learn_little_take_as_few_logits() -> None:
 
 
 def test_rows_that_are_known_to_be_short_need_less() -> None:
-    long = config(sequence_len=8192, sample_packing=False)
-    unknown = estimate(long, at("ministral-3-3b", H200))
-    known = estimate(long, at("ministral-3-3b", H200, dataset(100, 300, 700)))
+    rows = dataset(100, 300, 700)
+    unknown, known = needs(sequence_len=8192), needs(rows=rows, sequence_len=8192)
     assert (unknown.tokens_at_once, known.tokens_at_once) == (8192, 700)
     assert known.peak_allocated_bytes < unknown.peak_allocated_bytes
-    packed = config(sequence_len=8192, sample_packing=True)
-    assert estimate(packed, at("ministral-3-3b", H200, dataset(100, 300, 700))).tokens_at_once
-    few = estimate(packed, at("ministral-3-3b", H200, dataset(2, 300, 700)))
-    assert few.tokens_at_once == 600
+    packed: dict[str, Any] = {"sequence_len": 8192, "sample_packing": True}
+    assert needs(rows=rows, **packed).tokens_at_once
+    assert needs(rows=dataset(2, 300, 700), **packed).tokens_at_once == 600
 
 
 @pytest.mark.parametrize(("name", "width"), [("T4", 4), ("RTX 4090", 2), ("CPU", 4)])
 def test_bf16_auto_is_float32_where_bfloat16_would_be_emulated(name: str, width: int) -> None:
-    device = cpu() if name == "CPU" else card(name)
-    architecture = model("magistral-small-2507")
-    counts = architecture.table.counts_by_group()
-    parts = estimate(config(bf16="auto"), Place(architecture, device)).parts
+    place = at("magistral-small-2507", cpu() if name == "CPU" else name)
+    counts = place.table.counts_by_group()
+    parts = estimate(config(bf16="auto"), place).parts
     assert parts["embeddings"] == width * (counts["embedding"] + counts["head"])
 
 
 def test_a_paged_optimizer_makes_room_on_the_card_and_takes_it_here() -> None:
     plain, small, paged = (
-        estimate(config(optimizer=name), at("ministral-3-3b", H200))
+        needs(optimizer=name)
         for name in ("adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit")
     )
     trained = plain.trainable_parameters
@@ -265,13 +241,9 @@ def test_a_paged_optimizer_makes_room_on_the_card_and_takes_it_here() -> None:
 
 
 def test_the_disk_holds_download_checkpoints_and_result() -> None:
-    architecture = model("ministral-3-3b")
-    kept = {
-        limit: estimate(config(save_total_limit=limit), Place(architecture, H200)).disk_bytes
-        for limit in (1, 2, 3)
-    }
-    assert kept[3] - kept[2] == kept[2] - kept[1] > 0
-    assert kept[1] > 2 * architecture.table.total_parameters
+    one, two, three = (needs(save_total_limit=limit).disk_bytes for limit in (1, 2, 3))
+    assert three - two == two - one > 0
+    assert one > 2 * model(SMALL).table.total_parameters
     assert estimate(config(), at("demo-tiny", H200)).disk_bytes < 10**8
 
 
@@ -349,20 +321,18 @@ def test_qlora_never_needs_more_than_lora(
 def test_where_there_is_no_memory_beside_the_devices_nothing_is_paged_out() -> None:
     """bitsandbytes keeps the state in RAM itself on a CPU, and RAM is what a unified card has."""
     for device in (cpu(), replace(card("24 GB"), unified=True)):
-        paged, plain = (
-            estimate(config(optimizer=name), at("ministral-3-3b", device))
-            for name in ("paged_adamw_8bit", "adamw_bnb_8bit")
-        )
+        names = ("paged_adamw_8bit", "adamw_bnb_8bit")
+        paged, plain = (needs(device, optimizer=name) for name in names)
         assert paged.parts["optimizer"] == plain.parts["optimizer"] > 0
 
 
 def test_float32_on_a_card_keeps_keys_and_values_for_every_head() -> None:
     """A CPU has a kernel for grouped heads, a card has none in float32."""
     keys = {"bf16": False, "gradient_checkpointing": False, "sample_packing": False}
-    run, name = config(**keys, sequence_len=1024), model("ministral-3-3b")
+    run = config(**keys, sequence_len=1024)
     kept = [
-        moment_parts(run, Place(name, device), "backward pass")["activations"]
-        for device in (card("T4"), cpu())
+        moment_parts(run, at(SMALL, device), "backward pass")["activations"]
+        for device in ("T4", cpu())
     ]
     layers, heads = 26, 32 * 128
     assert kept[0] - kept[1] == layers * 1024 * 2 * heads * 4
@@ -372,8 +342,8 @@ FSDP = {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}
 FULL = {"adapter": None, "bf16": True, "gradient_checkpointing": True}
 
 
-def needed(gibibytes: float, name: str = "magistral-small-2506") -> int | None:
-    return cards_needed(config(**FULL), at(name, sized(gibibytes)))
+def needed(gibibytes: float) -> int | None:
+    return cards_needed(config(**FULL), at(DENSE, sized(gibibytes)))
 
 
 def test_the_fewest_cards_follow_their_size() -> None:
@@ -384,15 +354,9 @@ def test_the_fewest_cards_follow_their_size() -> None:
 
 
 def test_all_cards_together_hold_what_is_divided() -> None:
-    run, architecture, device = config(**FULL), model("magistral-small-2506"), sized(80)
-    needs = estimate(run, Place(architecture, device))
-    count = needed(80)
-    assert count is not None
-    assert needs.parts["linear"] + needs.parts["optimizer"] < count * 80 * 2**30
-
-
-def test_a_card_too_small_for_one_layer_is_none_of_many() -> None:
-    assert needed(1) is None
+    parts = estimate(config(**FULL), at(DENSE, sized(80))).parts
+    assert parts["linear"] + parts["optimizer"] < (needed(80) or 0) * 80 * 2**30
+    assert needed(1) is None, "too small for one layer"
 
 
 @pytest.mark.parametrize(
@@ -409,28 +373,23 @@ def test_a_config_says_how_many_cards_it_is_for(keys: dict[str, object], count: 
     assert cards_laid_out(config(**keys)) == count
 
 
-def on_each(name: str = "magistral-small-2506", **keys: object) -> Estimate:
+def on_each(name: str = DENSE, **keys: object) -> Estimate:
     return estimate(config(**FULL | FSDP | keys), at(name, sized(80)))
 
 
 def test_a_card_holds_its_share_and_what_is_gathered() -> None:
-    whole = estimate(config(**FULL), at("magistral-small-2506", sized(80)))
+    def parts(moment: str, **keys: Any) -> dict[str, int]:
+        return moment_parts(config(**FULL | keys), at(DENSE, sized(80)), moment)
+
+    whole = estimate(config(**FULL), at(DENSE, sized(80)))
     each = on_each(dp_shard_size=8)
     assert each.cards == 8
-    stepping = [
-        moment_parts(config(**FULL | keys), at("magistral-small-2506", sized(80)), "optimizer step")
-        for keys in ({}, FSDP | {"dp_shard_size": 8})
-    ]
+    alone, shared = parts("optimizer step"), parts("optimizer step", **FSDP, dp_shard_size=8)
     for part in ("linear", "gradients", "optimizer"):
-        assert stepping[1][part] == pytest.approx(stepping[0][part] / 8, abs=2)
-    assert each.parts["activations"] == moment("activations") > 0
+        assert shared[part] == pytest.approx(alone[part] / 8, abs=2)
+    assert each.parts["activations"] == parts("backward pass")["activations"] > 0
     # Two layers of forty, and the embedding with the head, which stay gathered.
     assert each.parts["gathered"] > whole.parts["embeddings"] + whole.parts["linear"] * 2 // 40
-
-
-def moment(part: str) -> int:
-    found = moment_parts(config(**FULL), at("magistral-small-2506", sized(80)), "backward pass")
-    return found[part]
 
 
 def test_more_copies_change_nothing_on_a_card() -> None:
@@ -460,12 +419,11 @@ RECIPES = sorted(
 def test_no_sharded_plan_gets_an_optimizer_that_cannot_be_sharded(path: Path) -> None:
     """On machines with several cards of each size, whichever optimizer the config begins with."""
     given = read_config(path).config
-    architecture = read_architecture(given.base_model)
     for name in ("T4 x4", "RTX 4090 x2", "A100 80GB x8", "H100 x8", "H200 x8", "B200 x8"):
-        device = best_device(assume(name))
+        place = Place(read_architecture(given.base_model), best_device(assume(name)))
         for optimizer in ("adamw_torch", "adamw_torch_fused", "adamw_torch_8bit"):
             run = changed(given, {"optimizer": optimizer})
-            for rung in make_fit(run, Place(architecture, device)):
+            for rung in make_fit(run, place):
                 assert rung.changes.get("optimizer") not in SHARDED_OPTIMIZERS, (name, rung.name)
 
 
@@ -487,7 +445,7 @@ def test_a_config_with_one_is_refused(optimizer: str) -> None:
 def test_cards_are_counted_with_one_that_can_be_sharded() -> None:
     """A paged state would take no room on any of them."""
     counts = {
-        cards_needed(config(optimizer=name, **FULL), at("magistral-small-2506", sized(40)))
+        cards_needed(config(optimizer=name, **FULL), at(DENSE, sized(40)))
         for name in ("adamw_torch_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
     }
     assert len(counts) == 1

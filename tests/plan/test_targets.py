@@ -29,11 +29,12 @@ class TestTargets:
         targets = choose_targets(table, config())
         assert targets == linear_targets(table)
         assert not [name for name in targets if any(word in name for word in EYES)]
+        joined = config(lora_target_modules=["o_proj"], lora_target_linear=True)
+        assert sorted(choose_targets(table, joined)) == sorted(targets)
 
     @pytest.mark.parametrize("leaves", [["o_proj"], ["o_proj", "down_proj"]])
     def test_a_list_means_ends_of_names(self, table: Any, leaves: list[str]) -> None:
-        asked = config(lora_target_modules=leaves)
-        targets = choose_targets(table, asked)
+        targets = choose_targets(table, config(lora_target_modules=leaves))
         expected = [n for n in linear_targets(table) if n.rpartition(".")[2] in leaves]
         assert sorted(targets) == sorted(expected)
         assert len(set(targets)) == len(targets)
@@ -42,8 +43,7 @@ class TestTargets:
     def test_an_expression_means_whole_names_and_does_not_reach_the_eyes(
         self, table: Any, expression: str
     ) -> None:
-        asked = config(lora_target_modules=expression)
-        targets = choose_targets(table, asked)
+        targets = choose_targets(table, config(lora_target_modules=expression))
         assert targets
         assert set(targets) <= set(linear_targets(table))
 
@@ -61,15 +61,9 @@ class TestTargets:
         ids=str,
     )
     def test_a_wish_that_matches_nothing_is_refused(self, table: Any, wish: Any) -> None:
-        asked = config(lora_target_modules=wish)
         with pytest.raises(UserError, match="matches no module") as caught:
-            choose_targets(table, asked)
+            choose_targets(table, config(lora_target_modules=wish))
         assert "o_proj" in caught.value.why
-
-    def test_all_linears_may_be_joined_to_a_wish(self, table: Any) -> None:
-        asked = config(lora_target_modules=["o_proj"], lora_target_linear=True)
-        targets = choose_targets(table, asked)
-        assert sorted(targets) == sorted(linear_targets(table))
 
     def test_no_target_at_all_is_refused(self, table: Any) -> None:
         asked = config().model_copy(update={"lora_target_linear": False})
@@ -77,44 +71,38 @@ class TestTargets:
             choose_targets(table, asked)
 
 
+def adapter(name: str, **keys: Any) -> int:
+    """Numbers of the adapter, on the queries' layers where nothing else is asked for."""
+    return adapter_parameters(
+        model(name).table, config(**{"lora_target_modules": ["q_proj"]} | keys)
+    )
+
+
 class TestCounts:
     def test_each_entry_says_how_many_modules_it_matches(self) -> None:
         table = model("magistral-small-2509").table
         assert count_targets(table, config()) == {ALL_LINEAR: 280}
-        asked = config(lora_target_modules=["q_proj", "layers.3.mlp.up_proj"])
-        assert count_targets(table, asked) == {"q_proj": 40, "layers.3.mlp.up_proj": 1}
-        asked = config(lora_target_modules=r".*\.(q|v)_proj")
-        assert count_targets(table, asked) == {r".*\.(q|v)_proj": 80}
+        for counts in ({"q_proj": 40, "layers.3.mlp.up_proj": 1}, {r".*\.(q|v)_proj": 80}):
+            asked = list(counts) if len(counts) > 1 else next(iter(counts))
+            assert count_targets(table, config(lora_target_modules=asked)) == counts
 
-    def test_the_adapter_is_rank_times_inputs_and_outputs_of_each_module(self) -> None:
-        table = model("magistral-small-2507").table  # width 5120, 32 heads of 128
-        asked = config(lora_r=16, lora_target_modules=["q_proj"])
-        assert adapter_parameters(table, asked) == 40 * 16 * (5120 + 4096)
-        twice = config(lora_r=32, lora_target_modules=["q_proj"])
-        assert adapter_parameters(table, twice) == 2 * adapter_parameters(table, asked)
-
-    def test_a_module_that_two_entries_match_has_one_adapter(self) -> None:
-        table = model("ministral-3-3b").table
-        once = config(lora_target_modules=["q_proj"])
-        again = config(lora_target_modules=["q_proj", "self_attn.q_proj"])
-        assert adapter_parameters(table, once) == adapter_parameters(table, again)
-        joined = config(lora_target_modules=["q_proj"], lora_target_linear=True)
-        assert adapter_parameters(table, joined) == adapter_parameters(table, config())
-
-    def test_dora_adds_the_length_of_every_output(self) -> None:
-        table = model("magistral-small-2507").table
-        plain = config(lora_r=16, lora_target_modules=["q_proj"])
-        dora = config(lora_r=16, lora_target_modules=["q_proj"], peft_use_dora=True)
-        added = adapter_parameters(table, dora) - adapter_parameters(table, plain)
-        assert added == 40 * 4096
+    def test_the_adapter_is_rank_times_inputs_and_outputs_of_each_module_once(self) -> None:
+        one = adapter("magistral-small-2507", lora_r=16)  # width 5120, 32 heads of 128
+        assert one == 40 * 16 * (5120 + 4096)
+        assert adapter("magistral-small-2507", lora_r=32) == 2 * one
+        dora = adapter("magistral-small-2507", lora_r=16, peft_use_dora=True)
+        assert dora - one == 40 * 4096, "DoRA adds the length of every output"
+        again = adapter("ministral-3-3b", lora_target_modules=["q_proj", "self_attn.q_proj"])
+        assert adapter("ministral-3-3b") == again
+        joined = adapter("ministral-3-3b", lora_target_linear=True)
+        assert joined == adapter("ministral-3-3b", lora_target_modules=None)
 
     def test_every_expert_of_a_fused_tensor_gets_its_own(self) -> None:
-        table = model("mistral-small-4").table
+        stacks = [p for p in model("mistral-small-4").table.parameters if p.group == "experts"]
+        keys: dict[str, Any] = {"lora_r": 8, "lora_target_modules": ["o_proj"]}
         experts = ["gate_up_proj", "down_proj"]
-        stacks = [p for p in table.parameters if p.group == "experts"]
-        asked = config(lora_r=8, lora_target_modules=["o_proj"], lora_target_parameters=experts)
-        alone = config(lora_r=8, lora_target_modules=["o_proj"])
-        added = adapter_parameters(table, asked) - adapter_parameters(table, alone)
+        added = adapter("mistral-small-4", **keys, lora_target_parameters=experts)
+        added -= adapter("mistral-small-4", **keys)
         assert added == 8 * sum(p.shape[0] * (p.shape[1] + p.shape[2]) for p in stacks)
 
     @pytest.mark.parametrize("name", MODELS)
