@@ -55,6 +55,10 @@ class Started(_Event, frozen=True):
     """Number of weights that the optimizer moves."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Package name -> its version."""
+    rows: Whole | None = None
+    """Of the datasets, bad ones too."""
+    rows_left_out: Whole | None = None
+    """Of these, the ones that are not trained on: too long, bad, or with nothing to learn."""
 
 
 class Phase(_Event, frozen=True):

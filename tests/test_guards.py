@@ -260,13 +260,13 @@ GUARDS = {
         f"{VISION}::TestImagesOfARow::test_tokens_that_do_not_fit_the_images",
     ),
     "tokenizer and model cut images alike": Guard(
-        "engine/train/batches.py",
+        "engine/plan/trainer.py",
         "if (patch, merge, token) != (spec.patch, spec.merge, IMAGE_TOKEN):",
         "if False:",
         "tests/train/test_batches.py::TestRefusal::test_other_patch_sizes_are_refused",
     ),
     "images for a model that reads them": Guard(
-        "engine/train/batches.py",
+        "engine/plan/trainer.py",
         "    if not vision:",
         "    if False:",
         "tests/train/test_batches.py::TestRefusal::test_a_text_model_is_refused",

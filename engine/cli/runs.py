@@ -8,13 +8,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from subprocess import Popen
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 from cyclopts import Parameter
 
+from engine.cli.dry_run import try_dry
 from engine.cli.terminal import (
     HOST,
     Ascii,
@@ -32,14 +33,8 @@ from engine.cli.terminal import (
 )
 from engine.errors import UserError, WorkError
 from engine.events import Ack, Ended
-from engine.hardware import assume
 from engine.interrupt import INTERRUPTED
-from engine.launch import forwarded_signals, launch, require_torch, resume_run
-from engine.plan import Place, best_device, estimate, remarks
-from engine.plan.memory import cards_needed
-from engine.plan.step import cards_laid_out
-from engine.plan.trainer import refuse_bf16
-from engine.report.plan import plan_verdict
+from engine.launch import forwarded_signals, launch, resume_run
 from engine.report.run import progress_text, read_results, state_lines
 from engine.runs import (
     Follower,
@@ -55,19 +50,11 @@ from engine.runs import (
     summarize,
 )
 from engine.runs.listing import AT_ONCE, summaries
-from engine.units import counted
 from engine.visible import visible
-from engine.wizard.draft import check_rows
-from engine.wizard.start import Created, create, find_machine, plan_run, read_planned
-
-if TYPE_CHECKING:
-    from engine.data.statistics import Checkup
-
+from engine.wizard.start import Created, create, plan_run
 
 _ANSWER_SECONDS: Final = 60.0
 _SAVING_SECONDS: Final = 600.0
-USUAL_CARD = "H100 80GB"
-"""What cards are counted in where this computer has none."""
 
 
 def train(
@@ -86,12 +73,13 @@ def train(
 ) -> int:
     """Train what a config says. Exit status 3: it does not fit this machine.
 
-    With --max-steps 0 nothing is trained or loaded: config, plan and rows are checked.
+    With --max-steps 0 nothing is trained or loaded: config, model, plan and rows are checked.
     """
     if max_steps == 0:
-        lines = try_dry(config, changes)
-        print(json.dumps({"run": None, "dry_run": lines}) if as_json else "\n".join(lines))
-        return 0
+        tried = try_dry(config, changes)
+        document = {"run": None, "dry_run": tried.lines, "rows_left_out": tried.rows_left_out}
+        print(json.dumps(document) if as_json else "\n".join(tried.lines))
+        return tried.exit_status if not anyway else 0
     if max_steps is not None:
         changes = (*changes, f"max_steps={max_steps}")
     plan = plan_run(config, changes, anyway=anyway)
@@ -148,51 +136,6 @@ def watch_to_end(run: RunFolder, process: "Popen[bytes]", follower: Follower, wa
             f"Read {visible(str(run.log), one_line=True)}, then resume it.",
         )
     return INTERRUPTED if received else 0
-
-
-def try_dry(file: Path, changes: Sequence[str]) -> tuple[str, ...]:
-    """What a run would be, in a sentence, and the lines that support it; nothing is started.
-
-    Raises UserError where the config is wrong, the model is not known, or no row can be used.
-    """
-    config, architecture = read_planned(file, tuple(changes), sharded=True)
-    found = check_rows(config, file.absolute().parent)
-    if not found.usable:
-        name = visible(file.name, one_line=True)
-        raise UserError(
-            f"No row of the datasets in {name} can be used.",
-            f"{found.rows} were read, and each has a problem.",
-            f"`windtunnel check {name}` lists them, with repairs.",
-        )
-    machine = find_machine(None)
-    device = best_device(machine)
-    require_torch(machine, device.uuid)
-    refuse_bf16(config, device)
-    laid_out = cards_laid_out(config)
-    card = device if device.kind == "cuda" or laid_out == 1 else best_device(assume(USUAL_CARD))
-    place = Place(architecture, card, found.statistics())
-    needs = estimate(config, place)
-    sentence = (
-        "Dry run, nothing was loaded: it would train"
-        f" {needs.trainable_parameters:,} of {needs.total_parameters:,} parameters of"
-        f" {visible(config.base_model, one_line=True)} on {found.usable:,} rows"
-    )
-    lines = (*(f"! {odd}" for odd in remarks(config, architecture)), *_row_lines(found))
-    if laid_out == 1:
-        return (f"{sentence}.", str(plan_verdict(needs, card)), *lines)
-    fewest = cards_needed(config, place)
-    meant = f"on {laid_out} GPUs" if laid_out else "on several GPUs"
-    least = f"{fewest} of {card.name} are the fewest" if fewest else f"{card.name} is too small"
-    return (f"{sentence}, {meant}; this version runs one.", f"{least}.", *lines)
-
-
-def _row_lines(found: "Checkup") -> list[str]:
-    from engine.report.data import learned_text
-
-    usable = f"{found.usable:,} of {counted(found.rows, 'row')} can be used."
-    if found.tokens is None:
-        return [usable, "Their tokens were not counted: the model's tokenizer is not here yet."]
-    return [usable, f"{learned_text(found.tokens.learned, found.tokens.total)}."]
 
 
 def show_runs(*, home: RunsFolder = None, as_json: AsJson = False) -> None:
@@ -346,6 +289,8 @@ def _document(run: RunFolder, summary: Summary) -> dict[str, object]:
         "step": summary.step,
         "total_steps": summary.total_steps,
         "loss": loss if loss is not None and math.isfinite(loss) else None,
+        "rows": summary.rows,
+        "rows_left_out": summary.rows_left_out,
         "path": str(run.path),
     }
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.chat.conversation import Conversation, Image, Text
-from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, learned
+from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, learned, truncate
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig
 from engine.data.prepare import content_hash, label_rule
@@ -27,6 +27,7 @@ from engine.data.statistics import (
     Checkup,
     Finding,
     ImageStatistics,
+    LeftOut,
     Lengths,
     OddRows,
     ProblemGroup,
@@ -57,12 +58,14 @@ def check_config(
     what `iterate_rendered` raises.
     """
     files = tuple(note for dataset in config.datasets for note in dataset_notes(dataset, folder))
-    notebook = Notebook(label_rule(config))
+    strategy = config.excess_length_strategy
+    notebook = Notebook(label_rule(config), limit=sequence_len, truncates=strategy == "truncate")
     for row in iterate_rendered(config, folder, tokenizer):
         notebook.rows += 1
         notebook.named_images += len(row.image_names)
         if row.problem is not None:
             notebook.problems.append(row.bad_row(row.problem))
+            notebook.bad_image_rows += bool(row.image_names)
         elif row.conversation is not None:
             notebook.read(row, row.conversation)
             if row.rendered is not None:
@@ -77,6 +80,9 @@ class Notebook:
     """Counts of one pass; 40 bytes a row, plus the bad rows and a digest for each image."""
 
     rule: LabelRule
+    limit: int | None = None
+    """sequence_len, where one is known."""
+    truncates: bool = False
     rows: int = 0
     problems: list[BadRow] = field(default_factory=list)
     roles: dict[str, int] = field(default_factory=dict)
@@ -100,6 +106,11 @@ class Notebook:
     call_answers: int = 0
     most_image_tokens: int = 0
     most_images_row: int | None = None
+    bad_image_rows: int = 0
+    too_long: int = 0
+    empty: int = 0
+    cut: int = 0
+    images_left_out: int = 0
 
     def read(self, row: RenderedRow, conversation: Conversation) -> None:
         self._read_images(conversation)
@@ -149,8 +160,23 @@ class Notebook:
             self.most_image_tokens, self.most_images_row = int(of_images), row.number
         self.thinking_answers += _messages_of(Kind.THINK, rendered)
         self.call_answers += _messages_of(Kind.CALL, rendered)
+        is_kept = self._is_kept(rendered)
+        self.images_left_out += bool(of_images) and not is_kept
         if self.learned[-1] == 0:
             self.find("nothing_learned", row, "No token of the row carries the loss.")
+
+    def _is_kept(self, rendered: Rendered) -> bool:
+        """Counts why a row is not trained on; whether it is, as `Prepared.select` decides."""
+        if self.limit is None or len(rendered) <= self.limit:
+            self.empty += self.learned[-1] == 0
+            return self.learned[-1] > 0
+        if not self.truncates:
+            self.too_long += 1
+            return False
+        left = truncate(rendered, self.limit, self.rule)
+        self.cut += left is not None
+        self.empty += left is None
+        return left is not None
 
     @property
     def learned(self) -> "array[int]":
@@ -186,6 +212,18 @@ class Notebook:
                 self.largest_image,
                 self.named_images,
             ),
+            left_out=self._left_out() if measured and sequence_len else None,
+        )
+
+    def _left_out(self) -> LeftOut:
+        return LeftOut(
+            self.rows,
+            bad=len(self.problems),
+            too_long=self.too_long,
+            nothing_learned=self.empty,
+            cut=self.cut,
+            image_rows=self.image_rows + self.bad_image_rows,
+            images_left_out=self.images_left_out + self.bad_image_rows,
         )
 
     def _tokens(self, lengths: Any) -> TokenStatistics:

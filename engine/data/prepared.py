@@ -30,9 +30,15 @@ from engine.chat.render import (
     learned,
     truncate,
 )
-from engine.data.statistics import BadRow, count_held_out
+from engine.data.statistics import (
+    BadRow,
+    LeftOut,
+    count_held_out,
+    no_row_left,
+    nothing_learned,
+    rows_too_long,
+)
 from engine.errors import UserError, WorkError
-from engine.units import counted
 
 META = "meta.json"
 # File name -> little-endian element type. `offsets` and `row_images` have one entry more than there
@@ -216,13 +222,7 @@ class Prepared:
         if self.learned_tokens(rule):
             return
         only_thinking = not rule.thinking and self.tokens_by_kind().get("think")
-        raise UserError(
-            "Nothing would be learned from this dataset.",
-            f"In {counted(len(self), 'row')} no token carries the loss.",
-            "Every answer is only thinking: turn train_on_thinking on."
-            if only_thinking
-            else "Check that the rows hold answers, and that none is marked as not to be learned.",
-        )
+        raise nothing_learned(len(self), bool(only_thinking))
 
     def select(
         self, rule: LabelRule, sequence_len: int, strategy: LengthStrategy = "drop"
@@ -252,24 +252,27 @@ class Prepared:
         rows = np.flatnonzero(keep).astype(np.int64)
         return Selection(rows, lengths[rows], len(over), cut, nothing)
 
-    def _too_long(self, over: Indices, sequence_len: int) -> UserError:
-        first = int(over[0])
-        return UserError(
-            f"{len(over)} of {len(self)} rows are longer than sequence_len ({sequence_len}).",
-            f"The first is line {self.line(first)} of {self.file(first)} with "
-            f"{int(self.lengths[first])} tokens, and excess_length_strategy is raise.",
-            f"Raise sequence_len (the longest row has {int(self.lengths.max())}), or set "
-            "excess_length_strategy to drop or truncate.",
+    def left_out(self, selection: Selection, strategy: LengthStrategy = "drop") -> LeftOut:
+        """What a selection of these rows leaves out, those that could not be used among it."""
+        has_images = np.diff(self._arrays["row_images"]) > 0
+        return LeftOut(
+            len(self) + self.meta.bad_rows,
+            bad=self.meta.bad_rows,
+            too_long=selection.too_long if strategy == "drop" else 0,
+            nothing_learned=selection.nothing_learned,
+            cut=selection.truncated,
+            image_rows=int(has_images.sum()),
+            images_left_out=int(has_images.sum() - has_images[selection.rows].sum()),
         )
+
+    def _too_long(self, over: Indices, sequence_len: int) -> UserError:
+        longest = int(over[np.argmax(self.lengths[over])])
+        where = f"line {self.line(longest)} of {self.file(longest)}"
+        return rows_too_long(len(over), len(self), sequence_len, where, int(self.lengths[longest]))
 
     def _nothing_left(self, rule: LabelRule, over: int, sequence_len: int) -> UserError:
         self.refuse_if_nothing_learned(rule)
-        return UserError(
-            "No row is left to train on.",
-            f"{over} of {len(self)} rows are longer than sequence_len ({sequence_len}); "
-            "the others, and what truncation leaves of these, hold no learned token.",
-            f"Raise sequence_len; the longest row has {int(self.lengths.max())} tokens.",
-        )
+        return no_row_left(over, len(self), sequence_len, int(self.lengths.max()))
 
     def split(
         self, val_set_size: float, seed: int, rows: Indices | None = None

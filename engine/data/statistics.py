@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.config import RunConfig
+from engine.errors import UserError
+from engine.units import counted
 
 # Below this a first fine-tune tends to memorise instead of generalise.
 FEW_ROWS = 100
@@ -62,6 +64,68 @@ def count_held_out(val_set_size: float, rows: int) -> int:
         return 0
     wanted = val_set_size * rows if val_set_size < 1 else val_set_size
     return min(max(1, round(wanted)), rows - 1)
+
+
+# Above this share the rows that are left out may well be a kind of their own.
+_MANY = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Rows that a run does not train on, by the first reason that holds, of the `rows` read.
+
+    `bad` cannot be used, `too_long` are longer than sequence_len, of the others `nothing_learned`
+    hold no learned token up to it; `cut` are trained without their end. `image_rows` had images,
+    of which `images_left_out` are not trained on.
+    """
+
+    rows: int
+    bad: int = 0
+    too_long: int = 0
+    nothing_learned: int = 0
+    cut: int = 0
+    image_rows: int = 0
+    images_left_out: int = 0
+
+    @property
+    def count(self) -> int:
+        return self.bad + self.too_long + self.nothing_learned
+
+    @property
+    def is_serious(self) -> bool:
+        """Whether more than one row in twenty is left out, or every row with an image."""
+        no_image = 0 < self.image_rows == self.images_left_out
+        return no_image or self.count > _MANY * self.rows
+
+
+def nothing_learned(rows: int, only_thinking: bool) -> UserError:
+    """What is said of `rows` in which no token carries the loss."""
+    return UserError(
+        "Nothing would be learned from this dataset.",
+        f"In {counted(rows, 'row')} no token carries the loss.",
+        "Every answer is only thinking: turn train_on_thinking on."
+        if only_thinking
+        else "Check that the rows hold answers, and that none is marked as not to be learned.",
+    )
+
+
+def rows_too_long(over: int, rows: int, sequence_len: int, where: str, tokens: int) -> UserError:
+    """What is said under `excess_length_strategy: raise`; the longest row is at `where`."""
+    return UserError(
+        f"{over} of {rows} rows are longer than sequence_len ({sequence_len}).",
+        f"The longest is {where} with {tokens} tokens, and excess_length_strategy is raise.",
+        f"Raise sequence_len to {tokens}, or set excess_length_strategy to drop or truncate.",
+    )
+
+
+def no_row_left(over: int, rows: int, sequence_len: int, longest: int) -> UserError:
+    """What is said where the length limit leaves nothing that is learned."""
+    return UserError(
+        "No row is left to train on.",
+        f"{over} of {rows} rows are longer than sequence_len ({sequence_len}); the others, and what"
+        " truncation leaves of these, hold no learned token.",
+        f"Raise sequence_len; the longest row has {longest} tokens.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +256,9 @@ class Checkup:
     """What was found. `problems` has every bad row, and none in the answer of the worker: no screen
     takes them all. `groups` has equal ones together, the most frequent first.
 
-    `tokens` and `odd` are None without a tokenizer. `turns` are the fewest and the most user
-    messages of a usable row, 0 and 0 where there is none; `prompts` how a few rows begin.
+    `tokens` and `odd` are None without a tokenizer, `left_out` without a sequence_len too.
+    `turns` are the fewest and the most user messages of a usable row, 0 and 0 where there is none;
+    `prompts` how a few rows begin.
     """
 
     rows: int
@@ -211,6 +276,7 @@ class Checkup:
     odd: OddRows | None
     images: ImageStatistics
     groups: tuple[ProblemGroup, ...]
+    left_out: LeftOut | None = None
     files: tuple[FileNote, ...] = ()
 
     @property

@@ -4,11 +4,20 @@ How a run computes its loss (in chunks of logits, and how large, or by cut-cross
 type, which layers it quantizes, and how much it takes in hand at once.
 """
 
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.catalog import Architecture
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.plan.device import BF16_CAPABILITY, Device
 from engine.units import GIB
 from engine.visible import visible
+
+if TYPE_CHECKING:
+    from engine.chat.images import ImageSpec
 
 MIB = 2**20
 
@@ -28,6 +37,9 @@ PROCESS_BYTES = int(0.75 * GIB)
 """On a CPU, a process with torch, transformers and peft before it loads a model."""
 QUANTIZED_NEVER = ("vision_tower", "multi_modal_projector")
 """What stays in the base precision unless the config says otherwise."""
+
+IMAGE_TOKEN = 10
+"""`[IMG]` of every Tekken vocabulary: the model puts one merged patch in each one's place."""
 
 CHUNK_BYTES = (512 * MIB, 256 * MIB, 128 * MIB, 64 * MIB)
 """Float32 logits of one chunk, the best first: 1,024 rows at a vocabulary of 131,072. Each
@@ -102,6 +114,66 @@ def refuse_bf16(config: RunConfig, device: Device) -> None:
             f"It has compute capability {_version(device.compute_capability)}, and bfloat16 begins"
             f" with {_version(BF16_CAPABILITY)}: it would be emulated, and kernels fail there.",
             "Write bf16: auto, which is float32 on this card and bfloat16 on newer ones.",
+        )
+
+
+def refuse_other_formats(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse weights that were quantized in another way than FP8, and a folder of two models."""
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter beside a model.",
+            "Only the model's own weights would be read, and nothing says that they are meant.",
+            "Merge the adapter, or move adapter_config.json out of the folder.",
+        )
+    for part in (config, config.get("text_config")):
+        settings = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if settings is None:
+            continue
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+        if method != "fp8":
+            shown = f" with {visible(method, one_line=True)}" if isinstance(method, str) else ""
+            raise UserError(
+                f"The weights in {folder} are quantized already{shown}.",
+                "This trainer reads bfloat16 and FP8 weights and quantizes them itself; others "
+                "would be trained on wrong numbers.",
+                "Point `base_model` at the model's BF16 or FP8 repository or folder.",
+            )
+
+
+def refuse_unread(architecture: Architecture, spec: "ImageSpec | None") -> None:
+    """Refuse rows with images for a model that would not read them as they are tokenized.
+
+    `spec` is that of the rows' images, None where they have none.
+    Raises UserError for a text model, and where the tokenizer's patches are not the model's.
+    """
+    if spec is None:
+        return
+    config = architecture.config
+    vision = config.get("vision_config")
+    if not vision:
+        raise UserError(
+            "The dataset has images, and this model reads none.",
+            f"{architecture.class_name} has no vision tower.",
+            "Choose a model that reads images (`windtunnel models` lists them), or leave out the "
+            "rows with images.",
+        )
+    patch, merge = vision.get("patch_size", 16), config.get("spatial_merge_size", 2)
+    token = config.get("image_token_index", config.get("image_token_id", IMAGE_TOKEN))
+    if (patch, merge, token) != (spec.patch, spec.merge, IMAGE_TOKEN):
+        raise UserError(
+            "The tokenizer and the model do not cut images alike.",
+            f"The tokenizer makes a token of {spec.merge} x {spec.merge} patches of {spec.patch} "
+            f"pixels with the id {IMAGE_TOKEN}, the model of {merge} x {merge} patches of {patch} "
+            f"with the id {token}.",
+            "Use the tokenizer that came with the model.",
+        )
+    largest, side = vision.get("image_size", 1024), patch * merge
+    if math.ceil(spec.longest / side) * side > largest:
+        raise UserError(
+            f"The tokenizer makes images of up to {spec.longest} pixels a side.",
+            f"The model's vision tower has positions for {largest} and would repeat them.",
+            f"Write image_size: {largest // side * side} into the config, or use the tokenizer "
+            "that came with the model.",
         )
 
 

@@ -11,6 +11,7 @@ from engine.data.statistics import (
     Checkup,
     FileNote,
     Finding,
+    LeftOut,
     ProblemGroup,
     count_held_out,
 )
@@ -91,6 +92,25 @@ def shape_lines(shape: Shape) -> list[Line]:
     return lines + [
         Line("", name, f"a list of {', '.join(keys)}") for name, keys in shape.lists.items()
     ]
+
+
+def left_out_line(left: LeftOut | None, sequence_len: int) -> Line | None:
+    """How many rows a run does not train on, and why; None where it trains on all of them whole."""
+    if left is None or not (left.count or left.cut):
+        return None
+    limit = f"sequence_len ({sequence_len:,})"
+    reasons = (
+        (left.bad, "that cannot be used"),
+        (left.too_long, f"longer than {limit}"),
+        (left.nothing_learned, "with nothing to learn"),
+    )
+    why = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
+    text = f"{left.count:,} of {counted(left.rows, 'row')} left out: {why}" if left.count else ""
+    if 0 < left.image_rows == left.images_left_out:
+        text += f"; all {counted(left.image_rows, 'row')} with images among them"
+    if left.cut:
+        text += f"{'; ' * bool(text)}{counted(left.cut, 'row')} cut at {limit}"
+    return Line("!" if left.is_serious else "·", "", text)
 
 
 def learned_text(learned: int, total: int) -> str:

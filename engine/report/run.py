@@ -79,7 +79,13 @@ def way_back(run: RunFolder, status: Status | None) -> str:
 def progress_text(summary: Summary) -> str:
     of = f" of {summary.total_steps}" if summary.total_steps else ""
     loss = "" if summary.loss is None else f", loss {nats(summary.loss)}"
-    return f"step {summary.step}{of}{loss}"
+    left_out = rows_left_out(summary.rows, summary.rows_left_out)
+    return f"step {summary.step}{of}{loss}{f', {left_out}' if left_out else ''}"
+
+
+def rows_left_out(rows: int | None, count: int | None) -> str:
+    """`2 of 5 rows left out`, empty where none is."""
+    return f"{count:,} of {counted(rows, 'row')} left out" if rows and count else ""
 
 
 def figures_text(score: Score | None, written: Answers | None, drift: Drift | None) -> str:
@@ -330,8 +336,10 @@ def device_and_model(history: History) -> str:
     devices = history.started.devices
     gpus = [each for each in devices if each != "cpu"]
     where = counted(len(gpus), "GPU") if gpus else "CPU"
-    model = history.started.model.rstrip("/").rsplit("/", 1)[-1]
-    return f"{where} · {model}"
+    started = history.started
+    model = started.model.rstrip("/").rsplit("/", 1)[-1]
+    left_out = rows_left_out(started.rows, started.rows_left_out)
+    return " · ".join(part for part in (where, model, left_out) if part)
 
 
 def asked(command: Request, since: float, now: float, history: History) -> str:

@@ -27,6 +27,8 @@ _KEPT_EVERY_BYTES: Final = 1 << 20
 """Of events that were read beyond the kept history, until it is kept again: about 3,000 steps."""
 
 _INDEX: Final = "ended.jsonl"
+_SUMMED: Final = ("step", "total_steps", "loss", "rows", "rows_left_out")
+"""What a line of the index and a summary both say."""
 
 AT_ONCE: Final = 50
 """Runs that are read before the list is shown for the first time, and between two looks."""
@@ -106,6 +108,9 @@ class RunFacts:
     """Of the last step, in nats a token; None before the first, nan where it diverged."""
     best: tuple[int, float] | None = None
     """The evaluation with the lowest loss: its step and its loss."""
+    rows: int | None = None
+    """Of the datasets, bad ones too; the next are of these."""
+    rows_left_out: int | None = None
 
     @property
     def is_alive(self) -> bool:
@@ -114,7 +119,8 @@ class RunFacts:
 
 def facts_of(folder: RunFolder, now: Status, history: History) -> RunFacts:
     """The line of a run in a list, by its history."""
-    model = history.started.model if history.started else ""
+    started = history.started
+    model = started.model if started else ""
     return RunFacts(
         folder,
         now,
@@ -124,6 +130,8 @@ def facts_of(folder: RunFolder, now: Status, history: History) -> RunFacts:
         total_steps=history.total_steps,
         loss=history.step.loss if history.step else None,
         best=history.best,
+        rows=started.rows if started else None,
+        rows_left_out=started.rows_left_out if started else None,
     )
 
 
@@ -140,6 +148,8 @@ class _Entry(msgspec.Struct):
     total_steps: int | None
     loss: float | None
     best: tuple[int, float] | None
+    rows: int | None = None
+    rows_left_out: int | None = None
 
     def facts(self) -> RunFacts:
         values = {name: getattr(self, name) for name in self.__struct_fields__[2:]}
@@ -245,7 +255,8 @@ def summaries(home: Path | None = None) -> Iterator[tuple[RunFolder, Summary | U
     for run, stamp in stamped_runs(home):
         if facts := index.find(run, stamp):
             assert facts.status
-            yield run, Summary(run.name, facts.status, facts.step, facts.total_steps, facts.loss)
+            said = {key: getattr(facts, key) for key in _SUMMED}
+            yield run, Summary(run.name, facts.status, **said)
             continue
         try:
             yield run, summarize(run)

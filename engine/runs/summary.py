@@ -35,6 +35,9 @@ class Summary:
     """Of the last step, in nats a token; None before the first, nan where it diverged."""
     step_seconds: float | None = None
     """Wall time of the last step."""
+    rows: int | None = None
+    """Of the datasets, bad ones too; None before the model is loaded. The next are of these."""
+    rows_left_out: int | None = None
 
 
 def status(run: RunFolder) -> Status:
@@ -71,8 +74,9 @@ def summarize(run: RunFolder) -> Summary:
         if isinstance(event, Step):
             last = event
             break
-    if total is None:
-        total = _first_total(run)
+    started = _first_started(run)
+    if total is None and started:
+        total = started.total_steps
     return Summary(
         name=run.name,
         status=now,
@@ -80,6 +84,8 @@ def summarize(run: RunFolder) -> Summary:
         total_steps=total,
         loss=last.loss if last else None,
         step_seconds=last.seconds if last else None,
+        rows=started.rows if started else None,
+        rows_left_out=started.rows_left_out if started else None,
     )
 
 
@@ -109,13 +115,13 @@ def _newest_first(run: RunFolder, limit_bytes: int = _TAIL_BYTES) -> Iterator[Re
         raise unreadable(run, error) from error
 
 
-def _first_total(run: RunFolder) -> int | None:
-    """`total_steps` of the first launch, for a file whose steps do not carry it."""
+def _first_started(run: RunFolder) -> Started | None:
+    """What the first launch began with, unless more than the head of the file comes before it."""
     for line in LineReader(run.events).read(_HEAD_BYTES):
         with contextlib.suppress(ValueError):
             recorded = parse_line(line)
             if recorded and isinstance(recorded.event, Started):
-                return recorded.event.total_steps
+                return recorded.event
     return None
 
 

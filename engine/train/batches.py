@@ -21,18 +21,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.catalog import Architecture
 from engine.chat.images import ImageSpec, pixels
 from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind, LabelRule, labels
 from engine.config import RunConfig
 from engine.data.prepare import label_rule
 from engine.data.prepared import Indices, Prepared, StoredImage, efficiency, pack, shuffle_order
-from engine.errors import UserError, WorkError
+from engine.data.statistics import LeftOut
+from engine.errors import WorkError
+from engine.plan.trainer import IMAGE_TOKEN
 
 Pixels: TypeAlias = NDArray[np.float32]
 """One image, normalised, (3, height, width)."""
-IMAGE_TOKEN = 10
-"""`[IMG]` of every Tekken vocabulary: the model puts one merged patch in each one's place."""
 CACHE_BYTES = 512 * 2**20
 """Decoded images that are kept: eighteen of the largest, 1540 pixels a side."""
 DECODERS = 4
@@ -108,43 +107,6 @@ def pad(
     return padded
 
 
-def refuse_unread(architecture: Architecture, prepared: Prepared) -> None:
-    """Refuse rows with images for a model that would not read them as they were tokenized.
-
-    Raises UserError for a text model, and where the tokenizer's patches are not the model's.
-    """
-    spec = prepared.image_spec
-    if spec is None:
-        return
-    config = architecture.config
-    vision = config.get("vision_config")
-    if not vision:
-        raise UserError(
-            "The dataset has images, and this model reads none.",
-            f"{architecture.class_name} has no vision tower.",
-            "Choose a model that reads images (`windtunnel models` lists them), or leave out the "
-            "rows with images.",
-        )
-    patch, merge = vision.get("patch_size", 16), config.get("spatial_merge_size", 2)
-    token = config.get("image_token_index", config.get("image_token_id", IMAGE_TOKEN))
-    if (patch, merge, token) != (spec.patch, spec.merge, IMAGE_TOKEN):
-        raise UserError(
-            "The tokenizer and the model do not cut images alike.",
-            f"The tokenizer makes a token of {spec.merge} x {spec.merge} patches of {spec.patch} "
-            f"pixels with the id {IMAGE_TOKEN}, the model of {merge} x {merge} patches of {patch} "
-            f"with the id {token}.",
-            "Use the tokenizer that came with the model.",
-        )
-    largest, side = vision.get("image_size", 1024), patch * merge
-    if math.ceil(spec.longest / side) * side > largest:
-        raise UserError(
-            f"The tokenizer makes images of up to {spec.longest} pixels a side.",
-            f"The model's vision tower has positions for {largest} and would repeat them.",
-            f"Write image_size: {largest // side * side} into the config, or use the tokenizer "
-            "that came with the model.",
-        )
-
-
 StepRows: TypeAlias = list[list[list[int]]]
 """Rows of one optimizer step: micro-batches of sequences of rows."""
 NAMED_ROWS = 3
@@ -167,6 +129,8 @@ class Rows:
     """Rows of `prepared`."""
     lengths: Indices
     """Tokens of each, after truncation."""
+    left_out: LeftOut | None = None
+    """What of the dataset is not among them, the other side of the split apart."""
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -218,16 +182,11 @@ class Rows:
         tokens, row = max(((int(self.lengths[row]), row) for row in rows), default=(0, -1))
         return f"{self.place(row)}, {tokens:,} tokens" if row >= 0 else ""
 
-    def left_out(self) -> str:
-        """A sentence that names rows which are not among the chosen; empty where all are."""
+    def left_out_places(self) -> str:
+        """Where the first usable rows are that are not among the chosen; empty where all are."""
         missing = np.setdiff1d(np.arange(len(self.prepared)), self.chosen)
-        if not len(missing):
-            return ""
         named = ", ".join(place(self.prepared, index) for index in missing[:NAMED_ROWS])
-        return (
-            f"{len(missing)} of {len(self.prepared)} rows are left out, longer than sequence_len "
-            f"or with nothing to learn: {named}{' and others' * (len(missing) > NAMED_ROWS)}"
-        )
+        return named + " and others" * (len(missing) > NAMED_ROWS)
 
     def fingerprint(self) -> str:
         """Hash of which rows these are and where each is cut."""

@@ -35,9 +35,10 @@ from engine.plan import (
 )
 from engine.plan.layers import image_tokens_at_once
 from engine.plan.measured import Measurement, key_of, step_bytes
+from engine.plan.trainer import refuse_unread
 from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.attention import pick_attention
-from engine.train.batches import Rows, StepBatch, refuse_unread
+from engine.train.batches import Rows, StepBatch
 from engine.train.checkpoint import trained_parameters
 from engine.train.device import pick_device, pick_dtype
 from engine.train.fetch import leave_hub
@@ -266,7 +267,7 @@ def _find_rows(config: RunConfig, session: Session) -> Rows | None:
     if not len(rows):
         session.note("warning", "Random tokens stand in for the rows. None can be used.")
         return None
-    refuse_unread(read_architecture(config.base_model), rows.prepared)
+    refuse_unread(read_architecture(config.base_model), rows.prepared.image_spec)
     return rows
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -26,6 +25,7 @@ from transformers.initialization import no_tie_weights
 from engine.catalog import Architecture, ModuleTable, read_architecture, with_overrides
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.plan.trainer import refuse_other_formats
 from engine.train.attention import pick_attention, use_attention
 from engine.train.device import pick_device, pick_dtype
 from engine.train.experts import GroupedLinear, replace_experts
@@ -127,29 +127,6 @@ def load_base(
     converted = sum(torch.Size(tensors[name].shape).numel() for name in layout.weights)
     report = describe_load(model, architecture.table, converted, device)
     return Base(model, dtype, device, report, placement.vision_offloaded)
-
-
-def refuse_other_formats(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse weights that were quantized in another way than FP8, and a folder of two models."""
-    if (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"{folder} holds an adapter beside a model.",
-            "Only the model's own weights would be read, and nothing says that they are meant.",
-            "Merge the adapter, or move adapter_config.json out of the folder.",
-        )
-    for part in (config, config.get("text_config")):
-        settings = part.get("quantization_config") if isinstance(part, Mapping) else None
-        if settings is None:
-            continue
-        method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-        if method != "fp8":
-            shown = f" with {visible(method, one_line=True)}" if isinstance(method, str) else ""
-            raise UserError(
-                f"The weights in {folder} are quantized already{shown}.",
-                "This trainer reads bfloat16 and FP8 weights and quantizes them itself; others "
-                "would be trained on wrong numbers.",
-                "Point `base_model` at the model's BF16 or FP8 repository or folder.",
-            )
 
 
 def build_empty(

@@ -28,11 +28,13 @@ from engine.plan.trainer import (
     SAMPLE_TOKENS,
     SMALLEST_CHUNK_BYTES,
     refuse_bf16,
+    refuse_unread,
     why_float32,
 )
 from engine.publish.card import find_base
+from engine.report.data import left_out_line
 from engine.train.attention import pick_attention
-from engine.train.batches import Rows, refuse_unread
+from engine.train.batches import Rows
 from engine.train.checkpoint import trained_parameters
 from engine.train.device import (
     as_planned,
@@ -131,7 +133,7 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
     rows, held_out = prepare_rows(config, tokenizer, session)
     parts = [part.prepared for part in (rows, *held_out.values())]
     for prepared in parts:
-        refuse_unread(architecture, prepared)
+        refuse_unread(architecture, prepared.image_spec)
     leave_hub()
     for sentence in remarks(config, architecture):
         session.note("warning", sentence)
@@ -189,7 +191,7 @@ def prepare_rows(
     prepared = _prepare(config, config.datasets, tokenizer, session)
     prepared.link_into(session.run.data)
     rows = select_rows(prepared, config)
-    session.note("warning", rows.left_out())
+    _tell_left_out(session, rows, config)
     if not config.test_datasets:
         if not config.val_set_size:
             return rows, {}
@@ -199,18 +201,28 @@ def prepare_rows(
     for dataset in config.test_datasets:
         name = Path(dataset.path).stem
         held_out[name] = select_rows(_prepare(config, [dataset], tokenizer, session), config)
+        _tell_left_out(session, held_out[name], config, f"{name}: ")
     return rows, held_out
+
+
+def _tell_left_out(session: Session, rows: Rows, config: RunConfig, of: str = "") -> None:
+    line = left_out_line(rows.left_out, config.sequence_len)
+    if line is not None:
+        places = rows.left_out_places()
+        text = f"{of}{line.text}{f' ({places})' if places else ''}"
+        session.note("warning" if line.mark == "!" else "info", text)
 
 
 def select_rows(prepared: Prepared, config: RunConfig) -> Rows:
     """The rows that fit the config's length and teach something."""
     chosen = prepared.select(label_rule(config), config.sequence_len, config.excess_length_strategy)
-    return Rows(prepared, chosen.rows, chosen.lengths)
+    left_out = prepared.left_out(chosen, config.excess_length_strategy)
+    return Rows(prepared, chosen.rows, chosen.lengths, left_out)
 
 
 def _only(rows: Rows, kept: Indices) -> Rows:
     places = np.searchsorted(rows.chosen, kept)
-    return Rows(rows.prepared, rows.chosen[places], rows.lengths[places])
+    return Rows(rows.prepared, rows.chosen[places], rows.lengths[places], rows.left_out)
 
 
 def _prepare(
@@ -236,6 +248,7 @@ def _prepare(
 
 
 def _started(session: Session, config: RunConfig, base: Base, training: Training) -> Started:
+    left = training.rows.left_out
     return Started(
         run=session.run.name,
         model=config.base_model,
@@ -245,4 +258,6 @@ def _started(session: Session, config: RunConfig, base: Base, training: Training
         total_steps=training.order.total_steps,
         trainable_parameters=sum(p.numel() for _, p in trained_parameters(training.model)),
         versions={name: installed(name) or "not installed" for name in PACKAGES},
+        rows=left.rows if left else None,
+        rows_left_out=left.count if left else None,
     )

@@ -25,8 +25,8 @@ from engine.config import RunConfig
 from engine.data.prepare import label_rule
 from engine.plan import Device, Place, Statistics, estimate
 from engine.plan.layers import largest_image_tokens, tower_of
+from engine.plan.trainer import IMAGE_TOKEN
 from engine.train.batches import (
-    IMAGE_TOKEN,
     Micro,
     Order,
     Pixels,

@@ -257,6 +257,7 @@ def _set(draft: Draft, key: str, assignments: list[str]) -> None:
 
 
 if TYPE_CHECKING:
+    from engine.chat.tokenizer import ChatTokenizer
     from engine.wizard.question import Work
     from engine.wizard.reading import DataWorker, Read
 
@@ -381,14 +382,20 @@ def check_rows(config: RunConfig, folder: Path) -> "Checkup":
 
     Raises UserError where a dataset cannot be read.
     """
-    from engine.chat.tokenizer import open_tokenizer
     from engine.data.checkup import check_config
 
-    try:
-        tokenizer = open_tokenizer(tokenizer_name(config), folder)
-    except WorkError:  # offline, and the tokenizer is not here yet
-        tokenizer = None
+    tokenizer = open_if_here(config, folder)
     return check_config(config, folder, tokenizer, sequence_len=config.sequence_len)
+
+
+def open_if_here(config: RunConfig, folder: Path) -> "ChatTokenizer | None":
+    """The config's tokenizer; None where it is not here and cannot be fetched."""
+    from engine.chat.tokenizer import open_tokenizer
+
+    try:
+        return open_tokenizer(tokenizer_name(config), folder)
+    except WorkError:
+        return None
 
 
 def count_config_rows(

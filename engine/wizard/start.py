@@ -34,7 +34,7 @@ from engine.plan import (
 )
 from engine.plan.measured import Measurement, store
 from engine.plan.remarks import refuse_busy_memory
-from engine.plan.trainer import refuse_bf16
+from engine.plan.trainer import refuse_bf16, refuse_other_formats
 from engine.runs import RunFolder, create_run, run_home
 from engine.units import gib
 from engine.visible import visible
@@ -256,6 +256,7 @@ def plan_run(
         require_torch(machine, device.uuid)
         return None
     refuse_bf16(config, device)
+    refuse_other_formats(architecture.folder or Path(config.base_model), architecture.config)
     statistics, _ = count_config_rows(config, architecture, file.absolute().parent)
     place = Place(architecture, device, statistics)
     needs = estimate(config, place)

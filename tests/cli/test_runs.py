@@ -1,5 +1,6 @@
 """`train`, `runs`, `pause`, `resume` and `stop` as a person and a script use them."""
 
+import base64
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 from msgspec import structs
 
 import engine.child
+from engine.catalog import find_model
 from engine.cli import runs
 from engine.config import parse_config
 from engine.events import Ended, EventWriter
@@ -23,6 +25,7 @@ from tests.fakes.engine import loss_at, step_event
 from tests.fakes.processes import ROOT, fake_environment, processes_of, running_fake, wait_until
 from tests.support.commands import Call
 from tests.support.extras import needs_trainer
+from tests.support.pictures import png
 from tests.support.written_runs import read_steps
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -80,6 +83,8 @@ def test_runs_prints_the_keys_of_the_contract(run: RunFolder, call: Call) -> Non
         "step": 3,
         "total_steps": step_event(3).total_steps,
         "loss": loss_at(3),
+        "rows": None,
+        "rows_left_out": None,
     }
     assert call("runs")[1].startswith("first  finished  step 3 of ")
 
@@ -242,9 +247,19 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+BAD = '{"messages": [{"role": "user", "content": "Hi"}]}\n'
+SEEN = {
+    "image": {"bytes": None, "base64": base64.b64encode(png(28, 28)).decode()},
+    "question": "What is it?",
+    "answer": "A square.",
+}
+
+
 class TestTrain:
     @needs_trainer
     def test_runs_to_the_end_and_prints_its_events(self, config: Path, call: Call) -> None:
+        with Path("rows.jsonl").open("a", encoding="utf-8") as rows:
+            rows.write(BAD)
         changes = ("output_dir=here", "--max-steps", "1", "sample_packing=true")
         code, printed, _ = call("train", config, *changes, "--events")
         assert code == 0
@@ -256,6 +271,8 @@ class TestTrain:
         assert types == kept
         assert types[-1] == "ended"
         assert {"started", "step", "saved"} <= set(types)
+        assert re.search(r"1 of \d+ rows left out: 1 that cannot be used", printed)
+        assert '"rows_left_out": 1' in printed
         assert re.search(r"104 rows packed into \d+ sequences, 9\d\.\d% full", printed)
         assert status(run) == "finished"
         assert (run.adapter / "adapter_config.json").is_file()
@@ -327,12 +344,11 @@ class TestDryRun:
     """`train --max-steps 0`"""
 
     ROWS = SAMPLE.read_text("utf-8").splitlines(keepends=True)[:2]
-    BAD = '{"messages": [{"role": "user", "content": "Hi"}]}\n'
 
     def test_says_what_would_run_and_runs_nothing(
         self, config: Path, home: Path, call: Call
     ) -> None:
-        Path("rows.jsonl").write_text("".join([*self.ROWS, self.BAD]), "utf-8")
+        Path("rows.jsonl").write_text("".join([*self.ROWS, BAD]), "utf-8")
         code, out, _ = call("train", config, "--max-steps", "0")
         said = out.splitlines()
         assert code == 0
@@ -341,12 +357,48 @@ class TestDryRun:
         assert "needs" in said[1]
         assert said[2] == "2 of 3 rows can be used."
         assert "tokens are learned" in said[3]
+        assert said[4] == "! 1 of 3 rows left out: 1 that cannot be used."
         assert not home.exists()
         printed = call.document("train", config, "--max-steps", "0")
+        left_out = printed.pop("rows_left_out")
         assert printed == {"run": None, "dry_run": said}
+        assert (left_out["rows"], left_out["bad"], left_out["too_long"]) == (3, 1, 0)
+
+    @pytest.mark.parametrize(
+        ("changes", "code", "says"),
+        [
+            ("tf32=true", 0, "tf32: true has no effect"),
+            ("test_datasets=[{path: rows.jsonl}]", 0, "held out: 2 of 2 rows can be used"),
+            ("sequence_len=3 excess_length_strategy=raise", 2, "2 of 2 rows are longer"),
+            ("sequence_len=3", 2, "No row is left to train on"),
+            ("base_model=quantized", 2, "are quantized already with bitsandbytes"),
+            ("base_model=patches datasets[0].path=seen.jsonl", 2, "do not cut images alike"),
+            ("base_model=large", 3, "does not fit"),
+        ],
+    )
+    def test_sees_what_a_run_would_stumble_over(
+        self, config: Path, call: Call, changes: str, code: int, says: str
+    ) -> None:
+        Path("rows.jsonl").write_text("".join(self.ROWS), "utf-8")
+        Path("seen.jsonl").write_text(json.dumps(SEEN), "utf-8")
+        base = find_model("ministral-3-3b").config
+        for name, change in (
+            ("quantized", {"quantization_config": {"quant_method": "bitsandbytes"}}),
+            ("patches", {"vision_config": base["vision_config"] | {"patch_size": 16}}),
+            ("large", {"text_config": base["text_config"] | {"num_hidden_layers": 900}}),
+        ):
+            Path(name).mkdir()
+            Path(name, "config.json").write_text(json.dumps(base | change), "utf-8")
+        words = re.findall(r"(?:[^ {]|{.*})+", changes)
+        if "base_model" in changes:
+            words.append("tokenizer_config=ministral-3-3b")
+        found, out, err = call("train", config, *words, "--max-steps", "0")
+        assert (found, says in out + err) == (code, True), out + err
+        if code == 3:
+            assert call("train", config, *words, "--max-steps", "0", "--anyway")[0] == 0
 
     def test_rows_of_which_none_can_be_used_are_refused_now(self, config: Path, call: Call) -> None:
-        Path("rows.jsonl").write_text(self.BAD, "utf-8")
+        Path("rows.jsonl").write_text(BAD, "utf-8")
         code, _, err = call("train", config, "--max-steps", "0")
         assert code == 2
         assert "No row of the datasets in pilot.yml can be used." in err

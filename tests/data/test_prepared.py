@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from engine.chat.conversation import Conversation
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered
 from engine.data import prepared as module
+from engine.data.checkup import Notebook
 from engine.data.prepare import ArrayWriter, Interval
 from engine.data.prepared import (
     ARRAYS,
     META,
     WINDOW_ROWS,
+    LengthStrategy,
     Prepared,
     efficiency,
     pack,
@@ -87,11 +89,36 @@ class TestSelect:
         assert (found.rows.tolist(), found.lengths.tolist()) == ([0, 1], [3, 5])
         assert (found.too_long, found.truncated, found.nothing_learned) == (2, 1, 2)
 
+    @settings(deadline=None)
+    @given(
+        rows=st.lists(
+            st.lists(st.sampled_from([U, T, H, T | WITHHELD]), min_size=1, max_size=8),
+            min_size=1,
+            max_size=8,
+        ),
+        truncates=st.booleans(),
+        thinking=st.booleans(),
+    )
+    def test_a_checkup_counts_what_a_selection_leaves_out(
+        self, tmp_path_factory, rows, truncates, thinking
+    ):
+        rows = [[U, T, E], *rows]
+        prepared, rule = make(tmp_path_factory.mktemp("arrays"), rows), LabelRule(thinking=thinking)
+        notebook = Notebook(rule, limit=4, truncates=truncates)
+        for index in range(len(rows)):
+            notebook.rows += 1
+            notebook.measure(RenderedRow(index, index, "f", 0, 0), prepared.rendered(index))
+        strategy: LengthStrategy = "truncate" if truncates else "drop"
+        selection = prepared.select(rule, 4, strategy)
+        left = prepared.left_out(selection, strategy)
+        assert notebook.report(True, 4).left_out == left
+        assert left.count == len(rows) - len(selection.rows)
+
     def test_truncate_never_cuts_an_image(self, tmp_path):
         found = make(tmp_path / "a", [[U, T, I, I, I, T, E]]).select(RULE, 4, "truncate")
         assert found.lengths.tolist() == [2]
 
-    def test_raise_names_the_first_row_and_the_longest(self, tmp_path):
+    def test_raise_names_the_longest_row(self, tmp_path):
         prepared = make(tmp_path / "a", self.ROWS)
         with pytest.raises(UserError, match="2 of 4 rows are longer") as caught:
             prepared.select(RULE, 5, "raise")

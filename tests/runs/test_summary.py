@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from engine.errors import WorkError
 from engine.events import (
@@ -29,6 +30,7 @@ from engine.events import (
     Step,
     format_line,
 )
+from engine.report.run import progress_text
 from engine.runs import (
     Follower,
     RunFolder,
@@ -192,6 +194,13 @@ def test_the_summary_is_that_of_the_last_step(run: RunFolder) -> None:
     assert summarize(run) == Summary(
         "first", "stopped", 2, steps, loss_at(2), step_event(2).seconds
     )
+
+
+def test_the_summary_counts_the_rows_that_are_left_out(run: RunFolder) -> None:
+    write(run, structs.replace(STARTED, rows=5, rows_left_out=2), step_event(1))
+    found = summarize(run)
+    assert (found.rows, found.rows_left_out) == (5, 2)
+    assert progress_text(found).endswith(", 2 of 5 rows left out")
 
 
 def test_a_run_that_diverged_shows_nan_and_not_nothing(run: RunFolder) -> None:

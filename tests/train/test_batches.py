@@ -17,6 +17,7 @@ from engine.chat.images import ImageSpec, pixels
 from engine.chat.render import WITHHELD, Kind, LabelRule
 from engine.data.prepared import StoredImage
 from engine.errors import UserError
+from engine.plan.trainer import refuse_unread
 from engine.train.batches import (
     PAD,
     ImagePixels,
@@ -26,7 +27,6 @@ from engine.train.batches import (
     evaluation_micros,
     join,
     pad,
-    refuse_unread,
 )
 from tests.support.pictured_rows import SPEC, Pictured, picture, seeing, stored, write_pictured
 from tests.support.tiny import (
@@ -286,14 +286,13 @@ def test_a_row_is_named_by_file_and_line(many: Rows) -> None:
 
 def test_rows_that_are_left_out_are_named(make_rows: MakeRows) -> None:
     rows = make_rows([row(3, 2, n) for n in range(6)])
-    assert rows.left_out() == ""
+    assert rows.left_out_places() == ""
     one, many = (
-        Rows(rows.prepared, np.array(kept), rows.lengths[kept]).left_out()
+        Rows(rows.prepared, np.array(kept), rows.lengths[kept]).left_out_places()
         for kept in ([0, 2, 3, 4, 5], [1])
     )
-    assert one.startswith("1 of 6 rows are left out")
-    assert one.endswith(": rows.jsonl line 2")
-    assert many.endswith(": rows.jsonl line 1, rows.jsonl line 3, rows.jsonl line 4 and others")
+    assert one == "rows.jsonl line 2"
+    assert many == "rows.jsonl line 1, rows.jsonl line 3, rows.jsonl line 4 and others"
 
 
 IMAGES = [stored(picture(28 * (n + 1), 28, seed=n), n) for n in range(4)]
@@ -367,7 +366,7 @@ class TestRefusal:
         model = write_model(folder / "model", config)
         if keys:
             edit_config(model, **keys)
-        refuse_unread(read_architecture(model), rows.prepared)
+        refuse_unread(read_architecture(model), rows.prepared.image_spec)
 
     def test_a_model_that_reads_its_images_is_taken(self, tmp_path: Path) -> None:
         self.refuse(tmp_path, seeing(MINISTRAL3))
@@ -389,7 +388,9 @@ class TestRefusal:
 
     def test_rows_without_images_are_taken_by_any_model(self, tmp_path: Path) -> None:
         rows = write_pictured(tmp_path / "rows", [Pictured(())])
-        refuse_unread(read_architecture(write_model(tmp_path / "m", MINISTRAL3)), rows.prepared)
+        refuse_unread(
+            read_architecture(write_model(tmp_path / "m", MINISTRAL3)), rows.prepared.image_spec
+        )
 
 
 def test_a_spec_of_another_patch_makes_other_pixels() -> None:

@@ -24,8 +24,9 @@ from engine.config import RunConfig, write_config
 from engine.errors import UserError
 from engine.hardware import GpuProcess, Machine, assume
 from engine.plan import Place, estimate
+from engine.plan.trainer import IMAGE_TOKEN
 from engine.runs import RunFolder
-from engine.train.batches import IMAGE_TOKEN, PAD, Rows
+from engine.train.batches import PAD, Rows
 from engine.train.fitcheck import CpuPeakMemory, check, used_by_process
 from engine.train.model import build_empty, load_base
 from engine.train.stand_in import (
