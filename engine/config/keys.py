@@ -113,19 +113,22 @@ class DatasetConfig(Section):
     """One source of conversations."""
 
     path: str
-    """A file (.jsonl, .json, .csv, .parquet), a folder of them, a folder of images with captions,
-    a hub id, or sample:NAME for one that comes with Windtunnel."""
+    """A file (.jsonl, .ndjson, .json, .csv, .tsv, also with .gz or .zst, .parquet, .arrow), a
+    folder of them or one that save_to_disk wrote, a folder of images with captions, a hub id, or
+    sample:NAME for one that comes with Windtunnel."""
     type: str = "chat_template"
     """Shape of the rows. chat_template: conversations, a list of messages with role and
     content; the only shape that is trained."""
     name: str | None = None
     """Configuration (subset) of a hub dataset."""
     split: str | None = None
-    """Part of a hub dataset, such as train. Absent: train."""
+    """Part of a hub dataset, or of a folder whose files or folders are named train, validation and
+    test. Absent: train; in a folder whose files name no split, all of them."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset. A commit makes a rerun read the same rows."""
     data_files: list[str] | str | None = None
-    """Files to read inside the folder or hub dataset. Absent: all."""
+    """Files to read inside the folder or hub dataset, also as data/*.parquet. Absent: those of the
+    split."""
     field_messages: str = "messages"
     """Column that holds the list of messages; ShareGPT rows use conversations."""
     field_tools: str = "tools"

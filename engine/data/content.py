@@ -20,10 +20,12 @@ from engine.chat.conversation import RowProblem
 from engine.errors import UserError
 
 # A conversation with a dozen base64 photos stays below this; a file without line ends does not.
-ROW_LIMIT_BYTES: Final = 64 * 2**20
+ROW_LIMIT_BYTES: Final = 48 * 2**20
 # Each becomes an object of some 100 bytes.
 ROW_LIMIT_VALUES: Final = 2**20
 BLOCK_BYTES: Final = 2**18
+SPEAKERS: Final = frozenset({"role", "from"})
+"""Keys that say who speaks, and so that an object is a message."""
 _HEAD_BYTES: Final = 2**16
 COMPRESSIONS: Final = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 _UTF32: Final = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
@@ -40,6 +42,8 @@ _REFUSED: Final = (
     (b"\xfd7zXZ\0", "compressed with xz", "Unpack it: unxz -k {name}."),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "Unpack it and name a file from it."),
     (b"Rar!", "a RAR archive", "Unpack it and name a file from it."),
+    (b"PAR1", "a Parquet file", "Give it the name that it has by its content, ending in .parquet."),
+    (b"ARROW1", "an Arrow file", "Give it the name that it has by its content, ending in .arrow."),
     (b"SQLite format 3", "an SQLite database", "Write its table into a .csv or .jsonl file."),
 )  # fmt: skip
 
@@ -70,7 +74,21 @@ def found(
     """A row, or the problem that stands for it."""
     if isinstance(parsed, RowProblem):
         return SourceRow(line, None, parsed, read_bytes, unit=unit)
-    return SourceRow(line, parsed, None, read_bytes, unit=unit)
+    row = {name: _as_messages(value) for name, value in parsed.items()}
+    return SourceRow(line, row, None, read_bytes, unit=unit)
+
+
+def _as_messages(value: Any) -> Any:
+    """A list of objects where `datasets` keeps a list of messages as an object of lists."""
+    if not isinstance(value, dict) or not SPEAKERS & value.keys():
+        return value
+    lengths = {len(each) if isinstance(each, list) else -1 for each in value.values()}
+    if len(lengths) != 1 or -1 in lengths:
+        return value
+    return [
+        {name: each[at] for name, each in value.items() if each[at] is not None}
+        for at in range(lengths.pop())
+    ]
 
 
 def not_an_object(value: object) -> RowProblem:
@@ -164,6 +182,19 @@ def open_text(path: Path) -> Iterator[Opened]:
             raise damaged(path, why) from error
         except OSError as error:
             raise damaged(path, f"It cannot be read: {error}.") from error
+
+
+def require_start(path: Path, kind: str, *magics: bytes) -> None:
+    """Raises UserError where a file does not start as its kind does, and says what it is."""
+    with open_raw(path) as raw:
+        head = raw.read(_HEAD_BYTES)
+    if not head.startswith(magics):
+        _refuse(path, head, None)
+        raise UserError(
+            f"{path} is not {kind}.",
+            "It does not start as one." if head else "It is empty: 0 bytes.",
+            "Fetch it again, or name it after what it holds.",
+        )
 
 
 def _starts(raw: io.BufferedReader, magic: bytes) -> bool:

@@ -30,7 +30,7 @@ from engine.data.content import (
     too_many_values,
 )
 from engine.data.json_rows import holds_no_utf8, json_notes, read_json
-from engine.data.tables import read_parquet
+from engine.data.tables import read_arrow, read_parquet
 from engine.errors import UserError
 
 Reader = Callable[[Path], Iterator[SourceRow]]
@@ -48,7 +48,7 @@ def file_notes(path: Path) -> tuple[str, ...]:
     read = READERS.get(ending_of(path))
     if read is read_json:
         return json_notes(path)
-    if read is None or read is read_parquet:
+    if read is None or read in (read_parquet, read_arrow):
         return ()
     with open_text(path) as opened:
         return opened.notes
@@ -180,8 +180,14 @@ def _text_readers() -> dict[str, Reader]:
     return {name + end: read for end in ("", *COMPRESSIONS) for name, read in plain.items()}
 
 
-READERS: dict[str, Reader] = {**_text_readers(), ".parquet": read_parquet}
-KNOWN_ENDINGS = ".jsonl, .ndjson, .json, .csv, .tsv, each also with .gz or .zst, and .parquet"
+READERS: dict[str, Reader] = {
+    **_text_readers(),
+    ".parquet": read_parquet,
+    **dict.fromkeys((".arrow", ".feather"), read_arrow),
+}
+KNOWN_ENDINGS = (
+    ".jsonl, .ndjson, .json, .csv, .tsv, each also with .gz or .zst, .parquet and .arrow"
+)
 # Only in a folder of images: `_files_of` finds them there and nowhere else.
 CAPTION_READERS: dict[str, Reader] = {
     ".txt": read_caption,

@@ -5,6 +5,7 @@ bounded by one row.
 """
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from engine.chat.conversation import RowProblem
 from engine.data.content import (
     BLOCK_BYTES,
     ROW_LIMIT_BYTES,
+    SPEAKERS,
     Opened,
     SourceRow,
     damaged,
@@ -31,7 +33,6 @@ from engine.errors import UserError
 _JSON_SPACE: Final = re.compile(r"[ \t\r\n]*")
 _LINES: Final = (".jsonl", ".ndjson")
 """Endings that promise an object a line."""
-_SPEAKERS: Final = frozenset({"role", "from"})
 
 
 def read_json(path: Path) -> Iterator[SourceRow]:
@@ -145,7 +146,8 @@ def _lines(opened: Opened, start: _Start) -> Iterator[SourceRow]:
                 pass
             yield found(number, too_long(), raw.tell())
         elif not line.isspace():
-            yield found(number, parse_object(line), raw.tell())
+            parsed, line = parse_object(line), b""  # the row is in memory once
+            yield found(number, parsed, raw.tell())
         number += 1
         if waiting and waiting[0]:
             line, number = waiting.pop(), number + start.between.count(b"\n")
@@ -162,7 +164,8 @@ class _JsonText:
         # Undecodable bytes become lone surrogates, so that one bad string spoils only its row.
         self._bytes_to_text = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self._decoder = json.JSONDecoder()
-        self._text = self._bytes_to_text.decode(start.first + start.between + start.second)
+        self._first = io.BytesIO(start.first + start.between + start.second)
+        self._text = ""
         self._at = 0
         self._line = start.number
         self._ended = False
@@ -170,9 +173,9 @@ class _JsonText:
     def rows(self) -> Iterator[SourceRow]:
         """The elements of an array, or of "data" in an object; else the objects themselves."""
         if self._peek() == "{":
-            first = self._first_object()
+            line, first = self._line, self._first_object()
             if first is not None:
-                yield self._found(1, first, "")
+                yield self._found(line, *first)
                 yield from self._objects()
                 return
             yield from self._elements()
@@ -187,9 +190,9 @@ class _JsonText:
         """Whether the first object holds the rows under "data"."""
         return self._first_object() is None
 
-    def _found(self, line: int, value: Any, text: str, unit: Any = "line") -> SourceRow:
+    def _found(self, line: int, value: Any, is_utf8: bool, unit: Any = "line") -> SourceRow:
         parsed = value if isinstance(value, dict) else not_an_object(value)
-        if holds_no_utf8(text):
+        if not is_utf8:
             parsed = not_utf8("A byte in it is not.")
         return found(line, parsed, self._opened.raw.tell(), unit)
 
@@ -202,33 +205,36 @@ class _JsonText:
         while True:
             self._peek()
             row, line = row + 1, self._line
-            value, text = self._element()
+            value, is_utf8 = self._element()
             mark = self._expect(",]", "a comma or the end of the array")
             if mark == ",":
                 self._peek()
             unit = unit or ("row" if mark == "," and self._line == line else "line")
-            yield self._found(row if unit == "row" else line, value, text, unit)
+            yield self._found(row if unit == "row" else line, value, is_utf8, unit)
             if mark == "]":
                 return
 
-    def _first_object(self) -> dict[str, Any] | None:
-        """The object at the cursor; None, and the cursor past the `[` of its rows, where "data" is
-        a list of objects that are no messages."""
+    def _first_object(self) -> tuple[dict[str, Any], bool] | None:
+        """The object at the cursor and whether it is UTF-8; None, and the cursor past the `[` of
+        its rows, where "data" is a list of objects that are no messages."""
         row: dict[str, Any] = {}
+        every = True
         self._expect("{", "an object")
         while self._peek() != "}":
-            key, _ = self._element()
+            key, is_utf8 = self._element()
+            every &= is_utf8
             self._expect(":", "a colon")
             if key == "data" and self._peek() == "[" and self._opens_rows():
                 self._at += 1
                 return None
             self._peek()
-            row[str(key)], _ = self._element()
+            row[str(key)], is_utf8 = self._element()
+            every &= is_utf8
             if self._expect(",}", "a comma or the end of the object") == "}":
-                return row
+                return row, every
             self._peek()
         self._at += 1
-        return row
+        return row, every
 
     def _opens_rows(self) -> bool:
         ahead = 1
@@ -243,7 +249,7 @@ class _JsonText:
             value, _ = self._decode(ahead)
         except (ValueError, RecursionError):
             return True
-        return isinstance(value, dict) and not _SPEAKERS & value.keys()
+        return isinstance(value, dict) and not SPEAKERS & value.keys()
 
     def _leave(self) -> None:
         """Past the rest of the object that held the rows."""
@@ -273,9 +279,7 @@ class _JsonText:
                 yield found(line, problem, self._opened.raw.tell())
                 self._skip_to_object()
             else:
-                text = self._text[self._at : end]
-                self._pass(end)
-                yield self._found(line, value, text)
+                yield self._found(line, value, self._take(end))
 
     def _skip_to_object(self) -> None:
         while (at := self._text.find("\n{", self._at)) < 0:
@@ -292,8 +296,8 @@ class _JsonText:
         self._at += 1
         return mark
 
-    def _element(self) -> tuple[Any, str]:
-        """The JSON value at the cursor, and its text."""
+    def _element(self) -> tuple[Any, bool]:
+        """The JSON value at the cursor, and whether its text is UTF-8."""
         try:
             value, end = self._decode()
         except json.JSONDecodeError as error:
@@ -301,9 +305,13 @@ class _JsonText:
             raise self._broken(error.msg) from error
         except (ValueError, RecursionError) as error:
             raise self._broken(str(error)) from error
-        text = self._text[self._at : end]
+        return value, self._take(end)
+
+    def _take(self, end: int) -> bool:
+        """Passes the text up to there; whether it is UTF-8. A long text is not copied for that."""
+        is_utf8 = self._text.isascii() or not holds_no_utf8(self._text[self._at : end])
         self._pass(end)
-        return value, text
+        return is_utf8
 
     def _decode(self, ahead: int = 0) -> tuple[Any, int]:
         """The value so far ahead of the cursor, and where it ends."""
@@ -347,7 +355,8 @@ class _JsonText:
         problem = too_long() if waiting > ROW_LIMIT_BYTES else too_many_values(self._text)
         if problem:
             raise ValueError(f"the row is too long. {problem.why[:-1]}")
-        block = self._opened.stream.read(max(BLOCK_BYTES, waiting))
+        size = max(BLOCK_BYTES, waiting)
+        block = self._first.read(size) or self._opened.stream.read(size)
         self._ended = not block
         self._text += self._bytes_to_text.decode(block, final=not block)
         return bool(block)

@@ -28,6 +28,9 @@ from engine.data.statistics import BadRow
 from engine.data.web_images import WebImages, is_web, read_kept
 from engine.errors import UserError
 
+# Some 2 million tokens; the longest context is 262,144.
+TEXT_LIMIT_CHARACTERS = 4 * 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRules:
@@ -152,6 +155,7 @@ def iterate_rendered(
             conversation = rendered = problem = None
             try:
                 read = finder.resolve(_read(source, row_format), source.file)
+                _refuse_long(read)
                 if tokenizer:
                     read = settle(read, tokenizer, config.history_thinking)
                     rendered = render_settled(read, tokenizer)
@@ -176,6 +180,18 @@ def _read(source: SourceRow, row_format: RowFormat) -> Conversation:
         assert source.problem is not None
         raise source.problem
     return read_row(source.row, row_format)
+
+
+def _refuse_long(conversation: Conversation) -> None:
+    """Raises RowProblem for text that takes more memory to tokenize than there may be."""
+    texts = (part for message in conversation.messages for part in message.parts)
+    characters = sum(len(part.text) for part in texts if not isinstance(part, Image))
+    if characters > TEXT_LIMIT_CHARACTERS:
+        raise RowProblem(
+            "The row is too long.",
+            f"It has {characters:,} characters, and {TEXT_LIMIT_CHARACTERS:,} are tokenized.",
+            "Split it: no model reads so much at once.",
+        )
 
 
 def image_digest(content: bytes | memoryview) -> str:

@@ -4,6 +4,7 @@ What is in a file is for `formats`.
 """
 
 import difflib
+import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.catalog import model_names
-from engine.chat.message import IMAGE_ENDINGS
 from engine.config import DatasetConfig, RunConfig
 from engine.data.content import SourceRow
+from engine.data.folders import Chosen, choose_files, is_metadata, require_split
 from engine.data.formats import CAPTION_READERS, KNOWN_ENDINGS, READERS, ending_of, file_notes
 from engine.data.statistics import FileNote
 from engine.errors import UserError
+from engine.units import counted
 from engine.visible import visible
 
 SAMPLE_PREFIX = "sample:"
@@ -33,6 +35,8 @@ class Location:
     root: Path
     files: tuple[Path, ...]
     hub_id: str | None = None
+    chosen: Chosen | None = None
+    """Of a folder: what else is in it."""
 
     @property
     def folder(self) -> Path | None:
@@ -69,10 +73,12 @@ def locate(dataset: DatasetConfig, folder: Path) -> Location:
         path = _locate_sample(dataset.path.removeprefix(SAMPLE_PREFIX))
         return Location(path, (path,))
     if os.path.isfile(root):
-        _check_ending(root)
-        return Location(root, (root,))
+        return Location(root, (_require_data(root, dataset.split),))
     if os.path.isdir(root):
-        return Location(root, _files_of(root, dataset.data_files))
+        if dataset.data_files:
+            return Location(root, _chosen_files(root, dataset))
+        chosen = choose_files(root, dataset.split)
+        return Location(root, chosen.files, chosen=chosen)
     if os.path.exists(root):
         raise UserError(
             f"{dataset.path} is neither a file nor a folder.",
@@ -107,9 +113,30 @@ def iterate_rows(dataset: DatasetConfig, folder: Path) -> Iterator[SourceRow]:
 def dataset_notes(dataset: DatasetConfig, folder: Path) -> tuple[FileNote, ...]:
     """What to know of how the files of a dataset are read. Raises what `iterate_rows` raises."""
     location = locate(dataset, folder)
-    return tuple(
+    notes = [
         FileNote(location.name(file), text) for file in location.files for text in file_notes(file)
-    )
+    ]
+    if (chosen := location.chosen) is not None:
+        notes += _notes_of_splits(dataset, location, chosen)
+    return tuple(notes)
+
+
+def _notes_of_splits(
+    dataset: DatasetConfig, location: Location, chosen: Chosen
+) -> Iterator[FileNote]:
+    def named(files: tuple[Path, ...]) -> str:
+        return location.name(files[0]) if len(files) == 1 else counted(len(files), "file")
+
+    for split, files in chosen.others.items():
+        offer = f"test_datasets: [{{path: {dataset.path}, split: {split}}}] evaluates it"
+        yield FileNote(named(files), f"the split {split}, which is not learned; {offer}")
+    if chosen.unread:
+        text = "of no split beside files that are, so not read; data_files names what is read"
+        yield FileNote(named(chosen.unread), text)
+    if chosen.missing:
+        yield FileNote(
+            named(chosen.files), f"only {chosen.missing} are here: some rows are missing"
+        )
 
 
 def _local_rows(location: Location) -> Iterator[SourceRow]:
@@ -130,55 +157,35 @@ def _hub_rows(dataset: DatasetConfig) -> Iterator[SourceRow]:
         yield SourceRow(found.line, found.row, None, 0, dataset.path, "row")
 
 
-def _check_ending(path: Path) -> None:
+def _require_data(path: Path, split: str | None) -> Path:
+    """The file. Raises UserError where its name says that it holds no rows, or another split."""
+    if is_metadata(path):
+        raise UserError(
+            f"{path} holds no rows.",
+            "Its name says that it is about a dataset, a model or a run.",
+            "Name the folder, or the file of rows beside it.",
+        )
+    require_split(path, split)
     if ending_of(path) not in READERS:
         raise UserError(
             f"{path} is not a data file that we read.",
             f"Its name ends in {ending_of(path) or 'nothing'}; we read {KNOWN_ENDINGS}.",
             "Convert it to .jsonl (one JSON object a line), or rename it if it is one of these.",
         )
+    return path
 
 
-def _files_of(root: Path, data_files: list[str] | str | None) -> tuple[Path, ...]:
-    if data_files:
-        return _chosen_files(root, [data_files] if isinstance(data_files, str) else data_files)
-    files = tuple(
-        path
-        for path in sorted(root.iterdir())
-        if path.is_file() and not path.name.startswith(".") and ending_of(path) in READERS
-    )
-    if files:
-        return files
-    if captioned := _captioned_images(root):
-        return captioned
-    deeper = sorted(
-        path.parent for path in root.glob("*/*") if path.is_file() and ending_of(path) in READERS
-    )
-    raise UserError(
-        f"{root} holds no data file.",
-        f"A dataset folder holds files ending in {KNOWN_ENDINGS}, or images with a caption of the"
-        " same name in a .txt file; its subfolders are not read.",
-        f"Name {deeper[0]} instead." if deeper else "Name another folder, or a file.",
-    )
-
-
-def _captioned_images(root: Path) -> tuple[Path, ...]:
-    """The captions of a folder of images, with the images that lack one; none without a caption."""
-    names = {path.name for path in root.iterdir() if not path.name.startswith(".")}
-    images = sorted(name for name in names if name.lower().endswith(IMAGE_ENDINGS))
-    files: dict[Path, None] = {}  # two images may share a caption
-    for name in images:
-        caption = f"{os.path.splitext(name)[0]}.txt"
-        files[root / (caption if caption in names else name)] = None
-    return tuple(files) if any(ending_of(file) == ".txt" for file in files) else ()
-
-
-def _chosen_files(root: Path, names: list[str]) -> tuple[Path, ...]:
-    for name in names:
-        if not os.path.isfile(root / name):
+def _chosen_files(root: Path, dataset: DatasetConfig) -> tuple[Path, ...]:
+    """The files that `data_files` names, with `*` and `?` as in a shell."""
+    given = dataset.data_files
+    files: list[Path] = []
+    for name in [given] if isinstance(given, str) else given or ():
+        matching = glob.glob(name, root_dir=root, recursive=True)
+        several = [name] if os.path.isfile(root / name) else matching
+        if not several:
             raise _missing(root / name, name)
-        _check_ending(root / name)
-    return tuple(root / name for name in names)
+        files += [_require_data(root / each, dataset.split) for each in sorted(several)]
+    return tuple(files)
 
 
 def _is_hub_id(text: str, folder: Path) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from engine.config import DatasetConfig
+from engine.data.folders import is_metadata
 from engine.data.formats import READERS, ending_of
 from engine.data.requests import CheckRows, ReadShape, Shape
 from engine.data.shape import mapped
@@ -61,7 +62,7 @@ def find_newest(folder: Path) -> list[str]:
     """The newest .jsonl files at most three folders below, as paths that start at `folder`."""
     found = []
     for looked_at, (path, changed) in enumerate(_walk(str(folder), _DEEPEST)):
-        if path.endswith((".jsonl", ".jsonl.gz")):
+        if path.endswith((".jsonl", ".jsonl.gz")) and not is_metadata(Path(path)):
             found.append((changed, os.path.relpath(path, folder)))
         if looked_at >= _LOOKED_AT:
             break

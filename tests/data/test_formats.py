@@ -139,6 +139,8 @@ def test_a_row_is_counted_where_lines_do_not_tell_rows_apart(tmp_path, text, num
     [
         # A damaged object costs itself, where the next begins a line.
         ('{\n"n": 0\n}\n{\n"n" 1\n}\n{\n"n": 2\n}\n', [{"n": 0}, None, {"n": 2}]),
+        # A bad byte costs its object.
+        (b'{\n"n": "\xff"\n}\n{\n"n": "\xc3\xa9"}\n{\n"n": "\xff"}', [None, {"n": "é"}, None]),
         # The first line is cut; the others are rows.
         ('{"n": 0\n{"n": 1}\n', [None, {"n": 1}]),
         # Two objects with a list of their own called data.

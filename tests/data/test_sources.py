@@ -295,11 +295,7 @@ class TestUnreadableFiles:
             ("a.parquet", b"PAR1 nonsense PAR1", "not readable as Parquet"),
             ("b.jsonl.gz", b"\x1f\x8b not gzip", "damaged"),
             ("a.docx", "x", "ends in .docx"),
-            (
-                "a.docx",
-                "x",
-                ".jsonl, .ndjson, .json, .csv, .tsv, each also with .gz or .zst, and .parquet",
-            ),
+            ("a.docx", "x", formats.KNOWN_ENDINGS),
             ("rows", "x", "ends in nothing"),
         ],
     )
