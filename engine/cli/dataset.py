@@ -128,7 +128,7 @@ def check_data(
 
 
 def _print_checkup(found: "Checkup") -> None:
-    from engine.report.data import image_lines, list_remarks, problem_lines
+    from engine.report.data import image_lines, note_lines, problem_lines
 
     _clear_progress()
     print(f"{counted(found.rows, 'row')}, {found.usable:,} usable")
@@ -142,8 +142,7 @@ def _print_checkup(found: "Checkup") -> None:
         )
     print_lines(image_lines(found))
     print_lines(problem_lines(found.groups))
-    remarks = [remark.line for remark in list_remarks(found)]
-    print_lines(str(line) for line in remarks if line.mark in ("!", "·"))
+    print_lines(map(str, note_lines(found)))
     if found.tokens is None:
         print_lines([Line("·", "", "Tokens are not counted: name a model with --model.")])
 

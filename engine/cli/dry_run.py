@@ -129,7 +129,7 @@ def _refuse_lengths(found: "Checkup", config: RunConfig) -> None:
 
 
 def _row_lines(found: "Checkup", config: RunConfig, of: str = "") -> Iterator[str]:
-    from engine.report.data import learned_text, left_out_line
+    from engine.report.data import learned_text, left_out_line, note_lines
 
     yield f"{of}{found.usable:,} of {counted(found.rows, 'row')} can be used."
     if found.tokens is None:
@@ -138,3 +138,4 @@ def _row_lines(found: "Checkup", config: RunConfig, of: str = "") -> Iterator[st
     yield f"{of}{learned_text(found.tokens.learned, found.tokens.total)}."
     if line := left_out_line(found.left_out, config.sequence_len):
         yield f"{line.mark} {of}{line.text}."
+    yield from (f"{note.mark} {of}{note.label}: {note.text}" for note in note_lines(found))

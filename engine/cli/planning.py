@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -39,7 +39,6 @@ from engine.plan import (
     Device,
     Goal,
     Place,
-    Statistics,
     advice_document,
     alternative_document,
     compare_peer,
@@ -74,6 +73,9 @@ from engine.visible import visible
 from engine.wizard.draft import count_config_rows
 from engine.wizard.start import STEPS, find_device, measure, read_planned
 
+if TYPE_CHECKING:
+    from engine.data.statistics import Checkup
+
 
 def print_recommendation(
     *changes: Annotated[str, Parameter(help="Values to keep, such as lora_r=64.")],
@@ -91,9 +93,11 @@ def print_recommendation(
     fixed = _fixed_values(model, changes)
     advice = recommend(place, dataset=dataset, goal=goal, fixed=fixed)
     check_tokenizer(tokenizer_name(advice.config))
+    found = None
     if dataset:
         # Goal and changes decide what a row becomes, so that its lengths are those of the config.
-        place = replace(place, statistics=_count_rows(advice.config))
+        found = _check_rows(advice.config)
+        place = replace(place, statistics=found.statistics())
         advice = recommend(place, dataset=dataset, goal=goal, fixed=fixed)
     config = advice.config
     if out and out.absolute().parent != Path.cwd():
@@ -101,9 +105,14 @@ def print_recommendation(
     reasons = {key: why for key, why in advice.reasons.items() if key != "datasets"}
     text = write_config(config, reasons, out)
     if as_json:
-        print(json.dumps(advice_document(advice, device)))
+        said = [asdict(finding) for finding in found.findings] if found else []
+        print(json.dumps(advice_document(advice, device) | {"findings": said}))
         return 0
     print_lines(advice_lines(advice, device))
+    if found:
+        from engine.report.data import note_lines
+
+        print_lines(map(str, note_lines(found)))
     if out:
         print_lines([f"Written to {out}. Train it with: windtunnel train {out}"])
     else:
@@ -167,7 +176,7 @@ def print_estimate(
     return DOES_NOT_FIT if needs.verdict == "does not fit" else 0
 
 
-def _count_rows(config: RunConfig) -> Statistics:
+def _check_rows(config: RunConfig) -> "Checkup":
     """Read and tokenize every row once, to know lengths and how much is learned.
 
     Raises UserError where the dataset cannot be read or no row of it can be used.
@@ -177,15 +186,14 @@ def _count_rows(config: RunConfig) -> Statistics:
 
     tokenizer = open_tokenizer(tokenizer_name(config), Path.cwd())
     found = check_config(config, Path.cwd(), tokenizer)
-    statistics = found.statistics()
-    if statistics is None:
+    if not found.usable:
         path = visible(config.datasets[0].path, one_line=True)
         raise UserError(
             f"No row of {path} can be used.",
             f"{found.rows} were read, and each has a problem.",
             f"`windtunnel check {path}` lists them, with repairs.",
         )
-    return statistics
+    return found
 
 
 def _attention_lines(config: RunConfig, architecture: Architecture, device: Device) -> list[Line]:

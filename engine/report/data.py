@@ -152,6 +152,12 @@ def list_remarks(found: Checkup) -> list[Remark]:
     return sorted(remarks, key=lambda remark: _RANKS.index(remark.line.mark))
 
 
+def note_lines(found: Checkup) -> list[Line]:
+    """What to know of the rows that can be used, worst first."""
+    lines = (remark.line for remark in list_remarks(found))
+    return [line for line in lines if line.mark in ("!", "·")]
+
+
 def _problem(group: ProblemGroup) -> Remark:
     first = group.first
     line = bad_row_line(first)
