@@ -66,6 +66,13 @@ def train(
     ] = False,
     max_steps: Annotated[int | None, Parameter(help="Stop after so many optimizer steps.")] = None,
     anyway: Annotated[bool, Parameter(help="Start even where the estimate does not fit.")] = False,
+    verify: Annotated[
+        bool,
+        Parameter(
+            "--verify-resume",
+            help="Prove here, in a few steps, that a stopped run goes on to the same losses.",
+        ),
+    ] = False,
     as_json: AsJson = False,
     as_events: AsEvents = False,
     home: RunsFolder = None,
@@ -83,6 +90,8 @@ def train(
     if max_steps is not None:
         changes = (*changes, f"max_steps={max_steps}")
     plan = plan_run(config, changes, anyway=anyway)
+    if verify:
+        return _verify(config, changes, plan, home, host, as_json)
     created = create(config, changes, home)
     run = created.run
     watch = None if detach else EventLines() if as_events else host.make_watch()
@@ -94,6 +103,25 @@ def train(
             print_lines(read_results(run))
         print_lines(state_lines(run))
     return status
+
+
+def _verify(
+    config: Path,
+    changes: Sequence[str],
+    plan: Mapping[str, object] | None,
+    home: Path | None,
+    host: Host,
+    as_json: bool,
+) -> int:
+    from engine.wizard.verify import verify_resume
+
+    watch = PlainWatch()
+    proof = verify_resume(
+        config, changes, plan, home=home, module=host.trainer, say=_print_now, show=watch.show
+    )
+    document = {"run": None, "verify_resume": proof.document()}
+    print(json.dumps(document) if as_json else proof.verdict())
+    return 0 if proof.holds else 1
 
 
 def start(

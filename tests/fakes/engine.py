@@ -4,7 +4,8 @@ It locks, tells, listens, saves and dies by the same code as the real one; only 
 What it does is set in its environment: FAKE_STEPS, FAKE_STEP_SECONDS, FAKE_SAVE_SECONDS,
 FAKE_LAST_WORDS (die with them and FAKE_EXIT_STATUS before the lock), FAKE_SILENT (never lock),
 FAKE_FAILS_AT (a step), FAKE_LEAVES_A_WORKER (fork a child that outlives a kill), FAKE_REFUSES (a
-command), FAKE_FILE_SIZE (the largest file, in bytes, that the system lets it write).
+command), FAKE_FORGETS (what is added to a loss after a resume), FAKE_FILE_SIZE (the largest file,
+in bytes, that the system lets it write).
 """
 
 import math
@@ -14,6 +15,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from engine.errors import UserError
 from engine.events import Ack, Ended, EventWriter, Phase, Saved, Started, Step
@@ -101,7 +104,10 @@ def train(
                 continue
             time.sleep(STEP_SECONDS)
             step += 1
-            events.emit(step_event(step))
+            made = step_event(step)
+            if "--resume" in arguments:
+                made = replace(made, loss=made.loss + float(os.environ.get("FAKE_FORGETS", 0)))
+            events.emit(made)
             if step == int(os.environ.get("FAKE_FAILS_AT", -1)):
                 events.emit(Ended("failed", step, "The loss is NaN.", "It diverged.", "Lower lr."))
                 sys.exit(1)

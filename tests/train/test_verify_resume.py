@@ -1,0 +1,53 @@
+"""`train --verify-resume` with the real trainer: what it proves, and what it would find."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.cli import main
+from engine.runs import list_runs
+from engine.wizard.verify import Proof, verify_resume
+from tests.support.trainers import LORA, QLORA, Workshop
+
+pytestmark = pytest.mark.slow
+KEYS = LORA
+
+
+@pytest.mark.parametrize("keys", [LORA, QLORA, {"adapter": None}], ids=["lora", "qlora", "full"])
+def test_each_method_goes_on_bit_for_bit(
+    workshop: Workshop, capfd: pytest.CaptureFixture[str], keys: dict[str, Any]
+) -> None:
+    run = workshop.new(**keys)
+    before, known = sorted(run.path.parent.iterdir()), list_runs()
+    assert main(["train", str(run.config), "--verify-resume", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)["verify_resume"]
+    assert (found["same"], found["difference"], found["usual_difference"]) == (True, 0.0, 0.0)
+    unbroken, resumed = found["losses"]
+    assert len(set(unbroken)) == 5
+    assert resumed == unbroken[3:]
+    assert sorted(run.path.parent.iterdir()) == before
+    assert list_runs() == known
+
+
+@pytest.mark.parametrize("forgotten", ["restore_optimizer", "restore_rng_state", "load_trained"])
+def test_what_a_resume_forgets_is_found(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, forgotten: str
+) -> None:
+    monkeypatch.setenv("FORGETS", forgotten)
+    proof = prove(workshop.new(**LORA).config)
+    assert not proof.holds
+    assert proof.verdict().startswith("✗ a stopped run does not go on to the same losses")
+
+
+def prove(config: Path) -> Proof:
+    return verify_resume(
+        config,
+        (),
+        None,
+        home=None,
+        module="tests.fakes.forgetful",
+        say=print,
+        show=print,
+    )
