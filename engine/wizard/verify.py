@@ -123,7 +123,8 @@ def verify_resume(
     config = with_absolute_paths(read_config(file).override(changes).config, file.absolute().parent)
     near = Path(config.output_dir).parent if config.output_dir else run_home(home)
     near.mkdir(parents=True, exist_ok=True)
-    with _term_as_interrupt(), tempfile.TemporaryDirectory(".windtunnel-verify", dir=near) as place:
+    scratch = tempfile.TemporaryDirectory(prefix=".windtunnel-verify-", dir=near)
+    with _term_as_interrupt(), scratch as place:
         unbroken, stopped = (RunFolder(Path(place).resolve() / name) for name in ("one", "two"))
 
         def steps(run: RunFolder, what: str, checkpoint: str | None = None) -> tuple[Step, ...]:
