@@ -15,7 +15,7 @@ from textual.widgets import Input, Static
 
 from engine.errors import UserError
 from engine.wizard.draft import Draft
-from tests.support.screens import screen_text
+from tests.support.screens import screen_text, wait_for_text
 from tui.app import WindtunnelApp
 from tui.line import to_ascii
 from tui.page import Key, Page, fit_keys
@@ -253,8 +253,7 @@ async def test_too_small_a_terminal_is_told_what_it_needs(size: tuple[int, int])
         assert f"needs 60 columns and 18 rows, has {width}x{height}; --plain works" in text
         assert "Machine" not in text
         await pilot.resize_terminal(80, 24)
-        await pilot.pause()
-        assert "● Machine" in screen_text(pilot.app)
+        await wait_for_text(pilot, "● Machine")
 
 
 async def test_at_60_columns_the_steps_and_the_kept_keys_are_whole() -> None:

@@ -278,6 +278,7 @@ async def test_an_image_is_one_chip_that_the_cursor_steps_over_and_nobody_learns
     row = chat("What is it?", "A lamp.", images=["lamp.png"])
     draft = draft_of(tmp_path, row, model="demo-tiny-vision")
     async with previewed(draft, "every row learns something") as screen:
+        await screen.until("[image 448x336: 8 x 6 tokens]")
         assert screen.text.count("[image 448x336: 8 x 6 tokens]") == 1
         await screen.press("right", "right")
         told = "54 tokens from 3  image 448x336: 8 x 6 tokens  only read: image  message 0"

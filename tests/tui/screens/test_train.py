@@ -330,7 +330,7 @@ async def attached(**fake: object) -> AsyncIterator[tuple[RunFolder, Pilot[int]]
 
 async def test_charts_move_while_the_run_goes_on(home: Path) -> None:
     async with attached() as (_, pilot):
-        await wait_for_text(pilot, "loss 2.")
+        await wait_for_text(pilot, "smoothed")
         before = screen_text(pilot.app)
         await wait_for(pilot, lambda: screen_text(pilot.app) != before)
 
