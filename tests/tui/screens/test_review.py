@@ -13,7 +13,7 @@ from engine.hardware import assume, read_machine
 from engine.plan import best_device, cpu_device
 from engine.wizard.draft import Draft
 from tests.support.extras import needs_trainer
-from tests.support.screens import screen_text
+from tests.support.screens import screen_text, wait_for_text
 from tui.app import WindtunnelApp
 from tui.page import CommandLine, Page
 from tui.screens.review import ReviewPage
@@ -111,10 +111,8 @@ async def test_a_plan_that_does_not_fit_is_saved_and_said_to_be_one() -> None:
 async def test_start_is_refused_with_its_reason() -> None:
     async with review_page(for_a_planned_card()) as pilot:
         await pilot.press("up", "enter")
-        await pilot.pause()
-        text = screen_text(pilot.app)
-    assert "is planned for and not here." in text
-    assert "kept" in text
+        await wait_for_text(pilot, "kept")
+        assert "is planned for and not here." in screen_text(pilot.app)
 
 
 @needs_trainer
