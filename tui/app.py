@@ -22,10 +22,9 @@ from engine.errors import UserError
 from tui.page import STEPS, Page, RowsCounted
 
 if TYPE_CHECKING:
-    from engine.config import RunConfig
     from engine.hardware import Machine
     from engine.runs import RunFolder
-    from engine.wizard.draft import Counted, Draft
+    from engine.wizard.draft import Draft
     from engine.wizard.flow import Wizard
     from engine.wizard.question import Work
     from engine.wizard.reading import DataWorker
@@ -124,7 +123,7 @@ class WindtunnelApp(App[int]):
         self._opened: dict[str, Page] = {}
         self._shown = ""
         self._data_worker: DataWorker | None = None
-        self._counting: Counted | None = None
+        self._counting: Work | None = None
         self._ascii: list[LineFilter] = []
         if ascii_only:
             from tui.line import AsciiFilter
@@ -211,21 +210,24 @@ class WindtunnelApp(App[int]):
 
         The page that is shown then gets RowsCounted.
         """
-        from engine.wizard.draft import counted_of, next_count
-
         with suppress(UserError):  # the page says itself why there is no plan
-            config = next_count(self.draft)
-            if config is not None and counted_of(config) != self._counting:
-                self._counting = counted_of(config)
-                self.run_worker(self._count_rows(config), group="rows", exclusive=True)
+            work = self.wizard.plan.counting()
+            if work is not None and work != self._counting:
+                self._counting = work
+                self.run_worker(self._count_rows(work), group="rows", exclusive=True)
 
-    async def _count_rows(self, config: "RunConfig") -> None:
-        from engine.wizard.draft import count_rows
-
-        new = await count_rows(self.draft, config, self.data_worker)
+    async def _count_rows(self, work: "Work") -> None:
+        found: object
+        try:
+            found = await self.data_worker.ask(work.request)
+        except UserError as error:
+            found = error
         self._counting = None
-        if new and isinstance(self.screen, Page):
-            self.screen.post_message(RowsCounted())
+        with suppress(UserError):  # the answers have come to contradict each other
+            if work == self.wizard.plan.counting():
+                self.wizard.plan.receive(work, found)
+                if isinstance(self.screen, Page):
+                    self.screen.post_message(RowsCounted())
 
     def open_step(self, name: str) -> None:
         """Show the page of one of STEPS, made when it is first asked for."""

@@ -251,12 +251,19 @@ class Page(Screen[None]):
         and a search of the whole page finds that one first."""
         return self.query_one("#body").query_one(kind)
 
-    def say(self, mark: str, word: str, text: str = "") -> None:
-        """The page's answer: one of `✓ ! ✗ · ▶ ?`, the verdict's word, and one sentence."""
+    def say(self, mark: str, word: str, text: str = "", short: str = "") -> None:
+        """The page's answer: one of `✓ ! ✗ · ▶ ?`, the verdict's word, and one sentence.
+
+        A step says `short` where the row has no room for `text`.
+        """
         content = verdict(mark, word, visible(text, one_line=True))
         if self.STEP:
             name = (f"{self.STEP}  ", "$muted")
-            self.query_one(Verdict).show(lambda _: Content.assemble(name, content))
+            whole = Content.assemble(name, content)
+            cut = Content.assemble(name, verdict(mark, word, visible(short, one_line=True)))
+            self.query_one(Verdict).show(
+                lambda size: cut if short and whole.cell_length > size.width else whole
+            )
         else:
             self.query_one(StepBar).show_verdict(content)
 

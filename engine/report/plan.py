@@ -209,11 +209,12 @@ NOTABLE = 0.02
 """Of our peak, by which that of another trainer has to differ to be worth a line."""
 
 
-def plan_verdict(needs: Estimate, device: Device) -> Line:
+def plan_verdict(needs: Estimate, device: Device, *, named: bool = True) -> Line:
     sure = "measured" if needs.source == "measured" else f"± {needs.uncertainty:.0%}"
     each = f" on each of {needs.cards}" if needs.cards > 1 else ""
     given = f"{device.can_give_bytes / GIB:.1f} of {device.total_bytes / GIB:.1f}"
-    text = f"needs {gib(needs.device_bytes)}{each} {sure}, {device.name} can give {given}"
+    name = device.name if named else "it"
+    text = f"needs {gib(needs.device_bytes)}{each} {sure}, {name} can give {given}"
     return Line(VERDICT_MARKS[needs.verdict], needs.verdict, text)
 
 

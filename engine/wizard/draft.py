@@ -259,7 +259,7 @@ def _set(draft: Draft, key: str, assignments: list[str]) -> None:
 if TYPE_CHECKING:
     from engine.chat.tokenizer import ChatTokenizer
     from engine.wizard.question import Work
-    from engine.wizard.reading import DataWorker, Read
+    from engine.wizard.reading import Read
 
 NO_ROW: Final = "no row of it can be used, or its tokenizer is not here"
 MOST_BYTES: Final = 256 * 2**20
@@ -338,32 +338,16 @@ def take_count(draft: Draft, config: RunConfig, statistics: Statistics | None) -
     draft.uncounted = "" if draft.statistics else NO_ROW
 
 
-def take_answer(draft: Draft, config: RunConfig, answer: object) -> bool:
-    """Put what came of counting the rows of `config` into the plan, a checkup or the UserError
-    that ended it; whether the draft still asks for them."""
-    try:
-        if counted_of(draft.config()) != counted_of(config):
-            return False
-    except UserError:  # the answers have come to contradict each other
-        return False
+def take_answer(draft: Draft, answer: object) -> None:
+    """Put what came of counting the rows of the draft's config into the plan: a checkup, or the
+    UserError that ended it."""
+    config = draft.config()
     if isinstance(answer, UserError):
         draft.counted = counted_of(config)
         draft.uncounted = f"its rows could not be counted: {answer.what}"
     else:
         assert isinstance(answer, Checkup)
         take_count(draft, config, answer.statistics())
-    return True
-
-
-async def count_rows(draft: Draft, config: RunConfig, worker: "DataWorker") -> bool:
-    """Count the rows of `config` for the plan; whether the draft still asks for them."""
-    from engine.data.requests import CheckRows
-
-    try:
-        found = await worker.ask(CheckRows(rows_config(config), Path.cwd()))
-    except UserError as error:
-        return take_answer(draft, config, error)
-    return take_answer(draft, config, found)
 
 
 def count_work(draft: Draft, read: "Read") -> "Work | None":

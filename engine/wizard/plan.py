@@ -270,7 +270,7 @@ def list_cards(draft: Draft) -> list[Card]:
 
 
 class PlanStep:
-    """Which values. `asked` is what stands in place of them: the rungs, or other GPUs."""
+    """Which values; in place of them the rungs or other GPUs, once they are asked for."""
 
     title = "Plan"
 
@@ -279,28 +279,35 @@ class PlanStep:
         self._read = read
         self.every = False
         """Whether all settings are listed."""
+        self.measuring = False
+        """Whether it was asked for and has not ended."""
+        self.rungs: tuple[Alternative, ...] = ()
+        self.cards: list[Card] = []
+        """What the lines stand for that are asked in place of the values."""
         self._asked = ""
-        self._measuring = False
         self._news: tuple[Line, ...] = ()
-        self._cards: list[Card] = []
 
     def work(self) -> Work | None:
         """Counting rows that the plan is without, or the measuring that was asked for.
 
         The question can be asked before the rows are counted.
         """
-        if not self._measuring:
-            return count_work(self._draft, self._read)
+        if not self.measuring:
+            return self.counting()
         config, device = self._draft.config(), self._device
         run = partial(measure_plan, with_absolute_paths(config, Path.cwd()))
         return Work(MEASURE, (repr(config), device.name), MEASURING[device.kind], run)
 
+    def counting(self) -> Work | None:
+        """Counting rows that the plan is without."""
+        return count_work(self._draft, self._read)
+
     def receive(self, work: Work, result: object) -> None:
         """Take in counts of rows, or what was measured: the estimate has it from now on."""
         if work.name != MEASURE:
-            take_answer(self._draft, self._draft.config(), result)
+            take_answer(self._draft, result)
             return
-        self._measuring = False
+        self.measuring = False
         if isinstance(result, UserError):
             text = f"{result.why} {result.fix}"
             self._news = (Line("✗", "not measured", f"{result.what} {text}"),)
@@ -334,9 +341,9 @@ class PlanStep:
         facts = (*self._news, *self.facts())
         return Question(self.verdict(), tuple(choices), facts=facts, typed=SET)
 
-    def verdict(self) -> Line:
-        """Whether the plan fits, in one sentence."""
-        return plan_verdict(self._draft.advice().estimate, self._device)
+    def verdict(self, *, named: bool = True) -> Line:
+        """Whether the plan fits, in one sentence; the device in it by its name, or not."""
+        return plan_verdict(self._draft.advice().estimate, self._device, named=named)
 
     def facts(self) -> tuple[Line, ...]:
         """Where the memory goes, what is not in the numbers, and what the run amounts to."""
@@ -354,9 +361,9 @@ class PlanStep:
             Line("", "", amounts_text(advice)),
         )
 
-    def fields(self) -> list[Field]:
-        """The values that are listed, each with its reason."""
-        return list_fields(self._draft, every=self.every)
+    def fields(self, wrong: tuple[str, str] | None = None) -> list[Field]:
+        """The values that are listed, each with its reason; `wrong` as `list_fields` has it."""
+        return list_fields(self._draft, every=self.every, wrong=wrong)
 
     def confirm(self, _key: str, _text: str) -> Confirm | None:
         """Nothing here is asked twice."""
@@ -367,13 +374,15 @@ class PlanStep:
         before, opened = self._draft.config(), bool(self._asked)
         if opened:
             self._take_line(key)
-        elif key in (FIT, CARDS):
-            self._asked = key
+        elif key == FIT:
+            self._asked, self.rungs = key, list_rungs(self._draft)
+        elif key == CARDS:
+            self._asked, self.cards = key, list_cards(self._draft)
         elif key == ALL:
             self.every = not self.every
         elif key == MEASURE:
             self._require_here()
-            self._measuring = True
+            self.measuring = True
         elif key == SET:
             name, equals, value = text.partition("=")
             if not equals:
@@ -420,7 +429,7 @@ class PlanStep:
         )
 
     def _rungs(self) -> Question:
-        rungs = list_rungs(self._draft)
+        rungs = self.rungs
         choices = [
             Choice(
                 f"{place}",
@@ -439,7 +448,6 @@ class PlanStep:
         return Question(headline, (*choices, leave), max(0, len(choices) - 1))
 
     def _other_cards(self) -> Question:
-        self._cards = list_cards(self._draft)
         choices = [
             Choice(
                 f"{place}",
@@ -447,9 +455,9 @@ class PlanStep:
                 f"can give {gib(card.device.can_give_bytes)}, {card.needs.spare_bytes / GIB:+.1f}",
                 Line(VERDICT_MARKS[card.needs.verdict], card.needs.verdict, ""),
             )
-            for place, card in enumerate(self._cards)
+            for place, card in enumerate(self.cards)
         ]
-        names = [card.device.name for card in self._cards]
+        names = [card.device.name for card in self.cards]
         here = self._device.name
         headline = Line("·", "other GPUs", "what each can give, and what is left")
         leave = Choice(ACCEPT, "stay with this one", here)
@@ -460,15 +468,11 @@ class PlanStep:
         asked, self._asked = self._asked, ""
         if key == ACCEPT:
             return
-        if asked == FIT:
-            self.take_rung(int(key))
-        else:
-            self._draft.device = self._cards[int(key)].device
-
-    def take_rung(self, place: int) -> None:
-        """Take the change of that place, with all above it."""
-        for key, value in list_rungs(self._draft)[place].changes.items():
-            self._draft.change(key, value)
+        if asked == CARDS:
+            self._draft.device = self.cards[int(key)].device
+        else:  # with all rungs above it
+            for name, value in self.rungs[int(key)].changes.items():
+                self._draft.change(name, value)
 
     def _require_here(self) -> None:
         if self._device.planned:

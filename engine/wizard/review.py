@@ -85,7 +85,7 @@ class ReviewStep:
 
     def receive(self, _work: Work, result: object) -> None:
         """Take in counts of rows."""
-        take_answer(self._draft, self._draft.config(), result)
+        take_answer(self._draft, result)
 
     def question(self) -> Question:
         """Start it where it can be, else save it; the reason stands beside the start."""

@@ -22,7 +22,6 @@ from engine.wizard.draft import (
     Draft,
     check_rows,
     count_config_rows,
-    count_rows,
     counted_of,
     next_count,
     take_count,
@@ -272,17 +271,15 @@ class TestChanged:
 
     async def test_a_count_that_nobody_asks_for_any_more_is_dropped(self) -> None:
         draft = draft_on(dataset=DatasetConfig(path=SAMPLE))
-        config = next_count(draft)
-        assert config is not None
-        found = found_in(draft)
-
-        held = Held(found)
-        counting = asyncio.create_task(count_rows(draft, config, held))
-        await asyncio.sleep(0)
-        draft.change("train_on_thinking", False)
-        held.told.set()
-        assert await counting is False
-        assert draft.statistics is None
+        app = WindtunnelApp(draft, start="Plan")
+        app._data_worker = held = Held(found_in(draft))
+        async with app.run_test() as pilot:
+            screen = Screen(app, pilot)
+            await screen.until(lambda: bool(held.asked))
+            draft.change("train_on_thinking", False)
+            held.told.set()
+            await screen.until(lambda: app._counting is None)
+            assert draft.statistics is None
 
     def test_another_model_counts_the_same_rows_anew(self) -> None:
         draft = draft_on(dataset=DatasetConfig(path=SAMPLE))

@@ -9,9 +9,9 @@ from textual.pilot import Pilot
 
 from engine.config import DatasetConfig
 from engine.hardware import assume
-from engine.plan import Statistics, best_device, cpu_device
+from engine.plan import Device, Statistics, best_device, cpu_device
 from engine.report.plan import bar_parts, legend, share_cells, stretches
-from engine.units import gib
+from engine.units import GIB, gib
 from engine.wizard.draft import Draft, counted_of, set_value
 from engine.wizard.plan import list_fields
 from tests.support.screens import assert_golden, screen_text, wait_for
@@ -315,3 +315,21 @@ async def test_big_f_measures_here_and_keeps_the_figures(
             seconds=120,
         )
     assert list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        Device("RTX 6000 Ada Generation", "cuda", 40 * GIB, 38 * GIB, (8, 9)),
+        Device("this computer's CPU", "cpu", 24 * GIB, 21 * GIB),
+    ],
+)
+async def test_what_can_be_given_is_not_cut_at_80_columns(device: Device) -> None:
+    draft = planned("RTX 4090", "magistral-small-2507")
+    draft.device = device
+    draft.change("adapter", "lora")
+    needs = draft.advice().estimate
+    row = (await on_page(draft)).splitlines()[1]
+    amounts = f"needs {gib(needs.device_bytes)} ± {needs.uncertainty:.0%}"
+    can_give = f"it can give {needs.can_give_bytes / GIB:.1f} of {device.total_bytes / GIB:.1f}"
+    assert row == f"  Plan  ✗ does not fit  {amounts}, {can_give}"

@@ -1,7 +1,10 @@
-"""The page on which memory is seen: a value changes, and bar, verdict and reasons follow."""
+"""The Plan page prints the wizard's fifth step: a value changes, bar, verdict and reasons follow.
 
-import asyncio
-from pathlib import Path
+The rungs that make a plan fit and other GPUs for it stand in panes beside the settings where there
+is room, and over the settings when asked for.
+"""
+
+from collections.abc import Sequence
 from typing import ClassVar, Final
 
 from textual.app import ComposeResult
@@ -11,26 +14,32 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
-from engine.config import RunConfig
 from engine.config.schema import explain_key
-from engine.data.sources import with_absolute_paths
 from engine.errors import UserError
-from engine.report.plan import plan_verdict
-from engine.visible import visible
-from engine.wizard.draft import set_value
+from engine.plan import Alternative, Device, Estimate
+from engine.report import VERDICT_MARKS
+from engine.units import GIB
+from engine.visible import fold, visible
+from engine.wizard.draft import Draft
 from engine.wizard.plan import (
-    MEASURING,
+    ALL,
+    CARDS,
+    FIT,
+    FITS_ALREADY,
+    MEASURE,
+    RECOMMENDED,
     Card,
+    PlanStep,
     amounts_text,
+    faster_sentence,
     list_cards,
-    list_fields,
     list_rungs,
-    measure_plan,
     plan_command,
     what_to_know,
 )
+from engine.wizard.question import Work
+from tui.line import MARK_STYLES
 from tui.page import HelpText, Key, Page
-from tui.screens.plan.comparisons import card_lines, roomy_lines, rung_lines
 from tui.widgets.choices import Choices, Fields
 from tui.widgets.memory_bar import MemoryBar
 from tui.widgets.pane import Pane
@@ -40,16 +49,57 @@ _BESIDE_CELLS: Final = 42
 _TYPED_NUMBERS: Final = "a digit types a number, left and right step through the usual values"
 
 
-class ChoicePanel(Pane):
-    """Lines to choose from, in place of the settings."""
+_INDENT: Final = "    "
 
-    def __init__(
-        self, title: str, lines: list[Content], *, note: str, about: str, cursor: int
-    ) -> None:
-        choices = Choices(lines)
-        choices.set_reactive(Choices.cursor, cursor)
-        super().__init__(choices, title=title, subtitle=note)
-        self.about = about
+
+def roomy_lines(draft: Draft, columns: int) -> list[Content]:
+    """What is said of a plan that fits: what the room that is left could be used for."""
+    faster = faster_sentence(draft)
+    more = fold(faster, columns) if faster else []
+    return [Content("it fits as it is"), *map(Content, more)]
+
+
+def rung_lines(rungs: Sequence[Alternative], columns: int | None = None) -> list[Content]:
+    """One line a rung: what changes, what is then needed, and the cost.
+
+    In `columns` the cost stands below, in lines of its own that are broken between words.
+    """
+    lines = []
+    for rung in rungs:
+        mark, style = _mark(rung.estimate)
+        below = fold(rung.trade, columns and columns - len(_INDENT))
+        cost = f"  {rung.trade}" if columns is None else "".join(f"\n{_INDENT}{x}" for x in below)
+        lines.append(
+            Content.assemble(
+                f"{rung.name:<34}{rung.estimate.device_bytes / GIB:>6.1f} ",
+                (mark, style),
+                (cost, "$muted"),
+            )
+        )
+    return lines
+
+
+def card_lines(cards: Sequence[Card], here: Device) -> list[Content]:
+    """One line a card: what it can give, the verdict, what is left or missing."""
+    lines = []
+    for card in cards:
+        mark, style = _mark(card.needs)
+        spare = card.needs.spare_bytes / GIB
+        name = f"{card.device.name:<24}"
+        lines.append(
+            Content.assemble(
+                (name, "$lit" if card.device.name == here.name else ""),
+                f"{card.device.can_give_bytes / GIB:>6.1f} ",
+                (mark, style),
+                (f"{spare:>+8.1f}", "$muted"),
+            )
+        )
+    return lines
+
+
+def _mark(needs: Estimate) -> tuple[str, str]:
+    mark = VERDICT_MARKS[needs.verdict]
+    return mark, MARK_STYLES[mark]
 
 
 class PlanPage(Page):
@@ -85,10 +135,7 @@ class PlanPage(Page):
 
     def __init__(self) -> None:
         super().__init__()
-        self._every = False
         self._wrong: tuple[str, str] | None = None
-        self._cards: list[Card] = []
-        self._measuring = False
 
     def compose_body(self) -> ComposeResult:
         yield MemoryBar()
@@ -104,6 +151,10 @@ class PlanPage(Page):
 
     def on_mount(self) -> None:
         self.part(Fields).focus()
+
+    @property
+    def _step(self) -> PlanStep:
+        return self.app.wizard.plan
 
     def refresh_from_draft(self) -> None:
         self._wrong = None
@@ -123,16 +174,14 @@ class PlanPage(Page):
             return
         needs, device = advice.estimate, draft.device
         assert device is not None
-        line = plan_verdict(needs, device)
-        self.say(line.mark, line.label, line.text)
-        self.query_one("#settings", Pane).show_subtitle(
-            visible(what_to_know(self.app.draft), one_line=True)
-        )
+        line = self._step.verdict()
+        self.say(line.mark, line.label, line.text, self._step.verdict(named=False).text)
+        known = visible(what_to_know(draft), one_line=True)
+        self.query_one("#settings", Pane).show_subtitle(known)
         planned = " (planned)" if device.planned else ""
         self.show_title(f"{device.name}{planned}")
         self.part(MemoryBar).show_estimate(needs, device)
-        fields = list_fields(draft, every=self._every, wrong=self._wrong)
-        self.part(Fields).show_fields(fields)
+        self.part(Fields).show_fields(self._step.fields(self._wrong))
         self.show_command(plan_command(draft))
         self._show_beside()
         self._show_reason()
@@ -172,7 +221,7 @@ class PlanPage(Page):
 
     def on_fields_changed(self, message: Fields.Changed) -> None:
         try:
-            set_value(self.app.draft, message.key, message.text)
+            self._step.change(message.key, message.text)
             self._wrong = None
         except UserError as error:
             self._wrong = (message.key, f"{error.what} {error.why}")
@@ -188,76 +237,77 @@ class PlanPage(Page):
     def action_recommended(self) -> None:
         field = self.part(Fields).field
         if field is not None:
-            self.app.draft.reset(field.key)
+            self._step.change(field.key, RECOMMENDED)
             self._wrong = None
             self._show_plan()
 
     def action_all_settings(self) -> None:
-        self._every = not self._every
-        self._show_plan()
+        with self.showing_refusals():
+            self._step.take(ALL, "")
+            self._show_plan()
 
     def action_make_fit(self) -> None:
-        rungs = list_rungs(self.app.draft)
-        if not rungs:
-            self.app.notify("it fits as it is", timeout=3, markup=False)
-            return
-        enough = rungs[-1].estimate.verdict != "does not fit"
-        note = "enter on a line takes it and all above" if enough else "all are not enough: g"
-        panel = ChoicePanel(
-            "what would fit, least change first",
-            rung_lines(rungs),
-            note=note,
-            about="rungs",
-            cursor=len(rungs) - 1,
-        )
-        self.cover(panel, [Key("enter", "take them"), Key("esc", "close")])
-
-    def action_measure(self) -> None:
-        """Build the real shape with random weights and make a few steps of it, in a process."""
-        device = self.app.draft.device
-        assert device is not None
-        if device.planned:
-            words = f"{device.name} is not here: it can be planned for, and not measured"
-            self.app.notify(words, severity="warning", markup=False)
-        elif not self._measuring:
-            self._measuring = True
-            self.app.notify(MEASURING[device.kind], timeout=10, markup=False)
-            config = with_absolute_paths(self.app.draft.config(), Path.cwd())
-            self.run_worker(self._measure(config))
-
-    async def _measure(self, config: RunConfig) -> None:
         with self.showing_refusals():
-            sentence = await asyncio.to_thread(measure_plan, config)
-            self.app.notify(visible(sentence, one_line=True), timeout=20, markup=False)
-            self.app.draft.look_again()
-            self._show_plan()
-        self._measuring = False
+            self._step.take(FIT, "")
+            rungs = self._step.rungs
+            if not rungs:
+                self._step.back()
+                self.app.notify(FITS_ALREADY, timeout=3, markup=False)
+                return
+            enough = rungs[-1].estimate.verdict != "does not fit"
+            note = "enter on a line takes it and all above" if enough else "all are not enough: g"
+            title = "what would fit, least change first"
+            self._open(title, rung_lines(rungs), note, len(rungs) - 1, "take them")
 
     def action_other_gpus(self) -> None:
-        draft = self.app.draft
-        assert draft.device is not None
-        self._cards = list_cards(draft)
-        lines = card_lines(self._cards, draft.device)
-        title = "the same plan on other GPUs: what each can give, and what is left"
-        names = [card.device.name for card in self._cards]
-        here = names.index(draft.device.name) if draft.device.name in names else 0
-        note = "enter plans for it"
-        panel = ChoicePanel(title, lines, note=note, about="cards", cursor=here)
-        self.cover(panel, [Key("enter", "plan for it"), Key("esc", "close")])
+        with self.showing_refusals():
+            self._step.take(CARDS, "")
+            device, cards = self.app.draft.device, self._step.cards
+            assert device is not None
+            title = "the same plan on other GPUs: what each can give, and what is left"
+            here = next((n for n, card in enumerate(cards) if card.device.name == device.name), 0)
+            self._open(title, card_lines(cards, device), "enter plans for it", here, "plan for it")
+
+    def _open(self, title: str, lines: list[Content], note: str, cursor: int, enter: str) -> None:
+        choices = Choices(lines)
+        choices.set_reactive(Choices.cursor, cursor)
+        panel = Pane(choices, title=title, subtitle=note)
+        self.cover(panel, [Key("enter", enter), Key("esc", "close")])
 
     def on_choices_chosen(self, message: Choices.Chosen) -> None:
         message.prevent_default()  # Page's own handler would go on to the next step
         message.stop()
-        panel = message.choices.parent
-        assert isinstance(panel, ChoicePanel)
-        draft = self.app.draft
-        if panel.about == "rungs":
-            for key, value in list_rungs(draft)[message.choices.cursor].changes.items():
-                draft.change(key, value)
-        else:
-            draft.device = self._cards[message.choices.cursor].device
+        self._step.take(f"{message.choices.cursor}", "")
         self.uncover()
         self._show_plan()
+
+    def uncover(self) -> None:
+        self._step.back()
+        super().uncover()
+
+    def action_measure(self) -> None:
+        """Build the real shape with random weights and make a few steps of it, in a process."""
+        step = self._step
+        if step.measuring:
+            return
+        try:
+            step.take(MEASURE, "")
+        except UserError as error:
+            self.app.notify(f"{error.what} {error.why}", severity="warning", markup=False)
+        else:
+            work = step.work()
+            assert work is not None
+            self.app.notify(work.waiting, timeout=10, markup=False)
+            self.run_worker(self._measure(work))
+
+    async def _measure(self, work: Work) -> None:
+        found = await self.app.perform(work)
+        self._step.receive(work, found)
+        if isinstance(found, UserError):
+            self.show_problem(found)
+        else:
+            self.app.notify(visible(f"{found}", one_line=True), timeout=20, markup=False)
+            self._show_plan()
 
     def help_for(self, focused: Widget | None) -> HelpText:
         field = self.part(Fields).field
