@@ -76,10 +76,19 @@ _WINDOW: Final = 0.1
 SPLIT_KEYS: Final = ("datasets", "val_set_size", "seed")
 """What decides the held-out rows of a run without `test_datasets`, beside the keys below."""
 
+RENDER_KEYS: Final = (
+    *("image_folder", "image_size", "image_resize_algorithm"),
+    *("history_thinking", "chat_template_kwargs", "train_on_inputs"),
+)
+"""What a row becomes: its tokens and their kinds."""
+
+LABEL_KEYS: Final = ("train_on_thinking",)
+"""What of it is learned, beside them."""
+
 HELD_OUT_KEYS: Final = (
-    *("test_datasets", "sequence_len", "excess_length_strategy", "image_folder", "image_size"),
-    *("image_resize_algorithm", "history_thinking", "chat_template_kwargs"),
-    *("train_on_inputs", "train_on_thinking"),
+    *("test_datasets", "sequence_len", "excess_length_strategy"),
+    *RENDER_KEYS,
+    *LABEL_KEYS,
 )
 """What decides the tokens that a held-out loss is the mean of."""
 

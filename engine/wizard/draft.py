@@ -33,6 +33,7 @@ from engine.data.statistics import Checkup
 from engine.errors import UserError, WorkError
 from engine.hardware import Machine
 from engine.plan import Device, Place, Recommendation, Statistics, assess, plan_document, recommend
+from engine.runs.comparison import LABEL_KEYS, RENDER_KEYS
 
 _FOLLOWS: Final[Mapping[str, tuple[str, ...]]] = {"adapter": ("load_in_4bit",)}
 """Keys that a change of another key takes along."""
@@ -265,26 +266,17 @@ NO_ROW: Final = "no row of it can be used, or its tokenizer is not here"
 MOST_BYTES: Final = 256 * 2**20
 """Files beyond this are not read for an estimate: some 100,000 conversations, a minute or two."""
 COUNTING: Final = "its rows are being counted"
-WHICH_KEYS: Final = frozenset({"base_model", "tokenizer_config", "datasets"})
+WHICH_KEYS: Final = ("base_model", "tokenizer_config", "datasets")
 """Which rows, in the tokens of which model."""
-RENDER_KEYS: Final = frozenset(
-    {
-        *("history_thinking", "chat_template_kwargs", "train_on_inputs"),
-        *("image_folder", "image_size", "image_resize_algorithm"),
-    }
-)
-"""What a row becomes: its tokens and their kinds."""
-LABEL_KEYS: Final = frozenset({"train_on_thinking"})
-"""What of it is learned, beside them."""
 
 
 def counted_of(config: RunConfig) -> Counted:
     """What a count of a config's rows holds for."""
 
-    def text(keys: frozenset[str]) -> str:
-        return json.dumps(config.model_dump(mode="json", include=set(keys)), sort_keys=True)
+    def text(*keys: str) -> str:
+        return json.dumps(config.model_dump(mode="json", include={*keys}), sort_keys=True)
 
-    return Counted(text(WHICH_KEYS), text(RENDER_KEYS | LABEL_KEYS))
+    return Counted(text(*WHICH_KEYS), text(*RENDER_KEYS, *LABEL_KEYS))
 
 
 def next_count(draft: Draft) -> RunConfig | None:
@@ -327,7 +319,7 @@ def rows_config(config: RunConfig, *, labels: bool = True) -> RunConfig:
 
     It is no config to run, and is checked by who reads the rows.
     """
-    keys = WHICH_KEYS | RENDER_KEYS | (LABEL_KEYS if labels else frozenset())
+    keys = (*WHICH_KEYS, *RENDER_KEYS, *(LABEL_KEYS if labels else ()))
     return RunConfig.model_construct(**{key: getattr(config, key) for key in keys})
 
 

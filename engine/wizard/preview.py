@@ -15,8 +15,9 @@ from engine.data.requests import CheckRows, Preview, PreviewRow, PreviewRows
 from engine.data.statistics import Checkup
 from engine.errors import UserError
 from engine.report import Line, Mark
+from engine.runs.comparison import RENDER_KEYS
 from engine.units import counted
-from engine.wizard.draft import RENDER_KEYS, WHICH_KEYS, Draft, is_named_by_path, rows_config
+from engine.wizard.draft import WHICH_KEYS, Draft, is_named_by_path, rows_config
 from engine.wizard.question import Choice, Confirm, Question, Work
 from engine.wizard.reading import Read
 
@@ -212,7 +213,7 @@ RIGHT: Final = "right"
 NEXT: Final = "next"
 ROW: Final = "row"
 _KEPT_ROWS: Final = 500
-_SAID_BY_FILE: Final = (WHICH_KEYS | RENDER_KEYS) - {"chat_template_kwargs"}
+_SAID_BY_FILE: Final = {*WHICH_KEYS, *RENDER_KEYS} - {"chat_template_kwargs"}
 """What decides a previewed row and has no flag."""
 
 

@@ -162,7 +162,11 @@ def _require_startable(draft: Draft) -> None:
     require_supported(advice.config)
     _require_new(advice.config)
     refuse_bf16(advice.config, device)
-    _require_fit(advice.estimate, device)
+    if advice.estimate.verdict == "does not fit":
+        fix = "Plan has an answer that makes it fit, or choose a smaller model."
+        raise _too_large(advice.estimate, device, fix)
+    busy = "a smaller model or shorter rows need less"
+    refuse_busy_memory(advice.estimate.host_bytes, busy)
     if draft.machine is not None:
         _require_stack(draft.machine, device)
 
@@ -176,16 +180,14 @@ def _require_new(config: RunConfig) -> None:
         )
 
 
-def _require_fit(needs: Estimate, device: Device) -> None:
-    if needs.verdict == "does not fit":
-        raise UserError(
-            f"It does not fit: {gib(needs.device_bytes)} are needed.",
-            f"{visible(device.name, one_line=True)} can give {gib(needs.can_give_bytes)} of"
-            f" {gib(device.total_bytes)}.",
-            "Plan has an answer that makes it fit, or choose a smaller model.",
-            exit_status=DOES_NOT_FIT,
-        )
-    refuse_busy_memory(needs.host_bytes, "a smaller model or shorter rows need less")
+def _too_large(needs: Estimate, device: Device, fix: str) -> UserError:
+    name = visible(device.name, one_line=True)
+    return UserError(
+        f"It does not fit: {gib(needs.device_bytes)} are needed.",
+        f"{name} can give {gib(needs.can_give_bytes)} of {gib(device.total_bytes)}.",
+        fix,
+        exit_status=DOES_NOT_FIT,
+    )
 
 
 def _require_stack(machine: Machine, device: Device) -> None:
@@ -260,26 +262,21 @@ def plan_run(
     statistics, _ = count_config_rows(config, architecture, file.absolute().parent)
     place = Place(architecture, device, statistics)
     needs = estimate(config, place)
-    if needs.verdict == "does not fit" and not anyway:
-        raise _too_large(config, place)
     if not anyway:
+        if needs.verdict == "does not fit":
+            raise _too_large(needs, device, _what_fits(config, place))
         refuse_busy_memory(needs.host_bytes, "--anyway starts it all the same")
     require_torch(machine, device.uuid)
     return plan_document(needs, device)
 
 
-def _too_large(config: RunConfig, place: Place) -> UserError:
-    device, needs, rungs = place.device, estimate(config, place), make_fit(config, place)
+def _what_fits(config: RunConfig, place: Place) -> str:
+    rungs = make_fit(config, place)
     fix = "Train it on a larger GPU"
     if rungs and rungs[-1].estimate.verdict != "does not fit":
         values = " ".join(assignment(*change) for change in rungs[-1].changes.items())
         fix = f"It fits with: {values}; these can stand behind the config. Or use a larger GPU"
-    return UserError(
-        f"It does not fit: {gib(needs.device_bytes)} are needed.",
-        f"{device.name} can give {gib(needs.can_give_bytes)} of {gib(device.total_bytes)}.",
-        f"{fix}; --anyway starts it all the same.",
-        exit_status=DOES_NOT_FIT,
-    )
+    return f"{fix}; --anyway starts it all the same."
 
 
 STEPS: Final = 3
