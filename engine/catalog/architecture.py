@@ -324,6 +324,10 @@ def with_overrides(architecture: Architecture, overrides: object) -> Architectur
     part = config.get("text_config", config)
     part.pop("rope_scaling", None)
     part[ROPE] = dict(rope)
+    # Imported here as in `_check`.
+    from engine.catalog.rows import check_words
+
+    check_words(config, "overrides_of_model_config")
     return replace(architecture, config=config)
 
 

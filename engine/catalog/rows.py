@@ -9,9 +9,18 @@ against the config class of transformers.
 import json
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
 
 from engine.catalog.modules import Group, ModuleTable, Parameter
 from engine.errors import UserError
@@ -82,6 +91,88 @@ class Mistral4Sizes(_LanguageSizes):
     attention_bias: StrictBool = False
 
 
+# Names by which transformers 5.23 looks up a function; a test holds these against its tables.
+ACTIVATIONS = frozenset(
+    {
+        *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python"),
+        *("gelu_python_tanh", "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear"),
+        *("mish", "prelu", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu"),
+        *("sqrtsoftplus", "swish", "tanh", "xielu"),
+    }
+)
+ROPE_TYPES = frozenset(
+    {"default", "dynamic", "linear", "llama3", "longrope", "proportional", "yarn"}
+)
+VISION_ROPE_TYPES = frozenset({"default", "axial"})
+
+
+def _one_of(known: frozenset[str]) -> AfterValidator:
+    def check(word: str) -> str:
+        if word not in known:
+            raise PydanticCustomError("unknown", "none that transformers knows")
+        return word
+
+    return AfterValidator(check)
+
+
+Activation = Annotated[str, _one_of(ACTIVATIONS)]
+Dtype = Literal["bfloat16", "float16", "float32", "float64"]
+RopeType = Annotated[str, _one_of(ROPE_TYPES)]
+
+
+def _refuse_huge(value: object) -> object:
+    """Words for numbers pass: they are reported as contradictions."""
+    if isinstance(value, int | float) and not abs(value) <= _LARGEST:
+        raise PydanticCustomError("huge", "a number of no model")
+    return value
+
+
+# Above every base of RoPE; 10^400 is no float.
+_LARGEST = 1e12
+Number = Annotated[object, AfterValidator(_refuse_huge)]
+
+
+class _TextRope(_Sizes):
+    rope_type: RopeType | None = None
+    type: RopeType | None = None
+    rope_theta: Number | None = None
+    factor: Number | None = None
+    attention_factor: Number | None = None
+    mscale: Number | None = None
+    mscale_all_dim: Number | None = None
+    beta_fast: Number | None = None
+    beta_slow: Number | None = None
+    llama_4_scaling_beta: Number | None = None
+    partial_rotary_factor: Number | None = None
+    original_max_position_embeddings: Number | None = None
+    max_position_embeddings: Number | None = None
+
+
+class _VisionRope(_TextRope):
+    rope_type: Annotated[str, _one_of(VISION_ROPE_TYPES)] | None = None
+
+
+class _Words(_Sizes):
+    """What changes no shape and is looked up when the model is built, after the plan is made."""
+
+    hidden_act: Activation | None = None
+    projector_hidden_act: Activation | None = None
+    dtype: Dtype | None = None
+    torch_dtype: Dtype | None = None
+    rope_parameters: _TextRope | None = None
+    rope_scaling: _TextRope | None = None
+    rope_theta: Number | None = None
+    rms_norm_eps: Number | None = None
+    sliding_window: Size | None = None
+    max_position_embeddings: Number | None = None
+    attention_dropout: Number | None = None
+    initializer_range: Number | None = None
+
+
+class _VisionWords(_Words):
+    rope_parameters: _VisionRope | None = None
+
+
 TextSizes: TypeAlias = Ministral3Sizes | Mistral4Sizes
 
 
@@ -125,6 +216,7 @@ def read_sizes(
     class_name = _class_name(config, where)
     expected = ARCHITECTURES[class_name]
     _check_type(config, expected, (expected,), where)
+    check_words(config, where)
     if expected in _TEXT_SIZES:
         text = _validate(_TEXT_SIZES[expected], config, where, ())
         return class_name, text, text
@@ -136,6 +228,16 @@ def read_sizes(
     vision = _validate(PixtralSizes, part, where, ("vision_config",))
     parts = {"text_config": text, "vision_config": vision}
     return class_name, _validate(Mistral3Sizes, {**config, **parts}, where, ()), text
+
+
+def check_words(config: Mapping[str, Any], where: str) -> None:
+    """Raises UserError where config.json has an activation, a dtype or a type of RoPE by which
+    transformers finds nothing, or a number that is none."""
+    _validate(_Words, config, where, ())
+    for key, words in (("text_config", _Words), ("vision_config", _VisionWords)):
+        part = config.get(key)
+        if isinstance(part, Mapping):
+            _validate(words, part, where, (key,))
 
 
 def _part(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

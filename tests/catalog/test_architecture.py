@@ -177,6 +177,36 @@ CODE = {"auto_map": {"AutoModel": "modeling_evil.Evil"}}
 
 
 class TestStrangersConfig:
+    @pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"hidden_act": "__import__('os')"},
+            {"projector_hidden_act": "mishh"},
+            {"dtype": "__import__"},
+            {"torch_dtype": "uint8"},
+            {"rope_parameters": {"rope_type": "\x1b[31m"}},
+            {"rope_scaling": {"type": "su"}},
+            {"rope_parameters": {"rope_type": "yarn", "factor": 10**400}},
+            {"rope_parameters": "yarn"},
+            {"max_position_embeddings": 10**400},
+            {"sliding_window": -1},
+        ],
+        ids=lambda changes: str(changes)[:40],
+    )
+    def test_what_is_looked_up_later_is_refused_before_a_plan(
+        self, tmp_path: Path, part: str | None, changes: dict[str, Any]
+    ) -> None:
+        config = SEEING | ({part: SEEING[part] | changes} if part else changes)
+        error = refusal(write_config(tmp_path, config))
+        assert ".".join([*([part] if part else []), *changes]) in error.why
+        assert "\x1b" not in str(error)
+
+    def test_a_rope_of_the_runs_own_is_held_against_the_same(self, tmp_path: Path) -> None:
+        architecture = read_architecture(write_config(tmp_path, SMALL))
+        with pytest.raises(UserError, match="overrides_of_model_config"):
+            with_overrides(architecture, {"rope_parameters": {"rope_type": "su"}})
+
     @pytest.mark.parametrize(
         ("config", "part", "named"),
         [
@@ -448,7 +478,8 @@ def copies() -> Iterator[Any]:
         vouched = [key for s in sources if s.confidence == "high" for key in s.keys]
         for key in vouched[:1]:
             section, _, name = key.rpartition(".")
-            wrong = {section: {name: 2.0}} if section else {key: 2.0}
+            value = "linear" if name == "rope_type" else 2.0
+            wrong = {section: {name: value}} if section else {key: value}
             yield pytest.param(path, wrong, id=f"{path.parent.name}/{path.stem}")
 
 

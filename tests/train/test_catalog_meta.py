@@ -10,11 +10,14 @@ from bitsandbytes.nn.modules import Linear4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import PixtralVisionConfig
+from transformers.activations import ACT2FN
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from engine.catalog import ModuleTable, find_model, linear_targets, list_models
-from engine.catalog.rows import module_table
+from engine.catalog.rows import ACTIVATIONS, ROPE_TYPES, VISION_ROPE_TYPES, module_table
 from tests.support import tiny
 
 # Of latent attention no two widths are alike, so that none can stand in another's place.
@@ -122,6 +125,13 @@ def test_every_field_of_a_catalog_config_is_one_that_transformers_knows(name: st
 )
 def test_every_variant_has_the_parameters_that_transformers_builds(config: dict[str, Any]) -> None:
     assert_same(module_table(config), meta_model(config))
+
+
+def test_words_that_are_looked_up_are_those_of_transformers() -> None:
+    assert set(ACT2FN) == ACTIVATIONS
+    assert {"default", *ROPE_INIT_FUNCTIONS} == ROPE_TYPES
+    vision: Any = PixtralVisionConfig()
+    assert vision.rope_parameters["rope_type"] in VISION_ROPE_TYPES
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
