@@ -5,8 +5,10 @@ message to its place in the row as given. A row that has no such form is a `RowP
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
@@ -116,6 +118,12 @@ NoteId: TypeAlias = Literal[
     "thinking_unsure",
     "markers_read",
     "markers_left",
+    "answer_chosen",
+    "context_placed",
+    "only_last",
+    "prefix_not_kept",
+    "tools_rewritten",
+    "tree_path",
 ]
 
 
@@ -137,13 +145,21 @@ class Conversation:
     """One row, read: it ends with an assistant message and follows Mistral's order of roles.
 
     `tools` are function definitions in the shape that is rendered; `reasoning_effort` is None
-    where neither the row nor the config says one.
+    where neither the row nor the config says one. `unread` has the columns, and as messages[].KEY
+    the keys of messages, that no rule read, with their values.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, object], ...] = ()
     reasoning_effort: str | None = None
     notes: tuple[Note, ...] = ()
+    unread: Mapping[str, object] = field(default_factory=dict)
+
+
+@lru_cache(4096)
+def plain_name(name: str) -> str:
+    """A column's or key's name without case and punctuation: Complex_CoT is complexcot."""
+    return re.sub(r"[\W_]+", "", name).lower()
 
 
 def describe(value: object) -> str:
@@ -174,10 +190,13 @@ _ROLES: Mapping[str, Speaker] = MappingProxyType(
         "developer": "system",
         "user": "user",
         "human": "user",
+        "prompter": "user",
         "assistant": "assistant",
         "gpt": "assistant",
         "model": "assistant",
         "bot": "assistant",
+        "ai": "assistant",
+        "chatgpt": "assistant",
         "tool": "tool",
         "function": "tool",
         "observation": "tool",
@@ -191,6 +210,11 @@ _OUR_ROLES: Mapping[str, Role] = MappingProxyType(
     {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 )
 THINKING_PROPERTIES = ("reasoning_content", "reasoning", "thinking")
+THINKING_NAMES = (
+    *("thinking", "think", "reasoning", "reasoningcontent", "complexcot", "cot", "chainofthought"),
+    *("thought", "thoughts", "thinkingtrajectory", "thinkingtrajectories"),
+)
+"""Plain names of columns and keys that hold the thinking, best first."""
 _PROPERTIES = (
     *("role", "content", "tool_calls", "tool_call_id", "name", "weight"),
     *THINKING_PROPERTIES,
@@ -225,3 +249,14 @@ class RowFormat:
                 )
             names.update(dict.fromkeys(theirs, _OUR_ROLES[ours]))
         return cls(dataset, names)
+
+    def named_columns(self) -> dict[str, str]:
+        """Keys of the entry that name a column or a key of messages -> that name. Without those
+        whose absence every row says."""
+        dataset = self.dataset
+        keys = ("tools", "system", "context", "thinking", "label", "image")
+        named = {f"field_{key}": getattr(dataset, f"field_{key}") for key in keys}
+        named["message_field_training"] = dataset.message_field_training
+        for ours, theirs in (dataset.message_property_mappings or {}).items():
+            named[f"message_property_mappings.{ours}"] = None if ours == theirs else theirs
+        return {key: name for key, name in named.items() if name not in (None, "tools")}

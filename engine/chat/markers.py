@@ -241,7 +241,8 @@ class _Reader:
         raise result.problem(
             "The tool result names no call.",
             "It has no tool_call_id, and every call before it has its result.",
-            "Set tool_call_id to the id of the call that it answers.",
+            "Set tool_call_id to the id of the call that it answers. Where calls are to stay text,"
+            " results are the user's: roles: {user: [tool]}, with your name for tool.",
         )
 
     def _read_tools(self, message: Message) -> Message:

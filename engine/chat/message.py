@@ -10,10 +10,11 @@ import binascii
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from engine.chat.conversation import (
+    THINKING_NAMES,
     THINKING_PROPERTIES,
     Image,
     Message,
@@ -28,6 +29,7 @@ from engine.chat.conversation import (
     Think,
     ToolCall,
     describe,
+    plain_name,
 )
 
 PLACEHOLDER: Final = Image("")
@@ -49,13 +51,14 @@ _RESULT_ROLES_WITHOUT_ID = ("observation", "function", "function_response", "too
 
 
 class MessageReader:
-    """Reads the messages of one row in order; `notes` collects what it repaired.
+    """Reads the messages of one row in order; `notes` collects what it repaired, `unread` the keys
+    that no rule read, as messages[].KEY with a value.
 
     A class because two dialects need memory from message to message: ShareGPT's calls and results
     carry no ids, so they are numbered here in the order in which they answer one another.
     """
 
-    __slots__ = ("_format", "_keys", "_made_ids", "_source", "_unanswered", "notes")
+    __slots__ = ("_format", "_keys", "_made_ids", "_source", "_unanswered", "notes", "unread")
 
     def __init__(self, row_format: RowFormat) -> None:
         self._format = row_format
@@ -64,6 +67,7 @@ class MessageReader:
         self._unanswered: list[str] = []
         self._source = -1
         self.notes: list[Note] = []
+        self.unread: dict[str, object] = {}
 
     def read(self, value: object, source: int) -> Message:
         """The message at index `source`. Raises RowProblem with that index."""
@@ -87,7 +91,7 @@ class MessageReader:
         call_id = None
         content: str | tuple[Part, ...] = ""
         if speaker == "call":
-            calls = self._number(self._read_call_content(value))
+            calls = self.number(self._read_call_content(value))
         elif speaker == "assistant":
             content, calls = self._read_assistant(value)
         else:
@@ -99,17 +103,34 @@ class MessageReader:
             call_id = self._read_result_id(value, has_ids)
         role: Role = "assistant" if speaker == "call" else speaker
         _refuse_parts(content, role)
+        self.leave(value, self._known(value, role))
         return Message(role, content, calls, call_id, self._source, learn)
+
+    def leave(self, message: Mapping[str, object], known: Iterable[str]) -> None:
+        """Remember the keys of a message that are not among the `known`, and hold something."""
+        for key in message.keys() - set(known):
+            value = message[key]
+            if value is not None and value != "" and value != [] and value != {}:
+                self.unread.setdefault(f"messages[].{key}", value)
+
+    def _known(self, message: Mapping[str, object], role: Role) -> Iterator[str]:
+        keys = self._keys
+        yield from (keys.get("weight", "weight"), self._format.dataset.message_field_training or "")
+        yield from (self._role_key(message), self._content_key(message))
+        if role == "tool":
+            yield from (keys.get(name, name) for name in ("tool_call_id", "name"))
+        elif role == "assistant":
+            yield from (keys.get("tool_calls", "tool_calls"), "function_call", "prefix")
+            yield from self._thinking_keys(message)
 
     def _property(self, message: Mapping[str, object], name: str) -> object:
         return message.get(self._keys.get(name, name))
 
     def _read_role(self, message: Mapping[str, object]) -> tuple[str, Speaker]:
-        key = self._keys.get("role")
-        if key is None:
-            key = "role" if message.get("role") is not None else "from"
-        name = message.get(key)
+        name = message.get(self._role_key(message))
         speaker = self._format.roles.get(name) if isinstance(name, str) else None
+        if speaker is None and isinstance(name, str):
+            speaker = self._format.roles.get(name.lower())
         if speaker is not None and isinstance(name, str):
             return name, speaker
         if name is None:
@@ -124,20 +145,31 @@ class MessageReader:
             "Rename it, or say in the config's `roles` which role it stands for.",
         )
 
-    def _content(self, message: Mapping[str, object]) -> object:
+    def _role_key(self, message: Mapping[str, object]) -> str:
+        default = "role" if message.get("role") is not None else "from"
+        return self._keys.get("role", default)
+
+    def _content_key(self, message: Mapping[str, object]) -> str:
         key = self._keys.get("content")
         if key is None:
-            key = "value" if "value" in message and "content" not in message else "content"
-        return message.get(key)
+            others = () if "content" in message else ("value", "text")
+            key = next((other for other in others if other in message), "content")
+        return key
+
+    def _content(self, message: Mapping[str, object]) -> object:
+        return message.get(self._content_key(message))
 
     def _read_assistant(
         self, message: Mapping[str, object]
     ) -> tuple[str | tuple[Part, ...], tuple[ToolCall, ...]]:
+        if message.get("prefix"):
+            text = "`prefix: true` is not kept: the message is learned as a whole answer."
+            self._note("prefix_not_kept", text)
         calls = read_tool_calls(self._property(message, "tool_calls"))
         if calls and "from" in message:
-            calls = self._number(calls)
+            calls = self.number(calls)
         elif not calls and message.get("function_call") is not None:
-            calls = self._number(read_tool_calls(message["function_call"]))
+            calls = self.number(read_tool_calls(message["function_call"]))
         value = self._content(message)
         content = "" if value is None else read_content(value)
         thinking = self._read_thinking_key(message)
@@ -154,7 +186,7 @@ class MessageReader:
         return (Think(thinking), *content), calls
 
     def _read_thinking_key(self, message: Mapping[str, object]) -> str | None:
-        keys = [self._keys.get(name, name) for name in THINKING_PROPERTIES]
+        keys = self._thinking_keys(message)
         found = {read_thinking(message[key]) for key in keys if message.get(key) is not None}
         if len(found) > 1:
             raise RowProblem(
@@ -166,6 +198,11 @@ class MessageReader:
         if thinking == "":
             self._note("empty_thinking", "The thinking is empty, and is learned as empty.")
         return thinking
+
+    def _thinking_keys(self, message: Mapping[str, object]) -> list[str]:
+        named = {self._keys.get(name, name) for name in THINKING_PROPERTIES}
+        named.add(self._format.dataset.field_thinking or "")
+        return [key for key in message if key in named or plain_name(key) in THINKING_NAMES]
 
     def _read_call_content(self, message: Mapping[str, object]) -> tuple[ToolCall, ...]:
         value = self._content(message)
@@ -180,7 +217,8 @@ class MessageReader:
             )
         return calls
 
-    def _number(self, calls: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
+    def number(self, calls: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
+        """The calls, each with an id: those without one get one that the next results take."""
         numbered = []
         for call in calls:
             if call.id is None:
@@ -333,6 +371,16 @@ def read_tool_calls(value: object) -> tuple[ToolCall, ...]:
             _CALL_FIX,
         )
     return tuple(_read_call(call) for call in value)
+
+
+def looks_like_calls(value: object) -> bool:
+    """Whether a column of answers holds calls, as the list or its JSON text, and no sentences."""
+    if isinstance(value, str) and value.lstrip().startswith('[{"name"'):
+        value = parse_json(value, "the calls")
+    listed = value if isinstance(value, list | tuple) else ()
+    return bool(listed) and all(
+        isinstance(call, Mapping) and {"name", "arguments"} <= call.keys() for call in listed
+    )
 
 
 def _read_call(value: object) -> ToolCall:

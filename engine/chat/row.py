@@ -1,6 +1,6 @@
 """One row of a dataset to one `Conversation`, or the reason why not.
 
-It decides where a row keeps its messages, images and tools, and holds the messages to the order of
+It puts together what `columns` finds, places the images, and holds the messages to the order of
 roles that every tokenizer version asks: the rules that mistral-common's finetuning validators
 share, found once and named by message. What single versions ask beyond them is in `rules`.
 """
@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import groupby, pairwise
 from types import MappingProxyType
 
+from engine.chat.columns import Columns
 from engine.chat.conversation import (
     Conversation,
     Image,
@@ -24,39 +25,14 @@ from engine.chat.conversation import (
     describe,
 )
 from engine.chat.markers import read_markers
-from engine.chat.message import (
-    PLACEHOLDER,
-    MessageReader,
-    check_function_name,
-    describe_keys,
-    looks_like_image,
-    parse_if_text,
-    parse_json,
-    read_image,
-)
-from engine.chat.transcript import read_transcript
+from engine.chat.message import PLACEHOLDER, looks_like_image, parse_json, read_image
+from engine.chat.tools import read_system, read_tools
 from engine.units import counted
 
-# Where no other name is chosen, these stand for it.
-_FIELD_MESSAGES = "messages"
-_OTHER_FIELDS = ("conversations", "conversation")
-_QUESTION_AND_ANSWER = (
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-)
-_TRANSCRIPTS = ("text", "chat")
-_CAPTIONS = ("caption", "text")
 _IMAGE_COLUMNS = ("images", "image")
 # In tables: names that hold an image in some datasets and a text about one in others.
 _PERHAPS_IMAGE_COLUMNS = ("image_id", "image_path", "image_url", "img", "picture", "file_name")
 _PLACEHOLDER_TEXT = "<image>"
-_TOOL_FIX = (
-    'Write each as {"type": "function", "function": {"name": "...", "description": "...", '
-    '"parameters": {...}}}.'
-)
 _NEXT: Mapping[Role, tuple[Role, ...]] = MappingProxyType(
     {
         "system": ("user", "assistant", "system"),
@@ -72,82 +48,74 @@ def read_row(row: Mapping[str, object], row_format: RowFormat) -> Conversation:
 
     Raises RowProblem, and nothing else, whatever JSON the row holds.
     """
-    reader = MessageReader(row_format)
+    columns = Columns(row, row_format)
+    columns.refuse_judged()
     messages, tools, marked = read_markers(
-        _read_messages(row, row_format, reader),
-        _read_tools(row.get(row_format.dataset.field_tools)),
-        row_format.dataset,
-        _read_tools,
+        *_read_messages(columns, row_format), row_format.dataset, read_tools
     )
     kept, trimmed = trim(messages)
-    notes = [*reader.notes, *marked, *([trimmed] if trimmed else ()), *check_order(kept)]
-    effort = _read_effort(row, row_format)
+    kept = _learn_last(kept, columns)
+    notes = [*columns.reader.notes, *columns.notes, *marked]
+    notes += [*([trimmed] if trimmed else ()), *check_order(kept)]
+    effort = _read_effort(columns, row_format)
     if effort == "none":
         text = "The assistant thinks although reasoning_effort is none."
         thinking = [message.source for message in kept if _thinks(message)]
         notes += [Note("effort_contradicts_thinking", text, at) for at in thinking[:1]]
     notes += _images_left_out(kept, row, row_format)
-    return Conversation(tuple(kept), tools, effort, tuple(notes))
+    unread = columns.unread(messages)
+    return Conversation(tuple(kept), tools, effort, tuple(notes), unread)
 
 
 def _read_messages(
-    row: Mapping[str, object], row_format: RowFormat, reader: MessageReader
-) -> Sequence[Message]:
-    listed = _find_list(row, row_format, reader)
-    column, images = _find_images(row, row_format, table=listed is None)
-    if listed is None:
-        messages = _read_columns(row, row_format, shows_image=bool(images))
-    else:
-        messages = [reader.read(message, index) for index, message in enumerate(listed)]
-    messages = _place_images(messages, images, column)
-    system = row.get("system")
-    if not system or (messages and messages[0].role == "system"):
-        return messages
+    columns: Columns, row_format: RowFormat
+) -> tuple[Sequence[Message], tuple[dict[str, object], ...]]:
+    listed = columns.find_list()
+    messages = columns.read_list(listed) if listed is not None else columns.read_tree()
+    column, images = _find_images(columns.row, row_format, table=messages is None)
+    columns.used.add(column)
+    if messages is None:
+        messages = columns.read_table(shows_image=bool(images))
+    placed = _place_images(messages, images, column)
+    tools = read_tools(columns.take("field_tools"), columns.notes)
+    return _put_system(placed, tools, columns)
+
+
+def _put_system(
+    messages: Sequence[Message], tools: tuple[dict[str, object], ...], columns: Columns
+) -> tuple[Sequence[Message], tuple[dict[str, object], ...]]:
+    """The messages after the system prompt of a column, unless they begin with one."""
+    column = columns.column("field_system")
+    if column is None or not columns.row[column] or (messages and messages[0].role == "system"):
+        return messages, tools
+    columns.used.add(column)
+    system = columns.row[column]
     if not isinstance(system, str):
         raise RowProblem(
             "The row's system prompt is not text.",
-            f"Its `system` is {describe(system)}.",
+            f"Its `{column}` is {describe(system)}.",
             "Write it as a string.",
         )
-    return [Message("system", system), *messages]
+    system, listed = read_system(system)
+    if listed and not tools:
+        tools = read_tools(listed)
+    return [Message("system", system), *messages], tools
 
 
-def _find_list(
-    row: Mapping[str, object], row_format: RowFormat, reader: MessageReader
-) -> Sequence[object] | None:
-    field = row_format.dataset.field_messages
-    others = _OTHER_FIELDS if field == _FIELD_MESSAGES else ()
-    for name in (field, *others):
-        value = row.get(name)
-        if isinstance(value, str) and value.strip():
-            value = parse_json(value, name)
-        if isinstance(value, list | tuple):
-            return value
-        if value is not None:
-            raise RowProblem(
-                "The messages are not a list.",
-                f"{name} is {describe(value)}.",
-                'Write them as [{"role": "user", "content": "..."}, ...].',
-            )
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):
-        return [*prompt, *completion]
-    return _read_text_columns(row, reader)
-
-
-def _read_text_columns(
-    row: Mapping[str, object], reader: MessageReader
-) -> Sequence[dict[str, object]] | None:
-    """The messages of a text that a chat template wrote, where a row has one."""
-    for column in _TRANSCRIPTS:
-        text = row.get(column)
-        found = read_transcript(text) if isinstance(text, str) else None
-        if found is not None:
-            template, messages = found
-            said = f"Messages written as {template} in {column}: read as messages."
-            reader.notes.append(Note("markers_read", said, None, template))
-            return messages
-    return None
+def _learn_last(messages: Sequence[Message], columns: Columns) -> Sequence[Message]:
+    """The messages, under only_last with nothing learned before the last answer."""
+    column = columns.named(["onlylast"])
+    if column is None:
+        return messages
+    columns.used.add(column)
+    if not columns.row[column]:
+        return messages
+    columns.note("only_last", "only_last: nothing but the last answer of the row is learned.")
+    last = len(messages)
+    while last and messages[last - 1].role == "assistant":
+        last -= 1
+    before = (replace(m, learn=m.role != "assistant" and m.learn) for m in messages[:last])
+    return [*before, *messages[last:]]
 
 
 def _find_images(
@@ -177,49 +145,9 @@ def _images_left_out(
     return (Note("image_left_out", text),)
 
 
-def _read_columns(
-    row: Mapping[str, object], row_format: RowFormat, shows_image: bool
-) -> Sequence[Message]:
-    question, answer = _find_columns(row, row_format, shows_image)
-    columns = (question, "input", answer) if question == "instruction" else (question, answer)
-    texts = []
-    for column in columns:
-        value = row.get(column, "") if column in ("input", "") else row[column]
-        if value is not None and not isinstance(value, str):
-            raise RowProblem(
-                f"The column {column} is not text.",
-                f"It is {describe(value)}.",
-                "Write it as a string.",
-            )
-        texts.append(value)
-    asked = "\n\n".join(text for text in texts[:-1] if text)
-    return [Message("user", asked), Message("assistant", texts[-1] or "")]
-
-
-def _find_columns(
-    row: Mapping[str, object], row_format: RowFormat, shows_image: bool
-) -> tuple[str, str]:
-    """The columns of the question, "" for an image with a caption alone, and of the answer."""
-    dataset = row_format.dataset
-    asks, answers = dataset.field_question, dataset.field_answer
-    for question, answer in _QUESTION_AND_ANSWER:
-        pair = (asks or question, answers or answer)
-        if all(row.get(column) is not None for column in pair):
-            return pair
-    if shows_image and asks is None:
-        for answer in (answers,) if answers else _CAPTIONS:
-            if row.get(answer) is not None:
-                return "", answer
-    raise RowProblem(
-        "The row has no messages.",
-        f"It has no {dataset.field_messages}; its columns are {describe_keys(row)}.",
-        "Name the column in field_messages, or use columns such as question and answer, or name "
-        "yours in field_question and field_answer.",
-    )
-
-
-def _read_effort(row: Mapping[str, object], row_format: RowFormat) -> str | None:
-    effort = row.get("reasoning_effort")
+def _read_effort(columns: Columns, row_format: RowFormat) -> str | None:
+    columns.used.add("reasoning_effort")
+    effort = columns.row.get("reasoning_effort")
     if effort is None:
         return (row_format.dataset.chat_template_kwargs or {}).get("reasoning_effort")
     if isinstance(effort, str):
@@ -310,50 +238,6 @@ def _put_first(
         f"They are in the column {column}, and only a user shows images.",
         "Add the question that they belong to.",
     )
-
-
-def _read_tools(value: object) -> tuple[dict[str, object], ...]:
-    """A list of tools, or a JSON string of one; bare function definitions are wrapped.
-
-    Raises RowProblem where mistral-common would refuse the types. Whether `parameters` is a JSON
-    schema is checked when they are rendered.
-    """
-    value = parse_if_text(value, "the tools")
-    if value is None:
-        return ()
-    if not isinstance(value, list | tuple):
-        raise _problem("The tools are not a list.", f"They are {describe(value)}.")
-    return tuple(_read_tool(parse_if_text(tool, "a tool")) for tool in value)
-
-
-def _read_tool(tool: object) -> dict[str, object]:
-    if not isinstance(tool, Mapping):
-        raise _problem("A tool is not an object.", f"It is {describe(tool)}.")
-    if tool.get("type") not in (None, "function"):
-        raise _problem("A tool is not a function.", f"Its type is {describe(tool['type'])}.")
-    function = tool.get("function") or tool
-    if not isinstance(function, Mapping):
-        raise _problem("A tool defines no function.", f"It holds {describe(function)}.")
-    name = check_function_name(function.get("name"))
-    description = function.get("description")
-    parameters = parse_if_text(function.get("parameters"), "a tool's parameters")
-    if description is not None and not isinstance(description, str):
-        raise _problem("A tool's description is not text.", f"It is {describe(description)}.")
-    if parameters is not None and not isinstance(parameters, Mapping):
-        why = f"They are {describe(parameters)}."
-        raise _problem("A tool's parameters are no JSON schema.", why)
-    return {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": description or "",
-            "parameters": parameters or {},
-        },
-    }
-
-
-def _problem(what: str, why: str) -> RowProblem:
-    return RowProblem(what, why, _TOOL_FIX)
 
 
 def trim(messages: Sequence[Message]) -> tuple[Sequence[Message], Note | None]:

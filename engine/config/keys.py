@@ -132,7 +132,17 @@ class DatasetConfig(Section):
     field_messages: str = "messages"
     """Column that holds the list of messages; ShareGPT rows use conversations."""
     field_tools: str = "tools"
-    """Column that holds the tool definitions."""
+    """Column that holds the tool definitions. Absent: tools, available_tools or functions."""
+    field_system: str | None = None
+    """Column that holds the system prompt. Absent: system, system_prompt or another usual name."""
+    field_context: str | None = None
+    """Column of a text that stands before the question, in a table without messages. Absent:
+    context, passage, paragraph, document or background."""
+    field_thinking: str | None = None
+    """Column of the thinking before the answer, in a table; in messages, their key for it. Absent:
+    thinking, reasoning, reasoning_content, Complex_CoT or another usual name."""
+    field_label: str | None = None
+    """Column that judges the row's answer, as in KTO data: rows where it is false are left out."""
     field_image: str | None = None
     """Column that holds the row's image or images. Absent: images, image, or in a table of
     questions and answers also a column such as image_id that holds one."""

@@ -32,6 +32,8 @@ from engine.data.statistics import (
     OddRows,
     ProblemGroup,
     TokenStatistics,
+    Unread,
+    count_unread,
 )
 
 _PROGRESS_ROWS = 64
@@ -87,6 +89,7 @@ class Notebook:
     problems: list[BadRow] = field(default_factory=list)
     roles: dict[str, int] = field(default_factory=dict)
     findings: dict[str, Finding] = field(default_factory=dict)
+    unread: dict[str, Unread] = field(default_factory=dict)
     turns: tuple[int, int] | None = None
     prompts: list[str] = field(default_factory=list)
     images: int = 0
@@ -123,6 +126,7 @@ class Notebook:
                 self.prompts.append(prompt)
         for message in conversation.messages:
             self.roles[message.role] = self.roles.get(message.role, 0) + 1
+        count_unread(self.unread, conversation.unread)
         for note in conversation.notes:
             self.find(note.id, row, note.text, note.about)
 
@@ -194,6 +198,7 @@ class Notebook:
             usable=usable,
             problems=tuple(self.problems),
             groups=group_problems(self.problems),
+            unread=tuple(sorted(self.unread.values(), key=lambda each: -each.rows)),
             tokens=self._tokens(lengths) if measured else None,
             duplicates=duplicates,
             nothing_learned=nothing.rows if nothing else 0,

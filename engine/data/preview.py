@@ -9,6 +9,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from engine.chat.conversation import describe
 from engine.chat.images import read_size
 from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind, LabelRule
 from engine.chat.tokenizer import ChatTokenizer
@@ -49,6 +50,9 @@ def preview_row(row: RenderedRow, tokenizer: ChatTokenizer) -> PreviewRow:
         pieces[places[end - 1]] = f"[image {size}: {image.columns} x {image.rows} tokens]"
         start = end
     notes = [note.text for note in row.conversation.notes]
+    notes += [
+        f"Not read: {name}, {describe(value)}." for name, value in row.conversation.unread.items()
+    ]
     sources = rendered.sources.tolist()
     return PreviewRow(*place, None, ids, pieces, kinds, sources, notes, images, first)
 

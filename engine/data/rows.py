@@ -9,7 +9,7 @@ caller brings a `WebImages`.
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ from engine.chat.rules import settle
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig
 from engine.data.content import SourceRow
+from engine.data.shape import list_columns
 from engine.data.sources import Location, iterate_rows, locate
 from engine.data.statistics import BadRow
 from engine.data.web_images import WebImages, is_web, read_kept
@@ -147,7 +148,11 @@ def iterate_rendered(
     for index, dataset in enumerate(datasets):
         row_format = RowFormat.from_config(dataset)
         finder = ImageFinder(index, locate(dataset, folder), rules, web)
+        absent, some = row_format.named_columns(), False
         for source in iterate_rows(dataset, folder):
+            some |= source.row is not None
+            if absent and source.row is not None:
+                absent = {key: name for key, name in absent.items() if not _holds(source.row, name)}
             number += 1
             if number <= skip:
                 continue
@@ -164,6 +169,8 @@ def iterate_rendered(
                 problem = error
             names = finder.take_names()
             yield RenderedRow(*place, problem, conversation, rendered, names, source.unit)
+        if some:
+            _refuse_absent(absent, dataset)
     if web:
         web.finish()
 
@@ -173,6 +180,20 @@ def adapt_tokenizer(tokenizer: ChatTokenizer, rules: ImageRules) -> ChatTokenize
     if tokenizer.image is None:
         return tokenizer
     return replace(tokenizer, image=rules.adapt(tokenizer.image))
+
+
+def _holds(row: Mapping[str, object], name: str) -> bool:
+    """Whether a row has a column, or its messages a key, of that name."""
+    return name in row or any(name in keys for _, keys in list_columns(row))
+
+
+def _refuse_absent(absent: Mapping[str, str], dataset: DatasetConfig) -> None:
+    for key, name in absent.items():
+        raise UserError(
+            f"{key} names {name}, and no row of {dataset.path} has it.",
+            "What it stands for would be missing from every row without a word.",
+            f"Correct the name, or delete it from {key.partition('.')[0]}.",
+        )
 
 
 def _read(source: SourceRow, row_format: RowFormat) -> Conversation:

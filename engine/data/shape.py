@@ -43,7 +43,7 @@ def read_shape(dataset: DatasetConfig, folder: Path, count: int) -> Shape:
     for source in islice(iterate_rows(dataset, folder), count):
         raw: Mapping[str, object] = source.row or {}
         columns.update(dict.fromkeys(raw))
-        for column, keys in _lists(raw):
+        for column, keys in list_columns(raw):
             lists.setdefault(column, {}).update(dict.fromkeys(keys))
         images.update(dict.fromkeys(name for name, value in raw.items() if looks_like_image(value)))
         texts.update(dict.fromkeys(name for name, value in raw.items() if isinstance(value, str)))
@@ -151,7 +151,7 @@ def _shown(value: object) -> str:
     return f"<{len(value):,} bytes>" if isinstance(value, bytes) else str(value)
 
 
-def _lists(row: Mapping[str, object]) -> Iterator[tuple[str, list[str]]]:
+def list_columns(row: Mapping[str, object]) -> Iterator[tuple[str, list[str]]]:
     """The columns that hold a list of objects, as a list or as the JSON text of one."""
     for column, value in row.items():
         if isinstance(value, str) and value.lstrip().startswith("[{"):

@@ -5,15 +5,18 @@ none of them needs a tokenizer to hold it.
 """
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.chat.columns import is_bookkeeping
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.units import counted
 
 # Below this a first fine-tune tends to memorise instead of generalise.
 FEW_ROWS = 100
+_EXAMPLE = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +254,29 @@ class Finding:
     numbers: tuple[int, ...]
 
 
+@dataclass(slots=True)
+class Unread:
+    """A column, or as messages[].KEY a key of messages, that no rule reads: in how many usable
+    rows, and how the first of its values begins. `quiet` are ids, sources, scores and the like.
+    """
+
+    name: str
+    rows: int
+    example: str
+    quiet: bool
+
+
+def count_unread(counts: dict[str, Unread], unread: Mapping[str, object]) -> None:
+    """Add what was not read of one row to the counts, which are by name."""
+    for name, value in unread.items():
+        known = counts.get(name)
+        if known is None:
+            example = value if isinstance(value, str) else repr(value)
+            example = example if len(example) <= _EXAMPLE else f"{example[: _EXAMPLE - 1]}…"
+            known = counts[name] = Unread(name, 0, example, is_bookkeeping(name, value))
+        known.rows += 1
+
+
 @dataclass(frozen=True, slots=True)
 class Checkup:
     """What was found. `problems` has every bad row, and none in the answer of the worker: no screen
@@ -258,7 +284,7 @@ class Checkup:
 
     `tokens` and `odd` are None without a tokenizer, `left_out` without a sequence_len too.
     `turns` are the fewest and the most user messages of a usable row, 0 and 0 where there is none;
-    `prompts` how a few rows begin.
+    `prompts` how a few rows begin; `unread` has the most frequent columns first.
     """
 
     rows: int
@@ -278,6 +304,7 @@ class Checkup:
     groups: tuple[ProblemGroup, ...]
     left_out: LeftOut | None = None
     files: tuple[FileNote, ...] = ()
+    unread: tuple[Unread, ...] = ()
 
     @property
     def bad_rows(self) -> int:

@@ -13,6 +13,7 @@ from engine.data.statistics import (
     Finding,
     LeftOut,
     ProblemGroup,
+    Unread,
     count_held_out,
 )
 from engine.report import Line, Mark
@@ -135,6 +136,7 @@ def list_remarks(found: Checkup) -> list[Remark]:
         *map(_problem, found.groups),
         *map(_file, found.files),
         *map(_finding, found.findings),
+        *map(_unread, list_unread(found.unread, found.usable)),
     ]
     if found.duplicates:
         text = "repeating an earlier row; repeated rows weigh more"
@@ -156,6 +158,32 @@ def note_lines(found: Checkup) -> list[Line]:
     """What to know of the rows that can be used, worst first."""
     lines = (remark.line for remark in list_remarks(found))
     return [line for line in lines if line.mark in ("!", "·")]
+
+
+def list_unread(unread: Iterable[Unread], rows: int) -> list[Line]:
+    """What no rule reads, of so many rows: a line each, and one for ids and the like."""
+    lines, quiet = [], []
+    for each in unread:
+        share = f"{each.rows / rows:.0%}" if each.rows * 200 >= rows else "under 1%"
+        if each.quiet:
+            quiet.append(f"{each.name} {share}")
+            continue
+        text = f"in {share} of rows, not read, such as {each.example!r}"
+        lines.append(Line("!", each.name, text, _read_by(each.name)))
+    if quiet:
+        lines.append(Line("·", "not read", f"{', '.join(quiet)} of rows (ids, sources, scores)"))
+    return lines
+
+
+def _read_by(name: str) -> str:
+    if name.startswith("messages[]."):
+        return "message_property_mappings can name it, or delete the key."
+    keys = "field_system, field_context, field_thinking and others"
+    return f"A key of the dataset's entry can name it ({keys}), or delete it."
+
+
+def _unread(line: Line) -> Remark:
+    return Remark(line, (("what", f"{line.label}: {line.text}"), ("fix", line.detail)))
 
 
 def _problem(group: ProblemGroup) -> Remark:

@@ -12,6 +12,8 @@ from engine.config import DatasetConfig
 from engine.data.checkup import LISTED_LONGEST, Notebook, check_config, length_statistics
 from engine.data.rows import RenderedRow
 from engine.data.statistics import FEW_ROWS
+from engine.errors import UserError
+from engine.report.data import list_remarks
 from tests.support.data import chat, config_of
 
 
@@ -167,3 +169,50 @@ def test_the_longest_are_sorted(lengths):
     odd = odd_rows_of(*([Kind.TEXT] * length for length in lengths))
     shown = [lengths[number - 1] for number in odd.longest]
     assert shown == sorted(lengths, reverse=True)[:LISTED_LONGEST]
+
+
+def test_what_no_rule_reads_is_counted_and_shown(write_jsonl):
+    rows = [chat("q") | {"source": "x", "hint": "look left", "label": 3} for _ in range(3)]
+    rows.append(
+        {"messages": [{"role": "user", "content": "q", "mood": "m"}, chat("q")["messages"][1]]}
+    )
+    found = checked(write_jsonl(rows))
+    assert {each.name: (each.rows, each.example, each.quiet) for each in found.unread} == {
+        "source": (3, "x", True),
+        "hint": (3, "look left", False),
+        "label": (3, "3", False),
+        "messages[].mood": (1, "m", False),
+    }
+    shown = [str(remark.line) for remark in list_remarks(found)]
+    assert "! hint: in 75% of rows, not read, such as 'look left'" in shown
+    assert "! messages[].mood: in 25% of rows, not read, such as 'm'" in shown
+    assert "· not read: source 75% of rows (ids, sources, scores)" in shown
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"field_system": "sytem"}, "field_system names sytem"),
+        ({"field_tools": "tool_list"}, "field_tools names tool_list"),
+        ({"message_property_mappings": {"thinking": "why"}}, "thinking names why"),
+        ({"message_field_training": "learn"}, "message_field_training names learn"),
+    ],
+)
+def test_a_key_that_names_what_no_row_has_is_an_error(write_jsonl, keys, named):
+    path = write_jsonl([chat("q"), chat("r")])
+    with pytest.raises(UserError, match=named):
+        check_config(config_of(DatasetConfig(path=str(path), **keys)), path.parent)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"field_system": "sys"},
+        {"message_property_mappings": {"thinking": "why", "role": "role", "name": "name"}},
+    ],
+)
+def test_a_key_that_one_row_has_is_none(write_jsonl, keys):
+    rare = chat("r") | {"sys": "s"}
+    rare["messages"][1]["why"] = "t"
+    path = write_jsonl([chat("q"), rare])
+    assert check_config(config_of(DatasetConfig(path=str(path), **keys)), path.parent).usable == 2

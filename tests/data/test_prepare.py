@@ -174,7 +174,7 @@ class TestReuse:
         assert ids[0] != ids[1]
 
     def test_a_format_key_and_the_tokenizer_are(self, made, first, path, tokenizer):
-        dataset = DatasetConfig(path=str(path), message_field_training="train")
+        dataset = DatasetConfig(path=str(path), roles={"user": ["asker"]})
         assert not made(config_of(dataset)).reused
         assert not made(path, using=dataclasses.replace(tokenizer, fingerprint="other")).reused
 

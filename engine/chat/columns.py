@@ -1,0 +1,531 @@
+"""Where a row keeps what: which columns hold its conversation, system prompt, thinking and tools.
+
+A column is known by a key of the config, else by the usual names for it, whatever their case and
+punctuation. `Columns` remembers which were read: the others are reported, so that nothing that
+carries meaning vanishes without a word.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Final, NoReturn
+
+from engine.chat.conversation import (
+    THINKING_NAMES,
+    Message,
+    Note,
+    NoteId,
+    Role,
+    RowFormat,
+    RowProblem,
+    Text,
+    Think,
+    describe,
+    plain_name,
+)
+from engine.chat.message import (
+    MessageReader,
+    describe_keys,
+    looks_like_calls,
+    parse_json,
+    read_thinking,
+    read_tool_calls,
+)
+from engine.chat.transcript import read_transcript
+from engine.config import DatasetConfig
+
+_USUAL: Final = MappingProxyType(
+    {
+        "field_tools": ("tools", "availabletools", "functions"),
+        "field_system": (
+            *("system", "systemprompt", "systemmessage", "systeminstruction"),
+            *("systeminstructions", "instructionsystem"),
+        ),
+        "field_context": ("context", "passage", "paragraph", "document", "background"),
+        "field_thinking": tuple(THINKING_NAMES),
+    }
+)
+"""Our name of a column -> the plain names that are usual for it, best first."""
+_PAIRS: Final = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("problem", "solution"),
+)
+QUESTIONS: Final = (
+    *("question", "instruction", "prompt", "query", "problem", "input", "inputs", "user", "human"),
+)
+ANSWERS: Final = (
+    *("answer", "output", "response", "completion", "solution", "reply", "target", "targets"),
+    *("multiplechoiceanswer", "answers", "assistant", "gpt"),
+)
+_CAPTIONS: Final = ("caption", "text")
+_LISTS: Final = ("messages", "conversations", "conversation")
+# Taken where they hold what can be a conversation: other datasets keep other things by these names.
+_PERHAPS_LISTS: Final = ("interactions", "dialogue", "dialog", "turns", "chat", "data", "texts")
+_TRANSCRIPTS: Final = ("text", "chat")
+_PAIRED: Final = (("responsea", "responseb"), ("outputa", "outputb"), ("answera", "answerb"))
+_NUMBERED: Final = re.compile(r"(response|output|answer|completion|conversation)([012ab])")
+_BOOKKEEPING: Final = frozenset(
+    (
+        *("id", "ids", "uuid", "guid", "idx", "index", "hash", "key", "source", "sources", "src"),
+        *("url", "urls", "link", "score", "scores", "lang", "language", "category", "categories"),
+        *("topic", "topics", "subject", "title", "split", "subset", "dataset", "model", "license"),
+        *("licence", "generator", "timestamp", "date", "createdat", "updatedat", "author", "level"),
+        *("difficulty", "rank", "rating", "quality", "tokens", "length", "task", "taskname"),
+        *("domain", "tags", "keywords", "treestate", "annotator", "version", "origin", "file"),
+        *("filename", "metadata", "meta", "humanormachine"),
+    )
+)
+_BOOKKEEPING_END: Final = re.compile(
+    r"(?:[_\W](?:ids?|idx|index|type|url|hash|score|count|source|lang|category|tokens)|[a-z]Id)\Z"
+)
+
+
+def is_bookkeeping(name: str, value: object) -> bool:
+    """Whether a column is an id, a source, a score or the like, which nobody wants learned."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return plain_name(name) not in ("label", "weight")
+    last = name.rpartition(".")[2]
+    return plain_name(last) in _BOOKKEEPING or _BOOKKEEPING_END.search(last) is not None
+
+
+@lru_cache(1024)
+def _index(columns: tuple[str, ...]) -> Mapping[str, str]:
+    """Plain name -> the column, the first of several."""
+    return {plain_name(column): column for column in reversed(columns)}
+
+
+class Columns:
+    """The columns of one row; `used` names those that a rule read, `notes` what a person should
+    know of how."""
+
+    __slots__ = ("_dataset", "_index", "notes", "reader", "row", "used")
+
+    def __init__(self, row: Mapping[str, object], row_format: RowFormat) -> None:
+        self.row = row
+        self.reader = MessageReader(row_format)
+        self.used: set[str] = set()
+        self.notes: list[Note] = []
+        self._dataset = row_format.dataset
+        self._index = _index(tuple(row)) if all(isinstance(c, str) for c in row) else {}
+
+    def column(self, field: str) -> str | None:
+        """The column that a key such as field_system names, else one by a usual name that holds
+        something; None where there is none."""
+        chosen = _chosen(self._dataset, field)
+        if chosen is not None:
+            return chosen if self.row.get(chosen) is not None else None
+        return self.named(_USUAL[field])
+
+    def named(self, names: Sequence[str]) -> str | None:
+        """The first column by one of these plain names that holds something."""
+        for name in names:
+            column = self._index.get(name)
+            if column is not None and self.row[column] is not None:
+                return column
+        return None
+
+    def take(self, field: str) -> object:
+        """The value of `column(field)`, which counts as read; None where there is none."""
+        column = self.column(field)
+        if column is None:
+            return None
+        self.used.add(column)
+        return self.row[column]
+
+    def note(self, name: NoteId, text: str) -> None:
+        self.notes.append(Note(name, text))
+
+    def text(self, column: str) -> str:
+        """A column that has to hold a text; it counts as read."""
+        self.used.add(column)
+        value = self.row[column]
+        if isinstance(value, str):
+            return value
+        raise RowProblem(
+            f"The column {column} is not text.",
+            f"It is {describe(value)}.",
+            "Write it as a string.",
+        )
+
+    def refuse_judged(self) -> None:
+        """Raises RowProblem for rows that hold answers which are not to be learned."""
+        label = self._dataset.field_label
+        if label is not None and label in self.row:
+            self.used.add(label)
+            if self.row[label] in (False, 0) or str(self.row[label]).lower() == "false":
+                raise RowProblem(
+                    f"The row's {label} is false.",
+                    f"field_label: {label} leaves out what is labelled so.",
+                    "Nothing has to be done; without field_label the row would be taught as good.",
+                )
+            return
+        judged = propose_judged(self.row, self._dataset)
+        if judged is None:
+            return
+        kind, mapping = judged
+        keys = " and ".join(f"`{key}: {column}`" for key, column in mapping.items())
+        if "field_label" in mapping:
+            raise RowProblem(
+                "The row is an answer with a verdict (KTO), and not every such answer is good.",
+                f"Its {mapping['field_label']} says whether it is.",
+                f"Write {keys} in the dataset's entry: rows whose label is false are left out.",
+            )
+        fix = f"Write {keys} in the dataset's entry: the preferred answers are learned."
+        raise RowProblem(
+            f"The row is a preference: {kind}.",
+            "Windtunnel learns answers; it does not learn to prefer one to another.",
+            fix
+            if keys
+            else "Write the better answer in a column of its own, and name it in field_answer.",
+        )
+
+    def find_list(self) -> Sequence[object] | None:
+        """The turns of a conversation that a column holds as a list or as one text."""
+        chosen = self._dataset.field_messages
+        answer = self._dataset.field_answer
+        if answer is not None and chosen == _LISTS[0] and self.row.get(answer) is not None:
+            return None
+        firm = _LISTS if chosen == _LISTS[0] else ()
+        for name in (chosen, *firm):
+            value = self.row.get(name)
+            if value is None or value == "":
+                continue
+            self.used.add(name)
+            if isinstance(value, str):
+                value = self._read_transcript(name, value) or parse_json(value, name)
+            if isinstance(value, list | tuple):
+                return value
+            raise RowProblem(
+                "The messages are not a list.",
+                f"{name} is {describe(value)}.",
+                'Write them as [{"role": "user", "content": "..."}, ...].',
+            )
+        if not firm:
+            return None
+        for name in (*_PERHAPS_LISTS, "text"):
+            column = self._index.get(name, "")
+            value = self.row.get(column)
+            if isinstance(value, str) and name in _TRANSCRIPTS:
+                found = self._read_transcript(column, value)
+            else:
+                found = find_conversation(value)
+            if found is not None:
+                self.used.add(column)
+                return found
+        return None
+
+    def _read_transcript(self, column: str, text: str) -> Sequence[object] | None:
+        found = read_transcript(text)
+        if found is None:
+            return None
+        template, messages = found
+        said = f"Messages written as {template} in {column}: read as messages."
+        self.notes.append(Note("markers_read", said, None, template))
+        return messages
+
+    def read_list(self, value: Sequence[object], start: int = 0) -> list[Message]:
+        """Messages, texts by turns of user and assistant, or pairs of a question and an answer;
+        they count from `start`."""
+        read: list[Message] = []
+        for index, each in enumerate(value, start):
+            if isinstance(each, str):
+                role: Role = "assistant" if (index - start) % 2 else "user"
+                read.append(Message(role, each, source=index))
+            elif isinstance(each, list | tuple):
+                read += _read_pair(each, index)
+            elif isinstance(each, Mapping) and (keys := _pair_keys(each)):
+                read += _read_pair([each[key] for key in keys], index)
+                self.reader.leave(each, keys)
+            else:
+                read.append(self.reader.read(each, index))
+        return read
+
+    def read_tree(self) -> list[Message] | None:
+        """The best-ranked path of an OASST tree, None where the row is none."""
+        tree = self.row.get("prompt")
+        if not isinstance(tree, Mapping) or "replies" not in tree:
+            return None
+        self.used.add("prompt")
+        turns, left_out = _follow_tree(tree)
+        if left_out:
+            self.note(
+                "tree_path", "Of the tree of replies the best-ranked path is read, no other branch."
+            )
+        return self.read_list(turns)
+
+    def read_table(self, shows_image: bool) -> list[Message]:
+        """Columns of a question and an answer, with what usually stands around them."""
+        question, answer = self._find_pair(shows_image)
+        asked = [] if question is None else self._read_question(question)
+        listed = question is not None and isinstance(self.row[question], list | tuple)
+        replies = self._read_answer(answer, len(asked) if listed else 0)
+        history = self.row.get("history")
+        before: list[Message] = []
+        if isinstance(history, str) and history.lstrip().startswith("["):
+            history = parse_json(history, "history")
+        if isinstance(history, list | tuple) and not any(isinstance(h, str) for h in history):
+            self.used.add("history")
+            before = self.read_list(history)
+        thinking = self.take("field_thinking")
+        if thinking:
+            replies[0] = _think(replies[0], thinking)
+        return [*before, *(asked or [Message("user", "")]), *replies]
+
+    def _find_pair(self, shows_image: bool) -> tuple[str | None, str]:
+        """The columns of the question, None for an image with a caption alone, and the answer."""
+        asks, answers = self._dataset.field_question, self._dataset.field_answer
+        for names in ("question", asks), ("answer", answers):
+            if names[1] is not None and self.row.get(names[1]) is None:
+                raise RowProblem(
+                    f"The row has no {names[0]}.",
+                    f"field_{names[0]} names {names[1]}, and that is"
+                    f" {'empty' if names[1] in self.row else f'not in {describe_keys(self.row)}'}.",
+                    "Correct the name, or delete the row.",
+                )
+        for question, answer in _PAIRS:
+            ask, reply = asks or self.named([question]), answers or self.named([answer])
+            if ask is not None and reply is not None:
+                return ask, reply
+        reply = answers or self.named(ANSWERS)
+        ask = asks or self.named([name for name in QUESTIONS if self._index.get(name) != reply])
+        if reply is not None and ask is not None:
+            return ask, reply
+        if shows_image and (caption := answers or self.named(_CAPTIONS)):
+            return None, caption
+        self._refuse_columns()
+
+    def _refuse_columns(self) -> NoReturn:
+        empty = [name for name, value in self.row.items() if value is None or value == ""]
+        if self.named(["parentid"]) or {"messageid", "text", "role"} <= self._index.keys():
+            raise RowProblem(
+                "The row is one message of a tree, not a conversation.",
+                f"Its columns are {describe_keys(self.row)}, and the answers are in other rows.",
+                "Take the file of whole trees of the same dataset (OASST's *.trees.jsonl), which"
+                " is read, or join the rows by parent_id.",
+            )
+        field = self._dataset.field_messages
+        raise RowProblem(
+            "The row has no messages.",
+            f"It has no {field}; its columns are {describe_keys(self.row)}"
+            + (f", of which {describe_keys(dict.fromkeys(empty))} hold nothing." if empty else "."),
+            "Name the column in field_messages, or use columns such as question and answer, or "
+            "name yours in field_question and field_answer.",
+        )
+
+    def _read_question(self, column: str) -> list[Message]:
+        value = self.row[column]
+        if isinstance(value, list | tuple):
+            self.used.add(column)
+            return self.read_list(value)
+        texts = [self.text(column)]
+        more = self._index.get("input") if plain_name(column) == "instruction" else None
+        if more is not None and self.row[more] is not None:
+            texts.append(self.text(more))
+        context = self._read_context(column)
+        if context and context not in texts:
+            texts.insert(0, context)
+            self.note("context_placed", f"{self.column('field_context')} stands before {column}.")
+        return [Message("user", "\n\n".join(text for text in texts if text))]
+
+    def _read_context(self, question: str) -> str:
+        column = self.column("field_context")
+        if column is None or column == question:
+            return ""
+        value = self.row[column]
+        if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+            value = "\n\n".join(map(str, value))
+        if not isinstance(value, str):
+            if self._dataset.field_context is not None:
+                return self.text(column)
+            return ""
+        self.used.add(column)
+        return value
+
+    def _read_answer(self, column: str, start: int) -> list[Message]:
+        value = self.row[column]
+        self.used.add(column)
+        if looks_like_calls(value):
+            return [Message("assistant", "", self.reader.number(read_tool_calls(value)))]
+        if isinstance(value, Mapping):
+            if "role" in value or "from" in value:
+                return [self.reader.read(value, start)]
+            value = value.get("text", value)
+        if isinstance(value, list | tuple):
+            if any(isinstance(each, Mapping) and _has_role(each) for each in value):
+                return self.read_list(value, start)
+            value = self._choose(column, value)
+        if not isinstance(value, str):
+            value = self.text(column)
+        return [Message("assistant", value)]
+
+    def _choose(self, column: str, several: Sequence[object]) -> object:
+        """The answer that most give, the first of them; texts, or objects with an `answer`."""
+        texts = [each.get("answer") if isinstance(each, Mapping) else each for each in several]
+        counts = Counter(text for text in texts if isinstance(text, str))
+        if len(counts) == 0 or len(texts) != counts.total():
+            raise RowProblem(
+                f"The column {column} holds no answer.",
+                f"It is {'an empty list' if not several else 'a list of what is not text'}.",
+                "Write the answer as a string, or delete the row.",
+            )
+        if len(counts) > 1:
+            text = f"Of several {column} the most frequent, else the first, is learned."
+            self.note("answer_chosen", text)
+        return counts.most_common(1)[0][0]
+
+    def unread(self, messages: Sequence[Message]) -> dict[str, object]:
+        """Columns, and keys of messages as messages[].KEY, that no rule read and that do not
+        repeat what was read; each with its value."""
+        left = {
+            name: value
+            for name, value in self.row.items()
+            if name not in self.used and not _is_empty(value)
+        }
+        if left:
+            said = {
+                part.text.strip()
+                for message in messages
+                for part in message.parts
+                if isinstance(part, Text | Think)
+            }
+            read = [self.row[name] for name in self.used if name in self.row]
+            left = {
+                name: value
+                for name, value in left.items()
+                if not (isinstance(value, str) and value.strip() in said) and value not in read
+            }
+        return left | self.reader.unread
+
+
+def propose_judged(
+    row: Mapping[str, object], dataset: DatasetConfig
+) -> tuple[str, dict[str, str]] | None:
+    """What kind of judged answers a row holds, and the keys that learn the good ones, empty where
+    no key can; None where the row is of no such kind or the dataset names its columns."""
+    index = _index(tuple(row))
+    label = next((index[name] for name in ("label", "ktotag") if name in index), None)
+    if label is not None and _is_verdict(row, label) and dataset.field_label is None:
+        return "an answer with a verdict", {"field_label": label}
+    if dataset.field_answer is not None or dataset.field_messages != _LISTS[0]:
+        return None  # the entry says which answer is learned
+    chosen, rejected = index.get("chosen"), index.get("rejected")
+    has_list = isinstance(row.get("messages"), list | tuple)
+    if chosen is not None and rejected is not None and not has_list:
+        return "a chosen and a rejected answer", _learn_chosen(row, chosen, index)
+    sides = [match for name in index if (match := _NUMBERED.fullmatch(name))]
+    if len(sides) > 1 and len({side[1] for side in sides}) == 1:
+        return "two answers that are compared", {}
+    several = row.get("completions")
+    if isinstance(several, list) and len(several) > 1 and isinstance(several[0], Mapping):
+        return "several answers that are rated", {}
+    return None
+
+
+def _is_verdict(row: Mapping[str, object], label: str) -> bool:
+    value = row[label]
+    numbered = "completion" in row and value in (0, 1)
+    return isinstance(value, bool) or numbered or str(value).lower() in ("true", "false")
+
+
+def _learn_chosen(
+    row: Mapping[str, object], chosen: str, index: Mapping[str, str]
+) -> dict[str, str]:
+    value = row[chosen]
+    whole = isinstance(value, str) and read_transcript(value) is not None
+    if whole or (isinstance(value, list | tuple) and len(value) > 1):
+        return {"field_messages": chosen}
+    names = (*QUESTIONS, *_LISTS)
+    question = next((index[name] for name in names if name in index), None)
+    return {"field_question": question, "field_answer": chosen} if question else {}
+
+
+def find_conversation(value: object) -> Sequence[object] | None:
+    """The turns in a value of a column that may hold something else, None where it does."""
+    if not isinstance(value, list | tuple) or not value:
+        return None
+    if all(isinstance(each, str) for each in value):
+        return value if len(value) > 1 else None
+    fits = all(
+        isinstance(each, Mapping) and (_has_role(each) or _pair_keys(each)) for each in value
+    )
+    return value if fits else None
+
+
+def _chosen(dataset: DatasetConfig, field: str) -> str | None:
+    value: str | None = getattr(dataset, field)
+    return None if (field, value) == ("field_tools", "tools") else value
+
+
+def _has_role(message: Mapping[str, object]) -> bool:
+    return "role" in message or "from" in message
+
+
+def _pair_keys(value: Mapping[str, object]) -> tuple[str, str] | None:
+    """The keys of a turn that holds a question and its answer, as The Cauldron and Capybara do."""
+    if _has_role(value) or len(value) < 2:
+        return None
+    index = _index(tuple(value))
+    question = next((index[name] for name in QUESTIONS if name in index), None)
+    replies = (index[name] for name in ANSWERS if name in index and index[name] != question)
+    answer = next(replies, None)
+    return (question, answer) if question is not None and answer is not None else None
+
+
+def _read_pair(pair: Sequence[object], index: int) -> Iterator[Message]:
+    if len(pair) != 2 or not all(isinstance(each, str) for each in pair):
+        raise RowProblem(
+            "A turn is not a question and an answer.",
+            f"It is {describe(pair)} of {len(pair)}, and both must be strings.",
+            "Write it as two strings, or as two messages with a role and a content.",
+            index,
+        )
+    yield Message("user", str(pair[0]), source=index)
+    yield Message("assistant", str(pair[1]), source=index)
+
+
+def _think(message: Message, thinking: object) -> Message:
+    think = Think(read_thinking(thinking))
+    return Message(
+        "assistant",
+        (think, *message.parts),
+        message.tool_calls,
+        message.tool_call_id,
+        message.source,
+        message.learn,
+    )
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)
+
+
+def _follow_tree(tree: Mapping[str, object]) -> tuple[list[dict[str, object]], bool]:
+    """The turns on the best-ranked path of an OASST tree, and whether other replies were left out.
+
+    Replies without a rank come after those with one, in their order.
+    """
+    turns: list[dict[str, object]] = []
+    left_out = False
+    node: Mapping[str, object] | None = tree
+    while node is not None:
+        turns.append({"role": node.get("role"), "content": node.get("text")})
+        listed = node.get("replies")
+        replies = [
+            reply
+            for reply in (listed if isinstance(listed, list | tuple) else ())
+            if isinstance(reply, Mapping) and not reply.get("deleted")
+        ]
+        left_out |= len(replies) > 1
+        node = min(replies, key=_rank, default=None)
+    return turns, left_out
+
+
+def _rank(reply: Mapping[str, object]) -> float:
+    rank = reply.get("rank")
+    return float(rank) if isinstance(rank, int | float) else float("inf")

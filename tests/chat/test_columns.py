@@ -1,0 +1,274 @@
+"""Rows in the shapes that people have: what is read of them, what is told, what is refused."""
+
+import pytest
+
+from engine.chat.conversation import Image, RowFormat, RowProblem, Think
+from engine.chat.row import read_row
+from engine.config import DatasetConfig
+
+TOOL = {"name": "w", "description": "d", "parameters": {"type": "object", "properties": {}}}
+CHOSEN = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}]
+REJECTED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad"}]
+ASKED, GOOD, BAD = CHOSEN[:1], CHOSEN[1:], REJECTED[1:]
+HH = "\n\nHuman: {}\n\nAssistant: {}"
+
+
+def read(row, **keys):
+    return read_row(row, RowFormat.from_config(DatasetConfig(path=".", **keys)))
+
+
+def spoken(conversation):
+    """Each message as ROLE:TEXT; thinking in <>, an image as #, calls as NAME(ARGUMENTS)."""
+
+    def shown(part):
+        if isinstance(part, Image):
+            return "#"
+        return f"<{part.text}>" if isinstance(part, Think) else part.text
+
+    return [
+        f"{message.role}:{''.join(map(shown, message.parts))}"
+        + "".join(f"{call.name}({call.arguments})" for call in message.tool_calls)
+        for message in conversation.messages
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        pytest.param(
+            {"system_prompt": "s", "question": "q", "response": "a"},
+            ["system:s", "user:q", "assistant:a"],
+            id="OpenOrca",
+        ),
+        pytest.param(
+            {"instruction": "q", "context": "c", "response": "a"},
+            ["user:c\n\nq", "assistant:a"],
+            id="Dolly",
+        ),
+        pytest.param(
+            {"instruction": "q", "context": "", "response": "a"},
+            ["user:q", "assistant:a"],
+            id="Dolly without a context",
+        ),
+        pytest.param(
+            {"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [1]}},
+            ["user:c\n\nq", "assistant:a"],
+            id="SQuAD",
+        ),
+        pytest.param(
+            {"Question": "q", "Complex_CoT": "t", "Response": "a"},
+            ["user:q", "assistant:<t>a"],
+            id="medical-o1",
+        ),
+        pytest.param(
+            {"query": "q", "tools": [TOOL], "answers": '[{"name": "w", "arguments": {"c": 1}}]'},
+            ["user:q", "assistant:w({'c': 1})"],
+            id="xLAM",
+        ),
+        pytest.param(
+            {"instruction": "q2", "input": "i", "output": "a2", "history": [["q1", "a1"]]},
+            ["user:q1", "assistant:a1", "user:q2\n\ni", "assistant:a2"],
+            id="Alpaca with a history",
+        ),
+        pytest.param(
+            {
+                "system": "SYSTEM: Help. Use them if required -\n"
+                '{"name": "w", "parameters": {}}\n{"name": "v", "parameters": {}}',
+                "chat": 'USER: q\n\n\nASSISTANT: <functioncall> {"name": "w", "arguments":'
+                " '{\"c\": 1}'} <|endoftext|>\n\n\nFUNCTION RESPONSE: 7\n\n\nASSISTANT: a"
+                " <|endoftext|>",
+            },
+            ["system:Help.", "user:q", "assistant:w({'c': 1})", "tool:7", "assistant:a"],
+            id="Glaive",
+        ),
+        pytest.param(
+            {
+                "prompt": {
+                    "role": "prompter",
+                    "text": "q",
+                    "replies": [
+                        {"role": "assistant", "text": "worse", "rank": 1, "replies": []},
+                        {"role": "assistant", "text": "a", "rank": 0, "replies": []},
+                        {"role": "assistant", "text": "no", "deleted": True, "replies": []},
+                    ],
+                }
+            },
+            ["user:q", "assistant:a"],
+            id="OASST tree",
+        ),
+        pytest.param(
+            {"data": ["q", "a", "r", "b"]},
+            ["user:q", "assistant:a", "user:r", "assistant:b"],
+            id="UltraChat",
+        ),
+        pytest.param({"conversations": ["q", "a"]}, ["user:q", "assistant:a"], id="LIMA"),
+        pytest.param(
+            {"image": "a.png", "question": "q", "multiple_choice_answer": "a", "answers": []},
+            ["user:#q", "assistant:a"],
+            id="VQAv2",
+        ),
+        pytest.param(
+            {"image": "a.png", "question": "q", "answers": ["b", "a", "a"]},
+            ["user:#q", "assistant:a"],
+            id="DocVQA: what most answer",
+        ),
+        pytest.param(
+            {"images": ["a.png"], "texts": [{"user": "q", "assistant": "a", "source": "x"}] * 2},
+            ["user:#q", "assistant:a", "user:q", "assistant:a"],
+            id="The Cauldron",
+        ),
+        pytest.param(
+            {"conversation": [{"input": "q", "output": "a"}]},
+            ["user:q", "assistant:a"],
+            id="Capybara",
+        ),
+        pytest.param(
+            {
+                "system_prompt": "s",
+                "interactions": [
+                    {"role": "user", "text": "q"},
+                    {"role": "assistant", "text": "a"},
+                ],
+            },
+            ["system:s", "user:q", "assistant:a"],
+            id="mistral-finetune",
+        ),
+        pytest.param(
+            {"problem": "q", "solution": "a", "answer": "4"}, ["user:q", "assistant:a"], id="MATH"
+        ),
+        pytest.param({"inputs": "q", "targets": "a"}, ["user:q", "assistant:a"], id="Aya, FLAN"),
+        pytest.param(
+            {"text": "### Human: q### Assistant: a"}, ["user:q", "assistant:a"], id="Guanaco"
+        ),
+        pytest.param(
+            {"conversations": HH.format("q", "a")}, ["user:q", "assistant:a"], id="transcript"
+        ),
+    ],
+)
+def test_rows_as_they_circulate(row, messages):
+    found = read(row)
+    assert spoken(found) == messages
+    assert all(message.learn for message in found.messages)
+
+
+@pytest.mark.parametrize("column", ["tools", "available_tools", "functions"])
+def test_tools_stand_in_any_usual_column(column):
+    row = {"messages": CHOSEN, column: [TOOL]}
+    assert read(row).tools[0]["function"]["name"] == "w"
+    assert not read(row).unread
+
+
+def test_parameters_by_name_or_with_types_of_python_become_a_json_schema():
+    by_name = {
+        "type": {"description": "kind", "type": "str", "default": "x"},
+        "count": {"description": "n", "type": "int, optional"},
+        "at": {"description": "where", "type": "List[float]"},
+        "how": {"description": "f", "type": "Callable"},
+    }
+    nested = {"type": "dict", "properties": {"n": {"type": "float"}}}
+    row = {"query": "q", "answer": "a", "tools": [{"name": "v", "parameters": by_name}]}
+    (tool,) = read(row).tools
+    assert tool["function"]["parameters"] == {
+        "type": "object",
+        "properties": {
+            "type": {"description": "kind", "type": "string", "default": "x"},
+            "count": {"description": "n", "type": "integer"},
+            "at": {"description": "where", "type": "array"},
+            "how": {"description": "f (Callable)"},
+        },
+        "required": ["at", "how"],
+    }
+    assert [note.id for note in read(row).notes] == ["tools_rewritten"]
+    (tool,) = read(row | {"tools": [{"name": "v", "parameters": nested}]}).tools
+    assert tool["function"]["parameters"] == {
+        "type": "object",
+        "properties": {"n": {"type": "number"}},
+    }
+
+
+def test_only_last_keeps_earlier_answers_out_of_the_loss():
+    found = read({"messages": [*CHOSEN, *REJECTED], "only_last": True})
+    assert [m.learn for m in found.messages if m.role == "assistant"] == [False, True]
+    assert "only_last" in [note.id for note in found.notes]
+    assert all(m.learn for m in read({"messages": CHOSEN, "only_last": False}).messages)
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"question": "q", "answer": "a", "rationale": "r"}, {"rationale": "r"}),
+        ({"messages": CHOSEN, "note": "n", "empty": "", "none": None}, {"note": "n"}),
+        # What repeats what was read is not lost.
+        ({"messages": CHOSEN, "prompt": "q", "chosen": CHOSEN, "id": 1}, {"id": 1}),
+        ({"messages": CHOSEN, "rejected": REJECTED}, {"rejected": REJECTED}),
+        (
+            {"messages": [ASKED[0] | {"lang": "en", "thinking": "t"}, GOOD[0] | {"train": False}]},
+            {"messages[].lang": "en", "messages[].thinking": "t", "messages[].train": False},
+        ),
+        ({"system": "other", "messages": [{"role": "system", "content": "s"}, *CHOSEN]},
+         {"system": "other"}),
+    ],
+)  # fmt: skip
+def test_what_no_rule_reads_is_kept_to_be_told(row, unread):
+    assert read(row).unread == unread
+
+
+def test_prefix_is_told():
+    row = {"messages": [*ASKED, GOOD[0] | {"prefix": True}]}
+    assert [note.id for note in read(row).notes] == ["prefix_not_kept"]
+
+
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [
+        ({"prompt": "q", "chosen": "good", "rejected": "bad"},
+         {"field_question": "prompt", "field_answer": "chosen"}),
+        ({"chosen": CHOSEN, "rejected": REJECTED}, {"field_messages": "chosen"}),
+        ({"prompt": "q", "chosen": CHOSEN, "rejected": REJECTED}, {"field_messages": "chosen"}),
+        ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD},
+         {"field_question": "prompt", "field_answer": "chosen"}),
+        ({"conversations": [{"from": "human", "value": "q"}],
+          "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}},
+         {"field_question": "conversations", "field_answer": "chosen"}),
+        ({"chosen": HH.format("q", "good"), "rejected": HH.format("q", "bad")},
+         {"field_messages": "chosen"}),
+        ({"prompt": "q", "completion": "good", "label": True}, {"field_label": "label"}),
+        ({"prompt": ASKED, "completion": GOOD, "label": 1}, {"field_label": "label"}),
+        ({"messages": CHOSEN, "kto_tag": True}, {"field_label": "kto_tag"}),
+    ],
+)  # fmt: skip
+def test_preferences_are_refused_with_the_keys_that_learn_the_good_answers(row, keys):
+    with pytest.raises(RowProblem) as refused:
+        read(row)
+    assert all(f"`{key}: {column}`" in refused.value.fix for key, column in keys.items())
+    assert spoken(read(row, **keys)) == ["user:q", "assistant:good"]
+    if "field_label" in keys:
+        bad = row | {keys["field_label"]: False}
+        for settings in ({}, keys):
+            with pytest.raises(RowProblem, match=r"verdict|is false"):
+                read(bad, **settings)
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"prompt": "q", "response_0": "a", "response_1": "b"}, "compared"),
+        ({"instruction": "q", "completions": [{"response": "a"}] * 2, "output": "a"}, "rated"),
+        ({"message_id": "m", "parent_id": "p", "text": "t", "role": "assistant"}, "a tree"),
+        ({"question": "q", "answers": {"text": [], "answer_start": []}}, "no answer"),
+    ],
+)
+def test_what_cannot_be_learned_is_named(row, what):
+    with pytest.raises(RowProblem, match=what):
+        read(row)
+
+
+def test_keys_name_columns_of_any_name():
+    row = {"sys": "s", "notes": "c", "asked": "q", "why": "t", "said": "a", "defs": [TOOL]}
+    keys = {"system": "sys", "context": "notes", "question": "asked", "thinking": "why"}
+    keys |= {"answer": "said", "tools": "defs"}
+    found = read(row, **{f"field_{key}": column for key, column in keys.items()})
+    assert spoken(found) == ["system:s", "user:c\n\nq", "assistant:<t>a"]
+    assert (len(found.tools), found.unread) == (1, {})
+    thinks = {"messages": [*ASKED, GOOD[0] | {"why": "t"}]}
+    assert spoken(read(thinks, field_thinking="why"))[1] == "assistant:<t>good"
