@@ -244,7 +244,7 @@ def test_preferences_are_refused_with_the_keys_that_learn_the_good_answers(row, 
     assert spoken(read(row, **keys)) == ["user:q", "assistant:good"]
     if "field_label" in keys:
         bad = row | {keys["field_label"]: False}
-        for settings in ({}, keys):
+        for settings in (dict[str, str](), keys):
             with pytest.raises(RowProblem, match=r"verdict|is false"):
                 read(bad, **settings)
 
