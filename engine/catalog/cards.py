@@ -138,10 +138,15 @@ def find_repository(repo_id: str) -> tuple[ModelCard, Repository] | None:
 
 def find_card(base_model: str) -> ModelCard | None:
     """The card of a catalog name or of a hub id that a card lists; None for anything else."""
+    return _find(base_model)[0]
+
+
+def _find(base_model: str) -> tuple[ModelCard | None, Repository | None]:
+    """The same with the repository that is meant, where there is one."""
     if base_model in model_names():
-        return find_model(base_model)
-    found = find_repository(base_model)
-    return found[0] if found else None
+        card = find_model(base_model)
+        return card, next(iter(card.repositories), None)
+    return find_repository(base_model) or (None, None)
 
 
 @cache
@@ -161,14 +166,10 @@ def official_sampling(base_model: str, reasoning_effort: str | None = None) -> S
     A model that thinks on request thinks unless the effort is absent or `none`; of one that comes
     in two variants the reasoning one thinks. Only `max_tokens` may be None in what is returned.
     """
-    if base_model in model_names():
-        card = find_model(base_model)
-        variant = card.repositories[0].variant if card.repositories else "instruct"
-    elif found := find_repository(base_model):
-        card, variant = found[0], found[1].variant
-    else:
+    card, repository = _find(base_model)
+    if card is None:
         return GREEDY
-    thinks = variant == "reasoning"
+    thinks = repository is not None and repository.variant == "reasoning"
     if card.thinking == "effort":
         thinks = reasoning_effort not in (None, "none")
     answering, thinking = card.sampling.get("answering"), card.sampling.get("thinking")

@@ -6,11 +6,13 @@ of `named_parameters()` in transformers 5.23; a test builds each model on the me
 compares them one by one.
 """
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 from typing import Literal, get_args
 
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 Group = Literal[
     "embedding", "head", "attention", "mlp", "experts", "router", "norm", "vision", "projector"
 ]
@@ -72,6 +74,17 @@ class ModuleTable:
         for row in self.parameters:
             counts[row.group] += row.count
         return counts
+
+
+def ending(name: str) -> str:
+    """The last part of a qualified name."""
+    return name.rpartition(".")[2]
+
+
+def layer_of(name: str) -> int:
+    """The number in a parameter's or a module's name; -1 outside the layers."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else -1
 
 
 def linear_targets(table: ModuleTable) -> tuple[str, ...]:

@@ -174,10 +174,7 @@ def tower_operations(config: RunConfig, place: Place, tokens: int) -> float:
     share = image_share(config, place.statistics)
     if tower is None or not share:
         return 0
-    sizes = {"vision": 0, "projector": 0}
-    for row in table.parameters:
-        if row.group in sizes:
-            sizes[row.group] += row.count
+    sizes = table.counts_by_group()
     one = tokens_of_one_image(place, ceil(tokens * share))
     lone = patches_of(one, tower)
     seen = tokens * share * lone / one

@@ -15,6 +15,7 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from engine.catalog import Architecture, ModuleTable
+from engine.catalog.modules import ending
 from engine.config import RunConfig
 from engine.data.statistics import Statistics
 from engine.plan.device import Place
@@ -48,7 +49,7 @@ def tower_of(table: ModuleTable) -> Tower | None:
     """The tower of a table's model; None for a text model."""
     layers = hidden = intermediate = merged = patch = 0
     for row in table.parameters:
-        name = row.module.rpartition(".")[2]
+        name = ending(row.module)
         if row.group == "vision" and name == "patch_conv":
             hidden, patch = row.shape[0], row.shape[-1]
         elif row.group == "vision" and name == "gate_proj":
@@ -182,7 +183,7 @@ def widths(table: ModuleTable) -> Widths:
     sizes = dict.fromkeys((*projections, "gate_proj"), 0)
     routed = chosen = matrix = stack = 0
     for row in table.parameters:
-        name = row.module.rpartition(".")[2]
+        name = ending(row.module)
         if row.group == "embedding":
             vocabulary, hidden = row.shape
         elif row.group == "norm" and name == "input_layernorm":

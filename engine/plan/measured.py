@@ -15,13 +15,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from engine.catalog import Architecture, ModuleTable
+from engine.catalog import ModuleTable
 from engine.config import RunConfig
 from engine.config.keys import DataKeys, LearningKeys, OutputKeys, TrackerKeys
 from engine.errors import WorkError
 from engine.files import write_whole
 from engine.hardware.packages import installed
-from engine.plan.device import Device
+from engine.plan.step import Step
 from engine.plan.verdict import Estimate, judge
 from engine.visible import visible
 
@@ -76,44 +76,31 @@ class Measurement:
     """Day, in UTC."""
 
 
-def key_of(
-    config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    tokens_at_once: int,
-    image_tokens: int,
-) -> dict[str, Any]:
+def key_of(step: Step) -> dict[str, Any]:
     """Everything that has to be the same for a figure to hold, as JSON has it."""
-    run = {name: getattr(config, name) for name in _counting_keys()}
+    run = {name: getattr(step.config, name) for name in _counting_keys()}
     # From two forward passes on, gradients lie beside what a pass keeps: more change nothing.
-    run["gradient_accumulation_steps"] = min(2, config.gradient_accumulation_steps)
+    run["gradient_accumulation_steps"] = min(2, step.config.gradient_accumulation_steps)
     return {
-        "model": _model_digest(architecture.table, _shapes(architecture.config)),
+        "model": _model(step),
         "run": run,
-        "device": device.name,
-        "tokens_at_once": tokens_at_once,
-        "image_tokens": image_tokens,
+        "device": step.device.name,
+        "tokens_at_once": step.tokens,
+        "image_tokens": step.of_images,
         "versions": dict(_versions()),
     }
 
 
-def find_measured(
-    config: RunConfig,
-    architecture: Architecture,
-    device: Device,
-    tokens_at_once: int,
-    image_tokens: int,
-) -> Measurement | None:
+def find_measured(step: Step) -> Measurement | None:
     """The newest figure for exactly this, the person's own before ours; None where there is none.
 
     A package that is not installed here separates nothing: then the plan is for another computer.
     Made for every keystroke: without a figure for the model and the device it looks no further.
     """
     known = _known()
-    model = _model_digest(architecture.table, _shapes(architecture.config))
-    if (model, device.name) not in known.places:
+    if (_model(step), step.device.name) not in known.places:
         return None
-    key = key_of(config, architecture, device, tokens_at_once, image_tokens)
+    key = key_of(step)
     here = key["versions"]
     for found in known.by_digest.get(_digest(key), ()):
         there = found.key["versions"]
@@ -255,6 +242,10 @@ def _counting_keys() -> tuple[str, ...]:
 def _versions() -> tuple[tuple[str, str | None], ...]:
     found = ((package, installed(package)) for package in PACKAGES)
     return tuple((name, has and ".".join(has.split(".")[:2])) for name, has in found)
+
+
+def _model(step: Step) -> str:
+    return _model_digest(step.table, _shapes(step.place.architecture.config))
 
 
 def _shapes(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -408,7 +408,7 @@ def estimate(config: RunConfig, place: Place, *, stack: Stack = WINDTUNNEL) -> E
     )
     if stack is not WINDTUNNEL or cards > 1:
         return found
-    measured = find_measured(config, place.architecture, device, step.tokens, step.of_images)
+    measured = find_measured(step)
     return corrected(found, measured) if measured else found
 
 

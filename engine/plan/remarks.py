@@ -18,6 +18,7 @@ from engine.catalog import (
     with_overrides,
 )
 from engine.catalog.architecture import ROPE
+from engine.catalog.modules import ending
 from engine.config import RunConfig
 from engine.errors import DOES_NOT_FIT, UserError
 from engine.hardware import reading
@@ -92,8 +93,8 @@ def _narrow_adapter(config: RunConfig, table: ModuleTable) -> str | None:
     chosen = set(choose_targets(table, config)).intersection(modules)
     if not chosen or 2 * len(chosen) >= len(modules):
         return None
-    left = sorted({_ending(n) for n in modules} - {_ending(n) for n in chosen})
-    reached = " and ".join(sorted({_ending(name) for name in chosen}))
+    left = sorted({ending(n) for n in modules} - {ending(n) for n in chosen})
+    reached = " and ".join(sorted({ending(name) for name in chosen}))
     rest = f"; {', '.join(left)} get none" if left else ""
     return (
         f"the adapter sits on {reached} alone: {len(chosen)} of {len(modules)} linear layers{rest}."
@@ -106,10 +107,6 @@ def _no_routers(config: RunConfig, table: ModuleTable) -> str | None:
     if not overrides.get("output_router_logits") or table.counts_by_group()["experts"]:
         return None
     return "output_router_logits has no effect: the model has no experts whose use to balance"
-
-
-def _ending(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def why_not_trained(architecture: Architecture) -> str | None:

@@ -9,6 +9,7 @@ the table.
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 from typing import NamedTuple, TypeAlias
 
@@ -69,11 +70,16 @@ class Saver:
     """Whether it can take many times as long: only for what cannot do without."""
 
 
-def smaller_batches(config: RunConfig, place: Place, fits: Fits) -> Iterator[Change]:
-    """Fewer sequences at once, and as many more of them before a step."""
-    micro = config.micro_batch_size
+def _smaller_batches(
+    config: RunConfig, place: Place, fits: Fits, *, busy: bool = False
+) -> Iterator[Change]:
+    """Fewer sequences at once, and as many more of them before a step; so many at least that they
+    keep the device `busy`."""
+    micro, length = config.micro_batch_size, config.sequence_len
+    least = BUSY_TOKENS if busy and place.device.kind == "cuda" else 1
     small = [n for n in range(1, isqrt(micro) + 1) if micro % n == 0]
-    for size in sorted({*small, *(micro // n for n in small)} - {micro}, reverse=True):
+    sizes = (n for n in {*small, *(micro // n for n in small)} - {micro} if n * length >= least)
+    for size in sorted(sizes, reverse=True):
         keys = batch_of(config, size)
         name = f"micro_batch_size {size}, accumulation {keys['gradient_accumulation_steps']}"
         yield name, keys, "the same result, slower"
@@ -85,16 +91,6 @@ def batch_of(config: RunConfig, size: int) -> dict[str, int]:
         return {}
     steps = config.gradient_accumulation_steps * config.micro_batch_size // size
     return {"micro_batch_size": size, "gradient_accumulation_steps": steps}
-
-
-def _busy_batches(config: RunConfig, place: Place, fits: Fits) -> Iterator[Change]:
-    """Those that still keep the device busy."""
-    least = BUSY_TOKENS if place.device.kind == "cuda" else 1
-    for change in smaller_batches(config, place, fits):
-        size = change[1]["micro_batch_size"]
-        assert isinstance(size, int)
-        if size * config.sequence_len >= least:
-            yield change
 
 
 def checkpointing(config: RunConfig, place: Place, fits: Fits) -> Iterator[Change]:
@@ -290,9 +286,9 @@ def _shorter_rows(config: RunConfig, place: Place, fits: Fits) -> Iterator[Chang
 _BATCH = ("micro_batch_size", "gradient_accumulation_steps")
 _LAYERS = ("gradient_checkpointing", "checkpointed_layers")
 SAVERS = (
-    Saver(_busy_batches, _BATCH, same_result=True),
+    Saver(partial(_smaller_batches, busy=True), _BATCH, same_result=True),
     Saver(checkpointing, _LAYERS, same_result=True),
-    Saver(smaller_batches, _BATCH, same_result=True),
+    Saver(_smaller_batches, _BATCH, same_result=True),
     Saver(
         _embeddings_in_ram,
         ("offload_embeddings",),

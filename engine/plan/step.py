@@ -9,7 +9,6 @@ the root's embedding and head for as long as the pass lasts, and the gradients o
 they are scattered.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,6 +16,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from engine.catalog import ModuleTable
+from engine.catalog.modules import layer_of
 from engine.config import RunConfig
 from engine.data.statistics import Statistics
 from engine.plan.device import Device, Place
@@ -266,7 +266,6 @@ _PARTS = {
     "vision": "vision",
     "projector": "projector",
 }
-_LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 class Held(NamedTuple):
@@ -316,9 +315,8 @@ def sizes_of(table: ModuleTable, kept: tuple[str, ...]) -> Sizes:
             largest_expert = max(largest_expert, row.count // row.shape[0])
         if row.group == "head" or (row.group == "embedding" and not head):
             head = row.count or head
-        number = _LAYER.search(row.name)
-        if number and part in ("linear", "experts"):
-            layer = layers.setdefault(int(number[1]), {})
+        if part in ("linear", "experts"):
+            layer = layers.setdefault(layer_of(row.name), {})
             layer[part] = layer.get(part, Held()) + found
     return Sizes(
         parts=parts,

@@ -5,13 +5,12 @@ that matches nothing is refused, and none lands in the vision tower by its modul
 are the language model's.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 from engine.catalog import ModuleTable, linear_targets
-from engine.catalog.modules import Group, Parameter
+from engine.catalog.modules import Group, Parameter, ending, layer_of
 from engine.config import RunConfig
 from engine.config.finding import shown
 from engine.errors import UserError
@@ -24,7 +23,6 @@ ALL_LINEAR = "lora_target_linear"
 """The entry of `count_targets` for every linear layer."""
 VISION: dict[str, Group] = {"vision_tower": "vision", "multi_modal_projector": "projector"}
 """What an expression has to spell to reach beyond the language model."""
-_LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 def linear_endings(table: ModuleTable, *, group: Group | None = None) -> list[str]:
@@ -35,7 +33,7 @@ def linear_endings(table: ModuleTable, *, group: Group | None = None) -> list[st
     """
     modules = set(linear_targets(table))
     rows = (row for row in table.parameters if row.module in modules)
-    return sorted({_ending(row.module) for row in rows if group in (None, row.group)})
+    return sorted({ending(row.module) for row in rows if group in (None, row.group)})
 
 
 def choose_targets(table: ModuleTable, config: RunConfig) -> tuple[str, ...]:
@@ -231,10 +229,6 @@ def _names(table: ModuleTable, rows: Iterable[Parameter]) -> frozenset[str]:
     return frozenset(embedding if row.tied else row.name for row in rows)
 
 
-def _ending(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
 def _ends(name: str, entry: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
 
@@ -307,11 +301,11 @@ def _find(
         spelled = [group for word, group in VISION.items() if word in named]
         seeing = (r.module for r in table.parameters if r.quantizable and r.group in spelled)
         return (*found, (named, _match_expression(named, (*modules, *seeing))))
-    for ending in named or ():
-        matches = tuple(name for name in modules if _ends(name, ending))
+    for entry in named or ():
+        matches = tuple(name for name in modules if _ends(name, entry))
         if not matches:
-            raise _no_match(ending, modules)
-        found.append((ending, matches))
+            raise _no_match(entry, modules)
+        found.append((entry, matches))
     return tuple(found)
 
 
@@ -321,17 +315,17 @@ def _find_stacks(
 ) -> Matches:
     names = tuple(row.name for row in table.parameters if row.group == "experts")
     found = []
-    for ending in endings:
-        matches = tuple(n for n in _in_layers(names, layers) if _ends(n, ending)) if names else ()
+    for entry in endings:
+        matches = tuple(n for n in _in_layers(names, layers) if _ends(n, entry)) if names else ()
         if not matches:
             raise UserError(
-                f"lora_target_parameters: {ending} matches no expert tensor.",
+                f"lora_target_parameters: {entry} matches no expert tensor.",
                 f"They are called {names[0]} and so on." if names else "The model has no experts.",
                 "Write [mlp.experts.gate_up_proj, mlp.experts.down_proj]."
                 if names
                 else "Remove lora_target_parameters.",
             )
-        found.append((ending, matches))
+        found.append((entry, matches))
     return tuple(found)
 
 
@@ -339,7 +333,7 @@ def _in_layers(names: tuple[str, ...], layers: tuple[int, ...] | None) -> tuple[
     """Those of the language model's `names` in `layers`; UserError for a layer it has not."""
     if layers is None:
         return names
-    numbers = [int(found[1]) if (found := _LAYER.search(name)) else -1 for name in names]
+    numbers = [layer_of(name) for name in names]
     if missing := sorted(set(layers) - set(numbers)):
         raise UserError(
             f"peft_layers_to_transform: there is no layer {missing[0]}.",
@@ -357,7 +351,7 @@ def _match_expression(expression: str, modules: tuple[str, ...]) -> tuple[str, .
 
 
 def _no_match(entry: str, modules: tuple[str, ...]) -> UserError:
-    endings = sorted({name.rpartition(".")[2] for name in modules})
+    endings = sorted({ending(name) for name in modules})
     return UserError(
         f"lora_target_modules: {entry} matches no module of the language model.",
         f"Its linear layers are called {', '.join(endings)}, under names such as {modules[0]}.",

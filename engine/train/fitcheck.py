@@ -33,8 +33,8 @@ from engine.plan import (
     estimate,
     estimate_document,
 )
-from engine.plan.layers import image_tokens_at_once
 from engine.plan.measured import Measurement, key_of, step_bytes
+from engine.plan.step import make_step
 from engine.plan.trainer import refuse_unread
 from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.attention import pick_attention
@@ -366,7 +366,8 @@ def _figures(
     paces: list[Pace],
 ) -> dict[str, Any]:
     """The record for whoever asked: figures, the formula's, and the measurement to be stored."""
-    needs = estimate(config, Place(built.architecture, place, data.statistics))
+    step = make_step(config, Place(built.architecture, place, data.statistics))
+    needs = estimate(config, step.place)
     peaks = [memory.peaks[f"step {n + 1}"] for n in range(len(paces))]
     reserved = [peak.reserved_bytes for peak in peaks if peak.reserved_bytes is not None]
     loading = [memory.peaks[name].allocated_bytes for name in (LOADING, ATTACHING, OPTIMIZER)]
@@ -377,11 +378,8 @@ def _figures(
     step_seconds = config.gradient_accumulation_steps * micro_seconds + update_seconds
     micro_tokens = data.batch.tokens / micros
     speed = config.gradient_accumulation_steps * micro_tokens / step_seconds
-    images = image_tokens_at_once(
-        config, built.architecture.table, needs.tokens_at_once, data.statistics
-    )
     measurement = Measurement(
-        key=key_of(config, built.architecture, place, needs.tokens_at_once, images),
+        key=key_of(step),
         model=built.architecture.class_name,
         peak_allocated_bytes=max(peak.allocated_bytes for peak in peaks),
         peak_reserved_bytes=max(reserved, default=None),

@@ -14,6 +14,7 @@ from engine.config import read_config
 from engine.hardware import assume
 from engine.plan import Place, cpu_device, estimate, estimate_document
 from engine.plan.measured import Measurement, key_of, step_bytes
+from engine.plan.step import make_step
 
 
 def tell(**record: object) -> None:
@@ -32,10 +33,11 @@ def main() -> int:
     tell(**event, seq=1, type="note", level="info", text=f"{steps} steps\x1b[31m")
     config = read_config(Path(folder, "config.yml")).config
     architecture, device = read_architecture(config.base_model), cpu_device(assume("24 GB"))
-    needs = estimate(config, Place(architecture, device))
+    step = make_step(config, Place(architecture, device))
+    needs = estimate(config, step.place)
     formula = step_bytes(needs)
     measured = Measurement(
-        key=key_of(config, architecture, device, needs.tokens_at_once, 0),
+        key=key_of(step),
         model=architecture.class_name,
         peak_allocated_bytes=formula * 5 // 4,
         peak_reserved_bytes=None,

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
@@ -15,12 +14,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from engine.catalog import Architecture, read_architecture
+from engine.catalog import read_architecture
 from engine.catalog.rows import module_table
 from engine.config import RunConfig
 from engine.errors import WorkError
 from engine.hardware import listed_gpus
-from engine.plan import Device, Place, estimate, make_fit
+from engine.plan import Place, estimate, make_fit
 from engine.plan.measured import (
     HOME_VARIABLE,
     INDIFFERENT,
@@ -32,14 +31,15 @@ from engine.plan.measured import (
     step_bytes,
     store,
 )
+from engine.plan.step import make_step
 from engine.units import GIB
 from tests.make.fits import GOALS, PAGE, cells, page
-from tests.support.machines import at, card, config, cpu, model
+from tests.support.machines import at, card, config, cpu
 
 H100 = card("H100 80GB")
 HERE = at("ministral-3-3b", H100)
 RUN = config(adapter="qlora", sequence_len=2048, sample_packing=True, gradient_checkpointing=True)
-TOKENS = 2048
+STEP = make_step(RUN, HERE)
 
 
 @pytest.fixture(autouse=True)
@@ -49,16 +49,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def figure(peak: int = 9 * GIB, day: str = "2026-11-26", **changes: Any) -> Measurement:
-    """A measurement of `RUN`, of which `changes` are other arguments of its key."""
-    given: dict[str, Any] = {
-        "config": RUN,
-        "architecture": HERE.architecture,
-        "device": H100,
-        "tokens_at_once": TOKENS,
-        "image_tokens": 0,
-    }
+    """A measurement of `STEP` with `changes`."""
     return Measurement(
-        key=key_of(**given | changes),
+        key=key_of(replace(STEP, **changes)),
         model="Mistral3ForConditionalGeneration",
         peak_allocated_bytes=peak,
         peak_reserved_bytes=peak + GIB // 8,
@@ -70,21 +63,15 @@ def figure(peak: int = 9 * GIB, day: str = "2026-11-26", **changes: Any) -> Meas
     )
 
 
-def found(
-    config: RunConfig = RUN,
-    architecture: Architecture | None = None,
-    device: Device = H100,
-    tokens: int = TOKENS,
-    images: int = 0,
-) -> Measurement | None:
-    return find_measured(config, architecture or HERE.architecture, device, tokens, images)
+def found(**changes: Any) -> Measurement | None:
+    return find_measured(replace(STEP, **changes))
 
 
-def with_shapes(**text: Any) -> Architecture:
+def with_shapes(**text: Any) -> Place:
     """Ministral 3 3B with other sizes."""
     plain = HERE.architecture
     content = {**plain.config, "text_config": {**plain.config["text_config"], **text}}
-    return replace(plain, config=content, table=module_table(content))
+    return Place(replace(plain, config=content, table=module_table(content)), H100)
 
 
 class TestTheKey:
@@ -100,42 +87,42 @@ class TestTheKey:
         store(figure())
         for name in RunConfig.model_fields:
             value: Any = 2 if name == "gradient_accumulation_steps" else ("something", "else")
-            same = found(RUN.model_copy(update={name: value})) is not None
+            same = found(config=RUN.model_copy(update={name: value})) is not None
             assert same == (name in INDIFFERENT), name
         assert found() is not None
         assert set(RunConfig.model_fields) >= INDIFFERENT
         assert not INDIFFERENT & {"sequence_len", "optimizer", "layer_offloading", "lora_r"}
 
     @pytest.mark.parametrize(
-        "change",
+        "changes",
         [
-            lambda: found(device=card("RTX 4090")),
-            lambda: found(device=cpu()),
-            lambda: found(tokens=TOKENS + 1),
-            lambda: found(images=1),
-            lambda: found(architecture=model("ministral-3-8b")),
-            lambda: found(architecture=with_shapes(num_hidden_layers=25)),
+            {"place": at("ministral-3-3b", "RTX 4090")},
+            {"place": at("ministral-3-3b", cpu())},
+            {"place": at("ministral-3-8b", H100)},
+            {"place": with_shapes(num_hidden_layers=25)},
             # The same shapes of all parameters, cut into other heads.
-            lambda: found(architecture=with_shapes(num_attention_heads=16, head_dim=256)),
-            lambda: found(architecture=with_shapes(sliding_window=512)),
+            {"place": with_shapes(num_attention_heads=16, head_dim=256)},
+            {"place": with_shapes(sliding_window=512)},
+            {"tokens": STEP.tokens + 1},
+            {"of_images": 1},
         ],
     )
-    def test_another_model_place_or_batch_is_another_run(
-        self, change: Callable[[], Measurement | None]
-    ) -> None:
+    def test_another_model_place_or_batch_is_another_run(self, changes: dict[str, Any]) -> None:
         store(figure())
-        assert change() is None
+        assert found(**changes) is None
 
     def test_a_fine_tune_of_the_same_shapes_is_the_same_run(self) -> None:
         store(figure())
-        tuned = replace(HERE.architecture, name="./my-own", card=None)
-        assert found(architecture=with_shapes(eos_token_id=7)) is not None
-        assert found(architecture=tuned) is not None
+        tuned = Place(replace(HERE.architecture, name="./my-own", card=None), H100)
+        assert found(place=with_shapes(eos_token_id=7)) is not None
+        assert found(place=tuned) is not None
 
     def test_more_forward_passes_than_two_change_nothing(self) -> None:
         several = RUN.model_copy(update={"gradient_accumulation_steps": 4})
         store(figure(config=several))
-        assert found(several.model_copy(update={"gradient_accumulation_steps": 16})) is not None
+        assert (
+            found(config=several.model_copy(update={"gradient_accumulation_steps": 16})) is not None
+        )
         assert found() is None
 
     def test_a_version_that_is_here_must_be_the_same_and_one_that_is_not_here_need_not(
