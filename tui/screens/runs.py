@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from engine.errors import UserError
 from engine.launch import resume_run
 from engine.report.run import figures_text
 from engine.runs import RunFolder, run_home
-from engine.runs.history import MEMORY, SPEED, History, Point, finite
+from engine.runs.history import History, Point, finite
 from engine.runs.listing import OpenRun, RunFacts, RunsReader
 from engine.runs.lock import measure, remove
 from engine.units import counted, gib, nats
@@ -33,7 +33,7 @@ from tui.widgets.choices import Choices, Made
 from tui.widgets.pane import Confirm, Pane, TextPane, columns
 
 if TYPE_CHECKING:
-    from engine.runs.comparison import ConfigDifferences
+    from engine.runs.comparison import ConfigDifferences, Figure
 
 _STATES: Final = {
     "running": ("▶", "$success"),
@@ -49,6 +49,7 @@ _WEEK_SECONDS: Final = 6 * 86_400.0
 _DAY_SECONDS: Final = 86_400.0
 _STATE_CELLS: Final = 15
 _LEAST_CELLS: Final = 12
+_FIGURE_CELLS: Final = 18
 
 
 _CELLS: Final = (22, 12)
@@ -142,27 +143,6 @@ def change(history: History) -> str:
     return f"loss {nats(values[0])} → {nats(values[-1])}" if values else ""
 
 
-def at_step(points: Sequence[Point], step: int) -> float:
-    """The value of a curve at a step or at the nearest one before it; nan where there is none."""
-    before = [y for x, y in points if x <= step]
-    return before[-1] if before else math.nan
-
-
-def same_step(first: History, second: History) -> list[tuple[str, float, float, int]]:
-    """The figures of two runs at the last step that both have: name, A, B, decimals."""
-    step = min(first.steps_done, second.steps_done)
-    curves: list[tuple[str, Callable[[History], Sequence[Point]], int]] = [
-        ("loss, smoothed", loss_curve, 3),
-        ("held out", lambda history: history.held_out, 3),
-        (SPEED.name, lambda history: history.series[SPEED.name].raw.points(), SPEED.digits),
-        (MEMORY.name, lambda history: history.series[MEMORY.name].raw.points(), MEMORY.digits),
-    ]
-    return [
-        (name, at_step(curve(first), step), at_step(curve(second), step), digits)
-        for name, curve, digits in curves
-    ]
-
-
 def _cell(text: str, cells: int) -> str:
     shown = visible(text, one_line=True)
     return f"{shown if len(shown) <= cells else shown[: cells - 1] + '…':<{cells}}"
@@ -207,11 +187,14 @@ class Comparison(Vertical):
         self,
         names: Sequence[str],
         histories: Sequence[History],
+        figures: "tuple[int, Sequence[Figure]]",
         found: "ConfigDifferences | UserError",
     ) -> None:
+        """`figures` as `compare_figures` gives them."""
         super().__init__()
         self._names, self._found = names, found
         self._first, self._second = histories
+        self._tokens, self._figures = figures
 
     def compose(self) -> ComposeResult:
         names = [visible(name, one_line=True) for name in self._names]
@@ -223,8 +206,8 @@ class Comparison(Vertical):
                     yield Differences([("config.yml", str(self._found), "")], 0)
                 else:
                     yield Differences(self._found.lines, self._found.same)
-            step = min(self._first.steps_done, self._second.steps_done)
-            pane = TextPane(f"at the same step ({step})", self._figures())
+            title = f"at {self._tokens:,} learned tokens"
+            pane = TextPane(title, Content("\n").join(self._figure_lines()))
             pane.border_subtitle = self._verdict()
             yield pane
 
@@ -238,22 +221,21 @@ class Comparison(Vertical):
         ]
         self.query_one(Chart).show(curves, Scale(float(right)))
 
-    def _figures(self) -> Content:
-        rows = [Content.styled(f"{'':<16}{'A':>9}{'B':>9}", "$muted")]
-        for name, a, b, digits in same_step(self._first, self._second):
-            rows.append(
-                Content.assemble(
-                    (f"{name:<16}", "$muted"), f"{_number(a, digits):>9}{_number(b, digits):>9}"
-                )
+    def _figure_lines(self) -> Iterator[Content]:
+        yield Content.styled(f"{'':<{_FIGURE_CELLS}}{'A':>9}{'B':>9}", "$muted")
+        for each in self._figures:
+            numbers = "".join(
+                f"{_number(value, each.digits):>9}" for value in (each.first, each.second)
             )
-        return Content("\n").join(rows)
+            name = each.name.removesuffix(" at the same tokens")
+            yield Content.assemble((_cell(name, _FIGURE_CELLS), "$muted"), numbers)
 
     def _verdict(self) -> str:
         if isinstance(self._found, UserError):
             return ""
         if self._found.held_out:
             return f"held out on {self._found.held_out_on}"
-        _, a, b, _ = same_step(self._first, self._second)[1]
+        a, b = self._figures[1].first, self._figures[1].second
         if not math.isfinite(a - b) or a == b:
             return ""
         return f"{'A' if a < b else 'B'} is better by {abs(a - b):.3f} held out"
@@ -261,15 +243,17 @@ class Comparison(Vertical):
 
 def _read_both(first: RunFolder, second: RunFolder) -> Comparison:
     # pydantic: in a thread, not in the list's first frame
-    from engine.runs.comparison import differences
+    from engine.runs.comparison import compare_figures, differences, read_curves
 
     found: ConfigDifferences | UserError
     try:
         found = differences(first, second)
     except UserError as error:
         found = error
-    histories = [OpenRun(run).read_all() for run in (first, second)]
-    return Comparison((first.name, second.name), histories, found)
+    runs = (first, second)
+    histories = [OpenRun(run).read_all() for run in runs]
+    figures = compare_figures(*(read_curves(run) for run in runs))
+    return Comparison([run.name for run in runs], histories, figures, found)
 
 
 LOOK_SECONDS: Final = 2.0
