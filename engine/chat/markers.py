@@ -43,6 +43,7 @@ THINKING: Final[_Pairs] = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
     ("<|channel|>analysis<|message|>", "<|end|>"),  # gpt-oss
     ("◁think▷", "◁/think▷"),  # Kimi
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     ("## Thinking\n", "## Final Response\n"),  # HuatuoGPT-o1
 )
 """Openings and closings of thinking, in upper or lower case."""
@@ -55,6 +56,8 @@ ANSWERS: Final[_Pairs] = (
 """What may stand around the whole answer behind thinking; "" closes with the text."""
 CALLS: Final[_Pairs] = (
     *((f"<{name}>", f"</{name}>") for name in ("tool_call", "tool_calls", "function_call")),
+    ("<function=", "</function>"),  # Llama 3.1
+    ("<|tool_call|>", ""),  # Granite
     ("<functioncall>", ""),  # Glaive
     ("[TOOL_CALLS]", ""),
     ("<|python_tag|>", ""),  # Llama 3
@@ -68,11 +71,17 @@ TOOLS: Final[_Pairs] = (
 )
 ENDS: Final = (
     *("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>"),
-    *("<|return|>", "<end_of_turn>", "<eos>", "<｜end▁of▁sentence｜>"),
+    *("<|return|>", "<|eom_id|>", "<end_of_turn>", "<eos>", "<｜end▁of▁sentence｜>"),
 )
+BEGINNINGS: Final = (
+    *("[/INST]", "<|im_start|>assistant", "<|start_header_id|>assistant<|end_header_id|>"),
+    *("<start_of_turn>model", "<｜Assistant｜>"),
+)
+"""What some templates write before an answer."""
 _OTHERS: Final = (
     *("[INST]", "[/INST]", "<<SYS>>", "[SYSTEM_PROMPT]", "[TOOL_RESULTS]", "<|im_start|>"),
     *("<|start_header_id|>", "<start_of_turn>", "<｜User｜>", "<｜Assistant｜>"),
+    *("<|begin_of_solution|>", "<｜tool▁calls▁begin｜>"),
 )
 # What Hermes' and Qwen's system prompts say of the markers; it is wrong once these are tokens.
 _PROTOCOL = re.compile(
@@ -106,11 +115,23 @@ _TOOLS = re.compile("|".join(rf"{re.escape(a)}(.*?){re.escape(b)}" for a, b in T
 _RESULT = re.compile(
     r"\s*(?:" + "|".join(rf"{re.escape(a)}(.*?){re.escape(b)}" for a, b in RESULTS) + r")\s*", re.S
 )
-_NAMED_CALL = re.compile(r"\s*([\w-]+)(?:\[CALL_ID\](\w+))?\[ARGS\]")
+_NAMED_CALL = re.compile(r"\s*([\w-]+)(?:(?:\[CALL_ID\](\w+))?\[ARGS\]|>)")
 _LEFT = _any_of(
     [opening for opening, _ in CALLS + RESULTS if opening != "<functioncall>"]
     + [*ENDS, *_OTHERS, "<|begin_of_thought|>", "[AVAILABLE_TOOLS]"]
 )
+
+# One look at a text: most have no marker, and many none of the characters that begin one.
+_EVERY: Final = (
+    *(each for pair in THINKING + CALLS + RESULTS + TOOLS for each in pair if each),
+    *(*ENDS, *BEGINNINGS, *_OTHERS),
+)
+_FIRST_CHARACTERS: Final = sorted({each[0] for each in _EVERY})
+_ANY = _any_of(_EVERY)
+
+
+def _has_marker(text: str) -> bool:
+    return any(first in text for first in _FIRST_CHARACTERS) and _ANY.search(text) is not None
 
 
 def read_markers(
@@ -142,6 +163,10 @@ class _Reader:
 
     def read(self, message: Message) -> Iterator[Message]:
         """The messages that one stands for: several where it holds several results."""
+        texts = (part.text for part in message.parts if isinstance(part, Text | Think))
+        if not any(map(_has_marker, texts)):
+            yield self._identify(message) if message.role == "tool" else message
+            return
         if self.dataset.read_markers:
             results = list(self._read_results(message))
             if results:
@@ -177,18 +202,19 @@ class _Reader:
         return [replace(message, role=role, content=content) for role, content in turns]
 
     def _drop_end(self, message: Message) -> Message:
-        """An answer without the end of text that it spells out; `</s>` may be HTML's."""
+        """An answer without the beginning and the end of a turn that it spells out."""
         head, text = _last_text(message)
-        kept, ends = text.rstrip(), list[str]()
+        kept, about = text.strip(), ""
         while (end := next((end for end in ENDS if kept.endswith(end)), None)) is not None:
-            if end == "</s>" and "<s>" in kept:
+            if end == "</s>" and "<s>" in kept:  # HTML's
                 break
-            ends.append(end)
-            kept = kept.removesuffix(end).rstrip()
-        if not ends:
+            about, kept = end, kept.removesuffix(end).rstrip()
+        start = next((start for start in BEGINNINGS if not head and kept.startswith(start)), None)
+        if start is not None:
+            about, kept = start, kept.removeprefix(start).lstrip()
+        if not about:
             return message
-        about = ends[-1]
-        self._note("markers_read", f"An answer ends with {about}: left out", about, message)
+        self._note("markers_read", f"{about} around an answer: left out", about, message)
         return _with_last(message, head, kept)
 
     def _read_calls(self, message: Message) -> Message:
@@ -279,6 +305,10 @@ class _Reader:
         if not parts or not isinstance(parts[0], Text):
             return message
         text = parts[0].text
+        if isinstance(given, Think) and (inner := _unwrap(given.text, THINKING)) != given.text:
+            given = replace(given, text=inner)
+            message = replace(message, content=(given, *parts))
+            self._note("markers_read", "Markers inside a thinking key: left out", "", message)
         if given is not None and _CLOSES_THINKING.search(text) is None:
             return message
         split = _split(text, everywhere, message)
@@ -382,7 +412,10 @@ def _split(text: str, everywhere: bool, message: Message) -> tuple[str, list[Par
                 f"Add {closing} where the answer begins, delete the row if it was cut off, or keep"
                 " it as text with split_thinking: false.",
             )
-        parts += _blocks(rest[: found.start()], rest[found.end() : end.start()])
+        inside = rest[found.end() : end.start()]
+        if not everywhere and _OPENS_THINKING.search(inside) is not None:
+            return None
+        parts += _blocks(rest[: found.start()], inside)
         rest = rest[end.end() :].lstrip()
     if not marker:
         alone = (_CLOSES_THINKING if everywhere else _CLOSES_ALONE).search(rest)
@@ -404,16 +437,16 @@ def _blocks(before: str, thinking: str) -> Iterator[Part]:
         yield Think(thinking.strip())
 
 
-def _unwrap(answer: str) -> str:
-    """An answer without the markers that stand around the whole of it."""
-    for opening, closing in ANSWERS:
-        inner = answer.strip()
+def _unwrap(text: str, pairs: _Pairs = ANSWERS) -> str:
+    """A text without the markers that stand around the whole of it."""
+    for opening, closing in pairs:
+        inner = text.strip()
         if not inner.startswith(opening) or not inner.endswith(closing):
             continue
         inner = inner.removeprefix(opening).removesuffix(closing)
         if opening not in inner and (not closing or closing not in inner):
             return inner.strip()
-    return answer
+    return text
 
 
 def _parse(text: str) -> object:
@@ -463,6 +496,8 @@ def _take_value(text: str, closing: str) -> tuple[object, str]:
     rest = text[end:].lstrip()
     if closing and not rest.startswith(closing):
         raise ValueError
+    if isinstance(value, dict) and "arguments" not in value and "name" in value:
+        value = value | {"arguments": value.get("parameters")}  # Llama 3's name for them
     if named:
         value = {"name": named[1], "arguments": value} | ({"id": named[2]} if named[2] else {})
     return value, rest.removeprefix(closing).lstrip()

@@ -74,6 +74,8 @@ _TEMPLATES: Final = (
     ),
 )
 
+# Prompts of models that always think end with it.
+_OPEN_THINKING: Final = re.compile(r"(?:<think>|\[THINK\])$")
 # A question may begin with "USER:" and mean it; it does not with a control token.
 _WITH_CONTROL_TOKENS: Final = 6
 _SPEAKS: Final[Mapping[str, Role]] = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -105,7 +107,7 @@ def read_prompt(text: str) -> tuple[str, list[tuple[Role, str]]] | None:
     text = text.strip()
     for template in _TEMPLATES[:_WITH_CONTROL_TOKENS]:
         if template.separators.match(text) is not None:
-            messages, doubt = _split(text, template)
+            messages, doubt = _split(_OPEN_THINKING.sub("", text), template)
             spoken = [(_SPEAKS[role], content) for role, content in messages if role in _SPEAKS]
             if (
                 not doubt

@@ -1,5 +1,6 @@
 """What rows write as text is read as the structured row that it stands for, or told."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.chat.conversation import RowFormat, RowProblem, Text, Think
-from engine.chat.markers import ANSWERS, CALLS, THINKING
+from engine.chat.markers import ANSWERS, CALLS, ENDS, RESULTS, THINKING, TOOLS
 from engine.chat.render import render
 from engine.chat.row import read_row
 from engine.chat.rules import settle
@@ -25,7 +26,7 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"c": {"type": "string"}}},
     },
 }
-TOOLS = json.dumps([WEATHER])
+TOOLS_TEXT = json.dumps([WEATHER])
 OSLO = {"name": "get_w", "arguments": {"c": "Oslo"}}
 CALL = json.dumps(OSLO)
 HERMES = (
@@ -33,9 +34,9 @@ HERMES = (
     "<tools> </tools> XML tags. You may call one or more functions to assist with the user query."
     " After calling & executing the functions, you will be provided with function results within"
     " <tool_response> </tool_response> XML tags. Here are the available tools:\n<tools>\n"
-    f"{TOOLS}\n</tools>\nFor each function call return a JSON object, with the following pydantic"
-    " model json schema:\n{'title': 'FunctionCall'}\nEach function call should be enclosed within"
-    " <tool_call> </tool_call> XML tags.\nExample:\n<tool_call>\n{'name': <function-name>}\n"
+    f"{TOOLS_TEXT}\n</tools>\nFor each function call return a JSON object, with the following"
+    " pydantic model json schema:\n{'title': 'FunctionCall'}\nEach function call should be enclosed"
+    " within <tool_call> </tool_call> XML tags.\nExample:\n<tool_call>\n{'name': <function-name>}\n"
     "</tool_call>"
 )
 HERMES_LEFT = (
@@ -90,8 +91,18 @@ def after_system(text: str, row: Row) -> Row:
         (plain("</think>\n\n4"), plain("4")),
         (plain("<think>\n\n</think>\n\n4"), plain("4")),
         (plain("4</s>"), plain("4")),
+        (plain("<|im_start|>assistant\n4<|im_end|>"), plain("4")),
+        (
+            {"messages": [USER, says("4") | {"reasoning": "<think>\nAdd.\n</think>"}]},
+            thinks("Add."),
+        ),
+        (
+            plain('<|python_tag|>{"name": "get_w", "parameters": {"c": "Oslo"}}<|eom_id|>'),
+            calls(OSLO),
+        ),
+        (plain('<function=get_w>{"c": "Oslo"}</function>'), calls(OSLO)),
         (plain("<think>Add.</think>4<|im_end|>\n"), thinks("Add.")),
-        *((plain(f"{a}\n{CALL}\n{b}"), calls(OSLO)) for a, b in CALLS),
+        *((plain(f"{a}\n{CALL}\n{b}"), calls(OSLO)) for a, b in CALLS if a != "<function="),
         (plain(f"<tool_call>{OSLO}</tool_call>"), calls(OSLO)),
         (plain(f"[TOOL_CALLS] [{CALL}]</s>"), calls(OSLO)),
         (plain('[TOOL_CALLS]get_w[ARGS]{"c": "Oslo"}'), calls(OSLO)),
@@ -110,7 +121,8 @@ def after_system(text: str, row: Row) -> Row:
             plain("4") | {"tools": [WEATHER]},
         ),
         (
-            after_system(f"Be brief. <tools>{TOOLS}</tools>", plain("4")) | {"tools": TOOLS},
+            after_system(f"Be brief. <tools>{TOOLS_TEXT}</tools>", plain("4"))
+            | {"tools": TOOLS_TEXT},
             after_system("Be brief.", plain("4")) | {"tools": [WEATHER]},
         ),
     ],
@@ -154,6 +166,7 @@ def test_thinking_stays_text_where_the_model_has_no_token_for_it(
         ("Sure. <think>Add.</think>4", "</think>"),
         ("Close it with </think>.", "</think>"),
         ("<think>Add.</think>4</think>5", "</think>"),
+        ("<think>Add <think>1</think></think>4", "</think>"),
         (f"Write <tool_call>{CALL}</tool_call> to call.", "<tool_call>"),
         ("<tool_call>get_w(Oslo)</tool_call>", "<tool_call>"),
         ("[INST] is a token.", "[INST]"),
@@ -274,3 +287,27 @@ def test_what_is_written_with_markers_is_read_back(
     message = read_row(plain(around[0] + written), RowFormat()).messages[-1]
     assert message.parts == (Think(thinking), Text(answer))
     assert [(each.name, each.arguments) for each in message.tool_calls] == [tuple(call.values())]
+
+
+EVERY = [*(each for pair in THINKING + ANSWERS + CALLS + RESULTS + TOOLS for each in pair), *ENDS]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    texts=st.lists(
+        st.lists(st.sampled_from([*EVERY, CALL, TOOLS_TEXT, " ", "\n", "x"]), max_size=6).map(
+            "".join
+        ),
+        min_size=3,
+        max_size=3,
+    ),
+    split=st.sampled_from((None, True, False)),
+)
+def test_markers_in_any_order_are_read_or_refused_in_a_sentence(
+    texts: list[str], split: bool | None, tokenizers: Tokenizers
+) -> None:
+    roles = ("system", "user", "assistant")
+    messages = [{"role": r, "content": text} for r, text in zip(roles, texts, strict=True)]
+    row_format = RowFormat(DatasetConfig(path=".", split_thinking=split))
+    with contextlib.suppress(RowProblem):
+        render(read_row({"messages": messages}, row_format), tokenizers["v13"])

@@ -114,6 +114,7 @@ def test_a_text_column_encodes_as_its_messages_do_in_mistral_common(
     [
         "<s>[INST] 2+2? [/INST] 4</s>[INST] 3+3? [/INST]",
         chat("<|im_start|>{}\n{}<|im_end|>\n", SAID[:3]) + "<|im_start|>assistant\n",
+        chat("<|im_start|>{}\n{}<|im_end|>\n", SAID[:3]) + "<|im_start|>assistant\n<think>\n",
     ],
 )
 def test_a_prompt_column_holds_the_turns_before_its_answer(prompt: str) -> None:
