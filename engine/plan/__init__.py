@@ -3,9 +3,9 @@
 Everything here is arithmetic over the catalog's module table, the machine and the counts of a
 dataset: `memory` estimates a config from the `step` and the `layers` that it runs, `targets` counts
 what its adapter lands on, `attention` chooses a backend, `recommend` makes a whole config with a
-reason for every value and compares the models of the catalog, `ladder` makes one fit, `remarks`
-says what a config does less of than it seems to and what cannot be done here. `trainer` holds what
-the trainer itself runs by.
+reason for every value and compares the models of the catalog, `savers` is the table of all that
+makes a run need less, by which `ladder` makes one fit, `remarks` says what a config does less of
+than it seems to and what cannot be done here. `trainer` holds what the trainer itself runs by.
 """
 
 from engine.data.statistics import Statistics

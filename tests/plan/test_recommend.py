@@ -271,44 +271,42 @@ class TestWhatTheRowsDecide:
         assert "1,000 tokens" in self.on_a_card(ROWS["long"]).reasons["train_on_thinking"]
 
 
+CHOSEN: dict[str, tuple[Any, ...]] = {
+    "lora_r": (64, 32),
+    "lora_alpha": (7,),
+    "adapter": ("lora", "qlora", None),
+    "load_in_4bit": (True, False),
+    "unfrozen_parameters": (["lm_head"],),
+    "sequence_len": (512, 65_536),
+    "sample_packing": (False,),
+    "micro_batch_size": (64,),
+    "gradient_checkpointing": (False, True),
+    "optimizer": ("paged_adamw_8bit",),
+    "learning_rate": (2e-4,),
+    "lora_target_modules": (["q_proj"],),
+    "warmup_steps": (4,),
+    "warmup_ratio": (0.2,),
+    "save_steps": (3,),
+    "save_strategy": ("epoch",),
+    "eval_steps": (4,),
+    "evals_per_epoch": (4,),
+    "eval_strategy": ("epoch",),
+    "val_set_size": (0, 0.3),
+    "test_datasets": ((OWN,),),
+    "max_steps": (5,),
+    "bf16": (False,),
+    "attn_implementation": ("eager",),
+}
+
+
 class TestWhatThePersonChose:
     """Fixed values are kept, and the rest goes around them."""
 
     @pytest.mark.parametrize(
         "fixed",
         [
-            {"lora_r": 64},
-            {"lora_r": 32},
-            {"lora_alpha": 7},
-            {"adapter": "lora"},
-            {"adapter": "qlora"},
-            {"adapter": None},
+            *({key: value} for key, values in CHOSEN.items() for value in values),
             {"adapter": None, "load_in_4bit": False, "lora_target_linear": False},
-            {"load_in_4bit": True},
-            {"load_in_4bit": False},
-            {"unfrozen_parameters": ["lm_head"]},
-            {"sequence_len": 512},
-            {"sequence_len": 65_536},
-            {"sample_packing": False},
-            {"micro_batch_size": 64},
-            {"gradient_checkpointing": False},
-            {"gradient_checkpointing": True},
-            {"optimizer": "paged_adamw_8bit"},
-            {"learning_rate": 2e-4},
-            {"lora_target_modules": ["q_proj"]},
-            {"warmup_steps": 4},
-            {"warmup_ratio": 0.2},
-            {"save_steps": 3},
-            {"save_strategy": "epoch"},
-            {"eval_steps": 4},
-            {"evals_per_epoch": 4},
-            {"eval_strategy": "epoch"},
-            {"val_set_size": 0},
-            {"val_set_size": 0.3},
-            {"test_datasets": (OWN,)},
-            {"max_steps": 5},
-            {"bf16": False},
-            {"attn_implementation": "eager"},
         ],
         ids=str,
     )
@@ -419,13 +417,15 @@ class TestReasonsAreTrue:
         updates = int(advice.reasons["gradient_accumulation_steps"].split()[0])
         assert steps == updates * advice.config.num_epochs
 
-    def test_one_update_is_one(self) -> None:
-        advice = advised("demo-tiny", cpu(8), dataset(4, 30, 33))
-        assert advice.reasons["gradient_accumulation_steps"] == "1 update an epoch"
-
-    def test_a_batch_of_all_rows_says_so(self) -> None:
-        advice = advised("demo-tiny", cpu(8), dataset(2, 30, 33))
-        assert advice.reasons["micro_batch_size"] == "all 2 rows at once"
+    @pytest.mark.parametrize(
+        ("rows", "key", "reason"),
+        [
+            (4, "gradient_accumulation_steps", "1 update an epoch"),
+            (2, "micro_batch_size", "all 2 rows at once"),
+        ],
+    )
+    def test_few_rows_are_said_as_few(self, rows: int, key: str, reason: str) -> None:
+        assert advised("demo-tiny", cpu(8), dataset(rows, 30, 33)).reasons[key] == reason
 
     @pytest.mark.parametrize("rows", [40, 57, 200])
     def test_no_reason_of_a_recipe_names_the_rows_of_another_dataset(self, rows: int) -> None:
@@ -483,19 +483,19 @@ class TestRecipes:
         config = advised("demo-tiny", cpu(8), val_set_size=0.2).config
         assert (config.val_set_size, config.test_datasets) == (0.2, ())
 
-    def test_a_downloaded_model_has_no_recipe(self) -> None:
-        config = recommend(at("ministral-3-3b", "H100")).config
-        assert (config.learning_rate, config.max_steps) == (2e-4, None)
-
     @pytest.mark.parametrize(
-        ("name", "rate"), [("ministral-3-3b", 2e-4), ("mistral-medium-3.5", 1e-4)]
+        ("name", "fixed", "rate"),
+        [
+            ("ministral-3-3b", {}, 2e-4),
+            ("mistral-medium-3.5", {}, 1e-4),  # above 70B half of it
+            ("ministral-3-3b", {"adapter": None}, 2e-5),  # whole weights: a tenth
+        ],
     )
-    def test_models_above_70b_learn_at_half_the_rate(self, name: str, rate: float) -> None:
-        assert recommend(at(name, "H200")).config.learning_rate == rate
-
-    def test_whole_weights_learn_at_a_tenth_of_it(self) -> None:
-        advice = advised("ministral-3-3b", "H200", adapter=None)
-        assert advice.config.learning_rate == 2e-5
+    def test_a_downloaded_model_has_no_recipe_and_a_rate_by_size_and_method(
+        self, name: str, fixed: dict[str, Any], rate: float
+    ) -> None:
+        chosen = advised(name, "H200", **fixed).config
+        assert (chosen.learning_rate, chosen.max_steps) == (rate, None)
 
 
 @pytest.mark.parametrize(
