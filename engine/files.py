@@ -55,6 +55,8 @@ def changed_file(folder: Path) -> str | None:
         return None
     except (OSError, ValueError):
         return SUMS
+    if not lines:
+        return SUMS
     for line in lines:
         saved, _, name = line.partition("  ")
         try:
