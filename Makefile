@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-slow research gpu check bench base clean
+.PHONY: install demo test test-slow fuzz research gpu check bench base clean
 
 install: $(STAMP)
 
@@ -25,6 +25,10 @@ test: install
 
 test-slow: install
 	$(PY) -m pytest --numprocesses 2 -m slow
+
+# Ten minutes for each kind of file that people bring; coverage-guided where atheris is installed.
+fuzz: install
+	for name in config rows events tokenizer; do $(PY) -m tests.fuzz $$name --minutes 10 || exit 1; done
 
 # How well the memory plan's formulas hold: every model on a dry run, every way of running a layer.
 research: install

@@ -5,6 +5,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+PRIVATE = 0o700
+"""Mode of a folder that holds rows, samples or configs: a cluster's other users read none of it,
+whatever the modes of the files inside."""
+
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file, durable when this returns; a reader sees the old content or the new one, whole.

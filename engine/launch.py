@@ -21,7 +21,7 @@ from typing import Any, Final
 from engine.child import TRAINER, child_environment, last_lines
 from engine.errors import UserError, WorkError
 from engine.events import Ack
-from engine.files import write_whole
+from engine.files import PRIVATE, write_whole
 from engine.hardware import Machine, cuda_environment, read_machine, torch_problem
 from engine.runs.control import ask
 from engine.runs.folder import RunFolder, list_checkpoints
@@ -185,7 +185,7 @@ def _require_checkpoint(run: RunFolder, checkpoint: str) -> None:
 
 
 def _fill(run: RunFolder, config: str | None, plan: Mapping[str, object] | None) -> None:
-    run.path.mkdir(parents=True, exist_ok=True)
+    run.path.mkdir(PRIVATE, parents=True, exist_ok=True)
     if config is not None:
         _keep_other(run.config, config)
         write_whole(run.config, config.encode())

@@ -18,7 +18,7 @@ TOP_LEVEL = {
     *("pyproject.toml", "README.md", "tui", "engine", "tests", "presets", "Makefile"),
     *("constraints.txt", "LICENSE", "CHANGELOG.md", "Dockerfile"),
 }
-ROOMLESS_TESTS = {"gpu", "install", "research"}
+ROOMLESS_TESTS = {"fuzz", "gpu", "install", "research"}
 CRUMB_LINES = 40
 """A smaller module with one importer belongs to that one."""
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "pickle.load", "pickle.loads"}
@@ -145,6 +145,17 @@ def test_every_command_that_a_sentence_names_exists() -> None:
 def test_the_top_level_holds_what_a_newcomer_expects() -> None:
     tops = {path.split("/")[0] for path in tracked()}
     assert {top for top in tops if not top.startswith(".")} <= TOP_LEVEL
+
+
+def test_every_threat_names_a_test_that_exists() -> None:
+    text = (ROOT / ".github" / "SECURITY.md").read_text("utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    for row in rows:
+        named = re.search(r"`(tests/[\w/]+\.py)((?:::\w+)+)` \|$", row)
+        assert named, row
+        tests = (ROOT / named[1]).read_text("utf-8")
+        for name in named[2].split("::")[1:]:
+            assert re.search(rf"^ *(async def|def|class) {name}\b", tests, re.MULTILINE), row
 
 
 def test_tests_lie_where_their_subject_does() -> None:

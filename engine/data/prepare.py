@@ -44,7 +44,7 @@ from engine.data.rows import (
 from engine.data.sources import Location, locate
 from engine.data.web_images import NetworkDown, WebImages, check_url, is_web
 from engine.errors import UserError, WorkError
-from engine.files import sweep, sync, write_whole
+from engine.files import PRIVATE, sweep, sync, write_whole
 
 # Raised when the files in a folder of arrays change their meaning.
 LAYOUT_VERSION = 2
@@ -112,7 +112,7 @@ def prepare(
         )
     job = _plan(chosen, folder, tokenizer, report)
     try:
-        store.mkdir(parents=True, exist_ok=True)
+        store.mkdir(PRIVATE, parents=True, exist_ok=True)
         with _locked(store / f"{job.key}.lock", report):
             reused = _is_whole(store / job.key) and not _is_stale(store / job.key, job, report)
             if not reused:
@@ -324,7 +324,7 @@ class ArrayWriter:
     """
 
     def __init__(self, folder: Path, interval: Interval) -> None:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(PRIVATE, exist_ok=True)
         sweep(folder)
         self._folder = folder
         self._interval = interval

@@ -29,7 +29,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from engine.chat.conversation import RowProblem
 from engine.chat.images import IMAGE_LIMIT_BYTES, check_image
 from engine.errors import WorkError
-from engine.files import write_whole
+from engine.files import PRIVATE, write_whole
 
 Resolver: TypeAlias = Callable[[str, int], Sequence[str]]
 """A host's addresses, as `addresses_of` gives them."""
@@ -378,7 +378,7 @@ def _place(url: str) -> Path:
 def _keep(url: str, content: bytes) -> None:
     place = _place(url)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(PRIVATE, parents=True, exist_ok=True)
         write_whole(place, content)
     except OSError as error:
         raise WorkError(

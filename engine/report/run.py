@@ -391,7 +391,9 @@ def duration(seconds: float) -> str:
 
 
 def clock_time(moment: float) -> str:
-    """`14:58:07` in the local time zone."""
+    """`14:58:07` in the local time zone; `?` before the first event."""
+    if not math.isfinite(moment):
+        return "?"
     return datetime.fromtimestamp(moment).strftime("%H:%M:%S")
 
 

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 import platformdirs
 
 from engine.errors import UserError, WorkError
-from engine.files import SUMS, changed_file
+from engine.files import PRIVATE, SUMS, changed_file
 from engine.units import counted
 from engine.visible import visible
 
@@ -255,7 +255,7 @@ def _cannot_make(path: Path, error: Exception) -> WorkError:
 
 def _make(run: RunFolder) -> None:
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
+        run.path.mkdir(PRIVATE, parents=True, exist_ok=True)
         run.lock.touch()
     except (OSError, ValueError) as error:
         raise _cannot_make(run.path, error) from error
@@ -267,7 +267,7 @@ def _make_unique(folder: Path, name: str) -> RunFolder:
         run = RunFolder(folder / (name if number == 1 else f"{name}-{number}"))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            run.path.mkdir()  # fails for all but one of several that ask at once
+            run.path.mkdir(PRIVATE)  # fails for all but one of several that ask at once
             run.lock.touch()
         except FileExistsError as error:
             if not folder.is_dir():

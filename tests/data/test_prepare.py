@@ -99,6 +99,14 @@ class TestFormats:
             arrays[name] = content(prepared.folder, "ids", "kinds", "sources", "offsets", "hashes")
         assert all(found == arrays["a.jsonl"] for found in arrays.values())
 
+    def test_no_other_user_looks_into_the_arrays(self, made, write_jsonl):
+        before = os.umask(0o022)
+        try:
+            folder = made(write_jsonl([chat("q", "a")])).folder
+        finally:
+            os.umask(before)
+        assert [each.stat().st_mode & 0o777 for each in (folder, folder.parent)] == [0o700, 0o700]
+
     def test_the_arrays_hold_what_the_renderer_made(self, made, tokenizer, write_jsonl):
         prepared = made(write_jsonl([chat("q", "a"), "not a row", *VARIED_ROWS]))
         assert len(prepared) == 4

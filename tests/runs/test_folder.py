@@ -29,6 +29,15 @@ def test_output_dir_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Monkey
     assert create_run("ignored", output_dir="my out/é").path == tmp_path / "my out" / "é"
 
 
+def test_no_other_user_looks_into_a_run(home: Path, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        made = [create_run("a"), create_run("b", output_dir=str(tmp_path / "out" / "b"))]
+    finally:
+        os.umask(before)
+    assert [run.path.stat().st_mode & 0o777 for run in made] == [0o700, 0o700]
+
+
 def test_the_folder_has_the_names_of_the_contract(run: RunFolder) -> None:
     names = "config.yml plan.json events.jsonl engine.log lock control.jsonl data checkpoints "
     paths = [run.config, run.plan, run.events, run.log, run.lock, run.control, run.data]
