@@ -163,8 +163,8 @@ class DatasetConfig(Section):
     thinking. Absent: where the answer begins with it. true: wherever it stands. false: it stays
     text."""
     read_markers: bool = True
-    """Read calls, tools, results and ends of text that rows spell out (<tool_call>, <tools>, </s>)
-    as what they stand for. false: they stay text."""
+    """Read calls, tools, results, prompts and ends of text that rows spell out (<tool_call>,
+    <tools>, [INST], </s>) as what they stand for. false: they stay text."""
     message_field_training: str | None = None
     """Key in a message whose false value keeps that message out of the loss."""
     chat_template_kwargs: dict[str, str] | None = None
