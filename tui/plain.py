@@ -12,13 +12,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Final
 
 from engine import events
 from engine.errors import UserError, WorkError
 from engine.interrupt import wait_for_line
 from engine.report import Line
-from engine.report.run import event_line, state_lines, way_back
+from engine.report.run import SpacedLines, state_lines, way_back
 from engine.runs import RunFolder, follow, status
 from engine.visible import fold, visible
 from engine.wizard.draft import Draft
@@ -217,28 +216,21 @@ def _answer(choice: Choice) -> Answer:
     return Answer(label, choice.reason or beside, choice.key)
 
 
-_LINE_STEPS: Final = 10
-_LINE_SECONDS: Final = 60.0
-
-
 def follow_run(
     run: RunFolder, dialogue: Dialogue, clock: Callable[[], float] = time.monotonic
 ) -> None:
-    """The run in lines, one for 10 steps or a minute, to its end or until ctrl+c.
+    """The run in lines to its end or until ctrl+c.
 
     Raises Leave at ctrl+c, and the sentence of a run that failed (exit status 1).
     """
     name = visible(run.name, one_line=True)
     dialogue.say(f"Started {name}. ctrl+c leaves it running; back to it: windtunnel watch {name}")
-    shown_at, last = clock(), None
+    lines, last = SpacedLines(clock), None
     try:
         for recorded in follow(run):
-            event = recorded.event
-            line = event_line(event)
-            if line and _is_due(event, last, clock() - shown_at):
+            last = recorded.event
+            if line := lines.line(last):
                 dialogue.say(str(line))
-                shown_at = clock()
-            last = event
     except KeyboardInterrupt:
         raise Leave(f"{name} is {way_back(run, status(run)) or 'done'}") from None
     if isinstance(last, events.Ended) and last.outcome == "failed":
@@ -250,17 +242,6 @@ def follow_run(
             f"Read {visible(str(run.log), one_line=True)}, then: windtunnel resume {name}",
         )
     dialogue.say(*map(str, state_lines(run)))
-
-
-def _is_due(event: events.Event, last: events.Event | None, silent_seconds: float) -> bool:
-    if isinstance(event, events.Phase):
-        # A download tells its progress several times a second.
-        other = not isinstance(last, events.Phase) or last.name != event.name
-        return other or silent_seconds >= _LINE_SECONDS
-    if isinstance(event, events.Step):
-        whole = event.step == event.total_steps or event.step % _LINE_STEPS == 0
-        return whole or silent_seconds >= _LINE_SECONDS
-    return not isinstance(event, events.Ended)  # what came of it is said below
 
 
 def run_plain(

@@ -12,9 +12,9 @@ from typing import Annotated, Protocol, TextIO
 from cyclopts import Parameter
 
 from engine.child import TRAINER
-from engine.events import Ended, Phase, Recorded, Step, format_line
+from engine.events import Recorded, format_line
 from engine.report import Line
-from engine.report.run import event_line
+from engine.report.run import SpacedLines
 from engine.runs import RunFolder
 from engine.visible import fold, visible
 
@@ -46,29 +46,17 @@ class Watch(Protocol):
 
 
 class PlainWatch:
-    """Lines on stderr, steps and phases thinned out in time; for pipes, logs, screen readers."""
-
-    LINE_SECONDS = 5.0
+    """Lines on stderr, steps and phases thinned out in time; for pipes and logs."""
 
     def __init__(
         self, out: TextIO | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._out = out or sys.stderr
-        self._clock = clock
-        self._next = 0.0
+        self._lines = SpacedLines(clock)
 
     def show(self, recorded: Recorded) -> None:
-        line = event_line(recorded.event)
-        if line is None or isinstance(recorded.event, Ended):  # whoever waits for the end tells it
-            return
-        last = isinstance(recorded.event, Step) and (
-            recorded.event.step == recorded.event.total_steps
-        )
-        if isinstance(recorded.event, Step | Phase) and not last:
-            if self._clock() < self._next:
-                return
-            self._next = self._clock() + self.LINE_SECONDS
-        print(visible(str(line), one_line=True), file=self._out, flush=True)
+        if line := self._lines.line(recorded.event):
+            print(visible(str(line), one_line=True), file=self._out, flush=True)
 
     def close(self) -> None:
         self._out.flush()

@@ -5,7 +5,8 @@ these. Pure but for the folder that is read: a history, a status and the time ma
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -151,6 +152,31 @@ def event_line(event: Event, best: float | None = None) -> Line | None:
             return _measured(event, best)
         case _:
             return None
+
+
+LINE_SECONDS: Final = 10.0
+"""Between two lines of steps, or of one phase, where lines stay: in a log, for a screen reader."""
+
+
+class SpacedLines:
+    """Events as lines that stay: all but those of steps and of a phase, which come in time.
+
+    The end is none: whoever waits for it says what came of it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._next: dict[str, float] = {}
+
+    def line(self, event: Event) -> Line | None:
+        """The line of an event; None where there is none, or where it is not its time."""
+        if isinstance(event, Step | Phase):
+            name, now = event.name if isinstance(event, Phase) else "", self._clock()
+            is_last = isinstance(event, Step) and event.step == event.total_steps
+            if now < self._next.get(name, now) and not is_last:
+                return None
+            self._next[name] = now + LINE_SECONDS
+        return None if isinstance(event, Ended) else event_line(event)
 
 
 def _measured(event: Eval | Score | Answers | Drift | Saved, best: float | None) -> Line:
