@@ -30,7 +30,7 @@ from engine.events import (
     Step,
     format_line,
 )
-from engine.report.run import progress_text
+from engine.report.run import device_and_model, progress_text
 from engine.runs import (
     Follower,
     RunFolder,
@@ -45,6 +45,7 @@ from engine.runs import (
     summary,
 )
 from engine.runs.folder import LineReader, append_line, lines_backwards
+from engine.runs.listing import OpenRun, facts_of
 from tests.fakes.engine import loss_at, step_event
 from tests.fakes.processes import running_fake, wait_until
 from tests.support.written_runs import read_steps
@@ -201,6 +202,9 @@ def test_the_summary_counts_the_rows_that_are_left_out(run: RunFolder) -> None:
     found = summarize(run)
     assert (found.rows, found.rows_left_out) == (5, 2)
     assert progress_text(found).endswith(", 2 of 5 rows left out")
+    history = OpenRun(run).read_all()
+    assert device_and_model(history).endswith(" · 2 of 5 rows left out")
+    assert facts_of(run, "finished", history).rows_left_out == 2
 
 
 def test_a_run_that_diverged_shows_nan_and_not_nothing(run: RunFolder) -> None:
