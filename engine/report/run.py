@@ -427,7 +427,7 @@ def steps(history: History) -> str:
     """`step 61/99  epoch 1.8/3`."""
     step, total = history.step, history.total_steps
     words = f"step {history.steps_done}" + (f"/{total}" if total else "")
-    if step and total:
+    if step and step.step > 0 and total:
         words += f"  epoch {step.epoch:.1f}/{round(step.epoch * total / step.step, 1):g}"
     return words
 

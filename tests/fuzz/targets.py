@@ -129,6 +129,7 @@ SEEDS: dict[str, list[bytes]] = {
         _line(EVENTS[0], EVENTS[1] | {"tokens": 10**400}),
         _line(EVENTS[0], EVENTS[1] | {"loss": 1e308, "seconds": 1e38}),
         _line(EVENTS[0] | {"time": 1e300}),
+        _line(EVENTS[0] | {"step": 0}),
         b"",
     ],
     "tokenizer": [
