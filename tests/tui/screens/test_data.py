@@ -108,7 +108,7 @@ async def test_a_dataset_that_cannot_be_used_does_not_pass(folder) -> None:
 
 
 async def test_columns_are_mapped_as_proposed_or_otherwise(folder) -> None:
-    said = [{"speaker": "human", "said": "hi"}, {"speaker": "gpt", "said": "yo", "thoughts": "t"}]
+    said = [{"speaker": "human", "said": "hi"}, {"speaker": "gpt", "said": "yo", "musing": "t"}]
     write(folder / "rows.jsonl", {"dialog": said})
     draft = draft_on()
     async with pointed_at("rows.jsonl", "✗ not usable", draft) as screen:
