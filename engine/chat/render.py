@@ -193,7 +193,7 @@ def render(
 def render_settled(conversation: Conversation, tokenizer: "ChatTokenizer") -> Rendered:
     """The arrays of a conversation that `settle` has made. Raises RowProblem as `render` does."""
     try:
-        with _unheard():
+        with unheard():
             return _encode(conversation, tokenizer)
     except BaseException as error:
         # tiktoken's Rust panics on a run of some 10^6 blanks, outside Exception and unexported.
@@ -208,8 +208,8 @@ def render_settled(conversation: Conversation, tokenizer: "ChatTokenizer") -> Re
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
-    """Rust writes where it panicked, on request with a backtrace, before Python hears of it."""
+def unheard() -> Iterator[None]:
+    """Without stderr: Rust writes there where it panicked before Python hears of it."""
     try:
         kept = os.dup(2)
     except OSError:  # there is no stderr

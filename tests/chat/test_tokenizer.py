@@ -164,6 +164,16 @@ def test_incomplete_file_is_refused(changes: dict[str, Any], tekken: Path, tmp_p
         open_tokenizer(damaged(tekken, tmp_path, **changes))
 
 
+@pytest.mark.parametrize("pattern", ["", "(a)*"])
+def test_a_pattern_that_makes_empty_pieces_is_a_sentence(
+    pattern: str, tekken: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads(tekken.read_text("utf-8"))["config"] | {"pattern": pattern}
+    with pytest.raises(UserError, match="makes empty pieces of a text"):
+        open_tokenizer(damaged(tekken, tmp_path, config=config))
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
