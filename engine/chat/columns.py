@@ -78,7 +78,7 @@ _BOOKKEEPING: Final = frozenset(
         *("licence", "generator", "timestamp", "date", "createdat", "updatedat", "author", "level"),
         *("difficulty", "rank", "rating", "quality", "tokens", "length", "task", "taskname"),
         *("domain", "tags", "keywords", "treestate", "annotator", "version", "origin", "file"),
-        *("filename", "metadata", "meta", "humanormachine"),
+        *("filename", "role", "metadata", "meta", "humanormachine"),
     )
 )
 _BOOKKEEPING_END: Final = re.compile(

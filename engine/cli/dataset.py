@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Effort = Literal["none", "high"]
 Think = Annotated[bool | None, Parameter("--think", negative="--no-think")]
 
+_LOOKED_AT = 20
+"""Rows by which a mapping of columns is proposed."""
 _ABOUT_ROWS = ("Data", "What is learned")
 """Sections of the keys that decide what a row becomes."""
 
@@ -110,6 +112,8 @@ def check_data(
     """
     from engine.chat.tokenizer import open_tokenizer
     from engine.data.checkup import check_config, checkup_document
+    from engine.data.shape import read_shape
+    from engine.report.data import proposal_lines
 
     request = _read_request(data, model)
     tokenizer = open_tokenizer(request.model, request.model_folder) if request.model else None
@@ -120,10 +124,15 @@ def check_data(
         sequence_len=request.sequence_len,
         progress=_show_reading if _shows_progress(as_json) else None,
     )
+    dataset, proposed = request.config.datasets[0], dict[str, str]()
+    if found.problems or any(not each.quiet for each in found.unread):
+        shape = read_shape(dataset, request.folder, _LOOKED_AT)
+        proposed = shape.proposed if shape.reads_more else {}
     if as_json:
-        print(json.dumps(checkup_document(found)))
+        print(json.dumps(checkup_document(found) | {"proposed": proposed}))
     else:
         _print_checkup(found)
+        print_lines(proposal_lines(dataset, proposed))
     return int(strict and bool(found.problems))
 
 

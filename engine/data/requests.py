@@ -5,7 +5,7 @@ A request names the type of its answer, so that whoever asks gets that and no di
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Generic, TypeAlias, TypeVar
 
@@ -62,6 +62,10 @@ class Shape:
     proposed: dict[str, str]
     shows_images: bool
     rows: tuple[FirstRow, ...]
+    examples: dict[str, str] = field(default_factory=dict)
+    """Column of texts -> how its first value begins."""
+    reads_more: bool = False
+    """Whether `proposed` reads more of the rows than the dataset's entry as it is."""
 
 
 class ReadShape(Request[Shape], frozen=True, tag="shape"):

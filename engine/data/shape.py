@@ -5,10 +5,12 @@ proposes the mapping of columns that the config can express.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
+from engine.chat.columns import is_bookkeeping, propose_judged
 from engine.chat.conversation import Conversation, Image, Part, RowFormat, RowProblem, Think
 from engine.chat.message import looks_like_image
 from engine.chat.row import read_row
@@ -18,6 +20,8 @@ from engine.data.sources import iterate_rows
 
 # A raw row is shown, not read to its end.
 _SHOWN_CHARACTERS = 4000
+_EXAMPLE = 30
+_MOST = 10**9
 _NAMES = {
     "role": ("role", "from", "speaker", "author", "sender"),
     "content": ("content", "value", "text", "message", "body"),
@@ -29,6 +33,17 @@ _COLUMNS = {
     "field_answer": ("answer", "output", "response", "completion", "reply"),
 }
 """The same for the columns of a table."""
+_ADDED = (
+    *("field_messages", "field_tools", "field_system", "field_context", "field_thinking"),
+    *("field_label", "field_image", "field_question", "field_answer", "message_field_training"),
+)
+_SUGGESTED = {
+    "field_thinking": re.compile("think|reason|rationale|explanation|cot$|chain", re.IGNORECASE),
+    "field_system": re.compile("system|persona", re.IGNORECASE),
+    "field_context": re.compile("context|passage|document|article|evidence|source_?text|input$"),
+}
+"""Key of an entry -> names of columns which it is likely to read, where nothing else does."""
+_LEARNED = re.compile("train|learn|loss|mask", re.IGNORECASE)
 
 
 def read_shape(dataset: DatasetConfig, folder: Path, count: int) -> Shape:
@@ -36,17 +51,20 @@ def read_shape(dataset: DatasetConfig, folder: Path, count: int) -> Shape:
     row_format = RowFormat.from_config(dataset)
     columns: dict[str, None] = {}
     images: dict[str, None] = {}
-    texts: dict[str, None] = {}
+    texts: dict[str, str] = {}
     lists: dict[str, dict[str, None]] = {}
     shows_images = False
-    rows = []
+    rows, raws = [], list[Mapping[str, object]]()
     for source in islice(iterate_rows(dataset, folder), count):
         raw: Mapping[str, object] = source.row or {}
+        raws.append(raw)
         columns.update(dict.fromkeys(raw))
         for column, keys in list_columns(raw):
             lists.setdefault(column, {}).update(dict.fromkeys(keys))
         images.update(dict.fromkeys(name for name, value in raw.items() if looks_like_image(value)))
-        texts.update(dict.fromkeys(name for name, value in raw.items() if isinstance(value, str)))
+        for name, value in raw.items():
+            if isinstance(value, str) and not is_bookkeeping(name, value):
+                texts.setdefault(name, value if len(value) <= _EXAMPLE else f"{value[:_EXAMPLE]}…")
         text = json.dumps(source.row, ensure_ascii=False, default=_shown)[:_SHOWN_CHARACTERS]
         conversation, problem = _understand(raw, row_format, source.problem)
         shows_images |= conversation is not None and any(
@@ -56,15 +74,19 @@ def read_shape(dataset: DatasetConfig, folder: Path, count: int) -> Shape:
         rows.append(FirstRow(source.line, source.file, text, messages, problem))
     found = {column: tuple(keys) for column, keys in lists.items() if column not in images}
     written = tuple(name for name in texts if name not in images and name not in found)
+    usual = propose_mapping(found, tuple(images), written)
+    proposed, reads_more = _propose(dataset, raws, usual)
     return Shape(
         _title(dataset, tuple(columns), found),
         tuple(columns),
         found,
         tuple(images),
         written,
-        propose_mapping(found, tuple(images), written),
+        proposed,
         shows_images,
         tuple(rows),
+        texts,
+        reads_more,
     )
 
 
@@ -91,9 +113,63 @@ def propose_mapping(
     return {} if lists else _propose_columns(texts, images)
 
 
+def _propose(
+    dataset: DatasetConfig, rows: Sequence[Mapping[str, object]], usual: dict[str, str]
+) -> tuple[dict[str, str], bool]:
+    """The mapping under which most of the rows are read and least of them is left unread, and
+    whether it does better than the dataset's entry as it is; empty where none reads any."""
+    given = {key: name for key, name in dataset.model_dump().items() if key in _ADDED and name}
+    given |= dataset.message_property_mappings or {}
+    judged = next((found for row in rows if (found := propose_judged(row, dataset))), None)
+    if judged is not None:
+        usual = given | judged[1] if judged[1] else {}
+    now = best = _worth(dataset, rows, given)
+    mapping = usual if _worth(dataset, rows, usual) >= max(now, (1, -_MOST)) else {}
+    candidates = [usual]
+    readable = next((each for each in (usual, given) if _worth(dataset, rows, each)[0]), None)
+    if readable is not None:
+        for key, name in _read_more(mapped(dataset, readable), rows):
+            readable = readable | {key: name}
+            candidates.append(readable)
+    for candidate in candidates:
+        if (new := _worth(dataset, rows, candidate)) > best:
+            mapping, best = candidate, new
+    return mapping, best > now
+
+
+def _worth(
+    dataset: DatasetConfig, rows: Sequence[Mapping[str, object]], mapping: Mapping[str, str]
+) -> tuple[int, int]:
+    """How many rows are read under a mapping, and, negative, what is left unread in them."""
+    row_format = RowFormat.from_config(mapped(dataset, mapping))
+    read = [_understand(row, row_format, None)[0] for row in rows]
+    found = [each for each in read if each is not None]
+    left = sum(
+        not is_bookkeeping(name, value) for each in found for name, value in each.unread.items()
+    )
+    return len(found), -left
+
+
+def _read_more(
+    dataset: DatasetConfig, rows: Sequence[Mapping[str, object]]
+) -> Iterator[tuple[str, str]]:
+    """Keys that would read what is unread, by what its name says of it."""
+    row_format = RowFormat.from_config(dataset)
+    for row in rows:
+        conversation, _ = _understand(row, row_format, None)
+        for name, value in (conversation.unread if conversation else {}).items():
+            key = name.removeprefix("messages[].")
+            if key != name and isinstance(value, bool) and _LEARNED.search(key):
+                yield "message_field_training", key
+            for field, words in _SUGGESTED.items() if isinstance(value, str) else ():
+                if words.search(key) and (key == name or field == "field_thinking"):
+                    yield field, key
+
+
 def mapped(dataset: DatasetConfig, mapping: Mapping[str, str]) -> DatasetConfig:
     """The dataset read by `mapping`, as `propose_mapping` gives it."""
-    columns = {name: key for name, key in mapping.items() if name.startswith("field_")}
+    fields = DatasetConfig.model_fields
+    columns = {name: key for name, key in mapping.items() if name in fields}
     keys = {name: key for name, key in mapping.items() if name not in columns}
     return dataset.model_copy(update={**columns, "message_property_mappings": keys or None})
 

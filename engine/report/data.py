@@ -1,10 +1,12 @@
 """What was found in the rows: whether they can be used, how they look, what to know about them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from engine.config import DatasetConfig, RunConfig, write_config
 from engine.data.requests import Shape
+from engine.data.shape import mapped
 from engine.data.statistics import (
     FEW_ROWS,
     BadRow,
@@ -173,6 +175,29 @@ def list_unread(unread: Iterable[Unread], rows: int) -> list[Line]:
     if quiet:
         lines.append(Line("·", "not read", f"{', '.join(quiet)} of rows (ids, sources, scores)"))
     return lines
+
+
+def proposal_lines(dataset: DatasetConfig, proposed: Mapping[str, str]) -> list[str]:
+    """The entry of a config that reads more of the rows, as YAML; none where none is known."""
+    if not proposed:
+        return []
+    config = RunConfig(base_model="any").model_copy(
+        update={"datasets": (mapped(dataset, proposed),)}
+    )
+    _, _, entry = write_config(config).partition("\ndatasets:")
+    entry, _, _ = entry.partition("\n\n")
+    return ["· In a config this entry reads more of them:", *f"datasets:{entry}".splitlines()]
+
+
+def mapping_text(shape: Shape) -> str:
+    """What is proposed, each column with how the first of its values begins."""
+    shown = []
+    for word, key in shape.proposed.items():
+        example = shape.examples.get(key)
+        shown.append(
+            f"{word.removeprefix('field_')} = {key}" + (f" ({example})" if example else "")
+        )
+    return ", ".join(shown)
 
 
 def _read_by(name: str) -> str:

@@ -19,7 +19,7 @@ from engine.data.sources import SAMPLE_PREFIX, list_samples, locate
 from engine.data.statistics import Checkup
 from engine.errors import UserError
 from engine.report import Line
-from engine.report.data import list_remarks, row_lines, rows_verdict, shape_lines
+from engine.report.data import list_remarks, mapping_text, row_lines, rows_verdict, shape_lines
 from engine.wizard.draft import Draft, is_named_by_path, rows_config, take_count, with_rows
 from engine.wizard.question import Choice, Confirm, Question, Work
 from engine.wizard.reading import Read
@@ -298,11 +298,9 @@ class DataStep:
         assert self.shape is not None
         assert self.dataset is not None
         choices = [Choice(OTHERS, "take other rows")]
-        proposed = self.shape.proposed
-        if proposed and not found.usable and mapped(self.dataset, proposed) != self.dataset:
-            maps = (f"{word.removeprefix('field_')} = {key}" for word, key in proposed.items())
+        if self.shape.reads_more:
             reason = "They are read again by these names."
-            choices.insert(0, Choice(MAP, "map columns", ", ".join(maps), reason=reason))
+            choices.insert(0, Choice(MAP, "map columns", mapping_text(self.shape), reason=reason))
         if found.usable:
             left_out = "rows that cannot be used are left out" if found.bad_rows else ""
             choices.insert(0, Choice(USE, "use it", left_out))

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from engine.config import DatasetConfig
+from engine.config import DatasetConfig, read_config
 from engine.data.shape import mapped, propose_mapping, read_shape
+from engine.report.data import mapping_text, proposal_lines
 from tests.support.data import chat
 
 SPOKEN = {"dialog": [{"speaker": "human", "text": "hi"}, {"speaker": "gpt", "text": "yo"}]}
@@ -92,3 +93,60 @@ def test_the_columns_of_a_table_are_proposed(write_jsonl, row, proposed):
 def test_rows_show_images_whatever_model_reads_them(write_jsonl):
     assert not shape_of(write_jsonl([chat("q", "a")])).shows_images
     assert shape_of(write_jsonl([chat("q", "a") | {"images": ["a.png"]}])).shows_images
+
+
+TREE = {"message_id": "m", "parent_id": "p", "text": "t", "role": "assistant", "lang": "en"}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"question": "q", "answer": "a", "rationale": "t"}, ["user:q", "think:t", "assistant:a"]),
+        (
+            {"problem": "q", "solution": "a", "persona_text": "s", "evidence": "c"},
+            ["system:s", "user:c\n\nq", "assistant:a"],
+        ),
+        ({"article_id": "7", "article": "q", "highlights": "a"}, ["user:q", "assistant:a"]),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["user:q", "assistant:a"]),
+        (
+            {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+            ["user:q", "assistant:a"],
+        ),
+        ({"prompt": "q", "completion": "a", "label": True}, ["user:q", "assistant:a"]),
+        (SPOKEN, ["user:hi", "assistant:yo"]),
+        (
+            {"messages": [{"role": "user", "content": "q"},
+                          {"role": "assistant", "content": "a", "rationale": "t"}]},
+            ["user:q", "think:t", "assistant:a"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_proposed_mapping_reads_the_rows_and_check_prints_it_as_yaml(write_jsonl, row, messages):
+    path = write_jsonl([row])
+    dataset = DatasetConfig(path=str(path))
+    proposed = read_shape(dataset, path.parent, 5).proposed
+    _, *lines = proposal_lines(dataset, proposed)
+    config = path.with_name("config.yml")
+    config.write_text("\n".join(["base_model: any", *lines]))
+    (entry,) = read_config(config).config.datasets
+    found = read_shape(entry, path.parent, 5)
+    assert [f"{role}:{text}" for role, text in found.rows[0].messages] == messages
+    assert not found.reads_more
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        TREE,
+        chat("q", "a") | {"source": "x", "hint": "y"},
+        {"doc_id": "x", "text_id": "y"},
+        {"prompt": "q", "response_0": "a", "response_1": "b"},
+    ],
+)
+def test_nothing_is_proposed_rather_than_nonsense(write_jsonl, row):
+    assert not shape_of(write_jsonl([row])).reads_more
+
+
+def test_a_mapping_is_shown_with_examples(write_jsonl):
+    found = shape_of(write_jsonl([{"asked": "How?", "said": "So."}]))
+    assert mapping_text(found) == "question = asked (How?), answer = said (So.)"

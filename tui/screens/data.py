@@ -24,7 +24,7 @@ from engine.data.shape import mapped
 from engine.data.sources import SAMPLE_PREFIX
 from engine.data.statistics import Checkup
 from engine.errors import UserError
-from engine.report.data import Remark, list_remarks, row_lines, shape_lines
+from engine.report.data import Remark, list_remarks, mapping_text, row_lines, shape_lines
 from engine.units import stored
 from engine.visible import visible
 from engine.wizard.data import USE, DataStep, Source, check_command, find_newest, list_sources
@@ -149,9 +149,8 @@ def found_content(found: Checkup, shape: Shape, width: int) -> Content:
             bars = spark(found.tokens.length_counts, min(24, width - len(text) - 11))
             text = f"{bars}  {text}"
         shown.append(Content.assemble((f"{line.label:<9}", "$muted"), text))
-    if not found.usable and shape.proposed:
-        named = (f"{word.removeprefix('field_')} = {key}" for word, key in shape.proposed.items())
-        text = visible(f"m maps them: {', '.join(named)}", one_line=True)
+    if shape.reads_more:
+        text = visible(f"m maps them: {mapping_text(shape)}", one_line=True)
         shown.append(Content.assemble((f"{'try':<9}", "$muted"), text))
     return Content("\n").join(shown)
 
