@@ -134,7 +134,9 @@ def _propose(
     for candidate in candidates:
         if (new := _worth(dataset, rows, candidate)) > best:
             mapping, best = candidate, new
-    return mapping, best > now
+    # Rows that nothing reads yet are not offered a mapping that would lose some of them.
+    whole = judged is not None or now[0] > 0 or best[1] == 0
+    return mapping, best > now and whole
 
 
 def _worth(

@@ -272,3 +272,13 @@ def test_keys_name_columns_of_any_name():
     assert (len(found.tools), found.unread) == (1, {})
     thinks = {"messages": [*ASKED, GOOD[0] | {"why": "t"}]}
     assert spoken(read(thinks, field_thinking="why"))[1] == "assistant:<t>good"
+
+
+def test_calls_that_stay_text_are_read_by_the_roles_that_the_refusal_names():
+    turns = [("user", "q"), ("assistant", "[f(a=1)]"), ("tool", "[1]"), ("assistant", "a")]
+    row = {"system": "s", "conversations": [{"from": role, "value": text} for role, text in turns]}
+    with pytest.raises(RowProblem) as refused:
+        read(row)
+    assert "roles: {user: [tool]}" in refused.value.fix
+    spelled = ["system:s", "user:q", "assistant:[f(a=1)]", "user:[1]", "assistant:a"]
+    assert spoken(read(row, roles={"user": ["tool"]})) == spelled
