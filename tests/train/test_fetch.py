@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -57,16 +57,20 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.train import fetch
 
-reported = []
-try:
-    config = RunConfig(base_model=sys.argv[1])
-    folder = fetch.locate_base(config, Path.cwd(), lambda *bytes: reported.append(bytes))
-    files = sorted(path.name for path in folder.iterdir())
-    size = (folder / "model.safetensors").stat().st_size
-    print(json.dumps({"files": files, "size": size, "reported": reported}))
-except UserError as error:
-    print(json.dumps({"error": str(error), "kind": type(error).__name__, "reported": reported}))
+for model in sys.argv[1:]:
+    reported = []
+    try:
+        config = RunConfig(base_model=model)
+        folder = fetch.locate_base(config, Path.cwd(), lambda *bytes: reported.append(bytes))
+        files = sorted(path.name for path in folder.iterdir())
+        size = (folder / "model.safetensors").stat().st_size
+        print(json.dumps({"files": files, "size": size, "reported": reported}))
+    except UserError as error:
+        print(json.dumps({"error": str(error), "kind": type(error).__name__}))
 """
+
+NOBODY = "http://127.0.0.1:9"
+Locate: TypeAlias = Callable[..., list[dict[str, Any]]]
 
 
 @dataclass
@@ -75,6 +79,8 @@ class Hub:
 
     address: str = ""
     refusal: tuple[int, str] | None = None
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Refusals by the model's name."""
     cut_after_bytes: int | None = None
     """The weights' connection ends there."""
     pause_seconds: float = 0.0
@@ -95,8 +101,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub, asked = self.hub, self.headers.get("Range", "")
         hub.asked.append((self.command, self.path, asked))
-        if hub.refusal:
-            self.answer(hub.refusal[0], b"{}", {"X-Error-Code": hub.refusal[1]})
+        named = [answer for name, answer in hub.refused.items() if name in self.path]
+        if refusal := next(iter(named), hub.refusal):
+            self.answer(refusal[0], b"{}", {"X-Error-Code": refusal[1]})
         elif "/tree/" in self.path:
             self.answer(200, json.dumps([_entry(name) for name in FILES]).encode())
         elif self.path.startswith("/api/"):
@@ -166,78 +173,70 @@ def clean_environment(hub: Hub, home: Path, *path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def locate(tmp_path: Path, hub: Hub) -> Callable[..., dict[str, Any]]:
-    """Locate a model in a process of its own, whose cache stays from call to call."""
+def locate(tmp_path: Path, hub: Hub) -> Locate:
+    """Locate models in a process of its own, whose cache stays from call to call."""
 
-    def run(model: str = "some/model", **environment: str) -> dict[str, Any]:
+    def run(*models: str, **environment: str) -> list[dict[str, Any]]:
         done = subprocess.run(
-            [sys.executable, "-c", WORK, model],
+            [sys.executable, "-c", WORK, *(models or ["some/model"])],
             env=clean_environment(hub, tmp_path) | environment,
             cwd=tmp_path,
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        return [json.loads(line) for line in done.stdout.splitlines()]
 
     return run
 
 
-def test_what_a_run_needs_is_fetched_once(hub: Hub, locate: Callable[..., dict[str, Any]]) -> None:
+def test_what_a_run_needs_is_fetched_once_and_needs_no_hub_then(hub: Hub, locate: Locate) -> None:
     expected = sorted(set(FILES) - {"consolidated.safetensors"})
-    for _ in range(2):
-        found = locate()
-        assert found["files"] == expected
-        assert found["size"] == len(FILES["model.safetensors"])
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": NOBODY}):
+        for found in locate("some/model", "some/model", **environment):
+            assert found["files"] == expected
+            assert found["size"] == len(FILES["model.safetensors"])
     assert len(hub.weights_asked()) == 1
 
 
-def test_progress_is_reported_in_bytes(hub: Hub, locate: Callable[..., dict[str, Any]]) -> None:
+def test_progress_is_reported_in_bytes(hub: Hub, locate: Locate) -> None:
     hub.pause_seconds = 1.5
     total = sum(len(content) for name, content in FILES.items() if "consolidated" not in name)
-    reported = locate()["reported"]
+    reported = locate()[0]["reported"]
     assert reported == sorted(reported)
     assert {whole for _, whole in reported} == {total}
     assert any(0 < done < total for done, _ in reported)
 
 
 @pytest.mark.slow
-def test_broken_connection_keeps_files(hub: Hub, locate: Callable[..., dict[str, Any]]) -> None:
+def test_broken_connection_keeps_files(hub: Hub, locate: Locate) -> None:
     hub.cut_after_bytes = 300_000
-    found = locate()
+    (found,) = locate()
     assert found["kind"] == "WorkError"
     assert "broke off" in found["error"]
     begun, hub.cut_after_bytes = len(hub.asked), None
-    assert locate()["size"] == len(FILES["model.safetensors"])
+    assert locate()[0]["size"] == len(FILES["model.safetensors"])
     fetched = {path.rpartition("/")[2] for method, path, _ in hub.asked[begun:] if method == "GET"}
     assert fetched & FILES.keys() == {"model.safetensors"}
 
 
-def test_a_model_that_is_here_needs_no_hub(hub: Hub, locate: Callable[..., dict[str, Any]]) -> None:
-    first = locate()
-    assert locate(HF_HUB_OFFLINE="1")["files"] == first["files"]
-    assert locate(HF_ENDPOINT="http://127.0.0.1:9")["files"] == first["files"]
+REFUSALS = {
+    "some/gated": (403, "GatedRepo", "people who accepted its terms"),
+    "some/absent": (404, "RepoNotFound", "There is no model some/absent"),
+    "some/old": (404, "RevisionNotFound", "There is no model some/old"),
+    "some/broken": (500, "", "could not be downloaded"),
+}
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "sentence"),
-    [
-        (403, "GatedRepo", "people who accepted its terms"),
-        (404, "RepoNotFound", "There is no model some/model"),
-        (404, "RevisionNotFound", "There is no model some/model"),
-        (500, "", "could not be downloaded"),
-    ],
-)
-def test_a_refusal_of_the_hub_is_explained(
-    status: int, code: str, sentence: str, hub: Hub, locate: Callable[..., dict[str, Any]]
-) -> None:
-    hub.refusal = (status, code)
-    assert sentence in locate()["error"]
+def test_a_refusal_of_the_hub_is_explained(hub: Hub, locate: Locate) -> None:
+    hub.refused = {name: (status, code) for name, (status, code, _) in REFUSALS.items()}
+    found = locate(*REFUSALS)
+    for (name, (_, _, sentence)), each in zip(REFUSALS.items(), found, strict=True):
+        assert sentence in each["error"], name
 
 
-def test_an_unreachable_hub_is_explained(locate: Callable[..., dict[str, Any]]) -> None:
-    found = locate(HF_ENDPOINT="http://127.0.0.1:9")
+def test_an_unreachable_hub_is_explained(locate: Locate) -> None:
+    (found,) = locate(HF_ENDPOINT=NOBODY)
     assert "could not be downloaded" in found["error"]
 
 
@@ -251,9 +250,9 @@ class TestRoom:
     def test_nothing_to_fetch_always_fits(self, tmp_path: Path) -> None:
         refuse_full_disk("some/model", 0, tmp_path)
 
-    def test_asked_before_weights(self, hub: Hub, locate: Callable[..., dict[str, Any]]) -> None:
+    def test_asked_before_weights(self, hub: Hub, locate: Locate) -> None:
         hub.said_bytes = 2**60
-        assert "does not fit on the disk" in locate()["error"]
+        assert "does not fit on the disk" in locate()[0]["error"]
         assert hub.weights_asked() == []
 
 

@@ -95,14 +95,29 @@ class TestWithoutAutoFit:
         assert facts.longest in end.why
         assert f"`windtunnel resume {run.path} micro_batch_size=16 " in end.fix
 
-    def test_command_resumes(self, workshop: Workshop, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_command_resumes(
+        self,
+        workshop: Workshop,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        """The one run here that starts the way a person's runs do, with nothing imported before:
+        in a folder whose modules have the names of ours, which are not run."""
+        for name in ("engine", "torch", "tests"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "__init__.py").write_text("raise SystemExit('not this one')")
         run = workshop.new()
         assert finish(run, before=small_card(from_step=3)) == 1
         assert [step.step for step in read_steps(run)] == [1, 2]
         (command,) = re.findall(r"`windtunnel (.*)`", last_end(run).fix)
+        monkeypatch.chdir(tmp_path)
         assert main(shlex.split(command)) == 0
         capfd.readouterr()
+        monkeypatch.undo()
         assert last_end(run).outcome == "finished"
+        assert "not this one" not in run.log.read_text()
+        assert run.adapter.is_dir()
         kept = sorted(path.name for path in run.path.glob("config*.yml"))
         assert kept == ["config-1.yml", "config.yml"]
         whole = workshop.finished()

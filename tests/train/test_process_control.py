@@ -8,12 +8,10 @@ import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import pytest
 
 from engine.events import Ack, Phase, Sample, Saved
-from engine.launch import launch
 from engine.runs import Request, RunFolder, ask, is_locked, send, status
 from tests.fakes.processes import ROOT, wait_until
 from tests.support.trainers import (
@@ -214,17 +212,3 @@ def test_what_kills_the_group_of_a_foreground_run_kills_the_run(workshop: Worksh
     command.wait()
     wait_until(lambda: not is_locked(run))
     assert status(run) in ("lost", "waiting")
-
-
-def test_engine_folder(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one run here that starts the way a person's runs do, with nothing imported before."""
-    for name in ("engine", "torch", "tests"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise SystemExit('not this one')")
-    monkeypatch.chdir(tmp_path)
-    run = workshop.new(max_steps=2)
-    process = launch(run, detach=True)
-    assert process.wait(120) == 0, run.log.read_text()
-    assert last_end(run).outcome == "finished"
-    assert "not this one" not in run.log.read_text()
-    assert run.adapter.is_dir()
