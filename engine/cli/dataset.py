@@ -261,7 +261,8 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
     from engine.chat.tokenizer import open_tokenizer
     from engine.data.checkup import group_problems
     from engine.data.prepare import default_store, label_rule, prepare
-    from engine.report.data import problem_lines
+    from engine.data.sources import config_notes
+    from engine.report.data import file_line, problem_lines
 
     start = time.monotonic()
     if not _is_config(config):
@@ -280,7 +281,7 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
         prepare(run, folder, tokenizer, store, progress, datasets=[dataset])
         for dataset in run.test_datasets
     ]
-    rule = label_rule(run)
+    rule, notes = label_rule(run), config_notes(run, folder)
     selection = prepared.select(rule, run.sequence_len, run.excess_length_strategy)
     report: dict[str, Any] = {
         "rows": len(prepared),
@@ -296,11 +297,13 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
         "truncated": selection.truncated,
         "nothing_learned": selection.nothing_learned,
         "test_rows": [len(test_set) for test_set in test_sets],
+        "files": [asdict(note) for note in notes],
     }
     if as_json:
         print(json.dumps(report))
     else:
         _print_report(report, run.sequence_len)
+        print_lines(map(file_line, notes))
         listed = prepared.meta.problems
         print_lines(problem_lines(group_problems(listed)))
         if len(listed) < prepared.meta.bad_rows:

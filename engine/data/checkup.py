@@ -20,7 +20,7 @@ from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig
 from engine.data.prepare import content_hash, label_rule
 from engine.data.rows import RenderedRow, image_digest, iterate_rendered
-from engine.data.sources import dataset_notes
+from engine.data.sources import config_notes
 from engine.data.statistics import (
     FEW_ROWS,
     BadRow,
@@ -59,7 +59,7 @@ def check_config(
     Paths start at `folder`. `progress` gets (rows, bytes read) and may raise to cancel. Raises
     what `iterate_rendered` raises.
     """
-    files = tuple(note for dataset in config.datasets for note in dataset_notes(dataset, folder))
+    files = config_notes(config, folder)
     strategy = config.excess_length_strategy
     notebook = Notebook(label_rule(config), limit=sequence_len, truncates=strategy == "truncate")
     for row in iterate_rendered(config, folder, tokenizer):

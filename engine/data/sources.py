@@ -110,6 +110,11 @@ def iterate_rows(dataset: DatasetConfig, folder: Path) -> Iterator[SourceRow]:
         )
 
 
+def config_notes(config: RunConfig, folder: Path) -> tuple[FileNote, ...]:
+    """What to know of the files of all that a config learns. Raises what `iterate_rows` raises."""
+    return tuple(note for each in config.datasets for note in dataset_notes(each, folder))
+
+
 def dataset_notes(dataset: DatasetConfig, folder: Path) -> tuple[FileNote, ...]:
     """What to know of how the files of a dataset are read. Raises what `iterate_rows` raises."""
     location = locate(dataset, folder)

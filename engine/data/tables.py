@@ -18,7 +18,6 @@ from engine.data.content import (
     SourceRow,
     damaged,
     found,
-    not_an_object,
     not_utf8,
     open_raw,
     require_start,
@@ -43,8 +42,8 @@ _ARROW_BATCH_BYTES: Final = 192 * 2**20
 def read_parquet(path: Path) -> Iterator[SourceRow]:
     """Rows of a .parquet file; `line` is the row's number.
 
-    Nulls inside a row are dropped at every depth: Arrow gives each record of a column the keys of
-    all of them and fills the absent ones with null.
+    Nulls inside a column are dropped at every depth: Arrow gives each record of a column the keys
+    of all of them and fills the absent ones with null.
     """
     import pyarrow
     from pyarrow import parquet
@@ -193,8 +192,7 @@ def _row(batch: Any, light: bool) -> dict[str, Any] | RowProblem:
         (row,) = batch.to_pylist()
     except UnicodeDecodeError as error:
         return not_utf8(f"Byte {error.start + 1} of a text in it is {error.reason}.")
-    kept = without_nulls(row)
-    return kept if isinstance(kept, dict) else not_an_object(kept)
+    return {name: without_nulls(value) for name, value in row.items()}
 
 
 def _weigh(array: Any) -> tuple[int, int]:

@@ -220,7 +220,12 @@ def _problem(group: ProblemGroup) -> Remark:
         lines = _numbers(group.lines, group.count > len(group.lines))
         where = f"{first.unit}s {lines} of {first.file}"
     return Remark(
-        Line("✗", counted(group.count, "row"), f"{first.what} ({where})", line.detail),
+        Line(
+            "✗",
+            counted(group.count, "row"),
+            f"{first.what} ({where})",
+            line.detail,
+        ),
         (
             ("what", first.what),
             ("why", f"{line.label}: {first.why}"),
@@ -230,8 +235,13 @@ def _problem(group: ProblemGroup) -> Remark:
     )
 
 
+def file_line(note: FileNote) -> Line:
+    """How a file is read, or that it is not."""
+    return Line("·", note.file, note.text)
+
+
 def _file(note: FileNote) -> Remark:
-    return Remark(Line("·", note.file, note.text), (("file", note.file), ("what", note.text)))
+    return Remark(file_line(note), (("file", note.file), ("what", note.text)))
 
 
 def _finding(finding: Finding) -> Remark:

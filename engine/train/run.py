@@ -17,6 +17,7 @@ from engine.config import DatasetConfig, RunConfig, read_config
 from engine.data.prepare import default_store, label_rule, prepare
 from engine.data.prepared import Indices, Prepared
 from engine.data.requests import Progress
+from engine.data.sources import config_notes
 from engine.events import Phase, Shortage, Started
 from engine.hardware.packages import installed
 from engine.launch import change_config
@@ -32,7 +33,7 @@ from engine.plan.trainer import (
     why_float32,
 )
 from engine.publish.card import find_base
-from engine.report.data import left_out_line
+from engine.report.data import file_line, left_out_line
 from engine.train.attention import pick_attention
 from engine.train.batches import Rows
 from engine.train.checkpoint import trained_parameters
@@ -191,6 +192,8 @@ def prepare_rows(
     prepared = _prepare(config, config.datasets, tokenizer, session)
     prepared.link_into(session.run.data)
     rows = select_rows(prepared, config)
+    for note in config_notes(config, session.run.path):
+        session.note("info", str(replace(file_line(note), mark="")))
     _tell_left_out(session, rows, config)
     if not config.test_datasets:
         if not config.val_set_size:
@@ -199,7 +202,8 @@ def prepare_rows(
         return _only(rows, kept), {"validation": _only(rows, held)}
     held_out = {}
     for dataset in config.test_datasets:
-        name = Path(dataset.path).stem
+        stem = Path(dataset.path).stem
+        name = f"{stem}-{dataset.split}" if dataset.split else stem
         held_out[name] = select_rows(_prepare(config, [dataset], tokenizer, session), config)
         _tell_left_out(session, held_out[name], config, f"{name}: ")
     return rows, held_out

@@ -256,6 +256,17 @@ class TestPrepare:
         assert "✗ line 2 of rows.jsonl" in out
         assert "nothing tokenized" in run("prepare", config_file)[1]
 
+    def test_which_files_are_not_learned_is_said(self, run, config_file, write_jsonl, tmp_path):
+        (tmp_path / "set").mkdir()
+        for name in ("train", "test"):
+            write_jsonl([chat(name)], f"set/{name}.jsonl")
+        config_file.write_text(config_file.read_text().replace("rows.jsonl", "set"))
+        made = json.loads(run("prepare", config_file, "--json")[1])
+        assert (made["rows"], [note["file"] for note in made["files"]]) == (1, ["test.jsonl"])
+        assert (
+            "· test.jsonl: the split test, which is not learned" in run("prepare", config_file)[1]
+        )
+
     def test_a_tokenizer_folder_is_found_from_the_config_not_from_here(
         self, run, config_file, tmp_path, model
     ):
