@@ -313,7 +313,7 @@ class Columns:
         raise RowProblem(
             "The row has no messages.",
             f"It has no {field}; its columns are {describe_keys(self.row)}"
-            + (f", of which {describe_keys(dict.fromkeys(empty))} hold nothing." if empty else "."),
+            + (f"; empty: {describe_keys(dict.fromkeys(empty))}." if empty else "."),
             "Name the column in field_messages, or use columns such as question and answer, or "
             "name yours in field_question and field_answer.",
         )
