@@ -7,7 +7,7 @@ problems alone.
 
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ _NOTE_EXAMPLES = 5
 _LENGTH_BINS = 24
 _PROMPTS, _PROMPT_CHARACTERS = 5, 300
 _GROUPS, _GROUP_ROWS = 50, 100
+LISTED_PROBLEMS = 100_000
+"""Bad rows that are kept one by one, some 60 MB; beyond, they are counted."""
+_KINDS_OF_PROBLEMS = 10_000
 # As many as a person scrolls through; the counts beside the lists are whole.
 _LISTED = 100
 LISTED_LONGEST = 1000
@@ -66,7 +69,7 @@ def check_config(
         notebook.rows += 1
         notebook.named_images += len(row.image_names)
         if row.problem is not None:
-            notebook.problems.append(row.bad_row(row.problem))
+            notebook.add_problem(row.bad_row(row.problem))
             notebook.bad_image_rows += bool(row.image_names)
         elif row.conversation is not None:
             notebook.read(row, row.conversation)
@@ -86,7 +89,11 @@ class Notebook:
     """sequence_len, where one is known."""
     truncates: bool = False
     rows: int = 0
+    bad: int = 0
     problems: list[BadRow] = field(default_factory=list)
+    """The first LISTED_PROBLEMS."""
+    groups: dict[str, ProblemGroup] = field(default_factory=dict)
+    """Of all bad rows, by what is wrong; of a file with a thousand kinds, the first ones."""
     roles: dict[str, int] = field(default_factory=dict)
     findings: dict[str, Finding] = field(default_factory=dict)
     unread: dict[str, Unread] = field(default_factory=dict)
@@ -143,6 +150,13 @@ class Notebook:
                 self.image_bytes += len(image.content)
             self.largest_image = max(self.largest_image, image.size or (0, 0), key=math.prod)
 
+    def add_problem(self, row: BadRow) -> None:
+        """Take in a row that cannot be used."""
+        self.bad += 1
+        if len(self.problems) < LISTED_PROBLEMS:
+            self.problems.append(row)
+        _add_to_group(self.groups, row)
+
     def find(self, name: str, row: RenderedRow, text: str, about: str = "") -> None:
         key = f"{name} {about}".rstrip()
         known = self.findings.get(key, Finding(name, 0, text, (), ()))
@@ -188,7 +202,7 @@ class Notebook:
         return self.with_thinking if self.rule.thinking else self.without_thinking
 
     def report(self, measured: bool, sequence_len: int | None) -> Checkup:
-        usable = self.rows - len(self.problems)
+        usable = self.rows - self.bad
         lengths = np.array(self.lengths, dtype=np.int64)
         over = int((lengths > sequence_len).sum()) if measured and sequence_len else None
         nothing = self.findings.get("nothing_learned")
@@ -197,7 +211,7 @@ class Notebook:
             rows=self.rows,
             usable=usable,
             problems=tuple(self.problems),
-            groups=group_problems(self.problems),
+            groups=_most_frequent(self.groups),
             unread=tuple(sorted(self.unread.values(), key=lambda each: -each.rows)),
             tokens=self._tokens(lengths) if measured else None,
             duplicates=duplicates,
@@ -205,7 +219,7 @@ class Notebook:
             over_sequence_len=over,
             roles=self.roles,
             findings=tuple(sorted(self.findings.values(), key=lambda found: -found.rows)),
-            warnings=_warnings(usable, len(self.problems), duplicates, over, sequence_len),
+            warnings=_warnings(usable, self.bad, duplicates, over, sequence_len),
             turns=self.turns or (0, 0),
             prompts=tuple(self.prompts),
             odd=self.odd_rows() if measured else None,
@@ -223,7 +237,7 @@ class Notebook:
     def _left_out(self) -> LeftOut:
         return LeftOut(
             self.rows,
-            bad=len(self.problems),
+            bad=self.bad,
             too_long=self.too_long,
             nothing_learned=self.empty,
             cut=self.cut,
@@ -317,21 +331,30 @@ def checkup_document(found: Checkup) -> dict[str, Any]:
     return document
 
 
-def group_problems(problems: Sequence[BadRow]) -> tuple[ProblemGroup, ...]:
+def group_problems(problems: Iterable[BadRow]) -> tuple[ProblemGroup, ...]:
     """Equal problems as one, the most frequent first."""
-    same: dict[str, list[BadRow]] = {}
+    groups: dict[str, ProblemGroup] = {}
     for problem in problems:
-        same.setdefault(problem.what, []).append(problem)
-    groups = (
-        ProblemGroup(
-            rows[0],
-            len(rows),
-            tuple(row.row for row in rows[:_GROUP_ROWS]),
-            tuple(row.line for row in rows[:_NOTE_EXAMPLES] if row.file == rows[0].file),
-        )
-        for rows in same.values()
-    )
-    return tuple(sorted(groups, key=lambda group: -group.count)[:_GROUPS])
+        _add_to_group(groups, problem)
+    return _most_frequent(groups)
+
+
+def _add_to_group(groups: dict[str, ProblemGroup], row: BadRow) -> None:
+    group = groups.get(row.what)
+    if group is None:
+        if len(groups) < _KINDS_OF_PROBLEMS:
+            groups[row.what] = ProblemGroup(row, 1, (row.row,), (row.line,))
+        return
+    rows, lines = group.rows, group.lines
+    if len(rows) < _GROUP_ROWS:
+        rows = (*rows, row.row)
+    if group.count < _NOTE_EXAMPLES and row.file == group.first.file:
+        lines = (*lines, row.line)
+    groups[row.what] = ProblemGroup(group.first, group.count + 1, rows, lines)
+
+
+def _most_frequent(groups: Mapping[str, ProblemGroup]) -> tuple[ProblemGroup, ...]:
+    return tuple(sorted(groups.values(), key=lambda group: -group.count)[:_GROUPS])
 
 
 def _warnings(

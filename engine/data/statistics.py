@@ -279,8 +279,8 @@ def count_unread(counts: dict[str, Unread], unread: Mapping[str, object]) -> Non
 
 @dataclass(frozen=True, slots=True)
 class Checkup:
-    """What was found. `problems` has every bad row, and none in the answer of the worker: no screen
-    takes them all. `groups` has equal ones together, the most frequent first.
+    """What was found. `problems` has the first 100,000 bad rows, and none in the answer of the
+    worker: no screen takes them all. `groups` has equal ones together, the most frequent first.
 
     `tokens` and `odd` are None without a tokenizer, `left_out` without a sequence_len too.
     `turns` are the fewest and the most user messages of a usable row, 0 and 0 where there is none;

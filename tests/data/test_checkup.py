@@ -48,6 +48,16 @@ def test_tokens_are_counted_by_kind_and_by_row(write_jsonl, tokenizer):
     assert quiet.tokens.learned == 2
 
 
+def test_a_file_of_nothing_but_bad_rows_is_counted_whole_and_listed_in_part(
+    write_jsonl, monkeypatch
+):
+    monkeypatch.setattr("engine.data.checkup.LISTED_PROBLEMS", 3)
+    found = checked(write_jsonl([chat("q"), *([7] * 8), {"messages": []}]))
+    assert (found.rows, found.usable, found.bad_rows, len(found.problems)) == (10, 1, 9, 3)
+    assert [group.count for group in found.groups] == [8, 1]
+    assert found.groups[0].rows == tuple(range(2, 10))
+
+
 def test_without_a_tokenizer_rows_and_problems_are_reported(write_jsonl):
     found = checked(write_jsonl([chat("q"), 7]))
     assert (found.rows, found.usable, found.tokens) == (2, 1, None)
