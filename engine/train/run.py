@@ -203,7 +203,7 @@ def prepare_rows(
     held_out = {}
     for dataset in config.test_datasets:
         stem = Path(dataset.path).stem
-        name = f"{stem}-{dataset.split}" if dataset.split else stem
+        name = f"{stem}-{dataset.split}" if stem in held_out else stem  # of one folder
         held_out[name] = select_rows(_prepare(config, [dataset], tokenizer, session), config)
         _tell_left_out(session, held_out[name], config, f"{name}: ")
     return rows, held_out
