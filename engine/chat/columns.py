@@ -70,6 +70,8 @@ _PERHAPS_LISTS: Final = ("interactions", "dialogue", "dialog", "turns", "chat", 
 _TRANSCRIPTS: Final = ("text", "chat")
 _PAIRED: Final = (("responsea", "responseb"), ("outputa", "outputb"), ("answera", "answerb"))
 _NUMBERED: Final = re.compile(r"(response|output|answer|completion|conversation)([012ab])")
+_SWITCHES: Final = frozenset(("on", "off", "yes", "no", "true", "false", "none", "low", "high"))
+"""What a column named like thinking holds where it says whether there is any."""
 _BOOKKEEPING: Final = frozenset(
     (
         *("id", "ids", "uuid", "guid", "idx", "index", "hash", "key", "source", "sources", "src"),
@@ -217,6 +219,9 @@ class Columns:
                 found = find_conversation(value)
             if found is not None:
                 self.used.add(column)
+                if isinstance(found[0], str):
+                    text = f"The texts of {column} are turns by their place, the user's first."
+                    self.note("turns_by_place", text)
                 return found
         return None
 
@@ -246,6 +251,27 @@ class Columns:
                 read.append(self.reader.read(each, index))
         return read
 
+    def answer_beside(self, messages: list[Message]) -> list[Message]:
+        """The messages and, where they end before it, the answer that a column of its own holds."""
+        column = self._dataset.field_answer or self.named(ANSWERS)
+        if not messages or messages[-1].role == "assistant" or column is None:
+            return messages
+        if not isinstance(self.row.get(column), str):
+            return messages
+        replies = self._read_answer(column, len(messages))
+        self.note("answer_beside", f"The answer in {column} follows the messages.")
+        return [*messages, *self._with_thinking(replies)]
+
+    def _with_thinking(self, replies: list[Message]) -> list[Message]:
+        """The thinking of a column before the first reply."""
+        column = self.column("field_thinking")
+        if column is None or (
+            self._dataset.field_thinking is None and str(self.row[column]).lower() in _SWITCHES
+        ):
+            return replies
+        thinking = self.take("field_thinking")
+        return [_think(replies[0], thinking), *replies[1:]] if thinking else replies
+
     def read_tree(self) -> list[Message] | None:
         """The best-ranked path of an OASST tree, None where the row is none."""
         tree = self.row.get("prompt")
@@ -272,9 +298,7 @@ class Columns:
         if isinstance(history, list | tuple) and not any(isinstance(h, str) for h in history):
             self.used.add("history")
             before = self.read_list(history)
-        thinking = self.take("field_thinking")
-        if thinking:
-            replies[0] = _think(replies[0], thinking)
+        replies = self._with_thinking(replies)
         return [*before, *(asked or [Message("user", "")]), *replies]
 
     def _find_pair(self, shows_image: bool) -> tuple[str | None, str]:

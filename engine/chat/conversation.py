@@ -118,12 +118,14 @@ NoteId: TypeAlias = Literal[
     "thinking_unsure",
     "markers_read",
     "markers_left",
+    "answer_beside",
     "answer_chosen",
     "context_placed",
     "only_last",
     "prefix_not_kept",
     "tools_rewritten",
     "tree_path",
+    "turns_by_place",
 ]
 
 

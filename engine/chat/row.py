@@ -71,7 +71,10 @@ def _read_messages(
     columns: Columns, row_format: RowFormat
 ) -> tuple[Sequence[Message], tuple[dict[str, object], ...]]:
     listed = columns.find_list()
-    messages = columns.read_list(listed) if listed is not None else columns.read_tree()
+    if listed is not None:
+        messages = columns.answer_beside(columns.read_list(listed))
+    else:
+        messages = columns.read_tree()
     column, images = _find_images(columns.row, row_format, table=messages is None)
     columns.used.add(column)
     if messages is None:

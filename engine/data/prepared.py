@@ -198,7 +198,9 @@ class Prepared:
             limit = self.offsets[start] + _SCAN_TOKENS
             end = max(start + 1, int(np.searchsorted(self.offsets, limit, side="right")) - 1)
             first, last = self.offsets[start], self.offsets[end]
-            flags = learned(self._arrays["kinds"][first:last], rule)
+            # Not by the map: all that was looked at would stay in this process's memory.
+            kinds = np.fromfile(self.folder / "kinds", np.uint8, last - first, offset=first)
+            flags = learned(kinds, rule)
             counts[start:end] = np.add.reduceat(
                 flags, self.offsets[start:end] - first, dtype=np.int64
             )

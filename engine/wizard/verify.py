@@ -6,6 +6,7 @@ the third have to be those of the first, bit for bit. Where a computer's own ker
 another order each time, the first two say how far two unbroken runs are apart.
 """
 
+import math
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,7 +103,15 @@ def _difference(first: Sequence[Step], second: Sequence[Step]) -> float:
         for one, other in zip(first, second, strict=True)
         for pair in ((one.loss, other.loss), (one.grad_norm, other.grad_norm))
     ]
-    return max(0.0 if a == b else abs(a - b) / max(abs(a), abs(b)) for a, b in pairs)
+    return max(_apart(*pair) for pair in pairs)
+
+
+def _apart(a: float, b: float) -> float:
+    if a == b or (math.isnan(a) and math.isnan(b)):
+        return 0.0
+    if not (math.isfinite(a) and math.isfinite(b)):  # nan is no number that max would see
+        return math.inf
+    return abs(a - b) / max(abs(a), abs(b))
 
 
 def verify_resume(

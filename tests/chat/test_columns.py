@@ -61,6 +61,17 @@ def spoken(conversation):
             id="medical-o1",
         ),
         pytest.param(
+            {"messages": [{"role": "user", "content": "q"}], "reasoning": "t", "answer": "a"},
+            ["user:q", "assistant:<t>a"],
+            id="Dolphin-R1",
+        ),
+        pytest.param(
+            {"input": [{"role": "user", "content": "q"}], "output": "<think>t</think>a"}
+            | {"reasoning": "on", "system_prompt": "s"},
+            ["system:s", "user:q", "assistant:<t>a"],
+            id="Nemotron",
+        ),
+        pytest.param(
             {"query": "q", "tools": [TOOL], "answers": '[{"name": "w", "arguments": {"c": 1}}]'},
             ["user:q", "assistant:w({'c': 1})"],
             id="xLAM",
@@ -282,3 +293,16 @@ def test_calls_that_stay_text_are_read_by_the_roles_that_the_refusal_names():
     assert "roles: {user: [tool]}" in refused.value.fix
     spelled = ["system:s", "user:q", "assistant:[f(a=1)]", "user:[1]", "assistant:a"]
     assert spoken(read(row, roles={"user": ["tool"]})) == spelled
+
+
+@pytest.mark.parametrize(
+    ("row", "note"),
+    [
+        ({"messages": ASKED, "answer": "a"}, "answer_beside"),
+        ({"texts": ["q", "a"]}, "turns_by_place"),
+        ({"messages": CHOSEN, "answer": "a"}, None),
+        ({"messages": CHOSEN, "text": "a"}, None),
+    ],
+)
+def test_a_reading_that_is_a_guess_is_noted(row, note):
+    assert [each.id for each in read(row).notes] == ([note] if note else [])

@@ -1,5 +1,6 @@
 """Whether a stopped run goes on to the same losses, asked of three trainers."""
 
+import math
 import os
 import signal
 import threading
@@ -37,6 +38,17 @@ def test_the_verdict(again: float, resumed: float, holds: bool, said: str) -> No
     assert proof.holds == holds
     assert said in proof.verdict()
     assert proof.document()["same"] == holds
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_number_that_is_none_equals_only_another_one(place: int) -> None:
+    lost = tuple(
+        replace(step, grad_norm=math.nan) if at == place else step
+        for at, step in enumerate(MADE[SAVED:])
+    )
+    assert not Proof(MADE, MADE, lost).holds
+    unmeasured = tuple(replace(step, grad_norm=math.nan) for step in MADE)
+    assert Proof(unmeasured, unmeasured, unmeasured[SAVED:]).difference == 0
 
 
 @pytest.fixture
