@@ -31,6 +31,8 @@ LOSS = "tests/train/test_loss.py"
 VISION = "tests/train/test_vision.py"
 ARCHITECTURE = "tests/catalog/test_architecture.py"
 SECONDS = "tests/train/test_loop.py"
+DAMAGE = "tests/train/test_checkpoint.py::TestDamage"
+COLUMNS = "tests/chat/test_columns.py"
 SAVING = "tests/train/test_plan_sizes.py"
 
 
@@ -46,6 +48,54 @@ class Guard:
 
 
 GUARDS = {
+    "a flipped bit in a checkpoint": Guard(
+        "engine/train/seal.py",
+        "            if digest(folder / name) != saved:",
+        "            if False:",
+        f"{DAMAGE}::test_damaged_is_passed_over",
+    ),
+    "another step in state.json": Guard(
+        "engine/train/seal.py",
+        "        if has_digest and _with_digest(state) == written:",
+        "        if has_digest:",
+        f"{DAMAGE}::test_an_odd_state_is_damage",
+    ),
+    "LATEST stays in its own folder": Guard(
+        "engine/runs/folder.py",
+        '    return name if name in list_checkpoints(folder) else ""',
+        "    return name",
+        f"{DAMAGE}::test_a_mark_that_names_none_of_its_own_is_said",
+    ),
+    "a resume to losses that are no number": Guard(
+        "engine/wizard/verify.py",
+        "    if not (math.isfinite(a) and math.isfinite(b)):",
+        "    if False:",
+        "tests/wizard/test_verify.py::test_a_number_that_is_none_equals_only_another_one",
+    ),
+    "rejected answers are not taught": Guard(
+        "engine/chat/row.py",
+        "    columns.refuse_judged()\n",
+        "",
+        f"{COLUMNS}::test_preferences_are_refused_with_the_keys_that_learn_the_good_answers",
+    ),
+    "a column that nothing reads is reported": Guard(
+        "engine/chat/row.py",
+        "    unread = columns.unread(messages)",
+        "    unread: dict[str, object] = {}",
+        f"{COLUMNS}::test_what_no_rule_reads_is_kept_to_be_told",
+    ),
+    "held-out files are not learned": Guard(
+        "engine/data/folders.py",
+        "    return Chosen(\n        files[wanted],",
+        "    return Chosen(\n        tuple(path for paths in files.values() for path in paths),",
+        "tests/data/test_folders.py::test_splits_are_never_mixed_and_those_that_are_not_learned_are_named",
+    ),
+    "images are asked of the public internet alone": Guard(
+        "engine/data/web_images.py",
+        "if self._private or is_public(each)]",
+        "if True]",
+        "tests/data/test_web_images.py::TestAddresses::test_none_of_their_spellings_is_asked",
+    ),
     "no tensor of more numbers than bitsandbytes counts": Guard(
         "engine/train/quantize.py",
         "    if weight.numel() > MOST_NUMBERS:\n",

@@ -194,7 +194,7 @@ def prepare_rows(
     rows = select_rows(prepared, config)
     for note in config_notes(config, session.run.path):
         session.note("info", str(replace(file_line(note), mark="")))
-    _tell_left_out(session, rows, config)
+    _report_left_out(session, rows, config)
     if not config.test_datasets:
         if not config.val_set_size:
             return rows, {}
@@ -203,13 +203,13 @@ def prepare_rows(
     held_out = {}
     for dataset in config.test_datasets:
         stem = Path(dataset.path).stem
-        name = f"{stem}-{dataset.split}" if stem in held_out else stem  # of one folder
+        name = f"{stem}-{dataset.split or len(held_out) + 1}" if stem in held_out else stem
         held_out[name] = select_rows(_prepare(config, [dataset], tokenizer, session), config)
-        _tell_left_out(session, held_out[name], config, f"{name}: ")
+        _report_left_out(session, held_out[name], config, f"{name}: ")
     return rows, held_out
 
 
-def _tell_left_out(session: Session, rows: Rows, config: RunConfig, of: str = "") -> None:
+def _report_left_out(session: Session, rows: Rows, config: RunConfig, of: str = "") -> None:
     line = left_out_line(rows.left_out, config.sequence_len)
     if line is not None:
         places = rows.left_out_places()
