@@ -5,12 +5,16 @@ first frame of the wizard waits for none of them; how a mark looks where there i
 letter for it is the printers' to say.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
     from engine.plan import Verdict
+
+_SENTENCE_END: Final = re.compile(r"[.?!]( \([^()]*\))?\Z")
+"""Also before a place in brackets."""
 
 Mark = Literal["✓", "!", "✗", "·", "▶", "❚❚", "◌", "?", ""]
 """Good, with care, not possible, a remark; of a run: it works, holds, loads, is silent.
@@ -50,5 +54,5 @@ class Line:
     @property
     def whole(self) -> str:
         """The line with its detail."""
-        gap = " " if self.text.endswith((".", "?", "!")) else ", "
+        gap = " " if _SENTENCE_END.search(self.text) else ", "
         return f"{self}{gap}{self.detail}" if self.detail else str(self)

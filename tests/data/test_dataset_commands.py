@@ -100,7 +100,8 @@ class TestCheck:
     ):
         _, out, _ = run("check", write_jsonl([7] * 50))
         assert out.count(" of rows.jsonl") == 1
-        assert "✗ 50 rows: The row is not a JSON object. (lines 1, 2, 3, 4, 5 … of rows" in out
+        place = "(lines 1, 2, 3, 4, 5 … of rows.jsonl)"
+        assert f"✗ 50 rows: The row is not a JSON object. {place} It is a number." in out
 
     def test_how_a_file_is_read_is_said(self, run, tmp_path):
         (tmp_path / "rows.jsonl").write_text(json.dumps([chat("q"), chat("r")]))
