@@ -188,7 +188,7 @@ class _Reader:
             message = self._read_thinking(message)
         elif message.role == "tool":
             message = self._identify(message)
-        self._tell_left(message)
+        self._report_left(message)
         yield message
 
     def _read_prompt(self, message: Message) -> list[Message]:
@@ -335,7 +335,7 @@ class _Reader:
             content = "".join(each.text for each in found if isinstance(each, Text))
         return replace(message, content=content, written=message.content)
 
-    def _tell_left(self, message: Message) -> None:
+    def _report_left(self, message: Message) -> None:
         """A note where a marker stays text."""
         if message.role == "tool":
             return

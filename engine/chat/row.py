@@ -71,10 +71,8 @@ def _read_messages(
     columns: Columns, row_format: RowFormat
 ) -> tuple[Sequence[Message], tuple[dict[str, object], ...]]:
     listed = columns.find_list()
-    if listed is not None:
-        messages = columns.answer_beside(columns.read_list(listed))
-    else:
-        messages = columns.read_tree()
+    read = None if listed is None else columns.answer_beside(columns.read_list(listed))
+    messages = columns.read_tree() if read is None else read
     column, images = _find_images(columns.row, row_format, table=messages is None)
     columns.used.add(column)
     if messages is None:

@@ -6,7 +6,6 @@ What is in a file is for `formats`.
 import difflib
 import glob
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,11 +20,11 @@ from engine.data.folders import Chosen, choose_files, is_metadata, require_split
 from engine.data.formats import CAPTION_READERS, KNOWN_ENDINGS, READERS, ending_of, file_notes
 from engine.data.statistics import FileNote
 from engine.errors import UserError
+from engine.hub_id import is_hub_id
 from engine.units import counted
 from engine.visible import visible
 
 SAMPLE_PREFIX = "sample:"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +194,7 @@ def _chosen_files(root: Path, dataset: DatasetConfig) -> tuple[Path, ...]:
 
 def _is_hub_id(text: str, folder: Path) -> bool:
     # "data/train.jsonl" and "data/chats" beside an existing data/ are local names gone wrong.
-    if not _HUB_ID.fullmatch(text) or ending_of(Path(text)) in READERS:
+    if not is_hub_id(text) or ending_of(Path(text)) in READERS:
         return False
     return not os.path.isdir((folder / text).parent)
 

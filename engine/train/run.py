@@ -2,7 +2,7 @@
 each other and put together, each with a `phase` event, so that a person sees what is waited for."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,13 +200,19 @@ def prepare_rows(
             return rows, {}
         kept, held = prepared.split(config.val_set_size, config.seed, rows.chosen)
         return _only(rows, kept), {"validation": _only(rows, held)}
-    held_out = {}
+    held_out: dict[str, Rows] = {}
     for dataset in config.test_datasets:
-        stem = Path(dataset.path).stem
-        name = f"{stem}-{dataset.split or len(held_out) + 1}" if stem in held_out else stem
+        name = name_set(dataset, held_out)
         held_out[name] = select_rows(_prepare(config, [dataset], tokenizer, session), config)
         _report_left_out(session, held_out[name], config, f"{name}: ")
     return rows, held_out
+
+
+def name_set(dataset: DatasetConfig, taken: Container[str]) -> str:
+    """What an evaluation set is called: by its file or folder, then by its split, then by number."""
+    stem = Path(dataset.path).stem
+    ends = ("", f"-{dataset.split}" if dataset.split else "", *(f"-{n}" for n in range(2, 1000)))
+    return next(name for end in ends if (name := stem + end) not in taken)
 
 
 def _report_left_out(session: Session, rows: Rows, config: RunConfig, of: str = "") -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.chat.render import WITHHELD, Kind, LabelRule, learned
 from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
+from engine.config import DatasetConfig
 from engine.errors import UserError, WorkError
 from engine.events import Score
 from engine.train.batches import Order, Rows
@@ -40,6 +41,7 @@ from engine.train.forward import Model
 from engine.train.generate import generate
 from engine.train.loop import Training, clip_gradients
 from engine.train.model import load_base
+from engine.train.run import name_set
 from tests.support.stock import stock_model
 from tests.support.tiny import (
     ARCHITECTURES,
@@ -573,3 +575,11 @@ def test_the_norm_of_bfloat16_gradients_is_exact_and_they_are_shortened_to_the_l
     after = torch.cat([w.grad.double().flatten() for w in weights if w.grad is not None]).norm()
     assert float(after) == pytest.approx(1.0, rel=0.01)
     assert clip_gradients([idle], 1.0) == 0.0
+
+
+def test_no_evaluation_set_takes_the_name_of_another() -> None:
+    sets = [("a/rows", "validation"), ("a/rows", "test"), ("b/rows.jsonl", None), ("rows", "test")]
+    taken: list[str] = []
+    for path, split in sets:
+        taken.append(name_set(DatasetConfig(path=path, split=split), taken))
+    assert taken == ["rows", "rows-test", "rows-2", "rows-3"]
