@@ -209,7 +209,7 @@ def prepare_rows(
 
 
 def name_set(dataset: DatasetConfig, taken: Container[str]) -> str:
-    """What an evaluation set is called: by its file or folder, then by its split, then by number."""
+    """What an evaluation set is called: by its file or folder, by its split too, or by number."""
     stem = Path(dataset.path).stem
     ends = ("", f"-{dataset.split}" if dataset.split else "", *(f"-{n}" for n in range(2, 1000)))
     return next(name for end in ends if (name := stem + end) not in taken)
