@@ -189,7 +189,7 @@ async def test_keys_of_the_page_work_again_once_a_typed_path_was_read(folder) ->
 async def test_the_hub_is_asked_only_after_yes(folder) -> None:
     draft = draft_on()
     async with opened(draft, "Data") as screen:
-        await screen.until("held out")
+        await screen.until("2 other sets held out")
         await screen.press("down", "down", "enter")
         await screen.type("org/set")
         await screen.press("enter")
@@ -202,7 +202,11 @@ async def test_the_hub_is_asked_only_after_yes(folder) -> None:
 
 async def test_a_worker_that_is_killed_is_a_sentence_and_r_reads_again(folder) -> None:
     write(folder / "rows.jsonl", *(chat(f"q {n}") for n in range(20_000)))
-    async with pointed_at("held out", "rows so far") as screen:
+    async with opened(draft_on(), "Data", (80, 24)) as screen:
+        await screen.until("2 other sets held out")  # the worker is free
+        await screen.until("rows.jsonl")
+        await screen.press("down")
+        await screen.until("rows so far")
         await screen.until(" MB")
         os.kill(screen.app.data_worker.process_id, signal.SIGKILL)  # type: ignore[arg-type]
         await screen.until("It was stopped by signal 9.")
