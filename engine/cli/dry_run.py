@@ -14,8 +14,8 @@ from engine.errors import DOES_NOT_FIT, UserError
 from engine.hardware import assume
 from engine.launch import require_torch
 from engine.plan import Estimate, Place, best_device, estimate, remarks
+from engine.plan.layout import layout_of
 from engine.plan.memory import cards_needed
-from engine.plan.step import cards_laid_out
 from engine.plan.trainer import refuse_bf16, refuse_other_formats, refuse_unread
 from engine.report import Line
 from engine.report.plan import plan_verdict
@@ -58,7 +58,8 @@ def try_dry(file: Path, changes: Sequence[str]) -> DryRun:
     device = best_device(machine)
     require_torch(machine, device.uuid)
     refuse_bf16(config, device)
-    laid_out = cards_laid_out(config)
+    layout = layout_of(config)
+    laid_out = layout.cards if layout else None
     card = device if device.kind == "cuda" or laid_out == 1 else best_device(assume(USUAL_CARD))
     place = Place(architecture, card, found.statistics())
     needs = estimate(config, place)

@@ -27,8 +27,12 @@ UNKNOWN_CAPABILITY = (8, 0)
 FLASH_4 = "flash_attention_4"
 
 _MOST_GPUS = 1024
+_NODE_GPUS = 8
+"""In most computers for training; more are in several."""
 _MOST_GIGABYTES = 4096
 _COUNT_FIRST = re.compile(r"^\s*(\d{1,9})\s*[x×*]\s*(?=\S)", re.IGNORECASE)
+# Behind a number of computers: "8 H100", but neither "80 GB" nor "4090".
+_COUNT_BARE = re.compile(r"^\s*(\d{1,3})\s+(?!g(?:i?b)?\b)(?=[a-z]|\d{4})", re.IGNORECASE)
 # "h100x2" is two of them, "MX450" is a name.
 _COUNT_LAST = re.compile(r"(?:(?<![a-z])x|(?<=gb)x|[×*:])\s*(\d{1,9})\s*$", re.IGNORECASE)
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?) ?(?:gb|gib|g)(?: gpus?)?$")
@@ -240,31 +244,42 @@ def worth_installing(capabilities: Sequence[Capability]) -> Backend | None:
     return None
 
 
-def plan_gpus(text: str) -> tuple[Gpu, ...]:
-    """The GPUs that `text` asks for: "H100 x2", "4 x A100 80GB", "24 GB", "2x80GB".
+def plan_gpus(text: str) -> tuple[tuple[Gpu, ...], int]:
+    """(the GPUs of one computer, how many such computers) that `text` asks for: "H100 x2", "4 x
+    A100 80GB", "24 GB", "2x80GB", "8 x 8 H100".
 
-    They are free: nothing else uses a card that one does not have yet. Raises UserError, with the
-    nearest names, for a text that means no GPU or more than one kind.
+    They are free: nothing else uses a card that one does not have yet. More cards than a computer
+    holds are taken to be in several. Raises UserError, with the nearest names, for a text that
+    means no GPU or more than one kind.
     """
-    name, count = _split_count(text)
+    name, counts = _split_counts(text)
+    count, nodes = counts[-1], counts[0] if counts[1:] else 1
+    if len(counts) == 1 and count > _NODE_GPUS and count % _NODE_GPUS == 0:
+        count, nodes = _NODE_GPUS, count // _NODE_GPUS
+    if not 1 <= count * nodes <= _MOST_GPUS:
+        raise UserError(
+            f"{count * nodes} GPUs cannot be planned for.",
+            f"A plan is for 1 to {_MOST_GPUS} of them.",
+            "Write the number before or after the name, as in --assume 'H100 x8'; computers before"
+            " cards, as in '8 x 8 H100'.",
+        )
     size = _SIZE.match(" ".join(name.casefold().split()))
-    if size:
-        return _planned(_unnamed(float(size[1]), text), count)
-    return _planned(_find(name), count)
+    known = _unnamed(float(size[1]), text) if size else _find(name)
+    return _planned(known, count), nodes
 
 
-def _split_count(text: str) -> tuple[str, int]:
-    for pattern in (_COUNT_FIRST, _COUNT_LAST):
-        if match := pattern.search(text):
-            count = int(match[1])
-            if not 1 <= count <= _MOST_GPUS:
-                raise UserError(
-                    f"{count} GPUs cannot be planned for.",
-                    f"A machine has 1 to {_MOST_GPUS} of them.",
-                    "Write the number before or after the name, as in --assume 'H100 x8'.",
-                )
-            return (text[: match.start()] + text[match.end() :]).strip(), count
-    return text.strip(), 1
+def _split_counts(text: str) -> tuple[str, list[int]]:
+    """A name without the numbers around it, at most two: computers, and cards in each."""
+    counts: list[int] = []
+    while len(counts) < 2:
+        bare = (_COUNT_BARE,) if counts and not _SIZE.match(text.casefold()) else ()
+        found = (pattern.search(text) for pattern in (_COUNT_FIRST, *bare, _COUNT_LAST))
+        match = next((each for each in found if each), None)
+        if match is None:
+            break
+        counts.append(int(match[1]))
+        text = (text[: match.start()] + text[match.end() :]).strip()
+    return text.strip(), counts or [1]
 
 
 def _unnamed(gigabytes: float, text: str) -> KnownGpu:

@@ -140,6 +140,8 @@ class Machine:
     not known."""
     assumed: bool = False
     """Whether its GPUs are planned for and not here."""
+    nodes: int = 1
+    """Computers like this one that are planned for."""
 
     @property
     def usable_gpus(self) -> tuple[Gpu, ...]:

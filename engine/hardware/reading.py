@@ -101,13 +101,15 @@ def poll(machine: Machine, *, timeout_seconds: float = _TIMEOUT_SECONDS) -> Mach
 
 
 def assume(text: str, *, disk: Path | None = None) -> Machine:
-    """This computer with the GPUs that `text` names in place of its own: "H100 x2", "24 GB".
+    """This computer with the GPUs that `text` names in place of its own: "H100 x2", "24 GB", "8 x 8
+    H100" for eight computers.
 
     `disk` is as in `read_machine`. Raises UserError, with the nearest names, where the text means
     no GPU or more than one kind.
     """
-    gpus = plan_gpus(text)
+    gpus, nodes = plan_gpus(text)
     what = f"{len(gpus)} x {gpus[0].short_name}" if gpus[1:] else gpus[0].short_name
+    what = f"{nodes} computers with {what}" if nodes > 1 else what
     problem = Problem(
         "planned",
         "note",
@@ -115,7 +117,8 @@ def assume(text: str, *, disk: Path | None = None) -> Machine:
         f"{gpus[0].note[0].upper()}{gpus[0].note[1:]}.",
         "Run `windtunnel probe` on the computer that has it before a long run.",
     )
-    return replace(_machine(read_memory(), disk, gpus, (problem,)), assumed=True)
+    machine = _machine(read_memory(), disk, gpus, (problem,))
+    return replace(machine, assumed=True, nodes=nodes)
 
 
 def _machine(

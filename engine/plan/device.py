@@ -3,7 +3,7 @@ margin; and with a model and rows, what a config is planned for.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from engine.catalog import Architecture, ModuleTable
@@ -18,6 +18,8 @@ the run lasts."""
 BF16_CAPABILITY = (8, 0)
 """Compute capability from which on a card has bfloat16. torch.cuda.is_bf16_supported() is no
 measure: it says yes of older cards too, which emulate it."""
+BESIDE_SHARE = 0.75
+"""Of what the chosen card can give, that another has to give to be used beside it."""
 RAM_MARGIN = 0.10
 """The same of this computer's memory, which everything else shares."""
 LEAST_RAM_MARGIN_BYTES = 2 * GIB
@@ -39,8 +41,13 @@ class Device:
     """A card that is not here."""
     card: str = ""
     """Its name as the driver says it."""
-    count: int = 1
-    """Cards of this kind; a run uses one so far."""
+    others: tuple["Device", ...] = ()
+    """Further cards of its kind in this computer, as free as it is; who can give most comes first.
+    """
+    left_out: tuple[str, ...] = ()
+    """Cards of its kind that a run would not use, each with the reason."""
+    nodes: int = 1
+    """Computers like this one."""
     unified: bool = False
     """Its memory is the computer's own."""
     used_by: str = ""
@@ -49,6 +56,21 @@ class Device:
     """What this computer's own memory can give; None where that is not known."""
     stack: Mapping[str, str | None] | None = None
     """Installed packages by name; None where that was not looked up."""
+
+    @property
+    def count(self) -> int:
+        """Cards in this computer that a run can use together."""
+        return 1 + len(self.others)
+
+    @property
+    def cards(self) -> int:
+        """The same of all computers."""
+        return self.count * self.nodes
+
+    def among(self, cards: int) -> "Device":
+        """This one as a rank of `cards` has to see it: with what the fullest of them can give."""
+        least = min((self, *self.others)[:cards], key=lambda each: each.can_give_bytes)
+        return replace(self, can_give_bytes=least.can_give_bytes)
 
     @property
     def has_ram_beside(self) -> bool:
@@ -77,7 +99,23 @@ class Place:
 
 
 def gpu_device(gpu: Gpu, machine: Machine) -> Device:
-    """`gpu` as a plan sees it. A card whose memory is unknown can give nothing."""
+    """`gpu` as a plan sees it, with the others of its kind: all ranks of a run take the same of
+    their cards, so that one which gives little would hold all back.
+
+    A card whose memory is unknown can give nothing.
+    """
+    chosen = _alone(gpu, machine)
+    alike = (each for each in machine.usable_gpus if each.name == gpu.name and each != gpu)
+    others = sorted(
+        (_alone(each, machine) for each in alike), key=lambda each: -each.can_give_bytes
+    )
+    least = BESIDE_SHARE * chosen.can_give_bytes
+    free = tuple(each for each in others if each.can_give_bytes >= least)
+    reasons = (f"{each.uuid}: {each.used_by}" for each in others if each not in free)
+    return replace(chosen, others=free, left_out=tuple(reasons), nodes=machine.nodes)
+
+
+def _alone(gpu: Gpu, machine: Machine) -> Device:
     total = gpu.memory_total_bytes or 0
     free = total if gpu.memory_free_bytes is None else gpu.memory_free_bytes
     return Device(
@@ -91,7 +129,6 @@ def gpu_device(gpu: Gpu, machine: Machine) -> Device:
         card=gpu.name,
         unified=gpu.unified,
         used_by=_used_by(gpu),
-        count=sum(other.name == gpu.name for other in machine.gpus),
         ram_bytes=None if machine.assumed else _ram_bytes(machine),
         stack=machine.stack,
     )
@@ -142,3 +179,12 @@ def device_document(device: Device) -> dict[str, Any]:
     """Where a plan is for; sizes in bytes."""
     names = ("name", "kind", "uuid", "total_bytes", "can_give_bytes", "planned")
     return {name: getattr(device, name) for name in names}
+
+
+def devices_document(device: Device, cards: int) -> dict[str, Any]:
+    """Where a plan for `cards` ranks is for: `device` is the first card's, `devices` all of this
+    computer's, and `nodes` how many such computers there are."""
+    here = (device, *device.others)[:cards]
+    nodes = -(-cards // len(here)) if device.nodes > 1 else 1
+    several = {"devices": [device_document(each) for each in here], "nodes": nodes}
+    return {"device": device_document(device)} | (several if cards > 1 else {})

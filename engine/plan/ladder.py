@@ -13,6 +13,7 @@ from engine.config import RunConfig, assignment
 from engine.plan.device import Place
 from engine.plan.duration import pace_of, speedup
 from engine.plan.layers import recomputed_layers, widths
+from engine.plan.layout import is_sharded
 from engine.plan.memory import estimate
 from engine.plan.savers import (
     SAVERS,
@@ -27,7 +28,6 @@ from engine.plan.savers import (
     recomputing,
     with_rank,
 )
-from engine.plan.step import is_sharded
 from engine.plan.verdict import Estimate
 from engine.units import GIB, gib
 

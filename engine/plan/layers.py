@@ -9,7 +9,7 @@ counted from its shapes alone, which is why a plan with images has a wider range
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
 from typing import NamedTuple
@@ -168,6 +168,21 @@ class Widths:
     cached: int = 0
     """Numbers that a token leaves in the cache of one layer: keys and values; of latent attention
     the compressed state, from which both are computed anew."""
+    latent: bool = False
+    """Whether attention is of that kind."""
+
+    def cut(self, tensor: int) -> "Widths":
+        """The widths of one of `tensor` cards that share each matrix."""
+        heads = 1 if self.latent else tensor
+        return replace(
+            self,
+            intermediate=self.intermediate // tensor,
+            attention=self.attention // heads,
+            queries=self.queries // heads,
+            repeated=self.repeated // heads,
+            expert_matrix=self.expert_matrix // tensor,
+            expert_stack=self.expert_stack // tensor,
+        )
 
     @property
     def head(self) -> int:
@@ -204,6 +219,7 @@ def widths(table: ModuleTable) -> Widths:
         expert_matrix=matrix,
         expert_stack=stack,
         queries=max(sizes["q_proj"], sizes["q_b_proj"]),
+        latent=sizes["kv_b_proj"] > 0,
         cached=sizes["k_proj"] + sizes["v_proj"] + sizes["kv_a_proj_with_mqa"],
         repeated=2 * sizes["q_proj"] if sizes["q_proj"] > sizes["k_proj"] > 0 else 0,
     )

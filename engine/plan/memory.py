@@ -23,8 +23,10 @@ from engine.plan.layers import (
     tower_works,
     transient_bytes,
 )
+from engine.plan.layout import Layout, layout_on
 from engine.plan.measured import corrected, find_measured
 from engine.plan.savers import Waiting, list_waiting
+from engine.plan.sharding import divide, trained_share
 from engine.plan.step import (
     DIFFERENCES,
     EIGHT_BIT,
@@ -32,8 +34,6 @@ from engine.plan.step import (
     Sizes,
     Stack,
     Step,
-    cards_of_a_copy,
-    divide,
     make_step,
     sizes_of,
 )
@@ -325,23 +325,23 @@ def cache_bytes(step: Step) -> float:
     return step.widths.cached * step.widths.layers * tokens * step.base_bytes
 
 
-def update_bytes(step: Step) -> float:
-    """The most that the step takes, in bytes.
+def update_bytes(step: Step, share: float = 1.0) -> float:
+    """The most that the step takes, in bytes, of a rank that moves `share` of each tensor.
 
     Weights in bfloat16 are moved in float32, a few at a time or the largest alone, each with its
     gradient: 4 bytes more, or 2 of a weight whose cut-off bits lie beside it meanwhile.
     """
     cpu = step.device.kind == "cpu"
-    largest = largest_trainable(step.table, step.config)
-    whole = step.whole if step.rest_bytes else 0
-    factors = step.adapter if step.adapter_bytes == 2 else 0
+    largest = share * largest_trainable(step.table, step.config)
+    whole = share * step.whole if step.rest_bytes else 0
+    factors = share * step.adapter if step.adapter_bytes == 2 else 0
     widened = min(whole + factors, max(WIDENED_NUMBERS, largest))
     cut = max(ROUND_BYTES * bool(factors), (JOIN_BYTES if cpu else SPLIT_BYTES) * bool(whole))
-    at_once = step.trainable - whole - factors + widened
+    at_once = share * step.trainable - whole - factors + widened
     return (4 if factors else 2) * widened + max(cut * largest, _working(step, largest, at_once))
 
 
-def _working(step: Step, largest: int, at_once: int) -> int:
+def _working(step: Step, largest: float, at_once: float) -> float:
     """What the optimizer makes for itself."""
     optimizer = step.config.optimizer
     if step.stack.steps_in_backward:
@@ -376,10 +376,11 @@ def estimate(config: RunConfig, place: Place, *, stack: Stack = WINDTUNNEL) -> E
     UserError where an entry of the adapter's targets matches no module. A measurement of the very
     same run on the same device beats the formula.
     """
-    device = place.device
-    step = make_step(config, place, stack)
-    frozen, cards = frozen_bytes(step), _cards(step)
-    step, moments = _roomiest(step, frozen)
+    layout = layout_on(config, place.device)
+    device = place.device.among(layout.cards)
+    step = make_step(config, replace(place, device=device), stack)
+    frozen = frozen_bytes(step)
+    step, moments = _roomiest(step, frozen, layout)
     sums = {name: int(sum(parts.values())) for name, parts in moments.items()}
     fullest = max(sums, key=lambda name: sums[name])
     parts = {name: int(size) for name, size in moments[fullest].items() if size >= 1}
@@ -403,10 +404,10 @@ def estimate(config: RunConfig, place: Place, *, stack: Stack = WINDTUNNEL) -> E
         moment=fullest,
         moments=sums,
         decided_by=_decided_by(step),
-        cards=cards,
+        cards=layout.cards,
         loss_chunk_bytes=step.chunk_bytes,
     )
-    if stack is not WINDTUNNEL or cards > 1:
+    if stack is not WINDTUNNEL or layout.cards > 1:
         return found
     measured = find_measured(step)
     return corrected(found, measured) if measured else found
@@ -448,7 +449,7 @@ def cards_needed(config: RunConfig, place: Place) -> int | None:
 
     One card where the run fits it as it is.
     """
-    one = replace(place, device=replace(place.device, count=1))
+    one = replace(place, device=replace(place.device, others=(), nodes=1))
     sharded = {
         "fsdp_config": config.fsdp_config or {},
         "optimizer": SHARDED_OPTIMIZERS.get(config.optimizer, config.optimizer),
@@ -469,28 +470,26 @@ def moment_parts(
 ) -> dict[str, int]:
     """What one moment holds by part, in bytes; its name is one of `Estimate.moments`."""
     step = make_step(config, place, stack)
-    parts = _roomiest(step, frozen_bytes(step))[1][moment]
+    parts = _roomiest(step, frozen_bytes(step), layout_on(config, place.device))[1][moment]
     return {name: int(size) for name, size in parts.items() if size >= 1}
 
 
-def _cards(step: Step) -> int:
-    """Over how many cards a run is divided."""
-    return cards_of_a_copy(step.config) or step.device.count
-
-
-def _roomiest(step: Step, frozen: Frozen) -> tuple[Step, dict[str, dict[str, float]]]:
+def _roomiest(
+    step: Step, frozen: Frozen, layout: Layout
+) -> tuple[Step, dict[str, dict[str, float]]]:
     """`step` with the largest chunk of logits with which it fits, and its moments.
 
     Where it does not fit with any, the largest that makes its peak no higher.
     """
-    cards = _cards(step)
     cut = step.device.kind == "cpu" or cuts_loss(step)
     tried = []
     for chunk in (SMALLEST_CHUNK_BYTES,) if cut else CHUNK_BYTES:
         step = replace(step, chunk_bytes=chunk)
         moments = list_moments(step, frozen)
-        if cards > 1:
-            moments = {name: divide(parts, step, cards) for name, parts in moments.items()}
+        if layout.cards > 1:
+            moments = {name: divide(name, parts, step, layout) for name, parts in moments.items()}
+            moving = update_bytes(step, trained_share(step, layout))
+            moments["optimizer step"]["update"] = moving
         peak = max(int(sum(parts.values())) for parts in moments.values())
         if judge(on_device(peak, step.device), step.device.can_give_bytes) == "fits":
             return step, moments

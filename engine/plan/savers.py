@@ -17,7 +17,8 @@ from engine.catalog import ModuleTable
 from engine.config import SHARDED_OPTIMIZERS, RunConfig
 from engine.plan.device import Place
 from engine.plan.layers import recomputed_layers, tower_works, widths
-from engine.plan.step import SLOTS, Step, is_sharded
+from engine.plan.layout import is_sharded
+from engine.plan.step import SLOTS, Step
 from engine.plan.targets import linear_endings
 from engine.plan.trainer import PLUGIN, PRICE, names_cut_loss
 

@@ -1,12 +1,7 @@
-"""What decides the memory of a run: what is trained, the weights, one card's share of both.
+"""What decides the memory of a run: what is trained, and the weights.
 
 Each trained number is held up to four times, in types of its own: itself, its gradient, the
-optimizer's state, and what bfloat16 cuts off of it. FSDP2 divides all of them over the cards of one
-copy; HSDP's further copies change nothing on a card. Expert parallelism divides the experts in
-another direction and to the same size, but never gathers them. What a forward and backward pass
-holds is each card's own, and so is what is gathered: a layer at work with the next one on its way,
-the root's embedding and head for as long as the pass lasts, and the gradients of a layer before
-they are scattered.
+optimizer's state, and what bfloat16 cuts off of it. `sharding` has one card's share of all.
 """
 
 from collections.abc import Mapping
@@ -140,7 +135,8 @@ class Step:
 
     @property
     def widths(self) -> Widths:
-        return widths(self.table)
+        found, tensor = widths(self.table), self.config.tensor_parallel_size or 1
+        return found.cut(tensor) if tensor > 1 else found
 
     @property
     def offloads(self) -> bool:
@@ -185,14 +181,24 @@ class Step:
 
     def bytes_of(self, part: str, held: "Held") -> float:
         """What `held`, numbers of a part of the weights, take."""
+        return self.numbers_bytes(part, held) + self.statistics_bytes(part, held)
+
+    def numbers_bytes(self, part: str, held: "Held") -> float:
+        """The same without the statistics of what is in 4 bits."""
         config, base_bytes = self.config, self.base_bytes
         if part == "experts":
-            return held.plain * (NF4_BYTES if config.quantize_moe_experts else base_bytes)
+            return held.plain * (PACKED_BYTES if config.quantize_moe_experts else base_bytes)
         if config.load_in_4bit:
-            return held.plain * base_bytes + held.packed * NF4_BYTES
+            return held.plain * base_bytes + held.packed * PACKED_BYTES
         if config.load_in_8bit:
             return held.plain * base_bytes + held.packed + held.rows * INT8_ROW_BYTES
         return float((held.plain + held.packed) * base_bytes)
+
+    def statistics_bytes(self, part: str, held: "Held") -> float:
+        """Scales of what is in 4 bits, which no optimizer and no FSDP knows of."""
+        if part == "experts":
+            return STATISTICS_BYTES * held.plain * self.config.quantize_moe_experts
+        return STATISTICS_BYTES * held.packed * self.config.load_in_4bit
 
     def trained_bytes(self) -> dict[str, float]:
         """Adapter, gradients and optimizer state on the device.
@@ -245,9 +251,9 @@ def _learned_at_once(config: RunConfig, tokens: int, statistics: Statistics | No
     return min(tokens, config.micro_batch_size * most)
 
 
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""A weight in NF4 with double quantization: 4 bits, an 8-bit scale for 64 weights, a float32 scale
-for 256 of those (QLoRA, arXiv 2305.14314)."""
+PACKED_BYTES, STATISTICS_BYTES = 0.5, 1 / 64 + 4 / (64 * 256)
+"""A weight in NF4 with double quantization: 4 bits, and beside them an 8-bit scale for 64 weights,
+a float32 scale for 256 of those (QLoRA, arXiv 2305.14314)."""
 INT8_ROW_BYTES = 4
 """The float32 maximum that the bytes of a row are scaled by (LLM.int8(), arXiv 2208.07339)."""
 SLOTS = 2
@@ -334,37 +340,3 @@ def packed_numbers(config: RunConfig, table: ModuleTable) -> int:
     sizes = sizes_of(table, kept_modules(config))
     linears = sum(held.packed for held in sizes.parts.values()) if config.load_in_4bit else 0
     return linears + (sizes.parts["experts"].plain if config.quantize_moe_experts else 0)
-
-
-DIVIDED = (*WEIGHTS, "adapter", "gradients", "optimizer", "loading", "update")
-GATHERED_LAYERS = 2
-
-
-def cards_of_a_copy(config: RunConfig) -> int | None:
-    """Cards that hold one copy together: 1 without sharding, None where the config does not say."""
-    if config.fsdp_config is None and not config.deepspeed:
-        return 1
-    return config.dp_shard_size
-
-
-def is_sharded(config: RunConfig) -> bool:
-    """Whether a config divides its weights over cards."""
-    return cards_of_a_copy(config) != 1
-
-
-def cards_laid_out(config: RunConfig) -> int | None:
-    """Cards that a config is written for: 1 without sharding, None where it does not say."""
-    each = cards_of_a_copy(config)
-    return None if each is None else each * (config.dp_replicate_size or 1)
-
-
-def divide(parts: Mapping[str, float], step: Step, cards: int) -> dict[str, float]:
-    """`parts` of a moment as each of `cards` cards holds them."""
-    config, layers = step.config, step.widths.layers
-    shares = {name: size / cards if name in DIVIDED else size for name, size in parts.items()}
-    each = parts.get("linear", 0) + parts.get("norms", 0) + parts.get("router", 0)
-    apart = config.expert_parallel_size or 1
-    each += parts.get("experts", 0) * (0 if apart > 1 else 1)
-    gathered = GATHERED_LAYERS * each / layers + parts.get("embeddings", 0)
-    scattered = 0.0 if config.adapter else parts.get("gradients", 0) / layers
-    return shares | {"gathered": gathered + scattered}

@@ -366,8 +366,8 @@ def length_lines(prices: Sequence[LengthPrice], device: Device) -> list[str]:
 
 def _device_lines(device: Device) -> list[Line]:
     lines = []
-    if device.count > 1:
-        lines.append(Line("·", "", f"there are {device.count} of them; a run uses one so far"))
+    if device.cards > 1:
+        lines.append(Line("·", "", f"there are {device.cards} of them; a run uses one so far"))
     if device.used_by:
         lines.append(Line("·", "in use already", device.used_by))
     return lines

@@ -231,7 +231,9 @@ def listed_machines() -> "list[Machine]":
 
 
 def named_cards(device: "Device") -> str:
-    """A device as --assume takes it: H100 80GB HBM3 x2."""
+    """A device as --assume takes it: H100 80GB HBM3 x2, 8 x 8 x H100 80GB HBM3."""
+    if device.nodes > 1:
+        return f"{device.nodes} x {device.count} x {device.name}"
     return f"{device.name} x{device.count}" if device.count > 1 else device.name
 
 

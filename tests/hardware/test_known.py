@@ -65,6 +65,29 @@ def test_a_text_means_cards(text: str, count: int, name: str, gibibytes: float) 
 
 
 @pytest.mark.parametrize(
+    ("text", "nodes", "count", "name"),
+    [
+        ("8 x 8 H100", 8, 8, "H100 80GB HBM3"),
+        ("8x8 H100 80GB", 8, 8, "H100 80GB HBM3"),
+        ("2 x 4 x A100 80GB", 2, 4, "A100-SXM4-80GB"),
+        ("2 x H100 x8", 2, 8, "H100 80GB HBM3"),
+        ("2 x 4 3090 Ti", 2, 4, "RTX 3090 Ti"),
+        ("2 x 3090 Ti", 1, 2, "RTX 3090 Ti"),
+        ("2 x 4 x 80 GB", 2, 4, "80 GB GPU"),
+        ("H100 x64", 8, 8, "H100 80GB HBM3"),
+        ("H100 x10", 1, 10, "H100 80GB HBM3"),
+    ],
+)
+def test_computers_come_before_the_cards_of_each(
+    text: str, nodes: int, count: int, name: str
+) -> None:
+    machine = assume(text)
+    assert (machine.nodes, len(machine.gpus)) == (nodes, count)
+    assert machine.gpus[0].short_name == name
+    assert str(nodes) in machine.problems[0].what or nodes == 1
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("A100", "A100-SXM4-40GB (40.0 GiB) or A100-SXM4-80GB (80.0 GiB)"),

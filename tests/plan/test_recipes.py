@@ -15,12 +15,12 @@ from ruamel.yaml import YAML
 
 from engine.catalog import find_repository, linear_targets, read_architecture
 from engine.cli import main
-from engine.config import read_config, require_supported
+from engine.config import RunConfig, read_config, require_supported
 from engine.errors import UserError
 from engine.hardware import assume
 from engine.plan import Place, best_device, estimate
+from engine.plan.layout import layout_of
 from engine.plan.memory import cards_needed
-from engine.plan.step import cards_laid_out
 
 FOLDER = Path(__file__).parents[2] / "presets" / "recipes"
 MINISTRAL = {"qlora-text", "qlora-think", "qlora-vision", "lora", "full"}
@@ -172,6 +172,13 @@ class TestForAxolotl:
 def test_a_broken_rule_is_seen(change: dict[str, Any], rule: str) -> None:
     values = raw(FOLDER / "mistral-medium-3.5" / "full-vision-64gpu.yml")
     assert rule in list(broken_by(values | change))
+
+
+def cards_laid_out(config: RunConfig) -> int:
+    """Cards that a recipe is written for, which it always says."""
+    layout = layout_of(config)
+    assert layout
+    return layout.cards
 
 
 @each_recipe

@@ -353,7 +353,7 @@ class TestCommand:
         plain.change("train_on_inputs", True)
         assert preview_command(plain, plain.config(), 1) == []
 
-    @pytest.mark.parametrize("gpus", ["16 GB", "H100 80GB HBM3 x2", "RTX 4090"])
+    @pytest.mark.parametrize("gpus", ["16 GB", "H100 80GB HBM3 x2", "2 x 8 x H100 80GB HBM3"])
     def test_it_plans_for_the_same_gpus(self, gpus: str) -> None:
         draft = draft_on(dataset=DatasetConfig(path=SAMPLE))
         draft.device = best_device(assume(gpus))

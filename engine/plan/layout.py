@@ -1,0 +1,73 @@
+"""How a run is laid over its cards, as its config says it.
+
+A copy of the model is sharded over `shard` cards (FSDP2), and each of its matrices may be cut over
+`tensor` of them. `replicate` copies learn side by side and only their gradients meet: HSDP, or DDP
+where a copy is one card. Experts may be spread over `expert` cards of a copy, which takes no card
+of its own.
+"""
+
+from dataclasses import dataclass
+
+from engine.config import RunConfig
+from engine.plan.device import Device
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Numbers of cards."""
+
+    shard: int = 1
+    replicate: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+    @property
+    def copy(self) -> int:
+        """Cards that hold one copy together."""
+        return self.shard * self.tensor
+
+    @property
+    def cards(self) -> int:
+        """All of them: the ranks of a run."""
+        return self.copy * self.replicate
+
+    @property
+    def readers(self) -> int:
+        """Ranks that read rows of their own; those that share a matrix share the rows too."""
+        return self.shard * self.replicate
+
+
+ONE = Layout()
+
+
+def is_sharded(config: RunConfig) -> bool:
+    """Whether a config divides its weights over cards."""
+    if config.dp_shard_size is None:
+        return config.fsdp_config is not None or bool(config.deepspeed)
+    return config.dp_shard_size > 1
+
+
+def layout_of(config: RunConfig) -> Layout | None:
+    """The layout of a config, one card where it names none; None for one that is sharded over all
+    cards that there are."""
+    if is_sharded(config) and config.dp_shard_size is None:
+        return None
+    return _layout(config, config.dp_shard_size or 1)
+
+
+def layout_on(config: RunConfig, device: Device) -> Layout:
+    """The same at a device: where the config leaves the number open, all of its cards."""
+    found = layout_of(config)
+    if found is None:
+        copies = (config.dp_replicate_size or 1) * (config.tensor_parallel_size or 1)
+        found = _layout(config, max(1, device.cards // copies))
+    return found
+
+
+def _layout(config: RunConfig, shard: int) -> Layout:
+    return Layout(
+        shard,
+        config.dp_replicate_size or 1,
+        config.tensor_parallel_size or 1,
+        config.expert_parallel_size or 1,
+    )
