@@ -2,6 +2,8 @@
 
 __main__  one process: `python -m engine.train run FOLDER`
 run       one launch, from its folder to its last event
+ranks     the processes that train one model together, and what they tell each other
+shard     one copy of a model divided over ranks, gradients added up once a step
 fetch     where the base model's files are, and the embedded tiny bases of the demo
 model     the base model from its folder, refused when it would train broken
 forward   hidden states of a batch, packed rows kept apart

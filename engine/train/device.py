@@ -1,5 +1,6 @@
 """Where a run computes, in which precision, and what it takes of the memory there."""
 
+import os
 import resource
 import sys
 from dataclasses import replace
@@ -18,8 +19,10 @@ from engine.visible import visible
 
 
 def pick_device() -> torch.device:
-    """The first visible CUDA card, else this computer's CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """This process's CUDA card, the first visible one where it is alone; else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def read_device() -> Device:

@@ -33,6 +33,8 @@ NF4_BLOCK = 64
 """Weights that share one scale (QLoRA, arXiv 2305.14314)."""
 NESTED_BLOCK = 256
 """Scales that share one scale of scales."""
+HELD = ("weight", "scales", "nested_scales", "offset")
+"""Tensors of `GroupedNF4` with a part for each expert."""
 STRIDE_BYTES = 16
 """torch's grouped product reads rows whose length is a multiple of this."""
 
@@ -167,6 +169,13 @@ class GroupedNF4(GroupedLinear):
     ) -> None:
         room = torch.empty((self.num_experts, *shape), dtype=dtype, device=device)
         self.register_buffer(name, room, persistent=False)
+
+    def hold_as_parameters(self) -> None:
+        """Make frozen parameters of what the experts hold, which FSDP divides by expert."""
+        for name in HELD:
+            held = self.get_buffer(name)
+            delattr(self, name)
+            self.register_parameter(name, nn.Parameter(held, requires_grad=False))
 
     def store(self, expert: int, matrix: Tensor) -> None:
         require_countable(matrix)

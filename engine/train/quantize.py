@@ -115,12 +115,12 @@ def hold_quantized(module: Linear4bit | Linear8bitLt, weight: Tensor) -> None:
 
 def statistics(module: Linear4bit | Linear8bitLt) -> tuple[Tensor, ...]:
     """What a quantized linear holds beside its parameters."""
-    weight: Any = module.weight
+    held: Any = module
     if isinstance(module, Linear8bitLt):
         # The weight's own until the first forward, the module's after it.
-        maxima: Any = module.state.SCB if weight.SCB is None else weight.SCB
-        return (maxima,)
-    state = weight.quant_state
+        maxima: Any = getattr(held.weight, "SCB", None)
+        return (held.state.SCB if maxima is None else maxima,)
+    state = held.quant_state  # as the weight's own, which is gone once it is sharded
     return (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
 
 

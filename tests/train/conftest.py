@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from engine.train.batches import Rows
 from engine.train.loop import Training
 from tests.support.offloading import DEEP_MODELS, BeginDeep, begun
 from tests.support.pictured_rows import MIXED, seeing, write_pictured
+from tests.support.rank_group import RankGroup
 from tests.support.tiny import (
     ARCHITECTURES,
     UNEVEN,
@@ -107,3 +108,19 @@ def make_rows(tmp_path: Path) -> MakeRows:
 def workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """Runs as processes of their own, with the keys that the test's module calls `KEYS`."""
     return Workshop(tmp_path_factory.mktemp("workshop"), request.module.KEYS)
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[RankGroup]:
+    """Two ranks over gloo, started when the first case is asked for."""
+    group = RankGroup(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankGroup]:
+    """Four of them, for slow tests."""
+    group = RankGroup(4)
+    yield group
+    group.close()

@@ -1,0 +1,223 @@
+"""One copy of a model divided over ranks, and gradients added up once an optimizer step.
+
+FSDP2 (`fully_shard`) after the adapter is attached. Each decoder layer, the embedding, the last
+norm, the vision tower, the projector and the head is a unit: whole on every rank only while it
+computes. Each parameter belongs to exactly one unit and the root holds none, so that every rank
+calls the same collectives in the same order, whatever its batch holds. Gradients are sums over
+ranks and never means: the loss is already divided by the learned tokens of the whole step.
+
+The optimizer sees plain tensors, each rank's own rows of each parameter: a state has the same form
+and the same arithmetic as on one card.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+    share_comm_ctx,
+)
+from torch.distributed.tensor import DTensor
+
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.train.experts import HELD, GroupedNF4
+from engine.train.forward import Model, head_module, unwrapped
+from engine.train.offload import decoder_layers
+from engine.train.quantize import statistics
+from engine.train.ranks import SHARD, Ranks
+
+BUCKET_NUMBERS = 2**27
+"""Gradients that replicas add up in one collective, in float32: 512 MiB."""
+T = TypeVar("T")
+
+
+def shard(model: Model, config: RunConfig, ranks: Ranks) -> Model:
+    """Divide `model` over the ranks of its copy, in place, and return it; a lone rank's is whole.
+
+    Afterwards a parameter is a DTensor, this rank's rows of it are its `to_local()`, and it is
+    whole only inside its unit's forward and backward pass. Where a copy is one rank's alone nothing
+    is divided: `add_up` makes its gradients those of all ranks. Raises UserError for what cannot be
+    divided.
+    """
+    if ranks.is_alone or ranks.shards == 1:
+        return model
+    _refuse(config)
+    assert ranks.mesh is not None
+    for module in model.modules():
+        if isinstance(module, GroupedNF4):
+            module.hold_as_parameters()
+    mesh = ranks.mesh if ranks.replicas > 1 else ranks.mesh[SHARD]
+    # Gradients of bfloat16 weights are added up in float32, as many as there are ranks.
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    body: Any = unwrapped(model).model
+    for unit in units(model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(body, mesh=mesh, mp_policy=policy)
+    if hasattr(body, "vision_tower"):
+        register_fsdp_forward_method(body, "get_image_features")
+    head = head_module(model)
+    assert isinstance(body, FSDPModule)
+    assert isinstance(head, FSDPModule)
+    if whole := [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]:
+        raise AssertionError(f"{whole[0]} and {len(whole) - 1} others are in no unit")
+    if not _tied(model):
+        share_comm_ctx([body, head])
+    for root in (body, head):
+        root.set_gradient_divide_factor(1.0)
+        # gloo has no product with a factor, and with 1 the sum is the same.
+        root.set_force_sum_reduction_for_comms(True)
+        # A rank whose batch reached fewer weights takes part with zeros.
+        root.set_reduce_scatter_unused_params(True)
+    return model
+
+
+def units(model: Model) -> list[nn.Module | list[nn.Module]]:
+    """What is gathered together: each layer, the embedding (with the head where the two are tied),
+    the rest of the language model, the vision tower and the projector, the head."""
+    inner = unwrapped(model)
+    body, text = inner.model, inner.get_decoder()
+    found: list[nn.Module | list[nn.Module]] = list(decoder_layers(inner))
+    embedding, head = inner.get_input_embeddings(), head_module(model)
+    found += [[embedding, head]] if _tied(model) else [embedding, head]
+    found += [part for name, part in text.named_children() if name == "norm"]
+    if text is not body:
+        found += [part for part in body.children() if part is not text and _has_parameters(part)]
+    return found
+
+
+def _tied(model: Model) -> bool:
+    inner: Any = unwrapped(model)
+    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    return any(a is b for a in embedding.parameters() for b in head.parameters())
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _refuse(config: RunConfig) -> None:
+    """Raises UserError for what keeps weights in RAM, or moves them behind FSDP's back."""
+    for key in ("offload_embeddings", "layer_offloading"):
+        if getattr(config, key):
+            raise UserError(
+                f"{key} cannot be used by several GPUs that hold one copy together.",
+                "A sharded layer is whole on a GPU only while it computes: what the key saves on "
+                "one GPU is saved by sharding.",
+                f"Remove {key}; a larger dp_shard_size saves more.",
+            )
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether `shard` has made a unit of the module, or the root."""
+    return isinstance(module, FSDPModule)
+
+
+def use_head(model: Model, states: Tensor, use: Callable[[Tensor, Tensor], T]) -> T:
+    """`use(states, the head's weight)`, inside the head's own forward pass where it is sharded: its
+    weight is whole there and nowhere else."""
+    head: Any = head_module(model)
+    if not is_unit(head):
+        return use(states, head.get_parameter("weight"))
+    head.forward = lambda inputs: use(inputs, head.get_parameter("weight"))
+    try:
+        found: T = head(states)
+    finally:
+        del head.forward
+    return found
+
+
+def sync_gradients(model: Model, last: bool) -> None:
+    """Say whether the backward pass that follows is the `last` of its optimizer step, in which
+    gradients are added up over ranks; before it each rank keeps its own."""
+    for root in {id(m): m for m in (unwrapped(model).model, head_module(model))}.values():
+        if isinstance(root, FSDPModule):
+            root.set_requires_gradient_sync(last)
+            root.set_is_last_backward(last)
+
+
+def add_up(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
+    """Make each gradient of a copy that is not sharded the sum over all replicas.
+
+    In float32, in as few collectives as `BUCKET_NUMBERS` allows. A parameter that got none here and
+    one elsewhere takes part with zeros; one that got none anywhere keeps none.
+    """
+    if ranks.is_alone or ranks.shards > 1:
+        return
+    device = parameters[0].device
+    reached = ranks.sum(torch.tensor([p.grad is not None for p in parameters]).float().to(device))
+    moved = [p for p, count in zip(parameters, reached.tolist(), strict=True) if count]
+    for bucket in _buckets(moved):
+        sizes = [p.numel() for p in bucket]
+        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        for p, part in zip(bucket, flat.split(sizes), strict=True):
+            if p.grad is not None:
+                part.copy_(p.grad.reshape(-1))
+        for p, part in zip(bucket, ranks.sum(flat).split(sizes), strict=True):
+            p.grad = part.view_as(p).to(p.dtype)
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    numbers = 0
+    for parameter in parameters:
+        if bucket and numbers + parameter.numel() > BUCKET_NUMBERS:
+            yield bucket
+            bucket, numbers = [], 0
+        bucket.append(parameter)
+        numbers += parameter.numel()
+    if bucket:
+        yield bucket
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor, sharing its memory; of another one the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_parameters(named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    """Each parameter as the optimizer sees it: itself, or a plain one over this rank's rows."""
+    return [
+        (name, nn.Parameter(local_part(p.detach())) if isinstance(p, DTensor) else p)
+        for name, p in named
+    ]
+
+
+def local_bytes(model: Model) -> dict[str, int]:
+    """Bytes that this rank holds of the model, by part: what is sharded by its share.
+
+    `layers`, `embeddings`, `head`, `vision` and `norm`; `adapter` is what is trained beside a
+    frozen base; `statistics` is what quantized weights hold beside their parameters, and `buffers`
+    the rest, both whole on every rank.
+    """
+    found = Counter[str]()
+    of_head = {id(p) for p in head_module(model).parameters()}
+    of_embedding = {id(p) for p in unwrapped(model).get_input_embeddings().parameters()}
+    adapted = unwrapped(model) is not model
+    for name, parameter in model.named_parameters():
+        if adapted and parameter.requires_grad:
+            part = "adapter"
+        elif id(parameter) in of_embedding:
+            part = "embeddings"
+        elif id(parameter) in of_head:
+            part = "head"
+        elif ".vision_tower." in name or ".multi_modal_projector." in name:
+            part = "vision"
+        else:
+            part = "layers" if ".layers." in name else "norm"
+        found[part] += local_part(parameter.detach()).nbytes
+    for module in model.modules():
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            found["statistics"] += sum(each.nbytes for each in statistics(module))
+    for name, buffer in model.named_buffers():
+        owner, _, own = name.rpartition(".")
+        of_experts = own in HELD and isinstance(model.get_submodule(owner), GroupedNF4)
+        found["layers" if of_experts else "buffers"] += buffer.nbytes
+    return dict(found)
