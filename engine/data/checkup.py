@@ -6,8 +6,7 @@ problems alone.
 """
 
 import math
-from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from engine.chat.conversation import Conversation, Image, Text
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered, learned, truncate
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import RunConfig
-from engine.data.prepare import content_hash, label_rule
-from engine.data.rows import RenderedRow, image_digest, iterate_rendered
+from engine.data.arrays import content_hash
+from engine.data.prepare import label_rule
+from engine.data.rows import RenderedRow, image_digest
+from engine.data.shares import Task, make_parts
 from engine.data.sources import config_notes
 from engine.data.statistics import (
     FEW_ROWS,
@@ -36,7 +37,6 @@ from engine.data.statistics import (
     count_unread,
 )
 
-_PROGRESS_ROWS = 64
 _NOTE_EXAMPLES = 5
 _LENGTH_BINS = 24
 _PROMPTS, _PROMPT_CHARACTERS = 5, 300
@@ -63,37 +63,41 @@ def check_config(
     what `iterate_rendered` raises.
     """
     files = config_notes(config, folder)
-    strategy = config.excess_length_strategy
-    notebook = Notebook(label_rule(config), limit=sequence_len, truncates=strategy == "truncate")
-    for row in iterate_rendered(config, folder, tokenizer):
-        notebook.rows += 1
-        notebook.named_images += len(row.image_names)
-        if row.problem is not None:
-            notebook.add_problem(row.bad_row(row.problem))
-            notebook.bad_image_rows += bool(row.image_names)
-        elif row.conversation is not None:
-            notebook.read(row, row.conversation)
-            if row.rendered is not None:
-                notebook.measure(row, row.rendered)
-        if progress is not None and notebook.rows % _PROGRESS_ROWS == 0:
-            progress(notebook.rows, row.read_bytes)
+    task = CountRows(config=config, folder=folder, sequence_len=sequence_len)
+    notebook = task.make(())
+    for part in make_parts(task, tokenizer):
+        notebook.add(part.made)
+        if progress is not None:
+            progress(notebook.rows, part.read_bytes)
     return replace(notebook.report(tokenizer is not None, sequence_len), files=files)
+
+
+# Of a notebook; they are added where two become one.
+_SUMS = (
+    *("rows", "images", "image_rows", "named_images", "thinking_answers", "call_answers"),
+    *("bad_image_rows", "too_long", "empty", "cut", "images_left_out", "numbers", "lengths"),
+    *("with_thinking", "without_thinking", "hashes"),
+)
 
 
 @dataclass(slots=True)
 class Notebook:
-    """Counts of one pass; 40 bytes a row, plus the bad rows and a digest for each image."""
+    """Counts of some rows in a row; 40 bytes a row, plus the bad rows and a digest for each image.
+
+    Columns are the bytes of int64.
+    """
 
     rule: LabelRule
     limit: int | None = None
     """sequence_len, where one is known."""
     truncates: bool = False
     rows: int = 0
-    bad: int = 0
     problems: list[BadRow] = field(default_factory=list)
-    """The first LISTED_PROBLEMS."""
+    """The first LISTED_PROBLEMS of those that were added, all of those that were taken."""
+    bad: int = 0
+    """Of those that were added; the next one likewise."""
     groups: dict[str, ProblemGroup] = field(default_factory=dict)
-    """Of all bad rows, by what is wrong; of a file with a thousand kinds, the first ones."""
+    """By what is wrong; of a file with a thousand kinds, the first ones."""
     roles: dict[str, int] = field(default_factory=dict)
     findings: dict[str, Finding] = field(default_factory=dict)
     unread: dict[str, Unread] = field(default_factory=dict)
@@ -101,17 +105,17 @@ class Notebook:
     prompts: list[str] = field(default_factory=list)
     images: int = 0
     image_rows: int = 0
-    image_bytes: int = 0
-    image_digests: set[str] = field(default_factory=set)
+    image_sizes: dict[str, int] = field(default_factory=dict)
+    """Bytes of each different image, by its digest."""
     largest_image: tuple[int, int] = (0, 0)
     named_images: int = 0
-    numbers: "array[int]" = field(default_factory=lambda: array("q"))
-    """Of the usable rows; the next ones are theirs."""
-    lengths: "array[int]" = field(default_factory=lambda: array("q"))
-    with_thinking: "array[int]" = field(default_factory=lambda: array("q"))
-    without_thinking: "array[int]" = field(default_factory=lambda: array("q"))
-    hashes: "array[int]" = field(default_factory=lambda: array("Q"))
-    kind_counts: Any = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
+    numbers: bytearray = field(default_factory=bytearray)
+    """A column of the usable rows; the next ones are too."""
+    lengths: bytearray = field(default_factory=bytearray)
+    with_thinking: bytearray = field(default_factory=bytearray)
+    without_thinking: bytearray = field(default_factory=bytearray)
+    hashes: bytearray = field(default_factory=bytearray)
+    kind_counts: dict[int, int] = field(default_factory=dict)
     thinking_answers: int = 0
     call_answers: int = 0
     most_image_tokens: int = 0
@@ -122,36 +126,80 @@ class Notebook:
     cut: int = 0
     images_left_out: int = 0
 
-    def read(self, row: RenderedRow, conversation: Conversation) -> None:
-        self._read_images(conversation)
-        asked = sum(message.role == "user" for message in conversation.messages)
+    def take(self, rows: Sequence[RenderedRow]) -> None:
+        """Read and count the next rows."""
+        measured = []
+        for row in rows:
+            self.rows += 1
+            self.named_images += len(row.image_names)
+            if row.problem is not None:
+                self.problems.append(row.bad_row(row.problem))
+                self.bad_image_rows += bool(row.image_names)
+            elif row.conversation is not None:
+                self._read(row, row.conversation)
+                if row.rendered is not None:
+                    measured.append((row, row.rendered))
+        if measured:
+            self.measure(measured)
+
+    def add(self, next_rows: "Notebook") -> None:
+        """Take in what was counted of the rows that follow these."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(next_rows, name))
+        for counts, more in (
+            (self.roles, next_rows.roles),
+            (self.kind_counts, next_rows.kind_counts),
+        ):
+            _add_counts(counts, more)
+        for row in next_rows.problems:
+            self._add_problem(row)
+        for key, found in next_rows.findings.items():
+            self.findings[key] = _joined(self.findings.get(key), found)
+        for name, unread in next_rows.unread.items():
+            if name in self.unread:
+                self.unread[name].rows += unread.rows
+            else:
+                self.unread[name] = unread
+        ends = [each for each in (self.turns, next_rows.turns) if each is not None]
+        if ends:
+            self.turns = (min(fewest for fewest, _ in ends), max(most for _, most in ends))
+        new = [each for each in next_rows.prompts if each not in self.prompts]
+        self.prompts += new[: _PROMPTS - len(self.prompts)]
+        self.image_sizes |= next_rows.image_sizes
+        self.largest_image = max(self.largest_image, next_rows.largest_image, key=math.prod)
+        if next_rows.most_image_tokens > self.most_image_tokens:
+            self.most_image_tokens = next_rows.most_image_tokens
+            self.most_images_row = next_rows.most_images_row
+
+    def _read(self, row: RenderedRow, conversation: Conversation) -> None:
+        asked, shown = 0, list[Image]()
+        for message in conversation.messages:
+            role = message.role
+            self.roles[role] = self.roles.get(role, 0) + 1
+            asked += role == "user"
+            if not isinstance(message.content, str):
+                shown += [part for part in message.content if isinstance(part, Image)]
         fewest, most = self.turns or (asked, asked)
         self.turns = (min(fewest, asked), max(most, asked))
         if len(self.prompts) < _PROMPTS:
             prompt = _first_question(conversation)
             if prompt and prompt not in self.prompts:
                 self.prompts.append(prompt)
-        for message in conversation.messages:
-            self.roles[message.role] = self.roles.get(message.role, 0) + 1
+        if shown:
+            self._read_images(shown)
         count_unread(self.unread, conversation.unread)
         for note in conversation.notes:
             self.find(note.id, row, note.text, note.about)
 
-    def _read_images(self, conversation: Conversation) -> None:
-        parts = (part for message in conversation.messages for part in message.parts)
-        found = [part for part in parts if isinstance(part, Image)]
-        self.image_rows += bool(found)
-        self.images += len(found)
-        for image in found:
+    def _read_images(self, shown: Sequence[Image]) -> None:
+        self.image_rows += 1
+        self.images += len(shown)
+        for image in shown:
             assert isinstance(image.content, bytes)
-            digest = image_digest(image.content)
-            if digest not in self.image_digests:
-                self.image_digests.add(digest)
-                self.image_bytes += len(image.content)
+            self.image_sizes[image_digest(image.content)] = len(image.content)
             self.largest_image = max(self.largest_image, image.size or (0, 0), key=math.prod)
 
-    def add_problem(self, row: BadRow) -> None:
-        """Take in a row that cannot be used."""
+    def _add_problem(self, row: BadRow) -> None:
         self.bad += 1
         if len(self.problems) < LISTED_PROBLEMS:
             self.problems.append(row)
@@ -159,54 +207,76 @@ class Notebook:
 
     def find(self, name: str, row: RenderedRow, text: str, about: str = "") -> None:
         key = f"{name} {about}".rstrip()
-        known = self.findings.get(key, Finding(name, 0, text, (), ()))
-        lines, numbers = known.lines, known.numbers
-        if len(lines) < _NOTE_EXAMPLES:
-            lines, numbers = (*lines, row.line), (*numbers, row.number)
-        self.findings[key] = Finding(name, known.rows + 1, known.text, lines, numbers)
+        found = Finding(name, 1, text, (row.line,), (row.number,))
+        self.findings[key] = _joined(self.findings.get(key), found)
 
-    def measure(self, row: RenderedRow, rendered: Rendered) -> None:
-        self.numbers.append(row.number)
-        self.lengths.append(len(rendered))
-        for thinking, counts in ((True, self.with_thinking), (False, self.without_thinking)):
-            flags = learned(rendered.kinds, replace(self.rule, thinking=thinking))
-            counts.append(int(np.count_nonzero(flags)))
-        self.hashes.append(content_hash(rendered))
-        self.kind_counts += np.bincount(rendered.kinds, minlength=256)
-        of_images = np.count_nonzero(rendered.kinds & ~np.uint8(WITHHELD) == Kind.IMAGE)
-        if of_images > self.most_image_tokens:
-            self.most_image_tokens, self.most_images_row = int(of_images), row.number
-        self.thinking_answers += _messages_of(Kind.THINK, rendered)
-        self.call_answers += _messages_of(Kind.CALL, rendered)
-        is_kept = self._is_kept(rendered)
-        self.images_left_out += bool(of_images) and not is_kept
-        if self.learned[-1] == 0:
-            self.find("nothing_learned", row, "No token of the row carries the loss.")
+    def measure(self, measured: Sequence[tuple[RenderedRow, Rendered]]) -> None:
+        """Count the tokens of usable rows."""
+        rows, rendered = zip(*measured, strict=True)
+        lengths = np.array([len(each) for each in rendered])
+        kinds = np.concatenate([each.kinds for each in rendered])
+        starts = np.cumsum(lengths) - lengths
 
-    def _is_kept(self, rendered: Rendered) -> bool:
-        """Counts why a row is not trained on; whether it is, as `Prepared.select` decides."""
-        if self.limit is None or len(rendered) <= self.limit:
-            self.empty += self.learned[-1] == 0
-            return self.learned[-1] > 0
+        def count(flags: Any) -> Any:
+            return np.add.reduceat(flags, starts, dtype=np.int64)
+
+        thinking, without = (
+            count(learned(kinds, replace(self.rule, thinking=each))) for each in (True, False)
+        )
+        trained = thinking if self.rule.thinking else without
+        counts = np.bincount(kinds, minlength=256)
+        _add_counts(self.kind_counts, {at: n for at, n in enumerate(counts.tolist()) if n})
+        every_kind, bare = counts[:WITHHELD] + counts[WITHHELD:], kinds & ~np.uint8(WITHHELD)
+        of_images = np.zeros(len(rows), np.int64)
+        if every_kind[Kind.IMAGE]:
+            of_images = count(bare == Kind.IMAGE)
+            most = int(np.argmax(of_images))
+            if of_images[most] > self.most_image_tokens:
+                self.most_image_tokens = int(of_images[most])
+                self.most_images_row = rows[most].number
+        if every_kind[Kind.THINK]:
+            self.thinking_answers += _count_messages(bare == Kind.THINK, lengths, rendered)
+        if every_kind[Kind.CALL]:
+            self.call_answers += _count_messages(bare == Kind.CALL, lengths, rendered)
+        kept = self._count_kept(lengths, trained, rendered)
+        self.images_left_out += int(np.count_nonzero((of_images > 0) & ~kept))
+        for index in np.flatnonzero(trained == 0):
+            self.find("nothing_learned", rows[index], "No token of the row carries the loss.")
+        self.numbers += np.array([row.number for row in rows], "<i8").tobytes()
+        for column, values in (
+            (self.lengths, lengths),
+            (self.with_thinking, thinking),
+            (self.without_thinking, without),
+            (self.hashes, np.array([content_hash(each) for each in rendered], "<u8")),
+        ):
+            column += values.tobytes()
+
+    def _count_kept(self, lengths: Any, trained: Any, rendered: Sequence[Rendered]) -> Any:
+        """Counts why rows are not trained on; which are, as `Prepared.select` decides."""
+        kept = trained > 0
+        long = lengths > (self.limit or np.inf)
+        self.empty += int(np.count_nonzero(~kept & ~long))
         if not self.truncates:
-            self.too_long += 1
-            return False
-        left = truncate(rendered, self.limit, self.rule)
-        self.cut += left is not None
-        self.empty += left is None
-        return left is not None
+            self.too_long += int(np.count_nonzero(long))
+            return kept & ~long
+        for index in np.flatnonzero(long):
+            assert self.limit is not None
+            kept[index] = truncate(rendered[index], self.limit, self.rule) is not None
+            self.cut += bool(kept[index])
+            self.empty += not bool(kept[index])
+        return kept
 
     @property
-    def learned(self) -> "array[int]":
+    def learned(self) -> bytearray:
         """Learned tokens of each row under the rule."""
         return self.with_thinking if self.rule.thinking else self.without_thinking
 
     def report(self, measured: bool, sequence_len: int | None) -> Checkup:
         usable = self.rows - self.bad
-        lengths = np.array(self.lengths, dtype=np.int64)
+        lengths = _column(self.lengths)
         over = int((lengths > sequence_len).sum()) if measured and sequence_len else None
         nothing = self.findings.get("nothing_learned")
-        duplicates = len(self.hashes) - len(np.unique(np.array(self.hashes, dtype=np.uint64)))
+        duplicates = len(self.hashes) // 8 - len(np.unique(_column(self.hashes)))
         return Checkup(
             rows=self.rows,
             usable=usable,
@@ -226,8 +296,8 @@ class Notebook:
             images=ImageStatistics(
                 self.images,
                 self.image_rows,
-                len(self.image_digests),
-                self.image_bytes,
+                len(self.image_sizes),
+                sum(self.image_sizes.values()),
                 self.largest_image,
                 self.named_images,
             ),
@@ -247,14 +317,15 @@ class Notebook:
 
     def _tokens(self, lengths: Any) -> TokenStatistics:
         by_kind = {
-            kind.word: int(self.kind_counts[kind] + self.kind_counts[kind | WITHHELD])
+            kind.word: self.kind_counts.get(kind, 0) + self.kind_counts.get(kind | WITHHELD, 0)
             for kind in Kind
         }
+        learned_here = _column(self.learned)
         return TokenStatistics(
             total=int(lengths.sum()),
-            learned=sum(self.learned),
+            learned=int(learned_here.sum()),
             by_kind=by_kind,
-            kind_counts={kind: n for kind, n in enumerate(self.kind_counts.tolist()) if n},
+            kind_counts=dict(sorted(self.kind_counts.items())),
             length_counts=_count_lengths(lengths),
             thinking_answers=self.thinking_answers,
             call_answers=self.call_answers,
@@ -262,19 +333,19 @@ class Notebook:
             answer=by_kind["text"] + by_kind["call"],
             longest_rows=tuple(np.sort(lengths)[::-1][:LISTED_LONGEST].tolist()),
             row_length=length_statistics(lengths),
-            learned_a_row=length_statistics(np.array(self.learned, dtype=np.int64)),
+            learned_a_row=length_statistics(learned_here),
             most_image_tokens=self.most_image_tokens,
             most_images_row=self.most_images_row,
         )
 
     def odd_rows(self) -> OddRows:
         """The rows that a person should look at."""
-        numbers, lengths, always, answers, learned_here = (
-            np.array(values, dtype=np.int64)
-            for values in (
+        numbers, lengths, always, answers, learned_here = map(
+            _column,
+            (
                 *(self.numbers, self.lengths, self.with_thinking, self.without_thinking),
                 self.learned,
-            )
+            ),
         )
         nothing = numbers[always == 0]
         only_thinking = numbers[(answers == 0) & (always > 0)]
@@ -292,6 +363,18 @@ class Notebook:
         )
 
 
+class CountRows(Task[Notebook], tag="check", frozen=True, kw_only=True):
+    """What the rows hold, counted."""
+
+    sequence_len: int | None = None
+
+    def make(self, rows: Sequence[RenderedRow]) -> Notebook:
+        truncates = self.config.excess_length_strategy == "truncate"
+        notebook = Notebook(label_rule(self.config), self.sequence_len, truncates)
+        notebook.take(rows)
+        return notebook
+
+
 def _first_question(conversation: Conversation) -> str | None:
     """What the user says first, where it is a text that can stand in a config."""
     for message in conversation.messages:
@@ -301,10 +384,28 @@ def _first_question(conversation: Conversation) -> str | None:
     return None
 
 
-def _messages_of(kind: Kind, rendered: Rendered) -> int:
-    """How many messages hold a token of that kind."""
-    of_kind = rendered.sources[(rendered.kinds & ~np.uint8(WITHHELD)) == kind]
-    return int(np.count_nonzero(np.diff(of_kind))) + 1 if len(of_kind) else 0
+def _count_messages(flags: Any, lengths: Any, rendered: Sequence[Rendered]) -> int:
+    """How many messages of all rows hold a token that is flagged."""
+    rows = np.repeat(np.arange(len(lengths)), lengths)[flags]
+    sources = np.concatenate([each.sources for each in rendered])[flags]
+    return int(np.count_nonzero(np.diff(rows) | np.diff(sources))) + 1
+
+
+def _column(values: bytearray) -> Any:
+    return np.frombuffer(values, "<i8")
+
+
+def _add_counts(counts: dict[Any, int], more: Mapping[Any, int]) -> None:
+    for name, count in more.items():
+        counts[name] = counts.get(name, 0) + count
+
+
+def _joined(known: Finding | None, found: Finding) -> Finding:
+    if known is None:
+        return found
+    lines, numbers = (*known.lines, *found.lines), (*known.numbers, *found.numbers)
+    shown = (lines[:_NOTE_EXAMPLES], numbers[:_NOTE_EXAMPLES])
+    return Finding(found.id, known.rows + found.rows, known.text, *shown)
 
 
 def _count_lengths(lengths: Any) -> tuple[int, ...]:

@@ -10,11 +10,11 @@ import io
 import re
 import shlex
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 from engine.chat.conversation import RowProblem
 from engine.errors import UserError
@@ -50,7 +50,7 @@ _REFUSED: Final = (
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One row as it was found; exactly one of `row` and `problem` is set.
+    """One row as it was found; exactly one of `row` and `problem` is set, neither in `PASSED`.
 
     `line` counts from 1 inside `file` what `unit` says: the line on which the row starts, or, in
     tables, hub sets and JSON that is one line, the rows. `read_bytes` is how far into all files of
@@ -63,6 +63,17 @@ class SourceRow:
     read_bytes: int
     file: str = ""
     unit: Literal["line", "row"] = "line"
+
+
+PASSED: Final = SourceRow(0, None, None, 0)
+"""A row that nobody wants: where it ends was found, and no more."""
+
+Wants: TypeAlias = Callable[[], bool]
+"""Whether the next row is wanted. A reader may make one that is not, where that costs little."""
+
+
+def every_row() -> bool:
+    return True
 
 
 def found(

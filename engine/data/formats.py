@@ -18,9 +18,11 @@ from engine.chat.conversation import RowProblem
 from engine.chat.message import IMAGE_ENDINGS
 from engine.data.content import (
     COMPRESSIONS,
+    PASSED,
     ROW_LIMIT_BYTES,
     Opened,
     SourceRow,
+    Wants,
     damaged,
     found,
     not_utf8,
@@ -33,7 +35,7 @@ from engine.data.json_rows import holds_no_utf8, json_notes, read_json
 from engine.data.tables import read_arrow, read_parquet
 from engine.errors import UserError
 
-Reader = Callable[[Path], Iterator[SourceRow]]
+Reader = Callable[[Path, Wants], Iterator[SourceRow]]
 _HEADER_BYTES = 2**18
 
 
@@ -80,7 +82,7 @@ class _Lines:
         return line
 
 
-def read_csv(path: Path, separators: str = ",;\t") -> Iterator[SourceRow]:
+def read_csv(path: Path, wants: Wants, separators: str = ",;\t") -> Iterator[SourceRow]:
     """Rows of a table in text under its header line; an empty cell is null, other cells are text.
 
     The separator is the first of `separators` that the header has.
@@ -102,7 +104,9 @@ def read_csv(path: Path, separators: str = ",;\t") -> Iterator[SourceRow]:
             except csv.Error as error:
                 yield found(line, _not_csv(f"{error}."), opened.raw.tell())
             else:
-                if "".join(cells).strip():
+                if "".join(cells).strip() and not wants():
+                    yield PASSED
+                elif "".join(cells).strip():
                     yield found(line, _csv_row(header, cells), opened.raw.tell())
             line = reader.line_num + 1
 
@@ -139,7 +143,7 @@ def _not_csv(why: str) -> RowProblem:
     )
 
 
-def read_caption(path: Path) -> Iterator[SourceRow]:
+def read_caption(path: Path, _wants: Wants) -> Iterator[SourceRow]:
     """A row for each image of the same name as the .txt file: the image and its caption."""
     size = path.stat().st_size
     images = [
@@ -161,7 +165,7 @@ def read_caption(path: Path) -> Iterator[SourceRow]:
             yield found(1, {"image": image, "caption": caption}, size)
 
 
-def read_image_without_caption(path: Path) -> Iterator[SourceRow]:
+def read_image_without_caption(path: Path, _wants: Wants) -> Iterator[SourceRow]:
     """The problem of an image in a folder where others have captions."""
     problem = RowProblem(
         "The image has no caption.",

@@ -16,10 +16,12 @@ from typing import Any, Final, Literal
 from engine.chat.conversation import RowProblem
 from engine.data.content import (
     BLOCK_BYTES,
+    PASSED,
     ROW_LIMIT_BYTES,
     SPEAKERS,
     Opened,
     SourceRow,
+    Wants,
     damaged,
     found,
     not_an_object,
@@ -35,7 +37,7 @@ _LINES: Final = (".jsonl", ".ndjson")
 """Endings that promise an object a line."""
 
 
-def read_json(path: Path) -> Iterator[SourceRow]:
+def read_json(path: Path, wants: Wants) -> Iterator[SourceRow]:
     """Rows of JSON text. Blank lines, a BOM and CRLF are nothing wrong.
 
     Where the text of an array stops being JSON there is no next row to find: `UserError`.
@@ -43,7 +45,7 @@ def read_json(path: Path) -> Iterator[SourceRow]:
     with open_text(path) as opened:
         start = _read_start(opened)
         if start.layout == "lines":
-            yield from _lines(opened, start)
+            yield from _lines(opened, start, wants)
         else:
             yield from _JsonText(path, opened, start).rows()
 
@@ -137,7 +139,7 @@ def _layout(
         return "lines" if opens == b"{" else "array"
 
 
-def _lines(opened: Opened, start: _Start) -> Iterator[SourceRow]:
+def _lines(opened: Opened, start: _Start, wants: Wants) -> Iterator[SourceRow]:
     lines, raw = opened.stream, opened.raw
     number, line, waiting = start.number, start.first, [start.second]
     while line:
@@ -145,6 +147,8 @@ def _lines(opened: Opened, start: _Start) -> Iterator[SourceRow]:
             while (rest := lines.readline(BLOCK_BYTES)) and not rest.endswith(b"\n"):
                 pass
             yield found(number, too_long(), raw.tell())
+        elif not line.isspace() and not wants():
+            yield PASSED
         elif not line.isspace():
             parsed, line = parse_object(line), b""  # the row is in memory once
             yield found(number, parsed, raw.tell())

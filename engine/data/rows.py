@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 from urllib.parse import unquote
 
 from engine.chat.conversation import Conversation, Image, Message, RowFormat, RowProblem
@@ -26,7 +26,7 @@ from engine.data.content import SourceRow
 from engine.data.shape import list_columns
 from engine.data.sources import Location, iterate_rows, locate
 from engine.data.statistics import BadRow
-from engine.data.web_images import WebImages, is_web, read_kept
+from engine.data.web_images import is_web, read_kept
 from engine.errors import UserError
 
 # Some 2 million tokens; the longest context is 262,144.
@@ -70,6 +70,29 @@ class ImageRules:
         )
 
 
+class Web(Protocol):
+    """What fetches the images of a command."""
+
+    def fetch(self, url: str) -> bytes:
+        """The image behind a URL; raises what `WebImages.fetch` raises."""
+
+    def finish(self) -> None:
+        """After the last row; raises what `WebImages.finish` raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The rows that one of several processes makes: of blocks of `rows` rows every `count`-th."""
+
+    index: int
+    count: int
+    rows: int
+
+    def holds(self, number: int) -> bool:
+        """Whether a row is in it, counted from 1 over those that all of them make."""
+        return (number - 1) // self.rows % self.count == self.index
+
+
 @dataclass(frozen=True, slots=True)
 class ImageName:
     """A name that a row gave an image: the name, the folder of its data file inside the dataset,
@@ -102,6 +125,8 @@ class RenderedRow:
     """Paths and URLs that the row, good or bad, named."""
     unit: Literal["line", "row"] = "line"
     """What `line` counts."""
+    weight: int = 0
+    """Characters of its texts and bytes of its images."""
 
     def bad_row(self, problem: RowProblem) -> BadRow:
         """What is reported of a row that cannot be used."""
@@ -133,9 +158,10 @@ def iterate_rendered(
     *,
     reasoning_effort: str | None = None,
     skip: int = 0,
-    web: WebImages | None = None,
+    share: Share | None = None,
+    web: Web | None = None,
 ) -> Iterator[RenderedRow]:
-    """Every row of every dataset of a config, in order; the first `skip` are read, not rendered.
+    """The rows of every dataset of a config, in order, after the first `skip`; of them a `share`.
 
     Paths start at `folder`. `reasoning_effort` wins over what config and datasets say; `web`
     fetches images. Raises what `iterate_rows` and `WebImages` raise, and UserError where
@@ -144,23 +170,33 @@ def iterate_rendered(
     rules = ImageRules.from_config(config, folder)
     tokenizer = adapt_tokenizer(tokenizer, rules) if tokenizer else None
     number = 0
+    absent: dict[str, str] = {}
+
+    def is_ours(number: int) -> bool:
+        return number > skip and (share is None or share.holds(number - skip))
+
+    def wants() -> bool:
+        # A name that no row had so far is looked for in all of them.
+        return bool(absent) or is_ours(number + 1)
+
     datasets = effective_datasets(config, reasoning_effort=reasoning_effort)
     for index, dataset in enumerate(datasets):
         row_format = RowFormat.from_config(dataset)
         finder = ImageFinder(index, locate(dataset, folder), rules, web)
         absent, some = row_format.named_columns(), False
-        for source in iterate_rows(dataset, folder):
-            some |= source.row is not None
+        for source in iterate_rows(dataset, folder, wants):
             if absent and source.row is not None:
+                some = True
                 absent = {key: name for key, name in absent.items() if not _holds(source.row, name)}
             number += 1
-            if number <= skip:
+            if not is_ours(number):
                 continue
             place = (number, source.line, source.file, index, source.read_bytes)
             conversation = rendered = problem = None
+            weight = 0
             try:
                 read = finder.resolve(_read(source, row_format), source.file)
-                _refuse_long(read)
+                weight = _weigh(read)
                 if tokenizer:
                     read = settle(read, tokenizer, config.history_thinking)
                     rendered = render_settled(read, tokenizer)
@@ -168,7 +204,7 @@ def iterate_rendered(
             except RowProblem as error:
                 problem = error
             names = finder.take_names()
-            yield RenderedRow(*place, problem, conversation, rendered, names, source.unit)
+            yield RenderedRow(*place, problem, conversation, rendered, names, source.unit, weight)
         if some:
             _refuse_absent(absent, dataset)
     if web:
@@ -203,16 +239,28 @@ def _read(source: SourceRow, row_format: RowFormat) -> Conversation:
     return read_row(source.row, row_format)
 
 
-def _refuse_long(conversation: Conversation) -> None:
-    """Raises RowProblem for text that takes more memory to tokenize than there may be."""
-    texts = (part for message in conversation.messages for part in message.parts)
-    characters = sum(len(part.text) for part in texts if not isinstance(part, Image))
+def _weigh(conversation: Conversation) -> int:
+    """Its characters and bytes of images.
+
+    Raises RowProblem for text that takes more memory to tokenize than there may be.
+    """
+    characters = size = 0
+    for message in conversation.messages:
+        if isinstance(message.content, str):
+            characters += len(message.content)
+            continue
+        for part in message.content:
+            if isinstance(part, Image):
+                size += len(part.content)
+            else:
+                characters += len(part.text)
     if characters > TEXT_LIMIT_CHARACTERS:
         raise RowProblem(
             "The row is too long.",
             f"It has {characters:,} characters, and {TEXT_LIMIT_CHARACTERS:,} are tokenized.",
             "Split it: no model reads so much at once.",
         )
+    return characters + size
 
 
 def image_digest(content: bytes | memoryview) -> str:
@@ -228,7 +276,7 @@ class ImageFinder:
         dataset: int,
         location: Location,
         rules: ImageRules,
-        web: WebImages | None = None,
+        web: Web | None = None,
     ) -> None:
         self._dataset = dataset
         self._own = location.folder

@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.catalog import model_names
 from engine.config import DatasetConfig, RunConfig
-from engine.data.content import SourceRow
+from engine.data.content import PASSED, SourceRow, Wants, every_row
 from engine.data.folders import Chosen, choose_files, is_metadata, require_split
 from engine.data.formats import CAPTION_READERS, KNOWN_ENDINGS, READERS, ending_of, file_notes
 from engine.data.statistics import FileNote
@@ -89,13 +89,15 @@ def locate(dataset: DatasetConfig, folder: Path) -> Location:
     raise _missing(root, dataset.path)
 
 
-def iterate_rows(dataset: DatasetConfig, folder: Path) -> Iterator[SourceRow]:
-    """Every row of `dataset`, in order, as a stream.
+def iterate_rows(
+    dataset: DatasetConfig, folder: Path, wants: Wants = every_row
+) -> Iterator[SourceRow]:
+    """Every row of `dataset`, in order, as a stream; `PASSED` may stand for one not wanted.
 
     Raises what `locate` raises, and `UserError` when a file is damaged or no row was found.
     """
     location = locate(dataset, folder)
-    stream = _local_rows(location) if location.hub_id is None else _hub_rows(dataset)
+    stream = _local_rows(location, wants) if location.hub_id is None else _hub_rows(dataset)
     found = False
     for row in stream:
         found = True
@@ -143,13 +145,16 @@ def _notes_of_splits(
         )
 
 
-def _local_rows(location: Location) -> Iterator[SourceRow]:
+def _local_rows(location: Location, wants: Wants) -> Iterator[SourceRow]:
     before = 0
     for file in location.files:
         name = location.name(file)
         read = READERS.get(ending_of(file)) or CAPTION_READERS[file.suffix.lower()]
-        for row in read(file):
-            yield replace(row, file=name, read_bytes=before + row.read_bytes)
+        for row in read(file, wants):
+            if row is PASSED:
+                yield row
+            else:
+                yield replace(row, file=name, read_bytes=before + row.read_bytes)
         before += file.stat().st_size
 
 

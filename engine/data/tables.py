@@ -13,9 +13,11 @@ from typing import Any, Final
 
 from engine.chat.conversation import RowProblem
 from engine.data.content import (
+    PASSED,
     ROW_LIMIT_BYTES,
     ROW_LIMIT_VALUES,
     SourceRow,
+    Wants,
     damaged,
     found,
     not_utf8,
@@ -39,7 +41,7 @@ _FEW_VALUES: Final = 64
 _ARROW_BATCH_BYTES: Final = 192 * 2**20
 
 
-def read_parquet(path: Path) -> Iterator[SourceRow]:
+def read_parquet(path: Path, wants: Wants) -> Iterator[SourceRow]:
     """Rows of a .parquet file; `line` is the row's number.
 
     Nulls inside a column are dropped at every depth: Arrow gives each record of a column the keys
@@ -64,9 +66,10 @@ def read_parquet(path: Path) -> Iterator[SourceRow]:
             for index in range(metadata.num_row_groups):
                 rows = _rows_of_a_batch(path, metadata.row_group(index))
                 for batch in file.iter_batches(rows, row_groups=[index], use_threads=False):
-                    for row in _rows(batch):
+                    for row in _rows(batch, wants):
                         number += 1
-                        yield found(number, row, size * number // count, "row")
+                        done = size * number // count
+                        yield PASSED if row is None else found(number, row, done, "row")
     except (pyarrow.ArrowException, OSError) as error:
         raise damaged(path, f"It is not readable as Parquet: {error}.") from error
 
@@ -92,7 +95,7 @@ def _rows_of_a_batch(path: Path, group: Any) -> int:
     return max(1, min(_BATCH_ROWS, by_bytes, by_values))
 
 
-def read_arrow(path: Path) -> Iterator[SourceRow]:
+def read_arrow(path: Path, wants: Wants) -> Iterator[SourceRow]:
     """Rows of an .arrow file, a stream or a file with a footer; `line` is the row's number."""
     import pyarrow
     from pyarrow import ipc
@@ -109,9 +112,9 @@ def read_arrow(path: Path) -> Iterator[SourceRow]:
             for batch in ipc.open_stream(body):
                 batch.validate(full=True)
                 done = min(done + batch.nbytes, len(mapped))
-                for row in _rows(batch):
+                for row in _rows(batch, wants):
                     number += 1
-                    yield found(number, row, done, "row")
+                    yield PASSED if row is None else found(number, row, done, "row")
                 # What was read would count as this process's memory until the file is closed.
                 mapped.madvise(mmap.MADV_DONTNEED)
     except (pyarrow.ArrowException, OSError) as error:
@@ -171,10 +174,16 @@ def _unpacked_bytes(message: bytes, body: Any) -> int:
     return total
 
 
-def _rows(batch: Any) -> Iterator[dict[str, Any] | RowProblem]:
-    size, values = _weigh(batch.to_struct_array())
-    light = size <= ROW_LIMIT_BYTES and values <= ROW_LIMIT_VALUES
+def _rows(batch: Any, wants: Wants) -> Iterator[dict[str, Any] | RowProblem | None]:
+    """The rows of a batch, None for one that is not wanted."""
+    light: bool | None = None
     for index in range(batch.num_rows):
+        if not wants():
+            yield None
+            continue
+        if light is None:
+            size, values = _weigh(batch.to_struct_array())
+            light = size <= ROW_LIMIT_BYTES and values <= ROW_LIMIT_VALUES
         yield _row(batch.slice(index, 1), light)
 
 

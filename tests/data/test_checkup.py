@@ -146,13 +146,14 @@ def test_equal_problems_are_one_with_their_rows_the_most_frequent_first(write_js
 
 
 def odd_rows_of(*rows: Sequence[int], thinking: bool = True):
-    notebook = Notebook(LabelRule(thinking=thinking))
+    notebook, measured = Notebook(LabelRule(thinking=thinking)), []
     for number, kinds in enumerate(rows, start=1):
         count = len(kinds)
         rendered = Rendered(
             np.zeros(count, np.uint32), np.array(kinds, np.uint8), np.zeros(count, np.int32)
         )
-        notebook.measure(RenderedRow(number, number, "f", 0, 0), rendered)
+        measured.append((RenderedRow(number, number, "f", 0, 0), rendered))
+    notebook.measure(measured)
     return notebook.odd_rows()
 
 

@@ -20,8 +20,9 @@ from engine.chat.images import ImageSpec, pixels
 from engine.chat.render import Kind, LabelRule
 from engine.chat.tokenizer import ChatTokenizer, build_tokenizer
 from engine.config import DatasetConfig, RunConfig
-from engine.data import prepare as module
-from engine.data.prepare import Interval, default_store, prepare
+from engine.data import arrays as module
+from engine.data.arrays import Interval
+from engine.data.prepare import default_store, prepare
 from engine.data.prepared import ARRAYS, META, Prepared
 from engine.errors import UserError, WorkError
 from engine.files import write_whole

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from engine.chat.conversation import Conversation
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered
 from engine.data import prepared as module
+from engine.data.arrays import ArrayWriter, Interval, block_of
 from engine.data.checkup import Notebook
-from engine.data.prepare import ArrayWriter, Interval
 from engine.data.prepared import (
     ARRAYS,
     META,
@@ -40,7 +40,7 @@ def make(folder, rows: list[list[int]], seeds: list[int] | None = None) -> Prepa
             np.zeros(len(kinds), dtype=np.int32),
         )
         row = RenderedRow(number, number, "f", 0, 0, None, Conversation(()), rendered)
-        writer.add(row)
+        writer.add(block_of([row]))
     writer.finish("key")
     return Prepared(folder)
 
@@ -105,9 +105,13 @@ class TestSelect:
         rows = [[U, T, E], *rows]
         prepared, rule = make(tmp_path_factory.mktemp("arrays"), rows), LabelRule(thinking=thinking)
         notebook = Notebook(rule, limit=4, truncates=truncates)
-        for index in range(len(rows)):
-            notebook.rows += 1
-            notebook.measure(RenderedRow(index, index, "f", 0, 0), prepared.rendered(index))
+        notebook.rows = len(rows)
+        notebook.measure(
+            [
+                (RenderedRow(index, index, "f", 0, 0), prepared.rendered(index))
+                for index in range(len(rows))
+            ]
+        )
         strategy: LengthStrategy = "truncate" if truncates else "drop"
         selection = prepared.select(rule, 4, strategy)
         left = prepared.left_out(selection, strategy)

@@ -12,7 +12,7 @@ from PIL import Image
 from engine.chat.conversation import Conversation
 from engine.chat.images import ImageSpec, grid
 from engine.chat.render import Kind, Rendered, RenderedImage
-from engine.data.prepare import ArrayWriter, Interval
+from engine.data.arrays import ArrayWriter, Interval, block_of
 from engine.data.prepared import Prepared, StoredImage
 from engine.data.rows import RenderedRow
 from engine.train.batches import Rows
@@ -79,7 +79,8 @@ def write_rendered(folder: Path, rows: Sequence[Rendered]) -> Rows:
     """The same from arrays that need not be right."""
     writer = ArrayWriter(folder, Interval())
     for line, rendered in enumerate(rows, start=1):
-        writer.add(RenderedRow(line, line, "rows.jsonl", 0, 0, None, Conversation(()), rendered))
+        row = RenderedRow(line, line, "rows.jsonl", 0, 0, None, Conversation(()), rendered)
+        writer.add(block_of([row]))
     writer.finish("by hand", SPEC)
     prepared = Prepared(folder)
     return Rows(prepared, np.arange(len(prepared), dtype=np.int64), prepared.lengths)

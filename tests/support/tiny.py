@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from engine.chat.conversation import Conversation
 from engine.chat.render import Kind, Rendered
 from engine.config import RunConfig
-from engine.data.prepare import ArrayWriter, Interval
+from engine.data.arrays import ArrayWriter, Interval, block_of
 from engine.data.prepared import Prepared
 from engine.data.rows import RenderedRow
 from engine.errors import UserError
@@ -182,9 +182,8 @@ def write_rows(folder: Path, rows: Sequence[Row]) -> Rows:
             np.array([kind for _, kind in pairs], np.uint8),
             np.zeros(len(pairs), np.int32),
         )
-        writer.add(
-            RenderedRow(number, number, "rows.jsonl", 0, 0, None, Conversation(()), rendered)
-        )
+        row = RenderedRow(number, number, "rows.jsonl", 0, 0, None, Conversation(()), rendered)
+        writer.add(block_of([row]))
     writer.finish("by hand")
     prepared = Prepared(folder)
     return Rows(prepared, np.arange(len(prepared), dtype=np.int64), prepared.lengths)
