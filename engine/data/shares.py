@@ -5,6 +5,7 @@ passes over at the cost of finding where a row ends. So no row travels, and a fi
 read as one process reads it.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +32,9 @@ class Task(Struct, Generic[Made], tag_field="task", frozen=True, kw_only=True):
     skip: int = 0
     block_rows: int = BLOCK_ROWS
 
+    @abstractmethod
     def make(self, rows: Sequence[RenderedRow]) -> Made:
         """What some rows in a row become."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
