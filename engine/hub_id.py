@@ -13,6 +13,9 @@ REPOSITORY_NAMES = (
     " underscores, with a letter or digit at both ends, without `..`, `--` and `.git`."
 )
 
+MODEL_FILES = ["*.json", "model*.safetensors", "*tekken*.json", "LICENSE*"]
+"""What a run needs of a model's: `consolidated*.safetensors` are the same weights once more."""
+
 
 def is_repository_name(text: str) -> bool:
     """Whether a repository may have this name, with its owner or without."""

@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ from engine.errors import UserError, WorkError
 from engine.events import Ack
 from engine.files import PRIVATE, write_whole
 from engine.hardware import Machine, cuda_environment, read_machine, torch_problem
-from engine.runs.control import ask
+from engine.runs.control import ask, post
 from engine.runs.folder import RunFolder, list_checkpoints
 from engine.runs.lock import LAUNCH_VARIABLE, in_use, is_locked, read_claim
 from engine.runs.summary import Status, status
@@ -134,11 +134,13 @@ def resume_run(
 
 
 @contextmanager
-def forwarded_signals(process: "subprocess.Popen[bytes]") -> Iterator[list[str]]:
+def forwarded_signals(run: RunFolder, process: "subprocess.Popen[bytes]") -> Iterator[list[str]]:
     """While a trainer runs in the foreground: SIGTERM and SIGINT go to it and not to us.
 
     The trainer saves and ends, or leaves at once at the second; it takes a signal that its process
-    group also got from the keyboard for one. Yields the names of the signals that came.
+    group also got from the keyboard for one. SIGUSR1, by which Slurm warns of a job's time limit,
+    is written down as `stop`: a command reaches all ranks at the same step, and torchrun would die
+    of the signal. Yields the names of the signals that came.
     """
     received: list[str] = []
 
@@ -146,7 +148,13 @@ def forwarded_signals(process: "subprocess.Popen[bytes]") -> Iterator[list[str]]
         received.append(signal.Signals(number).name)
         process.send_signal(number)
 
+    def stop(number: int, _: FrameType | None) -> None:
+        received.append(signal.Signals(number).name)
+        with suppress(WorkError):  # a full disk: the run goes on to the limit
+            post(run, "stop")
+
     before = {each: signal.signal(each, forward) for each in (signal.SIGTERM, signal.SIGINT)}
+    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, stop)
     try:
         yield received
     finally:

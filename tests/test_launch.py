@@ -304,16 +304,19 @@ def test_a_run_that_was_never_started_begins(run: RunFolder) -> None:
     assert "--resume" not in resumed.process.args
 
 
-def test_a_signal_to_the_foreground_reaches_the_trainer(run: RunFolder) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_foreground_reaches_the_trainer(
+    run: RunFolder, sent: signal.Signals
+) -> None:
     process = start(run, detach=False)
-    before = signal.getsignal(signal.SIGTERM)
-    with forwarded_signals(process) as received:
+    before = signal.getsignal(sent)
+    with forwarded_signals(run, process) as received:
         wait_until(lambda: len(read_steps(run)) > 1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), sent)
         assert process.wait(60) == 0
-    assert received == ["SIGTERM"]
+    assert received == [sent.name]
     assert status(run) == "stopped"
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(sent) == before
 
 
 def test_a_full_disk_does_not_end_a_training(run: RunFolder) -> None:

@@ -14,7 +14,7 @@ from importlib.metadata import version
 import cyclopts
 from cyclopts import CycloptsError
 
-from engine.cli import config, dataset, demo, machine, planning, runs, use
+from engine.cli import config, dataset, demo, export, machine, planning, runs, use
 from engine.cli.terminal import HOST, Host
 from engine.errors import UserError, WorkError
 from engine.interrupt import INTERRUPTED, interrupted
@@ -47,6 +47,7 @@ _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "push": use.push,
     "serve-hint": use.serve_hint,
     "compare": use.compare,
+    "export": export.export,
 }
 
 

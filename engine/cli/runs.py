@@ -142,12 +142,13 @@ def start(
 
 
 def watch_to_end(run: RunFolder, process: "Popen[bytes]", follower: Follower, watch: Watch) -> int:
-    """Show a foreground trainer's events until it is gone; returns 0, or 130 when interrupted.
+    """Show a foreground trainer's events until it is gone; returns 0, or 130 when interrupted
+    before its last step.
 
     Raises the sentence of a run that failed, and WorkError for one that ended without a word.
     """
     end: Ended | None = None
-    with forwarded_signals(process) as received:
+    with forwarded_signals(run, process) as received:
         try:
             for recorded in follow(run, lambda: process.poll() is not None, follower=follower):
                 if isinstance(recorded.event, Ended):
@@ -163,7 +164,8 @@ def watch_to_end(run: RunFolder, process: "Popen[bytes]", follower: Follower, wa
             f"Its trainer ended without a word (exit status {process.returncode}).",
             f"Read {visible(str(run.log), one_line=True)}, then resume it.",
         )
-    return INTERRUPTED if received else 0
+    finished = end is not None and end.outcome == "finished"
+    return INTERRUPTED if received and not finished else 0
 
 
 def show_runs(*, home: RunsFolder = None, as_json: AsJson = False) -> None:

@@ -92,7 +92,13 @@ def send(run: RunFolder, command: Request) -> str:
             f"No process trains in its folder, so nobody would read {command!r}.",
             f"See what became of it with `windtunnel runs`; `windtunnel resume {shown}` goes on.",
         )
-    identity = uuid.uuid4().hex[:12]
+    return post(run, command)
+
+
+def post(run: RunFolder, command: Request) -> str:
+    """Write a command whether or not a process reads it, as from a node that the run's lock is not
+    known on; returns its id. Raises WorkError where it cannot be written."""
+    shown, identity = visible(run.name, one_line=True), uuid.uuid4().hex[:12]
     try:
         append_line(run.control, {"id": identity, "command": command, "time": time.time()})
     except OSError as error:

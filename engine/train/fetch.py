@@ -48,11 +48,10 @@ from engine.chat.tokenizer import write_tekken
 from engine.config import RunConfig
 from engine.data.prepared import mix
 from engine.errors import UserError, WorkError
+from engine.hub_id import MODEL_FILES
 from engine.train.weight_files import BytesProgress
 from engine.units import gib
 
-FILES = ["*.json", "model*.safetensors", "*tekken*.json", "LICENSE*"]
-"""What a run needs of a repository: `consolidated*.safetensors` are the same weights once more."""
 POLL_SECONDS = 0.5
 """Between two looks at how much is downloaded."""
 SPARE_BYTES = 2**30
@@ -99,7 +98,7 @@ def refuse_full_disk(repository: str, missing_bytes: int, cache: Path) -> None:
 
 
 def _download(repository: str, revision: str | None, progress: BytesProgress) -> Path:
-    """Fetch what the cache lacks of `FILES`.
+    """Fetch what the cache lacks of `MODEL_FILES`.
 
     A connection that breaks is tried again from where it broke; a new process begins with the
     first file that is not complete.
@@ -107,7 +106,7 @@ def _download(repository: str, revision: str | None, progress: BytesProgress) ->
     cache = Path(constants.HF_HUB_CACHE)
     try:
         planned = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=FILES, dry_run=True
+            repository, revision=revision, allow_patterns=MODEL_FILES, dry_run=True
         )
     except DryRunError:  # the hub cannot be asked: below, the cache answers, or the error says why
         planned = []
@@ -120,7 +119,7 @@ def _download(repository: str, revision: str | None, progress: BytesProgress) ->
             huggingface_hub.snapshot_download,
             repository,
             revision=revision,
-            allow_patterns=FILES,
+            allow_patterns=MODEL_FILES,
             max_workers=4,
         )
         while wait([download], POLL_SECONDS).not_done:
