@@ -4,28 +4,21 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import Parameter
 
 from engine.cli.terminal import AsJson, ConfigPath, print_lines
-from engine.cluster.job import Allocation, Job, allocate
-from engine.cluster.slurm import (
-    Places,
-    environment_of_ours,
-    hub_cache,
-    not_there,
-    secrets_set,
-    send,
-    train_job,
-)
 from engine.config import RunConfig, read_config
 from engine.errors import UserError, WorkError
 from engine.files import write_whole
-from engine.plan.step import cards_laid_out
+from engine.plan.layout import layout_of
 from engine.report import Line
-from engine.units import counted
 from engine.wizard.start import run_name
+
+if TYPE_CHECKING:
+    from engine.cluster.job import Job
+    from engine.cluster.slurm import Places
 
 Target = Literal["slurm"]
 _EXECUTABLE: Final = 0o755
@@ -36,10 +29,12 @@ _EXECUTABLE: Final = 0o755
 class Asked:
     """What is asked of Slurm."""
 
-    nodes: Annotated[int | None, Parameter(help="Nodes; else what the config's GPUs fill.")] = None
-    gpus_per_node: Annotated[int | None, Parameter(help="GPUs of a node; 8 at most unasked.")] = (
-        None
-    )
+    nodes: Annotated[
+        int | None, Parameter(help="Nodes; else as many as the config's GPUs fill.")
+    ] = None
+    gpus_per_node: Annotated[
+        int | None, Parameter(help="GPUs of a node, 0 for none; else 8 at most.")
+    ] = None
     partition: Annotated[str | None, Parameter(help="Slurm's partition.")] = None
     account: Annotated[str | None, Parameter(help="Slurm's account.")] = None
     time: Annotated[str | None, Parameter(help="Time limit, as 24:00:00.")] = None
@@ -65,6 +60,8 @@ def export(
     fetch nothing, so --submit first looks that model and rows are there, else it says what fetches
     them. The job saves before its time limit and is queued again until the run has finished.
     """
+    from engine.cluster.slurm import not_there, secrets_set, send
+
     asked = asked or Asked()
     file, out = config.absolute(), out.expanduser().absolute()
     given = read_config(config).override(changes)
@@ -80,22 +77,29 @@ def export(
         document = {"to": to, "files": [str(out)], "run": str(places.run), "job": number}
         print(json.dumps(document | {"missing": said, "allocation": asdict(job.allocation)}))
         return
-    print_lines(_report(job, places, out, number, missing))
+    print_lines(_report(job, places, out, number, missing, secrets_set()))
 
 
 def _slurm_job(
     config: RunConfig, file: Path, changes: tuple[str, ...], out: Path, asked: Asked
-) -> tuple[Job, Places]:
-    processes = cards_laid_out(config)
-    if processes is None:
+) -> "tuple[Job, Places]":
+    from engine.cluster.job import Allocation, allocate
+    from engine.cluster.slurm import Places, environment_of_ours, hub_cache, train_job
+
+    laid_out = layout_of(config)
+    ranks = laid_out.cards if laid_out else (asked.nodes or 0) * (asked.gpus_per_node or 0)
+    if not ranks:
         raise UserError(
             "The config is sharded, and does not say over how many GPUs.",
             "A job asks for a number of them.",
-            "Add dp_shard_size, also behind the config: dp_shard_size=8",
+            "Add dp_shard_size=8 behind the config, or ask with --nodes and --gpus-per-node.",
         )
-    processes *= config.tensor_parallel_size or 1
-    nodes, gpus = allocate(processes, asked.nodes, asked.gpus_per_node)
-    allocation = Allocation(nodes, gpus, asked.partition, asked.account, asked.time)
+    allocation = Allocation(
+        *allocate(ranks, asked.nodes, asked.gpus_per_node),
+        asked.partition,
+        asked.account,
+        asked.time,
+    )
     name = run_name(out)
     run = Path(config.output_dir or Path("runs") / name).expanduser()
     places = Places(
@@ -128,15 +132,19 @@ def _write(out: Path, text: str, config: Path) -> None:
 
 
 def _report(
-    job: Job, places: Places, out: Path, number: str | None, missing: list[UserError]
+    job: "Job",
+    places: "Places",
+    out: Path,
+    number: str | None,
+    missing: list[UserError],
+    secrets: list[str],
 ) -> list[Line | str]:
-    ranks = counted(job.allocation.processes, "rank")
     found: list[Line | str] = [
-        Line("✓", "", f"{out}: {job.allocation.words()}, {ranks}"),
+        Line("✓", "", f"{out}: {job.allocation.words()}"),
         Line("·", "", f"the run: {places.run}, which every node has to see"),
         Line("·", "", f"the model: {places.cache} (HF_HOME)"),
         Line("·", "", f"programs: {places.environment}"),
-        *(Line("·", "", f"{name} is set and passes through") for name in secrets_set()),
+        *(Line("·", "", f"{name} is set and passes through") for name in secrets),
         *(Line("!", "", str(error)) for error in missing),
     ]
     if number is None:

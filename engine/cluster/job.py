@@ -52,11 +52,6 @@ class Allocation:
         if self.time is not None:
             seconds_of(self.time)
 
-    @property
-    def processes(self) -> int:
-        """One a GPU, and one a node that uses none."""
-        return self.nodes * max(1, self.gpus_per_node)
-
     def words(self) -> str:
         """How it is said."""
         each = f" with {counted(self.gpus_per_node, 'GPU')}" if self.gpus_per_node else ""
@@ -65,24 +60,27 @@ class Allocation:
 
 
 def allocate(
-    processes: int, nodes: int | None = None, gpus_per_node: int | None = None
+    ranks: int, nodes: int | None = None, gpus_per_node: int | None = None
 ) -> tuple[int, int]:
-    """(nodes, GPUs of each) for so many processes; what is None follows from the other.
+    """(nodes, GPUs of each) for so many ranks; what is None follows from the other.
 
-    Raises UserError where the two do not give that many, with two that do.
+    0 GPUs are ranks on processors. Raises UserError where the two do not give that many, with two
+    that do.
     """
+    if gpus_per_node == 0:
+        return nodes or 1, 0
     if gpus_per_node is None:
-        gpus_per_node = processes // nodes if nodes else min(processes, USUAL_GPUS)
+        gpus_per_node = ranks // nodes if nodes else min(ranks, USUAL_GPUS)
     if nodes is None:
-        nodes = max(1, processes // max(1, gpus_per_node))
-    if nodes * max(1, gpus_per_node) != processes:
-        each = max(size for size in range(1, USUAL_GPUS + 1) if processes % size == 0)
+        nodes = max(1, ranks // gpus_per_node)
+    if nodes * gpus_per_node != ranks:
+        each = max(size for size in range(1, USUAL_GPUS + 1) if ranks % size == 0)
         raise UserError(
-            f"{counted(nodes, 'node')} of {counted(gpus_per_node, 'GPU')} "
-            f"{'is' if nodes == 1 else 'are'} {nodes * max(1, gpus_per_node)} processes.",
-            f"The config is laid out for {processes}: dp_shard_size x dp_replicate_size x"
+            f"{counted(nodes, 'node')} of {counted(gpus_per_node, 'GPU')}"
+            f" {'is' if nodes == 1 else 'are'} {counted(nodes * gpus_per_node, 'rank')}.",
+            f"The config is laid out for {ranks}: dp_shard_size x dp_replicate_size x"
             " tensor_parallel_size.",
-            f"Ask for --nodes {processes // each} --gpus-per-node {each}, or change the config.",
+            f"Ask for --nodes {ranks // each} --gpus-per-node {each}, or change the config.",
         )
     return nodes, gpus_per_node
 

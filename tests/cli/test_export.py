@@ -134,8 +134,12 @@ def test_its_lines_ask_slurm_for_what_the_config_needs(call: Call, shared: Path)
 
 
 REFUSED = [
-    ("dp_shard_size=6 --gpus-per-node 4", ["1 node of 4 GPUs is 4", "--nodes 1 --gpus-per-node 6"]),
+    (
+        "dp_shard_size=6 --gpus-per-node 4",
+        ["1 node of 4 GPUs is 4 ranks", "--nodes 1 --gpus-per-node 6"],
+    ),
     ("dp_shard_size=24 --nodes 5", ["--nodes 3 --gpus-per-node 8"]),
+    ("dp_shard_size=8 --nodes 0", ["--nodes 1 --gpus-per-node 8"]),
     ("", ["does not say over how many GPUs", "dp_shard_size=8"]),
     ("dp_shard_size=8 --time soon", ["--time is 'soon'", "24:00:00"]),
     ("dp_shard_size=8 --partition gpu;reboot", ["--partition", "letters, digits"]),
