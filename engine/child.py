@@ -119,6 +119,11 @@ class Child:
             if isinstance(record, dict):
                 yield record
 
+    def read(self, size: int) -> bytes:
+        """So many bytes of what it says; fewer where it ended."""
+        assert self._process.stdout
+        return self._process.stdout.read(size)
+
     def listen(self, until: str) -> Iterator[dict[str, Any]]:
         """What it says, up to and with the first record that has the key `until`.
 

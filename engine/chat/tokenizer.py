@@ -110,6 +110,8 @@ class ChatTokenizer:
     """Text to ranks; control tokens never come of it."""
     encode_repeated: Callable[[str], tuple[int, ...]]
     """The same for texts that many rows share: it remembers."""
+    origin: TokenizerSpec | Path | None
+    """What `reopen` makes the same of; None where that was only in memory."""
 
     @property
     def thinks(self) -> bool:
@@ -164,7 +166,7 @@ def _is_cut_off(piece: bytes) -> bool:
     return False
 
 
-def assemble(tekken: Tekkenizer) -> ChatTokenizer:
+def assemble(tekken: Tekkenizer, origin: TokenizerSpec | Path | None = None) -> ChatTokenizer:
     """The tokenizer around a loaded vocabulary.
 
     Raises ValueError where it lacks a control token or the settings that its version needs.
@@ -188,6 +190,7 @@ def assemble(tekken: Tekkenizer) -> ChatTokenizer:
         else None,
         encode_ordinary=ranks,
         encode_repeated=lru_cache(_REPEATED_TEXTS)(lambda text: tuple(ranks(text))),
+        origin=origin,
     )
 
 
@@ -261,7 +264,13 @@ def build_tokenizer(spec: TokenizerSpec) -> ChatTokenizer:
             ModelSettingsBuilder.model_validate(dict(_SETTINGS)) if spec.settings else None
         ),
     )
-    return assemble(tekken)
+    return assemble(tekken, spec)
+
+
+def reopen(origin: TokenizerSpec | Path) -> ChatTokenizer:
+    """The tokenizer of an `origin`, in another process too. Raises UserError where its file is
+    damaged."""
+    return _open_file(origin) if isinstance(origin, Path) else build_tokenizer(origin)
 
 
 def write_tekken(spec: TokenizerSpec, path: Path) -> None:
@@ -417,7 +426,7 @@ def _open_file(path: Path) -> ChatTokenizer:
     check_file(path)
     try:
         check_sizes(path)
-        return _tried(assemble(Tekkenizer.from_file(path)))
+        return _tried(assemble(Tekkenizer.from_file(path), path.absolute()))
     # mistral-common asserts, and reads keys, of whatever JSON the file holds.
     except (
         *(AssertionError, AttributeError, IndexError, KeyError, OSError, RecursionError),

@@ -190,6 +190,9 @@ class DataKeys(Section):
     dataset_prepared_path: str | None = None
     """Folder of the tokenized rows, so that an unchanged dataset is tokenized once. Absent: the
     user's cache folder, shared by all runs."""
+    dataset_num_proc: Count | None = None
+    """Processes that check and tokenize the rows, at most. Absent: one a core. Fewer where the data
+    is small or memory is short; what they make is the same."""
     skip_prepare_dataset: bool | None = None
     """Tokenize while training. Rows are always prepared first, so that they can be previewed."""
     remove_unused_columns: bool | None = None

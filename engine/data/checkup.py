@@ -7,9 +7,10 @@ problems alone.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from engine.config import RunConfig
 from engine.data.arrays import content_hash
 from engine.data.prepare import label_rule
 from engine.data.rows import RenderedRow, image_digest
-from engine.data.shares import Task, make_parts
+from engine.data.shares import Task, iterate_parts
 from engine.data.sources import config_notes
 from engine.data.statistics import (
     FEW_ROWS,
@@ -65,10 +66,11 @@ def check_config(
     files = config_notes(config, folder)
     task = CountRows(config=config, folder=folder, sequence_len=sequence_len)
     notebook = task.make(())
-    for part in make_parts(task, tokenizer):
-        notebook.add(part.made)
-        if progress is not None:
-            progress(notebook.rows, part.read_bytes)
+    with closing(iterate_parts(task, tokenizer)) as parts:
+        for part in parts:
+            notebook.add(part.made)
+            if progress is not None:
+                progress(notebook.rows, part.read_bytes)
     return replace(notebook.report(tokenizer is not None, sequence_len), files=files)
 
 
@@ -366,6 +368,7 @@ class Notebook:
 class CountRows(Task[Notebook], tag="check", frozen=True, kw_only=True):
     """What the rows hold, counted."""
 
+    made: ClassVar = Notebook
     sequence_len: int | None = None
 
     def make(self, rows: Sequence[RenderedRow]) -> Notebook:

@@ -15,9 +15,10 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from engine.chat.conversation import RowProblem
 from engine.chat.images import ImageSpec
@@ -36,7 +37,7 @@ from engine.data.rows import (
     effective_datasets,
     image_digest,
 )
-from engine.data.shares import BLOCK_ROWS, Task, make_parts
+from engine.data.shares import BLOCK_ROWS, Task, iterate_parts
 from engine.data.sources import Location, locate
 from engine.data.web_images import NetworkDown, WebImages, check_url, is_web
 from engine.errors import UserError, WorkError
@@ -57,6 +58,8 @@ OnProgress = Callable[[Progress], None]
 
 class MakeBlocks(Task[Block], tag="prepare", frozen=True):
     """The rows as the array files hold them."""
+
+    made: ClassVar = Block
 
     def make(self, rows: Sequence[RenderedRow]) -> Block:
         return block_of(rows)
@@ -277,9 +280,10 @@ def _fill(partial: Path, job: _Job, interval: Interval, report: OnProgress) -> N
             skip=state.source_rows,
             block_rows=min(BLOCK_ROWS, interval.rows),
         )
-        for part in make_parts(task, job.tokenizer, job.web):
-            writer.add(part.made)
-            report(Progress("tokenizing", state.source_rows, part.read_bytes, job.total_bytes))
+        with closing(iterate_parts(task, job.tokenizer, job.web)) as parts:
+            for part in parts:
+                writer.add(part.made)
+                report(Progress("tokenizing", state.source_rows, part.read_bytes, job.total_bytes))
         if _stamps(job.locations) != job.stamps:
             shutil.rmtree(partial)
             raise WorkError(

@@ -103,10 +103,6 @@ class TestExplain:
         both = [found.key for found in explain_key("chat_template")]
         assert both == ["chat_template", "datasets[].chat_template"]
 
-    def test_where_one_process_tokenizes_the_number_of_them_is_not_chosen(self) -> None:
-        (found,) = explain_key("dataset_num_proc")
-        assert "One process tokenizes" in str(found.limit)
-
     @pytest.mark.parametrize(
         ("key", "says"),
         [
