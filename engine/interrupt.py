@@ -1,4 +1,4 @@
-"""Ctrl-C leaves a command with exit status 130, whenever it comes, and shows no traceback.
+"""Ctrl-C and SIGTERM leave a command with exit status 130, whenever they come, and no traceback.
 
 Before a command's work begins and after its end it leaves at once: nothing is open. In between it
 raises KeyboardInterrupt, so that what is open is closed.
@@ -7,11 +7,14 @@ raises KeyboardInterrupt, so that what is open is closed.
 import atexit
 import os
 import select
+import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Final, TextIO
+
+from engine.visible import visible
 
 INTERRUPTED: Final = 130
 """The exit status."""
@@ -19,37 +22,40 @@ INTERRUPTED: Final = 130
 _AGAIN_SECONDS: Final = 0.01
 
 _came = False
+_last_words = ""
 
 
-def is_wanted() -> bool:
-    """Whether ctrl+c is for us: a shell starts `command &` with it ignored."""
-    return signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+def wanted() -> list[signal.Signals]:
+    """Those of the two that are for us: a shell starts `command &` with ctrl+c ignored."""
+    both = (signal.SIGINT, signal.SIGTERM)
+    return [each for each in both if signal.getsignal(each) is not signal.SIG_IGN]
 
 
 def leave_at_once() -> None:
-    """From here on ctrl+c ends the process, until `interruptible` takes it over."""
-    if is_wanted():
-        signal.signal(signal.SIGINT, _leave)
+    """From here on either ends the process, until `interruptible` takes it over."""
+    for each in wanted():
+        signal.signal(each, _leave)
         # Registered first and so called last: what Python still takes down would die of the signal.
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        atexit.register(signal.signal, each, signal.SIG_IGN)
 
 
 def interruptible(work: Callable[[], int]) -> int:
-    """Carry out a command's work; returns its exit status, 130 where ctrl+c came meanwhile.
+    """Carry out a command's work; returns its exit status, 130 where a signal came meanwhile.
 
     Libraries turn a KeyboardInterrupt into errors of their own (numpy: into an ImportError) or lose
     it in a destructor: neither changes the status, and a lost one is raised again.
     """
-    if not is_wanted():
-        return work()
+    minded = wanted()
     sys.unraisablehook, unraisable = _raise_again, sys.unraisablehook
     signal.signal(signal.SIGALRM, _interrupt)
     try:
         try:
-            signal.signal(signal.SIGINT, _interrupt)
+            for each in minded:
+                signal.signal(each, _interrupt)
             status = work()
         finally:
-            signal.signal(signal.SIGINT, _leave)
+            for each in minded:
+                signal.signal(each, _leave)
             sys.unraisablehook = unraisable
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -60,8 +66,22 @@ def interruptible(work: Callable[[], int]) -> int:
 
 
 def interrupted() -> bool:
-    """Whether ctrl+c came while a command worked: an error that follows from it is no news."""
+    """Whether one came while a command worked: an error that follows from it is no news."""
     return _came
+
+
+def last_words(sentence: str) -> None:
+    """What a command that is interrupted from here on says of its work; nothing where empty."""
+    global _last_words
+    _last_words = sentence
+
+
+def say_last_words(command: Sequence[str]) -> None:
+    """Say it on stderr, and how to start again the `command` line."""
+    if _last_words:
+        begin = "\n" if sys.stderr.isatty() else ""  # the terminal's ^C stands on this line
+        again = visible(shlex.join(("windtunnel", *command)), one_line=True)
+        print(f"{begin}Interrupted. {_last_words}\nStart again: {again}", file=sys.stderr)
 
 
 def wait_for_line(terminal: TextIO) -> None:

@@ -1,26 +1,33 @@
-"""Ctrl-C is exit status 130 at every moment from our first import on, without a traceback."""
+"""Ctrl-C and SIGTERM are exit status 130 at every moment from our first import on, without a
+traceback; a long command says what is kept and how to start again."""
 
+import os
+import shlex
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.fakes.processes import run_python
+from tests.fakes.processes import ROOT, run_python
 from tests.support.terminal import Terminal
 
-# Sends SIGINT at the AT-th import, opened file or started module, counted from the first import
-# that one of our modules makes.
+# Sends SIGNAL at the AT-th import, opened file or started module, counted from the first import
+# that one of our modules makes; or, where AT is a word, as soon as something of that name is done.
 INTERRUPTER = """
 import os, signal, sys
+at, number = os.environ.get("AT", ""), int(os.environ.get("SIGNAL", "2"))
 counted, begun = 0, False
 def count(event, arguments):
-    global counted, begun
+    global at, counted, begun
+    if at and not at.isdigit() and at in f"{event} {arguments[:2]}":
+        at = os.environ["AT"] = ""
+        os.kill(os.getpid(), number)
     if event == "import" and arguments[0] == "engine.interrupt":
         begun = True
     if begun and event in ("import", "exec", "open", "marshal.loads", "os.listdir"):
         counted += 1
-        if counted == int(os.environ["AT"]):
-            os.kill(os.getpid(), signal.SIGINT)
+        if str(counted) == at:
+            os.kill(os.getpid(), number)
 sys.addaudithook(count)
 """
 SCRIPT = "from tui.__main__ import main; main()"
@@ -53,10 +60,11 @@ def test_it_is_130_while_the_screen_is_made_and_the_terminal_is_given_back(
     assert terminal.written.count("\x1b[?1049h") == terminal.written.count("\x1b[?1049l")
 
 
-def test_on_the_screen_it_leaves_and_gives_the_terminal_back() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_on_the_screen_it_leaves_and_gives_the_terminal_back(number: signal.Signals) -> None:
     terminal = Terminal()
     terminal.wait_for("windtunnel probe")
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.process.send_signal(number)
     assert terminal.end() == 130
     assert "Traceback" not in terminal.written
     assert "\x1b[?1049l" in terminal.written
@@ -97,6 +105,55 @@ def answer():
         return 1
 sys.exit(interruptible({work}))
 """
+
+
+READS, LEARNS = "rows are only read", "Nothing was trained or saved yet"
+ROWS, TRAINER = "rows.jsonl", "'-m', 'engine.train"
+KEPT = [
+    (["check", ROWS, "--model", "demo-tiny"], ROWS, READS),
+    (["prepare", "run.yml"], ROWS, "What is prepared so far is kept"),
+    (["train", "run.yml"], ROWS, LEARNS),
+    (["merge", "run", "-o", "out"], TRAINER, "Nothing was merged"),
+    (["resume", "run"], TRAINER, "The run is as it was"),
+]
+KEPT_TOO = [
+    (["train", "run.yml", "--verify-resume"], TRAINER, LEARNS),
+    (["demo", "it's"], TRAINER, LEARNS),
+    (["fit", "run.yml"], "run.yml", "No figure was kept"),
+    (["estimate", "run.yml"], ROWS, "Nothing is written"),
+    (["recommend", "--model", "demo-tiny", "--data", ROWS], ROWS, "Nothing was written"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "at", "kept"),
+    [*KEPT, *(pytest.param(*each, marks=pytest.mark.slow) for each in KEPT_TOO)],
+    ids=lambda each: str(each[0]) if isinstance(each, list) else None,
+)
+def test_a_long_command_says_what_is_kept(
+    interrupter: str, tmp_path: Path, command: list[str], at: str, kept: str
+) -> None:
+    place = tmp_path / "place"
+    (place / "run").mkdir(parents=True)
+    row = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    (place / "rows.jsonl").write_text(f"{row}\n", "utf-8")
+    config = "base_model: demo-tiny\ndatasets: [{path: rows.jsonl}]\ndataset_prepared_path: store\n"
+    for file in ("run.yml", "run/config.yml"):
+        (place / file).write_text(config, "utf-8")
+    (place / "run/events.jsonl").touch()
+    done = run_python(
+        *("-m", "engine", *command),
+        cwd=place,
+        PYTHONPATH=f"{interrupter}{os.pathsep}{ROOT}",
+        AT=at,
+        SIGNAL=str(signal.SIGTERM.value),
+        WINDTUNNEL_RUNS=str(tmp_path / "runs"),
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    interrupted, again = done.stderr.splitlines()[-2:]
+    assert interrupted.startswith("Interrupted. ")
+    assert kept in interrupted
+    assert again == f"Start again: windtunnel {shlex.join(command)}"
 
 
 @pytest.mark.parametrize("work", ["lose", "turn_into_another", "answer"])

@@ -6,7 +6,6 @@ out here, before anything of it is imported.
 """
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from engine.errors import UserError
-from engine.interrupt import INTERRUPTED, is_wanted, leave_at_once
+from engine.interrupt import INTERRUPTED, leave_at_once, wanted
 from engine.visible import visible
 
 if TYPE_CHECKING:
@@ -161,16 +160,16 @@ async def _run(app: "WindtunnelApp") -> int | None:
 
     loop = asyncio.get_running_loop()
 
-    # In raw mode ctrl+c is a key; SIGINT still comes from other processes. Raised between two lines
-    # of Textual's it would end in a traceback on a screen that is not given back.
+    # In raw mode ctrl+c is a key; signals still come from other processes. Raised between two lines
+    # of Textual's one would end in a traceback on a screen that is not given back.
     def leave() -> None:
         if app.is_running:
             app.exit(return_code=INTERRUPTED)
         else:
             loop.call_later(_STARTING_SECONDS, leave)
 
-    if is_wanted():
-        loop.add_signal_handler(signal.SIGINT, leave)
+    for each in wanted():
+        loop.add_signal_handler(each, leave)
     status: int | None = await app.run_async()
     return status
 

@@ -17,7 +17,7 @@ from cyclopts import CycloptsError
 from engine.cli import config, dataset, demo, export, machine, planning, runs, use
 from engine.cli.terminal import HOST, Host
 from engine.errors import UserError, WorkError
-from engine.interrupt import INTERRUPTED, interrupted
+from engine.interrupt import INTERRUPTED, interrupted, last_words, say_last_words
 from engine.visible import visible
 
 WORK_FAILED, WRONG_REQUEST = 1, 2
@@ -60,6 +60,7 @@ def build_app(host: Host = HOST) -> cyclopts.App:
         version_flags=["--version"],
         help_format="plaintext",
         default_parameter=cyclopts.Parameter(negative=(), show_default=False),
+        suppress_keyboard_interrupt=False,
     )
     for name, command in _COMMANDS.items():
         bound = command
@@ -73,8 +74,16 @@ def build_app(host: Host = HOST) -> cyclopts.App:
 def main(arguments: Sequence[str] | None = None, host: Host = HOST) -> int:
     """Carry out one command line; returns its exit status and never shows a traceback."""
     _print_any_letter()
-    app = build_app(host)
+    last_words("")
     given = list(sys.argv[1:] if arguments is None else arguments)
+    status = _carry_out(given, host)
+    if status == INTERRUPTED or interrupted():
+        say_last_words(given)
+    return status
+
+
+def _carry_out(given: list[str], host: Host) -> int:
+    app = build_app(host)
     try:
         status = app(given, exit_on_error=False, print_error=False, result_action="return_value")
         if host.more_help and given in (["--help"], ["-h"]):

@@ -18,6 +18,7 @@ from engine.chat.tokenizer_file import tokenizer_name
 from engine.cli.terminal import AsJson, print_lines, terminal_columns, underlines
 from engine.config import ConfigError, DatasetConfig, RunConfig, read_config, section_of
 from engine.errors import UserError
+from engine.interrupt import last_words
 from engine.report import Line
 from engine.units import counted
 from engine.visible import visible
@@ -31,6 +32,7 @@ Think = Annotated[bool | None, Parameter("--think", negative="--no-think")]
 
 _LOOKED_AT = 20
 """Rows by which a mapping of columns is proposed."""
+_ONLY_READ = "Nothing was written: rows are only read here."
 _ABOUT_ROWS = ("Data", "What is learned")
 """Sections of the keys that decide what a row becomes."""
 
@@ -115,6 +117,7 @@ def check_data(
     from engine.data.shape import read_shape
     from engine.report.data import proposal_lines
 
+    last_words(_ONLY_READ)
     request = _read_request(data, model)
     tokenizer = open_tokenizer(request.model, request.model_folder) if request.model else None
     found = check_config(
@@ -264,6 +267,7 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
     from engine.data.sources import config_notes
     from engine.report.data import file_line, problem_lines
 
+    last_words("What is prepared so far is kept, and the same command goes on from there.")
     start = time.monotonic()
     if not _is_config(config):
         raise UserError(

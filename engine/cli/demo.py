@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from cyclopts import Parameter
 
-from engine.cli.runs import start
+from engine.cli.runs import NOT_BEGUN, start
 from engine.cli.terminal import (
     HOST,
     AsEvents,
@@ -25,6 +25,7 @@ from engine.cli.terminal import (
 )
 from engine.errors import UserError
 from engine.events import Sample, Score
+from engine.interrupt import last_words
 from engine.report.run import state_lines
 from engine.runs import Follower, RunFolder
 from engine.visible import visible
@@ -104,6 +105,7 @@ def demo(
     No download and no GPU. Three questions are answered before and after; with --vision they
     are about images.
     """
+    last_words(NOT_BEGUN)
     if folder:
         changes = (*changes, f"output_dir={json.dumps(str(folder.absolute()))}")
     with as_file(files("presets").joinpath(*RECIPES[_kind(qlora, vision)])) as recipe:

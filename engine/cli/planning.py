@@ -34,6 +34,7 @@ from engine.config import (
 )
 from engine.data.sources import with_absolute_paths
 from engine.errors import DOES_NOT_FIT, UserError
+from engine.interrupt import last_words
 from engine.plan import (
     AXOLOTL,
     Device,
@@ -87,6 +88,7 @@ def print_recommendation(
     as_json: AsJson = False,
 ) -> int:
     """Recommend a whole config for a model on this machine, with a reason for every value."""
+    last_words("Nothing was written yet.")
     device = find_device(assumed)
     place = Place(read_architecture(model), device)
     dataset = DatasetConfig(path=data, type="chat_template") if data else None
@@ -131,6 +133,7 @@ def print_estimate(
     as_json: AsJson = False,
 ) -> int:
     """Estimate a config's memory by part, and say whether it fits. Exit status 3: it does not."""
+    last_words("Nothing is written here.")
     run, architecture = read_planned(config, changes, sharded=True)
     device = find_device(assumed)
     if lengths:
@@ -233,6 +236,7 @@ def fit(
     Without a GPU a model of two layers is measured, which checks the formula only.
     Exit status 3: it does not fit.
     """
+    last_words("No figure was kept yet.")
     run, _ = read_planned(config, changes)
     watch = EventLines() if as_events else None if as_json else PlainWatch(sys.stderr)
     fitted = measure(run, max(1, steps), host.trainer, watch.show if watch else None)

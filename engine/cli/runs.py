@@ -33,7 +33,7 @@ from engine.cli.terminal import (
 )
 from engine.errors import UserError, WorkError
 from engine.events import Ack, Ended
-from engine.interrupt import INTERRUPTED
+from engine.interrupt import INTERRUPTED, last_words
 from engine.launch import forwarded_signals, launch, resume_run
 from engine.report.run import progress_text, read_results, state_lines
 from engine.runs import (
@@ -55,6 +55,7 @@ from engine.wizard.start import Created, create, plan_run
 
 _ANSWER_SECONDS: Final = 60.0
 _SAVING_SECONDS: Final = 600.0
+NOT_BEGUN: Final = "Nothing was trained or saved yet."
 
 
 def train(
@@ -82,6 +83,7 @@ def train(
 
     With --max-steps 0 nothing is trained or loaded: config, model, plan and rows are checked.
     """
+    last_words(NOT_BEGUN)
     if max_steps == 0:
         tried = try_dry(config, changes)
         document = {"run": None, "dry_run": tried.lines, "rows_left_out": tried.rows_left_out}
@@ -138,6 +140,7 @@ def start(
         checkpoint=created.checkpoint,
         module=host.trainer,
     )
+    last_words("")
     return watch_to_end(created.run, process, follower, watch) if watch else 0
 
 
@@ -232,6 +235,7 @@ def resume(
     """Lift the pause of a run, or restart one that has ended from its last checkpoint."""
     run = find_run(name, home)
     follower = Follower(run.events, from_end=True)
+    last_words("The run is as it was.")
     resumed = resume_run(
         run,
         checkpoint=checkpoint,
@@ -240,6 +244,7 @@ def resume(
         module=host.trainer,
         timeout_seconds=_patience_seconds(run),
     )
+    last_words("")
     if resumed.ack:
         _require_done(run, resumed.ack)
     if resumed.process and not detach:

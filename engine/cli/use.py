@@ -21,7 +21,7 @@ from engine.child import Child, torch_process
 from engine.cli.terminal import HOST, AsJson, CommandHost, Host, RunName, RunsFolder
 from engine.config import read_config
 from engine.errors import UserError
-from engine.interrupt import wait_for_line
+from engine.interrupt import last_words, wait_for_line
 from engine.launch import planned_gpu, require_torch
 from engine.plan import best_device, refuse_answering
 from engine.runs import RunFolder, find_run
@@ -133,6 +133,7 @@ def merge(
     run = find_run(name, home)
     arguments = ["merge", str(run.path), str(target.expanduser().absolute())]
     shows = sys.stderr.isatty() and not as_json
+    last_words("Nothing was merged, and no folder was made.")
     with torch_process(arguments, {"CUDA_VISIBLE_DEVICES": ""}, host.trainer) as process:
         for record in process.listen(until="merged"):
             _print_note(record)

@@ -21,7 +21,7 @@ trainer. What a trainer does with them:
 The lock is taken before anything heavy is imported: the launcher waits for it.
 """
 
-from engine.runs.control import Command, ControlReader, Request, StopSignals, ask, send
+from engine.runs.control import Command, ControlReader, Request, StopAsked, StopSignals, ask, send
 from engine.runs.folder import RunFolder, create_run, find_run, list_runs, run_home
 from engine.runs.lock import RunLock, is_locked
 from engine.runs.summary import Follower, Status, Summary, follow, status, summarize

@@ -147,6 +147,10 @@ _LEAVING: Final = 130
 _SAME_REQUEST_SECONDS: Final = 0.25
 
 
+class StopAsked(Exception):
+    """A run was asked to end while it has nothing to save: before its first step."""
+
+
 class StopSignals:
     """Inside `with StopSignals() as signals`, the first SIGTERM or SIGINT sets `requested`.
 

@@ -17,8 +17,9 @@ from typing import Any
 from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter, Phase
 from engine.hardware.packages import install_command, installed, version_problem
+from engine.interrupt import interruptible
 from engine.pace import every
-from engine.runs import ControlReader, RunFolder, RunLock, StopSignals, summarize
+from engine.runs import ControlReader, RunFolder, RunLock, StopAsked, StopSignals, summarize
 from engine.runs.listing import keep_history
 
 
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     fitting.add_argument("--steps", type=int, required=True)
     options = parser.parse_args(arguments)
     if options.command != "run":
-        return use(options)
+        return interruptible(lambda: use(options))
     try:
         return train(RunFolder(options.folder.resolve()), options.resume, options.checkpoint)
     except UserError as error:  # the lock is another process's: its events are not ours to write
@@ -61,6 +62,8 @@ def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
             from engine.train.run import run as carry_out
 
             carry_out(Session(run, events, control, signals), resume=resume, checkpoint=checkpoint)
+        except StopAsked:
+            signals.leaving()
         except Exception as error:
             reason = explain(error)
             traceback.print_exc()

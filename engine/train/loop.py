@@ -37,7 +37,7 @@ from engine.events import (
 from engine.pace import every
 from engine.plan.trainer import SAMPLE_TOKENS
 from engine.publish.hub import publish_result
-from engine.runs import Command, ControlReader, Request, RunFolder, StopSignals
+from engine.runs import Command, ControlReader, Request, RunFolder, StopAsked, StopSignals
 from engine.runs.folder import list_checkpoints
 from engine.runs.listing import keep_history
 from engine.train.batches import NAMED_ROWS, PAD, Order, Rows, StepBatch
@@ -99,19 +99,26 @@ class Session:
         self._events, self._control, self._signals, self.sleep = events, control, signals, sleep
         self.doing = ""
         """Name of the newest phase."""
+        self.training = False
+        """Whether steps began, between which a run stops; until then it does at any phase."""
         self.paused = False
         """Whether a command asked to wait between two steps."""
         self._stop_asked = False
         self._wishes: dict[Request, list[Command]] = {}
 
     def emit(self, event: Event) -> None:
-        """Write one event. At each phase commands are taken in too: loading can take minutes."""
+        """Write one event. At each phase commands are taken in too: loading can take minutes.
+
+        Raises StopAsked where one asks to end before the first step.
+        """
         self._events.emit(event)
         if isinstance(event, Saved):
             keep_history(self.run)
         if isinstance(event, Phase):
             self.doing = event.name
             self.read()
+            if self.stopping and not self.training:
+                raise StopAsked
 
     def note(self, level: NoteLevel, sentence: str | None) -> None:
         """Write a sentence for the person, where there is one."""
@@ -214,6 +221,7 @@ class Training:
 
     def fit(self, prompts: Sequence[Prompt]) -> None:
         """Train to the last step, or to a stop; ends with the `ended` event."""
+        self.session.training = True
         self.model.train()
         if self.position.step == 0 and not self.session.stopping:
             self.sample(prompts, "before")

@@ -7,14 +7,11 @@ another order each time, the first two say how far two unbroken runs are apart.
 """
 
 import math
-import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
-from types import FrameType
 from typing import Final
 
 from engine.child import last_lines
@@ -133,7 +130,7 @@ def verify_resume(
     near = Path(config.output_dir).parent if config.output_dir else run_home(home)
     near.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.TemporaryDirectory(prefix=".windtunnel-verify-", dir=near)
-    with _term_as_interrupt(), scratch as place:
+    with scratch as place:
         unbroken, stopped = (RunFolder(Path(place).resolve() / name) for name in ("one", "two"))
 
         def steps(run: RunFolder, what: str, checkpoint: str | None = None) -> tuple[Step, ...]:
@@ -186,17 +183,3 @@ def _steps(
         f"It left with exit status {process.returncode}; the last that it printed: {said}.",
         "See that there is memory and disk for the run: `windtunnel estimate` says how much.",
     )
-
-
-@contextmanager
-def _term_as_interrupt() -> Iterator[None]:
-    """A SIGTERM clears up as ctrl+c does: a checkpoint of a whole model must not stay."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -17,11 +17,13 @@ PATIENCE_SECONDS = 120.0
 """Until a program that says nothing is taken for hung, on a machine that does other work too."""
 
 
-def run_python(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run_python(
+    *arguments: str, cwd: Path = ROOT, **environment: str
+) -> "subprocess.CompletedProcess[str]":
     """This Python on `arguments` to its end, with nothing on its standard input."""
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -23,6 +23,7 @@ from engine.runs import RunFolder
 from engine.train.batches import Rows
 from engine.train.merge import CONFIG, WEIGHTS, merge
 from engine.train.weight_files import Entry, write_shards
+from tests.fakes.processes import ROOT, wait_until
 from tests.support.fp8_checkpoints import write_fp8
 from tests.support.stock import stock_model, write_dequantized
 from tests.support.tiny import (
@@ -286,9 +287,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """400 MB of weights in layers of 12 MB, an adapter on one of them."""
+@pytest.fixture
+def large(tmp_path: Path) -> tuple[RunFolder, int]:
+    """A run on 600 MB of weights in layers of 18 MB, an adapter on one of them; the bytes."""
     base = tmp_path / "base"
     base.mkdir()
     config = MINISTRAL3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 32}
@@ -303,6 +304,12 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     pair = {f"{name}_A.weight": torch.ones(8, 1024), f"{name}_B.weight": torch.ones(3072, 8)}
     save_file(pair, run.adapter / WEIGHTS)
     (run.adapter / CONFIG).write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 8}))
+    return run, sum(tensor.size_bytes for tensor in tensors)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(large: tuple[RunFolder, int], tmp_path: Path) -> None:
+    run, size = large
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(run.path), str(tmp_path / "out")],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
@@ -310,6 +317,15 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    size = sum(tensor.size_bytes for tensor in tensors)
     assert size > 600e6
     assert int(done.stdout) < 150e6
+
+
+@pytest.mark.slow
+def test_a_merge_that_is_ended_leaves_no_part(large: tuple[RunFolder, int], tmp_path: Path) -> None:
+    command = ["merge", str(large[0].path), str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, "-m", "engine.train", *command], cwd=ROOT)
+    wait_until((tmp_path / "out.partial").exists)
+    process.terminate()
+    assert process.wait(60) == 130
+    assert not (tmp_path / "out.partial").exists()
