@@ -7,14 +7,11 @@ raises KeyboardInterrupt, so that what is open is closed.
 import atexit
 import os
 import select
-import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FrameType
 from typing import Final, TextIO
-
-from engine.visible import visible
 
 INTERRUPTED: Final = 130
 """The exit status."""
@@ -76,11 +73,10 @@ def last_words(sentence: str) -> None:
     _last_words = sentence
 
 
-def say_last_words(command: Sequence[str]) -> None:
-    """Say it on stderr, and how to start again the `command` line."""
+def say_last_words(again: str) -> None:
+    """Say it on stderr, and how to start again."""
     if _last_words:
         begin = "\n" if sys.stderr.isatty() else ""  # the terminal's ^C stands on this line
-        again = visible(shlex.join(("windtunnel", *command)), one_line=True)
         print(f"{begin}Interrupted. {_last_words}\nStart again: {again}", file=sys.stderr)
 
 

@@ -6,6 +6,7 @@ Here is what all share: how a request becomes an exit status, and how an error b
 import contextlib
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None, host: Host = HOST) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     status = _carry_out(given, host)
     if status == INTERRUPTED or interrupted():
-        say_last_words(given)
+        say_last_words(visible(shlex.join(("windtunnel", *given)), one_line=True))
     return status
 
 
