@@ -10,10 +10,10 @@ Tensors are safetensors and the rest is JSON: nothing here can run code when it 
 import copy
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -35,8 +35,11 @@ from engine.runs.folder import (
     read_mark,
     require_unchanged,
 )
+from engine.train.device import pick_device
 from engine.train.experts import stock_names
 from engine.train.forward import Model, unwrapped
+from engine.train.moments import OPTIMIZER, optimizer_slices, restore_optimizer
+from engine.train.ranks import LONE, Ranks
 from engine.train.seal import (
     Checkpoint,
     Damaged,
@@ -47,19 +50,26 @@ from engine.train.seal import (
     read_checkpoint,
     write_state,
 )
+from engine.train.slices import (
+    file_of,
+    gathered,
+    list_wholes,
+    slice_of,
+    write_slices,
+)
 from engine.train.weight_files import (
-    Entry,
     entries_of,
-    in_pieces,
-    list_entries,
     list_tensors,
-    read_tensors,
+    write_file,
     write_shards,
     write_tensors,
 )
 from engine.visible import visible
 
 TRAINED = "trained.safetensors"
+T = TypeVar("T")
+Written: TypeAlias = tuple[dict[str, str], list[Any]]
+"""What a rank wrote: digests by file, and the optimizer's class with what of it is no tensor."""
 
 
 def trained_parameters(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
@@ -80,11 +90,19 @@ def trained_tensors(model: Model) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in trained_parameters(model)}
 
 
-def save_trained(model: Model, folder: Path, config: RunConfig) -> dict[str, str]:
-    """Write the trained tensors into `folder`: an adapter in PEFT's layout, or `TRAINED`; returns
-    the digest of the file with tensors, by its name."""
-    name = _file_name(model)
-    digests = {name: write_tensors(folder / name, trained_tensors(model))}
+def save_trained(
+    model: Model, folder: Path, config: RunConfig, ranks: Ranks = LONE
+) -> dict[str, str]:
+    """Write this rank's rows of the trained tensors into `folder`: an adapter in PEFT's layout, or
+    `TRAINED`; returns the digest of its file with tensors, by its name."""
+    slices = {name: slice_of(tensor, ranks) for name, tensor in trained_tensors(model).items()}
+    if ranks.is_first:
+        _write_settings(model, folder, config)
+    return write_slices(folder, _file_name(model), slices, ranks)
+
+
+def _write_settings(model: Model, folder: Path, config: RunConfig) -> None:
+    """How an adapter is put on its base, as PEFT reads it; nothing for a model."""
     if isinstance(model, PeftModel):
         settings = copy.copy(model.peft_config["default"])
         named = config.base_model in model_names()
@@ -92,14 +110,15 @@ def save_trained(model: Model, folder: Path, config: RunConfig) -> dict[str, str
         settings.base_model_name_or_path = hub_id or config.base_model
         settings.inference_mode = True
         settings.save_pretrained(str(folder))
-    return digests
 
 
-def load_trained(model: Model, folder: Path) -> None:
-    """Put what `save_trained` wrote back, bit for bit. WorkError when a name or shape differs."""
-    path, own = folder / _file_name(model), trained_tensors(model)
-    saved = {each.name: each.shape for each in list_entries(path)} if path.is_file() else {}
-    wrong = [k for k in own if saved.get(k) != own[k].shape]
+def load_trained(model: Model, folder: Path, ranks: Ranks = LONE) -> None:
+    """Put what any number of ranks saved back, bit for bit, each rank its own rows of it.
+
+    WorkError when a name or shape differs.
+    """
+    own, saved = trained_tensors(model), list_wholes(folder, _file_name(model))
+    wrong = [k for k in own if k not in saved or saved[k].shape != own[k].shape]
     wrong += [k for k in saved if k not in own]
     if wrong:
         raise WorkError(
@@ -107,35 +126,55 @@ def load_trained(model: Model, folder: Path) -> None:
             "The config was changed since they were saved, so they cannot be put back.",
             "Undo the change to the config, or train into a new output_dir.",
         )
-    read_tensors(path, lambda entry: own[entry.name])
+    for name, tensor in own.items():
+        part = slice_of(tensor, ranks)
+        saved[name].read(part.tensor, part.start)
 
 
 def _file_name(model: Model) -> str:
     return SAFETENSORS_WEIGHTS_NAME if isinstance(model, PeftModel) else TRAINED
 
 
-def export_trained(model: Model, folder: Path, base: Path, config: RunConfig) -> Path:
+def export_trained(
+    model: Model, folder: Path, base: Path, config: RunConfig, ranks: Ranks = LONE
+) -> Path:
     """Write the finished adapter (`adapter/`) or model (`model/`) of a run; returns its folder.
 
-    Beside it goes all that others need for the folder to work on its own. Raises WorkError where
-    there is no room; an earlier one is untouched then.
+    The first rank writes what the others send it, a piece of a tensor at a time. Beside it goes all
+    that others need for the folder to work on its own. Raises WorkError, on all ranks, where there
+    is no room; an earlier one is untouched then.
     """
     target = folder / ("model" if config.adapter is None else "adapter")
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        if config.adapter is None:
-            digests = _write_model(unwrapped(model), partial, base)
-        else:
-            digests = save_trained(model, partial, config)
+    tensors = trained_tensors(model)
+    if config.adapter is None:
+        tensors = _as_stored(unwrapped(model), base)
+
+    def write() -> None:
+        if ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        with gathered(tensors, ranks) as pieces:
+            if pieces is None:
+                return
+            if config.adapter is None:
+                unwrapped(model).save_pretrained(partial, state_dict={})  # its configs alone
+                digests = write_shards(partial, entries_of(tensors), pieces)
+            else:
+                _write_settings(model, partial, config)
+                name = _file_name(model)
+                digests = {name: write_file(partial / name, entries_of(tensors), pieces)}
         copy_companions(base, partial, config, whole=config.adapter is None)
         write_sums(partial, digests)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
+
+    try:
+        together(ranks, write)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)  # or a full disk has no room for `ended`
+        if ranks.is_first:  # or a full disk has no room for `ended`
+            shutil.rmtree(partial, ignore_errors=True)
         raise WorkError(
             f"The finished {target.name} could not be written to {folder}.",
             f"The system says: {error.strerror or error}.",
@@ -144,87 +183,73 @@ def export_trained(model: Model, folder: Path, base: Path, config: RunConfig) ->
     return target
 
 
-def _write_model(model: PreTrainedModel, folder: Path, base: Path) -> dict[str, str]:
+def _as_stored(model: PreTrainedModel, base: Path) -> dict[str, Tensor]:
     """A whole model by the names that its base has on disk; a tied head only as the embedding."""
-    model.save_pretrained(folder, state_dict={})  # its configs alone
     stored = list_tensors(base)
     own = {name: p.detach() for name, p in model.named_parameters()}
-    named = {stored[name].name if name in stored else name: t for name, t in own.items()}
-    return write_shards(folder, entries_of(named), lambda entry: in_pieces(named[entry.name]))
+    return {stored[name].name if name in stored else name: t for name, t in own.items()}
+
+
+def together(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+    """What `work` returns on each rank, JSON; where the system refuses it on one, OSError on all.
+
+    All end it together.
+    """
+    found, failed = None, None
+    try:
+        found = work()
+    except OSError as error:
+        failed = error
+    said = ranks.gather([found, failed and (failed.strerror or str(failed))])
+    if failed is not None:
+        raise failed
+    for rank, (_, elsewhere) in enumerate(said):
+        if elsewhere is not None:
+            raise OSError(f"on rank {rank}, {elsewhere}")
+    return [each for each, _ in said]
 
 
 BEST = "BEST"
-OPTIMIZER, RANDOM = "optimizer.safetensors", "random.safetensors"
-
-
-def optimizer_tensors(
-    model: Model, optimizer: Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's own tensors by `parameter|key`, and the rest of its state as JSON values."""
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for name, parameter in trained_parameters(model):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}|{key}"] = value
-            else:
-                values[f"{name}|{key}"] = value
-    return tensors, values
-
-
-def restore_optimizer(
-    model: Model, optimizer: Optimizer, file: Path, values: Mapping[str, Any]
-) -> None:
-    """Put a saved state back without the type casts of `load_state_dict` and without a copy."""
-    parameters = dict(trained_parameters(model))
-    optimizer.state.clear()
-
-    def place(entry: Entry) -> Tensor:
-        name, key = entry.name.rsplit("|", 1)
-        room = _room(optimizer, parameters[name], key, entry)
-        optimizer.state[parameters[name]][key] = room
-        return room
-
-    read_tensors(file, place)
-    for full_name, value in values.items():
-        name, key = full_name.rsplit("|", 1)
-        optimizer.state[parameters[name]][key] = value
-
-
-def _room(optimizer: Optimizer, parameter: nn.Parameter, key: str, entry: Entry) -> Tensor:
-    """Memory for a part of the state, where the optimizer keeps it: a moment's may be paged."""
-    if getattr(optimizer, "is_paged", False) and key in ("state1", "state2"):
-        # Zeroed by the device, which bitsandbytes waits for: the CPU may write into it.
-        paged: Tensor = optimizer.get_state_buffer(parameter, dtype=entry.dtype)  # type: ignore[attr-defined]
-        return paged
-    # torch keeps `step` of a plain AdamW on the CPU; the fused one keeps it with the rest.
-    fused = optimizer.defaults.get("fused")
-    device = parameter.device if entry.shape or fused else "cpu"
-    return torch.empty(entry.shape, dtype=entry.dtype, device=device)
+RANDOM = "random.safetensors"
 
 
 def rng_state() -> dict[str, Tensor]:
-    """The state of torch's generators, CPU and every visible card."""
+    """The state of torch's generators: the CPU's, and that of this process's card."""
     state = {"cpu": torch.get_rng_state()}
-    for index in range(torch.cuda.device_count()):
-        state[f"cuda:{index}"] = torch.cuda.get_rng_state(index)
+    if torch.cuda.is_available():
+        state["cuda:0"] = torch.cuda.get_rng_state(pick_device())
     return state
 
 
 def restore_rng_state(state: dict[str, Tensor]) -> None:
-    """Put the generators back; cards that this machine lacks are skipped."""
+    """Put the generators back; a card that this machine lacks is skipped."""
     torch.set_rng_state(state["cpu"])
-    for index in range(torch.cuda.device_count()):
-        if f"cuda:{index}" in state:
-            torch.cuda.set_rng_state(state[f"cuda:{index}"], index)
+    if torch.cuda.is_available() and "cuda:0" in state:
+        torch.cuda.set_rng_state(state["cuda:0"], pick_device())
 
 
 class Checkpoints:
-    """The checkpoints of `run`. `say` hears of each that is passed over."""
+    """The checkpoints of `run`. `say` hears of each that is passed over.
 
-    def __init__(self, run: RunFolder, config: RunConfig, say: Say = lambda text: None) -> None:
-        self._run, self._config, self._say = run, config, say
-        self.root = root = run.checkpoints
+    All ranks call the same in the same order; the first one alone makes, names and removes folders.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: RunConfig,
+        say: Say = lambda text: None,
+        ranks: Ranks = LONE,
+    ) -> None:
+        self._run, self._config, self._say, self._ranks = run, config, say, ranks
+        self.root = run.checkpoints
+        if ranks.is_first:
+            self._tidy()
+        ranks.barrier()
+
+    def _tidy(self) -> None:
+        """Make the folder, and end what a kill left half done."""
+        root = self.root
         root.mkdir(parents=True, exist_ok=True)
         for replaced in root.glob("*.old"):
             # Killed between the two renames of `save`: the older one is the complete one.
@@ -237,12 +262,29 @@ class Checkpoints:
     def find(self, name: str | None = None) -> Checkpoint | None:
         """The checkpoint `name`, else the newest whole one; None where none was saved.
 
-        Raises WorkError where it is damaged, or all are.
+        Raises WorkError, on all ranks, where it is damaged, or all are.
         """
-        return named_whole(self._run, name) if name else newest_whole(self._run, self._say)
+        found, refused = None, None
+        if self._ranks.is_first:
+            try:
+                found = named_whole(self._run, name) if name else newest_whole(self._run, self._say)
+            except WorkError as error:
+                refused = error
+        said = [found and found.folder.name, refused and [refused.what, refused.why, refused.fix]]
+        chosen, sentences = self._ranks.gather(said)[0]
+        if sentences:
+            raise refused or WorkError(*sentences)
+        if found is None and chosen:  # the first rank has compared its files
+            found = read_checkpoint(self.root / chosen, compare=False)
+        return found
 
     def best(self) -> Path | None:
         """The checkpoint with the lowest evaluation loss, where it is whole."""
+        found = self._whole_best() if self._ranks.is_first else None
+        name = self._ranks.gather(found and found.name)[0]
+        return self.root / name if name else None
+
+    def _whole_best(self) -> Path | None:
         name = read_mark(self.root, BEST)
         try:
             return read_checkpoint(self.root / name).folder if name else None
@@ -258,31 +300,58 @@ class Checkpoints:
         """
         target = self.root / f"step-{position.step}"
         partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+
+        def begin() -> None:
+            if self._ranks.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+
         try:
-            partial.mkdir()
-            self._write(partial, model, optimizer, position)
-            for path in (*partial.iterdir(), partial):
-                sync(path)
-            replaced = target.with_name(target.name + ".old")
-            if target.exists():
-                os.rename(target, replaced)
-            os.rename(partial, target)
-            sync(self.root)
-            write_whole(self.root / LATEST, target.name.encode())
-            if position.best_step == position.step:
-                write_whole(self.root / BEST, target.name.encode())
-            shutil.rmtree(replaced, ignore_errors=True)
+            together(self._ranks, begin)
+            written = together(self._ranks, lambda: self._write(partial, model, optimizer))
+            together(self._ranks, lambda: self._finish(partial, written, position))
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)  # or a full disk has no room for `ended`
+            if self._ranks.is_first:  # or a full disk has no room for `ended`
+                shutil.rmtree(partial, ignore_errors=True)
             raise WorkError(
                 f"The checkpoint of step {position.step} could not be written to {self.root}.",
                 f"The system says: {error.strerror or error}.",
                 "Free disk space or choose another output_dir; the run resumes from the "
                 "checkpoint before.",
             ) from error
-        self._prune()
         return target
+
+    def _write(self, partial: Path, model: Model, optimizer: Optimizer) -> Written:
+        """What this rank writes: its rows, and its random generators."""
+        ranks = self._ranks
+        digests = save_trained(model, partial, self._config, ranks)
+        slices, values = optimizer_slices(list(trained_parameters(model)), optimizer, ranks)
+        digests |= write_slices(partial, OPTIMIZER, slices, ranks)
+        own = file_of(RANDOM, ranks.rank, ranks.world_size)
+        digests[own] = write_tensors(partial / own, rng_state())
+        return digests, [type(optimizer).__name__, values if ranks.is_first else {}]
+
+    def _finish(self, partial: Path, written: Sequence[Written], position: Position) -> None:
+        """Seal what all ranks wrote, and let it take its name: the first rank's work."""
+        if not self._ranks.is_first:
+            return
+        digests = {name: own for each, _ in written for name, own in each.items()}
+        config = self._config.model_dump(mode="json", exclude_none=True)
+        name, values = written[0][1]
+        write_state(partial, position, (name, values), config, digests)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        target = partial.with_suffix("")
+        replaced = target.with_name(target.name + ".old")
+        if target.exists():
+            os.rename(target, replaced)
+        os.rename(partial, target)
+        sync(self.root)
+        write_whole(self.root / LATEST, target.name.encode())
+        if position.best_step == position.step:
+            write_whole(self.root / BEST, target.name.encode())
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._prune()
 
     def go_on_from(self, folder: Path, position: Position) -> None:
         """Make `folder`, whose position this is, the newest, and BEST the best that it knows.
@@ -290,6 +359,8 @@ class Checkpoints:
         A run that went back stays there when it is killed again; and a kill between the two marks
         of `save` leaves no BEST that the run itself has left behind.
         """
+        if not self._ranks.is_first:
+            return
         write_whole(self.root / LATEST, folder.name.encode())
         best = self.root / f"step-{position.best_step}"
         if best.is_dir():
@@ -310,18 +381,19 @@ class Checkpoints:
                 "of the other.",
                 "Undo the change to `optimizer`, or train into a new output_dir.",
             )
-        load_trained(model, found.folder)
-        restore_optimizer(model, optimizer, found.folder / OPTIMIZER, found.optimizer)
-        restore_rng_state(load_file(found.folder / RANDOM))
+        load_trained(model, found.folder, self._ranks)
+        named = list(trained_parameters(model))
+        restore_optimizer(named, optimizer, found.folder, found.optimizer, self._ranks)
+        self._restore_random(found)
         return replace(found.position)
 
-    def _write(self, partial: Path, model: Model, optimizer: Optimizer, position: Position) -> None:
-        digests = save_trained(model, partial, self._config)
-        tensors, values = optimizer_tensors(model, optimizer)
-        digests[OPTIMIZER] = write_tensors(partial / OPTIMIZER, tensors)
-        digests[RANDOM] = write_tensors(partial / RANDOM, rng_state())
-        config = self._config.model_dump(mode="json", exclude_none=True)
-        write_state(partial, position, (type(optimizer).__name__, values), config, digests)
+    def _restore_random(self, found: Checkpoint) -> None:
+        """Put this rank's generators back; a rank that the run had not yet begins anew."""
+        rank, saved = self._ranks.rank, len(list(found.folder.glob("random*.safetensors")))
+        if rank < saved:
+            restore_rng_state(load_file(found.folder / file_of(RANDOM, rank, saved)))
+        else:
+            torch.manual_seed(hash((self._config.seed, found.position.step, rank)))
 
     def _prune(self) -> None:
         kept = {read_mark(self.root, LATEST), read_mark(self.root, BEST)}

@@ -28,7 +28,7 @@ from engine.train.experts import adapt
 from engine.train.forward import Model, checkpoint_activations, frozen_inputs, head_of
 from engine.train.model import Base
 from engine.train.optim import is_lora_matrix
-from engine.train.weight_files import list_entries
+from engine.train.slices import list_wholes
 from engine.visible import visible
 
 AGREEING = {
@@ -156,7 +156,7 @@ def go_on_from(model: PeftModel, folder: Path) -> None:
             )
     names = set(trained_tensors(model))
     try:
-        stored = {entry.name for entry in list_entries(folder / SAFETENSORS_WEIGHTS_NAME)}
+        stored = list_wholes(folder, SAFETENSORS_WEIGHTS_NAME).keys()
     except (OSError, SafetensorError) as error:
         raise _no_adapter(folder, f"{SAFETENSORS_WEIGHTS_NAME} cannot be read") from error
     if names != stored:

@@ -53,14 +53,19 @@ def is_lora_matrix(name: str) -> bool:
 
 def _groups(named: Iterable[tuple[str, nn.Parameter]], config: RunConfig) -> list[dict[str, Any]]:
     """Parameter groups by how they decay and how fast they learn."""
-    members: dict[tuple[float, float], list[nn.Parameter]] = {}
+    members: dict[tuple[float, float], dict[str, nn.Parameter]] = {}
     for name, parameter in named:
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         ratio = config.loraplus_lr_ratio if "lora_B" in name else None
-        members.setdefault((decay, ratio or 1.0), []).append(parameter)
+        members.setdefault((decay, ratio or 1.0), {})[name] = parameter
     return [
-        {"params": parameters, "weight_decay": decay, "lr_ratio": ratio}
-        for (decay, ratio), parameters in members.items()
+        {
+            "params": list(own.values()),
+            "names": list(own),
+            "weight_decay": decay,
+            "lr_ratio": ratio,
+        }
+        for (decay, ratio), own in members.items()
     ]
 
 

@@ -43,6 +43,9 @@ DTYPES = {
 }
 """What safetensors calls the types that weights and states have."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+OFFSETS = "DCP_SHARDING_INFO"
+"""Where a file of one rank says which rows it holds, as torch.distributed.checkpoint's own
+safetensors storage has it: its reader reads ours."""
 _WEIGHT_TYPES = ("F8_E4M3", "BF16", "F16", "F32")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PREFIXES = {
@@ -177,8 +180,13 @@ def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
 
 def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
     """The numbers of `tensor` in their order, on the CPU, at most `PIECE_BYTES` at a time."""
-    for part in _parts(tensor.detach(), PIECE_BYTES // tensor.dtype.itemsize):
+    for part in cut(tensor.detach(), tensor.dtype.itemsize):
         yield part.cpu().contiguous()
+
+
+def cut(tensor: Tensor, itemsize: int) -> Iterator[Tensor]:
+    """Views of at most `PIECE_BYTES` each, in the order of the numbers, of `itemsize` bytes."""
+    return _parts(tensor, PIECE_BYTES // itemsize)
 
 
 def _parts(tensor: Tensor, numbers: int) -> Iterator[Tensor]:
@@ -191,34 +199,41 @@ def _parts(tensor: Tensor, numbers: int) -> Iterator[Tensor]:
         yield from _parts(part, numbers)
 
 
-def _bytes_of(piece: Tensor) -> memoryview:
+def bytes_of(piece: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     return piece.view(-1).view(torch.uint8).numpy().data
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_tensors(
+    file: Path, tensors: Mapping[str, Tensor], starts: Mapping[str, int] | None = None
+) -> str:
     """Write `tensors`, on whatever device they are, as one file; all as `write_file`."""
-    return write_file(file, entries_of(tensors), lambda entry: in_pieces(tensors[entry.name]))
+    entries = entries_of(tensors)
+    return write_file(file, entries, lambda entry: in_pieces(tensors[entry.name]), starts)
 
 
 def write_file(
-    path: Path, entries: Iterable[Entry], pieces: Callable[[Entry], Iterator[Tensor]]
+    path: Path,
+    entries: Iterable[Entry],
+    pieces: Callable[[Entry], Iterator[Tensor]],
+    starts: Mapping[str, int] | None = None,
 ) -> str:
     """Write a file, sync it, and see that safetensors' own reader finds `entries` in it; returns
     its digest, which is of what was to be written: a file read back has its faults in it already.
 
-    `pieces` gives a tensor's numbers in their order, in any number of parts, in its dtype. Raises
+    `pieces` gives a tensor's numbers in their order, in any number of parts, in its dtype. `starts`
+    says of a file that holds some rows of each tensor which row of the whole is its first. Raises
     OSError where there is no room, and where the file does not read back.
     """
     # Wide numbers first, so that every tensor begins at a multiple of its own width.
     ordered = sorted(entries, key=lambda each: -each.dtype.itemsize)
-    header = _header(ordered)
+    header = _header(ordered, starts)
     hashed = hashlib.sha256(header)
     with path.open("wb") as file:
         file.write(header)
         for entry in ordered:
             for piece in pieces(entry):
-                content = _bytes_of(piece.contiguous())
+                content = bytes_of(piece.contiguous())
                 hashed.update(content)
                 file.write(content)
                 del piece, content  # or it lies beside the next one
@@ -244,23 +259,6 @@ def list_entries(path: Path) -> list[Entry]:
             raise SafetensorError(f"{path.name} holds numbers of the type {dtype}")
         entries.append(Entry(name, shape, DTYPES[dtype]))
     return entries
-
-
-@torch.no_grad()
-def read_tensors(path: Path, place: Callable[[Entry], Tensor]) -> None:
-    """Fill the tensor that `place` gives for each entry of a file, on whatever device it is.
-
-    Raises SafetensorError where the file is damaged, OSError where it cannot be read to its end.
-    """
-    with path.open("rb") as file:
-        file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
-        for entry in list_entries(path):  # which says that there are no gaps between them
-            for part in _parts(place(entry), PIECE_BYTES // entry.dtype.itemsize):
-                piece = torch.empty(part.shape, dtype=entry.dtype)
-                if file.readinto(_bytes_of(piece)) != piece.nbytes:
-                    raise OSError(f"{path.name} ends before its last tensor")
-                part.copy_(piece)
-                del piece  # or it lies beside the next one
 
 
 def write_shards(
@@ -309,9 +307,16 @@ def _split(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
     return shards
 
 
-def _header(entries: Sequence[Entry]) -> bytes:
+def _header(entries: Sequence[Entry], starts: Mapping[str, int] | None = None) -> bytes:
     """A length of 8 bytes, then JSON that is padded to a multiple of 8: safetensors' own format."""
-    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    metadata = {"format": "pt"}
+    if starts is not None:
+        offsets = {
+            e.name: [starts[e.name], *[0] * len(e.shape[1:])][: len(e.shape)] for e in entries
+        }
+        said = {name: {"saved_offsets": offset} for name, offset in offsets.items()}
+        metadata |= {OFFSETS: json.dumps(said), "DCP_VERSION": "1.0"}
+    content: dict[str, object] = {"__metadata__": metadata}
     start = 0
     for entry in entries:
         end = start + entry.size_bytes

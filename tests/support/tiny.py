@@ -30,11 +30,13 @@ from engine.errors import UserError
 from engine.events import EventWriter
 from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.batches import Rows
-from engine.train.checkpoint import optimizer_tensors, trained_tensors
+from engine.train.checkpoint import trained_parameters, trained_tensors
 from engine.train.forward import Model, half_precision, unwrapped
 from engine.train.loop import Session, Training
 from engine.train.lora import put_on_training
 from engine.train.model import Base, load_base
+from engine.train.moments import optimizer_slices
+from engine.train.ranks import LONE
 
 VOCABULARY = 192
 TEXT: dict[str, Any] = {
@@ -283,7 +285,8 @@ def moved(run: Training, count: int) -> set[str]:
 
 def everything(run: Training) -> dict[str, Any]:
     """All that has to survive, bit for bit."""
-    tensors, values = optimizer_tensors(run.model, run.optimizer)
+    slices, values = optimizer_slices(list(trained_parameters(run.model)), run.optimizer, LONE)
+    tensors = {name: own.tensor for name, own in slices.items()}
     tensors |= {f"weight {name}": t.clone() for name, t in trained_tensors(run.model).items()}
     bits = {name: (t.dtype, tuple(t.shape), bytes_of(t)) for name, t in tensors.items()}
     return bits | values

@@ -21,7 +21,6 @@ from engine.plan.trainer import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from engine.runs import RunFolder
 from engine.train.batches import Rows
 from engine.train.checkpoint import (
-    OPTIMIZER,
     RANDOM,
     Checkpoints,
     export_trained,
@@ -31,6 +30,7 @@ from engine.train.checkpoint import (
 )
 from engine.train.loss import Loss
 from engine.train.model import Base, load_base
+from engine.train.moments import OPTIMIZER
 from engine.train.seal import STATE, Damaged, Position, _with_digest, read_checkpoint
 from tests.support.stock import stock_model
 from tests.support.tiny import (

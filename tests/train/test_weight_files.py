@@ -9,18 +9,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.train import weight_files
+from engine.train.slices import list_wholes
 from engine.train.weight_files import (
     DTYPES,
     Entry,
     entries_of,
     in_pieces,
     list_entries,
-    read_tensors,
     write_file,
     write_tensors,
 )
 
-PIECE_BYTES = 64
+PIECE_BYTES, FILE = 64, "some.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +39,15 @@ def numbers(dtype: torch.dtype, *shape: int) -> Tensor:
     count = torch.Size(shape).numel() * dtype.itemsize
     raw = torch.randint(0, 2 if dtype == torch.bool else 256, (count,), dtype=torch.uint8)
     return raw.view(dtype).view(shape)
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """All that the folder's file holds."""
+    found = {}
+    for name, whole in list_wholes(folder, FILE).items():
+        found[name] = torch.empty(whole.shape, dtype=whole.parts[0].entry.dtype)
+        whole.read(found[name])
+    return found
 
 
 def one_of_each() -> dict[str, Tensor]:
@@ -60,8 +69,8 @@ def one_of_each() -> dict[str, Tensor]:
 
 def test_safetensors_own_reader_finds_every_bit(tmp_path: Path) -> None:
     tensors = one_of_each()
-    write_tensors(tmp_path / "file", tensors)
-    found = load_file(tmp_path / "file")
+    write_tensors(tmp_path / FILE, tensors)
+    found = load_file(tmp_path / FILE)
     assert {name: bits(t) for name, t in found.items()} == {n: bits(t) for n, t in tensors.items()}
 
 
@@ -69,30 +78,25 @@ def test_safetensors_own_reader_finds_every_bit(tmp_path: Path) -> None:
 def test_what_either_writer_wrote_comes_back(tmp_path: Path, by: str) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in one_of_each().items()}
     if by == "ours":
-        write_tensors(tmp_path / "file", tensors)
+        write_tensors(tmp_path / FILE, tensors)
     else:
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "file")
-    found: dict[str, Tensor] = {}
-
-    def place(entry: Entry) -> Tensor:
-        return found.setdefault(entry.name, torch.empty(entry.shape, dtype=entry.dtype))
-
-    read_tensors(tmp_path / "file", place)
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / FILE)
+    found = read(tmp_path)
     assert {name: bits(t) for name, t in found.items()} == {n: bits(t) for n, t in tensors.items()}
 
 
 def test_what_is_read_fits_a_place_of_any_layout_and_type(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.zeros(50, 30, dtype=torch.bfloat16).t())
     written = torch.randn(30, 50)
-    write_tensors(tmp_path / "file", {"weight": written})
-    read_tensors(tmp_path / "file", lambda _: weight)
+    write_tensors(tmp_path / FILE, {"weight": written})
+    list_wholes(tmp_path, FILE)["weight"].read(weight)
     assert torch.equal(weight.detach(), written.bfloat16())
 
 
 def test_two_names_may_share_one_memory(tmp_path: Path) -> None:
     head = torch.randn(5, 5)
-    write_tensors(tmp_path / "file", {"head": head, "embedding": head})
-    assert set(load_file(tmp_path / "file")) == {"head", "embedding"}
+    write_tensors(tmp_path / FILE, {"head": head, "embedding": head})
+    assert set(load_file(tmp_path / FILE)) == {"head", "embedding"}
 
 
 @pytest.mark.parametrize("name", ["long vector", "wide rows", "turned", "expanded", "matrix F64"])
@@ -110,7 +114,7 @@ def test_a_file_that_does_not_read_back_is_an_error(tmp_path: Path) -> None:
     for times in (0, 2):
         with pytest.raises(OSError, match="does not read back"):
             write_file(
-                tmp_path / "file",
+                tmp_path / FILE,
                 entries_of(tensors),
                 lambda entry, times=times: iter([tensors[entry.name]] * times),  # type: ignore[misc]
             )
@@ -119,33 +123,30 @@ def test_a_file_that_does_not_read_back_is_an_error(tmp_path: Path) -> None:
 def test_another_header_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that safetensors can read, and that is not what was to be written."""
     other = weight_files._header([Entry("one", (2, 2), torch.float32)])
-    monkeypatch.setattr(weight_files, "_header", lambda entries: other)
+    monkeypatch.setattr(weight_files, "_header", lambda entries, starts: other)
     with pytest.raises(OSError, match="does not read back"):
-        write_tensors(tmp_path / "file", {"one": torch.ones(4)})
+        write_tensors(tmp_path / FILE, {"one": torch.ones(4)})
 
 
 @pytest.mark.parametrize("kept", [0, 7, 50, -1])
 def test_a_file_that_is_cut_short_is_refused(tmp_path: Path, kept: int) -> None:
-    path = tmp_path / "file"
+    path = tmp_path / FILE
     write_tensors(path, {"one": torch.ones(40), "two": torch.ones(40)})
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(SafetensorError):
-        read_tensors(path, lambda entry: torch.empty(entry.shape))
+        list_wholes(tmp_path, FILE)
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "file"
+    path = tmp_path / FILE
     write_tensors(path, {name: torch.ones(5000) for name in ("one", "two")})
-
-    def place(entry: Entry) -> Tensor:
-        path.write_bytes(path.read_bytes()[:1000])
-        return torch.empty(entry.shape)
-
+    two = list_wholes(tmp_path, FILE)["two"]
+    path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(OSError, match="ends before its last tensor"):
-        read_tensors(path, place)
+        two.read(torch.empty(5000))
 
 
 def test_numbers_of_a_type_that_no_weight_has_are_refused(tmp_path: Path) -> None:
-    save_file({"one": torch.ones(4, dtype=torch.complex64)}, tmp_path / "file")
+    save_file({"one": torch.ones(4, dtype=torch.complex64)}, tmp_path / FILE)
     with pytest.raises(SafetensorError, match="type C64"):
-        list_entries(tmp_path / "file")
+        list_entries(tmp_path / FILE)
