@@ -1,0 +1,153 @@
+"""Checkpoints and results of several ranks, each of which writes its own rows."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from engine.train.moments import restore_optimizer
+from engine.train.optim import build_optimizer
+from engine.train.ranks import LONE
+from engine.train.seal import Damaged, read_checkpoint
+from tests.support.rank_group import RankGroup
+from tests.support.rank_saves import Saver, content
+from tests.support.tiny import Models, assert_same, flip, settings
+
+LORA = {"adapter": "lora", "lora_r": 64, "learning_rate": 0.01}
+FULL = {"learning_rate": 0.01}
+CASES = {
+    "lora": LORA | {"optimizer": "adamw_torch"},
+    "full": FULL | {"optimizer": "adamw_torch_fused"},
+    "full in 8 bits": FULL | {"optimizer": "adamw_bnb_8bit"},
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def saved(
+    request: pytest.FixtureRequest,
+    two_ranks: RankGroup,
+    model_folder: Models,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict[str, Any]]:
+    """A run that two ranks saved at steps 2 and 4 and finished, and its keys."""
+    keys = {"base": str(model_folder("ministral3")), "keys": CASES[request.param]}
+    home = tmp_path_factory.mktemp("two")
+    two_ranks.run("rank_saves:learn", home=str(home), until=[2, 4], begin=True, **keys)
+    return home, keys
+
+
+def began(saved: Path, home: Path) -> str:
+    """A copy of the run as it was at step 2."""
+    shutil.copytree(saved / "checkpoints" / "step-2", home / "checkpoints" / "step-2")
+    return str(home)
+
+
+def at(home: Path | str, step: int) -> dict[str, torch.Tensor]:
+    return content(Path(home) / "checkpoints" / f"step-{step}")
+
+
+def test_two_ranks_resume_as_if_they_had_never_stopped(
+    saved: tuple[Path, dict[str, Any]], two_ranks: RankGroup, tmp_path: Path
+) -> None:
+    home, keys = saved
+    two_ranks.run("rank_saves:learn", home=began(home, tmp_path), until=[4], **keys)
+    assert_same(at(tmp_path, 4), at(home, 4), rtol=0, atol=0)
+
+
+def test_one_resumes_what_two_saved_and_two_what_one_saved(
+    saved: tuple[Path, dict[str, Any]], two_ranks: RankGroup, tmp_path: Path
+) -> None:
+    home, keys = saved
+    saver = Saver(LONE, began(home, tmp_path / "one"), **keys)
+    saver.resume()
+    saver.step = 3
+    saver.save()
+    assert_same(at(saver.home, 3), at(home, 2), rtol=0, atol=0)
+    again = tmp_path / "again"
+    shutil.copytree(saver.home, again)
+    two_ranks.run("rank_saves:learn", home=str(again), until=[3], **keys)
+    assert_same(at(again, 3), at(home, 2), rtol=0, atol=0)
+    saver.step = 2
+    saver.learn(4)
+    assert_same(at(saver.home, 4), at(home, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_the_result_is_what_one_rank_writes(
+    saved: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    home, keys = saved
+    saver = Saver(LONE, str(tmp_path), **keys)
+    shutil.copytree(home / "checkpoints", saver.home / "checkpoints")
+    saver.resume()
+    saver.export()
+    name = "adapter" if "adapter" in keys["keys"] else "model"
+    theirs = {path.name: path.read_bytes() for path in (home / name).iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} == theirs
+    assert theirs
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_every_rank_wrote_its_own_rows_as_dcp_reads_them(
+    saved: tuple[Path, dict[str, Any]],
+) -> None:
+    home, keys = saved
+    folder = home / "checkpoints" / "step-4"
+    ours = content(folder)
+    stored = {path.stem.rsplit("-", 3)[0] for path in folder.glob("*-of-00002.safetensors")}
+    assert stored == {
+        "adapter_model" if "adapter" in keys["keys"] else "trained",
+        "optimizer",
+        "random",
+    }
+    sizes = [path.stat().st_size for path in sorted(folder.glob("optimizer-*"))]
+    assert max(sizes) < 1.2 * min(sizes)
+    plain = {n: t for n, t in ours.items() if "|state" not in n}
+    theirs = {name: torch.empty_like(tensor) for name, tensor in plain.items()}
+    load(theirs, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    assert_same(theirs, plain, rtol=0, atol=0)
+
+
+def test_a_flipped_bit_in_any_file_is_noticed(
+    saved: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    began(saved[0], tmp_path)
+    folder = tmp_path / "checkpoints" / "step-2"
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        flip(path)
+        with pytest.raises(Damaged, match=path.name):
+            read_checkpoint(folder)
+        path.write_bytes(whole)
+    read_checkpoint(folder)
+
+
+def test_no_room_on_one_rank_is_said_by_all_and_leaves_what_was_there(
+    two_ranks: RankGroup, model_folder: Models, tmp_path: Path
+) -> None:
+    keys = {"base": str(model_folder("ministral3")), "keys": CASES["lora"]}
+    first, second = two_ranks.run("rank_saves:no_room", home=str(tmp_path), **keys)
+    assert first == "The system says: on rank 1, File too large."
+    assert second == "The system says: File too large."
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"step-1", "LATEST"}
+
+
+def test_moments_whose_blocks_would_be_cut_go_on_in_32_bits(
+    two_ranks: RankGroup, tmp_path: Path
+) -> None:
+    two_ranks.run("rank_saves:cut_blocks", home=str(tmp_path))
+    saved = content(tmp_path)
+    named = list(nn.Linear(66, 250, bias=False).named_parameters())
+    optimizer = build_optimizer(named, settings(optimizer="adamw_bnb_8bit"))
+    restore_optimizer(named, optimizer, tmp_path, {"weight|step": 1}, LONE)
+    state = dict(optimizer.state[named[0][1]])
+    assert state.pop("step") == 1
+    assert_same(state, {name[-6:]: t for name, t in saved.items()}, rtol=0, atol=0)
+    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+    named[0][1].grad = torch.ones(250, 66)
+    optimizer.step()
+    assert int(optimizer.state[named[0][1]]["step"]) == 2
