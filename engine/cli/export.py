@@ -1,26 +1,33 @@
 """`export`: a config as a job for a cluster, or for another trainer, and its sending."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from cyclopts import Parameter
 
-from engine.cli.terminal import AsJson, ConfigPath, print_lines
+from engine.catalog import read_architecture
+from engine.cli.dry_run import USUAL_CARD
+from engine.cli.terminal import AsJson, Assume, ConfigPath, print_lines
 from engine.config import RunConfig, read_config
+from engine.data.sources import with_absolute_paths
 from engine.errors import UserError, WorkError
 from engine.files import write_whole
-from engine.plan.layout import layout_of
-from engine.report import Line
-from engine.wizard.start import run_name
+from engine.plan.layout import Layout, layout_of
+from engine.report import VERDICT_MARKS, Line
+from engine.units import gib
+from engine.wizard.start import find_device, run_name
 
 if TYPE_CHECKING:
-    from engine.cluster.job import Job
+    from engine.cluster.automodel import Grid
+    from engine.cluster.job import Allocation, Job
+    from engine.cluster.shares import Share
     from engine.cluster.slurm import Places
 
-Target = Literal["slurm"]
+Target = Literal["slurm", "automodel"]
 _EXECUTABLE: Final = 0o755
 
 
@@ -35,6 +42,10 @@ class Asked:
     gpus_per_node: Annotated[
         int | None, Parameter(help="GPUs of a node, 0 for none; else 8 at most.")
     ] = None
+    tensor: Annotated[int | None, Parameter(help="automodel: GPUs that share each matrix.")] = None
+    pipeline: Annotated[int | None, Parameter(help="automodel: stages that share the layers.")] = (
+        None
+    )
     partition: Annotated[str | None, Parameter(help="Slurm's partition.")] = None
     account: Annotated[str | None, Parameter(help="Slurm's account.")] = None
     time: Annotated[str | None, Parameter(help="Time limit, as 24:00:00.")] = None
@@ -42,6 +53,19 @@ class Asked:
     environment: Annotated[
         Path | None, Parameter(help="Virtual environment of the nodes; else ours.")
     ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What is written, and what is said of it."""
+
+    job: "Job"
+    places: "Places"
+    files: Mapping[Path, str]
+    missing: list[UserError]
+    """What has to be fetched before the job is sent."""
+    lines: list[Line | str] = field(default_factory=list)
+    document: dict[str, Any] = field(default_factory=dict)
 
 
 def export(
@@ -52,39 +76,49 @@ def export(
     out: Annotated[Path, Parameter(("--out", "-o"), help="The file to write.")],
     asked: Asked | None = None,
     submit: Annotated[bool, Parameter(help="Send the job to Slurm too.")] = False,
+    assumed: Assume = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a config as a job for Slurm, and with --submit send it.
+    """Write a config as a job for Slurm, or for NeMo AutoModel by Slurm, and with --submit send it.
 
     It runs in folders that all nodes see: the config's, the hub's cache, this environment. Nodes
     fetch nothing, so --submit first looks that model and rows are there, else it says what fetches
     them. The job saves before its time limit and is queued again until the run has finished.
+    automodel writes AutoModel's YAML with a script beside it, and compares what a rank holds there
+    and in our own run.
     """
-    from engine.cluster.slurm import not_there, secrets_set, send
+    from engine.cluster.slurm import secrets_set, send
 
     asked = asked or Asked()
     file, out = config.absolute(), out.expanduser().absolute()
     given = read_config(config).override(changes)
     given.require_supported(sharded=True)
-    job, places = _slurm_job(given.config, file, changes, out, asked)
-    missing = list(not_there(given.config, places))
-    _write(out, job.script(), file)
-    if submit and missing:
-        raise missing[0]
-    number = send(out) if submit else None
+    if to == "slurm":
+        made = _for_slurm(given.config, file, changes, out, asked)
+    else:
+        made = _for_automodel(given.config, file, out, asked, assumed)
+    for path, text in made.files.items():
+        _write(path, text, file)
+    if submit and made.missing:
+        raise made.missing[0]
+    *_, script = made.files
+    number = send(script) if submit else None
     if as_json:
-        said = [str(error) for error in missing]
-        document = {"to": to, "files": [str(out)], "run": str(places.run), "job": number}
-        print(json.dumps(document | {"missing": said, "allocation": asdict(job.allocation)}))
+        said = {
+            "to": to,
+            "files": [str(path) for path in made.files],
+            "run": str(made.places.run),
+            "job": number,
+            "allocation": asdict(made.job.allocation),
+            "missing": [str(error) for error in made.missing],
+        }
+        print(json.dumps(said | made.document))
         return
-    print_lines(_report(job, places, out, number, missing, secrets_set()))
+    print_lines(_report(made, script, number, secrets_set()))
 
 
-def _slurm_job(
-    config: RunConfig, file: Path, changes: tuple[str, ...], out: Path, asked: Asked
-) -> "tuple[Job, Places]":
+def _allocate(config: RunConfig, asked: Asked) -> "Allocation":
     from engine.cluster.job import Allocation, allocate
-    from engine.cluster.slurm import Places, environment_of_ours, hub_cache, train_job
 
     laid_out = layout_of(config)
     ranks = laid_out.cards if laid_out else (asked.nodes or 0) * (asked.gpus_per_node or 0)
@@ -94,21 +128,73 @@ def _slurm_job(
             "A job asks for a number of them.",
             "Add dp_shard_size=8 behind the config, or ask with --nodes and --gpus-per-node.",
         )
-    allocation = Allocation(
-        *allocate(ranks, asked.nodes, asked.gpus_per_node),
-        asked.partition,
-        asked.account,
-        asked.time,
-    )
-    name = run_name(out)
+    nodes, gpus = allocate(ranks, asked.nodes, asked.gpus_per_node)
+    return Allocation(nodes, gpus, asked.partition, asked.account, asked.time)
+
+
+def _place(config: RunConfig, file: Path, name: str, asked: Asked, runs: Path) -> "Places":
+    from engine.cluster.slurm import Places, environment_of_ours, hub_cache
+
     run = Path(config.output_dir or Path("runs") / name).expanduser()
-    places = Places(
+    return Places(
         config=file,
-        run=file.parent / run,
+        run=runs / run,
         cache=asked.cache.expanduser().absolute() if asked.cache else hub_cache(),
         environment=(asked.environment or environment_of_ours()).expanduser().absolute(),
     )
-    return train_job(name, allocation, places, out.parent, changes), places
+
+
+def _for_slurm(
+    config: RunConfig, file: Path, changes: tuple[str, ...], out: Path, asked: Asked
+) -> Made:
+    from engine.cluster.slurm import not_there, train_job
+
+    allocation, name = _allocate(config, asked), run_name(out)
+    places = _place(config, file, name, asked, file.parent)
+    job = train_job(name, allocation, places, out.parent, changes)
+    return Made(job, places, {out: job.script()}, list(not_there(config, places)))
+
+
+def _for_automodel(
+    config: RunConfig, file: Path, out: Path, asked: Asked, assumed: str | None
+) -> Made:
+    from engine.cluster.automodel import automodel_job, automodel_yaml, choose_grid, not_there
+    from engine.cluster.shares import grid_share, our_shares
+    from engine.plan import Place
+
+    allocation, name = _allocate(config, asked), run_name(out)
+    architecture = read_architecture(with_absolute_paths(config, file.parent).base_model)
+    ranks, gpus = allocation.nodes * allocation.gpus_per_node, allocation.gpus_per_node
+    tensor = asked.tensor or config.tensor_parallel_size or 0
+    grid = choose_grid(architecture, ranks, gpus, tensor, asked.pipeline or 0)
+    layout = layout_of(config) or Layout(shard=ranks)
+    places = _place(config, out, name, asked, out.parent)
+    text = automodel_yaml(config, architecture, layout, grid, places.run)
+    job = automodel_job(name, allocation, places, out.parent, grid, asked.environment is not None)
+    here = find_device(assumed)
+    place = Place(architecture, here if here.kind == "cuda" else find_device(USUAL_CARD))
+    cut, ours = grid_share(config, place, grid), list(our_shares(config, place, ranks, gpus))
+    return Made(
+        job,
+        places,
+        {out: text, out.with_suffix(".sbatch"): job.script()},
+        list(not_there(config, architecture, places)),
+        list(_compare(grid, cut, ours, place.device.name)),
+        {"automodel": asdict(cut), "windtunnel": [asdict(share) for share in ours]},
+    )
+
+
+def _compare(grid: "Grid", cut: "Share", ours: "list[Share]", card: str) -> Iterator[Line | str]:
+    yield f"what the fullest rank holds of {card}:"
+    for name, share in (("AutoModel", cut), *(("here", each) for each in ours)):
+        mark = VERDICT_MARKS[share.verdict]
+        yield Line(mark, f"{name}: {share.name}", f"{gib(share.device_bytes)}, {share.verdict}")
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in cut.parts.items())
+    yield Line("·", "", f"AutoModel's by arithmetic, not measured: {parts}")
+    if grid.pipeline > 1:
+        idle = f"{grid.idle_share:.0%} of a step's time its stages wait for each other"
+        yield Line("·", "", f"{idle}; a larger local_batch_size in the YAML makes it less")
+    yield Line("·", "", "our own run gathers each layer instead: --to slurm writes that job")
 
 
 def _write(out: Path, text: str, config: Path) -> None:
@@ -132,27 +218,22 @@ def _write(out: Path, text: str, config: Path) -> None:
 
 
 def _report(
-    job: "Job",
-    places: "Places",
-    out: Path,
-    number: str | None,
-    missing: list[UserError],
-    secrets: list[str],
-) -> list[Line | str]:
-    found: list[Line | str] = [
-        Line("✓", "", f"{out}: {job.allocation.words()}"),
-        Line("·", "", f"the run: {places.run}, which every node has to see"),
-        Line("·", "", f"the model: {places.cache} (HF_HOME)"),
-        Line("·", "", f"programs: {places.environment}"),
-        *(Line("·", "", f"{name} is set and passes through") for name in secrets),
-        *(Line("!", "", str(error)) for error in missing),
-    ]
+    made: Made, script: Path, number: str | None, secrets: list[str]
+) -> Iterator[Line | str]:
+    places = made.places
+    for path in made.files:
+        yield Line("✓", "", f"{path}: {made.job.allocation.words()}")
+    yield Line("·", "", f"the run: {places.run}, which every node has to see")
+    yield Line("·", "", f"the model: {places.cache} (HF_HOME)")
+    for name in secrets:
+        yield Line("·", "", f"{name} is set and passes through")
+    for error in made.missing:
+        yield Line("!", "", str(error))
+    yield from made.lines
     if number is None:
-        return [*found, f"Send it with: sbatch {quote(str(out))}"]
-    log = job.log_pattern().replace("%%", "%").replace("%j", number)
-    return [
-        *found,
-        f"Sent as job {number}. Watch it: squeue --job {number}",
-        f"  tail -f {quote(log)}",
-        f"  windtunnel watch {quote(str(places.run))}",
-    ]
+        yield f"Send it with: sbatch {quote(str(script))}"
+        return
+    yield f"Sent as job {number}. Watch it: squeue --job {number}"
+    log = made.job.log_pattern().replace("%%", "%").replace("%j", number)
+    yield f"  tail -f {quote(log)}"
+    yield f"  windtunnel watch {quote(str(places.run))}"

@@ -123,6 +123,8 @@ class Job:
     """What srun starts, a line each as the shell reads it."""
     repeats_at: str
     """Test of the shell for whether a job that was warned goes on in another one."""
+    notes: tuple[str, ...] = ()
+    """Comments above srun."""
 
     def script(self) -> str:
         """The whole script."""
@@ -189,6 +191,7 @@ class Job:
         yield from _QUEUE_AGAIN.format(
             grace=self.grace_seconds, wait=max(1, self.grace_seconds - _SPARE_SECONDS)
         ).splitlines()
+        yield from self.notes
         yield " \\\n  ".join(("srun --kill-on-bad-exit=0", *self.command)) + " &"
         yield from _WAIT.format(test=self.repeats_at).splitlines()
 

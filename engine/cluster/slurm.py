@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import join, quote
+from typing import Final
 
 from engine.cluster.job import SECRETS, Allocation, Job
 from engine.config import RunConfig
@@ -17,8 +18,11 @@ from engine.hub_id import MODEL_FILES
 from engine.publish.card import find_base
 from engine.visible import visible
 
-FIRST_PORT, PORTS = 20_000, 20_000
-"""Of the rendezvous: one a job, so that two jobs that share a first node do not meet."""
+MEETING: Final = (
+    'host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+    "port=$((20000 + SLURM_JOB_ID % 20000))  # one a job: two that share a node do not meet",
+)
+"""Lines of shell that say where the nodes of a job find each other."""
 
 
 def hub_cache() -> Path:
@@ -79,10 +83,6 @@ def train_job(
     """
     require_plain(log)
     several = allocation.nodes > 1
-    meeting = (
-        'host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        f"port=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))",
-    )
     return Job(
         name=name,
         title=f"Windtunnel trains {places.config.name} on {allocation.words()}.",
@@ -95,7 +95,7 @@ def train_job(
             f"run={quote(str(places.run))}",
             "# What was begun goes on from its last save.",
             'if [ -s "$run/events.jsonl" ]; then resume=true; else resume=false; fi',
-            *(meeting if several else ()),
+            *(MEETING if several else ()),
         ),
         command=(
             'windtunnel train "$config" "output_dir=$run" "resume_from_checkpoint=$resume"',
@@ -113,15 +113,8 @@ def not_there(config: RunConfig, places: Places) -> Iterator[UserError]:
     is the hub's in the shared cache.
     """
     _, repository = find_base(config.base_model)
-    if repository is not None and not _is_cached(repository, config.revision_of_model, places):
-        revision = ["--revision", config.revision_of_model] if config.revision_of_model else []
-        words = ["hf", "download", repository, *revision]
-        command = join([*words, *(word for each in MODEL_FILES for word in ("--include", each))])
-        yield UserError(
-            f"{repository} is not in the shared cache.",
-            f"{places.cache} has not all of its files, and the nodes fetch nothing.",
-            f"Fetch it here first: HF_HOME={quote(str(places.cache))} {command}",
-        )
+    if repository is not None:
+        yield from missing_model(repository, config.revision_of_model, places)
     for dataset in (*config.datasets, *config.test_datasets):
         if locate(dataset, places.config.parent).hub_id is not None:
             yield UserError(
@@ -130,6 +123,19 @@ def not_there(config: RunConfig, places: Places) -> Iterator[UserError]:
                 "Fetch them here, and name the folder in the config:"
                 f" hf download {quote(dataset.path)} --repo-type dataset --local-dir FOLDER",
             )
+
+
+def missing_model(repository: str, revision: str | None, places: Places) -> Iterator[UserError]:
+    """Why the nodes would not find a model of the hub, and the command that fetches it."""
+    if _is_cached(repository, revision, places):
+        return
+    words = ["hf", "download", repository, *(["--revision", revision] if revision else [])]
+    command = join([*words, *(word for each in MODEL_FILES for word in ("--include", each))])
+    yield UserError(
+        f"{repository} is not in the shared cache.",
+        f"{places.cache} has not all of its files, and the nodes fetch nothing.",
+        f"Fetch it here first: HF_HOME={quote(str(places.cache))} {command}",
+    )
 
 
 def _is_cached(repository: str, revision: str | None, places: Places) -> bool:

