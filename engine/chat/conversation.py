@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from engine.config import DatasetConfig
 from engine.errors import UserError
@@ -103,7 +103,9 @@ class Message:
     @property
     def is_silent(self) -> bool:
         """Whether it holds nothing but calls and empty texts."""
-        return not any(not isinstance(part, Text) or part.text for part in self.parts)
+        if isinstance(self.content, str):
+            return not self.content
+        return not any(not isinstance(part, Text) or part.text for part in self.content)
 
 
 NoteId: TypeAlias = Literal[
@@ -230,6 +232,8 @@ class RowFormat:
     dataset: DatasetConfig = field(default_factory=lambda: DatasetConfig(path="."))
     roles: Mapping[str, Speaker] = field(default_factory=lambda: _ROLES)
     """The row's name of a role -> ours."""
+    names_of_keys: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What the reader of messages found for those with equal keys."""
 
     @classmethod
     def from_config(cls, dataset: DatasetConfig) -> "RowFormat":

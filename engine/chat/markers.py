@@ -131,7 +131,17 @@ _ANY = _any_of(_EVERY)
 
 
 def _has_marker(text: str) -> bool:
-    return any(first in text for first in _FIRST_CHARACTERS) and _ANY.search(text) is not None
+    for first in _FIRST_CHARACTERS:
+        if first in text:
+            return _ANY.search(text) is not None
+    return False
+
+
+def _is_marked(message: Message) -> bool:
+    if isinstance(message.content, str):
+        return _has_marker(message.content)
+    texts = (part.text for part in message.content if isinstance(part, Text | Think))
+    return any(map(_has_marker, texts))
 
 
 def read_markers(
@@ -145,6 +155,8 @@ def read_markers(
     `read_tools` checks definitions. Raises RowProblem for thinking that never closes or is given
     twice, and for a tool result without an id that answers no call.
     """
+    if not any(message.role == "tool" or _is_marked(message) for message in messages):
+        return messages, tools, []
     reader = _Reader(dataset, tools, read_tools)
     read = [each for message in messages for each in reader.read(message)]
     return read, reader.tools, reader.notes
@@ -163,8 +175,7 @@ class _Reader:
 
     def read(self, message: Message) -> Iterator[Message]:
         """The messages that one stands for: several where it holds several results."""
-        texts = (part.text for part in message.parts if isinstance(part, Text | Think))
-        if not any(map(_has_marker, texts)):
+        if not _is_marked(message):
             yield self._identify(message) if message.role == "tool" else message
             return
         if self.dataset.read_markers:

@@ -10,7 +10,8 @@ import binascii
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from engine.chat.conversation import (
@@ -50,6 +51,20 @@ _CALL_FIX = 'Write it as {"id": "...", "function": {"name": "...", "arguments": 
 _RESULT_ROLES_WITHOUT_ID = ("observation", "function", "function_response", "tool_response")
 
 
+# Sets of keys; a file has a handful, unless its keys are data.
+_REMEMBERED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What the keys of a message are for; `left` those that no rule reads, by our role."""
+
+    role: str
+    content: str
+    thinking: Sequence[str]
+    left: Mapping[Role, Sequence[str]]
+
+
 class MessageReader:
     """Reads the messages of one row in order; `notes` collects what it repaired, `unread` the keys
     that no rule read, as messages[].KEY with a value.
@@ -85,17 +100,18 @@ class MessageReader:
                 f"It is {describe(value)}.",
                 'Write it as {"role": "user", "content": "..."}.',
             )
-        name, speaker = self._read_role(value)
+        names = self._names(value)
+        name, speaker = self._read_role(value, names.role)
         learn = self._read_learn(value)
         calls: tuple[ToolCall, ...] = ()
         call_id = None
         content: str | tuple[Part, ...] = ""
         if speaker == "call":
-            calls = self.number(self._read_call_content(value))
+            calls = self.number(self._read_call_content(value.get(names.content)))
         elif speaker == "assistant":
-            content, calls = self._read_assistant(value)
+            content, calls = self._read_assistant(value, names)
         else:
-            content = read_content(self._content(value))
+            content = read_content(value.get(names.content))
         if speaker == "tool":
             if (function := self._property(value, "name")) is not None:
                 check_function_name(function)
@@ -103,31 +119,60 @@ class MessageReader:
             call_id = self._read_result_id(value, has_ids)
         role: Role = "assistant" if speaker == "call" else speaker
         _refuse_parts(content, role)
-        self.leave(value, self._known(value, role))
+        if left := names.left[role]:
+            self._leave(value, left)
         return Message(role, content, calls, call_id, self._source, learn)
 
     def leave(self, message: Mapping[str, object], known: Iterable[str]) -> None:
         """Remember the keys of a message that are not among the `known`, and hold something."""
-        for key in message.keys() - set(known):
+        self._leave(message, message.keys() - set(known))
+
+    def _leave(self, message: Mapping[str, object], keys: Iterable[str]) -> None:
+        for key in keys:
             value = message[key]
             if value is not None and value != "" and value != [] and value != {}:
                 self.unread.setdefault(f"messages[].{key}", value)
 
-    def _known(self, message: Mapping[str, object], role: Role) -> Iterator[str]:
-        keys = self._keys
-        yield from (keys.get("weight", "weight"), self._format.dataset.message_field_training or "")
-        yield from (self._role_key(message), self._content_key(message))
-        if role == "tool":
-            yield from (keys.get(name, name) for name in ("tool_call_id", "name"))
-        elif role == "assistant":
-            yield from (keys.get("tool_calls", "tool_calls"), "function_call", "prefix")
-            yield from self._thinking_keys(message)
+    def _find_names(self, keys: tuple[str, ...], has_role: bool) -> "_Names":
+        """What each key of messages with these keys is for."""
+        given = self._keys
+        role = given.get("role", "role" if has_role else "from")
+        others = () if "content" in keys else ("value", "text")
+        usual = next((other for other in others if other in keys), "content")
+        content = given.get("content", usual)
+        named = {given.get(name, name) for name in THINKING_PROPERTIES}
+        named.add(self._format.dataset.field_thinking or "")
+        thinking = [key for key in keys if key in named or plain_name(key) in THINKING_NAMES]
+        known = {given.get("weight", "weight"), self._format.dataset.message_field_training}
+        left = [key for key in keys if key not in known | {role, content}]
+        result = {given.get(name, name) for name in ("tool_call_id", "name")}
+        call = {given.get("tool_calls", "tool_calls"), "function_call", "prefix", *thinking}
+        return _Names(
+            role,
+            content,
+            thinking,
+            {
+                "system": left,
+                "user": left,
+                "tool": [key for key in left if key not in result],
+                "assistant": [key for key in left if key not in call],
+            },
+        )
+
+    def _names(self, message: Mapping[str, object]) -> "_Names":
+        memory, keys = self._format.names_of_keys, (tuple(message), message.get("role") is not None)
+        names = memory.get(keys)
+        if names is None:
+            if len(memory) >= _REMEMBERED:
+                memory.clear()
+            names = memory[keys] = self._find_names(*keys)
+        return names
 
     def _property(self, message: Mapping[str, object], name: str) -> object:
         return message.get(self._keys.get(name, name))
 
-    def _read_role(self, message: Mapping[str, object]) -> tuple[str, Speaker]:
-        name = message.get(self._role_key(message))
+    def _read_role(self, message: Mapping[str, object], key: str) -> tuple[str, Speaker]:
+        name = message.get(key)
         speaker = self._format.roles.get(name) if isinstance(name, str) else None
         if speaker is None and isinstance(name, str):
             speaker = self._format.roles.get(name.lower())
@@ -145,22 +190,8 @@ class MessageReader:
             "Rename it, or say in the config's `roles` which role it stands for.",
         )
 
-    def _role_key(self, message: Mapping[str, object]) -> str:
-        default = "role" if message.get("role") is not None else "from"
-        return self._keys.get("role", default)
-
-    def _content_key(self, message: Mapping[str, object]) -> str:
-        key = self._keys.get("content")
-        if key is None:
-            others = () if "content" in message else ("value", "text")
-            key = next((other for other in others if other in message), "content")
-        return key
-
-    def _content(self, message: Mapping[str, object]) -> object:
-        return message.get(self._content_key(message))
-
     def _read_assistant(
-        self, message: Mapping[str, object]
+        self, message: Mapping[str, object], names: "_Names"
     ) -> tuple[str | tuple[Part, ...], tuple[ToolCall, ...]]:
         if message.get("prefix"):
             text = "`prefix: true` is not kept: the message is learned as a whole answer."
@@ -170,9 +201,9 @@ class MessageReader:
             calls = self.number(calls)
         elif not calls and message.get("function_call") is not None:
             calls = self.number(read_tool_calls(message["function_call"]))
-        value = self._content(message)
+        value = message.get(names.content)
         content = "" if value is None else read_content(value)
-        thinking = self._read_thinking_key(message)
+        thinking = self._read_thinking_key(message, names.thinking) if names.thinking else None
         if thinking is None:
             return content, calls
         if isinstance(content, str):
@@ -185,8 +216,7 @@ class MessageReader:
             )
         return (Think(thinking), *content), calls
 
-    def _read_thinking_key(self, message: Mapping[str, object]) -> str | None:
-        keys = self._thinking_keys(message)
+    def _read_thinking_key(self, message: Mapping[str, object], keys: Sequence[str]) -> str | None:
         found = {read_thinking(message[key]) for key in keys if message.get(key) is not None}
         if len(found) > 1:
             raise RowProblem(
@@ -199,13 +229,7 @@ class MessageReader:
             self._note("empty_thinking", "The thinking is empty, and is learned as empty.")
         return thinking
 
-    def _thinking_keys(self, message: Mapping[str, object]) -> list[str]:
-        named = {self._keys.get(name, name) for name in THINKING_PROPERTIES}
-        named.add(self._format.dataset.field_thinking or "")
-        return [key for key in message if key in named or plain_name(key) in THINKING_NAMES]
-
-    def _read_call_content(self, message: Mapping[str, object]) -> tuple[ToolCall, ...]:
-        value = self._content(message)
+    def _read_call_content(self, value: object) -> tuple[ToolCall, ...]:
         if isinstance(value, str):
             value = parse_json(value, "the call")
         calls = read_tool_calls(value)

@@ -32,6 +32,7 @@ from engine.units import counted
 _IMAGE_COLUMNS = ("images", "image")
 # In tables: names that hold an image in some datasets and a text about one in others.
 _PERHAPS_IMAGE_COLUMNS = ("image_id", "image_path", "image_url", "img", "picture", "file_name")
+_PERHAPS_IMAGES = frozenset(_PERHAPS_IMAGE_COLUMNS)
 _PLACEHOLDER_TEXT = "<image>"
 _NEXT: Mapping[Role, tuple[Role, ...]] = MappingProxyType(
     {
@@ -138,6 +139,8 @@ def _images_left_out(
     messages: Sequence[Message], row: Mapping[str, object], row_format: RowFormat
 ) -> Sequence[Note]:
     """A note where a column seems to hold an image and no message shows one."""
+    if _PERHAPS_IMAGES.isdisjoint(row):
+        return ()
     column = next((c for c in _PERHAPS_IMAGE_COLUMNS if looks_like_image(row.get(c))), None)
     chosen = row_format.dataset.field_image is not None
     if chosen or column is None or any(message.holds(Image) for message in messages):
@@ -180,6 +183,8 @@ def _place_images(
     A place is a chunk {"type": "image"} or, where there is a column, `<image>` in a text of the
     user; without any the images come before the first text of the user.
     """
+    if not images and all(isinstance(message.content, str) for message in messages):
+        return messages
     written = [_mark_places(message) if images else message for message in messages]
     places = sum(part == PLACEHOLDER for message in written for part in message.parts)
     if not images and not places:
@@ -347,6 +352,8 @@ def _check_turn(turn: Sequence[Message]) -> None:
         )
     open_thinking: Message | None = None
     for message in turn:
+        if open_thinking is None and isinstance(message.content, str):
+            continue
         for part in message.parts:
             if open_thinking is not None and (not isinstance(part, Text) or part.text):
                 raise open_thinking.problem(

@@ -1,8 +1,10 @@
 """Rows a CPU second of `prepare`, against two other ways to the same ids and labels.
 
-Run with `python -m tests.bench.prepare_throughput`. Four figures for conversations of 1, 3, 6 and
+Run with `python -m tests.bench.prepare_throughput`. Six figures for conversations of 1, 3, 6 and
 12 turns, of about the same length in all:
 
+- json: a line of the file parsed, by the standard library;
+- read: a parsed row to our messages, everything in it looked at;
 - path: a parsed row to ids and labels in memory, our reader and renderer;
 - prepare: the whole of it, from a JSONL file to arrays on disk;
 - encode: mistral-common's `encode_chat_completion`, which gives ids and no labels;
@@ -46,6 +48,7 @@ TEXT = (
     " light while someone counts invoices gradients harbour tickets Straße naïveté ответ 东京 42"
 )
 WORDS = TEXT.split()
+ROW_FORMAT = RowFormat()
 
 Row = dict[str, Any]
 IdsAndLabels = tuple[Any, Any]
@@ -57,6 +60,8 @@ class Measured:
 
     turns: int
     mean_tokens: float
+    json: float
+    read: float
     path: float
     prepare: float
     encode: float
@@ -77,7 +82,7 @@ def conversation(rng: random.Random, turns: int) -> Row:
 
 
 def our_path(row: Row, tokenizer: ChatTokenizer) -> IdsAndLabels:
-    rendered = render(read_row(row, RowFormat()), tokenizer)
+    rendered = render(read_row(row, ROW_FORMAT), tokenizer)
     learned = labels(rendered.input_ids, rendered.kinds, LabelRule())
     return rendered.input_ids, learned
 
@@ -138,7 +143,10 @@ def measure(turns: int, count: int, repetitions: int, tokenizer: ChatTokenizer) 
             return prepare(config, folder, tokenizer, folder / f"store-{next(stores)}")
 
         assert_equal(rows, prepare_anew(), tokenizer)
+        lines = data.read_bytes().splitlines()
         ways: dict[str, Callable[[], object]] = {
+            "json": lambda: [json.loads(line) for line in lines],
+            "read": lambda: [read_row(row, ROW_FORMAT) for row in rows],
             "path": lambda: [our_path(row, tokenizer) for row in rows],
             "prepare": prepare_anew,
             "encode": lambda: [encode(row["messages"], tokenizer) for row in rows],
@@ -162,12 +170,16 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = build_tokenizer(TokenizerSpec(options.version, settings=options.version == "v15"))
     print(f"rows a CPU second, {options.rows} rows, tokenizer {options.version}")
-    print("turns  tokens |   path prepare  encode  double | path/encode path/double prepare/double")
+    print(
+        "turns  tokens |   json    read    path prepare  encode  double"
+        " | json/read path/encode path/double prepare/double"
+    )
     for turns in TURNS:
         found = measure(turns, options.rows, options.repetitions, tokenizer)
         print(
-            f"{turns:5} {found.mean_tokens:7.0f} | {found.path:6.0f} {found.prepare:7.0f}"
-            f" {found.encode:7.0f} {found.double:7.0f} | {found.path / found.encode:10.1f}x"
+            f"{turns:5} {found.mean_tokens:7.0f} | {found.json:6.0f} {found.read:7.0f}"
+            f" {found.path:7.0f} {found.prepare:7.0f} {found.encode:7.0f} {found.double:7.0f}"
+            f" | {found.json / found.read:8.1f}x {found.path / found.encode:10.1f}x"
             f" {found.path / found.double:10.1f}x {found.prepare / found.double:13.1f}x",
             flush=True,
         )
