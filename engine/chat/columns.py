@@ -5,6 +5,7 @@ punctuation. `Columns` remembers which were read: the others are reported, so th
 carries meaning vanishes without a word.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Final, NoReturn
 
+from engine.chat.choices import Choices, read_choices
 from engine.chat.conversation import (
     THINKING_NAMES,
     Message,
@@ -28,6 +30,7 @@ from engine.chat.conversation import (
 from engine.chat.message import (
     MessageReader,
     describe_keys,
+    has_role,
     looks_like_calls,
     parse_json,
     read_thinking,
@@ -43,7 +46,11 @@ _USUAL: Final = MappingProxyType(
             *("system", "systemprompt", "systemmessage", "systeminstruction"),
             *("systeminstructions", "instructionsystem"),
         ),
-        "field_context": ("context", "passage", "paragraph", "document", "background"),
+        "field_context": (
+            *("context", "passage", "paragraph", "document", "background", "article", "passages"),
+            *("contexts", "evidence", "support", "story", "definition"),
+        ),
+        "field_choices": ("choices", "options", "endings", "answerchoices"),
         "field_thinking": tuple(THINKING_NAMES),
     }
 )
@@ -57,19 +64,28 @@ _PAIRS: Final = (
     ("problem", "solution"),
 )
 QUESTIONS: Final = (
-    *("question", "instruction", "prompt", "query", "problem", "input", "inputs", "user", "human"),
+    *("question", "instruction", "prompt", "query", "problem", "input", "inputspretokenized"),
+    *("inputs", "user", "human", "questions"),
 )
 ANSWERS: Final = (
-    *("answer", "output", "response", "completion", "solution", "reply", "target", "targets"),
-    *("multiplechoiceanswer", "answers", "assistant", "gpt"),
+    *("answer", "output", "response", "completion", "solution", "reply", "targetspretokenized"),
+    *("target", "targets", "multiplechoiceanswer", "answers", "assistant", "gpt"),
+    *("correctanswer", "longanswer", "solutions"),
 )
+_ASKED_WITH_CHOICES: Final = (*QUESTIONS, "ctx", "questionstem", "stem", "goal", "premise")
+_CHOSEN: Final = (
+    *("answer", "answerkey", "answeridx", "answerindex", "correctanswer", "correct", "gold"),
+    *("correctoption", "label", "target"),
+)
+"""Columns that say which of several choices is right, best first."""
+_LISTED_TEXTS: Final = ("text", "texts", "inputtext", "contexts", "passagetext", "sentences")
+"""Keys under which an object keeps the texts of a column."""
 _CAPTIONS: Final = ("caption", "text")
 _LISTS: Final = ("messages", "conversations", "conversation")
 # Taken where they hold what can be a conversation: other datasets keep other things by these names.
 _PERHAPS_LISTS: Final = ("interactions", "dialogue", "dialog", "turns", "chat", "data", "texts")
 _TRANSCRIPTS: Final = ("text", "chat")
-_PAIRED: Final = (("responsea", "responseb"), ("outputa", "outputb"), ("answera", "answerb"))
-_NUMBERED: Final = re.compile(r"(response|output|answer|completion|conversation)([012ab])")
+_NUMBERED: Final = re.compile(r"(response|output|answer|completion|conversation)([012abjk])")
 _SWITCHES: Final = frozenset(("on", "off", "yes", "no", "true", "false", "none", "low", "high"))
 """What a column named like thinking holds where it says whether there is any."""
 _BOOKKEEPING: Final = frozenset(
@@ -82,6 +98,14 @@ _BOOKKEEPING: Final = frozenset(
         *("domain", "tags", "keywords", "treestate", "annotator", "version", "origin", "file"),
         *("filename", "role", "metadata", "meta", "humanormachine"),
     )
+)
+_PLAIN_TEXT: Final = (
+    "Windtunnel learns answers, not plain text: write each row as a question and its answer, such"
+    ' as {{"question": "Tell what you know of ...", "answer": the text of {}}}.'
+)
+_RATING: Final = re.compile(
+    r"(?:ratings?|scores?|reward|quality|stars|votes|helpful(?:ness)?|correct(?:ness)?|coherence"
+    r"|harmless(?:ness)?|truthful(?:ness)?|honesty|complexity|verbosity)\Z"
 )
 _BOOKKEEPING_END: Final = re.compile(
     r"(?:[_\W](?:ids?|idx|index|type|url|hash|score|count|source|lang|category|tokens)|[a-z]Id)\Z"
@@ -96,6 +120,11 @@ def is_bookkeeping(name: str, value: object) -> bool:
     return plain_name(last) in _BOOKKEEPING or _BOOKKEEPING_END.search(last) is not None
 
 
+def is_rating(name: str, value: object) -> bool:
+    """Whether a column of numbers says how good an answer is."""
+    return isinstance(value, int | float) and _RATING.search(plain_name(name)) is not None
+
+
 @lru_cache(1024)
 def _index(columns: tuple[str, ...]) -> Mapping[str, str]:
     """Plain name -> the column, the first of several."""
@@ -106,10 +135,12 @@ class Columns:
     """The columns of one row; `used` names those that a rule read, `notes` what a person should
     know of how."""
 
-    __slots__ = ("_dataset", "_index", "notes", "reader", "row", "used")
+    __slots__ = ("_choices", "_dataset", "_index", "notes", "reader", "row", "used")
 
     def __init__(self, row: Mapping[str, object], row_format: RowFormat) -> None:
+        row = open_nested(row, row_format.nested) if row_format.nested else row
         self.row = row
+        self._choices: Choices | None = None
         self.reader = MessageReader(row_format)
         self.used: set[str] = set()
         self.notes: list[Note] = []
@@ -149,10 +180,16 @@ class Columns:
         value = self.row[column]
         if isinstance(value, str):
             return value
+        inside = next(_texts({column: value}), None) if isinstance(value, Mapping) else None
         raise RowProblem(
             f"The column {column} is not text.",
             f"It is {describe(value)}.",
-            "Write it as a string.",
+            "Write it as a string"
+            + (
+                f", or name a text in it in field_question or another key: {inside}."
+                if inside
+                else "."
+            ),
         )
 
     def refuse_judged(self) -> None:
@@ -288,6 +325,9 @@ class Columns:
     def read_table(self, shows_image: bool) -> list[Message]:
         """Columns of a question and an answer, with what usually stands around them."""
         question, answer = self._find_pair(shows_image)
+        turns = None if question is None else self._read_turns(question, answer)
+        if turns is not None:
+            return turns
         asked = [] if question is None else self._read_question(question)
         listed = question is not None and isinstance(self.row[question], list | tuple)
         replies = self._read_answer(answer, len(asked) if listed else 0)
@@ -312,17 +352,40 @@ class Columns:
                     f" {'empty' if names[1] in self.row else f'not in {describe_keys(self.row)}'}.",
                     "Correct the name, or delete the row.",
                 )
-        for question, answer in _PAIRS:
+        self._choices = self._find_choices()
+        has_choices = self._choices is not None
+        questions: Sequence[str] = _ASKED_WITH_CHOICES if has_choices else QUESTIONS
+        replies: Sequence[str] = (*_CHOSEN, *ANSWERS) if has_choices else ANSWERS
+        for question, answer in () if has_choices else _PAIRS:
             ask, reply = asks or self.named([question]), answers or self.named([answer])
             if ask is not None and reply is not None:
                 return ask, reply
-        reply = answers or self.named(ANSWERS)
-        ask = asks or self.named([name for name in QUESTIONS if self._index.get(name) != reply])
+        reply = answers or self.named(replies)
+        ask = asks or self.named([name for name in questions if self._index.get(name) != reply])
         if reply is not None and ask is not None:
             return ask, reply
         if shows_image and (caption := answers or self.named(_CAPTIONS)):
             return None, caption
         self._refuse_columns()
+
+    def _find_choices(self) -> Choices | None:
+        column = self.column("field_choices")
+        found = None if column is None else read_choices(column, self.row[column])
+        if found is None and self._dataset.field_choices is not None:
+            raise RowProblem(
+                "The row has no choices.",
+                f"field_choices names {self._dataset.field_choices}, and that holds"
+                f" {describe(self.row.get(column or ''))}.",
+                'Write them as a list of texts, such as ["Paris", "Rome"], or delete the row.',
+            )
+        letters = "ABCDEFGHIJ"
+        beside = {name: self.row[name] for name in letters if name in self.row}
+        if found is None and "".join(beside) == letters[: len(beside)]:
+            found = read_choices("columns A, B, ...", beside)
+            self.used.update(beside if found else ())
+        if found is not None and column is not None:
+            self.used.add(column)
+        return found
 
     def _refuse_columns(self) -> NoReturn:
         empty = [name for name, value in self.row.items() if value is None or value == ""]
@@ -333,13 +396,22 @@ class Columns:
                 "Take the file of whole trees of the same dataset (OASST's *.trees.jsonl), which"
                 " is read, or join the rows by parent_id.",
             )
+        texts = list(_texts(self.row))
         field = self._dataset.field_messages
         raise RowProblem(
             "The row has no messages.",
             f"It has no {field}; its columns are {describe_keys(self.row)}"
             + (f"; empty: {describe_keys(dict.fromkeys(empty))}." if empty else "."),
-            "Name the column in field_messages, or use columns such as question and answer, or "
-            "name yours in field_question and field_answer.",
+            _PLAIN_TEXT.format(texts[0])
+            if len(texts) == 1
+            else "Name the column in field_messages, or use columns such as question and answer, or"
+            " name yours in field_question and field_answer"
+            + (
+                f": `field_question: {texts[0]}` and `field_answer: {texts[1]}` learn"
+                f" {texts[1]}, asked by {texts[0]}."
+                if texts
+                else "."
+            ),
         )
 
     def _read_question(self, column: str) -> list[Message]:
@@ -351,23 +423,38 @@ class Columns:
         more = self._index.get("input") if plain_name(column) == "instruction" else None
         if more is not None and self.row[more] is not None:
             texts.append(self.text(more))
+        return [self._ask(column, texts)]
+
+    def _read_turns(self, question: str, answer: str) -> list[Message] | None:
+        """Questions and answers that two columns list in the same order, None where they do not."""
+        asked, replies = self.row[question], _listed(self.row[answer])
+        if not isinstance(asked, list | tuple) or not isinstance(replies, list | tuple):
+            return None
+        texts = (*asked, *replies)
+        if len(asked) != len(replies) or len(asked) < 2 or {*map(type, texts)} != {str}:
+            return None
+        self.used.update((question, answer))
+        self.note("turns_by_place", f"{question} and {answer} are turns by their place.")
+        turns = self.read_list(list(zip(asked, replies, strict=True)))
+        return [self._ask(question, [str(asked[0])]), *turns[1:]]
+
+    def _ask(self, column: str, texts: list[str]) -> Message:
+        """The user's message of these texts, what usually stands around them in its place."""
         context = self._read_context(column)
         if context and context not in texts:
             texts.insert(0, context)
             self.note("context_placed", f"{self.column('field_context')} stands before {column}.")
-        return [Message("user", "\n\n".join(text for text in texts if text))]
+        if self._choices is not None:
+            texts[-1] = self._choices.list_after(texts[-1])
+        return Message("user", "\n\n".join(text for text in texts if text))
 
     def _read_context(self, question: str) -> str:
         column = self.column("field_context")
         if column is None or column == question:
             return ""
-        value = self.row[column]
-        if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
-            value = "\n\n".join(map(str, value))
-        if not isinstance(value, str):
-            if self._dataset.field_context is not None:
-                return self.text(column)
-            return ""
+        value = _join(self.row[column])
+        if value is None:
+            return self.text(column) if self._dataset.field_context is not None else ""
         self.used.add(column)
         return value
 
@@ -377,16 +464,30 @@ class Columns:
         if looks_like_calls(value):
             return [Message("assistant", "", self.reader.number(read_tool_calls(value)))]
         if isinstance(value, Mapping):
-            if "role" in value or "from" in value:
+            if has_role(value):
                 return [self.reader.read(value, start)]
-            value = value.get("text", value)
+            value = _listed(value)
+        if self._choices is not None and not isinstance(value, list | tuple | Mapping):
+            return [Message("assistant", self._take_choice(self._choices, column, value))]
+        if isinstance(value, int | float):
+            value = json.dumps(value)
+            self.note("answer_written", f"What is no text in {column} is learned as it is written.")
+        if plain_name(column) in ("answers", "solutions") and str(value).lstrip()[:2] == '["':
+            value = parse_json(str(value), column)
         if isinstance(value, list | tuple):
-            if any(isinstance(each, Mapping) and _has_role(each) for each in value):
+            if any(isinstance(each, Mapping) and has_role(each) for each in value):
                 return self.read_list(value, start)
             value = self._choose(column, value)
         if not isinstance(value, str):
             value = self.text(column)
         return [Message("assistant", value)]
+
+    def _take_choice(self, choices: Choices, column: str, answer: object) -> str:
+        index = choices.find(answer, column)
+        counted = "" if isinstance(answer, str) and not answer.isdecimal() else ", counted from 0"
+        text = f"The {choices.column} stand after the question; learned is the one of {column}"
+        self.note("choices_listed", f"{text}{'' if choices.are_named else counted}.")
+        return str(answer) if index is None else choices.show(index)
 
     def _choose(self, column: str, several: Sequence[object]) -> object:
         """The answer that most give, the first of them; texts, or objects with an `answer`."""
@@ -444,7 +545,9 @@ def propose_judged(
         return "a chosen and a rejected answer", _learn_chosen(row, chosen, index)
     sides = [match for name in index if (match := _NUMBERED.fullmatch(name))]
     if len(sides) > 1 and len({side[1] for side in sides}) == 1:
-        return "two answers that are compared", {}
+        better = index.get(f"{sides[0][1]}j")
+        named = {} if better is None else _learn_chosen(row, better, index)
+        return "two answers that are compared", named
     several = row.get("completions")
     if isinstance(several, list) and len(several) > 1 and isinstance(several[0], Mapping):
         return "several answers that are rated", {}
@@ -475,10 +578,52 @@ def find_conversation(value: object) -> Sequence[object] | None:
         return None
     if all(isinstance(each, str) for each in value):
         return value if len(value) > 1 else None
-    fits = all(
-        isinstance(each, Mapping) and (_has_role(each) or _pair_keys(each)) for each in value
-    )
+    fits = all(isinstance(each, Mapping) and (has_role(each) or _pair_keys(each)) for each in value)
     return value if fits else None
+
+
+def _texts(row: Mapping[str, object]) -> Iterator[str]:
+    """The columns that hold a text which can be meant for learning, those in objects as
+    COLUMN.KEY."""
+    for name, value in row.items():
+        if isinstance(value, str) and value.strip() and not is_bookkeeping(name, value):
+            yield name
+        elif isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            yield from (f"{name}.{key}" for key in _texts(value))
+
+
+def open_nested(row: Mapping[str, object], names: Sequence[str]) -> Mapping[str, object]:
+    """The row with the keys of objects as columns, such as translation.en, where an entry names
+    one; a column of that very name stays what it is."""
+    opened = dict(row)
+    for name in names:
+        head, *keys = name.split(".")
+        for key in keys if name not in opened else ():
+            value = opened.get(head)
+            if isinstance(value, Mapping):
+                del opened[head]
+                opened |= {f"{head}.{inner}": each for inner, each in value.items()}
+            head = f"{head}.{key}"
+    return opened
+
+
+def _listed(value: object) -> object:
+    """What an object keeps under a usual key for the texts of a column, else the value itself."""
+    if not isinstance(value, Mapping):
+        return value
+    return next((value[key] for key in value if plain_name(str(key)) in _LISTED_TEXTS), value)
+
+
+def _join(value: object) -> str | None:
+    """The texts of a context as one: a text, a list of them, or an object that keeps such a list;
+    None where it is something else."""
+    if isinstance(value, str):
+        return value
+    value = _listed(value)
+    if not isinstance(value, list | tuple):
+        return None
+    texts = [_join(each) for each in value]
+    return None if None in texts else "\n\n".join(text for text in texts if text)
 
 
 def _chosen(dataset: DatasetConfig, field: str) -> str | None:
@@ -486,13 +631,9 @@ def _chosen(dataset: DatasetConfig, field: str) -> str | None:
     return None if (field, value) == ("field_tools", "tools") else value
 
 
-def _has_role(message: Mapping[str, object]) -> bool:
-    return "role" in message or "from" in message
-
-
 def _pair_keys(value: Mapping[str, object]) -> tuple[str, str] | None:
     """The keys of a turn that holds a question and its answer, as The Cauldron and Capybara do."""
-    if _has_role(value) or len(value) < 2:
+    if has_role(value) or len(value) < 2:
         return None
     index = _index(tuple(value))
     question = next((index[name] for name in QUESTIONS if name in index), None)

@@ -122,6 +122,8 @@ NoteId: TypeAlias = Literal[
     "markers_left",
     "answer_beside",
     "answer_chosen",
+    "answer_written",
+    "choices_listed",
     "context_placed",
     "only_last",
     "prefix_not_kept",
@@ -232,6 +234,8 @@ class RowFormat:
     dataset: DatasetConfig = field(default_factory=lambda: DatasetConfig(path="."))
     roles: Mapping[str, Speaker] = field(default_factory=lambda: _ROLES)
     """The row's name of a role -> ours."""
+    nested: tuple[str, ...] = ()
+    """Columns of the entry that are keys of objects, such as translation.en."""
     names_of_keys: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     """What the reader of messages found for those with equal keys."""
 
@@ -254,13 +258,15 @@ class RowFormat:
                     "Put one of them on the left and the names that your rows use on the right.",
                 )
             names.update(dict.fromkeys(theirs, _OUR_ROLES[ours]))
-        return cls(dataset, names)
+        columns = (value for key, value in dataset if key.startswith("field_"))
+        nested = tuple(name for name in columns if isinstance(name, str) and "." in name)
+        return cls(dataset, names, nested)
 
     def named_columns(self) -> dict[str, str]:
         """Keys of the entry that name a column or a key of messages -> that name. Without those
         whose absence every row says."""
         dataset = self.dataset
-        keys = ("tools", "system", "context", "thinking", "label", "image")
+        keys = ("tools", "system", "context", "thinking", "label", "image", "choices")
         named = {f"field_{key}": getattr(dataset, f"field_{key}") for key in keys}
         named["message_field_training"] = dataset.message_field_training
         for ours, theirs in (dataset.message_property_mappings or {}).items():

@@ -46,6 +46,7 @@ _NAME_CHARACTERS = 4096
 _FIX = 'Write it as {"type": "image", "path": "pictures/cat.png"}, with url, or with base64.'
 _IMAGES = ("image_url", "image", "input_image", "image_path")
 _AUDIO = ("input_audio", "audio_url", "audio")
+_ROLE_KEYS = ("role", "from", "speaker", "is_user")
 _FUNCTION_NAME = re.compile(r"^[a-zA-Z0-9_-]{1,64}$")
 _CALL_FIX = 'Write it as {"id": "...", "function": {"name": "...", "arguments": {...}}}.'
 _RESULT_ROLES_WITHOUT_ID = ("observation", "function", "function_response", "tool_response")
@@ -136,7 +137,8 @@ class MessageReader:
     def _find_names(self, keys: tuple[str, ...], has_role: bool) -> "_Names":
         """What each key of messages with these keys is for."""
         given = self._keys
-        role = given.get("role", "role" if has_role else "from")
+        spelled = "role" if has_role else next((k for k in _ROLE_KEYS[1:] if k in keys), "role")
+        role = given.get("role", spelled)
         others = () if "content" in keys else ("value", "text")
         usual = next((other for other in others if other in keys), "content")
         content = given.get("content", usual)
@@ -173,6 +175,8 @@ class MessageReader:
 
     def _read_role(self, message: Mapping[str, object], key: str) -> tuple[str, Speaker]:
         name = message.get(key)
+        if key == "is_user" and isinstance(name, bool):
+            name = "user" if name else "assistant"
         speaker = self._format.roles.get(name) if isinstance(name, str) else None
         if speaker is None and isinstance(name, str):
             speaker = self._format.roles.get(name.lower())
@@ -306,6 +310,11 @@ def _refuse_parts(content: str | tuple[Part, ...], role: Role) -> None:
             "Only a user and a tool show images; the models write text.",
             "Move the image to the user's message.",
         )
+
+
+def has_role(message: Mapping[str, object]) -> bool:
+    """Whether an object is a message by its keys, whatever it says."""
+    return any(key in message for key in _ROLE_KEYS)
 
 
 def describe_keys(mapping: Mapping[str, object]) -> str:

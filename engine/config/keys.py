@@ -137,7 +137,11 @@ class DatasetConfig(Section):
     """Column that holds the system prompt. Absent: system, system_prompt or another usual name."""
     field_context: str | None = None
     """Column of a text that stands before the question, in a table without messages. Absent:
-    context, passage, paragraph, document or background."""
+    context, passage, article, document or another usual name."""
+    field_choices: str | None = None
+    """Column of the options of a question, in a table without messages: they are listed after it,
+    and the answer may name one by its index, from 0, or its letter. Absent: choices, options or
+    endings."""
     field_thinking: str | None = None
     """Column of the thinking before the answer, in a table; in messages, their key for it. Absent:
     thinking, reasoning, reasoning_content, Complex_CoT or another usual name."""

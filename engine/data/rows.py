@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 from urllib.parse import unquote
 
+from engine.chat.columns import open_nested
 from engine.chat.conversation import Conversation, Image, Message, RowFormat, RowProblem
 from engine.chat.images import IMAGE_LIMIT_BYTES, ImageSpec, Resample, check_image
 from engine.chat.render import Rendered, render_settled
@@ -220,7 +221,7 @@ def adapt_tokenizer(tokenizer: ChatTokenizer, rules: ImageRules) -> ChatTokenize
 
 def _holds(row: Mapping[str, object], name: str) -> bool:
     """Whether a row has a column, or its messages a key, of that name."""
-    return name in row or any(name in keys for _, keys in list_columns(row))
+    return name in open_nested(row, [name]) or any(name in keys for _, keys in list_columns(row))
 
 
 def _refuse_absent(absent: Mapping[str, str], dataset: DatasetConfig) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.chat.columns import is_bookkeeping
+from engine.chat.columns import is_bookkeeping, is_rating
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.units import counted
@@ -257,13 +257,15 @@ class Finding:
 @dataclass(slots=True)
 class Unread:
     """A column, or as messages[].KEY a key of messages, that no rule reads: in how many usable
-    rows, and how the first of its values begins. `quiet` are ids, sources, scores and the like.
+    rows, and how the first of its values begins. `quiet` are ids, sources and the like; a `rating`
+    says how good the row's answer is.
     """
 
     name: str
     rows: int
     example: str
     quiet: bool
+    rating: bool = False
 
 
 def count_unread(counts: dict[str, Unread], unread: Mapping[str, object]) -> None:
@@ -273,7 +275,9 @@ def count_unread(counts: dict[str, Unread], unread: Mapping[str, object]) -> Non
         if known is None:
             example = value if isinstance(value, str) else repr(value)
             example = example if len(example) <= _EXAMPLE else f"{example[: _EXAMPLE - 1]}…"
-            known = counts[name] = Unread(name, 0, example, is_bookkeeping(name, value))
+            rating = is_rating(name, value)
+            quiet = not rating and is_bookkeeping(name, value)
+            known = counts[name] = Unread(name, 0, example, quiet, rating)
         known.rows += 1
 
 

@@ -163,17 +163,25 @@ def note_lines(found: Checkup) -> list[Line]:
 
 
 def list_unread(unread: Iterable[Unread], rows: int) -> list[Line]:
-    """What no rule reads, of so many rows: a line each, and one for ids and the like."""
-    lines, quiet = [], []
+    """What no rule reads, of so many rows: a line each, one for ratings, one for ids and the
+    like."""
+    lines, quiet, ratings = [], [], []
     for each in unread:
         share = f"{each.rows / rows:.0%}" if each.rows * 200 >= rows else "under 1%"
         if each.quiet:
             quiet.append(f"{each.name} {share}")
             continue
+        if each.rating:
+            ratings.append(f"{each.name} ({share}, such as {each.example})")
+            continue
         text = f"in {share} of rows, not read, such as {each.example!r}"
         lines.append(Line("!", each.name, text, _read_by(each.name)))
+    if ratings:
+        text = f"{', '.join(ratings)} not read: badly rated answers are learned like the others"
+        fix = "Leave their rows out; field_label can name a column that is false for these."
+        lines.append(Line("!", "ratings", text, fix))
     if quiet:
-        lines.append(Line("·", "not read", f"{', '.join(quiet)} of rows (ids, sources, scores)"))
+        lines.append(Line("·", "not read", f"{', '.join(quiet)} of rows (ids, sources)"))
     return lines
 
 

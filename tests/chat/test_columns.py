@@ -32,9 +32,54 @@ def spoken(conversation):
     ]
 
 
+LISTED = ["user:q\n\nA. x\nB. y", "assistant:B. y"]
+CHOICES = [
+    pytest.param({"question": "q", "choices": ["x", "y"], "answer": 1}, LISTED, id="MMLU"),
+    pytest.param(
+        {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+        LISTED,
+        id="ARC",
+    ),
+    pytest.param(
+        {"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "1"},
+        ["user:q\n\n1. x\n2. y", "assistant:1. x"],
+        id="ARC with numbers",
+    ),
+    pytest.param({"ctx": "q", "endings": ["x", "y"], "label": "1"}, LISTED, id="HellaSwag"),
+    pytest.param(
+        {"article": "c", "question": "q", "options": ["x", "y"], "answer": "B"},
+        ["user:c\n\nq\n\nA. x\nB. y", "assistant:B. y"],
+        id="RACE",
+    ),
+    pytest.param(
+        {"question": "q", "options": {"A": "x", "B": "y"}, "answer_idx": "B", "answer": "y"},
+        LISTED,
+        id="MedQA",
+    ),
+    pytest.param(
+        {"question_stem": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]},
+         "answerKey": "B"},
+        LISTED,
+        id="OpenBookQA",
+    ),
+    pytest.param({"input": "q", "A": "x", "B": "y", "target": "B"}, LISTED, id="columns A, B"),
+    pytest.param(
+        {"question": "q", "options": ["A)x", "B)y"], "correct": "B"},
+        ["user:q\n\nA)x\nB)y", "assistant:B)y"],
+        id="AQuA",
+    ),
+    pytest.param(
+        {"question": "x or y?", "options": '["x", "y"]', "answer": "neither of them"},
+        ["user:x or y?", "assistant:neither of them"],
+        id="options that the question holds, and an answer of other words",
+    ),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("row", "messages"),
     [
+        *CHOICES,
         pytest.param(
             {"system_prompt": "s", "question": "q", "response": "a"},
             ["system:s", "user:q", "assistant:a"],
@@ -154,6 +199,50 @@ def spoken(conversation):
         pytest.param(
             {"conversations": HH.format("q", "a")}, ["user:q", "assistant:a"], id="transcript"
         ),
+        pytest.param(
+            {
+                "query": "q",
+                "passages": {"is_selected": [0], "passage_text": ["c", "d"]},
+                "answers": ["a"],
+            },
+            ["user:c\n\nd\n\nq", "assistant:a"],
+            id="MS MARCO",
+        ),
+        pytest.param(
+            {"question": "q", "context": {"contexts": ["c", "d"]}, "long_answer": "a"},
+            ["user:c\n\nd\n\nq", "assistant:a"],
+            id="PubMedQA",
+        ),
+        pytest.param(
+            {"story": "c", "questions": ["q", "r"], "answers": {"input_text": ["a", "b"]}},
+            ["user:c\n\nq", "assistant:a", "user:r", "assistant:b"],
+            id="CoQA",
+        ),
+        pytest.param(
+            {"definition": "c", "inputs": "q", "targets": "a"},
+            ["user:c\n\nq", "assistant:a"],
+            id="Natural Instructions",
+        ),
+        pytest.param(
+            {"inputs": [5, 7], "inputs_pretokenized": "q", "targets_pretokenized": "a"},
+            ["user:q", "assistant:a"],
+            id="P3",
+        ),
+        pytest.param(
+            {"question": "q", "solutions": '["a", "b"]'}, ["user:q", "assistant:a"], id="APPS"
+        ),
+        pytest.param({"question": "q", "answer": 4.5}, ["user:q", "assistant:4.5"], id="a number"),
+        pytest.param({"question": "q", "answer": True}, ["user:q", "assistant:true"], id="BoolQ"),
+        pytest.param(
+            {"interactions": [{"is_user": True, "text": "q"}, {"is_user": False, "text": "a"}]},
+            ["user:q", "assistant:a"],
+            id="mistral-finetune",
+        ),
+        pytest.param(
+            {"dialog": [{"speaker": "user", "text": "q"}, {"speaker": "bot", "text": "a"}]},
+            ["user:q", "assistant:a"],
+            id="speakers",
+        ),
     ],
 )
 def test_rows_as_they_circulate(row, messages):
@@ -272,6 +361,76 @@ def test_preferences_are_refused_with_the_keys_that_learn_the_good_answers(row, 
 def test_what_cannot_be_learned_is_named(row, what):
     with pytest.raises(RowProblem, match=what):
         read(row)
+
+
+QA = {"question": "q", "answer": "a"}
+OPTIONS = {"question": "q", "choices": ["x", "y"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "said", "keys", "repaired"),
+    [
+        # Repairs by keys of the entry.
+        ({"translation": {"en": "q", "fr": "a"}}, "`field_question: translation.en`",
+         {"field_question": "translation.en", "field_answer": "translation.fr"}, None),
+        ({"instruction_zh": "q", "output_zh": "a"}, "`field_answer: output_zh`",
+         {"field_question": "instruction_zh", "field_answer": "output_zh"}, None),
+        ({"document": "q", "summary": "a", "id": "1"}, "`field_question: document`",
+         {"field_question": "document", "field_answer": "summary"}, None),
+        ({"query": {"en": "q", "de": "f"}, "answers": ["a"]}, "query.en",
+         {"field_question": "query.en"}, None),
+        ({"question": "q", "response_j": "a", "response_k": "b"}, "`field_answer: response_j`",
+         {"field_question": "question", "field_answer": "response_j"}, None),
+        ({"question": "q", "response_a": "a", "response_b": "b"}, "name it in field_answer",
+         {"field_question": "question", "field_answer": "better"},
+         {"question": "q", "better": "a", "response_b": "b"}),
+        ({"talk": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+         "Name the column in field_messages", {"field_messages": "talk"}, None),
+        ({"dialog": [{"speaker": "Ann", "text": "q"}, {"speaker": "Bob", "text": "a"}]},
+         "in the config's `roles`", {"roles": {"user": ["Ann"], "assistant": ["Bob"]}}, None),
+        ({"messages": [{"who": "user", "content": "q"}, {"who": "bot", "content": "a"}]},
+         "message_property_mappings", {"message_property_mappings": {"role": "who"}}, None),
+        # Repairs of the row.
+        ({"text": "a"}, '"question": "Tell what you know of ..."', {}, QA),
+        ({"question": "q", "answers": {"text": []}}, "Write the answer as a string", {}, QA),
+        (OPTIONS | {"answer": 2}, "the right choice's own text in answer", {},
+         OPTIONS | {"answer": "y"}),
+        (OPTIONS | {"answer": "E"}, "name another column in field_answer",
+         {"field_answer": "gold"}, OPTIONS | {"answer": "E", "gold": "B"}),
+        ({"question": "q", "choices": ["B", "A"], "answer": "A"}, '"label": ["1", "2"]', {},
+         {"question": "q", "choices": {"text": ["B", "A"], "label": ["1", "2"]}, "answer": "2"}),
+        ({"message_id": "m", "parent_id": "p", "text": "t", "role": "assistant"},
+         "join the rows by parent_id", {},
+         {"messages": [{"role": "prompter", "text": "q"}, {"role": "assistant", "text": "a"}]}),
+        ({"message_id": "m", "parent_id": "p", "text": "t", "role": "assistant"},
+         "Take the file of whole trees", {},
+         {"prompt": {"role": "prompter", "text": "q",
+                     "replies": [{"role": "assistant", "text": "a"}]}}),
+    ],
+)  # fmt: skip
+def test_the_repair_that_a_refusal_proposes_reads_the_row(row, said, keys, repaired):
+    with pytest.raises(RowProblem) as refused:
+        read(row)
+    assert said in refused.value.fix
+    *_, asked, answered = spoken(read(repaired or row, **keys))
+    assert asked in ("user:q", LISTED[0], "user:q\n\n1. B\n2. A")
+    assert answered in ("assistant:a", LISTED[1], "assistant:2. A")
+
+
+def test_choices_that_a_key_names_must_be_choices():
+    with pytest.raises(RowProblem, match="no choices") as refused:
+        read(QA | {"notes": 7}, field_choices="notes")
+    assert '["Paris", "Rome"]' in refused.value.fix
+    row = {"question": "q", "notes": ["x", "y"], "answer": 1}
+    assert spoken(read(row, field_choices="notes")) == LISTED
+    assert read(row, field_choices="notes").unread == {}
+
+
+def test_a_key_of_an_object_is_a_column_by_its_path():
+    row = {"body": {"in": {"q": "q", "lang": "en"}, "out": "a"}, "body.x": "kept"}
+    found = read(row, field_question="body.in.q", field_answer="body.out")
+    assert spoken(found) == ["user:q", "assistant:a"]
+    assert found.unread == {"body.in.lang": "en", "body.x": "kept"}
 
 
 def test_keys_name_columns_of_any_name():

@@ -184,6 +184,7 @@ def test_the_longest_are_sorted(lengths):
 
 def test_what_no_rule_reads_is_counted_and_shown(write_jsonl):
     rows = [chat("q") | {"source": "x", "hint": "look left", "label": 3} for _ in range(3)]
+    rows = [row | {"helpfulness": 1, "quality_score": 0.5} for row in rows]
     rows.append(
         {"messages": [{"role": "user", "content": "q", "mood": "m"}, chat("q")["messages"][1]]}
     )
@@ -192,12 +193,18 @@ def test_what_no_rule_reads_is_counted_and_shown(write_jsonl):
         "source": (3, "x", True),
         "hint": (3, "look left", False),
         "label": (3, "3", False),
+        "helpfulness": (3, "1", False),
+        "quality_score": (3, "0.5", False),
         "messages[].mood": (1, "m", False),
     }
     shown = [str(remark.line) for remark in list_remarks(found)]
     assert "! hint: in 75% of rows, not read, such as 'look left'" in shown
     assert "! messages[].mood: in 25% of rows, not read, such as 'm'" in shown
-    assert "· not read: source 75% of rows (ids, sources, scores)" in shown
+    assert "· not read: source 75% of rows (ids, sources)" in shown
+    assert (
+        "! ratings: helpfulness (75%, such as 1), quality_score (75%, such as 0.5) not read:"
+        " badly rated answers are learned like the others"
+    ) in shown
 
 
 @pytest.mark.parametrize(

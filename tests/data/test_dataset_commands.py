@@ -294,7 +294,7 @@ def test_what_is_not_read_and_what_would_read_it_are_said(run, write_jsonl, mode
     path = write_jsonl([{"question": "q", "answer": "a", "rationale": "since", "id": 7}])
     _, out, _ = run("check", path)
     assert "! rationale: in 100% of rows, not read, such as 'since'" in out
-    assert "· not read: id 100% of rows (ids, sources, scores)" in out
+    assert "· not read: id 100% of rows (ids, sources)" in out
     assert "    field_thinking: rationale\n" in out
     document = json.loads(run("check", path, "--json")[1])
     assert document["proposed"]["field_thinking"] == "rationale"

@@ -141,7 +141,6 @@ def test_a_proposed_mapping_reads_the_rows_and_check_prints_it_as_yaml(write_jso
         chat("q", "a") | {"source": "x", "hint": "y"},
         {"doc_id": "x", "text_id": "y"},
         {"prompt": "q", "response_0": "a", "response_1": "b"},
-        {"question": "q", "choices": {"text": ["x", "y"]}, "answerKey": "B"},
     ],
 )
 def test_nothing_is_proposed_rather_than_nonsense(write_jsonl, row):
