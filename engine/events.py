@@ -98,6 +98,13 @@ class Step(_Event, frozen=True):
     """As in `Started`, so that the end of the file alone tells how far a run is."""
     grad_norm_clipped: float | None = None
     """L2 norm of the gradient that moved the weights, after clipping; None where not measured."""
+    rank_peak_bytes: tuple[Whole, ...] | None = None
+    """`peak_memory_bytes` of each rank; None for a run of one."""
+    slowest_rank: Whole | None = None
+    """The rank whose own passes of this step took longest; None for a run of one."""
+    imbalance: float | None = None
+    """Share of the ranks' time that they wait in this step for the costliest batch of each round,
+    by tokens, attention and images; None for a run of one."""
 
 
 class Eval(_Event, frozen=True):

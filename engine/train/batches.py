@@ -4,6 +4,9 @@ The order is a pure function of rows, config and seed: step 412 can be cut witho
 the 411 before it, which is how a run resumes in no time. Decoding images is the one part of a batch
 that takes long: threads do it while the model computes (Pillow lets go of the interpreter), and
 what was decoded is kept while there is room.
+
+Several ranks learn the same micro-batches as one that accumulates as many: every rank knows the
+whole step and makes only its own part of it, in as many forward passes as every other.
 """
 
 import hashlib
@@ -13,7 +16,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -22,13 +25,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.chat.images import ImageSpec, pixels
-from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind, LabelRule, labels
+from engine.chat.render import IGNORED_LABEL, WITHHELD, Kind, LabelRule, labels, learned
 from engine.config import RunConfig
 from engine.data.prepare import label_rule
 from engine.data.prepared import Indices, Prepared, StoredImage, efficiency, pack, shuffle_order
 from engine.data.statistics import LeftOut
 from engine.errors import WorkError
-from engine.plan.trainer import IMAGE_TOKEN
+from engine.plan.trainer import IMAGE_TOKEN, PATCHES_AT_ONCE
+from engine.train.ranks import LONE, Ranks
 
 Pixels: TypeAlias = NDArray[np.float32]
 """One image, normalised, (3, height, width)."""
@@ -165,6 +169,10 @@ class Rows:
             )
         return stored[:whole]
 
+    def learned(self, row: int, rule: LabelRule) -> int:
+        """Tokens of one row that are learned; nothing precedes its first."""
+        return int(learned(self.kinds(row)[1:], rule).sum())
+
     def beginning(self, row: int, tokens: int) -> "Rows":
         """One row alone, cut behind its first `tokens`."""
         return Rows(self.prepared, self.chosen[row : row + 1], np.array([tokens], np.int64))
@@ -205,8 +213,12 @@ class Micro:
     in the order of the image tokens.
     """
     rows: tuple[int, ...]
+    """None where this rank only takes part: see `idle`."""
     tokens: int
     learned_tokens: int
+    tower_calls: int = 0
+    """Times that every rank calls the vision tower in this round: as often as the one with the most
+    images has to."""
 
     def to(self, device: torch.device) -> dict[str, Tensor]:
         """The tensors on the device that trains."""
@@ -214,23 +226,46 @@ class Micro:
 
 
 @dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """The part of an optimizer step that is other ranks'."""
+
+    micros: int = 0
+    tokens: int = 0
+    learned_tokens: int = 0
+    imbalance: float = 0.0
+    """Of the whole step, the share of the ranks' time that they wait for each round's slowest."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """Everything between two updates of the weights."""
 
     micros: tuple[Micro, ...]
+    """This rank's, in as many rounds as every rank's."""
     epoch: float
     """Epochs finished when this step is done, 0.25 after a quarter of the first."""
+    elsewhere: Elsewhere = Elsewhere()
+    """What the other ranks compute meanwhile."""
 
     @property
     def tokens(self) -> int:
-        return sum(micro.tokens for micro in self.micros)
+        """Of all ranks."""
+        return sum(micro.tokens for micro in self.micros) + self.elsewhere.tokens
 
     @property
     def learned_tokens(self) -> int:
-        return sum(micro.learned_tokens for micro in self.micros)
+        """Of all ranks."""
+        own = sum(micro.learned_tokens for micro in self.micros)
+        return own + self.elsewhere.learned_tokens
+
+    @property
+    def passes(self) -> int:
+        """Micro-batches with rows, on all ranks."""
+        return sum(bool(micro.rows) for micro in self.micros) + self.elsewhere.micros
 
     @property
     def rows(self) -> tuple[int, ...]:
+        """This rank's."""
         return tuple(itertools.chain.from_iterable(micro.rows for micro in self.micros))
 
 
@@ -285,12 +320,122 @@ def _fill(values: NDArray[np.int64], length: int, filler: int | None) -> NDArray
     return np.concatenate([values, tail])
 
 
-class Order:
-    """Which rows make up each optimizer step of a run."""
+def idle() -> Micro:
+    """What a rank computes in a round that has nothing for it: padding, of which nothing is
+    learned."""
+    ids = torch.full((1, 2), PAD)
+    texts = {"input_ids": ids, "labels": torch.full_like(ids, IGNORED_LABEL)}
+    return Micro(texts | {"position_ids": torch.arange(2)[None]}, (), 0, 0)
 
-    def __init__(self, rows: Rows, config: RunConfig) -> None:
+
+EVEN_TOKENS = 2**16
+"""Tokens of a row whose attention costs as much as its matrices: about twelve widths of a model,
+which is 49,152 at a width of 4,096, and half of it where the attention is causal."""
+PATCH_TOKENS = 0.05
+"""Cost of a patch in the vision tower, of 0.4 billion weights, in tokens of a model of 8."""
+
+
+def cost(rows: Rows, sequences: Sequence[Sequence[int]]) -> float:
+    """What a micro-batch takes to compute, in tokens: all that are laid side by side, padding too,
+    the attention inside each row, and the patches of images."""
+    lengths = [rows.lengths[list(members)] for members in sequences]
+    padded = len(lengths) * max(int(each.sum()) for each in lengths)
+    attention = sum(float((each.astype(np.float64) ** 2).sum()) for each in lengths) / EVEN_TOKENS
+    spec = rows.prepared.image_spec
+    if spec is None:
+        return padded + attention
+    merged = sum(image.rows * image.columns for image in images_of(rows, sequences))
+    return padded + attention + PATCH_TOKENS * merged * spec.merge**2
+
+
+def deal(costs: Sequence[float], ranks: int) -> tuple[list[list[int | None]], float]:
+    """Which of so many micro-batches each rank computes, round by round, None for nothing; and the
+    share of the ranks' time that they wait for a round's slowest.
+
+    The most alike share a round, since ranks wait for each other in each layer; inside one, the
+    costliest goes to who had the least so far. One rank keeps the order as it is.
+    """
+    if ranks == 1:
+        return [list(range(len(costs)))], 0.0
+    dealt: list[list[int | None]] = [[] for _ in range(ranks)]
+    totals, spent = [0.0] * ranks, 0.0
+    falling = sorted(range(len(costs)), key=lambda number: (-costs[number], number))
+    for members in group(falling, ranks):
+        spent += ranks * costs[members[0]]
+        free = sorted(range(ranks), key=lambda rank: (totals[rank], rank))
+        for rank, number in itertools.zip_longest(free, members):
+            dealt[rank].append(number)
+            totals[rank] += 0.0 if number is None else costs[number]
+    return dealt, 1 - sum(costs) / spent if spent else 0.0
+
+
+def tower_groups(sizes: Sequence[Sequence[int]], patch: int) -> Iterator[tuple[int, int]]:
+    """Which images go through the tower together: from one to before another, in order.
+
+    Counted as they are padded, each to the largest; `sizes` are heights and widths in pixels.
+    """
+    start, high, wide = 0, 0, 0
+    for place, (height, width) in enumerate(sizes):
+        high, wide = max(high, height // patch), max(wide, width // patch)
+        if start < place and (place + 1 - start) * high * wide > PATCHES_AT_ONCE:
+            yield start, place
+            start, high, wide = place, height // patch, width // patch
+    yield start, len(sizes)
+
+
+class Dealt:
+    """The micro-batches of one rank, and what it has to know of the others'."""
+
+    def __init__(self, rows: Rows, parts: StepRows, ranks: Ranks) -> None:
+        self._rows, self._parts = rows, parts
+        costs = [0.0] * len(parts) if ranks.is_alone else [cost(rows, part) for part in parts]
+        self._all, self.imbalance = deal(costs, ranks.world_size)
+        self._own = self._all[ranks.rank]
+
+    def images(self, begin: int = 0, end: int | None = None) -> Iterator[StoredImage]:
+        """The images that this rank decodes in some of the rounds."""
+        own = (self._parts[number] for number in self._own[begin:end] if number is not None)
+        return images_of(self._rows, itertools.chain.from_iterable(own))
+
+    def micros(self, rule: LabelRule, pixels: ImagePixels | None) -> Iterator[Micro]:
+        """This rank's, one a round; while one is used, the next one's images are decoded."""
+        for turn, number in enumerate(self._own):
+            micro = idle()
+            if number is not None:
+                micro = collate(self._rows, self._parts[number], rule, pixels)
+            if pixels:
+                pixels.prefetch(self.images(turn + 1, turn + 2))
+            yield replace(micro, tower_calls=self._tower_calls(turn)) if pixels else micro
+
+    def elsewhere(self, rule: LabelRule) -> Elsewhere:
+        """What the other ranks have."""
+        own = set(self._own)
+        others = [part for number, part in enumerate(self._parts) if number not in own]
+        rows = [row for part in others for members in part for row in members]
+        tokens = int(self._rows.lengths[rows].sum()) if rows else 0
+        taught = sum(self._rows.learned(row, rule) for row in rows)
+        return Elsewhere(len(others), tokens, taught, self.imbalance)
+
+    def _tower_calls(self, turn: int) -> int:
+        spec = self._rows.prepared.image_spec
+        if spec is None or len(self._all) == 1:
+            return 0
+        calls = 0
+        for number in (each[turn] for each in self._all):
+            if number is not None:
+                images = images_of(self._rows, self._parts[number])
+                sizes = [(i.rows * spec.side, i.columns * spec.side) for i in images]
+                calls = max(calls, len(list(tower_groups(sizes, spec.patch))) if sizes else 0)
+        return calls
+
+
+class Order:
+    """Which rows make up each optimizer step of a run, and which of them are this rank's."""
+
+    def __init__(self, rows: Rows, config: RunConfig, ranks: Ranks = LONE) -> None:
         self._rows = rows
         self._config = config
+        self._ranks = ranks
         self._rule = label_rule(config)
         self._pixels = open_pixels(rows)
         self._cached: tuple[int, list[StepRows]] = (-1, [])
@@ -309,10 +454,11 @@ class Order:
         self.total_steps = config.max_steps or self._ends[-1]
 
     def step(self, number: int) -> StepBatch:
-        """The batches of optimizer step `number`, from 1 to `total_steps`."""
+        """This rank's batches of optimizer step `number`, from 1 to `total_steps`."""
         parts, epoch = self._place(number)
-        micros = tuple(collate(self._rows, part, self._rule, self._pixels) for part in parts)
-        return StepBatch(micros, epoch)
+        dealt = Dealt(self._rows, parts, self._ranks)
+        micros = tuple(dealt.micros(self._rule, self._pixels))
+        return StepBatch(micros, epoch, dealt.elsewhere(self._rule))
 
     def steps(self, done: int) -> Iterator[tuple[int, StepBatch]]:
         """The steps after the first `done`, with their numbers.
@@ -323,7 +469,7 @@ class Order:
             batch = self.step(number)
             if self._pixels and number < self.total_steps:
                 parts, _ = self._place(number + 1)
-                self._pixels.prefetch(images_of(self._rows, itertools.chain.from_iterable(parts)))
+                self._pixels.prefetch(Dealt(self._rows, parts, self._ranks).images())
             yield number, batch
 
     def packing(self) -> tuple[int, float]:
@@ -343,8 +489,8 @@ class Order:
             self._config.seed,
             self._config.sample_packing,
             self._config.sequence_len if self._config.sample_packing else None,
-            # How a step is cut changes neither its rows nor their order.
-            self._config.micro_batch_size * self._config.gradient_accumulation_steps,
+            # How a step is cut, and over how many ranks, changes neither its rows nor their order.
+            self._config.micro_batch_size * self._micros,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -366,7 +512,12 @@ class Order:
             sequences = packed(rows, config, epoch)
         else:
             sequences = [[row] for row in shuffle_order(len(rows), config.seed, epoch).tolist()]
-        return group(group(sequences, config.micro_batch_size), config.gradient_accumulation_steps)
+        return group(group(sequences, config.micro_batch_size), self._micros)
+
+    @property
+    def _micros(self) -> int:
+        """Micro-batches of a step, on all ranks."""
+        return self._config.gradient_accumulation_steps * self._ranks.world_size
 
 
 def packed(rows: Rows, config: RunConfig, epoch: int = 0) -> list[list[int]]:
@@ -393,14 +544,11 @@ def images_of(rows: Rows, sequences: Iterable[Sequence[int]]) -> Iterator[Stored
     return itertools.chain.from_iterable(map(rows.images, itertools.chain.from_iterable(sequences)))
 
 
-def evaluation_micros(rows: Rows, config: RunConfig) -> Iterator[Micro]:
-    """Every row of `rows` once, in a fixed order, packed where the config packs evaluation."""
+def evaluation_micros(rows: Rows, config: RunConfig, ranks: Ranks = LONE) -> Iterator[Micro]:
+    """Every row of `rows` once, on one rank, in a fixed order, packed where the config packs
+    evaluation."""
     packs = config.eval_sample_packing
     packs = config.sample_packing if packs is None else packs
     bins = packed(rows, config) if packs else [[row] for row in range(len(rows))]
     pixels, parts = open_pixels(rows), group(bins, config.micro_batch_size)
-    for number, part in enumerate(parts, start=1):
-        micro = collate(rows, part, label_rule(config), pixels)
-        if pixels and number < len(parts):
-            pixels.prefetch(images_of(rows, parts[number]))
-        yield micro
+    yield from Dealt(rows, parts, ranks).micros(label_rule(config), pixels)

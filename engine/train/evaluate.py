@@ -16,13 +16,14 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,10 +44,13 @@ from engine.errors import UserError
 from engine.events import Score
 from engine.plan.trainer import SMALLEST_CHUNK_BYTES, chunk_rows
 from engine.train.batches import PAD, Rows, StepBatch, evaluation_micros
-from engine.train.forward import Model, head_module, head_of, hidden_states
+from engine.train.forward import Model, head_module, hidden_states, use_head
 from engine.train.loss import product, score_tokens, shift
 from engine.train.model import Base
 from engine.train.offload import head_at_hand
+from engine.train.ranks import LONE, Ranks
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -61,23 +65,35 @@ def evaluating(model: Model) -> Iterator[None]:
 
 
 def score(
-    model: Model, base: Base, rows: Rows, config: RunConfig, step: int = 0, dataset: str = ""
+    model: Model,
+    base: Base,
+    rows: Rows,
+    config: RunConfig,
+    step: int = 0,
+    dataset: str = "",
+    ranks: Ranks = LONE,
 ) -> Score:
-    """Loss and exact answers of `model`, after `step` steps, over every row of a dataset."""
+    """Loss and exact answers of `model`, after `step` steps, over every row of a dataset.
+
+    Each rank computes its part of the rows, and all get the whole result.
+    """
     sums, counts = np.zeros(len(Kind)), np.zeros(len(Kind), np.int64)
     exact, rule = 0, label_rule(config)
     with evaluating(model):
-        for micro in evaluation_micros(rows, config):
+        for micro in evaluation_micros(rows, config, ranks):
             tensors = micro.to(base.device)
-            losses, right = score_tokens(
-                hidden_states(model, tensors), head_of(model), tensors["labels"]
-            )
+            losses, right = score_batch(model, tensors, micro.tower_calls)
+            if not micro.rows:
+                continue
             # In the loss's order; a row's first token is never learned: nothing precedes it.
             kinds = np.concatenate([rows.kinds(row)[1:] for row in micro.rows])
             kinds = kinds[learned(kinds, rule)]
             sums += np.bincount(kinds, losses.double().cpu().numpy(), len(Kind))
             counts += np.bincount(kinds, minlength=len(Kind))
             exact += _exact_rows(tensors, right)
+    # As float64 too counts are whole numbers, up to 2^53.
+    together = torch.from_numpy(np.concatenate([sums, counts, [exact]]))
+    sums, counts, (exact,) = np.split(ranks.sum(together).numpy(), (len(Kind), 2 * len(Kind)))
     seen = [kind for kind in Kind if counts[kind]]
     return Score(
         step,
@@ -96,8 +112,9 @@ def row_losses(model: Model, base: Base, batch: StepBatch) -> list[tuple[int, fl
     with evaluating(model):
         for micro in batch.micros:
             tensors = micro.to(base.device)
-            states = hidden_states(model, tensors)
-            losses, _ = score_tokens(states, head_of(model), tensors["labels"])
+            losses, _ = score_batch(model, tensors, micro.tower_calls)
+            if not micro.rows:
+                continue
             row_of_token = _row_of_learned(tensors)
             totals = torch.zeros(len(micro.rows), device=losses.device)
             counts = totals.clone().scatter_add_(0, row_of_token, torch.ones_like(losses))
@@ -105,6 +122,14 @@ def row_losses(model: Model, base: Base, batch: StepBatch) -> list[tuple[int, fl
             figures = zip(micro.rows, means.tolist(), counts.tolist(), strict=True)
             found += [(row, loss) for row, loss, count in figures if count]
     return found
+
+
+def score_batch(
+    model: Model, tensors: dict[str, Tensor], tower_calls: int = 0
+) -> tuple[Tensor, Tensor]:
+    """`score_tokens` of one forward pass."""
+    states = hidden_states(model, tensors, tower_calls)
+    return use_head(model, states, partial(score_tokens, labels=tensors["labels"]))
 
 
 def _exact_rows(tensors: dict[str, Tensor], right: Tensor) -> int:
@@ -128,12 +153,17 @@ def learned_tokens(score: Score) -> int:
 
 
 def score_all(
-    model: Model, base: Base, datasets: Mapping[str, Rows], config: RunConfig, step: int = 0
+    model: Model,
+    base: Base,
+    datasets: Mapping[str, Rows],
+    config: RunConfig,
+    step: int = 0,
+    ranks: Ranks = LONE,
 ) -> list[Score]:
     """The score of each dataset by its name; UserError when one teaches nothing to score."""
     scores = []
     for name, rows in datasets.items():
-        scores.append(score(model, base, rows, config, step, name))
+        scores.append(score(model, base, rows, config, step, name, ranks))
         if not learned_tokens(scores[-1]):
             raise UserError(
                 f"The evaluation set {name} has no answer to score.",
@@ -205,9 +235,15 @@ class BaseDrift:
     """Measures one run's model against its base, which it remembers in `file`."""
 
     def __init__(
-        self, model: Model, device: torch.device, texts: Sequence[Text], file: Path
+        self,
+        model: Model,
+        device: torch.device,
+        texts: Sequence[Text],
+        file: Path,
+        ranks: Ranks = LONE,
     ) -> None:
         self._model, self._device, self._texts, self._file = model, device, texts, file
+        self._ranks = ranks
         self._base: Distributions | None = None
 
     def measure(self, *, untouched: bool) -> tuple[float, int] | None:
@@ -218,10 +254,13 @@ class BaseDrift:
         """
         if self._base is None:
             self._base = self._read()
+            if not min(self._ranks.gather(self._base is not None)):
+                self._base = None  # all compute it, or none
         if self._base is None and (untouched or isinstance(self._model, PeftModel)):
             with without_adapter(self._model):
                 self._base = expect(self._model, self._device, self._texts)
-            self._write(self._base)
+            if self._ranks.is_first:
+                self._write(self._base)
         if self._base is None:
             return None
         parts = divergences(self._base, self._model, self._device, self._texts)
@@ -257,29 +296,32 @@ def expect(
     model: Model, device: torch.device, texts: Sequence[Text], top: int = TOP
 ) -> Distributions:
     """What `model` expects at each place of the answers of `texts`."""
-    ids, logs, rest = [], [], []
-    for logits in _log_probabilities(model, device, texts):
+
+    def likeliest(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         highest = logits.topk(min(top, logits.shape[-1]), dim=-1)
-        ids.append(highest.indices)
-        logs.append(highest.values)
-        rest.append(_rest(logits, highest.indices))
-    return Distributions(torch.cat(ids), torch.cat(logs), torch.cat(rest))
+        return highest.indices, highest.values, _rest(logits, highest.indices)
+
+    found = _of_log_probabilities(model, device, texts, likeliest)
+    return Distributions(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def divergences(
     base: Distributions, model: Model, device: torch.device, texts: Sequence[Text]
 ) -> Tensor:
     """KL(base || model) at each place of the answers, in nats, float32 (places,)."""
-    found, start = [], 0
-    for logs in _log_probabilities(model, device, texts):
+    start = 0
+
+    def diverged(logs: Tensor) -> Tensor:
+        nonlocal start
         part = slice(start, start + len(logs))
         start += len(logs)
         ids, expected, rest = base.ids[part], base.logs[part], base.rest[part]
         known = (expected.exp() * (expected - logs.gather(1, ids))).sum(-1)
         others = rest.exp() * (rest - _rest(logs, ids))
         each = known + torch.where(rest.exp() > 0, others, 0.0)
-        found.append(each.clamp(min=0.0))  # below zero lies only rounding
-    return torch.cat(found)
+        return each.clamp(min=0.0)  # below zero lies only rounding
+
+    return torch.cat(_of_log_probabilities(model, device, texts, diverged))
 
 
 def _rest(logs: Tensor, ids: Tensor) -> Tensor:
@@ -287,19 +329,24 @@ def _rest(logs: Tensor, ids: Tensor) -> Tensor:
     return logs.scatter_(1, ids, -torch.inf).logsumexp(-1)
 
 
-def _log_probabilities(
-    model: Model, device: torch.device, texts: Sequence[Text]
-) -> Iterator[Tensor]:
-    """Logarithms of all probabilities for some places at a time, float32 (some, vocabulary)."""
-    head = head_of(model)
-    rows = chunk_rows(SMALLEST_CHUNK_BYTES // 2, head.shape[0])  # their logarithms lie beside
+def _of_log_probabilities(
+    model: Model, device: torch.device, texts: Sequence[Text], take: Callable[[Tensor], T]
+) -> list[T]:
+    """What `take` makes of the logarithms of all probabilities, for some places at a time, float32
+    (some, vocabulary)."""
+    found: list[T] = []
+
+    def use(states: Tensor, head: Tensor) -> None:
+        rows = chunk_rows(SMALLEST_CHUNK_BYTES // 2, head.shape[0])  # their logarithms lie beside
+        found.extend(take(product(s, head.t()).log_softmax(-1)) for s in states.split(rows))
+
     with evaluating(model):
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             batch = _batch(texts[start : start + _TEXTS_AT_ONCE])
             batch = {name: value.to(device) for name, value in batch.items()}
             states, _ = shift(hidden_states(model, batch), batch["labels"])
-            for part in states.split(rows):
-                yield product(part, head.t()).log_softmax(-1)
+            use_head(model, states, use)
+    return found
 
 
 def _batch(texts: Sequence[Text]) -> dict[str, Tensor]:

@@ -4,22 +4,23 @@ This is where a model that was loaded right can be used wrongly: a mask or a cac
 without a word.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from engine.plan.trainer import PATCHES_AT_ONCE
-from engine.train.batches import pad
+from engine.train.batches import pad, tower_groups
 from engine.train.offload import OffloadedActivations, decoder_layers
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 """A model as it trains: bare, or with an adapter around it."""
+T = TypeVar("T")
 
 
 def unwrapped(model: Model) -> PreTrainedModel:
@@ -41,20 +42,42 @@ def head_of(model: Model) -> Tensor:
     return weight
 
 
-def hidden_states(model: Model, batch: dict[str, Tensor]) -> Tensor:
+def is_unit(module: nn.Module) -> bool:
+    """Whether `shard` has made a unit of the module: its weights are whole only inside its forward
+    and backward pass."""
+    return isinstance(module, FSDPModule)
+
+
+def use_head(model: Model, states: Tensor, use: Callable[[Tensor, Tensor], T]) -> T:
+    """`use(states, the head's weight)`, inside the head's own forward pass where it is sharded."""
+    head: Any = head_module(model)
+    if not is_unit(head):
+        return use(states, head_of(model))
+    head.forward = lambda inputs: use(inputs, head_of(model))
+    try:
+        found: T = head(states)
+    finally:
+        del head.forward
+    return found
+
+
+def hidden_states(model: Model, batch: dict[str, Tensor], tower_calls: int = 0) -> Tensor:
     """Last hidden states, (batch, length, width).
 
+    The vision tower of a sharded model is called `tower_calls` times, as on every other rank.
     Never with an attention mask and never with a cache: transformers separates packed rows by
     `position_ids` only when both are absent, and otherwise mixes them silently.
     """
     body: Any = unwrapped(model).model
     with half_precision(model):
-        states: Tensor = body(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            use_cache=False,
-            **image_features(model, batch),
-        ).last_hidden_state
+        features = image_features(model, batch)
+        with _taking_part(model, batch, tower_calls):
+            states: Tensor = body(
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                use_cache=False,
+                **features,
+            ).last_hidden_state
     return states
 
 
@@ -73,7 +96,7 @@ def image_features(model: Model, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     left = batch["pixels"]
     side = body.vision_tower.patch_size * body.config.spatial_merge_size
     features: Any = []  # one tensor an image, where transformers declares one for all
-    for start, end in _tower_groups(sizes, body.vision_tower.patch_size):
+    for start, end in tower_groups(sizes, body.vision_tower.patch_size):
         group = sizes[start:end]
         numbers = sum(3 * height * width for height, width in group)
         pixels, left = pad(left[:numbers], group, kind), left[numbers:]
@@ -85,18 +108,36 @@ def image_features(model: Model, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
 
 
-def _tower_groups(sizes: Sequence[Sequence[int]], patch: int) -> Iterator[tuple[int, int]]:
-    """Which images go through the tower together: from one to before another, in order.
+@contextmanager
+def _taking_part(model: Model, batch: Mapping[str, Tensor], tower_calls: int) -> Iterator[None]:
+    """The vision tower sees the smallest image as often as this rank's images call it less than
+    `tower_calls`, and a zero that reaches it is added to the embeddings inside.
 
-    Counted as they are padded, each to the largest.
+    A rank that skipped a call would leave the others waiting for its part of the weights, and one
+    whose text alone reached the first layer would add up its gradients in another order.
     """
-    start, high, wide = 0, 0, 0
-    for place, (height, width) in enumerate(sizes):
-        high, wide = max(high, height // patch), max(wide, width // patch)
-        if start < place and (place + 1 - start) * high * wide > PATCHES_AT_ONCE:
-            yield start, place
-            start, high, wide = place, height // patch, width // patch
-    yield start, len(sizes)
+    body: Any = unwrapped(model).model
+    if not tower_calls or not is_unit(body):
+        yield
+        return
+    sizes = batch["image_sizes"].tolist() if "pixels" in batch else []
+    own = len(list(tower_groups(sizes, body.vision_tower.patch_size))) if sizes else 0
+    side = body.vision_tower.patch_size * body.config.spatial_merge_size
+    device = batch["input_ids"].device
+    blank = {
+        "pixels": torch.ones(3 * side * side, device=device),
+        "image_sizes": torch.tensor([[side, side]]),
+    }
+    nothing = torch.zeros((), device=device)
+    for _ in range(tower_calls - own):
+        seen = image_features(model, blank)["mm_encoder_outputs"]["image"].pooler_output
+        nothing = nothing + 0.0 * seen[0].float().sum()
+    embedding = unwrapped(model).get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _m, _i, rows: rows + nothing.to(rows.dtype))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def half_precision(model: Model) -> AbstractContextManager[object]:

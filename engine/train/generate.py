@@ -36,6 +36,7 @@ from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model, half_precision, image_features, unwrapped
 from engine.train.lora import put_on_training
 from engine.train.model import Base, load_base
+from engine.train.ranks import LONE, Ranks
 from engine.train.seal import Say
 
 
@@ -50,6 +51,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     on_token: Callable[[int], None] = lambda token: None,
+    ranks: Ranks = LONE,
 ) -> list[int]:
     """Token ids that follow `prompt`, up to and with `end`; greedy at temperature 0.
 
@@ -68,6 +70,7 @@ def generate(
             seen = {}  # from here on the cache holds them
             cache = result.past_key_values
             token = _choose(result.logits[0, -1].float(), temperature, top_p)
+            token = int(ranks.from_first(torch.tensor(token)))  # all go on with the same one
             out.append(token)
             on_token(token)
             if token == end:

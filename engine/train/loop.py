@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ from engine.train.evaluate import (
     unreached,
 )
 from engine.train.experts import balance_loss, balance_weight, watch_routers
-from engine.train.forward import Model, head_module, head_of, hidden_states
+from engine.train.forward import Model, head_module, head_of, hidden_states, use_head
 from engine.train.generate import Prompt, generate, readable
 from engine.train.loss import IN_CHUNKS, Loss, summed_cross_entropy
 from engine.train.model import Base
@@ -73,17 +74,33 @@ from engine.train.out_of_memory import (
     in_a_step,
     is_out_of_memory,
 )
+from engine.train.ranks import LONE, Ranks
 from engine.train.seal import Position, changes_since
+from engine.train.shard import (
+    add_up,
+    can_defer,
+    local_parameters,
+    same_in_replicas,
+    sync_gradients,
+    write_back,
+)
 from engine.train.text_metrics import TextMetrics
 from engine.visible import visible
 
 PAUSE_POLL_SECONDS = 0.2
+WISHES: tuple[Request, ...] = ("save", "sample")
+"""Commands that take work, between two steps."""
+AGREED: tuple[Request, ...] = ("stop", "pause", *WISHES)
+"""What ranks agree on before each step."""
 PROGRESS_SECONDS = 0.5
 """Between two reports on downloading, tokenizing or loading."""
 
 
 class Session:
-    """One launch of a run, inside its lock."""
+    """One launch of a run, inside its lock.
+
+    Of several ranks each has one, and the first one's alone writes events and reads commands.
+    """
 
     def __init__(
         self,
@@ -92,8 +109,9 @@ class Session:
         control: ControlReader,
         signals: StopSignals,
         sleep: Callable[[float], None] = time.sleep,
+        ranks: Ranks = LONE,
     ) -> None:
-        self.run = run
+        self.run, self.ranks = run, ranks
         self.base_folder: Path = run.path
         """Folder of the base model, known once it is located."""
         self._events, self._control, self._signals, self.sleep = events, control, signals, sleep
@@ -101,23 +119,23 @@ class Session:
         """Name of the newest phase."""
         self.training = False
         """Whether steps began, between which a run stops; until then it does at any phase."""
-        self.paused = False
-        """Whether a command asked to wait between two steps."""
-        self._stop_asked = False
+        self._stop_asked = self._pause_asked = False
         self._wishes: dict[Request, list[Command]] = {}
+        self._agreed = dict.fromkeys(AGREED, False)
 
     def emit(self, event: Event) -> None:
         """Write one event. At each phase commands are taken in too: loading can take minutes.
 
         Raises StopAsked where one asks to end before the first step.
         """
-        self._events.emit(event)
-        if isinstance(event, Saved):
-            keep_history(self.run)
+        if self.ranks.is_first:
+            self._events.emit(event)
+            if isinstance(event, Saved):
+                keep_history(self.run)
         if isinstance(event, Phase):
             self.doing = event.name
             self.read()
-            if self.stopping and not self.training:
+            if self._leaving and self.ranks.is_alone and not self.training:
                 raise StopAsked
 
     def note(self, level: NoteLevel, sentence: str | None) -> None:
@@ -137,24 +155,45 @@ class Session:
 
     @property
     def stopping(self) -> bool:
-        """Whether a command or a signal asked to save and end."""
+        """Whether a command, or a signal to any rank, asked to save and end."""
+        return self._agreed["stop"]
+
+    @property
+    def paused(self) -> bool:
+        """Whether a command asked to wait between two steps."""
+        return self._agreed["pause"]
+
+    @property
+    def _leaving(self) -> bool:
         return self._stop_asked or self._signals.requested
+
+    def agree(self) -> None:
+        """Take in commands and signals; what was asked for then holds for all ranks until the next
+        call, so that they obey at the same step. Every rank calls it."""
+        self.read()
+        asked = [
+            self._leaving,
+            self._pause_asked,
+            *(bool(self._wishes.get(word)) for word in WISHES),
+        ]
+        heard = self.ranks.max(torch.tensor(asked, dtype=torch.int32)).bool().tolist()
+        self._agreed = dict(zip(AGREED, heard, strict=True))
 
     def read(self) -> None:
         """Take in the commands written since the last call and acknowledge what needs no work."""
-        for command in self._control.read():
-            if command.command in ("save", "sample"):
+        for command in self._control.read() if self.ranks.is_first else ():
+            if command.command in WISHES:
                 self._wishes.setdefault(command.command, []).append(command)
                 continue
             if command.command == "stop":
                 self._stop_asked = True
             else:
-                self.paused = command.command == "pause"
+                self._pause_asked = command.command == "pause"
             self.emit(Ack(command.id, command.command, "done"))
 
     def wished(self, word: Request) -> bool:
         """Whether somebody asked for `word` (save or sample) since it was granted last."""
-        return bool(self._wishes.get(word))
+        return self._agreed[word]
 
     def grant(self, word: Request) -> None:
         """Acknowledge that what was asked for by `word` is done."""
@@ -181,10 +220,16 @@ class Training:
         self.base, self.model, self.config, self.session = base, model, config, session
         self.rows, self.held_out, self.tokenizer = rows, held_out, tokenizer
         self.text_metrics, self.sampling, self.loss = text_metrics, sampling, loss
-        self.order = Order(rows, config)
-        self.parameters = [p for _, p in trained_parameters(model)]
-        self.optimizer = build_optimizer(trained_parameters(model), config)
-        self.checkpoints = Checkpoints(session.run, config, partial(session.note, "warning"))
+        self.ranks = session.ranks
+        self.order = Order(rows, config, self.ranks)
+        named = local_parameters(trained_parameters(model))
+        self.parameters, self._named = [p for _, p in named], named
+        self.optimizer = build_optimizer(named, config)
+        write_back(self.optimizer, model)
+        self.defer = can_defer(model, self.ranks)
+        self.checkpoints = Checkpoints(
+            session.run, config, partial(session.note, "warning"), self.ranks
+        )
         self.position = Position(
             fingerprint=self.order.fingerprint(), loss_chunk_bytes=loss.chunk_bytes
         )
@@ -223,6 +268,7 @@ class Training:
         """Train to the last step, or to a stop; ends with the `ended` event."""
         self.session.training = True
         self.model.train()
+        self.session.agree()
         if self.position.step == 0 and not self.session.stopping:
             self.sample(prompts, "before")
             self.evaluate()
@@ -256,7 +302,7 @@ class Training:
     def between_steps(self, prompts: Sequence[Prompt]) -> None:
         """Do what was asked for, and wait while the run is paused."""
         while True:
-            self.session.read()
+            self.session.agree()
             if self.session.wished("save"):
                 self.save()
                 self.session.grant("save")
@@ -271,14 +317,15 @@ class Training:
         """The last answers, and the finished adapter or model."""
         best = self.checkpoints.best() if self.config.load_best_model_at_end else None
         if best is not None and self.position.best_step != self.position.step:
-            load_trained(self.model, best)
+            load_trained(self.model, best, self.ranks)
             self.session.note("info", f"ends with {best.name}, the lowest evaluation loss")
             self.measure()  # the last figures of a run are those of its result
         self.sample(prompts, "after")
         self.session.emit(Phase("export"))
         run = self.session.run
-        exported = export_trained(self.model, run.path, self.session.base_folder, self.config)
-        for event in publish_result(run, exported, self.config):
+        given = (self.model, run.path, self.session.base_folder, self.config, self.ranks)
+        exported = export_trained(*given)
+        for event in publish_result(run, exported, self.config) if self.ranks.is_first else ():
             self.session.emit(event)
         self.session.emit(Saved(self.position.step, exported.name))
         self.session.emit(Ended("finished", self.position.step))
@@ -304,8 +351,10 @@ class Training:
         set_learning_rate(self.optimizer, rate)
         loss, norm = self.gradients(batch)
         self.judge(number, loss, norm, batch)
-        update_weights(self.optimizer)
+        with same_in_replicas(self.ranks, self.config.seed + number):
+            update_weights(self.optimizer)
         seconds, speed = self.step_clock.stop(batch.tokens)
+        peaks, slowest = self._of_ranks()
         self.position.step = number
         self.position.tokens += batch.tokens
         self.overfitting.add_step(loss)
@@ -321,16 +370,27 @@ class Training:
                 grad_norm_clipped=min(norm, self.config.max_grad_norm),
                 seconds=seconds,
                 tokens_per_second=speed,
-                peak_memory_bytes=peak_memory_bytes(self.base.device),
+                peak_memory_bytes=max(peaks),
                 total_steps=self.order.total_steps,
+                rank_peak_bytes=peaks if len(peaks) > 1 else None,
+                slowest_rank=slowest if len(peaks) > 1 else None,
+                imbalance=batch.elsewhere.imbalance if len(peaks) > 1 else None,
             )
         )
 
+    def _of_ranks(self) -> tuple[tuple[int, ...], int]:
+        """Each rank's peak bytes, and the rank whose own passes of this step took longest."""
+        own = torch.zeros(2, self.ranks.world_size, dtype=torch.float64)
+        peak = peak_memory_bytes(self.base.device)
+        own[:, self.ranks.rank] = torch.tensor([peak, self.step_clock.computed], dtype=own.dtype)
+        peaks, seconds = self.ranks.sum(own)
+        return tuple(map(int, peaks.tolist())), int(seconds.argmax())
+
     def gradients(self, batch: StepBatch) -> tuple[float, float]:
         """`fill_gradients` of this run's model."""
-        return fill_gradients(
-            self.model, self.parameters, batch, self.base.device, self.config, self.loss
-        )
+        given = (self.model, self.parameters, batch, self.base.device, self.config, self.loss)
+        computed = (lambda: None) if self.ranks.is_alone else self.step_clock.mark
+        return fill_gradients(*given, self.ranks, defer=self.defer, computed=computed)
 
     def judge(self, number: int, loss: float, norm: float, batch: StepBatch) -> None:
         """Say what is odd about a step before it changes anything; WorkError ends the run."""
@@ -353,7 +413,7 @@ class Training:
             )
         if number == 1:
             self.session.note("warning", self.alarm.odd_start(loss))
-            self.session.note("warning", unreached(trained_parameters(self.model)))
+            self.session.note("warning", unreached(self._named))
         usual = self.alarm.spike(loss)
         if usual is not None:
             leap = f"step {number}: the loss leapt to {loss:.2f} from {usual:.2f}"
@@ -386,12 +446,13 @@ class Training:
             return []
         scores: list[Score] = []
         for name, rows in self.held_out.items():
-            scores += score_all(self.model, self.base, {name: rows}, self.config, step)
+            scores += score_all(self.model, self.base, {name: rows}, self.config, step, self.ranks)
             done = sum(each.rows for each in scores)
             self.session.emit(Phase("evaluate", done, total, "rows"))
         if self.config.eval_train_rows and not inside:
             seen = self.rows.first(self.config.eval_train_rows)
-            self.session.emit(score(self.model, self.base, seen, self.config, step, "train"))
+            given = (self.model, self.base, seen, self.config, step, "train")
+            self.session.emit(score(*given, self.ranks))
         for each in scores:
             self.session.emit(each)
         return scores
@@ -410,6 +471,7 @@ class Training:
                 max_new_tokens=self.sampling.max_tokens or SAMPLE_TOKENS,
                 temperature=self.sampling.temperature or 0.0,
                 top_p=self.sampling.top_p or 1.0,
+                ranks=self.ranks,
             )
             text = readable(tokens, self.tokenizer)
             self.session.emit(Sample(self.position.step, prompt.text, text, when))
@@ -435,7 +497,8 @@ class Training:
 
     def _highest(self, batch: StepBatch) -> str:
         """The rows of a step with the highest losses, as a person finds them."""
-        losses = row_losses(self.model, self.base, batch)
+        found = self.ranks.gather(row_losses(self.model, self.base, batch))
+        losses = list(chain.from_iterable(found))
         losses.sort(key=lambda found: -found[1] if math.isfinite(found[1]) else -math.inf)
         named = (f"{self.rows.place(row)} ({loss:.2f})" for row, loss in losses[:NAMED_ROWS])
         return "; ".join(named)
@@ -447,10 +510,16 @@ class StepClock:
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
         self._device, self._clock = device, clock
         self._started = clock()
+        self.computed = 0.0
+        """Seconds until this rank had done its passes of the step."""
 
     def start(self) -> None:
         """Begin a step: what came before it is not its time."""
         self._started = self._clock()
+
+    def mark(self) -> None:
+        """This rank's passes are asked for; a card may still be at them."""
+        self.computed = self._clock() - self._started
 
     def stop(self, tokens: int) -> tuple[float, float]:
         """End a step when the device has done it; returns its seconds and its tokens a second.
@@ -476,40 +545,55 @@ def fill_gradients(
     device: torch.device,
     config: RunConfig,
     way: Loss,
+    ranks: Ranks = LONE,
+    *,
+    defer: bool = True,
+    computed: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """Give the trained `parameters` the gradients of one optimizer step; its loss and their norm.
 
-    The loss is the mean over all learned tokens of the step, without the routers' balance, the norm
-    the one before clipping to `max_grad_norm`. Both are read at the end: a reading waits.
+    The loss is the mean over all learned tokens of the step, on all ranks, without the routers'
+    balance, the norm the one before clipping to `max_grad_norm`. Both are read at the end: a
+    reading waits. With `defer` ranks add their gradients up once, else after each micro-batch;
+    `computed` is called before they add up what they have.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     weight = balance_weight(config)
-    for micro in batch.micros:
+    for turn, micro in enumerate(batch.micros, start=1):
+        sync_gradients(model, last=not defer or turn == len(batch.micros))
         tensors = micro.to(device)
         with watch_routers(model, weight > 0) as routings:
-            states = hidden_states(model, tensors)
+            states = hidden_states(model, tensors, micro.tower_calls)
         with head_for_loss(head_module(model), states):
-            loss = summed_cross_entropy(states, head_of(model), tensors["labels"], way)
-            mean = goal = loss / max(1, batch.learned_tokens)
-            if routings:
+            sum_up = partial(summed_cross_entropy, labels=tensors["labels"], loss=way)
+            mean = goal = use_head(model, states, sum_up) / max(1, batch.learned_tokens)
+            if routings and micro.rows:
                 balance = balance_loss(routings, tensors["input_ids"] != PAD)
-                goal = mean + weight * balance / len(batch.micros)
+                goal = mean + weight * balance / batch.passes
             if goal.requires_grad:  # where only the vision tower moves, text reaches nothing
                 goal.backward()
         total += mean.detach()
-    norm = clip_gradients(parameters, config.max_grad_norm)
-    found: tuple[float, float] = tuple(torch.stack([total, norm.to(total)]).tolist())
+    computed()
+    add_up(model, parameters, ranks)
+    norm = clip_gradients(parameters, config.max_grad_norm, ranks)
+    found: tuple[float, float] = tuple(torch.stack([ranks.sum(total), norm.to(total)]).tolist())
     return found
 
 
-def clip_gradients(parameters: Sequence[torch.nn.Parameter], limit: float) -> torch.Tensor:
+def clip_gradients(
+    parameters: Sequence[torch.nn.Parameter], limit: float, ranks: Ranks = LONE
+) -> torch.Tensor:
     """Shorten the gradients together to `limit` where they are longer; the norm from before.
 
-    Summed up in float32: PyTorch's own norm of bfloat16 gradients has their eight bits.
+    Summed up in float32: PyTorch's own norm of bfloat16 gradients has their eight bits. Each rank
+    has its rows of a sharded model's, and all of another one's.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    device = parameters[0].device if parameters else None
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=device)
+    if ranks.shards > 1:
+        norm = ranks.sum_of_copy(norm.square()).sqrt()
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
 

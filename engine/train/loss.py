@@ -136,7 +136,9 @@ def summed_cross_entropy(
     """
     states, targets = shift(hidden, labels)
     if targets.numel() == 0:
-        return hidden.sum() * 0.0
+        nothing = hidden.sum() * 0.0
+        # A head that is trained is reached as well, or ranks would add up other gradients.
+        return nothing + head[0].sum() * 0.0 if head.requires_grad else nothing
     if loss.cut and not head.requires_grad:
         return cut_cross_entropy(states, head, targets)
     rows = chunk_rows(loss.chunk_bytes, head.shape[0])

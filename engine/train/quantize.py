@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.autograd._functions import matmul
 from bitsandbytes.functional import int8_vectorwise_quant
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
@@ -78,8 +79,24 @@ class FlatLinear8bit(Linear8bitLt):
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
-        rows: Tensor = super().forward(inputs.flatten(0, -2))
+        flat, state = inputs.flatten(0, -2), self.state
+        if self._apart:
+            state.is_training, state.CB = self.training, self.weight.data
+            rows: Tensor = matmul(flat, self.weight, bias=self.bias, state=state)
+        else:
+            rows = super().forward(flat)
         return rows.view(*inputs.shape[:-1], rows.shape[-1])
+
+    def hold_apart(self) -> None:
+        """Make the numbers a plain parameter, which FSDP divides; each row's largest stays whole.
+
+        bitsandbytes keeps both on the parameter, which FSDP replaces by one of its own.
+        """
+        weight: Any = self.weight
+        self.state.SCB, self._apart = weight.SCB, True
+        self.weight = nn.Parameter(weight.data, requires_grad=False)
+
+    _apart = False
 
 
 def _eight_bit(linear: nn.Linear) -> FlatLinear8bit:

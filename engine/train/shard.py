@@ -10,9 +10,11 @@ The optimizer sees plain tensors, each rank's own rows of each parameter: a stat
 and the same arithmetic as on one card.
 """
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
@@ -22,21 +24,26 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
-    share_comm_ctx,
 )
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.train.experts import HELD, GroupedNF4
 from engine.train.forward import Model, head_module, unwrapped
 from engine.train.offload import decoder_layers
-from engine.train.quantize import statistics
+from engine.train.quantize import FlatLinear8bit, statistics
 from engine.train.ranks import SHARD, Ranks
 
 BUCKET_NUMBERS = 2**27
 """Gradients that replicas add up in one collective, in float32: 512 MiB."""
-T = TypeVar("T")
+DEFERRED_SHARE = 0.3
+"""Of the memory that is free once the model is loaded; activations need the most of it."""
+_VISION = re.compile(r"\.(vision_tower|multi_modal_projector)\.")
+_LOCAL: Any = WeakIdKeyDictionary()
+"""Plain parameters by the sharded ones whose memory they share."""
 
 
 def shard(model: Model, config: RunConfig, ranks: Ranks) -> Model:
@@ -54,6 +61,8 @@ def shard(model: Model, config: RunConfig, ranks: Ranks) -> Model:
     for module in model.modules():
         if isinstance(module, GroupedNF4):
             module.hold_as_parameters()
+        elif isinstance(module, FlatLinear8bit):
+            module.hold_apart()
     mesh = ranks.mesh if ranks.replicas > 1 else ranks.mesh[SHARD]
     # Gradients of bfloat16 weights are added up in float32, as many as there are ranks.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -68,14 +77,10 @@ def shard(model: Model, config: RunConfig, ranks: Ranks) -> Model:
     assert isinstance(head, FSDPModule)
     if whole := [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]:
         raise AssertionError(f"{whole[0]} and {len(whole) - 1} others are in no unit")
-    if not _tied(model):
-        share_comm_ctx([body, head])
-    for root in (body, head):
-        root.set_gradient_divide_factor(1.0)
+    for unit in (each for each in model.modules() if isinstance(each, FSDPModule)):
+        unit.set_gradient_divide_factor(1.0)  # of this unit alone, whatever is inside
         # gloo has no product with a factor, and with 1 the sum is the same.
-        root.set_force_sum_reduction_for_comms(True)
-        # A rank whose batch reached fewer weights takes part with zeros.
-        root.set_reduce_scatter_unused_params(True)
+        unit.set_force_sum_reduction_for_comms(True)
     return model
 
 
@@ -89,7 +94,9 @@ def units(model: Model) -> list[nn.Module | list[nn.Module]]:
     found += [[embedding, head]] if _tied(model) else [embedding, head]
     found += [part for name, part in text.named_children() if name == "norm"]
     if text is not body:
-        found += [part for part in body.children() if part is not text and _has_parameters(part)]
+        # The tower's parts together, not itself: transformers knows by its class what to record.
+        found.append([part for part in body.vision_tower.children() if _has_parameters(part)])
+        found.append(body.multi_modal_projector)
     return found
 
 
@@ -115,25 +122,6 @@ def _refuse(config: RunConfig) -> None:
             )
 
 
-def is_unit(module: nn.Module) -> bool:
-    """Whether `shard` has made a unit of the module, or the root."""
-    return isinstance(module, FSDPModule)
-
-
-def use_head(model: Model, states: Tensor, use: Callable[[Tensor, Tensor], T]) -> T:
-    """`use(states, the head's weight)`, inside the head's own forward pass where it is sharded: its
-    weight is whole there and nowhere else."""
-    head: Any = head_module(model)
-    if not is_unit(head):
-        return use(states, head.get_parameter("weight"))
-    head.forward = lambda inputs: use(inputs, head.get_parameter("weight"))
-    try:
-        found: T = head(states)
-    finally:
-        del head.forward
-    return found
-
-
 def sync_gradients(model: Model, last: bool) -> None:
     """Say whether the backward pass that follows is the `last` of its optimizer step, in which
     gradients are added up over ranks; before it each rank keeps its own."""
@@ -143,13 +131,37 @@ def sync_gradients(model: Model, last: bool) -> None:
             root.set_is_last_backward(last)
 
 
-def add_up(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
-    """Make each gradient of a copy that is not sharded the sum over all replicas.
+def can_defer(model: Model, ranks: Ranks) -> bool:
+    """Whether gradients are added up once an optimizer step, not after each micro-batch.
 
-    In float32, in as few collectives as `BUCKET_NUMBERS` allows. A parameter that got none here and
-    one elsewhere takes part with zeros; one that got none anywhere keeps none.
+    Until then each rank of a sharded model keeps the whole of them, in float32: an adapter's are
+    small, a full fine-tune's may take `DEFERRED_SHARE` of what its card has free. Where text
+    reaches nothing that is trained, the last pass of a step may be none.
     """
-    if ranks.is_alone or ranks.shards > 1:
+    if ranks.shards == 1:
+        return True
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    reached = any(not _VISION.search(name) for name, _ in trained)
+    fits = True
+    if ranks.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(ranks.device)
+        fits = 4 * sum(p.numel() for _, p in trained) < DEFERRED_SHARE * free
+    return not ranks.max(torch.tensor([not (fits and reached)]).int()).any()
+
+
+def add_up(model: Model, parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
+    """Give `parameters`, as the optimizer sees them, the gradients of all ranks.
+
+    FSDP has added up those of a sharded model. Those of replicas are added up here, in float32, in
+    as few collectives as `BUCKET_NUMBERS` allows: a parameter that got none here and one elsewhere
+    takes part with zeros; one that got none anywhere keeps none.
+    """
+    if ranks.is_alone:
+        return
+    if ranks.shards > 1:
+        for p in model.parameters():
+            if p.grad is not None:
+                local_parameter(p).grad, p.grad = local_part(p.grad), None
         return
     device = parameters[0].device
     reached = ranks.sum(torch.tensor([p.grad is not None for p in parameters]).float().to(device))
@@ -182,12 +194,51 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def local_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter as the optimizer sees it, always the same one: itself, or where it is sharded a
+    plain one that shares the memory of this rank's rows."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    if parameter not in _LOCAL:
+        _LOCAL[parameter] = nn.Parameter(local_part(parameter.detach()))
+    found: nn.Parameter = _LOCAL[parameter]
+    return found
+
+
 def local_parameters(named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    """Each parameter as the optimizer sees it: itself, or a plain one over this rank's rows."""
-    return [
-        (name, nn.Parameter(local_part(p.detach())) if isinstance(p, DTensor) else p)
-        for name, p in named
-    ]
+    """Each parameter as the optimizer sees it."""
+    return [(name, local_parameter(p)) for name, p in named]
+
+
+def write_back(optimizer: Optimizer, model: Model) -> None:
+    """Let what `optimizer` makes of a sharded model's bfloat16 weights get to where FSDP gathers
+    them from: it gives its parameters other memory."""
+    homes = {
+        local_parameter(p): local_part(p.detach())
+        for p in model.parameters()
+        if p.requires_grad and isinstance(p, DTensor)
+    }
+
+    def put(optimizer: Optimizer, *_: object) -> None:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            home = homes[parameter]
+            if parameter.data_ptr() != home.data_ptr():
+                parameter.data = home.copy_(parameter.data)
+
+    if homes:
+        optimizer.register_step_post_hook(put)
+
+
+@contextmanager
+def same_in_replicas(ranks: Ranks, seed: int) -> Iterator[None]:
+    """Inside, ranks that hold the same rows draw the same random numbers, for this `seed`: what is
+    rounded at random stays one model."""
+    if ranks.replicas == 1:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed * ranks.shards + ranks.shard)
+        yield
 
 
 def local_bytes(model: Model) -> dict[str, int]:
@@ -208,7 +259,7 @@ def local_bytes(model: Model) -> dict[str, int]:
             part = "embeddings"
         elif id(parameter) in of_head:
             part = "head"
-        elif ".vision_tower." in name or ".multi_modal_projector." in name:
+        elif _VISION.search(name):
             part = "vision"
         else:
             part = "layers" if ".layers." in name else "norm"

@@ -21,10 +21,10 @@ from engine.data.prepare import label_rule
 from engine.data.prepared import shuffle_order
 from engine.events import Answers, Drift, Event, Note
 from engine.train.batches import Rows, collate
-from engine.train.evaluate import FAR, BaseDrift, evaluating, general_texts
-from engine.train.forward import Model, head_of, hidden_states
+from engine.train.evaluate import FAR, BaseDrift, evaluating, general_texts, score_batch
+from engine.train.forward import Model
 from engine.train.generate import generate
-from engine.train.loss import score_tokens
+from engine.train.ranks import LONE, Ranks
 
 INSIDE_SHARE = 4
 """At evaluations inside a run, one of so many answers is generated."""
@@ -58,15 +58,17 @@ class TextMetrics:
         config: RunConfig,
         tokenizer: ChatTokenizer,
         folder: Path,
+        ranks: Ranks = LONE,
     ) -> None:
         self._model, self._device, self._tokenizer = model, device, tokenizer
+        self._ranks = ranks
         self._held_out, self._config = held_out, config
         each = -(-config.eval_table_size // max(1, len(held_out)))
         self._references = {
             name: choose_references(rows, config, each) for name, rows in held_out.items()
         }
         self._base_drift = (
-            BaseDrift(model, device, general_texts(tokenizer), folder / DRIFT_FILE)
+            BaseDrift(model, device, general_texts(tokenizer), folder / DRIFT_FILE, ranks)
             if config.eval_drift
             else None
         )
@@ -118,10 +120,8 @@ class TextMetrics:
         tensors["labels"] = torch.full_like(ids, IGNORED_LABEL)
         tensors["labels"][:, reference.begins :] = ids[:, reference.begins :]
         with evaluating(self._model):
-            _, right = score_tokens(
-                hidden_states(self._model, tensors), head_of(self._model), tensors["labels"]
-            )
-        agreed = int(right.long().cumprod(0).sum())
+            _, right = score_batch(self._model, tensors)
+        agreed = int(self._ranks.from_first(right.long().cumprod(0).sum()))
         known = ids[0].tolist()
         if agreed == reference.tokens:
             return known[reference.begins :]
@@ -133,6 +133,7 @@ class TextMetrics:
             images={k: v for k, v in tensors.items() if k in ("pixels", "image_sizes")},
             end=self._tokenizer.specials.eos,
             max_new_tokens=self._config.eval_max_new_tokens - agreed,
+            ranks=self._ranks,
         )
         return [*begun[reference.begins :], *more]
 

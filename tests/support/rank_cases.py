@@ -1,15 +1,28 @@
 """What the ranks of a `RankGroup` do, each together with the others."""
 
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.events import Event, Step
+from engine.train.batches import Rows
+from engine.train.loop import Session, Training
 from engine.train.lora import put_on_training
 from engine.train.model import load_base
-from engine.train.ranks import Ranks
+from engine.train.ranks import LONE, Ranks
 from engine.train.shard import local_bytes, shard
-from tests.support.tiny import settings
+from tests.support.pictured_rows import MIXED, write_pictured
+from tests.support.tiny import UNEVEN, open_session, settings, wake_adapter, write_rows
+
+ROWS: dict[str, Callable[[Path], Rows]] = {
+    "uneven": lambda folder: write_rows(folder, UNEVEN),
+    "mixed": lambda folder: write_pictured(folder, MIXED),
+}
 
 
 def talk(ranks: Ranks) -> dict[str, Any]:
@@ -25,6 +38,78 @@ def talk(ranks: Ranks) -> dict[str, Any]:
         "gathered": ranks.gather({"rank": ranks.rank, "longer": "x" * ranks.rank}),
         "once": ranks.once_a_node("a test's rows", lambda: ranks.rank, said.append),
         "said": len(said),
+    }
+
+
+def learn(ranks: Ranks, shards: int | None = None, **run: Any) -> dict[str, Any]:
+    """The figures of some steps, as each rank has them."""
+    shards = shards or ranks.world_size
+    laid_out = ranks.laid_out(shards, ranks.world_size // shards)
+    training = started(laid_out, **run)
+    with Collectives() as collectives:
+        found = figures(training, run["steps"])
+    return found | {"collectives": dict(collectives.counts)}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives inside, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[func.__name__.partition(".")[0].strip("_")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def started(
+    ranks: Ranks = LONE, *, home: str, folder: str, keys: dict[str, Any], rows: str, **_: Any
+) -> Training:
+    """A run before step 1, its adapter awake, sharded as `ranks` are laid out."""
+    config, base_folder = settings(folder, **keys), Path(folder)
+    own = Path(home) / f"{ranks.rank} of {ranks.world_size}"
+    base = load_base(base_folder, config)
+    torch.manual_seed(config.seed)
+    model = put_on_training(base, base_folder, config)
+    wake_adapter(model)
+    shard(model, config, ranks)
+    session = Listening(open_session(own, ranks))
+    session.base_folder = base_folder
+    model.train()
+    given = ROWS[rows](own / "rows")
+    return Training(base, model, given, {}, config, session, tokenizer=None)  # type: ignore[arg-type]
+
+
+class Listening(Session):
+    """A session whose events are heard on every rank."""
+
+    def __init__(self, session: Session) -> None:
+        self.__dict__.update(session.__dict__)
+        self.heard: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        """Keep one event."""
+        self.heard.append(event)
+
+
+def figures(run: Training, steps: int) -> dict[str, Any]:
+    """Losses and gradient norms of a run's first steps, and the rows that this rank learned."""
+    rows = []
+    for number, batch in islice(run.order.steps(0), steps):
+        run.step(number, batch)
+        rows.append(list(batch.rows))
+    assert isinstance(run.session, Listening)
+    taken = [event for event in run.session.heard if isinstance(event, Step)]
+    return {
+        "losses": [event.loss for event in taken],
+        "norms": [event.grad_norm for event in taken],
+        "tokens": [(event.tokens, event.learned_tokens) for event in taken],
+        "peaks": [event.rank_peak_bytes for event in taken],
+        "slowest": [event.slowest_rank for event in taken],
+        "imbalance": [event.imbalance for event in taken],
+        "rows": rows,
     }
 
 

@@ -36,7 +36,7 @@ from engine.train.loop import Session, Training
 from engine.train.lora import put_on_training
 from engine.train.model import Base, load_base
 from engine.train.moments import optimizer_slices
-from engine.train.ranks import LONE
+from engine.train.ranks import LONE, Ranks
 
 VOCABULARY = 192
 TEXT: dict[str, Any] = {
@@ -220,11 +220,12 @@ def assemble(
     return Training(base, model, rows, held_out or {}, config, session, tokenizer=None)  # type: ignore[arg-type]
 
 
-def open_session(folder: Path) -> Session:
+def open_session(folder: Path, ranks: Ranks = LONE) -> Session:
     """A session of the run in `folder`, which listens to no signal."""
     run = RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return Session(run, EventWriter(run.events), ControlReader(run.control), StopSignals())
+    control = ControlReader(run.control)
+    return Session(run, EventWriter(run.events), control, StopSignals(), ranks=ranks)
 
 
 def flip(path: Path, at: float = 0.5, bit: int = 0) -> None:

@@ -1,5 +1,6 @@
 """Ranks as real processes over gloo: what they tell each other, and what each holds of a model."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from engine.train.model import load_base
 from engine.train.ranks import LONE, layout, lost_rank, refuse_unbuilt
 from engine.train.shard import local_bytes
 from tests.support.methods import METHODS
+from tests.support.rank_cases import figures, started
 from tests.support.rank_group import RankGroup
 from tests.support.tiny import Models, settings
 
@@ -85,3 +87,73 @@ def test_each_of_two_ranks_holds_half(
 def _held_by_one(folder: Path, keys: dict[str, Any]) -> dict[str, int]:
     config = settings(folder, **keys)
     return local_bytes(put_on_training(load_base(folder, config), folder, config))
+
+
+def learn_both_ways(
+    group: RankGroup, home: Path, folder: Path, keys: dict[str, Any], **case: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures of one rank that accumulates, and those of each that shares its work."""
+    micros = 4
+    keys = {"micro_batch_size": 1, "learning_rate": 1e-3, "warmup_steps": 1} | keys
+    keys |= {"max_steps": case["steps"], "gradient_accumulation_steps": micros}
+    one = {"home": str(home), "folder": str(folder), "keys": keys} | case
+    keys = keys | {"gradient_accumulation_steps": micros // group.count}
+    return figures(started(**one), case["steps"]), group.run(
+        "rank_cases:learn", **one | {"keys": keys}
+    )
+
+
+def assert_equal(one: dict[str, Any], many: list[dict[str, Any]], tolerance: float) -> None:
+    """The same rows in each step, and the same losses and norms on every rank."""
+    for figure in ("losses", "norms"):
+        assert all(each[figure] == many[0][figure] for each in many)
+        assert many[0][figure] == pytest.approx(one[figure], rel=tolerance)
+    assert [tuple(tokens) for tokens in many[0]["tokens"]] == one["tokens"]
+    for step, rows in enumerate(one["rows"]):
+        assert sorted(chain(*(each["rows"][step] for each in many))) == sorted(rows)
+
+
+BOTH_WAYS = {
+    "full": ("mistral", "full", "uneven", {}),
+    "layers computed twice": ("ministral3", "full", "uneven", {"gradient_checkpointing": True}),
+    "LoRA": ("ministral3", "LoRA", "uneven", {}),
+    "LoRA in bfloat16": (
+        "mistral",
+        "LoRA bfloat16",
+        "uneven",
+        {"peft_autocast_adapter_dtype": False},
+    ),
+    "packed": ("ministral3", "LoRA", "uneven", {"sample_packing": True, "sequence_len": 64}),
+    "NF4": ("ministral3", "NF4 LoRA", "uneven", {}),
+    "int8": ("mistral4", "int8 LoRA", "uneven", {}),
+    "experts": ("mistral4", "full", "uneven", {}),
+    "adapters of experts": ("mistral4", "LoRA on experts", "uneven", {}),
+    "NF4 experts": ("mistral4", "NF4 LoRA on NF4 experts", "uneven", {}),
+    "images": ("mistral4", "LoRA", "mixed", {}),
+    "images in NF4": ("mistral", "NF4 LoRA", "mixed", {}),
+    "tower and projector": ("ministral3", "full", "mixed", {"unfrozen_parameters": [r".*"]}),
+    "tower alone": ("mistral", "full", "mixed", {"unfrozen_parameters": [r"model\.vision_tower"]}),
+    "balance": (
+        "mistral4",
+        "full",
+        "uneven",
+        {"overrides_of_model_config": {"output_router_logits": True}},
+    ),
+}
+"""Architecture, method, rows and keys of runs that two ranks share."""
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_two_ranks_learn_what_one_learns(
+    two_ranks: RankGroup,
+    model_folder: Models,
+    seeing_model: Models,
+    tmp_path: Path,
+    name: str,
+) -> None:
+    architecture, method, rows, keys = BOTH_WAYS[name]
+    folder = (seeing_model if rows == "mixed" else model_folder)(architecture)
+    keys = METHODS[method].keys | keys
+    one, many = learn_both_ways(two_ranks, tmp_path, folder, keys, rows=rows, steps=6)
+    rounded = "peft_autocast_adapter_dtype" in keys  # at random, and not by the same numbers
+    assert_equal(one, many, 1e-2 if rounded else 1e-3 if "bf16" in keys else 1e-5)

@@ -14,8 +14,8 @@ from engine.chat.render import Kind, LabelRule, Rendered
 from engine.chat.tokenizer import build_tokenizer
 from engine.errors import WorkError
 from engine.plan.trainer import PATCHES_AT_ONCE
-from engine.train import forward
-from engine.train.batches import Order, Rows, collate, evaluation_micros
+from engine.train import batches
+from engine.train.batches import Order, Rows, collate, evaluation_micros, tower_groups
 from engine.train.evaluate import evaluating, score
 from engine.train.forward import Model, head_of, hidden_states, image_features, unwrapped
 from engine.train.generate import ask_about_images, generate
@@ -98,8 +98,8 @@ class TestSameNumbers:
         """Each image once and in order, padded to the largest of its group."""
         sizes = [(14 * high, 14 * wide) for high, wide in shapes]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(forward, "PATCHES_AT_ONCE", most)
-            groups = list(forward._tower_groups(sizes, 14))
+            patch.setattr(batches, "PATCHES_AT_ONCE", most)
+            groups = list(tower_groups(sizes, 14))
         assert [place for start, end in groups for place in range(start, end)] == [
             *range(len(sizes))
         ]
@@ -123,7 +123,7 @@ class TestSameNumbers:
         found = []
         with torch.no_grad():
             for patches in (PATCHES_AT_ONCE, 40, 1):
-                monkeypatch.setattr(forward, "PATCHES_AT_ONCE", patches)
+                monkeypatch.setattr(batches, "PATCHES_AT_ONCE", patches)
                 found.append(hidden_states(model, tensors))
         torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found[2], found[0], rtol=1e-5, atol=1e-5)
