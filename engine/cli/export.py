@@ -170,7 +170,8 @@ def _for_automodel(
     layout = layout_of(config) or Layout(shard=ranks)
     places = _place(config, out, name, asked, out.parent)
     text = automodel_yaml(config, architecture, layout, grid, places.run)
-    job = automodel_job(name, allocation, places, out.parent, grid, asked.environment is not None)
+    settled = asked.environment is not None
+    job = automodel_job(name, allocation, places, out.parent, grid, settled)
     here = find_device(assumed)
     place = Place(architecture, here if here.kind == "cuda" else find_device(USUAL_CARD))
     cut, ours = grid_share(config, place, grid), list(our_shares(config, place, ranks, gpus))
@@ -178,7 +179,7 @@ def _for_automodel(
         job,
         places,
         {out: text, out.with_suffix(".sbatch"): job.script()},
-        list(not_there(config, architecture, places)),
+        list(not_there(config, architecture, places, settled)),
         list(_compare(grid, cut, ours, place.device.name)),
         {"automodel": asdict(cut), "windtunnel": [asdict(share) for share in ours]},
     )

@@ -5,6 +5,7 @@ wrongly is refused. Names of its classes are constants here: no value of a confi
 Its source was read at 0.7.0, whose own loader takes the YAML in tests/cli/test_automodel.py.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from typing import Any, Final
 
 from engine.catalog import Architecture
 from engine.cluster.job import Allocation, Job
-from engine.cluster.slurm import MEETING, Places, missing_model, offline, require_plain
+from engine.cluster.slurm import (
+    MEETING,
+    Places,
+    missing_model,
+    missing_program,
+    offline,
+    require_plain,
+)
 from engine.config import DatasetConfig, RunConfig
 from engine.config.document import comment_lines, entry, with_reason
 from engine.errors import UserError
@@ -25,6 +33,8 @@ from engine.units import counted
 from engine.visible import visible
 
 VERSION: Final = "0.7"
+VARIABLE: Final = "AUTOMODEL_ENV"
+"""Names its environment to the script where the export did not."""
 MICROBATCH: Final = 1
 """Sequences that pass the pipeline together."""
 DENSE: Final = ("ministral3", "mistral")
@@ -437,8 +447,19 @@ def _rate(config: RunConfig) -> dict[str, Any]:
     return found
 
 
-def not_there(config: RunConfig, architecture: Architecture, places: Places) -> Iterator[UserError]:
-    """What of model and rows AutoModel would miss on nodes that fetch nothing."""
+def not_there(
+    config: RunConfig, architecture: Architecture, places: Places, settled: bool
+) -> Iterator[UserError]:
+    """What of programs, model and rows the nodes would miss, each with what brings it."""
+    if settled:
+        yield from missing_program("torchrun", places)
+    elif not os.environ.get(VARIABLE):
+        yield UserError(
+            f"No environment with NeMo AutoModel {VERSION} is named.",
+            "It asks for other versions of transformers than Windtunnel, and cannot share ours.",
+            f"Make one where the nodes see it, with `pip install nemo-automodel[vlm]=={VERSION}.*`,"
+            " and name it: --environment DIR",
+        )
     source = _source(architecture)
     if is_hub_id(source) and not Path(source).exists():
         yield from missing_model(source, config.revision_of_model, places)
@@ -468,7 +489,7 @@ def automodel_job(
     require_plain(log)
     variables = offline(places)
     if not settled:
-        asked = "${AUTOMODEL_ENV:?set it to the environment that holds nemo-automodel}"
+        asked = f"${{{VARIABLE}:?set it to the environment that holds nemo-automodel}}"
         variables["PATH"] = (f'"{asked}/bin:$PATH"', "an environment of its own: it pins its stack")
     if grid.tensor > 1:
         why = "products and messages of tensor parallelism start in their order"

@@ -107,11 +107,12 @@ def train_job(
 
 
 def not_there(config: RunConfig, places: Places) -> Iterator[UserError]:
-    """What of model and rows the nodes would miss, each with the command that fetches it.
+    """What of programs, model and rows the nodes would miss, each with what brings it.
 
     What is local is looked for where the config stands (raises UserError where it is missing), what
     is the hub's in the shared cache.
     """
+    yield from missing_program("windtunnel", places)
     _, repository = find_base(config.base_model)
     if repository is not None:
         yield from missing_model(repository, config.revision_of_model, places)
@@ -123,6 +124,16 @@ def not_there(config: RunConfig, places: Places) -> Iterator[UserError]:
                 "Fetch them here, and name the folder in the config:"
                 f" hf download {quote(dataset.path)} --repo-type dataset --local-dir FOLDER",
             )
+
+
+def missing_program(name: str, places: Places) -> Iterator[UserError]:
+    """Why the nodes would not find a command in their environment."""
+    if not (places.environment / "bin" / name).exists():
+        yield UserError(
+            f"{places.environment} has no bin/{name}.",
+            "It is the environment that the nodes are told to use.",
+            "Name one on a disk that they see: --environment DIR",
+        )
 
 
 def missing_model(repository: str, revision: str | None, places: Places) -> Iterator[UserError]:

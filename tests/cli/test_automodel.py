@@ -147,6 +147,27 @@ def test_what_automodel_would_do_wrongly_is_refused(
     assert not target.exists()
 
 
+@pytest.mark.parametrize("named", ["", "--environment DIR"])
+def test_a_job_is_sent_when_environment_model_and_rows_are_there(
+    named: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AUTOMODEL_ENV", raising=False)
+    words = [word.replace("DIR", str(tmp_path / "own")) for word in named.split()]
+    rest = ("--cache", tmp_path / "cache", "--to", "automodel", "-o", tmp_path / "job.yml")
+    *_, model, rows = missing = call.document("export", MEDPIX, *words, *rest)["missing"]
+    assert ("has no bin/torchrun" if words else "pip install nemo-automodel") in missing[0]
+    assert "hf download mistralai/Mistral-Medium-3.5-128B" in model
+    assert "load_dataset" in rows
+    code, _, err = call("export", MEDPIX, *words, *rest, "--submit")
+    assert (code, missing[0]) == (2, " ".join(err.split("\n")).strip())
+    # As datasets spells the folder of mmoukouba/MedPix-VQA.
+    (tmp_path / "cache" / "datasets" / "mmoukouba___med_pix-vqa").mkdir(parents=True)
+    monkeypatch.setenv("AUTOMODEL_ENV", str(tmp_path))
+    (tmp_path / "own" / "bin").mkdir(parents=True)
+    (tmp_path / "own" / "bin" / "torchrun").touch()
+    assert call.document("export", MEDPIX, *words, *rest)["missing"] == [model]
+
+
 PACKAGES = (
     "nemo-automodel==0.7.*",
     "transformers==5.18.0",

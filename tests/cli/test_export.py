@@ -32,6 +32,8 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "rows.jsonl").write_text(4 * (json.dumps(ROW) + "\n"), "utf-8")
     keys = {"base_model": "demo-tiny", "datasets": [{"path": "rows.jsonl"}], "adapter": "lora"}
     (folder / "my run.yml").write_text(json.dumps(keys), "utf-8")
+    (tmp_path / "nodes" / "bin").mkdir(parents=True)
+    slurm.write_program(tmp_path / "nodes" / "bin" / "windtunnel", "-c", WINDTUNNEL.format(FAKE))
     for name in ("HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     return folder
@@ -57,7 +59,6 @@ def test_a_job_is_sent_warned_queued_again_and_finishes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "nodes" / "bin").mkdir(parents=True)
     slurm.write_program(tmp_path / "nodes/bin/windtunnel", "-c", WINDTUNNEL.format(trainer))
     monkeypatch.setenv("FAKE_STEPS", "40")
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0.05")
@@ -140,6 +141,7 @@ REFUSED = [
     ("dp_shard_size=8 -o {config}", ["is the config itself"]),
     ('dp_shard_size=8 -o {folder}/a"b.sbatch --cache {folder}/a"b', ["Rename it."]),
     ("dp_shard_size=8 --submit", ["There is no sbatch here.", "login node"]),
+    ("dp_shard_size=8 --environment /nowhere --submit", ["has no bin/windtunnel"]),
     ("dp_shard_size=8 datasets[0].path=gone.jsonl", ["There is no gone.jsonl."]),
     (
         "dp_shard_size=8 datasets[0].path=you/rows --submit",
@@ -159,6 +161,8 @@ def test_a_job_that_could_not_run_is_refused_with_what_to_do(
     monkeypatch.setenv("PATH", "/nowhere")
     config = shared / "my run.yml"
     given = [word.format(config=config, folder=shared) for word in words.split()]
+    if "--environment" not in given:
+        given += ["--environment", str(shared.parent / "nodes")]
     if "-o" not in given:
         given += ["-o", str(shared / "job.sbatch")]
     before = config.read_bytes()
@@ -171,7 +175,16 @@ def test_a_job_that_could_not_run_is_refused_with_what_to_do(
 def test_a_model_is_there_when_the_last_of_its_files_is(call: Call, shared: Path) -> None:
     cache, script = shared / "cache", shared / "job.sbatch"
     config = (shared / "my run.yml", "base_model=ministral-3-3b", "--cache", cache)
-    words = ("export", *config, "--to", "slurm", "-o", script)
+    words = (
+        "export",
+        *config,
+        "--environment",
+        shared.parent / "nodes",
+        "--to",
+        "slurm",
+        "-o",
+        script,
+    )
     names = ("config.json", "tekken.json", "model-1.safetensors")
     snapshot = cached(cache, "mistralai/Ministral-3-3B-Instruct-2512-BF16", *names)
     assert len(call.document(*words)["missing"]) == 1
@@ -182,7 +195,7 @@ def test_a_model_is_there_when_the_last_of_its_files_is(call: Call, shared: Path
 def test_what_slurm_refuses_is_said(call: Call, shared: Path, cluster: Path) -> None:
     (cluster / "sbatch").write_text("#!/bin/sh\necho 'Invalid account' >&2; exit 1\n", "utf-8")
     words = ("export", shared / "my run.yml", "--to", "slurm", "-o", shared / "job.sbatch")
-    code, out, err = call(*words, "--submit")
+    code, out, err = call(*words, "--submit", "--environment", shared.parent / "nodes")
     assert (code, out) == (1, "")
     assert "Invalid account" in err
 
@@ -211,10 +224,8 @@ def test_a_limit_is_read_as_slurm_reads_it(
 def test_a_job_that_saves_nothing_is_not_queued_again(
     call: Call, shared: Path, cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "nodes" / "bin").mkdir(parents=True)
     waits = tmp_path / "nodes" / "bin" / "windtunnel"
     waits.write_text("#!/bin/bash\ntrap 'exit 130' USR1\necho loading\nsleep 60 & wait\n")
-    waits.chmod(0o755)
     words = ("--environment", tmp_path / "nodes", "--to", "slurm", "-o", shared / "job.sbatch")
     sent = call.document("export", shared / "my run.yml", *words, "--submit")
     log = shared / f"job-{sent['job']}.log"
