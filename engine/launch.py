@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,21 @@ from engine.runs.summary import Status, status
 from engine.visible import visible
 
 _GRACE_SECONDS: Final = 5.0
+_GATHERING_SECONDS: Final = 600.0
+"""That torch gives the computers of a run to find each other."""
 _POLL_SECONDS: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """The computers of a run, on each of which the same command is started."""
+
+    count: int = 1
+    rendezvous: str = ""
+    """HOST:PORT of one of them, at which they find each other."""
+
+
+ALONE: Final = Nodes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,44 +67,53 @@ def launch(
     checkpoint: str | None = None,
     environment: Mapping[str, str] | None = None,
     module: str = TRAINER,
+    nodes: Nodes = ALONE,
     timeout_seconds: float = 120.0,
 ) -> "subprocess.Popen[bytes]":
     """Start the trainer of a run and wait until it holds the run's lock.
 
     `config` is the text of config.yml and `plan` the content of plan.json; None leaves what is
     there, and a config that differs from it is kept beside as config-1.yml. The trainer sees the
-    GPU that the plan names, and is called with `run FOLDER`, then `--resume` and `--from step-N`
-    where asked for. `environment` is added to ours. Detached, the trainer leads a session of its
-    own; otherwise it stays in our process group, and what kills the group kills it. Either way its
-    output goes to engine.log.
+    GPUs that the plan names, and is called with `run FOLDER`, then `--resume` and `--from step-N`
+    where asked for; a config for several starts our supervisor, which calls it so once each.
+    `environment` is added to ours. Detached, the trainer leads a session of its own; otherwise it
+    stays in our process group, and what kills the group kills it. Either way its output goes to
+    engine.log.
 
-    Raises UserError where the run is already running, or where the trainer leaves with exit status
-    2 or 3 before it took the lock; WorkError with the end of engine.log where it dies otherwise
-    before that, or has not taken the lock in `timeout_seconds` (it is then ended).
+    Raises UserError where the run is already running, where this computer has not the cards that
+    the config is for, and where the trainer leaves with exit status 2 or 3 before it took the lock;
+    WorkError with the end of engine.log where it dies otherwise before that, or has not taken the
+    lock in `timeout_seconds`, of `nodes` after ten minutes more (it is then ended).
     """
     if is_locked(run):
         raise in_use(run)
-    arguments = [sys.executable, "-m", module, "run", str(run.path)]
-    if resume or checkpoint:
-        arguments.append("--resume")
-    if checkpoint:
-        arguments += ["--from", checkpoint]
     token = uuid.uuid4().hex
+    before = read_claim(run)
     try:
         _fill(run, config, plan)
         machine = read_machine()
         require_planned(run, machine)
-        added = {**planned_gpu(run, machine), **(environment or {}), LAUNCH_VARIABLE: token}
+        command, cards = _command(run, machine, nodes, module)
+        command += ["--resume"] if resume or checkpoint else []
+        command += ["--from", checkpoint] if checkpoint else []
+        added = {**cards, **(environment or {}), LAUNCH_VARIABLE: token}
         log_start = run.log.stat().st_size if run.log.exists() else 0
-        process = _start(arguments, run.log, child_environment(added), detach)
+        process = _start(command, run.log, child_environment(added), detach)
     except OSError as error:
         raise WorkError(
             f"The run {visible(run.name, one_line=True)} could not be started.",
             f"The system says: {error}.",
             f"See that {visible(str(run.path), one_line=True)} can be written and has space.",
         ) from error
+    if nodes.count > 1:
+        timeout_seconds += _GATHERING_SECONDS
+
+    def has_begun() -> bool:
+        claim = read_claim(run)  # another computer's, where the first rank is there
+        return claim.launch == token or (nodes.count > 1 and claim != before)
+
     try:
-        _wait_for_lock(run, process, token, timeout_seconds, log_start)
+        _wait_for_lock(run, process, has_begun, timeout_seconds, log_start)
     except BaseException:  # an interrupt here must not leave a trainer that nobody knows of
         _end(process)
         raise
@@ -235,24 +258,60 @@ def _keep_other(path: Path, text: str) -> None:
     write_whole(kept, path.read_bytes())
 
 
+def _command(
+    run: RunFolder, machine: Machine, nodes: Nodes, module: str
+) -> tuple[list[str], dict[str, str]]:
+    """What starts the trainer, or the supervisor of several; and what makes CUDA show it its cards.
+    """
+    # Here and not above: whoever only watches a run stays without pydantic.
+    from engine.config import read_config
+    from engine.plan.crew import crew_of
+
+    start = [sys.executable, "-m"]
+    one = [*start, module, "run", str(run.path)], planned_gpu(run, machine)
+    try:
+        config = read_config(run.config).config
+    except UserError:  # the trainer says what is wrong with it
+        return one
+    crew = crew_of(config, machine, nodes.count, planned_cards(run))
+    if crew.count == nodes.count == 1:
+        return one
+    command = [*start, TRAINER, "ranks", str(run.path), "--module", module]
+    command += ["--count", str(crew.count), "--max-restarts", str(config.max_restarts)]
+    if nodes.count > 1:
+        command += ["--nodes", str(nodes.count), "--rendezvous", nodes.rendezvous]
+    return command, cuda_environment(crew.gpus)
+
+
 def planned_gpu(run: RunFolder, machine: Machine) -> dict[str, str]:
     """What makes CUDA show the trainer the card that plan.json names, and no other.
 
     By UUID: CUDA's own order need not be the driver's. Empty where the plan names none, and where
     that card is not here, as when a run goes on on another computer.
     """
-    uuid_planned = planned_device(run).get("uuid")
-    if not isinstance(uuid_planned, str):
-        return {}
-    here = [g for g in machine.gpus if g.uuid == uuid_planned and g.state == "ready"]
+    first = planned_cards(run)[:1]
+    here = [gpu for gpu in machine.gpus if gpu.uuid in first and gpu.state == "ready"]
     return cuda_environment(here) if here else {}
 
 
+def planned_cards(run: RunFolder) -> tuple[str, ...]:
+    """UUIDs of the cards that plan.json is for, the first rank's first; empty where it names none.
+    """
+    found = _planned(run).get("devices") or [planned_device(run)]
+    named = (each.get("uuid") for each in found if isinstance(each, dict))
+    return tuple(uuid for uuid in named if isinstance(uuid, str))
+
+
 def planned_device(run: RunFolder) -> Mapping[str, Any]:
-    """The device in plan.json; empty where there is none."""
+    """The device in plan.json, of several the first; empty where there is none."""
+    found = _planned(run).get("device")
+    return found if isinstance(found, dict) else {}
+
+
+def _planned(run: RunFolder) -> Mapping[str, Any]:
     try:
-        found = json.loads(run.plan.read_text("utf-8"))["device"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(run.plan.read_text("utf-8"))
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -320,14 +379,14 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 def _wait_for_lock(
     run: RunFolder,
     process: "subprocess.Popen[bytes]",
-    token: str,
+    has_begun: Callable[[], bool],
     timeout_seconds: float,
     log_start: int,
 ) -> None:
     deadline = time.monotonic() + timeout_seconds
     while True:
         ended = process.poll()  # asked first: a trainer that took the lock and ended has signed it
-        if read_claim(run).launch == token:
+        if has_begun():
             return
         if ended is not None:
             raise _early_death(run, ended, _last_lines(run, log_start))

@@ -472,6 +472,9 @@ class DistributedKeys(Section):
     """GPUs that share each sequence."""
     expert_parallel_size: Count | None = None
     """GPUs over which the experts are spread."""
+    max_restarts: Whole = 0
+    """How often a run in several processes goes on from its last save by itself after one of them
+    has died; 0: it ends and says why."""
     ddp_find_unused_parameters: bool | None = None
     """Look for parameters without a gradient in every step; costs time, changes nothing here."""
 

@@ -165,6 +165,8 @@ class StopSignals:
         """Whether the run was asked to save and end."""
         self.name = ""
         """The signal that asked, such as SIGTERM."""
+        self.arrived: Callable[[], object] = lambda: None
+        """Called at the first."""
         self.leaving: Callable[[], object] = lambda: None
         """Called before it leaves at once."""
         self._first = 0.0
@@ -190,6 +192,7 @@ class StopSignals:
         now = time.monotonic()
         if not self.requested:
             self.requested, self.name, self._first = True, signal.Signals(number).name, now
+            self.arrived()
         elif number != signal.SIGHUP and now - self._first > _SAME_REQUEST_SECONDS:
             self.leaving()
             os._exit(_LEAVING)

@@ -72,6 +72,10 @@ class RunFolder:
         """What the trainer and its libraries printed."""
         return self.path / "engine.log"
 
+    def rank_log(self, rank: int) -> Path:
+        """The same of one of several processes; the first one's is `log`."""
+        return self.path / f"engine-{rank}.log" if rank else self.log
+
     @property
     def lock(self) -> Path:
         """Locked by the trainer as long as it lives."""

@@ -1,19 +1,22 @@
 """`python -m engine.train run FOLDER [--resume] [--from step-N]`: one trainer process.
 
 The lock is taken before anything heavy is imported, and whatever happens ends in an `ended` event
-with three sentences: a run is never just gone. `generate FOLDER` and `merge FOLDER OUT` use what a
-run left, and `fit FOLDER` measures what one would take; they take no lock, and print lines of JSON
-on stdout.
+with three sentences: a run is never just gone. `ranks FOLDER --count N` starts it so many times,
+under one lock. `generate FOLDER` and `merge FOLDER OUT` use what a run left, and `fit FOLDER`
+measures what one would take; they take no lock, and print lines of JSON on stdout.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.child import TRAINER
 from engine.errors import UserError, WorkError
 from engine.events import Ended, EventWriter, Phase
 from engine.hardware.packages import install_command, installed, version_problem
@@ -21,6 +24,7 @@ from engine.interrupt import interruptible
 from engine.pace import every
 from engine.runs import ControlReader, RunFolder, RunLock, StopAsked, StopSignals, summarize
 from engine.runs.listing import keep_history
+from engine.runs.rank import is_rank, is_restarted, join_ranks, rank_number, report_failure
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,8 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train what a run folder's config.yml says")
     run.add_argument("folder", type=Path)
-    run.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    run.add_argument("--from", dest="checkpoint", help="go on from this one: step-N")
+    ranks = commands.add_parser("ranks", help="the same in several processes")
+    ranks.add_argument("folder", type=Path)
+    ranks.add_argument("--count", type=int, required=True, help="processes on this computer")
+    ranks.add_argument("--nodes", type=int, default=1, help="computers with as many each")
+    ranks.add_argument("--rendezvous", default="", help="where they meet: HOST:PORT")
+    ranks.add_argument("--max-restarts", type=int, default=0, help="after one has died")
+    ranks.add_argument("--module", default=TRAINER, help="what each process runs")
+    for each in (run, ranks):
+        each.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+        each.add_argument("--from", dest="checkpoint", help="go on from this one: step-N")
     questions = commands.add_parser("generate", help="answer requests, a line of JSON each")
     questions.add_argument("folder", type=Path)
     merging = commands.add_parser("merge", help="put a run's adapter into its base's weights")
@@ -40,20 +52,56 @@ def main(arguments: list[str] | None = None) -> int:
     fitting.add_argument("folder", type=Path)
     fitting.add_argument("--steps", type=int, required=True)
     options = parser.parse_args(arguments)
-    if options.command != "run":
+    if options.command not in ("run", "ranks"):
         return interruptible(lambda: use(options))
+    folder = RunFolder(options.folder.resolve())
     try:
-        return train(RunFolder(options.folder.resolve()), options.resume, options.checkpoint)
+        if options.command == "ranks":
+            return lead(folder, options)
+        return train(folder, options.resume, options.checkpoint)
     except UserError as error:  # the lock is another process's: its events are not ours to write
         print(error, file=sys.stderr)
         return error.exit_status
 
 
+def lead(run: RunFolder, options: argparse.Namespace) -> int:
+    """Hold the run's lock for several processes, each of which trains; several computers first find
+    out which of them holds it."""
+    command = [sys.executable, "-m", options.module, "run", str(run.path)]
+    command += ["--resume"] * options.resume
+    command += ["--from", options.checkpoint] if options.checkpoint else []
+    with StopSignals() as signals, contextlib.ExitStack() as held:
+        if options.nodes == 1:
+            held.enter_context(RunLock(run))
+        try:
+            require_stack()
+            from engine.train.supervisor import Team, supervise
+
+            team = Team(options.count, options.nodes, options.rendezvous, options.max_restarts)
+            return supervise(run, team, command, signals, held)
+        except Exception as error:
+            reason = explain(error)
+            if options.nodes > 1:
+                raise reason from error
+            traceback.print_exc()
+            with EventWriter(run.events) as events:
+                step = summarize(run).step
+                events.emit(Ended("failed", step, reason.what, reason.why, reason.fix))
+            return reason.exit_status
+
+
 def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
-    """Hold the run's lock for life and carry the run out."""
+    """Hold the run's lock for life and carry the run out; a rank leaves the lock to its supervisor,
+    and the events to the first of them."""
+    lock = contextlib.nullcontext() if is_rank() else RunLock(run)
+    events_path = Path(os.devnull) if rank_number() else run.events
+    if is_rank():
+        join_ranks(run)
+    if is_restarted():
+        resume, checkpoint = True, None
     control = ControlReader(run.control)
     # Signals first: one that comes between the two would kill without a word.
-    with StopSignals() as signals, RunLock(run), EventWriter(run.events) as events:
+    with StopSignals() as signals, lock, EventWriter(events_path) as events:
         signals.leaving = lambda: events.emit(Ended("stopped", summarize(run).step))
         try:
             events.emit(Phase("import"))
@@ -67,11 +115,15 @@ def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
         except Exception as error:
             reason = explain(error)
             traceback.print_exc()
-            step = summarize(run).step
-            events.emit(Ended("failed", step, reason.what, reason.why, reason.fix))
+            if is_rank():
+                report_failure(error, reason)
+            else:
+                step = summarize(run).step
+                events.emit(Ended("failed", step, reason.what, reason.why, reason.fix))
             return reason.exit_status
         finally:
-            keep_history(run)
+            if not rank_number():
+                keep_history(run)
     return 0
 
 

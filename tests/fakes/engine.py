@@ -4,7 +4,7 @@ It locks, tells, listens, saves and dies by the same code as the real one; only 
 What it does is set in its environment: FAKE_STEPS, FAKE_STEP_SECONDS, FAKE_SAVE_SECONDS,
 FAKE_LAST_WORDS (die with them and FAKE_EXIT_STATUS before the lock), FAKE_SILENT (never lock),
 FAKE_FAILS_AT (a step), FAKE_LEAVES_A_WORKER (fork a child that outlives a kill), FAKE_REFUSES (a
-command), FAKE_FORGETS (what is added to a loss after a resume), FAKE_FILE_SIZE (the largest file,
+command), FAKE_RANK (the rank that FAKE_FAILS_AT is for), FAKE_FORGETS (what is added to a loss after a resume), FAKE_FILE_SIZE (the largest file,
 in bytes, that the system lets it write).
 """
 
