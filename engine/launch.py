@@ -261,8 +261,7 @@ def _keep_other(path: Path, text: str) -> None:
 def _command(
     run: RunFolder, machine: Machine, nodes: Nodes, module: str
 ) -> tuple[list[str], dict[str, str]]:
-    """What starts the trainer, or the supervisor of several; and what makes CUDA show it its cards.
-    """
+    """What starts the trainer or the supervisor of several; what makes CUDA show it its cards."""
     # Here and not above: whoever only watches a run stays without pydantic.
     from engine.config import read_config
     from engine.plan.crew import crew_of
@@ -295,8 +294,7 @@ def planned_gpu(run: RunFolder, machine: Machine) -> dict[str, str]:
 
 
 def planned_cards(run: RunFolder) -> tuple[str, ...]:
-    """UUIDs of the cards that plan.json is for, the first rank's first; empty where it names none.
-    """
+    """UUIDs of the cards that plan.json is for, the first rank's first; none where it has none."""
     found = _planned(run).get("devices") or [planned_device(run)]
     named = (each.get("uuid") for each in found if isinstance(each, dict))
     return tuple(uuid for uuid in named if isinstance(uuid, str))

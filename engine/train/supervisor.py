@@ -8,6 +8,7 @@ that the run ends with. No rank outlives this process: see `join_ranks`.
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -35,7 +36,7 @@ from engine.runs.rank import SUPERVISOR_VARIABLE, Failure, print_into, read_fail
 from engine.visible import visible
 
 _POLL_SECONDS: Final = 0.1
-_GRACE_SECONDS: Final = 3.0
+_GRACE_SECONDS: Final = 2.0
 """For a rank whose peer died, to say what it lost; then it is killed, as it may wait for ever."""
 _SHARED_SECONDS: Final = 30.0
 """Until a lock that another computer took has to be seen through a network's disk."""
@@ -74,6 +75,8 @@ def supervise(
     os.environ[SUPERVISOR_VARIABLE] = str(os.getpid())
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are `signals`'
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // team.count)))
+    # It would say in a rank's log that the rank has failed, as the rank's last words.
+    logging.getLogger(SubprocessContext.__module__).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="windtunnel-ranks-") as scratch:
         return Agent(run, team, command, scratch, signals, held).carry_out()
 

@@ -4,10 +4,12 @@ It locks, tells, listens, saves and dies by the same code as the real one; only 
 What it does is set in its environment: FAKE_STEPS, FAKE_STEP_SECONDS, FAKE_SAVE_SECONDS,
 FAKE_LAST_WORDS (die with them and FAKE_EXIT_STATUS before the lock), FAKE_SILENT (never lock),
 FAKE_FAILS_AT (a step), FAKE_LEAVES_A_WORKER (fork a child that outlives a kill), FAKE_REFUSES (a
-command), FAKE_RANK (the rank that FAKE_FAILS_AT is for), FAKE_FORGETS (what is added to a loss after a resume), FAKE_FILE_SIZE (the largest file,
-in bytes, that the system lets it write).
+command), FAKE_FORGETS (what is added to a loss after a resume), FAKE_FILE_SIZE (the largest file,
+in bytes, that the system lets it write), FAKE_RANK_FAILS (a rank that ends with an error, while
+the others wait). Of several ranks the first one naps, and the others wait for its end.
 """
 
+import contextlib
 import math
 import os
 import resource
@@ -20,7 +22,8 @@ from msgspec.structs import replace
 
 from engine.errors import UserError
 from engine.events import Ack, Ended, EventWriter, Phase, Saved, Started, Step
-from engine.runs import ControlReader, RunFolder, RunLock, StopSignals
+from engine.runs import ControlReader, Follower, RunFolder, RunLock, StopSignals
+from engine.runs.rank import is_rank, is_restarted, join_ranks, rank_number, report_failure
 
 STEPS = int(os.environ.get("FAKE_STEPS", 10**9))
 STEP_SECONDS = float(os.environ.get("FAKE_STEP_SECONDS", 0.01))
@@ -90,11 +93,11 @@ def train(
     run: RunFolder, arguments: list[str], control: ControlReader, signals: StopSignals
 ) -> None:
     """Nap through the steps until the end, a stop or a failure."""
-    step = first_step(run, arguments)
+    step, size = first_step(run, arguments), int(os.environ.get("WORLD_SIZE", 1))
     with EventWriter(run.events) as events:
         signals.leaving = lambda: events.emit(Ended("stopped", step))
         events.emit(Phase("load"))
-        events.emit(Started(run.name, "fake", "lora", ("cpu",), 1, STEPS, 8))
+        events.emit(Started(run.name, "fake", "lora", ("cpu",), size, STEPS, 8))
         paused = stopping = False
         while step < STEPS and not stopping:
             paused, stopping = obey(run, control, events, step, paused)
@@ -116,6 +119,18 @@ def train(
         events.emit(Ended("stopped" if stopping else "finished", step))
 
 
+def wait_for_first(run: RunFolder) -> None:
+    """What every rank but the first does: it obeys no signal of its own, and fails if told to."""
+    ended = Follower(run.events, from_end=True)
+    print(f"rank {rank_number()} of {os.environ['WORLD_SIZE']} is here", flush=True)
+    while not any(isinstance(each.event, Ended) for each in ended.read()):
+        time.sleep(0.01)
+        if rank_number() == int(os.environ.get("FAKE_RANK_FAILS", 0)) and not is_restarted():
+            error = UserError("The row is bad.", "It has no end.", "Mend it.", exit_status=1)
+            report_failure(error, error)
+            sys.exit(1)
+
+
 def main(arguments: list[str]) -> None:
     if words := os.environ.get("FAKE_LAST_WORDS"):
         print(words, file=sys.stderr)
@@ -125,9 +140,17 @@ def main(arguments: list[str]) -> None:
     if size := os.environ.get("FAKE_FILE_SIZE"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
     run = RunFolder(Path(arguments[1]))
+    lock = contextlib.nullcontext() if is_rank() else RunLock(run)
+    if is_rank():
+        join_ranks(run)
+    if is_restarted():
+        arguments = [*arguments, "--resume"]
     try:
         control = ControlReader(run.control)
-        with StopSignals() as signals, RunLock(run):
+        with StopSignals() as signals, lock:
+            if rank_number():
+                wait_for_first(run)
+                return
             if "FAKE_LEAVES_A_WORKER" in os.environ and os.fork() == 0:
                 os.close(2)  # or whoever reads what the trainer prints would wait for the worker
                 signal.alarm(20)

@@ -1,0 +1,139 @@
+"""A run of several processes, real ones that nap: one lock, one end, and nobody left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.events import Ended, Note, Started
+from engine.launch import Nodes, launch, resume_run
+from engine.runs import Follower, RunFolder, ask, is_locked, status, summarize
+from tests.fakes.processes import fake_environment, processes_of, wait_until
+
+pytestmark = pytest.mark.usefixtures("home")
+
+FAKE = "tests.fakes.engine"
+
+
+def start(
+    run: RunFolder, *, max_restarts: int = 0, nodes: Nodes | None = None, **fake: object
+) -> "subprocess.Popen[bytes]":
+    return launch(
+        run,
+        detach=True,
+        config=f"base_model: x\ndp_shard_size: 2\nmax_restarts: {max_restarts}\n",
+        nodes=nodes or Nodes(),
+        module=FAKE,
+        environment=fake_environment(**fake),
+    )
+
+
+def start_steps(run: RunFolder, **given: Any) -> "subprocess.Popen[bytes]":
+    """Its supervisor, once steps are done."""
+    process = start(run, **given)
+    wait_until(lambda: summarize(run).step > 2)
+    return process
+
+
+def rank_process(run: RunFolder, rank: int) -> int:
+    for process in processes_of(run.path):
+        environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+        if b"RANK=%d" % rank in environment:
+            return process
+    raise AssertionError(f"rank {rank} does not live")
+
+
+def events_of(run: RunFolder, kind: type[Any]) -> list[Any]:
+    return [each.event for each in Follower(run.events).read() if isinstance(each.event, kind)]
+
+
+def test_two_ranks_are_one_run(run: RunFolder) -> None:
+    supervisor = start_steps(run)
+    (started,) = events_of(run, Started)
+    assert started.world_size == 2
+    assert is_locked(run)
+    assert "rank 1 of 2 is here" in run.rank_log(1).read_text()
+    assert "rank 1" not in run.log.read_text()
+    ranks = {rank_process(run, rank) for rank in range(2)}
+    assert ranks | {supervisor.pid} == set(processes_of(run.path))
+    for each in ranks:
+        environment = Path(f"/proc/{each}/environ").read_bytes().split(b"\0")
+        assert b"PYTHONSAFEPATH=1" in environment
+    assert ask(run, "pause", timeout_seconds=60).outcome == "done"
+    assert status(run) == "paused"
+    ask(run, "resume", timeout_seconds=60)
+    supervisor.send_signal(signal.SIGTERM)
+    assert supervisor.wait(60) == 0
+    assert status(run) == "stopped"
+    assert [end.outcome for end in events_of(run, Ended)] == ["stopped"]
+    assert not processes_of(run.path)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_run_with_a_sentence(run: RunFolder, rank: int) -> None:
+    supervisor = start_steps(run)
+    ask(run, "save", timeout_seconds=60)
+    os.kill(rank_process(run, rank), signal.SIGKILL)
+    assert supervisor.wait(60) == 1
+    assert not processes_of(run.path)
+    assert status(run) == "failed"
+    (ended,) = events_of(run, Ended)
+    assert ended.what.startswith(f"Rank {rank} of 2 was ended by SIGKILL")
+    assert ended.why == ("Its last words: rank 1 of 2 is here." if rank else "It printed nothing.")
+    assert str(run.rank_log(rank)) in ended.fix
+
+
+def test_no_rank_outlives_its_supervisor_and_the_run_goes_on(run: RunFolder) -> None:
+    supervisor = start_steps(run)
+    ask(run, "save", timeout_seconds=60)
+    supervisor.kill()
+    supervisor.wait()
+    wait_until(lambda: not processes_of(run.path), 5)
+    assert status(run) == "lost"
+    saved = int((run.checkpoints / "LATEST").read_text().removeprefix("step-"))
+    steps = fake_environment(steps=saved + 2)
+    resumed = resume_run(run, module=FAKE, environment=steps)
+    assert resumed.process is not None
+    assert resumed.process.wait(60) == 0
+    assert status(run) == "finished"
+    assert [each.world_size for each in events_of(run, Started)] == [2, 2]
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_own_sentences(run: RunFolder) -> None:
+    assert start(run, rank_fails=1).wait(60) == 1
+    (ended,) = events_of(run, Ended)
+    assert (ended.what, ended.why, ended.fix) == ("The row is bad.", "It has no end.", "Mend it.")
+    assert not processes_of(run.path)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_by_itself_as_often_as_it_may(run: RunFolder) -> None:
+    supervisor = start_steps(run, max_restarts=1, rank_fails=1)
+    wait_until(lambda: len(events_of(run, Started)) == 2)
+    (note,) = events_of(run, Note)
+    assert note.text.startswith("The row is bad. It has no end.")
+    assert "restart 1 of 1" in note.text
+    os.kill(rank_process(run, 1), signal.SIGKILL)
+    assert supervisor.wait(60) == 1
+    assert status(run) == "failed"
+
+
+def test_two_computers_are_one_run(run: RunFolder) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        nodes = Nodes(2, f"localhost:{free.getsockname()[1]}")
+    with ThreadPoolExecutor() as pool:
+        begun = [pool.submit(start, run, nodes=nodes) for _ in range(2)]
+        computers = [each.result() for each in begun]
+    wait_until(lambda: summarize(run).step > 2)
+    assert [each.world_size for each in events_of(run, Started)] == [2]
+    os.kill(rank_process(run, 1), signal.SIGKILL)
+    assert [each.wait(60) for each in computers] == [1, 1]
+    (ended,) = events_of(run, Ended)
+    assert ended.what.startswith("Rank 1 of 2 was ended by SIGKILL"), "told by the other computer"
+    assert not processes_of(run.path)
