@@ -89,29 +89,26 @@ def launch(
         raise in_use(run)
     token = uuid.uuid4().hex
     before = read_claim(run)
+    added = {**(environment or {}), LAUNCH_VARIABLE: token}
     try:
         _fill(run, config, plan)
-        machine = read_machine()
-        require_planned(run, machine)
-        command, cards = _command(run, machine, nodes, module)
+        command, cards = _command(run, nodes, module)
         command += ["--resume"] if resume or checkpoint else []
         command += ["--from", checkpoint] if checkpoint else []
-        added = {**cards, **(environment or {}), LAUNCH_VARIABLE: token}
         log_start = run.log.stat().st_size if run.log.exists() else 0
-        process = _start(command, run.log, child_environment(added), detach)
+        process = _start(command, run.log, child_environment({**cards, **added}), detach)
     except OSError as error:
         raise WorkError(
             f"The run {visible(run.name, one_line=True)} could not be started.",
             f"The system says: {error}.",
             f"See that {visible(str(run.path), one_line=True)} can be written and has space.",
         ) from error
-    if nodes.count > 1:
-        timeout_seconds += _GATHERING_SECONDS
 
     def has_begun() -> bool:
         claim = read_claim(run)  # another computer's, where the first rank is there
         return claim.launch == token or (nodes.count > 1 and claim != before)
 
+    timeout_seconds += _GATHERING_SECONDS if nodes.count > 1 else 0
     try:
         _wait_for_lock(run, process, has_begun, timeout_seconds, log_start)
     except BaseException:  # an interrupt here must not leave a trainer that nobody knows of
@@ -258,14 +255,14 @@ def _keep_other(path: Path, text: str) -> None:
     write_whole(kept, path.read_bytes())
 
 
-def _command(
-    run: RunFolder, machine: Machine, nodes: Nodes, module: str
-) -> tuple[list[str], dict[str, str]]:
+def _command(run: RunFolder, nodes: Nodes, module: str) -> tuple[list[str], dict[str, str]]:
     """What starts the trainer or the supervisor of several; what makes CUDA show it its cards."""
     # Here and not above: whoever only watches a run stays without pydantic.
     from engine.config import read_config
     from engine.plan.crew import crew_of
 
+    machine = read_machine()
+    require_planned(run, machine)
     start = [sys.executable, "-m"]
     one = [*start, module, "run", str(run.path)], planned_gpu(run, machine)
     try:
