@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 from engine.config import read_config
 from tests.fakes import slurm
+from tests.fakes.processes import wait_until
 from tests.support.commands import Call
 from tests.support.shell import check_script
 
@@ -166,6 +167,39 @@ def test_a_job_is_sent_when_environment_model_and_rows_are_there(
     (tmp_path / "own" / "bin").mkdir(parents=True)
     (tmp_path / "own" / "bin" / "torchrun").touch()
     assert call.document("export", MEDPIX, *words, *rest)["missing"] == [model]
+
+
+TORCHRUN = """#!/bin/bash
+work() {
+  if [ "$SLURM_RESTART_COUNT" = 1 ]; then echo "going on"; exit 0; fi
+  trap 'echo step-7 > LATEST; exit 0' USR1
+  echo working; sleep 60 & wait
+}
+cd runs/job/checkpoints; work & work & wait; wait
+"""
+"""Dies of SIGUSR1 itself, as the real one does."""
+
+
+def test_its_workers_are_told_of_the_limit_and_the_job_goes_on(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm.install(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'slurm'}:/usr/bin:/bin")
+    monkeypatch.setenv("FAKE_SLURM", str(tmp_path / "slurm"))
+    own = tmp_path / "own" / "bin"
+    own.mkdir(parents=True)
+    (own / "torchrun").write_text(TORCHRUN, "utf-8")
+    (own / "torchrun").chmod(0o755)
+    (tmp_path / "runs" / "job" / "checkpoints").mkdir(parents=True)
+    export(call, tmp_path, "--environment", str(tmp_path / "own"), "dp_shard_size=16")
+    sent = subprocess.run(["sbatch", "job.sbatch"], capture_output=True, text=True, check=True)
+    number = sent.stdout.strip()
+    log = tmp_path / f"job-{number}.log"
+    wait_until(lambda: log.exists() and log.read_text("utf-8").count("working") == 4)
+    subprocess.run(["scancel", "--signal=USR1", "--batch", number], check=True)
+    job = slurm.wait_for_end(number)
+    assert (job["state"], job["restarts"]) == ("COMPLETED", 1), log.read_text("utf-8")
+    assert log.read_text("utf-8").count("going on") == 4
 
 
 PACKAGES = (
