@@ -196,7 +196,7 @@ def test_its_workers_are_told_of_the_limit_and_the_job_goes_on(
     number = sent.stdout.strip()
     log = tmp_path / f"job-{number}.log"
     wait_until(lambda: log.exists() and log.read_text("utf-8").count("working") == 4)
-    subprocess.run(["scancel", "--signal=USR1", "--batch", number], check=True)
+    slurm.scancel("--signal=USR1", "--batch", number)
     job = slurm.wait_for_end(number)
     assert (job["state"], job["restarts"]) == ("COMPLETED", 1), log.read_text("utf-8")
     assert log.read_text("utf-8").count("going on") == 4

@@ -1,7 +1,6 @@
 """A job for Slurm: what its script says, and that a run lives through limits until it has ended."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,10 +48,17 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "trainer", [FAKE, pytest.param(TRAINER, marks=pytest.mark.slow)], ids=["fake", "real"]
+    ("trainer", "refused", "restarts"),
+    [
+        pytest.param(FAKE, "", 1, id="fake"),
+        pytest.param(FAKE, "stop", 0, id="at its last step"),
+        pytest.param(TRAINER, "", 1, id="real", marks=pytest.mark.slow),
+    ],
 )
 def test_a_job_is_sent_warned_queued_again_and_finishes(
     trainer: str,
+    refused: str,
+    restarts: int,
     call: Call,
     shared: Path,
     cluster: Path,
@@ -62,6 +68,7 @@ def test_a_job_is_sent_warned_queued_again_and_finishes(
     slurm.write_program(tmp_path / "nodes/bin/windtunnel", "-c", WINDTUNNEL.format(trainer))
     monkeypatch.setenv("FAKE_STEPS", "40")
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0.05")
+    monkeypatch.setenv("FAKE_REFUSES", refused)
     monkeypatch.setenv("HF_TOKEN", "hf_not_to_be_seen")
     script = shared / "my run.sbatch"
     settings = ("max_steps=40", "eval_table_size=0", "--environment", tmp_path / "nodes")
@@ -71,12 +78,13 @@ def test_a_job_is_sent_warned_queued_again_and_finishes(
     (number,) = [line.split()[3].rstrip(".") for line in out.splitlines() if "Sent as" in line]
     run = RunFolder(shared / "runs" / "my-run")
     wait_until(lambda: run.events.exists() and len(read_steps(run)) > 1)
-    subprocess.run(["scancel", "--signal=USR1", "--batch", number], check=True)
+    slurm.scancel("--signal=USR1", "--batch", number)
     job = slurm.wait_for_end(number)
     log = Path(job["log"]).read_text("utf-8")
-    assert (job["state"], job["restarts"], status(run)) == ("COMPLETED", 1, "finished"), log
+    assert (job["state"], job["restarts"], status(run)) == ("COMPLETED", restarts, "finished"), log
     assert [step.step for step in read_steps(run)] == list(range(1, 41))
-    assert (log.count("the time limit is near"), log.count("HF_TOKEN is set")) == (1, 2)
+    said = [log.count("the time limit is near"), log.count("HF_TOKEN is set")]
+    assert said == [1, 1 + restarts]
     assert "not_to_be_seen" not in log + script.read_text("utf-8")
 
 
@@ -230,7 +238,7 @@ def test_a_job_that_saves_nothing_is_not_queued_again(
     sent = call.document("export", shared / "my run.yml", *words, "--submit")
     log = shared / f"job-{sent['job']}.log"
     wait_until(lambda: log.exists() and "loading" in log.read_text("utf-8"))
-    subprocess.run(["scancel", "--signal=USR1", "--batch", sent["job"]], check=True)
+    slurm.scancel("--signal=USR1", "--batch", sent["job"])
     job = slurm.wait_for_end(sent["job"])
     assert (job["state"], job["status"], job["restarts"]) == ("FAILED", 130, 0)
     assert "nothing was saved since this job started" in log.read_text("utf-8")

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.fakes.processes import ROOT, wait_until
+from tests.fakes.processes import PATIENCE_SECONDS, ROOT, wait_until
 
 COMMANDS = ("sbatch", "srun", "scontrol", "squeue", "scancel")
 _POLL_SECONDS = 0.02
@@ -151,7 +151,8 @@ def scancel(*words: str) -> int:
 
 def wait_for_end(number: str) -> dict[str, Any]:
     """The job when it is over."""
-    wait_until(lambda: read_job(number)["state"] in ("COMPLETED", "FAILED"))
+    over = ("COMPLETED", "FAILED")
+    wait_until(lambda: read_job(number)["state"] in over, PATIENCE_SECONDS)
     return read_job(number)
 
 
