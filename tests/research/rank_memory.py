@@ -1,0 +1,218 @@
+"""One rank of many without a card: the real model at full size, really sharded, no contents.
+
+A process group that sends nothing stands in for the other ranks (torch's own "fake" backend), and
+the trainer's own `shard` divides the model, so that FSDP2 gathers, frees and scatters as it does
+among them. Model and step are those of `oracle`; like it this shares nothing with the plan's
+formulas. Beside what lives it counts what the collectives were given.
+"""
+
+import gc
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from bitsandbytes.nn.modules import Linear4bit
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
+
+from engine.catalog import Architecture
+from engine.config import RunConfig
+from engine.plan.trainer import CHUNK_BYTES
+from engine.train.checkpoint import trained_parameters
+from engine.train.forward import hidden_states
+from engine.train.loss import Loss
+from engine.train.optim import build_optimizer, is_lora_matrix
+from engine.train.quantize import statistics
+from engine.train.ranks import REPLICATE, SHARD, Ranks
+from engine.train.shard import (
+    add_up,
+    local_bytes,
+    local_parameters,
+    local_part,
+    shard,
+    sync_gradients,
+    use_head,
+)
+from tests.research.oracle import build, cross_entropy, hold_state, make_batch, materialize
+from tests.support.card_bytes import CardBytes, as_on_cuda
+from tests.support.live_bytes import ALLOCATION_BYTES
+
+KINDS = {
+    "c10d._allgather_base_.default": "all-gather",
+    "c10d._reduce_scatter_base_.default": "reduce-scatter",
+    "c10d.allreduce_.default": "all-reduce",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RankRun:
+    """What one rank holds and sends in an optimizer step of two micro-batches, in bytes."""
+
+    held_bytes: Mapping[str, int]
+    """At rest by part, as `local_bytes` has them; also `gradients` and `optimizer`."""
+    peaks: Mapping[str, int]
+    """By moment of the second pass: forward, loss, backward."""
+    traffic_bytes: Mapping[str, int]
+    """Of the whole tensors that collectives of each kind were given, in both passes."""
+    calls: Mapping[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.peaks.values())
+
+
+class RankBytes(CardBytes):
+    """Counts also what FSDP2 takes and gives back by resizing storages, and what is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traffic, self.calls = Counter[str](), Counter[str]()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if kind := KINDS.get(str(function)):
+            sizes = [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            self.traffic[kind] += max(sizes)
+            self.calls[kind] += 1
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+    def resize(self, tensor: Tensor, size: int) -> None:
+        """What torch's own alloc_storage and free_storage do, seen."""
+        storage = tensor.untyped_storage()
+        if storage.size() == size:
+            return
+        storage.resize_(size)
+        key = storage._cdata
+        if key not in self._sizes:
+            self.count(tensor)
+            return
+        held = -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
+        self.now += held - self._sizes[key]
+        self._sizes[key] = held
+        self.peak = max(self.peak, self.now)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, FSDP2's storages are counted."""
+        with ExitStack() as stack:
+            for name in ("alloc_storage", "free_storage"):
+                whole = name == "alloc_storage"
+                stack.enter_context(
+                    patch.object(
+                        _fsdp_param,
+                        name,
+                        lambda tensor, whole=whole: self.resize(
+                            tensor, whole * tensor.numel() * tensor.itemsize
+                        ),
+                    )
+                )
+            yield
+
+
+@contextmanager
+def absent_ranks(shards: int, replicas: int = 1) -> Iterator[Ranks]:
+    """The first of so many ranks, of which no other is there."""
+    world_size = shards * replicas
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=(REPLICATE, SHARD))
+        yield Ranks(0, world_size, shards=shards, replicas=replicas, mesh=mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _whole_states(model: nn.Module) -> Iterator[None]:
+    """A 4-bit weight that FSDP2 made whole again gets its statistics back, as bitsandbytes gives
+    them: by making a parameter of its own type, which a tensor without contents cannot become."""
+    states = {m: m.weight.quant_state for m in model.modules() if isinstance(m, Linear4bit)}
+
+    def give_back(module: Any) -> None:
+        module.weight.quant_state = states[module]
+
+    name = "bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module"
+    with patch(name, give_back):
+        yield
+
+
+def rank_run(
+    architecture: Architecture,
+    config: RunConfig,
+    ranks: Ranks,
+    *,
+    tokens_per_sequence: int,
+    sequences: int = 1,
+    image_sizes: Sequence[tuple[int, int]] = (),
+    once: bool = True,
+) -> RankRun:
+    """An optimizer step of two micro-batches on the first of `ranks`.
+
+    Every token is learned. With `once` gradients are reduced in the last pass alone.
+    """
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    with torch.device("meta"):
+        model = build(architecture, config, dtype)
+    counter = RankBytes()
+    loss = Loss(CHUNK_BYTES[0], False)
+    with (
+        as_on_cuda(tokens_per_sequence, sequences),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        ExitStack() as stack,
+    ):
+        materialize(model, dtype, vision_on_device=True)
+        stack.enter_context(_whole_states(model))
+        whole = {name: s for name, s in _all_statistics(model)}
+        shard(model, config, ranks)
+        gc.collect()
+        for tensor in (*model.parameters(), *model.buffers(), *whole.values()):
+            counter.count(local_part(tensor.detach()))
+        # Before anything counts: DTensor tries its operations on whole tensors.
+        held = dict(local_bytes(model))
+        named = local_parameters(list(trained_parameters(model)))
+        stack.enter_context(counter)
+        stack.enter_context(counter.watched())
+        before = counter.now
+        optimizer = build_optimizer(named, config)
+        hold_state(optimizer, {p for n, p in named if is_lora_matrix(n)})
+        held["optimizer"] = counter.now - before
+        model.train()
+        from engine.train.forward import head_module, unwrapped
+        for root in (unwrapped(model).model, head_module(model)):
+            if hasattr(root, "_get_fsdp_state"): root._get_fsdp_state()._lazy_init()
+        peaks: dict[str, int] = {}
+        resting = counter.now
+        batch = make_batch(tokens_per_sequence, sequences, image_sizes)
+        for last in (False, True):
+            sync_gradients(model, last or not once)
+            counter.peak = counter.now
+            states = hidden_states(model, batch)
+            peaks["forward"] = counter.peak
+            counter.peak = counter.now
+            total = use_head(
+                model, states, lambda s, head: cross_entropy(s, head, batch["labels"], loss)
+            )
+            peaks["loss"] = counter.peak
+            counter.peak = counter.now
+            del states
+            total.backward()
+            del total
+            peaks["backward"] = counter.peak
+        held["gradients"] = counter.now - resting
+    return RankRun(held, peaks, dict(counter.traffic), dict(counter.calls))
+
+
+def _all_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            for place, tensor in enumerate(statistics(module)):
+                yield f"{name}.{place}", tensor
