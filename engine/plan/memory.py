@@ -23,10 +23,10 @@ from engine.plan.layers import (
     tower_works,
     transient_bytes,
 )
-from engine.plan.layout import Layout, layout_on
+from engine.plan.layout import Layout, is_sharded, layout_on
 from engine.plan.measured import corrected, find_measured
 from engine.plan.savers import Waiting, list_waiting
-from engine.plan.sharding import divide, trained_share
+from engine.plan.sharding import share_moments, trained_share
 from engine.plan.step import (
     DIFFERENCES,
     EIGHT_BIT,
@@ -268,7 +268,9 @@ def _loss_bytes(step: Step) -> float:
     if not (trains_head(step.table, step.config) and stack.keeps_rest):
         return learned + max(every, chunk)
     head = 4 * sizes.head
-    narrow = head / 2 if step.base_bytes == 2 else 0
+    # Sharded, the head's own copy has gone before its gradient is narrowed: no more than a chunk.
+    whole = not is_sharded(step.config)
+    narrow = head / 2 if step.base_bytes == 2 and whole else 0
     return learned + head + max(every, narrow, chunk)
 
 
@@ -487,9 +489,9 @@ def _roomiest(
         step = replace(step, chunk_bytes=chunk)
         moments = list_moments(step, frozen)
         if layout.cards > 1:
-            moments = {name: divide(name, parts, step, layout) for name, parts in moments.items()}
             moving = update_bytes(step, trained_share(step, layout))
             moments["optimizer step"]["update"] = moving
+            moments = share_moments(step, layout, moments)
         peak = max(int(sum(parts.values())) for parts in moments.values())
         if judge(on_device(peak, step.device), step.device.can_give_bytes) == "fits":
             return step, moments

@@ -1,40 +1,48 @@
 """One rank's share of what a run holds.
 
 FSDP2 divides every number that it knows of over the cards of a copy: weights, gradients, the
-optimizer's state. It does not know of the scales of 4-bit weights, which every rank keeps. A unit
-(a layer, the embedding, the head, the vision tower) is whole while it works, with the buffer into
-which the next one is being gathered; its gradients are whole before they are scattered, beside the
-buffer of the unit before. Activations are each rank's own. Tensor parallelism cuts matrices and
-what a layer makes of them, expert parallelism leaves each rank experts of its own, which are never
-gathered. Further copies change nothing on a card but the gradients' buffers.
+optimizer's state. It does not know of the scales of 4-bit linears, which every rank keeps. A unit
+(a layer, the embedding, the head, the vision tower) is whole while it works: what is gathered
+arrives in one buffer and is copied out of it, and the buffer of the unit before is let go only when
+that is done. Backward the next unit is on its way meanwhile. Gradients are added up in float32: a
+unit's are whole in their own type and once more in the buffer that is scattered, which is let go
+when the next unit has its own. Activations are each rank's own. Tensor parallelism cuts matrices
+and what a layer makes of them, expert parallelism leaves each rank experts of its own, which are
+never gathered.
 
-tests/research/ranks.py counts the same on the real model, really sharded among ranks that are not
-there.
+tests/research/rank_memory.py counts the same on the real model, really sharded among ranks that are
+not there.
 """
 
 from collections.abc import Mapping
+from math import ceil
 from typing import NamedTuple
 
+from engine.plan.layers import tower_bytes
 from engine.plan.layout import Layout
 from engine.plan.step import WEIGHTS, Step
+from engine.plan.targets import adapter_inputs, is_tied, largest_trainable, trains_embedding
+from engine.plan.trainer import BUCKET_NUMBERS
 
-GATHERED_LAYERS = 2
-"""The one at work, and the buffer of the next one on its way or of the last one."""
-REDUCE_BYTES = 4
-"""Of a gradient on its way to its card: float32, in which all ranks' are added up."""
+FORWARD_COPIES, BACKWARD_COPIES, LONE_COPIES = 3, 2, 2
+"""Of a unit, whole: forward the buffer of the one before, its own, and what is copied out of it;
+backward what is copied out and the buffer of the next one; of what comes first or last, the tower
+and the head, its buffer and the copy."""
+SUM_BYTES = 4
+"""Of a gradient while ranks add theirs up: float32."""
 TRAINED = ("adapter", "gradients", "optimizer")
 
 
-class Gathered(NamedTuple):
+class Units(NamedTuple):
     """Bytes of the units of a model as they are sent to every rank, in the types in which they are
     held."""
 
     layer: float
     embedding: float
-    """With the head it is tied to."""
     head: float
+    """Of a tied pair both are this one, and one unit."""
     tower: float
-    """Tower and projector."""
+    projector: float
 
 
 def tensor_share(part: str, step: Step, layout: Layout) -> float:
@@ -43,86 +51,135 @@ def tensor_share(part: str, step: Step, layout: Layout) -> float:
     if layout.tensor == 1:
         return 1.0
     counts = step.table.counts_by_group()
+    cut, whole = 0, 1
     if part == "experts":
         return 1 / layout.tensor
     if part == "embeddings":
-        whole = counts["embedding"] + counts["head"]
-        return (counts["embedding"] + counts["head"] / layout.tensor) / whole
-    if part != "linear":
-        return 1.0
-    cut = counts["mlp"] + (0 if step.widths.latent else counts["attention"])
-    whole = counts["mlp"] + counts["attention"]
+        cut, whole = counts["head"], counts["embedding"] + counts["head"]
+    elif part == "linear":
+        cut = counts["mlp"] + (0 if step.widths.latent else counts["attention"])
+        whole = counts["mlp"] + counts["attention"]
     return (cut / layout.tensor + whole - cut) / whole
 
 
 def trained_share(step: Step, layout: Layout) -> float:
-    """A rank's share of all trained numbers."""
-    if step.config.adapter or layout.tensor == 1:
-        return 1 / layout.shard
+    """A rank's share of all trained numbers.
+
+    Matrices are cut by rows, and the rank that has most counts: of an adapter's A, which has as
+    many rows as its rank, 64 cards have one row or none.
+    """
+    if step.config.adapter:
+        rows = step.config.lora_r
+        of_a = rows * adapter_inputs(step.table, step.config)
+        mine = of_a * ceil(rows / layout.shard) / rows + (step.trainable - of_a) / layout.shard
+        return mine / max(1, step.trainable)
     parts = step.counts.parts
     numbers = {part: held.plain + held.packed for part, held in parts.items()}
     mine = sum(count * tensor_share(part, step, layout) for part, count in numbers.items())
     return mine / sum(numbers.values()) / layout.shard
 
 
-def divide(moment: str, parts: Mapping[str, float], step: Step, layout: Layout) -> dict[str, float]:
-    """`parts` of a moment as each rank holds them."""
-    trained = trained_share(step, layout)
+def share_moments(
+    step: Step, layout: Layout, moments: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """`moments` as the fullest rank of a layout holds them, with that of a forward pass, which is
+    never the fullest on one card."""
+    found = {name: _divide(parts, step, layout) for name, parts in moments.items()}
+    if layout.shard == 1:
+        largest = largest_trainable(step.table, step.config)
+        moving = found["optimizer step"]
+        bucket = SUM_BYTES * min(step.trainable, max(BUCKET_NUMBERS, largest))
+        moving["update"] = max(moving["update"], bucket)
+        return found
+    unit = units(step, layout)
+    tied = unit.embedding if is_tied(step.table) else 0.0
+    kept = found["loss"].get("activations", 0.0)
+    forward = {name: size for name, size in found["loss"].items() if name != "loss"}
+    # Inside autocast an adapter's matrices are kept in half precision until the pass is over.
+    cast = 2 * step.adapter if step.adapter_bytes == 4 and step.base_bytes == 2 else 0
+    images = step.of_images, step.largest_image
+    seeing = tower_bytes(step.config, step.table, *images, step.base_bytes)[1]
+    towers = LONE_COPIES * unit.tower + seeing - kept if step.of_images else 0.0
+    layers = FORWARD_COPIES * unit.layer + tied
+    found["forward pass"] = forward | {"layer": cast, "gathered": max(layers, towers)}
+    found["loss"]["gathered"] = LONE_COPIES * unit.head
+    backward = found["backward pass"]
+    backward["gathered"] = BACKWARD_COPIES * unit.layer + tied
+    backward["reduced"] = _reduced(step, layout, unit, kept, backward)
+    found["evaluation"]["gathered"] = max(layers, LONE_COPIES * unit.head)
+    found["generation"]["gathered"] = max(layers, LONE_COPIES * unit.head)
+    return found
+
+
+def _divide(parts: Mapping[str, float], step: Step, layout: Layout) -> dict[str, float]:
+    """`parts` of a moment, what rests among them by a rank's share."""
     shares = {**parts}
     for part in WEIGHTS:
         held = step.counts.parts[part]
-        numbers, whole = step.numbers_bytes(part, held), step.bytes_of(part, held)
+        whole = step.bytes_of(part, held)
         if whole and part in parts:
-            rest = tensor_share(part, step, layout)
-            mine = rest * (numbers / layout.shard + whole - numbers)
-            shares[part] = parts[part] * mine / whole
+            stays = 0.0 if part == "experts" else step.statistics_bytes(part, held)
+            mine = tensor_share(part, step, layout) * ((whole - stays) / layout.shard + stays)
+            shares[part] *= mine / whole
+    mine = trained_share(step, layout)
     for part in TRAINED:
         if part in parts:
-            shares[part] = parts[part] * trained
+            shares[part] *= mine
+    if shares.get("gradients") and defers(step):
+        shares["gradients"] += SUM_BYTES * step.trainable * (layout.shard > 1)
     if "loading" in parts:
-        shares["loading"] = parts["loading"] / layout.shard
-    if layout.shard > 1:
-        shares["gathered"] = _gathered_bytes(moment, step, layout)
-    shares["reduced"] = _reduced_bytes(moment, step, layout)
+        shares["loading"] /= layout.shard
     return shares
 
 
-def units(step: Step, layout: Layout) -> Gathered:
+def defers(step: Step) -> bool:
+    """Whether ranks add gradients up once a step and not after each micro-batch; until then each
+    keeps an adapter's whole. The trainer does so too where a full fine-tune's have room."""
+    return bool(step.config.adapter) and step.config.gradient_accumulation_steps > 1
+
+
+def units(step: Step, layout: Layout) -> Units:
     """What is gathered, by unit."""
 
     def sent(part: str) -> float:
-        numbers = step.numbers_bytes(part, step.counts.parts[part])
-        return numbers * tensor_share(part, step, layout)
+        held = step.counts.parts[part]
+        stays = 0.0 if part == "experts" else step.statistics_bytes(part, held)
+        return (step.bytes_of(part, held) - stays) * tensor_share(part, step, layout)
 
     layer = sent("linear") + sent("norms") + sent("router")
     if layout.expert == 1:
         layer += sent("experts")
     layer += step.adapter * step.adapter_bytes
-    head = step.counts.head * step.base_bytes
-    tied = not step.table.counts_by_group()["head"]
-    return Gathered(
-        layer / step.widths.layers,
-        head,
-        0.0 if tied else head / layout.tensor,
-        sent("vision") + sent("projector"),
+    head = float(step.counts.head * step.base_bytes)
+    return Units(
+        layer / step.widths.layers, head, head / layout.tensor, sent("vision"), sent("projector")
     )
 
 
-def _gathered_bytes(moment: str, step: Step, layout: Layout) -> float:
-    unit = units(step, layout)
-    layers = GATHERED_LAYERS * unit.layer
-    head = unit.head or unit.embedding
-    if moment in ("backward pass", "generation"):
-        return layers
-    if moment == "evaluation":
-        return max(layers, head)
-    return head if moment == "loss" else 0.0
+def _reduced(
+    step: Step, layout: Layout, unit: Units, kept: float, backward: Mapping[str, float]
+) -> float:
+    """Gradients of a layer while they are whole, and the buffer of those of the one before.
 
-
-def _reduced_bytes(moment: str, step: Step, layout: Layout) -> float:
-    """Gradients of a unit while they are whole, and the buffer of those of the one before."""
-    if moment != "backward pass":
-        return 0.0
+    At the end of the pass, when nothing is kept any more, the embedding's.
+    """
     numbers = step.trainable * trained_share(step, layout) * layout.shard / step.widths.layers
-    held = step.adapter_bytes if step.config.adapter else step.base_bytes
-    return numbers * (held + REDUCE_BYTES)
+    if step.config.adapter:
+        found = numbers * (SUM_BYTES + step.adapter_bytes)
+    else:
+        found = numbers * SUM_BYTES + _first_gradients(step)
+    if layout.replicate > 1:
+        # What replicas have to add up stays until the pass is over.
+        found += SUM_BYTES * step.trainable / layout.shard
+    if trains_embedding(step.table, step.config):
+        table = unit.embedding + step.counts.head * (step.base_bytes + SUM_BYTES)
+        found = max(found, table - kept - backward["gathered"] - backward["layer"])
+    return found
+
+
+def _first_gradients(step: Step) -> float:
+    """Of a layer's gradients, those that are there when its backward pass holds most: that of the
+    matrix which works last, beside the one that is being formed."""
+    sizes = step.widths
+    matrix = sizes.expert_stack / 2 if sizes.expert_rows else sizes.hidden * sizes.intermediate
+    return matrix * step.base_bytes

@@ -105,6 +105,12 @@ def adapter_parameters(table: ModuleTable, config: RunConfig) -> int:
     return linears + expert_adapter_parameters(table, config)
 
 
+def adapter_inputs(table: ModuleTable, config: RunConfig) -> int:
+    """Widths of what enters the adapted modules, added up: numbers of all A matrices at rank 1."""
+    adapted = _adapted(table, _modules(table, config))
+    return adapted.edges - adapted.outputs
+
+
 def expert_adapter_parameters(table: ModuleTable, config: RunConfig) -> int:
     """Numbers of the adapter on the experts alone."""
     return config.lora_r * _fused(table, choose_stacks(table, config))[0]

@@ -33,6 +33,8 @@ PIECE_BYTES = 64 * MIB
 PATCHES_AT_ONCE = 4096
 """Patches that go through the vision tower together, where one image has no more: their mask takes
 at most 64 MiB. A larger image goes alone, under a mask of its own patches squared."""
+BUCKET_NUMBERS = 2**27
+"""Gradients that replicas add up in one collective, in float32: 512 MiB."""
 PROCESS_BYTES = int(0.75 * GIB)
 """On a CPU, a process with torch, transformers and peft before it loads a model."""
 QUANTIZED_NEVER = ("vision_tower", "multi_modal_projector")

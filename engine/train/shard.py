@@ -31,14 +31,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.plan.trainer import BUCKET_NUMBERS
 from engine.train.experts import HELD, GroupedNF4
 from engine.train.forward import Model, head_module, unwrapped
 from engine.train.offload import decoder_layers
 from engine.train.quantize import FlatLinear8bit, statistics
 from engine.train.ranks import SHARD, Ranks
 
-BUCKET_NUMBERS = 2**27
-"""Gradients that replicas add up in one collective, in float32: 512 MiB."""
 DEFERRED_SHARE = 0.3
 """Of the memory that is free once the model is loaded; activations need the most of it."""
 _VISION = re.compile(r"\.(vision_tower|multi_modal_projector)\.")

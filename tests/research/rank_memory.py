@@ -187,8 +187,10 @@ def rank_run(
         held["optimizer"] = counter.now - before
         model.train()
         from engine.train.forward import head_module, unwrapped
+
         for root in (unwrapped(model).model, head_module(model)):
-            if hasattr(root, "_get_fsdp_state"): root._get_fsdp_state()._lazy_init()
+            if hasattr(root, "_get_fsdp_state"):
+                root._get_fsdp_state()._lazy_init()
         peaks: dict[str, int] = {}
         resting = counter.now
         batch = make_batch(tokens_per_sequence, sequences, image_sizes)
