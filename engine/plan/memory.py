@@ -109,7 +109,7 @@ def frozen_bytes(step: Step) -> Frozen:
     """The weights of a run; where nothing can be offloaded, as on a CPU, all on the device."""
     config, counts, waiting = step.config, step.counts, list_waiting(step)
     whole = {part: step.bytes_of(part, held) for part, held in counts.parts.items()}
-    idle = step.offloads and step.stack.tower == "idle in RAM"
+    idle = step.offloads and step.stack.tower == "idle in RAM" and not is_sharded(config)
     if idle and not tower_works(config, step.table, step.statistics):
         waiting |= {part: Waiting(whole[part]) for part in ("vision", "projector")}
     expert = counts.largest_expert if config.quantize_moe_experts else 0

@@ -24,7 +24,7 @@ from engine.plan.step import WEIGHTS, Step
 from engine.plan.targets import adapter_inputs, is_tied, largest_trainable, trains_embedding
 from engine.plan.trainer import BUCKET_NUMBERS
 
-FORWARD_COPIES, BACKWARD_COPIES, LONE_COPIES = 3, 2, 2
+FORWARD_COPIES, BACKWARD_COPIES, LONE_COPIES, TIED_COPIES = 3, 2, 2, 2
 """Of a unit, whole: forward the buffer of the one before, its own, and what is copied out of it;
 backward what is copied out and the buffer of the next one; of what comes first or last, the tower
 and the head, its buffer and the copy."""
@@ -92,17 +92,22 @@ def share_moments(
         moving["update"] = max(moving["update"], bucket)
         return found
     unit = units(step, layout)
-    tied = unit.embedding if is_tied(step.table) else 0.0
+    # A tied pair is one unit, and whole from one pass to the next; in a pass twice.
+    tied = TIED_COPIES * unit.embedding if is_tied(step.table) else 0.0
     kept = found["loss"].get("activations", 0.0)
     forward = {name: size for name, size in found["loss"].items() if name != "loss"}
     # Inside autocast an adapter's matrices are kept in half precision until the pass is over.
     cast = 2 * step.adapter if step.adapter_bytes == 4 and step.base_bytes == 2 else 0
     images = step.of_images, step.largest_image
     seeing = tower_bytes(step.config, step.table, *images, step.base_bytes)[1]
-    towers = LONE_COPIES * unit.tower + seeing - kept if step.of_images else 0.0
+    # Before anything is kept.
+    begin = LONE_COPIES * unit.embedding
+    if step.of_images:
+        begin = max(begin, LONE_COPIES * unit.tower + seeing)
     layers = FORWARD_COPIES * unit.layer + tied
-    found["forward pass"] = forward | {"layer": cast, "gathered": max(layers, towers)}
+    found["forward pass"] = forward | {"layer": cast, "gathered": max(layers, begin - kept)}
     found["loss"]["gathered"] = LONE_COPIES * unit.head
+    found["optimizer step"]["gathered"] = found["save"]["gathered"] = tied / TIED_COPIES
     backward = found["backward pass"]
     backward["gathered"] = BACKWARD_COPIES * unit.layer + tied
     backward["reduced"] = _reduced(step, layout, unit, kept, backward)
@@ -163,17 +168,21 @@ def _reduced(
 
     At the end of the pass, when nothing is kept any more, the embedding's.
     """
-    numbers = step.trainable * trained_share(step, layout) * layout.shard / step.widths.layers
     if step.config.adapter:
+        numbers = step.adapter / step.widths.layers
         found = numbers * (SUM_BYTES + step.adapter_bytes)
     else:
+        numbers = unit.layer / step.base_bytes
         found = numbers * SUM_BYTES + _first_gradients(step)
     if layout.replicate > 1:
         # What replicas have to add up stays until the pass is over.
         found += SUM_BYTES * step.trainable / layout.shard
     if trains_embedding(step.table, step.config):
-        table = unit.embedding + step.counts.head * (step.base_bytes + SUM_BYTES)
-        found = max(found, table - kept - backward["gathered"] - backward["layer"])
+        tables, whole = (2, 0.0) if is_tied(step.table) else (1, unit.embedding)
+        table = whole + step.counts.head * (tables * step.base_bytes + SUM_BYTES)
+        table += SUM_BYTES * numbers
+        beside = BACKWARD_COPIES * unit.layer + backward["layer"]
+        found = max(found, table - kept - beside)
     return found
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from bitsandbytes.nn.modules import Linear4bit
@@ -26,6 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 from engine.catalog import Architecture
 from engine.config import RunConfig
+from engine.plan import Place
+from engine.plan.memory import moment_parts
 from engine.plan.trainer import CHUNK_BYTES
 from engine.train.checkpoint import trained_parameters
 from engine.train.forward import hidden_states
@@ -34,7 +37,6 @@ from engine.train.optim import build_optimizer, is_lora_matrix
 from engine.train.quantize import statistics
 from engine.train.ranks import REPLICATE, SHARD, Ranks
 from engine.train.shard import (
-    add_up,
     local_bytes,
     local_parameters,
     local_part,
@@ -45,6 +47,7 @@ from engine.train.shard import (
 from tests.research.oracle import build, cross_entropy, hold_state, make_batch, materialize
 from tests.support.card_bytes import CardBytes, as_on_cuda
 from tests.support.live_bytes import ALLOCATION_BYTES
+from tests.support.machines import card, config
 
 KINDS = {
     "c10d._allgather_base_.default": "all-gather",
@@ -135,10 +138,14 @@ def absent_ranks(shards: int, replicas: int = 1) -> Iterator[Ranks]:
 def _whole_states(model: nn.Module) -> Iterator[None]:
     """A 4-bit weight that FSDP2 made whole again gets its statistics back, as bitsandbytes gives
     them: by making a parameter of its own type, which a tensor without contents cannot become."""
-    states = {m: m.weight.quant_state for m in model.modules() if isinstance(m, Linear4bit)}
 
     def give_back(module: Any) -> None:
-        module.weight.quant_state = states[module]
+        module.weight.quant_state = module.quant_state
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            packed: Any = module.weight
+            module.quant_state = packed.quant_state
 
     name = "bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module"
     with patch(name, give_back):
@@ -218,3 +225,77 @@ def _all_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(module, Linear4bit):
             for place, tensor in enumerate(statistics(module)):
                 yield f"{name}.{place}", tensor
+
+
+LENGTH = 2048
+COMMON: dict[str, Any] = {
+    "lora_r": 32,
+    "sequence_len": LENGTH,
+    "sample_packing": True,
+    "gradient_checkpointing": True,
+    "optimizer": "adamw_torch_fused",
+    "bf16": True,
+    "fsdp_config": {"reshard_after_forward": True},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": "lora"},
+    "nf4": {"adapter": "qlora"},
+    "full": {"adapter": None, "gradient_accumulation_steps": 2},
+}
+SMALL_4: dict[str, dict[str, Any]] = {
+    "lora": {"lora_target_modules": ["o_proj"]},
+    "nf4": {"lora_target_modules": ["o_proj"], "quantize_moe_experts": True},
+    "full": {},
+}
+MOMENTS = {"forward": "forward pass", "loss": "loss", "backward": "backward pass"}
+RESTING = {
+    "layers": ("linear", "norms", "router", "experts"),
+    "embeddings": ("embeddings",),
+    "vision": ("vision", "projector"),
+    "adapter": ("adapter",),
+    "gradients": ("gradients",),
+    "optimizer": ("optimizer",),
+}
+"""Parts of the plan by parts of `local_bytes`."""
+GRANULES = 2**21
+"""Bytes by which small parts may differ: the allocator's granules, tables of quantization."""
+
+
+def compare(
+    architecture: Architecture, method: str, shards: int, replicas: int = 1, **keys: Any
+) -> None:
+    """Assert that the plan of one rank is within 5 % of what it holds, by part and at its peak."""
+    run = config(
+        **COMMON | METHODS[method] | keys, dp_shard_size=shards, dp_replicate_size=replicas
+    )
+    image_sizes = [(1540, 1540)] if run.processor_type else []
+    place = Place(architecture, card("B300 x8"))
+    with absent_ranks(shards, replicas) as ranks:
+        # Without several passes there is nothing that could wait for the last one.
+        once = run.adapter is not None and run.gradient_accumulation_steps > 1
+        found = rank_run(
+            architecture,
+            run,
+            ranks,
+            tokens_per_sequence=LENGTH,
+            image_sizes=image_sizes,
+            once=once,
+        )
+    planned = {name: moment_parts(run, place, moment) for name, moment in MOMENTS.items()}
+    _rests(found, planned["backward"])
+    sums = {name: sum(parts.values()) for name, parts in planned.items()}
+    assert max(sums.values()) == pytest.approx(found.peak_bytes, rel=0.05)
+    for name, peak in found.peaks.items():
+        # The backward pass begins with the head's, which is counted where the loss is.
+        with_head = max(sums[name], sums["loss"] if name == "backward" else 0)
+        assert sums[name] <= 1.1 * peak, name
+        assert with_head >= 0.9 * peak, name
+
+
+def _rests(found: RankRun, planned: dict[str, int]) -> None:
+    held = dict(found.held_bytes)
+    held["embeddings"] += held.pop("head", 0)
+    held["layers"] += held.pop("norm") + held.pop("statistics", 0)
+    for name, parts in RESTING.items():
+        mine = sum(planned.get(part, 0) for part in parts)
+        assert mine == pytest.approx(held.get(name, 0), rel=0.05, abs=GRANULES), name

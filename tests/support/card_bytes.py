@@ -155,7 +155,7 @@ def as_on_cuda(tokens_per_sequence: int, sequences: int, cuda: bool = True) -> I
         AttentionMaskInterface.register(TORCH_VARLEN, segments)
         stack.enter_context(patch.object(attention, "_fits_kernel", fits_kernel))
         stack.enter_context(patch.object(Groups, "__init__", begin))
-        stack.enter_context(patch.object(Groups, "sizes", even_sizes))
+        stack.enter_context(patch.object(Groups, "sizes", property(even_sizes)))
         stack.enter_context(patch("bitsandbytes.functional.create_dynamic_map", table))
         if cuda:
             stack.enter_context(patch("bitsandbytes.matmul", product))
