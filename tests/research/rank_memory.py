@@ -31,7 +31,7 @@ from engine.plan import Place
 from engine.plan.memory import moment_parts
 from engine.plan.trainer import CHUNK_BYTES
 from engine.train.checkpoint import trained_parameters
-from engine.train.forward import hidden_states
+from engine.train.forward import hidden_states, use_head
 from engine.train.loss import Loss
 from engine.train.optim import build_optimizer, is_lora_matrix
 from engine.train.quantize import statistics
@@ -42,7 +42,6 @@ from engine.train.shard import (
     local_part,
     shard,
     sync_gradients,
-    use_head,
 )
 from tests.research.oracle import build, cross_entropy, hold_state, make_batch, materialize
 from tests.support.card_bytes import CardBytes, as_on_cuda
