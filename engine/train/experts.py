@@ -14,29 +14,31 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from bitsandbytes.autograd._functions import matmul_4bit
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
 from transformers import PreTrainedModel
 from transformers.models.mistral4.modeling_mistral4 import Mistral4Experts, Mistral4TopkRouter
 
 from engine.config import RunConfig
-from engine.train.quantize import require_countable
+from engine.train.device import pick_device
+from engine.train.quantize import NESTED_BLOCK, NF4_BLOCK, require_countable
 
-NF4_BLOCK = 64
-"""Weights that share one scale (QLoRA, arXiv 2305.14314)."""
-NESTED_BLOCK = 256
-"""Scales that share one scale of scales."""
 HELD = ("weight", "scales", "nested_scales", "offset")
 """Tensors of `GroupedNF4` with a part for each expert."""
 STRIDE_BYTES = 16
 """torch's grouped product reads rows whose length is a multiple of this."""
+
+_EMPTY = torch.device("meta")
+"""Where a model is that has no memory yet."""
 
 
 class Groups:
@@ -98,14 +100,18 @@ class GroupedLinear(nn.Module, ABC):
         Raises ValueError where their number or shape is another.
         """
         self.allocate(device)
+        self.take_part(slices, device, self.num_experts)
+
+    def take_part(self, slices: Iterator[Tensor], device: torch.device, experts: int) -> None:
+        """Store those of so many `experts`, as many as this rank holds of the layer."""
         count, shape = 0, (self.out_features, self.in_features)
         with torch.no_grad():
             for count, matrix in enumerate(slices, start=1):
-                if count > self.num_experts or matrix.shape != shape:
-                    raise ValueError(f"matrix {count} of {self.num_experts}: {matrix.shape}")
+                if count > experts or matrix.shape != shape:
+                    raise ValueError(f"matrix {count} of {experts}: {matrix.shape}")
                 self.store(count - 1, matrix.to(device, self.dtype))
-        if count != self.num_experts:
-            raise ValueError(f"{count} matrices for {self.num_experts} experts")
+        if count != experts:
+            raise ValueError(f"{count} matrices for {experts} experts")
 
     @abstractmethod
     def allocate(self, device: torch.device) -> None:
@@ -113,7 +119,7 @@ class GroupedLinear(nn.Module, ABC):
 
     @abstractmethod
     def store(self, expert: int, matrix: Tensor) -> None:
-        """Put one matrix, in `dtype` and on the device, into its place."""
+        """Put one matrix, in `dtype` and on the device, into its place among this rank's."""
 
     @abstractmethod
     def matrix(self, expert: int) -> Tensor:
@@ -122,6 +128,11 @@ class GroupedLinear(nn.Module, ABC):
     @abstractmethod
     def forward(self, rows: Tensor, groups: Groups) -> Tensor:
         """(rows, inputs), sorted by expert, to (rows, outputs)."""
+
+
+def _own(held: Tensor) -> Tensor:
+    """This rank's experts of what is held, sharing its memory."""
+    return held.to_local() if isinstance(held, DTensor) else held
 
 
 class GroupedStack(GroupedLinear):
@@ -133,7 +144,7 @@ class GroupedStack(GroupedLinear):
         self.weight = nn.Parameter(stack, requires_grad=False)
 
     def store(self, expert: int, matrix: Tensor) -> None:
-        self.weight[expert] = matrix
+        _own(self.weight)[expert] = matrix
 
     def matrix(self, expert: int) -> Tensor:
         return self.weight[expert]
@@ -182,10 +193,9 @@ class GroupedNF4(GroupedLinear):
         packed, state = quantize_4bit(
             matrix.contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
         )
-        self.weight[expert] = packed.flatten()
-        self.scales[expert] = state.absmax
-        self.nested_scales[expert] = state.state2.absmax
-        self.offset[expert] = state.offset
+        parts = (packed.flatten(), state.absmax, state.state2.absmax, state.offset)
+        for name, part in zip(HELD, parts, strict=True):
+            _own(getattr(self, name))[expert] = part
         self.code, self.nested_code = state.code, state.state2.code
 
     def state(self, expert: int) -> QuantState:
@@ -357,7 +367,8 @@ class LoraGrouped(nn.Module, LoraLayer):
         self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, False
         self.lora_bias[adapter_name] = False
         self.lora_dropout[adapter_name] = nn.Identity()
-        on_device: dict[str, Any] = {"bias": False, "device": base.device, "dtype": torch.float32}
+        device = pick_device() if base.device == _EMPTY else base.device
+        on_device: dict[str, Any] = {"bias": False, "device": device, "dtype": torch.float32}
         self.lora_A[adapter_name] = nn.Linear(base.in_features, ranks, **on_device)
         self.lora_B[adapter_name] = nn.Linear(ranks, base.out_features, **on_device)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
@@ -394,7 +405,7 @@ def adapt(model: PreTrainedModel, settings: LoraConfig, experts: Sequence[str]) 
             settings.target_modules = "|".join([linears, *map(re.escape, experts)])
         else:
             settings.target_modules = [*(linears or ()), *experts]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _never_empty():
         warnings.filterwarnings("ignore", "Unsupported layer type")  # of every layer of ours
         adapted = get_peft_model(model, settings)
     assert isinstance(adapted, PeftModel)
@@ -402,6 +413,27 @@ def adapt(model: PreTrainedModel, settings: LoraConfig, experts: Sequence[str]) 
         stored: Any = adapted.peft_config["default"]
         stored.target_modules, stored.target_parameters = linears or [], parameters
     return adapted
+
+
+@contextmanager
+def _never_empty() -> Iterator[None]:
+    """Inside, PEFT lets an adapter keep its values where its base layer has no memory yet; left to
+    itself it moves the adapter there, in three places."""
+    tuner, module = cast(Any, BaseTunerLayer), cast(Any, nn.Module)
+    settle, move = tuner._move_adapter_to_device_of_base_layer, module.to
+
+    def settled(layer: Any, name: str, device: torch.device | None = None) -> None:
+        found, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+        settle(layer, name, pick_device() if found == _EMPTY else device)
+
+    def moved(layer: nn.Module, *where: Any, **keys: Any) -> nn.Module:
+        return layer if where == (_EMPTY,) else move(layer, *where, **keys)
+
+    tuner._move_adapter_to_device_of_base_layer, module.to = settled, moved
+    try:
+        yield
+    finally:
+        tuner._move_adapter_to_device_of_base_layer, module.to = settle, move
 
 
 def _shortest(experts: Sequence[str], every: Sequence[str]) -> list[str]:

@@ -33,6 +33,7 @@ from engine.train.offload import Placement
 from engine.train.quantize import (
     Fp8Layout,
     find_layout,
+    hold_empty,
     hold_quantized,
     statistics,
     swap_linears,
@@ -85,6 +86,19 @@ class Base:
     report: LoadReport
     vision_offloaded: bool = False
     """Whether the vision tower and the projector stayed in RAM and cannot be used."""
+    unread: "Unread | None" = None
+    """What is read when the model is divided, where it was loaded `empty`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """The weights of a model that has its modules and no memory."""
+
+    tensors: Mapping[str, StoredTensor]
+    """By name in the bare model."""
+    owners: Mapping[str, nn.Module]
+    """The module of each: an adapter around it changes names and no modules."""
+    layout: Fp8Layout
 
 
 def load_base(
@@ -94,14 +108,15 @@ def load_base(
     tensors: Mapping[str, StoredTensor] | None = None,
     *,
     images: bool = True,
+    empty: bool = False,
 ) -> Base:
     """Load the model of `folder` as the config asks: float32, bfloat16, int8 or NF4.
 
     FP8 weights are converted on the way. `tensors`, by their name in memory, take the place of the
     folder's own: `fitcheck` draws them. Without `images` a vision tower that is not trained stays
-    off the device. Raises UserError when the architecture is not one of
-    Mistral's, when its files are quantized in another way or cannot be read, or when their weights
-    and the architecture's do not match one to one.
+    off the device. `empty` leaves the weights to `slice_load.fill`. Raises UserError when the
+    architecture is not one of Mistral's, when its files are quantized in another way or cannot be
+    read, or when their weights and the architecture's do not match one to one.
     """
     device = pick_device()
     dtype = pick_dtype(config, device)
@@ -116,6 +131,10 @@ def load_base(
     swap_linears(model, config, dtype)
     replace_experts(model, config, dtype)
     needed = {name: tensor for name, tensor in tensors.items() if name in shapes}
+    converted = sum(torch.Size(tensors[name].shape).numel() for name in layout.weights)
+    if empty:
+        model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+        return _empty_base(model, needed, layout, (dtype, device), architecture.table, converted)
     placement = Placement(model, architecture.table, config, device, images=images)
     _fill(model, needed, layout, placement, dtype, progress)
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
@@ -124,9 +143,31 @@ def load_base(
         setattr(model.get_submodule(owner), own, buffer.to(placement.device_of(name)))
     placement.finish()
     model.eval()
-    converted = sum(torch.Size(tensors[name].shape).numel() for name in layout.weights)
     report = describe_load(model, architecture.table, converted, device)
     return Base(model, dtype, device, report, placement.vision_offloaded)
+
+
+def _empty_base(
+    model: PreTrainedModel,
+    tensors: Mapping[str, StoredTensor],
+    layout: Fp8Layout,
+    held: tuple[torch.dtype, torch.device],
+    table: ModuleTable,
+    converted: int,
+) -> Base:
+    """The model without memory, each weight in the form in which it will be held."""
+    dtype, device = held
+    for module in model.modules():
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            hold_empty(module)
+    for name, buffer in list(model.named_buffers()):
+        if not buffer.is_meta:
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, buffer.to(device))
+    model.eval()
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in tensors}
+    report = LoadReport(count_weights(model, table), converted, 0, 0, device)
+    return Base(model, dtype, device, report, unread=Unread(tensors, owners, layout))
 
 
 def build_empty(
@@ -246,10 +287,6 @@ def describe_load(
     model: nn.Module, table: ModuleTable, from_fp8: int, device: torch.device
 ) -> LoadReport:
     """Count what `model`, of `table`'s architecture, holds."""
-    weights = Counter[tuple[str, str]]()
-    for row in table.parameters:
-        if row.count:
-            weights[row.group, _held_as(model, row.name)] += row.count
     tensors = {id(t): t for t in chain(model.parameters(), model.buffers())}
     quantized = [m for m in model.modules() if isinstance(m, Linear4bit | Linear8bitLt)]
     held = offloaded = 0
@@ -258,7 +295,16 @@ def describe_load(
             held += tensor.nbytes
         else:
             offloaded += tensor.nbytes
-    return LoadReport(weights, from_fp8, held, offloaded, device)
+    return LoadReport(count_weights(model, table), from_fp8, held, offloaded, device)
+
+
+def count_weights(model: nn.Module, table: ModuleTable) -> Counter[tuple[str, str]]:
+    """Numbers of `model`, of `table`'s architecture, by group and by how they are held."""
+    weights = Counter[tuple[str, str]]()
+    for row in table.parameters:
+        if row.count:
+            weights[row.group, _held_as(model, row.name)] += row.count
+    return weights
 
 
 def _held_as(model: nn.Module, name: str) -> str:

@@ -7,15 +7,21 @@ or one an expert) and of block-wise ones.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from bitsandbytes.autograd._functions import matmul
-from bitsandbytes.functional import int8_vectorwise_quant
+from bitsandbytes.functional import (
+    QuantState,
+    get_4bit_type,
+    int8_vectorwise_quant,
+    quantize_4bit,
+    quantize_blockwise,
+)
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,6 +32,10 @@ from engine.plan.trainer import is_kept, kept_modules
 from engine.train.weight_files import StoredTensor
 from engine.visible import visible
 
+NF4_BLOCK = 64
+"""Weights that share one scale (QLoRA, arXiv 2305.14314)."""
+NESTED_BLOCK = 256
+"""Scales that share one scale of scales."""
 MOST_NUMBERS = 2**31 - 1
 """Of one tensor: bitsandbytes' kernels count with 32 bits, and a larger one would wrap around. All
 experts' gate and up matrices of a layer of Mistral Small 4 are 2^31 numbers together."""
@@ -130,6 +140,73 @@ def hold_quantized(module: Linear4bit | Linear8bitLt, weight: Tensor) -> None:
     module.weight = Int8Params(numbers, requires_grad=False, CB=numbers, SCB=row_maxima)
 
 
+def hold_empty(module: Linear4bit | Linear8bitLt) -> None:
+    """Give `module` a weight in its own form without memory, for several ranks to divide."""
+    shape = (module.out_features, module.in_features)
+    require_countable(torch.empty(shape, device="meta"))
+    if isinstance(module, Linear4bit):
+        size = (-(-shape[0] * shape[1] // 2), 1)
+        empty = torch.empty(size, dtype=torch.uint8, device="meta")
+        keys: Any = {"compress_statistics": True, "quant_type": "nf4", "bnb_quantized": True}
+        module.weight = Params4bit(empty, requires_grad=False, module=module, **keys)
+    else:
+        numbers = torch.empty(shape, dtype=torch.int8, device="meta")
+        module.weight = Int8Params(numbers, requires_grad=False)
+
+
+Read: TypeAlias = Callable[[int, int], Tensor]
+"""Rows of a weight, from the first to before the last."""
+Merge: TypeAlias = Callable[[Tensor], Tensor]
+"""The largest of each number over the ranks that hold one copy."""
+
+
+def quantize_part(
+    module: Linear4bit | Linear8bitLt, part: Tensor, first: int, read: Read, merge: Merge
+) -> None:
+    """Fill `part`, this rank's rows of `module`'s weight from row `first` of what is held on, with
+    the bits that the whole weight has there, and give the module the statistics of all of it.
+
+    In NF4 a row that is held is a byte, two numbers: a rank quantizes every block that its bytes
+    are in. Scales are quantized in turn only when all of them are known, as they have one mean.
+    """
+    if isinstance(module, Linear8bitLt):
+        maxima = torch.zeros(module.out_features, device=part.device)
+        if len(part):
+            numbers, own, _ = int8_vectorwise_quant(
+                read(first, first + len(part)).to(torch.float16)
+            )
+            part.copy_(numbers)
+            maxima[first : first + len(part)] = own
+        state: Any = module.state
+        state.SCB = merge(maxima)
+        return
+    width, count = module.in_features, module.out_features * module.in_features
+    begin = 2 * first // NF4_BLOCK * NF4_BLOCK
+    end = min(count, -(-2 * (first + len(part)) // NF4_BLOCK) * NF4_BLOCK)
+    scales = torch.zeros(-(-count // NF4_BLOCK), device=part.device)
+    dtype = module.compute_dtype
+    if len(part):
+        top = begin // width
+        rows = read(top, -(-end // width))
+        numbers = rows.flatten()[begin - top * width : end - top * width].contiguous()
+        packed, plain = quantize_4bit(numbers, blocksize=NF4_BLOCK, quant_type="nf4")
+        part.copy_(packed.view(-1, 1)[first - begin // 2 :][: len(part)])
+        scales[begin // NF4_BLOCK :][: len(plain.absmax)] = plain.absmax
+    scales = merge(scales)
+    offset = scales.mean()
+    narrow, nested = quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
+    module.quant_state = QuantState(
+        absmax=narrow,
+        shape=torch.Size((module.out_features, width)),
+        code=get_4bit_type("nf4", device=part.device),
+        blocksize=NF4_BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=offset,
+        state2=nested,
+    )
+
+
 def statistics(module: Linear4bit | Linear8bitLt) -> tuple[Tensor, ...]:
     """What a quantized linear holds beside its parameters."""
     held: Any = module
@@ -160,22 +237,29 @@ class Fp8Layout:
         tensor: StoredTensor,
         device: torch.device,
         dtype: torch.dtype,
-        index: int | None = None,
+        index: int | slice | None = None,
     ) -> Tensor:
-        """What a tensor's numbers mean, FP8 or not, or those of entry `index` of a stack; a copy
-        of the file's."""
-        part = tensor.read(index)
+        """What a tensor's numbers mean, FP8 or not, or those of entry `index` of a stack, or of
+        some rows of a matrix; a copy of the file's."""
         if name not in self.weights:
-            return part.to(device, dtype, copy=True)
+            return tensor.read(index).to(device, dtype, copy=True)
         stored, block = self.weights[name]
+        skipped = 0
+        if isinstance(index, slice) and block is not None:  # from where a row of blocks begins
+            skipped = index.start % block[0]
+            index = slice(index.start - skipped, index.stop)
+        part = tensor.read(index)
         # In float32: 0-d, (E,), (rows, columns) of blocks, or (E, rows, columns).
         scale = stored.read().to(device, torch.float32, copy=True)
         if block is None:
             scale = scale.reshape(()) if scale.numel() == 1 else scale.flatten()
-        own = scale[index] if index is not None and scale.ndim else scale
+        if isinstance(index, slice) and block is not None:
+            scale = scale[index.start // block[0] :]
+        elif index is not None and scale.ndim:
+            scale = scale[index]
         weight = torch.empty(part.shape, dtype=dtype, device=device)
-        dequantize(part.to(device), own, block, weight)
-        return weight
+        dequantize(part.to(device), scale, block, weight)
+        return weight[skipped:]
 
 
 def find_layout(

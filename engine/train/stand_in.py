@@ -173,13 +173,16 @@ class DrawnTensor(StoredTensor):
     device: torch.device
     seed: int
 
-    def read(self, index: int | None = None) -> Tensor:
-        """All of it, or entry `index` of its first dimension, on the device.
+    def read(self, index: int | slice | None = None) -> Tensor:
+        """All of it, or entry `index` of its first dimension, on the device; of some entries the
+        numbers are no part of the whole's.
 
         A matrix keeps its input's length: normal numbers with a deviation of 1 / sqrt(inputs). What
         scales a norm is one, and a bias zero.
         """
         shape = self.shape if index is None else self.shape[1:]
+        if isinstance(index, slice):
+            shape = (index.stop - index.start, *shape)
         if len(self.shape) == 1:
             make = torch.zeros if self.name.endswith("bias") else torch.ones
             return make(shape, dtype=self.kind, device=self.device)

@@ -83,9 +83,9 @@ class StoredTensor:
         """Whether it holds plain numbers or FP8: packed formats hold integers."""
         return self.dtype in _WEIGHT_TYPES
 
-    def read(self, index: int | None = None) -> Tensor:
-        """All of it, or entry `index` of its first dimension, still mapped from its file: copy it,
-        and the mapping ends with it."""
+    def read(self, index: int | slice | None = None) -> Tensor:
+        """All of it, or entry or entries `index` of its first dimension, still mapped from its
+        file: copy it, and the mapping ends with it."""
         # Opened anew for each: pages that were read stay mapped, and counted, until the file is
         # closed.
         try:

@@ -1,0 +1,58 @@
+"""What ranks hold of a model that each of them read in part, to be compared with one rank's."""
+
+import hashlib
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from engine.train.forward import Model
+from engine.train.lora import put_on_training
+from engine.train.model import load_base
+from engine.train.quantize import statistics
+from engine.train.ranks import Ranks
+from engine.train.shard import local_bytes, shard
+from engine.train.slice_load import fill, reads_slices
+from tests.support.tiny import settings
+
+
+def loaded(ranks: Ranks, folder: str, keys: dict[str, Any]) -> dict[str, Any]:
+    """The digest of every tensor of a model, and what each rank says of its load."""
+    config = settings(folder, **keys)
+    base = load_base(Path(folder), config, empty=reads_slices(config, ranks))
+    torch.manual_seed(config.seed)
+    model = shard(put_on_training(base, Path(folder), config), config, ranks)
+    heard: list[tuple[int, int]] = []
+    base = fill(base, model, config, ranks, lambda *done: heard.append(done))
+    held = base.report.held_bytes
+    return {
+        "digests": digests(model),
+        "right": held == sum(local_bytes(model).values()),
+        "weights": sorted([*key, n] for key, n in base.report.weights.items()),
+        "heard": heard[-1] if heard else None,
+    }
+
+
+def digests(model: Model) -> dict[str, str]:
+    """Of every parameter, buffer and statistic, whole."""
+    found = {}
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        whole: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        found[name] = _digest(whole)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            for number, tensor in enumerate(statistics(module)):
+                found[f"{name} {number}"] = _digest(tensor)
+    return found
+
+
+def _digest(tensor: Tensor) -> str:
+    plain = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return (
+        f"{list(tensor.shape)} {tensor.dtype} "
+        + hashlib.sha256(bytes(plain.tolist())).hexdigest()[:16]
+    )
