@@ -28,6 +28,10 @@ from engine.train.shard import local_part
 from engine.train.slices import first_row
 from engine.train.weight_files import BytesProgress, StoredTensor
 
+READ_AT_ONCE = 2**22
+"""Numbers of a weight that lie beside their place in the model while they are read: each rank's add
+up in the RAM of a node."""
+
 
 def reads_slices(config: RunConfig, ranks: Ranks) -> bool:
     """Whether each rank reads its own rows alone.
@@ -106,8 +110,11 @@ def _fill_weight(
     elif len(tensor.shape) == 3:  # expert by expert: one at a time is FP8 and wide
         for place in range(count):
             part[place] = read_part(first + place)
-    elif count:
-        part.copy_(read_part(slice(first, first + count)))
+    else:
+        step = max(1, READ_AT_ONCE * count // max(1, part.numel()))
+        for place in range(0, count, step):
+            stop = min(count, place + step)
+            part[place:stop] = read_part(slice(first + place, first + stop))
 
 
 def _rows(held: Tensor, ranks: Ranks) -> tuple[int, int]:

@@ -56,3 +56,31 @@ def _digest(tensor: Tensor) -> str:
         f"{list(tensor.shape)} {tensor.dtype} "
         + hashlib.sha256(bytes(plain.tolist())).hexdigest()[:16]
     )
+
+
+def memory(ranks: Ranks, folder: str, keys: dict[str, Any], small: str) -> dict[str, int]:
+    """Bytes of this rank's share of RAM before the model, and the most while it is read and after.
+
+    As the kernel divides what is shared (PSS); sampled in step with the reading. A `small` model
+    comes first, for all that is imported on the way.
+    """
+    loaded(ranks, small, keys)
+    config = settings(folder, **keys)
+    ranks.barrier()
+    found = {"empty": _share_bytes(), "most": 0}
+
+    def look(_done: int, _total: int) -> None:
+        found["most"] = max(found["most"], _share_bytes())
+
+    base = load_base(Path(folder), config, empty=reads_slices(config, ranks))
+    model = shard(put_on_training(base, Path(folder), config), config, ranks)
+    fill(base, model, config, ranks, look)
+    ranks.barrier()
+    look(0, 0)
+    ranks.barrier()
+    return found
+
+
+def _share_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))

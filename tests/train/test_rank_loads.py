@@ -23,7 +23,7 @@ from tests.support.fp8_checkpoints import write_fp8
 from tests.support.methods import METHODS
 from tests.support.rank_group import RankGroup
 from tests.support.rank_loads import loaded
-from tests.support.tiny import ARCHITECTURES, Models, adapted, write_model
+from tests.support.tiny import ARCHITECTURES, MINISTRAL3, Models, adapted, write_model
 
 TIED: dict[str, Any] = {"adapter": "lora", "lora_modules_to_save": ["lm_head", "embed_tokens"]}
 
@@ -130,3 +130,33 @@ def test_rows_of_fp8_begin_inside_a_block(tmp_path: Path) -> None:
     given = (name, tensors[name], torch.device("cpu"), torch.float32)
     assert torch.equal(layout.read(*given, slice(21, 70)), layout.read(*given)[21:70])
     assert load_file(folder / "model.safetensors")[name].dtype == torch.float8_e4m3fn
+
+
+WIDE = MINISTRAL3 | {
+    "vocab_size": 32768,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "dtype": "bfloat16",
+}
+"""1.07 GB in bfloat16."""
+
+
+@pytest.mark.slow  # writes and reads a model of 1 GB
+def test_four_ranks_have_one_copy_in_ram_between_them(
+    four_ranks: RankGroup, model_folder: Models, tmp_path: Path
+) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        folder = write_model(tmp_path, WIDE)
+    finally:
+        torch.set_default_dtype(before)
+    size = sum(tensor.size_bytes for tensor in list_tensors(folder).values())
+    assert size > 2**30 * 0.99
+    given = {"folder": str(folder), "small": str(model_folder("ministral3"))}
+    held = four_ranks.run("rank_loads:memory", keys={"bf16": True}, **given)
+    assert sum(rank["most"] - rank["empty"] for rank in held) <= 1.2 * size
