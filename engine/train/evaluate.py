@@ -44,7 +44,7 @@ from engine.errors import UserError
 from engine.events import Score
 from engine.plan.trainer import SMALLEST_CHUNK_BYTES, chunk_rows
 from engine.train.batches import PAD, Rows, StepBatch, evaluation_micros
-from engine.train.forward import Model, head_module, hidden_states, use_head
+from engine.train.forward import Model, head_module, hidden_states, put_head_away, use_head
 from engine.train.loss import product, score_tokens, shift
 from engine.train.model import Base
 from engine.train.offload import head_at_hand
@@ -62,6 +62,7 @@ def evaluating(model: Model) -> Iterator[None]:
             yield
     finally:
         model.train()
+        put_head_away(model)
 
 
 def score(

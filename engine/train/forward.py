@@ -61,6 +61,14 @@ def use_head(model: Model, states: Tensor, use: Callable[[Tensor, Tensor], T]) -
     return found
 
 
+def put_head_away(model: Model) -> None:
+    """Divide a sharded head again. One that is the embedding's too stays whole for the backward
+    pass after it was used, and without one for good: its parameters would pass for unsharded."""
+    head = head_module(model)
+    if isinstance(head, FSDPModule):
+        head.reshard()
+
+
 def hidden_states(model: Model, batch: dict[str, Tensor], tower_calls: int = 0) -> Tensor:
     """Last hidden states, (batch, length, width).
 

@@ -179,6 +179,13 @@ class Session:
         heard = self.ranks.max(torch.tensor(asked, dtype=torch.int32)).bool().tolist()
         self._agreed = dict(zip(AGREED, heard, strict=True))
 
+    def agree_to_go_on(self) -> None:
+        """Raises StopAsked on all ranks where a command or a signal asked to end before the first
+        step; one alone does so at any phase."""
+        self.agree()
+        if self.stopping and not self.training:
+            raise StopAsked
+
     def read(self) -> None:
         """Take in the commands written since the last call and acknowledge what needs no work."""
         for command in self._control.read() if self.ranks.is_first else ():

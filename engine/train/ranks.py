@@ -29,6 +29,8 @@ TIMEOUT: Final = timedelta(minutes=30)
 shared disk passes between two of them."""
 REPLICATE, SHARD = "replicate", "shard"
 """Dimensions of the mesh: copies of the model, and the ranks that hold one copy together."""
+_APART: Final = 1_000_003
+"""Between the seeds of two ranks: further than the seeds that people choose."""
 _POLL_SECONDS: Final = 0.2
 _SAID_EVERY_SECONDS: Final = 30.0
 T = TypeVar("T")
@@ -225,6 +227,13 @@ def refuse_unbuilt(config: RunConfig) -> None:
                 "while it computes.",
                 f"Remove {key} and write its number as dp_shard_size, times the one there.",
             )
+
+
+def seed_apart(seed: int, ranks: Ranks) -> None:
+    """Let each rank draw random numbers of its own from here on, such as for dropout; the first
+    one's go on as if it were alone."""
+    if not ranks.is_first:
+        torch.manual_seed(seed + _APART * ranks.rank)
 
 
 def lost_rank(error: BaseException) -> WorkError | None:

@@ -2,8 +2,10 @@
 each other and put together, each with a `phase` event, so that a person sees what is waited for."""
 
 import gc
+import logging
 from collections.abc import Container, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,7 @@ from engine.train.device import (
     require_planned_device,
 )
 from engine.train.fetch import leave_hub, locate_base
-from engine.train.forward import head_of
+from engine.train.forward import Model, head_of
 from engine.train.generate import ask, ask_about_images, ask_by_default
 from engine.train.loop import PROGRESS_SECONDS, Session, Training
 from engine.train.lora import put_on_training
@@ -63,8 +65,13 @@ from engine.train.out_of_memory import (
     read_estimate,
     with_next_rung,
 )
+from engine.train.ranks import lost_rank, open_ranks, seed_apart
+from engine.train.shard import local_bytes, shard
 from engine.train.text_metrics import TextMetrics
-from engine.units import counted
+from engine.units import counted, gib
+
+logger = logging.getLogger(__name__)
+"""What a rank waits for, in its own log."""
 
 PLACES = {
     "load": LOADING,
@@ -80,9 +87,13 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
     """Carry out the run of `session`'s folder; returns after its `ended` event.
 
     Where memory runs out and the config has `auto_fit`, it goes on from the last checkpoint with
-    the next change that saves some and alters no result, as often as there is one. Raises UserError
-    and WorkError with the sentence for the person.
+    the next change that saves some and alters no result, as often as there is one; several ranks
+    end instead, since the others wait for what this one did not do. Raises UserError and WorkError
+    with the sentence for the person.
     """
+    opened = session.ranks.is_alone
+    if opened:
+        session.ranks = open_ranks(read_config(session.run.config).config)
     device = read_device()
     session.note("warning", require_planned_device(session.run, device))
     while facts := _try(session, resume=resume, checkpoint=checkpoint):
@@ -92,7 +103,8 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
         torch.cuda.empty_cache()
         config = read_config(session.run.config).config
         facts = with_next_rung(facts, config, read_architecture(session.base_folder), device)
-        facts = structs.replace(facts, taken=config.auto_fit and bool(facts.changes))
+        taken = config.auto_fit and bool(facts.changes) and session.ranks.is_alone
+        facts = structs.replace(facts, taken=taken)
         session.emit(facts)
         if not facts.taken:
             raise as_error(facts, session.run)
@@ -101,6 +113,8 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
         text = f"memory ran out in {facts.where}: goes on with {' '.join(values)}, {facts.trade}"
         session.note("warning", text)
         resume, checkpoint = True, None
+    if opened:
+        session.ranks.close()
 
 
 def _try(session: Session, *, resume: bool, checkpoint: str | None) -> Shortage | None:
@@ -110,6 +124,8 @@ def _try(session: Session, *, resume: bool, checkpoint: str | None) -> Shortage 
     except OutOfMemory as error:
         return error.facts
     except Exception as error:
+        if not session.ranks.is_alone and (lost := lost_rank(error)):
+            raise lost from error
         if not is_out_of_memory(error) or session.base_folder == session.run.path:
             raise
         where = PLACES.get(session.doing, PREPARING)
@@ -118,7 +134,7 @@ def _try(session: Session, *, resume: bool, checkpoint: str | None) -> Shortage 
 
 
 def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> None:
-    file = read_config(session.run.config)
+    file, ranks = read_config(session.run.config), session.ranks
     for finding in file.require_supported():
         session.note("info", finding.sentence())
     config = file.config
@@ -128,10 +144,12 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
         session.note("info", f"The run {why}")
     torch.manual_seed(config.seed)
     session.emit(Phase("model", detail=config.base_model))
-    session.base_folder = locate_base(config, session.run.path, session.progress("download"))
+    base_of = partial(locate_base, config, session.run.path, session.progress("download"))
+    session.base_folder = ranks.once_a_node("the base model", base_of, logger.info)
     architecture = read_architecture(session.base_folder)
     tokenizer = open_tokenizer(config.tokenizer_config or session.base_folder)
-    rows, held_out = prepare_rows(config, tokenizer, session)
+    ready = partial(prepare_rows, config, tokenizer, session)
+    rows, held_out = ranks.once_a_node("the rows", ready, logger.info)
     parts = [part.prepared for part in (rows, *held_out.values())]
     for prepared in parts:
         refuse_unread(architecture, prepared.image_spec)
@@ -142,20 +160,22 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
     attention = pick_attention(config, architecture, pick_device(), images=images)
     session.note("info", f"Attention by {attention.backend}: {attention.reason}")
     config = config.model_copy(update={"attn_implementation": attention.backend})
+    session.agree_to_go_on()
     session.emit(Phase("load", detail=config.base_model))
     base = load_base(session.base_folder, config, session.progress("load"), images=images)
     session.note("info", base.report.sentence())
     if base.vision_offloaded:
         session.note("info", "no row has an image: the vision tower stays in RAM")
     torch.manual_seed(config.seed)  # the adapter's first values do not depend on what was loaded
-    model = put_on_training(base, session.base_folder, config)
+    model = shard(put_on_training(base, session.base_folder, config), config, ranks)
+    seed_apart(config.seed, ranks)
     chunk = read_estimate(session.run).get("loss_chunk_bytes")
     chunk = chunk if chunk in CHUNK_BYTES else SMALLEST_CHUNK_BYTES  # few where there is no plan
     loss, note = settle_loss(config, head_of(model), base.device, chunk)
     session.note("info", note)
     training = Training(
         *(base, model, rows, held_out, config, session, tokenizer),
-        TextMetrics(model, base.device, held_out, config, tokenizer, session.run.path),
+        TextMetrics(model, base.device, held_out, config, tokenizer, session.run.path, ranks),
         sampling=sampling_of(config),
         loss=loss,
     )
@@ -165,6 +185,8 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
         sequences, fill = training.order.packing()
         bins = counted(sequences, "sequence")
         session.note("info", f"{counted(len(rows), 'row')} packed into {bins}, {fill:.1%} full")
+    if not ranks.is_alone:
+        _report_ranks(session, model)
     session.emit(_started(session, config, base, training))
     prompts = [ask(text, tokenizer, config) for text in config.sample_prompts]
     if not prompts and config.eval_table_size:
@@ -190,7 +212,8 @@ def prepare_rows(
     Evaluation sets are `test_datasets`, or the share `val_set_size` of the training rows.
     """
     prepared = _prepare(config, config.datasets, tokenizer, session)
-    prepared.link_into(session.run.data)
+    if session.ranks.is_first:
+        prepared.link_into(session.run.data)
     rows = select_rows(prepared, config)
     for note in config_notes(config, session.run.path):
         session.note("info", str(replace(file_line(note), mark="")))
@@ -257,14 +280,27 @@ def _prepare(
     return prepared
 
 
+def _report_ranks(session: Session, model: Model) -> None:
+    """Say how the model lies on the ranks, and what one of them holds of it."""
+    ranks = session.ranks
+    held = {part: size for part, size in local_bytes(model).items() if size}
+    parts = ", ".join(f"{part} {gib(size)}" for part, size in held.items())
+    many = f"each of {ranks.replicas} copies" if ranks.replicas > 1 else "one copy"
+    session.note(
+        "info",
+        f"{ranks.world_size} ranks: {many} of the model over {counted(ranks.shards, 'rank')}. "
+        f"Each rank holds {gib(sum(held.values()))} of it: {parts}.",
+    )
+
+
 def _started(session: Session, config: RunConfig, base: Base, training: Training) -> Started:
     left = training.rows.left_out
     return Started(
         run=session.run.name,
         model=config.base_model,
         method=config.adapter or "full",
-        devices=(name_of(base.device),),
-        world_size=1,
+        devices=tuple(session.ranks.gather(name_of(base.device))),
+        world_size=session.ranks.world_size,
         total_steps=training.order.total_steps,
         trainable_parameters=sum(p.numel() for _, p in trained_parameters(training.model)),
         versions={name: installed(name) or "not installed" for name in PACKAGES},

@@ -1,5 +1,6 @@
 """What the ranks of a `RankGroup` do, each together with the others."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.events import Event, Step
+from engine.events import Event, EventWriter, Step
+from engine.runs import ControlReader, RunFolder, StopSignals
+from engine.train import run as run_module
 from engine.train.batches import Rows
 from engine.train.loop import Session, Training
 from engine.train.lora import put_on_training
@@ -111,6 +114,17 @@ def figures(run: Training, steps: int) -> dict[str, Any]:
         "imbalance": [event.imbalance for event in taken],
         "rows": rows,
     }
+
+
+def carry_out(ranks: Ranks, folder: str, shards: int | None = None, resume: bool = False) -> None:
+    """The whole run of a folder, as each of its processes does."""
+    shards = shards or ranks.world_size
+    run = RunFolder(Path(folder))
+    with EventWriter(run.events if ranks.is_first else Path(os.devnull)) as events:
+        laid_out = ranks.laid_out(shards, ranks.world_size // shards)
+        control = ControlReader(run.control)
+        session = Session(run, events, control, StopSignals(), ranks=laid_out)
+        run_module.run(session, resume=resume)
 
 
 def held(ranks: Ranks, folder: str, keys: dict[str, Any]) -> dict[str, int]:
