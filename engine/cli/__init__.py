@@ -35,6 +35,7 @@ _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "new": config.new,
     "schema": config.print_schema,
     "explain": config.print_explanation,
+    "help": config.print_help,
     "train": runs.train,
     "demo": demo.demo,
     "runs": runs.show_runs,

@@ -1,4 +1,5 @@
-"""The commands about a config: `new` asks for one, `schema` and `explain` say what stands in it."""
+"""The commands about a config: `new` asks for one, `schema` and `explain` say what stands in it,
+`help` what belongs together."""
 
 import json
 import textwrap
@@ -9,9 +10,11 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from engine.cli.terminal import HOST, Ascii, AsJson, Assume, CommandHost, NewRequest
+from engine.config.finding import shown
 from engine.config.schema import Explanation, config_schema, explain_key
 from engine.errors import UserError
 
+_PAGES = Path(__file__).parents[1] / "help"
 _WIDTH = 80
 _LABEL_WIDTH = 10
 
@@ -41,6 +44,31 @@ def print_explanation(key: str, /, *, as_json: AsJson = False) -> int:
         print(json.dumps({"keys": [asdict(explanation) for explanation in found]}))
     else:
         print("\n\n".join(describe(explanation) for explanation in found))
+    return 0
+
+
+def print_help(topic: str | None = None, /, *, as_json: AsJson = False) -> int:
+    """Print one of the help pages; without a name, which there are.
+
+    Parameters
+    ----------
+    topic
+        A page, such as clusters.
+    """
+    pages = {page.stem: page for page in sorted(_PAGES.glob("*.md"))}
+    titles = {name: page.read_text("utf-8").partition("\n")[0][2:] for name, page in pages.items()}
+    if topic is None:
+        lines = [f"windtunnel help {name:<12}{title}" for name, title in titles.items()]
+        print(json.dumps({"topics": titles}) if as_json else "\n".join(lines))
+        return 0
+    if topic not in pages:
+        raise UserError(
+            f"There is no help page {shown(topic)}.",
+            f"There are: {', '.join(pages)}.",
+            "`windtunnel --help` lists the commands; `windtunnel explain KEY` explains a key.",
+        )
+    text = pages[topic].read_text("utf-8")
+    print(json.dumps({"topic": topic, "text": text}) if as_json else text.rstrip())
     return 0
 
 

@@ -72,6 +72,7 @@ WRONG = [
     ("estimate good.yml lora_target_modules=[query]", ["matches no module", "q_proj"]),
     ("estimate good.yml base_model=./absent", ["absent"]),
     ("estimate good.yml rl=dpo", ["rl"]),
+    ("help clutser", ["no help page", "clutser", "clusters"]),
     ("models --assume A100", ["more than one GPU"]),
     ("models --assume ''", ["No GPU is named"]),
 ]
