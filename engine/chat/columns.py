@@ -16,6 +16,7 @@ from typing import Final, NoReturn
 from engine.chat.choices import Choices, read_choices
 from engine.chat.conversation import (
     THINKING_NAMES,
+    JudgedRow,
     Message,
     Note,
     NoteId,
@@ -198,7 +199,7 @@ class Columns:
         if label is not None and label in self.row:
             self.used.add(label)
             if self.row[label] in (False, 0) or str(self.row[label]).lower() == "false":
-                raise RowProblem(
+                raise JudgedRow(
                     f"The row's {label} is false.",
                     f"field_label: {label} leaves out what is labelled so.",
                     "Nothing has to be done; without field_label the row would be taught as good.",

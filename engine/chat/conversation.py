@@ -30,6 +30,10 @@ class RowProblem(UserError):
         self.message = message
 
 
+class JudgedRow(RowProblem):
+    """A row that is left out because the dataset's entry says so, with nothing to repair."""
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """Text inside a message that is given in parts."""

@@ -47,7 +47,7 @@ WITHHELD = 0x80
 # What torch's cross entropy skips.
 IGNORED_LABEL = -100
 # Part of the key of prepared arrays: raised when any conversation gives other arrays than before.
-RENDERER_VERSION = 5
+RENDERER_VERSION = 6
 
 
 class Kind(IntEnum):

@@ -110,7 +110,7 @@ def check_data(
     model
         Count tokens as this model would: catalog name, hub id or folder.
     strict
-        Exit with 1 when a row cannot be used.
+        Exit with 1 when a row cannot be used that field_label does not leave out.
     """
     from engine.chat.tokenizer import open_tokenizer
     from engine.data.checkup import check_config, checkup_document
@@ -136,7 +136,7 @@ def check_data(
     else:
         _print_checkup(found)
         print_lines(proposal_lines(dataset, proposed))
-    return int(strict and bool(found.problems))
+    return int(strict and any(not problem.judged for problem in found.problems))
 
 
 def _print_checkup(found: "Checkup") -> None:
@@ -265,7 +265,7 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
     from engine.data.checkup import group_problems
     from engine.data.prepare import default_store, label_rule, prepare
     from engine.data.sources import config_notes
-    from engine.report.data import file_line, problem_lines
+    from engine.report.data import file_line, prepared_lines, problem_lines
 
     last_words("What is prepared so far is kept, and the same command goes on from there.")
     start = time.monotonic()
@@ -312,6 +312,7 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
         print_lines(problem_lines(group_problems(listed)))
         if len(listed) < prepared.meta.bad_rows:
             print_lines([Line("·", "", f"These are the first {len(listed)} of them.")])
+        print_lines(map(str, prepared_lines(prepared.meta)))
     return 0
 
 

@@ -21,7 +21,15 @@ from engine.chat.images import ImageSpec
 from engine.chat.render import Rendered
 from engine.data.prepared import ARRAYS, META, Counts, count_elements
 from engine.data.rows import ImageName, RenderedRow, image_digest
-from engine.data.statistics import BadRow
+from engine.data.statistics import (
+    BadRow,
+    Finding,
+    Unread,
+    add_findings,
+    add_unread,
+    count_unread,
+    findings_of,
+)
 from engine.files import PRIVATE, sweep, sync, write_whole
 
 _STATE = "progress.json"
@@ -54,7 +62,8 @@ class Block:
     images: list[tuple[bytes, int, int]] = field(default_factory=list)
     image_names: list[ImageName] = field(default_factory=list)
     problems: list[BadRow] = field(default_factory=list)
-    notes: dict[str, int] = field(default_factory=dict)
+    findings: dict[str, Finding] = field(default_factory=dict)
+    unread: dict[str, Unread] = field(default_factory=dict)
 
 
 def block_of(rows: Sequence[RenderedRow]) -> Block:
@@ -69,8 +78,8 @@ def block_of(rows: Sequence[RenderedRow]) -> Block:
         assert row.conversation is not None
         usable.append(row)
         all_rendered.append(row.rendered)
-        for note in row.conversation.notes:
-            block.notes[note.id] = block.notes.get(note.id, 0) + 1
+        add_findings(block.findings, findings_of(row.conversation.notes, row.line, row.number))
+        count_unread(block.unread, row.conversation.unread)
         if block.files and block.files[-1][0] == row.file:
             block.files[-1] = (row.file, block.files[-1][1] + 1)
         else:
@@ -139,9 +148,10 @@ class ArrayWriter:
         self._since += block.source_rows
         self._add_names(block.image_names)
         state.bad_rows += len(block.problems)
+        state.judged_rows += sum(problem.judged for problem in block.problems)
         state.problems += block.problems[: _LISTED_PROBLEMS - len(state.problems)]
-        for name, count in block.notes.items():
-            state.notes[name] = state.notes.get(name, 0) + count
+        add_findings(state.findings, block.findings)
+        add_unread(state.unread, block.unread)
         if block.arrays:
             self._append(block)
         if self._since >= self._interval.rows or self._pending_tokens >= self._interval.tokens:

@@ -25,6 +25,7 @@ from engine.data.shares import Task, iterate_parts
 from engine.data.sources import config_notes
 from engine.data.statistics import (
     FEW_ROWS,
+    NOTE_EXAMPLES,
     BadRow,
     Checkup,
     Finding,
@@ -35,10 +36,13 @@ from engine.data.statistics import (
     ProblemGroup,
     TokenStatistics,
     Unread,
+    add_findings,
+    add_unread,
     count_unread,
+    findings_of,
+    most_frequent,
 )
 
-_NOTE_EXAMPLES = 5
 _LENGTH_BINS = 24
 _PROMPTS, _PROMPT_CHARACTERS = 5, 300
 _GROUPS, _GROUP_ROWS = 50, 100
@@ -97,7 +101,8 @@ class Notebook:
     problems: list[BadRow] = field(default_factory=list)
     """The first LISTED_PROBLEMS of those that were added, all of those that were taken."""
     bad: int = 0
-    """Of those that were added; the next one likewise."""
+    """Of those that were added; the next two likewise."""
+    judged: int = 0
     groups: dict[str, ProblemGroup] = field(default_factory=dict)
     """By what is wrong; of a file with a thousand kinds, the first ones."""
     roles: dict[str, int] = field(default_factory=dict)
@@ -155,13 +160,8 @@ class Notebook:
             _add_counts(counts, more)
         for row in next_rows.problems:
             self._add_problem(row)
-        for key, found in next_rows.findings.items():
-            self.findings[key] = _joined(self.findings.get(key), found)
-        for name, unread in next_rows.unread.items():
-            if name in self.unread:
-                self.unread[name].rows += unread.rows
-            else:
-                self.unread[name] = unread
+        add_findings(self.findings, next_rows.findings)
+        add_unread(self.unread, next_rows.unread)
         ends = [each for each in (self.turns, next_rows.turns) if each is not None]
         if ends:
             self.turns = (min(fewest for fewest, _ in ends), max(most for _, most in ends))
@@ -190,8 +190,7 @@ class Notebook:
         if shown:
             self._read_images(shown)
         count_unread(self.unread, conversation.unread)
-        for note in conversation.notes:
-            self.find(note.id, row, note.text, note.about)
+        add_findings(self.findings, findings_of(conversation.notes, row.line, row.number))
 
     def _read_images(self, shown: Sequence[Image]) -> None:
         self.image_rows += 1
@@ -203,14 +202,10 @@ class Notebook:
 
     def _add_problem(self, row: BadRow) -> None:
         self.bad += 1
+        self.judged += row.judged
         if len(self.problems) < LISTED_PROBLEMS:
             self.problems.append(row)
         _add_to_group(self.groups, row)
-
-    def find(self, name: str, row: RenderedRow, text: str, about: str = "") -> None:
-        key = f"{name} {about}".rstrip()
-        found = Finding(name, 1, text, (row.line,), (row.number,))
-        self.findings[key] = _joined(self.findings.get(key), found)
 
     def measure(self, measured: Sequence[tuple[RenderedRow, Rendered]]) -> None:
         """Count the tokens of usable rows."""
@@ -243,7 +238,9 @@ class Notebook:
         kept = self._count_kept(lengths, trained, rendered)
         self.images_left_out += int(np.count_nonzero((of_images > 0) & ~kept))
         for index in np.flatnonzero(trained == 0):
-            self.find("nothing_learned", rows[index], "No token of the row carries the loss.")
+            row, text = rows[index], "No token of the row carries the loss."
+            none = Finding("nothing_learned", 1, text, (row.line,), (row.number,))
+            add_findings(self.findings, {none.id: none})
         self.numbers += np.array([row.number for row in rows], "<i8").tobytes()
         for column, values in (
             (self.lengths, lengths),
@@ -284,13 +281,13 @@ class Notebook:
             usable=usable,
             problems=tuple(self.problems),
             groups=_most_frequent(self.groups),
-            unread=tuple(sorted(self.unread.values(), key=lambda each: -each.rows)),
+            unread=most_frequent(self.unread),
             tokens=self._tokens(lengths) if measured else None,
             duplicates=duplicates,
             nothing_learned=nothing.rows if nothing else 0,
             over_sequence_len=over,
             roles=self.roles,
-            findings=tuple(sorted(self.findings.values(), key=lambda found: -found.rows)),
+            findings=most_frequent(self.findings),
             warnings=_warnings(usable, self.bad, duplicates, over, sequence_len),
             turns=self.turns or (0, 0),
             prompts=tuple(self.prompts),
@@ -310,6 +307,7 @@ class Notebook:
         return LeftOut(
             self.rows,
             bad=self.bad,
+            judged=self.judged,
             too_long=self.too_long,
             nothing_learned=self.empty,
             cut=self.cut,
@@ -403,14 +401,6 @@ def _add_counts(counts: dict[Any, int], more: Mapping[Any, int]) -> None:
         counts[name] = counts.get(name, 0) + count
 
 
-def _joined(known: Finding | None, found: Finding) -> Finding:
-    if known is None:
-        return found
-    lines, numbers = (*known.lines, *found.lines), (*known.numbers, *found.numbers)
-    shown = (lines[:_NOTE_EXAMPLES], numbers[:_NOTE_EXAMPLES])
-    return Finding(found.id, known.rows + found.rows, known.text, *shown)
-
-
 def _count_lengths(lengths: Any) -> tuple[int, ...]:
     if len(lengths) == 0:
         return ()
@@ -452,7 +442,7 @@ def _add_to_group(groups: dict[str, ProblemGroup], row: BadRow) -> None:
     rows, lines = group.rows, group.lines
     if len(rows) < _GROUP_ROWS:
         rows = (*rows, row.row)
-    if group.count < _NOTE_EXAMPLES and row.file == group.first.file:
+    if group.count < NOTE_EXAMPLES and row.file == group.first.file:
         lines = (*lines, row.line)
     groups[row.what] = ProblemGroup(group.first, group.count + 1, rows, lines)
 

@@ -44,7 +44,7 @@ from engine.errors import UserError, WorkError
 from engine.files import PRIVATE, sync
 
 # Raised when the files in a folder of arrays change their meaning.
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 _HASH_BLOCK_BYTES = 2**20
 _PROGRESS_ROWS = 64
 _LOCK_POLL_SECONDS = 0.2

@@ -32,7 +32,9 @@ from engine.chat.render import (
 )
 from engine.data.statistics import (
     BadRow,
+    Finding,
     LeftOut,
+    Unread,
     count_held_out,
     no_row_left,
     nothing_learned,
@@ -74,9 +76,11 @@ class Counts:
     rows: int = 0
     tokens: int = 0
     bad_rows: int = 0
+    judged_rows: int = 0
     problems: list[BadRow] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
-    notes: dict[str, int] = field(default_factory=dict)
+    findings: dict[str, Finding] = field(default_factory=dict)
+    unread: dict[str, Unread] = field(default_factory=dict)
     kind_counts: dict[int, int] = field(default_factory=dict)
     images: int = 0
     image_bytes: int = 0
@@ -260,6 +264,7 @@ class Prepared:
         return LeftOut(
             len(self) + self.meta.bad_rows,
             bad=self.meta.bad_rows,
+            judged=self.meta.judged_rows,
             too_long=selection.too_long if strategy == "drop" else 0,
             nothing_learned=selection.nothing_learned,
             cut=selection.truncated,

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 from urllib.parse import unquote
 
 from engine.chat.columns import open_nested
-from engine.chat.conversation import Conversation, Image, Message, RowFormat, RowProblem
+from engine.chat.conversation import Conversation, Image, JudgedRow, Message, RowFormat, RowProblem
 from engine.chat.images import IMAGE_LIMIT_BYTES, ImageSpec, Resample, check_image
 from engine.chat.render import Rendered, render_settled
 from engine.chat.row import read_row
@@ -132,7 +132,8 @@ class RenderedRow:
     def bad_row(self, problem: RowProblem) -> BadRow:
         """What is reported of a row that cannot be used."""
         said = (problem.message, problem.what, problem.why, problem.fix)
-        return BadRow(self.file, self.number, self.line, *said, self.unit)
+        judged = isinstance(problem, JudgedRow)
+        return BadRow(self.file, self.number, self.line, *said, self.unit, judged)
 
 
 def effective_datasets(

@@ -5,11 +5,12 @@ none of them needs a tokenizer to hold it.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 from engine.chat.columns import is_bookkeeping, is_rating
+from engine.chat.conversation import Note
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.units import counted
@@ -17,6 +18,8 @@ from engine.units import counted
 # Below this a first fine-tune tends to memorise instead of generalise.
 FEW_ROWS = 100
 _EXAMPLE = 60
+NOTE_EXAMPLES = 5
+"""Lines of a finding that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +80,9 @@ _MANY = 0.05
 class LeftOut:
     """Rows that a run does not train on, by the first reason that holds, of the `rows` read.
 
-    `bad` cannot be used, `too_long` are longer than sequence_len, of the others `nothing_learned`
-    hold no learned token up to it; `cut` are trained without their end. `image_rows` had images,
-    of which `images_left_out` are not trained on.
+    `bad` cannot be used, `judged` of them because field_label says so, `too_long` are longer than
+    sequence_len, of the others `nothing_learned` hold no learned token up to it; `cut` are trained
+    without their end. `image_rows` had images, of which `images_left_out` are not trained on.
     """
 
     rows: int
@@ -89,6 +92,7 @@ class LeftOut:
     cut: int = 0
     image_rows: int = 0
     images_left_out: int = 0
+    judged: int = 0
 
     @property
     def count(self) -> int:
@@ -96,9 +100,9 @@ class LeftOut:
 
     @property
     def is_serious(self) -> bool:
-        """Whether more than one row in twenty is left out, or every row with an image."""
+        """Whether more than one row in twenty is left out unasked, or every row with an image."""
         no_image = 0 < self.image_rows == self.images_left_out
-        return no_image or self.count > _MANY * self.rows
+        return no_image or self.count - self.judged > _MANY * self.rows
 
 
 def nothing_learned(rows: int, only_thinking: bool) -> UserError:
@@ -136,7 +140,7 @@ class BadRow:
     """A row that cannot be used, as `check --json` and meta.json report it.
 
     `row` counts over all rows, `line` inside the file what `unit` says; `message` is the message
-    at fault.
+    at fault. `judged`: the dataset's entry leaves it out, nothing is wrong with it.
     """
 
     file: str
@@ -147,6 +151,7 @@ class BadRow:
     why: str
     fix: str
     unit: Literal["line", "row"] = "line"
+    judged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +259,26 @@ class Finding:
     numbers: tuple[int, ...]
 
 
+def findings_of(notes: Sequence[Note], line: int, number: int) -> dict[str, Finding]:
+    """The notes of one row, by what they are of."""
+    return {
+        f"{note.id} {note.about}".rstrip(): Finding(note.id, 1, note.text, (line,), (number,))
+        for note in notes
+    }
+
+
+def add_findings(counts: dict[str, Finding], more: Mapping[str, Finding]) -> None:
+    """Add the findings of later rows to the counts."""
+    for key, found in more.items():
+        known = counts.get(key)
+        if known is None:
+            counts[key] = found
+            continue
+        lines, numbers = (*known.lines, *found.lines), (*known.numbers, *found.numbers)
+        shown = (lines[:NOTE_EXAMPLES], numbers[:NOTE_EXAMPLES])
+        counts[key] = Finding(found.id, known.rows + found.rows, known.text, *shown)
+
+
 @dataclass(slots=True)
 class Unread:
     """A column, or as messages[].KEY a key of messages, that no rule reads: in how many usable
@@ -279,6 +304,23 @@ def count_unread(counts: dict[str, Unread], unread: Mapping[str, object]) -> Non
             quiet = not rating and is_bookkeeping(name, value)
             known = counts[name] = Unread(name, 0, example, quiet, rating)
         known.rows += 1
+
+
+def add_unread(counts: dict[str, Unread], more: Mapping[str, Unread]) -> None:
+    """Add what was not read of later rows to the counts."""
+    for name, unread in more.items():
+        if name in counts:
+            counts[name].rows += unread.rows
+        else:
+            counts[name] = replace(unread)
+
+
+_Counted = TypeVar("_Counted", Finding, Unread)
+
+
+def most_frequent(counts: Mapping[str, _Counted]) -> tuple[_Counted, ...]:
+    """Findings, or what was not read, in the order of their rows."""
+    return tuple(sorted(counts.values(), key=lambda each: -each.rows))
 
 
 @dataclass(frozen=True, slots=True)

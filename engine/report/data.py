@@ -1,8 +1,8 @@
 """What was found in the rows: whether they can be used, how they look, what to know about them."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
 from engine.config import DatasetConfig, RunConfig, write_config
 from engine.data.requests import Shape
@@ -17,9 +17,13 @@ from engine.data.statistics import (
     ProblemGroup,
     Unread,
     count_held_out,
+    most_frequent,
 )
 from engine.report import Line, Mark
 from engine.units import counted, stored
+
+if TYPE_CHECKING:
+    from engine.data.prepared import Counts
 
 # What teaches something that nobody wants is worse than a repair.
 _SERIOUS: Final = frozenset(
@@ -103,7 +107,8 @@ def left_out_line(left: LeftOut | None, sequence_len: int) -> Line | None:
         return None
     limit = f"sequence_len ({sequence_len:,})"
     reasons = (
-        (left.bad, "that cannot be used"),
+        (left.bad - left.judged, "that cannot be used"),
+        (left.judged, "that field_label judges false"),
         (left.too_long, f"longer than {limit}"),
         (left.nothing_learned, "with nothing to learn"),
     )
@@ -122,7 +127,7 @@ def learned_text(learned: int, total: int) -> str:
 
 def bad_row_line(row: BadRow) -> Line:
     """A row that cannot be used: where it is and what is wrong; why and the repair as detail."""
-    return Line("✗", _place(row), row.what, f"{row.why} {row.fix}")
+    return Line("·" if row.judged else "✗", _place(row), row.what, f"{row.why} {row.fix}")
 
 
 def problem_lines(groups: Sequence[ProblemGroup]) -> list[Line]:
@@ -137,8 +142,7 @@ def list_remarks(found: Checkup) -> list[Remark]:
     remarks = [
         *map(_problem, found.groups),
         *map(_file, found.files),
-        *map(_finding, found.findings),
-        *map(_unread, list_unread(found.unread, found.usable)),
+        *_readings(found.findings, found.unread, found.usable),
     ]
     if found.duplicates:
         text = "repeating an earlier row; repeated rows weigh more"
@@ -156,9 +160,20 @@ def list_remarks(found: Checkup) -> list[Remark]:
     return sorted(remarks, key=lambda remark: _RANKS.index(remark.line.mark))
 
 
+def _readings(findings: Iterable[Finding], unread: Iterable[Unread], rows: int) -> Iterator[Remark]:
+    yield from map(_finding, findings)
+    yield from map(_unread, list_unread(unread, rows))
+
+
+def prepared_lines(meta: "Counts") -> list[Line]:
+    """What to know of how prepared rows were read, worst first, as `note_lines` says it."""
+    found = _readings(most_frequent(meta.findings), most_frequent(meta.unread), meta.rows)
+    return sorted((each.line for each in found), key=lambda line: _RANKS.index(line.mark))
+
+
 def note_lines(found: Checkup) -> list[Line]:
     """What to know of the rows that can be used, worst first."""
-    lines = (remark.line for remark in list_remarks(found))
+    lines = (remark.line for remark in list_remarks(replace(found, groups=())))
     return [line for line in lines if line.mark in ("!", "·")]
 
 
@@ -229,7 +244,7 @@ def _problem(group: ProblemGroup) -> Remark:
         where = f"{first.unit}s {lines} of {first.file}"
     return Remark(
         Line(
-            "✗",
+            line.mark,
             counted(group.count, "row"),
             f"{first.what} ({where})",
             line.detail,

@@ -35,7 +35,7 @@ from engine.plan.trainer import (
     why_float32,
 )
 from engine.publish.card import find_base
-from engine.report.data import file_line, left_out_line
+from engine.report.data import file_line, left_out_line, prepared_lines
 from engine.train.attention import pick_attention
 from engine.train.batches import Rows
 from engine.train.checkpoint import trained_parameters
@@ -218,6 +218,8 @@ def prepare_rows(
     for note in config_notes(config, session.run.path):
         session.note("info", str(replace(file_line(note), mark="")))
     _report_left_out(session, rows, config)
+    for line in prepared_lines(prepared.meta):
+        session.note("warning" if line.mark == "!" else "info", f"{line.label}: {line.text}")
     if not config.test_datasets:
         if not config.val_set_size:
             return rows, {}

@@ -260,6 +260,7 @@ class TestTrain:
     def test_runs_to_the_end_and_prints_its_events(self, config: Path, call: Call) -> None:
         with Path("rows.jsonl").open("a", encoding="utf-8") as rows:
             rows.write(BAD)
+            rows.write('{"question": "q", "answer": "a", "hint": "h"}\n')
         changes = ("output_dir=here", "--max-steps", "1", "sample_packing=true")
         code, printed, _ = call("train", config, *changes, "--events")
         assert code == 0
@@ -273,7 +274,8 @@ class TestTrain:
         assert {"started", "step", "saved"} <= set(types)
         assert re.search(r"1 of \d+ rows left out: 1 that cannot be used", printed)
         assert '"rows_left_out": 1' in printed
-        assert re.search(r"104 rows packed into \d+ sequences, 9\d\.\d% full", printed)
+        assert re.search(r"hint: in \d+% of rows, not read, such as 'h'", printed)
+        assert re.search(r"105 rows packed into \d+ sequences, 9\d\.\d% full", printed)
         assert status(run) == "finished"
         assert (run.adapter / "adapter_config.json").is_file()
         assert list(run.data.glob("*"))

@@ -75,6 +75,22 @@ class TestCheck:
         assert run("check", path)[0] == 0
         assert run("check", path, "--strict")[0] == 1
 
+    def test_rows_that_the_entry_leaves_out_are_no_faults(self, run, write_jsonl, tmp_path, model):
+        rows = [{"question": "q", "answer": "a", "good": number > 1} for number in range(4)]
+        write_jsonl(rows)
+        config = tmp_path / "c.yml"
+        config.write_text(
+            f"base_model: {model}\nsequence_len: 64\n"
+            "datasets: [{path: rows.jsonl, field_label: good}]\n"
+        )
+        status, out, _ = run("check", config, "--strict")
+        assert (status, out.count("The row's good is false.")) == (0, 1)
+        assert "· 2 rows: The row's good is false. (lines 1, 2 of rows.jsonl)" in out
+        left = json.loads(run("check", config, "--strict", "--json")[1])["left_out"]
+        assert (left["bad"], left["judged"]) == (2, 2)
+        write_jsonl([*rows, "bad"])
+        assert run("check", config, "--strict")[0] == 1
+
     def test_text_names_line_reason_and_repair(self, run, write_jsonl):
         row = chat("q")
         row["messages"][1]["role"] = "robot"
@@ -256,6 +272,22 @@ class TestPrepare:
         assert "! rows that cannot be used: 1" in out
         assert "✗ line 2 of rows.jsonl" in out
         assert "nothing tokenized" in run("prepare", config_file)[1]
+
+    def test_how_rows_were_read_is_said_in_the_words_of_check(self, run, config_file, write_jsonl):
+        odd = {
+            "question": "q",
+            "context": "c",
+            "answer": "a </s>",
+            "hint": "h",
+            "stars": 1,
+            "id": 7,
+        }
+        write_jsonl([chat("q"), odd])
+        made, checked = (run(command, config_file)[1] for command in ("prepare", "check"))
+        lines = [line for line in made.splitlines() if line in checked.splitlines()]
+        for word in ("hint", "ratings", "stands before", "</s>", "not read: id"):
+            assert any(word in line for line in lines), word
+        assert lines == sorted(lines, key=lambda line: "!·".index(line[0]))
 
     def test_which_files_are_not_learned_is_said(self, run, config_file, write_jsonl, tmp_path):
         (tmp_path / "set").mkdir()

@@ -14,6 +14,10 @@ LIMIT = "sequence_len (512)"
         (LeftOut(100), ""),
         (LeftOut(100, bad=5), "· 5 of 100 rows left out: 5 that cannot be used"),
         (
+            LeftOut(100, bad=50, judged=49),
+            "· 50 of 100 rows left out: 1 that cannot be used, 49 that field_label judges false",
+        ),
+        (
             LeftOut(100, bad=1, too_long=3, nothing_learned=2),
             "! 6 of 100 rows left out: 1 that cannot be used,"
             f" 3 longer than {LIMIT}, 2 with nothing to learn",
