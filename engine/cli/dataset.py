@@ -307,9 +307,8 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
         print(json.dumps(report))
     else:
         _print_report(report, run.sequence_len)
-        print_lines(map(file_line, notes))
         listed = prepared.meta.problems
-        print_lines(problem_lines(group_problems(listed)))
+        print_lines([*map(file_line, notes), *problem_lines(group_problems(listed))])
         if len(listed) < prepared.meta.bad_rows:
             print_lines([Line("·", "", f"These are the first {len(listed)} of them.")])
         print_lines(map(str, prepared_lines(prepared.meta)))
