@@ -10,13 +10,15 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from errno import ENOENT
 from functools import lru_cache
 from math import sqrt
+from os import strerror
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.catalog import Architecture, read_architecture, with_overrides
@@ -29,13 +31,13 @@ from engine.train.checkpoint import copy_companions, newest_result
 from engine.train.fetch import locate_base
 from engine.train.quantize import Fp8Layout, find_layout, unquantized
 from engine.train.seal import Say
+from engine.train.slices import Whole, list_wholes
 from engine.train.weight_files import (
     DTYPES,
     SHARD_BYTES,
     BytesProgress,
     Entry,
     StoredTensor,
-    contents,
     list_tensors,
     write_shards,
 )
@@ -76,7 +78,10 @@ class Adapter:
         self.folder = folder
         try:
             self.config: dict[str, Any] = json.loads((folder / CONFIG).read_text("utf-8"))
-            self._shapes = {name: shape for name, shape, _ in contents(folder / WEIGHTS)}
+            self._stored = list_wholes(folder, WEIGHTS)
+            self._shapes = {name: whole.shape for name, whole in self._stored.items()}
+            if not self._shapes:
+                raise FileNotFoundError(ENOENT, strerror(ENOENT))
         except (OSError, ValueError, SafetensorError) as error:
             raise _unreadable(folder, error) from error
         _refuse_other_kinds(folder, self.config)
@@ -98,7 +103,7 @@ class Adapter:
         r * experts) with the expert counted fastest.
         """
         change = self.changes[name]
-        found = {part: _read(self.folder / WEIGHTS, key) for part, key in change.keys.items()}
+        found = {part: _read(self._stored[key]) for part, key in change.keys.items()}
         if "whole" in found:
             return (found["whole"] if expert is None else found["whole"][expert]).float()
         a, b = found["lora_A"], found["lora_B"]
@@ -185,13 +190,11 @@ class Adapter:
 
 
 @lru_cache(maxsize=2)  # the pair of a stack is asked for once an expert
-def _read(path: Path, key: str) -> Tensor:
+def _read(stored: Whole) -> Tensor:
     try:
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
-            return tensor.clone()
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path.parent, error) from error
+        return stored.load()
+    except OSError as error:
+        raise _unreadable(stored.parts[0].file.parent, error) from error
 
 
 def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:

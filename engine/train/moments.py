@@ -86,7 +86,7 @@ def restore_optimizer(
         elif not key.startswith(("absmax", "qmap")):
             by_row = sharded and whole.shape == shapes[name]
             shape = parameter.shape if by_row else torch.Size(whole.shape)
-            room = _room(optimizer, parameter, key, shape, whole.parts[0].entry.dtype)
+            room = _room(optimizer, parameter, key, shape, whole.dtype)
             whole.read(room, start if by_row else 0)
             state[key] = room
     for full_name, value in values.items():
@@ -106,8 +106,7 @@ def _restore_moment(
     whole, scales, table = saved
     state, stop = optimizer.state[parameter], start + len(parameter)
     row, device = prod(parameter.shape[1:]), parameter.device
-    code = torch.empty(table.shape)
-    table.read(code)
+    code = table.load()
     of_file = {part.file: part for part in scales.parts}
     found = list(whole.within(start, stop))
     narrow = all(part.entry.dtype == torch.uint8 for part, _, _ in found) and not any(

@@ -134,6 +134,17 @@ class Whole:
             if first < last:
                 yield part, first, last
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its first part: a moment of an optimizer may have others."""
+        return self.parts[0].entry.dtype
+
+    def load(self) -> Tensor:
+        """All of it, on the CPU. Raises OSError as `read`."""
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        self.read(whole)
+        return whole
+
     def read(self, out: Tensor, start: int = 0) -> None:
         """Fill `out` with the rows from `start` on, as many as it has. Raises OSError where they
         are not all there."""

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from engine.config import RunConfig
 from engine.errors import WorkError
+from engine.events import Step
 from engine.runs import RunFolder
 from engine.train.checkpoint import Checkpoints, export_trained, trained_parameters
 from engine.train.forward import Model
@@ -21,6 +22,7 @@ from engine.train.ranks import SHARD, Ranks
 from engine.train.seal import Position
 from engine.train.shard import local_parameters, shard
 from engine.train.slices import Whole, list_wholes, slice_of, write_slices
+from tests.support.rank_cases import Listening, started
 from tests.support.tiny import files_at_most, settings, wake_adapter
 
 
@@ -111,6 +113,26 @@ def cut_blocks(ranks: Ranks, home: str) -> None:
     write_slices(Path(home), OPTIMIZER, slices, ranks)
 
 
+def losses(
+    ranks: Ranks, home: str, folder: str, keys: dict[str, Any], begin: int, until: int
+) -> list[float]:
+    """The losses of a run's steps from `begin` on, where it goes on with its checkpoint, up to
+    `until`, where it saves. Four rows a step, whatever the number of ranks."""
+    turns = 4 // ranks.world_size
+    own = keys | {"micro_batch_size": 1, "gradient_accumulation_steps": turns, "num_epochs": 4}
+    run = started(ranks, home=f"{home}/{begin}", folder=folder, keys=own, rows="uneven")
+    run.checkpoints = Checkpoints(RunFolder(Path(home)), run.config, ranks=ranks)
+    if begin:
+        run.restore(f"step-{begin}")
+    for number, batch in run.order.steps(begin):
+        run.step(number, batch)
+        if number == until:
+            break
+    run.save()
+    assert isinstance(run.session, Listening)
+    return [event.loss for event in run.session.heard if isinstance(event, Step)]
+
+
 def content(folder: Path) -> dict[str, torch.Tensor]:
     """The weights and the moments of a checkpoint, whole; those of 8 bits as what they mean."""
     wholes: dict[str, Whole] = {}
@@ -121,10 +143,9 @@ def content(folder: Path) -> dict[str, torch.Tensor]:
         if "|absmax" in name or "|qmap" in name:
             continue
         out = torch.empty(whole.shape, dtype=torch.float32)
-        if whole.parts[0].entry.dtype == torch.uint8:
+        if whole.dtype == torch.uint8:
             scales, table = (wholes[f"{name[:-7]}|{kind}{name[-1]}"] for kind in ("absmax", "qmap"))
-            code = torch.empty(256)
-            table.read(code)
+            code = table.load()
             for part, scale in zip(whole.parts, scales.parts, strict=True):
                 bits = torch.empty(part.entry.shape, dtype=torch.uint8)
                 part.read(part.start, bits)

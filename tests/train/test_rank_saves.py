@@ -10,12 +10,14 @@ from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from engine.runs import RunFolder
+from engine.train.merge import merge
 from engine.train.moments import restore_optimizer
 from engine.train.optim import build_optimizer
 from engine.train.ranks import LONE
 from engine.train.seal import Damaged, read_checkpoint
 from tests.support.rank_group import RankGroup
-from tests.support.rank_saves import Saver, content
+from tests.support.rank_saves import Saver, content, losses
 from tests.support.tiny import Models, assert_same, flip, settings
 
 LORA = {"adapter": "lora", "lora_r": 64, "learning_rate": 0.01}
@@ -151,3 +153,66 @@ def test_moments_whose_blocks_would_be_cut_go_on_in_32_bits(
     named[0][1].grad = torch.ones(250, 66)
     optimizer.step()
     assert int(optimizer.state[named[0][1]]["step"]) == 2
+
+
+QLORA: dict[str, Any] = {
+    "adapter": "qlora",
+    "load_in_4bit": True,
+    "bf16": True,
+    "learning_rate": 0.01,
+}
+
+
+@pytest.mark.parametrize(
+    ("keys", "tolerance"),
+    [(LORA, 1e-5), (FULL, 1e-5), (QLORA, 1e-3), (NARROW, 1e-3)],
+    ids=["LoRA", "full", "NF4 LoRA", "full in bfloat16"],
+)
+def test_a_run_goes_on_with_the_same_losses_on_two_ranks_and_on_one(
+    two_ranks: RankGroup,
+    model_folder: Models,
+    tmp_path: Path,
+    keys: dict[str, Any],
+    tolerance: float,
+) -> None:
+    given: dict[str, Any] = {"folder": str(model_folder("ministral3")), "keys": keys}
+    unbroken = losses(LONE, home=str(tmp_path / "whole"), begin=0, until=6, **given)
+    given["home"] = str(tmp_path / "cut")
+    found = losses(LONE, begin=0, until=2, **given)
+    found += two_ranks.run("rank_saves:losses", begin=2, until=4, **given)[1]
+    found += losses(LONE, begin=4, until=6, **given)
+    assert found == pytest.approx(unbroken, rel=tolerance)
+
+
+@pytest.mark.slow  # starts four ranks
+@pytest.mark.parametrize("keys", [LORA, FULL, QLORA, FULL | {"optimizer": "adamw_bnb_8bit"}])
+def test_a_run_goes_on_with_two_four_and_one_ranks(
+    two_ranks: RankGroup,
+    four_ranks: RankGroup,
+    model_folder: Models,
+    tmp_path: Path,
+    keys: dict[str, Any],
+) -> None:
+    given: dict[str, Any] = {"folder": str(model_folder("mistral4")), "keys": keys}
+    unbroken = losses(LONE, home=str(tmp_path / "whole"), begin=0, until=6, **given)
+    given["home"] = str(tmp_path / "cut")
+    found = two_ranks.run("rank_saves:losses", begin=0, until=2, **given)[0]
+    found += four_ranks.run("rank_saves:losses", begin=2, until=4, **given)[3]
+    found += losses(LONE, begin=4, until=6, **given)
+    exact = "optimizer" not in keys and "bf16" not in keys
+    assert found == pytest.approx(unbroken, rel=1e-5 if exact else 1e-3)
+
+
+def test_merge_reads_what_two_ranks_saved(
+    two_ranks: RankGroup, model_folder: Models, tmp_path: Path
+) -> None:
+    base, run = model_folder("ministral3"), RunFolder(tmp_path / "run")
+    keys: dict[str, Any] = {"keys": CASES["lora"], "until": [2], "begin": True}
+    two_ranks.run("rank_saves:learn", home=str(run.path), base=str(base), **keys)
+    run.config.write_text(settings(base, **CASES["lora"]).model_dump_json(exclude_none=True))
+    finished = merge(run, tmp_path / "finished")
+    shutil.rmtree(run.adapter)
+    saved = merge(run, tmp_path / "saved")
+    name = "model.safetensors"
+    assert (saved / name).read_bytes() == (finished / name).read_bytes()
+    assert (saved / name).read_bytes() != (base / name).read_bytes()
