@@ -114,7 +114,7 @@ def load_base(
 
     FP8 weights are converted on the way. `tensors`, by their name in memory, take the place of the
     folder's own: `fitcheck` draws them. Without `images` a vision tower that is not trained stays
-    off the device. `empty` leaves the weights to `slice_load.fill`. Raises UserError when the
+    off the device. `empty` leaves weights to `slice_load`. Raises UserError when the
     architecture is not one of Mistral's, when its files are quantized in another way or cannot be
     read, or when their weights and the architecture's do not match one to one.
     """

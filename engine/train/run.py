@@ -51,9 +51,8 @@ from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model, head_of
 from engine.train.generate import ask, ask_about_images, ask_by_default
 from engine.train.loop import PROGRESS_SECONDS, Session, Training
-from engine.train.lora import put_on_training
 from engine.train.loss import settle_loss
-from engine.train.model import Base, load_base
+from engine.train.model import Base
 from engine.train.optim import free_paged_state
 from engine.train.out_of_memory import (
     LOADING,
@@ -66,7 +65,8 @@ from engine.train.out_of_memory import (
     with_next_rung,
 )
 from engine.train.ranks import lost_rank, open_ranks, seed_apart
-from engine.train.shard import local_bytes, shard
+from engine.train.shard import local_bytes
+from engine.train.slice_load import load_divided
 from engine.train.text_metrics import TextMetrics
 from engine.units import counted, gib
 
@@ -162,12 +162,11 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
     config = config.model_copy(update={"attn_implementation": attention.backend})
     session.agree_to_go_on()
     session.emit(Phase("load", detail=config.base_model))
-    base = load_base(session.base_folder, config, session.progress("load"), images=images)
+    read = session.progress("load")
+    base, model = load_divided(session.base_folder, config, ranks, read, images=images)
     session.note("info", base.report.sentence())
     if base.vision_offloaded:
         session.note("info", "no row has an image: the vision tower stays in RAM")
-    torch.manual_seed(config.seed)  # the adapter's first values do not depend on what was loaded
-    model = shard(put_on_training(base, session.base_folder, config), config, ranks)
     seed_apart(config.seed, ranks)
     chunk = read_estimate(session.run).get("loss_chunk_bytes")
     chunk = chunk if chunk in CHUNK_BYTES else SMALLEST_CHUNK_BYTES  # few where there is no plan

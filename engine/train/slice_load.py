@@ -21,10 +21,11 @@ from engine.config import RunConfig
 from engine.train.checkpoint import load_trained
 from engine.train.experts import GroupedLinear, LoraGrouped
 from engine.train.forward import Model
-from engine.train.model import Base, Unread
+from engine.train.lora import put_on_training
+from engine.train.model import Base, Unread, load_base
 from engine.train.quantize import Read, quantize_part, statistics
 from engine.train.ranks import SHARD, Ranks
-from engine.train.shard import local_part
+from engine.train.shard import local_part, shard
 from engine.train.slices import first_row
 from engine.train.weight_files import BytesProgress, StoredTensor
 
@@ -33,7 +34,23 @@ READ_AT_ONCE = 2**22
 up in the RAM of a node."""
 
 
-def reads_slices(config: RunConfig, ranks: Ranks) -> bool:
+def load_divided(
+    folder: Path,
+    config: RunConfig,
+    ranks: Ranks,
+    progress: BytesProgress = lambda done, total: None,
+    *,
+    images: bool = True,
+) -> tuple[Base, Model]:
+    """The base in `folder` and the model as it trains, divided over `ranks`. All as `load_base` and
+    `put_on_training`; `progress` hears of this rank's bytes."""
+    base = load_base(folder, config, progress, images=images, empty=_reads_slices(config, ranks))
+    torch.manual_seed(config.seed)  # the adapter's first values do not depend on what was loaded
+    model = shard(put_on_training(base, folder, config), config, ranks)
+    return _fill(base, model, config, ranks, progress), model
+
+
+def _reads_slices(config: RunConfig, ranks: Ranks) -> bool:
     """Whether each rank reads its own rows alone.
 
     DoRA starts from the length of each row of the base, which PEFT wants before it is divided.
@@ -42,12 +59,12 @@ def reads_slices(config: RunConfig, ranks: Ranks) -> bool:
 
 
 @torch.no_grad()
-def fill(
+def _fill(
     base: Base,
     model: Model,
     config: RunConfig,
     ranks: Ranks,
-    progress: BytesProgress = lambda done, total: None,
+    progress: BytesProgress,
 ) -> Base:
     """Give `model`, `base`'s with its adapter and divided, this rank's rows of its weights.
 

@@ -15,10 +15,9 @@ from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train import run as run_module
 from engine.train.batches import Rows
 from engine.train.loop import Session, Training
-from engine.train.lora import put_on_training
-from engine.train.model import load_base
 from engine.train.ranks import LONE, Ranks
-from engine.train.shard import local_bytes, shard
+from engine.train.shard import local_bytes
+from engine.train.slice_load import load_divided
 from tests.support.pictured_rows import MIXED, write_pictured
 from tests.support.tiny import UNEVEN, open_session, settings, wake_adapter, write_rows
 
@@ -73,11 +72,8 @@ def started(
     """A run before step 1, its adapter awake, sharded as `ranks` are laid out."""
     config, base_folder = settings(folder, **keys), Path(folder)
     own = Path(home) / f"{ranks.rank} of {ranks.world_size}"
-    base = load_base(base_folder, config)
-    torch.manual_seed(config.seed)
-    model = put_on_training(base, base_folder, config)
+    base, model = load_divided(base_folder, config, ranks)
     wake_adapter(model)
-    shard(model, config, ranks)
     session = Listening(open_session(own, ranks))
     session.base_folder = base_folder
     model.train()
@@ -129,7 +125,4 @@ def carry_out(ranks: Ranks, folder: str, shards: int | None = None, resume: bool
 
 def held(ranks: Ranks, folder: str, keys: dict[str, Any]) -> dict[str, int]:
     """Bytes that each rank holds of a model, by part, once it is sharded."""
-    config = settings(folder, **keys)
-    base = load_base(Path(folder), config)
-    model = put_on_training(base, Path(folder), config)
-    return local_bytes(shard(model, config, ranks))
+    return local_bytes(load_divided(Path(folder), settings(folder, **keys), ranks)[1])

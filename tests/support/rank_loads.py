@@ -11,29 +11,24 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from engine.train.forward import Model
-from engine.train.lora import put_on_training
-from engine.train.model import load_base
 from engine.train.quantize import statistics
 from engine.train.ranks import Ranks
-from engine.train.shard import local_bytes, shard
-from engine.train.slice_load import fill, reads_slices
+from engine.train.shard import local_bytes
+from engine.train.slice_load import load_divided
 from tests.support.tiny import settings
 
 
 def loaded(ranks: Ranks, folder: str, keys: dict[str, Any]) -> dict[str, Any]:
     """The digest of every tensor of a model, and what each rank says of its load."""
     config = settings(folder, **keys)
-    base = load_base(Path(folder), config, empty=reads_slices(config, ranks))
-    torch.manual_seed(config.seed)
-    model = shard(put_on_training(base, Path(folder), config), config, ranks)
     heard: list[tuple[int, int]] = []
-    base = fill(base, model, config, ranks, lambda *done: heard.append(done))
+    base, model = load_divided(Path(folder), config, ranks, lambda *done: heard.append(done))
     held = base.report.held_bytes
     return {
         "digests": digests(model),
         "right": held == sum(local_bytes(model).values()),
         "weights": sorted([*key, n] for key, n in base.report.weights.items()),
-        "heard": heard[-1] if heard else None,
+        "heard": list(heard[-1]),
     }
 
 
@@ -72,9 +67,7 @@ def memory(ranks: Ranks, folder: str, keys: dict[str, Any], small: str) -> dict[
     def look(_done: int, _total: int) -> None:
         found["most"] = max(found["most"], _share_bytes())
 
-    base = load_base(Path(folder), config, empty=reads_slices(config, ranks))
-    model = shard(put_on_training(base, Path(folder), config), config, ranks)
-    fill(base, model, config, ranks, look)
+    _model = load_divided(Path(folder), config, ranks, look)
     ranks.barrier()
     look(0, 0)
     ranks.barrier()

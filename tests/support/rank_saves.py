@@ -14,13 +14,12 @@ from engine.events import Step
 from engine.runs import RunFolder
 from engine.train.checkpoint import Checkpoints, export_trained, trained_parameters
 from engine.train.forward import Model
-from engine.train.lora import put_on_training
-from engine.train.model import load_base
 from engine.train.moments import OPTIMIZER, optimizer_slices
 from engine.train.optim import build_optimizer
 from engine.train.ranks import SHARD, Ranks
 from engine.train.seal import Position
-from engine.train.shard import local_parameters, shard
+from engine.train.shard import local_parameters
+from engine.train.slice_load import load_divided
 from engine.train.slices import Whole, list_wholes, slice_of, write_slices
 from tests.support.rank_cases import Listening, started
 from tests.support.tiny import files_at_most, settings, wake_adapter
@@ -33,11 +32,8 @@ class Saver:
     def __init__(self, ranks: Ranks, home: str, base: str, keys: dict[str, Any]) -> None:
         self.ranks, self.home, self.base = ranks, Path(home), Path(base)
         self.config: RunConfig = settings(base, **keys)
-        loaded = load_base(self.base, self.config)
-        torch.manual_seed(self.config.seed)
-        model = put_on_training(loaded, self.base, self.config)
-        wake_adapter(model)
-        self.model: Model = shard(model, self.config, ranks)
+        self.model: Model = load_divided(self.base, self.config, ranks)[1]
+        wake_adapter(self.model)
         self.named = list(trained_parameters(self.model))
         self.own = local_parameters(self.named)
         self.optimizer = build_optimizer(self.own, self.config)

@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine.chat.conversation import Conversation
 from engine.chat.render import Kind, Rendered
@@ -246,7 +247,11 @@ def wake_adapter(model: Model, seed: int = 1) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+                values = torch.randn(parameter.shape, generator=generator) * 0.1
+                if isinstance(parameter, DTensor):
+                    mesh, placements = parameter.device_mesh, parameter.placements
+                    values = distribute_tensor(values, mesh, placements, src_data_rank=None)
+                parameter.copy_(values)
 
 
 @contextmanager

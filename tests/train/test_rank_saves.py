@@ -20,9 +20,9 @@ from tests.support.rank_group import RankGroup
 from tests.support.rank_saves import Saver, content, losses
 from tests.support.tiny import Models, assert_same, flip, settings
 
-LORA = {"adapter": "lora", "lora_r": 64, "learning_rate": 0.01}
-FULL = {"learning_rate": 0.01}
-CASES = {
+LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 64, "learning_rate": 0.01}
+FULL: dict[str, Any] = {"learning_rate": 0.01}
+CASES: dict[str, dict[str, Any]] = {
     "lora": LORA | {"optimizer": "adamw_torch"},
     "full": FULL | {"optimizer": "adamw_torch_fused"},
     "full in 8 bits": FULL | {"optimizer": "adamw_bnb_8bit"},
@@ -155,12 +155,8 @@ def test_moments_whose_blocks_would_be_cut_go_on_in_32_bits(
     assert int(optimizer.state[named[0][1]]["step"]) == 2
 
 
-QLORA: dict[str, Any] = {
-    "adapter": "qlora",
-    "load_in_4bit": True,
-    "bf16": True,
-    "learning_rate": 0.01,
-}
+NARROW: dict[str, Any] = {"bf16": True, "learning_rate": 0.001}
+QLORA: dict[str, Any] = NARROW | {"adapter": "qlora", "load_in_4bit": True}
 
 
 @pytest.mark.parametrize(
@@ -209,7 +205,9 @@ def test_merge_reads_what_two_ranks_saved(
     base, run = model_folder("ministral3"), RunFolder(tmp_path / "run")
     keys: dict[str, Any] = {"keys": CASES["lora"], "until": [2], "begin": True}
     two_ranks.run("rank_saves:learn", home=str(run.path), base=str(base), **keys)
-    run.config.write_text(settings(base, **CASES["lora"]).model_dump_json(exclude_none=True))
+    run.config.write_text(
+        settings(base, **LORA, optimizer="adamw_torch").model_dump_json(exclude_none=True)
+    )
     finished = merge(run, tmp_path / "finished")
     shutil.rmtree(run.adapter)
     saved = merge(run, tmp_path / "saved")
