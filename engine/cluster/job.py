@@ -70,7 +70,7 @@ def allocate(
     if gpus_per_node == 0:
         return nodes or 1, 0
     if gpus_per_node is None:
-        gpus_per_node = ranks // nodes if nodes else min(ranks, USUAL_GPUS)
+        gpus_per_node = max(1, ranks // nodes) if nodes else min(ranks, USUAL_GPUS)
     if nodes is None:
         nodes = max(1, ranks // gpus_per_node)
     if nodes * gpus_per_node != ranks:

@@ -142,6 +142,7 @@ REFUSED = [
         ["1 node of 4 GPUs is 4 ranks", "--nodes 1 --gpus-per-node 6"],
     ),
     ("dp_shard_size=24 --nodes 5", ["--nodes 3 --gpus-per-node 8"]),
+    ("dp_shard_size=1 --nodes 3", ["3 nodes of 1 GPU are 3 ranks", "--nodes 1"]),
     ("dp_shard_size=8 --nodes 0", ["--nodes 1 --gpus-per-node 8"]),
     ("", ["does not say over how many GPUs", "dp_shard_size=8"]),
     ("dp_shard_size=8 --time soon", ["--time is 'soon'", "24:00:00"]),
