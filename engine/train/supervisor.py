@@ -99,7 +99,7 @@ class Agent(LocalElasticAgent):
         parameters = RendezvousParameters(
             backend="c10d",
             endpoint=team.rendezvous or "localhost:0",
-            run_id=run.name if team.rendezvous else uuid.uuid4().hex,
+            run_id=_meeting(run) if team.rendezvous else uuid.uuid4().hex,
             min_nodes=team.nodes,
             max_nodes=team.nodes,
             local_addr=host,
@@ -312,6 +312,13 @@ class Agent(LocalElasticAgent):
         """The second signal: nothing is saved."""
         self._kill()
         self._emit(Ended("stopped", summarize(self._run).step))
+
+
+def _meeting(run: RunFolder) -> str:
+    """What the computers of a run call their meeting: in a job of Slurm's, by its number and how
+    often it was queued again, so that nobody joins that of another."""
+    job, again = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT"))
+    return f"{run.name}-{job}-{again or 0}" if job else run.name
 
 
 def _not_met(team: Team, error: Exception) -> Failure:

@@ -9,7 +9,7 @@ from engine.child import TRAINER
 from engine.cluster.job import seconds_of
 from engine.runs import RunFolder, status
 from tests.fakes import slurm
-from tests.fakes.processes import wait_until
+from tests.fakes.processes import processes_of, wait_until
 from tests.support.commands import Call
 from tests.support.shell import check_script
 from tests.support.written_runs import read_steps
@@ -47,16 +47,26 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "slurm"
 
 
+def meeting_of(process: int) -> str:
+    """What the nodes of a rank's run call their meeting."""
+    pairs = Path(f"/proc/{process}/environ").read_text("utf-8").split("\0")
+    return dict(pair.partition("=")[::2] for pair in pairs).get("TORCHELASTIC_RUN_ID", "")
+
+
 @pytest.mark.parametrize(
-    ("trainer", "refused", "restarts"),
+    ("trainer", "layout", "refused", "restarts"),
     [
-        pytest.param(FAKE, "", 1, id="fake"),
-        pytest.param(FAKE, "stop", 0, id="at its last step"),
-        pytest.param(TRAINER, "", 1, id="real", marks=pytest.mark.slow),
+        pytest.param(FAKE, "", "stop", 0, id="at its last step"),
+        pytest.param(FAKE, "dp_shard_size=2 --nodes 2", "", 1, id="two nodes"),
+        pytest.param(TRAINER, "", "", 1, id="real", marks=pytest.mark.slow),
+        pytest.param(
+            TRAINER, "dp_shard_size=2", "", 1, id="real ranks of a node", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_job_is_sent_warned_queued_again_and_finishes(
     trainer: str,
+    layout: str,
     refused: str,
     restarts: int,
     call: Call,
@@ -72,12 +82,14 @@ def test_a_job_is_sent_warned_queued_again_and_finishes(
     monkeypatch.setenv("HF_TOKEN", "hf_not_to_be_seen")
     script = shared / "my run.sbatch"
     settings = ("max_steps=40", "eval_table_size=0", "--environment", tmp_path / "nodes")
-    words = (shared / "my run.yml", *settings, "--to", "slurm", "-o", script, "--submit")
-    code, out, err = call("export", *words, trainer=trainer)
+    words = (shared / "my run.yml", *settings, *layout.split(), "--to", "slurm", "-o", script)
+    code, out, err = call("export", *words, "--submit", trainer=trainer)
     assert (code, err) == (0, "")
     (number,) = [line.split()[3].rstrip(".") for line in out.splitlines() if "Sent as" in line]
     run = RunFolder(shared / "runs" / "my-run")
     wait_until(lambda: run.events.exists() and len(read_steps(run)) > 1)
+    meetings = [meeting_of(process) for process in processes_of(run.path)]
+    assert "--nodes" not in layout or f"my-run-{number}-0" in meetings
     slurm.scancel("--signal=USR1", "--batch", number)
     job = slurm.wait_for_end(number)
     log = Path(job["log"]).read_text("utf-8")
