@@ -200,6 +200,16 @@ def test_ctrl_c_in_the_foreground_saves_and_leaves_with_130(run: RunFolder) -> N
     assert re.search(r"Stopped at step \d+ of 1000000000, and saved\.\n", out)
 
 
+def test_a_run_that_finishes_after_a_warning_is_not_called_interrupted(run: RunFolder) -> None:
+    resumed = start("resume", "first", refuses="stop", steps=30)
+    wait_until(lambda: len(read_steps(run)) > 1)
+    resumed.send_signal(signal.SIGUSR1)
+    _, err = resumed.communicate(timeout=60)
+    assert resumed.returncode == 0, err
+    asked = [json.loads(line)["command"] for line in run.control.read_text("utf-8").splitlines()]
+    assert (status(run), asked) == ("finished", ["stop"])
+
+
 def test_ctrl_c_twice_says_what_is_saved_and_how_to_go_on(run: RunFolder) -> None:
     resumed = start("resume", "first", save_seconds=30)
     wait_until(lambda: len(read_steps(run)) > 2)
