@@ -285,6 +285,22 @@ def _without_effect(config: RunConfig) -> list[Finding]:
             "Without val_set_size or test_datasets there is nothing to evaluate.",
             "Write val_set_size: 0.05 to see whether the model memorises.",
         )
+    if config.optimizer == "adamw_torch_8bit":
+        note(
+            "optimizer",
+            "optimizer: adamw_torch_8bit is torchao's in Axolotl.",
+            "Here it is bitsandbytes' 8-bit AdamW, whose state has the same size: each rank's own"
+            " rows of a sharded weight are a plain tensor.",
+            "It can stay in a file that Axolotl reads too.",
+        )
+    settings = config.fsdp_config or {}
+    if settings.get("offload_params") or settings.get("fsdp_offload_params"):
+        note(
+            "fsdp_config",
+            "fsdp_config's offload_params has no effect.",
+            "Each rank keeps its part of the weights on its GPU, and the plan counts it there.",
+            "Write a larger dp_shard_size where that does not fit.",
+        )
     if config.model_quantization_config == FP8_CONFIG:
         note(
             "model_quantization_config",

@@ -366,8 +366,8 @@ class OptimizationKeys(Section):
     """Stop after so many optimizer steps, even inside the first epoch."""
     optimizer: Optimizer = "adamw_torch_fused"
     """AdamW in different coats. adamw_torch_fused: exact and fast; adamw_bnb_8bit (adamw_8bit is
-    the same): its state in 8 bits, a quarter of that memory; adamw_torch_8bit: likewise, for
-    sharded weights; the paged ones also move the state to the computer's RAM when the GPU is
+    the same): its state in 8 bits, a quarter of that memory; adamw_torch_8bit: likewise, as
+    Axolotl wants it beside fsdp_config; the paged ones also move the state to the computer's RAM when the GPU is
     full."""
     learning_rate: Positive = Field(
         default_factory=lambda data: 2e-5 if data["adapter"] is None else 2e-4,
@@ -455,17 +455,20 @@ class DistributedKeys(Section):
     """Several GPUs."""
 
     deepspeed: str | dict[str, object] | None = None
-    """A DeepSpeed configuration."""
+    """A DeepSpeed configuration. fsdp_config does the same here."""
     fsdp_version: Whole | None = None
     """Version of FSDP; 2 is the living one."""
     fsdp_config: dict[str, object] | None = None
-    """How FSDP shards the model over GPUs."""
+    """Shard the model over GPUs (FSDP2): each holds a part of the weights, gradients and optimizer
+    state, and gathers a layer while it computes. Over dp_shard_size of them, else over all."""
     qlora_sharded_model_loading: bool | None = None
     """Load 4-bit weights shard by shard under FSDP."""
     dp_shard_size: Count | None = None
-    """GPUs over which one copy of the model is sharded."""
+    """GPUs over which one copy of the model is sharded; 1: each has a whole one. On a computer
+    without a GPU so many processes, to try a run."""
     dp_replicate_size: Count | None = None
-    """Copies of the model that learn side by side."""
+    """Copies of the model that learn side by side, each from rows of its own. GPUs of a run:
+    dp_shard_size x dp_replicate_size. With neither key nor fsdp_config: one on each GPU."""
     tensor_parallel_size: Count | None = None
     """GPUs that share each matrix."""
     context_parallel_size: Count | None = None

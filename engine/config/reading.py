@@ -181,6 +181,7 @@ class _Check:
 
     def modernize(self) -> None:
         """Older spellings become today's."""
+        self.read_fsdp1()
         if self.values.keys() <= _KEYS:
             return
         for old, now in renamed().items():
@@ -207,6 +208,31 @@ class _Check:
                     f"Write {reads}.",
                 )
             )
+
+    def read_fsdp1(self) -> None:
+        """FSDP1's list of switches becomes FSDP2's config, and what both call by a name of their own
+        the key that acts."""
+        switches = self.values.pop("fsdp", None)
+        settings = self.values.get("fsdp_config")
+        if switches and settings is None:
+            settings = self.values["fsdp_config"] = {"reshard_after_forward": True}
+        if switches:
+            self.tell_mapped("fsdp", "is FSDP1's list of switches", "fsdp_config, that is FSDP2")
+        asks = isinstance(settings, dict) and any(
+            settings.get(f"{prefix}activation_checkpointing") in (True, "true")
+            for prefix in ("", "fsdp_")
+        )
+        if asks and self.values.get("gradient_checkpointing") is None:
+            self.values["gradient_checkpointing"] = True
+            own = "holds activation_checkpointing: true"
+            self.tell_mapped("fsdp_config", own, "gradient_checkpointing: true")
+
+    def tell_mapped(self, key: str, what: str, reads: str) -> None:
+        """A note of a key that is read as another."""
+        fix = f"Write {reads.partition(',')[0]}, unless Axolotl reads the file too."
+        self.found.append(
+            Finding("mapped", "note", key, None, f"{key} {what}.", f"It is read as {reads}.", fix)
+        )
 
     def sort_out(self, values: dict[str, Value], known: frozenset[str], prefix: str) -> None:
         """Take out the keys that are no fields, each with a finding."""

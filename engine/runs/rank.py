@@ -78,8 +78,9 @@ def print_into(log: Path) -> None:
 
 def report_failure(error: Exception, reason: UserError) -> None:
     """Leave for the supervisor why this rank ends, in the file that torch's agent reads."""
-    lost_peer = type(error).__name__ in _LOST_PEER_TYPES or any(
-        words in str(error) for words in _LOST_PEER_WORDS
+    causes = [each for each in (error, error.__cause__) if each]
+    lost_peer = any(type(each).__name__ in _LOST_PEER_TYPES for each in causes) or any(
+        words in str(each) for each in causes for words in _LOST_PEER_WORDS
     )
     failure = Failure(reason.what, reason.why, reason.fix, reason.exit_status, lost_peer)
     message = {"message": reason.what, "extraInfo": {"timestamp": int(time.time())}}

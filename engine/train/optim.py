@@ -26,6 +26,7 @@ ADAMW = {"adamw_torch": False, "adamw_torch_fused": True}
 BITSANDBYTES = {
     "adamw_bnb_8bit": "AdamW8bit",
     "adamw_8bit": "AdamW8bit",
+    "adamw_torch_8bit": "AdamW8bit",
     "paged_adamw_8bit": "PagedAdamW8bit",
     "paged_adamw_32bit": "PagedAdamW32bit",
 }

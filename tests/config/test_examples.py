@@ -66,10 +66,11 @@ class TestReadExample:
         assert write_config(file.config, document=file.document) == path.read_text("utf-8")
 
 
-def test_the_examples_for_one_gpu_run() -> None:
+def test_the_examples_that_run() -> None:
     runs = {path.stem for path in EXAMPLES if answer(path).startswith("read; train runs it")}
     assert runs == {
         "devstral-small-qlora",
+        "magistral-small-fsdp-qlora",
         "magistral-small-qlora",
         "magistral-small-think-qlora",
         "magistral-small-vision-qlora",

@@ -232,8 +232,10 @@ NOT_SUPPORTED = [
     ("datasets: [{path: a, roles_to_train: [user]}]", "datasets[0].roles_to_train", "Remove"),
     ("datasets: [{path: a, roles_to_train: []}]", "datasets[0].roles_to_train", "Remove"),
     ("datasets: [{path: a, train_on_eos: all}]", "datasets[0].train_on_eos", "Remove it"),
-    ("dp_shard_size: 2", "dp_shard_size", "windtunnel estimate"),
-    ("optimizer: adamw_torch_8bit", "optimizer", "adamw_bnb_8bit"),
+    ("tensor_parallel_size: 2", "tensor_parallel_size", "windtunnel estimate"),
+    ("context_parallel_size: 2", "context_parallel_size", "gradient_checkpointing"),
+    ("sequence_parallel_degree: 2", "context_parallel_size", "gradient_checkpointing"),
+    ("deepspeed: zero3.json", "deepspeed", "fsdp_config: {reshard_after_forward: true}"),
 ]
 
 
@@ -280,11 +282,34 @@ class TestNotSupported:
         assert [finding.key for finding in caught.value.findings] == ["lora_rank"]
 
     def test_what_several_gpus_need_can_be_planned(self) -> None:
-        file = parse_config("base_model: x\nfsdp_config: {a: b}\noptimizer: adamw_torch_8bit\n")
-        assert file.require_supported(sharded=True)
+        file = parse_config("base_model: x\nfsdp_config: {a: b}\ntensor_parallel_size: 2\n")
+        file.require_supported(sharded=True)
         whole = parse_config("base_model: x\nfsdp_config: {a: b}\noptimizer: adamw_bnb_8bit\n")
         with pytest.raises(ConfigError, match="cannot be sharded"):
             whole.require_supported(sharded=True)
+
+
+MAPPED = [
+    ("fsdp: [full_shard, auto_wrap]", {"fsdp_config": {"reshard_after_forward": True}}),
+    ("fsdp: [full_shard]\nfsdp_config: {a: b}", {"fsdp_config": {"a": "b"}}),
+    ("fsdp_config: {activation_checkpointing: true}", {"gradient_checkpointing": True}),
+    ("fsdp_config: {fsdp_activation_checkpointing: true}", {"gradient_checkpointing": True}),
+    ("optimizer: adamw_torch_8bit", {"optimizer": "adamw_torch_8bit"}),
+    ("fsdp_config: {offload_params: true}", {"fsdp_config": {"offload_params": True}}),
+]
+
+
+@pytest.mark.parametrize(("text", "values"), MAPPED)
+def test_what_others_shard_by_is_read_with_a_note(text: str, values: dict[str, object]) -> None:
+    file = parse_config(f"base_model: x\n{text}")
+    assert {key: getattr(file.config, key) for key in values} == values
+    (note,) = file.require_supported()
+    assert note.severity == "note"
+
+
+def test_what_the_file_says_of_checkpointing_counts() -> None:
+    text = "gradient_checkpointing: false\nfsdp_config: {activation_checkpointing: true}"
+    assert parse_config(f"base_model: x\n{text}").config.gradient_checkpointing is False
 
 
 class TestOneRound:

@@ -22,7 +22,7 @@ from engine.config import (
     unsupported,
 )
 from engine.config.axolotl import Level, elsewhere, limits, renamed
-from engine.config.keys import DistributedKeys, TrackerKeys
+from engine.config.keys import TrackerKeys
 from engine.config.schema import explain_key
 from engine.errors import UserError
 
@@ -75,7 +75,7 @@ class TestExplain:
         assert "flash_attention is an older spelling" in found.meaning
 
     def test_what_is_not_acted_on_says_so(self) -> None:
-        assert "not supported yet" in str(explain_key("deepspeed")[0].limit)
+        assert "not supported yet" in str(explain_key("expert_parallel_size")[0].limit)
         assert "no effect" in str(explain_key("wandb_project")[0].limit)
         assert explain_key("processor_type")[0].limit is None  # a plan without rows reads it
 
@@ -173,7 +173,7 @@ class TestSchema:
         assert keys["rl"]["deprecationMessage"].startswith("It is not supported. Windtunnel trains")
         assert keys["flash_attention"]["deprecationMessage"] == "Write attn_implementation."
         assert keys["wandb_project"]["doNotSuggest"]
-        assert "several" not in keys["dp_shard_size"]["deprecationMessage"]
+        assert keys["deepspeed"]["deprecationMessage"].startswith("It is not supported.")
         for key in ("lora_r", "optimizer", "plugins", "datasets", "bnb_config_kwargs"):
             assert not {"deprecated", "doNotSuggest", "deprecationMessage"} & set(keys[key])
 
@@ -244,10 +244,7 @@ class TestTables:
     def test_keys_of_later_parts_say_so_in_one_way(self) -> None:
         parts = {limit.later for limit in (*limits().values(), *limits("dataset").values())}
         assert parts == {None, "several GPUs", "trackers", "prompt formats"}
-        for section, part in ((DistributedKeys, "several GPUs"), (TrackerKeys, "trackers")):
-            assert {limits()[key].later for key in section.model_fields if key in limits()} == {
-                part
-            }
+        assert {limits()[key].later for key in TrackerKeys.model_fields} == {"trackers"}
 
     def test_a_default_is_never_a_finding(self) -> None:
         plain = RunConfig(base_model="x", datasets=(DatasetConfig(path="a"),))

@@ -161,7 +161,7 @@ def test_every_optimizer_of_the_config_is_there() -> None:
 
     from engine.config.keys import Optimizer
 
-    assert set(get_args(Optimizer)) == {*ALL, "adamw_torch_8bit"}, "for several GPUs"
+    assert set(get_args(Optimizer)) == set(ALL)
 
 
 def test_the_rate_is_set_for_every_group() -> None:
