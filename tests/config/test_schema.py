@@ -91,7 +91,7 @@ class TestExplain:
         for key, reach in (
             ("strict", "It has no effect here."),
             ("save_safetensors", "It has no effect here."),
-            ("dp_shard_size", "It is not supported yet."),
+            ("deepspeed", "It is not supported yet."),
             ("shuffle_merged_datasets", "Some values are not supported yet."),
             ("plugins", "Some values are not supported yet."),
             ("bnb_config_kwargs", "Some values are not supported yet."),

@@ -90,6 +90,7 @@ ALL = [
     "adamw_torch_fused",
     "adamw_bnb_8bit",
     "adamw_8bit",
+    "adamw_torch_8bit",
     "paged_adamw_8bit",
     "paged_adamw_32bit",
 ]
