@@ -210,8 +210,8 @@ class _Check:
             )
 
     def read_fsdp1(self) -> None:
-        """FSDP1's list of switches becomes FSDP2's config, and what both call by a name of their own
-        the key that acts."""
+        """FSDP1's list of switches becomes FSDP2's config; its name for gradient checkpointing, the
+        key that acts."""
         switches = self.values.pop("fsdp", None)
         settings = self.values.get("fsdp_config")
         if switches and settings is None:
