@@ -367,8 +367,8 @@ class OptimizationKeys(Section):
     optimizer: Optimizer = "adamw_torch_fused"
     """AdamW in different coats. adamw_torch_fused: exact and fast; adamw_bnb_8bit (adamw_8bit is
     the same): its state in 8 bits, a quarter of that memory; adamw_torch_8bit: likewise, as
-    Axolotl wants it beside fsdp_config; the paged ones also move the state to the computer's RAM when the GPU is
-    full."""
+    Axolotl wants it beside fsdp_config; the paged ones also move the state to the computer's RAM
+    when the GPU is full."""
     learning_rate: Positive = Field(
         default_factory=lambda data: 2e-5 if data["adapter"] is None else 2e-4,
         json_schema_extra={"default_words": "0.0002 with an adapter, 0.00002 without"},
