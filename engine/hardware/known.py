@@ -53,6 +53,10 @@ class Speed:
     link_bytes: float
     """To or from this computer's memory."""
     usd_an_hour: float | None = None
+    peer_bytes: float | None = None
+    """To or from the other cards of its computer, where they have a link of their own."""
+    network_bytes: float | None = None
+    """To or from other computers, by the adapter that each card has in the usual one for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,8 @@ def known_gpus() -> tuple[KnownGpu, ...]:
                 "memory_bytes": entry.pop("memory_gb_s") * 1e9,
                 "link_bytes": entry.pop("link_gb_s") * 1e9,
                 "usd_an_hour": entry.pop("usd_an_hour", None),
+                "peer_bytes": 1e9 * entry.pop("nvlink_gb_s", 0) or None,
+                "network_bytes": 1e9 * entry.pop("network_gb_s", 0) or None,
             }
     return TypeAdapter(tuple[KnownGpu, ...]).validate_python(content)
 

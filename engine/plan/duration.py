@@ -29,9 +29,11 @@ from engine.plan.layers import (
     tower_of,
     widths,
 )
+from engine.plan.layout import layout_on
 from engine.plan.savers import list_waiting
 from engine.plan.step import make_step, packed_numbers
 from engine.plan.targets import trainable_parameters, trains_vision
+from engine.plan.traffic import step_seconds
 from engine.plan.trainer import PATCHES_AT_ONCE
 
 REACHED = 0.40
@@ -67,19 +69,22 @@ def expected_duration(
 
     None where neither the pace nor the card is known, and where the number of steps is not.
     """
-    steps = count_steps(config, place.statistics)
+    readers = layout_on(config, place.device).readers
+    steps = count_steps(config, place.statistics, readers)
     pace = measured_tokens_per_second or pace_of(config, place)
     if steps is None or pace is None:
         return None
-    seconds = _run_tokens(config, place.statistics, steps) / pace
+    seconds = _run_tokens(config, place.statistics, steps, readers) / pace
     speed = speed_of(place.device.card)
-    usd = speed.usd_an_hour * seconds / 3600 if speed and speed.usd_an_hour else None
+    hours = seconds / 3600 * layout_on(config, place.device).cards
+    usd = speed.usd_an_hour * hours if speed and speed.usd_an_hour else None
     source = "measured" if measured_tokens_per_second else "formula"
     return Duration(steps, seconds, pace, usd, source)
 
 
-def count_steps(config: RunConfig, statistics: Statistics | None) -> int | None:
-    """Optimizer steps of a run; None for rows that are not known yet."""
+def count_steps(config: RunConfig, statistics: Statistics | None, readers: int = 1) -> int | None:
+    """Optimizer steps of a run of which so many ranks read rows; None for rows that are not known
+    yet."""
     if config.max_steps is not None:
         return config.max_steps
     if statistics is None:
@@ -89,7 +94,7 @@ def count_steps(config: RunConfig, statistics: Statistics | None) -> int | None:
     if config.sample_packing:
         share = rows / max(1, statistics.usable_rows)
         sequences = statistics.total_tokens * share / config.sequence_len
-    a_step = config.micro_batch_size * config.gradient_accumulation_steps
+    a_step = config.micro_batch_size * config.gradient_accumulation_steps * readers
     return max(1, ceil(ceil(sequences / a_step) * config.num_epochs))
 
 
@@ -99,9 +104,11 @@ def _trained_rows(config: RunConfig, statistics: Statistics) -> int:
     return rows - count_held_out(config.val_set_size, rows)
 
 
-def _run_tokens(config: RunConfig, statistics: Statistics | None, steps: int) -> float:
+def _run_tokens(
+    config: RunConfig, statistics: Statistics | None, steps: int, readers: int
+) -> float:
     """Tokens of all steps, padding left out: a step never has more than a whole pass."""
-    a_step = config.micro_batch_size * config.gradient_accumulation_steps
+    a_step = config.micro_batch_size * config.gradient_accumulation_steps * readers
     if statistics is None:
         return steps * a_step * config.sequence_len
     a_row = min(config.sequence_len, statistics.mean_tokens)
@@ -112,7 +119,8 @@ def _run_tokens(config: RunConfig, statistics: Statistics | None, steps: int) ->
 
 
 def pace_of(config: RunConfig, place: Place) -> float | None:
-    """Tokens a second of training by the card's data sheet; None for a card without one."""
+    """Tokens a second of training by the card's data sheet, of all ranks together; None for a card
+    without one, and for several computers without a known network."""
     device, table = place.device, place.table
     speed = speed_of(device.card) if device.kind == "cuda" else None
     if speed is None:
@@ -128,7 +136,14 @@ def pace_of(config: RunConfig, place: Place) -> float | None:
     computing += unpacked / (speed.memory_bytes * MOVED)
     copied = sum(each.copied for each in list_waiting(step).values())
     copying = copied / (speed.link_bytes * MOVED)
-    return tokens / max(computing, copying)
+    layout = layout_on(config, device)
+    micro = max(computing / layout.tensor, copying)
+    if layout.cards == 1:
+        return tokens / micro
+    seconds = step_seconds(step, layout, micro, speed, MOVED)
+    if seconds is None:
+        return None
+    return tokens * config.gradient_accumulation_steps * layout.readers / seconds
 
 
 def speedup(before: RunConfig, after: RunConfig, place: Place) -> float:

@@ -130,8 +130,8 @@ def _divide(parts: Mapping[str, float], step: Step, layout: Layout) -> dict[str,
     for part in TRAINED:
         if part in parts:
             shares[part] *= mine
-    if shares.get("gradients") and defers(step):
-        shares["gradients"] += SUM_BYTES * step.trainable * (layout.shard > 1)
+    if shares.get("gradients") and defers(step) and layout.shard > 1:
+        shares["gradients"] = float(SUM_BYTES * step.trainable)
     if "loading" in parts:
         shares["loading"] /= layout.shard
     return shares

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from engine.plan.device import Device, device_document
+from engine.plan.device import Device, devices_document
 from engine.plan.trainer import SMALLEST_CHUNK_BYTES
 from engine.units import GIB
 
@@ -75,9 +75,9 @@ def estimate_document(needs: Estimate) -> dict[str, Any]:
 def plan_document(
     needs: Estimate, device: Device, reasons: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The content of plan.json: what was predicted, for which card, and why."""
+    """The content of plan.json: what was predicted, for which cards, and why."""
     return {
-        "device": device_document(device),
+        **devices_document(device, needs.cards),
         "estimate": estimate_document(needs),
         "reasons": dict(reasons or {}),
     }

@@ -128,6 +128,17 @@ def sync_gradients(model: Model, last: bool) -> None:
         if isinstance(root, FSDPModule):
             root.set_requires_gradient_sync(last)
             root.set_is_last_backward(last)
+    for name, unit in model.named_modules():
+        seeing = _VISION.search(f".{name}.") and isinstance(unit, FSDPModule)
+        if seeing and not _was_whole(unit):
+            unit.set_requires_gradient_sync(True)
+
+
+def _was_whole(unit: FSDPModule) -> bool:
+    """Whether a unit has ever computed. One that has not, a tower where no row has an image, has no
+    gradient to keep, and torch 2.13 fails where it looks for one."""
+    groups = unit._get_fsdp_state()._fsdp_param_groups
+    return all(hasattr(each, "_unsharded_param") for group in groups for each in group.fsdp_params)
 
 
 def can_defer(model: Model, ranks: Ranks) -> bool:

@@ -21,6 +21,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
@@ -28,7 +29,10 @@ from torch.utils._pytree import tree_leaves
 from engine.catalog import Architecture
 from engine.config import RunConfig
 from engine.plan import Place
+from engine.plan.layout import layout_on
 from engine.plan.memory import moment_parts
+from engine.plan.step import make_step
+from engine.plan.traffic import Traffic, traffic_of
 from engine.plan.trainer import CHUNK_BYTES
 from engine.train.checkpoint import trained_parameters
 from engine.train.forward import hidden_states, use_head
@@ -198,7 +202,6 @@ def rank_run(
             if hasattr(root, "_get_fsdp_state"):
                 root._get_fsdp_state()._lazy_init()
         peaks: dict[str, int] = {}
-        resting = counter.now
         batch = make_batch(tokens_per_sequence, sequences, image_sizes)
         for last in (False, True):
             sync_gradients(model, last or not once)
@@ -215,8 +218,22 @@ def rank_run(
             total.backward()
             del total
             peaks["backward"] = counter.peak
-        held["gradients"] = counter.now - resting
+            if not last:
+                held["gradients"] = _gradients_bytes(model)
     return RankRun(held, peaks, dict(counter.traffic), dict(counter.calls))
+
+
+def _gradients_bytes(model: nn.Module) -> int:
+    """Whole ones that wait for the last pass, and this rank's rows of the others."""
+    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    every = [each for group in groups for each in group.fsdp_params]
+    whole = [getattr(each, "_unsharded_param", None) for each in every]
+    held = [each.unsharded_accumulated_grad for each in every]
+    held += [
+        each.grad for each in (*whole, *(each.sharded_param for each in every)) if each is not None
+    ]
+    return sum(local_part(tensor).nbytes for tensor in held if tensor is not None)
 
 
 def _all_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -234,12 +251,13 @@ COMMON: dict[str, Any] = {
     "gradient_checkpointing": True,
     "optimizer": "adamw_torch_fused",
     "bf16": True,
+    "gradient_accumulation_steps": 2,
     "fsdp_config": {"reshard_after_forward": True},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": "lora"},
     "nf4": {"adapter": "qlora"},
-    "full": {"adapter": None, "gradient_accumulation_steps": 2},
+    "full": {"adapter": None},
 }
 SMALL_4: dict[str, dict[str, Any]] = {
     "lora": {"lora_target_modules": ["o_proj"]},
@@ -270,25 +288,34 @@ def compare(
     image_sizes = [(1540, 1540)] if run.processor_type else []
     place = Place(architecture, card("B300 x8"))
     with absent_ranks(shards, replicas) as ranks:
-        # Without several passes there is nothing that could wait for the last one.
-        once = run.adapter is not None and run.gradient_accumulation_steps > 1
         found = rank_run(
             architecture,
             run,
             ranks,
             tokens_per_sequence=LENGTH,
             image_sizes=image_sizes,
-            once=once,
+            once=run.adapter is not None,
         )
     planned = {name: moment_parts(run, place, moment) for name, moment in MOMENTS.items()}
     _rests(found, planned["backward"])
     sums = {name: sum(parts.values()) for name, parts in planned.items()}
     assert max(sums.values()) == pytest.approx(found.peak_bytes, rel=0.05)
+    _sends(found, traffic_of(make_step(run, place), layout_on(run, place.device)))
     for name, peak in found.peaks.items():
         # The backward pass begins with the head's, which is counted where the loss is.
         with_head = max(sums[name], sums["loss"] if name == "backward" else 0)
         assert sums[name] <= 1.1 * peak, name
         assert with_head >= 0.9 * peak, name
+
+
+def _sends(found: RankRun, planned: Traffic) -> None:
+    sizes = {
+        "all-gather": planned.gathered_forward + planned.gathered_backward,
+        "reduce-scatter": planned.scattered,
+        "all-reduce": planned.summed,
+    }
+    for kind, size in sizes.items():
+        assert size == pytest.approx(found.traffic_bytes.get(kind, 0), rel=0.05), kind
 
 
 def _rests(found: RankRun, planned: dict[str, int]) -> None:
@@ -297,4 +324,7 @@ def _rests(found: RankRun, planned: dict[str, int]) -> None:
     held["layers"] += held.pop("norm") + held.pop("statistics", 0)
     for name, parts in RESTING.items():
         mine = sum(planned.get(part, 0) for part in parts)
-        assert mine == pytest.approx(held.get(name, 0), rel=0.05, abs=GRANULES), name
+        close = pytest.approx(held.get(name, 0), rel=0.05, abs=GRANULES)
+        assert mine == close, (
+            f"{name}: {mine / 2**20:.1f} MiB planned of {held.get(name, 0) / 2**20:.1f}"
+        )

@@ -1,0 +1,128 @@
+"""What ranks send each other, and how long a step takes beside it.
+
+Sizes are those of the whole tensors that a collective is given; of n ranks each receives (n - 1) of
+n parts. In a ring over all ranks of a node, and all adapters of its network, the slower of the two
+sets the pace: 360 of 450 GB/s are usual between H100s (NVIDIA/nccl-tests issue 326), 46 to 48 of 50
+through each adapter (issue 290), so that `duration.MOVED` of the data sheet holds here too. Of
+cards without a link of their own half the bus is counted: two of a desk share the processor's
+lanes, and what they send passes through its memory. While a layer computes, the next one is
+gathered and gradients of the last one are scattered; what comes first and last waits for nobody. No
+time is counted for starting a collective, so that many ranks with little to do are slower.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from engine.hardware import Speed
+from engine.plan.layout import Layout
+from engine.plan.sharding import SUM_BYTES, defers, units
+from engine.plan.step import Step
+from engine.plan.targets import adapter_inputs, is_tied
+
+PEER_SHARE = 0.5
+"""Of the bus to this computer, where cards have no link of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Whole tensors that collectives of one optimizer step are given, in bytes."""
+
+    gathered_forward: float = 0.0
+    gathered_backward: float = 0.0
+    scattered: float = 0.0
+    summed: float = 0.0
+    """All-reduced over replicas: each rank's own part."""
+    first: float = 0.0
+    """Of what is gathered, in each micro-batch before anything computes."""
+    exchanged: float = 0.0
+    """All-reduced inside layers that several cards share, or sent between their experts."""
+
+    @property
+    def total(self) -> float:
+        return (
+            self.gathered_forward
+            + self.gathered_backward
+            + self.scattered
+            + self.summed
+            + self.exchanged
+        )
+
+
+def traffic_of(step: Step, layout: Layout) -> Traffic:
+    """Of an optimizer step of `step`'s config, as one rank of `layout` sees it."""
+    config, passes = step.config, step.config.gradient_accumulation_steps
+    times = 1 if defers(step) or layout.shard == 1 else passes
+    trained = SUM_BYTES * _padded(step, layout)
+    summed = times * trained / layout.shard if layout.replicate > 1 else 0.0
+    # Tensor parallelism adds up the states twice a layer, forward and backward; experts that are
+    # elsewhere get each token's rows and send them back.
+    states = step.tokens * step.widths.hidden * step.base_bytes * step.widths.layers * passes
+    exchanged = 4.0 * states if layout.tensor > 1 else 0.0
+    if layout.expert > 1:
+        exchanged += 4.0 * states * step.widths.expert_rows
+    if layout.shard == 1:
+        return Traffic(summed=summed, exchanged=exchanged)
+    unit = units(step, layout)
+    adapter = step.adapter_bytes * (_padded(step, layout) - step.trainable)
+    layers = unit.layer * step.widths.layers + (adapter if config.adapter else 0.0)
+    head = 0.0 if is_tied(step.table) else unit.head
+    towers = unit.tower + unit.projector if step.of_images else 0.0
+    # Backward the embedding is gathered after the first layer, needed or not; where passes follow
+    # that only keep gradients, it stays for the next one.
+    tables = 1 if defers(step) else passes
+    return Traffic(
+        tables * unit.embedding + passes * (towers + layers + head),
+        passes * (layers + unit.embedding),
+        times * trained,
+        summed,
+        unit.embedding + unit.layer,
+        exchanged,
+    )
+
+
+def _padded(step: Step, layout: Layout) -> float:
+    """Trained numbers with the rows that ranks without one of an adapter's A send."""
+    if not step.config.adapter:
+        return float(step.trainable)
+    rows = step.config.lora_r
+    more = ceil(rows / layout.shard) * layout.shard - rows
+    return step.trainable + adapter_inputs(step.table, step.config) * more
+
+
+def link_bytes(speed: Speed, ranks: int, here: int) -> float | None:
+    """Bytes a second that each of `ranks` receives in a ring, `here` of them on each computer; None
+    for several computers whose network is not known."""
+    local = speed.peer_bytes or speed.link_bytes * PEER_SHARE
+    if ranks <= here:
+        return local
+    if speed.network_bytes is None:
+        return None
+    return min(local, here * speed.network_bytes) if here > 1 else speed.network_bytes
+
+
+def step_seconds(
+    step: Step, layout: Layout, computing: float, speed: Speed, reached: float
+) -> float | None:
+    """Of an optimizer step whose micro-batch computes for so many seconds on one card.
+
+    `reached` is the share of a link's speed that is counted on. None where a link is not known.
+    """
+    sent, passes = traffic_of(step, layout), step.config.gradient_accumulation_steps
+    here = step.device.count
+    ring = link_bytes(speed, layout.shard, here)
+    # Replicas of a sharded copy are on other computers where a copy fills one.
+    apart = 1 if layout.shard >= here else here
+    between = link_bytes(speed, layout.replicate, apart)
+    if ring is None or between is None:
+        return None
+    part = (layout.shard - 1) / layout.shard / (ring * reached)
+    forward = computing / (3 if step.config.adapter else 4)  # of about as many equal passes
+    gathering, back = sent.gathered_forward * part / passes, sent.gathered_backward * part / passes
+    scattering = sent.scattered * part / passes
+    first = sent.first * part
+    micro = first + max(forward, gathering - first) + max(computing - forward, back + scattering)
+    adding = 2 * (layout.replicate - 1) / layout.replicate * sent.summed / (between * reached)
+    inside = sent.exchanged / ((speed.peer_bytes or speed.link_bytes * PEER_SHARE) * reached)
+    # Sharded, replicas add up while the pass goes on; whole copies do when it is over.
+    last = max(0.0, adding - (computing - forward)) if layout.shard > 1 else adding
+    return passes * micro + last + inside
