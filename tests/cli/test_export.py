@@ -9,7 +9,7 @@ from engine.child import TRAINER
 from engine.cluster.job import seconds_of
 from engine.runs import RunFolder, status
 from tests.fakes import slurm
-from tests.fakes.processes import processes_of, wait_until
+from tests.fakes.processes import PATIENCE_SECONDS, processes_of, wait_until
 from tests.support.commands import Call
 from tests.support.shell import check_script
 from tests.support.written_runs import read_steps
@@ -82,7 +82,7 @@ def test_a_job_is_sent_warned_queued_again_and_finishes(
     assert (code, err) == (0, "")
     (number,) = [line.split()[3].rstrip(".") for line in out.splitlines() if "Sent as" in line]
     run = RunFolder(shared / "runs" / "my-run")
-    wait_until(lambda: run.events.exists() and len(read_steps(run)) > 1)
+    wait_until(lambda: run.events.exists() and len(read_steps(run)) > 1, PATIENCE_SECONDS)
     meetings = [meeting_of(process) for process in processes_of(run.path)]
     assert "--nodes" not in layout or f"my-run-{number}-0" in meetings
     slurm.scancel("--signal=USR1", "--batch", number)
