@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -173,8 +173,12 @@ def _for_automodel(
     settled = asked.environment is not None
     job = automodel_job(name, allocation, places, out.parent, grid, settled)
     here = find_device(assumed)
-    place = Place(architecture, here if here.kind == "cuda" else find_device(USUAL_CARD))
-    cut, ours = grid_share(config, place, grid), list(our_shares(config, place, ranks, gpus))
+    card = here if here.kind == "cuda" else find_device(USUAL_CARD)
+    one = replace(card, others=())
+    cards = replace(one, others=(one,) * (gpus - 1), nodes=allocation.nodes)
+    place = Place(architecture, cards)
+    cut = grid_share(config, place, layout, grid)
+    ours = list(our_shares(config, place, layout, gpus))
     return Made(
         job,
         places,
@@ -186,12 +190,17 @@ def _for_automodel(
 
 
 def _compare(grid: "Grid", cut: "Share", ours: "list[Share]", card: str) -> Iterator[Line | str]:
-    yield f"what the fullest rank holds of {card}:"
+    yield f"what the fullest rank holds of {card}, and how long a step takes:"
     for name, share in (("AutoModel", cut), *(("here", each) for each in ours)):
         mark = VERDICT_MARKS[share.verdict]
-        yield Line(mark, f"{name}: {share.name}", f"{gib(share.device_bytes)}, {share.verdict}")
+        pace = f", {share.step_seconds:.0f} s a step" if share.step_seconds else ""
+        text = f"{gib(share.device_bytes)}, {share.verdict}{pace}"
+        yield Line(mark, f"{name}: {share.name}", text)
     parts = ", ".join(f"{name} {gib(size)}" for name, size in cut.parts.items())
     yield Line("·", "", f"AutoModel's by arithmetic, not measured: {parts}")
+    yield Line(
+        "·", "", "times by the card's data sheet; what AutoModel's ranks send is not counted"
+    )
     if grid.pipeline > 1:
         idle = f"{grid.idle_share:.0%} of a step's time its stages wait for each other"
         yield Line("·", "", f"{idle}; a larger local_batch_size in the YAML makes it less")

@@ -7,10 +7,12 @@ was not measured. The second is the plan's.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.cluster.automodel import MICROBATCH, Grid
+from engine.cluster.automodel import MICROBATCH, Grid, batch_size
 from engine.config import RunConfig
-from engine.plan import Estimate, Place, estimate
+from engine.plan import Place, estimate
+from engine.plan.duration import pace_of
 from engine.plan.layers import transient_bytes, widths
+from engine.plan.layout import Layout
 from engine.plan.memory import on_device
 from engine.plan.targets import adapter_parameters, trainable_parameters
 from engine.plan.verdict import Verdict, judge
@@ -31,11 +33,14 @@ class Share:
     device_bytes: int
     parts: dict[str, int]
     verdict: Verdict
+    step_seconds: float | None
+    """Of an optimizer step, by the card's data sheet; None for a card without one."""
 
 
-def grid_share(config: RunConfig, place: Place, grid: Grid) -> Share:
+def grid_share(config: RunConfig, place: Place, layout: Layout, grid: Grid) -> Share:
     """The fullest of the first stage, which has embedding, tower and the most states in flight, and
-    the last, which has the head and the logits."""
+    the last, which has the head and the logits. Its step waits while the pipeline fills and drains;
+    what its ranks send is not counted."""
     counts, sizes = place.table.counts_by_group(), widths(place.table)
     tokens = MICROBATCH * config.sequence_len
     layers = counts["attention"] + counts["mlp"] + counts["norm"]
@@ -69,20 +74,37 @@ def grid_share(config: RunConfig, place: Place, grid: Grid) -> Share:
     parts = max(stages, key=lambda stage: sum(stage.values()))
     needed = on_device(int(sum(parts.values())), place.device)
     rounded = {name: int(size) for name, size in parts.items() if size >= 1}
-    return Share(grid.words(), needed, rounded, judge(needed, place.device.can_give_bytes))
+    alone = pace_of(_laid_out(config, 1, 1), place)
+    busy = alone and grid.ranks * alone * (1 - grid.idle_share)
+    seconds = _step_tokens(config, layout) / busy if busy else None
+    verdict = judge(needed, place.device.can_give_bytes)
+    return Share(grid.words(), needed, rounded, verdict, seconds)
 
 
-def our_shares(config: RunConfig, place: Place, ranks: int, gpus_per_node: int) -> Iterator[Share]:
+def our_shares(
+    config: RunConfig, place: Place, layout: Layout, gpus_per_node: int
+) -> Iterator[Share]:
     """Our own run over as many ranks: FSDP2 over all, and HSDP with copies of whole nodes."""
+    ranks = layout.cards
     replicas = [n for n in (1, 2, 4, 8) if ranks % n == 0 and ranks // n >= gpus_per_node]
     for copies in replicas:
         shard = ranks // copies
-        keys = {
-            "dp_shard_size": shard,
-            "dp_replicate_size": copies,
-            "tensor_parallel_size": 1,
-            "fsdp_config": config.fsdp_config or {},
-        }
-        found: Estimate = estimate(config.model_copy(update=keys), place)
+        laid_out = _laid_out(config, shard, copies)
+        needs, pace = estimate(laid_out, place), pace_of(laid_out, place)
         name = f"FSDP2 over {shard}" if copies == 1 else f"HSDP, {copies} copies over {shard} each"
-        yield Share(name, found.device_bytes, dict(found.parts), found.verdict)
+        seconds = _step_tokens(config, layout) / pace if pace else None
+        yield Share(name, needs.device_bytes, dict(needs.parts), needs.verdict, seconds)
+
+
+def _laid_out(config: RunConfig, shard: int, copies: int) -> RunConfig:
+    keys = {
+        "dp_shard_size": shard,
+        "dp_replicate_size": copies,
+        "tensor_parallel_size": 1,
+        "fsdp_config": (config.fsdp_config or {}) if shard > 1 else None,
+    }
+    return config.model_copy(update=keys)
+
+
+def _step_tokens(config: RunConfig, layout: Layout) -> int:
+    return batch_size(config, layout) * config.sequence_len
