@@ -1,6 +1,7 @@
 """What the ranks of a `RankGroup` do, each together with the others."""
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.events import Event, EventWriter, Step
 from engine.runs import ControlReader, RunFolder, StopSignals
+from engine.runs.control import post
 from engine.train import run as run_module
 from engine.train.batches import Rows
 from engine.train.loop import Session, Training
@@ -121,6 +123,30 @@ def carry_out(ranks: Ranks, folder: str, shards: int | None = None, resume: bool
         control = ControlReader(run.control)
         session = Session(run, events, control, StopSignals(), ranks=laid_out)
         run_module.run(session, resume=resume)
+
+
+def asked(ranks: Ranks, folder: str) -> list[int]:
+    """A run that is asked to save after step 2, by a command, and to stop after step 4, by a signal
+    to the last rank alone; the steps that this rank took."""
+    run, taken = RunFolder(Path(folder)), list[int]()
+
+    class Asked(Session):
+        def emit(self, event: Event) -> None:
+            super().emit(event)
+            if not isinstance(event, Step):
+                return
+            taken.append(event.step)
+            if event.step == 2 and ranks.is_first:
+                post(run, "save")
+            if event.step == 4 and ranks.rank == ranks.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    path = run.events if ranks.is_first else Path(os.devnull)
+    with EventWriter(path) as events, StopSignals() as signals:
+        run_module.run(
+            Asked(run, events, ControlReader(run.control), signals, ranks=ranks), resume=False
+        )
+    return taken
 
 
 def held(ranks: Ranks, folder: str, keys: dict[str, Any]) -> dict[str, int]:

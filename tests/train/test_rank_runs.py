@@ -4,33 +4,30 @@ from typing import Any
 
 import pytest
 
-from engine.events import Answers, Drift, Ended, Note, Sample, Score, Started, Step
+from engine.events import Ack, Answers, Drift, Ended, Note, Sample, Saved, Score, Started, Step
 from engine.runs import RunFolder
 from tests.support.rank_group import RankGroup
-from tests.support.trainers import LORA, Workshop, evaluations, events_of, figures
+from tests.support.trainers import LORA, Workshop, evaluations, events_of, figures, last_end
 
 KEYS: dict[str, Any] = {
-    "max_steps": 6,
-    "save_steps": 3,
-    "eval_steps": 3,
+    "max_steps": 4,
+    "save_steps": 2,
+    "eval_strategy": "no",
     "val_set_size": 0.2,
     "eval_table_size": 4,
-    "eval_max_new_tokens": 24,
+    "eval_max_new_tokens": 16,
     "eval_drift": True,
     "eval_train_rows": 4,
     "sample_prompts": ["Where is the pilot station?"],
 }
-METHODS: dict[str, dict[str, Any]] = {"full": {}, "LoRA": LORA | {"lora_dropout": 0.0}}
+QUIET = {"val_set_size": 0, "sample_prompts": [], "eval_drift": False, "eval_table_size": 0}
 
 
-@pytest.fixture(scope="module", params=METHODS)
-def both(
-    request: pytest.FixtureRequest, two_ranks: RankGroup, workshop: Workshop
-) -> tuple[RunFolder, RunFolder]:
-    """A run of one rank that accumulates twice, and the same of two."""
-    keys = METHODS[request.param]
-    one = workshop.finished(**keys)
-    two = workshop.new(**keys, gradient_accumulation_steps=1)
+@pytest.fixture(scope="module")
+def both(two_ranks: RankGroup, workshop: Workshop) -> tuple[RunFolder, RunFolder]:
+    """A full fine-tune of one rank that accumulates twice, and the same of two."""
+    one = workshop.finished()
+    two = workshop.new(gradient_accumulation_steps=1)
     two_ranks.run("rank_cases:carry_out", folder=str(two.path))
     return one, two
 
@@ -69,3 +66,15 @@ def test_events_tell_of_every_rank(both: tuple[RunFolder, RunFolder]) -> None:
         assert 0 <= step.imbalance < 0.5
     assert any("2 ranks: one copy of the model over 2 ranks" in n.text for n in of(two, Note))
     assert of(two, Ended)[-1].outcome == "finished"
+
+
+def test_commands_and_a_signal_to_one_rank_are_obeyed_by_all(
+    two_ranks: RankGroup, workshop: Workshop
+) -> None:
+    keys = QUIET | LORA | {"max_steps": 12, "save_steps": 100, "gradient_accumulation_steps": 1}
+    run = workshop.new(**keys)
+    taken = two_ranks.run("rank_cases:asked", folder=str(run.path))
+    assert taken == [[1, 2, 3, 4], [1, 2, 3, 4]]
+    assert [saved.step for saved in of(run, Saved)] == [2, 4]
+    assert [ack.command for ack in of(run, Ack)] == ["save"]
+    assert (last_end(run).outcome, last_end(run).step) == ("stopped", 4)

@@ -157,3 +157,63 @@ def test_two_ranks_learn_what_one_learns(
     one, many = learn_both_ways(two_ranks, tmp_path, folder, keys, rows=rows, steps=6)
     rounded = "peft_autocast_adapter_dtype" in keys  # at random, and not by the same numbers
     assert_equal(one, many, 1e-2 if rounded else 1e-3 if "bf16" in keys else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shards", "collectives"),
+    [(2, {"reduce_scatter_base": 2 * 3}), (1, {"allreduce": (1 + 1 + 2) * 3})],
+)
+def test_gradients_are_added_up_once_a_step(
+    two_ranks: RankGroup, ministral: Path, tmp_path: Path, shards: int, collectives: dict[str, int]
+) -> None:
+    """In three steps of two micro-batches: those of two layers, or of all replicas together beside
+    which of them have any, the loss, and the figures."""
+    keys = METHODS["LoRA"].keys
+    case = {"rows": "uneven", "steps": 3, "shards": shards}
+    one, many = learn_both_ways(two_ranks, tmp_path, ministral, keys, **case)
+    assert_equal(one, many, 1e-5)
+    assert many[0]["collectives"].items() >= collectives.items()
+
+
+EVERY = [
+    (name, method, rows)
+    for name in ("mistral", "ministral3", "mistral4")
+    for method in ("LoRA", "NF4 LoRA", "full")
+    for rows in ("uneven", "mixed")
+]
+LAYOUTS = {"four shards": 4, "two copies over two": 2, "four copies": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["two shards", *LAYOUTS])
+@pytest.mark.parametrize(("name", "method", "rows"), EVERY)
+def test_twenty_steps_are_those_of_one_rank(
+    request: pytest.FixtureRequest,
+    model_folder: Models,
+    seeing_model: Models,
+    tmp_path: Path,
+    name: str,
+    method: str,
+    rows: str,
+    layout: str,
+) -> None:
+    group = request.getfixturevalue("four_ranks" if layout in LAYOUTS else "two_ranks")
+    folder = (seeing_model if rows == "mixed" else model_folder)(name)
+    keys = METHODS[method].keys | {"learning_rate": 1e-4}
+    case = {"rows": rows, "steps": 20, "shards": LAYOUTS.get(layout, 2)}
+    one, many = learn_both_ways(group, tmp_path, folder, keys, **case)
+    assert_equal(one, many, 1e-3 if "bf16" in keys else 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "method"), [("ministral3", "NF4 LoRA"), ("mistral4", "LoRA on experts")]
+)
+def test_each_of_four_ranks_holds_a_quarter(
+    four_ranks: RankGroup, model_folder: Models, name: str, method: str
+) -> None:
+    folder, keys = model_folder(name), METHODS[method].keys
+    whole = _held_by_one(folder, keys)
+    for held in four_ranks.run("rank_cases:held", folder=str(folder), keys=keys):
+        for part in held.keys() - {"statistics", "buffers"}:
+            assert held[part] == pytest.approx(whole[part] / 4, rel=0.02), part
