@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 PRIVATE = 0o700
@@ -40,14 +40,16 @@ def digest(path: Path) -> str:
 SUMS = "SHA256SUMS"
 
 
-def write_sums(folder: Path, known: Mapping[str, str]) -> None:
+def write_sums(
+    folder: Path, known: Mapping[str, str], unlisted: Container[str] = ("README.md",)
+) -> None:
     """Write the digest of every file of `folder` into its SHA256SUMS, for us and `sha256sum -c`.
 
     Of a file in `known` it is that one. README.md is left out, being there to be edited.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.name != "README.md")
+    names = sorted(path.name for path in folder.iterdir() if path.name not in unlisted)
     lines = (f"{known.get(name) or digest(folder / name)}  {name}\n" for name in names)
-    (folder / SUMS).write_text("".join(lines), "utf-8")
+    write_whole(folder / SUMS, "".join(lines).encode())
 
 
 def changed_file(folder: Path) -> str | None:
@@ -70,6 +72,12 @@ def changed_file(folder: Path) -> str | None:
         if not same:
             return name or SUMS
     return None
+
+
+def sync_all(folder: Path) -> None:
+    """Wait until a folder without folders in it, and all that its files hold, is on the disk."""
+    for path in (*folder.iterdir(), folder):
+        sync(path)
 
 
 def sync(path: Path) -> None:

@@ -293,6 +293,7 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
         "learned_tokens": prepared.learned_tokens(rule),
         "seconds": round(time.monotonic() - start, 3),
         "reused": prepared.reused,
+        "damaged": prepared.damaged or None,
         "path": str(prepared.folder),
         "bad_rows": prepared.meta.bad_rows,
         "problems": [asdict(problem) for problem in prepared.meta.problems],

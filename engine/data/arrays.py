@@ -30,7 +30,7 @@ from engine.data.statistics import (
     count_unread,
     findings_of,
 )
-from engine.files import PRIVATE, sweep, sync, write_whole
+from engine.files import PRIVATE, sweep, sync, write_sums, write_whole
 
 _STATE = "progress.json"
 _LISTED_PROBLEMS = 100
@@ -228,7 +228,8 @@ class ArrayWriter:
         self.state.kind_counts = dict(counts)
 
     def finish(self, key: str, image_spec: ImageSpec | None = None) -> None:
-        """Commits and writes meta.json: `key` and the counts, nothing of when or how fast.
+        """Commits, writes meta.json (`key` and the counts, nothing of when or how fast) and the
+        digest of every file.
 
         `image_spec` is how the images, where there are any, are brought to their grids.
         """
@@ -236,6 +237,7 @@ class ArrayWriter:
         self.close()
         spec = astuple(image_spec) if image_spec and self.state.images else None
         self._write_json(META, {"key": key, "image": spec, **asdict(self.state)})
+        write_sums(self._folder, {}, unlisted=(_STATE,))
         (self._folder / _STATE).unlink()
         sync(self._folder)
 

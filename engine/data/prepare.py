@@ -41,7 +41,7 @@ from engine.data.shares import BLOCK_ROWS, Task, iterate_parts
 from engine.data.sources import Location, locate
 from engine.data.web_images import NetworkDown, WebImages, check_url, is_web
 from engine.errors import UserError, WorkError
-from engine.files import PRIVATE, sync
+from engine.files import PRIVATE, SUMS, changed_file, sync
 
 # Raised when the files in a folder of arrays change their meaning.
 LAYOUT_VERSION = 3
@@ -92,7 +92,8 @@ def prepare(
     """The arrays of `datasets` (the config's training sets by default), made or found in `store`.
 
     Relative data paths start at `folder`. `interval` is how much may be lost to a kill.
-    `progress` may raise to cancel; the work so far is kept.
+    `progress` may raise to cancel; the work so far is kept. What is found is read once to compare
+    its digests, at 1.7 GB a second of one core; where they differ, it is made again.
 
     Raises `UserError` when a dataset cannot be read, no row is usable or nothing would be learned,
     `WorkError` when a file changes while it is read or the disk fails.
@@ -109,7 +110,9 @@ def prepare(
     try:
         store.mkdir(PRIVATE, parents=True, exist_ok=True)
         with _locked(store / f"{job.key}.lock", report):
-            reused = _is_whole(store / job.key) and not _is_stale(store / job.key, job, report)
+            damaged = changed_file(store / job.key) or ""
+            reused = not damaged and _is_whole(store / job.key)
+            reused = reused and not _is_stale(store / job.key, job, report)
             if not reused:
                 _make(store / job.key, job, interval or Interval(), report)
     except OSError as error:
@@ -118,7 +121,7 @@ def prepare(
             f"{error.strerror or error}: {error.filename or 'the last file written'}.",
             "Free space there or set dataset_prepared_path; what is done so far is kept.",
         ) from error
-    prepared = Prepared(store / job.key, reused=reused)
+    prepared = Prepared(store / job.key, reused=reused, damaged=damaged)
     prepared.refuse_if_nothing_learned(label_rule(config))
     return prepared
 
@@ -225,7 +228,7 @@ def _is_whole(folder: Path) -> bool:
         read_meta(folder)
     except WorkError:
         return False
-    return True
+    return (folder / SUMS).is_file()
 
 
 def _is_stale(folder: Path, job: _Job, report: OnProgress) -> bool:
@@ -262,7 +265,7 @@ def _make(target: Path, job: _Job, interval: Interval, report: OnProgress) -> No
     partial = target.with_name(f"{target.name}.partial")
     if partial.exists() and _is_stale(partial, job, report):
         shutil.rmtree(partial)
-    if not _is_whole(partial):
+    if changed_file(partial) or not _is_whole(partial):
         _fill(partial, job, interval, report)
     if target.exists():
         shutil.rmtree(target)

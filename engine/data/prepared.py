@@ -41,6 +41,8 @@ from engine.data.statistics import (
     rows_too_long,
 )
 from engine.errors import UserError, WorkError
+from engine.files import SUMS
+from engine.visible import visible
 
 META = "meta.json"
 # File name -> little-endian element type. `offsets` and `row_images` have one entry more than there
@@ -118,14 +120,15 @@ class StoredImage(RenderedImage):
 
 
 class Prepared:
-    """A folder of prepared arrays, memory-mapped. `reused` says that nothing was tokenized for it.
+    """A folder of prepared arrays, memory-mapped. `reused` says that nothing was tokenized for it,
+    `damaged` which file of an earlier one was not as it was written.
 
     Raises `WorkError` when the folder's files do not agree with its meta.json.
     """
 
-    def __init__(self, folder: Path, *, reused: bool = True) -> None:
+    def __init__(self, folder: Path, *, reused: bool = True, damaged: str = "") -> None:
         self.folder = folder
-        self.reused = reused
+        self.reused, self.damaged = reused, damaged
         self.meta = read_meta(folder)
         self._arrays: dict[str, NDArray[Any]] = {
             name: _map(folder / name, dtype) for name, dtype in ARRAYS.items()
@@ -223,6 +226,13 @@ class Prepared:
         """Learned tokens of all rows under `rule`, from the stored counts alone."""
         return count_learned(self.meta.kind_counts, rule)
 
+    def repair(self) -> str:
+        """What was done where the arrays were damaged, as a sentence; else empty."""
+        if not self.damaged:
+            return ""
+        name = visible(self.damaged, one_line=True)
+        return f"the prepared rows were damaged ({name} was not as it was written): prepared again"
+
     def refuse_if_nothing_learned(self, rule: LabelRule) -> None:
         """Raises `UserError` when no token of any row carries the loss."""
         if self.learned_tokens(rule):
@@ -316,7 +326,7 @@ class Prepared:
         An interrupted call can be repeated. Raises `WorkError` when the disk is full.
         """
         run_data_folder.mkdir(parents=True, exist_ok=True)
-        for name in (*ARRAYS, META):
+        for name in (*ARRAYS, META, SUMS):
             target = run_data_folder / name
             waiting = run_data_folder / f".{name}.{os.getpid()}"
             waiting.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from engine.catalog import ModelCard, find_card
 from engine.config import RunConfig, read_config, write_config
 from engine.data.prepared import Prepared
 from engine.errors import UserError
+from engine.files import write_whole
 from engine.hub_id import is_hub_id
 from engine.runs import RunFolder
 from engine.runs.comparison import Curves, read_curves
@@ -247,7 +248,7 @@ def write_card(run: RunFolder, target: Path) -> Path:
     elif (target / "adapter_config.json").is_file():
         kind = "adapter"
     path = target / "README.md"
-    path.write_text("\n".join(describe(facts, kind)) + "\n", "utf-8")
+    write_whole(path, ("\n".join(describe(facts, kind)) + "\n").encode())
     return path
 
 

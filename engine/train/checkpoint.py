@@ -27,7 +27,7 @@ from engine.catalog import find_model, find_repository, model_names
 from engine.chat.tokenizer import open_tokenizer, write_tekken
 from engine.config import RunConfig
 from engine.errors import UserError, WorkError
-from engine.files import sweep, sync, write_sums, write_whole
+from engine.files import sweep, sync, sync_all, write_sums, write_whole
 from engine.runs.folder import (
     LATEST,
     RunFolder,
@@ -166,9 +166,11 @@ def export_trained(
                 digests = {name: write_file(partial / name, entries_of(tensors), pieces)}
         copy_companions(base, partial, config, whole=config.adapter is None)
         write_sums(partial, digests)
+        sync_all(partial)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
+        sync(folder)
 
     try:
         together(ranks, write)

@@ -48,6 +48,7 @@ from engine.chat.tokenizer import write_tekken
 from engine.config import RunConfig
 from engine.data.prepared import mix
 from engine.errors import UserError, WorkError
+from engine.files import sync_all
 from engine.hub_id import MODEL_FILES
 from engine.train.weight_files import BytesProgress
 from engine.units import gib
@@ -263,6 +264,7 @@ def write_base(name: str, layers: dict[str, Tensor], cache: Path) -> Path:
         weights[name_of] = draw_embedding(text["vocab_size"], text["hidden_size"])
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         write_tekken(card.tokenizer, partial / "tekken.json")
+        sync_all(partial)
         try:
             partial.rename(target)
         except OSError:

@@ -119,6 +119,8 @@ class Session:
         """Name of the newest phase."""
         self.training = False
         """Whether steps began, between which a run stops; until then it does at any phase."""
+        self.fitted: set[str] = set()
+        """Keys that were changed where memory ran out, which was said then."""
         self._stop_asked = self._pause_asked = False
         self._wishes: dict[Request, list[Command]] = {}
         self._agreed = dict.fromkeys(AGREED, False)
@@ -262,7 +264,7 @@ class Training:
                 "Undo the change, or start a new run with another output_dir.",
             )
         self.checkpoints.go_on_from(folder, position)
-        for level, change in changes_since(found, self.config):
+        for level, change in changes_since(found, self.config, self.session.fitted):
             self.session.note(level, change)
         if 0 < position.loss_chunk_bytes < self.loss.chunk_bytes:
             # Other chunks round otherwise, and a new plan may have found more room than the first.

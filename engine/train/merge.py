@@ -24,6 +24,7 @@ from torch import Tensor
 from engine.catalog import Architecture, read_architecture, with_overrides
 from engine.config import RunConfig, read_config
 from engine.errors import UserError, WorkError
+from engine.files import sync, sync_all
 from engine.pattern import PatternError, find_matches
 from engine.publish.card import write_card
 from engine.runs import RunFolder
@@ -257,9 +258,11 @@ def merge(
         partial.mkdir(parents=True)
         write_shards(partial, plan.tensors, plan.pieces, progress, shard_bytes)
         _write_beside(partial, plan, base, run, config)
+        sync_all(partial)
         if target.exists():
             target.rmdir()
         partial.rename(target)
+        sync(target.parent)
     except OSError as error:
         raise WorkError(
             f"The merged model could not be written to {visible(str(target), one_line=True)}.",

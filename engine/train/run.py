@@ -112,6 +112,7 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
         change_config(session.run, values)
         text = f"memory ran out in {facts.where}: goes on with {' '.join(values)}, {facts.trade}"
         session.note("warning", text)
+        session.fitted |= facts.changes.keys()
         resume, checkpoint = True, None
     if opened:
         session.ranks.close()
@@ -275,6 +276,7 @@ def _prepare(
     home = session.run.path
     store = default_store(config, home)
     prepared = prepare(config, home, tokenizer, store, report, datasets=datasets)
+    session.note("warning", prepared.repair())
     state = "already prepared" if prepared.reused else "prepared"
     said = f"{counted(len(prepared), 'row')} {state}"
     session.emit(Phase("prepared", len(prepared), len(prepared), said))

@@ -6,7 +6,7 @@ a checkpoint is used before all of them were compared: a flipped bit trains on w
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -164,11 +164,14 @@ def named_whole(run: RunFolder, name: str) -> Checkpoint:
         ) from error
 
 
-def changes_since(found: Checkpoint, config: RunConfig) -> Iterator[tuple[NoteLevel, str]]:
-    """A sentence on each value of `config` that is another one than when `found` was saved."""
+def changes_since(
+    found: Checkpoint, config: RunConfig, told: Set[str] = frozenset()
+) -> Iterator[tuple[NoteLevel, str]]:
+    """A sentence on each value of `config` that is another one than when `found` was saved, but for
+    the keys in `told`."""
     saved = dict(found.config)
     now = config.model_dump(mode="json", exclude_none=True)
-    for key in sorted({*saved, *now} - {"resume_from_checkpoint"}):
+    for key in sorted({*saved, *now} - {"resume_from_checkpoint"} - told):
         old, new = saved.get(key), now.get(key)
         if old != new:
             was, became = (visible(spell(key, value), one_line=True) for value in (old, new))

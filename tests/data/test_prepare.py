@@ -25,7 +25,7 @@ from engine.data.arrays import Interval
 from engine.data.prepare import default_store, prepare
 from engine.data.prepared import ARRAYS, META, Prepared
 from engine.errors import UserError, WorkError
-from engine.files import write_whole
+from engine.files import SUMS, changed_file, write_whole
 from tests.bench.prepare_throughput import measure
 from tests.support.data import about, chat, config_of, content, killed_child, write_rows
 from tests.support.pictures import png
@@ -205,8 +205,26 @@ class TestReuse:
         with pytest.raises(WorkError, match="does not hold whole prepared arrays"):
             Prepared(first.folder)
         again = made(path)
-        assert not again.reused
+        assert (again.reused, again.damaged) == (False, name)
         assert content(again.folder) == whole
+
+    @pytest.mark.parametrize("name", ["ids", "kinds", "offsets", META, SUMS])
+    def test_one_flipped_bit_is_told_and_made_good(self, made, first, path, name):
+        whole = content(first.folder)
+        changed = bytearray(whole[name])
+        changed[len(changed) // 2] ^= 1
+        (first.folder / name).write_bytes(changed)
+        again = made(path)
+        assert not again.reused
+        assert "damaged" in again.repair()
+        assert content(again.folder) == whole
+        assert made(path).repair() == ""
+
+    def test_arrays_without_digests_are_made_again(self, made, first, path):
+        (first.folder / SUMS).unlink()
+        again = made(path)
+        assert (again.reused, again.repair()) == (False, "")
+        assert changed_file(again.folder) is None
 
 
 class Cancelled(Exception):

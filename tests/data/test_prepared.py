@@ -24,6 +24,7 @@ from engine.data.prepared import (
 )
 from engine.data.rows import RenderedRow
 from engine.errors import UserError, WorkError
+from engine.files import SUMS
 
 U, T, H, E, I = Kind.USER, Kind.TEXT, Kind.THINK, Kind.EOS, Kind.IMAGE  # noqa: E741
 RULE = LabelRule()
@@ -195,7 +196,7 @@ class TestLinkInto:
         run = tmp_path / "run" / "data"
         for _ in range(2):
             prepared.link_into(run)
-            assert {path.name for path in run.iterdir()} == {*ARRAYS, META}
+            assert {path.name for path in run.iterdir()} == {*ARRAYS, META, SUMS}
         for name in ARRAYS:
             assert (run / name).stat().st_ino == (prepared.folder / name).stat().st_ino
         assert Prepared(run).ids(1).tolist() == prepared.ids(1).tolist()

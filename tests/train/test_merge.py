@@ -195,6 +195,24 @@ class TestMerged:
             *("tekken.json", "LICENSE", "README.md"),
         }
 
+    def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
+        self, ministral: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        synced: set[int] = set()
+        fsync = os.fsync
+
+        def noting_fsync(descriptor: int) -> None:
+            fsync(descriptor)
+            synced.add(os.fstat(descriptor).st_ino)
+
+        monkeypatch.setattr(os, "fsync", noting_fsync)
+        run = finished(ministral)
+        out = merge(run, tmp_path / "out")
+        for folder in (run.adapter, out):
+            names = {path.name for path in folder.iterdir() if path.stat().st_ino not in synced}
+            assert (names, folder.stat().st_ino in synced) == (set(), True)
+            assert folder.parent.stat().st_ino in synced
+
     def test_shards_and_index(self, ministral: Path, finished: Finished, tmp_path: Path) -> None:
         run = finished(ministral)
         folder = merge(run, tmp_path / "merged", shard_bytes=60_000)

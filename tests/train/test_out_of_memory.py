@@ -144,6 +144,7 @@ class TestWithAutoFit:
         assert last_end(run).outcome == "finished"
         notes = [e.text for e in events_of(run) if isinstance(e, Note)]
         assert any("goes on with micro_batch_size=16" in text for text in notes)
+        assert not any("micro_batch_size was" in text for text in notes), "said twice"
         config = run.config.read_text("utf-8")
         assert '"micro_batch_size": 32' not in config
         assert '"auto_fit": true' in config

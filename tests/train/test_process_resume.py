@@ -139,7 +139,9 @@ def test_a_checkpoint_that_is_not_there_is_named(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_passed_over(workshop: Workshop, name: str) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_damaged_rows_are_prepared_again(
+    workshop: Workshop, name: str
+) -> None:
     run = workshop.finished()
     whole = figures(run)
     damaged = run.checkpoints / "step-6" / name
@@ -147,10 +149,16 @@ def test_a_damaged_checkpoint_is_passed_over(workshop: Workshop, name: str) -> N
     assert finish(run, "--resume", "--from", "step-6") == 1
     assert last_end(run).what == "The checkpoint step-6 cannot be read."
     assert name in last_end(run).why
+    ids = bytearray((run.data / "ids").read_bytes())
+    ids[len(ids) // 2] ^= 1
+    (run.data / "ids").write_bytes(ids)  # of the store, too: they are links
     assert finish(run, "--resume") == 0
     assert all_steps(run) == [1, 2, 3, 4, 5, 6, 5, 6]
     assert figures(run) == whole
-    assert f"step-6 is damaged and passed over: {name} is not as it was saved" in notes_of(run)
+    said = notes_of(run)
+    assert f"step-6 is damaged and passed over: {name} is not as it was saved" in said
+    repaired = "the prepared rows were damaged (ids was not as it was written): prepared again"
+    assert said.count(repaired) == 1
 
 
 def test_what_was_changed_between_stop_and_resume_is_noted(workshop: Workshop) -> None:
