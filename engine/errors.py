@@ -1,7 +1,7 @@
 """The one error a person sees: what happened, why, and what to do about it."""
 
-DOES_NOT_FIT = 3
-"""Exit status of what does not fit in memory."""
+WORK_FAILED, WRONG_REQUEST, DOES_NOT_FIT = 1, 2, 3
+"""Exit statuses; the last one is of what does not fit in memory."""
 
 
 class UserError(Exception):
@@ -11,7 +11,7 @@ class UserError(Exception):
     failed, 3 when it does not fit in memory.
     """
 
-    def __init__(self, what: str, why: str, fix: str, *, exit_status: int = 2) -> None:
+    def __init__(self, what: str, why: str, fix: str, *, exit_status: int = WRONG_REQUEST) -> None:
         super().__init__(what, why, fix)
         self.what = what
         self.why = why
@@ -26,4 +26,4 @@ class WorkError(UserError):
     """The request was right and the work failed: exit status 1."""
 
     def __init__(self, what: str, why: str, fix: str) -> None:
-        super().__init__(what, why, fix, exit_status=1)
+        super().__init__(what, why, fix, exit_status=WORK_FAILED)

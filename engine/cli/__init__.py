@@ -17,11 +17,10 @@ from cyclopts import CycloptsError
 
 from engine.cli import config, dataset, demo, export, machine, planning, runs, use
 from engine.cli.terminal import HOST, Host
-from engine.errors import UserError, WorkError
+from engine.errors import WORK_FAILED, WRONG_REQUEST, UserError, WorkError
 from engine.interrupt import INTERRUPTED, interrupted, last_words, say_last_words
 from engine.visible import visible
 
-WORK_FAILED, WRONG_REQUEST = 1, 2
 _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "probe": machine.probe,
     "doctor": machine.doctor,

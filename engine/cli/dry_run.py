@@ -16,7 +16,7 @@ from engine.launch import require_torch
 from engine.plan import Estimate, Place, best_device, estimate, remarks
 from engine.plan.layout import layout_of
 from engine.plan.memory import cards_needed
-from engine.plan.trainer import refuse_bf16, refuse_other_formats, refuse_unread
+from engine.plan.trainer import refuse_bf16, refuse_unread
 from engine.report import Line
 from engine.report.plan import plan_verdict
 from engine.units import counted
@@ -49,7 +49,6 @@ def try_dry(file: Path, changes: Sequence[str]) -> DryRun:
     """
     notes = read_config(file).override(changes).require_supported(sharded=True)
     config, architecture = read_planned(file, tuple(changes), sharded=True)
-    refuse_other_formats(architecture.folder or Path(config.base_model), architecture.config)
     found, *held_out = (
         _check_set(config, architecture, sets, file)
         for sets in (config.datasets, *((each,) for each in config.test_datasets))

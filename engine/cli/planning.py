@@ -33,7 +33,7 @@ from engine.config import (
     write_config,
 )
 from engine.data.sources import with_absolute_paths
-from engine.errors import DOES_NOT_FIT, UserError
+from engine.errors import DOES_NOT_FIT, WRONG_REQUEST, UserError
 from engine.interrupt import last_words
 from engine.plan import (
     AXOLOTL,
@@ -132,7 +132,10 @@ def print_estimate(
     ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Estimate a config's memory by part, and say whether it fits. Exit status 3: it does not."""
+    """Estimate a config's memory by part, and say whether it fits.
+
+    Exit status 3: it does not; 2: it would not be trained.
+    """
     last_words("Nothing is written here.")
     run, architecture = read_planned(config, changes, sharded=True)
     device = find_device(assumed)
@@ -151,6 +154,8 @@ def print_estimate(
     duration = expected_duration(run, place, needs.tokens_per_second)
     odd = remarks(run, architecture)
     peer = compare_peer(AXOLOTL, run, place)
+    asked = (*precision_lines(run, device), *_attention_lines(run, architecture, device))
+    refused = [line for line in asked if line.mark == "✗"]
     if as_json:
         more = {
             "axolotl": asdict(peer),
@@ -169,14 +174,13 @@ def print_estimate(
             row_line(needs, uncounted),
             *duration_lines(duration),
             *faster_lines(faster),
-            *precision_lines(run, device),
-            *_attention_lines(run, architecture, device),
+            *asked,
             *(Line("!", "", sentence) for sentence in odd),
             *ladder_lines(needs, rungs),
             *(larger_card_lines(run, place) if rungs else ()),
         )
         print_lines(lines)
-    return DOES_NOT_FIT if needs.verdict == "does not fit" else 0
+    return WRONG_REQUEST if refused else DOES_NOT_FIT if needs.verdict == "does not fit" else 0
 
 
 def _check_rows(config: RunConfig) -> "Checkup":

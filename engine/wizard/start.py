@@ -229,14 +229,16 @@ def read_planned(
 ) -> tuple[RunConfig, Architecture]:
     """The config of a file with its changes, and the architecture of its model.
 
-    Raises UserError where either cannot be read, where a key would not be acted on and where the
-    model's tokenizer is none that rows can be rendered by; with `sharded` one for several GPUs
-    passes, which can be planned and not run.
+    Raises UserError where either cannot be read, where a key would not be acted on, where the
+    weights are quantized in a way that is not trained on and where the model's tokenizer is none
+    that rows can be rendered by; with `sharded` one for several GPUs passes, which can be planned
+    and not run.
     """
     given = read_config(file).override(changes)
     given.require_supported(sharded=sharded)
     config = with_absolute_paths(given.config, file.absolute().parent)
     architecture = read_architecture(config.base_model)
+    refuse_other_formats(architecture.folder or Path(config.base_model), architecture.config)
     check_tokenizer(tokenizer_name(config), file.absolute().parent)
     return config, architecture
 
@@ -258,7 +260,6 @@ def plan_run(
         require_torch(machine, device.uuid)
         return None
     refuse_bf16(config, device)
-    refuse_other_formats(architecture.folder or Path(config.base_model), architecture.config)
     statistics, _ = count_config_rows(config, architecture, file.absolute().parent)
     place = Place(architecture, device, statistics)
     needs = estimate(config, place)

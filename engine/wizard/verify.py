@@ -4,6 +4,10 @@ Three trainers, each a process of its own: one that is never stopped; one that s
 is killed as by a power cut; one that goes on from what the second left on the disk. The steps of
 the third have to be those of the first, bit for bit. Where a computer's own kernels add up in
 another order each time, the first two say how far two unbroken runs are apart.
+
+Where the config holds rows out, the last two evaluate on some, before the save and after the
+resume: they have to agree on those losses too, and neither they nor the saves may change a step.
+Where it warms up, the resume lies inside.
 """
 
 import math
@@ -12,58 +16,63 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
-from typing import Final
+from typing import Final, TypeAlias
 
 from engine.child import last_lines
-from engine.config import read_config, write_config
+from engine.config import RunConfig, read_config, write_config
 from engine.data.sources import with_absolute_paths
 from engine.errors import UserError, WorkError
-from engine.events import Ended, Phase, Recorded, Step
+from engine.events import Ended, Eval, Phase, Recorded, Step
 from engine.launch import launch
 from engine.plan import changed
 from engine.runs import Follower, RunFolder, follow, run_home
 
 STEPS: Final = 5
-SAVED: Final = 3
+SAVED: Final = 2
 """The step that is gone on from: the first one after it shows weights, random numbers and rows, the
-second what the optimizer keeps."""
+second what the optimizer keeps, the third what the evaluation between them left."""
+_HELD_OUT_ROWS: Final = 8
+"""Of the training rows, whatever sets the config names: those may take an hour."""
 _TOLERATED: Final = 2.0
 """Times the measured run-to-run difference: one pair of runs is no upper bound."""
 _AS_SHORT: Final[Mapping[str, object]] = {
     "max_steps": 100 * STEPS,  # none of the three comes to its end, where it would write a result
     **{"save_strategy": None, "saves_per_epoch": None, "save_steps": SAVED},
     **{"save_total_limit": STEPS, "load_best_model_at_end": None},
-    # Held out is nothing, and nothing is asked: neither changes what is learned.
-    **{"test_datasets": (), "val_set_size": 0.0, "sample_prompts": (), "eval_train_rows": 0},
-    **{"eval_strategy": None, "eval_steps": None, "evals_per_epoch": None},
-    **{"eval_table_size": 0, "eval_drift": False},
-    # A step that moves no weight would prove nothing.
-    **{"warmup_steps": 0, "warmup_ratio": None},
+    # Nothing is asked: that takes minutes.
+    **{"test_datasets": (), "sample_prompts": (), "eval_train_rows": 0, "evals_per_epoch": None},
+    **{"eval_table_size": 0, "eval_drift": False, "warmup_ratio": None},
     **{"auto_fit": False, "resume_from_checkpoint": False, "hub_model_id": None},
 }
 """What differs from the config that is proved."""
-_NEVER_SAVED: Final[Mapping[str, object]] = {"save_strategy": "no", "save_steps": None}
+_UNBROKEN: Final[Mapping[str, object]] = {
+    **{"save_strategy": "no", "save_steps": None},
+    **{"eval_strategy": "no", "eval_steps": None},
+}
+_Made: TypeAlias = Sequence[Step | Eval]
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
     """What the three trainers made."""
 
-    unbroken: tuple[Step, ...]
-    again: tuple[Step, ...]
-    """Unbroken, too; this one saved."""
-    resumed: tuple[Step, ...]
+    unbroken: _Made
+    """Steps alone."""
+    again: _Made
+    """Unbroken, too; this one saved and evaluated."""
+    resumed: _Made
     """From the step after `SAVED` on."""
 
     @property
     def difference(self) -> float:
         """The largest one of a loss or a gradient norm after the resume, relative; 0: all bits."""
-        return _difference(self.unbroken[SAVED:], self.resumed)
+        steps = _difference(_of_steps(self.unbroken, SAVED), _of_steps(self.resumed))
+        return max(steps, _difference(_of_evals(self.again, SAVED), _of_evals(self.resumed)))
 
     @property
     def usual_difference(self) -> float:
         """The same between the two that nobody stopped."""
-        return _difference(self.unbroken, self.again)
+        return _difference(_of_steps(self.unbroken), _of_steps(self.again))
 
     @property
     def holds(self) -> bool:
@@ -77,13 +86,16 @@ class Proof:
             "resumed_from": SAVED,
             "difference": self.difference,
             "usual_difference": self.usual_difference,
-            "losses": [[step.loss for step in each] for each in (self.unbroken, self.resumed)],
+            "losses": [_of_steps(each)[::2] for each in (self.unbroken, self.resumed)],
+            "evaluations": [_of_evals(self.again, SAVED), _of_evals(self.resumed)],
             "verdict": self.verdict(),
         }
 
     def verdict(self) -> str:
         """One sentence."""
-        after = f"steps {SAVED + 1} to {STEPS} after a kill and a resume from step-{SAVED}"
+        evaluated = ", an evaluation between them," if _of_evals(self.resumed) else ""
+        steps = f"steps {SAVED + 1} to {STEPS}{evaluated}"
+        after = f"{steps} after a kill and a resume from step-{SAVED}"
         if not self.difference:
             return f"✓ a stopped run goes on to the same losses: {after} are equal, bit for bit"
         far = f"differ by {self.difference:.1e} from an unbroken run's"
@@ -94,13 +106,18 @@ class Proof:
         return f"✗ a stopped run does not go on to the same losses: {after} {far}, while {usual}"
 
 
-def _difference(first: Sequence[Step], second: Sequence[Step]) -> float:
-    pairs = [
-        pair
-        for one, other in zip(first, second, strict=True)
-        for pair in ((one.loss, other.loss), (one.grad_norm, other.grad_norm))
-    ]
-    return max(_apart(*pair) for pair in pairs)
+def _of_steps(made: _Made, after: int = 0) -> list[float]:
+    """Loss and gradient norm of each step."""
+    steps = (each for each in made if isinstance(each, Step) and each.step > after)
+    return [figure for step in steps for figure in (step.loss, step.grad_norm)]
+
+
+def _of_evals(made: _Made, after: int = 0) -> list[float]:
+    return [each.loss for each in made if isinstance(each, Eval) and each.step > after]
+
+
+def _difference(first: Sequence[float], second: Sequence[float]) -> float:
+    return max((_apart(*pair) for pair in zip(first, second, strict=True)), default=0.0)
 
 
 def _apart(a: float, b: float) -> float:
@@ -133,11 +150,12 @@ def verify_resume(
     with scratch as place:
         unbroken, stopped = (RunFolder(Path(place).resolve() / name) for name in ("one", "two"))
 
-        def steps(run: RunFolder, what: str, checkpoint: str | None = None) -> tuple[Step, ...]:
+        def made(run: RunFolder, what: str, checkpoint: str | None = None) -> _Made:
             say(what)
             follower = Follower(run.events, from_end=True)
-            never = _NEVER_SAVED if run == unbroken else {}
-            short = changed(config, {**_AS_SHORT, **never, "output_dir": str(run.path)})
+            never = _UNBROKEN if run == unbroken else {}
+            as_short = {**_AS_SHORT, **_like(config), **never, "output_dir": str(run.path)}
+            short = changed(config, as_short)
             process = launch(
                 run,
                 detach=False,
@@ -147,24 +165,36 @@ def verify_resume(
                 module=module,
             )
             try:
-                return tuple(_steps(run, process, follower, show))
+                return tuple(_follow(run, process, follower, show))
             finally:
                 process.kill()  # what a crash does; only the folder is left
                 process.wait()
 
         return Proof(
-            steps(unbroken, f"1 of 3: {STEPS} steps that nothing stops"),
-            steps(stopped, f"2 of 3: the same, saved at step {SAVED} and killed"),
-            steps(stopped, f"3 of 3: on from step {SAVED}", f"step-{SAVED}"),
+            made(unbroken, f"1 of 3: {STEPS} steps that nothing stops"),
+            made(stopped, f"2 of 3: the same, saved at step {SAVED} and killed"),
+            made(stopped, f"3 of 3: on from step {SAVED}", f"step-{SAVED}"),
         )
 
 
-def _steps(
+def _like(config: RunConfig) -> dict[str, object]:
+    """What depends on the config that is proved: whether it warms up and evaluates."""
+    warms_up = bool(config.warmup_steps or config.warmup_ratio)
+    evaluates = bool(config.test_datasets or config.val_set_size)
+    return {
+        "warmup_steps": SAVED + 1 if warms_up else 0,
+        "val_set_size": _HELD_OUT_ROWS if evaluates else 0.0,
+        "eval_strategy": "steps" if evaluates else None,
+        "eval_steps": SAVED if evaluates else None,
+    }
+
+
+def _follow(
     run: RunFolder,
     process: "Popen[bytes]",
     follower: Follower,
     show: Callable[[Recorded], object],
-) -> Iterator[Step]:
+) -> Iterator[Step | Eval]:
     """What a trainer makes, up to step `STEPS`."""
     for recorded in follow(run, lambda: process.poll() is not None, follower=follower):
         event = recorded.event
@@ -172,9 +202,9 @@ def _steps(
             show(recorded)
         elif isinstance(event, Ended):
             raise UserError(event.what, event.why, event.fix, exit_status=1)
-        elif isinstance(event, Step):
+        elif isinstance(event, Step | Eval):
             yield event
-            if event.step == STEPS:
+            if isinstance(event, Step) and event.step == STEPS:
                 return
     with run.log.open("rb") as log:
         said = " / ".join(last_lines(log)) or "nothing"

@@ -440,7 +440,8 @@ class TestPrecision:
                 assert (why in out) == said, out
 
     def test_bfloat16_is_not_emulated_there(self, call: Call, nvml: FakeDriver, home: Path) -> None:
-        _, out, _ = call("estimate", "large.yml", "bf16=true", "--assume", "T4")
+        code, out, _ = call("estimate", "large.yml", "bf16=true", "--assume", "T4")
+        assert code == 2
         assert "✗ bf16: It has compute capability 7.5" in out
         nvml.set("gpu name=Tesla_T4 uuid=GPU-t4 total=16106127360 cc=7.5")
         code, _, err = call("train", "large.yml", "bf16=true")

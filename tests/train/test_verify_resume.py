@@ -13,9 +13,14 @@ from tests.support.trainers import LORA, QLORA, Workshop
 
 pytestmark = pytest.mark.slow
 KEYS = LORA
+HELD_OUT = {"val_set_size": 0.1, "warmup_ratio": 0.1}
 
 
-@pytest.mark.parametrize("keys", [LORA, QLORA, {"adapter": None}], ids=["lora", "qlora", "full"])
+@pytest.mark.parametrize(
+    "keys",
+    [LORA, LORA | HELD_OUT, QLORA | HELD_OUT, {"adapter": None} | HELD_OUT],
+    ids=["plain", "lora", "qlora", "full"],
+)
 def test_each_method_goes_on_bit_for_bit(
     workshop: Workshop,
     capfd: pytest.CaptureFixture[str],
@@ -30,7 +35,10 @@ def test_each_method_goes_on_bit_for_bit(
     assert (found["same"], found["difference"], found["usual_difference"]) == (True, 0.0, 0.0)
     unbroken, resumed = found["losses"]
     assert len(set(unbroken)) == 5
-    assert resumed == unbroken[3:]
+    assert resumed == unbroken[2:]
+    again, evaluated = found["evaluations"]
+    assert again == evaluated
+    assert len(evaluated) == ("val_set_size" in keys)
     assert not [*tmp_path.iterdir(), *list_runs()]
 
 
@@ -39,7 +47,7 @@ def test_what_a_resume_forgets_is_found(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, forgotten: str
 ) -> None:
     monkeypatch.setenv("FORGETS", forgotten)
-    proof = prove(workshop.new(**LORA).config)
+    proof = prove(workshop.new(**LORA, **HELD_OUT).config)
     assert not proof.holds
     assert proof.verdict().startswith("✗ a stopped run does not go on to the same losses")
 

@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from engine.errors import UserError, WorkError
-from engine.events import Recorded, Step
+from engine.events import Eval, Recorded, Step
 from engine.wizard.verify import SAVED, STEPS, Proof, verify_resume
 from tests.fakes.engine import step_event
 from tests.fakes.processes import processes_of, wait_until
@@ -49,6 +49,15 @@ def test_a_number_that_is_none_equals_only_another_one(place: int) -> None:
     assert not Proof(MADE, MADE, lost).holds
     unmeasured = tuple(replace(step, grad_norm=math.nan) for step in MADE)
     assert Proof(unmeasured, unmeasured, unmeasured[SAVED:]).difference == 0
+
+
+@pytest.mark.parametrize(("loss", "holds"), [(1.5, True), (1.5000001, False)])
+def test_an_evaluation_after_the_resume_counts(loss: float, holds: bool) -> None:
+    again = (Eval(0, 3.0), *MADE[:2], Eval(2, 2.0), *MADE[2:4], Eval(4, 1.5), *MADE[4:])
+    proof = Proof(MADE, again, (*MADE[2:4], Eval(4, loss), *MADE[4:]))
+    assert proof.holds == holds
+    assert "steps 3 to 5, an evaluation between them, after a kill" in proof.verdict()
+    assert proof.document()["evaluations"] == [[1.5], [loss]]
 
 
 @pytest.fixture
@@ -100,7 +109,7 @@ def test_three_trainers_are_compared(
     monkeypatch.setenv("FAKE_FORGETS", forgets)
     proof = verify()
     assert proof.unbroken == proof.again == MADE
-    assert [step.step for step in proof.resumed] == [4, 5]
+    assert [step.step for step in proof.resumed] == [3, 4, 5]
     assert proof.holds == (forgets == "0")
 
 
