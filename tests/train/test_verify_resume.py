@@ -13,7 +13,7 @@ from tests.support.trainers import LORA, QLORA, Workshop
 
 pytestmark = pytest.mark.slow
 KEYS = LORA
-HELD_OUT = {"val_set_size": 0.1, "warmup_ratio": 0.1}
+HELD_OUT = {"val_set_size": 0.1, "warmup_steps": 30}
 
 
 @pytest.mark.parametrize(
