@@ -341,8 +341,7 @@ class Checkpoints:
         config = self._config.model_dump(mode="json", exclude_none=True)
         name, values = written[0][1]
         write_state(partial, position, (name, values), config, digests)
-        for path in (*partial.iterdir(), partial):
-            sync(path)
+        sync_all(partial)
         target = partial.with_suffix("")
         replaced = target.with_name(target.name + ".old")
         if target.exists():

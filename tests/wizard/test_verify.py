@@ -53,8 +53,10 @@ def test_a_number_that_is_none_equals_only_another_one(place: int) -> None:
 
 @pytest.mark.parametrize(("loss", "holds"), [(1.5, True), (1.5000001, False)])
 def test_an_evaluation_after_the_resume_counts(loss: float, holds: bool) -> None:
-    again = (Eval(0, 3.0), *MADE[:2], Eval(2, 2.0), *MADE[2:4], Eval(4, 1.5), *MADE[4:])
-    proof = Proof(MADE, again, (*MADE[2:4], Eval(4, loss), *MADE[4:]))
+    again: list[Step | Eval] = [Eval(0, 3.0), *MADE[:2], Eval(2, 2.0)]
+    again += [*MADE[2:4], Eval(4, 1.5), *MADE[4:]]
+    resumed: list[Step | Eval] = [*MADE[2:4], Eval(4, loss), *MADE[4:]]
+    proof = Proof(MADE, again, resumed)
     assert proof.holds == holds
     assert "steps 3 to 5, an evaluation between them, after a kill" in proof.verdict()
     assert proof.document()["evaluations"] == [[1.5], [loss]]
