@@ -1,5 +1,7 @@
 """Ranks that save together, and what is in their checkpoints whoever wrote them."""
 
+import os
+import signal
 import zlib
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,11 @@ class Saver:
     """A model that learns from gradients which depend on a parameter's name and the step alone, so
     that any number of ranks learns the same."""
 
-    def __init__(self, ranks: Ranks, home: str, base: str, keys: dict[str, Any]) -> None:
+    def __init__(
+        self, ranks: Ranks, home: str, base: str, keys: dict[str, Any], shards: int = 0
+    ) -> None:
+        if shards:
+            ranks = ranks.laid_out(shards, ranks.world_size // shards)
         self.ranks, self.home, self.base = ranks, Path(home), Path(base)
         self.config: RunConfig = settings(base, **keys)
         self.model: Model = load_divided(self.base, self.config, ranks)[1]
@@ -68,11 +74,9 @@ class Saver:
         export_trained(self.model, self.home, self.base, self.config, self.ranks)
 
 
-def learn(
-    ranks: Ranks, home: str, base: str, keys: dict[str, Any], until: list[int], begin: bool = False
-) -> None:
+def learn(ranks: Ranks, home: str, until: list[int], begin: bool = False, **run: Any) -> None:
     """Go on with the run of `home`, or `begin` and finish one, and save at each of these steps."""
-    saver = Saver(ranks, home, base, keys)
+    saver = Saver(ranks, home, **run)
     if not begin:
         saver.resume()
     for step in until:
@@ -92,6 +96,36 @@ def no_room(ranks: Ranks, home: str, base: str, keys: dict[str, Any]) -> str:
     except WorkError as error:
         return error.why
     return "saved"
+
+
+def refusal(ranks: Ranks, home: str, base: str, keys: dict[str, Any], name: str) -> list[str]:
+    """What a rank says of a checkpoint that it cannot go on from."""
+    try:
+        Saver(ranks, home, base, keys).resume(name)
+    except WorkError as error:
+        return [error.what, error.why, error.fix]
+    return []
+
+
+def save_and_die(
+    ranks: Ranks, home: str, base: str, keys: dict[str, Any], rank: int, writes: int
+) -> None:
+    """Save at step 1, and again at step 2: there `rank` is killed before it syncs a file, when it
+    has done so many already."""
+    saver = Saver(ranks, home, base, keys)
+    saver.learn(1)
+    sync, left = os.fsync, writes
+
+    def last(fd: Any) -> None:
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        sync(fd)
+
+    if ranks.rank == rank:
+        os.fsync = last
+    saver.learn(2)
 
 
 def cut_blocks(ranks: Ranks, home: str) -> None:

@@ -17,7 +17,7 @@ from engine.train.optim import build_optimizer
 from engine.train.ranks import LONE
 from engine.train.seal import Damaged, read_checkpoint
 from tests.support.rank_group import RankGroup
-from tests.support.rank_saves import Saver, content, losses
+from tests.support.rank_saves import Saver, content, learn, losses
 from tests.support.tiny import Models, assert_same, flip, settings
 
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 64, "learning_rate": 0.01}
@@ -126,6 +126,62 @@ def test_a_flipped_bit_in_any_file_is_noticed(
             read_checkpoint(folder)
         path.write_bytes(whole)
     read_checkpoint(folder)
+
+
+def test_all_ranks_say_what_is_damaged(
+    saved: tuple[Path, dict[str, Any]], two_ranks: RankGroup, tmp_path: Path
+) -> None:
+    home, keys = saved
+    began(home, tmp_path)
+    flip(sorted((tmp_path / "checkpoints" / "step-2").glob("optimizer-*"))[1])
+    said = two_ranks.run("rank_saves:refusal", home=str(tmp_path), name="step-2", **keys)
+    assert said[0] == said[1]
+    assert "optimizer-00002-of-00002.safetensors is not as it was saved" in said[0][1]
+
+
+@pytest.mark.slow  # starts the ranks anew for each
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("writes", [0, 1, 2, 3, 6])
+def test_a_rank_that_is_killed_inside_a_save_leaves_the_one_before(
+    model_folder: Models, tmp_path: Path, rank: int, writes: int
+) -> None:
+    group = RankGroup(2)
+    keys: dict[str, Any] = {"base": str(model_folder("ministral3")), "keys": CASES["full"]}
+    if rank == 1 and writes > 2:
+        pytest.skip("it writes three files")
+    with pytest.raises(AssertionError, match=r"is gone|Connection closed|reset"):
+        group.run("rank_saves:save_and_die", home=str(tmp_path), rank=rank, writes=writes, **keys)
+    saver = Saver(LONE, str(tmp_path), **keys)
+    saver.resume()
+    assert saver.step == 1
+
+
+def assert_copies_save_once(group: RankGroup, base: Path, home: Path, shards: int) -> None:
+    """Ranks of other copies write their random generators alone."""
+    keys: dict[str, Any] = {"base": str(base), "keys": CASES["lora"], "until": [2], "begin": True}
+    group.run("rank_saves:learn", home=str(home / "many"), shards=shards, **keys)
+    learn(LONE, str(home / "one"), **keys)
+    assert_same(at(home / "many", 2), at(home / "one", 2), rtol=1e-5, atol=1e-6)
+    found = [path.name.partition(".")[0] for path in (home / "many/checkpoints/step-2").iterdir()]
+    assert sum(name.startswith("optimizer") for name in found) == shards
+    assert sum(name.startswith("random") for name in found) == group.count
+    name = "adapter/adapter_model.safetensors"
+    assert (home / "many" / name).stat().st_size == (home / "one" / name).stat().st_size
+    keys |= {"until": [3], "begin": False}
+    group.run("rank_saves:learn", home=str(home / "many"), shards=shards, **keys)
+    learn(LONE, str(home / "one"), **keys)
+    assert_same(at(home / "many", 3), at(home / "one", 3), rtol=1e-5, atol=1e-6)
+
+
+def test_two_copies_save_once(two_ranks: RankGroup, model_folder: Models, tmp_path: Path) -> None:
+    assert_copies_save_once(two_ranks, model_folder("ministral3"), tmp_path, 1)
+
+
+@pytest.mark.slow  # starts four ranks
+def test_two_copies_of_two_ranks_save_once(
+    four_ranks: RankGroup, model_folder: Models, tmp_path: Path
+) -> None:
+    assert_copies_save_once(four_ranks, model_folder("ministral3"), tmp_path, 2)
 
 
 def test_no_room_on_one_rank_is_said_by_all_and_leaves_what_was_there(
