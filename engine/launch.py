@@ -47,6 +47,26 @@ class Nodes:
 ALONE: Final = Nodes()
 
 
+def find_nodes(count: int, rendezvous: str, *, verify: bool = False) -> Nodes:
+    """The computers that are asked for in words. Raises UserError where they could not meet."""
+    if count == 1 and not rendezvous:
+        return ALONE
+    fix = "Write --nodes 2 --rendezvous HOST:29500, with the name of the first, on each of them."
+    if count < 2:
+        raise UserError(f"--nodes is {count}.", "A rendezvous is of two computers or more.", fix)
+    host, _, port = rendezvous.rpartition(":")
+    if not host or not port.isdecimal():
+        shown = visible(rendezvous, one_line=True) or "empty"
+        raise UserError(f"--rendezvous is {shown}.", "Computers meet at a host and a port.", fix)
+    if verify:
+        raise UserError(
+            f"--verify-resume is for one computer, and --nodes is {count}.",
+            "It starts, kills and resumes a run where it is.",
+            "Leave --nodes out, with a dp_shard_size that one computer has.",
+        )
+    return Nodes(count, rendezvous)
+
+
 @dataclass(frozen=True, slots=True)
 class Resumed:
     """What it took to go on: exactly one of the two is set."""

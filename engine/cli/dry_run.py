@@ -14,6 +14,7 @@ from engine.errors import DOES_NOT_FIT, UserError
 from engine.hardware import assume
 from engine.launch import require_torch
 from engine.plan import Estimate, Place, best_device, estimate, remarks
+from engine.plan.crew import crew_of
 from engine.plan.layout import layout_of
 from engine.plan.memory import cards_needed
 from engine.plan.trainer import refuse_bf16, refuse_unread
@@ -74,9 +75,14 @@ def try_dry(file: Path, changes: Sequence[str]) -> DryRun:
         status = DOES_NOT_FIT if needs.verdict == "does not fit" else 0
         return DryRun((f"{sentence}.", str(plan_verdict(needs, card)), *lines), status, left)
     fewest = cards_needed(config, place)
-    meant = f"on {laid_out} GPUs" if laid_out else "on several GPUs"
+    meant = f"on {laid_out} GPUs" if laid_out else "on all GPUs"
     least = f"{fewest} of {card.name} are the fewest" if fewest else f"{card.name} is too small"
-    return DryRun((f"{sentence}, {meant}; this version runs one.", f"{least}.", *lines), 0, left)
+    lines = (f"{sentence}, {meant}.", f"{least}.", *lines)
+    try:
+        crew_of(config, machine)
+    except UserError as error:
+        return DryRun((*lines, f"✗ {error}"), error.exit_status, left)
+    return DryRun(lines, 0, left)
 
 
 def _sentence(config: RunConfig, needs: Estimate, found: "Checkup") -> str:

@@ -34,7 +34,7 @@ from engine.cli.terminal import (
 from engine.errors import UserError, WorkError
 from engine.events import Ack, Ended
 from engine.interrupt import INTERRUPTED, last_words
-from engine.launch import forwarded_signals, launch, resume_run
+from engine.launch import ALONE, Nodes, find_nodes, forwarded_signals, launch, resume_run
 from engine.report.run import progress_text, read_results, state_lines
 from engine.runs import (
     Follower,
@@ -51,7 +51,7 @@ from engine.runs import (
 )
 from engine.runs.listing import AT_ONCE, summaries
 from engine.visible import visible
-from engine.wizard.start import Created, create, plan_run
+from engine.wizard.start import Created, create, plan_run, spread
 
 _ANSWER_SECONDS: Final = 60.0
 _SAVING_SECONDS: Final = 600.0
@@ -74,6 +74,12 @@ def train(
             help="Prove here, in a few steps, that a stopped run goes on to the same losses.",
         ),
     ] = False,
+    nodes: Annotated[
+        int, Parameter(help="Computers of the run: the same command is started on each.")
+    ] = 1,
+    rendezvous: Annotated[
+        str, Parameter(help="Where they find each other: HOST:PORT of one of them.")
+    ] = "",
     as_json: AsJson = False,
     as_events: AsEvents = False,
     home: RunsFolder = None,
@@ -91,13 +97,15 @@ def train(
         return tried.exit_status if not anyway else 0
     if max_steps is not None:
         changes = (*changes, f"max_steps={max_steps}")
-    plan = plan_run(config, changes, anyway=anyway)
+    computers = find_nodes(nodes, rendezvous, verify=verify)
+    changes = spread(config, changes, nodes)
+    plan = plan_run(config, changes, anyway=anyway, nodes=nodes)
     if verify:
         return _verify(config, changes, plan, home, host, as_json)
     created = create(config, changes, home)
     run = created.run
     watch = None if detach else EventLines() if as_events else host.make_watch()
-    status = start(created, watch, host, plan)
+    status = start(created, watch, host, plan, computers)
     if as_json:
         print(json.dumps({"run": str(run.path)}))
     elif not as_events:
@@ -127,7 +135,11 @@ def _verify(
 
 
 def start(
-    created: Created, watch: Watch | None, host: Host, plan: Mapping[str, object] | None = None
+    created: Created,
+    watch: Watch | None,
+    host: Host,
+    plan: Mapping[str, object] | None = None,
+    nodes: Nodes = ALONE,
 ) -> int:
     """Launch a created run, detached where nobody watches; returns the exit status."""
     follower = Follower(created.run.events, from_end=True)
@@ -139,6 +151,7 @@ def start(
         resume=created.resume,
         checkpoint=created.checkpoint,
         module=host.trainer,
+        nodes=nodes,
     )
     last_words("")
     return watch_to_end(created.run, process, follower, watch) if watch else 0

@@ -11,7 +11,7 @@ from engine.config import RunConfig
 from engine.errors import WorkError
 from engine.hardware import attention_backends, read_machine
 from engine.hardware.packages import installed
-from engine.launch import planned_device, without_its_card
+from engine.launch import planned_cards, planned_device, without_its_card
 from engine.plan import Device, best_device, cpu_device, device_document
 from engine.plan.trainer import PROCESS_BYTES, computes_in_bf16, refuse_bf16
 from engine.runs import RunFolder
@@ -63,7 +63,8 @@ def require_planned_device(run: RunFolder, here: Device) -> str | None:
     if device.type != "cuda":
         raise without_its_card(asked_for, f"The installed torch {torch.__version__} sees none.")
     own, uuid = name_of(device), str(planned.get("uuid"))
-    if not uuid.startswith("GPU-") or uuid == own:  # torch names a MIG slice in another way
+    # A rank has a card of its own; torch names a MIG slice in another way.
+    if not uuid.startswith("GPU-") or own in planned_cards(run):
         return None
     name = visible(torch.cuda.get_device_name(device), one_line=True)
     asked = visible(uuid, one_line=True)

@@ -3,7 +3,7 @@
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +32,8 @@ from engine.plan import (
     make_fit,
     plan_document,
 )
+from engine.plan.crew import crew_of
+from engine.plan.device import devices_document
 from engine.plan.measured import Measurement, store
 from engine.plan.remarks import refuse_busy_memory
 from engine.plan.trainer import refuse_bf16, refuse_other_formats
@@ -180,10 +182,12 @@ def _require_new(config: RunConfig) -> None:
         )
 
 
-def _too_large(needs: Estimate, device: Device, fix: str) -> UserError:
+def _too_large(needs: Estimate, device: Device, fix: str, ranks: int = 1) -> UserError:
+    """`ranks`: those that share the device's memory."""
     name = visible(device.name, one_line=True)
+    each = f"{ranks} ranks of " if ranks > 1 else ""
     return UserError(
-        f"It does not fit: {gib(needs.device_bytes)} are needed.",
+        f"It does not fit: {each}{gib(needs.device_bytes)} are needed.",
         f"{name} can give {gib(needs.can_give_bytes)} of {gib(device.total_bytes)}.",
         fix,
         exit_status=DOES_NOT_FIT,
@@ -243,17 +247,42 @@ def read_planned(
     return config, architecture
 
 
+def spread(file: Path, changes: tuple[str, ...], nodes: int = 1) -> tuple[str, ...]:
+    """`changes` with the size that a config without any has here, as Axolotl reads it: a copy of
+    the model on each card that is free, so that its run goes on with as many elsewhere.
+
+    A run that goes on keeps what it began with.
+    """
+    config = read_config(file).override(changes).config
+    sizes = ("fsdp_config", "dp_shard_size", "dp_replicate_size", "tensor_parallel_size")
+    if any(getattr(config, key) is not None for key in sizes):
+        return changes
+    copies = find_device(None).count * nodes
+    if config.resume_from_checkpoint and config.output_dir:
+        begun = RunFolder(file.absolute().parent / config.output_dir).config
+        copies = (read_config(begun).config.dp_replicate_size if begun.exists() else None) or 1
+    return (*changes, f"dp_replicate_size={copies}") if copies > 1 else changes
+
+
 def plan_run(
-    file: Path, changes: tuple[str, ...], *, anyway: bool = False
+    file: Path, changes: tuple[str, ...], *, anyway: bool = False, nodes: int = 1
 ) -> dict[str, object] | None:
-    """The plan of a config's run on this machine, for its folder.
+    """The plan of a config's run on this machine, one of `nodes` alike, for its folder.
 
     None where the model's shape is not known before it is fetched. Raises UserError where the
-    installed torch cannot use the card that the plan is for, and with exit status 3 where the run
-    does not fit, unless `anyway`.
+    installed torch cannot use the card that the plan is for, and with exit status 3 where this
+    computer cannot start the config's ranks, and where the run does not fit, unless `anyway`.
     """
     machine = find_machine(None)
-    device = best_device(machine)
+    device = replace(best_device(machine), nodes=nodes)
+    asked = read_config(file).override(changes).config
+    crew = crew_of(asked, machine, nodes)
+    if nodes > 1 and asked.output_dir is None:
+        raise UserError(
+            "The computers need one folder for the run.",
+            "Without output_dir each of them would make one of its own.",
+            "Set output_dir to a folder on a disk that all of them see.",
+        )
     try:
         config, architecture = read_planned(file, changes)
     except UnknownModel:
@@ -266,9 +295,14 @@ def plan_run(
     if not anyway:
         if needs.verdict == "does not fit":
             raise _too_large(needs, device, _what_fits(config, place))
+        if device.kind == "cpu" and crew.count * needs.device_bytes > device.can_give_bytes:
+            raise _too_large(needs, device, _ANYWAY, crew.count)
         refuse_busy_memory(needs.host_bytes, "--anyway starts it all the same")
     require_torch(machine, device.uuid)
-    return plan_document(needs, device)
+    return plan_document(needs, device) | devices_document(device, crew.count * nodes)
+
+
+_ANYWAY = "Write a smaller dp_shard_size or dp_replicate_size; --anyway starts it all the same."
 
 
 def _what_fits(config: RunConfig, place: Place) -> str:

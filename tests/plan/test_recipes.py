@@ -261,5 +261,5 @@ def dry_run(path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert said.startswith("Dry run, nothing was loaded: it would train ")
     assert "on 1 row" in said
     laid_out = cards_laid_out(read_config(path).config)
-    assert (f"on {laid_out} GPUs; this version runs one" in said) == (laid_out != 1)
+    assert (f"on {laid_out} GPUs." in said) == (laid_out != 1)
     assert not (folder / "home").exists(), "a dry run makes no run folder"

@@ -1,19 +1,23 @@
 """A run of several processes, real ones that nap: one lock, one end, and nobody left behind."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.events import Ended, Note, Started
+from engine.events import Ended, Note, Saved, Started
 from engine.launch import Nodes, launch, resume_run
 from engine.runs import Follower, RunFolder, ask, is_locked, status, summarize
+from engine.runs.folder import list_checkpoints
 from tests.fakes.processes import fake_environment, processes_of, wait_until
+from tests.support.trainers import LORA, Workshop, figures
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -137,3 +141,54 @@ def test_two_computers_are_one_run(run: RunFolder) -> None:
     (ended,) = events_of(run, Ended)
     assert ended.what.startswith("Rank 1 of 2 was ended by SIGKILL"), "told by the other computer"
     assert not processes_of(run.path)
+
+
+class TestRealRanks:
+    """The same with the trainer itself, on a tiny model."""
+
+    @pytest.mark.slow
+    def test_a_signal_saves_at_one_step_and_the_run_goes_on(self, workshop: Workshop) -> None:
+        run = workshop.new(**LORA, dp_shard_size=2)
+        supervisor = launch(run, detach=True)
+        wait_until(lambda: summarize(run).step >= 4)
+        supervisor.send_signal(signal.SIGTERM)
+        assert supervisor.wait(60) == 0
+        assert status(run) == "stopped"
+        assert (run.checkpoints / "LATEST").read_text() == f"step-{summarize(run).step}"
+        assert not processes_of(run.path)
+        resumed = resume_run(run)
+        assert resumed.process is not None
+        assert resumed.process.wait(120) == 0
+        whole = workshop.new(**LORA, dp_shard_size=2)
+        assert launch(whole, detach=True).wait(120) == 0
+        assert figures(run) == figures(whole)
+
+    @pytest.mark.slow
+    def test_twenty_kills_lose_nothing_that_was_saved(self, workshop: Workshop) -> None:
+        keys = LORA | {"dp_shard_size": 2, "max_steps": 60, "save_steps": 2}
+        run, chance = workshop.new(**keys), random.Random(7)
+        supervisor, saved = launch(run, detach=True), 0
+        for _ in range(20):
+            begun = summarize(run).step
+            wait_until(lambda before=begun: summarize(run).step > before, 120)
+            time.sleep(chance.random())
+            victim = chance.choice([0, 1, None])
+            if supervisor.poll() is None and is_locked(run):
+                found = supervisor.pid if victim is None else rank_process(run, victim)
+                os.kill(found, signal.SIGKILL)
+            supervisor.wait(60)
+            wait_until(lambda: not processes_of(run.path), 10)
+            if status(run) == "finished":
+                break
+            assert status(run) == ("lost" if victim is None else "failed")
+            latest = max([0, *(each.step for each in events_of(run, Saved))])
+            assert latest >= saved, "what was acknowledged is there"
+            assert not latest or f"step-{latest}" in list_checkpoints(run.checkpoints)
+            saved = latest
+            resumed = resume_run(run)
+            assert resumed.process is not None
+            supervisor = resumed.process
+        assert supervisor.wait(300) == 0
+        whole = workshop.new(**keys)
+        assert launch(whole, detach=True).wait(300) == 0
+        assert figures(run) == figures(whole)
