@@ -44,6 +44,11 @@ def start_steps(run: RunFolder, **given: Any) -> "subprocess.Popen[bytes]":
     return process
 
 
+def wait_for_steps(run: RunFolder) -> None:
+    before = summarize(run).step
+    wait_until(lambda: summarize(run).step > before, 120)
+
+
 def rank_process(run: RunFolder, rank: int) -> int:
     for process in processes_of(run.path):
         environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
@@ -169,8 +174,7 @@ class TestRealRanks:
         run, chance = workshop.new(**keys), random.Random(7)
         supervisor, saved = launch(run, detach=True), 0
         for _ in range(20):
-            begun = summarize(run).step
-            wait_until(lambda before=begun: summarize(run).step > before, 120)
+            wait_for_steps(run)
             time.sleep(chance.random())
             victim = chance.choice([0, 1, None])
             if supervisor.poll() is None and is_locked(run):
