@@ -27,6 +27,7 @@ TARGETS = "tests/plan/test_targets.py"
 LORA = "tests/train/test_lora.py"
 MODEL = "tests/train/test_model.py"
 ATTENTION = "tests/train/test_attention.py"
+RANKS = "tests/train/test_ranks.py"
 LOSS = "tests/train/test_loss.py"
 VISION = "tests/train/test_vision.py"
 ARCHITECTURE = "tests/catalog/test_architecture.py"
@@ -469,6 +470,54 @@ GUARDS = {
         "product(logits.scatter_(1, target, of_target).to(head.dtype), head)\n"
         "        grad.copy_(moved.div_(sums))",
         f"{LOSS}::TestAtTheRealVocabulary::test_bfloat16_on_a_card",
+    ),
+    "gradients of ranks are added up, not averaged": Guard(
+        "engine/train/shard.py",
+        "        unit.set_gradient_divide_factor(1.0)  # of this unit alone, whatever is inside\n",
+        "",
+        f"{RANKS}::test_two_ranks_learn_what_one_learns[full]",
+    ),
+    "an image that only takes part changes nothing": Guard(
+        "engine/train/forward.py",
+        "nothing = nothing + 0.0 * seen",
+        "nothing = nothing + seen",
+        f"{RANKS}::test_two_ranks_learn_what_one_learns[tower and projector]",
+    ),
+    "every rank computes as often": Guard(
+        "engine/train/batches.py",
+        "in itertools.zip_longest(free, members):",
+        "in zip(free, members, strict=False):",
+        "tests/train/test_batches.py::TestRanks",
+    ),
+    "every rank calls the vision tower as often": Guard(
+        "engine/train/batches.py",
+        "for number in (each[turn] for each in self._all):",
+        "for number in (self._own[turn],):",
+        "tests/train/test_batches.py::TestRanks",
+    ),
+    "copies round at random by the same numbers": Guard(
+        "engine/train/shard.py",
+        "    if ranks.replicas == 1:\n        yield",
+        "    if True:\n        yield",
+        f"{RANKS}::test_copies_stay_one_model_where_weights_are_rounded_at_random",
+    ),
+    "a norm counts every rank's rows": Guard(
+        "engine/train/loop.py",
+        "    if ranks.shards > 1:\n        norm",
+        "    if False:\n        norm",
+        f"{RANKS}::test_two_ranks_learn_what_one_learns[full]",
+    ),
+    "gradients are added up once a step": Guard(
+        "engine/train/loop.py",
+        "last=not defer or turn == len(batch.micros)",
+        "last=True",
+        f"{RANKS}::test_gradients_are_added_up_once_a_step",
+    ),
+    "a head that was used is divided again": Guard(
+        "engine/train/evaluate.py",
+        "        put_head_away(model)\n",
+        "",
+        "tests/train/test_rank_runs.py::test_steps_and_evaluations_are_those_of_one",
     ),
     "a resumed run keeps the chunks of its loss": Guard(
         "engine/train/loop.py",

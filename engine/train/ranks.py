@@ -72,7 +72,7 @@ class Ranks:
     @property
     def is_alone(self) -> bool:
         """Whether there is nobody to wait for."""
-        return self.mesh is None
+        return self.world_size == 1
 
     @property
     def shard(self) -> int:

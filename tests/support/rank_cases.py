@@ -2,6 +2,7 @@
 
 import os
 import signal
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -17,11 +18,11 @@ from engine.runs.control import post
 from engine.train import run as run_module
 from engine.train.batches import Rows
 from engine.train.loop import Session, Training
-from engine.train.ranks import LONE, Ranks
+from engine.train.ranks import LONE, Ranks, seed_apart
 from engine.train.shard import local_bytes
 from engine.train.slice_load import load_divided
 from tests.support.pictured_rows import MIXED, write_pictured
-from tests.support.tiny import UNEVEN, open_session, settings, wake_adapter, write_rows
+from tests.support.tiny import UNEVEN, bytes_of, open_session, settings, wake_adapter, write_rows
 
 ROWS: dict[str, Callable[[Path], Rows]] = {
     "uneven": lambda folder: write_rows(folder, UNEVEN),
@@ -76,6 +77,7 @@ def started(
     own = Path(home) / f"{ranks.rank} of {ranks.world_size}"
     base, model = load_divided(base_folder, config, ranks)
     wake_adapter(model)
+    seed_apart(config.seed, ranks)
     session = Listening(open_session(own, ranks))
     session.base_folder = base_folder
     model.train()
@@ -111,6 +113,7 @@ def figures(run: Training, steps: int) -> dict[str, Any]:
         "slowest": [event.slowest_rank for event in taken],
         "imbalance": [event.imbalance for event in taken],
         "rows": rows,
+        "trained": sum(zlib.crc32(bytes_of(p.detach())) for p in run.parameters),
     }
 
 

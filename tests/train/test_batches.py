@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from engine.catalog import read_architecture
 from engine.chat.images import ImageSpec, pixels
 from engine.chat.render import WITHHELD, Kind, LabelRule
+from engine.config import RunConfig
 from engine.data.prepared import StoredImage
 from engine.errors import UserError
 from engine.plan.trainer import refuse_unread
@@ -23,11 +24,14 @@ from engine.train.batches import (
     ImagePixels,
     Order,
     Rows,
+    StepBatch,
     collate,
+    deal,
     evaluation_micros,
     join,
     pad,
 )
+from engine.train.ranks import Ranks
 from tests.support.pictured_rows import SPEC, Pictured, picture, seeing, stored, write_pictured
 from tests.support.tiny import (
     MINISTRAL3,
@@ -260,7 +264,76 @@ def test_any_cut_loses_no_token(
         assert all(len(m.tensors["input_ids"]) <= micro for m in batch.micros)
 
 
+def of_ranks(rows: Rows, config: RunConfig, count: int, number: int) -> list[StepBatch]:
+    """One optimizer step as each of `count` ranks has it."""
+    ranks = [Ranks(rank, count) for rank in range(count)]
+    return [Order(rows, config, each).step(number) for each in ranks]
+
+
+class TestRanks:
+    @given(st.lists(st.floats(1, 1e6), min_size=1, max_size=40), st.integers(1, 9))
+    def test_each_batch_is_one_ranks_and_all_take_as_many_rounds(
+        self, costs: list[float], count: int
+    ) -> None:
+        dealt, waiting = deal(costs, count)
+        assert {len(own) for own in dealt} == {-(-len(costs) // count)}
+        given = [number for own in dealt for number in own if number is not None]
+        assert sorted(given) == list(range(len(costs)))
+        assert 0.0 <= waiting < 1.0
+
+    def test_the_most_alike_share_a_round(self) -> None:
+        assert deal([1.0, 9.0, 2.0, 8.0], 2) == ([[1, 0], [3, 2]], 1 - 20 / 22)
+        assert deal([5.0, 1.0, 4.0], 1) == ([[0, 1, 2]], 0.0)
+        assert deal([5.0, 1.0, 4.0], 2)[0] == [[0, None], [2, 1]]
+
+    @pytest.mark.parametrize("packs", [False, True])
+    def test_configs_of_equal_product_learn_the_same_rows_in_a_step(
+        self, many: Rows, packs: bool
+    ) -> None:
+        def config(accumulated: int) -> RunConfig:
+            return settings(sample_packing=packs, gradient_accumulation_steps=accumulated)
+
+        alone = Order(many, config(8))
+        whole = alone.step(1)
+        for count in (2, 4, 8):
+            shared = of_ranks(many, config(8 // count), count, 1)
+            assert sorted(row for each in shared for row in each.rows) == sorted(whole.rows)
+            for each in shared:
+                assert each.tokens == whole.tokens
+                assert each.learned_tokens == whole.learned_tokens
+                assert each.passes == whole.passes
+            order = Order(many, config(8 // count), Ranks(0, count))
+            assert order.fingerprint() == alone.fingerprint()
+            assert order.total_steps == alone.total_steps
+
+    def test_a_rank_without_rows_takes_part_with_padding(self, many: Rows) -> None:
+        first, second = of_ranks(many.first(3), settings(gradient_accumulation_steps=2), 2, 1)
+        assert [len(micro.rows) for micro in first.micros + second.micros].count(0) == 1
+        last = second.micros[-1] if not second.micros[-1].rows else first.micros[-1]
+        assert (last.tokens, last.learned_tokens) == (0, 0)
+        assert last.tensors["input_ids"].tolist() == [[PAD, PAD]]
+
+    def test_every_rank_calls_the_tower_as_often_and_decodes_its_own_images(
+        self, mixed: Rows
+    ) -> None:
+        shared = of_ranks(mixed, settings(gradient_accumulation_steps=3), 2, 1)
+        calls = [[micro.tower_calls for micro in each.micros] for each in shared]
+        assert calls[0] == calls[1]
+        for own in shared:
+            for micro in own.micros:
+                images = sum(len(mixed.images(row)) for row in micro.rows)
+                assert len(micro.tensors.get("image_sizes", ())) == images
+                assert micro.tower_calls >= (images > 0)
+
+
 class TestEvaluation:
+    def test_ranks_share_the_rows(self, many: Rows) -> None:
+        config = settings(micro_batch_size=3)
+        shared = [list(evaluation_micros(many, config, Ranks(rank, 4))) for rank in range(4)]
+        assert len({len(micros) for micros in shared}) == 1
+        rows = [row for micros in shared for micro in micros for row in micro.rows]
+        assert sorted(rows) == list(range(len(many)))
+
     @pytest.mark.parametrize("packs", [False, True])
     def test_every_row_is_scored_once(self, many: Rows, packs: bool) -> None:
         config = settings(eval_sample_packing=packs, micro_batch_size=3)

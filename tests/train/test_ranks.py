@@ -175,6 +175,15 @@ def test_gradients_are_added_up_once_a_step(
     assert many[0]["collectives"].items() >= collectives.items()
 
 
+def test_copies_stay_one_model_where_weights_are_rounded_at_random(
+    two_ranks: RankGroup, model_folder: Models, tmp_path: Path
+) -> None:
+    keys = METHODS["LoRA bfloat16"].keys | {"peft_autocast_adapter_dtype": False}
+    case = {"rows": "uneven", "steps": 3, "shards": 1}
+    _, (first, second) = learn_both_ways(two_ranks, tmp_path, model_folder("mistral"), keys, **case)
+    assert first["trained"] == second["trained"]
+
+
 EVERY = [
     (name, method, rows)
     for name in ("mistral", "ministral3", "mistral4")
