@@ -219,6 +219,8 @@ def _show_rows(
     from engine.data.prepare import label_rule
     from engine.data.preview import legend, preview_entry, preview_row, row_text
     from engine.data.rows import iterate_rendered
+    from engine.data.sources import config_notes
+    from engine.report.data import file_line
 
     assert request.model is not None
     tokenizer = open_tokenizer(request.model, request.model_folder)
@@ -227,6 +229,8 @@ def _show_rows(
     )
     rule = label_rule(request.config)
     underline, columns = underlines(), terminal_columns()
+    if not as_json:
+        print_lines(map(file_line, config_notes(request.config, request.folder)))
     shown = learns_nothing = good = 0
     for rendered in rows if every else islice(rows, 1):
         row = preview_row(rendered, tokenizer)
@@ -264,7 +268,7 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
     """
     from engine.chat.tokenizer import open_tokenizer
     from engine.data.prepare import default_store, label_rule, prepare
-    from engine.data.sources import config_notes
+    from engine.data.sources import config_notes, held_out_sets
     from engine.report.data import file_line, prepared_lines
 
     last_words("What is prepared so far is kept, and the same command goes on from there.")
@@ -283,7 +287,7 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
     # One by one, as training evaluates them.
     test_sets = [
         prepare(run, folder, tokenizer, store, progress, datasets=[dataset])
-        for dataset in run.test_datasets
+        for dataset in held_out_sets(run, folder)
     ]
     rule, notes = label_rule(run), config_notes(run, folder)
     selection = prepared.select(rule, run.sequence_len, run.excess_length_strategy)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from engine.catalog import Architecture
 from engine.config import DatasetConfig, RunConfig, read_config
+from engine.data.sources import held_out_sets
 from engine.errors import DOES_NOT_FIT, UserError
 from engine.hardware import assume
 from engine.launch import require_torch
@@ -52,7 +53,10 @@ def try_dry(file: Path, changes: Sequence[str]) -> DryRun:
     config, architecture = read_planned(file, tuple(changes), sharded=True)
     found, *held_out = (
         _check_set(config, architecture, sets, file)
-        for sets in (config.datasets, *((each,) for each in config.test_datasets))
+        for sets in (
+            config.datasets,
+            *((each,) for each in held_out_sets(config, file.absolute().parent)),
+        )
     )
     machine = find_machine(None)
     device = best_device(machine)

@@ -120,7 +120,7 @@ class DatasetConfig(Section):
     """Shape of the rows. chat_template: conversations, a list of messages with role and
     content; the only shape that is trained."""
     name: str | None = None
-    """Configuration (subset) of a hub dataset."""
+    """Configuration (subset) of a hub dataset; of a folder, the folder in it."""
     split: str | None = None
     """Part of a hub dataset, or of a folder whose files or folders are named train, validation and
     test. Absent: train; in a folder whose files name no split, all of them."""
@@ -187,7 +187,8 @@ class DataKeys(Section):
     datasets: tuple[DatasetConfig, ...] = ()
     """The conversations to learn from: one or more sources, shuffled together."""
     test_datasets: tuple[DatasetConfig, ...] = ()
-    """Conversations that are only evaluated, never learned. Instead of val_set_size."""
+    """Conversations that are only evaluated, never learned. Instead of val_set_size. A folder of
+    splits without `split`: validation, else test."""
     val_set_size: Amount = 0.0
     """Rows held out of datasets for the evaluation: below 1 a share (0.05 is usual), 2 and
     above a number of rows, 0 none. Without any, memorising cannot be seen."""

@@ -38,13 +38,23 @@ _OF_A_RUN: Final = frozenset({"events.jsonl", "control.jsonl", "plan.json"})
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The files that are read. `others` are the files of each split that is not, by its name, and
-    `unread` those of no split where others have one; `missing` says which parts are not there."""
+    """The files that are read, of the split `split` where files name any. `others` are the files of
+    each split that is not, by its name, and `unread` those of no split where others have one;
+    `missing` says which parts are not there."""
 
     files: tuple[Path, ...]
     others: dict[str, tuple[Path, ...]]
     unread: tuple[Path, ...] = ()
     missing: str = ""
+    split: str | None = None
+
+    @property
+    def held_out(self) -> str | None:
+        """The split beside the one that is read which is for evaluation: validation before test."""
+        kinds = {name: split_of(Path(name)) for name in self.others}
+        return next(
+            (name for kind in ("validation", "test") for name in kinds if kinds[name] == kind), None
+        )
 
 
 def is_metadata(path: Path) -> bool:
@@ -83,6 +93,7 @@ def choose_files(root: Path, split: str | None) -> Chosen:
         {name: files[name] for name in names if name != wanted},
         () if wanted is None else files.get(None, ()),
         _missing_parts(files[wanted]),
+        wanted,
     )
 
 

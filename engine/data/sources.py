@@ -16,7 +16,7 @@ from typing import Any
 from engine.catalog import model_names
 from engine.config import DatasetConfig, RunConfig
 from engine.data.content import PASSED, SourceRow, Wants, every_row
-from engine.data.folders import Chosen, choose_files, is_metadata, require_split
+from engine.data.folders import TRAIN, Chosen, choose_files, is_metadata, require_split
 from engine.data.formats import CAPTION_READERS, KNOWN_ENDINGS, READERS, ending_of, file_notes
 from engine.data.statistics import FileNote
 from engine.errors import UserError
@@ -71,6 +71,8 @@ def locate(dataset: DatasetConfig, folder: Path) -> Location:
     if dataset.path.startswith(SAMPLE_PREFIX) and not os.path.exists(root):
         path = _locate_sample(dataset.path.removeprefix(SAMPLE_PREFIX))
         return Location(path, (path,))
+    if dataset.name is not None and os.path.exists(root):
+        root = _subset(root, dataset.name)
     if os.path.isfile(root):
         return Location(root, (_require_data(root, dataset.split),))
     if os.path.isdir(root):
@@ -182,6 +184,52 @@ def _require_data(path: Path, split: str | None) -> Path:
             "Convert it to .jsonl (one JSON object a line), or rename it if it is one of these.",
         )
     return path
+
+
+def _subset(root: Path, name: str) -> Path:
+    """The folder of a subset in the copy of a hub dataset. Raises UserError where there is none."""
+    parts = Path(name).parts
+    if len(parts) == 1 and parts != ("..",) and os.path.isdir(root / name):
+        return root / name
+    has = sorted(below.name for below in root.iterdir() if below.is_dir()) if root.is_dir() else []
+    raise UserError(
+        f"{root} has no subset named {visible(name, one_line=True)}.",
+        f"Its folders are {', '.join(has[:8])}."
+        if has
+        else "It holds no folders, and all of its rows are read.",
+        "Name one of them, or remove `name`." if has else "Remove `name`.",
+    )
+
+
+def held_out_sets(config: RunConfig, folder: Path) -> tuple[DatasetConfig, ...]:
+    """`test_datasets`, those without a split with the one that is for evaluation.
+
+    Raises what `locate` raises, and UserError where only the rows for training would be left.
+    """
+    return tuple(_for_evaluation(each, folder) for each in config.test_datasets)
+
+
+def _for_evaluation(dataset: DatasetConfig, folder: Path) -> DatasetConfig:
+    if dataset.split is not None or dataset.data_files:
+        return dataset
+    location = locate(dataset, folder)
+    chosen = location.chosen
+    if location.hub_id is None:
+        if chosen is None or chosen.split is None or not chosen.split.startswith(TRAIN):
+            return dataset
+        if chosen.held_out is not None:
+            return dataset.model_copy(update={"split": chosen.held_out})
+    raise UserError(
+        f"test_datasets names {dataset.path} without a split.",
+        "Absent, it is train: the rows that are learned would be evaluated."
+        if location.hub_id
+        else f"Its files are the split {chosen.split if chosen else TRAIN} alone.",
+        "Write `split: validation` or `split: test` beside its path, or val_set_size: 0.05 in the"
+        " place of test_datasets."
+        if location.hub_id
+        else "Write val_set_size: 0.05 in the place of test_datasets, or `split: train` to evaluate"
+        " these rows.",
+    )
 
 
 def _chosen_files(root: Path, dataset: DatasetConfig) -> tuple[Path, ...]:

@@ -19,7 +19,7 @@ from engine.config import DatasetConfig, RunConfig, read_config
 from engine.data.prepare import default_store, label_rule, prepare
 from engine.data.prepared import Indices, Prepared
 from engine.data.requests import Progress
-from engine.data.sources import config_notes
+from engine.data.sources import config_notes, held_out_sets
 from engine.events import Phase, Shortage, Started
 from engine.hardware.packages import installed
 from engine.launch import change_config
@@ -226,7 +226,7 @@ def prepare_rows(
         kept, held = prepared.split(config.val_set_size, config.seed, rows.chosen)
         return _only(rows, kept), {"validation": _only(rows, held)}
     held_out: dict[str, Rows] = {}
-    for dataset in config.test_datasets:
+    for dataset in held_out_sets(config, session.run.path):
         name = name_set(dataset, held_out)
         held_out[name] = select_rows(_prepare(config, [dataset], tokenizer, session), config)
         _report_left_out(session, held_out[name], config, f"{name}: ")

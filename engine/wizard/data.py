@@ -115,6 +115,7 @@ KEPT: Final = "kept"
 USE: Final = "use"
 MAP: Final = "map"
 HOLD_OUT: Final = "hold out"
+EVALUATE: Final = "evaluate"
 OTHERS: Final = "others"
 _SHARES: Final = (0.0, 0.05, 0.1, 0.2)
 
@@ -174,6 +175,8 @@ class DataStep:
 
     def consider(self, dataset: DatasetConfig) -> None:
         """Have these rows read."""
+        if dataset != self.dataset:
+            self._forget_split()
         self.dataset, self._model = dataset, self._draft.model
         self.shape = self.found = self.problem = None
 
@@ -273,6 +276,8 @@ class DataStep:
             self.map(self.shape.proposed)
         elif key == HOLD_OUT:
             self.hold_out()
+        elif key == EVALUATE:
+            self._evaluate(self._other_split())
         else:
             self.back()
         return False
@@ -283,13 +288,46 @@ class DataStep:
         self.consider(mapped(self.dataset, mapping))
 
     def hold_out(self) -> None:
-        """The next larger share of the rows, none after the largest."""
+        """The next larger share of the rows; after the largest the split for evaluation that lies
+        beside them, if one does, and then none."""
         now, _ = self.held_out()
         larger = [share for share in _SHARES if share > now]
-        self._draft.change("val_set_size", larger[0] if larger else _SHARES[0])
+        split = self._other_split()
+        if not larger and split is not None:
+            self._evaluate(split)
+            return
+        first = _SHARES[0] if self._evaluates() else (*larger, _SHARES[0])[0]
+        self._draft.reset("test_datasets")
+        self._draft.change("val_set_size", first)
+
+    def _other_split(self) -> str | None:
+        """The split for evaluation in the folder of these rows, which is not learned."""
+        assert self.dataset is not None
+        chosen = locate(self.dataset, Path.cwd()).chosen
+        return chosen.held_out if chosen else None
+
+    def _evaluates(self) -> bool:
+        """Whether a split of the same folder is evaluated."""
+        sets = self._draft.changes.get("test_datasets")
+        return isinstance(sets, tuple) and any(
+            isinstance(each, DatasetConfig) and self.dataset and each.path == self.dataset.path
+            for each in sets
+        )
+
+    def _forget_split(self) -> None:
+        if self._evaluates():
+            self._draft.reset("test_datasets")
+            self._draft.reset("val_set_size")
+
+    def _evaluate(self, split: str | None) -> None:
+        assert self.dataset is not None
+        held_out = self.dataset.model_copy(update={"split": split})
+        self._draft.change("test_datasets", (held_out,))
+        self._draft.change("val_set_size", 0.0)
 
     def back(self) -> bool:
         """Take other rows."""
+        self._forget_split()
         considered, self.dataset = self.dataset, None
         self.shape = self.found = self.problem = None
         return considered is not None
@@ -306,6 +344,10 @@ class DataStep:
             choices.insert(0, Choice(USE, "use it", left_out))
             reason = "Rows that are only evaluated show whether it learns by heart."
             choices.insert(-1, Choice(HOLD_OUT, "hold out another share", reason=reason))
+            split = self._other_split()
+            if split is not None and not self._evaluates():
+                text = f"evaluate the split {split}"
+                choices.insert(-1, Choice(EVALUATE, text, "it is not learned", reason=reason))
         about = row_lines(found, self.shape) if found.usable else shape_lines(self.shape)
         facts = (*about, *(remark.line for remark in list_remarks(found)))
         return Question(self.verdict(), tuple(choices), 0, facts)

@@ -296,9 +296,9 @@ class TestPrepare:
         config_file.write_text(config_file.read_text().replace("rows.jsonl", "set"))
         made = json.loads(run("prepare", config_file, "--json")[1])
         assert (made["rows"], [note["file"] for note in made["files"]]) == (1, ["test.jsonl"])
-        assert (
-            "· test.jsonl: the split test, which is not learned" in run("prepare", config_file)[1]
-        )
+        for command in ("prepare", "check", "preview"):
+            said = run(command, config_file)[1]
+            assert said.count("· test.jsonl: the split test, which is not learned") == 1
 
     def test_a_tokenizer_folder_is_found_from_the_config_not_from_here(
         self, run, config_file, tmp_path, model

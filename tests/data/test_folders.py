@@ -9,9 +9,10 @@ from pyarrow import parquet
 
 from engine.config import DatasetConfig
 from engine.data.folders import split_of
-from engine.data.sources import dataset_notes, iterate_rows, locate
+from engine.data.sources import dataset_notes, held_out_sets, iterate_rows, locate
 from engine.errors import UserError
 from engine.wizard.data import find_newest
+from tests.support.data import config_of
 
 
 def fill(folder: Path, files: str) -> None:
@@ -193,3 +194,40 @@ def test_images_with_captions_lie_in_splits_too(tmp_path):
         (tmp_path / split / "a.png").write_bytes(b"")
         (tmp_path / split / "a.txt").write_text("a harbour")
     assert locate(DatasetConfig(path="."), tmp_path).files == (tmp_path / "train" / "a.txt",)
+
+
+@pytest.mark.parametrize(
+    ("files", "keys", "read"),
+    [
+        ("train.jsonl validation.jsonl test.jsonl", {}, "validation.jsonl"),
+        ("train.jsonl eval.jsonl", {}, "eval.jsonl"),
+        ("train.jsonl test.jsonl", {"split": "train"}, "train.jsonl"),
+        ("train.jsonl test.jsonl", {"data_files": "train.jsonl"}, "train.jsonl"),
+        ("train.jsonl test.jsonl", {"path": "train.jsonl"}, "train.jsonl"),
+        ("test.jsonl", {}, "test.jsonl"),
+        ("a.jsonl b.jsonl", {}, "a.jsonl b.jsonl"),
+        ("train.jsonl", {}, "the split train alone"),
+        ("train_a.jsonl train_b.jsonl", {}, "the split train alone"),
+        ("", {"path": "org/name"}, "`split: validation` or `split: test`"),
+    ],
+)
+def test_a_test_set_without_a_split_is_never_the_rows_for_training(tmp_path, files, keys, read):
+    fill(tmp_path, files)
+    config = config_of(test_datasets=(DatasetConfig(**{"path": "."} | keys),))
+    if ".jsonl" not in read:
+        with pytest.raises(UserError, match=read):
+            held_out_sets(config, tmp_path)
+        return
+    (held_out,) = held_out_sets(config, tmp_path)
+    assert rows_of(tmp_path, **held_out.model_dump(exclude_defaults=True)) == read
+
+
+def test_a_subset_is_the_folder_of_its_name(tmp_path):
+    fill(tmp_path, "easy/train.jsonl hard/train.jsonl")
+    assert rows_of(tmp_path, name="hard") == "train.jsonl"
+    for path, name, why in (
+        (".", "none", "Its folders are easy, hard."),
+        (".", "..", "Its folders are easy, hard."),
+        ("easy/train.jsonl", "hard", "It holds no folders"),
+    ):
+        assert why in refusal(tmp_path, path=path, name=name)

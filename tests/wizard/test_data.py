@@ -7,7 +7,7 @@ import pytest
 
 from engine.config import DatasetConfig, read_config
 from engine.errors import UserError
-from engine.wizard.data import HOLD_OUT, HUB, KEPT, MAP, OTHERS, TYPED, USE, DataStep
+from engine.wizard.data import EVALUATE, HOLD_OUT, HUB, KEPT, MAP, OTHERS, TYPED, USE, DataStep
 from engine.wizard.draft import Draft, draft_from
 from engine.wizard.flow import Wizard
 from tests.support.steps import CPU, SAMPLE, choices, facts, ready, recommended
@@ -113,6 +113,30 @@ def test_the_share_that_is_held_out_goes_round() -> None:
         shares.append(draft.changes["val_set_size"])
     assert shares == [0.05, 0.1, 0.2, 0.0]
     assert step.verdict().text == "104 to learn from, 2 other sets held out"
+
+
+def test_the_split_beside_the_rows_can_be_evaluated(folder: Path) -> None:
+    (folder / "set").mkdir()
+    for name in ("train", "test", "validation"):
+        write(folder / "set" / f"{name}.jsonl", *({"messages": chat(f"{n}", name)} for n in "ab"))
+    draft = Draft(device=CPU, model="demo-tiny")
+    step = asked(draft)
+    step.take(TYPED, "set")
+    ready(step)
+    assert choices(step)[EVALUATE].label == "evaluate the split validation"
+    step.take(EVALUATE, "")
+    assert EVALUATE not in choices(step)
+    assert step.verdict().text == "2 to learn from, 1 other set held out"
+    step.take(USE, "")
+    (held_out,) = draft.config().test_datasets
+    assert (held_out.path, held_out.split, draft.config().val_set_size) == ("set", "validation", 0)
+    step.hold_out()  # the round goes on with no rows, and comes by the split again
+    assert (draft.config().test_datasets, draft.config().val_set_size) == ((), 0)
+    for _ in range(4):
+        step.hold_out()
+    assert draft.config().test_datasets == (held_out,)
+    step.back()
+    assert "test_datasets" not in draft.changes
 
 
 def test_another_model_reads_the_rows_again() -> None:
