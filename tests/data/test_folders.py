@@ -224,7 +224,7 @@ def test_a_test_set_without_a_split_is_never_the_rows_for_training(tmp_path, fil
 
 def test_a_subset_is_the_folder_of_its_name(tmp_path):
     fill(tmp_path, "easy/train.jsonl hard/train.jsonl")
-    assert rows_of(tmp_path, name="hard") == "train.jsonl"
+    assert rows_of(tmp_path, name="hard") == "hard/train.jsonl"
     for path, name, why in (
         (".", "none", "Its folders are easy, hard."),
         (".", "..", "Its folders are easy, hard."),
