@@ -33,6 +33,7 @@ from engine.chat.message import (
     describe_keys,
     has_role,
     looks_like_calls,
+    looks_like_image,
     parse_json,
     read_thinking,
     read_tool_calls,
@@ -76,7 +77,7 @@ ANSWERS: Final = (
 _ASKED_WITH_CHOICES: Final = (*QUESTIONS, "ctx", "questionstem", "stem", "goal", "premise")
 _CHOSEN: Final = (
     *("answer", "answerkey", "answeridx", "answerindex", "correctanswer", "correct", "gold"),
-    *("correctoption", "label", "target"),
+    *("correctoption", "goldindex", "label", "target"),
 )
 """Columns that say which of several choices is right, best first."""
 _LISTED_TEXTS: Final = ("text", "texts", "inputtext", "contexts", "passagetext", "sentences")
@@ -397,22 +398,17 @@ class Columns:
                 "Take the file of whole trees of the same dataset (OASST's *.trees.jsonl), which"
                 " is read, or join the rows by parent_id.",
             )
-        texts = list(_texts(self.row))
-        field = self._dataset.field_messages
+        texts = [name for name in _texts(self.row) if plain_name(name) not in THINKING_NAMES]
+        fix = "Name the column in field_messages, or use columns such as question and answer, or"
+        fix += " name yours in field_question and field_answer"
+        if pair := _pair_among(texts):
+            ask, reply = pair
+            fix += f": `field_question: {ask}` and `field_answer: {reply}` learn {reply}"
         raise RowProblem(
             "The row has no messages.",
-            f"It has no {field}; its columns are {describe_keys(self.row)}"
+            f"It has no {self._dataset.field_messages}; its columns are {describe_keys(self.row)}"
             + (f"; empty: {describe_keys(dict.fromkeys(empty))}." if empty else "."),
-            _PLAIN_TEXT.format(texts[0])
-            if len(texts) == 1
-            else "Name the column in field_messages, or use columns such as question and answer, or"
-            " name yours in field_question and field_answer"
-            + (
-                f": `field_question: {texts[0]}` and `field_answer: {texts[1]}` learn"
-                f" {texts[1]}, asked by {texts[0]}."
-                if texts
-                else "."
-            ),
+            _PLAIN_TEXT.format(texts[0]) if len(texts) == 1 else f"{fix}.",
         )
 
     def _read_question(self, column: str) -> list[Message]:
@@ -584,13 +580,29 @@ def find_conversation(value: object) -> Sequence[object] | None:
 
 
 def _texts(row: Mapping[str, object]) -> Iterator[str]:
-    """The columns that hold a text which can be meant for learning, those in objects as
+    """The columns that hold a text, or texts, which can be meant for learning; those in objects as
     COLUMN.KEY."""
     for name, value in row.items():
-        if isinstance(value, str) and value.strip() and not is_bookkeeping(name, value):
-            yield name
+        if is_bookkeeping(name, value) or looks_like_image(value):
+            continue
+        if isinstance(value, str):
+            if value.strip():
+                yield name
         elif isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             yield from (f"{name}.{key}" for key in _texts(value))
+        elif isinstance(value, list | tuple) and {*map(type, value)} == {str}:
+            yield name
+
+
+def _pair_among(texts: Sequence[str]) -> tuple[str, str] | None:
+    """The question and the answer among the columns, where their number or names leave no doubt."""
+    if len(texts) == 2:
+        return texts[0], texts[1]
+    asks, replies = (
+        [name for name in texts if plain_name(name).endswith(words)]
+        for words in (QUESTIONS, ANSWERS)
+    )
+    return (asks[0], replies[0]) if len(asks) == len(replies) == 1 and asks != replies else None
 
 
 def open_nested(row: Mapping[str, object], names: Sequence[str]) -> Mapping[str, object]:

@@ -581,7 +581,7 @@ def looks_like_image(value: object) -> bool:
         name = value.lower().partition("?")[0]
         return name.endswith(IMAGE_ENDINGS) or name.startswith("data:image/")
     if isinstance(value, Mapping):
-        return any(not _is_nothing(value.get(key)) for key in ("bytes", "path", "url"))
+        return any(not _is_nothing(value.get(key)) for key in ("bytes", "base64", "path", "url"))
     if isinstance(value, list | tuple):
         return bool(value) and all(map(looks_like_image, value))
     return isinstance(value, bytes) or (hasattr(value, "save") and hasattr(value, "mode"))

@@ -40,7 +40,9 @@ _ADDED = (
 _SUGGESTED = {
     "field_thinking": re.compile("think|reason|rationale|explanation|cot$|chain", re.IGNORECASE),
     "field_system": re.compile("system|persona", re.IGNORECASE),
-    "field_context": re.compile("context|passage|document|article|evidence|source_?text|input$"),
+    "field_context": re.compile(
+        r"(?:context|passage|document|article|evidence|source_?text|input(?:_[a-z]{2})?|hint)s?$"
+    ),
 }
 """Key of an entry -> names of columns which it is likely to read, where nothing else does."""
 _LEARNED = re.compile("train|learn|loss|mask", re.IGNORECASE)
@@ -132,11 +134,22 @@ def _propose(
             readable = readable | {key: name}
             candidates.append(readable)
     for candidate in candidates:
-        if (new := _worth(dataset, rows, candidate)) > best:
+        new = _worth(dataset, rows, candidate)
+        # What is read now is not given up for what would be read then.
+        gives_up = now[0] and _unread(dataset, rows, candidate) - _unread(dataset, rows, given)
+        if new > best and not gives_up:
             mapping, best = candidate, new
     # Rows that nothing reads yet are not offered a mapping that would lose some of them.
     whole = judged is not None or now[0] > 0 or best[1] == 0
     return mapping, best > now and whole
+
+
+def _unread(
+    dataset: DatasetConfig, rows: Sequence[Mapping[str, object]], mapping: Mapping[str, str]
+) -> set[str]:
+    row_format = RowFormat.from_config(mapped(dataset, mapping))
+    read = (_understand(row, row_format, None)[0] for row in rows)
+    return {name for each in read if each is not None for name in each.unread}
 
 
 def _worth(

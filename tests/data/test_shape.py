@@ -140,6 +140,8 @@ def test_a_proposed_mapping_reads_the_rows_and_check_prints_it_as_yaml(write_jso
         TREE,
         chat("q", "a") | {"source": "x", "hint": "y"},
         {"doc_id": "x", "text_id": "y"},
+        {"question": "q", "answers": ["a"], "document_page_no": "one"},
+        {"prompt": "p", "completion": "c", "question": "q", "answer": "a", "pred_answer": "a"},
         {"prompt": "q", "response_0": "a", "response_1": "b"},
     ],
 )
