@@ -38,6 +38,7 @@ from engine.chat.message import (
     read_thinking,
     read_tool_calls,
 )
+from engine.chat.nested import join_texts, list_in, open_nested
 from engine.chat.transcript import read_transcript
 from engine.config import DatasetConfig
 
@@ -80,8 +81,6 @@ _CHOSEN: Final = (
     *("correctoption", "goldindex", "label", "target"),
 )
 """Columns that say which of several choices is right, best first."""
-_LISTED_TEXTS: Final = ("text", "texts", "inputtext", "contexts", "passagetext", "sentences")
-"""Keys under which an object keeps the texts of a column."""
 _CAPTIONS: Final = ("caption", "text")
 _LISTS: Final = ("messages", "conversations", "conversation")
 # Taken where they hold what can be a conversation: other datasets keep other things by these names.
@@ -277,7 +276,7 @@ class Columns:
         """Messages, texts by turns of user and assistant, or pairs of a question and an answer;
         they count from `start`."""
         read: list[Message] = []
-        for index, each in enumerate(value, start):
+        for index, each in enumerate(map(_open_message, value), start):
             if isinstance(each, str):
                 role: Role = "assistant" if (index - start) % 2 else "user"
                 read.append(Message(role, each, source=index))
@@ -401,14 +400,18 @@ class Columns:
         texts = [name for name in _texts(self.row) if plain_name(name) not in THINKING_NAMES]
         fix = "Name the column in field_messages, or use columns such as question and answer, or"
         fix += " name yours in field_question and field_answer"
-        if pair := _pair_among(texts):
+        others = [name for name, value in self.row.items() if not is_bookkeeping(name, value)]
+        talks = [name for name in others if find_conversation(self.row[name])]
+        if len(talks) == 1:
+            fix = f"Write `field_messages: {talks[0]}` in the dataset's entry"
+        elif pair := _pair_among(texts):
             ask, reply = pair
             fix += f": `field_question: {ask}` and `field_answer: {reply}` learn {reply}"
         raise RowProblem(
             "The row has no messages.",
             f"It has no {self._dataset.field_messages}; its columns are {describe_keys(self.row)}"
             + (f"; empty: {describe_keys(dict.fromkeys(empty))}." if empty else "."),
-            _PLAIN_TEXT.format(texts[0]) if len(texts) == 1 else f"{fix}.",
+            _PLAIN_TEXT.format(texts[0]) if len(others) == len(texts) == 1 else f"{fix}.",
         )
 
     def _read_question(self, column: str) -> list[Message]:
@@ -424,7 +427,7 @@ class Columns:
 
     def _read_turns(self, question: str, answer: str) -> list[Message] | None:
         """Questions and answers that two columns list in the same order, None where they do not."""
-        asked, replies = self.row[question], _listed(self.row[answer])
+        asked, replies = self.row[question], list_in(self.row[answer])
         if not isinstance(asked, list | tuple) or not isinstance(replies, list | tuple):
             return None
         texts = (*asked, *replies)
@@ -449,7 +452,7 @@ class Columns:
         column = self.column("field_context")
         if column is None or column == question:
             return ""
-        value = _join(self.row[column])
+        value = join_texts(self.row[column])
         if value is None:
             return self.text(column) if self._dataset.field_context is not None else ""
         self.used.add(column)
@@ -463,7 +466,7 @@ class Columns:
         if isinstance(value, Mapping):
             if has_role(value):
                 return [self.reader.read(value, start)]
-            value = _listed(value)
+            value = list_in(value)
         if self._choices is not None and not isinstance(value, list | tuple | Mapping):
             return [Message("assistant", self._take_choice(self._choices, column, value))]
         if isinstance(value, int | float):
@@ -605,40 +608,6 @@ def _pair_among(texts: Sequence[str]) -> tuple[str, str] | None:
     return (asks[0], replies[0]) if len(asks) == len(replies) == 1 and asks != replies else None
 
 
-def open_nested(row: Mapping[str, object], names: Sequence[str]) -> Mapping[str, object]:
-    """The row with the keys of objects as columns, such as translation.en, where an entry names
-    one; a column of that very name stays what it is."""
-    opened = dict(row)
-    for name in names:
-        head, *keys = name.split(".")
-        for key in keys if name not in opened else ():
-            value = opened.get(head)
-            if isinstance(value, Mapping):
-                del opened[head]
-                opened |= {f"{head}.{inner}": each for inner, each in value.items()}
-            head = f"{head}.{key}"
-    return opened
-
-
-def _listed(value: object) -> object:
-    """What an object keeps under a usual key for the texts of a column, else the value itself."""
-    if not isinstance(value, Mapping):
-        return value
-    return next((value[key] for key in value if plain_name(str(key)) in _LISTED_TEXTS), value)
-
-
-def _join(value: object) -> str | None:
-    """The texts of a context as one: a text, a list of them, or an object that keeps such a list;
-    None where it is something else."""
-    if isinstance(value, str):
-        return value
-    value = _listed(value)
-    if not isinstance(value, list | tuple):
-        return None
-    texts = [_join(each) for each in value]
-    return None if None in texts else "\n\n".join(text for text in texts if text)
-
-
 def _chosen(dataset: DatasetConfig, field: str) -> str | None:
     value: str | None = getattr(dataset, field)
     return None if (field, value) == ("field_tools", "tools") else value
@@ -653,6 +622,17 @@ def _pair_keys(value: Mapping[str, object]) -> tuple[str, str] | None:
     replies = (index[name] for name in ANSWERS if name in index and index[name] != question)
     answer = next(replies, None)
     return (question, answer) if question is not None and answer is not None else None
+
+
+def _open_message(each: object) -> object:
+    """A message of a list, opened where it is written as the JSON text of one."""
+    if isinstance(each, str) and each.startswith("{") and each.endswith("}"):
+        try:
+            opened = parse_json(each, "the message")
+        except RowProblem:
+            return each
+        return opened if isinstance(opened, Mapping) and has_role(opened) else each
+    return each
 
 
 def _read_pair(pair: Sequence[object], index: int) -> Iterator[Message]:

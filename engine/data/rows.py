@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 from urllib.parse import unquote
 
-from engine.chat.columns import open_nested
 from engine.chat.conversation import Conversation, Image, JudgedRow, Message, RowFormat, RowProblem
 from engine.chat.images import IMAGE_LIMIT_BYTES, ImageSpec, Resample, check_image
+from engine.chat.nested import open_nested
 from engine.chat.render import Rendered, render_settled
 from engine.chat.row import read_row
 from engine.chat.rules import settle

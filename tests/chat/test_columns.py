@@ -1,5 +1,7 @@
 """Rows in the shapes that people have: what is read of them, what is told, what is refused."""
 
+import json
+
 import pytest
 
 from engine.chat.conversation import Image, RowFormat, RowProblem, Think
@@ -231,6 +233,11 @@ CHOICES = [
         pytest.param(
             {"question": "q", "solutions": '["a", "b"]'}, ["user:q", "assistant:a"], id="APPS"
         ),
+        pytest.param(
+            {"messages": [json.dumps(each) for each in CHOSEN]},
+            ["user:q", "assistant:good"],
+            id="messages as JSON texts",
+        ),
         pytest.param({"question": "q", "answer": 4.5}, ["user:q", "assistant:4.5"], id="a number"),
         pytest.param({"question": "q", "answer": True}, ["user:q", "assistant:true"], id="BoolQ"),
         pytest.param(
@@ -392,8 +399,13 @@ OPTIONS = {"question": "q", "choices": ["x", "y"]}
         ({"question": "q", "response_a": "a", "response_b": "b"}, "name it in field_answer",
          {"field_question": "question", "field_answer": "better"},
          {"question": "q", "better": "a", "response_b": "b"}),
+        ({"data_name": "code", "chat_rounds": [*ASKED, {"role": "bot", "content": "a"}]},
+         "`field_messages: chat_rounds`", {"field_messages": "chat_rounds"}, None),
+        ({"dialogue": "q", "summary": None}, "name yours in field_question",
+         {"field_question": "dialogue", "field_answer": "summary"},
+         {"dialogue": "q", "summary": "a"}),
         ({"talk": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-         "Name the column in field_messages", {"field_messages": "talk"}, None),
+         "`field_messages: talk`", {"field_messages": "talk"}, None),
         ({"dialog": [{"speaker": "Ann", "text": "q"}, {"speaker": "Bob", "text": "a"}]},
          "in the config's `roles`", {"roles": {"user": ["Ann"], "assistant": ["Bob"]}}, None),
         ({"messages": [{"who": "user", "content": "q"}, {"who": "bot", "content": "a"}]},
