@@ -33,6 +33,9 @@ VISION = "tests/train/test_vision.py"
 ARCHITECTURE = "tests/catalog/test_architecture.py"
 SECONDS = "tests/train/test_loop.py"
 DAMAGE = "tests/train/test_checkpoint.py::TestDamage"
+REUSE = "tests/data/test_prepare.py::TestReuse"
+MERGE = "tests/train/test_merge.py"
+SYNCED = f"{MERGE}::TestMerged::test_every_file_is_on_the_disk_before_the_folder_has_its_name"
 COLUMNS = "tests/chat/test_columns.py"
 SAVING = "tests/train/test_plan_sizes.py"
 
@@ -72,6 +75,68 @@ GUARDS = {
         "    if not (math.isfinite(a) and math.isfinite(b)):",
         "    if False:",
         "tests/wizard/test_verify.py::test_a_number_that_is_none_equals_only_another_one",
+    ),
+    "an evaluation after a resume counts": Guard(
+        "engine/wizard/verify.py",
+        "_difference(_of_evals(self.again, SAVED), _of_evals(self.resumed))",
+        "0.0",
+        "tests/wizard/test_verify.py::test_an_evaluation_after_the_resume_counts",
+    ),
+    "a flipped bit in prepared rows": Guard(
+        "engine/data/prepare.py",
+        'damaged = changed_file(store / job.key) or ""',
+        'damaged = ""',
+        f"{REUSE}::test_one_flipped_bit_is_told_and_made_good",
+    ),
+    "prepared rows without digests": Guard(
+        "engine/data/prepare.py",
+        "    return (folder / SUMS).is_file()",
+        "    return True",
+        f"{REUSE}::test_arrays_without_digests_are_made_again",
+    ),
+    "a file that changes while it is prepared": Guard(
+        "engine/data/prepare.py",
+        "        if _stamps(job.locations) != job.stamps:",
+        "        if False:",
+        "tests/data/test_prepare.py::TestInterruption"
+        "::test_a_file_that_changes_while_it_is_read_is_refused",
+    ),
+    "a changed adapter is not merged": Guard(
+        "engine/train/checkpoint.py",
+        "        require_unchanged(run, exported)\n",
+        "",
+        f"{MERGE}::TestRefused::test_a_changed_adapter_is_refused_until_the_change_is_owned",
+    ),
+    "a finished result is on the disk before it has its name": Guard(
+        "engine/train/checkpoint.py",
+        "        sync_all(partial)\n        if target.exists():\n            shutil.rmtree(target)",
+        "        if target.exists():\n            shutil.rmtree(target)",
+        SYNCED,
+    ),
+    "a merged model is on the disk before it has its name": Guard(
+        "engine/train/merge.py",
+        "        sync_all(partial)\n",
+        "",
+        SYNCED,
+    ),
+    "rows in another order than before a stop": Guard(
+        "engine/train/loop.py",
+        "        if position.fingerprint != self.position.fingerprint:",
+        "        if False:",
+        "tests/train/test_process_resume.py::test_changed_rows_are_refused",
+    ),
+    "a value changed between stop and resume is noted": Guard(
+        "engine/train/loop.py",
+        "            self.session.note(level, change)",
+        "            pass",
+        "tests/train/test_process_resume.py"
+        "::test_what_was_changed_between_stop_and_resume_is_noted",
+    ),
+    "an estimate refuses weights that a run refuses": Guard(
+        "engine/wizard/start.py",
+        "    refuse_other_formats(architecture.folder or Path(config.base_model), ",
+        "    (lambda *_: None)(architecture.folder, ",
+        "tests/cli/test_runs.py::TestDryRun::test_sees_what_a_run_would_stumble_over",
     ),
     "rejected answers are not taught": Guard(
         "engine/chat/row.py",
