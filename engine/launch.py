@@ -228,7 +228,8 @@ def _require_checkpoint(run: RunFolder, checkpoint: str) -> None:
         raise UserError(
             f"The run {shown} has no checkpoint {visible(checkpoint, one_line=True)!r}.",
             f"It has {', '.join(there)}." if there else "It has saved none.",
-            f"Name one of these, or leave --from out: windtunnel resume {shown}",
+            f"{'Name one of these, or leave' if there else 'Leave'} --from out:"
+            f" windtunnel resume {shown}",
         )
 
 
