@@ -91,6 +91,7 @@ def export(
 
     asked = asked or Asked()
     file, out = config.absolute(), out.expanduser().absolute()
+    changes = _spread(config, changes, asked)
     given = read_config(config).override(changes)
     given.require_supported(sharded=True)
     if to == "slurm":
@@ -115,6 +116,16 @@ def export(
         print(json.dumps(said | made.document))
         return
     print_lines(_report(made, script, number, secrets_set()))
+
+
+def _spread(file: Path, changes: tuple[str, ...], asked: Asked) -> tuple[str, ...]:
+    """`changes` with a copy of the model for each GPU that is asked for, where the config says
+    nothing of GPUs."""
+    ranks = (asked.nodes or 1) * (asked.gpus_per_node or 1)
+    config = read_config(file).override(changes).config
+    if ranks < 2 or any(getattr(config, key) is not None for key in SIZES):
+        return changes
+    return (*changes, f"dp_replicate_size={ranks}")
 
 
 def _allocate(config: RunConfig, asked: Asked) -> "Allocation":
