@@ -19,7 +19,7 @@ from engine.files import write_whole
 from engine.plan.layout import Layout, layout_of
 from engine.report import VERDICT_MARKS, Line
 from engine.units import gib
-from engine.wizard.start import find_device, run_name
+from engine.wizard.start import find_device, is_laid_out, run_name
 
 if TYPE_CHECKING:
     from engine.cluster.automodel import Grid
@@ -123,7 +123,7 @@ def _spread(file: Path, changes: tuple[str, ...], asked: Asked) -> tuple[str, ..
     nothing of GPUs."""
     ranks = (asked.nodes or 1) * (asked.gpus_per_node or 1)
     config = read_config(file).override(changes).config
-    if ranks < 2 or any(getattr(config, key) is not None for key in SIZES):
+    if ranks < 2 or is_laid_out(config):
         return changes
     return (*changes, f"dp_replicate_size={ranks}")
 

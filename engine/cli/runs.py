@@ -6,6 +6,7 @@ They decide only what is printed and how long to wait; what a run is and how it 
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from engine.cli.terminal import (
     ConfigPath,
     EventLines,
     Host,
+    NoWatch,
     PlainWatch,
     RunName,
     RunsFolder,
@@ -53,6 +55,8 @@ from engine.runs.listing import AT_ONCE, summaries
 from engine.visible import visible
 from engine.wizard.start import Created, create, plan_run, spread
 
+NODE_VARIABLE: Final = "SLURM_NODEID"
+"""Slurm's number of this node in its job; all nodes write one log, and only the first tells."""
 _ANSWER_SECONDS: Final = 60.0
 _SAVING_SECONDS: Final = 600.0
 NOT_BEGUN: Final = "Nothing was trained or saved yet."
@@ -104,11 +108,12 @@ def train(
         return _verify(config, changes, plan, home, host, as_json)
     created = create(config, changes, home)
     run = created.run
+    heard = os.environ.get(NODE_VARIABLE, "0") == "0"
     watch = None if detach else EventLines() if as_events else host.make_watch()
-    status = start(created, watch, host, plan, computers)
+    status = start(created, watch if heard else NoWatch(), host, plan, computers)
     if as_json:
         print(json.dumps({"run": str(run.path)}))
-    elif not as_events:
+    elif not as_events and heard:
         if not detach:
             print_lines(read_results(run))
         print_lines(state_lines(run))

@@ -62,6 +62,16 @@ class PlainWatch:
         self._out.flush()
 
 
+class NoWatch:
+    """Shows nothing: another process shows the same."""
+
+    def show(self, recorded: Recorded) -> None:
+        """Take in one event."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
 class EventLines:
     """Events as they are in events.jsonl, on stdout."""
 

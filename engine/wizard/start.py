@@ -247,6 +247,12 @@ def read_planned(
     return config, architecture
 
 
+def is_laid_out(config: RunConfig) -> bool:
+    """Whether a config says anything of the cards that it is for."""
+    sizes = ("fsdp_config", "dp_shard_size", "dp_replicate_size", "tensor_parallel_size")
+    return any(getattr(config, key) is not None for key in sizes)
+
+
 def spread(file: Path, changes: tuple[str, ...], nodes: int = 1) -> tuple[str, ...]:
     """`changes` with the size that a config without any has here, as Axolotl reads it: a copy of
     the model on each card that is free, so that its run goes on with as many elsewhere.
@@ -254,8 +260,7 @@ def spread(file: Path, changes: tuple[str, ...], nodes: int = 1) -> tuple[str, .
     A run that goes on keeps what it began with.
     """
     config = read_config(file).override(changes).config
-    sizes = ("fsdp_config", "dp_shard_size", "dp_replicate_size", "tensor_parallel_size")
-    if any(getattr(config, key) is not None for key in sizes):
+    if is_laid_out(config):
         return changes
     copies = find_device(None).count * nodes
     if config.resume_from_checkpoint and config.output_dir:

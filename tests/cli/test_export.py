@@ -90,6 +90,7 @@ def test_a_job_is_sent_warned_queued_again_and_finishes(
     log = Path(job["log"]).read_text("utf-8")
     assert (job["state"], job["restarts"], status(run)) == ("COMPLETED", 1, "finished"), log
     assert [step.step for step in read_steps(run)] == list(range(1, 41))
+    assert log.count("Finished at step 40") == 1
     assert (log.count("the time limit is near"), log.count("HF_TOKEN is set")) == (1, 2)
     assert "not_to_be_seen" not in log + script.read_text("utf-8")
 
@@ -140,6 +141,15 @@ def test_its_lines_ask_slurm_for_what_the_config_needs(call: Call, shared: Path)
     }
     assert '--nodes "$SLURM_NNODES" --rendezvous "$host:$port"' in text
     assert "dp_shard_size=16 fsdp_version=2" in text
+
+
+def test_a_config_that_says_nothing_of_gpus_has_a_copy_on_each(call: Call, shared: Path) -> None:
+    script = shared / "job.sbatch"
+    words = ("--nodes", "2", "--gpus-per-node", "4", "--to", "slurm", "-o", script)
+    assert call("export", shared / "my run.yml", *words)[0] == 0
+    options = slurm.options_of(script.read_text("utf-8"))
+    assert (options["nodes"], options["gpus-per-node"]) == ("2", "4")
+    assert " dp_replicate_size=8 " in script.read_text("utf-8")
 
 
 REFUSED = [
