@@ -80,6 +80,8 @@ PLACES = {
     "export": "the export",
 }
 """Phases in which memory can run out, as a sentence names them."""
+LEAST_SHOWN_BYTES = 2**20
+"""Of a part of the model, where a rank says what it holds."""
 PACKAGES = ("windtunnel", "torch", "transformers", "peft", "bitsandbytes", "mistral_common")
 
 
@@ -286,8 +288,9 @@ def _prepare(
 def _report_ranks(session: Session, model: Model) -> None:
     """Say how the model lies on the ranks, and what one of them holds of it."""
     ranks = session.ranks
-    held = {part: size for part, size in local_bytes(model).items() if size}
-    parts = ", ".join(f"{part} {gib(size)}" for part, size in held.items())
+    held = local_bytes(model)
+    shown = {part: size for part, size in held.items() if size >= LEAST_SHOWN_BYTES}
+    parts = ", ".join(f"{part} {gib(size)}" for part, size in shown.items())
     many = f"each of {ranks.replicas} copies" if ranks.replicas > 1 else "one copy"
     session.note(
         "info",

@@ -31,7 +31,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.plan.trainer import BUCKET_NUMBERS
+from engine.plan.trainer import BUCKET_NUMBERS, names_cut_loss
 from engine.train.experts import HELD, GroupedNF4
 from engine.train.forward import Model, head_module, unwrapped
 from engine.train.offload import decoder_layers
@@ -65,7 +65,8 @@ def shard(model: Model, config: RunConfig, ranks: Ranks) -> Model:
     mesh = ranks.mesh if ranks.replicas > 1 else ranks.mesh[SHARD]
     # Gradients of bfloat16 weights are added up in float32, as many as there are ranks.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    body: Any = unwrapped(model).model
+    inner: Any = unwrapped(model)
+    body = inner.model
     for unit in units(model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(body, mesh=mesh, mp_policy=policy)
@@ -74,6 +75,10 @@ def shard(model: Model, config: RunConfig, ranks: Ranks) -> Model:
     head = head_module(model)
     assert isinstance(body, FSDPModule)
     assert isinstance(head, FSDPModule)
+    if not names_cut_loss(config):  # a kernel that reads the head in its backward pass
+        # An embedding's gradient takes no weights, and the head's is formed in the forward pass.
+        for table in (inner.get_input_embeddings(), head):
+            table.set_unshard_in_backward(False)
     if whole := [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]:
         raise AssertionError(f"{whole[0]} and {len(whole) - 1} others are in no unit")
     for unit in (each for each in model.modules() if isinstance(each, FSDPModule)):
