@@ -177,7 +177,7 @@ def print_estimate(
             *asked,
             *(Line("!", "", sentence) for sentence in odd),
             *ladder_lines(needs, rungs),
-            *(larger_card_lines(run, place) if rungs else ()),
+            *(larger_card_lines(run, place) if needs.verdict != "fits" else ()),
         )
         print_lines(lines)
     return WRONG_REQUEST if refused else DOES_NOT_FIT if needs.verdict == "does not fit" else 0

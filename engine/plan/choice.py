@@ -21,9 +21,10 @@ from engine.config import SHARDED_OPTIMIZERS, DatasetConfig, RunConfig, read_con
 from engine.data.statistics import Statistics, count_held_out
 from engine.plan.attention import Attention, choose_attention, task_of
 from engine.plan.device import Place
-from engine.plan.duration import count_steps, expected_duration
+from engine.plan.duration import count_steps, expected_duration, pace_of
 from engine.plan.ladder import learning_rate, make_faster, make_fit
 from engine.plan.layers import largest_image_tokens
+from engine.plan.layout import ONE, Layout
 from engine.plan.memory import estimate
 from engine.plan.remarks import Goal
 from engine.plan.savers import BUSY_TOKENS, IN_RAM, SLOW
@@ -55,7 +56,7 @@ _EITHER_OR = (
     {"gradient_accumulation_steps", "batch_size"},
 )
 """Keys that say the same thing in other ways: where the person chose one, none is advised."""
-_RANKS = {"does not fit": 0, "tight": 1, "fits": 2}
+RANKS = {"does not fit": 0, "tight": 1, "fits": 2}
 
 _REASON = re.compile(r"^(\w+):[^#\n]*#\s*(.+)$", re.MULTILINE)
 
@@ -89,6 +90,8 @@ class Choice:
     goal: Goal = "text"
     may_offload_layers: bool = True
     """Whether layers may be offloaded to make the plan fit, which can take many times as long."""
+    layout: Layout = ONE
+    """Over which cards it is laid."""
     values: dict[str, Any] = field(default_factory=dict, init=False)
     reasons: dict[str, str] = field(default_factory=dict, init=False)
 
@@ -113,7 +116,8 @@ class Choice:
     def put(self, key: str, value: object, reason: str) -> None:
         """Advise a value, unless the person chose it or said the same in another way."""
         said = {other for group in _EITHER_OR if key in group for other in group}
-        if key == "optimizer" and self.fixed.get("fsdp_config") is not None:
+        sharded = self.layout.shard > 1 or self.fixed.get("fsdp_config") is not None
+        if key == "optimizer" and sharded:
             value = SHARDED_OPTIMIZERS.get(str(value), value)
         if key not in self.fixed and not any(self.fixed.get(other) for other in said):
             self.values[key], self.reasons[key] = value, reason
@@ -138,6 +142,35 @@ class Choice:
             if self.fits({key: value} | {other: make(value) for other, make in others.items()}):
                 return value
         return values[-1]
+
+    def lay_out(self) -> None:
+        """The keys of the layout; `settle_layout` says why."""
+        if self.layout.shard > 1:
+            self.put("fsdp_version", 2, "the one that PyTorch maintains")
+            whole = {"reshard_after_forward": True}
+            self.put("fsdp_config", whole, "a layer is whole on a card only while it works")
+            self.put("dp_shard_size", self.layout.shard, "")
+        if self.layout.replicate > 1:
+            self.put("dp_replicate_size", self.layout.replicate, "")
+
+    def settle_layout(self, alone: Estimate) -> None:
+        """The reasons of the layout; `alone` is what one card would need."""
+        device, pace = self.place.device, pace_of(self.config(), self.place)
+        speed = f", about {pace:,.0f} tokens a second together" if pace else ""
+        copies = f"{self.layout.replicate} copies learn side by side{speed}"
+        if self.reasons.get("dp_shard_size") == "":
+            needed = (
+                f"one card would need {gib(alone.device_bytes)}" if alone.verdict != "fits" else ""
+            )
+            where = "all cards" if self.layout.shard >= device.cards else "the cards of a computer"
+            held = f"a copy is held by {where} together"
+            rest = speed if self.layout.replicate == 1 else ""
+            self.reasons["dp_shard_size"] = f"{needed}; {held}{rest}"
+            copies += ": only gradients go between computers"
+        else:
+            copies += ": each card holds a whole one"
+        if self.reasons.get("dp_replicate_size") == "":
+            self.reasons["dp_replicate_size"] = copies
 
     def follow(self, recipe: Recipe) -> None:
         """Take over a recipe that ships for this model and dataset."""
@@ -237,7 +270,7 @@ class Choice:
     def _accumulate(self) -> None:
         """How many micro-batches make a step."""
         known = self.known
-        at_once = self.needs().tokens_at_once
+        at_once = self.needs().tokens_at_once * self.layout.readers
         if known is None:
             steps = max(1, TOKENS_A_STEP // 2 // at_once)
             self.put("gradient_accumulation_steps", steps, f"{at_once * steps:,} tokens a step")
@@ -254,7 +287,8 @@ class Choice:
         key = "gradient_accumulation_steps"
         if self.reasons.get(key) == "":
             an_epoch = {"num_epochs": 1, "max_steps": None}
-            steps = count_steps(self.config().model_copy(update=an_epoch), self.known)
+            config = self.config().model_copy(update=an_epoch)
+            steps = count_steps(config, self.known, self.layout.readers)
             self.reasons[key] = f"{counted(steps or 1, 'update')} an epoch"
 
     def _why_no_more(self, micro: int) -> str:
@@ -324,7 +358,7 @@ class Choice:
         needed = self.needs()
         keep = {*self.fixed, *(() if self.may_offload_layers else SLOW)}
         rungs = make_fit(self.config(), self.place, keep=keep)
-        if not rungs or _RANKS[rungs[-1].estimate.verdict] <= _RANKS[needed.verdict]:
+        if not rungs or RANKS[rungs[-1].estimate.verdict] <= RANKS[needed.verdict]:
             return
         for rung in rungs:
             for key, value in rung.changes.items():

@@ -121,6 +121,13 @@ def _run_tokens(
 def pace_of(config: RunConfig, place: Place) -> float | None:
     """Tokens a second of training by the card's data sheet, of all ranks together; None for a card
     without one, and for several computers without a known network."""
+    found = paces_of(config, place)
+    return found[0] if found else None
+
+
+def paces_of(config: RunConfig, place: Place) -> tuple[float, float] | None:
+    """The same where ranks send while they compute, as they do, and where they would wait for all
+    that is sent: between the two lies what links really cost."""
     device, table = place.device, place.table
     speed = speed_of(device.card) if device.kind == "cuda" else None
     if speed is None:
@@ -139,11 +146,12 @@ def pace_of(config: RunConfig, place: Place) -> float | None:
     layout = layout_on(config, device)
     micro = max(computing / layout.tensor, copying)
     if layout.cards == 1:
-        return tokens / micro
+        return tokens / micro, tokens / micro
     seconds = step_seconds(step, layout, micro, speed, MOVED)
     if seconds is None:
         return None
-    return tokens * config.gradient_accumulation_steps * layout.readers / seconds
+    a_step = tokens * config.gradient_accumulation_steps * layout.readers
+    return a_step / seconds[0], a_step / seconds[1]
 
 
 def speedup(before: RunConfig, after: RunConfig, place: Place) -> float:

@@ -390,13 +390,14 @@ def estimate(config: RunConfig, place: Place, *, stack: Stack = WINDTUNNEL) -> E
     needed = on_device(peak, device)
     spread = _spread(step)
     sizes = sizes_of(step.table, kept_modules(config))
+    host = needed if device.kind == "cpu" else host_bytes(step, frozen, sizes)
     found = Estimate(
         parts=parts,
         peak_allocated_bytes=peak,
         device_bytes=needed,
         range_bytes=(int(peak * (1 - spread)), int(peak * (1 + spread))),
         can_give_bytes=device.can_give_bytes,
-        host_bytes=needed if device.kind == "cpu" else host_bytes(step, frozen, sizes),
+        host_bytes=host * min(layout.cards, device.count),
         disk_bytes=disk_bytes(step, sizes),
         trainable_parameters=step.trainable,
         total_parameters=sizes.all,

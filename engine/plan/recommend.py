@@ -5,17 +5,18 @@ of them, and a plan of every model of the catalog on a device. A sequence has to
 spreading one row over several (context parallelism) is not done.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from typing import Any
 
 from pydantic import ValidationError
 
 from engine.catalog import ModelCard, list_models, read_architecture
-from engine.config import DatasetConfig, RunConfig, spell
+from engine.config import DatasetConfig, RunConfig, spell, unsupported
 from engine.errors import UserError
 from engine.plan.attention import Attention, choose_attention, task_of
-from engine.plan.choice import Choice, find_recipe
+from engine.plan.choice import RANKS, UPDATES_AN_EPOCH, Choice, find_recipe
 from engine.plan.device import Device, Place, device_document
 from engine.plan.duration import Duration, expected_duration, pace_of
 from engine.plan.ladder import (
@@ -25,6 +26,7 @@ from engine.plan.ladder import (
     list_alternatives,
     make_fit,
 )
+from engine.plan.layout import Layout, layout_on
 from engine.plan.memory import estimate
 from engine.plan.remarks import Goal, refuse_goal, why_not_trained
 from engine.plan.savers import SAME_RESULT, SLOW, in_use
@@ -164,8 +166,57 @@ def _with_method(fixed: dict[str, object]) -> dict[str, object]:
     return {"load_in_4bit": fixed["adapter"] == "qlora", **fixed} if "adapter" in fixed else fixed
 
 
+_LAYOUT = ("fsdp_config", "dp_shard_size", "dp_replicate_size", "deepspeed")
+
+
 def _choose(asked: Choice) -> Choice:
+    """The values on one card, or on several where that is better.
+
+    Better is what fits, then what is faster, then what keeps nothing in this computer's memory.
+    """
+    device = asked.place.device
+    if any(asked.fixed.get(key) for key in _LAYOUT):
+        return _choose_on(replace(asked, layout=layout_on(replace(asked).config(), device)))
+    alone = best = _choose_on(asked)
+    for layout in _layouts(alone):
+        choice = _choose_on(replace(asked, layout=layout))
+        if not device.planned and any(f.severity == "error" for f in unsupported(choice.config())):
+            continue
+        best = max(best, choice, key=_worth)
+    if best is not alone:
+        best.settle_layout(alone.needs())
+    return best
+
+
+def _layouts(alone: Choice) -> Iterator[Layout]:
+    """Ways to use all cards: copies side by side; one copy over the cards of a computer, and a copy
+    in each; one over all of them. Where one card is enough, no more than leave the rate room to
+    fall."""
+    device, known = alone.place.device, alone.known
+    if device.cards == 1:
+        return
+    passes = known.total_tokens / alone.needs().tokens_at_once if known else inf
+    copies = int(min(device.cards, passes / UPDATES_AN_EPOCH))
+    if copies > 1:
+        yield Layout(1, copies)
+    if copies < device.cards and alone.needs().verdict == "fits":
+        return
+    if device.count > 1:
+        yield Layout(device.count, device.nodes)
+    if device.nodes > 1:
+        yield Layout(device.cards)
+
+
+def _worth(choice: Choice) -> tuple[int, float, bool]:
+    config, needs = choice.config(), choice.needs()
+    pace = pace_of(config, choice.place) or 0.0
+    better = pace if needs.verdict != "does not fit" else -float(needs.device_bytes)
+    return RANKS[needs.verdict], better, not in_use(config)
+
+
+def _choose_on(asked: Choice) -> Choice:
     choice = replace(asked)
+    choice.lay_out()
     recipe = find_recipe(choice.place.architecture, choice.dataset)
     if recipe is None or not recipe.whole:
         choice.habits()

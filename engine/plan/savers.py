@@ -136,7 +136,8 @@ def recomputing(config: RunConfig, layers: int, count: int) -> Keys:
 
 def _embeddings_in_ram(config: RunConfig, place: Place, fits: Fits) -> Iterator[Change]:
     frozen = config.adapter and not config.lora_modules_to_save
-    if place.device.has_ram_beside and frozen and not config.offload_embeddings:
+    beside = place.device.has_ram_beside and not is_sharded(config)
+    if beside and frozen and not config.offload_embeddings:
         yield "offload_embeddings", {"offload_embeddings": True}, ""
 
 
@@ -209,6 +210,7 @@ def _narrow_adapter(config: RunConfig, place: Place, fits: Fits) -> Iterator[Cha
 def _layers_in_ram(config: RunConfig, place: Place, fits: Fits) -> Iterator[Change]:
     """As few of the frozen layers as will do are offloaded; all where that is not enough."""
     can = place.device.has_ram_beside and config.adapter and config.gradient_checkpointing
+    can = can and not is_sharded(config)
     layers = widths(place.table).layers
     now = (config.offloaded_layers or layers) if config.layer_offloading else 0
     if not can or now >= layers:

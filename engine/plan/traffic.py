@@ -100,29 +100,55 @@ def link_bytes(speed: Speed, ranks: int, here: int) -> float | None:
     return min(local, here * speed.network_bytes) if here > 1 else speed.network_bytes
 
 
-def step_seconds(
-    step: Step, layout: Layout, computing: float, speed: Speed, reached: float
-) -> float | None:
-    """Of an optimizer step whose micro-batch computes for so many seconds on one card.
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """Seconds that a rank's collectives take in one optimizer step."""
 
-    `reached` is the share of a link's speed that is counted on. None where a link is not known.
-    """
+    forward: float
+    """Of each micro-batch, as the next two; what is gathered first among it."""
+    backward: float
+    first: float
+    adding: float
+    """Of replicas, once."""
+    inside: float
+    """Inside layers that several cards share."""
+
+
+def sending(step: Step, layout: Layout, speed: Speed, reached: float) -> Sending | None:
+    """How long collectives take at a share `reached` of the links' speed; None where a link is not
+    known."""
     sent, passes = traffic_of(step, layout), step.config.gradient_accumulation_steps
     here = step.device.count
     ring = link_bytes(speed, layout.shard, here)
     # Replicas of a sharded copy are on other computers where a copy fills one.
-    apart = 1 if layout.shard >= here else here
-    between = link_bytes(speed, layout.replicate, apart)
+    between = link_bytes(speed, layout.replicate, 1 if layout.shard >= here else here)
     if ring is None or between is None:
         return None
     part = (layout.shard - 1) / layout.shard / (ring * reached)
+    added = 2 * (layout.replicate - 1) / layout.replicate * sent.summed / (between * reached)
+    inside = sent.exchanged / (link_bytes(speed, 1, here) or ring) / reached
+    return Sending(
+        sent.gathered_forward * part / passes,
+        (sent.gathered_backward + sent.scattered) * part / passes,
+        sent.first * part,
+        added,
+        inside,
+    )
+
+
+def step_seconds(
+    step: Step, layout: Layout, computing: float, speed: Speed, reached: float
+) -> tuple[float, float] | None:
+    """(where all that can is sent while layers compute, where nothing is) of an optimizer step
+    whose micro-batch computes for so many seconds; None where a link is not known."""
+    takes, passes = sending(step, layout, speed, reached), step.config.gradient_accumulation_steps
+    if takes is None:
+        return None
     forward = computing / (3 if step.config.adapter else 4)  # of about as many equal passes
-    gathering, back = sent.gathered_forward * part / passes, sent.gathered_backward * part / passes
-    scattering = sent.scattered * part / passes
-    first = sent.first * part
-    micro = first + max(forward, gathering - first) + max(computing - forward, back + scattering)
-    adding = 2 * (layout.replicate - 1) / layout.replicate * sent.summed / (between * reached)
-    inside = sent.exchanged / ((speed.peer_bytes or speed.link_bytes * PEER_SHARE) * reached)
+    first = takes.first
+    behind = max(forward, takes.forward - first) + max(computing - forward, takes.backward)
     # Sharded, replicas add up while the pass goes on; whole copies do when it is over.
-    last = max(0.0, adding - (computing - forward)) if layout.shard > 1 else adding
-    return passes * micro + last + inside
+    last = takes.adding if layout.shard == 1 else max(0.0, takes.adding - (computing - forward))
+    best = passes * (first + behind) + last + takes.inside
+    worst = passes * (computing + takes.forward + takes.backward) + takes.adding + takes.inside
+    return best, worst

@@ -226,7 +226,7 @@ def alternative_line(other: Alternative) -> Line:
 
 def advice_lines(advice: Recommendation, device: Device) -> list[Line]:
     """What `recommend` says above the config."""
-    lines = [plan_verdict(advice.estimate, device), *_device_lines(device)]
+    lines = [plan_verdict(advice.estimate, device), *_device_lines(device, advice.estimate)]
     if advice.not_trained:
         lines.append(Line("✗", "not trained yet", advice.not_trained))
     lines += duration_lines(advice.duration)
@@ -253,7 +253,7 @@ def estimate_lines(needs: Estimate, device: Device) -> list[Line | str]:
     share = needs.trainable_parameters / max(1, needs.total_parameters)
     return [
         plan_verdict(needs, device),
-        *_device_lines(device),
+        *_device_lines(device, needs),
         f"fullest at: {needs.moment}",
         *(f"  {name:<{width}}  {gib(size):>10}" for name, size in sizes.items()),
         f"{needs.tokens_at_once:,} tokens at once; {needs.trainable_parameters:,} of"
@@ -338,11 +338,16 @@ def larger_card_lines(config: RunConfig, place: Place) -> Iterator[str]:
             break
     if place.device.kind == "cuda":
         count = cards_needed(config, place)
-        if count is not None and count > 1:
+        name = place.device.name
+        if count is None:
+            yield f"sharded, no number of {name} holds it: a layer at work is too large for one"
+        elif count > 1:
             instead = SHARDED_OPTIMIZERS.get(config.optimizer)
-            means = f"FSDP2, optimizer={instead}" if instead else "FSDP2"
-            name = place.device.name
-            yield f"sharded over {count} of {name} too ({means}); this version runs one"
+            more = f" optimizer={instead}" if instead else ""
+            yield (
+                f"{count} of {name} are the fewest that hold it together; behind the config, that"
+                f" is: dp_shard_size={count}{more}"
+            )
 
 
 def length_lines(prices: Sequence[LengthPrice], device: Device) -> list[str]:
@@ -364,10 +369,15 @@ def length_lines(prices: Sequence[LengthPrice], device: Device) -> list[str]:
     return lines
 
 
-def _device_lines(device: Device) -> list[Line]:
+def _device_lines(device: Device, needs: Estimate) -> list[Line]:
     lines = []
-    if device.cards > 1:
-        lines.append(Line("·", "", f"there are {device.cards} of them; a run uses one so far"))
+    if device.cards > 1 or needs.cards > 1:
+        where = f" in {device.nodes} computers" if device.nodes > 1 else ""
+        used = "one" if needs.cards == 1 else f"{needs.cards}"
+        there = f"there {'is' if device.cards == 1 else 'are'} {device.cards}{where}"
+        line = Line("·", "", f"{there}; this run uses {used}")
+        lines.append(replace(line, mark="✗") if needs.cards > device.cards else line)
+    lines += [Line("·", "left out", reason) for reason in device.left_out]
     if device.used_by:
         lines.append(Line("·", "in use already", device.used_by))
     return lines

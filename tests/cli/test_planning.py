@@ -116,7 +116,7 @@ class TestRecommend:
 
     def test_more_cards_than_a_run_uses_are_said(self, call: Call) -> None:
         _, out, _ = call("recommend", "--model", "ministral-3-3b", "--assume", "H100 x2")
-        assert "· there are 2 of them; a run uses one so far\n" in out
+        assert "· there are 2; this run uses 2\n" in out
 
     def test_without_a_planned_card_the_one_here_counts(self, call: Call, nvml: FakeDriver) -> None:
         nvml.set(RTX_4090)

@@ -15,6 +15,7 @@ from engine.errors import UserError
 from engine.hardware import assume, listed_gpus
 from engine.plan import Device, Goal, Place, Recommendation, best_device, recommend
 from engine.plan.layers import recomputed_layers, widths
+from engine.plan.layout import layout_of
 from engine.plan.savers import in_use
 from engine.report import VERDICT_MARKS
 from engine.units import GIB
@@ -33,7 +34,22 @@ largest one. `windtunnel recommend --data` counts your rows and plans for them.
 needs: GiB on the device, driver and allocator included; ±: how far a measured peak may lie from it.
 Twice: layers that are computed a second time in the backward pass (gradient_checkpointing). In RAM:
 what waits in this computer's memory (`states`, `embedding` and head, or so many `layers`), for the
-same result in a longer time. Tokens a second follow from the card's data sheet.
+same result in a longer time. Tokens a second follow from the card's data sheet. Several cards are
+at the end.
+"""
+SEVERAL = ("RTX 4090 x2", "RTX 4090 x4", "H100 x2", "H100 x4", "H100 x8", "8 x 8 x H100")
+MODELS = (
+    *("ministral-3-3b", "ministral-3-8b", "ministral-3-14b", "magistral-small-2506"),
+    *("mistral-small-4", "mistral-medium-3.5"),
+)
+"""One of each size."""
+TOGETHER = """
+# Several cards
+
+Text, as above; each model as it is recommended, and with all of its weights trained. Cards: those
+that hold one copy together, and how many copies learn side by side. needs: GiB on each card; tokens
+a second are of all cards together, where they send to each other while they compute.
+presets/SCALING.md has what they send.
 """
 
 
@@ -66,6 +82,40 @@ def _cells() -> Iterator[Cell]:
                     except UserError:
                         continue
                     yield Cell(device.name, card.name, goal, device, advice)
+
+
+def together() -> Iterator[str]:
+    """The lines of several cards."""
+    for name in SEVERAL:
+        device = best_device(assume(name))
+        yield f"\n## {name}: can give {device.can_give_bytes / GIB:.1f} GiB each\n\n"
+        columns = "method | cards | tokens at once | optimizer | needs | verdict | tokens/s"
+        yield f"| model | {columns} |\n"
+        yield "|---|---|---|---|---|---|---|---|\n"
+        for model in MODELS:
+            for fixed in ({}, {"adapter": None}):
+                place = Place(read_architecture(model), device)
+                yield _together(model, recommend(place, fixed=fixed))
+
+
+def _together(model: str, advice: Recommendation) -> str:
+    config, needs = advice.config, advice.estimate
+    layout = layout_of(config)
+    assert layout
+    copies = f"{layout.shard} x {layout.replicate}" if layout.replicate > 1 else f"{layout.shard}"
+    fits = needs.verdict != "does not fit"
+    pace = advice.tokens_per_second if fits else None
+    columns = (
+        model,
+        config.adapter or "full",
+        copies,
+        f"{config.sequence_len:,} x {config.micro_batch_size}",
+        config.optimizer,
+        f"{needs.device_bytes / GIB:.1f} ± {needs.uncertainty:.0%}",
+        f"{VERDICT_MARKS[needs.verdict]} {needs.verdict}",
+        f"{pace:,.0f}" if pace else "-",
+    )
+    return "| " + " | ".join(columns) + " |\n"
 
 
 def line_of(cell: Cell) -> str:
@@ -113,7 +163,7 @@ def page() -> str:
                 "|---|---|---|---|---|---|---|---|---|---|---|\n"
             )
         parts.append(line_of(cell) + "\n")
-    return "".join(parts)
+    return "".join([*parts, TOGETHER, *together()])
 
 
 if __name__ == "__main__":
