@@ -321,7 +321,7 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
 
 
 def _print_problems(found: "Meta") -> None:
-    from engine.data.checkup import group_problems
+    from engine.data.facts import group_problems
     from engine.report.data import problem_lines
 
     print_lines(problem_lines(group_problems(found.problems)))

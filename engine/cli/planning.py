@@ -184,15 +184,15 @@ def print_estimate(
 
 
 def _check_rows(config: RunConfig) -> "Checkup":
-    """Read and tokenize every row once, to know lengths and how much is learned.
+    """Count every row, read and tokenized if it is not prepared: lengths, how much is learned.
 
     Raises UserError where the dataset cannot be read or no row of it can be used.
     """
     from engine.chat.tokenizer import open_tokenizer
-    from engine.data.checkup import check_config
+    from engine.data.checkup import count_rows
 
     tokenizer = open_tokenizer(tokenizer_name(config), Path.cwd())
-    found = check_config(config, Path.cwd(), tokenizer)
+    found = count_rows(config, Path.cwd(), tokenizer)
     if not found.usable:
         path = visible(config.datasets[0].path, one_line=True)
         raise UserError(

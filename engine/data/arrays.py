@@ -19,20 +19,13 @@ from msgspec import convert, to_builtins
 
 from engine.chat.images import ImageSpec
 from engine.chat.render import Rendered
+from engine.data.facts import Facts
 from engine.data.prepared import ARRAYS, META, Counts, count_elements
 from engine.data.rows import ImageName, RenderedRow, image_digest
-from engine.data.statistics import (
-    BadRow,
-    Finding,
-    Unread,
-    add_findings,
-    add_unread,
-    count_unread,
-    findings_of,
-)
 from engine.files import PRIVATE, sweep, sync, write_sums, write_whole
 
-_STATE = "progress.json"
+STATE = "progress.json"
+"""The last durable point; gone where the arrays are whole."""
 _LISTED_PROBLEMS = 100
 
 
@@ -61,25 +54,19 @@ class Block:
     files: list[tuple[str, int]] = field(default_factory=list)
     images: list[tuple[bytes, int, int]] = field(default_factory=list)
     image_names: list[ImageName] = field(default_factory=list)
-    problems: list[BadRow] = field(default_factory=list)
-    findings: dict[str, Finding] = field(default_factory=dict)
-    unread: dict[str, Unread] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
 
 
 def block_of(rows: Sequence[RenderedRow]) -> Block:
     """Rendered rows as the files hold them."""
     block, usable, all_rendered = Block(len(rows)), list[RenderedRow](), list[Rendered]()
+    block.facts.take(rows)
     for row in rows:
         block.image_names += row.image_names
-        if row.problem is not None:
-            block.problems.append(row.bad_row(row.problem))
+        if row.rendered is None:
             continue
-        assert row.rendered is not None
-        assert row.conversation is not None
         usable.append(row)
         all_rendered.append(row.rendered)
-        add_findings(block.findings, findings_of(row.conversation.notes, row.line, row.number))
-        count_unread(block.unread, row.conversation.unread)
         if block.files and block.files[-1][0] == row.file:
             block.files[-1] = (row.file, block.files[-1][1] + 1)
         else:
@@ -91,6 +78,7 @@ def block_of(rows: Sequence[RenderedRow]) -> Block:
             "kinds": np.concatenate([each.kinds for each in all_rendered]),
             "sources": np.concatenate([each.sources for each in all_rendered]),
             "lines": [row.line for row in usable],
+            "numbers": [row.number for row in usable],
             "datasets": [row.dataset for row in usable],
             "hashes": [content_hash(each) for each in all_rendered],
             "lengths": [len(each) for each in all_rendered],
@@ -147,11 +135,10 @@ class ArrayWriter:
         state.source_rows += block.source_rows
         self._since += block.source_rows
         self._add_names(block.image_names)
-        state.bad_rows += len(block.problems)
-        state.judged_rows += sum(problem.judged for problem in block.problems)
-        state.problems += block.problems[: _LISTED_PROBLEMS - len(state.problems)]
-        add_findings(state.findings, block.findings)
-        add_unread(state.unread, block.unread)
+        problems = block.facts.problems
+        state.bad_rows += len(problems)
+        state.problems += problems[: _LISTED_PROBLEMS - len(state.problems)]
+        state.facts.add(block.facts, listed=0)
         if block.arrays:
             self._append(block)
         if self._since >= self._interval.rows or self._pending_tokens >= self._interval.tokens:
@@ -215,17 +202,18 @@ class ArrayWriter:
                 continue
             self._files[name].flush()
             os.fsync(self._files[name].fileno())
-        self._write_json(_STATE, asdict(self.state))
+        self._write_json(STATE, asdict(self.state))
         self._pending_tokens = self._since = 0
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
-        text = json.dumps(to_builtins(value, str_keys=True), indent=1, sort_keys=True)
+        # In the order in which things were found: that of the rows, wherever a kill came.
+        text = json.dumps(to_builtins(value, str_keys=True), indent=1)
         write_whole(self._folder / name, text.encode())
 
     def _count(self, kinds: Any) -> None:
         counts = Counter(self.state.kind_counts)
         counts.update({kind: int(count) for kind, count in enumerate(np.bincount(kinds)) if count})
-        self.state.kind_counts = dict(counts)
+        self.state.kind_counts = dict(sorted(counts.items()))
 
     def finish(self, key: str, image_spec: ImageSpec | None = None) -> None:
         """Commits, writes meta.json (`key` and the counts, nothing of when or how fast) and the
@@ -237,8 +225,8 @@ class ArrayWriter:
         self.close()
         spec = astuple(image_spec) if image_spec and self.state.images else None
         self._write_json(META, {"key": key, "image": spec, **asdict(self.state)})
-        write_sums(self._folder, {}, unlisted=(_STATE,))
-        (self._folder / _STATE).unlink()
+        write_sums(self._folder, {}, unlisted=(STATE,))
+        (self._folder / STATE).unlink()
         sync(self._folder)
 
     def close(self) -> None:
@@ -278,7 +266,7 @@ def read_image_names(folder: Path, size_bytes: int | None = None) -> list[ImageN
 def _read_state(folder: Path) -> Counts:
     """The last durable point, or the beginning where there is none that can be trusted."""
     try:
-        state = convert(json.loads((folder / _STATE).read_text("utf-8")), Counts, str_keys=True)
+        state = convert(json.loads((folder / STATE).read_text("utf-8")), Counts, str_keys=True)
         sizes: Sequence[tuple[int, int]] = [
             ((folder / name).stat().st_size, _durable_bytes(name, state)) for name in ARRAYS
         ]

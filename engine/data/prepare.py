@@ -25,7 +25,7 @@ from engine.chat.images import ImageSpec
 from engine.chat.render import RENDERER_VERSION, LabelRule
 from engine.chat.tokenizer import ChatTokenizer
 from engine.config import DatasetConfig, RunConfig
-from engine.data.arrays import ArrayWriter, Block, Interval, block_of, read_image_names
+from engine.data.arrays import STATE, ArrayWriter, Block, Interval, block_of, read_image_names
 from engine.data.prepared import Prepared, read_meta
 from engine.data.requests import Progress, ResolveRevision, ask_worker
 from engine.data.rows import (
@@ -44,7 +44,7 @@ from engine.errors import UserError, WorkError
 from engine.files import PRIVATE, SUMS, changed_file, sync
 
 # Raised when the files in a folder of arrays change their meaning.
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 _HASH_BLOCK_BYTES = 2**20
 _PROGRESS_ROWS = 64
 _LOCK_POLL_SECONDS = 0.2
@@ -126,6 +126,22 @@ def prepare(
     return prepared
 
 
+def find_prepared(config: RunConfig, folder: Path, tokenizer: ChatTokenizer) -> Prepared | None:
+    """The arrays that `prepare` would find done in the default store; None where it would work.
+
+    Nothing is fetched, so of a set on the hub nothing is known. Raises UserError where a dataset
+    cannot be read.
+    """
+    store = default_store(config, folder)
+    if not store.is_dir() or any(locate(each, folder).hub_id for each in config.datasets):
+        return None
+    job = _plan(config, folder, tokenizer, lambda _: None, fetches=False)
+    place = store / job.key
+    if not _is_whole(place) or changed_file(place) or _is_stale(place, job, lambda _: None):
+        return None
+    return Prepared(place)
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """The rows, where they and their images are, and the key of their arrays."""
@@ -142,7 +158,14 @@ class _Job:
     image_spec: ImageSpec | None
 
 
-def _plan(config: RunConfig, folder: Path, tokenizer: ChatTokenizer, report: OnProgress) -> _Job:
+def _plan(
+    config: RunConfig,
+    folder: Path,
+    tokenizer: ChatTokenizer,
+    report: OnProgress,
+    *,
+    fetches: bool = True,
+) -> _Job:
     datasets = tuple(_pinned(dataset, folder) for dataset in effective_datasets(config))
     pinned = config.model_copy(update={"datasets": datasets})
     locations = tuple(locate(dataset, folder) for dataset in datasets)
@@ -151,7 +174,7 @@ def _plan(config: RunConfig, folder: Path, tokenizer: ChatTokenizer, report: OnP
     rules = ImageRules.from_config(config, folder)
     spec = adapt_tokenizer(tokenizer, rules).image
     private = config.allow_private_image_hosts
-    again = WebImages(private=private, pauses=())
+    again = WebImages(private=private, pauses=()) if fetches else None
     recipe = {
         "layout": LAYOUT_VERSION,
         "rendering": RENDERER_VERSION,
@@ -267,6 +290,7 @@ def _make(target: Path, job: _Job, interval: Interval, report: OnProgress) -> No
         shutil.rmtree(partial)
     if changed_file(partial) or not _is_whole(partial):
         _fill(partial, job, interval, report)
+    (partial / STATE).unlink(missing_ok=True)  # a kill may have come right before
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)

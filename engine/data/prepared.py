@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,11 +30,10 @@ from engine.chat.render import (
     learned,
     truncate,
 )
+from engine.data.facts import Facts
 from engine.data.statistics import (
     BadRow,
-    Finding,
     LeftOut,
-    Unread,
     count_held_out,
     no_row_left,
     nothing_learned,
@@ -55,6 +54,7 @@ ARRAYS = {
     "sources": "<i4",
     "offsets": "<i8",
     "lines": "<i8",
+    "numbers": "<i8",
     "files": "<i4",
     "datasets": "<i4",
     "hashes": "<u8",
@@ -78,16 +78,15 @@ class Counts:
     rows: int = 0
     tokens: int = 0
     bad_rows: int = 0
-    judged_rows: int = 0
     problems: list[BadRow] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
-    findings: dict[str, Finding] = field(default_factory=dict)
-    unread: dict[str, Unread] = field(default_factory=dict)
     kind_counts: dict[int, int] = field(default_factory=dict)
     images: int = 0
     image_bytes: int = 0
     placed_images: int = 0
     image_name_bytes: int = 0
+    facts: Facts = field(default_factory=Facts)
+    """What a checkup says of the rows besides their tokens."""
 
 
 @dataclass(slots=True)
@@ -183,6 +182,16 @@ class Prepared:
         """The line of `file(index)` on which the row starts, from 1."""
         return int(self._arrays["lines"][index])
 
+    @property
+    def lines(self) -> Indices:
+        """The line of each row in its file, from 1, int64 [rows]."""
+        return self._arrays["lines"]
+
+    @property
+    def numbers(self) -> Indices:
+        """The number of each row among all that were read, bad ones too, from 1, int64 [rows]."""
+        return self._arrays["numbers"]
+
     def file(self, index: int) -> str:
         """The name of the file that the row comes from."""
         return self.meta.files[int(self._arrays["files"][index])]
@@ -200,19 +209,29 @@ class Prepared:
     def learned_lengths(self, rule: LabelRule) -> Indices:
         """Learned tokens of each row under `rule`, int64 [rows]; reads the kinds in pieces."""
         counts = np.zeros(len(self), dtype=np.int64)
+        for start, end in self.pieces():
+            flags = learned(self.read_piece("kinds", start, end), rule)
+            starts = self.offsets[start:end] - self.offsets[start]
+            counts[start:end] = np.add.reduceat(flags, starts, dtype=np.int64)
+        return counts
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """All rows as (first, behind the last) of pieces that memory is for."""
         start = 0
         while start < len(self):
             limit = self.offsets[start] + _SCAN_TOKENS
             end = max(start + 1, int(np.searchsorted(self.offsets, limit, side="right")) - 1)
-            first, last = self.offsets[start], self.offsets[end]
-            # Not by the map: all that was looked at would stay in this process's memory.
-            kinds = np.fromfile(self.folder / "kinds", np.uint8, last - first, offset=first)
-            flags = learned(kinds, rule)
-            counts[start:end] = np.add.reduceat(
-                flags, self.offsets[start:end] - first, dtype=np.int64
-            )
+            yield start, end
             start = end
-        return counts
+
+    def read_piece(self, name: str, start: int, end: int) -> NDArray[Any]:
+        """What an array has for each token of some rows, in memory of its own.
+
+        By the map, all that was looked at would stay in this process's memory.
+        """
+        kind = np.dtype(ARRAYS[name])
+        first, last = self.offsets[start], self.offsets[end]
+        return np.fromfile(self.folder / name, kind, last - first, offset=first * kind.itemsize)
 
     def tokens_by_kind(self) -> dict[str, int]:
         """How many tokens of each kind, by its word, withheld ones among them."""
@@ -274,7 +293,7 @@ class Prepared:
         return LeftOut(
             len(self) + self.meta.bad_rows,
             bad=self.meta.bad_rows,
-            judged=self.meta.judged_rows,
+            judged=self.meta.facts.judged,
             too_long=selection.too_long if strategy == "drop" else 0,
             nothing_learned=selection.nothing_learned,
             cut=selection.truncated,

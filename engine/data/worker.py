@@ -25,7 +25,7 @@ from engine.chat.images import IMAGE_LIMIT_BYTES
 from engine.chat.tokenizer import ChatTokenizer, open_tokenizer
 from engine.chat.tokenizer_file import tokenizer_name
 from engine.config import DatasetConfig, RunConfig
-from engine.data.checkup import check_config
+from engine.data.checkup import count_rows
 from engine.data.prepare import label_rule
 from engine.data.preview import preview_row
 from engine.data.requests import (
@@ -119,7 +119,7 @@ class Reader:
         def count(rows: int, done_bytes: int) -> None:
             report(Progress("reading", rows, done_bytes, total))
 
-        found = replace(check_config(config, folder, tokenizer, progress=count), problems=())
+        found = replace(count_rows(config, folder, tokenizer, progress=count), problems=())
         if not found.images.named:  # those are files of their own, which may change
             self._checked[key] = found
             if len(self._checked) > _REMEMBERED:

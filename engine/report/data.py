@@ -167,7 +167,8 @@ def _readings(findings: Iterable[Finding], unread: Iterable[Unread], rows: int) 
 
 def prepared_lines(meta: "Counts") -> list[Line]:
     """What to know of how prepared rows were read, worst first, as `note_lines` says it."""
-    found = _readings(most_frequent(meta.findings), most_frequent(meta.unread), meta.rows)
+    facts = meta.facts
+    found = _readings(most_frequent(facts.findings), most_frequent(facts.unread), meta.rows)
     return sorted((each.line for each in found), key=lambda line: _RANKS.index(line.mark))
 
 

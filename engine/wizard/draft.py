@@ -354,14 +354,15 @@ def count_work(draft: Draft, read: "Read") -> "Work | None":
 
 
 def check_rows(config: RunConfig, folder: Path) -> "Checkup":
-    """Every row of a config read, and counted in tokens where the tokenizer can be had.
+    """Every row of a config, read if it is not prepared, and counted in tokens where the tokenizer
+    can be had.
 
     Raises UserError where a dataset cannot be read.
     """
-    from engine.data.checkup import check_config
+    from engine.data.checkup import count_rows
 
     tokenizer = open_if_here(config, folder)
-    return check_config(config, folder, tokenizer, sequence_len=config.sequence_len)
+    return count_rows(config, folder, tokenizer, sequence_len=config.sequence_len)
 
 
 def open_if_here(config: RunConfig, folder: Path) -> "ChatTokenizer | None":

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.chat.conversation import Conversation
 from engine.chat.render import WITHHELD, Kind, LabelRule, Rendered
 from engine.config import DatasetConfig
 from engine.data.checkup import LISTED_LONGEST, Notebook, check_config, length_statistics
@@ -146,14 +147,15 @@ def test_equal_problems_are_one_with_their_rows_the_most_frequent_first(write_js
 
 
 def odd_rows_of(*rows: Sequence[int], thinking: bool = True):
-    notebook, measured = Notebook(LabelRule(thinking=thinking)), []
+    notebook, measured = Notebook(LabelRule(thinking=thinking)), list[RenderedRow]()
     for number, kinds in enumerate(rows, start=1):
         count = len(kinds)
         rendered = Rendered(
             np.zeros(count, np.uint32), np.array(kinds, np.uint8), np.zeros(count, np.int32)
         )
-        measured.append((RenderedRow(number, number, "f", 0, 0), rendered))
-    notebook.measure(measured)
+        read = (None, Conversation(()), rendered)
+        measured.append(RenderedRow(number, number, "f", 0, 0, *read))
+    notebook.take(measured)
     return notebook.odd_rows()
 
 

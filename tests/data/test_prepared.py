@@ -106,11 +106,10 @@ class TestSelect:
         rows = [[U, T, E], *rows]
         prepared, rule = make(tmp_path_factory.mktemp("arrays"), rows), LabelRule(thinking=thinking)
         notebook = Notebook(rule, limit=4, truncates=truncates)
-        notebook.rows = len(rows)
-        notebook.measure(
+        notebook.take(
             [
-                (RenderedRow(index, index, "f", 0, 0), prepared.rendered(index))
-                for index in range(len(rows))
+                RenderedRow(at, at, "f", 0, 0, None, Conversation(()), prepared.rendered(at))
+                for at in range(len(rows))
             ]
         )
         strategy: LengthStrategy = "truncate" if truncates else "drop"

@@ -195,7 +195,7 @@ class TestSeveral:
         config = config_of(DatasetConfig(path=str(path)), **several)
         task = CountRows(config=config, folder=tmp_path)
         with closing(iterate_parts(task, None, Web())) as parts:
-            said = [problem.why for part in parts for problem in part.made.problems]
+            said = [problem.why for part in parts for problem in part.made.facts.problems]
         assert asked == [*(f"https://host/{n}.png" for n in range(200)), "the end"]
         assert said == [f"{url} is not there." for url in asked[:-1]]
 

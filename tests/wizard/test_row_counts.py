@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ import pytest
 from engine.chat.tokenizer import open_tokenizer
 from engine.cli import main
 from engine.config import read_config
-from engine.data.prepare import label_rule, prepare
+from engine.data import shares
+from engine.data.checkup import check_config
+from engine.data.prepare import default_store, label_rule, prepare
 from engine.data.requests import CheckRows, plain, read_answer
+from engine.data.rows import RenderedRow
 from engine.data.statistics import Statistics
 from engine.data.worker import Worker
 from engine.hardware import assume
@@ -159,3 +162,46 @@ def test_what_is_recommended_counts_the_rows_of_the_config_that_it_writes(
     assert counted["rows_counted"] == 2
     for key in ("peak_allocated_bytes", "device_bytes", "parts", "tokens_at_once"):
         assert advised["estimate"][key] == counted[key], key
+
+
+def test_rows_that_are_prepared_are_counted_from_their_arrays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    read, iterate = 0, shares.iterate_rendered
+
+    def counting(*arguments: Any, **keys: Any) -> Iterator[RenderedRow]:
+        nonlocal read
+        for row in iterate(*arguments, **keys):
+            read += 1
+            yield row
+
+    monkeypatch.setattr(shares, "iterate_rendered", counting)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    muted = {"role": "assistant", "content": "Hush.", "weight": 0}
+    more = [{"messages": [QUESTION, muted]}, FILES["more"][0], FILES["more"][0] | {"hint": "x"}]
+    path = write(IMAGES | {"image_folder": "photos", "sequence_len": 60})
+    with Path("images.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in [*FILES["rows"], *more, "no row"])
+    config = read_config(path).config
+    tokenizer = open_tokenizer(config.base_model)
+    truncated = config.model_copy(update={"excess_length_strategy": "truncate"})
+    variants = (
+        config,
+        truncated,
+        truncated.model_copy(update={"train_on_thinking": False, "train_on_inputs": True}),
+    )
+    anew = [check_config(each, tmp_path, tokenizer, sequence_len=60) for each in variants]
+    prepare(config, tmp_path, tokenizer, default_store(config, tmp_path))
+    assert read == 4 * len(Path("images.jsonl").read_text().splitlines())
+
+    assert [check_rows(each, tmp_path) for each in variants] == anew
+    told = [command(capfd, "estimate", "config.yml", "--assume", "H100 80GB")["rows_counted"]]
+    again = ("recommend", "--model", config.base_model, "--data", "images.jsonl")
+    keys = ("image_folder=photos", "--assume", "H100 80GB")
+    assert command(capfd, *again, *keys)["config"]
+    assert told == [anew[0].usable]
+    assert of_worker(path) == of_plain(path) == anew[0].statistics()
+    assert read == 4 * anew[0].rows
+    Path("photos/cat.png").write_bytes(png(60, 40))
+    assert check_rows(config, tmp_path) != anew[0]
+    assert read == 5 * anew[0].rows
