@@ -378,3 +378,12 @@ def test_offline_is_a_sentence(tmp_path: Path) -> None:
 def test_a_think_token_before_v13_does_not_make_a_tokenizer_think() -> None:
     tokenizer = build_tokenizer(TokenizerSpec("v11", think=True))
     assert not tokenizer.thinks
+
+
+def test_the_list_of_all_pieces_is_made_when_it_is_asked_for(tokenizers: Tokenizers) -> None:
+    tekken = tokenizers["v13"].tekken
+    assert not any(tekken._vocab)
+    pieces = tekken.vocab()
+    assert len(pieces) == tekken.n_words
+    assert (pieces[1], pieces[-1]) == ("<s>", tekken.id_to_piece(tekken.n_words - 1))
+    assert len(set(pieces)) > 100_000

@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 import signal
+import sys
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from engine.chat.conversation import RowProblem
+from engine.child import Child
 from engine.config import DatasetConfig
 from engine.data import shares
 from engine.data.arrays import Interval
@@ -18,11 +20,17 @@ from engine.data.prepare import prepare
 from engine.data.rows import Share, iterate_rendered
 from engine.data.shares import count_processes, iterate_parts
 from engine.errors import UserError, WorkError
-from tests.fakes.processes import wait_until
+from tests.fakes.processes import run_python, wait_until
 from tests.support.data import about, chat, config_of, content, killed_child, write_rows
 from tests.support.pictures import png
 
 BLOCKS = 7
+FIRST_DIES = """
+import json, os, signal, sys, time
+if json.loads(sys.stdin.readline())["share"]["index"] == 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(600)
+"""
 
 
 def odd_rows(count: int) -> list[object]:
@@ -143,37 +151,46 @@ class TestSeveral:
         assert {"thinking_read", "nothing_learned"} <= {each.id for each in found[0].findings}
 
     def test_killed_half_way_and_gone_on_with_they_leave_the_bytes_of_one(
-        self, data, seeing, several, tmp_path
+        self, data, seeing, several, tmp_path, monkeypatch
     ):
         dataset, note = DatasetConfig(path=str(data)), tmp_path / "processes"
         interval = Interval(rows=100)
         one = config_of(dataset, dataset_num_proc=1)
         whole = prepare(one, data, seeing, tmp_path / "whole")
         config, store = config_of(dataset, **several), tmp_path / "store"
-        done = []
+        done, started = [], []
+
+        class Known(Child):
+            def __init__(self, *arguments) -> None:
+                super().__init__(*arguments)
+                started.append(self.id)
+
+        monkeypatch.setattr(shares, "Child", Known)
 
         def die_half_way(progress):
             if progress.rows >= 250:
-                note.write_text(json.dumps(children()))
+                note.write_text(json.dumps(started))
                 os.kill(os.getpid(), signal.SIGKILL)
 
         killed_child(lambda: prepare(config, data, seeing, store, die_half_way, interval=interval))
-        started = json.loads(note.read_text())
-        assert len(started) == 2
-        wait_until(lambda: not any(map(runs, started)))
+        killed = json.loads(note.read_text())
+        assert len(killed) == 2
+        wait_until(lambda: not any(map(runs, killed)))
         resumed = prepare(config, data, seeing, store, lambda progress: done.append(progress.rows))
         assert content(resumed.folder) == content(whole.folder)
         assert min(filter(None, done)) > 200
         assert not children()
 
-    def test_a_process_that_dies_is_one_sentence_and_takes_the_others_with_it(self, data, several):
-        task = CountRows(config=config_of(DatasetConfig(path=str(data)), **several), folder=data)
-        with closing(iterate_parts(task, None)) as parts:
-            next(parts)
-            os.kill(children()[0], signal.SIGKILL)
-            with pytest.raises(WorkError, match="was stopped by signal 9"):
-                list(parts)
+    def test_a_process_that_dies_is_one_sentence_and_takes_the_others_with_it(
+        self, data, several, monkeypatch
+    ):
+        monkeypatch.setattr(shares, "_SHARER", (sys.executable, "-c", FIRST_DIES))
+        with pytest.raises(WorkError, match="was stopped by signal 9"):
+            check_config(config_of(DatasetConfig(path=str(data)), **several), data)
         assert not children()
+
+    def test_it_ends_with_whoever_asks(self):
+        assert run_python("-m", "engine.data.sharer").returncode == 0
 
     def test_images_of_the_web_are_fetched_by_one_in_the_order_of_the_rows(
         self, tmp_path, several, monkeypatch

@@ -16,7 +16,7 @@ from engine.data import shares
 from engine.data.checkup import check_config
 from engine.data.prepare import default_store, label_rule, prepare
 from engine.data.requests import CheckRows, plain, read_answer
-from engine.data.rows import RenderedRow
+from engine.data.rows import RenderedRow, iterate_rendered
 from engine.data.statistics import Statistics
 from engine.data.worker import Worker
 from engine.hardware import assume
@@ -167,11 +167,11 @@ def test_what_is_recommended_counts_the_rows_of_the_config_that_it_writes(
 def test_rows_that_are_prepared_are_counted_from_their_arrays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    read, iterate = 0, shares.iterate_rendered
+    read = 0
 
     def counting(*arguments: Any, **keys: Any) -> Iterator[RenderedRow]:
         nonlocal read
-        for row in iterate(*arguments, **keys):
+        for row in iterate_rendered(*arguments, **keys):
             read += 1
             yield row
 
