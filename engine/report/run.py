@@ -30,7 +30,7 @@ from engine.report import SEVERITY_MARKS, Line, Mark
 from engine.runs import Follower, Request, RunFolder, Status, Summary, summarize
 from engine.runs.folder import LATEST, read_mark
 from engine.runs.history import History
-from engine.units import counted, gib, nats, stored
+from engine.units import GIB, counted, gib, nats, stored
 from engine.visible import visible
 
 _LIVE: Final[dict[Status | None, str]] = {
@@ -102,6 +102,26 @@ def figures_text(score: Score | None, written: Answers | None, drift: Drift | No
     return f"step {step}: {'  ·  '.join(figures)}" if figures else ""
 
 
+_RANKS_LISTED: Final = 8
+"""As many as a line of 80 columns has room for."""
+
+
+def ranks_text(step: Step | None) -> str:
+    """Peak memory of each rank, the slowest one marked, and what they wait for each other; empty
+    for a run of one."""
+    if step is None or not step.rank_peak_bytes:
+        return ""
+    peaks = [size / GIB for size in step.rank_peak_bytes]
+    if len(peaks) <= _RANKS_LISTED:
+        slowest = step.slowest_rank
+        listed = (f"{rank}{'◂' if rank == slowest else ''} {x:.1f}" for rank, x in enumerate(peaks))
+        text = f"ranks {'  '.join(listed)} GiB, ◂ slowest"
+    else:
+        text = f"{len(peaks)} ranks {min(peaks):.1f} to {max(peaks):.1f} GiB"
+        text += f", slowest {step.slowest_rank}" if step.slowest_rank is not None else ""
+    return text + (f", {step.imbalance:.0%} waiting" if step.imbalance is not None else "")
+
+
 PHASES: Final[Mapping[str, str]] = {
     "import": "starting PyTorch",
     "model": "looking for the model",
@@ -137,7 +157,8 @@ def event_line(event: Event, best: float | None = None) -> Line | None:
         case Step():
             of = f" of {event.total_steps}" if event.total_steps else ""
             speed = f"{event.tokens_per_second:,.0f} tokens/s"
-            text = f"loss {nats(event.loss)}, lr {event.lr:.2e}, {speed}"
+            ranks = f", {text}" if (text := ranks_text(event)) else ""
+            text = f"loss {nats(event.loss)}, lr {event.lr:.2e}, {speed}{ranks}"
             return Line("", f"step {event.step}{of}", text)
         case Note():
             return Line(SEVERITY_MARKS[event.level], "", event.text)

@@ -4,6 +4,7 @@ It is imported before the planner, which the first frame of a screen does not wa
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from engine.errors import UserError
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from engine.wizard.draft import Draft
 
 CPU: Final = "cpu"
+ALL: Final = "all"
+"""Every card that can be used beside the best one."""
 PLANNED: Final = "planned"
 """The GPU that is planned for already."""
 PLAN: Final = "plan"
@@ -110,6 +113,8 @@ class MachineStep:
         assert self.machine is not None
         machine, planned = self.machine, self._planned
         choices = [_card(gpu) for gpu in machine.gpus]
+        if (several := self._several()) is not None:
+            choices.insert(0, _together(several))
         if planned is not None:
             label = f"plan for {named_cards(planned)}"
             note = f"can give {planned.can_give_bytes / GIB:.1f} of {gib(planned.total_bytes)}"
@@ -145,6 +150,12 @@ class MachineStep:
         assert self.machine is not None
         if key in (PLANNED, PLAN):
             return PLAN_ONLY
+        several = self._several()
+        if key == ALL and several is not None:
+            first = machine_verdict(self.machine, self._gpu(several.uuid or ""))
+            if first.mark == "✓":
+                return Line("✓", "ready", f"{several.name} x{several.count} together")
+            return first
         return machine_verdict(self.machine, self._gpu(key))
 
     def is_plain(self, key: str) -> bool:
@@ -163,6 +174,9 @@ class MachineStep:
             return self._planned
         if key == CPU:
             return cpu_device(self.machine)
+        several = self._several()
+        if key == ALL and several is not None:
+            return several
         gpu = self._gpu(self.question().choice(key).key)
         assert gpu is not None
         if gpu.refusal:
@@ -171,7 +185,15 @@ class MachineStep:
                 f"{gpu.refusal}.",
                 "Take another of the list, or look again once it is ready.",
             )
-        return gpu_device(gpu, self.machine)
+        return replace(gpu_device(gpu, self.machine), others=(), left_out=())
+
+    def _several(self) -> "Device | None":
+        """The cards that one run can use together; None where there are no two."""
+        from engine.plan import best_device
+
+        assert self.machine is not None
+        device = best_device(self.machine)
+        return device if device.others else None
 
     def confirm(self, _key: str, _text: str) -> Confirm | None:
         """Nothing here is asked twice."""
@@ -206,7 +228,9 @@ class MachineStep:
         from engine.plan import best_device
 
         device = self._draft.device or best_device(machine)
-        return PLANNED if device.planned else device.uuid or CPU
+        if device.planned:
+            return PLANNED
+        return ALL if device.others else device.uuid or CPU
 
 
 def planned_machine(text: str) -> "Machine":
@@ -272,6 +296,18 @@ def _sentence(gpu: "Gpu") -> str:
     if gpu.unified:
         return f"{name}, unified memory: {total:.1f} GiB total, {free:.1f} free now"
     return f"{name}, {free:.1f} of {total:.1f} GiB free"
+
+
+def _together(device: "Device") -> Choice:
+    """All cards that are free, and why another of their kind is none of them."""
+    note = f"can give {device.among(device.count).can_give_bytes / GIB:.1f} GiB each"
+    note += "".join(f"; left out: {reason}" for reason in device.left_out)
+    return Choice(
+        ALL,
+        f"{device.name} x{device.count}",
+        note,
+        reason="A model that one card holds is learned faster, a larger one is shared by them.",
+    )
 
 
 def _card(gpu: "Gpu") -> Choice:

@@ -22,6 +22,7 @@ from tests.support.trainers import LORA, Workshop, figures
 pytestmark = pytest.mark.usefixtures("home")
 
 FAKE = "tests.fakes.engine"
+KEYS = LORA | {"dp_shard_size": 2}
 
 
 def start(
@@ -153,7 +154,7 @@ class TestRealRanks:
 
     @pytest.mark.slow
     def test_a_signal_saves_at_one_step_and_the_run_goes_on(self, workshop: Workshop) -> None:
-        run = workshop.new(**LORA, dp_shard_size=2)
+        run = workshop.new()
         supervisor = launch(run, detach=True)
         wait_until(lambda: summarize(run).step >= 4)
         supervisor.send_signal(signal.SIGTERM)
@@ -164,13 +165,13 @@ class TestRealRanks:
         resumed = resume_run(run)
         assert resumed.process is not None
         assert resumed.process.wait(120) == 0
-        whole = workshop.new(**LORA, dp_shard_size=2)
+        whole = workshop.new()
         assert launch(whole, detach=True).wait(120) == 0
         assert figures(run) == figures(whole)
 
     @pytest.mark.slow
     def test_twenty_kills_lose_nothing_that_was_saved(self, workshop: Workshop) -> None:
-        keys = LORA | {"dp_shard_size": 2, "max_steps": 60, "save_steps": 2}
+        keys = {"max_steps": 60, "save_steps": 2}
         run, chance = workshop.new(**keys), random.Random(7)
         supervisor, saved = launch(run, detach=True), 0
         for _ in range(20):

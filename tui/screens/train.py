@@ -36,6 +36,7 @@ from engine.report.run import (
     figures_text,
     headline,
     notes,
+    ranks_text,
     room,
     stop_question,
     way_back,
@@ -445,6 +446,8 @@ class TrainPage(Page):
         lines = [Content.styled(note, "$warning")] if note else []
         if figures := figures_text(*self._history.figures):
             lines.append(Content.styled(visible(figures, one_line=True), "$muted"))
+        if ranks := ranks_text(self._history.step):
+            lines.append(Content.styled(ranks, "$muted"))
         if self._status == "finished":
             lines.append(Content(NEXT))
             self.show_command(ask_command(self._history, self._folder.name))
