@@ -104,7 +104,8 @@ class MachineStep:
         assert isinstance(result, Machine)
         self.machine = result
         device = self._draft.device
-        gone = (gpu for gpu in result.gpus if device and gpu.uuid == device.uuid)
+        chosen = [each.uuid for each in (device, *device.others)] if device else []
+        gone = (gpu for gpu in result.gpus if gpu.uuid in chosen)
         if any(gpu.refusal for gpu in gone):
             self._draft.device = None
 

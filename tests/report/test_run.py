@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from engine.events import (
     Ack,
@@ -123,6 +124,7 @@ def test_a_loss_has_three_decimals() -> None:
 
 
 GIB = 2**30
+RANKED = step_event(9, loss=0.41249)
 KINDS = {"think": 1.25, "text": 0.5, "eos": 0.1}
 SHORTAGE = Shortage(
     4,
@@ -151,6 +153,25 @@ SHORTAGE = Shortage(
             "reading the data: 32.0 of 32.0 kB, 100%",
         ),
         (step_event(9, loss=0.41249), "step 9 of 99: loss 0.412, lr 1.96e-04, 460 tokens/s"),
+        (
+            replace(
+                step_event(9, loss=0.41249),
+                rank_peak_bytes=(GIB, 3 * GIB),
+                slowest_rank=1,
+                imbalance=0.031,
+            ),
+            "step 9 of 99: loss 0.412, lr 1.96e-04, 460 tokens/s,"
+            " ranks 0 1.0  1◂ 3.0 GiB, ◂ slowest, 3% waiting",
+        ),
+        (
+            replace(
+                step_event(9, loss=0.41249),
+                rank_peak_bytes=tuple(range(GIB, 65 * GIB, GIB)),
+                slowest_rank=7,
+            ),
+            "step 9 of 99: loss 0.412, lr 1.96e-04, 460 tokens/s,"
+            " 64 ranks 1.0 to 64.0 GiB, slowest 7",
+        ),
         (Eval(60, 0.7312), "step 60: held-out loss 0.731"),
         (
             Score(20, "held", 0.9, 0.31, 20, KINDS),

@@ -9,7 +9,7 @@ from engine.hardware import Machine, assume, read_machine
 from engine.plan import best_device
 from engine.wizard.draft import Draft
 from engine.wizard.flow import Wizard, perform
-from engine.wizard.machine import CPU, PLAN, PLANNED
+from engine.wizard.machine import ALL, CPU, PLAN, PLANNED
 from tests.fakes.nvml import H100, RTX_4090, FakeDriver
 from tui.entry import WizardRequest, make_draft
 
@@ -52,6 +52,22 @@ def test_the_card_with_the_most_memory_is_recommended(nvml: FakeDriver) -> None:
         "RTX 4090",
         "H100 80GB HBM3",
     ]
+
+
+def test_cards_of_a_kind_are_used_together_unless_one_is_picked(nvml: FakeDriver) -> None:
+    second, busy = (H100.replace("GPU-aaaa-1", f"GPU-aaaa-{n}") for n in (2, 3))
+    busy = busy.replace("used=1000000000", "used=70000000000")
+    nvml.set(H100, second.replace("3B:00", "5E:00"), busy.replace("3B:00", "86:00"))
+    wizard = asked()
+    assert recommended(wizard) == "H100 80GB HBM3 x2"
+    assert "left out: GPU-aaaa-3: 65.2 GiB" in wizard.question().choice(ALL).note
+    wizard.take(ALL)
+    assert wizard.draft.device is not None
+    assert wizard.draft.device.count == 2
+    one = asked()
+    one.take("GPU-aaaa-2")
+    assert one.draft.device is not None
+    assert (one.draft.device.uuid, one.draft.device.count) == ("GPU-aaaa-2", 1)
 
 
 @pytest.mark.parametrize(

@@ -188,9 +188,12 @@ async def test_enter_before_an_answer_does_not_go_on_over_a_broken_driver(nvml: 
 async def test_a_card_that_vanishes_is_marked_lost_and_no_longer_chosen(nvml: FakeDriver) -> None:
     nvml.set(H100, SECOND)
     async with machine_page(poll_seconds=0.1) as screen:
+        await screen.until("❯ H100 80GB HBM3 x2  can give 74.2 GiB each")
+        await screen.press("down")
         await screen.until("❯ 0  H100")
         await screen.press("enter")
-        assert screen.app.draft.device.uuid == "GPU-aaaa-1"
+        device = screen.app.draft.device
+        assert (device.uuid, device.count) == ("GPU-aaaa-1", 1)
         screen.app.open_step("Machine")
         nvml.set(SECOND)
         await screen.until("❯ 0  H100 80GB HBM3  lost: the driver no longer reaches it")
