@@ -76,7 +76,8 @@ def test_a_job_is_sent_warned_queued_again_and_finishes(
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0.05")
     monkeypatch.setenv("HF_TOKEN", "hf_not_to_be_seen")
     script = shared / "my run.sbatch"
-    settings = ("max_steps=40", "eval_table_size=0", "--environment", tmp_path / "nodes")
+    quick = ("max_steps=40", "save_steps=100", "eval_table_size=0", "eval_drift=false")
+    settings = (*quick, "--environment", tmp_path / "nodes")
     words = (shared / "my run.yml", *settings, *layout.split(), "--to", "slurm", "-o", script)
     code, out, err = call("export", *words, "--submit", trainer=trainer)
     assert (code, err) == (0, "")
