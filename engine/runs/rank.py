@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from engine.errors import UserError
+from engine.errors import UserError, WorkError
 from engine.files import write_whole
 from engine.runs.folder import RunFolder
 
@@ -25,7 +25,16 @@ _ERROR_FILE_VARIABLE: Final = "TORCHELASTIC_ERROR_FILE"
 _DIE_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 # What torch's communication raises where another process of the group is gone.
 _LOST_PEER_TYPES: Final = ("DistBackendError", "DistNetworkError", "DistStoreError")
-_LOST_PEER_WORDS: Final = ("/gloo/transport", "closed by peer", "Connection reset")
+_LOST_PEER_WORDS: Final = (
+    "/gloo/transport",
+    "closed by peer",
+    "Connection reset",
+    "Timed out waiting",
+)
+
+
+class LostPeer(WorkError):
+    """A rank cannot go on since another one ended: that one knows why the run does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +85,18 @@ def print_into(log: Path) -> None:
     os.close(descriptor)
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error, of ours or of torch's, says that another rank is gone or late."""
+    return (
+        isinstance(error, LostPeer)
+        or type(error).__name__ in _LOST_PEER_TYPES
+        or any(words in str(error) for words in _LOST_PEER_WORDS)
+    )
+
+
 def report_failure(error: Exception, reason: UserError) -> None:
     """Leave for the supervisor why this rank ends, in the file that torch's agent reads."""
-    causes = [each for each in (error, error.__cause__) if each]
-    lost_peer = any(type(each).__name__ in _LOST_PEER_TYPES for each in causes) or any(
-        words in str(each) for each in causes for words in _LOST_PEER_WORDS
-    )
+    lost_peer = any(is_lost_peer(each) for each in (error, error.__cause__) if each)
     failure = Failure(reason.what, reason.why, reason.fix, reason.exit_status, lost_peer)
     message = {"message": reason.what, "extraInfo": {"timestamp": int(time.time())}}
     record = {"message": message, "failure": asdict(failure)}

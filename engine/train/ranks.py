@@ -21,8 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from engine.config import RunConfig
-from engine.errors import UserError, WorkError
+from engine.errors import UserError
+from engine.runs.rank import LostPeer, is_lost_peer
 from engine.train.device import pick_device
+from engine.visible import first_line
 
 TIMEOUT: Final = timedelta(minutes=30)
 """How long a rank waits for another inside a collective. The slowest load of a large model from a
@@ -119,7 +121,7 @@ class Ranks:
         """`work`, on a node's first rank before the others, which find it done; `say` hears of the
         waiting. It may take longer than `TIMEOUT`. Each `what` is for one use.
 
-        Raises what `work` raises, and WorkError on the others where it failed there.
+        Raises what `work` raises, and LostPeer on the others where it failed there.
         """
         if self._store is None or self.local_world_size == 1:
             return work()
@@ -140,7 +142,7 @@ class Ranks:
                 said = waited + _SAID_EVERY_SECONDS
             time.sleep(_POLL_SECONDS)
         if self._store.get(key) != b"done":
-            raise WorkError(
+            raise LostPeer(
                 f"Rank {self.rank} has nothing to train on.",
                 f"This node's first rank could not prepare {what}.",
                 "Its own message says why; mend that and start again.",
@@ -236,16 +238,13 @@ def seed_apart(seed: int, ranks: Ranks) -> None:
         torch.manual_seed(seed + _APART * ranks.rank)
 
 
-def lost_rank(error: BaseException) -> WorkError | None:
+def lost_rank(error: BaseException) -> LostPeer | None:
     """The sentences for a collective that failed since another rank is gone or late; else None."""
-    text = str(error)
-    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting")
-    of_torch = isinstance(error, dist.DistError) or type(error) is RuntimeError
-    if not (of_torch and any(sign in text for sign in signs)):
+    if isinstance(error, UserError) or not is_lost_peer(error):
         return None
-    return WorkError(
+    return LostPeer(
         "Another process of this run is gone, or did not answer in "
         f"{TIMEOUT.total_seconds() / 60:.0f} minutes.",
-        f"The system says: {text.splitlines()[0][:200] if text else type(error).__name__}.",
+        f"The system says: {first_line(error)[:200]}.",
         "The logs of the other ranks say why; the run resumes from its last checkpoint.",
     )

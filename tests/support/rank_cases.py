@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.errors import UserError
 from engine.events import Event, EventWriter, Step
 from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.runs.control import post
+from engine.runs.rank import is_lost_peer
 from engine.train import run as run_module
 from engine.train.batches import Rows
 from engine.train.loop import Session, Training
@@ -115,6 +117,19 @@ def figures(run: Training, steps: int) -> dict[str, Any]:
         "rows": rows,
         "trained": sum(zlib.crc32(bytes_of(p.detach())) for p in run.parameters),
     }
+
+
+def told(ranks: Ranks) -> bool:
+    """Whether this rank ends since another one did, where what is done once a node fails."""
+
+    def fail() -> None:
+        raise UserError("There are no rows.", "The file is empty.", "Name another.")
+
+    try:
+        ranks.once_a_node("a test's failure", fail, lambda text: None)
+    except UserError as error:
+        return is_lost_peer(error)
+    raise AssertionError("nothing failed")
 
 
 def carry_out(ranks: Ranks, folder: str, shards: int | None = None, resume: bool = False) -> None:

@@ -68,6 +68,10 @@ def test_a_lost_rank_has_its_sentence() -> None:
     assert lost_rank(RuntimeError("shapes do not fit")) is None
 
 
+def test_the_rank_that_failed_is_the_reason_and_not_one_that_waited(two_ranks: RankGroup) -> None:
+    assert two_ranks.run("rank_cases:told") == [False, True]
+
+
 @pytest.mark.parametrize(
     ("name", "method"),
     [("ministral3", "NF4 LoRA"), ("mistral4", "NF4 LoRA on NF4 experts"), ("mistral", "full")],
