@@ -21,7 +21,13 @@ from typing import NamedTuple
 from engine.plan.layers import tower_bytes
 from engine.plan.layout import Layout
 from engine.plan.step import WEIGHTS, Step
-from engine.plan.targets import adapter_inputs, is_tied, largest_trainable, trains_embedding
+from engine.plan.targets import (
+    adapter_inputs,
+    is_tied,
+    largest_trainable,
+    trains_embedding,
+    trains_head,
+)
 from engine.plan.trainer import BUCKET_NUMBERS
 
 FORWARD_COPIES, BACKWARD_COPIES, LONE_COPIES, TIED_COPIES = 3, 2, 2, 2
@@ -166,7 +172,8 @@ def _reduced(
 ) -> float:
     """Gradients of a layer while they are whole, and the buffer of those of the one before.
 
-    At the end of the pass, when nothing is kept any more, the embedding's.
+    A head of its own goes first, and its buffer stays while layers go. At the end of the pass, when
+    nothing is kept any more, the embedding's.
     """
     if step.config.adapter:
         numbers = step.adapter / step.widths.layers
@@ -177,9 +184,11 @@ def _reduced(
     if layout.replicate > 1:
         # What replicas have to add up stays until the pass is over.
         found += SUM_BYTES * step.trainable / layout.shard
+    if trains_head(step.table, step.config) and not is_tied(step.table):
+        found += SUM_BYTES * step.counts.head
     if trains_embedding(step.table, step.config):
-        tables, whole = (2, 0.0) if is_tied(step.table) else (1, unit.embedding)
-        table = whole + step.counts.head * (tables * step.base_bytes + SUM_BYTES)
+        tables = 2 if is_tied(step.table) else 1
+        table = float(step.counts.head * (tables * step.base_bytes + SUM_BYTES))
         table += SUM_BYTES * numbers
         beside = BACKWARD_COPIES * unit.layer + backward["layer"]
         found = max(found, table - kept - beside)

@@ -67,12 +67,9 @@ def traffic_of(step: Step, layout: Layout) -> Traffic:
     layers = unit.layer * step.widths.layers + (adapter if config.adapter else 0.0)
     head = 0.0 if is_tied(step.table) else unit.head
     towers = unit.tower + unit.projector if step.of_images else 0.0
-    # Backward the embedding is gathered after the first layer, needed or not; where passes follow
-    # that only keep gradients, it stays for the next one.
-    tables = 1 if defers(step) else passes
     return Traffic(
-        tables * unit.embedding + passes * (towers + layers + head),
-        passes * (layers + unit.embedding),
+        passes * (unit.embedding + towers + layers + head),
+        passes * layers,
         times * trained,
         summed,
         unit.embedding + unit.layer,

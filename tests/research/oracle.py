@@ -165,6 +165,7 @@ def materialize(model: nn.Module, dtype: torch.dtype, vision_on_device: bool) ->
     """
     sizes: dict[str, int] = {}
     made: dict[int, nn.Parameter | Tensor] = {}
+    replaced: list[Tensor] = []  # alive, or another tensor gets the number of one that is gone
     shared = torch.empty(256)  # bitsandbytes' table of 8-bit numbers, the same for all
     if any(isinstance(module, Linear4bit) for module in model.modules()):
         sizes["buffers"] = on_card(shared)
@@ -180,6 +181,7 @@ def materialize(model: nn.Module, dtype: torch.dtype, vision_on_device: bool) ->
                 if id(tensor) not in made:
                     fake, beside = _fake(module, own, tensor, dtype, shared)
                     made[id(tensor)] = fake
+                    replaced.append(tensor)
                     kind = _kind(f"{name}.{own}", tensor)
                     more = sum(map(on_card, (fake, *beside)))
                     sizes[kind] = sizes.get(kind, 0) + more

@@ -348,12 +348,12 @@ def hold_at_most(tokens: int, *, from_step: int = 1) -> None:
         nonlocal began
         began = True
 
-    def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def hidden_states(model: Any, batch: dict[str, torch.Tensor], *more: Any) -> torch.Tensor:
         assert not any(ref() is not model and ref() for ref in failed), "held beside the next one"
         if began and batch["input_ids"].numel() > tokens:
             failed.append(weakref.ref(model))
             decoder_layers(unwrapped(model))[-1].register_forward_pre_hook(ask)
-        return compute(model, batch)
+        return compute(model, batch, *more)
 
     pytest.MonkeyPatch().setattr(loop, "hidden_states", hidden_states)  # this process is its own
     at_step(from_step, begin)

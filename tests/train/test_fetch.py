@@ -494,7 +494,7 @@ def test_when_hub_is_left(tmp_path: Path, ministral: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("engine.train.run.open_tokenizer", lambda _: None)
     monkeypatch.setattr("engine.train.run.prepare_rows", read_rows)
-    monkeypatch.setattr("engine.train.run.load_base", load)
+    monkeypatch.setattr("engine.train.run.load_divided", load)
     session = open_session(tmp_path)
     session.run.config.write_text(write_config(settings(ministral)))
     with pytest.raises(Reached):

@@ -173,10 +173,10 @@ def no_room_for_the_model() -> None:
     """Loading asks torch's allocator for more than there is."""
     from engine.train import run
 
-    def load_base(*_: object, **__: object) -> None:
+    def load_divided(*_: object, **__: object) -> None:
         torch.empty(2**50, dtype=torch.uint8)
 
-    pytest.MonkeyPatch().setattr(run, "load_base", load_base)  # this process is its own
+    pytest.MonkeyPatch().setattr(run, "load_divided", load_divided)  # this process is its own
 
 
 def test_where_the_model_itself_has_no_room_no_batch_is_blamed(workshop: Workshop) -> None:

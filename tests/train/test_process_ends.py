@@ -242,8 +242,10 @@ def fill_disk(disk: Path, made: str) -> None:
     """Leave 64 KiB free when the folder `made` is about to be made."""
 
     def fill() -> None:
-        room = os.statvfs(disk)
-        (disk / "filler").write_bytes(bytes(room.f_bavail * room.f_frsize - (64 << 10)))
+        room, filler = os.statvfs(disk), disk / "filler"
+        if filler.exists():  # PEFT makes the folder again
+            return
+        filler.write_bytes(bytes(room.f_bavail * room.f_frsize - (64 << 10)))
 
     at_folder(made, fill)
 

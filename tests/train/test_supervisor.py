@@ -133,6 +133,7 @@ def test_a_run_goes_on_by_itself_as_often_as_it_may(run: RunFolder) -> None:
     assert status(run) == "failed"
 
 
+@pytest.mark.slow
 def test_two_computers_are_one_run(run: RunFolder) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
