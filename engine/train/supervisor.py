@@ -259,7 +259,8 @@ class Agent(LocalElasticAgent):
         """What is known of a rank that left no sentence."""
         size = self._worker_group.workers[0].world_size
         log = self._run.rank_log(rank)
-        with log.open("rb") as printed:
+        lines: Sequence[str] = ()
+        with contextlib.suppress(FileNotFoundError), log.open("rb") as printed:  # it died at once
             lines = last_lines(printed, self._log_starts.get(rank, 0))
         said = "Its last words: " + " / ".join(lines) if lines else "It printed nothing"
         how = "left without a word"

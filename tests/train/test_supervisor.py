@@ -42,6 +42,7 @@ def start_steps(run: RunFolder, **given: Any) -> "subprocess.Popen[bytes]":
     """Its supervisor, once steps are done."""
     process = start(run, **given)
     wait_until(lambda: summarize(run).step > 2)
+    wait_until(lambda: run.rank_log(1).is_file() and "is here" in run.rank_log(1).read_text())
     return process
 
 
@@ -84,17 +85,26 @@ def test_two_ranks_are_one_run(run: RunFolder) -> None:
     assert not processes_of(run.path)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_run_with_a_sentence(run: RunFolder, rank: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [
+        (0, "It printed nothing."),
+        (1, "Its last words: rank 1 of 2 is here."),
+        pytest.param(1, "It printed nothing.", id="killed before its log is there"),
+    ],
+)
+def test_a_killed_rank_ends_the_run_with_a_sentence(run: RunFolder, rank: int, words: str) -> None:
     supervisor = start_steps(run)
     ask(run, "save", timeout_seconds=60)
+    if rank and "words" not in words:
+        run.rank_log(rank).unlink()
     os.kill(rank_process(run, rank), signal.SIGKILL)
     assert supervisor.wait(60) == 1
     assert not processes_of(run.path)
     assert status(run) == "failed"
     (ended,) = events_of(run, Ended)
     assert ended.what.startswith(f"Rank {rank} of 2 was ended by SIGKILL")
-    assert ended.why == ("Its last words: rank 1 of 2 is here." if rank else "It printed nothing.")
+    assert ended.why == words
     assert str(run.rank_log(rank)) in ended.fix
 
 
