@@ -243,6 +243,7 @@ class TestThePlan:
         assert plan == replace(plain, tokens_per_second=1234.5)
 
 
+@pytest.mark.slow
 def test_the_page_is_what_is_made_now() -> None:
     """`python -m tests.make.fits` makes it anew."""
     assert PAGE.read_text("utf-8") == page()

@@ -19,6 +19,7 @@ from tests.support.machines import at, card, config, dataset
 FULL: dict[str, Any] = {"adapter": None, "bf16": True, "gradient_checkpointing": True}
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_plan_says() -> None:
     """`python -m tests.make.scaling` makes it anew."""
     assert scaling.PAGE.read_text("utf-8") == scaling.page()

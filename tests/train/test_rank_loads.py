@@ -41,7 +41,7 @@ def assert_same_bits(group: RankGroup, folder: Path, keys: dict[str, Any]) -> No
     ("name", "method"),
     [
         ("ministral3", "full"),
-        ("ministral3", "int8 LoRA"),
+        pytest.param("ministral3", "int8 LoRA", marks=pytest.mark.slow),
         ("mistral3 over ministral3", "NF4 LoRA"),
         ("mistral4", "full bfloat16"),
         ("mistral4", "LoRA on experts"),

@@ -145,9 +145,13 @@ BOTH_WAYS = {
     ),
 }
 """Architecture, method, rows and keys of runs that two ranks share."""
+RARE = {"layers computed twice", "LoRA in bfloat16", "int8", "images in NF4", "tower alone"}
 
 
-@pytest.mark.parametrize("name", BOTH_WAYS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in RARE)) for name in BOTH_WAYS],
+)
 def test_two_ranks_learn_what_one_learns(
     two_ranks: RankGroup,
     model_folder: Models,
