@@ -55,13 +55,18 @@ def layout_of(config: RunConfig) -> Layout | None:
     return _layout(config, config.dp_shard_size or 1)
 
 
-def layout_on(config: RunConfig, device: Device) -> Layout:
-    """The same at a device: where the config leaves the number open, all of its cards."""
+def layout_among(config: RunConfig, cards: int) -> Layout:
+    """The same among so many cards: where the config leaves the number open, all of them."""
     found = layout_of(config)
     if found is None:
         copies = (config.dp_replicate_size or 1) * (config.tensor_parallel_size or 1)
-        found = _layout(config, max(1, device.cards // copies))
+        found = _layout(config, max(1, cards // copies))
     return found
+
+
+def layout_on(config: RunConfig, device: Device) -> Layout:
+    """The same among all cards of a device."""
+    return layout_among(config, device.cards)
 
 
 def _layout(config: RunConfig, shard: int) -> Layout:

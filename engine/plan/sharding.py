@@ -98,7 +98,7 @@ def share_moments(
         moving["update"] = max(moving["update"], bucket)
         return found
     unit = units(step, layout)
-    # A tied pair is one unit, and whole from one pass to the next; in a pass twice.
+    # A tied pair is one unit, and whole from one pass to the next; forward twice.
     tied = TIED_COPIES * unit.embedding if is_tied(step.table) else 0.0
     kept = found["loss"].get("activations", 0.0)
     forward = {name: size for name, size in found["loss"].items() if name != "loss"}
@@ -115,7 +115,7 @@ def share_moments(
     found["loss"]["gathered"] = LONE_COPIES * unit.head
     found["optimizer step"]["gathered"] = found["save"]["gathered"] = tied / TIED_COPIES
     backward = found["backward pass"]
-    backward["gathered"] = BACKWARD_COPIES * unit.layer + tied
+    backward["gathered"] = BACKWARD_COPIES * unit.layer + tied / TIED_COPIES
     backward["reduced"] = _reduced(step, layout, unit, kept, backward)
     found["evaluation"]["gathered"] = max(layers, LONE_COPIES * unit.head)
     found["generation"]["gathered"] = max(layers, LONE_COPIES * unit.head)

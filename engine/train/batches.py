@@ -213,7 +213,7 @@ class Micro:
     in the order of the image tokens.
     """
     rows: tuple[int, ...]
-    """None where this rank only takes part: see `idle`."""
+    """Empty where this rank only takes part: see `idle`."""
     tokens: int
     learned_tokens: int
     tower_calls: int = 0

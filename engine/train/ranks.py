@@ -22,8 +22,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.plan.layout import Layout, layout_among
 from engine.runs.rank import LostPeer, is_lost_peer
 from engine.train.device import pick_device
+from engine.units import counted
 from engine.visible import first_line
 
 TIMEOUT: Final = timedelta(minutes=30)
@@ -177,7 +179,7 @@ def open_ranks(config: RunConfig) -> Ranks:
     """
     refuse_unbuilt(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    shards, replicas = layout(config, world_size)
+    layout = require_started(config, world_size)
     if world_size == 1:
         return Ranks()
     device = pick_device()
@@ -194,29 +196,22 @@ def open_ranks(config: RunConfig) -> Ranks:
         node=int(os.environ.get("GROUP_RANK", "0")),
         _store=PrefixStore("windtunnel", store),
     )
-    return ranks.laid_out(shards, replicas)
+    return ranks.laid_out(layout.shard, layout.replicate)
 
 
-def layout(config: RunConfig, world_size: int) -> tuple[int, int]:
-    """Ranks that hold one copy together, and copies, of `world_size` ranks.
-
-    A size that the config leaves out is what the other one makes necessary; without either all
-    ranks hold one copy. Raises UserError where they do not make `world_size`.
-    """
-    shards, replicas = config.dp_shard_size, config.dp_replicate_size
-    if shards is None:
-        shards = max(1, world_size // (replicas or 1))
-    if replicas is None:
-        replicas = max(1, world_size // shards)
-    if shards * replicas != world_size:
+def require_started(config: RunConfig, world_size: int) -> Layout:
+    """How the processes that were started share the run. Raises UserError where the config is for
+    another number of them."""
+    found = layout_among(config, world_size)
+    if found.cards != world_size:
         raise UserError(
-            f"The config is for {shards * replicas} processes, and {world_size} were started.",
-            f"dp_shard_size {shards} times dp_replicate_size {replicas} is the number of "
-            "processes, one a GPU.",
-            f"Start {shards * replicas}, or write dp_shard_size: {world_size} and remove "
+            f"The config is for {counted(found.cards, 'rank')}, and {world_size} started.",
+            f"dp_shard_size {found.shard} times dp_replicate_size {found.replicate} is the number "
+            "of ranks, one process a GPU each.",
+            f"Start {found.cards}, or write dp_shard_size: {world_size} and remove "
             "dp_replicate_size.",
         )
-    return shards, replicas
+    return found
 
 
 def refuse_unbuilt(config: RunConfig) -> None:

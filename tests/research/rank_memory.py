@@ -226,7 +226,9 @@ def rank_run(
 def _gradients_bytes(model: nn.Module) -> int:
     """Whole ones that wait for the last pass, and this rank's rows of the others."""
     units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
-    groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    # A tied pair is two modules of one unit.
+    states = {id(state): state for state in (unit._get_fsdp_state() for unit in units)}
+    groups = [group for state in states.values() for group in state._fsdp_param_groups]
     every = [each for group in groups for each in group.fsdp_params]
     whole = [getattr(each, "_unsharded_param", None) for each in every]
     held = [each.unsharded_accumulated_grad for each in every]

@@ -111,7 +111,8 @@ def main() -> None:
     from engine.train.ranks import open_ranks
 
     torch.set_num_threads(1)
-    ranks = open_ranks(RunConfig.model_validate({"base_model": "demo-tiny"}))
+    keys = {"base_model": "demo-tiny", "dp_shard_size": int(os.environ["WORLD_SIZE"])}
+    ranks = open_ranks(RunConfig.model_validate(keys))
     for line in sys.stdin:
         asked = json.loads(line)
         module, _, name = asked["case"].partition(":")

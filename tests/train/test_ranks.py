@@ -9,12 +9,12 @@ import pytest
 from engine.errors import UserError
 from engine.train.lora import put_on_training
 from engine.train.model import load_base
-from engine.train.ranks import LONE, layout, lost_rank, refuse_unbuilt
+from engine.train.ranks import LONE, lost_rank, refuse_unbuilt, require_started
 from engine.train.shard import local_bytes
 from tests.support.methods import METHODS
 from tests.support.rank_cases import figures, started
 from tests.support.rank_group import RankGroup
-from tests.support.tiny import Models, settings
+from tests.support.tiny import ARCHITECTURES, Models, settings, write_model
 
 
 def test_ranks_tell_each_other(two_ranks: RankGroup) -> None:
@@ -35,23 +35,26 @@ def test_a_lone_process_waits_for_nobody() -> None:
     ("keys", "world_size", "expected"),
     [
         ({}, 1, (1, 1)),
-        ({}, 4, (4, 1)),
-        ({"dp_replicate_size": 2}, 4, (2, 2)),
-        ({"dp_shard_size": 2}, 8, (2, 4)),
-        ({"dp_shard_size": 1}, 2, (1, 2)),
+        ({}, 4, None),
+        ({"fsdp_config": {}}, 4, (4, 1)),
+        ({"fsdp_config": {}, "dp_replicate_size": 2}, 4, (2, 2)),
+        ({"dp_replicate_size": 2}, 2, (1, 2)),
+        ({"dp_shard_size": 2, "dp_replicate_size": 4}, 8, (2, 4)),
+        ({"dp_shard_size": 2}, 8, None),
         ({"dp_shard_size": 2}, 1, None),
         ({"dp_shard_size": 4, "dp_replicate_size": 2}, 4, None),
         ({"dp_shard_size": 3}, 4, None),
     ],
 )
-def test_sizes_make_the_number_of_processes(
+def test_sizes_make_the_number_of_ranks(
     keys: dict[str, Any], world_size: int, expected: tuple[int, int] | None
 ) -> None:
     if expected is None:
-        with pytest.raises(UserError, match="processes"):
-            layout(settings(**keys), world_size)
+        with pytest.raises(UserError, match=f"and {world_size} started"):
+            require_started(settings(**keys), world_size)
     else:
-        assert layout(settings(**keys), world_size) == expected
+        found = require_started(settings(**keys), world_size)
+        assert (found.shard, found.replicate) == expected
 
 
 @pytest.mark.parametrize("key", ["tensor_parallel_size", "expert_parallel_size"])
@@ -94,10 +97,9 @@ def _held_by_one(folder: Path, keys: dict[str, Any]) -> dict[str, int]:
 
 
 def learn_both_ways(
-    group: RankGroup, home: Path, folder: Path, keys: dict[str, Any], **case: Any
+    group: RankGroup, home: Path, folder: Path, keys: dict[str, Any], micros: int = 4, **case: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures of one rank that accumulates, and those of each that shares its work."""
-    micros = 4
     keys = {"micro_batch_size": 1, "learning_rate": 1e-3, "warmup_steps": 1} | keys
     keys |= {"max_steps": case["steps"], "gradient_accumulation_steps": micros}
     one = {"home": str(home), "folder": str(folder), "keys": keys} | case
@@ -167,6 +169,19 @@ def test_two_ranks_learn_what_one_learns(
     assert_equal(one, many, 1e-2 if rounded else 1e-3 if "bf16" in keys else 1e-5)
 
 
+@pytest.mark.parametrize("micros", [2, 4], ids=["at once", "one by one"])
+@pytest.mark.parametrize("shards", [2, 1], ids=["sharded", "copies"])
+def test_a_tied_pair_learns_as_on_one_rank(
+    two_ranks: RankGroup, tmp_path: Path, shards: int, micros: int
+) -> None:
+    """One matrix whose gradient comes from two places, as in Ministral 3 3B."""
+    tied = ARCHITECTURES["ministral3"] | {"tie_word_embeddings": True}
+    folder = write_model(tmp_path / "tied", tied)
+    case: dict[str, Any] = {"rows": "uneven", "steps": 6, "shards": shards}
+    one, many = learn_both_ways(two_ranks, tmp_path, folder, METHODS["full"].keys, micros, **case)
+    assert_equal(one, many, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("shards", "collectives"),
     [(2, {"reduce_scatter_base": 2 * 3}), (1, {"allreduce": (1 + 1 + 2) * 3})],
@@ -177,7 +192,7 @@ def test_gradients_are_added_up_once_a_step(
     """In three steps of two micro-batches: those of two layers, or of all replicas together beside
     which of them have any, the loss, and the figures."""
     keys = METHODS["LoRA"].keys
-    case = {"rows": "uneven", "steps": 3, "shards": shards}
+    case: dict[str, Any] = {"rows": "uneven", "steps": 3, "shards": shards}
     one, many = learn_both_ways(two_ranks, tmp_path, ministral, keys, **case)
     assert_equal(one, many, 1e-5)
     assert many[0]["collectives"].items() >= collectives.items()
@@ -187,7 +202,7 @@ def test_copies_stay_one_model_where_weights_are_rounded_at_random(
     two_ranks: RankGroup, model_folder: Models, tmp_path: Path
 ) -> None:
     keys = METHODS["LoRA bfloat16"].keys | {"peft_autocast_adapter_dtype": False}
-    case = {"rows": "uneven", "steps": 3, "shards": 1}
+    case: dict[str, Any] = {"rows": "uneven", "steps": 3, "shards": 1}
     _, (first, second) = learn_both_ways(two_ranks, tmp_path, model_folder("mistral"), keys, **case)
     assert first["trained"] == second["trained"]
 
@@ -217,7 +232,7 @@ def test_twenty_steps_are_those_of_one_rank(
     group = request.getfixturevalue("four_ranks" if layout in LAYOUTS else "two_ranks")
     folder = (seeing_model if rows == "mixed" else model_folder)(name)
     keys = METHODS[method].keys | {"learning_rate": 1e-4}
-    case = {"rows": rows, "steps": 20, "shards": LAYOUTS.get(layout, 2)}
+    case: dict[str, Any] = {"rows": rows, "steps": 20, "shards": LAYOUTS.get(layout, 2)}
     one, many = learn_both_ways(group, tmp_path, folder, keys, **case)
     assert_equal(one, many, 1e-3 if "bf16" in keys else 1e-5)
 
