@@ -106,8 +106,8 @@ def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
         try:
             events.emit(Phase("import"))
             require_stack()
-            from engine.train.loop import Session
             from engine.train.run import run as carry_out
+            from engine.train.session import Session
 
             carry_out(Session(run, events, control, signals), resume=resume, checkpoint=checkpoint)
         except StopAsked:

@@ -44,13 +44,14 @@ from engine.train.device import pick_device, pick_dtype
 from engine.train.fetch import leave_hub
 from engine.train.forward import Model, head_of
 from engine.train.generate import Emit
-from engine.train.loop import Session, fill_gradients, update_weights
+from engine.train.loop import fill_gradients, update_weights
 from engine.train.lora import put_on_training
 from engine.train.loss import Loss, settle_loss
 from engine.train.model import load_base
 from engine.train.optim import build_optimizer, learning_rate, set_learning_rate
 from engine.train.out_of_memory import is_out_of_memory, message_of
 from engine.train.run import prepare_rows
+from engine.train.session import Session
 from engine.train.stand_in import (
     Built,
     as_it_is,

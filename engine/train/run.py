@@ -50,7 +50,7 @@ from engine.train.device import (
 from engine.train.fetch import leave_hub, locate_base
 from engine.train.forward import Model, head_of
 from engine.train.generate import ask, ask_about_images, ask_by_default
-from engine.train.loop import PROGRESS_SECONDS, Session, Training
+from engine.train.loop import Training
 from engine.train.loss import settle_loss
 from engine.train.model import Base
 from engine.train.optim import free_paged_state
@@ -65,6 +65,7 @@ from engine.train.out_of_memory import (
     with_next_rung,
 )
 from engine.train.ranks import lost_rank, open_ranks, seed_apart
+from engine.train.session import PROGRESS_SECONDS, Session
 from engine.train.shard import local_bytes
 from engine.train.slice_load import load_divided
 from engine.train.text_metrics import TextMetrics

@@ -83,10 +83,11 @@ def set_up(steps: int, work: Path) -> Any:
     from engine.events import EventWriter
     from engine.runs import ControlReader, RunFolder, StopSignals
     from engine.train.fetch import make_base
-    from engine.train.loop import Session, Training
+    from engine.train.loop import Training
     from engine.train.lora import put_on_training
     from engine.train.model import load_base
     from engine.train.run import prepare_rows
+    from engine.train.session import Session
 
     torch.set_num_threads(2)
     run = RunFolder(work)

@@ -19,8 +19,9 @@ from engine.runs.control import post
 from engine.runs.rank import is_lost_peer
 from engine.train import run as run_module
 from engine.train.batches import Rows
-from engine.train.loop import Session, Training
+from engine.train.loop import Training
 from engine.train.ranks import LONE, Ranks, seed_apart
+from engine.train.session import Session
 from engine.train.shard import local_bytes
 from engine.train.slice_load import load_divided
 from tests.support.pictured_rows import MIXED, write_pictured

@@ -33,11 +33,12 @@ from engine.runs import ControlReader, RunFolder, StopSignals
 from engine.train.batches import Rows
 from engine.train.checkpoint import trained_parameters, trained_tensors
 from engine.train.forward import Model, half_precision, unwrapped
-from engine.train.loop import Session, Training
+from engine.train.loop import Training
 from engine.train.lora import put_on_training
 from engine.train.model import Base, load_base
 from engine.train.moments import optimizer_slices
 from engine.train.ranks import LONE, Ranks
+from engine.train.session import Session
 
 VOCABULARY = 192
 TEXT: dict[str, Any] = {
