@@ -6,17 +6,28 @@ carries meaning vanishes without a word.
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
-from types import MappingProxyType
 from typing import Final, NoReturn
 
 from engine.chat.choices import Choices, read_choices
+from engine.chat.column_names import (
+    ANSWERS,
+    ASKED_WITH_CHOICES,
+    CAPTIONS,
+    CHOSEN,
+    LISTS,
+    PAIRS,
+    PERHAPS_LISTS,
+    QUESTIONS,
+    SWITCHES,
+    TRANSCRIPTS,
+    USUAL,
+    index_of,
+    is_bookkeeping,
+)
 from engine.chat.conversation import (
     THINKING_NAMES,
-    JudgedRow,
     Message,
     Note,
     NoteId,
@@ -28,6 +39,7 @@ from engine.chat.conversation import (
     describe,
     plain_name,
 )
+from engine.chat.judged import refuse_judged
 from engine.chat.message import (
     MessageReader,
     describe_keys,
@@ -42,94 +54,10 @@ from engine.chat.nested import join_texts, list_in, open_nested
 from engine.chat.transcript import read_transcript
 from engine.config import DatasetConfig
 
-_USUAL: Final = MappingProxyType(
-    {
-        "field_tools": ("tools", "availabletools", "functions"),
-        "field_system": (
-            *("system", "systemprompt", "systemmessage", "systeminstruction"),
-            *("systeminstructions", "instructionsystem"),
-        ),
-        "field_context": (
-            *("context", "passage", "paragraph", "document", "background", "article", "passages"),
-            *("contexts", "evidence", "support", "story", "definition"),
-        ),
-        "field_choices": ("choices", "options", "endings", "answerchoices"),
-        "field_thinking": tuple(THINKING_NAMES),
-    }
-)
-"""Our name of a column -> the plain names that are usual for it, best first."""
-_PAIRS: Final = (
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("problem", "solution"),
-)
-QUESTIONS: Final = (
-    *("question", "instruction", "prompt", "query", "problem", "input", "inputspretokenized"),
-    *("inputs", "user", "human", "questions"),
-)
-ANSWERS: Final = (
-    *("answer", "output", "response", "completion", "solution", "reply", "targetspretokenized"),
-    *("target", "targets", "multiplechoiceanswer", "answers", "assistant", "gpt"),
-    *("correctanswer", "longanswer", "solutions"),
-)
-_ASKED_WITH_CHOICES: Final = (*QUESTIONS, "ctx", "questionstem", "stem", "goal", "premise")
-_CHOSEN: Final = (
-    *("answer", "answerkey", "answeridx", "answerindex", "correctanswer", "correct", "gold"),
-    *("correctoption", "goldindex", "label", "target"),
-)
-"""Columns that say which of several choices is right, best first."""
-_CAPTIONS: Final = ("caption", "text")
-_LISTS: Final = ("messages", "conversations", "conversation")
-# Taken where they hold what can be a conversation: other datasets keep other things by these names.
-_PERHAPS_LISTS: Final = ("interactions", "dialogue", "dialog", "turns", "chat", "data", "texts")
-_TRANSCRIPTS: Final = ("text", "chat")
-_NUMBERED: Final = re.compile(r"(response|output|answer|completion|conversation)([012abjk])")
-_SWITCHES: Final = frozenset(("on", "off", "yes", "no", "true", "false", "none", "low", "high"))
-"""What a column named like thinking holds where it says whether there is any."""
-_BOOKKEEPING: Final = frozenset(
-    (
-        *("id", "ids", "uuid", "guid", "idx", "index", "hash", "key", "source", "sources", "src"),
-        *("url", "urls", "link", "score", "scores", "lang", "language", "category", "categories"),
-        *("topic", "topics", "subject", "title", "split", "subset", "dataset", "model", "license"),
-        *("licence", "generator", "timestamp", "date", "createdat", "updatedat", "author", "level"),
-        *("difficulty", "rank", "rating", "quality", "tokens", "length", "task", "taskname"),
-        *("domain", "tags", "keywords", "treestate", "annotator", "version", "origin", "file"),
-        *("filename", "role", "metadata", "meta", "humanormachine"),
-    )
-)
 _PLAIN_TEXT: Final = (
     "Windtunnel learns answers, not plain text: write each row as a question and its answer, such"
     ' as {{"question": "Tell what you know of ...", "answer": the text of {}}}.'
 )
-_RATING: Final = re.compile(
-    r"(?:ratings?|scores?|reward|quality|stars|votes|helpful(?:ness)?|correct(?:ness)?|coherence"
-    r"|harmless(?:ness)?|truthful(?:ness)?|honesty|complexity|verbosity)\Z"
-)
-_BOOKKEEPING_END: Final = re.compile(
-    r"(?:[_\W](?:ids?|idx|index|type|url|hash|score|count|source|lang|category|tokens)|[a-z]Id)\Z"
-)
-
-
-def is_bookkeeping(name: str, value: object) -> bool:
-    """Whether a column is an id, a source, a score or the like, which nobody wants learned."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return plain_name(name) not in ("label", "weight")
-    last = name.rpartition(".")[2]
-    return plain_name(last) in _BOOKKEEPING or _BOOKKEEPING_END.search(last) is not None
-
-
-def is_rating(name: str, value: object) -> bool:
-    """Whether a column of numbers says how good an answer is."""
-    return isinstance(value, int | float) and _RATING.search(plain_name(name)) is not None
-
-
-@lru_cache(1024)
-def _index(columns: tuple[str, ...]) -> Mapping[str, str]:
-    """Plain name -> the column, the first of several."""
-    return {plain_name(column): column for column in reversed(columns)}
 
 
 class Columns:
@@ -146,7 +74,7 @@ class Columns:
         self.used: set[str] = set()
         self.notes: list[Note] = []
         self._dataset = row_format.dataset
-        self._index = _index(tuple(row)) if all(isinstance(c, str) for c in row) else {}
+        self._index = index_of(tuple(row)) if all(isinstance(c, str) for c in row) else {}
 
     def column(self, field: str) -> str | None:
         """The column that a key such as field_system names, else one by a usual name that holds
@@ -154,7 +82,7 @@ class Columns:
         chosen = _chosen(self._dataset, field)
         if chosen is not None:
             return chosen if self.row.get(chosen) is not None else None
-        return self.named(_USUAL[field])
+        return self.named(USUAL[field])
 
     def named(self, names: Sequence[str]) -> str | None:
         """The first column by one of these plain names that holds something."""
@@ -194,44 +122,19 @@ class Columns:
         )
 
     def refuse_judged(self) -> None:
-        """Raises RowProblem for rows that hold answers which are not to be learned."""
+        """`judged.refuse_judged` of this row, whose verdict counts as read."""
         label = self._dataset.field_label
         if label is not None and label in self.row:
             self.used.add(label)
-            if self.row[label] in (False, 0) or str(self.row[label]).lower() == "false":
-                raise JudgedRow(
-                    f"The row's {label} is false.",
-                    f"field_label: {label} leaves out what is labelled so.",
-                    "Nothing has to be done; without field_label the row would be taught as good.",
-                )
-            return
-        judged = propose_judged(self.row, self._dataset)
-        if judged is None:
-            return
-        kind, mapping = judged
-        keys = " and ".join(f"`{key}: {column}`" for key, column in mapping.items())
-        if "field_label" in mapping:
-            raise RowProblem(
-                "The row is an answer with a verdict (KTO), and not every such answer is good.",
-                f"Its {mapping['field_label']} says whether it is.",
-                f"Write {keys} in the dataset's entry: rows whose label is false are left out.",
-            )
-        fix = f"Write {keys} in the dataset's entry: the preferred answers are learned."
-        raise RowProblem(
-            f"The row is a preference: {kind}.",
-            "Windtunnel learns answers; it does not learn to prefer one to another.",
-            fix
-            if keys
-            else "Write the better answer in a column of its own, and name it in field_answer.",
-        )
+        refuse_judged(self.row, self._dataset)
 
     def find_list(self) -> Sequence[object] | None:
         """The turns of a conversation that a column holds as a list or as one text."""
         chosen = self._dataset.field_messages
         answer = self._dataset.field_answer
-        if answer is not None and chosen == _LISTS[0] and self.row.get(answer) is not None:
+        if answer is not None and chosen == LISTS[0] and self.row.get(answer) is not None:
             return None
-        firm = _LISTS if chosen == _LISTS[0] else ()
+        firm = LISTS if chosen == LISTS[0] else ()
         for name in (chosen, *firm):
             value = self.row.get(name)
             if value is None or value == "":
@@ -248,10 +151,10 @@ class Columns:
             )
         if not firm:
             return None
-        for name in (*_PERHAPS_LISTS, "text"):
+        for name in (*PERHAPS_LISTS, "text"):
             column = self._index.get(name, "")
             value = self.row.get(column)
-            if isinstance(value, str) and name in _TRANSCRIPTS:
+            if isinstance(value, str) and name in TRANSCRIPTS:
                 found = self._read_transcript(column, value)
             else:
                 found = find_conversation(value)
@@ -304,7 +207,7 @@ class Columns:
         """The thinking of a column before the first reply."""
         column = self.column("field_thinking")
         if column is None or (
-            self._dataset.field_thinking is None and str(self.row[column]).lower() in _SWITCHES
+            self._dataset.field_thinking is None and str(self.row[column]).lower() in SWITCHES
         ):
             return replies
         thinking = self.take("field_thinking")
@@ -355,9 +258,9 @@ class Columns:
                 )
         self._choices = self._find_choices()
         has_choices = self._choices is not None
-        questions: Sequence[str] = _ASKED_WITH_CHOICES if has_choices else QUESTIONS
-        replies: Sequence[str] = (*_CHOSEN, *ANSWERS) if has_choices else ANSWERS
-        for question, answer in () if has_choices else _PAIRS:
+        questions: Sequence[str] = ASKED_WITH_CHOICES if has_choices else QUESTIONS
+        replies: Sequence[str] = (*CHOSEN, *ANSWERS) if has_choices else ANSWERS
+        for question, answer in () if has_choices else PAIRS:
             ask, reply = asks or self.named([question]), answers or self.named([answer])
             if ask is not None and reply is not None:
                 return ask, reply
@@ -365,7 +268,7 @@ class Columns:
         ask = asks or self.named([name for name in questions if self._index.get(name) != reply])
         if reply is not None and ask is not None:
             return ask, reply
-        if shows_image and (caption := answers or self.named(_CAPTIONS)):
+        if shows_image and (caption := answers or self.named(CAPTIONS)):
             return None, caption
         self._refuse_columns()
 
@@ -528,50 +431,6 @@ class Columns:
         return left | self.reader.unread
 
 
-def propose_judged(
-    row: Mapping[str, object], dataset: DatasetConfig
-) -> tuple[str, dict[str, str]] | None:
-    """What kind of judged answers a row holds, and the keys that learn the good ones, empty where
-    no key can; None where the row is of no such kind or the dataset names its columns."""
-    index = _index(tuple(row))
-    label = next((index[name] for name in ("label", "ktotag") if name in index), None)
-    if label is not None and _is_verdict(row, label) and dataset.field_label is None:
-        return "an answer with a verdict", {"field_label": label}
-    if dataset.field_answer is not None or dataset.field_messages != _LISTS[0]:
-        return None  # the entry says which answer is learned
-    chosen, rejected = index.get("chosen"), index.get("rejected")
-    has_list = isinstance(row.get("messages"), list | tuple)
-    if chosen is not None and rejected is not None and not has_list:
-        return "a chosen and a rejected answer", _learn_chosen(row, chosen, index)
-    sides = [match for name in index if (match := _NUMBERED.fullmatch(name))]
-    if len(sides) > 1 and len({side[1] for side in sides}) == 1:
-        better = index.get(f"{sides[0][1]}j")
-        named = {} if better is None else _learn_chosen(row, better, index)
-        return "two answers that are compared", named
-    several = row.get("completions")
-    if isinstance(several, list) and len(several) > 1 and isinstance(several[0], Mapping):
-        return "several answers that are rated", {}
-    return None
-
-
-def _is_verdict(row: Mapping[str, object], label: str) -> bool:
-    value = row[label]
-    numbered = "completion" in row and value in (0, 1)
-    return isinstance(value, bool) or numbered or str(value).lower() in ("true", "false")
-
-
-def _learn_chosen(
-    row: Mapping[str, object], chosen: str, index: Mapping[str, str]
-) -> dict[str, str]:
-    value = row[chosen]
-    whole = isinstance(value, str) and read_transcript(value) is not None
-    if whole or (isinstance(value, list | tuple) and len(value) > 1):
-        return {"field_messages": chosen}
-    names = (*QUESTIONS, *_LISTS)
-    question = next((index[name] for name in names if name in index), None)
-    return {"field_question": question, "field_answer": chosen} if question else {}
-
-
 def find_conversation(value: object) -> Sequence[object] | None:
     """The turns in a value of a column that may hold something else, None where it does."""
     if not isinstance(value, list | tuple) or not value:
@@ -617,7 +476,7 @@ def _pair_keys(value: Mapping[str, object]) -> tuple[str, str] | None:
     """The keys of a turn that holds a question and its answer, as The Cauldron and Capybara do."""
     if has_role(value) or len(value) < 2:
         return None
-    index = _index(tuple(value))
+    index = index_of(tuple(value))
     question = next((index[name] for name in QUESTIONS if name in index), None)
     replies = (index[name] for name in ANSWERS if name in index and index[name] != question)
     answer = next(replies, None)

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from engine.chat.columns import is_bookkeeping, propose_judged
+from engine.chat.column_names import is_bookkeeping
 from engine.chat.conversation import Conversation, Image, Part, RowFormat, RowProblem, Think
+from engine.chat.judged import propose_judged
 from engine.chat.message import looks_like_image
 from engine.chat.row import read_row
 from engine.config import DatasetConfig

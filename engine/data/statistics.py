@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-from engine.chat.columns import is_bookkeeping, is_rating
+from engine.chat.column_names import is_bookkeeping, is_rating
 from engine.chat.conversation import Note
 from engine.config import RunConfig
 from engine.errors import UserError
