@@ -2,12 +2,19 @@
 
 import hashlib
 import os
+import secrets
 from collections.abc import Container, Mapping
 from pathlib import Path
 
 PRIVATE = 0o700
 """Mode of a folder that holds rows, samples or configs: a cluster's other users read none of it,
 whatever the modes of the files inside."""
+
+
+def partial_name(path: Path) -> Path:
+    """A hidden name beside `path` that no other writer takes, of this computer or of another on the
+    same disk; `sweep` knows it."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -17,10 +24,10 @@ def write_whole(path: Path, content: bytes) -> None:
     system refuses, and leaves the old content then.
     """
     target = path.resolve()
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    beside = partial_name(target)
     mode = target.stat().st_mode & 0o777 if target.exists() else 0o666
     try:
-        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and reports that come now and then."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,18 @@ def test_a_full_disk_leaves_the_old_content_and_nothing_beside_it(
     assert os.listdir(tmp_path) == ["config.yml"]
 
 
+def test_writers_at_the_same_moment_each_write_it_whole(tmp_path: Path) -> None:
+    """Two threads have one process number, as two computers on one disk may have."""
+    path = tmp_path / "config.yml"
+    texts = [bytes([number]) * 50_000 for number in range(8)]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        list(pool.map(lambda text: write_whole(path, text), texts))
+    assert path.read_bytes() in texts
+    assert os.listdir(tmp_path) == ["config.yml"]
+
+
 def test_what_a_kill_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".LATEST.4711", ".hidden", "LATEST", "step-1.2"):
+    for name in (".LATEST.4711-0a1b2c3d", ".hidden", "LATEST", "step-1.2"):
         (tmp_path / name).touch()
     sweep(tmp_path)
     assert set(os.listdir(tmp_path)) == {".hidden", "LATEST", "step-1.2"}

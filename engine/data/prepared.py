@@ -40,7 +40,7 @@ from engine.data.statistics import (
     rows_too_long,
 )
 from engine.errors import UserError, WorkError
-from engine.files import SUMS
+from engine.files import SUMS, partial_name
 from engine.visible import visible
 
 META = "meta.json"
@@ -347,8 +347,7 @@ class Prepared:
         run_data_folder.mkdir(parents=True, exist_ok=True)
         for name in (*ARRAYS, META, SUMS):
             target = run_data_folder / name
-            waiting = run_data_folder / f".{name}.{os.getpid()}"
-            waiting.unlink(missing_ok=True)
+            waiting = partial_name(target)
             try:
                 _link_or_copy(self.folder / name, waiting)
                 waiting.replace(target)

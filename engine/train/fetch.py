@@ -48,7 +48,7 @@ from engine.chat.tokenizer import write_tekken
 from engine.config import RunConfig
 from engine.data.prepared import mix
 from engine.errors import UserError, WorkError
-from engine.files import sync_all
+from engine.files import partial_name, sync_all
 from engine.hub_id import MODEL_FILES
 from engine.train.weight_files import BytesProgress
 from engine.units import gib
@@ -253,7 +253,7 @@ def write_base(name: str, layers: dict[str, Tensor], cache: Path) -> Path:
     target = cache / f"{name}-{digest.hexdigest()[:12]}"
     if target.is_dir():
         return target
-    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    partial = partial_name(target)
     try:
         partial.mkdir(parents=True)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
