@@ -41,9 +41,13 @@ def start(
 def start_steps(run: RunFolder, **given: Any) -> "subprocess.Popen[bytes]":
     """Its supervisor, once steps are done."""
     process = start(run, **given)
+    wait_for_both(run)
+    return process
+
+
+def wait_for_both(run: RunFolder) -> None:
     wait_until(lambda: summarize(run).step > 2)
     wait_until(lambda: run.rank_log(1).is_file() and "is here" in run.rank_log(1).read_text())
-    return process
 
 
 def wait_for_steps(run: RunFolder) -> None:
@@ -151,7 +155,7 @@ def test_two_computers_are_one_run(run: RunFolder) -> None:
     with ThreadPoolExecutor() as pool:
         begun = [pool.submit(start, run, nodes=nodes) for _ in range(2)]
         computers = [each.result() for each in begun]
-    wait_until(lambda: summarize(run).step > 2)
+    wait_for_both(run)
     assert [each.world_size for each in events_of(run, Started)] == [2]
     os.kill(rank_process(run, 1), signal.SIGKILL)
     assert [each.wait(60) for each in computers] == [1, 1]
