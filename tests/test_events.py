@@ -125,14 +125,8 @@ def test_an_event_comes_back_as_it_was_written(event: Event) -> None:
     assert parse(decoded(event)) == event
 
 
-@given(
-    st.text(st.characters()),
-    st.floats(width=32),
-    st.integers(-(2**63), 2**63 - 1),
-)
-def test_any_text_and_any_number_make_one_line_of_strict_json(
-    text: str, number: float, count: int
-) -> None:
+@given(st.text(st.characters()), st.floats(width=32), st.integers(-(2**63), 2**63 - 1))
+def test_any_text_and_number_make_a_strict_line(text: str, number: float, count: int) -> None:
     for event in (Note("info", text), Eval(count, number)):
         line = format_line(Recorded(0, 0.0, event))
         assert line.count(b"\n") == 1
@@ -206,9 +200,7 @@ def test_a_missing_field_spoils_its_event_unless_it_has_a_default() -> None:
 
 
 @pytest.mark.parametrize("change", [{"v": VERSION + 1}, {"type": "telemetry"}])
-def test_what_a_newer_windtunnel_writes_is_skipped_without_complaint(
-    change: dict[str, Any],
-) -> None:
+def test_what_a_newer_windtunnel_writes_is_skipped(change: dict[str, Any]) -> None:
     assert parse_line(json.dumps({**decoded(STEP), **change}).encode()) is None
 
 

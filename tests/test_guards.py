@@ -56,7 +56,7 @@ GUARDS = {
         "engine/train/seal.py",
         "            if compare and digest(folder / name) != saved:",
         "            if False:",
-        f"{DAMAGE}::test_damaged_is_passed_over",
+        f"{DAMAGE}::test_damage_is_skipped",
     ),
     "another step in state.json": Guard(
         "engine/train/seal.py",
@@ -114,10 +114,7 @@ GUARDS = {
         SYNCED,
     ),
     "a merged model is on the disk before it has its name": Guard(
-        "engine/train/merge.py",
-        "        sync_all(partial)\n",
-        "",
-        SYNCED,
+        "engine/train/merge.py", "        sync_all(partial)\n", "", SYNCED
     ),
     "rows in another order than before a stop": Guard(
         "engine/train/loop.py",
@@ -154,7 +151,7 @@ GUARDS = {
         "engine/data/folders.py",
         "    return Chosen(\n        files[wanted],",
         "    return Chosen(\n        tuple(path for paths in files.values() for path in paths),",
-        "tests/data/test_folders.py::test_splits_are_never_mixed_and_those_that_are_not_learned_are_named",
+        "tests/data/test_folders.py::test_splits_are_never_mixed_and_those_not_learned_are_named",
     ),
     "images are asked of the public internet alone": Guard(
         "engine/data/web_images.py",
@@ -190,8 +187,7 @@ GUARDS = {
         "engine/plan/remarks.py",
         "        _other_than_its_makers(config, architecture),\n",
         "",
-        "tests/catalog/test_architecture.py"
-        "::test_the_first_config_of_medium_is_reported_with_what_repairs_it",
+        "tests/catalog/test_architecture.py::test_the_first_config_of_medium_is_mended",
     ),
     "an override of the rotation that is built": Guard(
         "engine/train/model.py",
@@ -238,7 +234,7 @@ GUARDS = {
         "engine/train/model.py",
         '"holds weights that the model has no place for": extra,',
         "",
-        f"{MODEL}::TestWhatIsRefused::test_a_weight_that_the_model_has_no_place_for",
+        f"{MODEL}::TestWhatIsRefused::test_a_weight_without_a_place",
     ),
     "weights that are missing": Guard(
         "engine/train/model.py",
@@ -250,13 +246,13 @@ GUARDS = {
         "engine/train/quantize.py",
         "        if not found:\n",
         "        if not found:\n            continue\n",
-        f"{FP8}::test_fp8_numbers_without_their_scale",
+        f"{FP8}::test_fp8_without_scale",
     ),
     "FP8 experts without their scale": Guard(
         "engine/train/quantize.py",
         "        if not found:\n",
         "        if not found:\n            continue\n",
-        f"{FP8}::test_fp8_numbers_without_their_scale[experts]",
+        f"{FP8}::test_fp8_without_scale[experts]",
     ),
     "FP8 scales of another shape": Guard(
         "engine/train/quantize.py",

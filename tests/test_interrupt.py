@@ -51,9 +51,7 @@ def test_it_is_130_while_modules_are_imported(program: list[str], interrupter: s
 
 
 @pytest.mark.parametrize("moment", [1500, 2500, 3500])
-def test_it_is_130_while_the_screen_is_made_and_the_terminal_is_given_back(
-    interrupter: str, moment: int
-) -> None:
+def test_it_is_130_while_the_screen_is_made_and_restored(interrupter: str, moment: int) -> None:
     terminal = Terminal(PYTHONPATH=interrupter, AT=str(moment))
     assert terminal.end() == 130
     assert "Traceback" not in terminal.written

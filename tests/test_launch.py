@@ -16,13 +16,7 @@ from engine.events import Phase, Started, Step
 from engine.launch import forwarded_signals, launch, resume_run
 from engine.runs import Follower, RunFolder, ask, create_run, is_locked, send, status
 from tests.fakes.engine import loss_at
-from tests.fakes.processes import (
-    ROOT,
-    fake_environment,
-    processes_of,
-    running_fake,
-    wait_until,
-)
+from tests.fakes.processes import ROOT, fake_environment, processes_of, running_fake, wait_until
 from tests.support.written_runs import read_steps
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -86,9 +80,7 @@ def test_a_config_that_is_replaced_is_kept_beside(run: RunFolder) -> None:
     assert kept == {"config.yml": "a: 3\n", "config-1.yml": "a: 1\n", "config-2.yml": "a: 2\n"}
 
 
-def test_a_detached_trainer_gets_a_plain_quiet_world(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_detached_trainer_is_quiet(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_OWN", "stays")
     process = launch(
         run, detach=True, module=FAKE, environment={"CUDA_VISIBLE_DEVICES": "GPU-1234"}
@@ -225,11 +217,7 @@ def test_a_trainer_that_never_begins_is_ended(run: RunFolder) -> None:
     begun = time.monotonic()
     with pytest.raises(WorkError, match="has not begun for 1 seconds"):
         launch(
-            run,
-            detach=True,
-            module=FAKE,
-            environment=fake_environment(silent=1),
-            timeout_seconds=1,
+            run, detach=True, module=FAKE, environment=fake_environment(silent=1), timeout_seconds=1
         )
     assert time.monotonic() - begun < 10
     assert not processes_of(run.path)
@@ -305,9 +293,7 @@ def test_a_run_that_was_never_started_begins(run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_foreground_reaches_the_trainer(
-    run: RunFolder, sent: signal.Signals
-) -> None:
+def test_a_foreground_signal_reaches_the_trainer(run: RunFolder, sent: signal.Signals) -> None:
     process = start(run, detach=False)
     before = signal.getsignal(sent)
     with forwarded_signals(run, process) as received:

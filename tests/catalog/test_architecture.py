@@ -128,9 +128,7 @@ class TestReading:
     def test_a_broken_config_json_is_refused(self, tmp_path: Path, text: str) -> None:
         refusal(write_config(tmp_path, text))
 
-    def test_a_config_json_that_is_no_text_no_file_or_not_there_is_refused(
-        self, tmp_path: Path
-    ) -> None:
+    def test_a_config_json_that_is_no_text_or_not_there_is_refused(self, tmp_path: Path) -> None:
         file = tmp_path / "config.json"
         assert "config.json" in refusal(tmp_path).what
         file.write_bytes(b"\xff\xfe\x00")
@@ -374,15 +372,11 @@ def beside_weights(tmp_path: Path) -> Callable[..., Architecture]:
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_a_card_does_not_contradict_itself(
-    card: Any, beside_weights: Callable[..., Architecture]
-) -> None:
+def test_a_card_is_consistent(card: Any, beside_weights: Callable[..., Architecture]) -> None:
     assert contradictions(beside_weights(card.name), card) == ()
 
 
-def test_the_first_config_of_medium_is_reported_with_what_repairs_it(
-    beside_weights: Callable[..., Architecture],
-) -> None:
+def test_the_first_config_of_medium_is_mended(beside_weights: Callable[..., Architecture]) -> None:
     read = beside_weights(MEDIUM.name, rope_parameters={"mscale_all_dim": 1.0})
     # No name says which model the folder holds: its shape and the value do.
     (said,) = remarks(config(base_model=str(read.folder)), read)
@@ -446,16 +440,14 @@ def test_what_nobody_is_sure_of_is_not(
     assert contradictions(beside_weights(name, **changes), find_model(name)) == ()
 
 
-def test_another_model_of_the_same_shape_is_not_taken_for_it(
-    beside_weights: Callable[..., Architecture],
-) -> None:
+def test_another_of_the_same_shape_is_not_it(beside_weights: Callable[..., Architecture]) -> None:
     # Mistral Small 2501 has the shape of Magistral Small 2507 and a tenth of its rope_theta.
     read = beside_weights("magistral-small-2507", rope_parameters={"rope_theta": 1e8})
     assert contradictions(read) == ()
     assert contradictions(read, find_model("magistral-small-2507"))
 
 
-def test_files_from_before_transformers_5_are_read_alike(
+def test_files_of_transformers_4_are_read_alike(
     beside_weights: Callable[..., Architecture],
 ) -> None:
     rope = dict(text_of(find_model("ministral-3-8b").config)["rope_parameters"])
@@ -495,9 +487,7 @@ def test_the_copy_that_a_recipe_names_is_checked(
     assert any(said.startswith("config.json says") for said in remarks(run, read))
 
 
-def test_words_for_numbers_are_reported_like_other_contradictions(
-    beside_weights: Callable[..., Architecture],
-) -> None:
+def test_words_for_numbers_are_contradictions(beside_weights: Callable[..., Architecture]) -> None:
     read = beside_weights("ministral-3-8b", rope_parameters={"factor": "16", "mscale": "one"})
     (said,) = remarks(config(base_model="ministral-3-8b"), read)
     assert said.startswith("config.json says ")

@@ -119,7 +119,7 @@ class TestCommand:
     def run(*arguments: str) -> None:
         assert main(["models", *arguments]) == 0
 
-    def test_the_table_fits_80_columns_and_names_every_model(
+    def test_the_table_names_every_model_in_80_cells(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
         self.run()
@@ -130,9 +130,7 @@ class TestCommand:
         assert "119.4B    6.6B" in table["mistral-small-4"]
         assert "Modified MIT" in table["mistral-medium-3.5"]
 
-    def test_json_has_one_document_with_a_full_entry_for_each_model(
-        self, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_json_has_a_full_entry_for_each_model(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.run("--json")
         models = json.loads(capsys.readouterr().out)["models"]
         assert [m["name"] for m in models] == sorted(OFFERED, key=lambda n: sizes()[n])

@@ -183,10 +183,7 @@ CHOICES = [
         pytest.param(
             {
                 "system_prompt": "s",
-                "interactions": [
-                    {"role": "user", "text": "q"},
-                    {"role": "assistant", "text": "a"},
-                ],
+                "interactions": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}],
             },
             ["system:s", "user:q", "assistant:a"],
             id="mistral-finetune",

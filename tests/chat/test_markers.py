@@ -150,9 +150,7 @@ WRITTEN = (
 
 
 @pytest.mark.parametrize("text", WRITTEN)
-def test_thinking_stays_text_where_the_model_has_no_token_for_it(
-    text: str, tokenizers: Tokenizers
-) -> None:
+def test_thinking_stays_text_where_there_is_no_token(text: str, tokenizers: Tokenizers) -> None:
     read = settle(read_row(plain(text), RowFormat()), tokenizers["v11"], "keep")
     assert [note.id for note in read.notes] == ["thinking_kept"]
     assert "no [THINK]" in read.notes[0].text
@@ -256,9 +254,7 @@ def test_results_answer_the_calls_in_order(role: str, tokenizers: Tokenizers) ->
         assert render(read, tokenizers[version]).input_ids.tolist() == expected
 
 
-def test_a_system_prompt_that_shows_thinking_is_a_chunk_where_the_version_has_them(
-    tokenizers: Tokenizers,
-) -> None:
+def test_a_system_prompt_that_shows_thinking_is_split_by_version(tokenizers: Tokenizers) -> None:
     prompt = "First think.\n\n[THINK]Draft.[/THINK]Then answer."
     read = read_row(after_system(prompt, plain("4")), RowFormat())
     shown = says("First think.\n\n", {"thinking": "Draft."}, "Then answer.", role="system")

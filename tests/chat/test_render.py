@@ -158,7 +158,7 @@ def test_look_alikes_of_tokens_stay_text(version: str, read: Read, tokenizers: T
         ([{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a   "}], "a   </s>"),
     ],
 )
-def test_only_spaces_after_a_string_answer_are_dropped(
+def test_spaces_after_an_answer_are_dropped(
     content: Any, end: str, text: Callable[..., str]
 ) -> None:
     written = text("v13", USER | {"content": "q  "}, ANSWER | {"content": content})

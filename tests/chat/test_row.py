@@ -404,11 +404,7 @@ class TestColumn:
         assert first(row) == "q"
 
     def test_a_chosen_column_is_the_only_one(self):
-        row = {
-            "messages": [USER, ANSWER],
-            "image": 5,
-            "photo": "cat.png",
-        }
+        row = {"messages": [USER, ANSWER], "image": 5, "photo": "cat.png"}
         assert first(row, field_image="photo") == (CAT, Text("q"))
 
 

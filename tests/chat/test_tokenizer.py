@@ -204,7 +204,7 @@ def test_a_size_of_no_tokenizer_is_refused_before_anybody_counts_to_it(
 
 
 @pytest.mark.parametrize("token", ["[ARGS]", "[CALL_ID]", "[MODEL_SETTINGS]", "[IMG_END]"])
-def test_a_file_that_lacks_a_control_token_of_its_version_is_a_sentence(
+def test_a_file_without_a_control_token_is_refused(
     token: str, tekken: Path, tmp_path: Path
 ) -> None:
     tokens = json.loads(tekken.read_text("utf-8"))["special_tokens"]

@@ -102,9 +102,7 @@ def export_sizes(call: Call, folder: Path, *words: str) -> dict[str, Any]:
         ("unfrozen_parameters=[model,lm_head]", {"freeze_vision_tower": False}),
     ],
 )
-def test_what_is_frozen_is_named(
-    words: str, frozen: dict[str, Any], call: Call, tmp_path: Path
-) -> None:
+def test_frozen_is_named(words: str, frozen: dict[str, Any], call: Call, tmp_path: Path) -> None:
     assert export(call, tmp_path, words)["freeze_config"] == frozen
 
 

@@ -94,7 +94,7 @@ def model(call: Call) -> Path:
 
 
 @pytest.mark.parametrize(("words", "said"), WRONG, ids=[words for words, _ in WRONG])
-def test_a_wrong_request_is_three_lines_and_leaves_nothing(
+def test_a_wrong_request_leaves_nothing(
     words: str, said: list[str], call: Call, home: Path
 ) -> None:
     code, out, err = call(*shlex.split(words))
@@ -197,9 +197,7 @@ def test_a_folder_with_a_config_alone_is_still_estimated(call: Call) -> None:
     assert call.document("recommend", "--model", "model")
 
 
-def test_a_tokenizer_of_another_place_takes_the_place_of_the_folders(
-    model: Path, call: Call
-) -> None:
+def test_a_tokenizer_of_another_place_replaces_the_folders(model: Path, call: Call) -> None:
     (model / "tokenizer.model.v3").write_bytes(SENTENCEPIECE)
     shutil.copyfile(PUBLISHED / "tekken_240718.json", "tekken.json")
     found = call.document("estimate", "made.yml", "tokenizer_config=tekken.json")

@@ -70,9 +70,7 @@ def short(result: dict[str, Any]) -> Path:
 
 
 @needs_trainer
-def test_it_answers_before_and_after_and_scores_every_set(
-    result: dict[str, Any], short: Path
-) -> None:
+def test_it_answers_before_and_after_and_scores_all(result: dict[str, Any], short: Path) -> None:
     assert set(result) == {"run", "before", "after", "scores"}
     questions = [answer["prompt"] for answer in result["before"]]
     assert len(questions) == 3
@@ -179,9 +177,7 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_pair_is_drawn_equally_often_and_the_unseen_ones_in_one_set_alone(
-    drawings: Path,
-) -> None:
+def test_pairs_are_drawn_equally_often_and_unseen_ones_in_one_set_alone(drawings: Path) -> None:
     for name, rows in SETS.items():
         wanted = {f"A {colour} {shape}.": rows // len(SEEN) for colour, shape in SEEN}
         assert Counter(answers(drawings, name)) == wanted
@@ -222,9 +218,7 @@ def test_three_steps_ask_about_three_held_out_images_and_score_every_set(tmp_pat
 
 @needs_trainer
 @pytest.mark.slow
-def test_it_learns_to_name_what_it_sees_and_guesses_where_nothing_is_to_be_seen(
-    tmp_path: Path,
-) -> None:
+def test_it_learns_to_name_what_it_sees_and_guesses_where_nothing_is_shown(tmp_path: Path) -> None:
     scores = demo(tmp_path / "run", "--vision")["scores"]
     chance = 1 / len(SEEN)
     assert scores["new_drawings"]["after"] >= 0.8

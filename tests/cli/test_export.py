@@ -237,7 +237,7 @@ def test_what_slurm_refuses_is_said(call: Call, shared: Path, cluster: Path) -> 
         ("0-00:05:00", 300, 100),
     ],
 )
-def test_a_limit_is_read_as_slurm_reads_it(
+def test_a_limit_as_slurm_reads(
     limit: str, seconds: int, grace: int, call: Call, shared: Path
 ) -> None:
     assert seconds_of(limit) == seconds

@@ -15,7 +15,7 @@ from tests.support.commands import Call
 from tests.support.extras import needs_trainer
 
 CONTRACT = {
-    *("uuid", "index", "name", "memory_total_bytes", "memory_free_bytes", "compute_capability"),
+    *("uuid", "index", "name", "memory_total_bytes", "memory_free_bytes", "compute_capability")
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "mistral_common", "numpy", "pyarrow"}
 
@@ -96,7 +96,7 @@ def test_probe_puts_trouble_into_a_sentence(nvml: FakeDriver, call: Call, lines,
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_probe_shows_hidden_cards_with_the_reason(
+def test_probe_shows_hidden_cards(
     nvml: FakeDriver, call: Call, monkeypatch, torch_for_cuda
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b")
@@ -140,9 +140,7 @@ def test_doctor_prints_what_to_install(nvml: FakeDriver, call: Call, torch_for_c
 
 
 @needs_trainer
-def test_a_torch_without_cuda_is_the_first_thing_that_both_say(
-    nvml: FakeDriver, call: Call, torch_for_cuda
-) -> None:
+def test_a_torch_without_cuda_comes_first(nvml: FakeDriver, call: Call, torch_for_cuda) -> None:
     (torch_for_cuda / "torch" / "version.py").write_text("cuda: Optional[str] = None\n")
     nvml.set(H100)
     _, out, _ = call("probe")
@@ -160,9 +158,7 @@ def test_a_torch_without_cuda_is_the_first_thing_that_both_say(
     assert max(map(len, out.splitlines()[:-2])) <= 80
 
 
-def test_both_say_whether_flash_attention_4_suits_the_cards(
-    nvml: FakeDriver, call: Call, torch_for_cuda
-) -> None:
+def test_both_say_whether_fa4_suits_the_cards(nvml: FakeDriver, call: Call, torch_for_cuda) -> None:
     nvml.set(RTX_4090, H100)
     _, out, _ = call("probe")
     assert "· flash 4  RTX 4090 is not eligible: it trains from Hopper on" in out

@@ -57,9 +57,7 @@ def _files(tmp_path: Path) -> None:
 
 
 class TestRecommend:
-    def test_the_verdict_comes_first_and_the_config_can_be_read(
-        self, call: Call, tmp_path: Path
-    ) -> None:
+    def test_the_verdict_comes_first_and_the_config_reads(self, call: Call, tmp_path: Path) -> None:
         code, out, err = call("recommend", "--model", "ministral-3-3b", "--assume", "RTX 4090")
         assert (code, err) == (0, "")
         assert out.startswith("✓ fits: needs ")
@@ -81,9 +79,7 @@ class TestRecommend:
         )
         assert printed["device"]["planned"]
 
-    def test_the_written_config_is_what_estimate_reads_back(
-        self, call: Call, tmp_path: Path
-    ) -> None:
+    def test_the_written_config_is_what_estimate_reads(self, call: Call, tmp_path: Path) -> None:
         asked = ("--model", "ministral-3-8b", "--assume", "RTX 4090", "-o", "made.yml")
         advised = call.document("recommend", *asked)["estimate"]
         text = (tmp_path / "made.yml").read_text("utf-8")
@@ -139,9 +135,7 @@ class TestRecommendWithData:
         assert printed["config"]["datasets"][0]["path"] == "rows.jsonl"
         assert len(printed["config"]["sample_prompts"]) == 3
 
-    def test_a_config_saved_elsewhere_still_finds_its_rows(
-        self, call: Call, tmp_path: Path
-    ) -> None:
+    def test_a_config_saved_elsewhere_finds_its_rows(self, call: Call, tmp_path: Path) -> None:
         (tmp_path / "configs").mkdir()
         code, _, err = call("recommend", *self.DATA, "-o", "configs/made.yml")
         assert (code, err) == (0, "")
@@ -158,9 +152,7 @@ class TestRecommendWithData:
 
 
 class TestEstimate:
-    def test_a_card_with_room_is_told_what_computing_every_layer_once_gains(
-        self, call: Call
-    ) -> None:
+    def test_with_room_it_says_what_computing_every_layer_once_gains(self, call: Call) -> None:
         _, out, _ = call("estimate", "large.yml", "--assume", "H100")
         (line,) = [line for line in out.splitlines() if "would fit" in line]
         assert re.match(
@@ -244,9 +236,7 @@ class TestEstimate:
         assert "rows are taken to have sequence_len: 2,048 tokens (its rows could not be" in out
         assert call.document(*plain)["rows_counted"] is None
 
-    def test_what_does_not_fit_is_followed_by_the_ladder_and_by_larger_cards(
-        self, call: Call
-    ) -> None:
+    def test_what_does_not_fit_is_followed_by_ladder_and_larger_cards(self, call: Call) -> None:
         Path("rows.jsonl").unlink()
         code, out, _ = call("estimate", "large.yml", "--assume", "8 GB")
         assert code == 3
@@ -298,7 +288,7 @@ class TestTrainIsRefusedWhereItWouldMissTheCard:
         assert (code, "cannot use a GPU" in err) == (2, True)
         assert not home.exists()
 
-    def test_whoever_wants_the_processor_hides_the_card(
+    def test_the_processor_hides_the_card(
         self, call: Call, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -481,9 +471,7 @@ class TestFit:
         )
         return tmp_path / "measured"
 
-    def test_a_person_reads_what_was_built_measured_and_kept(
-        self, call: Call, measured: Path
-    ) -> None:
+    def test_one_reads_what_was_built_measured_and_kept(self, call: Call, measured: Path) -> None:
         code, out, err = call(*FIT, trainer=FITTER)
         assert code == 0
         assert "64 tokens at once of your rows, on this computer's CPU\n" in out
@@ -495,9 +483,7 @@ class TestFit:
         assert out.endswith(f"Kept in {kept}\n")
         assert "3 steps␛[31m" in err
 
-    def test_a_part_of_a_model_says_what_it_stands_for(
-        self, call: Call, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_part_of_a_model_says_so(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FAKE_PART", "1")
         code, out, _ = call(*FIT, trainer=FITTER)
         assert code == 0
@@ -536,9 +522,7 @@ class TestFit:
         assert err.splitlines()[-3:] == said
         assert not measured.exists()
 
-    def test_a_plan_knows_the_figure_from_then_on(
-        self, call: Call, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_plan_knows_the_figure(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         assert call.document("estimate", "tiny.yml")["tokens_per_second"] is None
         assert call.document(*FIT, trainer=FITTER)

@@ -89,9 +89,7 @@ def test_runs_prints_the_keys_of_the_contract(run: RunFolder, call: Call) -> Non
     assert call("runs")[1].startswith("first  finished  step 3 of ")
 
 
-def test_a_loss_that_is_not_a_number_is_null_in_json_and_nan_in_words(
-    run: RunFolder, call: Call
-) -> None:
+def test_a_loss_of_nan_is_null_in_json_and_nan_in_words(run: RunFolder, call: Call) -> None:
     with EventWriter(run.events) as events:
         events.emit(structs.replace(step_event(3), loss=math.nan))
     assert call.document("runs")["runs"][0]["loss"] is None
@@ -103,9 +101,7 @@ def test_no_runs_yet_is_an_empty_list_and_a_way_to_begin(call: Call) -> None:
     assert "windtunnel demo" in call("runs")[1]
 
 
-def test_a_run_that_cannot_be_read_hides_no_other(
-    run: RunFolder, call: Call, tmp_path: Path
-) -> None:
+def test_an_unreadable_run_hides_no_other(run: RunFolder, call: Call, tmp_path: Path) -> None:
     broken = create_run("r", output_dir=tmp_path / "\x1b[2J")
     broken.events.mkdir()
     _, out, err = call("runs", "--json")
@@ -119,9 +115,7 @@ def test_a_folder_name_cannot_speak_to_the_terminal(call: Call, tmp_path: Path) 
     assert "\x1b" not in call("runs")[1]
 
 
-def test_runs_of_another_folder_are_listed_with_the_option(
-    run: RunFolder, call: Call, tmp_path: Path
-) -> None:
+def test_another_folder_is_listed_by_option(run: RunFolder, call: Call, tmp_path: Path) -> None:
     create_run("other", home=tmp_path / "elsewhere")
     found = call.document("runs", "--runs", tmp_path / "elsewhere")["runs"]
     assert [row["name"] for row in found] == ["other"]
@@ -148,7 +142,7 @@ def test_what_the_run_refuses_is_an_error(run: RunFolder, call: Call) -> None:
 
 
 @pytest.mark.parametrize("command", ["pause", "stop", "resume"])
-def test_a_run_that_is_not_running_or_not_known_cannot_be_asked(
+def test_a_run_that_is_not_running_cannot_be_asked(
     run: RunFolder, call: Call, command: str
 ) -> None:
     if command != "resume":
@@ -290,9 +284,7 @@ class TestTrain:
         assert (run.adapter / "adapter_config.json").is_file()
         assert list(run.data.glob("*"))
 
-    def test_a_detached_run_goes_on_without_us_where_it_says(
-        self, config: Path, home: Path, call: Call
-    ) -> None:
+    def test_a_detached_run_goes_on_without_us(self, config: Path, home: Path, call: Call) -> None:
         run = RunFolder(Path(call.document("train", config, "--detach", trainer=FAKE)["run"]))
         assert run.path.parent == home / "runs"
         written = run.config.read_text("utf-8")
@@ -305,9 +297,7 @@ class TestTrain:
         wait_until(lambda: not is_locked(run))
         assert status(run) == "stopped"
 
-    def test_an_interrupted_run_is_saved_and_says_how_to_go_on(
-        self, config: Path, tmp_path: Path
-    ) -> None:
+    def test_an_interrupted_run_says_how_to_go_on(self, config: Path, tmp_path: Path) -> None:
         run = RunFolder(tmp_path / "here")
         process = start("train", str(config), f"output_dir={run.path}")
         read_a_line(process)
@@ -344,7 +334,7 @@ def test_paths_beside_the_config_are_absolute_in_the_run(config: Path, tmp_path:
     assert made.dataset_prepared_path == str(tmp_path / "kept")
 
 
-def test_a_catalog_name_stays_a_name_even_beside_a_folder_of_that_name(
+def test_a_catalog_name_stays_one_beside_a_folder_of_that_name(
     config: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "demo-tiny").mkdir()
@@ -357,9 +347,7 @@ class TestDryRun:
 
     ROWS = SAMPLE.read_text("utf-8").splitlines(keepends=True)[:2]
 
-    def test_says_what_would_run_and_runs_nothing(
-        self, config: Path, home: Path, call: Call
-    ) -> None:
+    def test_says_what_would_run_and_does_not(self, config: Path, home: Path, call: Call) -> None:
         Path("rows.jsonl").write_text("".join([*self.ROWS, BAD]), "utf-8")
         code, out, _ = call("train", config, "--max-steps", "0")
         said = out.splitlines()

@@ -52,7 +52,7 @@ def test_json_is_one_document_with_every_answer(run: Path, capfd: Out) -> None:
     assert not printed.err
 
 
-def test_each_line_of_stdin_is_a_question(
+def test_a_line_of_stdin_is_a_question(
     run: Path, capfd: Out, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
@@ -61,9 +61,7 @@ def test_each_line_of_stdin_is_a_question(
     assert prompts == ["one", "two"]
 
 
-def test_settings_reach_the_model_and_others_stay_open(
-    run: Path, capfd: Out, tmp_path: Path
-) -> None:
+def test_settings_reach_the_model_others_stay_open(run: Path, capfd: Out, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"png")
     options = ["--system", "Be brief.", "--temperature", "0.5", "--max-tokens", "9", "--seed", "3"]
     options += ["--image", str(tmp_path / "x.png"), "--reasoning-effort", "high", "--json"]

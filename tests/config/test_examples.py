@@ -127,9 +127,7 @@ class TestEachCase:
     def test_training_is_not_refused(self, case: Path) -> None:
         read_config(case / "config.yml").require_supported()
 
-    def test_the_arrays_that_are_trained_are_what_the_preview_shows(
-        self, case: Path, tmp_path: Path
-    ) -> None:
+    def test_the_preview_shows_the_trained_arrays(self, case: Path, tmp_path: Path) -> None:
         config = read_config(case / "config.yml").config
         prepared = prepare(config, case, model_tokenizer(config.base_model), tmp_path)
         shown = entries(config, case)

@@ -179,11 +179,7 @@ BROKEN_RULES = [
     ),
     ("activation_offloading: true", "activation_offloading", "gradient_checkpointing: true"),
     ("checkpointed_layers: 4", "checkpointed_layers", "gradient_checkpointing: true"),
-    (
-        "adapter: lora\noffloaded_layers: 2",
-        "offloaded_layers",
-        "layer_offloading: true",
-    ),
+    ("adapter: lora\noffloaded_layers: 2", "offloaded_layers", "layer_offloading: true"),
     ("layer_offloading: true", "layer_offloading", "adapter: lora or qlora"),
     (
         "adapter: lora\npeft_use_dora: true\nlayer_offloading: true",
@@ -241,9 +237,7 @@ NOT_SUPPORTED = [
 
 class TestNotSupported:
     @pytest.mark.parametrize(("text", "key", "fix"), NOT_SUPPORTED)
-    def test_training_is_refused_though_the_file_can_be_read(
-        self, text: str, key: str, fix: str
-    ) -> None:
+    def test_training_is_refused_though_it_is_read(self, text: str, key: str, fix: str) -> None:
         file = parse_config(f"base_model: x\n{text}")
         with pytest.raises(ConfigError) as caught:
             file.require_supported()
@@ -518,9 +512,7 @@ class TestFiles:
             (b"base_model: \x07", "does not allow"),
         ],
     )
-    def test_other_encodings_and_control_characters(
-        self, tmp_path: Path, content: bytes, says: str
-    ) -> None:
+    def test_encodings_and_control_codes(self, tmp_path: Path, content: bytes, says: str) -> None:
         (tmp_path / "c.yml").write_bytes(content)
         with pytest.raises(UserError, match=says):
             read_config(tmp_path / "c.yml")

@@ -87,7 +87,7 @@ def test_axolotls_reader_gets_the_same_values(config: RunConfig) -> None:
 
 @slow_to_draw
 @given(configs(), configs(), st.dictionaries(st.sampled_from(["lora_r", "seed"]), TEXTS))
-def test_any_config_becomes_any_other_in_place(
+def test_any_config_becomes_any(
     first: RunConfig, second: RunConfig, reasons: dict[str, str]
 ) -> None:
     document = parse_config(write_config(first)).document

@@ -49,9 +49,7 @@ def test_tokens_are_counted_by_kind_and_by_row(write_jsonl, tokenizer):
     assert quiet.tokens.learned == 2
 
 
-def test_a_file_of_nothing_but_bad_rows_is_counted_whole_and_listed_in_part(
-    write_jsonl, monkeypatch
-):
+def test_a_file_of_bad_rows_alone_is_counted_whole_and_listed_in_part(write_jsonl, monkeypatch):
     monkeypatch.setattr("engine.data.checkup.LISTED_PROBLEMS", 3)
     found = checked(write_jsonl([chat("q"), *([7] * 8), {"messages": []}]))
     assert (found.rows, found.usable, found.bad_rows, len(found.problems)) == (10, 1, 9, 3)

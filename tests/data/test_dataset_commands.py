@@ -111,9 +111,7 @@ class TestCheck:
             run("check", "missing.jsonl")
         assert caught.value.exit_status == 2
 
-    def test_equal_problems_are_one_line_with_their_count_and_the_first_lines(
-        self, run, write_jsonl
-    ):
+    def test_equal_problems_are_one_line_with_count_and_first_lines(self, run, write_jsonl):
         _, out, _ = run("check", write_jsonl([7] * 50))
         assert out.count(" of rows.jsonl") == 1
         place = "(lines 1, 2, 3, 4, 5 … of rows.jsonl)"
@@ -300,9 +298,7 @@ class TestPrepare:
             said = run(command, config_file)[1]
             assert said.count("· test.jsonl: the split test, which is not learned") == 1
 
-    def test_a_tokenizer_folder_is_found_from_the_config_not_from_here(
-        self, run, config_file, tmp_path, model
-    ):
+    def test_a_tokenizer_folder_is_found_from_the_config(self, run, config_file, tmp_path, model):
         (config_file.parent / "own").symlink_to(model)
         text = config_file.read_text()
         for key in ("base_model: own", "base_model: other/none\ntokenizer_config: ./own"):

@@ -85,9 +85,7 @@ def test_a_name_tells_its_split(name, split):
         ("run/events.jsonl run/lock run/plan.json train/a.jsonl", "train/a.jsonl", []),
     ],
 )
-def test_splits_are_never_mixed_and_those_that_are_not_learned_are_named(
-    tmp_path, files, read, others
-):
+def test_splits_are_never_mixed_and_those_not_learned_are_named(tmp_path, files, read, others):
     fill(tmp_path, files)
     assert rows_of(tmp_path) == read
     notes = dataset_notes(DatasetConfig(path="."), tmp_path)

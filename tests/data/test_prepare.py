@@ -163,9 +163,7 @@ class TestReuse:
             ({"history_thinking": "drop"}, False),
         ],
     )
-    def test_what_labels_or_length_decide_is_not_in_the_key(
-        self, made, first, path, switch, reused
-    ):
+    def test_what_labels_or_length_decide_is_in_no_key(self, made, first, path, switch, reused):
         assert made(path, **switch).reused is reused
 
     @pytest.mark.parametrize("of_dataset", [False, True])
@@ -264,7 +262,7 @@ class TestInterruption:
         assert [path.suffix for path in store.iterdir() if path != found.folder] == [".lock"]
         return content(found.folder), seen[0] - 64 if seen else 3000
 
-    def test_killed_anywhere_it_ends_in_the_same_bytes(
+    def test_killed_anywhere_the_bytes_agree(
         self, made, config, undisturbed, tmp_path, monkeypatch
     ):
         sync, calls = os.fsync, 0

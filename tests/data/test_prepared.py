@@ -100,9 +100,7 @@ class TestSelect:
         truncates=st.booleans(),
         thinking=st.booleans(),
     )
-    def test_a_checkup_counts_what_a_selection_leaves_out(
-        self, tmp_path_factory, rows, truncates, thinking
-    ):
+    def test_a_checkup_counts_what_is_left_out(self, tmp_path_factory, rows, truncates, thinking):
         rows = [[U, T, E], *rows]
         prepared, rule = make(tmp_path_factory.mktemp("arrays"), rows), LabelRule(thinking=thinking)
         notebook = Notebook(rule, limit=4, truncates=truncates)
@@ -209,9 +207,7 @@ class TestLinkInto:
         assert (tmp_path / "run" / "ids").stat().st_ino != (prepared.folder / "ids").stat().st_ino
         assert Prepared(tmp_path / "run").ids(1).tolist() == prepared.ids(1).tolist()
 
-    def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(
-        self, prepared, tmp_path, monkeypatch
-    ):
+    def test_a_full_disk_is_said_and_leaves_no_half_file(self, prepared, tmp_path, monkeypatch):
         def refuse(source, target):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -13,12 +13,7 @@ from engine.chat.render import LabelRule
 from engine.config import DatasetConfig, RunConfig
 from engine.data.checkup import check_config
 from engine.data.preview import preview_entry, preview_row, row_text
-from engine.data.rows import (
-    ImageRules,
-    RenderedRow,
-    effective_datasets,
-    iterate_rendered,
-)
+from engine.data.rows import ImageRules, RenderedRow, effective_datasets, iterate_rendered
 from engine.data.shape import read_shape
 from engine.errors import UserError
 from engine.report.data import image_lines

@@ -181,9 +181,7 @@ class TestSeveral:
         assert min(filter(None, done)) > 200
         assert not children()
 
-    def test_a_process_that_dies_is_one_sentence_and_takes_the_others_with_it(
-        self, data, several, monkeypatch
-    ):
+    def test_one_that_dies_is_one_sentence_and_ends_the_others(self, data, several, monkeypatch):
         monkeypatch.setattr(shares, "_SHARER", (sys.executable, "-c", FIRST_DIES))
         with pytest.raises(WorkError, match="was stopped by signal 9"):
             check_config(config_of(DatasetConfig(path=str(data)), **several), data)
@@ -192,9 +190,7 @@ class TestSeveral:
     def test_it_ends_with_whoever_asks(self):
         assert run_python("-m", "engine.data.sharer").returncode == 0
 
-    def test_images_of_the_web_are_fetched_by_one_in_the_order_of_the_rows(
-        self, tmp_path, several, monkeypatch
-    ):
+    def test_images_of_the_web_are_fetched_by_one_in_order(self, tmp_path, several, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         path = write_rows(
             tmp_path / "rows.jsonl", *(about(f"https://host/{n}.png") for n in range(200))
@@ -229,9 +225,7 @@ class TestSeveral:
         ({}, 4, 0, 1),
     ],
 )
-def test_cores_the_config_the_data_and_memory_say_how_many(
-    tmp_path, monkeypatch, keys, size, free, count
-):
+def test_cores_config_data_and_memory_say_how_many(tmp_path, monkeypatch, keys, size, free, count):
     path = tmp_path / "rows.jsonl"
     path.touch()
     os.truncate(path, int(size * shares.PAYS_BYTES))

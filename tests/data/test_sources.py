@@ -249,11 +249,7 @@ class TestUnreadableFiles:
     @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
     @pytest.mark.parametrize(
         ("content", "why"),
-        [
-            ("", "holds no rows"),
-            ("\n \n", "holds no rows"),
-            ("\ufeff", "holds no rows"),
-        ],
+        [("", "holds no rows"), ("\n \n", "holds no rows"), ("\ufeff", "holds no rows")],
     )
     def test_a_file_without_rows(self, tmp_path, name, content, why):
         assert why in refusal(write(tmp_path, name, content))

@@ -66,9 +66,7 @@ def test_one_process_checks_and_previews(worker, tmp_path, write_jsonl, model):
     assert good.learned(LabelRule()) == [False] * 4 + [True] * 2
 
 
-def test_the_screen_gets_problems_in_groups_and_what_it_labels_with(
-    worker, tmp_path, write_jsonl, model
-):
+def test_the_screen_gets_groups_of_problems_and_its_labels(worker, tmp_path, write_jsonl, model):
     path = write_jsonl([chat("q", "a"), *([7] * 500), chat("word " * 15_000), *([chat("r")] * 8)])
     place = {"config": config(path, model), "folder": str(tmp_path)}
     found = ask(worker, id=1, request="check", **place)["result"]

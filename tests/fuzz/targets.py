@@ -133,7 +133,7 @@ SEEDS: dict[str, list[bytes]] = {
         b"",
     ],
     "tokenizer": [
-        json.dumps({"config": {"version": "v13", "default_num_special_tokens": 2**63}}).encode(),
+        json.dumps({"config": {"version": "v13", "default_num_special_tokens": 2**63}}).encode()
     ],
 }
 TARGETS: dict[str, Callable[[bytes, Path], None]] = {

@@ -26,7 +26,5 @@ def test_a_seed_gives_a_result_or_a_sentence(name: str, data: bytes, tmp_path: P
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.data())
-def test_what_is_changed_gives_a_result_or_a_sentence(
-    name: str, tmp_path: Path, data: st.DataObject
-) -> None:
+def test_a_change_is_a_result_or_a_sentence(name: str, tmp_path: Path, data: st.DataObject) -> None:
     TARGETS[name](data.draw(examples(name, tmp_path)), tmp_path)

@@ -222,7 +222,7 @@ class TestOptimizers:
             optimizer.zero_grad(set_to_none=True)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_it_moves_as_adamw_in_float32_does(
+    def test_it_moves_as_float32_adamw_does(
         self, card: Card, name: str, dtype: torch.dtype
     ) -> None:
         pytest.importorskip("bitsandbytes")

@@ -150,9 +150,7 @@ def test_all_layers_but_two_are_away(tmp_path: Path, peaks: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_the_embedding_is_away_and_the_head_for_most_of_the_time(
-    tmp_path: Path, peaks: Any
-) -> None:
+def test_embedding_is_away_and_the_head_for_most_of_the_time(tmp_path: Path, peaks: Any) -> None:
     rows = write_rows(tmp_path / "rows", UNEVEN)
     plain, ours = peaks(rows, **OFFLOADS["tables"])
     assert plain - ours > 0.85 * TABLE_BYTES

@@ -113,7 +113,7 @@ def test_a_step_of_every_method_is_that_of_float32(
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
-def test_bfloat16_is_used_where_the_card_has_it_alone(
+def test_bfloat16_where_the_card_has_it(
     card: Card, capability: tuple[int, int], tmp_path: Path
 ) -> None:
     if card.real:
@@ -131,9 +131,7 @@ def test_bfloat16_is_used_where_the_card_has_it_alone(
     assert loss > 0
 
 
-def test_a_step_with_images_is_that_of_float32(
-    card: Card, tmp_path: Path, step: Callable[..., Found]
-) -> None:
+def test_images_step_as_in_float32(card: Card, tmp_path: Path, step: Callable[..., Found]) -> None:
     folder = write_rounded(tmp_path / "model", seeing(MINISTRAL3))
     rows = write_pictured(tmp_path / "rows", MIXED)
     expected = step(folder, rows, bf16=False, **LORA, **ALONE)

@@ -59,7 +59,7 @@ def test_a_card_is_read_whole(nvml: FakeDriver) -> None:
         ("99.0", ""),
     ],
 )
-def test_a_generation_is_named_by_its_compute_capability(
+def test_a_generation_has_its_capability(
     nvml: FakeDriver, capability: str, generation: str
 ) -> None:
     nvml.set(H100.replace("cc=9.0", f"cc={capability}"))
@@ -67,9 +67,7 @@ def test_a_generation_is_named_by_its_compute_capability(
 
 
 @pytest.mark.parametrize("code", [3, 13, 25])
-def test_an_older_driver_answers_the_older_question_about_memory(
-    nvml: FakeDriver, code: int
-) -> None:
+def test_an_older_driver_answers_the_older_memory_question(nvml: FakeDriver, code: int) -> None:
     nvml.set(f"err nvmlDeviceGetMemoryInfo_v2 {code}", H100)
     machine = read_machine()
     (gpu,) = machine.gpus
@@ -88,9 +86,7 @@ def test_an_older_driver_answers_the_older_question_about_memory(
         (999, "driver_error", "Unknown Error (NVML error 999)"),
     ],
 )
-def test_a_driver_that_cannot_start_is_a_sentence(
-    nvml: FakeDriver, code: int, name: str, message: str
-) -> None:
+def test_a_driver_that_cannot_start(nvml: FakeDriver, code: int, name: str, message: str) -> None:
     nvml.set(f"init {code}", H100)
     machine = read_machine()
     assert machine.gpus == machine.usable_gpus == ()
@@ -292,11 +288,7 @@ def test_the_fake_builds_without_a_c_compiler_too(tmp_path: Path) -> None:
     (tmp_path / "state").write_text(f"{H100}\n", "utf-8")
     done = subprocess.run(
         [sys.executable, "-c", "from engine.hardware import *; print(read_machine().gpus)"],
-        env={
-            **os.environ,
-            "LD_LIBRARY_PATH": str(tmp_path),
-            "FAKE_NVML": str(tmp_path / "state"),
-        },
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "FAKE_NVML": str(tmp_path / "state")},
         capture_output=True,
         text=True,
         check=True,

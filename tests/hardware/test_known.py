@@ -78,9 +78,7 @@ def test_a_text_means_cards(text: str, count: int, name: str, gibibytes: float) 
         ("H100 x10", 1, 10, "H100 80GB HBM3"),
     ],
 )
-def test_computers_come_before_the_cards_of_each(
-    text: str, nodes: int, count: int, name: str
-) -> None:
+def test_computers_come_before_their_cards(text: str, nodes: int, count: int, name: str) -> None:
     machine = assume(text)
     assert (machine.nodes, len(machine.gpus)) == (nodes, count)
     assert machine.gpus[0].short_name == name
@@ -137,9 +135,7 @@ def test_every_known_card_is_found_by_its_names(known) -> None:
 
 
 @pytest.mark.parametrize("known", known_gpus(), ids=lambda known: known.name)
-def test_the_name_of_a_card_that_is_not_listed_tells_what_it_would_tell_of_one_that_is(
-    known,
-) -> None:
+def test_the_name_of_a_card_that_is_not_listed_tells_as_much_as_of_one_that_is(known) -> None:
     """The patterns of generations against every card of the list, with a memory that none has."""
     name = re.sub(r"\b\d+GB\b", "", short_name(known.name))
     (gpu,) = assume(f"{name} 1 GB").gpus

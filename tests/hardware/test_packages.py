@@ -50,9 +50,7 @@ def test_a_version_is_held_against_the_range_of_its_extra(
     assert out_of_range("train") == found
 
 
-def test_a_package_that_is_missing_is_not_out_of_range(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_in_no_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, "windtunnel", "0.1.0", ["nowhere-at-all>=1; extra == 'train'"])
     monkeypatch.syspath_prepend(str(tmp_path))
     assert out_of_range("train") == ()
@@ -110,9 +108,7 @@ def test_an_extra_is_installed_from_where_the_package_came(
     assert shlex.split(install_command("train")) == ["pip", "install", *named]
 
 
-def test_what_uv_installed_uv_installs_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_uv_installed_uv_reinstalls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, "windtunnel", "0.1.0")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("engine.hardware.packages.find_spec", lambda name: None)
@@ -180,7 +176,7 @@ def named(text: str) -> Iterator[str]:
 
 def test_commands_are_read() -> None:
     assert list(named("x: `pip install --upgrade 'a_b[c]<2' d==1+x`; uv tool install e   # f")) == [
-        *("a-b", "d", "e"),
+        *("a-b", "d", "e")
     ]
 
 
@@ -239,9 +235,7 @@ def test_an_environment_of_uv_has_no_pip(monkeypatch: pytest.MonkeyPatch) -> Non
     assert pip_uninstall("a") == "uv pip uninstall a"
 
 
-def test_sudo_only_where_somebody_is_not_root(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sudo_only_for_who_is_not_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc" / "os-release").write_text("ID=ubuntu\n")
     monkeypatch.setattr("os.geteuid", lambda: 1000)

@@ -95,7 +95,7 @@ def test_cards_are_named_by_number_or_by_the_beginning_of_a_uuid(
         ("\x1b[31m", [], "ends at ␛[31m, which"),
     ],
 )
-def test_a_list_ends_at_its_first_bad_entry(
+def test_a_list_ends_at_a_bad_one(
     nvml: FakeDriver, value: str, shown: list[int], message: str
 ) -> None:
     uuids, machine = seen(nvml, value, CUDA_DEVICE_ORDER="PCI_BUS_ID")
@@ -134,9 +134,7 @@ def test_a_number_is_uncertain_where_cards_differ(
         ("MIG-x", []),
     ],
 )
-def test_of_a_sliced_card_cuda_shows_one_slice(
-    nvml: FakeDriver, value: str, shown: list[str]
-) -> None:
+def test_of_a_sliced_card_one_is_shown(nvml: FakeDriver, value: str, shown: list[str]) -> None:
     uuids, machine = seen(nvml, value, RTX_4090, *SLICES)
     assert uuids == shown
     assert "cuda_hidden" in about_cuda(machine)

@@ -47,10 +47,7 @@ def test_only_what_suits_the_gpu_is_named(gpu: str | None, extras: list[str]) ->
 
 def test_the_training_stack_is_one_command() -> None:
     first, *_ = missing_packages(machine("RTX 4090", torch=None, peft=None))
-    assert (first.packages, first.command) == (
-        ("torch", "peft"),
-        install_command("train"),
-    )
+    assert (first.packages, first.command) == (("torch", "peft"), install_command("train"))
 
 
 def test_nothing_is_missing_when_all_is_there() -> None:

@@ -150,17 +150,13 @@ def test_headers_are_sought_where_triton_seeks_them() -> None:
     assert python_headers().name == PYTHON
 
 
-def test_nothing_is_wanted_of_a_computer_whose_torch_has_no_cuda(
-    tmp_path: Path, headers: Path
-) -> None:
+def test_nothing_is_wanted_where_torch_has_no_cuda(tmp_path: Path, headers: Path) -> None:
     for cuda in (None, ""):
         here = replace(machine(), torch_cuda=cuda)
         assert not toolchain_problems(here, tools(tmp_path / f"b{cuda}"), tmp_path)
 
 
-def test_the_library_of_the_driver_is_missing_in_a_container_for_pictures(
-    tmp_path: Path, headers: Path
-) -> None:
+def test_a_container_for_pictures_lacks_the_driver_library(tmp_path: Path, headers: Path) -> None:
     (headers / "Python.h").touch()
     environment = tools(tmp_path / "bin", "gcc")
     root = system(tmp_path, cache="libcuda.so.0")
@@ -270,15 +266,7 @@ def intel(monkeypatch: pytest.MonkeyPatch) -> None:
         ("2.13.0+cu130", None, (), "13.0"),
         ("2.13.0+cpu", None, (), ""),
         ("2.13.0", None, ("cuda-toolkit[cublas,cudart]==13.0.3; sys_platform == 'linux'",), "13.0"),
-        (
-            "2.7.0",
-            None,
-            (
-                "numpy",
-                "nvidia-cuda-runtime-cu12==12.6.77",
-            ),
-            "12.6",
-        ),
+        ("2.7.0", None, ("numpy", "nvidia-cuda-runtime-cu12==12.6.77"), "12.6"),
         ("2.13.0", None, ("numpy",), None),
     ],
 )
@@ -337,9 +325,7 @@ def test_a_torch_that_cannot_use_a_card_and_the_build_that_can(
             assert sentence.endswith(".")
 
 
-def test_a_driver_for_which_no_build_is_left_has_to_be_updated(
-    nvml: FakeDriver, packages: Path
-) -> None:
+def test_a_driver_without_any_build_has_to_be_updated(nvml: FakeDriver, packages: Path) -> None:
     install_torch(packages, "2.13.0", cuda="'13.0'")
     found = about(machine_with(nvml, "470", H100))
     assert found
@@ -351,9 +337,7 @@ def test_a_driver_for_which_no_build_is_left_has_to_be_updated(
     assert "torch" not in found.command
 
 
-def test_a_driver_that_does_not_say_its_cuda_is_known_by_its_number(
-    nvml: FakeDriver, packages: Path
-) -> None:
+def test_a_driver_silent_on_cuda_is_known_by_its_number(nvml: FakeDriver, packages: Path) -> None:
     install_torch(packages, "2.13.0", cuda="'13.0'")
     unsaid = "err nvmlSystemGetCudaDriverVersion_v2 13"
     nvml.set("driver 535.10", unsaid, H100)
@@ -364,9 +348,7 @@ def test_a_driver_that_does_not_say_its_cuda_is_known_by_its_number(
     assert about(read_machine({})) is None
 
 
-def test_of_two_cards_only_the_one_that_torch_leaves_out_is_named(
-    nvml: FakeDriver, packages: Path
-) -> None:
+def test_of_two_cards_the_one_left_out_is_named(nvml: FakeDriver, packages: Path) -> None:
     install_torch(packages, "2.13.0", cuda="'13.0'")
     machine = machine_with(nvml, "580", H100, V100)
     assert about(machine, 0) is None
@@ -377,9 +359,7 @@ def test_of_two_cards_only_the_one_that_torch_leaves_out_is_named(
     assert "cu126" in found.command
 
 
-def test_no_build_is_proposed_that_leaves_out_the_other_card(
-    nvml: FakeDriver, packages: Path
-) -> None:
+def test_no_build_is_proposed_without_the_other_card(nvml: FakeDriver, packages: Path) -> None:
     install_torch(packages, "2.13.0", cuda="'13.0'")
     found = about(machine_with(nvml, "580", RTX_5090, V100), 1)
     assert found

@@ -29,10 +29,7 @@ def test_a_pin_that_torch_contradicts_and_one_that_is_missing_are_found(
 
 @pytest.mark.parametrize(
     "environment",
-    [
-        {"UV_OFFLINE": "1"},
-        {"HTTPS_PROXY": "http://127.0.0.1:9", "UV_HTTP_RETRIES": "0"},
-    ],
+    [{"UV_OFFLINE": "1"}, {"HTTPS_PROXY": "http://127.0.0.1:9", "UV_HTTP_RETRIES": "0"}],
     ids=["offline", "refused"],
 )
 def test_an_index_out_of_reach_is_said_and_is_no_fault(

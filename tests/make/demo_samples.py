@@ -193,10 +193,7 @@ def row(force: int, intent: str, wording: int, *, plain: bool = False) -> dict[s
     content: Any = plain_answer(force, intent)
     if not plain:
         thought, answer = think_and_answer(force, intent, knots)
-        content = [
-            {"type": "thinking", "thinking": thought},
-            {"type": "text", "text": answer},
-        ]
+        content = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": answer}]
     return {
         "messages": [
             {"role": "user", "content": question},

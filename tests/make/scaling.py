@@ -64,18 +64,8 @@ PUBLISHED = (
         "10,938; 10,753",
     ),
     ("NeMo AutoModel", "Llama 3 70B, LoRA, TP 2 x FSDP", "8; 16 H100", "1,092; 985"),
-    (
-        "NeMo AutoModel",
-        "Llama 3 70B, pre-training, CP 2 x FSDP 32, 8,192 tokens",
-        "64 H100",
-        "867",
-    ),
-    (
-        "NeMo AutoModel",
-        "GPT-OSS 120B (5B at work), all weights, FSDP 64",
-        "64 H100",
-        "7,626",
-    ),
+    ("NeMo AutoModel", "Llama 3 70B, pre-training, CP 2 x FSDP 32, 8,192 tokens", "64 H100", "867"),
+    ("NeMo AutoModel", "GPT-OSS 120B (5B at work), all weights, FSDP 64", "64 H100", "7,626"),
 )
 SOURCES = """
 torchtitan's benchmarks/llama3_h100_202412 and ..._trainy-whitefiber, AutoModel's

@@ -63,7 +63,7 @@ def test_the_best_installed_backend_that_suits_the_card(
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("images", [True, False])
 @pytest.mark.parametrize("model_name", MODELS)
-def test_packed_rows_never_need_a_quadratic_mask_on_a_gpu(
+def test_packed_rows_need_no_mask_on_a_gpu(
     name: str, half: bool, images: bool, model_name: str
 ) -> None:
     task = Task(heads_of(model(model_name)), images, half)
@@ -164,9 +164,7 @@ def test_a_wrong_request_is_refused_with_what_to_use_instead(
     ("name", "task", "instead"),
     [("H100", TEXT, TORCH), ("H100", Task(DENSE, images=True), TORCH), ("CPU", TEXT, "sdpa")],
 )
-def test_flash_attention_2_of_pytorch_stands_in_where_the_package_is_missing(
-    name: str, task: Task, instead: str
-) -> None:
+def test_flash_attention_2_of_pytorch_stands_in_for_it(name: str, task: Task, instead: str) -> None:
     chosen = follow_attention("flash_attention_2", device(name, NONE), task)
     assert chosen.backend == instead
     assert "computes the same" in chosen.reason

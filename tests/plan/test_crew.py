@@ -40,9 +40,7 @@ def machine(gpus: str | None, *, cores: int = 2, used: tuple[int, ...] = ()) -> 
         (FSDP, "24 GB", 1),
     ],
 )
-def test_a_rank_has_a_card_of_its_own_or_the_processor(
-    keys: dict[str, Any], gpus: str | None, count: int
-) -> None:
+def test_a_rank_has_a_card_or_the_cpu(keys: dict[str, Any], gpus: str | None, count: int) -> None:
     crew = crew_of(config(**keys), machine(gpus))
     assert crew.count == count
     assert len({gpu.uuid for gpu in crew.gpus}) == (count if gpus else 0)
@@ -81,9 +79,7 @@ def test_each_of_several_computers_starts_its_share() -> None:
         ({"dp_shard_size": 16}, None, "dp_shard_size=4 gradient_accumulation_steps=4"),
     ],
 )
-def test_too_few_cards_name_the_smallest_change(
-    keys: dict[str, Any], gpus: str | None, changes: str
-) -> None:
+def test_too_few_cards_name_a_change(keys: dict[str, Any], gpus: str | None, changes: str) -> None:
     asked, here = config(**keys), machine(gpus)
     with pytest.raises(UserError) as caught:
         crew_of(asked, here)

@@ -157,7 +157,7 @@ WITH_EXPERTS: dict[str, Any] = {
         ("ministral-3-3b", "6 GB", {}),
     ],
 )
-def test_the_goals_that_no_rival_states_end_in_a_fitting_config(
+def test_goals_of_no_rival_end_in_a_fitting_config(
     name: str, size: str, keys: dict[str, Any]
 ) -> None:
     """Rank and length stay: what is given up is time, and bits of the adapter at most."""

@@ -26,7 +26,7 @@ FSDP = {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
         ({"dp_shard_size": 8, "expert_parallel_size": 8}, Layout(8, expert=8), 8, 8),
     ],
 )
-def test_a_config_says_its_layout(
+def test_a_config_has_layout(
     keys: dict[str, Any], layout: Layout, cards: int, readers: int
 ) -> None:
     found = layout_of(config(**keys))

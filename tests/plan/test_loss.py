@@ -117,9 +117,7 @@ PLUGIN = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
         ({"plugins": ["axolotl.integrations.liger.LigerPlugin"]}, False),
     ],
 )
-def test_a_config_asks_for_cut_cross_entropy_by_its_plugin(
-    keys: dict[str, Any], named: bool
-) -> None:
+def test_a_config_asks_for_cut_cross_entropy_plugin(keys: dict[str, Any], named: bool) -> None:
     assert names_cut_loss(config(**keys)) is named
 
 

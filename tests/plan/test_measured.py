@@ -125,9 +125,7 @@ class TestTheKey:
         )
         assert found() is None
 
-    def test_a_version_that_is_here_must_be_the_same_and_one_that_is_not_here_need_not(
-        self,
-    ) -> None:
+    def test_a_version_here_must_be_the_same_and_one_that_is_not_here_need_not(self) -> None:
         measured = figure()
         versions = measured.key["versions"]
         here = next(name for name, number in versions.items() if number)
@@ -165,9 +163,7 @@ class TestTheStore:
         with pytest.raises(WorkError, match="could not be written"):
             store(figure(), tmp_path / "file" / "folder")
 
-    def test_without_the_variable_it_lies_in_the_data_folder(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_without_it_it_lies_in_the_data_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(HOME_VARIABLE)
         assert measured_home().name == "measured"
         assert "windtunnel" in str(measured_home())

@@ -153,9 +153,7 @@ class TestForAxolotl:
         wrapped = raw(path).get("fsdp_config", {}).get("transformer_layer_cls_to_wrap")
         assert wrapped in (None, LAYERS[text["model_type"]])
 
-    def test_a_pattern_finds_every_linear_of_the_language_model_and_no_other(
-        self, path: Path
-    ) -> None:
+    def test_a_pattern_finds_all_linears_of_the_language_model_alone(self, path: Path) -> None:
         pattern = raw(path).get("lora_target_modules")
         table = read_architecture(raw(path)["base_model"]).table
         if pattern is None:

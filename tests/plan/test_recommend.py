@@ -59,9 +59,7 @@ def check(name: str, device: Device | str, rows: Any) -> Recommendation:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("rows", ["unknown", "some"])
-def test_every_known_gpu_gets_a_config_with_reasons_and_none_worse_than_it_need_be(
-    name: str, rows: str
-) -> None:
+def test_every_known_gpu_gets_a_config_no_worse_than_it_need_be(name: str, rows: str) -> None:
     for gpu in (*GPUS, *SMALLER):
         check(name, gpu, ROWS[rows])
 
@@ -72,9 +70,7 @@ def test_every_known_gpu_gets_a_config_with_reasons_and_none_worse_than_it_need_
     [cpu(2), cpu(32), sized(1.9), sized(11.4), card("RTX 4090"), card("H100")],
     ids=lambda device: f"{device.name} {device.can_give_bytes / GIB:.1f}",
 )
-def test_any_dataset_gets_one_too_and_it_is_read_back_with_its_reasons(
-    rows: str, device: Device
-) -> None:
+def test_any_dataset_gets_one_read_back_with_its_reasons(rows: str, device: Device) -> None:
     for name in ("demo-tiny", "ministral-3-3b", "ministral-3-14b", "mistral-medium-3.5"):
         advice = check(name, device, ROWS[rows])
     text = write_config(advice.config, advice.reasons)
@@ -240,9 +236,7 @@ class TestWhatTheRowsDecide:
     @pytest.mark.parametrize(
         ("rows", "share", "held"), [(39, 0, "too few"), (40, 0.1, "4 rows"), (1000, 0.05, "50 ")]
     )
-    def test_rows_are_held_out_where_there_are_enough(
-        self, rows: int, share: float, held: str
-    ) -> None:
+    def test_rows_are_held_out_where_enough(self, rows: int, share: float, held: str) -> None:
         advice = self.on_a_card(dataset(rows, 300, 700))
         assert advice.config.val_set_size == share
         assert held in advice.reasons["val_set_size"]
@@ -376,9 +370,7 @@ class TestGoals:
             ("mistral-small-3.2", "think", "does not think"),
         ],
     )
-    def test_a_goal_that_the_model_cannot_meet_is_refused(
-        self, name: str, goal: Any, why: str
-    ) -> None:
+    def test_a_goal_that_cannot_be_met_is_refused(self, name: str, goal: Any, why: str) -> None:
         with pytest.raises(UserError, match=why):
             recommend(at(name, "H100"), goal=goal)
 
@@ -469,9 +461,7 @@ class TestRecipes:
         assert len(config.test_datasets) == 2
         assert advice.reasons["lora_alpha"] == "a scale of 2 at rank 16"
 
-    def test_another_dataset_keeps_what_suits_the_model_and_takes_lengths_from_the_rows(
-        self,
-    ) -> None:
+    def test_another_dataset_keeps_what_suits_the_model_and_gives_the_lengths(self) -> None:
         advice = recommend(at("demo-tiny", cpu(8), dataset(60, 300, 700)), dataset=OWN)
         config = advice.config
         assert (config.learning_rate, config.lora_alpha, config.bf16) == (0.005, 32, False)
@@ -567,9 +557,7 @@ def test_a_price_is_the_estimate_of_that_length() -> None:
     assert (price.device_bytes, price.verdict) == (needs.device_bytes, needs.verdict)
 
 
-def test_the_command_says_that_a_row_is_not_spread(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_a_row_is_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yml"
     file.write_text("base_model: ministral-3-3b\nadapter: lora\n", "utf-8")
     assert main(["estimate", str(file), "--lengths", "--assume", "H100 80GB"]) == 0

@@ -61,9 +61,7 @@ def test_weights_that_cannot_be_read_are_reported_before_a_run_is_refused() -> N
 
 
 @pytest.mark.parametrize("says", [{"sliding_window": 4096}, {}], ids=["it says so", "it is silent"])
-def test_rows_beyond_a_window_of_attention_are_refused_and_up_to_it_nothing_is_said(
-    says: dict[str, int],
-) -> None:
+def test_rows_beyond_a_window_of_attention_alone_are_refused(says: dict[str, int]) -> None:
     found = model("magistral-small-2506")
     silent = {key: value for key, value in found.config.items() if key != "sliding_window"}
     windowed = replace(found, config=silent | says)

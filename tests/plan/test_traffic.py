@@ -35,9 +35,7 @@ def test_the_page_is_what_the_plan_says() -> None:
         ("NVIDIA GeForce RTX 4090", 4, 2, None),  # no network that is known
     ],
 )
-def test_the_slower_link_sets_the_pace(
-    name: str, ranks: int, here: int, gigabytes: float | None
-) -> None:
+def test_the_slower_link_counts(name: str, ranks: int, here: int, gigabytes: float | None) -> None:
     speed = speed_of(name)
     assert speed
     found = link_bytes(speed, ranks, here)

@@ -97,9 +97,7 @@ def test_an_adapter_is_served_beside_its_base_with_room_for_its_rank(tmp_path: P
     assert command[command.index("--tokenizer-mode") + 1] == "mistral"
 
 
-def test_a_base_is_served_with_the_positions_that_the_adapter_was_trained_with(
-    tmp_path: Path,
-) -> None:
+def test_a_base_is_served_with_the_positions_of_its_training(tmp_path: Path) -> None:
     rope = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}}
     run = write_run(tmp_path / "pilot", overrides_of_model_config=rope)
     command = arguments(run, "vLLM, the adapter")

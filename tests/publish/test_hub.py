@@ -97,9 +97,7 @@ def run(tmp_path: Path) -> RunFolder:
     return run
 
 
-def test_a_finished_run_uploads_its_result_or_says_how_to_repeat_it(
-    hub: Hub, run: RunFolder
-) -> None:
+def test_a_finished_run_uploads_or_says_how_to_repeat_it(hub: Hub, run: RunFolder) -> None:
     events = list(publish_result(run, run.adapter, read_config(run.config).config))
     note = events[-1]
     assert isinstance(note, Note)

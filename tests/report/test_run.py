@@ -187,10 +187,7 @@ SHORTAGE = Shortage(
         (Saved(3, "adapter"), "step 3: saved adapter"),
         (Note("info", "hello"), "hello"),
         (Note("warning", "careful"), "! careful"),
-        (
-            SHORTAGE,
-            "✗ memory ran out in the backward pass: weights 8.0 GiB (planned 7.0 GiB)",
-        ),
+        (SHORTAGE, "✗ memory ran out in the backward pass: weights 8.0 GiB (planned 7.0 GiB)"),
         (Ended("finished", 9), "✓ finished at step 9"),
         (Ended("failed", 3, "It broke.", "Why.", "Fix."), "✗ failed at step 3: It broke."),
     ],

@@ -215,10 +215,7 @@ def _four_bit(
         torch.empty((-(-numbers // 2), 1), dtype=torch.uint8), requires_grad=False
     )
     nested = QuantState(
-        absmax=torch.empty(-(-blocks // 256)),
-        code=shared,
-        blocksize=256,
-        dtype=torch.float32,
+        absmax=torch.empty(-(-blocks // 256)), code=shared, blocksize=256, dtype=torch.float32
     )
     packed.quant_state = QuantState(
         absmax=torch.empty(blocks, dtype=torch.uint8),

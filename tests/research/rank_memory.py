@@ -40,13 +40,7 @@ from engine.train.loss import Loss
 from engine.train.optim import build_optimizer, is_lora_matrix
 from engine.train.quantize import statistics
 from engine.train.ranks import REPLICATE, SHARD, Ranks
-from engine.train.shard import (
-    local_bytes,
-    local_parameters,
-    local_part,
-    shard,
-    sync_gradients,
-)
+from engine.train.shard import local_bytes, local_parameters, local_part, shard, sync_gradients
 from tests.research.oracle import build, cross_entropy, hold_state, make_batch, materialize
 from tests.support.card_bytes import CardBytes, as_on_cuda
 from tests.support.live_bytes import ALLOCATION_BYTES

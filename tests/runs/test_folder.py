@@ -88,9 +88,7 @@ def test_a_folder_with_checkpoints_and_no_events_is_refused(tmp_path: Path) -> N
         create_run("r", output_dir=tmp_path / "out")
 
 
-def test_a_folder_that_waits_to_be_started_and_one_with_other_files_are_taken(
-    tmp_path: Path,
-) -> None:
+def test_a_folder_that_waits_to_start_and_one_of_other_files_are_taken(tmp_path: Path) -> None:
     (tmp_path / "config.yml").write_text("base_model: demo-tiny\n")
     (tmp_path / "notes.txt").write_text("mine")
     create_run("r", output_dir=tmp_path)
@@ -118,9 +116,7 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
         create_run("r", output_dir="nul\0byte")
 
 
-def test_a_run_elsewhere_is_found_by_name_from_anywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_found_by_name_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = create_run("ignored", output_dir=tmp_path / "disk" / "big-one")
     other_home = create_run("small-one", home=tmp_path / "other")
     create_run("plain")
@@ -131,9 +127,7 @@ def test_a_run_elsewhere_is_found_by_name_from_anywhere(
     assert [run.name for run in list_runs(tmp_path / "other")] == ["small-one"]
 
 
-def test_a_run_is_entered_in_the_index_once_and_forgotten_when_its_folder_is_gone(
-    home: Path, tmp_path: Path
-) -> None:
+def test_a_run_is_indexed_once_and_forgotten_with_its_folder(home: Path, tmp_path: Path) -> None:
     for _ in range(3):
         create_run("r", output_dir=tmp_path / "out")
     assert len((home / "index.jsonl").read_text().splitlines()) == 1

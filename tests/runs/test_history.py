@@ -190,9 +190,7 @@ def test_a_stretch_without_a_number_is_a_gap() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=200), st.data())
-def test_what_a_resume_repeats_replaces_what_was_there(
-    values: list[float], data: st.DataObject
-) -> None:
+def test_what_a_resume_repeats_replaces_it(values: list[float], data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(values) - 1))
     stream = stream_of(values)
     stream.rewind(cut)

@@ -94,9 +94,7 @@ def bytes_read(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Hi
     return taken, history
 
 
-def test_the_newest_are_listed_after_reading_as_many_and_the_rest_as_they_are_read(
-    home: Path,
-) -> None:
+def test_the_newest_are_listed_first_and_the_rest_as_they_are_read(home: Path) -> None:
     many(home, 2 * AT_ONCE + 10)
     reader = RunsReader()
     with opened_files() as files:
@@ -151,9 +149,7 @@ def test_the_process_that_writes_the_events_enters_the_run_in_the_index(home: Pa
     assert [file for file in files if "run-" in file] == []
 
 
-def test_a_long_run_opens_from_its_kept_history(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_run_opens_from_kept_history(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = long_run(home)
     size = run.events.stat().st_size
     keep_history(run)
@@ -187,9 +183,7 @@ def test_a_history_that_does_not_fit_the_events_is_made_anew(
     assert bytes_read(run, monkeypatch)[0] < 4096
 
 
-def test_every_kind_of_event_survives_being_kept(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_kind_of_event_can_be_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.runs.listing._KEPT_EVERY_BYTES", 1)
     failed = Ended("failed", 61, "The loss is NaN.", "It diverged.", "Lower the rate.")
     run = written_run(home / "runs" / "all", 61, failed)

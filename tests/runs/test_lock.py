@@ -98,9 +98,7 @@ def test_a_look_that_takes_long_is_waited_for_and_a_trainer_is_not(run: RunFolde
         pass
 
 
-def test_the_lock_says_when_and_for_which_launch_it_was_taken(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_lock_says_when_and_for_whom(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WINDTUNNEL_LAUNCH", "a token that leaves a longer line behind")
     with RunLock(run):
         pass

@@ -78,9 +78,7 @@ def test_a_run_that_was_never_started_is_waiting(run: RunFolder) -> None:
         ([STARTED, step_event(1), PAUSED], "lost"),
     ],
 )
-def test_without_the_lock_the_last_event_decides(
-    run: RunFolder, events: list[Event], word: Status
-) -> None:
+def test_unlocked_the_last_event_decides(run: RunFolder, events: list[Event], word: Status) -> None:
     write(run, *events)
     assert status(run) == word
 
@@ -104,9 +102,7 @@ def test_without_the_lock_the_last_event_decides(
         ([STARTED, Ended("stopped", 1)], "running"),
     ],
 )
-def test_while_the_lock_is_held_a_run_is_running_or_paused(
-    run: RunFolder, events: list[Event], word: Status
-) -> None:
+def test_locked_a_run_runs_or_is_paused(run: RunFolder, events: list[Event], word: Status) -> None:
     with RunLock(run):
         write(run, *events)
         assert status(run) == word
@@ -160,7 +156,7 @@ def test_a_launch_that_died_before_its_first_word_is_lost(run: RunFolder) -> Non
     assert status(run) == "lost", "the last end is that of the launch before"
 
 
-def test_a_run_that_ends_between_two_looks_is_not_called_lost(
+def test_a_run_that_ends_is_not_called_lost(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends just before the lock is looked at: who had read the events before would miss it."""
@@ -356,9 +352,7 @@ def test_a_file_replaced_by_a_copy_of_itself_gives_nothing_twice(tmp_path: Path)
 
 @pytest.mark.parametrize("count", [2, 5, 30])
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_file_replaced_by_a_later_run_is_read_from_its_start(
-    tmp_path: Path, count: int, in_place: bool
-) -> None:
+def test_a_replaced_file_is_read_from_its_start(tmp_path: Path, count: int, in_place: bool) -> None:
     path = tmp_path / "events.jsonl"
     path.write_bytes(b"".join(lines(5)))
     follower = Follower(path)
@@ -383,9 +377,7 @@ def test_a_file_that_vanishes_and_returns_is_followed_on(tmp_path: Path) -> None
     assert seqs(follower.read()) == [2]
 
 
-def test_a_follower_from_the_end_gives_only_what_comes_even_after_a_torn_line(
-    tmp_path: Path,
-) -> None:
+def test_a_follower_from_the_end_gives_what_comes_after_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     three = lines(3)
     path.write_bytes(three[0] * 3000 + three[1][:20])
@@ -448,18 +440,14 @@ def test_following_ends_when_asked_after_giving_what_is_there(run: RunFolder) ->
     assert len(list(follow(run, lambda: True))) == 1
 
 
-def test_a_step_that_is_repeated_after_a_resume_supersedes_the_earlier_ones(
-    run: RunFolder,
-) -> None:
+def test_a_step_repeated_after_a_resume_supersedes_the_earlier_ones(run: RunFolder) -> None:
     with EventWriter(run.events) as events:
         for step in [1, 2, 3, 4, 5, 3, 4]:
             events.emit(step_event(step))
     assert [step.step for step in read_steps(run)] == [1, 2, 3, 4]
 
 
-def test_a_line_torn_by_kill_9_is_skipped_once_and_the_next_launch_is_followed(
-    run: RunFolder,
-) -> None:
+def test_a_line_torn_by_kill_9_is_skipped_and_the_next_launch_followed(run: RunFolder) -> None:
     follower = Follower(run.events)
     with running_fake(run) as process:
         wait_until(follower.read)

@@ -141,9 +141,7 @@ def test_every_flash_attention_gets_the_rows(backend: int) -> None:
 
 
 @pytest.mark.parametrize(("asked", "backend"), [(None, "sdpa"), ("eager", "eager")])
-def test_a_cpu_gets_what_it_runs_or_what_the_config_asks_for(
-    asked: str | None, backend: str
-) -> None:
+def test_a_cpu_gets_what_it_runs_or_the_config_wants(asked: str | None, backend: str) -> None:
     config, device = settings(attn_implementation=asked), torch.device("cpu")
     assert pick_attention(config, read_architecture("demo-tiny"), device).backend == backend
 

@@ -272,9 +272,7 @@ def of_ranks(rows: Rows, config: RunConfig, count: int, number: int) -> list[Ste
 
 class TestRanks:
     @given(st.lists(st.floats(1, 1e6), min_size=1, max_size=40), st.integers(1, 9))
-    def test_each_batch_is_one_ranks_and_all_take_as_many_rounds(
-        self, costs: list[float], count: int
-    ) -> None:
+    def test_each_batch_is_one_ranks_in_equal_rounds(self, costs: list[float], count: int) -> None:
         dealt, waiting = deal(costs, count)
         assert {len(own) for own in dealt} == {-(-len(costs) // count)}
         given = [number for own in dealt for number in own if number is not None]
@@ -287,9 +285,7 @@ class TestRanks:
         assert deal([5.0, 1.0, 4.0], 2)[0] == [[0, None], [2, 1]]
 
     @pytest.mark.parametrize("packs", [False, True])
-    def test_configs_of_equal_product_learn_the_same_rows_in_a_step(
-        self, many: Rows, packs: bool
-    ) -> None:
+    def test_configs_of_equal_product_learn_the_same_rows(self, many: Rows, packs: bool) -> None:
         def config(accumulated: int) -> RunConfig:
             return settings(sample_packing=packs, gradient_accumulation_steps=accumulated)
 
@@ -313,9 +309,7 @@ class TestRanks:
         assert (last.tokens, last.learned_tokens) == (0, 0)
         assert last.tensors["input_ids"].tolist() == [[PAD, PAD]]
 
-    def test_every_rank_calls_the_tower_as_often_and_decodes_its_own_images(
-        self, mixed: Rows
-    ) -> None:
+    def test_every_rank_calls_the_tower_alike_and_decodes_its_own_images(self, mixed: Rows) -> None:
         shared = of_ranks(mixed, settings(gradient_accumulation_steps=2), 3, 1)
         calls = [[micro.tower_calls for micro in each.micros] for each in shared]
         assert calls == [[1, 1]] * 3, "the text and the padding beside the last image too"

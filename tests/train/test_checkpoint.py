@@ -381,9 +381,7 @@ MARKS = [b"step-99", b"", b"\xff", b"../other/step-5", b"step-4/../step-3", b"."
 class TestDamage:
     @pytest.mark.parametrize("damage", [Path.unlink, cut_short, empty, flip])
     @pytest.mark.parametrize("name", [OPTIMIZER, RANDOM, STATE, "trained.safetensors"])
-    def test_damaged_is_passed_over(
-        self, run: Run, name: str, damage: Callable[[Path], None]
-    ) -> None:
+    def test_damage_is_skipped(self, run: Run, name: str, damage: Callable[[Path], None]) -> None:
         run.save(3)
         damage(run.save(4) / name)
         assert run.latest() == (3, 3.0)

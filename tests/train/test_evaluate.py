@@ -491,9 +491,7 @@ class TestLimit:
         found = alarm(**({"loss_watchdog_threshold": 5.0} | keys))
         assert [found.stop_reason(1, loss, 1.0) is not None for loss in losses] == ends
 
-    def test_the_rows_are_named_and_the_weights_left_alone(
-        self, begin: Begin, uneven: Rows
-    ) -> None:
+    def test_the_rows_are_named_the_weights_left_alone(self, begin: Begin, uneven: Rows) -> None:
         keys = {"loss_watchdog_threshold": 0.1, "loss_watchdog_patience": 1}
         run = begin(learning_rate=0.1, **keys)
         before = {n: p.detach().clone() for n, p in run.model.named_parameters()}

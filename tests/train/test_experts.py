@@ -117,9 +117,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 class TestTheLayer:
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_its_numbers_are_those_of_stock_with_the_weights_it_holds(
-        self, dtype: torch.dtype
-    ) -> None:
+    def test_its_numbers_are_of_stock_with_the_weights_it_holds(self, dtype: torch.dtype) -> None:
         expected = forward_and_gradient(stock_experts(dtype), dtype)
         rounded = forward_and_gradient(dequantized(stock_experts(dtype)), dtype)
         for form, theirs in ((GroupedStack, expected), (GroupedNF4, rounded)):
@@ -245,9 +243,7 @@ class TestReplacing:
 
 class TestBalance:
     @pytest.mark.parametrize("padding", [0, 5])
-    def test_it_is_transformers_formula(
-        self, tiny_model: Mistral4ForCausalLM, padding: int
-    ) -> None:
+    def test_it_is_as_transformers(self, tiny_model: Mistral4ForCausalLM, padding: int) -> None:
         ids = torch.randint(20, 192, (2, 13), generator=torch.Generator().manual_seed(0))
         real = torch.ones(ids.shape, dtype=torch.bool)
         real[1, len(real[1]) - padding :] = False

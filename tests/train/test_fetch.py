@@ -355,7 +355,7 @@ class TestWriting:
         monkeypatch.setattr(fetch, "draw_embedding", lambda rows, width: draw_embedding(500, width))
         monkeypatch.setattr(fetch, "write_tekken", lambda spec, path: path.write_text("words"))
 
-    def test_all_that_goes_into_it_names_the_folder(
+    def test_all_of_it_names_a_folder(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         one_bit = random_layers(0)

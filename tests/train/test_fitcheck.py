@@ -160,9 +160,7 @@ class TestTheFormula:
         assert fitted["peak_allocated_bytes"] == pytest.approx(fitted["formula_bytes"], rel=0.1)
 
     @pytest.mark.parametrize("vocabulary", [4096, 32768], ids=["many small", "one large"])
-    def test_bfloat16_weights_that_are_updated_in_float32(
-        self, tmp_path: Path, vocabulary: int
-    ) -> None:
+    def test_bfloat16_weights_updated_in_float32(self, tmp_path: Path, vocabulary: int) -> None:
         content = WIDE | {"vocab_size": vocabulary, "tie_word_embeddings": True}
         folder = describe(tmp_path / "model", content)
         config = settings(folder, bf16=True, sequence_len=64)

@@ -250,9 +250,7 @@ def test_a_damaged_result_is_refused_and_written_again_as_the_advice_says(
     assert Answering(run).trained == result
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_answers(
-    trained: Callable[..., RunFolder],
-) -> None:
+def test_a_damaged_checkpoint_is_said_the_older_answers(trained: Callable[..., RunFolder]) -> None:
     run = trained(finish=False)
     shutil.copytree(run.checkpoints / "step-1", run.checkpoints / "step-2")
     (run.checkpoints / "LATEST").write_text("step-2")

@@ -152,9 +152,7 @@ class TestWhatIsTrained:
 
 
 @pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_the_adapter_reads_its_layers_input_as_it_is(
-    any_model: Path, bf16: bool, dtype: torch.dtype
-) -> None:
+def test_the_adapter_reads_a_layers_input(any_model: Path, bf16: bool, dtype: torch.dtype) -> None:
     """A wide copy of each adapted layer's input would be kept for the backward pass."""
     model = attached(any_model, bf16=bf16)
     found: set[torch.dtype] = set()

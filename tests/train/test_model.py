@@ -98,9 +98,7 @@ class TestWhatIsRefused:
         ],
         ids=["a layer more", "another part", "another shape", "many", "a terminal's code"],
     )
-    def test_a_weight_that_the_model_has_no_place_for(
-        self, own: Path, names: list[str], says: str
-    ) -> None:
+    def test_a_weight_without_a_place(self, own: Path, names: list[str], says: str) -> None:
         edit_weights(own, {name: torch.ones(2, 2) for name in names})
         error = refused(own)
         assert says in error.what
@@ -386,9 +384,7 @@ class TestWhatIsQuantized:
         return {n: type(m).__name__ for n, m in model.named_modules() if isinstance(m, nn.Linear)}
 
     @pytest.mark.parametrize(("form", "kind"), [("nf4", "Linear4bit"), ("int8", "FlatLinear8bit")])
-    def test_skip_list_replaces_the_default(
-        self, model_folder: Models, form: str, kind: str
-    ) -> None:
+    def test_a_skip_list_is_the_only_one(self, model_folder: Models, form: str, kind: str) -> None:
         folder = model_folder("mistral3 over ministral3")
         skip = {"llm_int8_skip_modules": ["multi_modal_projector", "layers.0.mlp"]}
         kinds = self.kinds(folder, **FORMATS[form][0], bnb_config_kwargs=skip)

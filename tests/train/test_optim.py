@@ -36,9 +36,7 @@ def rates(total: int, **keys: Any) -> list[float]:
 
 class TestSchedule:
     @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-    def test_the_warmup_rises_in_equal_steps_and_its_last_one_is_the_peak(
-        self, schedule: str
-    ) -> None:
+    def test_the_warmup_rises_in_equal_steps_up_to_the_peak(self, schedule: str) -> None:
         found = rates(20, lr_scheduler=schedule, warmup_steps=4)
         assert found[:5] == pytest.approx([PEAK / 4, PEAK / 2, PEAK * 3 / 4, PEAK, PEAK])
 

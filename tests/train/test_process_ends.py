@@ -359,9 +359,7 @@ def measured(workshop: Workshop) -> RunFolder:
     return run
 
 
-def test_answers_drift_and_losses_by_kind_are_reported_at_every_evaluation(
-    measured: RunFolder,
-) -> None:
+def test_answers_drift_and_losses_by_kind_come_at_every_evaluation(measured: RunFolder) -> None:
     events = events_of(measured)
     answers = [event for event in events if isinstance(event, Answers)]
     assert [(each.step, each.rows) for each in answers] == [(0, 4), (3, 1), (6, 4)]

@@ -245,9 +245,7 @@ def kill_at_random(trials: Trials, method: str, chance: random.Random) -> RunFol
 
 
 @pytest.mark.parametrize(("method", "trial"), numbered())
-def test_killed_at_random_steps_has_the_same_losses(
-    trials: Trials, method: str, trial: int
-) -> None:
+def test_killed_at_any_steps_has_the_same_losses(trials: Trials, method: str, trial: int) -> None:
     chance = random.Random(f"{method} {trial}")
     run = kill_at_random(trials, method, chance)
     saved, done = latest_step(run), len(figures(run))

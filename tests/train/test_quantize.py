@@ -230,7 +230,7 @@ class TestRefused:
         [("ministral3", f"{UP}.weight"), ("mistral3 over mistral4", EXPERTS)],
         ids=["matrix", "experts"],
     )
-    def test_fp8_numbers_without_their_scale(
+    def test_fp8_without_scale(
         self, own: Callable[..., Path], architecture: str, weight: str
     ) -> None:
         folder = own(architecture)

@@ -54,11 +54,5 @@ def test_what_a_resume_forgets_is_found(
 
 def prove(config: Path) -> Proof:
     return verify_resume(
-        config,
-        (),
-        None,
-        home=None,
-        module="tests.fakes.forgetful",
-        say=print,
-        show=print,
+        config, (), None, home=None, module="tests.fakes.forgetful", say=print, show=print
     )

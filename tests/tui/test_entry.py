@@ -54,9 +54,7 @@ def config(tmp_path: Path) -> Path:
         (["--plain", "demo"], None),
     ],
 )
-def test_a_command_line_without_a_command_is_for_the_wizard(
-    arguments: list[str], request_: WizardRequest | None
-) -> None:
+def test_no_command_is_for_the_wizard(arguments: list[str], request_: WizardRequest | None) -> None:
     assert read_request(arguments) == request_
 
 
@@ -147,9 +145,7 @@ def test_a_config_opens_with_its_own_values_at_the_review(config: Path) -> None:
 
 
 @needs_trainer
-def test_an_opened_config_can_be_changed_and_keeps_its_comments(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_opened_config_keeps_its_comments(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(config.parent)
     (config.parent / "rows.jsonl").write_text(ROWS, "utf-8")
     text = CONFIG.replace("adapter:", "  - path: rows.jsonl\nadapter:")
@@ -219,7 +215,7 @@ def test_a_pipe_gets_lines_from_the_engine_alone_too(home: Path, program: str) -
     ("arguments", "sentence"),
     [((), "There is no run to watch."), (("nobody",), "There is no run called 'nobody'.")],
 )
-def test_no_such_run_is_a_sentence_and_exit_status_2(
+def test_no_such_run_is_exit_status_2(
     home: Path, arguments: tuple[str, ...], sentence: str
 ) -> None:
     done = run_python("-m", "tui", "watch", *arguments)

@@ -111,9 +111,7 @@ def found_in(draft: Draft) -> Checkup:
 
 class TestOpened:
     @pytest.mark.parametrize("page", ["Review", "Plan"])
-    async def test_its_rows_are_counted_and_the_plan_is_that_of_the_command(
-        self, tmp_path: Path, page: str
-    ) -> None:
+    async def test_its_rows_make_the_plan_of_the_command(self, tmp_path: Path, page: str) -> None:
         draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
         full, own = needs(draft, None), needs(draft, counted(draft))
         assert full != own
@@ -125,9 +123,7 @@ class TestOpened:
         assert draft.uncounted == ""
 
     @pytest.mark.parametrize("page", ["Review", "Plan"])
-    async def test_until_then_it_says_that_rows_are_taken_to_be_full(
-        self, tmp_path: Path, page: str
-    ) -> None:
+    async def test_until_then_rows_are_taken_to_be_full(self, tmp_path: Path, page: str) -> None:
         draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
         full = needs(draft, None)
         app = WindtunnelApp(draft, start=page)
@@ -142,9 +138,7 @@ class TestOpened:
         assert len(held.asked) == 1
         assert draft.statistics is not None
 
-    async def test_the_cursor_stays_on_its_value_when_the_rows_bring_another_line(
-        self, tmp_path: Path
-    ) -> None:
+    async def test_the_cursor_stays_when_the_rows_bring_another_line(self, tmp_path: Path) -> None:
         draft = opened_draft(tmp_path / "mine.yml", CONFIG.format(path=SAMPLE))
         app = WindtunnelApp(draft, start="Plan")
         app._data_worker = held = Held(found_in(draft))
@@ -210,9 +204,7 @@ class TestOpened:
 
 @pytest.mark.parametrize("thought", ["", "a thought"])
 @pytest.mark.parametrize("model", ["demo-tiny", "magistral-small-2507"])
-async def test_what_the_data_page_has_counted_is_not_counted_again(
-    tmp_path: Path, model: str, thought: str
-) -> None:
+async def test_what_the_data_page_counted_is_kept(tmp_path: Path, model: str, thought: str) -> None:
     write_rows(tmp_path / "rows.jsonl", *[chat("one?", "two", thought)] * 30)
     draft = draft_on(model)
     async with opened(draft, "Data", (120, 40)) as screen:

@@ -26,9 +26,7 @@ def rows(path: Path, count: int) -> str:
     return path.name
 
 
-async def test_requests_are_answered_by_id_and_a_preview_does_not_wait_for_a_count(
-    tmp_path,
-) -> None:
+async def test_requests_are_answered_by_id_and_a_preview_waits_for_no_count(tmp_path) -> None:
     worker = DataWorker()
     name = rows(tmp_path / "many.jsonl", 20_000)
     reported: list[Progress] = []

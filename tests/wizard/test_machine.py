@@ -74,9 +74,7 @@ def test_cards_of_a_kind_are_used_together_unless_one_is_picked(nvml: FakeDriver
     ("assumed", "label"),
     [("RTX 4090", "plan for RTX 4090"), ("H100 x2", "plan for H100 80GB HBM3 x2")],
 )
-def test_assumed_cards_are_recommended_however_many(
-    assumed: str, label: str, nvml: FakeDriver
-) -> None:
+def test_any_assumed_cards_are_recommended(assumed: str, label: str, nvml: FakeDriver) -> None:
     nvml.set(RTX_4090)
     draft = make_draft(WizardRequest(assumed=assumed))
     wizard = asked(draft)

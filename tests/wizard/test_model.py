@@ -38,8 +38,7 @@ def words(step: ModelStep) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("draft", "name"),
-    [(Draft(device=CPU), "demo-tiny"), (on("RTX 4090"), "magistral-small-2509")],
+    ("draft", "name"), [(Draft(device=CPU), "demo-tiny"), (on("RTX 4090"), "magistral-small-2509")]
 )
 def test_the_proposed_model_is_recommended(draft: Draft, name: str) -> None:
     question = asked(draft).question()

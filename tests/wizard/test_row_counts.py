@@ -116,7 +116,7 @@ def command(capfd: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
         for case in CASES
     ],
 )
-def test_a_config_has_the_same_rows_for_everybody(
+def test_a_config_has_equal_rows(
     case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = write(CASES[case])

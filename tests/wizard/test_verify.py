@@ -105,9 +105,7 @@ def verify(config: Path, seen: list[Recorded], monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("forgets", ["0", "1e-12"])
-def test_three_trainers_are_compared(
-    verify: Verify, monkeypatch: pytest.MonkeyPatch, forgets: str
-) -> None:
+def test_three_are_compared(verify: Verify, monkeypatch: pytest.MonkeyPatch, forgets: str) -> None:
     monkeypatch.setenv("FAKE_FORGETS", forgets)
     proof = verify()
     assert proof.unbroken == proof.again == MADE
@@ -128,10 +126,7 @@ def test_one_that_dies_is_quoted(verify: Verify, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_interrupt_leaves_neither_folder_nor_trainer(
-    verify: Verify,
-    config: Path,
-    seen: list[Recorded],
-    monkeypatch: pytest.MonkeyPatch,
+    verify: Verify, config: Path, seen: list[Recorded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_STEP_SECONDS", "60")
 

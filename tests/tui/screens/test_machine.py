@@ -105,7 +105,7 @@ def is_left(screen: Screen) -> bool:
         ([RTX_4090], "✓ ready  trains up to 24B with QLoRA; can give 21.9 of 24.0 GiB"),
     ],
 )
-async def test_the_verdict_says_what_the_computer_is(
+async def test_the_verdict_names_the_computer(
     nvml: FakeDriver, lines: list[str], said: str
 ) -> None:
     nvml.set(*(line for line in lines if "lost=1" not in line))
@@ -115,9 +115,7 @@ async def test_the_verdict_says_what_the_computer_is(
         await screen.until(lambda: said in verdict(screen))
 
 
-async def test_a_hidden_card_is_greyed_with_its_reason_and_cannot_be_taken(
-    nvml: FakeDriver,
-) -> None:
+async def test_a_hidden_card_is_grey_with_its_reason_and_cannot_be_taken(nvml: FakeDriver) -> None:
     def read() -> Machine:
         return fixed(read_machine({"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}))
 
@@ -132,9 +130,7 @@ async def test_a_hidden_card_is_greyed_with_its_reason_and_cannot_be_taken(
         assert screen.app.draft.device.uuid == "GPU-aaaa-2"
 
 
-async def test_the_card_that_can_give_most_is_highlighted_and_enter_takes_it(
-    nvml: FakeDriver,
-) -> None:
+async def test_the_card_that_gives_most_is_highlighted_and_taken(nvml: FakeDriver) -> None:
     nvml.set(RTX_4090, H100.replace("used=1000000000", "used=70000000000"), SECOND)
     async with machine_page() as screen:
         await screen.until("❯ 2  H100 80GB HBM3")
@@ -155,9 +151,7 @@ async def test_without_a_gpu_enter_takes_the_cpu(nvml: FakeDriver) -> None:
         assert screen.app.draft.model == "demo-tiny"
 
 
-async def test_enter_before_the_driver_has_answered_waits_says_so_and_goes_on(
-    nvml: FakeDriver,
-) -> None:
+async def test_enter_before_the_driver_has_answered_waits_and_says_so(nvml: FakeDriver) -> None:
     answers = threading.Event()
 
     def read() -> Machine:
@@ -238,9 +232,7 @@ async def test_a_driver_that_was_silent_is_asked_again_by_itself(nvml: FakeDrive
         await screen.until("0  RTX 4090")
 
 
-async def test_what_runs_on_a_card_is_shown_without_acting_on_strange_names(
-    nvml: FakeDriver,
-) -> None:
+async def test_what_runs_on_a_card_is_shown_safe_of_strange_names(nvml: FakeDriver) -> None:
     evil = RTX_4090.replace("NVIDIA_GeForce_RTX_4090", "NVIDIA_[red]X\x1b[31m")
     nvml.set(f"{evil} procs=4194305:71000000000")
     async with machine_page() as screen:
@@ -251,7 +243,7 @@ async def test_what_runs_on_a_card_is_shown_without_acting_on_strange_names(
         await screen.until("what it is good for")
 
 
-async def test_a_torch_that_cannot_use_the_card_is_said_with_its_command_where_there_is_room(
+async def test_a_torch_that_cannot_use_the_card_is_said_where_there_is_room(
     nvml: FakeDriver,
 ) -> None:
     def read() -> Machine:
@@ -306,9 +298,7 @@ async def test_the_list_may_be_left_before_every_card_is_worked_out(nvml: FakeDr
         await asyncio.sleep(2)  # what was begun for the next card ends here
 
 
-async def test_the_largest_model_of_each_planned_card_is_the_one_that_is_proposed(
-    nvml: FakeDriver,
-) -> None:
+async def test_the_largest_model_of_each_planned_card_is_proposed(nvml: FakeDriver) -> None:
     async with machine_page((120, 40)) as screen:
 
         def listed(*parts: str) -> bool:
@@ -324,9 +314,7 @@ async def test_the_largest_model_of_each_planned_card_is_the_one_that_is_propose
 
 
 @pytest.mark.parametrize(("typed", "gibibytes"), [("4090", 24), ("H100 x2", 79.6)])
-async def test_memory_or_a_name_can_be_typed(
-    nvml: FakeDriver, typed: str, gibibytes: float
-) -> None:
+async def test_memory_or_names_can_be_typed(nvml: FakeDriver, typed: str, gibibytes: float) -> None:
     async with machine_page((120, 40)) as screen:
         await screen.until("❯ this computer's CPU")
         await screen.press("p")

@@ -152,9 +152,7 @@ async def test_a_folder_of_ones_own_is_planned_and_taken(tmp_path: Path) -> None
         assert screen.app.draft.model == str(folder)
 
 
-async def test_a_model_that_may_not_be_built_is_refused_and_what_was_typed_stays(
-    tmp_path: Path,
-) -> None:
+async def test_a_model_that_may_not_be_built_is_refused_and_stays_typed(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "bad", architectures=["MixtralForCausalLM"])
     async with opened(on("RTX 4090"), "Model", (120, 40)) as screen:
         await screen.until("❯ Magistral Small 1.2")

@@ -94,9 +94,7 @@ async def go_to(pilot: Pilot[int], key: str) -> None:
         ("plan-120x40-too-large", "RTX 4090", "magistral-small-2507", (120, 40)),
     ],
 )
-async def test_the_page_looks_as_it_should(
-    name: str, gpu: str, model: str, size: tuple[int, int]
-) -> None:
+async def test_the_page_looks_right(name: str, gpu: str, model: str, size: tuple[int, int]) -> None:
     draft = planned(gpu, model)
     draft.change("attn_implementation", "sdpa")  # not what happens to be installed here
     if "too-large" in name:
@@ -299,9 +297,7 @@ async def test_a_card_that_is_not_here_is_not_measured() -> None:
 
 
 @pytest.mark.slow
-async def test_big_f_measures_here_and_keeps_the_figures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_big_f_measures_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     monkeypatch.setenv("WINDTUNNEL_MEASURED", str(tmp_path))
     draft = planned("RTX 4090", "demo-tiny")

@@ -191,9 +191,7 @@ async def test_switches_that_are_no_choice_say_why(tmp_path) -> None:
         assert "reasoning    - v15 models only" in screen.text
 
 
-async def test_the_effort_of_a_v15_model_is_a_switch_and_none_over_thinking_a_warning(
-    tmp_path,
-) -> None:
+async def test_the_effort_of_v15_is_a_switch_and_none_over_thinking_a_warning(tmp_path) -> None:
     draft = draft_of(tmp_path, chat("q", thinking("t", "a")), model="mistral-small-4")
     async with previewed(
         draft, '[MODEL_SETTINGS]{"reasoning_effort": "high"}', size=(120, 40)

@@ -137,9 +137,7 @@ async def test_n_names_the_run() -> None:
         ("lora_r: 16", "lora_r: none", "lora_r"),
     ],
 )
-async def test_what_the_editor_wrote_is_taken_or_refused_with_its_reason(
-    old: str, new: str, expected: str
-) -> None:
+async def test_what_the_editor_wrote_is_taken_or_refused(old: str, new: str, expected: str) -> None:
     draft = for_the_demo()
     async with review_page(draft) as pilot:
         page = pilot.app.screen

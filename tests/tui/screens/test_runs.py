@@ -114,9 +114,7 @@ async def test_a_comparison_stays_while_the_list_below_is_read_again(runs: list[
         ("sequence_len: 7\n", "held out on other tokens"),
     ],
 )
-async def test_a_winner_is_named_only_over_the_same_held_out_rows(
-    home: Path, changed: str, verdict: str
-) -> None:
+async def test_a_winner_is_named_over_equal_rows(home: Path, changed: str, verdict: str) -> None:
     for name, loss, keys in (("first", 3.0, ""), ("second", 1.0, changed)):
         run = written_run(home / "runs" / name, 61)
         run.config.write_text(f"{run.config.read_text()}val_set_size: 0.1\n{keys}")
@@ -141,18 +139,14 @@ async def test_a_third_mark_takes_the_place_of_the_oldest(runs: list[RunFolder])
         await wait_for_text(pilot, "❯   ✗ medium-try")
 
 
-async def test_a_config_that_cannot_be_read_says_so_in_the_comparison(
-    runs: list[RunFolder],
-) -> None:
+async def test_a_config_that_is_unreadable_says_so_in_the_comparison(runs: list[RunFolder]) -> None:
     runs[1].config.write_text("lora_rank: [", "utf-8")
     async with listed() as pilot:
         await pilot.press("space", "j", "c")
         await wait_for_text(pilot, "config.yml")
 
 
-async def test_delete_says_what_goes_and_keeps_the_config(
-    runs: list[RunFolder], home: Path
-) -> None:
+async def test_delete_says_what_goes_keeps_the_config(runs: list[RunFolder], home: Path) -> None:
     config = runs[1].config.read_text("utf-8")
     async with listed() as pilot:
         await pilot.press("j", "delete")
@@ -197,9 +191,7 @@ async def test_resuming_a_finished_run_says_why_not(runs: list[RunFolder]) -> No
         await wait_for_text(pilot, "The run support-0 has finished.")
 
 
-async def test_a_run_that_cannot_be_read_stands_in_the_list_with_its_reason(
-    runs: list[RunFolder],
-) -> None:
+async def test_an_unreadable_run_stands_in_the_list_with_its_reason(runs: list[RunFolder]) -> None:
     runs[2].events.unlink()
     runs[2].events.mkdir()
     async with listed("cannot be read") as pilot:
@@ -216,7 +208,7 @@ async def test_r_starts_the_trainer_again_and_shows_how_it_went(runs: list[RunFo
         await wait_for(pilot, lambda: "lora_rank" in screen_text(pilot.app), seconds=90)
 
 
-async def test_of_many_runs_only_those_in_sight_are_drawn(
+async def test_of_many_runs_those_in_sight_are_drawn(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(120):

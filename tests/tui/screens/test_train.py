@@ -90,9 +90,7 @@ OUT_OF_MEMORY = Shortage(
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-async def test_a_run_without_memory_offers_what_makes_room(
-    tmp_path: Path, size: tuple[int, int]
-) -> None:
+async def test_a_run_without_memory_offers_room(tmp_path: Path, size: tuple[int, int]) -> None:
     run = written_run(tmp_path / "support-magistral-1")
     end = Ended(
         "failed",
@@ -143,9 +141,7 @@ async def test_a_folder_that_cannot_be_read_is_a_problem(tmp_path: Path) -> None
         ("enter", "━ smoothed"),
     ],
 )
-async def test_a_key_shows_more_and_escape_shows_all_again(
-    tmp_path: Path, key: str, text: str
-) -> None:
+async def test_a_key_shows_more_and_escape_shows_all(tmp_path: Path, key: str, text: str) -> None:
     run = written_run(tmp_path / "run")
     run.log.write_text("loading shards\rloading shards 100%\n\x1b[31mred\n")
     async with shown(run, "grad norm") as pilot:
@@ -278,8 +274,7 @@ def test_a_rising_held_out_loss_names_the_best_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0, "0:00"), (341.2, "5:41"), (3600, "1 h 00 min"), (math.nan, "?")],
+    ("seconds", "words"), [(0, "0:00"), (341.2, "5:41"), (3600, "1 h 00 min"), (math.nan, "?")]
 )
 def test_durations_are_short(seconds: float, words: str) -> None:
     assert run.duration(seconds) == words
@@ -306,9 +301,7 @@ def test_what_is_read_is_told_in_bytes_and_percent(phase: Phase, writer: str) ->
     assert line.share == (phase.done / phase.total if phase.total else None)
 
 
-async def test_figures_stand_below_the_curves_and_a_finished_run_says_what_is_next(
-    tmp_path: Path,
-) -> None:
+async def test_figures_stand_below_curves_and_a_finished_run_says_more(tmp_path: Path) -> None:
     writer = begun(tmp_path, 20)
     writer.write(Drift(20, 0.04, 900), Ended("finished", 20))
     async with shown(writer.folder, "✓ done", alive=False) as pilot:

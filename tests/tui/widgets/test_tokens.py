@@ -72,9 +72,7 @@ def test_edges_and_labels_show_where_tokens_end() -> None:
     st.integers(12, 40),
     st.booleans(),
 )
-def test_nothing_is_lost_and_no_line_is_too_wide(
-    pieces: list[str], width: int, labels: bool
-) -> None:
+def test_nothing_is_lost_and_no_line_too_wide(pieces: list[str], width: int, labels: bool) -> None:
     told = row(*(("text", piece) for piece in pieces))
     laid = lay_out(told, width, labels=labels)
     assert all(sum(cell_len(text) for text, _ in line.fragments) <= width for line in laid)
