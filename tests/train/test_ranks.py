@@ -207,6 +207,39 @@ def test_copies_stay_one_model_where_weights_are_rounded_at_random(
     assert first["trained"] == second["trained"]
 
 
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("mistral", 6),
+        *(pytest.param(name, 20, marks=pytest.mark.slow) for name in ("ministral3", "mistral4")),
+    ],
+)
+def test_bfloat16_gradients_of_two_ranks_are_those_of_two_micro_batches(
+    two_ranks: RankGroup, model_folder: Models, tmp_path: Path, name: str, steps: int
+) -> None:
+    """Of more, one rank rounds each partial sum: see `fill_gradients`."""
+    keys = METHODS["full bfloat16"].keys | {"learning_rate": 1e-4}
+    case: dict[str, Any] = {"rows": "uneven", "steps": steps, "micros": 2}
+    one, many = learn_both_ways(two_ranks, tmp_path, model_folder(name), keys, **case)
+    assert one["losses"] == many[0]["losses"]
+    assert_equal(one, many, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral", "ministral3", "mistral4"])
+def test_bfloat16_gradients_of_any_number_of_ranks_are_rounded_once(
+    two_ranks: RankGroup, four_ranks: RankGroup, model_folder: Models, tmp_path: Path, name: str
+) -> None:
+    keys = METHODS["full bfloat16"].keys | {"learning_rate": 1e-4}
+    case: dict[str, Any] = {"rows": "uneven", "steps": 20}
+    found = [
+        learn_both_ways(group, tmp_path, model_folder(name), keys, **case)[1][0]
+        for group in (two_ranks, four_ranks)
+    ]
+    for figure in ("losses", "norms"):
+        assert found[0][figure] == pytest.approx(found[1][figure], rel=1e-5)
+
+
 EVERY = [
     (name, method, rows)
     for name in ("mistral", "ministral3", "mistral4")
