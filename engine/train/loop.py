@@ -434,11 +434,11 @@ def fill_gradients(
     """Give the trained `parameters` the gradients of one optimizer step; its loss and their norm.
 
     The loss is the mean over all learned tokens of the step, on all ranks, without the routers'
-    balance, the norm the one before clipping to `max_grad_norm`. A lone rank adds bfloat16 gradients
-    up in bfloat16, in half the memory: off by 0.2 % of their norm after two micro-batches, which is
-    as near as they can be, 0.3 % after 8, 0.8 % after 64, as often up as down; ranks that defer
-    do it in float32. Both figures are read at the end: a reading waits. With `defer` ranks add their gradients up once, else after each micro-batch;
-    `computed` is called before they add up what they have.
+    balance, the norm the one before clipping to `max_grad_norm`. Both are read at the end: a
+    reading waits. With `defer` ranks add their gradients up once, else after each micro-batch;
+    `computed` is called before they add up what they have. A lone rank adds bfloat16 gradients up
+    in bfloat16, in half the memory: off by 0.2 % of their norm after 2 micro-batches, as where
+    they are rounded once, by 0.3 % after 8 and by 0.8 % after 64 (tiny models, against float32).
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     weight = balance_weight(config)
