@@ -194,9 +194,7 @@ class TestRealRanks:
         for victim in victims:
             wait_for_steps(run)
             time.sleep(chance.random() / 2)
-            os.kill(
-                supervisor.pid if victim is None else rank_process(run, victim), signal.SIGKILL
-            )
+            os.kill(supervisor.pid if victim is None else rank_process(run, victim), signal.SIGKILL)
             supervisor.wait(60)
             wait_until(lambda: not processes_of(run.path), 10)
             assert status(run) == ("lost" if victim is None else "failed")
