@@ -9,10 +9,8 @@ the chat template opened it in the prompt; calls end an answer; an end of text e
 of a message keeps the text for models whose tokenizer has no [THINK].
 """
 
-import ast
 import json
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -28,7 +26,7 @@ from engine.chat.conversation import (
     ToolCall,
     describe,
 )
-from engine.chat.message import read_tool_calls
+from engine.chat.message import load_json, read_tool_calls
 from engine.chat.transcript import read_prompt
 from engine.config import DatasetConfig
 
@@ -93,8 +91,6 @@ _PROTOCOL = re.compile(
     r"|Use the following pydantic model json schema for each tool call).*</tool_call>\s*",
     re.IGNORECASE | re.DOTALL,
 )
-# Beyond this an object that is not JSON is not tried as one of Python's.
-_LITERAL_CHARACTERS = 100_000
 
 
 def _any_of(markers: Sequence[str]) -> re.Pattern[str]:
@@ -157,24 +153,34 @@ def read_markers(
     """
     if not any(message.role == "tool" or _is_marked(message) for message in messages):
         return messages, tools, []
-    reader = _Reader(dataset, tools, read_tools)
+    has_lone_result = any(m.role == "tool" and m.tool_call_id is None for m in messages)
+    reader = _Reader(dataset, tools, read_tools, has_lone_result)
     read = [each for message in messages for each in reader.read(message)]
     return read, reader.tools, reader.notes
 
 
 @dataclass(slots=True)
 class _Reader:
-    """Remembers which calls are unanswered: those written as text have no ids."""
+    """Remembers which calls are unanswered: results without an id answer them in their order.
+
+    Calls written as text have no ids; other calls get theirs only where a result needs one.
+    """
 
     dataset: DatasetConfig
     tools: Tools
     check_tools: Callable[[object], Tools]
+    has_lone_result: bool
     notes: list[Note] = field(default_factory=list)
     unanswered: list[str] = field(default_factory=list)
     made: int = 0
 
     def read(self, message: Message) -> Iterator[Message]:
         """The messages that one stands for: several where it holds several results."""
+        if self.has_lone_result and message.tool_calls:
+            if any(call.id is None for call in message.tool_calls):
+                text = "The calls have no ids, so they are numbered."
+                self.notes.append(Note("call_ids_made", text, message.source))
+            message = replace(message, tool_calls=tuple(map(self._number, message.tool_calls)))
         if not _is_marked(message):
             yield self._identify(message) if message.role == "tool" else message
             return
@@ -243,13 +249,12 @@ class _Reader:
         return replace(message, tool_calls=tuple(map(self._number, calls)))
 
     def _number(self, call: ToolCall) -> ToolCall:
-        if call.id is not None:
-            return call
-        self.made += 1
-        # Nine letters and digits: the only form that v7 and v11 take.
-        made = f"text{self.made:05d}"
-        self.unanswered.append(made)
-        return replace(call, id=made)
+        if call.id is None:
+            self.made += 1
+            # Nine letters and digits: the only form that v7 and v11 take.
+            call = replace(call, id=f"text{self.made:05d}")
+        self.unanswered.append(str(call.id))
+        return call
 
     def _read_results(self, message: Message) -> Iterator[Message]:
         """A result for each block, where a tool's or a user's message is nothing but blocks."""
@@ -272,6 +277,8 @@ class _Reader:
 
     def _identify(self, result: Message) -> Message:
         if result.tool_call_id is not None:
+            if result.tool_call_id in self.unanswered:
+                self.unanswered.remove(result.tool_call_id)
             return result
         if self.unanswered:
             return replace(result, tool_call_id=self.unanswered.pop(0))
@@ -461,18 +468,9 @@ def _unwrap(text: str, pairs: _Pairs = ANSWERS) -> str:
 
 
 def _parse(text: str) -> object:
-    """JSON, or an object as Python writes it; None where it is neither."""
     try:
-        return json.loads(text)
+        return load_json(text)
     except (ValueError, RecursionError):
-        pass
-    if len(text) > _LITERAL_CHARACTERS:
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
 
 

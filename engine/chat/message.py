@@ -5,13 +5,17 @@ whatever model is chosen. No image is opened: a path or a URL stays a name, for 
 look up in the folders that a dataset may read.
 """
 
+import ast
 import base64
 import binascii
 import io
 import json
 import re
+import tokenize
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 from engine.chat.conversation import (
@@ -43,6 +47,7 @@ IMAGE_ENDINGS: Final = (
 )
 # Longer than any path or URL; base64 of the smallest useful image.
 _NAME_CHARACTERS = 4096
+_LITERAL_CHARACTERS = 100_000  # of Python, whose reader takes 100 bytes and more for each
 _FIX = 'Write it as {"type": "image", "path": "pictures/cat.png"}, with url, or with base64.'
 _IMAGES = ("image_url", "image", "input_image", "image_path")
 _AUDIO = ("input_audio", "audio_url", "audio")
@@ -462,7 +467,7 @@ def _read_arguments(value: object) -> object:
     why, arguments = f"They are {describe(value)}.", None
     if isinstance(value, str):
         try:
-            arguments = json.loads(value)
+            arguments = load_json(value)
         except (ValueError, RecursionError) as error:
             why = f"{error}: {describe(value)}."
         else:
@@ -488,13 +493,42 @@ def parse_if_text(value: object, what: str) -> object:
 def parse_json(text: str, what: str) -> object:
     """A column or key that holds JSON as a string. Raises RowProblem where it is not JSON."""
     try:
-        return json.loads(text)
+        return load_json(text)
     except (ValueError, RecursionError) as error:
         raise RowProblem(
             f"The text in {what} is not JSON.",
             f"{error}: {describe(text)}.",
             "Write valid JSON, with double quotes around keys and strings.",
         ) from error
+
+
+def load_json(text: str) -> object:
+    """What a text holds as JSON, or a list or an object as Python prints it. Raises ValueError or
+    RecursionError where it is neither."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        value = _read_python(text.strip())
+        if value is None:
+            raise
+        return value
+
+
+def _read_python(text: str) -> object:
+    """A printed list or dict with values of JSON; None for other texts, and for lists printed
+    without commas, as NumPy does, of which Python would join the texts."""
+    if len(text) > _LITERAL_CHARACTERS or not text.startswith(("{", "[")):
+        return None
+    try:
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        kinds = [token.type for token in tokens if token.type != tokenize.NL]
+        if (tokenize.STRING, tokenize.STRING) in pairwise(kinds):
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return json.loads(json.dumps(ast.literal_eval(text)))
+    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
+        return None
 
 
 def read_image(value: object) -> Image:

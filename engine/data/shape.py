@@ -13,7 +13,7 @@ from pathlib import Path
 from engine.chat.column_names import is_bookkeeping
 from engine.chat.conversation import Conversation, Image, Part, RowFormat, RowProblem, Think
 from engine.chat.judged import propose_judged
-from engine.chat.message import looks_like_image
+from engine.chat.message import load_json, looks_like_image
 from engine.chat.row import read_row
 from engine.config import DatasetConfig
 from engine.data.requests import FirstRow, Shape
@@ -248,7 +248,7 @@ def list_columns(row: Mapping[str, object]) -> Iterator[tuple[str, list[str]]]:
     for column, value in row.items():
         if isinstance(value, str) and value.lstrip().startswith("[{"):
             try:
-                value = json.loads(value)
+                value = load_json(value)
             except (ValueError, RecursionError):
                 continue
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):

@@ -170,12 +170,39 @@ def test_thinking_given_twice_is_refused(message: dict[str, Any], read: Read) ->
         [{"id": "abcdefghi", "function": {"name": "f", "arguments": '{"a": 1}'}}],
         [{"id": "abcdefghi", "name": "f", "arguments": '{"a": 1}'}],
         '[{"id": "abcdefghi", "function": {"name": "f", "arguments": {"a": 1}}}]',
+        [{"id": "abcdefghi", "name": "f", "arguments": "{'a': 1}"}],
+        "[{'id': 'abcdefghi', 'function': {'name': 'f', 'arguments': {'a': 1}}}]",
     ],
 )
 def test_tool_calls_are_read_in_every_spelling(calls: object, read: Read) -> None:
     _, calling = read(USER, {"role": "assistant", "content": None, "tool_calls": calls}).messages
     assert calling.content == ""
     assert calling.tool_calls == (ToolCall("f", {"a": 1}, "abcdefghi"),)
+
+
+@pytest.mark.parametrize("printed", ["['a' 'b']", "[{'role': 'user'}\n {'role': 'tool'}]", "{'a'}"])
+def test_what_numpy_prints_is_never_joined(printed: str) -> None:
+    with pytest.raises(RowProblem, match="not JSON"):
+        read_row({"messages": printed}, RowFormat())
+
+
+@pytest.mark.parametrize("ids", [(None, None), ("abcdefghi", None), ("abcdefghi", "bcdefghij")])
+def test_results_without_ids_answer_the_calls_in_their_order(
+    ids: tuple[str | None, ...], read: Read
+) -> None:
+    """As chat templates of transformers write them: by the tool's name alone."""
+    called = [
+        {"function": {"name": name, "arguments": {}}} | ({"id": given} if given else {})
+        for name, given in zip("fg", ids, strict=True)
+    ]
+    results = [{"role": "tool", "name": name, "content": name} for name in "fg"]
+    conversation = read(USER, ANSWER | {"tool_calls": called}, *results, ANSWER)
+    calling, *answers = conversation.messages[1:4]
+    made = [call.id for call in calling.tool_calls]
+    assert made == [message.tool_call_id for message in answers]
+    assert all(one in (None, other) for one, other in zip(ids, made, strict=True))
+    expected = [] if all(ids) else ["call_ids_made"]
+    assert [note.id for note in conversation.notes] == expected
 
 
 def test_sharegpt_calls_and_results_are_paired_in_order() -> None:
