@@ -47,6 +47,7 @@ from engine.plan import (
     estimate,
     estimate_document,
     expected_duration,
+    lacks_cards,
     make_faster,
     make_fit,
     price_lengths,
@@ -180,7 +181,9 @@ def print_estimate(
             *(larger_card_lines(run, place) if needs.verdict != "fits" else ()),
         )
         print_lines(lines)
-    return WRONG_REQUEST if refused else DOES_NOT_FIT if needs.verdict == "does not fit" else 0
+    if refused:
+        return WRONG_REQUEST
+    return DOES_NOT_FIT if needs.verdict == "does not fit" or lacks_cards(needs, device) else 0
 
 
 def _check_rows(config: RunConfig) -> "Checkup":

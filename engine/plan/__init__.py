@@ -37,4 +37,10 @@ from engine.plan.recommend import (
 from engine.plan.remarks import Goal, refuse_answering, remarks
 from engine.plan.savers import SAME_RESULT
 from engine.plan.step import AXOLOTL, WEIGHTS
-from engine.plan.verdict import Estimate, Verdict, estimate_document, plan_document
+from engine.plan.verdict import (
+    Estimate,
+    Verdict,
+    estimate_document,
+    lacks_cards,
+    plan_document,
+)

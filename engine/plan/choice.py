@@ -27,7 +27,7 @@ from engine.plan.layers import largest_image_tokens
 from engine.plan.layout import ONE, Layout
 from engine.plan.memory import estimate
 from engine.plan.remarks import Goal
-from engine.plan.savers import BUSY_TOKENS, IN_RAM, SLOW
+from engine.plan.savers import BUSY_TOKENS, IN_RAM, SLOW, in_use
 from engine.plan.targets import linear_endings
 from engine.plan.verdict import Estimate
 from engine.units import counted, gib, spoken
@@ -153,15 +153,20 @@ class Choice:
         if self.layout.replicate > 1:
             self.put("dp_replicate_size", self.layout.replicate, "")
 
-    def settle_layout(self, alone: Estimate) -> None:
-        """The reasons of the layout; `alone` is what one card would need."""
+    def waits(self) -> bool:
+        """Whether each step waits for weights that lie in this computer's memory."""
+        return any(saver.slow for saver in in_use(self.config()))
+
+    def settle_layout(self, alone: "Choice") -> None:
+        """The reasons of the layout; `alone` is what would be chosen for one card."""
         device, pace = self.place.device, pace_of(self.config(), self.place)
         speed = f", about {pace:,.0f} tokens a second together" if pace else ""
         copies = f"{self.layout.replicate} copies learn side by side{speed}"
         if self.reasons.get("dp_shard_size") == "":
-            needed = (
-                f"one card would need {gib(alone.device_bytes)}" if alone.verdict != "fits" else ""
-            )
+            needs = alone.needs()
+            needed = f"one card would need {gib(needs.device_bytes)}"
+            if needs.verdict == "fits" and alone.waits():
+                needed = "on one card each step would wait for weights in this computer's memory"
             where = "all cards" if self.layout.shard >= device.cards else "the cards of a computer"
             held = f"a copy is held by {where} together"
             rest = speed if self.layout.replicate == 1 else ""

@@ -105,14 +105,17 @@ def gpu_device(gpu: Gpu, machine: Machine) -> Device:
     A card whose memory is unknown can give nothing.
     """
     chosen = _alone(gpu, machine)
-    alike = (each for each in machine.usable_gpus if each.name == gpu.name and each != gpu)
-    others = sorted(
-        (_alone(each, machine) for each in alike), key=lambda each: -each.can_give_bytes
-    )
+    alike = [each for each in machine.usable_gpus if each.name == gpu.name and each != gpu]
     least = BESIDE_SHARE * chosen.can_give_bytes
-    free = tuple(each for each in others if each.can_give_bytes >= least)
-    reasons = (f"{each.uuid}: {each.used_by}" for each in others if each not in free)
-    return replace(chosen, others=free, left_out=tuple(reasons), nodes=machine.nodes)
+    free, left_out = [], []
+    for each in alike:
+        other = _alone(each, machine)
+        if other.can_give_bytes >= least:
+            free.append(other)
+        else:
+            left_out.append(f"GPU {each.index}, {other.used_by} in use")
+    free.sort(key=lambda other: -other.can_give_bytes)
+    return replace(chosen, others=tuple(free), left_out=tuple(left_out), nodes=machine.nodes)
 
 
 def _alone(gpu: Gpu, machine: Machine) -> Device:
@@ -168,7 +171,7 @@ def _used_by(gpu: Gpu) -> str:
         return ""
     known = sorted(gpu.processes or (), key=lambda process: -(process.memory_bytes or 0))
     names = [
-        f"{visible(p.command or str(p.pid), one_line=True)[:40]} {gib(p.memory_bytes)}"
+        f"{visible(p.command or f'process {p.pid}', one_line=True)[:40]} {gib(p.memory_bytes)}"
         for p in known
         if p.memory_bytes
     ]

@@ -184,14 +184,14 @@ def _choose(asked: Choice) -> Choice:
             continue
         best = max(best, choice, key=_worth)
     if best is not alone:
-        best.settle_layout(alone.needs())
+        best.settle_layout(alone)
     return best
 
 
 def _layouts(alone: Choice) -> Iterator[Layout]:
     """Ways to use all cards: copies side by side; one copy over the cards of a computer, and a copy
-    in each; one over all of them. Where one card is enough, no more than leave the rate room to
-    fall."""
+    in each; one over all of them. Where one card is enough, and waits for nothing that lies in RAM,
+    no more than leave the rate room to fall."""
     device, known = alone.place.device, alone.known
     if device.cards == 1:
         return
@@ -199,7 +199,7 @@ def _layouts(alone: Choice) -> Iterator[Layout]:
     copies = int(min(device.cards, passes / UPDATES_AN_EPOCH))
     if copies > 1:
         yield Layout(1, copies)
-    if copies < device.cards and alone.needs().verdict == "fits":
+    if copies < device.cards and alone.needs().verdict == "fits" and not alone.waits():
         return
     if device.count > 1:
         yield Layout(device.count, device.nodes)

@@ -66,6 +66,12 @@ def judge(needed_bytes: int, can_give_bytes: int) -> Verdict:
     return "tight" if can_give_bytes - needed_bytes < TIGHT_BYTES else "fits"
 
 
+def lacks_cards(needs: Estimate, device: Device) -> bool:
+    """Whether a run is divided over more cards than there are. Without a card ranks are processes,
+    of which `crew_of` says how many are too many."""
+    return device.kind == "cuda" and needs.cards > device.cards
+
+
 def estimate_document(needs: Estimate) -> dict[str, Any]:
     """An estimate; sizes in bytes."""
     document = asdict(needs)

@@ -20,6 +20,7 @@ from engine.plan import (
     best_device,
     describe_faster,
     estimate,
+    lacks_cards,
 )
 from engine.plan.memory import cards_needed
 from engine.plan.trainer import refuse_bf16, why_float32
@@ -163,7 +164,8 @@ def weights_sentence(plan: Recommendation) -> str:
             f"{kind} the weights on the device take {shown}; the others are read from"
             f" {gib(needs.host_bytes)} of this computer's memory"
         )
-    return f"{kind} the weights take {shown}"
+    each = f" of each of {needs.cards} cards" if needs.cards > 1 else ""
+    return f"{kind} the weights take {shown}{each}"
 
 
 def fit_lines(fitted: Mapping[str, Any]) -> Iterator[str]:
@@ -215,6 +217,8 @@ def plan_verdict(needs: Estimate, device: Device, *, named: bool = True) -> Line
     given = f"{device.can_give_bytes / GIB:.1f} of {device.total_bytes / GIB:.1f}"
     name = device.name if named else "it"
     text = f"needs {gib(needs.device_bytes)}{each} {sure}, {name} can give {given}"
+    if lacks_cards(needs, device):
+        return Line("✗", "too few cards", f"{text}; there {_are(device.cards)}")
     return Line(VERDICT_MARKS[needs.verdict], needs.verdict, text)
 
 
@@ -369,14 +373,18 @@ def length_lines(prices: Sequence[LengthPrice], device: Device) -> list[str]:
     return lines
 
 
+def _are(count: int) -> str:
+    return f"{'is' if count == 1 else 'are'} {count}"
+
+
 def _device_lines(device: Device, needs: Estimate) -> list[Line]:
     lines = []
     if device.cards > 1 or needs.cards > 1:
         where = f" in {device.nodes} computers" if device.nodes > 1 else ""
         used = "one" if needs.cards == 1 else f"{needs.cards}"
-        there = f"there {'is' if device.cards == 1 else 'are'} {device.cards}{where}"
-        line = Line("·", "", f"{there}; this run uses {used}")
-        lines.append(replace(line, mark="✗") if needs.cards > device.cards else line)
+        there = f"there {_are(device.cards)}{where}"
+        lacking = needs.cards > device.cards
+        lines.append(Line("✗" if lacking else "·", "", f"{there}; this run uses {used}"))
     lines += [Line("·", "left out", reason) for reason in device.left_out]
     if device.used_by:
         lines.append(Line("·", "in use already", device.used_by))

@@ -320,11 +320,12 @@ def _find_cached(cards: list[ModelCard]) -> frozenset[str]:
 def _sizes(candidate: Candidate, device: Device) -> str:
     plan, needs = candidate.plan, candidate.plan.estimate
     rank = f" at rank {plan.config.lora_r}" if plan.config.adapter else ""
+    each = f"each of {needs.cards} " if needs.cards > 1 else ""
     return (
         f"{size(needs.total_parameters)} parameters. {weights_sentence(plan)};"
         f" with {method(plan)}{rank} and {needs.tokens_at_once:,} tokens at once the run needs"
         f" {needs.device_bytes / GIB:.1f} ± {needs.uncertainty:.0%} of the"
-        f" {gib(needs.can_give_bytes)} that {device.name} can give."
+        f" {gib(needs.can_give_bytes)} that {each}{device.name} can give."
     )
 
 

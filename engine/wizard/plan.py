@@ -66,6 +66,10 @@ _FIRST: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("checkpointed_layers", ("none", "4", "8", "16", "32")),
     ("lora_dropout", ("0", "0.05", "0.1")),
 )
+_SEVERAL: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
+    ("dp_shard_size", (NONE, "1", "2", "4", "8")),
+    ("dp_replicate_size", (NONE, "1", "2", "4", "8")),
+)
 _EXPERTS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("quantize_moe_experts", ("false", "true")),
     ("lora_target_parameters", (NONE, EXPERTS)),
@@ -153,6 +157,8 @@ def _keys(draft: Draft, every: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
         if key == "checkpointed_layers" and not (config.checkpointed_layers or every):
             continue
         yield key, (NONE, *_attention_here(draft)) if key == "attn_implementation" else usual
+    if draft.device is not None and draft.device.cards > 1:
+        yield from _SEVERAL
     yield from (entry for entry in _WAITING if every or getattr(config, entry[0]))
     if every:
         yield from _MORE if thinks else (*_MORE, *_THINKING)
@@ -174,6 +180,8 @@ def _reason(draft: Draft, advice: Recommendation, key: str) -> str:
     without = {
         "attn_implementation": _attention_reason(advice.attention),
         "max_steps": "all epochs",
+        "dp_shard_size": "a card holds a whole copy",
+        "dp_replicate_size": "one copy learns",
         "image_size": "the model's own limit; less gives an image fewer tokens",
     }
     if draft.own is not None and key not in advice.reasons:

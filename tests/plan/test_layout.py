@@ -57,7 +57,7 @@ def test_a_card_that_others_use_is_left_out_with_the_reason() -> None:
     device = best_device(replace(machine, gpus=gpus, assumed=False))
     assert [each.uuid for each in (device, *device.others)] == [gpus[i].uuid for i in (0, 3, 1)]
     assert device.count == device.cards == 3
-    assert device.left_out == ("planned-2: 20.0 GiB",)
+    assert device.left_out == ("GPU 2, 20.0 GiB in use",)
     # A rank of three gets no more than the fullest of them can give.
     assert device.among(2).can_give_bytes == device.others[0].can_give_bytes
     assert device.among(3).can_give_bytes == device.others[1].can_give_bytes

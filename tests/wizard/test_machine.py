@@ -60,7 +60,7 @@ def test_cards_of_a_kind_are_used_together_unless_one_is_picked(nvml: FakeDriver
     nvml.set(H100, second.replace("3B:00", "5E:00"), busy.replace("3B:00", "86:00"))
     wizard = asked()
     assert recommended(wizard) == "H100 80GB HBM3 x2"
-    assert "left out: GPU-aaaa-3: 65.2 GiB" in wizard.question().choice(ALL).note
+    assert "left out: GPU 2, 65.2 GiB in use" in wizard.question().choice(ALL).note
     wizard.take(ALL)
     assert wizard.draft.device is not None
     assert wizard.draft.device.count == 2

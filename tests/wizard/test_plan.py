@@ -95,6 +95,22 @@ def test_the_method_is_one_value_and_what_follows_from_it_follows() -> None:
     assert draft.config().adapter is None
 
 
+def test_several_cards_are_divided_by_values_with_a_reason() -> None:
+    step, draft = asked(on("RTX 4090 x4", model="mistral-small-4", dataset=SAMPLE))
+    fields = {field.key: field for field in step.fields()}
+    assert fields["dp_shard_size"].value == "4"
+    assert fields["dp_shard_size"].reason.startswith("on one card each step would wait for")
+    assert fields["dp_replicate_size"].reason == "one copy learns"
+    step.take("dp_shard_size", "8")
+    assert str(step.verdict()).startswith("✗ too few cards: needs")
+    assert step.verdict().text.endswith("; there are 4")
+    step.take("dp_shard_size", "none")
+    step.take("dp_replicate_size", "3")
+    assert draft.advice().estimate.cards == 3
+    one, _ = asked(on("RTX 4090", model="mistral-small-4", dataset=SAMPLE))
+    assert "dp_shard_size" not in [field.key for field in one.fields()]
+
+
 def too_large() -> Draft:
     return on("12 GB", model="ministral-3-8b", dataset=SAMPLE, changes={"adapter": "lora"})
 

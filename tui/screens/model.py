@@ -97,13 +97,13 @@ class ModelPage(Page):
             self.say("·", "no device", "what fits depends on it: esc goes back to Machine")
             return
         planned = " (planned)" if device.planned else ""
-        self.show_title(f"{device.name}{planned}")
+        self.show_title(f"{named_cards(device)}{planned}")
         if self._is_planned and device == self._device and self._step.work() is None:
             self._show()
             self._show_here()
             return
         self._device, self._is_planned = device, False
-        self.say("·", "planning", f"working out what fits on {device.name}")
+        self.say("·", "planning", f"working out what fits on {named_cards(device)}")
         self._plan()
 
     @work(group="plan", exclusive=True)

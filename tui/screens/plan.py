@@ -21,6 +21,7 @@ from engine.report import VERDICT_MARKS
 from engine.units import GIB
 from engine.visible import fold, visible
 from engine.wizard.draft import Draft
+from engine.wizard.machine import named_cards
 from engine.wizard.plan import (
     ALL,
     CARDS,
@@ -179,7 +180,7 @@ class PlanPage(Page):
         known = visible(what_to_know(draft), one_line=True)
         self.query_one("#settings", Pane).show_subtitle(known)
         planned = " (planned)" if device.planned else ""
-        self.show_title(f"{device.name}{planned}")
+        self.show_title(f"{named_cards(device)}{planned}")
         self.part(MemoryBar).show_estimate(needs, device)
         self.part(Fields).show_fields(self._step.fields(self._wrong))
         self.show_command(plan_command(draft))

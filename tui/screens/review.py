@@ -19,6 +19,7 @@ from textual.widgets import Input, Static
 from engine.errors import UserError
 from engine.runs import RunFolder
 from engine.visible import visible
+from engine.wizard.machine import named_cards
 from engine.wizard.plan import plan_command
 from engine.wizard.question import Question
 from engine.wizard.review import EDIT, NAME, SAVE, START, STARTING, ReviewStep
@@ -102,7 +103,7 @@ class ReviewPage(Page):
         device = self.app.draft.device
         line = self._step.verdict()
         self.say(line.mark, line.label, line.text)
-        self.show_title(device.name if device else "")
+        self.show_title(named_cards(device) if device else "")
 
     def _show_choices(self, question: Question) -> None:
         choices = self.part(Choices)
