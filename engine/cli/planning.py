@@ -47,9 +47,9 @@ from engine.plan import (
     estimate,
     estimate_document,
     expected_duration,
-    lacks_cards,
     make_faster,
     make_fit,
+    misses,
     price_lengths,
     recommend,
     remarks,
@@ -181,9 +181,7 @@ def print_estimate(
             *(larger_card_lines(run, place) if needs.verdict != "fits" else ()),
         )
         print_lines(lines)
-    if refused:
-        return WRONG_REQUEST
-    return DOES_NOT_FIT if needs.verdict == "does not fit" or lacks_cards(needs, device) else 0
+    return WRONG_REQUEST if refused else DOES_NOT_FIT if misses(needs, device) else 0
 
 
 def _check_rows(config: RunConfig) -> "Checkup":

@@ -42,5 +42,6 @@ from engine.plan.verdict import (
     Verdict,
     estimate_document,
     lacks_cards,
+    misses,
     plan_document,
 )

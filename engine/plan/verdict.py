@@ -72,6 +72,11 @@ def lacks_cards(needs: Estimate, device: Device) -> bool:
     return device.kind == "cuda" and needs.cards > device.cards
 
 
+def misses(needs: Estimate, device: Device) -> bool:
+    """Whether a run cannot be started on its device: too much for a card, or too few cards."""
+    return needs.verdict == "does not fit" or lacks_cards(needs, device)
+
+
 def estimate_document(needs: Estimate) -> dict[str, Any]:
     """An estimate; sizes in bytes."""
     document = asdict(needs)
