@@ -475,7 +475,8 @@ class DistributedKeys(Section):
     context_parallel_size: Count | None = None
     """GPUs that share each sequence."""
     expert_parallel_size: Count | None = None
-    """GPUs over which the experts are spread."""
+    """GPUs of a copy over which experts are spread, a divisor of dp_shard_size: tokens go to the
+    GPU that has their expert, and come back, where otherwise each layer's experts are gathered."""
     max_restarts: Whole = 0
     """How often a run in several processes goes on from its last save by itself after one of them
     has died; 0: it ends and says why."""

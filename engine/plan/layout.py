@@ -8,8 +8,12 @@ of its own.
 
 from dataclasses import dataclass
 
+from engine.catalog import ModuleTable
 from engine.config import RunConfig
+from engine.errors import UserError
 from engine.plan.device import Device
+from engine.plan.layers import widths
+from engine.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,31 @@ def layout_among(config: RunConfig, cards: int) -> Layout:
 def layout_on(config: RunConfig, device: Device) -> Layout:
     """The same among all cards of a device."""
     return layout_among(config, device.cards)
+
+
+def refuse_spread(layout: Layout | None, table: ModuleTable) -> None:
+    """Raises UserError where a layout spreads experts that the model of `table` does not have, or
+    cannot divide over its cards; None, of cards that nobody has counted yet, passes."""
+    if layout is None or layout.expert == 1:
+        return
+    sizes, key = widths(table), f"expert_parallel_size: {layout.expert}"
+    if not sizes.expert_stack:
+        raise UserError(
+            f"{key} has nothing to spread.",
+            "The model has no experts: every token passes through all of its layers.",
+            "Remove it; dp_shard_size shards the whole model.",
+        )
+    experts = sizes.expert_stack // sizes.expert_matrix
+    if layout.shard % layout.expert or experts % layout.shard:
+        most = layout.shard if layout.shard > 1 else layout.expert
+        shard = next(n for n in range(most, 0, -1) if experts % n == 0)
+        parts = next(n for n in range(min(layout.expert, shard), 0, -1) if shard % n == 0)
+        raise UserError(
+            f"{key} cannot divide {experts} experts over {counted(layout.shard, 'GPU')}.",
+            "It spreads them over the dp_shard_size GPUs that hold one copy, and takes none of its "
+            "own: it divides their number, and their number that of the experts.",
+            f"Write dp_shard_size: {shard} and expert_parallel_size: {parts}.",
+        )
 
 
 def _layout(config: RunConfig, shard: int) -> Layout:

@@ -4,7 +4,9 @@ transformers holds all experts of a layer in two fused tensors, which bitsandbyt
 and which PEFT adapts by forming every expert's whole update. Here they are linear layers over rows
 sorted by expert, and no product and no backward pass has more than one NF4 expert in full
 precision. A full fine-tune, and an adapter beside experts that stay as they are, keep transformers'
-own layer.
+own layer, unless experts are spread over ranks (`expert_parallel_size`): then each token's row goes
+to the rank that has its expert, and what becomes of it comes back. Autograd sends gradients the
+same ways, so that an expert's is that of all tokens of its ranks.
 """
 
 import math
@@ -17,12 +19,14 @@ from functools import cached_property
 from typing import Any, TypeAlias, cast
 
 import torch
+import torch.distributed as dist
 from bitsandbytes.autograd._functions import matmul_4bit
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_to_all_single
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
 from transformers import PreTrainedModel
@@ -44,8 +48,11 @@ _EMPTY = torch.device("meta")
 class Groups:
     """Where each expert's rows end, for rows that are sorted by expert."""
 
-    def __init__(self, sorted_experts: Tensor, num_experts: int) -> None:
-        """`sorted_experts`: expert of each row, ascending, (rows,)."""
+    def __init__(self, sorted_experts: Tensor, num_experts: int, first: int = 0) -> None:
+        """`sorted_experts`: expert of each row, ascending, (rows,); they are counted from the
+        `first` among all of the layer's."""
+        self.own = slice(first, first + num_experts)
+        """Which of the layer's experts these are."""
         every = torch.arange(num_experts, device=sorted_experts.device)
         self.ends = torch.searchsorted(sorted_experts, every, right=True, out_int32=True)
         """First row behind each expert's, int32 (experts,)."""
@@ -150,7 +157,7 @@ class GroupedStack(GroupedLinear):
         return self.weight[expert]
 
     def forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        return grouped_linear(rows, self.weight, groups)
+        return grouped_linear(rows, _own(self.weight), groups)
 
 
 class GroupedNF4(GroupedLinear):
@@ -201,46 +208,58 @@ class GroupedNF4(GroupedLinear):
     def state(self, expert: int) -> QuantState:
         """bitsandbytes' description of one expert: views of the tensors here."""
         nested = QuantState(
-            absmax=self.nested_scales[expert],
+            absmax=_own(self.nested_scales)[expert],
             code=self.nested_code,
             blocksize=NESTED_BLOCK,
             dtype=torch.float32,
         )
         return QuantState(
-            absmax=self.scales[expert],
+            absmax=_own(self.scales)[expert],
             shape=torch.Size((self.out_features, self.in_features)),
             code=self.code,
             blocksize=NF4_BLOCK,
             quant_type="nf4",
             dtype=self.dtype,
-            offset=self.offset[expert],
+            offset=_own(self.offset)[expert],
             state2=nested,
         )
 
     def matrix(self, expert: int) -> Tensor:
-        full: Tensor = dequantize_4bit(self.weight[expert].unsqueeze(1), self.state(expert))
+        packed = _own(self.weight)[expert].unsqueeze(1)
+        full: Tensor = dequantize_4bit(packed, self.state(expert))
         return full
 
     def forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        parts = rows.to(self.dtype).split(groups.sizes)
+        parts, weight = rows.to(self.dtype).split(groups.sizes), _own(self.weight)
         # Autograd keeps the packed weights of these products and no dequantized one.
         products = [
-            matmul_4bit(part, self.weight[e].unsqueeze(1).t(), quant_state=self.state(e))
+            matmul_4bit(part, weight[e].unsqueeze(1).t(), quant_state=self.state(e))
             for e, part in enumerate(parts)
-            if len(part)
+            if len(part) or not len(rows)
         ]
         return torch.cat(products)
 
 
 class Experts(nn.Module):
-    """Same numbers as transformers' Mistral4Experts, from grouped linear layers."""
+    """Same numbers as transformers' Mistral4Experts, from grouped linear layers, or where there is
+    no `form` from its own stacks."""
 
-    def __init__(self, stock: Mistral4Experts, form: type[GroupedLinear], dtype: torch.dtype):
+    gate_up_proj: Any
+    down_proj: Any
+    group: dist.ProcessGroup | None = None
+    """Ranks that have equal parts of the experts, in their order; None where all are here."""
+
+    def __init__(
+        self, stock: Mistral4Experts, form: type[GroupedLinear] | None, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.num_experts = stock.num_experts
         hidden, width = stock.hidden_dim, stock.intermediate_dim
-        self.gate_up_proj = form(self.num_experts, hidden, 2 * width, dtype)
-        self.down_proj = form(self.num_experts, width, hidden, dtype)
+        if form is None:
+            self.gate_up_proj, self.down_proj = stock.gate_up_proj, stock.down_proj
+        else:
+            self.gate_up_proj = form(self.num_experts, hidden, 2 * width, dtype)
+            self.down_proj = form(self.num_experts, width, hidden, dtype)
         self.act_fn = stock.act_fn
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -250,28 +269,62 @@ class Experts(nn.Module):
         """
         tokens, chosen = top_k_index.shape
         sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
-        groups = Groups(sorted_experts, self.num_experts)
-        gate, up = self.gate_up_proj(hidden[order // chosen], groups).chunk(2, dim=-1)
-        rows: Tensor = self.down_proj(self.act_fn(gate) * up, groups)
+        groups, rows = Groups(sorted_experts, self.num_experts), hidden[order // chosen]
+        rows = self._here(rows, groups) if self.group is None else self._there(rows, groups)
         rows = rows * top_k_weights.reshape(-1)[order].unsqueeze(-1)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
         summed = rows[places].view(tokens, chosen, -1).sum(dim=1)
         return summed.type_as(hidden)
 
+    def _here(self, rows: Tensor, groups: Groups) -> Tensor:
+        """Rows of this rank's experts through them."""
+        gate, up = _product(self.gate_up_proj, rows, groups).chunk(2, dim=-1)
+        return _product(self.down_proj, self.act_fn(gate) * up, groups)
+
+    def _there(self, rows: Tensor, groups: Groups) -> Tensor:
+        """Rows through the experts of all ranks of the group, which call it together."""
+        ranks, device = dist.get_world_size(self.group), rows.device
+        count = self.num_experts // ranks
+        sending = groups.ends.diff(prepend=groups.ends.new_zeros(1))
+        coming = torch.empty_like(sending)  # of each rank, rows of each expert here
+        dist.all_to_all_single(coming, sending, group=self.group)
+        sent, got = (each.view(ranks, count).sum(1).tolist() for each in (sending, coming))
+        arrived = rows.new_empty(sum(got), rows.shape[1])
+        arrived = all_to_all_single(arrived, rows, got, sent, group=self.group)
+        experts = torch.arange(count, device=device).repeat(ranks).repeat_interleave(coming)
+        sorted_experts, order = experts.sort(stable=True)
+        own = Groups(sorted_experts, count, count * dist.get_rank(self.group))
+        made = self._here(arrived[order], own)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=device)
+        returned = made.new_empty(len(rows), made.shape[1])
+        back: Tensor = all_to_all_single(returned, made[places], sent, got, group=self.group)
+        return back
+
+
+def _product(part: nn.Module | Tensor, rows: Tensor, groups: Groups) -> Tensor:
+    made: Tensor = (
+        part(rows, groups)
+        if isinstance(part, nn.Module)
+        else grouped_linear(rows, _own(part), groups)
+    )
+    return made
+
 
 def replace_experts(model: nn.Module, config: RunConfig, dtype: torch.dtype) -> int:
     """Put `Experts` where transformers' experts are; returns how many layers were changed.
 
     With `quantize_moe_experts` they are held in NF4. Otherwise they stay in `dtype`, also beside
-    `load_in_4bit`, as in Axolotl, and only those that get an adapter are replaced. The new ones
-    have no memory yet: each `GroupedLinear` is filled by its `take`.
+    `load_in_4bit`, as in Axolotl, and only those that get an adapter or are spread over ranks
+    are replaced. The new ones have no memory yet: each `GroupedLinear` is filled by its `take`.
     """
+    form: type[GroupedLinear] | None = None
     if config.quantize_moe_experts:
-        form: type[GroupedLinear] = GroupedNF4
+        form = GroupedNF4
     elif config.adapter and config.lora_target_parameters:
         form = GroupedStack
-    else:
+    elif (config.expert_parallel_size or 1) == 1:
         return 0
     found = [name for name, module in model.named_modules() if isinstance(module, Mistral4Experts)]
     for name in found:
@@ -385,7 +438,7 @@ class LoraGrouped(nn.Module, LoraLayer):
         result: Tensor = self.base_layer(rows, groups)
         acting = () if self.disable_adapters else self.active_adapters
         for name in (each for each in acting if each in self.lora_A):
-            a, b = (factor.to(result.dtype) for factor in self.factors(name))
+            a, b = (factor[groups.own].to(result.dtype) for factor in self.factors(name))
             small = grouped_linear(rows, a, groups) * self.scaling[name]
             result = result + grouped_linear(small, b.contiguous(), groups)
         return result

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from engine.train.ranks import Ranks
-from engine.train.slices import Slice, Whole, first_row, list_wholes
+from engine.train.slices import Slice, Whole, first_row, list_wholes, place_of
 
 OPTIMIZER = "optimizer.safetensors"
 BLOCK = 256
@@ -59,13 +59,13 @@ def _start(
     """Where a rank's part of the state begins in the whole; None where all ranks have the same."""
     if not isinstance(parameter, DTensor):
         return None
-    rows = len(parameter)
     if key.startswith("absmax"):
-        firsts = [first_row(rows, ranks, shard) for shard in range(ranks.shard + 1)]
+        own_place = place_of(parameter, ranks)
+        firsts = [first_row(parameter, ranks, place) for place in range(own_place + 1)]
         row = prod(parameter.shape[1:])
         counts = (last - first for first, last in itertools.pairwise(firsts))
         return sum(-(-count * row // BLOCK) for count in counts)
-    return first_row(rows, ranks) if value.shape == own.shape else None
+    return first_row(parameter, ranks) if value.shape == own.shape else None
 
 
 def restore_optimizer(
@@ -73,18 +73,18 @@ def restore_optimizer(
 ) -> None:
     """Put a saved state back without the type casts of `load_state_dict` and without a copy."""
     own, wholes = _by_name(optimizer), list_wholes(folder, OPTIMIZER)
-    shapes = {name: p.shape for name, p in named}
+    held = dict(named)
     optimizer.state.clear()
     for full_name, whole in wholes.items():
         name, key = full_name.rsplit("|", 1)
         parameter, state = own[name], optimizer.state[own[name]]
-        sharded = shapes[name] != parameter.shape
-        start = first_row(shapes[name][0], ranks) if sharded else 0
+        sharded = held[name].shape != parameter.shape
+        start = first_row(held[name], ranks) if sharded else 0
         if key in MOMENTS and f"{name}|absmax{key[-1]}" in wholes:
             absmax, qmap = (wholes[f"{name}|{part}{key[-1]}"] for part in ("absmax", "qmap"))
             _restore_moment(optimizer, parameter, key, (whole, absmax, qmap), start)
         elif not key.startswith(("absmax", "qmap")):
-            by_row = sharded and whole.shape == shapes[name]
+            by_row = sharded and whole.shape == held[name].shape
             shape = parameter.shape if by_row else torch.Size(whole.shape)
             room = _room(optimizer, parameter, key, shape, whole.dtype)
             whole.read(room, start if by_row else 0)

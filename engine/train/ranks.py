@@ -31,8 +31,9 @@ from engine.visible import first_line
 TIMEOUT: Final = timedelta(minutes=30)
 """How long a rank waits for another inside a collective. The slowest load of a large model from a
 shared disk passes between two of them."""
-REPLICATE, SHARD = "replicate", "shard"
-"""Dimensions of the mesh: copies of the model, and the ranks that hold one copy together."""
+REPLICATE, SHARD, EXPERT = "replicate", "shard", "expert"
+"""Dimensions of a mesh: copies of the model, the ranks that hold one copy together, and those of
+them that have other experts."""
 _APART: Final = 1_000_003
 """Between the seeds of two ranks: further than the seeds that people choose."""
 _POLL_SECONDS: Final = 0.2
@@ -56,6 +57,11 @@ class Ranks:
     """Copies of the model that learn side by side."""
     mesh: DeviceMesh | None = None
     """(replicate, shard), all ranks; None for a lone process."""
+    experts: int = 1
+    """Parts of a layer's experts that different ranks of a copy have while they compute."""
+    expert_mesh: DeviceMesh | None = None
+    """(replicate, shard, expert), where experts are spread: ranks that exchange tokens follow each
+    other, since they are on one computer then."""
     _store: Store | None = None
 
     @property
@@ -83,6 +89,12 @@ class Ranks:
         """Its place among the ranks of its copy of the model."""
         return self.rank % self.shards
 
+    def of_experts(self, rank: int) -> int:
+        """The place of a rank's rows in a stack of experts that are spread: ranks of one part have
+        rows that follow each other."""
+        place, apart = rank % self.shards, self.shards // self.experts
+        return place % self.experts * apart + place // self.experts
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a small tensor over all ranks, in place; lone: as it is."""
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -95,6 +107,12 @@ class Ranks:
         """The sum over the ranks that hold one copy of the model together, in place."""
         if self.mesh is not None and self.shards > 1:
             dist.all_reduce(values, group=self.mesh.get_group(SHARD))
+        return values
+
+    def sum_of_copies(self, values: Tensor) -> Tensor:
+        """The sum over the ranks that have this one's place in their copies, in place."""
+        if self.mesh is not None and self.replicas > 1:
+            dist.all_reduce(values, group=self.mesh.get_group(REPLICATE))
         return values
 
     def from_first(self, values: Tensor) -> Tensor:
@@ -151,11 +169,17 @@ class Ranks:
             )
         return work()
 
-    def laid_out(self, shards: int, replicas: int) -> "Ranks":
-        """The same processes as `replicas` copies of `shards` ranks each; all call it together."""
-        sizes, names = (replicas, shards), (REPLICATE, SHARD)
-        mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
-        return replace(self, shards=shards, replicas=replicas, mesh=mesh)
+    def laid_out(self, shards: int, replicas: int, experts: int = 1) -> "Ranks":
+        """The same processes as `replicas` copies of `shards` ranks each, a copy's experts in so
+        many parts; all call it together."""
+        kind, names = self.device.type, (REPLICATE, SHARD, EXPERT)
+        mesh = init_device_mesh(kind, (replicas, shards), mesh_dim_names=names[:2])
+        found = replace(self, shards=shards, replicas=replicas, experts=experts, mesh=mesh)
+        if experts == 1:
+            return found
+        sizes = replicas, shards // experts, experts
+        spread = init_device_mesh(kind, sizes, mesh_dim_names=names)
+        return replace(found, expert_mesh=spread)
 
     def close(self) -> None:
         """Leave the process group."""
@@ -196,7 +220,7 @@ def open_ranks(config: RunConfig) -> Ranks:
         node=int(os.environ.get("GROUP_RANK", "0")),
         _store=PrefixStore("windtunnel", store),
     )
-    return ranks.laid_out(layout.shard, layout.replicate)
+    return ranks.laid_out(layout.shard, layout.replicate, layout.expert)
 
 
 def require_started(config: RunConfig, world_size: int) -> Layout:
@@ -216,14 +240,13 @@ def require_started(config: RunConfig, world_size: int) -> Layout:
 
 def refuse_unbuilt(config: RunConfig) -> None:
     """Raises UserError for ways of sharing a model that this trainer does not have."""
-    for key, shared in (("tensor_parallel_size", "matrix"), ("expert_parallel_size", "expert")):
-        if (getattr(config, key) or 1) > 1:
-            raise UserError(
-                f"{key}: {getattr(config, key)} cannot be trained.",
-                f"This trainer shards whole layers over GPUs (FSDP2), not each {shared} of a layer "
-                "while it computes.",
-                f"Remove {key} and write its number as dp_shard_size, times the one there.",
-            )
+    if (config.tensor_parallel_size or 1) > 1:
+        raise UserError(
+            f"tensor_parallel_size: {config.tensor_parallel_size} cannot be trained.",
+            "This trainer shards whole layers over GPUs (FSDP2), not each matrix of a layer while "
+            "it computes.",
+            "Remove it and write its number as dp_shard_size, times the one there.",
+        )
 
 
 def seed_apart(seed: int, ranks: Ranks) -> None:

@@ -25,6 +25,7 @@ from engine.hardware.packages import installed
 from engine.launch import change_config
 from engine.pace import every
 from engine.plan import remarks
+from engine.plan.layout import layout_among, refuse_spread
 from engine.plan.trainer import (
     ANSWER_TOKENS,
     CHUNK_BYTES,
@@ -157,6 +158,7 @@ def _carry_out(session: Session, *, resume: bool, checkpoint: str | None) -> Non
     parts = [part.prepared for part in (rows, *held_out.values())]
     for prepared in parts:
         refuse_unread(architecture, prepared.image_spec)
+    refuse_spread(layout_among(config, ranks.world_size), architecture.table)
     leave_hub()
     for sentence in remarks(config, architecture):
         session.note("warning", sentence)

@@ -12,7 +12,7 @@ and the same arithmetic as on one card.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,18 +25,18 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.plan.trainer import BUCKET_NUMBERS, names_cut_loss
-from engine.train.experts import HELD, GroupedNF4
+from engine.train.experts import HELD, Experts, GroupedLinear, GroupedNF4
 from engine.train.forward import Model, head_module, unwrapped
 from engine.train.offload import decoder_layers
 from engine.train.quantize import FlatLinear8bit, statistics
-from engine.train.ranks import SHARD, Ranks
+from engine.train.ranks import EXPERT, REPLICATE, SHARD, Ranks
 
 DEFERRED_SHARE = 0.3
 """Of the memory that is free once the model is loaded; activations need the most of it."""
@@ -67,9 +67,9 @@ def shard(model: Model, config: RunConfig, ranks: Ranks) -> Model:
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     inner: Any = unwrapped(model)
     body = inner.model
-    for unit in units(model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(body, mesh=mesh, mp_policy=policy)
+    own = spread_experts(model, ranks, policy)
+    for unit in (*units(model), body):
+        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=own)
     if hasattr(body, "vision_tower"):
         register_fsdp_forward_method(body, "get_image_features")
     head = head_module(model)
@@ -86,6 +86,33 @@ def shard(model: Model, config: RunConfig, ranks: Ranks) -> Model:
         # gloo has no product with a factor, and with 1 the sum is the same.
         unit.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def spread_experts(model: Model, ranks: Ranks, policy: MixedPrecisionPolicy) -> set[nn.Parameter]:
+    """Give each part of a copy's ranks experts of its own, which the others never gather.
+
+    A stack stays divided by its rows. Ranks of one part gather that part as a unit of its own;
+    where a rank is alone in it its experts are simply there, and returned: FSDP would copy them.
+    """
+    mesh, alone = ranks.expert_mesh, set[nn.Parameter]()
+    if mesh is None:
+        return alone
+    gathers = ranks.shards > ranks.experts
+    for layer in [module for module in model.modules() if isinstance(module, Experts)]:
+        layer.group = mesh.get_group(EXPERT)
+        stacks = [part for part in layer.modules() if isinstance(part, GroupedLinear)]
+        owners: list[nn.Module] = [*stacks] or [layer]
+        for owner in owners:
+            for name, whole in list(owner.named_parameters(recurse=False)):
+                part = whole.detach().chunk(ranks.experts)[mesh.get_local_rank(EXPERT)]
+                held = DTensor.from_local(part.clone(), mesh[EXPERT], [Shard(0)], run_check=False)
+                parameter = nn.Parameter(held, requires_grad=whole.requires_grad)
+                owner.register_parameter(name, parameter)
+                alone.add(parameter)
+        if gathers:
+            within = mesh[REPLICATE, SHARD] if ranks.replicas > 1 else mesh[SHARD]
+            fully_shard(owners, mesh=within, mp_policy=policy)
+    return set() if gathers else alone
 
 
 def units(model: Model) -> list[nn.Module | list[nn.Module]]:
@@ -160,16 +187,24 @@ def can_defer(model: Model, ranks: Ranks) -> bool:
     fits = True
     if ranks.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(ranks.device)
-        fits = 4 * sum(p.numel() for _, p in trained) < DEFERRED_SHARE * free
+        numbers = sum(p.numel() // (ranks.experts if is_spread(p) else 1) for _, p in trained)
+        fits = 4 * numbers < DEFERRED_SHARE * free
     return not ranks.max(torch.tensor([not (fits and reached)]).int()).any()
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether a sharded tensor is a stack of experts that are spread over ranks."""
+    names = tensor.device_mesh.mesh_dim_names if isinstance(tensor, DTensor) else None
+    return EXPERT in (names or ())
 
 
 def add_up(model: Model, parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
     """Give `parameters`, as the optimizer sees them, the gradients of all ranks.
 
-    FSDP has added up those of a sharded model. Those of replicas are added up here, in float32, in
-    as few collectives as `BUCKET_NUMBERS` allows: a parameter that got none here and one elsewhere
-    takes part with zeros; one that got none anywhere keeps none.
+    FSDP has added up those of a sharded model, but of experts that it does not gather. Those of
+    replicas are added up here, in float32, in as few collectives as `BUCKET_NUMBERS` allows: a
+    parameter that got none here and one elsewhere takes part with zeros; one that got none anywhere
+    keeps none.
     """
     if ranks.is_alone:
         return
@@ -177,9 +212,18 @@ def add_up(model: Model, parameters: Sequence[nn.Parameter], ranks: Ranks) -> No
         for p in model.parameters():
             if p.grad is not None:
                 local_parameter(p).grad, p.grad = local_part(p.grad), None
+        if ranks.shards == ranks.experts and ranks.replicas > 1:
+            spread = [p for p in model.parameters() if p.requires_grad and is_spread(p)]
+            _add_up([local_parameter(p) for p in spread], ranks.sum_of_copies)
+        return
+    _add_up(parameters, ranks.sum)
+
+
+def _add_up(parameters: Sequence[nn.Parameter], total: Callable[[Tensor], Tensor]) -> None:
+    if not parameters:
         return
     device = parameters[0].device
-    reached = ranks.sum(torch.tensor([p.grad is not None for p in parameters]).float().to(device))
+    reached = total(torch.tensor([p.grad is not None for p in parameters]).float().to(device))
     moved = [p for p, count in zip(parameters, reached.tolist(), strict=True) if count]
     for bucket in _buckets(moved):
         sizes = [p.numel() for p in bucket]
@@ -187,7 +231,7 @@ def add_up(model: Model, parameters: Sequence[nn.Parameter], ranks: Ranks) -> No
         for p, part in zip(bucket, flat.split(sizes), strict=True):
             if p.grad is not None:
                 part.copy_(p.grad.reshape(-1))
-        for p, part in zip(bucket, ranks.sum(flat).split(sizes), strict=True):
+        for p, part in zip(bucket, total(flat).split(sizes), strict=True):
             p.grad = part.view_as(p).to(p.dtype)
 
 

@@ -136,7 +136,7 @@ def _fill_weight(
 
 def _rows(held: Tensor, ranks: Ranks) -> tuple[int, int]:
     """The first of this rank's rows, and their number."""
-    return first_row(len(held), ranks), len(local_part(held.detach()))
+    return first_row(held, ranks), len(local_part(held.detach()))
 
 
 def _largest(values: Tensor, ranks: Ranks) -> Tensor:

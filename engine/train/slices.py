@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from engine.train.ranks import Ranks
-from engine.train.shard import local_part
+from engine.train.shard import is_spread, local_part
 from engine.train.weight_files import (
     OFFSETS,
     Entry,
@@ -46,17 +46,24 @@ class Slice:
     """Whether every rank has the same, so that one writes it."""
 
 
-def first_row(rows: int, ranks: Ranks, shard: int | None = None) -> int:
-    """Where a rank's rows begin in a tensor of so many: as torch.chunk cuts it, and FSDP."""
-    place = ranks.shard if shard is None else shard
-    return min(rows, -(-rows // ranks.shards) * place)
+def place_of(tensor: Tensor, ranks: Ranks, rank: int | None = None) -> int:
+    """The place of this or another rank's rows among those of a sharded tensor."""
+    rank = ranks.rank if rank is None else rank
+    return ranks.of_experts(rank) if is_spread(tensor) else rank % ranks.shards
+
+
+def first_row(tensor: Tensor, ranks: Ranks, place: int | None = None) -> int:
+    """Where this rank's rows of a sharded tensor begin, or those in a place: as torch.chunk cuts
+    it, and FSDP."""
+    place = place_of(tensor, ranks) if place is None else place
+    return min(len(tensor), -(-len(tensor) // ranks.shards) * place)
 
 
 def slice_of(tensor: Tensor, ranks: Ranks) -> Slice:
     """This rank's rows of a sharded tensor, or a tensor that each has whole."""
     if not isinstance(tensor, DTensor):
         return Slice(tensor)
-    return Slice(local_part(tensor), first_row(len(tensor), ranks), shared=False)
+    return Slice(local_part(tensor), first_row(tensor, ranks), shared=False)
 
 
 def file_of(name: str, place: int, count: int) -> str:
@@ -195,8 +202,9 @@ def gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> Iterator[Pieces | N
     def pieces(entry: Entry) -> Iterator[Tensor]:
         tensor = tensors[entry.name]
         yield from in_pieces(local_part(tensor))
-        for other in others if isinstance(tensor, DTensor) else ():
-            rows = first_row(len(tensor), ranks, other + 1) - first_row(len(tensor), ranks, other)
+        in_order = sorted(others, key=lambda other: place_of(tensor, ranks, other))
+        for place, other in enumerate(in_order if isinstance(tensor, DTensor) else (), start=1):
+            rows = first_row(tensor, ranks, place + 1) - first_row(tensor, ranks, place)
             dist.send(torch.tensor([names.index(entry.name)]), other)
             room = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
             for part in cut(room, tensor.dtype.itemsize):

@@ -34,6 +34,7 @@ from engine.plan import (
 )
 from engine.plan.crew import crew_of
 from engine.plan.device import devices_document
+from engine.plan.layout import layout_of, refuse_spread
 from engine.plan.measured import Measurement, store
 from engine.plan.remarks import refuse_busy_memory
 from engine.plan.trainer import refuse_bf16, refuse_other_formats
@@ -234,15 +235,16 @@ def read_planned(
     """The config of a file with its changes, and the architecture of its model.
 
     Raises UserError where either cannot be read, where a key would not be acted on, where the
-    weights are quantized in a way that is not trained on and where the model's tokenizer is none
-    that rows can be rendered by; with `sharded` one for several GPUs passes, which can be planned
-    and not run.
+    weights are quantized in a way that is not trained on, where experts cannot be spread as it asks
+    and where the model's tokenizer is none that rows can be rendered by; with `sharded` one for
+    several GPUs passes, which can be planned and not run.
     """
     given = read_config(file).override(changes)
     given.require_supported(sharded=sharded)
     config = with_absolute_paths(given.config, file.absolute().parent)
     architecture = read_architecture(config.base_model)
     refuse_other_formats(architecture.folder or Path(config.base_model), architecture.config)
+    refuse_spread(layout_of(config), architecture.table)
     check_tokenizer(tokenizer_name(config), file.absolute().parent)
     return config, architecture
 

@@ -75,7 +75,7 @@ class TestExplain:
         assert "flash_attention is an older spelling" in found.meaning
 
     def test_what_is_not_acted_on_says_so(self) -> None:
-        assert "not supported yet" in str(explain_key("expert_parallel_size")[0].limit)
+        assert "not supported yet" in str(explain_key("tensor_parallel_size")[0].limit)
         assert "no effect" in str(explain_key("wandb_project")[0].limit)
         assert explain_key("processor_type")[0].limit is None  # a plan without rows reads it
 

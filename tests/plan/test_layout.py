@@ -1,14 +1,17 @@
 """Which cards a run uses together, and how its config lays it over them."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from engine.catalog import read_architecture
+from engine.errors import UserError
 from engine.hardware import assume
 from engine.plan import best_device, gpu_device
 from engine.plan.device import devices_document
-from engine.plan.layout import Layout, is_sharded, layout_of, layout_on
+from engine.plan.layout import Layout, is_sharded, layout_of, layout_on, refuse_spread
 from engine.units import GIB
 from tests.support.machines import card, config
 
@@ -41,6 +44,27 @@ def test_a_sharded_config_without_a_number_takes_all_cards() -> None:
     assert layout_of(run) is None
     assert layout_on(run, card("8 x 8 H100")) == Layout(32, 1, 2)
     assert layout_on(run, card("H100")) == Layout(1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "shard", "expert", "fix"),
+    [
+        ("ministral-3-8b", 2, 2, "Remove it"),
+        ("mistral-small-4", 8, 3, "dp_shard_size: 8 and expert_parallel_size: 2"),
+        ("mistral-small-4", 24, 8, "dp_shard_size: 16 and expert_parallel_size: 8"),
+        ("mistral-small-4", 1, 2, "dp_shard_size: 2 and expert_parallel_size: 2"),
+        ("mistral-small-4", 2, 4, "dp_shard_size: 2 and expert_parallel_size: 2"),
+    ],
+)
+def test_experts_that_cannot_be_spread_are_refused_with_sizes_that_can(
+    model: str, shard: int, expert: int, fix: str
+) -> None:
+    table = read_architecture(model).table
+    with pytest.raises(UserError) as refused:
+        refuse_spread(Layout(shard, expert=expert), table)
+    assert fix in refused.value.fix
+    if written := re.findall(r"_size: (\d+)", refused.value.fix):
+        refuse_spread(Layout(int(written[0]), expert=int(written[1])), table)
 
 
 def test_a_card_that_others_use_is_left_out_with_the_reason() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.config import read_config
 from engine.errors import UserError
 from engine.events import Event, EventWriter, Step
 from engine.runs import ControlReader, RunFolder, StopSignals
@@ -49,11 +50,16 @@ def talk(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def laid_out(ranks: Ranks, shards: int | None, keys: dict[str, Any]) -> Ranks:
+    """All of a group, as one copy of the model or several, and as keys spread experts."""
+    shards = shards or ranks.world_size
+    experts = keys.get("expert_parallel_size") or 1
+    return ranks.laid_out(shards, ranks.world_size // shards, experts)
+
+
 def learn(ranks: Ranks, shards: int | None = None, **run: Any) -> dict[str, Any]:
     """The figures of some steps, as each rank has them."""
-    shards = shards or ranks.world_size
-    laid_out = ranks.laid_out(shards, ranks.world_size // shards)
-    training = started(laid_out, **run)
+    training = started(laid_out(ranks, shards, run["keys"]), **run)
     with Collectives() as collectives:
         found = figures(training, run["steps"])
     return found | {"collectives": dict(collectives.counts)}
@@ -135,12 +141,11 @@ def told(ranks: Ranks) -> bool:
 
 def carry_out(ranks: Ranks, folder: str, shards: int | None = None, resume: bool = False) -> None:
     """The whole run of a folder, as each of its processes does."""
-    shards = shards or ranks.world_size
     run = RunFolder(Path(folder))
     with EventWriter(run.events if ranks.is_first else Path(os.devnull)) as events:
-        laid_out = ranks.laid_out(shards, ranks.world_size // shards)
         control = ControlReader(run.control)
-        session = Session(run, events, control, StopSignals(), ranks=laid_out)
+        own = laid_out(ranks, shards, read_config(run.config).config.model_dump())
+        session = Session(run, events, control, StopSignals(), ranks=own)
         run_module.run(session, resume=resume)
 
 
@@ -170,4 +175,5 @@ def asked(ranks: Ranks, folder: str) -> list[int]:
 
 def held(ranks: Ranks, folder: str, keys: dict[str, Any]) -> dict[str, int]:
     """Bytes that each rank holds of a model, by part, once it is sharded."""
+    ranks = laid_out(ranks, None, keys)
     return local_bytes(load_divided(Path(folder), settings(folder, **keys), ranks)[1])

@@ -23,7 +23,7 @@ from engine.train.seal import Position
 from engine.train.shard import local_parameters
 from engine.train.slice_load import load_divided
 from engine.train.slices import Whole, list_wholes, slice_of, write_slices
-from tests.support.rank_cases import Listening, started
+from tests.support.rank_cases import Listening, laid_out, started
 from tests.support.tiny import files_at_most, settings, wake_adapter
 
 
@@ -35,7 +35,7 @@ class Saver:
         self, ranks: Ranks, home: str, base: str, keys: dict[str, Any], shards: int = 0
     ) -> None:
         if shards:
-            ranks = ranks.laid_out(shards, ranks.world_size // shards)
+            ranks = laid_out(ranks, shards, keys)
         self.ranks, self.home, self.base = ranks, Path(home), Path(base)
         self.config: RunConfig = settings(base, **keys)
         self.model: Model = load_divided(self.base, self.config, ranks)[1]
@@ -148,6 +148,7 @@ def losses(
 ) -> list[float]:
     """The losses of a run's steps from `begin` on, where it goes on with its checkpoint, up to
     `until`, where it saves. Four rows a step, whatever the number of ranks."""
+    ranks = ranks if ranks.is_alone else laid_out(ranks, None, keys)
     turns = 4 // ranks.world_size
     own = keys | {"micro_batch_size": 1, "gradient_accumulation_steps": turns, "num_epochs": 4}
     run = started(ranks, home=f"{home}/{begin}", folder=folder, keys=own, rows="uneven")

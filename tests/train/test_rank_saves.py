@@ -214,6 +214,7 @@ def test_moments_whose_blocks_would_be_cut_go_on_in_32_bits(
 SLOW: dict[str, Any] = {"learning_rate": 0.001}
 """With ten times as much, what is added up in another order is tenfold after each step."""
 NARROW: dict[str, Any] = SLOW | {"bf16": True}
+SPREAD: dict[str, Any] = {"expert_parallel_size": 2}
 QLORA: dict[str, Any] = NARROW | {"adapter": "qlora", "load_in_4bit": True}
 
 
@@ -246,8 +247,9 @@ def test_a_run_goes_on_with_the_same_losses_on_two_ranks_and_on_one(
         (FULL | SLOW, 1e-5),
         (QLORA, 1e-3),
         (FULL | SLOW | {"optimizer": "adamw_bnb_8bit"}, 1e-2),  # its blocks depend on the ranks
+        (FULL | SLOW | SPREAD, 1e-5),
     ],
-    ids=["LoRA", "full", "NF4 LoRA", "full in 8 bits"],
+    ids=["LoRA", "full", "NF4 LoRA", "full in 8 bits", "experts are spread"],
 )
 def test_a_run_goes_on_with_two_four_and_one_ranks(
     two_ranks: RankGroup,
@@ -267,6 +269,33 @@ def test_a_run_goes_on_with_two_four_and_one_ranks(
     found += losses(LONE, begin=4, until=6, **given)
     assert found == pytest.approx(unbroken, rel=1e-5 if as_one == 1e-5 else 1e-3)
     assert found == pytest.approx(alone, rel=as_one)
+
+
+@pytest.mark.slow  # starts four ranks
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_bnb_8bit"])
+def test_experts_that_are_spread_are_saved_as_they_lie_on_one_rank(
+    four_ranks: RankGroup, model_folder: Models, tmp_path: Path, optimizer: str
+) -> None:
+    keys = FULL | SPREAD | {"optimizer": optimizer}
+    given: dict[str, Any] = {"base": str(model_folder("mistral4")), "keys": keys}
+    home, one = tmp_path / "many", tmp_path / "one"
+    four_ranks.run("rank_saves:learn", home=str(home), until=[2, 4], begin=True, shards=4, **given)
+    began(home, tmp_path / "cut")
+    again: dict[str, Any] = {"home": str(tmp_path / "cut"), "until": [4], "shards": 4}
+    four_ranks.run("rank_saves:learn", **again, **given)
+    assert_same(at(tmp_path / "cut", 4), at(home, 4), rtol=0, atol=0)
+    shutil.copytree(home / "checkpoints", one / "checkpoints")
+    saver = Saver(LONE, str(one), **given)
+    saver.resume()
+    saver.export()
+    saver.step = 5
+    saver.save()
+    assert_same(at(one, 5), at(home, 4), rtol=0, atol=0)
+    name = "model/model.safetensors"
+    assert (one / name).read_bytes() == (home / name).read_bytes()
+    if "8bit" not in optimizer:  # its blocks depend on the ranks
+        learn(LONE, str(tmp_path / "whole"), until=[4], begin=True, **given)
+        assert_same(at(tmp_path / "whole", 4), at(home, 4), rtol=1e-5, atol=1e-6)
 
 
 def test_merge_reads_what_two_ranks_saved(

@@ -57,11 +57,10 @@ def test_sizes_make_the_number_of_ranks(
         assert (found.shard, found.replicate) == expected
 
 
-@pytest.mark.parametrize("key", ["tensor_parallel_size", "expert_parallel_size"])
-def test_what_is_not_built_is_refused(key: str) -> None:
-    with pytest.raises(UserError, match=f"{key}: 2 cannot be trained"):
-        refuse_unbuilt(settings("base", **{key: 2}))
-    refuse_unbuilt(settings("base", **{key: 1}))
+def test_what_is_not_built_is_refused() -> None:
+    with pytest.raises(UserError, match="tensor_parallel_size: 2 cannot be trained"):
+        refuse_unbuilt(settings("base", tensor_parallel_size=2))
+    refuse_unbuilt(settings("base", tensor_parallel_size=1))
 
 
 def test_a_lost_rank_has_its_sentence() -> None:
@@ -91,6 +90,57 @@ def test_each_of_two_ranks_holds_half(
             assert size == pytest.approx(whole[part] / 2, rel=0.02), part
 
 
+SPREAD_BY_TWO = {"expert_parallel_size": 2}
+SPREAD = {
+    "full": METHODS["full"].keys,
+    "LoRA": METHODS["LoRA"].keys,
+    "LoRA on experts": METHODS["LoRA on experts"].keys,
+    "NF4 LoRA": METHODS["NF4 LoRA"].keys,
+    # In float32: an expert's gradient in bfloat16 is rounded once for the rows of both ranks.
+    "NF4 experts": METHODS["NF4 LoRA on NF4 experts"].keys | {"bf16": False},
+}
+"""Ways to train whose experts are spread."""
+
+
+def assert_spread(
+    group: RankGroup, home: Path, folder: Path, keys: dict[str, Any], **case: Any
+) -> None:
+    """The losses of one rank's own experts, in each layer with the rows of all ranks sent twice,
+    their gradients as often, and how many they are once."""
+    given = keys | SPREAD_BY_TWO | {"learning_rate": 2e-4}
+    one, many = learn_both_ways(group, home, folder, given, rows="uneven", **case)
+    assert_equal(one, many, 1e-3 if "load_in_4bit" in keys and keys["bf16"] else 1e-5)
+    layers, passes = 2, case.get("micros", 4) // group.count * case["steps"]
+    assert {each["collectives"]["alltoall_base"] for each in many} == {5 * layers * passes}
+
+
+def test_experts_that_are_spread_learn_as_on_one_rank(
+    two_ranks: RankGroup, model_folder: Models, tmp_path: Path
+) -> None:
+    assert_spread(two_ranks, tmp_path, model_folder("mistral4"), SPREAD["full"], steps=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SPREAD)
+@pytest.mark.parametrize(
+    ("ranks", "shards", "micros"),
+    [("two_ranks", 2, 4), ("four_ranks", 4, 8), ("four_ranks", 2, 4)],
+    ids=["two parts", "two parts of two ranks", "two parts in two copies"],
+)
+def test_twenty_steps_with_spread_experts_are_those_of_one_rank(
+    request: pytest.FixtureRequest,
+    model_folder: Models,
+    tmp_path: Path,
+    ranks: str,
+    shards: int,
+    micros: int,
+    method: str,
+) -> None:
+    group, folder = request.getfixturevalue(ranks), model_folder("mistral4")
+    case = {"micros": micros, "steps": 20, "shards": shards}
+    assert_spread(group, tmp_path, folder, SPREAD[method], **case)
+
+
 def _held_by_one(folder: Path, keys: dict[str, Any]) -> dict[str, int]:
     config = settings(folder, **keys)
     return local_bytes(put_on_training(load_base(folder, config), folder, config))
@@ -102,7 +152,8 @@ def learn_both_ways(
     """The figures of one rank that accumulates, and those of each that shares its work."""
     keys = {"micro_batch_size": 1, "learning_rate": 1e-3, "warmup_steps": 1} | keys
     keys |= {"max_steps": case["steps"], "gradient_accumulation_steps": micros}
-    one = {"home": str(home), "folder": str(folder), "keys": keys} | case
+    alone = keys | {"expert_parallel_size": None}
+    one = {"home": str(home), "folder": str(folder), "keys": alone} | case
     keys = keys | {"gradient_accumulation_steps": micros // group.count}
     return figures(started(**one), case["steps"]), group.run(
         "rank_cases:learn", **one | {"keys": keys}
@@ -272,12 +323,18 @@ def test_twenty_steps_are_those_of_one_rank(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "method"), [("ministral3", "NF4 LoRA"), ("mistral4", "LoRA on experts")]
+    ("name", "keys"),
+    [
+        ("ministral3", METHODS["NF4 LoRA"].keys),
+        ("mistral4", METHODS["LoRA on experts"].keys),
+        ("mistral4", METHODS["LoRA on experts"].keys | SPREAD_BY_TWO),
+        ("mistral4", METHODS["full"].keys | SPREAD_BY_TWO),
+    ],
 )
 def test_each_of_four_ranks_holds_a_quarter(
-    four_ranks: RankGroup, model_folder: Models, name: str, method: str
+    four_ranks: RankGroup, model_folder: Models, name: str, keys: dict[str, Any]
 ) -> None:
-    folder, keys = model_folder(name), METHODS[method].keys
+    folder = model_folder(name)
     whole = _held_by_one(folder, keys)
     for held in four_ranks.run("rank_cases:held", folder=str(folder), keys=keys):
         for part in held.keys() - {"statistics", "buffers"}:
