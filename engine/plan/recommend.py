@@ -172,7 +172,8 @@ _LAYOUT = ("fsdp_config", "dp_shard_size", "dp_replicate_size", "deepspeed")
 def _choose(asked: Choice) -> Choice:
     """The values on one card, or on several where that is better.
 
-    Better is what fits, then what is faster, then what keeps nothing in this computer's memory.
+    Better is what fits, then what needs no weights in a memory that nobody has counted, once for
+    each copy; then what is faster, then what keeps nothing in this computer's memory.
     """
     device = asked.place.device
     if any(asked.fixed.get(key) for key in _LAYOUT):
@@ -207,11 +208,12 @@ def _layouts(alone: Choice) -> Iterator[Layout]:
         yield Layout(device.cards)
 
 
-def _worth(choice: Choice) -> tuple[int, float, bool]:
+def _worth(choice: Choice) -> tuple[int, bool, float, bool]:
     config, needs = choice.config(), choice.needs()
     pace = pace_of(config, choice.place) or 0.0
     better = pace if needs.verdict != "does not fit" else -float(needs.device_bytes)
-    return RANKS[needs.verdict], better, not in_use(config)
+    unseen = choice.place.device.ram_bytes is None and choice.waits()
+    return RANKS[needs.verdict], not unseen, better, not in_use(config)
 
 
 def _choose_on(asked: Choice) -> Choice:

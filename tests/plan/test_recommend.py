@@ -121,6 +121,14 @@ class TestWhatMemoryDecides:
     def test_this_computers_own_memory_is_not_filled_with_layers(self) -> None:
         assert advised("ministral-3-3b", cpu(400)).config.gradient_checkpointing
 
+    def test_cards_share_a_copy_before_each_waits_for_weights_in_memory_not_counted(self) -> None:
+        device = card("RTX 4090 x4")
+        for rows in (None, ROWS["few"]):
+            shared = advised("mistral-small-4", device, rows).config
+            assert (shared.dp_shard_size, bool(shared.layer_offloading)) == (4, False)
+        counted_memory = replace(device, ram_bytes=1024 * GIB)
+        assert advised("mistral-small-4", counted_memory).config.dp_replicate_size == 4
+
     def test_a_longer_method_says_that_its_layers_are_computed_again(self) -> None:
         advice = advised("ministral-3-8b", "H200")
         assert advice.config.gradient_checkpointing is False
