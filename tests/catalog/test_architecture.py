@@ -265,11 +265,8 @@ class TestStrangersConfig:
     @pytest.mark.parametrize(
         "key",
         [
-            "_attn_implementation",
-            "attn_implementation",
-            "_attn_implementation_internal",
-            "_experts_implementation",
-            "experts_implementation",
+            *("_attn_implementation", "attn_implementation", "_attn_implementation_internal"),
+            *("_experts_implementation", "experts_implementation"),
         ],
     )
     @pytest.mark.parametrize("part", [None, "text_config", "vision_config"])

@@ -42,12 +42,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 class TestExplain:
     def test_a_key_as_a_page(self, run: Run) -> None:
         assert run("explain", "warmup_ratio").splitlines() == [
-            "warmup_ratio  (Optimization)",
-            "",
+            *("warmup_ratio  (Optimization)", ""),
             "The same as a share of all steps; 0.05 to 0.1 is usual. With neither key: 0.03,",
-            "at most 100 steps.",
-            "",
-            "takes     a number from 0 to below 1",
+            *("at most 100 steps.", "", "takes     a number from 0 to below 1"),
             "default   not set",
         ]
 

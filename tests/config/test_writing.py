@@ -184,15 +184,9 @@ class TestNewFile:
 class TestOwnFile:
     def test_an_override_changes_its_line_and_no_comment(self) -> None:
         changes = [
-            "lora_r=64",
-            "max_steps=9",
-            "lora_target_modules=[q_proj]",
-            "flash_attention=",
-            "attn_implementation=sdpa",
-            "warmup_ratio=0.1",
-            "learning_rate=5e-5",
-            "datasets[1].path=other rows.jsonl",
-            "datasets[0].split=train",
+            *("lora_r=64", "max_steps=9", "lora_target_modules=[q_proj]", "flash_attention="),
+            *("attn_implementation=sdpa", "warmup_ratio=0.1", "learning_rate=5e-5"),
+            *("datasets[1].path=other rows.jsonl", "datasets[0].split=train"),
         ]
         text = rewritten(OWN, *changes, reasons={"warmup_ratio": "usual"})
         expected = OWN

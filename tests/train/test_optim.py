@@ -84,13 +84,8 @@ def network() -> nn.Module:
 
 
 ALL = [
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adamw_bnb_8bit",
-    "adamw_8bit",
-    "adamw_torch_8bit",
-    "paged_adamw_8bit",
-    "paged_adamw_32bit",
+    *("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit"),
+    *("paged_adamw_8bit", "paged_adamw_32bit"),
 ]
 
 
