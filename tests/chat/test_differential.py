@@ -100,11 +100,11 @@ def compare_many(tokenizers: Tokenizers, examples: int) -> dict[str, Counter[str
 
 
 def test_ids_kinds_sources_and_labels_equal_both_oracles(tokenizers: Tokenizers) -> None:
-    counts = compare_many(tokenizers, examples=700)
+    counts = compare_many(tokenizers, examples=400)
     total = sum(counts.values(), Counter())
     print("all versions", dict(total))
-    assert total["all"] >= 2000
-    assert all(total[feature] >= 300 for feature in FEATURES)
+    assert total["all"] >= 1200
+    assert all(total[feature] >= 150 for feature in FEATURES)
 
 
 @pytest.mark.slow
