@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from engine.catalog import model_names
 from engine.cli import main
 from engine.config import parse_config
+from tests.fakes.processes import run_python
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -21,13 +21,7 @@ def blocks(language: str) -> list[str]:
 
 
 def windtunnel(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "engine", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_python("-m", "engine", *arguments, cwd=cwd)
 
 
 def test_every_make_target_it_names_exists() -> None:

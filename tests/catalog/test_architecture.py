@@ -2,10 +2,7 @@
 
 import contextlib
 import json
-import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -29,6 +26,7 @@ from engine.catalog.rows import ARCHITECTURES
 from engine.config import ConfigError, read_config, require_supported
 from engine.errors import UserError
 from engine.plan import remarks
+from tests.fakes.processes import printed_by
 from tests.support.extras import needs_trainer
 from tests.support.machines import config
 
@@ -159,16 +157,9 @@ class TestHub:
             "r = read('mistralai/Magistral-Small-2509'); "
             "print(r.table.parameters[-1].shape, r.card.name, r.table.parameters[-1].tied)"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=ROOT,
-            env=os.environ | {"HF_HUB_CACHE": str(tmp_path)},
-        )
+        printed = printed_by("-c", code, HF_HUB_CACHE=str(tmp_path))
         # The file does not say whether the head is tied; the card of that repository does.
-        assert done.stdout.split() == ["(64,", "32)", "magistral-small-2509", "False"]
+        assert printed.split() == ["(64,", "32)", "magistral-small-2509", "False"]
 
 
 CODE = {"auto_map": {"AutoModel": "modeling_evil.Evil"}}

@@ -1,8 +1,6 @@
 """The named models of presets/, and the tables that are made from them, without torch."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +70,6 @@ class TestCards:
 
     def test_a_file_is_read_once(self) -> None:
         assert find_model("ministral-3-3b") is find_model("ministral-3-3b")
-
-    def test_importing_the_catalog_reads_nothing_and_stays_light(self) -> None:
-        code = (
-            "import sys, engine.catalog; heavy = {'torch', 'numpy', 'transformers', "
-            "'huggingface_hub', 'ruamel.yaml', 'mistral_common', 'pydantic'} & set(sys.modules); "
-            "print(*heavy)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
-        )
-        assert (done.stdout, done.stderr) == ("\n", "")
 
 
 class TestTable:

@@ -1,7 +1,5 @@
 """What rendering decides beyond mistral-common: thinking, effort, withheld messages, sources."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -325,12 +323,3 @@ def test_a_cut_never_leaves_a_part_of_an_image(limit: int) -> None:
         assert len(cut) <= limit
         images = np.count_nonzero((cut.kinds & ~np.uint8(WITHHELD)) == Kind.IMAGE)
         assert images in (0, 4, 7)
-
-
-def test_labels_need_no_tokenizer() -> None:
-    """The trainer reads prepared arrays; mistral-common stays out of its start."""
-    code = "import sys, engine.chat.render; print('mistral_common' in sys.modules)"
-    run: Any = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert run.stdout.strip() == "False"

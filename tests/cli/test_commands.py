@@ -22,7 +22,7 @@ from engine.plan import best_device
 from engine.wizard.draft import Draft, draft_from
 from engine.wizard.flow import perform
 from engine.wizard.model import OWN, ModelStep
-from tests.fakes.processes import PATIENCE_SECONDS, ROOT
+from tests.fakes.processes import PATIENCE_SECONDS, ROOT, printed_by
 from tests.support.commands import Call
 
 PUBLISHED = Path(mistral_common.__file__).parent / "data"
@@ -107,16 +107,8 @@ def test_a_wrong_request_leaves_nothing(
 
 
 def test_an_output_that_knows_ascii_alone_gets_numbers_for_other_letters() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "engine", "models", "--assume", "RTX 4090"],
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "\\u2713 fits" in done.stdout
+    printed = printed_by("-m", "engine", "models", "--assume", "4090", PYTHONIOENCODING="ascii")
+    assert "\\u2713 fits" in printed
 
 
 @pytest.mark.parametrize("program", ["tui", "engine"])

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from engine.config import (
 )
 from engine.config.document import parse_document
 from engine.errors import UserError
+from tests.fakes.processes import printed_by
 
 
 def config(text: str) -> RunConfig:
@@ -624,10 +623,7 @@ class TestImport:
         )
         measured = []
         for _ in range(3):
-            result = subprocess.run(
-                [sys.executable, "-c", script], capture_output=True, text=True, check=True
-            )
-            pydantic_seconds, seconds, *modules = result.stdout.split()
+            pydantic_seconds, seconds, *modules = printed_by("-c", script).split()
             measured.append(float(seconds) / float(pydantic_seconds))
             assert not {"numpy", "torch", "mistral_common", "rich", "textual"} & set(modules)
         # pydantic alone takes 0.07 s on an idle machine, and this package as much again: 0.15 s.

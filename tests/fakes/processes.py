@@ -32,6 +32,13 @@ def run_python(
     )
 
 
+def printed_by(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:
+    """What this Python prints that ends well."""
+    done = run_python(*arguments, cwd=cwd, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     """Poll until the condition holds; fails the test when it does not in time."""
     deadline = time.monotonic() + seconds

@@ -1,8 +1,6 @@
 """Where runs live, how they are named, and how a name finds them again."""
 
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -10,7 +8,6 @@ import pytest
 
 from engine.errors import UserError, WorkError
 from engine.runs import RunFolder, create_run, find_run, list_runs, run_home
-from tests.fakes.processes import ROOT
 
 
 def test_a_run_lives_under_the_option_then_the_variable_then_the_data_folder(
@@ -187,12 +184,3 @@ def test_a_run_is_found_by_its_folder_too(run: RunFolder, monkeypatch: pytest.Mo
     assert find_run("first") == run
     with pytest.raises(UserError, match="holds no run"):
         find_run("./second")
-
-
-def test_importing_runs_brings_in_nothing_heavy() -> None:
-    code = (
-        "import sys, engine.runs, engine.launch; "
-        "heavy = {'torch', 'numpy', 'pydantic', 'textual', 'rich', 'mistral_common', 'datasets'}; "
-        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

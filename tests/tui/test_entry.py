@@ -2,8 +2,6 @@
 
 import io
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from engine.config import read_config
 from engine.errors import UserError
 from engine.events import Ended, Event, Note, Recorded, Sample, Started, Step
 from engine.runs import create_run
-from tests.fakes.processes import ROOT, run_python, running_fake
+from tests.fakes.processes import run_python, running_fake
 from tests.support.extras import needs_trainer
 from tests.support.terminal import Terminal
 from tests.support.written_runs import written_run
@@ -231,17 +229,6 @@ def test_ascii_writes_nothing_else(home: Path) -> None:
         terminal.press("q")
         assert terminal.end() == 0
     assert terminal.written.isascii()
-
-
-def test_a_screen_loads_no_library_that_trains_or_tokenizes(home: Path) -> None:
-    code = "import sys, tui.app; from tui.screens import machine, runs, train; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    loaded = {name.split(".")[0] for name in done.stdout.split()}
-    assert "textual" in loaded
-    heavy = {"torch", "transformers", "peft", "datasets", "mistral_common", "numpy", "pydantic"}
-    assert not loaded & heavy
 
 
 STARTED = Started("run", "demo-tiny", "lora", ("cpu",), 1, 2, 98304)
