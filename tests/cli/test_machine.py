@@ -9,7 +9,7 @@ from engine.cli.machine import command_lines
 from engine.hardware import missing_packages, read_machine
 from tests.fakes.nvml import H100, RTX_4090, FakeDriver
 from tests.fakes.packages import install_torch
-from tests.fakes.processes import run_python
+from tests.fakes.processes import ROOT, run_python
 from tests.support.commands import Call
 from tests.support.extras import needs_trainer
 
@@ -171,7 +171,8 @@ def test_both_say_whether_fa4_suits_the_cards(nvml: FakeDriver, call: Call, torc
 def test_neither_loads_the_trainer_nor_a_tokenizer(nvml: FakeDriver, command: str) -> None:
     nvml.set(H100)
     code = f"import sys; from engine.cli import main; main(['{command}', '--json'])"
-    done = run_python("-c", f"{code}; print(*sys.modules, file=sys.stderr)", **nvml.environment)
+    program = f"{code}; print(*sys.modules, file=sys.stderr)"
+    done = run_python("-c", program, cwd=ROOT, **nvml.environment)
     assert done.returncode == 0
     assert "GPU-aaaa-1" in done.stdout or command == "doctor"
     assert "no_driver" not in done.stdout
