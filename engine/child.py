@@ -159,7 +159,6 @@ class Child:
             self._process.wait()
 
     def close(self) -> None:
-        """Forget a process that has ended."""
         assert self._process.stdout
         self._process.stdout.close()
         self._errors.close()

@@ -277,7 +277,6 @@ def _keep_other(path: Path, text: str) -> None:
 
 
 def _command(run: RunFolder, nodes: Nodes, module: str) -> tuple[list[str], dict[str, str]]:
-    """What starts the trainer or the supervisor of several; what makes CUDA show it its cards."""
     # Here and not above: whoever only watches a run stays without pydantic.
     from engine.config import read_config
     from engine.plan.crew import crew_of

@@ -42,7 +42,6 @@ def find_matches(pattern: str, names: tuple[str, ...] = (), how: How = "whole") 
 # A plan is made at every keystroke of the wizard; what is not waited for is remembered too.
 @lru_cache(maxsize=256)
 def _ask(pattern: str, names: tuple[str, ...], how: How) -> tuple[str, ...] | str:
-    """The names, or why there are none."""
     # Imported here: the child needs none of it, and starts in half the time.
     import subprocess
 

@@ -149,11 +149,9 @@ class WindtunnelApp(App[int]):
 
     @property
     def draft(self) -> "Draft":
-        """The answers so far."""
         return self.wizard.draft
 
     async def perform(self, work: "Work") -> object:
-        """Do what a step waits for in a thread: its result, or the UserError that ended it."""
         from engine.wizard.flow import perform
 
         return await asyncio.to_thread(perform, work, lambda _done: None)

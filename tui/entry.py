@@ -86,7 +86,6 @@ def read_request(arguments: Sequence[str]) -> WizardRequest | None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """One command of the engine, drawn where there is a terminal; returns its exit status."""
     from engine.cli import main as run
     from engine.cli.terminal import Host, PlainWatch
 

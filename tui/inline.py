@@ -130,7 +130,6 @@ class Inline:
             self._draw_memory()
 
     def _ask(self) -> bool:
-        """Ask once; whether that was the last answer."""
         question = self._wizard.question()
         self.show(question)
         choices = _choices(question, self._console.width, self._drawn)

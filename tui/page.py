@@ -20,9 +20,11 @@ from textual.screen import Screen
 from textual.widget import Widget
 
 from engine.errors import UserError
+from engine.report import Mark
 from engine.visible import visible
+from tui.line import MARK_STYLES
 from tui.widgets.choices import Choices
-from tui.widgets.pane import Confirm, Drawn, Field, HelpPanel, HelpText, ProblemPanel
+from tui.widgets.pane import Confirm, Drawn, Field, HelpPanel, HelpText, Pane, ProblemPanel
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +105,11 @@ class CommandLine(Widget):
 
 STEPS: Final = ("Machine", "Model", "Data", "Preview", "Plan", "Review")
 
-_COLOURS: Final = {
-    "✓": "$success",
-    "▶": "$success",
-    "!": "$warning",
-    "?": "$warning",
-    "✗": "$error",
-}
 
-
-def verdict(mark: str, word: str, text: str) -> Content:
+def verdict(mark: Mark, word: str, text: str) -> Content:
     """The mark and the word in bold, in the colour of the mark, then the sentence."""
-    style = f"bold {_COLOURS.get(mark, '$lit')}"
+    judges = MARK_STYLES[mark] in ("$success", "$warning", "$error")
+    style = f"bold {MARK_STYLES[mark] if judges else '$lit'}"
     head = " ".join(each for each in (mark, word) if each)
     return Content.assemble((head, style), ("  " if head and text else "", ""), (text, ""))
 
@@ -251,7 +246,7 @@ class Page(Screen[None]):
         and a search of the whole page finds that one first."""
         return self.query_one("#body").query_one(kind)
 
-    def say(self, mark: str, word: str, text: str = "", short: str = "") -> None:
+    def say(self, mark: Mark, word: str, text: str = "", short: str = "") -> None:
         """The page's answer: one of `✓ ! ✗ · ▶ ?`, the verdict's word, and one sentence.
 
         A step says `short` where the row has no room for `text`.
@@ -411,7 +406,8 @@ class Page(Screen[None]):
 
 
 class PathField(Field):
-    """For a path or a hub id: tab completes what is on the disk. Posts Offered and Left."""
+    """For a path or a hub id: tab completes what is on the disk, the pane around shows what goes on
+    like the text. Posts Left."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("tab", "complete", "complete the path", show=False, priority=True),
@@ -421,12 +417,6 @@ class PathField(Field):
         Key("tab", "complete"),
         Key("esc", "leave the field"),
     )
-
-    @dataclass
-    class Offered(Message):
-        """Several names go on like the text."""
-
-        names: list[str]
 
     class Left(Field.Left):
         """The field gave up the focus."""
@@ -448,4 +438,6 @@ class PathField(Field):
             return
         self.value = completed
         self.cursor_position = len(completed)
-        self.post_message(self.Offered(names))
+        if isinstance(self.parent, Pane):
+            shown = "  ".join(visible(name, one_line=True) for name in names)
+            self.parent.show_subtitle(shown if len(names) > 1 else "")

@@ -131,7 +131,6 @@ def numbered(answers: Sequence[Answer], marked: int) -> list[str]:
 
 
 def stream_dialogue(*, ascii_only: bool) -> Dialogue:
-    """A dialogue over the standard streams; what the terminal's encoding lacks becomes `?`."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     return Dialogue(ascii_only=ascii_only)

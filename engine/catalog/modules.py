@@ -77,7 +77,6 @@ class ModuleTable:
 
 
 def ending(name: str) -> str:
-    """The last part of a qualified name."""
     return name.rpartition(".")[2]
 
 

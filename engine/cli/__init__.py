@@ -53,7 +53,6 @@ _COMMANDS: Mapping[str, Callable[..., int | None]] = {
 
 
 def build_app(host: Host = HOST) -> cyclopts.App:
-    """All commands, for `host`."""
     app = cyclopts.App(
         name="windtunnel",
         help="Fine-tune Mistral models: see what is learned, train it, never lose a run.",

@@ -214,7 +214,6 @@ def preview_data(
 def _show_rows(
     request: _Request, first: int, every: bool, as_json: bool, effort: str | None
 ) -> tuple[int, int]:
-    """Prints the row `first`, or every row from it on; how many, and how many learn nothing."""
     from engine.chat.tokenizer import open_tokenizer
     from engine.data.prepare import label_rule
     from engine.data.preview import legend, preview_entry, preview_row, row_text

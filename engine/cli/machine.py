@@ -122,7 +122,6 @@ def package_report(machine: Machine, missing: tuple[Missing, ...]) -> list[str]:
 
 
 def _card(gpu: Gpu) -> list[str]:
-    """A card: name and state, figures, UUID, and a line for each process."""
     lines = _fold(f"{gpu.index:>3}  {gpu.short_name}  {card_state(gpu)}")
     below = [card_text(gpu)]
     if not gpu.uuid.startswith("planned-"):

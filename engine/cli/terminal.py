@@ -40,9 +40,11 @@ class Watch(Protocol):
 
     def show(self, recorded: Recorded) -> None:
         """Take in one event."""
+        return
 
     def close(self) -> None:
         """The run has ended, or nobody watches any more."""
+        return
 
 
 class PlainWatch:
@@ -62,14 +64,8 @@ class PlainWatch:
         self._out.flush()
 
 
-class NoWatch:
+class NoWatch(Watch):
     """Shows nothing: another process shows the same."""
-
-    def show(self, recorded: Recorded) -> None:
-        """Take in one event."""
-
-    def close(self) -> None:
-        """The run has ended."""
 
 
 class EventLines:
@@ -128,5 +124,4 @@ def terminal_columns() -> int | None:
 
 
 def underlines() -> bool:
-    """Whether letters may be underlined."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -53,7 +53,6 @@ class Allocation:
             seconds_of(self.time)
 
     def words(self) -> str:
-        """How it is said."""
         each = f" with {counted(self.gpus_per_node, 'GPU')}" if self.gpus_per_node else ""
         every = " each" if each and self.nodes > 1 else ""
         return f"{counted(self.nodes, 'node')}{each}{every}"
@@ -127,7 +126,6 @@ class Job:
     """Comments above srun."""
 
     def script(self) -> str:
-        """The whole script."""
         return "\n".join([*self._head(), "", *self._environment(), "", *self._work()]) + "\n"
 
     @property

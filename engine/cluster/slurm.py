@@ -150,7 +150,6 @@ def missing_model(repository: str, revision: str | None, places: Places) -> Iter
 
 
 def _is_cached(repository: str, revision: str | None, places: Places) -> bool:
-    """Whether every file of a model that a run reads is in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     def find(name: str) -> Path | None:

@@ -67,7 +67,6 @@ class Limit:
         )
 
     def applies(self, value: object) -> bool:
-        """Whether this value is one that is not acted on."""
         if value is None:
             return False
         if self.only is not None:

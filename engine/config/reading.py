@@ -155,7 +155,6 @@ class _Check:
     """Keys whose values are not the file's, because they could not be read."""
 
     def run(self) -> RunConfig | None:
-        """The config, or None when a problem was found."""
         self.unread = {finding.key for finding in self.found}
         self.found += _secrets(self.values, ())
         secret = {finding.key for finding in self.found if finding.id == "secret"}
@@ -180,7 +179,6 @@ class _Check:
         return None
 
     def modernize(self) -> None:
-        """Older spellings become today's."""
         self.read_fsdp1()
         if self.values.keys() <= _KEYS:
             return
@@ -228,7 +226,6 @@ class _Check:
             self.tell_mapped("fsdp_config", own, "gradient_checkpointing: true")
 
     def tell_mapped(self, key: str, what: str, reads: str) -> None:
-        """A note of a key that is read as another."""
         fix = f"Write {reads.partition(',')[0]}, unless Axolotl reads the file too."
         self.found.append(
             Finding("mapped", "note", key, None, f"{key} {what}.", f"It is read as {reads}.", fix)

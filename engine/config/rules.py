@@ -35,7 +35,6 @@ _ROWS = re.compile(r"\[\d*:\d*\]$")
 
 
 def _once(id: str, first: str, second: str) -> Rule:  # noqa: A002
-    """Two keys for one thing."""
     return Rule(
         id,
         (first, second),

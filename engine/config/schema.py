@@ -80,7 +80,6 @@ def schema_at(path: KeyPath) -> Schema:
 
 
 def describe(entry: Schema) -> str:
-    """A schema in words."""
     values = allowed(entry)
     if values:
         return " or ".join(values) if len(values) < 3 else f"one of {', '.join(values)}"
@@ -119,7 +118,6 @@ def allowed(entry: Schema) -> list[str]:
 
 
 def _step(node: Schema, part: str | int) -> Schema:
-    """The schema of what `part` names inside `node`."""
     if "$ref" in node:
         node = config_schema()["$defs"][node["$ref"].rsplit("/", 1)[-1]]
     for option in (node, *node.get("anyOf", ())):

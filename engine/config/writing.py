@@ -58,7 +58,6 @@ class _Edits:
         return "".join([*parts, text[done:]])
 
     def compare(self, path: KeyPath, before: Section, after: Section) -> None:
-        """Collect the changes between two sections that stand at `path`."""
         for key in type(after).model_fields:
             old, new = getattr(before, key), getattr(after, key)
             name = self.name_in_file(path, key)
@@ -89,7 +88,6 @@ class _Edits:
         return next(iter([*used, *found]), None)
 
     def replace(self, path: KeyPath, name: str, key: str, section: Section) -> None:
-        """Put the new value in the place of the old one."""
         parent, text = self.mapping(path), self.document.text
         key_node, value_node = next(pair for pair in parent.value if pair[0].value == name)
         start, end = self.after_colon(key_node), self.pair_end(key_node, value_node)

@@ -127,7 +127,6 @@ class _Questions:
 
 
 def _read_card(index: int, questions: _Questions, ram: tuple[int, int]) -> list[Gpu]:
-    """The card, or the slices that it is cut into."""
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     except pynvml.NVMLError as error:
@@ -191,7 +190,6 @@ def _read_slices(card: Gpu, handle: Any, questions: _Questions, ram: tuple[int, 
 
 
 def _measure(gpu: Gpu, handle: Any, questions: _Questions, ram: tuple[int, int]) -> Gpu:
-    """`gpu` with what changes: memory, load, heat, power and processes."""
     if gpu.unified:
         total, free = ram
         memory: tuple[int, int, int] | None = (total, free, total - free)
@@ -293,7 +291,6 @@ _RELOAD = "Restart the computer, or run `sudo rmmod nvidia && sudo modprobe nvid
 
 
 def _no_driver(code: int, words: str) -> Problem:
-    """NVML could not be opened: its error code and text."""
     known = {
         pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: Problem(
             "no_driver",
@@ -335,7 +332,6 @@ def _no_driver(code: int, words: str) -> Problem:
 
 
 def _driver_silent(seconds: float) -> Problem:
-    """The driver did not answer in that time."""
     return Problem(
         "driver_silent",
         "error",
@@ -346,7 +342,6 @@ def _driver_silent(seconds: float) -> Problem:
 
 
 def _no_gpu() -> Problem:
-    """The driver works and has no card."""
     return Problem(
         "no_gpu",
         "warning",
@@ -379,7 +374,6 @@ def _driver_old(topics: Sequence[str]) -> Problem:
 
 
 def _mig(indexes: Sequence[int]) -> Problem:
-    """Some cards are cut into slices."""
     which = f"GPU {indexes[0]} is" if len(indexes) == 1 else f"GPUs {_list(indexes)} are"
     return Problem(
         "mig",
@@ -391,7 +385,6 @@ def _mig(indexes: Sequence[int]) -> Problem:
 
 
 def _wrong_with(gpu: Gpu) -> Problem | None:
-    """What is wrong with one card, None where nothing is."""
     which = f"GPU {gpu.index}" + ("" if gpu.name == f"GPU {gpu.index}" else f", {_name(gpu)},")
     if gpu.state == "lost":
         return Problem(

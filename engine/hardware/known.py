@@ -78,7 +78,6 @@ class KnownGpu:
 
     @property
     def spellings(self) -> set[str]:
-        """Its name and aliases, as `_spell` makes any of them alike."""
         return {_spell(each) for each in (self.name, *self.aliases)}
 
 
@@ -360,7 +359,6 @@ def _holds(gpu: KnownGpu, gigabytes: float) -> bool:
 
 
 def _capability_of(name: str) -> tuple[int, int] | None:
-    """What a name tells of a card that is not listed."""
     spoken = " ".join(_words(name))
     for pattern, capability in cuda_facts().generations:
         if re.search(rf"\b(?:{pattern})\b", spoken):

@@ -121,7 +121,6 @@ def missing_packages(machine: Machine) -> tuple[Missing, ...]:
 
 
 def installed(package: str) -> str | None:
-    """The version of a package by its metadata, None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -97,7 +97,6 @@ class Choice:
 
     @property
     def known(self) -> Statistics | None:
-        """What is known of the rows."""
         return self.place.statistics
 
     @property
@@ -178,7 +177,6 @@ class Choice:
             self.reasons["dp_replicate_size"] = copies
 
     def follow(self, recipe: Recipe) -> None:
-        """Take over a recipe that ships for this model and dataset."""
         for key, value in recipe.values.items():
             self.put(key, value, recipe.reasons.get(key, "of the recipe that ships"))
 
@@ -244,7 +242,6 @@ class Choice:
         return {key: value for _, keys, _ in changes for key, value in keys.items()}
 
     def adapter(self) -> None:
-        """Rank and scale, where there is an adapter."""
         if self.config().adapter is None:
             return
         rank = self.largest("lora_r", (32, 16), optimizer=lambda _: "adamw_bnb_8bit")
@@ -257,7 +254,6 @@ class Choice:
             self.put("lora_target_linear", True, "attention and MLP: attention alone learns less")
 
     def batch(self) -> None:
-        """Optimizer, sequences at once, and how many of them make a step."""
         exact = self.needs(optimizer="adamw_torch_fused")
         small = self.needs(optimizer="adamw_bnb_8bit")
         more = gib(exact.device_bytes - small.device_bytes)
@@ -273,7 +269,6 @@ class Choice:
         self._accumulate()
 
     def _accumulate(self) -> None:
-        """How many micro-batches make a step."""
         known = self.known
         at_once = self.needs().tokens_at_once * self.layout.readers
         if known is None:
@@ -285,7 +280,6 @@ class Choice:
         self.put("gradient_accumulation_steps", steps, "")
 
     def settle(self) -> None:
-        """The reasons of the batch, once all is chosen that they follow from."""
         key = "micro_batch_size"
         if self.reasons.get(key) == "":
             self.reasons[key] = self._why_no_more(self.values[key])
@@ -310,7 +304,6 @@ class Choice:
         return f"{at_once:,} tokens at once keep {self._where()} busy"
 
     def optimization(self) -> None:
-        """How far and how often the weights move."""
         whole, total = self.config().adapter is None, self.place.table.total_parameters
         self.put("learning_rate", *learning_rate(total, whole=whole))
         rows = self.known.usable_rows if self.known else None
@@ -324,7 +317,6 @@ class Choice:
         self.put("weight_decay", 0.01, "usual")
 
     def habits(self) -> None:
-        """What is held out, saved and asked."""
         known = self.known
         if self.images:
             self.put("processor_type", "AutoProcessor", "rows have images; Axolotl needs it too")
@@ -346,7 +338,6 @@ class Choice:
             self.put("chat_template_kwargs", {"reasoning_effort": "high"}, reason)
 
     def intervals(self) -> None:
-        """How often it is saved and evaluated."""
         config = self.config()
         needed = expected_duration(config, self.place)
         epoch = needed.seconds / config.num_epochs if needed and not config.max_steps else 0.0

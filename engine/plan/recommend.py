@@ -54,7 +54,6 @@ class Recommendation:
 
     @property
     def offloads(self) -> bool:
-        """Whether something is offloaded to this computer's memory."""
         return bool(in_use(self.config))
 
     @property

@@ -53,7 +53,6 @@ def remarks(config: RunConfig, architecture: Architecture) -> tuple[str, ...]:
 
 
 def _other_than_its_makers(config: RunConfig, architecture: Architecture) -> str | None:
-    """A config.json whose numbers are not those of the model, and what repairs it."""
     built = with_overrides(architecture, config.overrides_of_model_config)
     found = contradictions(built, find_card(config.base_model))
     if not found:

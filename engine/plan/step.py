@@ -145,7 +145,6 @@ class Step:
 
     @property
     def trainable(self) -> int:
-        """All numbers that are trained."""
         return self.adapter + self.whole
 
     @property

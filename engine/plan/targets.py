@@ -117,7 +117,6 @@ def expert_adapter_parameters(table: ModuleTable, config: RunConfig) -> int:
 
 
 def trainable_parameters(table: ModuleTable, config: RunConfig) -> int:
-    """Trainable numbers: of the adapter, and of what is trained whole."""
     adapter = adapter_parameters(table, config) if config.adapter else 0
     return adapter + _whole(table, config).numbers
 
@@ -141,17 +140,14 @@ def trains_head(table: ModuleTable, config: RunConfig) -> bool:
 
 @lru_cache(maxsize=32)
 def is_tied(table: ModuleTable) -> bool:
-    """Whether the head shares the embedding's weights."""
     return any(row.tied for row in table.parameters)
 
 
 def trains_embedding(table: ModuleTable, config: RunConfig) -> bool:
-    """Whether the embedding's own weight is trained."""
     return "embedding" in _whole(table, config).groups
 
 
 def trains_vision(table: ModuleTable, config: RunConfig) -> bool:
-    """Whether anything of the vision tower or the projector is trained."""
     groups = _whole(table, config).groups
     if config.adapter:
         groups |= _adapted(table, _modules(table, config)).groups

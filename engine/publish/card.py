@@ -253,7 +253,6 @@ def write_card(run: RunFolder, target: Path) -> Path:
 
 
 def describe(facts: ResultFacts, kind: Kind) -> Iterator[str]:
-    """The card's lines."""
     yield from _front_matter(facts, kind)
     name, base = visible(facts.name, one_line=True), visible(facts.base_name, one_line=True)
     method = {"adapter": "adapter", "model": "full fine-tune", "merged": "fine-tune"}[kind]

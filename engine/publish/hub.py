@@ -104,7 +104,6 @@ def _push_in_own_process(run: RunFolder) -> tuple[bool, str]:
 
 
 def repeat_command(run: RunFolder) -> str:
-    """What uploads the result again."""
     return f"windtunnel push {visible(str(run.path), one_line=True)}"
 
 

@@ -81,7 +81,6 @@ def row_lines(found: Checkup, shape: Shape) -> list[Line]:
 
 
 def image_lines(found: Checkup) -> list[Line]:
-    """The images of the rows, where there are any."""
     images = found.images
     if not images.count:
         return []

@@ -138,7 +138,6 @@ def package_lines(machine: Machine, missing: tuple[Missing, ...]) -> list[Line]:
 
 
 def _built_for(machine: Machine) -> str:
-    """What the installed torch was built for, to stand behind its version."""
     if machine.torch_cuda is None:
         return ""
     return f" (CUDA {machine.torch_cuda})" if machine.torch_cuda else " (without CUDA)"

@@ -154,7 +154,6 @@ def model_verdict(plan: Recommendation) -> Line:
 
 
 def weights_sentence(plan: Recommendation) -> str:
-    """What the weights take, on the device and beside it."""
     needs = plan.estimate
     held = sum(needs.parts.get(name, 0) for name in WEIGHTS)
     shown = gib(held) if held >= GIB / 10 else f"{held / 2**20:.0f} MiB"
@@ -229,7 +228,6 @@ def alternative_line(other: Alternative) -> Line:
 
 
 def advice_lines(advice: Recommendation, device: Device) -> list[Line]:
-    """What `recommend` says above the config."""
     lines = [plan_verdict(advice.estimate, device), *_device_lines(device, advice.estimate)]
     if advice.not_trained:
         lines.append(Line("✗", "not trained yet", advice.not_trained))

@@ -201,7 +201,6 @@ class SpacedLines:
 
 
 def _measured(event: Eval | Score | Answers | Drift | Saved, best: float | None) -> Line:
-    """What a run says of itself between two steps."""
     detail = ""
     match event:
         case Eval():
@@ -340,7 +339,7 @@ _RISES: Final = 3
 class Headline:
     """The first row's verdict and the second row."""
 
-    mark: str
+    mark: Mark
     word: str
     text: str
     """Of the second row."""
@@ -403,7 +402,6 @@ def stop_question(history: History) -> str:
 
 
 def notes(history: History) -> str:
-    """What to look at in the curves; empty where all is well."""
     saves = [each.step for each in history.saved]
     if history.nan_since is not None:
         good = [step for step in saves if step < history.nan_since]

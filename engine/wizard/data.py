@@ -6,7 +6,6 @@ What is offered before anything is typed is looked up by name alone; no file is 
 import os
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -21,7 +20,7 @@ from engine.errors import UserError
 from engine.report import Line
 from engine.report.data import list_remarks, mapping_text, row_lines, rows_verdict, shape_lines
 from engine.wizard.draft import Draft, is_named_by_path, rows_config, take_count, with_rows
-from engine.wizard.question import Choice, Confirm, Question, Work
+from engine.wizard.question import Choice, Confirm, Question, Step, Work
 from engine.wizard.reading import Read
 
 _NEWEST: Final = 3
@@ -30,31 +29,22 @@ _DEEPEST: Final = 3
 _LOOKED_AT: Final = 5000
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One line of the page: a dataset with its `path`, or a place whose path is still typed."""
-
-    kind: Literal["sample", "file", "typed", "hub"]
-    title: str
-    note: str
-    path: str = ""
+TYPED: Final = "typed"
+HUB: Final = "hub"
 
 
-def list_sources(newest: list[str]) -> list[Source]:
-    """Samples, the newest files, a path to type, the hub."""
+def list_sources(newest: list[str]) -> list[Choice]:
+    """Samples and the newest files by their path, then a path to type, and the hub."""
+    samples = list_samples()
+    paths = [SAMPLE_PREFIX + sample.name for sample in samples]
+    titles = [f"{SAMPLE_PREFIX} {sample.name}" for sample in samples]
+    notes = [f"{sample.rows:,} {sample.description}" for sample in samples]
+    formats = "JSON, CSV, Parquet, Arrow; also .gz and .zst"
     return [
-        *(
-            Source(
-                "sample",
-                f"{SAMPLE_PREFIX} {sample.name}",
-                f"{sample.rows:,} {sample.description}",
-                SAMPLE_PREFIX + sample.name,
-            )
-            for sample in list_samples()
-        ),
-        *(Source("file", name, "newest here", name) for name in newest),
-        Source("typed", "file or folder", "JSON, CSV, Parquet, Arrow; also .gz and .zst"),
-        Source("hub", "huggingface.co", "org/name; asks before it connects"),
+        *map(Choice, paths, titles, notes),
+        *(Choice(name, name, "newest here") for name in newest),
+        Choice(TYPED, "file or folder", formats, asks="path", completes="path"),
+        Choice(HUB, "huggingface.co", "org/name; asks before it connects", asks="org/name"),
     ]
 
 
@@ -108,8 +98,6 @@ def complete_path(text: str, folder: Path) -> tuple[str, list[str]]:
     return (os.path.join(head, common) if common else text), names
 
 
-TYPED: Final = "typed"
-HUB: Final = "hub"
 KEPT: Final = "kept"
 """The datasets of an opened config, as they are."""
 USE: Final = "use"
@@ -120,7 +108,7 @@ OTHERS: Final = "others"
 _SHARES: Final = (0.0, 0.05, 0.1, 0.2)
 
 
-class DataStep:
+class DataStep(Step):
     """Where the rows come from; once some are considered, what is in them and whether to use them.
 
     `found` is what was read of `dataset`, `problem` why it could not be.
@@ -139,7 +127,6 @@ class DataStep:
         self._model: str | None = None
 
     def work(self) -> Work | None:
-        """Reading the considered rows: how the first look, then all of them."""
         if self.dataset is None or self.problem is not None:
             return None
         if self._draft.model != self._model:
@@ -152,7 +139,6 @@ class DataStep:
         return None
 
     def receive(self, _work: Work, result: object) -> None:
-        """Keep how the rows look, what was found in them, or why they cannot be read."""
         if isinstance(result, UserError):
             self.problem = result
         elif isinstance(result, Shape):
@@ -174,37 +160,21 @@ class DataStep:
         return "read" if self.found.usable else "refused"
 
     def consider(self, dataset: DatasetConfig) -> None:
-        """Have these rows read."""
         if dataset != self.dataset:
             self._forget_split()
         self.dataset, self._model = dataset, self._draft.model
         self.shape = self.found = self.problem = None
 
     def question(self) -> Question:
-        """Which rows; or what to do with those that were read."""
         if self.found is not None:
             return self._about(self.found)
-        sources = list_sources(find_newest(Path.cwd()))
-        choices = [Choice(each.path, each.title, each.note) for each in sources if each.path]
+        choices = list_sources(find_newest(Path.cwd()))
         kept, own = self._draft.dataset, self._draft.own.datasets if self._draft.own else ()
         paths = [choice.key for choice in choices]
         if len(own) > 1 and kept in own:
             choices.insert(0, Choice(KEPT, f"the {len(own)} datasets of the config"))
         elif kept is not None and kept.path not in paths:
             choices.insert(0, Choice(kept.path, kept.path, "as chosen before"))
-        for source in sources:
-            if not source.path:
-                path = source.kind == "typed"
-                asks, completes = ("path", "path") if path else ("org/name", "")
-                choices.append(
-                    Choice(
-                        source.kind,
-                        source.title,
-                        source.note,
-                        asks=asks,
-                        completes="path" if completes else "",
-                    )
-                )
         keys = [choice.key for choice in choices]
         wanted = KEPT if KEPT in keys else kept.path if kept is not None else keys[0]
         headline = Line("·", "no data", "conversations to learn from, one a row")
@@ -213,7 +183,6 @@ class DataStep:
         return Question(headline, tuple(choices), keys.index(wanted))
 
     def verdict(self) -> Line:
-        """What was found in the rows that were read, for this model."""
         assert self.found is not None
         line = rows_verdict(self.found, *self.held_out())
         if self._draft.is_blind:
@@ -233,7 +202,6 @@ class DataStep:
         return config.val_set_size, len(config.test_datasets)
 
     def confirm(self, key: str, text: str) -> Confirm | None:
-        """Whether the hub is asked for rows that are not here."""
         if self.found is not None or key == KEPT:
             return None
         return self.consent(self._named(key, text))
@@ -255,7 +223,6 @@ class DataStep:
         )
 
     def agree(self, dataset: DatasetConfig) -> None:
-        """The hub may be asked for these rows."""
         if hub_id := locate(dataset, Path.cwd()).hub_id:
             self._agreed.add(hub_id)
 
@@ -283,7 +250,6 @@ class DataStep:
         return False
 
     def map(self, mapping: dict[str, str]) -> None:
-        """Read the rows again, their columns by other names."""
         assert self.dataset is not None
         self.consider(mapped(self.dataset, mapping))
 
@@ -307,7 +273,6 @@ class DataStep:
         return chosen.held_out if chosen else None
 
     def _evaluates(self) -> bool:
-        """Whether a split of the same folder is evaluated."""
         sets = self._draft.changes.get("test_datasets")
         return isinstance(sets, tuple) and any(
             isinstance(each, DatasetConfig) and self.dataset and each.path == self.dataset.path
@@ -326,7 +291,6 @@ class DataStep:
         self._draft.change("val_set_size", 0.0)
 
     def back(self) -> bool:
-        """Take other rows."""
         self._forget_split()
         considered, self.dataset = self.dataset, None
         self.shape = self.found = self.problem = None

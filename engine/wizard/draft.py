@@ -80,7 +80,6 @@ class Draft:
     _made: tuple[object, Recommendation] | None = field(default=None, repr=False, compare=False)
 
     def change(self, key: str, value: object) -> None:
-        """Keep a value that the person chose."""
         self.changes[key] = value
 
     def reset(self, key: str) -> None:
@@ -99,7 +98,6 @@ class Draft:
 
     @property
     def is_blind(self) -> bool:
-        """Whether the rows have images and the model reads only text."""
         return self.shows_images and not reads_images(self.architecture())
 
     def advice(self) -> Recommendation:
@@ -271,8 +269,6 @@ WHICH_KEYS: Final = ("base_model", "tokenizer_config", "datasets")
 
 
 def counted_of(config: RunConfig) -> Counted:
-    """What a count of a config's rows holds for."""
-
     def text(*keys: str) -> str:
         return json.dumps(config.model_dump(mode="json", include={*keys}), sort_keys=True)
 
@@ -324,7 +320,6 @@ def rows_config(config: RunConfig, *, labels: bool = True) -> RunConfig:
 
 
 def take_count(draft: Draft, config: RunConfig, statistics: Statistics | None) -> None:
-    """Put what was found in the rows of `config` into the plan."""
     draft.statistics = statistics
     draft.counted = counted_of(config)
     draft.uncounted = "" if draft.statistics else NO_ROW
@@ -343,7 +338,6 @@ def take_answer(draft: Draft, answer: object) -> None:
 
 
 def count_work(draft: Draft, read: "Read") -> "Work | None":
-    """Counting the rows of the draft's config, where its plan is without them."""
     from engine.data.requests import CheckRows  # loads numpy, which most commands do not wait for
 
     config = next_count(draft)

@@ -54,11 +54,9 @@ class Wizard:
 
     @property
     def step(self) -> Step:
-        """The step that is asked."""
         return self.steps[self.at]
 
     def work(self) -> Work | None:
-        """What has to be done, and given to `receive`, before the question can be asked."""
         return self.step.work()
 
     def receive(self, work: Work, result: object) -> bool:
@@ -69,11 +67,9 @@ class Wizard:
         return True
 
     def question(self) -> Question:
-        """What is asked now."""
         return self.step.question()
 
     def confirm(self, key: str, text: str = "") -> Confirm | None:
-        """What is asked again before that answer is taken."""
         return self.step.confirm(key, text)
 
     def take(self, key: str, text: str = "") -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from engine.errors import UserError
 from engine.report import SEVERITY_MARKS, Line
 from engine.units import GIB, counted, gib
-from engine.wizard.question import Choice, Confirm, Question, Work
+from engine.wizard.question import Choice, Question, Step, Work
 
 if TYPE_CHECKING:
     from engine.hardware import Gpu, Machine
@@ -62,7 +62,7 @@ _FIRST_PROBLEMS: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 
-class MachineStep:
+class MachineStep(Step):
     """Which device. `read` looks at this computer; it is called again when asked to look again."""
 
     title = "Machine"
@@ -74,11 +74,9 @@ class MachineStep:
         """This computer, whatever is planned for."""
 
     def work(self) -> Work | None:
-        """Reading this computer."""
         return None if self.machine is not None else self.look_again()
 
     def look_again(self) -> Work:
-        """Reading this computer anew."""
         return Work(self.title, (), ASKING, lambda _progress: self._read())
 
     def watch(self) -> Work:
@@ -196,10 +194,6 @@ class MachineStep:
         device = best_device(self.machine)
         return device if device.others else None
 
-    def confirm(self, _key: str, _text: str) -> Confirm | None:
-        """Nothing here is asked twice."""
-        return None
-
     def take(self, key: str, text: str) -> bool:
         """Compute on a device that is here, or plan for one by its name or its memory in GB."""
         from engine.plan import best_device
@@ -211,10 +205,6 @@ class MachineStep:
             self._draft.device = self.device(key)
             self._draft.machine = self.machine
         return True
-
-    def back(self) -> bool:
-        """Nothing is begun here that could be undone."""
-        return False
 
     def _gpu(self, key: str) -> "Gpu | None":
         assert self.machine is not None

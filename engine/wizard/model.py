@@ -12,7 +12,7 @@ from engine.report import Line
 from engine.report.plan import method, model_verdict, size, weights_sentence
 from engine.units import GIB, gib
 from engine.wizard.draft import Draft, reads_images
-from engine.wizard.question import Choice, Confirm, Question, Work
+from engine.wizard.question import Choice, Confirm, Question, Step, Work
 
 OWN: Final = "own"
 """A folder or hub id, named in the text."""
@@ -54,14 +54,12 @@ class Candidate:
 
     @property
     def sees(self) -> bool:
-        """Whether it reads images."""
         if self.architecture:
             return reads_images(self.architecture)
         return self.card is not None and "vision" in self.card.modalities
 
     @property
     def is_blind(self) -> bool:
-        """Whether the rows have images that it cannot read."""
         return self.shows_images and not self.sees
 
     @property
@@ -104,7 +102,7 @@ class Survey:
         return abs(self.device.can_give_bytes - device.can_give_bytes) < GIB
 
 
-class ModelStep:
+class ModelStep(Step):
     """Which model. Own ones are candidates, too, once they were read."""
 
     title = "Model"
@@ -115,7 +113,6 @@ class ModelStep:
         self._own: dict[str, tuple[Device, Candidate]] = {}
 
     def work(self) -> Work | None:
-        """Planning every model on the draft's device."""
         device = self._draft.device
         return None if device is None or self.found(device) else self.survey(device)
 
@@ -124,7 +121,6 @@ class ModelStep:
         return Work(self.title, (device,), PLANNING, lambda _progress: look_at(device))
 
     def receive(self, _work: Work, result: object) -> None:
-        """Keep what every model comes to on a device."""
         assert isinstance(result, Survey)
         self._surveys.append(result)
 
@@ -193,7 +189,6 @@ class ModelStep:
         return replace(self._own[name][1], shows_images=self._draft.shows_images)
 
     def where_from(self, candidate: Candidate) -> str:
-        """Where the weights of a model are."""
         if candidate.name in self._survey.cached:
             return "on disk"
         if candidate.architecture and candidate.architecture.folder:
@@ -252,10 +247,6 @@ class ModelStep:
             self._draft.model, self._draft.statistics, self._draft.counted = name, None, None
         return True
 
-    def back(self) -> bool:
-        """Nothing is begun here that could be undone."""
-        return False
-
     @property
     def _survey(self) -> Survey:
         device = self._draft.device
@@ -306,7 +297,6 @@ def look_at(device: Device) -> Survey:
 
 
 def _find_cached(cards: list[ModelCard]) -> frozenset[str]:
-    """Names of the models whose config.json is in the hub cache."""
     from huggingface_hub import try_to_load_from_cache
 
     return frozenset(

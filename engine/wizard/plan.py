@@ -41,7 +41,7 @@ from engine.wizard.draft import (
     take_answer,
 )
 from engine.wizard.machine import listed_machines, named_cards
-from engine.wizard.question import Choice, Confirm, Progress, Question, Work
+from engine.wizard.question import Choice, Progress, Question, Step, Work
 from engine.wizard.reading import Read
 from engine.wizard.start import measure_and_keep
 
@@ -165,7 +165,6 @@ def _keys(draft: Draft, every: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _attention_here(draft: Draft) -> Iterator[str]:
-    """The attention codes that can carry out the plan on its device."""
     config, device = draft.config(), draft.device
     assert device is not None
     task = task_of(config, draft.architecture(), device)
@@ -277,7 +276,7 @@ def list_cards(draft: Draft) -> list[Card]:
     return [Card(each, estimate(config, replace(place, device=each))) for each in devices]
 
 
-class PlanStep:
+class PlanStep(Step):
     """Which values; in place of them the rungs or other GPUs, once they are asked for."""
 
     title = "Plan"
@@ -307,7 +306,6 @@ class PlanStep:
         return Work(MEASURE, (repr(config), device.name), MEASURING[device.kind], run)
 
     def counting(self) -> Work | None:
-        """Counting rows that the plan is without."""
         return count_work(self._draft, self._read)
 
     def receive(self, work: Work, result: object) -> None:
@@ -354,7 +352,6 @@ class PlanStep:
         return plan_verdict(self._draft.advice().estimate, self._device, named=named)
 
     def facts(self) -> tuple[Line, ...]:
-        """Where the memory goes, what is not in the numbers, and what the run amounts to."""
         advice = self._draft.advice()
         needs = advice.estimate
         large = {name: size for name, size in needs.parts.items() if size >= _SHOWN_BYTES}
@@ -372,10 +369,6 @@ class PlanStep:
     def fields(self, wrong: tuple[str, str] | None = None) -> list[Field]:
         """The values that are listed, each with its reason; `wrong` as `list_fields` has it."""
         return list_fields(self._draft, every=self.every, wrong=wrong)
-
-    def confirm(self, _key: str, _text: str) -> Confirm | None:
-        """Nothing here is asked twice."""
-        return None
 
     def take(self, key: str, text: str) -> bool:
         """Accept, change a value, or open what stands in place of the values."""
@@ -414,7 +407,6 @@ class PlanStep:
             set_value(self._draft, key, text)
 
     def back(self) -> bool:
-        """Leave the rungs or the other GPUs."""
         opened, self._asked = self._asked, ""
         return bool(opened)
 
@@ -492,7 +484,6 @@ class PlanStep:
 
 
 def _changes(before: RunConfig, now: RunConfig) -> tuple[Line, ...]:
-    """What an answer has changed; empty where it is nothing."""
     changed = [
         f"{key} {spell(key, getattr(before, key))} -> {spell(key, getattr(now, key))}"
         for key in type(now).model_fields

@@ -18,7 +18,7 @@ from engine.report import Line, Mark
 from engine.runs.comparison import RENDER_KEYS
 from engine.units import counted
 from engine.wizard.draft import WHICH_KEYS, Draft, is_named_by_path, rows_config
-from engine.wizard.question import Choice, Confirm, Question, Work
+from engine.wizard.question import Choice, Question, Step, Work
 from engine.wizard.reading import Read
 
 SWITCH_HELP: Final = {
@@ -217,7 +217,7 @@ _SAID_BY_FILE: Final = {*WHICH_KEYS, *RENDER_KEYS} - {"chat_template_kwargs"}
 """What decides a previewed row and has no flag."""
 
 
-class PreviewStep:
+class PreviewStep(Step):
     """The row `number`, and the switches."""
 
     title = "Preview"
@@ -239,7 +239,6 @@ class PreviewStep:
         self._asked: RunConfig | None = None
 
     def work(self) -> Work | None:
-        """Counting all rows, then reading the one that is shown."""
         self.follow()
         if self.problem is not None:
             return None
@@ -261,7 +260,6 @@ class PreviewStep:
         return True
 
     def forget(self) -> None:
-        """Have all rows read again."""
         self.rows, self.found, self.problem, self._gone = {}, None, None, 0
 
     def counting(self) -> Work:
@@ -277,7 +275,6 @@ class PreviewStep:
         return self._read.work(request, f"Reading row {number:,}.")
 
     def receive(self, work: Work, result: object) -> None:
-        """Keep what was found in all rows, the row, or why they cannot be read."""
         if isinstance(result, UserError):
             self.problem = result
         elif isinstance(result, Preview):
@@ -293,7 +290,6 @@ class PreviewStep:
 
     @property
     def row(self) -> PreviewRow | None:
-        """The row of that number, once it was read."""
         return self.rows.get(self.number)
 
     @property
@@ -303,12 +299,10 @@ class PreviewStep:
         return LabelRule(self.config.train_on_thinking, self.config.train_on_inputs)
 
     def switches(self) -> list[Switch]:
-        """What of the rows is learned, each with its answers."""
         assert self.config is not None
         return list_switches(self.config, self.found, self._efforts)
 
     def judge(self) -> Verdict:
-        """The worst thing about all rows under the switches, or that all is well."""
         assert self.found is not None
         assert self.config is not None
         limit, excess = self.config.sequence_len, self.config.excess_length_strategy
@@ -354,10 +348,6 @@ class PreviewStep:
         facts = (Line("", "", self._row_text(row)), Line("", "", self._totals()))
         return Question(headline, tuple(choices), facts=facts)
 
-    def confirm(self, _key: str, _text: str) -> Confirm | None:
-        """Nothing here is asked twice."""
-        return None
-
     def take(self, key: str, text: str) -> bool:
         """Go on, show another row, or turn a switch."""
         assert self.found is not None
@@ -372,15 +362,10 @@ class PreviewStep:
         return key == RIGHT
 
     def turn(self, name: str, answer: str) -> None:
-        """Take another answer of a switch."""
         key, value = change_of(name, answer)
         self._draft.reset(key)
         if getattr(self._draft.config(), key) != value:
             self._draft.change(key, value)
-
-    def back(self) -> bool:
-        """Nothing is begun here that could be undone."""
-        return False
 
     def has_row(self, number: int) -> bool:
         """Whether there is such a row; before all are counted, any from 1 on."""

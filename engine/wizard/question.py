@@ -100,6 +100,7 @@ class Step(Protocol):
 
     def confirm(self, key: str, text: str) -> Confirm | None:
         """What is asked again before `take`. Raises what `take` would of a wrong text."""
+        return None
 
     def take(self, key: str, text: str) -> bool:
         """Write an answer into the draft; whether the step is answered with it.
@@ -109,3 +110,4 @@ class Step(Protocol):
 
     def back(self) -> bool:
         """Undo what was begun in this step; whether there was anything."""
+        return False

@@ -155,7 +155,6 @@ class DataWorker:
 
 
 def _reaction(waiting: _Waiting, record: dict[str, Any]) -> Callable[[], object]:
-    """What a record means for who waits, its content in its type."""
     if "progress" in record:
         reported = convert(record["progress"], Progress)
         return partial(waiting.progress or (lambda _: None), reported)

@@ -11,7 +11,7 @@ from engine.report import Line
 from engine.runs import RunFolder
 from engine.units import gib
 from engine.wizard.draft import Draft, count_work, draft_from, next_count, take_answer
-from engine.wizard.question import Choice, Confirm, Question, Work
+from engine.wizard.question import Choice, Confirm, Question, Step, Work
 from engine.wizard.reading import Read
 from engine.wizard.start import free_config_path, save_config, start_run, why_not
 
@@ -37,14 +37,13 @@ class Saved:
     """For a device that is not here."""
 
     def lines(self) -> tuple[Line, ...]:
-        """Where it lies, and how it is run."""
         where = shlex.quote(self.path.name if self.planned else str(self.path))
         line = Line("✓", "saved", f"{self.path}; run it with: windtunnel train {where}")
         there = Line("·", "planned", "first copy it to the machine that has the card")
         return (line, there) if self.planned else (line,)
 
 
-class ReviewStep:
+class ReviewStep(Step):
     """Start, save, name or edit. `outcome` is what has come of it, None before.
 
     Where the config is what is wanted (`new`), it is written first, to `out` unless another path
@@ -80,11 +79,9 @@ class ReviewStep:
         return saved if saved and self._written == self._draft.config() else None
 
     def work(self) -> Work | None:
-        """Counting rows that the plan is without. The question can be asked before."""
         return count_work(self._draft, self._read)
 
     def receive(self, _work: Work, result: object) -> None:
-        """Take in counts of rows."""
         take_answer(self._draft, result)
 
     def question(self) -> Question:
@@ -145,7 +142,6 @@ class ReviewStep:
         return Line("✗", "cannot start", refused.what)
 
     def confirm(self, key: str, text: str) -> Confirm | None:
-        """Whether a file that is there is replaced."""
         if key != SAVE or not Path(text).expanduser().exists():
             return None
         return Confirm(

@@ -79,7 +79,6 @@ class Proof:
         return self.difference <= _TOLERATED * self.usual_difference
 
     def document(self) -> dict[str, object]:
-        """The same as JSON has it."""
         return {
             "same": self.holds,
             "steps": STEPS,
@@ -92,7 +91,6 @@ class Proof:
         }
 
     def verdict(self) -> str:
-        """One sentence."""
         evaluated = ", an evaluation between them," if _of_evals(self.resumed) else ""
         steps = f"steps {SAVED + 1} to {STEPS}{evaluated}"
         after = f"{steps} after a kill and a resume from step-{SAVED}"
@@ -107,7 +105,6 @@ class Proof:
 
 
 def _of_steps(made: _Made, after: int = 0) -> list[float]:
-    """Loss and gradient norm of each step."""
     steps = (each for each in made if isinstance(each, Step) and each.step > after)
     return [figure for step in steps for figure in (step.loss, step.grad_norm)]
 

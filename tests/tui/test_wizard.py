@@ -85,7 +85,7 @@ async def walk(app: WindtunnelApp, pilot: Pilot[int]) -> None:
     page = app.screen
     assert isinstance(page, ReviewPage)
     await pilot.press("n")
-    page.query_one("NameField").value = "answers"  # type: ignore[attr-defined]
+    page.query_one("Prompt").value = "answers"  # type: ignore[attr-defined]
     await pilot.press("enter")
     await wait_for_text(pilot, "❯ start now")
     await pilot.press("enter")

@@ -27,12 +27,13 @@ from engine.errors import UserError
 from engine.report.data import Remark, list_remarks, mapping_text, row_lines, shape_lines
 from engine.units import stored
 from engine.visible import visible
-from engine.wizard.data import USE, DataStep, Source, check_command, find_newest, list_sources
+from engine.wizard.data import TYPED, USE, DataStep, check_command, find_newest, list_sources
 from engine.wizard.preview import Switch
+from engine.wizard.question import Choice
 from tui.line import marked
 from tui.page import HelpText, Key, Page, PathField
 from tui.widgets.choices import Choices, Switches
-from tui.widgets.pane import Pane, TextPane, columns
+from tui.widgets.pane import Pane, TextPane, columns, sentences
 
 _BARS: Final = "▁▂▃▄▅▆▇█"
 _RAW_CHARACTERS: Final = 600
@@ -199,7 +200,7 @@ class DataPage(Page):
 
     def __init__(self) -> None:
         super().__init__()
-        self._sources: list[Source] = list_sources([])
+        self._sources = list_sources([])
         self._model: str | None = None
         self._goes_on = False
         self._remarks: list[Remark] = []
@@ -224,17 +225,17 @@ class DataPage(Page):
 
     async def _look_around(self) -> None:
         newest = await asyncio.to_thread(find_newest, Path.cwd())
-        here = self._source.title
+        here = self._source.key
         self._sources = list_sources(newest)
         self._show_sources()
-        titles = [source.title for source in self._sources]
-        self.query_one("#sources", Choices).cursor = titles.index(here) if here in titles else 0
+        keys = [source.key for source in self._sources]
+        self.query_one("#sources", Choices).cursor = keys.index(here) if here in keys else 0
 
     def _show_sources(self) -> None:
         self.query_one("#sources", Choices).show_lines(
             [
                 Content.assemble(
-                    f"{visible(source.title, one_line=True):<24} ",
+                    f"{visible(source.label, one_line=True):<24} ",
                     (visible(source.note, one_line=True), "$muted"),
                 )
                 for source in self._sources
@@ -256,12 +257,12 @@ class DataPage(Page):
             self._consider(dataset)
         else:
             self.part(PathField).value = dataset.path
-            kinds = [source.kind for source in self._sources]
-            self.query_one("#sources", Choices).cursor = kinds.index("typed")
+            keys = [source.key for source in self._sources]
+            self.query_one("#sources", Choices).cursor = keys.index(TYPED)
             self._consider(dataset)
 
     @property
-    def _source(self) -> Source:
+    def _source(self) -> Choice:
         return self._sources[self.query_one("#sources", Choices).cursor]
 
     def on_choices_moved(self, message: Choices.Moved) -> None:
@@ -270,14 +271,14 @@ class DataPage(Page):
 
     def _highlighted(self) -> None:
         source = self._source
-        typed = source.kind in ("typed", "hub")
+        typed = bool(source.asks)
         self.query_one("#from").set_class(typed, "-typing")
-        if source.path and self._model:
+        if self._model and not typed:
             now = self._step.dataset
-            if now is None or now.path != source.path:
-                self._consider(DatasetConfig(path=source.path))
+            if now is None or now.path != source.key:
+                self._consider(DatasetConfig(path=source.key))
         elif typed and not self.part(PathField).value:
-            self._forget("a path" if source.kind == "typed" else "org/name")
+            self._forget("a path" if source.key == TYPED else source.asks)
 
     def _forget(self, wanted: str) -> None:
         self._clear("")
@@ -355,10 +356,7 @@ class DataPage(Page):
 
     def _refuse(self, error: UserError) -> None:
         self.say("✗", "cannot be read", error.what)
-        parts = (("what", error.what), ("why", error.why), ("fix", error.fix))
-        self.query_one("#rows", Static).update(
-            columns([(word, visible(text)) for word, text in parts], "bold $error")
-        )
+        self.query_one("#rows", Static).update(sentences(error))
 
     def _redraw(self) -> None:
         found, shape = self._step.found, self._step.shape
@@ -407,7 +405,7 @@ class DataPage(Page):
             if remark.line.mark != "✗" and "lines" in dict(details):
                 details.append(("see", "Preview lists them: w"))
             self.cover(TextPane("what to know", columns(details, "$muted")), [Key("esc", "close")])
-        elif self._source.kind in ("typed", "hub") and self._step.state in ("idle", "refused"):
+        elif self._source.asks and self._step.state in ("idle", "refused"):
             self.part(PathField).focus()
         else:
             self.action_accept()
@@ -422,10 +420,6 @@ class DataPage(Page):
             self.action_accept()
         else:
             self._consider(DatasetConfig(path=path))
-
-    def on_path_field_offered(self, message: PathField.Offered) -> None:
-        names = "  ".join(visible(name, one_line=True) for name in message.names)
-        self.query_one("#from", Pane).show_subtitle(names if len(message.names) > 1 else "")
 
     def on_path_field_left(self) -> None:
         self.query_one("#sources").focus()

@@ -210,10 +210,6 @@ class ModelPage(Page):
     def on_path_field_left(self) -> None:
         self.part(Choices).focus()
 
-    def on_path_field_offered(self, message: PathField.Offered) -> None:
-        names = "  ".join(visible(name, one_line=True) for name in message.names)
-        self.query_one("#models", Pane).show_subtitle(names if len(message.names) > 1 else "")
-
     def on_field_left(self) -> None:
         self._clear_filter()
 

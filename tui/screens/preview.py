@@ -319,7 +319,6 @@ class PreviewPage(Page):
         self._redraw()
 
     def _redraw(self) -> None:
-        """Everything that follows from the rows at hand and the switches."""
         if self._step.config is None:
             return
         entry, found, rule = self._step.row, self._step.found, self._step.rule

@@ -14,7 +14,7 @@ from textual import work
 from textual.app import ComposeResult, SuspendNotSupported
 from textual.binding import Binding, BindingType
 from textual.content import Content
-from textual.widgets import Input, Static
+from textual.widgets import Static
 
 from engine.errors import UserError
 from engine.runs import RunFolder
@@ -25,20 +25,11 @@ from engine.wizard.question import Question
 from engine.wizard.review import EDIT, NAME, SAVE, START, STARTING, ReviewStep
 from tui.page import Key, Page
 from tui.widgets.choices import Choices
-from tui.widgets.pane import Pane
+from tui.widgets.pane import Pane, Prompt
 
 _KEYS: Final = (START, SAVE)
 """Of the answers that stand in the list; the others have keys of their own."""
 _KEPT: Final = "All answers stay as they are."
-
-
-class NameField(Input):
-    """The run's name; Escape leaves it as it was."""
-
-    DEFAULT_CSS = "NameField { height: 1; border: none; padding: 0 1; background: $surface; }"
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "screen.keep_name", "leave the field", show=False)
-    ]
 
 
 class ReviewPage(Page):
@@ -60,8 +51,6 @@ class ReviewPage(Page):
     ReviewPage #config { height: 1fr; }
     ReviewPage #text { width: 100%; height: auto; text-wrap: nowrap; text-overflow: ellipsis; }
     ReviewPage #now { height: 4; }
-    ReviewPage NameField { display: none; }
-    ReviewPage NameField.-open { display: block; }
     """
 
     def __init__(self) -> None:
@@ -72,7 +61,7 @@ class ReviewPage(Page):
     def compose_body(self) -> ComposeResult:
         with Pane(title="config.yml", id="config", can_focus=True):
             yield Static(id="text", markup=False)
-        yield NameField(placeholder="name of the run")
+        yield Prompt()
         with Pane(title="what now", id="now"):
             yield Choices(id="choices")
 
@@ -184,19 +173,10 @@ class ReviewPage(Page):
         self.app.open_run(self._step.outcome, fresh=True)
 
     def action_name(self) -> None:
-        field = self.part(NameField)
-        field.value = self.app.draft.run_name()
-        field.add_class("-open")
-        field.focus()
+        self.part(Prompt).ask(NAME, "name of the run", self.app.draft.run_name())
 
-    def action_keep_name(self) -> None:
-        self.part(NameField).remove_class("-open")
-        self.part(Choices).focus()
-
-    def on_input_submitted(self, message: Input.Submitted) -> None:
-        message.stop()
-        self._step.take(NAME, message.value.strip())
-        self.action_keep_name()
+    def on_prompt_answered(self, message: Prompt.Answered) -> None:
+        self._step.take(NAME, message.text)
         self.refresh_from_draft()
 
     def action_edit(self) -> None:

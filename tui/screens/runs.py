@@ -65,7 +65,6 @@ def header(cells: tuple[int, int]) -> str:
 
 
 def run_line(facts: RunFacts, mark: str, now: float, cells: tuple[int, int]) -> Content:
-    """One run in the list: its mark, its state, its best held-out loss, when it was written."""
     glyph, style = _STATES[facts.status]
     held_out = f"{facts.best[1]:.3f}" if facts.best else "-"
     return Content.assemble(

@@ -248,7 +248,6 @@ class TrainPage(Page):
 
     @property
     def parting(self) -> str:
-        """What is printed when the app ends: how to come back to a run that goes on."""
         return way_back(self._folder, self._status)
 
     def help_for(self, focused: Widget | None) -> HelpText:
@@ -355,7 +354,6 @@ class TrainPage(Page):
         self.cover(panel, [Key("tab", "other pane"), Key("esc", "close")])
 
     def action_maximise(self) -> None:
-        """The pane with the focus over the whole body, and back."""
         focused = self.focused
         match focused.id if focused else None:
             case "samples":

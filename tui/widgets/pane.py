@@ -81,7 +81,7 @@ class Field(Input):
 class Prompt(Input):
     """One line, hidden until `ask`; Enter posts Answered, Escape asks no more. The focus goes back.
 
-    `row` is what stands in its row else: one takes the place of the other, so that nothing moves.
+    `row` is what stands in its row else, if any: one takes the place of the other, and nothing moves.
     """
 
     DEFAULT_CSS = """
@@ -100,25 +100,27 @@ class Prompt(Input):
         name: str
         text: str
 
-    def __init__(self, row: Widget) -> None:
+    def __init__(self, row: Widget | None = None) -> None:
         super().__init__(compact=True)
         self._row = row
         self._question = ""
         self._below: Widget | None = None
 
-    def ask(self, name: str, hint: str) -> None:
+    def ask(self, name: str, hint: str, value: str = "") -> None:
         """`hint` stands in the empty field."""
         self._question = name
-        self.value = ""
+        self.value = value
         self.placeholder = hint
         self.add_class("-asking")
-        self._row.display = False
+        if self._row:
+            self._row.display = False
         self._below = self.screen.focused
         self.focus()
 
     def action_close(self) -> None:
         self.remove_class("-asking")
-        self._row.display = True
+        if self._row:
+            self._row.display = True
         self.screen.set_focus(self._below)
 
     def on_input_submitted(self, message: Input.Submitted) -> None:
@@ -269,6 +271,12 @@ def columns(lines: Sequence[tuple[str, str]], style: str) -> Content:
         Content.assemble((f"{word:<{width}}", style), text.replace("\n", "\n" + " " * width))
         for word, text in lines
     )
+
+
+def sentences(error: UserError, kept: str = "") -> Content:
+    """What, why, what was kept and the fix, each behind its word."""
+    parts = (("what", error.what), ("why", error.why), ("kept", kept), ("fix", error.fix))
+    return columns([(word, visible(text)) for word, text in parts if text], "bold $error")
 
 
 def _help_content(lines: Sequence[tuple[str, str]] | str) -> Content:

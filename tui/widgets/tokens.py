@@ -14,7 +14,7 @@ from rich.cells import cell_len, chop_cells
 from rich.segment import Segment
 from rich.style import Style
 from textual.binding import Binding, BindingType
-from textual.events import Click, Resize
+from textual.events import Click
 from textual.geometry import Region, Size
 from textual.message import Message
 from textual.reactive import reactive
@@ -278,17 +278,11 @@ class TokenView(ScrollView, can_focus=True):
     def _rows_a_line(self) -> int:
         return 2 if self.labels else 1
 
-    def on_resize(self, _: Resize) -> None:
+    def on_resize(self) -> None:
         self._lay_out()
         self._follow()
 
-    def watch_labels(self) -> None:
-        self._lay_out()
-        self._follow()
-
-    def watch_edges(self) -> None:
-        self._lay_out()
-        self._follow()
+    watch_labels = watch_edges = on_resize
 
     def watch_cursor(self) -> None:
         self._follow()

@@ -120,7 +120,7 @@ async def test_n_names_the_run() -> None:
     draft = for_the_demo()
     async with review_page(draft) as pilot:
         await pilot.press("n")
-        field = pilot.app.screen.query_one("NameField")
+        field = pilot.app.screen.query_one("Prompt")
         field.value = "pilots"  # type: ignore[attr-defined]
         await pilot.press("enter")
         await pilot.pause()

@@ -20,7 +20,7 @@ from engine.wizard.flow import Wizard, perform
 from engine.wizard.machine import PLAN, listed_machines
 from engine.wizard.model import Survey
 from tui.widgets.choices import Choices
-from tui.widgets.pane import Field, Pane, columns
+from tui.widgets.pane import Field, Pane, sentences
 
 _NAME_CELLS: Final = 24
 _OTHER: Final = "another"
@@ -79,7 +79,6 @@ class PlannedPanel(Vertical):
                 self._show()
 
     def _is_closed(self) -> bool:
-        """Whether the panel was closed while a thread worked for it."""
         return not self._list.is_attached
 
     def _show(self) -> None:
@@ -131,10 +130,7 @@ class PlannedPanel(Vertical):
         try:
             self._wizard.machine.take(PLAN, text)
         except UserError as error:
-            shown = (("what", error.what), ("why", error.why), ("fix", error.fix))
-            self._show_reason(
-                columns([(word, visible(words)) for word, words in shown], "bold $error")
-            )
+            self._show_reason(sentences(error))
             return
         self.post_message(self.Taken())
 

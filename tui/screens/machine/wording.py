@@ -92,7 +92,6 @@ def _hang(head: Content, text: str, cells: int) -> list[Content]:
 
 
 def processes(machine: "Machine") -> Content:
-    """Who computes on each card now."""
     from engine.report.machine import process_cells
 
     lines: list[Content] = []
