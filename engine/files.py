@@ -1,14 +1,25 @@
-"""Writes that a power cut, a kill or a full disk can leave undone, but not half done."""
+"""Writes that a power cut, a kill or a full disk can leave undone, but not half done; and the data
+that ships."""
 
 import hashlib
 import os
 import secrets
 from collections.abc import Container, Mapping
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 PRIVATE = 0o700
 """Mode of a folder that holds rows, samples or configs: a cluster's other users read none of it,
 whatever the modes of the files inside."""
+
+
+def read_preset(*names: str) -> Any:
+    """The YAML of the file of these names below `presets`."""
+    # Imported here so that the wizard's first page does not wait for a YAML parser.
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe", pure=True).load(files("presets").joinpath(*names).read_text("utf-8"))
 
 
 def partial_name(path: Path) -> Path:

@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from engine.errors import UserError
+from engine.files import read_preset
 from engine.visible import visible
 
 Confidence = Literal["high", "medium", "low"]
@@ -153,11 +154,9 @@ def _find(base_model: str) -> tuple[ModelCard | None, Repository | None]:
 def _read_card(name: str) -> ModelCard:
     # Imported here so that `import engine.catalog` stays light.
     from pydantic import TypeAdapter
-    from ruamel.yaml import YAML
 
-    text = (files("presets") / "models" / f"{name}.yml").read_text(encoding="utf-8")
-    content = YAML(typ="safe", pure=True).load(text)
-    return TypeAdapter(ModelCard).validate_python({"name": name, **content})
+    content = {"name": name, **read_preset("models", f"{name}.yml")}
+    return TypeAdapter(ModelCard).validate_python(content)
 
 
 def official_sampling(base_model: str, reasoning_effort: str | None = None) -> Sampling:

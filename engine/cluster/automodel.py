@@ -44,31 +44,16 @@ _COLUMNS: Final = {
     "field_question": "question",
     "field_answer": "answer",
 }
-_CARRIED: Final = frozenset(
-    {
-        *("base_model", "revision_of_model", "datasets", "processor_type", "sequence_len", "seed"),
-        *(
-            "micro_batch_size",
-            "gradient_accumulation_steps",
-            "gradient_checkpointing",
-            "num_epochs",
-        ),
-        *("max_steps", "learning_rate", "lr_scheduler", "cosine_min_lr_ratio", "warmup_steps"),
-        *("warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "output_dir"),
-        *("max_grad_norm", "bf16", "unfrozen_parameters", "adapter", "lora_r", "lora_alpha"),
-        *(
-            "lora_dropout",
-            "lora_target_modules",
-            "lora_target_linear",
-            "save_steps",
-            "save_strategy",
-        ),
-        *("save_total_limit", "wandb_project", "wandb_name", "wandb_entity", "use_wandb"),
-        *("dp_shard_size", "dp_replicate_size", "tensor_parallel_size", "fsdp_config"),
-        *("fsdp_version", "gradient_checkpointing_kwargs", "tokenizer_use_mistral_common"),
-        *("skip_prepare_dataset", "remove_unused_columns", "plugins", "sample_packing"),
-    }
-)
+_CARRIED: Final = """
+    base_model revision_of_model datasets processor_type sequence_len seed micro_batch_size
+    gradient_accumulation_steps gradient_checkpointing num_epochs max_steps learning_rate
+    lr_scheduler cosine_min_lr_ratio warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2
+    adam_epsilon output_dir max_grad_norm bf16 unfrozen_parameters adapter lora_r lora_alpha
+    lora_dropout lora_target_modules lora_target_linear save_steps save_strategy save_total_limit
+    wandb_project wandb_name wandb_entity use_wandb dp_shard_size dp_replicate_size
+    tensor_parallel_size fsdp_config fsdp_version gradient_checkpointing_kwargs
+    tokenizer_use_mistral_common skip_prepare_dataset remove_unused_columns plugins sample_packing
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +161,7 @@ def batch_size(config: RunConfig, layout: Layout) -> int:
 def left_out(config: RunConfig) -> list[str]:
     """Keys of the config that the job does not have."""
     uncounted = {"warmup_ratio"} if config.warmup_ratio and not config.max_steps else set()
-    return sorted(set(config.file_values()) - _CARRIED | uncounted)
+    return sorted(set(config.file_values()) - {*_CARRIED.split()} | uncounted)
 
 
 def _dataset(config: RunConfig) -> DatasetConfig:

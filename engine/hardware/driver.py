@@ -9,7 +9,7 @@ import os
 import pwd
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -42,7 +42,14 @@ class Answer:
 def ask(question: Callable[[], Answer], timeout_seconds: float) -> Answer:
     """The answer of `question`, or a silent one when it takes longer than that."""
     deadline = time.monotonic() + timeout_seconds
-    silence = Answer(problems=(_driver_silent(timeout_seconds),), silent=True)
+    silent = Problem(
+        "driver_silent",
+        "error",
+        f"The NVIDIA driver has not answered for {timeout_seconds:g} s.",
+        "A hung driver does this, and nvidia-smi would hang too.",
+        "Look again in a minute; if it stays silent, restart the computer.",
+    )
+    silence = Answer(problems=(silent,), silent=True)
     if not _busy.acquire(timeout=timeout_seconds):
         return silence
     answer: Future[Answer] = Future()
@@ -77,7 +84,9 @@ def read_cards(ram: tuple[int, int]) -> Answer:
     gpus = [gpu for index in range(count) for gpu in _read_card(index, questions, ram)]
     problems = [*_problems_of(gpus), *questions.problems()]
     if not count:
-        problems.append(_no_gpu())
+        what = "The NVIDIA driver works and has no GPU."
+        why = "None is plugged in, or none was handed to this container."
+        problems.append(Problem("no_gpu", "warning", what, why, _PLAN))
     cuda = questions.ask("CUDA version", pynvml.nvmlSystemGetCudaDriverVersion_v2)
     return Answer(
         tuple(gpus),
@@ -120,9 +129,16 @@ class _Questions:
     def problems(self) -> list[Problem]:
         found = []
         if self.refused:
-            found.append(_answers_refused(list(dict.fromkeys(self.refused))))
+            what = f"The driver refuses to tell {_list(dict.fromkeys(self.refused))} here."
+            why = "This account or container has no permission to ask for it; all other figures are"
+            fix = "Nothing has to be done, unless somebody else uses the same GPU."
+            found.append(Problem("answers_refused", "warning", what, f"{why} right.", fix))
         if self.unknown_to_driver:
-            found.append(_driver_old(list(dict.fromkeys(self.unknown_to_driver))))
+            topics = _list(dict.fromkeys(self.unknown_to_driver))
+            what = f"The driver does not know how to tell {topics}."
+            why = "It is older than those questions; the figures are left empty."
+            fix = "Update the NVIDIA driver to see them."
+            found.append(Problem("driver_old", "note", what, why, fix))
         return found
 
 
@@ -145,10 +161,6 @@ def _without_answers(index: int, code: int, message: str) -> Gpu:
         uuid=f"unknown-{index}",
         index=index,
         name=f"GPU {index}",
-        memory_total_bytes=None,
-        memory_free_bytes=None,
-        memory_used_bytes=None,
-        compute_capability=None,
         state="lost" if lost else "unknown",
         note=_lost_note(code) if lost else f"the driver cannot open it ({message})",
     )
@@ -164,9 +176,6 @@ def _describe(index: int, handle: Any, questions: _Questions) -> Gpu:
         uuid=uuid or f"unknown-{index}",
         index=index,
         name=name,
-        memory_total_bytes=None,
-        memory_free_bytes=None,
-        memory_used_bytes=None,
         compute_capability=None if capability is None else (capability[0], capability[1]),
         state="ready" if uuid else "unknown",
         unified=is_unified(name),
@@ -280,7 +289,10 @@ def _problems_of(gpus: Sequence[Gpu]) -> list[Problem]:
     found = [problem for gpu in gpus if (problem := _wrong_with(gpu))]
     sliced = sorted({gpu.index for gpu in gpus if gpu.mig_parent})
     if sliced:
-        found.append(_mig(sliced))
+        which = f"GPU {sliced[0]} is" if len(sliced) == 1 else f"GPUs {_list(sliced)} are"
+        why = "A run can use one slice and nothing beside it."
+        fix = "Pick the slice with the most memory, or switch MIG off to use the whole card."
+        found.append(Problem("mig", "note", f"{which} cut into MIG slices.", why, fix))
     return found
 
 
@@ -331,59 +343,6 @@ def _no_driver(code: int, words: str) -> Problem:
     return known.get(code, other)
 
 
-def _driver_silent(seconds: float) -> Problem:
-    return Problem(
-        "driver_silent",
-        "error",
-        f"The NVIDIA driver has not answered for {seconds:g} s.",
-        "A hung driver does this, and nvidia-smi would hang too.",
-        "Look again in a minute; if it stays silent, restart the computer.",
-    )
-
-
-def _no_gpu() -> Problem:
-    return Problem(
-        "no_gpu",
-        "warning",
-        "The NVIDIA driver works and has no GPU.",
-        "None is plugged in, or none was handed to this container.",
-        _PLAN,
-    )
-
-
-def _answers_refused(topics: Sequence[str]) -> Problem:
-    """The driver keeps some answers to itself, in a container mostly."""
-    return Problem(
-        "answers_refused",
-        "warning",
-        f"The driver refuses to tell {_list(topics)} here.",
-        "This account or container has no permission to ask for it; all other figures are right.",
-        "Nothing has to be done, unless somebody else uses the same GPU.",
-    )
-
-
-def _driver_old(topics: Sequence[str]) -> Problem:
-    """The driver does not know some questions."""
-    return Problem(
-        "driver_old",
-        "note",
-        f"The driver does not know how to tell {_list(topics)}.",
-        "It is older than those questions; the figures are left empty.",
-        "Update the NVIDIA driver to see them.",
-    )
-
-
-def _mig(indexes: Sequence[int]) -> Problem:
-    which = f"GPU {indexes[0]} is" if len(indexes) == 1 else f"GPUs {_list(indexes)} are"
-    return Problem(
-        "mig",
-        "note",
-        f"{which} cut into MIG slices.",
-        "A run can use one slice and nothing beside it.",
-        "Pick the slice with the most memory, or switch MIG off to use the whole card.",
-    )
-
-
 def _wrong_with(gpu: Gpu) -> Problem | None:
     which = f"GPU {gpu.index}" + ("" if gpu.name == f"GPU {gpu.index}" else f", {_name(gpu)},")
     if gpu.state == "lost":
@@ -432,6 +391,6 @@ def _name(gpu: Gpu) -> str:
     return visible(gpu.short_name, one_line=True)
 
 
-def _list(words: Sequence[object]) -> str:
+def _list(words: Iterable[object]) -> str:
     *most, last = map(str, words)
     return f"{', '.join(most)} and {last}" if most else last

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
-from importlib.resources import files
 from typing import Literal
 
 from engine.errors import UserError
+from engine.files import read_preset
 from engine.hardware.machine import Gpu, is_unified, short_name
 from engine.units import GIB
 from engine.visible import visible
@@ -84,12 +84,9 @@ class KnownGpu:
 @cache
 def known_gpus() -> tuple[KnownGpu, ...]:
     """The list, in the order of presets/gpus.yml: smaller memory first."""
-    # Imported here so that looking at real hardware does not wait for a YAML parser.
     from pydantic import TypeAdapter
-    from ruamel.yaml import YAML
 
-    text = (files("presets") / "gpus.yml").read_text(encoding="utf-8")
-    content = YAML(typ="safe", pure=True).load(text)
+    content = read_preset("gpus.yml")
     for entry in content:
         entry["memory_total_bytes"] = entry.pop("memory_total_mib") * 2**20
         if "bf16_tflops" in entry:
@@ -151,10 +148,8 @@ class CudaFacts:
 def cuda_facts() -> CudaFacts:
     """What is known of drivers, builds of torch and generations of cards."""
     from pydantic import TypeAdapter
-    from ruamel.yaml import YAML
 
-    text = (files("presets") / "cuda.yml").read_text(encoding="utf-8")
-    return TypeAdapter(CudaFacts).validate_python(YAML(typ="safe", pure=True).load(text))
+    return TypeAdapter(CudaFacts).validate_python(read_preset("cuda.yml"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,10 +213,8 @@ class Backend:
 def attention_backends() -> dict[str, Backend]:
     """The table of presets/attention.yml by name, best first."""
     from pydantic import TypeAdapter
-    from ruamel.yaml import YAML
 
-    text = (files("presets") / "attention.yml").read_text(encoding="utf-8")
-    content = YAML(typ="safe", pure=True).load(text)
+    content = read_preset("attention.yml")
     for entry in content:
         for card in entry["cards"]:
             card["first"], card["last"] = card.pop("from"), card.pop("to")
@@ -295,13 +288,8 @@ def _unnamed(gigabytes: float, text: str) -> KnownGpu:
             "Give the memory of one card, as in --assume '24 GB'.",
         )
     # Makers say GB and mean GiB; of that a card with ECC (A10, L4, L40S) reports 94 %.
-    return KnownGpu(
-        f"{gigabytes:g} GB GPU",
-        int(gigabytes * GIB),
-        (0, 0),
-        "assumed",
-        "the size that was asked for, in GiB",
-    )
+    source = "the size that was asked for, in GiB"
+    return KnownGpu(f"{gigabytes:g} GB GPU", int(gigabytes * GIB), (0, 0), "assumed", source)
 
 
 def _find(name: str) -> KnownGpu:
@@ -324,7 +312,12 @@ def _find(name: str) -> KnownGpu:
     capability = _capability_of(rest)
     oldest = min(cuda_facts().torch_builds[0].capabilities["x86_64"])
     if capability and capability < oldest:
-        raise _too_old(rest, capability, oldest)
+        raise UserError(
+            f"{visible(rest, one_line=True)} is too old to plan for.",
+            "Its compute capability is {}.{}, and the torch of the package index begins with"
+            " {}.{}.".format(*capability, *oldest),
+            "Name a card from Turing on, as in --assume 'T4'.",
+        )
     if capability is None or gigabytes is None:
         raise _unknown(name, capability)
     return replace(
@@ -381,15 +374,6 @@ def _unknown(name: str, capability: tuple[int, int] | None) -> UserError:
         fix = "The memory of one card works too: --assume '24 GB'."
     return UserError(
         f"There is no GPU named {shown}." if name else "No GPU is named.", why, guess + fix
-    )
-
-
-def _too_old(name: str, capability: tuple[int, int], oldest: tuple[int, int]) -> UserError:
-    return UserError(
-        f"{visible(name, one_line=True)} is too old to plan for.",
-        "Its compute capability is {}.{}, and the torch of the package index begins with"
-        " {}.{}.".format(*capability, *oldest),
-        "Name a card from Turing on, as in --assume 'T4'.",
     )
 
 

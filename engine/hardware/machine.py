@@ -67,11 +67,11 @@ class Gpu:
     uuid: str
     index: int
     name: str
-    memory_total_bytes: int | None
-    memory_free_bytes: int | None
-    memory_used_bytes: int | None
-    compute_capability: tuple[int, int] | None
-    state: State
+    memory_total_bytes: int | None = None
+    memory_free_bytes: int | None = None
+    memory_used_bytes: int | None = None
+    compute_capability: tuple[int, int] | None = None
+    state: State = "ready"
     unified: bool = False
     """Its memory is the computer's own."""
     mig_parent: str | None = None

@@ -12,6 +12,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires, version
 from importlib.util import find_spec
@@ -346,8 +347,9 @@ def system_install(packages: Mapping[str, str], root: Path = Path("/")) -> str:
 
     Empty where the distribution or its name for them is not known.
     """
-    family = _family(root)
-    if family not in _MANAGERS or family not in packages:
+    words = (_FAMILY_OF.get(word, word) for word in _words(root))
+    family = next((word for word in words if word in _MANAGERS), "")
+    if family not in packages:
         return ""
     return as_root(f"{_MANAGERS[family]} {packages[family]}")
 
@@ -370,24 +372,13 @@ def python_installer() -> list[str]:
     return ["pip"] if active else [sys.executable, "-m", "pip"]
 
 
-def _family(root: Path) -> str:
-    return next((word for word in map(_as_family, _words(root)) if word in _MANAGERS), "")
-
-
-def _as_family(word: str) -> str:
-    return _FAMILY_OF.get(word, word)
-
-
 def _words(root: Path) -> list[str]:
     """What the system calls itself, then what it is like."""
     fields = {}
-    try:
-        lines = (root / "etc" / "os-release").read_text("utf-8", "replace").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition("=")
-        fields[key] = value.strip().strip('"').lower()
+    with suppress(OSError):
+        for line in (root / "etc" / "os-release").read_text("utf-8", "replace").splitlines():
+            key, _, value = line.partition("=")
+            fields[key] = value.strip().strip('"').lower()
     return f"{fields.get('ID', '')} {fields.get('ID_LIKE', '')}".split()
 
 
@@ -518,7 +509,8 @@ def _bitsandbytes(cuda: str) -> Problem | None:
         package = Path(str(distribution("bitsandbytes").locate_file("bitsandbytes")))
     except PackageNotFoundError:
         return None
-    here = {match[1] for each in _names(package) if (match := _BNB_LIBRARY.match(each))}
+    files = package.glob("*.so")
+    here = {match[1] for each in files if (match := _BNB_LIBRARY.match(each.name))}
     if cuda.partition(".")[0] in here:
         return None
     return Problem(
@@ -551,10 +543,3 @@ def _attention_packages(machine: Machine) -> Problem | None:
         fix,
         command,
     )
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []

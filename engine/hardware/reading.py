@@ -169,15 +169,9 @@ def hide(
     shown, fault = _shown(value, gpus)
     problems = []
     if fault:
-        problems.append(
-            Problem(
-                "cuda_list_ends",
-                "warning",
-                f"{setting} {fault}.",
-                f"CUDA shows {_count(len(shown))} for it.",
-                _UNSET_FIX,
-            )
-        )
+        count = {0: "no card", 1: "one card"}.get(len(shown), f"{len(shown)} cards")
+        what, why = f"{setting} {fault}.", f"CUDA shows {count} for it."
+        problems.append(Problem("cuda_list_ends", "warning", what, why, _UNSET_FIX))
     note = f"hidden by {setting}"
     marked = tuple(
         gpu if gpu.uuid in shown or gpu.state == "lost" else replace(gpu, state="hidden", note=note)
@@ -187,7 +181,10 @@ def hide(
     if hidden:
         problems.append(_hidden(hidden, setting))
     if _is_unsure(value, gpus, environment):
-        problems.append(_unsure(setting))
+        what = f"Which cards {setting} means is not certain here."
+        why = "The cards differ, and CUDA numbers the fastest first while the driver goes by slot."
+        fix = f"Set {ORDER}={PCI_ORDER} too, or name the cards by UUID."
+        problems.append(Problem("cuda_order_unsure", "note", what, why, fix))
     return marked, problems
 
 
@@ -264,20 +261,6 @@ def _hidden(hidden: Sequence[Gpu], setting: str) -> Problem:
         "It was set before windtunnel started, and CUDA shows a program only what it names.",
         _UNSET_FIX,
     )
-
-
-def _unsure(setting: str) -> Problem:
-    return Problem(
-        "cuda_order_unsure",
-        "note",
-        f"Which cards {setting} means is not certain here.",
-        "The cards differ, and CUDA numbers the fastest first while the driver goes by slot.",
-        f"Set {ORDER}={PCI_ORDER} too, or name the cards by UUID.",
-    )
-
-
-def _count(cards: int) -> str:
-    return {0: "no card", 1: "one card"}.get(cards, f"{cards} cards")
 
 
 def read_memory(root: Path = Path("/")) -> tuple[int, int]:

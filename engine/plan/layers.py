@@ -11,13 +11,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from importlib.resources import files
 from typing import NamedTuple
 
 from engine.catalog import Architecture, ModuleTable
 from engine.catalog.modules import ending
 from engine.config import RunConfig
 from engine.data.statistics import Statistics
+from engine.files import read_preset
 from engine.plan.device import Place
 from engine.plan.targets import trains_vision
 from engine.plan.trainer import PATCHES_AT_ONCE
@@ -255,16 +255,11 @@ class LayerCost(NamedTuple):
 @cache
 def _costs() -> Mapping[tuple[str, str, str], LayerCost]:
     """presets/memory.yml by moment, type of the products, and what is trained over which base."""
-    # Imported here so that the wizard's first page does not wait for a YAML parser.
-    from ruamel.yaml import YAML
-
-    text = (files("presets") / "memory.yml").read_text(encoding="utf-8")
-    content = YAML(typ="safe", pure=True).load(text)
     return {
         (entry["moment"], entry["type"], entry["method"]): LayerCost(
             *(float(entry[name]) for name in LayerCost._fields)
         )
-        for entry in content["layers"]
+        for entry in read_preset("memory.yml")["layers"]
     }
 
 

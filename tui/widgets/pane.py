@@ -81,7 +81,7 @@ class Field(Input):
 class Prompt(Input):
     """One line, hidden until `ask`; Enter posts Answered, Escape asks no more. The focus goes back.
 
-    `row` is what stands in its row else, if any: one takes the place of the other, and nothing moves.
+    `row` is what stands in its row else: one takes the place of the other, and nothing moves.
     """
 
     DEFAULT_CSS = """
