@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 
-from engine import events
-from engine.errors import UserError, WorkError
+from engine.errors import UserError
 from engine.interrupt import wait_for_line
 from engine.report import Line
-from engine.report.run import SpacedLines, state_lines, way_back
+from engine.report.run import SpacedLines, require_end, state_lines, way_back
 from engine.runs import RunFolder, follow, status
 from engine.visible import fold, visible
 from engine.wizard.draft import Draft
@@ -232,14 +231,7 @@ def follow_run(
                 dialogue.say(str(line))
     except KeyboardInterrupt:
         raise Leave(f"{name} is {way_back(run, status(run)) or 'done'}") from None
-    if isinstance(last, events.Ended) and last.outcome == "failed":
-        raise UserError(last.what, last.why, last.fix, exit_status=1)
-    if not isinstance(last, events.Ended):
-        raise WorkError(
-            f"The run {name} is lost.",
-            "Its trainer ended without a word.",
-            f"Read {visible(str(run.log), one_line=True)}, then: windtunnel resume {name}",
-        )
+    require_end(run, last)
     dialogue.say(*map(str, state_lines(run)))
 
 

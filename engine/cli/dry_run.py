@@ -23,7 +23,7 @@ from engine.report import Line
 from engine.report.plan import plan_verdict
 from engine.units import counted
 from engine.visible import visible
-from engine.wizard.draft import check_rows, open_if_here
+from engine.wizard.draft import check_rows, open_if_here, require_usable
 from engine.wizard.start import find_machine, read_planned
 
 if TYPE_CHECKING:
@@ -107,13 +107,7 @@ def _check_set(
     folder = file.absolute().parent
     chosen = config.model_copy(update={"datasets": tuple(sets)})
     found = check_rows(chosen, folder)
-    if not found.usable:
-        name = visible(file.name, one_line=True)
-        raise UserError(
-            f"No row of the datasets in {name} can be used.",
-            f"{found.rows} were read, and each has a problem.",
-            f"`windtunnel check {name}` lists them, with repairs.",
-        )
+    require_usable(found, file.name, "the datasets in ")
     _refuse_lengths(found, config)
     if found.images.count and (tokenizer := open_if_here(config, folder)):
         rules = ImageRules.from_config(config, folder)

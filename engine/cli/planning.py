@@ -72,7 +72,7 @@ from engine.report.plan import (
     row_line,
 )
 from engine.visible import visible
-from engine.wizard.draft import count_config_rows
+from engine.wizard.draft import count_config_rows, require_usable
 from engine.wizard.start import STEPS, find_device, measure, read_planned
 
 if TYPE_CHECKING:
@@ -194,13 +194,7 @@ def _check_rows(config: RunConfig) -> "Checkup":
 
     tokenizer = open_tokenizer(tokenizer_name(config), Path.cwd())
     found = count_rows(config, Path.cwd(), tokenizer)
-    if not found.usable:
-        path = visible(config.datasets[0].path, one_line=True)
-        raise UserError(
-            f"No row of {path} can be used.",
-            f"{found.rows} were read, and each has a problem.",
-            f"`windtunnel check {path}` lists them, with repairs.",
-        )
+    require_usable(found, config.datasets[0].path)
     return found
 
 

@@ -37,7 +37,7 @@ from engine.errors import UserError, WorkError
 from engine.events import Ack, Ended
 from engine.interrupt import INTERRUPTED, last_words
 from engine.launch import ALONE, Nodes, find_nodes, forwarded_signals, launch, resume_run
-from engine.report.run import progress_text, read_results, state_lines
+from engine.report.run import progress_text, read_results, require_end, state_lines
 from engine.runs import (
     Follower,
     Request,
@@ -177,14 +177,8 @@ def watch_to_end(run: RunFolder, process: "Popen[bytes]", follower: Follower, wa
                 watch.show(recorded)
         finally:
             watch.close()
-    if end and end.outcome == "failed":
-        raise UserError(end.what, end.why, end.fix, exit_status=process.returncode or 1)
-    if end is None and not received:
-        raise WorkError(
-            f"The run {visible(run.name, one_line=True)} is lost.",
-            f"Its trainer ended without a word (exit status {process.returncode}).",
-            f"Read {visible(str(run.log), one_line=True)}, then resume it.",
-        )
+    if end or not received:
+        require_end(run, end, process.returncode)
     finished = end is not None and end.outcome == "finished"
     return INTERRUPTED if received and not finished else 0
 

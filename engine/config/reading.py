@@ -195,17 +195,9 @@ class _Check:
                 continue
             self.values[new] = given if now.value is None else now.value
             reads = f"{new}: {now.value or shown(given)}"
-            self.found.append(
-                Finding(
-                    "older-name",
-                    "note",
-                    old,
-                    None,
-                    f"{old} is an older spelling.",
-                    f"It is read as {reads}.",
-                    f"Write {reads}.",
-                )
-            )
+            what, why = f"{old} is an older spelling.", f"It is read as {reads}."
+            note = Finding("older-name", "note", old, None, what, why, f"Write {reads}.")
+            self.found.append(note)
 
     def read_fsdp1(self) -> None:
         """FSDP1's list of switches becomes FSDP2's config; its name for gradient checkpointing, the

@@ -194,7 +194,11 @@ def explain_key(key: str) -> list[Explanation]:
     if not of_dataset:
         asked.append(("run", renamed()[name].key if name in renamed() else name))
     asked.append(("dataset", name))
-    found = [_explanation(level, key) for level, key in asked if _is_known(level, key)]
+    found = [
+        _explanation(level, key)
+        for level, key in asked
+        if key in _FIELDS_OF[level].model_fields or key in limits(level)
+    ]
     if name in renamed() and not of_dataset:
         meaning = f"{name} is an older spelling of this key. {found[0].meaning}"
         found[0] = replace(found[0], meaning=meaning)
@@ -215,10 +219,6 @@ def section_of(key: str) -> str:
     if name in limits():
         return limits()[name].section
     return next(section_title(section) for section in SECTIONS if name in section.model_fields)
-
-
-def _is_known(level: Level, key: str) -> bool:
-    return key in _FIELDS_OF[level].model_fields or key in limits(level)
 
 
 def _explanation(level: Level, key: str) -> Explanation:

@@ -242,19 +242,11 @@ def _problem(group: ProblemGroup) -> Remark:
     if len(group.lines) > 1:
         lines = _numbers(group.lines, group.count > len(group.lines))
         where = f"{first.unit}s {lines} of {first.file}"
+    rows = counted(group.count, "row")
+    why, numbers = ("why", f"{line.label}: {first.why}"), ("rows", _numbers(group.rows, more))
     return Remark(
-        Line(
-            line.mark,
-            counted(group.count, "row"),
-            f"{first.what} ({where})",
-            line.detail,
-        ),
-        (
-            ("what", first.what),
-            ("why", f"{line.label}: {first.why}"),
-            ("fix", first.fix),
-            ("rows", _numbers(group.rows, more)),
-        ),
+        Line(line.mark, rows, f"{first.what} ({where})", line.detail),
+        (("what", first.what), why, ("fix", first.fix), numbers),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from engine.errors import UserError, WorkError
 from engine.events import (
     Answers,
     Drift,
@@ -68,6 +69,21 @@ def _saved_text(run: RunFolder, step: int) -> str:
     if name:
         return f"the last save is {name}"
     return "and nothing was saved" if step else "nothing to save yet"
+
+
+def require_end(run: RunFolder, end: Event | None, exit_status: int | None = None) -> None:
+    """Raises the sentence of a run whose last event is that it failed, and WorkError where it is
+    none that ends a run."""
+    if not isinstance(end, Ended):
+        how = "" if exit_status is None else f" (exit status {exit_status})"
+        name = visible(run.name, one_line=True)
+        raise WorkError(
+            f"The run {name} is lost.",
+            f"Its trainer ended without a word{how}.",
+            f"Read {visible(str(run.log), one_line=True)}, then: windtunnel resume {name}",
+        )
+    if end.outcome == "failed":
+        raise UserError(end.what, end.why, end.fix, exit_status=exit_status or 1)
 
 
 def way_back(run: RunFolder, status: Status | None) -> str:

@@ -34,6 +34,7 @@ from engine.errors import UserError, WorkError
 from engine.hardware import Machine
 from engine.plan import Device, Place, Recommendation, Statistics, assess, plan_document, recommend
 from engine.runs.comparison import LABEL_KEYS, RENDER_KEYS
+from engine.visible import visible
 
 _FOLLOWS: Final[Mapping[str, tuple[str, ...]]] = {"adapter": ("load_in_4bit",)}
 """Keys that a change of another key takes along."""
@@ -116,15 +117,20 @@ class Draft:
             self._made = (state, self._advise())
         return self._made[1]
 
-    def place(self) -> Place:
-        """What is planned for. Raises UserError where device or model is missing."""
+    def chosen_device(self) -> Device:
+        """Raises UserError where none is."""
         if self.device is None:
             raise UserError(
                 "No device is chosen.",
                 "What fits depends on it.",
                 "Choose one on the Machine page.",
             )
-        return Place(self.architecture(), self.device, self.statistics)
+        return self.device
+
+    def place(self) -> Place:
+        """What is planned for. Raises UserError where device or model is missing."""
+        device = self.chosen_device()
+        return Place(self.architecture(), device, self.statistics)
 
     def _advise(self) -> Recommendation:
         place = self.place()
@@ -357,6 +363,17 @@ def check_rows(config: RunConfig, folder: Path) -> "Checkup":
 
     tokenizer = open_if_here(config, folder)
     return count_rows(config, folder, tokenizer, sequence_len=config.sequence_len)
+
+
+def require_usable(found: "Checkup", name: str, of: str = "") -> None:
+    """Raises UserError where no row can be used `of` the dataset or config of this name."""
+    if not found.usable:
+        shown = visible(name, one_line=True)
+        raise UserError(
+            f"No row of {of}{shown} can be used.",
+            f"{found.rows:,} were read, and each has a problem.",
+            f"`windtunnel check {shown}` lists them, with repairs.",
+        )
 
 
 def open_if_here(config: RunConfig, folder: Path) -> "ChatTokenizer | None":

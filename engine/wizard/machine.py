@@ -196,10 +196,17 @@ class MachineStep(Step):
 
     def take(self, key: str, text: str) -> bool:
         """Compute on a device that is here, or plan for one by its name or its memory in GB."""
+        from engine.hardware import assume
         from engine.plan import best_device
 
         if key == PLAN:
-            machine = planned_machine(text)
+            gigabytes = text.replace(".", "", 1).isdecimal()
+            try:
+                machine = assume(text)
+            except UserError:  # a card's number, such as 4090, goes before its memory
+                if not gigabytes:
+                    raise
+                machine = assume(f"{text} GB")
             self._draft.machine, self._draft.device = machine, best_device(machine)
         elif key != PLANNED or self._planned is None:
             self._draft.device = self.device(key)
@@ -222,18 +229,6 @@ class MachineStep(Step):
         if device.planned:
             return PLANNED
         return ALL if device.others else device.uuid or CPU
-
-
-def planned_machine(text: str) -> "Machine":
-    """The computer with the GPUs of a name, or of a number of GB. Raises UserError for no such."""
-    from engine.hardware import assume
-
-    try:
-        return assume(text)
-    except UserError:
-        if not text.replace(".", "", 1).isdecimal():
-            raise
-        return assume(f"{text} GB")
 
 
 def listed_machines() -> "list[Machine]":

@@ -118,7 +118,13 @@ class ModelStep(Step):
 
     def survey(self, device: Device) -> Work:
         """Planning every model on a device: half a second."""
-        return Work(self.title, (device,), PLANNING, lambda _progress: look_at(device))
+
+        def look(_progress: object) -> Survey:
+            prospects = survey(device)
+            cached = _find_cached([prospect.card for prospect in prospects])
+            return Survey(device, prospects, propose(prospects, device), cached)
+
+        return Work(self.title, (device,), PLANNING, look)
 
     def receive(self, _work: Work, result: object) -> None:
         assert isinstance(result, Survey)
@@ -249,14 +255,7 @@ class ModelStep(Step):
 
     @property
     def _survey(self) -> Survey:
-        device = self._draft.device
-        if device is None:
-            raise UserError(
-                "No device is chosen.",
-                "What fits depends on it.",
-                "Choose one on the Machine page.",
-            )
-        found = self.found(device)
+        found = self.found(self._draft.chosen_device())
         assert found is not None  # `work` is done first
         return found
 
@@ -287,13 +286,6 @@ class ModelStep(Step):
         ]
         others.sort(key=lambda each: -each.plan.estimate.total_parameters)
         return others[:_ALSO_GOOD]
-
-
-def look_at(device: Device) -> Survey:
-    """Plans every model on `device`, and sees which are in the hub cache."""
-    prospects = survey(device)
-    cached = _find_cached([prospect.card for prospect in prospects])
-    return Survey(device, prospects, propose(prospects, device), cached)
 
 
 def _find_cached(cards: list[ModelCard]) -> frozenset[str]:

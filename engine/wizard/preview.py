@@ -1,10 +1,10 @@
 """The fourth step: rows as training reads them, and what of them is learned.
 
-A checkup is judged by pure functions of the worker's answer and the switches, so that turning one
-is answered at once.
+A checkup is judged by the worker's answer and the switches alone, so that turning one is answered
+at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -41,40 +41,6 @@ class Switch:
     answers: tuple[str, ...]
     chosen: int = 0
     locked: str = ""
-
-
-def list_switches(config: RunConfig, found: Checkup | None, efforts: Sequence[str]) -> list[Switch]:
-    """One line each; `found` is None while rows are counted, `efforts` what the tokenizer knows."""
-    tokens = found.tokens if found else None
-    thinks = tokens is None or tokens.thinking > 0
-    turns = found.turns[1] if found else 2
-    dropped = config.history_thinking == "drop"
-    effort = (config.chat_template_kwargs or {}).get("reasoning_effort", _EFFORTS[0])
-    no_thinking = "" if thinks or dropped else "none in the rows"
-    return [
-        Switch("thinking", ("yes", "no"), int(not config.train_on_thinking), no_thinking),
-        Switch(
-            "old thinking",
-            ("keep", "drop"),
-            int(dropped),
-            no_thinking or ("" if turns > 1 or dropped else "one turn per row"),
-        ),
-        Switch(
-            "reasoning",
-            _EFFORTS,
-            _EFFORTS.index(effort) if effort in _EFFORTS else 0,
-            "" if efforts else "v15 models only",
-        ),
-    ]
-
-
-def change_of(name: str, answer: str) -> tuple[str, object]:
-    """The config's key behind a switch, and its value for `answer`."""
-    if name == "thinking":
-        return "train_on_thinking", answer == "yes"
-    if name == "old thinking":
-        return "history_thinking", answer
-    return "chat_template_kwargs", None if answer == "by row" else {"reasoning_effort": answer}
 
 
 GROUPS: Final = {
@@ -125,88 +91,8 @@ def count_groups(kind_counts: Mapping[int, int], rule: LabelRule) -> dict[str, G
     return found
 
 
-def judge(found: Checkup, rule: LabelRule, sequence_len: int, excess: str) -> Verdict:
-    """The worst thing about the rows under these switches, or that all is well.
-
-    `excess` is excess_length_strategy: what happens to rows longer than `sequence_len`.
-    """
-    if not found.usable:
-        rows = counted(found.rows, "row")
-        return Verdict("✗", "stop", f"none of {rows} can be used", stops=True)
-    assert found.tokens is not None
-    counts = found.tokens.kind_counts
-    if not count_learned(counts, rule):
-        if count_learned(counts, LabelRule(inputs=rule.inputs)):
-            text = "no token is learned: every answer is only thinking; turn thinking on"
-        else:
-            text = "no token is learned in any row: all answers are kept out of the loss"
-        return Verdict("✗", "stop", text, stops=True)
-    for text, key in _complaints(found, rule, sequence_len, excess):
-        return Verdict("!", "look", text, key=key)
-    longest = found.tokens.row_length.max
-    return Verdict(
-        "✓",
-        "good",
-        f"every row learns something; longest {longest:,} of {sequence_len:,} tokens",
-    )
-
-
-def _complaints(
-    found: Checkup, rule: LabelRule, sequence_len: int, excess: str
-) -> list[tuple[str, str]]:
-    """Sentences, the worst first, each with the key of the full screen that helps."""
-    assert found.tokens is not None
-    assert found.odd is not None
-    nothing = found.odd.learns_nothing_count
-    nothing += 0 if rule.thinking else found.odd.only_thinking_count
-    against = sum(f.rows for f in found.findings if f.id == _AGAINST_EFFORT)
-    cut = sum(tokens > sequence_len for tokens in found.tokens.longest_rows)
-    fate = {"truncate": "cut", "raise": "which the run refuses"}.get(excess, "left out")
-    shows, complaints = "w shows them", []
-    if against:
-        rows = counted(against, "row")
-        complaints.append((f"effort is none over thinking in {rows}", "space on reasoning"))
-    if nothing:
-        complaints.append((f"nothing to learn in {counted(nothing, 'row')}, left out", shows))
-    if cut:
-        rows = counted(cut, "row")
-        complaints.append((f"over {sequence_len:,} tokens in {rows}, {fate}", shows))
-    if found.bad_rows:
-        complaints.append((f"an error in {counted(found.bad_rows, 'row')}, left out", shows))
-    return complaints
-
-
 _AGAINST_EFFORT: Final = "effort_contradicts_thinking"
 _SUPERLATIVES: Final = 3
-
-
-def list_odd_rows(found: Checkup, rule: LabelRule, sequence_len: int) -> list[OddRow]:
-    """Rows to look at in their order, each once with its first reason.
-
-    Where there is no problem the longest and the least learned rows are still worth a look.
-    """
-    why: dict[int, str] = {}
-    for group in found.groups:
-        for number in group.rows:
-            why.setdefault(number, f"cannot be used: {group.first.what}")
-    assert found.tokens is not None
-    assert found.odd is not None
-    only_thinking = () if rule.thinking else found.odd.only_thinking
-    for number in (*found.odd.learns_nothing, *only_thinking):
-        why.setdefault(number, "learns nothing")
-    longest = list(zip(found.odd.longest, found.tokens.longest_rows, strict=True))
-    for number, tokens in longest:
-        if tokens > sequence_len:
-            why.setdefault(number, f"{tokens:,} tokens, over {sequence_len:,}")
-    for finding in found.findings:
-        if finding.id != "nothing_learned":
-            for number in finding.numbers:
-                why.setdefault(number, finding.text)
-    for number, tokens in longest[:_SUPERLATIVES]:
-        why.setdefault(number, f"among the longest: {tokens:,} tokens")
-    for number, tokens, learned in found.odd.least_learned[:_SUPERLATIVES]:
-        why.setdefault(number, f"among the least learned: {learned:,} of {tokens:,} tokens")
-    return [OddRow(number, why[number]) for number in sorted(why)]
 
 
 RIGHT: Final = "right"
@@ -299,20 +185,106 @@ class PreviewStep(Step):
         return LabelRule(self.config.train_on_thinking, self.config.train_on_inputs)
 
     def switches(self) -> list[Switch]:
+        """What of the rows is learned, each with its answers."""
         assert self.config is not None
-        return list_switches(self.config, self.found, self._efforts)
+        found = self.found
+        tokens = found.tokens if found else None
+        thinks = tokens is None or tokens.thinking > 0
+        turns = found.turns[1] if found else 2
+        dropped = self.config.history_thinking == "drop"
+        effort = (self.config.chat_template_kwargs or {}).get("reasoning_effort", _EFFORTS[0])
+        no_thinking = "" if thinks or dropped else "none in the rows"
+        return [
+            Switch("thinking", ("yes", "no"), int(not self.config.train_on_thinking), no_thinking),
+            Switch(
+                "old thinking",
+                ("keep", "drop"),
+                int(dropped),
+                no_thinking or ("" if turns > 1 or dropped else "one turn per row"),
+            ),
+            Switch(
+                "reasoning",
+                _EFFORTS,
+                _EFFORTS.index(effort) if effort in _EFFORTS else 0,
+                "" if self._efforts else "v15 models only",
+            ),
+        ]
 
     def judge(self) -> Verdict:
+        """The worst thing about all rows under the switches, or that all is well."""
         assert self.found is not None
         assert self.config is not None
-        limit, excess = self.config.sequence_len, self.config.excess_length_strategy
-        return judge(self.found, self.rule, limit, excess)
+        found = self.found
+        if not found.usable:
+            rows = counted(found.rows, "row")
+            return Verdict("✗", "stop", f"none of {rows} can be used", stops=True)
+        assert found.tokens is not None
+        counts = found.tokens.kind_counts
+        if not count_learned(counts, self.rule):
+            if count_learned(counts, LabelRule(inputs=self.rule.inputs)):
+                text = "no token is learned: every answer is only thinking; turn thinking on"
+            else:
+                text = "no token is learned in any row: all answers are kept out of the loss"
+            return Verdict("✗", "stop", text, stops=True)
+        for text, key in self._complaints(found):
+            return Verdict("!", "look", text, key=key)
+        longest = found.tokens.row_length.max
+        lengths = f"longest {longest:,} of {self.config.sequence_len:,} tokens"
+        return Verdict("✓", "good", f"every row learns something; {lengths}")
+
+    def _complaints(self, found: Checkup) -> list[tuple[str, str]]:
+        """Sentences, the worst first, each with the key of the full screen that helps."""
+        assert found.tokens is not None
+        assert found.odd is not None
+        assert self.config is not None
+        limit, strategy = self.config.sequence_len, self.config.excess_length_strategy
+        nothing = found.odd.learns_nothing_count
+        nothing += 0 if self.rule.thinking else found.odd.only_thinking_count
+        against = sum(f.rows for f in found.findings if f.id == _AGAINST_EFFORT)
+        cut = sum(tokens > limit for tokens in found.tokens.longest_rows)
+        fate = {"truncate": "cut", "raise": "which the run refuses"}.get(strategy, "left out")
+        shows, complaints = "w shows them", []
+        if against:
+            rows = counted(against, "row")
+            complaints.append((f"effort is none over thinking in {rows}", "space on reasoning"))
+        if nothing:
+            complaints.append((f"nothing to learn in {counted(nothing, 'row')}, left out", shows))
+        if cut:
+            rows = counted(cut, "row")
+            complaints.append((f"over {limit:,} tokens in {rows}, {fate}", shows))
+        if found.bad_rows:
+            complaints.append((f"an error in {counted(found.bad_rows, 'row')}, left out", shows))
+        return complaints
 
     def odd_rows(self) -> list[OddRow]:
-        """Rows to look at, each with its reason; none before all are counted."""
+        """Rows to look at in their order, each once with its first reason; none before all are
+        counted. Where there is no problem the longest and the least learned are still worth a look.
+        """
         if self.found is None or self.config is None:
             return []
-        return list_odd_rows(self.found, self.rule, self.config.sequence_len)
+        found, limit = self.found, self.config.sequence_len
+        why: dict[int, str] = {}
+        for group in found.groups:
+            for number in group.rows:
+                why.setdefault(number, f"cannot be used: {group.first.what}")
+        assert found.tokens is not None
+        assert found.odd is not None
+        only_thinking = () if self.rule.thinking else found.odd.only_thinking
+        for number in (*found.odd.learns_nothing, *only_thinking):
+            why.setdefault(number, "learns nothing")
+        longest = list(zip(found.odd.longest, found.tokens.longest_rows, strict=True))
+        for number, tokens in longest:
+            if tokens > limit:
+                why.setdefault(number, f"{tokens:,} tokens, over {limit:,}")
+        for finding in found.findings:
+            if finding.id != "nothing_learned":
+                for number in finding.numbers:
+                    why.setdefault(number, finding.text)
+        for number, tokens in longest[:_SUPERLATIVES]:
+            why.setdefault(number, f"among the longest: {tokens:,} tokens")
+        for number, tokens, learned in found.odd.least_learned[:_SUPERLATIVES]:
+            why.setdefault(number, f"among the least learned: {learned:,} of {tokens:,} tokens")
+        return [OddRow(number, why[number]) for number in sorted(why)]
 
     def question(self) -> Question:
         """Whether it looks right; another row, or another answer of a switch."""
@@ -362,7 +334,16 @@ class PreviewStep(Step):
         return key == RIGHT
 
     def turn(self, name: str, answer: str) -> None:
-        key, value = change_of(name, answer)
+        key: str
+        value: object
+        match name:
+            case "thinking":
+                key, value = "train_on_thinking", answer == "yes"
+            case "old thinking":
+                key, value = "history_thinking", answer
+            case _:
+                key = "chat_template_kwargs"
+                value = None if answer == "by row" else {"reasoning_effort": answer}
         self._draft.reset(key)
         if getattr(self._draft.config(), key) != value:
             self._draft.change(key, value)

@@ -14,7 +14,7 @@ from engine.plan import Device, Statistics, best_device, survey
 from engine.units import GIB
 from engine.wizard.draft import Draft
 from engine.wizard.flow import Wizard, perform
-from engine.wizard.model import OWN, ModelStep, look_at
+from engine.wizard.model import OWN, ModelStep
 
 CPU = Device("this computer's CPU", "cpu", 64 * GIB, 46 * GIB)
 ROWS = Statistics(10, 10, 900, 300, 0, 90.0, 118, 120)
@@ -133,7 +133,8 @@ def test_own_models_stay_in_the_list_until_their_folder_is_gone(tmp_path: Path) 
     assert [each.name for each in step.candidates()][-2:] == own
     Path(own[0], "config.json").unlink()
     draft.device = best_device(assume("T4"))
-    step.receive(step.survey(draft.device), look_at(draft.device))
+    work = step.survey(draft.device)
+    step.receive(work, perform(work, lambda _done: None))
     assert [each.name for each in step.candidates()][-1:] == own[1:]
     question = step.question()
     assert question.choices[question.recommended].key == "ministral-3-8b"
