@@ -26,14 +26,11 @@ NOTE_EXAMPLES = 5
 class Statistics:
     """Counts of the usable rows of a dataset, under one model's tokenizer."""
 
-    rows: int
     usable_rows: int
     total_tokens: int
-    learned_tokens: int
     thinking_tokens: int
     mean_tokens: float
     """Of a row; the next ones too."""
-    p95_tokens: int
     longest_tokens: int
     longest_rows: tuple[int, ...] = ()
     """Lengths of the longest rows, the longest first."""
@@ -362,13 +359,10 @@ class Checkup:
         if tokens is None or odd is None or not self.usable:
             return None
         return Statistics(
-            rows=self.rows,
             usable_rows=self.usable,
             total_tokens=tokens.total,
-            learned_tokens=tokens.learned,
             thinking_tokens=tokens.thinking,
             mean_tokens=tokens.row_length.mean,
-            p95_tokens=tokens.row_length.p95,
             longest_tokens=tokens.row_length.max,
             longest_rows=tokens.longest_rows,
             prompts=self.prompts,

@@ -40,8 +40,6 @@ class Recommendation:
     config: RunConfig
     reasons: Mapping[str, str]
     """By key of the config, for every value that was chosen."""
-    recommended: Mapping[str, object]
-    """The values before the person's own."""
     estimate: Estimate
     alternatives: tuple[Alternative, ...]
     attention: Attention
@@ -93,7 +91,6 @@ def recommend(
         config,
         place,
         reasons={**choice.reasons, **reasons},
-        recommended=dict(free.values),
         attention=choice.attention,
     )
 
@@ -113,7 +110,6 @@ def assess(
         kept,
         place,
         reasons=dict.fromkeys(changes or {}, "yours"),
-        recommended={},
         attention=choose_attention(place.device, task_of(kept, place.architecture, place.device)),
     )
 
@@ -123,14 +119,12 @@ def _advise(
     place: Place,
     *,
     reasons: Mapping[str, str],
-    recommended: Mapping[str, object],
     attention: Attention,
 ) -> Recommendation:
     needs = estimate(config, place)
     return Recommendation(
         config,
         reasons,
-        recommended,
         needs,
         list_alternatives(config, place),
         attention,

@@ -37,16 +37,6 @@ class Traffic:
     exchanged: float = 0.0
     """All-reduced inside layers that several cards share, or sent between their experts."""
 
-    @property
-    def total(self) -> float:
-        return (
-            self.gathered_forward
-            + self.gathered_backward
-            + self.scattered
-            + self.summed
-            + self.exchanged
-        )
-
 
 def traffic_of(step: Step, layout: Layout) -> Traffic:
     """Of an optimizer step of `step`'s config, as one rank of `layout` sees it."""

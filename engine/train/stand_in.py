@@ -222,13 +222,10 @@ def count_rows(rows: Rows, config: RunConfig) -> Statistics:
     lengths, of_images, rule = rows.lengths, _image_tokens(rows), label_rule(config)
     learns = [np.count_nonzero(learned(rows.kinds(row), rule)) for row in range(len(rows))]
     return Statistics(
-        rows=len(rows),
         usable_rows=len(rows),
         total_tokens=int(lengths.sum()),
-        learned_tokens=int(sum(learns)),
         thinking_tokens=0,
         mean_tokens=float(lengths.mean()),
-        p95_tokens=int(np.percentile(lengths, 95)),
         longest_tokens=int(lengths.max()),
         p99_tokens=int(np.percentile(lengths, 99)),
         image_tokens=int(of_images.sum()),

@@ -55,13 +55,10 @@ def dataset(rows: int, mean: int, longest: int, **more: Any) -> Statistics:
     """A dataset of `rows` usable rows, whose longest are 10 tokens apart."""
     lengths = tuple(max(mean, longest - 10 * n) for n in range(min(rows, 1000)))
     return Statistics(
-        rows=rows,
         usable_rows=rows,
         total_tokens=rows * mean,
-        learned_tokens=rows * mean // 3,
         thinking_tokens=more.pop("thinking", 0),
         mean_tokens=float(mean),
-        p95_tokens=(mean + longest) // 2,
         longest_tokens=longest,
         longest_rows=lengths,
         p99_tokens=lengths[min(len(lengths) - 1, rows // 100)],

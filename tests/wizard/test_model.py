@@ -17,7 +17,7 @@ from engine.wizard.flow import Wizard, perform
 from engine.wizard.model import OWN, ModelStep
 
 CPU = Device("this computer's CPU", "cpu", 64 * GIB, 46 * GIB)
-ROWS = Statistics(10, 10, 900, 300, 0, 90.0, 118, 120)
+ROWS = Statistics(10, 900, 0, 90.0, 120)
 
 
 def asked(draft: Draft) -> ModelStep:

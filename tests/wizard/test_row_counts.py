@@ -123,21 +123,21 @@ def test_a_config_has_equal_rows(
     config, architecture = read_planned(path)
     estimated, why = count_config_rows(config, architecture, tmp_path)
     assert estimated is not None, why
-    dry = check_rows(config, tmp_path).statistics()
-    assert dry == of_worker(path) == of_plain(path) == estimated
+    found = check_rows(config, tmp_path)
+    assert found.statistics() == of_worker(path) == of_plain(path) == estimated
 
     prepared = prepare(config, tmp_path, open_tokenizer(config.base_model), tmp_path / "store")
     rule, kinds = label_rule(config), prepared.tokens_by_kind()
     assert len(prepared) == estimated.usable_rows
     assert prepared.meta.tokens == estimated.total_tokens
-    assert prepared.learned_tokens(rule) == estimated.learned_tokens
+    assert prepared.learned_tokens(rule) == found.tokens.learned
     assert int(np.max(prepared.lengths)) == estimated.longest_tokens
     assert kinds.get("image", 0) == estimated.image_tokens
     assert kinds.get("think", 0) == estimated.thinking_tokens
 
     told = command(capfd, "check", "config.yml")
-    assert (told["rows"], told["usable"]) == (estimated.rows, estimated.usable_rows)
-    assert told["tokens"]["learned"] == estimated.learned_tokens
+    assert (told["rows"], told["usable"]) == (found.rows, estimated.usable_rows)
+    assert told["tokens"]["learned"] == found.tokens.learned
 
 
 @pytest.mark.parametrize("goal", ["text", "think"])

@@ -15,7 +15,7 @@ from tests.support.screens import assert_golden
 from tests.support.stand_in import Beyond, Screen, opened
 
 CPU = Device("this computer's CPU", "cpu", 64 * GIB, 46 * GIB)
-ROWS = Statistics(10, 10, 900, 300, 0, 90.0, 118, 120)
+ROWS = Statistics(10, 900, 0, 90.0, 120)
 
 
 def on(gpu: str, **answers: Any) -> Draft:

@@ -20,7 +20,7 @@ from tui.entry import WizardRequest, make_draft
 from tui.page import Page
 from tui.widgets.choices import Fields
 
-ROWS = Statistics(480, 480, 142_150, 74_498, 33_180, 296.1, 688, 1213, (1213,) * 9 + (688,) * 471)
+ROWS = Statistics(480, 142_150, 33_180, 296.1, 1213, (1213,) * 9 + (688,) * 471)
 
 
 OPENED = """\
