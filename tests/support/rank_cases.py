@@ -26,10 +26,19 @@ from engine.train.session import Session
 from engine.train.shard import local_bytes
 from engine.train.slice_load import load_divided
 from tests.support.pictured_rows import MIXED, write_pictured
-from tests.support.tiny import UNEVEN, bytes_of, open_session, settings, wake_adapter, write_rows
+from tests.support.tiny import (
+    UNEVEN,
+    bytes_of,
+    open_session,
+    row,
+    settings,
+    wake_adapter,
+    write_rows,
+)
 
 ROWS: dict[str, Callable[[Path], Rows]] = {
     "uneven": lambda folder: write_rows(folder, UNEVEN),
+    "many": lambda folder: write_rows(folder, [row(n % 19 + 1, n % 28 + 1, n) for n in range(64)]),
     "mixed": lambda folder: write_pictured(folder, MIXED),
 }
 

@@ -322,6 +322,30 @@ def test_twenty_steps_are_those_of_one_rank(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", ["two", "four"])
+@pytest.mark.parametrize("method", ["LoRA", "full"])
+@pytest.mark.parametrize("name", ["mistral", "ministral3", "mistral4"])
+def test_twenty_packed_steps_are_those_of_one_rank(
+    request: pytest.FixtureRequest,
+    model_folder: Models,
+    tmp_path: Path,
+    name: str,
+    method: str,
+    count: str,
+) -> None:
+    group = request.getfixturevalue(f"{count}_ranks")
+    packed = {"sample_packing": True, "sequence_len": 64, "learning_rate": 1e-4}
+    keys = METHODS[method].keys | packed
+    case: dict[str, Any] = {"rows": "many", "steps": 20}
+    one, many = learn_both_ways(group, tmp_path, model_folder(name), keys, **case)
+    assert_equal(one, many, 1e-5)
+    assert sum(map(len, one["rows"])) > 20 * 4, "some sequences have several rows"
+    told = many[0]["imbalance"]
+    assert all(each["imbalance"] == told for each in many)
+    assert 0 < sum(told) / 20 < 0.1, "each round's sequences are nearly as costly"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
