@@ -10,11 +10,14 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from msgspec import convert, to_builtins
+
 from engine.errors import UserError, WorkError
+from engine.events import Shortage
 from engine.files import write_whole
 from engine.runs.folder import RunFolder
 
@@ -47,6 +50,8 @@ class Failure:
     exit_status: int = 1
     lost_peer: bool = False
     """Whether it is the consequence of another rank's end."""
+    shortage: Shortage | None = None
+    """What is known where memory ran out, and what all ranks go on with."""
 
 
 def is_rank() -> bool:
@@ -94,16 +99,16 @@ def is_lost_peer(error: BaseException) -> bool:
     )
 
 
-def report_failure(error: Exception, reason: UserError) -> None:
+def report_failure(error: Exception, reason: UserError, shortage: Shortage | None = None) -> None:
     """Leave for the supervisor why this rank ends, in the file that torch's agent reads."""
     lost_peer = any(is_lost_peer(each) for each in (error, error.__cause__) if each)
-    failure = Failure(reason.what, reason.why, reason.fix, reason.exit_status, lost_peer)
+    failure = Failure(reason.what, reason.why, reason.fix, reason.exit_status, lost_peer, shortage)
     message = {"message": reason.what, "extraInfo": {"timestamp": int(time.time())}}
-    record = {"message": message, "failure": asdict(failure)}
+    record = {"message": message, "failure": to_builtins(failure)}
     write_whole(Path(os.environ[_ERROR_FILE_VARIABLE]), json.dumps(record).encode())
 
 
 def read_failure(record: Any) -> Failure | None:
     """What `report_failure` left; None where a rank ended without a word."""
     found = record.get("failure") if isinstance(record, dict) else None
-    return Failure(**found) if found else None
+    return convert(found, Failure) if found else None

@@ -106,6 +106,7 @@ def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
         try:
             events.emit(Phase("import"))
             require_stack()
+            from engine.train.out_of_memory import shortage_of
             from engine.train.run import run as carry_out
             from engine.train.session import Session
 
@@ -116,7 +117,7 @@ def train(run: RunFolder, resume: bool, checkpoint: str | None) -> int:
             reason = explain(error)
             traceback.print_exc()
             if is_rank():
-                report_failure(error, reason)
+                report_failure(error, reason, shortage_of(error))
             else:
                 step = summarize(run).step
                 events.emit(Ended("failed", step, reason.what, reason.why, reason.fix))

@@ -15,6 +15,7 @@ from engine.catalog import Architecture
 from engine.config import RunConfig, spell
 from engine.errors import WorkError
 from engine.events import Shortage
+from engine.launch import change_config
 from engine.plan import SAME_RESULT, Device, Place, changed, estimate, next_rung
 from engine.plan.savers import IN_RAM
 from engine.plan.step import WEIGHTS
@@ -50,6 +51,18 @@ class OutOfMemory(Exception):
     def __init__(self, facts: Shortage) -> None:
         super().__init__(facts.where)
         self.facts = facts
+
+
+def shortage_of(error: BaseException) -> Shortage | None:
+    """What is known of the memory that a run's end is due to; None where it is not."""
+    return error.__cause__.facts if isinstance(error.__cause__, OutOfMemory) else None
+
+
+def take_rung(facts: Shortage, run: RunFolder) -> str:
+    """Change the run's config as `facts` has it; the sentence that says so."""
+    values = [f"{key}={value}" for key, value in facts.changes.items()]
+    change_config(run, values)
+    return f"memory ran out in {facts.where}: goes on with {' '.join(values)}, {facts.trade}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -209,7 +209,10 @@ def open_ranks(config: RunConfig) -> Ranks:
     device = pick_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    shared, rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    # The supervisor's store outlives ranks that are started again (torch 2.13), and has in it where
+    # those before them listened and what they had done.
+    store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), shared)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     ranks = Ranks(

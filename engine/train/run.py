@@ -22,7 +22,6 @@ from engine.data.requests import Progress
 from engine.data.sources import config_notes, held_out_sets
 from engine.events import Phase, Shortage, Started
 from engine.hardware.packages import installed
-from engine.launch import change_config
 from engine.pace import every
 from engine.plan import remarks
 from engine.plan.layout import layout_among, refuse_spread
@@ -63,6 +62,7 @@ from engine.train.out_of_memory import (
     describe,
     is_out_of_memory,
     read_estimate,
+    take_rung,
     with_next_rung,
 )
 from engine.train.ranks import lost_rank, open_ranks, seed_apart
@@ -91,9 +91,9 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
     """Carry out the run of `session`'s folder; returns after its `ended` event.
 
     Where memory runs out and the config has `auto_fit`, it goes on from the last checkpoint with
-    the next change that saves some and alters no result, as often as there is one; several ranks
-    end instead, since the others wait for what this one did not do. Raises UserError and WorkError
-    with the sentence for the person.
+    the next change that saves some and alters no result, as often as there is one; of several ranks
+    one leaves that to its supervisor, since the others wait for what it did not do. Raises
+    UserError and WorkError with the sentence for the person.
     """
     opened = session.ranks.is_alone
     if opened:
@@ -107,15 +107,13 @@ def run(session: Session, *, resume: bool, checkpoint: str | None = None) -> Non
         torch.cuda.empty_cache()
         config = read_config(session.run.config).config
         facts = with_next_rung(facts, config, read_architecture(session.base_folder), device)
-        taken = config.auto_fit and bool(facts.changes) and session.ranks.is_alone
-        facts = structs.replace(facts, taken=taken)
+        facts = structs.replace(facts, taken=config.auto_fit and bool(facts.changes))
+        if not session.ranks.is_alone:
+            raise as_error(facts, session.run) from OutOfMemory(facts)
         session.emit(facts)
         if not facts.taken:
             raise as_error(facts, session.run)
-        values = [f"{key}={value}" for key, value in facts.changes.items()]
-        change_config(session.run, values)
-        text = f"memory ran out in {facts.where}: goes on with {' '.join(values)}, {facts.trade}"
-        session.note("warning", text)
+        session.note("warning", take_rung(facts, session.run))
         session.fitted |= facts.changes.keys()
         resume, checkpoint = True, None
     if opened:
@@ -293,12 +291,12 @@ def _report_ranks(session: Session, model: Model) -> None:
     ranks = session.ranks
     held = local_bytes(model)
     shown = {part: size for part, size in held.items() if size >= LEAST_SHOWN_BYTES}
-    parts = ", ".join(f"{part} {gib(size)}" for part, size in shown.items())
+    parts = ": " * bool(shown) + ", ".join(f"{part} {gib(size)}" for part, size in shown.items())
     many = f"each of {ranks.replicas} copies" if ranks.replicas > 1 else "one copy"
     session.note(
         "info",
         f"{ranks.world_size} ranks: {many} of the model over {counted(ranks.shards, 'rank')}. "
-        f"Each rank holds {gib(sum(held.values()))} of it: {parts}.",
+        f"Each rank holds {gib(sum(held.values()))} of it{parts}.",
     )
 
 

@@ -7,7 +7,6 @@ that the run ends with. No rank outlives this process: see `join_ranks`.
 """
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -16,9 +15,10 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -30,9 +30,10 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from engine.child import last_lines
 from engine.errors import UserError, WorkError
-from engine.events import Ended, EventWriter, Note
+from engine.events import Ended, EventWriter, Note, Shortage
 from engine.runs import RunFolder, RunLock, StopSignals, is_locked, send, summarize
 from engine.runs.rank import SUPERVISOR_VARIABLE, Failure, print_into, read_failure
+from engine.train.out_of_memory import take_rung
 from engine.visible import visible
 
 _POLL_SECONDS: Final = 0.1
@@ -160,7 +161,7 @@ class Agent(LocalElasticAgent):
         """Whether the first rank is on this computer, and with it the run's lock."""
         return self._team.nodes == 1 or self._worker_group.group_rank == 0
 
-    def _emit(self, event: Ended | Note) -> None:
+    def _emit(self, event: Ended | Note | Shortage) -> None:
         """Write an event; only while no rank lives, since the first one writes there too."""
         if self._leads:
             with EventWriter(self._run.events) as events:
@@ -201,9 +202,9 @@ class Agent(LocalElasticAgent):
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if self._failure:
-            spec = worker_group.spec
-            done = spec.max_restarts - self._remaining_restarts
-            again = f"restart {done} of {spec.max_restarts}, from the last checkpoint"
+            most = self._team.max_restarts
+            done = most - self._remaining_restarts
+            again = f"restart {done} of {most}, from the last checkpoint"
             self._emit(Note("warning", f"{self._failure.what} {self._failure.why} Now: {again}."))
         self._failure = None
         super()._restart_workers(worker_group)
@@ -226,7 +227,20 @@ class Agent(LocalElasticAgent):
             self._tell(self._failure)
         if self._failure is None or self._signals.requested or self._failure.exit_status != 1:
             self._remaining_restarts = 0
+        elif self._failure.shortage:
+            self._make_room(self._failure.shortage)
         return result
+
+    def _make_room(self, facts: Shortage) -> None:
+        """Say that memory ran out on a rank; where that is taken, let all begin anew with what
+        makes room, whatever restarts are left."""
+        self._emit(facts)
+        if facts.taken:
+            if self._leads:
+                self._emit(Note("warning", take_rung(facts, self._run)))
+            self._failure = None
+            self._worker_group.spec.max_restarts += 1
+            self._remaining_restarts += 1
 
     def _is_late(self) -> bool:
         """Whether the others still live long after the first rank, which ends last, has ended."""
@@ -275,13 +289,14 @@ class Agent(LocalElasticAgent):
         )
 
     def _failed_key(self) -> str:
-        return f"windtunnel/failed/{self._remaining_restarts}"
+        begun = self._worker_group.spec.max_restarts - self._remaining_restarts
+        return f"windtunnel/failed/{begun}"
 
     def _tell(self, failure: Failure) -> None:
         """Let the other computers know: their ranks may wait for ours without end."""
         store: Any = self._worker_group.store
         with contextlib.suppress(DistError):
-            store.set(self._failed_key(), json.dumps(asdict(failure)))
+            store.set(self._failed_key(), msgspec.json.encode(failure).decode())
         time.sleep(_TOLD_SECONDS)  # the store may be this process's own
 
     def _told(self) -> Failure | None:
@@ -289,7 +304,7 @@ class Agent(LocalElasticAgent):
         store: Any = self._worker_group.store
         if self._team.nodes == 1 or store is None or not store.check([self._failed_key()]):
             return None
-        return Failure(**json.loads(store.get(self._failed_key())))
+        return msgspec.json.decode(store.get(self._failed_key()), type=Failure)
 
     def _kill(self) -> None:
         for handler in self._handlers().values():

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine.events import Ended, Note, Saved, Started
+from engine.events import Ended, Note, Saved, Shortage, Started
 from engine.launch import Nodes, launch, resume_run
 from engine.runs import Follower, RunFolder, ask, is_locked, status, summarize
 from engine.runs.folder import list_checkpoints
@@ -210,3 +210,50 @@ class TestRealRanks:
         whole = workshop.new(**keys)
         assert launch(whole, detach=True).wait(300) == 0
         assert figures(run) == figures(whole)
+
+    @pytest.mark.slow
+    def test_ranks_that_are_started_again_find_each_other(self, workshop: Workshop) -> None:
+        keys = {"max_steps": 24, "save_steps": 2, "max_restarts": 1}
+        run = workshop.new(**keys)
+        supervisor = launch(run, detach=True)
+        wait_until(lambda: summarize(run).step > 4)
+        os.kill(rank_process(run, 1), signal.SIGKILL)
+        assert supervisor.wait(120) == 0
+        (note,) = (each.text for each in events_of(run, Note) if "restart" in each.text)
+        assert "Rank 1 of 2 was ended by SIGKILL" in note
+        whole = workshop.new(**keys)
+        assert launch(whole, detach=True).wait(120) == 0
+        assert figures(run) == figures(whole)
+
+    @pytest.mark.slow
+    def test_all_ranks_take_the_rung_that_makes_room_on_one(self, workshop: Workshop) -> None:
+        batch = {"micro_batch_size": 16, "gradient_accumulation_steps": 1, "sample_packing": False}
+        keys = batch | {"max_steps": 4, "save_steps": 1, "lora_dropout": 0.0}
+        run = workshop.new(auto_fit=True, **keys)
+        assert launch(run, detach=True, module="tests.support.short_rank").wait(240) == 0
+        told = events_of(run, Shortage)
+        assert [(each.step, each.changes["micro_batch_size"]) for each in told] == [(3, "8")]
+        assert told[0].taken
+        notes = [each.text for each in events_of(run, Note)]
+        assert sum("goes on with micro_batch_size=8" in text for text in notes) == 1
+        assert not any("restart" in text for text in notes)
+        assert len(events_of(run, Ended)) == 1
+        assert not processes_of(run.path)
+        whole = workshop.new(**keys)
+        assert launch(whole, detach=True).wait(120) == 0
+        for after, before in zip(figures(run), figures(whole), strict=True):
+            assert after == pytest.approx(before, rel=1e-4)
+
+    @pytest.mark.slow
+    def test_a_rank_without_room_ends_the_run_with_what_would_make_some(
+        self, workshop: Workshop
+    ) -> None:
+        batch = {"micro_batch_size": 16, "gradient_accumulation_steps": 1, "sample_packing": False}
+        run = workshop.new(**batch, max_steps=4)
+        assert launch(run, detach=True, module="tests.support.short_rank").wait(240) == 1
+        (told,) = events_of(run, Shortage)
+        assert not told.taken
+        (ended,) = events_of(run, Ended)
+        assert ended.what.startswith("Memory ran out in step 3: ")
+        assert f"`windtunnel resume {run.path} micro_batch_size=8 " in ended.fix
+        assert not processes_of(run.path)
