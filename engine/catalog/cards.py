@@ -118,7 +118,8 @@ def find_model(name: str) -> ModelCard:
         raise UserError(
             f"There is no model named {visible(name, one_line=True)}.",
             "It is neither a name of the catalog nor a folder nor a hub id like org/name.",
-            f"{hint}`windtunnel models` lists the names.",
+            f"{hint}`windtunnel models` lists the names; any other Mistral model is given by its"
+            " folder or its hub id, such as mistralai/Devstral-Small-2507.",
         )
     return _read_card(name)
 

@@ -10,14 +10,15 @@ from engine.chat.conversation import THINKING_NAMES, plain_name
 
 USUAL: Final = MappingProxyType(
     {
-        "field_tools": ("tools", "availabletools", "functions"),
+        "field_tools": ("tools", "availabletools", "functions", "toolsjson"),
         "field_system": (
             *("system", "systemprompt", "systemmessage", "systeminstruction"),
             *("systeminstructions", "instructionsystem"),
         ),
         "field_context": (
             *("context", "passage", "paragraph", "document", "background", "article", "passages"),
-            *("contexts", "evidence", "support", "story", "definition"),
+            *("contexts", "evidence", "support", "story", "definition", "documents", "docs"),
+            *("chunks", "retrievedcontext", "retrievedcontexts", "retrieveddocuments"),
         ),
         "field_choices": ("choices", "options", "endings", "answerchoices"),
         "field_thinking": tuple(THINKING_NAMES),
@@ -39,7 +40,7 @@ QUESTIONS: Final = (
 ANSWERS: Final = (
     *("answer", "output", "response", "completion", "solution", "reply", "targetspretokenized"),
     *("target", "targets", "multiplechoiceanswer", "answers", "assistant", "gpt"),
-    *("correctanswer", "longanswer", "solutions"),
+    *("correctanswer", "longanswer", "solutions", "groundtruth"),
 )
 ASKED_WITH_CHOICES: Final = (*QUESTIONS, "ctx", "questionstem", "stem", "goal", "premise")
 CHOSEN: Final = (

@@ -264,13 +264,18 @@ class Columns:
             ask, reply = asks or self.named([question]), answers or self.named([answer])
             if ask is not None and reply is not None:
                 return ask, reply
-        reply = answers or self.named(replies)
+        reply = answers or self.named(replies) or self._label_text()
         ask = asks or self.named([name for name in questions if self._index.get(name) != reply])
         if reply is not None and ask is not None:
             return ask, reply
         if shows_image and (caption := answers or self.named(CAPTIONS)):
             return None, caption
         self._refuse_columns()
+
+    def _label_text(self) -> str | None:
+        """The column label where it holds an answer, as ChartQA's, and no class or verdict."""
+        label = self.named(["label"])
+        return label if label is not None and isinstance(self.row[label], str | list) else None
 
     def _find_choices(self) -> Choices | None:
         column = self.column("field_choices")
@@ -300,11 +305,24 @@ class Columns:
                 "Take the file of whole trees of the same dataset (OASST's *.trees.jsonl), which"
                 " is read, or join the rows by parent_id.",
             )
+        if splits := _splits(self.row):
+            raise RowProblem(
+                "The row is a whole dataset, with its splits in one object.",
+                f"It has {describe_keys(self.row)}, each a list of rows.",
+                "Write each list to a file of its own in one folder, a row a line"
+                f" ({', '.join(f'{name}.jsonl' for name in splits)}), and give that folder: train"
+                " is learned, the others can be held out.",
+            )
         texts = [name for name in _texts(self.row) if plain_name(name) not in THINKING_NAMES]
         fix = "Name the column in field_messages, or use columns such as question and answer, or"
         fix += " name yours in field_question and field_answer"
         others = [name for name, value in self.row.items() if not is_bookkeeping(name, value)]
-        talks = [name for name in others if find_conversation(self.row[name])]
+        talks = [
+            name
+            for name in others
+            if (found := find_conversation(self.row[name]))
+            and (not isinstance(found[0], str) or self.named(QUESTIONS) is None)
+        ]
         if len(talks) == 1:
             fix = f"Write `field_messages: {talks[0]}` in the dataset's entry"
         elif pair := _pair_among(texts):
@@ -346,7 +364,9 @@ class Columns:
         context = self._read_context(column)
         if context and context not in texts:
             texts.insert(0, context)
-            self.note("context_placed", f"{self.column('field_context')} stands before {column}.")
+            name = self.column("field_context") or ""
+            alone = "" if isinstance(self.row[name], str) else ", its texts alone"
+            self.note("context_placed", f"{name} stands before {column}{alone}.")
         if self._choices is not None:
             texts[-1] = self._choices.list_after(texts[-1])
         return Message("user", "\n\n".join(text for text in texts if text))
@@ -439,6 +459,14 @@ def find_conversation(value: object) -> Sequence[object] | None:
         return value if len(value) > 1 else None
     fits = all(isinstance(each, Mapping) and (has_role(each) or _pair_keys(each)) for each in value)
     return value if fits else None
+
+
+def _splits(row: Mapping[str, object]) -> list[str]:
+    """The columns of a row that is a dataset whole, each a split's list of rows; else none."""
+    is_set = "train" in row and all(
+        isinstance(each, list) and {*map(type, each)} == {dict} for each in row.values()
+    )
+    return list(row) if is_set else []
 
 
 def _texts(row: Mapping[str, object]) -> Iterator[str]:

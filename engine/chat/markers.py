@@ -56,6 +56,7 @@ CALLS: Final[_Pairs] = (
     *((f"<{name}>", f"</{name}>") for name in ("tool_call", "tool_calls", "function_call")),
     ("<function=", "</function>"),  # Llama 3.1
     ("<|tool_call|>", ""),  # Granite
+    ("<|fn_start|>", "<|fn_end|>"),
     ("<functioncall>", ""),  # Glaive
     ("[TOOL_CALLS]", ""),
     ("<|python_tag|>", ""),  # Llama 3
@@ -69,7 +70,14 @@ TOOLS: Final[_Pairs] = (
 )
 ENDS: Final = (
     *("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>"),
-    *("<|return|>", "<|eom_id|>", "<end_of_turn>", "<eos>", "<｜end▁of▁sentence｜>"),
+    *(
+        "</functioncall>",
+        "<|return|>",
+        "<|eom_id|>",
+        "<end_of_turn>",
+        "<eos>",
+        "<｜end▁of▁sentence｜>",
+    ),
 )
 BEGINNINGS: Final = (
     *("[/INST]", "<|im_start|>assistant", "<|start_header_id|>assistant<|end_header_id|>"),
@@ -153,7 +161,8 @@ def read_markers(
     """
     if not any(message.role == "tool" or _is_marked(message) for message in messages):
         return messages, tools, []
-    has_lone_result = any(m.role == "tool" and m.tool_call_id is None for m in messages)
+    last = max((at for at, each in enumerate(messages) if each.role == "assistant"), default=0)
+    has_lone_result = any(m.role == "tool" and m.tool_call_id is None for m in messages[:last])
     reader = _Reader(dataset, tools, read_tools, has_lone_result)
     read = [each for message in messages for each in reader.read(message)]
     return read, reader.tools, reader.notes

@@ -184,7 +184,7 @@ class MessageReader:
             name = "user" if name else "assistant"
         speaker = self._format.roles.get(name) if isinstance(name, str) else None
         if speaker is None and isinstance(name, str):
-            speaker = self._format.roles.get(name.lower())
+            speaker = self._format.roles.get(name.lower().replace("-", "_"))
         if speaker is not None and isinstance(name, str):
             return name, speaker
         if name is None:

@@ -41,6 +41,6 @@ def join_texts(value: object) -> str | None:
         return value
     value = list_in(value)
     if not isinstance(value, list | tuple):
-        return None
+        return value if isinstance(value, str) else None
     texts = [join_texts(each) for each in value]
     return None if None in texts else "\n\n".join(text for text in texts if text)

@@ -31,7 +31,15 @@ from engine.units import counted
 
 _IMAGE_COLUMNS = ("images", "image")
 # In tables: names that hold an image in some datasets and a text about one in others.
-_PERHAPS_IMAGE_COLUMNS = ("image_id", "image_path", "image_url", "img", "picture", "file_name")
+_PERHAPS_IMAGE_COLUMNS = (
+    "image_id",
+    "image_path",
+    "image_url",
+    "img",
+    "picture",
+    "file_name",
+    "imgname",
+)
 _PERHAPS_IMAGES = frozenset(_PERHAPS_IMAGE_COLUMNS)
 _PLACEHOLDER_TEXT = "<image>"
 _NEXT: Mapping[Role, tuple[Role, ...]] = MappingProxyType(

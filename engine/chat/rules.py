@@ -175,7 +175,7 @@ def _check_call_id(call_id: str | None, message: Message, is_last: bool, version
             raise _id_problem("A tool call has no id.", version, message)
         if not _SHORT_ID.match(call_id):
             raise _id_problem(f"A tool call's id is {describe(call_id)}.", version, message)
-    elif not call_id:
+    elif not call_id and not (is_last and call_id is None):
         raise _id_problem("A tool call has no id.", version, message)
 
 

@@ -247,15 +247,36 @@ CHOICES = [
             ["user:q", "assistant:a"],
             id="speakers",
         ),
+        pytest.param({"query": "q", "label": ["a"]}, ["user:q", "assistant:a"], id="ChartQA"),
+        *(
+            pytest.param(
+                {"question": "q", name: each, "ground_truth": "a"},
+                ["user:b\n\nc\n\nq", "assistant:a"],
+                id=f"RAG, {name}",
+            )
+            for name, each in {
+                "documents": ["b", "c"],
+                "retrieved_contexts": ["b", "c"],
+                "passages": [{"title": "t", "text": "b"}, {"title": "u", "text": "c"}],
+            }.items()
+        ),
+        pytest.param(
+            {"conversations": [{"from": "human", "value": "q"},
+                               {"from": "gpt", "value": '<|fn_start|>{"name": "f"}<|fn_end|>'},
+                               {"from": "function-response", "value": "r"},
+                               {"from": "gpt", "value": "a"}]},
+            ["user:q", "assistant:f({})", "tool:r", "assistant:a"],
+            id="MathAndMagic",
+        ),
     ],
-)
+)  # fmt: skip
 def test_rows_as_they_circulate(row, messages):
     found = read(row)
     assert spoken(found) == messages
     assert all(message.learn for message in found.messages)
 
 
-@pytest.mark.parametrize("column", ["tools", "available_tools", "functions"])
+@pytest.mark.parametrize("column", ["tools", "available_tools", "functions", "tools_json"])
 def test_tools_stand_in_any_usual_column(column):
     row = {"messages": CHOSEN, column: [TOOL]}
     assert read(row).tools[0]["function"]["name"] == "w"
@@ -381,8 +402,10 @@ OPTIONS = {"question": "q", "choices": ["x", "y"]}
          {"field_question": "instruction_zh", "field_answer": "output_zh"}, None),
         ({"document": "q", "summary": "a", "id": "1"}, "`field_question: document`",
          {"field_question": "document", "field_answer": "summary"}, None),
-        ({"image": {"base64": "iVBORw0="}, "query": "q", "label": ["a"]}, "`field_answer: label`",
-         {"field_question": "query", "field_answer": "label", "field_image": "none"}, None),
+        ({"train": [QA], "valid": [QA]}, "in one folder, a row a line (train.jsonl, valid.jsonl)",
+         {}, QA),
+        ({"question": "q", "snippets": ["b", "c"], "said": ""}, "name yours in field_question",
+         {"field_answer": "said"}, {"question": "q", "said": "a"}),
         ({"name": "n", "problem": "q", "r1_solution": "a", "reasoning": "t", "test_cases": "c"},
          "`field_answer: r1_solution`",
          {"field_question": "problem", "field_answer": "r1_solution", "field_thinking": "why"},

@@ -205,6 +205,18 @@ def test_results_without_ids_answer_the_calls_in_their_order(
     assert [note.id for note in conversation.notes] == expected
 
 
+def test_a_call_that_ends_the_row_needs_no_id_where_ids_are_no_tokens(
+    read: Read, tokenizers: Tokenizers
+) -> None:
+    """As sets of single calls are published: mistral-common wants an id, and writes none."""
+    call = {"function": {"name": "f", "arguments": {}}}
+    with_id, without = (
+        render(read(USER, ANSWER | {"content": "", "tool_calls": [each]}), tokenizers["v13"])
+        for each in (call | {"id": "abcdefghi"}, call)
+    )
+    assert with_id.input_ids.tolist() == without.input_ids.tolist()
+
+
 def test_sharegpt_calls_and_results_are_paired_in_order() -> None:
     row = {
         "conversations": [

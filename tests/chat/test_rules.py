@@ -44,6 +44,9 @@ def test_tangled_rows_as_mistral_common(row: dict[str, Any], tokenizers: Tokeniz
     for version in SPECS:
         tokenizer = tokenizers[version]
         found, expected = outcome(row, tokenizer), oracle.encode(row, tokenizer)
+        if expected is None and not isinstance(found, RowProblem):
+            # What it refuses for want of ids alone is read in the order of the messages.
+            expected = oracle.encode(oracle.numbered(row), tokenizer)
         if isinstance(found, RowProblem):
             assert found.what in STRICTER or expected is None, found
         elif tokenizer.efforts and row["reasoning_effort"] is None:
@@ -117,7 +120,7 @@ TABLE: dict[str, tuple[list[dict[str, Any]], dict[str, str]]] = {
         [USER, call("call_12345")],
         every("A tool call's id is 'call_12345'.", "v3", "v7", "v11"),
     ),
-    "no call id, last": ([USER, NO_ID], every("A tool call has no id.", "v13", "v15")),
+    "no call id, last": ([USER, NO_ID], {}),
     "no call id": ([USER, call("null"), result(), ANSWER], every("A tool call has no id.")),
     "a result of another call": (
         [USER, call(), result("123456789"), ANSWER],

@@ -91,6 +91,16 @@ class TestCheck:
         write_jsonl([*rows, "bad"])
         assert run("check", config, "--strict")[0] == 1
 
+    def test_rows_of_alpaca_are_read_as_the_refusal_of_their_type_says(self, run, write_jsonl):
+        data = write_jsonl([{"instruction": "q", "input": "c", "output": "a"}])
+        (config := data.with_name("c.yml")).write_text(
+            f"base_model: demo-tiny\ndatasets: [{{path: {data.name}, type: alpaca}}]\n"
+        )
+        with pytest.raises(UserError, match=r"Write type: chat_template\. It reads"):
+            run("check", config)
+        config.write_text(config.read_text().replace("alpaca", "chat_template"))
+        assert json.loads(run("check", config, "--json")[1])["usable"] == 1
+
     def test_text_names_line_reason_and_repair(self, run, write_jsonl):
         row = chat("q")
         row["messages"][1]["role"] = "robot"

@@ -7,12 +7,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from engine.chat.conversation import RowFormat, RowProblem
+from engine.chat.row import read_row
 from engine.config import DatasetConfig
 from engine.data.folders import split_of
 from engine.data.sources import dataset_notes, held_out_sets, iterate_rows, locate
 from engine.errors import UserError
 from engine.wizard.data import find_newest
-from tests.support.data import config_of
+from tests.support.data import config_of, write_rows
 
 
 def fill(folder: Path, files: str) -> None:
@@ -94,6 +96,16 @@ def test_splits_are_never_mixed_and_those_not_learned_are_named(tmp_path, files,
         offer = f"test_datasets: [{{path: ., split: {name}}}] evaluates it"
         assert any(note.text.endswith(offer) for note in notes)
         assert not set(rows_of(tmp_path, split=name).split()) & set(read.split())
+
+
+def test_splits_in_one_object_are_read_as_the_folder_that_the_refusal_asks_for(tmp_path):
+    whole = {"train": [{"file": "a"}, {"file": "b"}], "valid": [{"file": "c"}]}
+    with pytest.raises(RowProblem) as refused:
+        read_row(whole, RowFormat())
+    assert "(train.jsonl, valid.jsonl), and give that folder" in refused.value.fix
+    for split, rows in whole.items():
+        write_rows(tmp_path / f"{split}.jsonl", *rows)
+    assert (rows_of(tmp_path), rows_of(tmp_path, split="validation")) == ("a b", "c")
 
 
 def test_a_file_of_no_split_beside_train_is_said_not_to_be_read(tmp_path):

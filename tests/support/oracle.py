@@ -77,6 +77,26 @@ def encode(row: Mapping[str, Any], tokenizer: ChatTokenizer) -> list[int] | None
     return ids
 
 
+def numbered(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with an id for each call that has none, and for results the ids in their order."""
+    messages, waiting, made = [], list[str](), 0
+    for message in row["messages"]:
+        calls = []
+        for call in message.get("tool_calls") or ():
+            if call.get("id") in (None, "null"):
+                made += 1
+                call = call | {"id": f"text{made:05d}"}
+            waiting.append(call["id"])
+            calls.append(call)
+        given = message.get("tool_call_id")
+        if given in waiting:
+            waiting.remove(given)
+        elif message["role"] == "tool" and given is None and waiting:
+            message = message | {"tool_call_id": waiting.pop(0)}
+        messages.append(message | {"tool_calls": calls} if calls else message)
+    return {**row, "messages": messages}
+
+
 def scan(ids: Sequence[int], tokenizer: ChatTokenizer) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The kind of each token, from the control tokens among the ids and nothing else."""
     special = tokenizer.specials
