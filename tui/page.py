@@ -357,6 +357,10 @@ class Page(Screen[None]):
 
     def on_choices_chosen(self, message: Choices.Chosen) -> None:
         message.stop()
+        self.choose(message.choices)
+
+    def choose(self, choices: Choices) -> None:
+        """What Enter does on a line of a list."""
         self.action_accept()
 
     def action_back(self) -> None:

@@ -61,10 +61,13 @@ class Dialogue:
 
     def say(self, *lines: str) -> None:
         """Each line, made safe and folded to the terminal."""
+        drawn: Callable[[str], str] = str
+        if self.ascii_only:
+            from tui.line import to_ascii as drawn
         columns = shutil.get_terminal_size().columns if os.isatty(1) else None
         for line in lines:
             for part in fold(visible(line, one_line=True), columns):
-                self.write(_in_ascii(part) if self.ascii_only else part)
+                self.write(drawn(part))
 
     def refuse(self, error: UserError) -> None:
         self.say(*(f"  {part}" for part in (error.what, error.why, error.fix) if part))
@@ -145,12 +148,6 @@ def _index(text: str, answers: Sequence[Answer], otherwise: int) -> int | None:
     if text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= len(answers):
         return int(text) - 1
     return next((place for place, each in enumerate(answers) if each.key == text), None)
-
-
-def _in_ascii(text: str) -> str:
-    from tui.line import to_ascii
-
-    return to_ascii(text)
 
 
 def ask(dialogue: Dialogue, step: Step) -> None:

@@ -46,6 +46,7 @@ adam_epsilon max_grad_norm loss_watchdog_threshold loss_watchdog_patience seed
 INDIFFERENT: Final = frozenset((*_NAMES.split(), *(k for s in _SECTIONS for k in s.model_fields)))
 """Keys of a config that change nothing in a step's memory, or are in the figure's key by what they
 lead to: the model's shapes, the tokens at once."""
+_COUNTING: Final = tuple(name for name in RunConfig.model_fields if name not in INDIFFERENT)
 _SHAPES: Final = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "hidden_act"),
     *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_experts_per_tok", "patch_size"),
@@ -78,7 +79,7 @@ class Measurement:
 
 def key_of(step: Step) -> dict[str, Any]:
     """Everything that has to be the same for a figure to hold, as JSON has it."""
-    run = {name: getattr(step.config, name) for name in _counting_keys()}
+    run = {name: getattr(step.config, name) for name in _COUNTING}
     # From two forward passes on, gradients lie beside what a pass keeps: more change nothing.
     run["gradient_accumulation_steps"] = min(2, step.config.gradient_accumulation_steps)
     return {
@@ -231,11 +232,6 @@ def _digest(key: Mapping[str, Any]) -> str:
 def _digest_of(content: object) -> str:
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-@cache
-def _counting_keys() -> tuple[str, ...]:
-    return tuple(name for name in RunConfig.model_fields if name not in INDIFFERENT)
 
 
 @cache

@@ -130,6 +130,7 @@ def list_moments(step: Step, frozen: Frozen) -> dict[str, dict[str, float]]:
     )
     masks_kept, mask = _mask_bytes(step)
     backward = _gradients(step, resting)
+    saved = 4 * largest_trainable(step.table, step.config)  # at once, by a save and a resume
     return {
         "loading": {**frozen.device, "loading": frozen.in_flight},
         "backward pass": {
@@ -146,7 +147,7 @@ def list_moments(step: Step, frozen: Frozen) -> dict[str, dict[str, float]]:
             "mask": masks_kept,
         },
         "optimizer step": {**resting, "update": update_bytes(step)},
-        "save": {**idle, "piece": 0 if step.offloads else _piece_bytes(step)},
+        "save": {**idle, "piece": 0 if step.offloads else min(PIECE_BYTES, saved)},
         "evaluation": {
             **idle,
             "activations": seen,
@@ -163,11 +164,6 @@ def list_moments(step: Step, frozen: Frozen) -> dict[str, dict[str, float]]:
             ),
         },
     }
-
-
-def _piece_bytes(step: Step) -> int:
-    """Of the largest tensor that is saved or read back, what a save and a resume have at once."""
-    return min(PIECE_BYTES, 4 * largest_trainable(step.table, step.config))
 
 
 def _adds_up(step: Step) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from engine.config import SHARDED_OPTIMIZERS, RunConfig, assignment
 from engine.errors import UserError
@@ -116,16 +116,9 @@ def stretches(parts: Sequence[Part], cells: int) -> list[tuple[Part | None, str]
     return found
 
 
-_METHODS: Final[Mapping[str | None, str]] = {
-    "lora": "LoRA",
-    "qlora": "QLoRA",
-    None: "all weights",
-}
-
-
 def method(plan: Recommendation) -> str:
     """How the plan trains, as people call it."""
-    return _METHODS[plan.config.adapter]
+    return {"lora": "LoRA", "qlora": "QLoRA"}.get(plan.config.adapter or "", "all weights")
 
 
 def size(parameters: int) -> str:

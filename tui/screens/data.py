@@ -396,11 +396,9 @@ class DataPage(Page):
         self._step.take(USE, "")
         self.app.next_step()
 
-    def on_choices_chosen(self, message: Choices.Chosen) -> None:
-        message.prevent_default()  # Page's own handler would go on to the next step
-        message.stop()
-        if message.choices.id == "remarks":
-            remark = self._remarks[message.choices.cursor]
+    def choose(self, choices: Choices) -> None:
+        if choices.id == "remarks":
+            remark = self._remarks[choices.cursor]
             details = [(word, visible(text)) for word, text in remark.details]
             if remark.line.mark != "✗" and "lines" in dict(details):
                 details.append(("see", "Preview lists them: w"))

@@ -77,9 +77,7 @@ class ModelPage(Page):
             yield Choices([Content.styled(PLANNING, "$muted")])
             yield PathField("a folder, or org/name; tab completes")
             yield Field("part of a name", id="filter")
-        pane = TextPane("why this one", Content(""))
-        pane.id = "why"
-        yield pane
+        yield TextPane("why this one", id="why")
 
     def on_mount(self) -> None:
         self.part(Choices).focus()

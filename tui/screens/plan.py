@@ -20,7 +20,6 @@ from engine.plan import Alternative, Device, Estimate
 from engine.report import VERDICT_MARKS
 from engine.units import GIB
 from engine.visible import fold, visible
-from engine.wizard.draft import Draft
 from engine.wizard.machine import named_cards
 from engine.wizard.plan import (
     ALL,
@@ -51,13 +50,6 @@ _TYPED_NUMBERS: Final = "a digit types a number, left and right step through the
 
 
 _INDENT: Final = "    "
-
-
-def roomy_lines(draft: Draft, columns: int) -> list[Content]:
-    """What is said of a plan that fits: what the room that is left could be used for."""
-    faster = faster_sentence(draft)
-    more = fold(faster, columns) if faster else []
-    return [Content("it fits as it is"), *map(Content, more)]
 
 
 def rung_lines(rungs: Sequence[Alternative], columns: int | None = None) -> list[Content]:
@@ -193,7 +185,12 @@ class PlanPage(Page):
         draft = self.app.draft
         assert draft.device is not None
         rungs = list_rungs(draft)
-        lines = rung_lines(rungs, _BESIDE_CELLS) if rungs else roomy_lines(draft, _BESIDE_CELLS)
+        if rungs:
+            lines = rung_lines(rungs, _BESIDE_CELLS)
+        else:  # what the room that is left could be used for
+            faster = faster_sentence(draft)
+            more = fold(faster, _BESIDE_CELLS) if faster else []
+            lines = [*map(Content, (FITS_ALREADY, *more))]
         self.query_one("#rungs", Static).update(Content("\n").join(lines))
         lines = card_lines(list_cards(draft), draft.device)
         self.query_one("#cards", Static).update(Content("\n").join(lines))
@@ -275,10 +272,8 @@ class PlanPage(Page):
         panel = Pane(choices, title=title, subtitle=note)
         self.cover(panel, [Key("enter", enter), Key("esc", "close")])
 
-    def on_choices_chosen(self, message: Choices.Chosen) -> None:
-        message.prevent_default()  # Page's own handler would go on to the next step
-        message.stop()
-        self._step.take(f"{message.choices.cursor}", "")
+    def choose(self, choices: Choices) -> None:
+        self._step.take(f"{choices.cursor}", "")
         self.uncover()
         self._show_plan()
 

@@ -403,11 +403,9 @@ class PreviewPage(Page):
             pane = Pane(Choices(lines), title="rows to look at", classes="odd-rows")
             self.cover(pane, [Key("enter", "show it"), Key("esc", "close")])
 
-    def on_choices_chosen(self, message: Choices.Chosen) -> None:
-        message.prevent_default()  # Page's own handler would go on to the next step
-        message.stop()
+    def choose(self, choices: Choices) -> None:
         self.uncover()
-        self._go(self._step.odd_rows()[message.choices.cursor].number)
+        self._go(self._step.odd_rows()[choices.cursor].number)
 
     def action_ask(self, name: str) -> None:
         hints = {"row": f"row number{self._of_all}", "text": "text in this row, or id:34"}

@@ -192,13 +192,17 @@ class TextPane(Pane):
         Binding("G", "scroll_end", show=False),
     ]
 
-    def __init__(self, title: str, text: Content, *, subtitle: str = "") -> None:
+    def __init__(
+        self,
+        title: str,
+        text: Content = Content(""),  # noqa: B008 (never changed)
+        *,
+        subtitle: str = "",
+        id: str | None = None,  # noqa: A002 (Textual's name)
+    ) -> None:
+        static = Static(text, markup=False)
         super().__init__(
-            Static(text, markup=False),
-            title=title,
-            subtitle=subtitle,
-            can_focus=True,
-            classes="text",
+            static, title=title, subtitle=subtitle, can_focus=True, id=id, classes="text"
         )
 
 

@@ -75,16 +75,13 @@ class MachinePage(Page):
         with Pane(id="devices", title="GPUs", subtitle="i shows what runs on them"):
             yield Choices([Content.styled(ASKING, "$muted")], id="choices")
         with Container(id="about"):
-            yield _text_pane("good", "what it is good for")
-            yield _text_pane("rest", "the rest")
+            yield TextPane("what it is good for", id="good")
+            yield TextPane("the rest", id="rest")
 
     def on_mount(self) -> None:
         self.query_one("#choices").focus()
         self.show_command(["probe"])
-        self.call_after_refresh(self._begin)
-
-    def _begin(self) -> None:
-        self._look()
+        self.call_after_refresh(self._look)
         self._watch()
 
     @property
@@ -106,7 +103,9 @@ class MachinePage(Page):
 
         for line in await asyncio.to_thread(live_runs):
             self.app.notify(f"{line.text}; F4 lists the runs", timeout=10, markup=False)
-        if self._goes_on and not wording.blocks(step.machine):
+        assert step.machine is not None
+        # What is wrong is seen before anything goes on unasked.
+        if self._goes_on and all(each.severity != "error" for each in step.machine.problems):
             self.action_accept()
         self._goes_on = False
 
@@ -257,9 +256,3 @@ class MachinePage(Page):
 
     def help_for(self, focused: Widget | None) -> HelpText:
         return HelpText("the device that the run computes on", HELP, ("probe",))
-
-
-def _text_pane(name: str, title: str) -> TextPane:
-    pane = TextPane(title, Content(""))
-    pane.id = name
-    return pane

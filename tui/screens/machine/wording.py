@@ -59,11 +59,6 @@ def _gpu_lines(gpus: "Sequence[Gpu]", cells: int) -> list[Content]:
     return lines
 
 
-def blocks(machine: "Machine | None") -> bool:
-    """Whether something is wrong that a person should see before going on unasked."""
-    return machine is not None and any(p.severity == "error" for p in machine.problems)
-
-
 def rest(machine: "Machine", cells: int) -> Content:
     """Every problem in its three sentences, then driver, memory, disk and packages in rows."""
     # Imported here, as in the page: the first frame does not wait for it.
