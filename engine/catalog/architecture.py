@@ -366,7 +366,7 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _compare(config: Mapping[str, Any], card: ModelCard) -> Iterator[Contradiction]:
     vouched = {key for s in card.sources if s.confidence == "high" for key in s.keys}
     given, official = _text(config), _text(card.config)
-    if ROPE in vouched and not _has_rope(given):
+    if ROPE in vouched and not any(map(given.get, (ROPE, "rope_scaling", "rope_theta"))):
         yield Contradiction(ROPE, None, official[ROPE], card)
         vouched = {key for key in vouched if not key.startswith(ROPE)}
     flat = dict(_flatten(_with_one_rope(given)))
@@ -379,10 +379,6 @@ def _compare(config: Mapping[str, Any], card: ModelCard) -> Iterator[Contradicti
         here = flat.get(key, silent.get(key))
         if here != value:
             yield Contradiction(key, here, value, card)
-
-
-def _has_rope(text: Mapping[str, Any]) -> bool:
-    return any(text.get(key) for key in (ROPE, "rope_scaling", "rope_theta"))
 
 
 def _with_one_rope(text: Mapping[str, Any]) -> dict[str, Any]:

@@ -310,10 +310,11 @@ def _sections(
         if source != architecture.name or architecture.checkpoint == "fp8"
         else ""
     )
+    moved = "steps smaller than bfloat16 can tell are lost; products stay in bfloat16"
     model = {
         "_target_": "nemo_automodel.NeMoAutoModelForImageTextToText.from_pretrained",
         "pretrained_model_name_or_path": (source, why),
-        "torch_dtype": _dtype(config),
+        "torch_dtype": ("bfloat16", "frozen") if config.adapter else ("float32", moved),
         "attn_implementation": ("eager", "as NVIDIA ran this model"),
     }
     yield "model", model, ""
@@ -360,12 +361,6 @@ def _steps(config: RunConfig, layout: Layout, grid: Grid) -> dict[str, Any]:
         found["ckpt_every_steps"] = config.save_steps
     signals = ["SIGTERM", "SIGUSR1"]
     return found | {"preemption_signal": (signals, "SIGUSR1 is Slurm's, before the time limit")}
-
-
-def _dtype(config: RunConfig) -> tuple[str, str]:
-    if config.adapter:
-        return "bfloat16", "frozen"
-    return "float32", "steps smaller than bfloat16 can tell are lost; products stay in bfloat16"
 
 
 def _checkpoints(config: RunConfig, run: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Final
 from engine.config import RunConfig, assignment
 from engine.errors import DOES_NOT_FIT, UserError
 from engine.hardware import Gpu, Machine
-from engine.plan.device import Device, best_device
+from engine.plan.device import best_device
 from engine.plan.layout import Layout, layout_on
 from engine.units import counted
 
@@ -63,13 +63,10 @@ def crew_of(
     }
     order = [uuid for uuid in planned if uuid in free] + [u for u in free if u not in planned]
     if len(free) < count:
-        raise _too_few(config, layout, len(free), nodes, _why_no_more(device, len(free)))
+        left_out = "; ".join(("", *device.left_out))
+        why = f"Each has a card of its own, and {counted(len(free), 'GPU')} can be used{left_out}."
+        raise _too_few(config, layout, len(free), nodes, why)
     return Crew(count, tuple(free[uuid] for uuid in order[:count]))
-
-
-def _why_no_more(device: Device, free: int) -> str:
-    left_out = "; ".join(("", *device.left_out))
-    return f"Each has a card of its own, and {counted(free, 'GPU')} can be used{left_out}."
 
 
 def _too_few(config: RunConfig, layout: Layout, most: int, nodes: int, why: str) -> UserError:

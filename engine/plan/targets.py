@@ -302,7 +302,10 @@ def _find(
     if isinstance(named, str):
         spelled = [group for word, group in VISION.items() if word in named]
         seeing = (r.module for r in table.parameters if r.quantizable and r.group in spelled)
-        return (*found, (named, _match_expression(named, (*modules, *seeing))))
+        reachable = (*modules, *seeing)
+        if not (matches := _match_names("lora_target_modules", named, reachable)):
+            raise _no_match(named, reachable)
+        return (*found, (named, matches))
     for entry in named or ():
         matches = tuple(name for name in modules if _ends(name, entry))
         if not matches:
@@ -343,13 +346,6 @@ def _in_layers(names: tuple[str, ...], layers: tuple[int, ...] | None) -> tuple[
             "Correct the number, or leave peft_layers_to_transform out to adapt all layers.",
         )
     return tuple(name for name, number in zip(names, numbers, strict=True) if number in layers)
-
-
-def _match_expression(expression: str, modules: tuple[str, ...]) -> tuple[str, ...]:
-    matches = _match_names("lora_target_modules", expression, modules)
-    if not matches:
-        raise _no_match(expression, modules)
-    return matches
 
 
 def _no_match(entry: str, modules: tuple[str, ...]) -> UserError:

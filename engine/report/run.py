@@ -314,8 +314,9 @@ def _set_lines(dataset: str, scores: Sequence[Score], answers: Sequence[Answers]
     lines = [_row(f"{dataset}: loss", nats(first.loss), nats(last.loss))]
     kinds = [kind for kind in KINDS if kind in last.loss_by_kind]
     for kind in kinds if len(kinds) > 1 else ():
-        values = (each.loss_by_kind.get(kind) for each in (first, last))
-        lines.append(_row(f"  loss of {KINDS[kind]}", *(_number(value) for value in values)))
+        found = (each.loss_by_kind.get(kind) for each in (first, last))
+        losses = ("-" if loss is None else nats(loss) for loss in found)
+        lines.append(_row(f"  loss of {KINDS[kind]}", *losses))
     lines.append(_row("  answers word for word", f"{first.exact:.0%}", f"{last.exact:.0%}"))
     if not answers or answers[0].step == answers[-1].step:
         return lines
@@ -327,10 +328,6 @@ def _set_lines(dataset: str, scores: Sequence[Score], answers: Sequence[Answers]
         shares = ("-" if e.calls_valid is None else f"{e.calls_valid:.0%}" for e in pair)
         lines.append(_row("  right calls, valid arguments", *shares))
     return lines
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else nats(value)
 
 
 def _row(label: str, before: str, after: str) -> str:

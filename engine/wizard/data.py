@@ -235,7 +235,12 @@ class DataStep(Step):
             self.agree(dataset)
             self.consider(dataset)
         elif key == USE:
-            self._require_usable()
+            if not self.found.usable:
+                raise UserError(
+                    "No row can be used.",
+                    f"{self.found.rows:,} were read, and each has a problem.",
+                    "Repair the rows, map the columns, or take others.",
+                )
             self._write(self._draft, self.found)
             return True
         elif key == MAP:
@@ -326,15 +331,6 @@ class DataStep(Step):
         assert self.dataset is not None
         draft.dataset = self.dataset
         take_count(draft, with_rows(draft, self.dataset), found.statistics())
-
-    def _require_usable(self) -> None:
-        assert self.found is not None
-        if not self.found.usable:
-            raise UserError(
-                "No row can be used.",
-                f"{self.found.rows:,} were read, and each has a problem.",
-                "Repair the rows, map the columns, or take others.",
-            )
 
 
 def check_command(draft: Draft, dataset: DatasetConfig) -> list[str]:

@@ -382,7 +382,12 @@ class PlanStep(Step):
         elif key == ALL:
             self.every = not self.every
         elif key == MEASURE:
-            self._require_here()
+            if self._device.planned:
+                raise UserError(
+                    f"{self._device.name} is not here.",
+                    "It can be planned for, and not measured.",
+                    "Measure on the computer that has it: windtunnel fit config.yml",
+                )
             self.measuring = True
         elif key == SET:
             name, equals, value = text.partition("=")
@@ -473,14 +478,6 @@ class PlanStep(Step):
         else:  # with all rungs above it
             for name, value in self.rungs[int(key)].changes.items():
                 self._draft.change(name, value)
-
-    def _require_here(self) -> None:
-        if self._device.planned:
-            raise UserError(
-                f"{self._device.name} is not here.",
-                "It can be planned for, and not measured.",
-                "Measure on the computer that has it: windtunnel fit config.yml",
-            )
 
 
 def _changes(before: RunConfig, now: RunConfig) -> tuple[Line, ...]:

@@ -324,7 +324,13 @@ class PreviewStep(Step):
         """Go on, show another row, or turn a switch."""
         assert self.found is not None
         if key == RIGHT:
-            self._require_learning()
+            verdict = self.judge()
+            if verdict.stops:
+                raise UserError(
+                    f"Nothing would be learned: {verdict.text}.",
+                    "A run of these rows would change nothing.",
+                    "Turn thinking on, or take rows with answers.",
+                )
         elif key == NEXT:
             self.number = self.number % self.found.rows + 1
         elif key == ROW:
@@ -361,15 +367,6 @@ class PreviewStep(Step):
                 f"{text} is no row number{known}.", "Rows are counted from 1.", "Type one of them."
             )
         return int(digits)
-
-    def _require_learning(self) -> None:
-        verdict = self.judge()
-        if verdict.stops:
-            raise UserError(
-                f"Nothing would be learned: {verdict.text}.",
-                "A run of these rows would change nothing.",
-                "Turn thinking on, or take rows with answers.",
-            )
 
     def _row_text(self, row: PreviewRow | None) -> str:
         from engine.data.preview import legend, row_text

@@ -163,7 +163,12 @@ def _require_startable(draft: Draft) -> None:
             "Save the config, copy config.yml to the machine and run: windtunnel train config.yml",
         )
     require_supported(advice.config)
-    _require_new(advice.config)
+    if advice.config.resume_from_checkpoint:
+        raise UserError(
+            "This config goes on with a run that is there already.",
+            "It sets resume_from_checkpoint, and the wizard starts new runs.",
+            "Run it with: windtunnel train config.yml; or remove resume_from_checkpoint.",
+        )
     refuse_bf16(advice.config, device)
     if advice.estimate.verdict == "does not fit":
         fix = "Plan has an answer that makes it fit, or choose a smaller model."
@@ -172,15 +177,6 @@ def _require_startable(draft: Draft) -> None:
     refuse_busy_memory(advice.estimate.host_bytes, busy)
     if draft.machine is not None:
         _require_stack(draft.machine, device)
-
-
-def _require_new(config: RunConfig) -> None:
-    if config.resume_from_checkpoint:
-        raise UserError(
-            "This config goes on with a run that is there already.",
-            "It sets resume_from_checkpoint, and the wizard starts new runs.",
-            "Run it with: windtunnel train config.yml; or remove resume_from_checkpoint.",
-        )
 
 
 def _too_large(needs: Estimate, device: Device, fix: str, ranks: int = 1) -> UserError:
