@@ -80,11 +80,6 @@ class Grid:
         return (self.pipeline - 1) / (2 * self.pipeline - 1)
 
 
-def _text(architecture: Architecture) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = architecture.config.get("text_config", architecture.config)
-    return found
-
-
 def choose_grid(
     architecture: Architecture, ranks: int, gpus_per_node: int, tensor: int, pipeline: int
 ) -> Grid:
@@ -92,7 +87,7 @@ def choose_grid(
 
     Raises UserError for a model that it cannot cut so.
     """
-    text = _text(architecture)
+    text: Mapping[str, Any] = architecture.config.get("text_config", architecture.config)
     if text["model_type"] not in DENSE:
         raise UserError(
             f"{visible(architecture.name, one_line=True)} is not cut along its matrices.",

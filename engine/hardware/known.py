@@ -330,7 +330,8 @@ def _find(name: str) -> KnownGpu:
 def _fitting(name: str) -> list[KnownGpu]:
     """The cards that a name means: those that are called so, else those that have all its words."""
     words = set(_words(name))
-    return _called(name) or [gpu for gpu in known_gpus() if words and words <= _all_words(gpu)]
+    every = ((gpu, _words(", ".join((gpu.name, *gpu.aliases)))) for gpu in known_gpus())
+    return _called(name) or [gpu for gpu, all_words in every if words and words <= {*all_words}]
 
 
 def _called(name: str) -> list[KnownGpu]:
@@ -392,10 +393,6 @@ def _words(name: str) -> list[str]:
     text = re.sub(r"(\d)\s+g(?:i?b)?\b", r"\1gb", name.casefold())
     text = re.sub(r"\b(\d+)g(?:ib)?\b", r"\1gb", re.sub(r"\brtx(?=\d)", "rtx ", text))
     return [word for word in re.findall(r"[a-z0-9]+", text) if word not in _NOISE]
-
-
-def _all_words(gpu: KnownGpu) -> set[str]:
-    return {word for each in (gpu.name, *gpu.aliases) for word in _words(each)}
 
 
 def _either(gpus: Sequence[KnownGpu]) -> str:

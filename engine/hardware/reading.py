@@ -180,7 +180,9 @@ def hide(
     hidden = [gpu for gpu in marked if gpu.state == "hidden"]
     if hidden:
         problems.append(_hidden(hidden, setting))
-    if _is_unsure(value, gpus, environment):
+    kinds = {gpu.name for gpu in gpus if gpu.mig_parent is None}
+    by_number = any(entry.strip()[:1].isdigit() for entry in value.split(","))
+    if by_number and len(kinds) > 1 and environment.get(ORDER) != PCI_ORDER:
         what = f"Which cards {setting} means is not certain here."
         why = "The cards differ, and CUDA numbers the fastest first while the driver goes by slot."
         fix = f"Set {ORDER}={PCI_ORDER} too, or name the cards by UUID."
@@ -209,7 +211,9 @@ def _shown(value: str, gpus: Sequence[Gpu]) -> tuple[list[str], str]:
     if len(found) < len(entries) and value.strip() not in ("", "-1", "NoDevFiles"):
         key = wanted[len(found)] if len(found) < len(wanted) else None
         fault = _fault(entries[len(found)], key, gpus)
-    return _one_slice(found, gpus), fault
+    # A card that is cut into MIG slices is shown as its first slice.
+    first_slice = {gpu.mig_parent: gpu.uuid for gpu in reversed(gpus) if gpu.mig_parent}
+    return [first_slice.get(uuid, uuid) for uuid in found], fault
 
 
 def _card_number(entry: str) -> int | None:
@@ -234,18 +238,6 @@ def _fault(entry: str, key: str | int | None, gpus: Sequence[Gpu]) -> str:
     if matching:
         return f"ends at {shown}, with which {matching} UUIDs begin"
     return f"ends at {shown}, which is no card of this computer"
-
-
-def _one_slice(uuids: Sequence[str], gpus: Sequence[Gpu]) -> list[str]:
-    """A card that is cut into MIG slices is shown as its first slice."""
-    first_slice = {gpu.mig_parent: gpu.uuid for gpu in reversed(gpus) if gpu.mig_parent}
-    return [first_slice.get(uuid, uuid) for uuid in uuids]
-
-
-def _is_unsure(value: str, gpus: Sequence[Gpu], environment: Mapping[str, str]) -> bool:
-    kinds = {gpu.name for gpu in gpus if gpu.mig_parent is None}
-    by_number = any(entry.strip()[:1].isdigit() for entry in value.split(","))
-    return by_number and len(kinds) > 1 and environment.get(ORDER) != PCI_ORDER
 
 
 def _hidden(hidden: Sequence[Gpu], setting: str) -> Problem:

@@ -258,7 +258,8 @@ def describe(facts: ResultFacts, kind: Kind) -> Iterator[str]:
     method = {"adapter": "adapter", "model": "full fine-tune", "merged": "fine-tune"}[kind]
     yield f"# {name}"
     yield ""
-    yield f"A {_method(facts)} {method} of `{base}`, made with Windtunnel."
+    adapter = {"lora": "LoRA", "qlora": "QLoRA"}.get(facts.config.adapter or "", "whole-weight")
+    yield f"A {adapter} {method} of `{base}`, made with Windtunnel."
     if kind == "merged":
         yield "The adapter is merged into the weights: nothing else is needed to use it."
     yield from _training(facts)
@@ -266,10 +267,6 @@ def describe(facts: ResultFacts, kind: Kind) -> Iterator[str]:
     yield from _answers(facts)
     yield from _use(facts, kind)
     yield from ("", "## Config", "", *_fenced(shared_config(facts.config).rstrip(), "yaml"))
-
-
-def _method(facts: ResultFacts) -> str:
-    return {"lora": "LoRA", "qlora": "QLoRA"}.get(facts.config.adapter or "", "whole-weight")
 
 
 def _front_matter(facts: ResultFacts, kind: Kind) -> Iterator[str]:
