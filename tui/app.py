@@ -152,6 +152,7 @@ class WindtunnelApp(App[int]):
         return self.wizard.draft
 
     async def perform(self, work: "Work") -> object:
+        """Do it in a thread: its result, or the UserError that ended it."""
         from engine.wizard.flow import perform
 
         return await asyncio.to_thread(perform, work, lambda _done: None)

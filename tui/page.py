@@ -16,6 +16,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.message import Message
+from textual.reactive import reactive
 from textual.screen import Screen
 from textual.widget import Widget
 
@@ -66,13 +67,7 @@ def _width(keys: Sequence[Key]) -> int:
 class KeyRow(Widget):
     """The page's keys; F1 is added to every page."""
 
-    def __init__(self, keys: Sequence[Key]) -> None:
-        super().__init__()
-        self.keys = keys
-
-    def show_keys(self, keys: Sequence[Key]) -> None:
-        self.keys = keys
-        self.refresh()
+    keys: reactive[Sequence[Key]] = reactive(())
 
     def render(self) -> RenderResult:
         keys = list(self.keys)
@@ -88,14 +83,8 @@ class KeyRow(Widget):
 class CommandLine(Widget):
     """`$ windtunnel ...`: the equivalent of what the page is about to do."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.command = ""
-        """As it can be pasted into a shell; empty where nothing is equivalent."""
-
-    def show_command(self, words: Sequence[str]) -> None:
-        self.command = shlex.join(["windtunnel", *words]) if words else ""
-        self.refresh()
+    command: reactive[str] = reactive("")
+    """As it can be pasted into a shell; empty where nothing is equivalent."""
 
     def render(self) -> RenderResult:
         if not self.command:
@@ -121,31 +110,24 @@ class StepBar(Widget):
     the right end where there is room for it.
     """
 
+    title: reactive[str] = reactive("")
+    verdict: reactive[Content] = reactive(Content())
+
     def __init__(self, step: str) -> None:
         super().__init__()
         self._step = step
-        self._title = ""
-        self._verdict = Content()
-
-    def show_title(self, text: str) -> None:
-        self._title = text
-        self.refresh()
-
-    def show_verdict(self, content: Content) -> None:
-        self._verdict = content
-        self.refresh()
 
     def render(self) -> RenderResult:
         line = Content.assemble(("windtunnel", "bold $primary"), "  ", self._place())
         if line.cell_length > self.size.width and self._step:
             line = self._place()
-        title = Content.styled(self._title, "$muted")
+        title = Content.styled(self.title, "$muted")
         spare = self.size.width - line.cell_length - title.cell_length
         return Content.assemble(line, " " * spare, title) if spare >= 2 else line
 
     def _place(self) -> Content:
         if not self._step:
-            return self._verdict
+            return self.verdict
         here = STEPS.index(self._step)
         parts = []
         for index, name in enumerate(STEPS):
@@ -235,7 +217,9 @@ class Page(Screen[None]):
         with Vertical(id="body"):
             yield from self.compose_body()
         yield CommandLine()
-        yield KeyRow(self.KEYS)
+        keys = KeyRow()
+        keys.keys = self.KEYS
+        yield keys
         yield TooSmall()
 
     def compose_body(self) -> ComposeResult:
@@ -260,22 +244,23 @@ class Page(Screen[None]):
                 lambda size: cut if short and whole.cell_length > size.width else whole
             )
         else:
-            self.query_one(StepBar).show_verdict(content)
+            self.query_one(StepBar).verdict = content
 
     def show_command(self, words: Sequence[str]) -> None:
         """The equivalent command, its words after `windtunnel`; none where there is no such."""
-        self.query_one(CommandLine).show_command(words)
+        command = shlex.join(["windtunnel", *words]) if words else ""
+        self.query_one(CommandLine).command = command
 
     def show_keys(self, keys: Sequence[Key]) -> None:
         """Other hints than KEYS."""
         if self._panel:
             self._keys_below = keys
         else:
-            self.query_one(KeyRow).show_keys(keys)
+            self.query_one(KeyRow).keys = keys
 
     def show_title(self, text: str) -> None:
         """The right end of the first row: the device."""
-        self.query_one(StepBar).show_title(visible(text, one_line=True))
+        self.query_one(StepBar).title = visible(text, one_line=True)
 
     @property
     def parting(self) -> str:
@@ -295,7 +280,7 @@ class Page(Screen[None]):
             self._keys_below = self.query_one(KeyRow).keys
             self.add_class("-covered")
         self._panel = panel
-        self.query_one(KeyRow).show_keys(keys)
+        self.query_one(KeyRow).keys = keys
         self.mount(panel, before=self.query_one(CommandLine))
         panel.add_class("cover")
         self.call_after_refresh(self._focus_cover, panel)
@@ -306,7 +291,7 @@ class Page(Screen[None]):
         self._panel.remove()
         self._panel = None
         self.remove_class("-covered")
-        self.query_one(KeyRow).show_keys(self._keys_below)
+        self.query_one(KeyRow).keys = self._keys_below
         if self._focus_below and self._focus_below.is_attached:
             self.set_focus(self._focus_below)
 

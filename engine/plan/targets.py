@@ -148,6 +148,7 @@ def trains_embedding(table: ModuleTable, config: RunConfig) -> bool:
 
 
 def trains_vision(table: ModuleTable, config: RunConfig) -> bool:
+    """Whether anything of the vision tower or the projector is trained."""
     groups = _whole(table, config).groups
     if config.adapter:
         groups |= _adapted(table, _modules(table, config)).groups

@@ -4,6 +4,7 @@ from typing import Final
 
 from textual.app import RenderResult
 from textual.content import Content
+from textual.reactive import reactive
 from textual.widget import Widget
 
 from engine.plan import Device, Estimate
@@ -25,25 +26,22 @@ class MemoryBar(Widget):
 
     DEFAULT_CSS = "MemoryBar { height: 3; padding: 0 2; text-wrap: nowrap; }"
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._parts: list[Part] = []
+    parts: reactive[list[Part]] = reactive(list)
 
     def show_estimate(self, needs: Estimate, device: Device) -> None:
         """Another plan. A needed size beyond the device draws past the mark `┃`."""
-        self._parts = bar_parts(needs, device)
-        self.refresh()
+        self.parts = bar_parts(needs, device)
 
     def render(self) -> RenderResult:
         width = max(2, self.size.width)
         bar = Content.assemble(
             *(
                 (text, _STYLES[part.role] if part else "bold $foreground")
-                for part, text in stretches(self._parts, width)
+                for part, text in stretches(self.parts, width)
             )
         )
         named = [
             Content.assemble((part.glyph, _STYLES[part.role]), text)
-            for part, text in legend(self._parts, width)
+            for part, text in legend(self.parts, width)
         ]
         return Content("\n").join([bar, bar, Content("  ").join(named)])
