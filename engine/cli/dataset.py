@@ -24,6 +24,7 @@ from engine.units import counted
 from engine.visible import visible
 
 if TYPE_CHECKING:
+    from engine.data.prepared import Meta
     from engine.data.requests import Progress
     from engine.data.statistics import Checkup
 
@@ -265,10 +266,9 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
         The config file.
     """
     from engine.chat.tokenizer import open_tokenizer
-    from engine.data.facts import group_problems
     from engine.data.prepare import default_store, label_rule, prepare
     from engine.data.sources import config_notes, held_out_sets
-    from engine.report.data import file_line, prepared_lines, problem_lines
+    from engine.report.data import file_line, prepared_lines
 
     last_words("What is prepared so far is kept, and the same command goes on from there.")
     start = time.monotonic()
@@ -314,12 +314,18 @@ def prepare_data(config: str, /, *, as_json: AsJson = False) -> int:
         repairs = filter(None, (each.repair() for each in (prepared, *test_sets)))
         print_lines(Line("!", "", f"{text}.") for text in repairs)
         print_lines(map(file_line, notes))
-        meta = prepared.meta
-        print_lines(problem_lines(group_problems(meta.problems)))
-        if len(meta.problems) < meta.bad_rows:
-            print_lines([Line("·", "", f"These are the first {len(meta.problems)} of them.")])
-        print_lines(map(str, prepared_lines(meta)))
+        _print_problems(prepared.meta)
+        print_lines(map(str, prepared_lines(prepared.meta)))
     return 0
+
+
+def _print_problems(found: "Meta") -> None:
+    from engine.data.facts import group_problems
+    from engine.report.data import problem_lines
+
+    print_lines(problem_lines(group_problems(found.problems)))
+    if len(found.problems) < found.bad_rows:
+        print_lines([Line("·", "", f"These are the first {len(found.problems)} of them.")])
 
 
 def _shows_progress(as_json: bool) -> bool:
