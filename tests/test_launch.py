@@ -215,10 +215,9 @@ def test_a_death_without_a_line_is_reported_too(run: RunFolder) -> None:
 
 def test_a_trainer_that_never_begins_is_ended(run: RunFolder) -> None:
     begun = time.monotonic()
+    silent = fake_environment(silent=1)
     with pytest.raises(WorkError, match="has not begun for 1 seconds"):
-        launch(
-            run, detach=True, module=FAKE, environment=fake_environment(silent=1), timeout_seconds=1
-        )
+        launch(run, detach=True, module=FAKE, environment=silent, timeout_seconds=1)
     assert time.monotonic() - begun < 10
     assert not processes_of(run.path)
 
@@ -262,9 +261,8 @@ def test_a_run_can_go_back_to_an_earlier_checkpoint(run: RunFolder) -> None:
             resume_run(run, module=FAKE, checkpoint=name)
         assert caught.value.why == "It has step-2, step-4, step-9, step-10."
         assert "\x1b" not in str(caught.value)
-    resumed = resume_run(
-        run, module=FAKE, checkpoint="step-4", environment=fake_environment(steps=6)
-    )
+    six = fake_environment(steps=6)
+    resumed = resume_run(run, module=FAKE, checkpoint="step-4", environment=six)
     assert resumed.process is not None
     assert resumed.process.wait(60) == 0
     assert [step.step for step in read_steps(run)] == [1, 2, 3, 4, 5, 6]

@@ -33,9 +33,7 @@ def test_every_make_target_it_names_exists() -> None:
 def test_every_command_it_names_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     table = re.findall(r"^\| `windtunnel ([^`|]*)`((?:, `[^`]*`)*)", README, re.MULTILINE)
     words = {first.split()[0] for first, _ in table}
-    words |= {
-        extra.split()[0] for _, rest in table for extra in re.findall(r"`([a-z][^`]*)`", rest)
-    }
+    words |= {more.split()[0] for _, rest in table for more in re.findall(r"`([a-z][^`]*)`", rest)}
     assert {"demo", "train", "preview", "resume", "explain"} <= words
     for word in sorted(words):
         assert main([word, "--help"]) == 0

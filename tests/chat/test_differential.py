@@ -51,9 +51,8 @@ def features(row: Mapping[str, Any]) -> list[str]:
 def compare(row: dict[str, Any], effort: str | None, tokenizer: ChatTokenizer) -> Rendered | None:
     """Holds one row to both oracles; None where mistral-common refuses it, and we must too."""
     written = effort or ("high" if any(map(thinks, row["messages"])) else None)
-    expected = oracle.encode(
-        row | ({"reasoning_effort": written} if tokenizer.efforts else {}), tokenizer
-    )
+    asked = {"reasoning_effort": written} if tokenizer.efforts else {}
+    expected = oracle.encode(row | asked, tokenizer)
     row = row | ({"reasoning_effort": effort} if tokenizer.efforts else {})
     if expected is None:
         with pytest.raises(RowProblem):

@@ -117,9 +117,8 @@ def describe(row: dict[str, Any], tokenizer: ChatTokenizer) -> Iterator[str]:
     ids = rendered.input_ids.tolist()
     pieces = tokenizer.pieces(ids)
     kept = learned(rendered.kinds, LabelRule()).tolist()
-    tokens = list(
-        zip(ids, pieces, rendered.kinds.tolist(), rendered.sources.tolist(), kept, strict=True)
-    )
+    arrays = (rendered.kinds.tolist(), rendered.sources.tolist())
+    tokens = list(zip(ids, pieces, *arrays, kept, strict=True))
 
     def run_of(index: int) -> tuple[Any, ...]:
         return (index if tokenizer.is_control(ids[index]) else -1, *tokens[index][2:])

@@ -70,9 +70,7 @@ def test_pixels_are_normalized_as_mistral_common_does():
 
 def test_the_algorithm_decides_how_an_image_is_resized():
     content = png(100, 100)
-    one, other = (
-        pixels(content, 2, 2, ImageSpec(14, 56, 2, way)) for way in ("bilinear", "lanczos")
-    )
+    one, other = (pixels(content, 2, 2, ImageSpec(14, 56, 2, w)) for w in ("bilinear", "lanczos"))
     assert not np.allclose(one, other)
 
 

@@ -259,9 +259,8 @@ def test_a_system_prompt_that_shows_thinking_is_split_by_version(tokenizers: Tok
     read = read_row(after_system(prompt, plain("4")), RowFormat())
     shown = says("First think.\n\n", {"thinking": "Draft."}, "Then answer.", role="system")
     for version, system in (("v13", shown), ("v15", {"role": "system", "content": prompt})):
-        expected = oracle.encode(
-            {"messages": [system, *plain("4")["messages"]]}, tokenizers[version]
-        )
+        messages = [system, *plain("4")["messages"]]
+        expected = oracle.encode({"messages": messages}, tokenizers[version])
         assert render(read, tokenizers[version]).input_ids.tolist() == expected
 
 

@@ -217,9 +217,8 @@ def test_call_id_of_v11_is_learned_with_its_call(read: Read, tokenizers: Tokeniz
 
 
 def test_unclosed_thinking_at_the_end_has_no_end_token(read: Read, tokenizers: Tokenizers) -> None:
-    row = Conversation(
-        (Message("user", "q", source=0), Message("assistant", (Think("t", False),), source=1))
-    )
+    answer = Message("assistant", (Think("t", False),), source=1)
+    row = Conversation((Message("user", "q", source=0), answer))
     rendered = render(row, tokenizers["v13"])
     assert text_of(rendered, tokenizers["v13"]).endswith("[/INST][THINK]t</s>")
     assert rendered.input_ids.tolist() == render_exact(row, tokenizers["v13"]).input_ids.tolist()

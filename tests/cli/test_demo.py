@@ -208,9 +208,8 @@ def test_three_steps_ask_about_three_held_out_images_and_score_every_set(tmp_pat
     result = demo(tmp_path / "run", "--vision", "max_steps=3", "eval_train_rows=4")
     assert set(result) == {"run", "before", "after", "scores"}
     asked = [answer["prompt"] for answer in result["before"]]
-    assert asked == [
-        f"What is drawn here? [image of new_drawings.jsonl line {n}]" for n in (1, 2, 3)
-    ]
+    shown = "What is drawn here? [image of new_drawings.jsonl line"
+    assert asked == [f"{shown} {n}]" for n in (1, 2, 3)]
     assert [answer["prompt"] for answer in result["after"]] == asked
     assert set(result["scores"]) == {*SETS, "unseen_pairs"}
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

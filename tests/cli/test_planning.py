@@ -187,9 +187,7 @@ class TestEstimate:
 
     def test_parts_modules_and_parameters_are_listed(self, call: Call) -> None:
         Path("rows.jsonl").unlink()
-        _, out, _ = call(
-            "estimate", "large.yml", "lora_target_modules=[q_proj]", "--assume", "4090"
-        )
+        out = call("estimate", "large.yml", "lora_target_modules=[q_proj]", "--assume", "4090")[1]
         assert re.search(r"^  linear +\d+\.\d GiB$", out, re.MULTILINE)
         assert re.search(r"^  driver and slack +\d+\.\d GiB$", out, re.MULTILINE)
         assert (

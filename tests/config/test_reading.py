@@ -663,10 +663,8 @@ def test_one_value_changes_and_no_other(assignment: str, key: str, value: object
 
 def test_a_path_reaches_into_the_datasets() -> None:
     changed = override(BASE, ["datasets[0].split=train", "datasets[1].path=b.jsonl"])
-    assert changed.datasets == (
-        DatasetConfig(path="a.jsonl", split="train"),
-        DatasetConfig(path="b.jsonl"),
-    )
+    first = DatasetConfig(path="a.jsonl", split="train")
+    assert changed.datasets == (first, DatasetConfig(path="b.jsonl"))
     assert BASE.datasets == (DatasetConfig(path="a.jsonl"),)
 
 

@@ -68,9 +68,8 @@ def made(tmp_path, tokenizer) -> Callable[..., Prepared]:
 
 
 def short_rows(count: int) -> list[dict[str, Any]]:
-    return [
-        chat(f"What is {n} plus {n * 7 % 10}?", f"It is {n + n * 7 % 10}.") for n in range(count)
-    ]
+    pairs = [(n, n * 7 % 10) for n in range(count)]
+    return [chat(f"What is {n} plus {m}?", f"It is {n + m}.") for n, m in pairs]
 
 
 class TestFormats:

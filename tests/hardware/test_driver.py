@@ -20,9 +20,8 @@ def ids(machine: Machine) -> set[str]:
 
 
 def test_a_card_is_read_whole(nvml: FakeDriver) -> None:
-    nvml.set(
-        "driver 575.57.08", "cuda 12090", f"{H100} procs={os.getpid()}:7340032,4194305:-1,4194306:0"
-    )
+    card = f"{H100} procs={os.getpid()}:7340032,4194305:-1,4194306:0"
+    nvml.set("driver 575.57.08", "cuda 12090", card)
     machine = read_machine()
     assert (machine.driver_version, machine.cuda_version) == ("575.57.08", "12.9")
     (gpu,) = machine.gpus

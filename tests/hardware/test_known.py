@@ -121,9 +121,7 @@ def test_a_text_that_means_no_one_card_names_the_nearest(text: str, message: str
 @pytest.mark.parametrize("known", known_gpus(), ids=lambda known: known.name)
 def test_every_known_card_is_found_by_its_names(known) -> None:
     # "RTX 4060 Ti" is the driver's name of two cards.
-    shared = {
-        spelling for other in known_gpus() if other is not known for spelling in other.spellings
-    }
+    shared = {name for other in known_gpus() if other is not known for name in other.spellings}
     own = {known.name, short_name(known.name), known.name.lower(), *known.aliases}
     for spelling in own - {each for each in own if each.replace(" ", "").lower() in shared}:
         (gpu,) = assume(spelling).gpus

@@ -95,9 +95,8 @@ def test_too_few_cards_name_a_change(keys: dict[str, Any], gpus: str | None, cha
 
 
 def _numbers(changes: str) -> list[tuple[str, int]]:
-    return [
-        (key, int(value)) for key, _, value in (each.partition("=") for each in changes.split())
-    ]
+    pairs = (each.split("=") for each in changes.split())
+    return [(key, int(value)) for key, value in pairs]
 
 
 def test_a_busy_card_is_named() -> None:

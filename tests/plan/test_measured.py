@@ -120,9 +120,8 @@ class TestTheKey:
     def test_more_forward_passes_than_two_change_nothing(self) -> None:
         several = RUN.model_copy(update={"gradient_accumulation_steps": 4})
         store(figure(config=several))
-        assert (
-            found(config=several.model_copy(update={"gradient_accumulation_steps": 16})) is not None
-        )
+        more = several.model_copy(update={"gradient_accumulation_steps": 16})
+        assert found(config=more) is not None
         assert found() is None
 
     def test_a_version_here_must_be_the_same_and_one_that_is_not_here_need_not(self) -> None:
@@ -169,9 +168,8 @@ class TestTheStore:
         assert "windtunnel" in str(measured_home())
 
     def test_no_path_of_the_person_is_in_a_file(self, tmp_path: Path) -> None:
-        private = RUN.model_copy(
-            update={"base_model": "/secret/model", "image_folder": "/secret/images"}
-        )
+        names = {"base_model": "/secret/model", "image_folder": "/secret/images"}
+        private = RUN.model_copy(update=names)
         assert "secret" not in store(figure(config=private)).read_text("utf-8")
 
     def test_what_ships_can_be_read_and_is_explained(self) -> None:

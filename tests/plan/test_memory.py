@@ -331,10 +331,8 @@ def test_float32_on_a_card_keeps_keys_and_values_for_every_head() -> None:
     """A CPU has a kernel for grouped heads, a card has none in float32."""
     keys = {"bf16": False, "gradient_checkpointing": False, "sample_packing": False}
     run = config(**keys, sequence_len=1024)
-    kept = [
-        moment_parts(run, at(SMALL, device), "backward pass")["activations"]
-        for device in ("T4", cpu())
-    ]
+    parts = [moment_parts(run, at(SMALL, device), "backward pass") for device in ("T4", cpu())]
+    kept = [each["activations"] for each in parts]
     layers, heads = 26, 32 * 128
     assert kept[0] - kept[1] == layers * 1024 * 2 * heads * 4
 

@@ -160,9 +160,7 @@ class TestForAxolotl:
             assert "adapter" not in raw(path) or not table.counts_by_group()["vision"]
             return
         modules = {row.module for row in table.parameters}
-        assert {name for name in modules if re.fullmatch(pattern, name)} == set(
-            linear_targets(table)
-        )
+        assert {n for n in modules if re.fullmatch(pattern, n)} == set(linear_targets(table))
 
 
 @pytest.mark.parametrize(

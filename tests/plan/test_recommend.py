@@ -101,9 +101,8 @@ class TestWhatMemoryDecides:
 
     def test_layers_are_computed_again_only_where_there_is_no_room_to_keep_them(self) -> None:
         plans = [advised("ministral-3-8b", sized(size)) for size in (75, 36, 26, 21)]
-        again = [
-            p.config.checkpointed_layers or 34 * p.config.gradient_checkpointing for p in plans
-        ]
+        configs = [each.config for each in plans]
+        again = [each.checkpointed_layers or 34 * each.gradient_checkpointing for each in configs]
         assert again[0] == 0 < again[1] < again[2] < 34
         assert again[3] == 34
         paces = [p.tokens_per_second for p in plans]
@@ -220,9 +219,8 @@ class TestWhatTheRowsDecide:
         assert advice.duration
         assert advice.duration.steps > 100
         trained = ROWS["many"].total_tokens * 0.95
-        assert advice.duration.seconds == pytest.approx(
-            trained / advice.duration.tokens_per_second, rel=0.05
-        )
+        seconds = trained / advice.duration.tokens_per_second
+        assert advice.duration.seconds == pytest.approx(seconds, rel=0.05)
         assert advice.duration.usd == pytest.approx(advice.duration.seconds / 3600 * 3.0)
         assert advised("ministral-3-3b", sized(24), ROWS["many"]).duration is None
 
@@ -382,9 +380,8 @@ class TestGoals:
             recommend(at(name, "H100"), goal=goal)
 
     def test_images_get_room_for_the_largest_and_no_flash_attention_4(self) -> None:
-        text, seen = (
-            recommend(at("ministral-3-3b", "H100"), goal=goal) for goal in ("text", "vision")
-        )
+        place = at("ministral-3-3b", "H100")
+        text, seen = (recommend(place, goal=goal) for goal in ("text", "vision"))
         assert (text.config.sequence_len, seen.config.sequence_len) == (2048, 4096)
         assert "3,080 tokens" in seen.reasons["sequence_len"]
         assert seen.config.processor_type == "AutoProcessor"

@@ -71,9 +71,8 @@ class TestTargets:
 
 def adapter(name: str, **keys: Any) -> int:
     """Numbers of the adapter, on the queries' layers where nothing else is asked for."""
-    return adapter_parameters(
-        model(name).table, config(**{"lora_target_modules": ["q_proj"]} | keys)
-    )
+    given = config(**{"lora_target_modules": ["q_proj"]} | keys)
+    return adapter_parameters(model(name).table, given)
 
 
 class TestCounts:
@@ -187,9 +186,8 @@ class TestLayers:
         expected = {layers} if isinstance(layers, int) else set(layers)
         assert len(choose_targets(self.TABLE, asked)) == len(expected)
         assert len(choose_stacks(self.TABLE, asked)) == len(expected)
-        assert all(
-            ".layers.0." in n or ".layers.3." in n for n in choose_targets(self.TABLE, asked)
-        )
+        chosen = choose_targets(self.TABLE, asked)
+        assert all(".layers.0." in n or ".layers.3." in n for n in chosen)
 
     def test_a_layer_that_is_not_there_is_refused(self) -> None:
         with pytest.raises(UserError, match="there is no layer 99") as caught:

@@ -107,10 +107,7 @@ def test_acks_are_found_by_the_id_of_their_command() -> None:
 
 def test_notes_keep_their_level_and_saves_their_path() -> None:
     history = history_of(Note("warning", "careful"), Saved(3, "adapter"))
-    assert [logged.event for logged in history.log] == [
-        Note("warning", "careful"),
-        Saved(3, "adapter"),
-    ]
+    assert [each.event for each in history.log] == [Note("warning", "careful"), Saved(3, "adapter")]
 
 
 def test_a_run_without_a_total_has_no_time_left() -> None:

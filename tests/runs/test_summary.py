@@ -188,9 +188,8 @@ def test_a_run_that_is_started_again_between_two_looks_is_running(
 def test_the_summary_is_that_of_the_last_step(run: RunFolder) -> None:
     write(run, STARTED, step_event(1), step_event(2), Eval(2, 9.0), Ended("stopped", 2))
     steps = step_event(2).total_steps
-    assert summarize(run) == Summary(
-        "first", "stopped", 2, steps, loss_at(2), step_event(2).seconds
-    )
+    seconds = step_event(2).seconds
+    assert summarize(run) == Summary("first", "stopped", 2, steps, loss_at(2), seconds)
 
 
 def test_the_summary_counts_the_rows_that_are_left_out(run: RunFolder) -> None:
@@ -261,10 +260,8 @@ def test_a_run_that_cannot_be_read_is_a_sentence(tmp_path: Path, name: str) -> N
 
 
 def lines(count: int, *, first: int = 0, time: float = 0.0) -> list[bytes]:
-    return [
-        format_line(Recorded(seq, time + seq, Eval(seq, 1.0)))
-        for seq in range(first, first + count)
-    ]
+    numbers = range(first, first + count)
+    return [format_line(Recorded(seq, time + seq, Eval(seq, 1.0))) for seq in numbers]
 
 
 def seqs(events: list[Recorded]) -> list[int]:
@@ -333,10 +330,7 @@ def test_a_file_that_was_cut_short_and_written_on_gives_what_is_new(tmp_path: Pa
     follower.read()
     path.write_bytes(b"".join([*lines(3), *lines(4, first=3, time=100)]))
     assert [(each.seq, each.time) for each in follower.read()] == [
-        (3, 103),
-        (4, 104),
-        (5, 105),
-        (6, 106),
+        (n, 100 + n) for n in range(3, 7)
     ]
 
 

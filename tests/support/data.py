@@ -18,12 +18,8 @@ def config_of(*datasets: DatasetConfig, **keys: object) -> RunConfig:
 
 def chat(question: str, answer: str = "Fine.") -> dict[str, Any]:
     """A row with one question and one answer."""
-    return {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-    }
+    turns = (("user", question), ("assistant", answer))
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 def about(*names: object, **columns: object) -> dict[str, Any]:

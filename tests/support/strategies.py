@@ -29,9 +29,8 @@ LATIN = (
 )
 
 fragments = st.sampled_from(NON_LATIN + LOOK_ALIKES + ODD + LATIN * 2)
-texts = st.one_of(
-    st.lists(fragments, min_size=0, max_size=3).map("".join), fragments, st.text(max_size=12)
-)
+joined = st.lists(fragments, max_size=3).map("".join)
+texts = st.one_of(joined, fragments, st.text(max_size=12))
 names = st.sampled_from(("add", "get_weather", "a-b_C9", "x" * 64))
 values: Any = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-5, 10**12), st.floats(allow_nan=False), texts),
@@ -74,9 +73,8 @@ def calls_with_results(draw: Any, nonce: list[int]) -> list[dict[str, Any]]:
         nonce[0] += 1
         call_id = f"{nonce[0]:04d}abcXY"
         value = draw(arguments)
-        written = draw(
-            st.sampled_from((value, json.dumps(value), json.dumps(value, ensure_ascii=False)))
-        )
+        forms = (value, json.dumps(value), json.dumps(value, ensure_ascii=False))
+        written = draw(st.sampled_from(forms))
         function = {"name": draw(names), "arguments": written}
         calls.append({"id": call_id, "type": "function", "function": function})
         result = as_chunks(draw, draw(st.one_of(texts, values.map(json.dumps))))
@@ -105,9 +103,8 @@ def rows(draw: Any) -> dict[str, Any]:
     thinking, tools = draw(st.booleans()), draw(st.booleans())
     nonce = [0]
     system = draw(st.sampled_from(("system", "developer")))
-    messages = [
-        {"role": system, "content": as_chunks(draw, draw(texts))} for _ in range(min(systems, 2))
-    ]
+    first = range(min(systems, 2))
+    messages = [{"role": system, "content": as_chunks(draw, draw(texts))} for _ in first]
     for turn in range(draw(st.integers(1, 3))):
         for _ in range(draw(st.sampled_from((1, 1, 1, 2)))):
             messages.append({"role": "user", "content": as_chunks(draw, draw(texts))})

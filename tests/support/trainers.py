@@ -258,10 +258,8 @@ def last_end(run: RunFolder) -> Ended:
 
 def figures(run: RunFolder) -> list[tuple[float, ...]]:
     """What must be equal, bit for bit, however often the run was stopped."""
-    return [
-        (s.step, s.epoch, s.loss, s.grad_norm, s.lr, s.tokens, s.learned_tokens)
-        for s in read_steps(run)
-    ]
+    steps = read_steps(run)
+    return [(s.step, s.epoch, s.loss, s.grad_norm, s.lr, s.tokens, s.learned_tokens) for s in steps]
 
 
 def evaluations(run: RunFolder) -> dict[int, float]:

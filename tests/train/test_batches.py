@@ -455,9 +455,8 @@ class TestRefusal:
 
     def test_rows_without_images_are_taken_by_any_model(self, tmp_path: Path) -> None:
         rows = write_pictured(tmp_path / "rows", [Pictured(())])
-        refuse_unread(
-            read_architecture(write_model(tmp_path / "m", MINISTRAL3)), rows.prepared.image_spec
-        )
+        architecture = read_architecture(write_model(tmp_path / "m", MINISTRAL3))
+        refuse_unread(architecture, rows.prepared.image_spec)
 
 
 def test_a_spec_of_another_patch_makes_other_pixels() -> None:

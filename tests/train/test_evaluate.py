@@ -103,9 +103,8 @@ def answers_exactly(run: Training, rows: Rows, index: int) -> bool:
     ids, kinds = rows.ids(index), rows.kinds(index)
     begins = int(np.flatnonzero(learned(kinds, LabelRule()))[0])
     answer = ids[begins:].tolist()
-    made = generate(
-        run.model, run.base.device, ids[:begins].tolist(), end=2, max_new_tokens=len(answer)
-    )
+    given = (run.model, run.base.device, ids[:begins].tolist())
+    made = generate(*given, end=2, max_new_tokens=len(answer))
     return bool(made == answer)
 
 
@@ -310,9 +309,8 @@ class TestTheNumber:
     ) -> None:
 
         def found() -> tuple[float, int] | None:
-            return BaseDrift(moved.model, CPU, TEXTS, tmp_path / "none" / "file").measure(
-                untouched=False
-            )
+            drift = BaseDrift(moved.model, CPU, TEXTS, tmp_path / "none" / "file")
+            return drift.measure(untouched=False)
 
         once = found()
         monkeypatch.setattr("engine.train.evaluate.SMALLEST_CHUNK_BYTES", 4 * VOCABULARY * 7)
@@ -420,9 +418,8 @@ class TestStart:
         run = begin(max_steps=2)
         run.gradients(run.order.step(1))
         run.judge(1, 7.0, 1.0, run.order.step(1))
-        assert [level for level, text in notes(run) if "the first loss is 7.00" in text] == [
-            "warning"
-        ]
+        levels = [level for level, text in notes(run) if "the first loss is 7.00" in text]
+        assert levels == ["warning"]
         run.judge(2, 7.0, 1.0, run.order.step(2))
         assert len(notes(run)) == 1
 

@@ -107,9 +107,8 @@ def answers(run: Training, model: Any, row: dict[str, Tensor]) -> tuple[list[int
     """Greedy tokens after a row's images and first words: ours, and those of stock `generate`."""
     prompt = row["input_ids"][:, : max(PROMPT_TOKENS, row["input_ids"].shape[1] - MADE_TOKENS)]
     images: dict[str, Any] = {key: row[key] for key in ("pixels", "image_sizes") if key in row}
-    ours = generate(
-        run.model, CPU, prompt[0].tolist(), images=images, end=-1, max_new_tokens=MADE_TOKENS
-    )
+    asked = (run.model, CPU, prompt[0].tolist())
+    ours = generate(*asked, images=images, end=-1, max_new_tokens=MADE_TOKENS)
     model.eval()
     with torch.no_grad(), half_precision(model):
         made = model.generate(

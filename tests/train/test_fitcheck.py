@@ -246,9 +246,8 @@ class TestPeakMemory:
         idle = replace(assume("RTX 4090"), gpus=(replace(card, memory_used_bytes=3 * MIB),))
 
         def now(*processes: GpuProcess) -> Machine:
-            return replace(
-                idle, gpus=(replace(card, memory_used_bytes=10 * MIB, processes=processes),)
-            )
+            taken = replace(card, memory_used_bytes=10 * MIB, processes=processes)
+            return replace(idle, gpus=(taken,))
 
         named = now(GpuProcess(7, 5 * MIB, None, None), GpuProcess(8, 6 * MIB, None, None))
         assert used_by_process(idle, named, "aaaa-1", 8) == 6 * MIB
@@ -305,9 +304,8 @@ class TestBatches:
         for keys in ({}, {"sample_packing": True, "sequence_len": 64}, {"micro_batch_size": 3}):
             config = settings("demo-tiny", adapter="lora", **keys)
             step = heaviest_step(uneven, config)
-            planned = estimate(
-                config, Place(architecture, cpu(), count_rows(uneven, config))
-            ).tokens_at_once
+            place = Place(architecture, cpu(), count_rows(uneven, config))
+            planned = estimate(config, place).tokens_at_once
             assert step.micros[0].tensors["input_ids"].numel() == planned
 
     def test_rows_with_images_weigh_their_tower_too(self, tmp_path: Path) -> None:

@@ -125,9 +125,8 @@ class TestWhatIsTrained:
         self, any_model: Path, uneven: Rows, tmp_path: Path, keys: dict[str, Any]
     ) -> None:
         run = training(tmp_path, settings(any_model, learning_rate=0.01, **keys), uneven)
-        assert moved(run, 2) == {
-            n for n, _ in unwrapped(run.model).named_parameters() if "lora_" in n
-        }
+        named = unwrapped(run.model).named_parameters()
+        assert moved(run, 2) == {n for n, _ in named if "lora_" in n}
 
     @pytest.mark.parametrize(
         ("sees", "patterns", "starts"),

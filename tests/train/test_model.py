@@ -418,10 +418,8 @@ class TestReport:
         base = load_base(ministral, settings(ministral, adapter="qlora", load_in_4bit=True))
         count = sum(base.report.weights.values())
         assert count == sum(t.numel() for t in load_file(ministral / "model.safetensors").values())
-        assert (
-            base.report.sentence()
-            == "98.6K weights: 73.7K in NF4, 24.9K in float32; 0.1 MiB in memory."
-        )
+        said = "98.6K weights: 73.7K in NF4, 24.9K in float32; 0.1 MiB in memory."
+        assert base.report.sentence() == said
 
     def test_its_groups_are_the_module_tables(self, model_folder: Models) -> None:
         folder = model_folder("mistral3 over mistral4")

@@ -275,9 +275,8 @@ def test_a_resume_takes_the_state_and_one_piece(made: Run) -> None:
 
 def test_what_a_run_leaves_takes_one_piece(made: Run) -> None:
     run = made.run
-    left = made.grows(
-        lambda: export_trained(run.model, run.session.run.path, made.base, run.config)
-    )
+    asked = (run.model, run.session.run.path, made.base, run.config)
+    left = made.grows(lambda: export_trained(*asked))
     assert left <= PIECE_BYTES
 
 
@@ -323,9 +322,8 @@ def test_masked_rows_take_the_plan(
     keys |= {"gradient_checkpointing": True, "gradient_accumulation_steps": 2} | again
     _, peak = oracle.really_run(three_layers, keys, tokens, 1, rows=2)
     architecture = read_architecture(three_layers)
-    planned = moment_parts(
-        settings(three_layers, **keys), Place(architecture, cpu(64)), "backward pass"
-    )
+    place = Place(architecture, cpu(64))
+    planned = moment_parts(settings(three_layers, **keys), place, "backward pass")
     more = sum(planned.get(part, 0) for part in ("activations", "layer", "mask"))
     assert more == pytest.approx(peak, rel=0.1)
 
@@ -428,9 +426,8 @@ def test_step_takes_the_planned_memory(tmp_path: Path, name: str, keys: dict[str
     if config.adapter:
         made = sum(p.numel() for _, p in parameters(architecture.table, config))
         assert made == adapter_parameters(architecture.table, config)
-    taken = taken_bytes(
-        parameters(architecture.table, config), lambda named: build_optimizer(named, config)
-    )
+    given = parameters(architecture.table, config)
+    taken = taken_bytes(given, lambda named: build_optimizer(named, config))
     counted = update_bytes(step)
     assert taken == pytest.approx(counted, rel=LOOSE.get((name, config.adapter), 0.001), abs=2**10)
     assert taken <= 1.001 * counted + 2**10

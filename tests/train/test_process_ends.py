@@ -312,9 +312,8 @@ def test_a_lora_run_leaves_an_adapter_that_peft_loads(workshop: Workshop) -> Non
     run, before, after = finished(workshop)
     base = AutoModelForCausalLM.from_pretrained(workshop.base)
     assert loss_of(base, run) == pytest.approx(before, abs=1e-5)
-    assert loss_of(PeftModel.from_pretrained(base, run.adapter), run) == pytest.approx(
-        after, abs=1e-5
-    )
+    tuned = PeftModel.from_pretrained(base, run.adapter)
+    assert loss_of(tuned, run) == pytest.approx(after, abs=1e-5)
     assert not run.model.exists()
 
 

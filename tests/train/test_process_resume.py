@@ -192,7 +192,7 @@ def test_no_number_right_after_a_resume_is_sent_further_back(workshop: Workshop)
 METHODS = {"lora": LORA, "qlora": QLORA}
 SAVING = {"val_set_size": 0.1, "eval_steps": 4, "save_total_limit": 2, "max_steps": 12}
 TRIALS = 20
-FAST = {"lora": 2, "qlora": 1}
+FAST = {"lora": 1, "qlora": 1}
 """Of the 20 trials, those that are not marked slow."""
 
 

@@ -93,9 +93,8 @@ class TestFigures:
             ids = rows.ids(index).tolist()
             target.append(ids[reference.begins : reference.ends])
             question = ids[: reference.begins]
-            made.append(
-                generate(taught.model, taught.base.device, question, end=2, max_new_tokens=20)
-            )
+            asked = (taught.model, taught.base.device, question)
+            made.append(generate(*asked, end=2, max_new_tokens=20))
         (found,) = events(taught, {"some": rows}, tmp_path)
         assert isinstance(found, Answers)
         assert (found.step, found.dataset, found.rows) == (0, "some", 6)

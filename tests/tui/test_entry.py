@@ -260,6 +260,7 @@ def test_text_of_a_dataset_cannot_act_on_the_terminal() -> None:
 
 
 @needs_trainer
+@pytest.mark.slow  # 12 s; what it draws is tested above, its real trainer in test_inline
 def test_the_console_script_draws_on_a_terminal(tmp_path: Path) -> None:
     terminal = Terminal(
         *("demo", str(tmp_path / "run"), "max_steps=2", "eval_steps=null"),

@@ -190,9 +190,8 @@ def test_the_hub_is_asked_about_only_after_consent() -> None:
 
 
 def test_an_opened_config_does_not_reach_for_the_hub(folder: Path) -> None:
-    (folder / "run.yml").write_text(
-        "base_model: demo-tiny\ndatasets:\n  - path: nobody/nothing\n", "utf-8"
-    )
+    text = "base_model: demo-tiny\ndatasets:\n  - path: nobody/nothing\n"
+    (folder / "run.yml").write_text(text, "utf-8")
     draft = draft_from(read_config(Path("run.yml")), folder)
     draft.machine, draft.device = drafted().machine, drafted().device
     told = converse("q", draft=draft)

@@ -83,9 +83,8 @@ def counted(draft: Draft) -> Statistics:
 
 def needs(draft: Draft, rows: Statistics | None) -> str:
     assert draft.device is not None
-    return gib(
-        estimate(draft.config(), Place(draft.architecture(), draft.device, rows)).device_bytes
-    )
+    place = Place(draft.architecture(), draft.device, rows)
+    return gib(estimate(draft.config(), place).device_bytes)
 
 
 class Held(DataWorker):

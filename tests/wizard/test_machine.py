@@ -48,10 +48,8 @@ def test_the_card_with_the_most_memory_is_recommended(nvml: FakeDriver) -> None:
     nvml.set(RTX_4090, H100)
     wizard = asked()
     assert recommended(wizard) == "H100 80GB HBM3"
-    assert [choice.label for choice in wizard.question().choices[:2]] == [
-        "RTX 4090",
-        "H100 80GB HBM3",
-    ]
+    labels = [choice.label for choice in wizard.question().choices[:2]]
+    assert labels == ["RTX 4090", "H100 80GB HBM3"]
 
 
 def test_cards_of_a_kind_are_used_together_unless_one_is_picked(nvml: FakeDriver) -> None:

@@ -288,6 +288,5 @@ async def test_the_columns_of_a_table_are_mapped_too(folder) -> None:
         await screen.press("enter")
         await screen.until(lambda: screen.went_on)
         taken = draft.dataset
-        assert (taken.field_image, taken.field_question, taken.field_answer) == (
-            *("scan", "asked", "said"),
-        )
+        found = (taken.field_image, taken.field_question, taken.field_answer)
+        assert found == ("scan", "asked", "said")

@@ -83,9 +83,7 @@ async def test_it_shows_the_very_arrays_that_training_reads(tmp_path) -> None:
             ids, kinds = prepared.ids(index), prepared.kinds(index)
             expected = labels(ids, kinds, LabelRule(thinking=False)).tolist()
             assert list(view.row.ids) == ids.tolist()
-            shown = [
-                token if view.is_learned(at) else -100 for at, token in enumerate(view.row.ids)
-            ]
+            shown = [token if view.is_learned(n) else -100 for n, token in enumerate(view.row.ids)]
             assert shown == expected
             await screen.press("n")
 
