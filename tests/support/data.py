@@ -31,8 +31,10 @@ def about(*names: object, **columns: object) -> dict[str, Any]:
 
 
 def write_rows(path: Path, *rows: object) -> Path:
-    """The file, with a row a line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """The file, with a row a line; a text is written as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -1,8 +1,8 @@
 """The steps of the wizard without a printer: their work done here, their choices by key."""
 
 from engine.config import DatasetConfig
-from engine.hardware import assume
-from engine.plan import Device, best_device
+from engine.hardware import assume, read_machine
+from engine.plan import Device, best_device, cpu_device
 from engine.units import GIB
 from engine.wizard.draft import Draft
 from engine.wizard.flow import perform
@@ -40,3 +40,14 @@ def recommended(step: Step) -> str:
 
 def facts(step: Step) -> str:
     return "\n".join(map(str, step.question().facts))
+
+
+def for_the_demo() -> Draft:
+    machine = read_machine()
+    return Draft(machine=machine, device=cpu_device(machine), model="demo-tiny", dataset=SAMPLE)
+
+
+def for_a_planned_card() -> Draft:
+    machine = assume("H100 80GB HBM3")
+    device = best_device(machine)
+    return Draft(machine=machine, device=device, model="ministral-3-8b", dataset=SAMPLE)

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from engine.runs import RunFolder, status
 from engine.train.device import pick_device, pick_dtype
 from engine.train.forward import half_precision, hidden_states
 from engine.train.model import Base, load_base
+from tests.fakes.processes import printed_by
 from tests.support.fp8_checkpoints import write_fp8
 from tests.support.stock import KEPT, open_model
 from tests.support.tiny import (
@@ -449,6 +448,7 @@ import sys
 from pathlib import Path
 from engine.train.model import load_base
 from tests.support.tiny import settings
+from tests.fakes.processes import printed_by
 
 def load(folder):
     return load_base(Path(folder), settings(folder, bf16=True))
@@ -482,16 +482,10 @@ def test_loading_needs_little_extra_memory(tmp_path: Path, ministral: Path, fp8:
     save_file(one | layers, path, {"format": "pt"})
     if fp8:
         write_fp8(folder)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(ministral), str(folder)],
-        cwd=REPOSITORY,
-        # glibc raises the size from which it maps blocks, and then holes of its heap count as well.
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    grown_bytes, held_bytes = map(int, done.stdout.split())
+    # glibc raises the size from which it maps blocks, and then holes of its heap count as well.
+    words = ("-c", MEASURED, str(ministral), str(folder))
+    printed = printed_by(*words, MALLOC_MMAP_THRESHOLD_=str(2**20))
+    grown_bytes, held_bytes = map(int, printed.split())
     # The largest tensor has 8 MiB. NF4 is not measured: bitsandbytes' kernel for a CPU takes some
     # 80 bytes a number of the tensor at hand, more than this model.
     assert held_bytes > 250 * 2**20

@@ -17,7 +17,7 @@ from engine.wizard.draft import Draft, draft_from
 from engine.wizard.start import save_config, start_run, why_not
 from tests.fakes.nvml import RTX_4090, FakeDriver
 from tests.fakes.processes import PATIENCE_SECONDS, running_fake, wait_until
-from tests.support.data import Conversation
+from tests.support.data import Conversation, chat, write_rows
 from tests.support.extras import needs_trainer
 from tests.support.written_runs import written_run
 from tui.plain import Dialogue, Leave, follow_run, run_plain
@@ -47,16 +47,6 @@ def drafted(gpu: str | None = None, **changes: object) -> Draft:
     draft.machine = assume(gpu or "24 GB")
     draft.device = best_device(draft.machine if gpu else replace(draft.machine, gpus=()))
     return draft
-
-
-def write_rows(path: Path, *rows: object) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
-
-
-def chat(question: str, answer: str) -> dict[str, object]:
-    roles = (("user", question), ("assistant", answer))
-    return {"messages": [{"role": role, "content": text} for role, text in roles]}
 
 
 def saved(name: str = "out.yml") -> RunConfig:
@@ -225,7 +215,7 @@ def test_thinking_can_be_left_out_of_what_is_learned() -> None:
 
 def test_rows_that_teach_nothing_stop_at_the_preview(folder: Path) -> None:
     row = chat("hi", "ho")
-    row["messages"][1]["weight"] = 0  # type: ignore[index]
+    row["messages"][1]["weight"] = 0
     write_rows(folder / "rows.jsonl", row)
     told = converse("", "", "typed", "rows.jsonl", "", "", "q")
     assert "no token is learned in any row" in told.text

@@ -11,6 +11,7 @@ from engine.config import read_config
 from engine.errors import UserError
 from engine.runs import find_run, status
 from engine.wizard.draft import Draft
+from tests.support.data import chat, write_rows
 from tests.support.extras import needs_trainer
 from tests.support.screens import wait_for, wait_for_text
 from tui.app import WindtunnelApp
@@ -28,23 +29,10 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def write_rows(path: Path) -> None:
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is {number} and one?"},
-                {
-                    "role": "assistant",
-                    "content": [
-                        {"type": "thinking", "thinking": f"One more than {number}."},
-                        {"type": "text", "text": f"It is {number + 1}."},
-                    ],
-                },
-            ]
-        }
-        for number in range(12)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+def row(number: int) -> dict[str, Any]:
+    turns = chat(f"What is {number} and one?", f"It is {number + 1}.")
+    turns["messages"][1]["reasoning_content"] = f"One more than {number}."
+    return turns
 
 
 async def change_value(pilot: Pilot[int], key: str, *keys: str) -> None:
@@ -102,7 +90,7 @@ def events_of(kind: str) -> list[dict[str, Any]]:
 
 @needs_trainer
 async def test_one_answer_of_each_page_reaches_the_config_and_the_trainer(tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.jsonl")
+    write_rows(tmp_path / "rows.jsonl", *map(row, range(12)))
     app = WindtunnelApp(Draft())
     async with app.run_test(size=(80, 24)) as pilot:
         await walk(app, pilot)

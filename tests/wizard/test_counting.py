@@ -1,7 +1,6 @@
 """A plan has the rows of its config: counted when a config is opened, again when they change."""
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from engine.wizard.draft import (
 from engine.wizard.plan import plan_command
 from engine.wizard.preview import preview_command
 from engine.wizard.reading import DataWorker
+from tests.support.data import write_rows
 from tests.support.stand_in import SAMPLE, WORKER, Screen, draft_on, opened
 from tui.app import WindtunnelApp
 from tui.entry import WizardRequest, make_draft
@@ -47,9 +47,7 @@ datasets:
 """
 
 
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def chat(question: str, answer: str, thought: str = "", **more: object) -> dict[str, Any]:
@@ -61,12 +59,6 @@ def chat(question: str, answer: str, thought: str = "", **more: object) -> dict[
         {"role": "assistant", "content": content if thought else answer},
     ]
     return {"messages": messages, **more}
-
-
-def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
 
 
 def opened_draft(path: Path, text: str, gpu: str = "24 GB") -> Draft:

@@ -1,6 +1,5 @@
 """The third step as data: what is offered, what is read, what is taken."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,22 +9,15 @@ from engine.errors import UserError
 from engine.wizard.data import EVALUATE, HOLD_OUT, HUB, KEPT, MAP, OTHERS, TYPED, USE, DataStep
 from engine.wizard.draft import Draft, draft_from
 from engine.wizard.flow import Wizard
+from tests.support.data import write_rows
 from tests.support.steps import CPU, SAMPLE, choices, facts, ready, recommended
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def chat(question: str, answer: str, role: str = "role", content: str = "content") -> object:
     turns = (("user", question), ("assistant", answer))
     return [{role: who, content: text} for who, text in turns]
-
-
-def write(path: Path, *rows: object) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def asked(draft: Draft | None = None) -> DataStep:
@@ -48,12 +40,12 @@ def test_a_sample_is_recommended_and_read_whole_before_it_is_taken() -> None:
 
 
 def test_new_files_here_are_offered(folder: Path) -> None:
-    write(folder / "mine.jsonl", {"messages": chat("a", "b")})
+    write_rows(folder / "mine.jsonl", {"messages": chat("a", "b")})
     assert choices(asked())["mine.jsonl"].note == "newest here"
 
 
 def test_bad_rows_are_counted_with_their_place(folder: Path) -> None:
-    write(folder / "rows.jsonl", {"messages": chat("a", "b")}, {"messages": []})
+    write_rows(folder / "rows.jsonl", {"messages": chat("a", "b")}, {"messages": []})
     step = asked()
     step.take(TYPED, "rows.jsonl")
     ready(step)
@@ -69,7 +61,7 @@ def test_a_missing_file_is_no_answer_and_changes_nothing() -> None:
 
 
 def test_columns_by_usual_names_are_mapped(folder: Path) -> None:
-    write(folder / "rows.jsonl", {"dialogue": chat("hi", "ho", "speaker", "body")})
+    write_rows(folder / "rows.jsonl", {"dialogue": chat("hi", "ho", "speaker", "body")})
     step = asked()
     step.take(TYPED, "rows.jsonl")
     ready(step)
@@ -81,7 +73,7 @@ def test_columns_by_usual_names_are_mapped(folder: Path) -> None:
 
 
 def test_rows_without_any_use_cannot_be_taken(folder: Path) -> None:
-    write(folder / "rows.jsonl", {"a": 1}, {"a": 2})
+    write_rows(folder / "rows.jsonl", {"a": 1}, {"a": 2})
     step = asked()
     step.take(TYPED, "rows.jsonl")
     ready(step)
@@ -116,9 +108,10 @@ def test_the_share_that_is_held_out_goes_round() -> None:
 
 
 def test_the_split_beside_the_rows_can_be_evaluated(folder: Path) -> None:
-    (folder / "set").mkdir()
     for name in ("train", "test", "validation"):
-        write(folder / "set" / f"{name}.jsonl", *({"messages": chat(f"{n}", name)} for n in "ab"))
+        write_rows(
+            folder / "set" / f"{name}.jsonl", *({"messages": chat(f"{n}", name)} for n in "ab")
+        )
     draft = Draft(device=CPU, model="demo-tiny")
     step = asked(draft)
     step.take(TYPED, "set")
@@ -150,7 +143,7 @@ def test_another_model_reads_the_rows_again() -> None:
 
 def test_the_datasets_of_an_opened_config_stay_together(folder: Path) -> None:
     for name in ("a", "b"):
-        write(folder / f"{name}.jsonl", {"messages": chat("a", "b")})
+        write_rows(folder / f"{name}.jsonl", {"messages": chat("a", "b")})
     (folder / "run.yml").write_text(
         "base_model: demo-tiny\ndatasets: [{path: a.jsonl}, {path: b.jsonl}]\n", "utf-8"
     )

@@ -1,8 +1,6 @@
 """The fourth step as data: the row that is shown, what is learned, what stops here."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,6 +9,7 @@ from engine.errors import UserError
 from engine.wizard.draft import Draft
 from engine.wizard.flow import Wizard
 from engine.wizard.preview import NEXT, RIGHT, ROW, PreviewStep
+from tests.support.data import chat, write_rows
 from tests.support.steps import CPU, SAMPLE, choices, facts, ready, recommended
 
 
@@ -22,16 +21,10 @@ def asked(dataset: DatasetConfig = SAMPLE) -> tuple[PreviewStep, Draft]:
 
 
 def rows(folder: Path, *answers: str, weight: int = 1) -> DatasetConfig:
-    path = folder / "rows.jsonl"
-    turns: list[Any] = [
-        [
-            {"role": "user", "content": "Why?"},
-            {"role": "assistant", "content": answer, "weight": weight},
-        ]
-        for answer in answers
-    ]
-    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns), "utf-8")
-    return DatasetConfig(path=str(path))
+    turns = [chat("Why?", answer) for answer in answers]
+    for turn in turns:
+        turn["messages"][1]["weight"] = weight
+    return DatasetConfig(path=str(write_rows(folder / "rows.jsonl", *turns)))
 
 
 def test_the_first_row_and_all_rows_are_shown() -> None:

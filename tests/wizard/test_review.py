@@ -6,32 +6,22 @@ import pytest
 
 from engine.config import read_config
 from engine.errors import UserError
-from engine.hardware import assume, read_machine
-from engine.plan import best_device, cpu_device
 from engine.runs import create_run
 from engine.wizard.draft import Draft
 from engine.wizard.flow import Wizard, live_runs
 from engine.wizard.review import EDIT, LEAVE, NAME, SAVE, SHOW, START, ReviewStep, Saved
 from tests.fakes.processes import running_fake
 from tests.support.extras import needs_trainer
-from tests.support.steps import SAMPLE, choices, facts, ready, recommended
+from tests.support.steps import (
+    choices,
+    facts,
+    for_a_planned_card,
+    for_the_demo,
+    ready,
+    recommended,
+)
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def for_the_demo() -> Draft:
-    machine = read_machine()
-    return Draft(machine=machine, device=cpu_device(machine), model="demo-tiny", dataset=SAMPLE)
-
-
-def for_a_planned_card() -> Draft:
-    machine = assume("H100 80GB HBM3")
-    device = best_device(machine)
-    return Draft(machine=machine, device=device, model="ministral-3-8b", dataset=SAMPLE)
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def asked(draft: Draft, *, new: bool = False, out: Path | None = None) -> ReviewStep:

@@ -24,6 +24,7 @@ from engine.plan import best_device
 from engine.wizard.draft import check_rows, count_config_rows, draft_from
 from engine.wizard.flow import Wizard, perform
 from engine.wizard.start import read_planned
+from tests.support.data import write_rows
 from tests.support.pictures import png
 
 QUESTION = {"role": "user", "content": "Why?"}
@@ -67,8 +68,7 @@ CASES: Mapping[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, rows in FILES.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(text, "utf-8")
+        write_rows(tmp_path / f"{name}.jsonl", *rows)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(png(300, 200))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

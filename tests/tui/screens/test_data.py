@@ -1,12 +1,10 @@
 """The Data page on the real worker: what it finds, what it says about it, what Enter takes."""
 
-import json
 import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +13,7 @@ from PIL import Image
 
 from engine.wizard.data import complete_path, find_newest
 from engine.wizard.draft import Draft
+from tests.support.data import chat, write_rows
 from tests.support.screens import assert_golden
 from tests.support.stand_in import SAMPLE, Screen, draft_on, opened
 from tui.screens.data import spark
@@ -27,18 +26,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place.mkdir()
     monkeypatch.chdir(place)
     return place
-
-
-def write(path: Path, *rows: object) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    text = "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
-    path.write_text(text, "utf-8")
-    return path
-
-
-def chat(question: str, answer: str = "Fine.") -> dict[str, Any]:
-    said = [("user", question), ("assistant", answer)]
-    return {"messages": [{"role": role, "content": text} for role, text in said]}
 
 
 @asynccontextmanager
@@ -72,7 +59,7 @@ async def test_enter_takes_the_sample_and_its_statistics() -> None:
 
 
 async def test_what_is_wrong_is_listed_worst_first_with_a_place_and_a_repair(folder) -> None:
-    write(
+    write_rows(
         folder / "rows.jsonl",
         *(chat(f"q {n}") for n in range(120)),
         "{bad\n",
@@ -95,7 +82,7 @@ async def test_what_is_wrong_is_listed_worst_first_with_a_place_and_a_repair(fol
 
 
 async def test_a_dataset_that_cannot_be_used_does_not_pass(folder) -> None:
-    write(folder / "rows.jsonl", {"a": 1}, {"a": 2})
+    write_rows(folder / "rows.jsonl", {"a": 1}, {"a": 2})
     draft = draft_on()
     verdict = "✗ not usable  none of 2 rows can be used"
     async with pointed_at("rows.jsonl", verdict, draft) as screen:
@@ -109,7 +96,7 @@ async def test_a_dataset_that_cannot_be_used_does_not_pass(folder) -> None:
 
 async def test_columns_are_mapped_as_proposed_or_otherwise(folder) -> None:
     said = [{"speaker": "human", "said": "hi"}, {"speaker": "gpt", "said": "yo", "musing": "t"}]
-    write(folder / "rows.jsonl", {"dialog": said})
+    write_rows(folder / "rows.jsonl", {"dialog": said})
     draft = draft_on()
     async with pointed_at("rows.jsonl", "✗ not usable", draft) as screen:
         await screen.press("m")
@@ -138,7 +125,7 @@ async def test_h_holds_rows_out() -> None:
 
 
 async def test_the_first_rows_show_hostile_text_and_do_not_act_on_it(folder) -> None:
-    write(folder / "[bold]b[x.jsonl", chat("\x1b]0;x\x07 [bold]b[/] \u202e", "[/] fine"))
+    write_rows(folder / "[bold]b[x.jsonl", chat("\x1b]0;x\x07 [bold]b[/] \u202e", "[/] fine"))
     async with pointed_at("[bold]b[x.jsonl", "1 conversation") as screen:
         await screen.press("e")
         await screen.until("user      ␛]0;x␇ [bold]b[/] ⟨U+202E⟩")
@@ -147,14 +134,14 @@ async def test_the_first_rows_show_hostile_text_and_do_not_act_on_it(folder) -> 
 
 
 async def test_a_name_that_no_config_may_hold_is_a_sentence(folder) -> None:
-    write(folder / "a\x1b[31m.jsonl", chat("q"))
+    write_rows(folder / "a\x1b[31m.jsonl", chat("q"))
     async with pointed_at("a␛[31m.jsonl", "holds invisible characters") as screen:
         assert "✗ cannot be read" in screen.text
 
 
 async def test_a_path_is_typed_and_completed_and_a_missing_one_is_a_sentence(folder) -> None:
-    write(folder / "tickets" / "spring.jsonl", chat("q"))
-    write(folder / "tickets" / "notes.txt", "x")
+    write_rows(folder / "tickets" / "spring.jsonl", chat("q"))
+    write_rows(folder / "tickets" / "notes.txt", "x")
     draft = draft_on()
     async with opened(draft, "Data") as screen:
         await screen.until("spring.jsonl")
@@ -171,7 +158,7 @@ async def test_a_path_is_typed_and_completed_and_a_missing_one_is_a_sentence(fol
 
 async def test_keys_of_the_page_work_again_once_a_typed_path_was_read(folder) -> None:
     """`m maps them` says the page: in the field the m would become part of the path."""
-    write(folder / "deep" / "own.jsonl", {"frage": "?", "antwort": "!"})
+    write_rows(folder / "deep" / "own.jsonl", {"frage": "?", "antwort": "!"})
     async with opened(draft_on(), "Data") as screen:
         await screen.until("own.jsonl")
         await screen.press("down", "down", "enter")
@@ -201,7 +188,7 @@ async def test_the_hub_is_asked_only_after_yes(folder) -> None:
 
 
 async def test_a_worker_that_is_killed_is_a_sentence_and_r_reads_again(folder) -> None:
-    write(folder / "rows.jsonl", *(chat(f"q {n}") for n in range(20_000)))
+    write_rows(folder / "rows.jsonl", *(chat(f"q {n}") for n in range(20_000)))
     async with opened(draft_on(), "Data", (80, 24)) as screen:
         await screen.until("2 other sets held out")  # the worker is free
         await screen.until("rows.jsonl")
@@ -218,18 +205,18 @@ def test_the_newest_files_are_found_at_most_three_folders_below(folder) -> None:
     for age, name in enumerate(
         ["a.jsonl", "b/c.jsonl", "b/d.txt", ".hidden/e.jsonl", "f.jsonl.gz"]
     ):
-        path = write(folder / name, "x")
+        path = write_rows(folder / name, "x")
         os.utime(path, (1000 - age, 1000 - age))
     deep = folder / "1" / "2" / "3" / "4"
     deep.mkdir(parents=True)
-    write(deep / "g.jsonl", "x")
+    write_rows(deep / "g.jsonl", "x")
     assert find_newest(folder) == ["a.jsonl", "b/c.jsonl", "f.jsonl.gz"]
     assert find_newest(folder / "nowhere") == []
 
 
 def test_a_path_is_completed_as_far_as_names_agree(folder) -> None:
     for name in ("alpha.jsonl", "alps.csv", "album.png", "data/x.jsonl", ".secret/y.jsonl"):
-        write(folder / name, "x")
+        write_rows(folder / name, "x")
     assert complete_path("al", folder) == ("alp", ["alpha.jsonl", "alps.csv"])
     assert complete_path("d", folder) == ("data/", ["data/"])
     assert complete_path("data/", folder) == ("data/x.jsonl", ["x.jsonl"])
@@ -253,7 +240,7 @@ def picture(path: Path, shade: int = 0) -> bytes:
 async def test_images_are_counted_and_missing_ones_listed_by_line(folder) -> None:
     picture(folder / "a.png")
     rows = [chat("what is it?") | {"images": [name]} for name in ("a.png", "a.png", "b.png")]
-    write(folder / "rows.jsonl", *rows)
+    write_rows(folder / "rows.jsonl", *rows)
     async with pointed_at("rows.jsonl", "2 conversations", draft_on("demo-tiny-vision")) as screen:
         assert "images   2 in 2 rows, " in screen.text
         assert "1 different, " in screen.text
@@ -264,7 +251,7 @@ async def test_images_are_counted_and_missing_ones_listed_by_line(folder) -> Non
 
 async def test_a_text_model_over_images_is_said_in_the_verdict(folder) -> None:
     picture(folder / "a.png")
-    write(folder / "rows.jsonl", chat("q"), chat("q") | {"images": ["a.png"]})
+    write_rows(folder / "rows.jsonl", chat("q"), chat("q") | {"images": ["a.png"]})
     sentence = "the model reads only text, and rows have images"
     async with pointed_at("rows.jsonl", sentence, size=(120, 40)):
         pass

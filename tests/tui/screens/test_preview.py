@@ -17,6 +17,7 @@ from engine.config import DatasetConfig
 from engine.data.prepare import prepare
 from engine.data.requests import CheckRows, PreviewRows, Request, plain
 from engine.wizard.draft import Draft, rows_config
+from tests.support.data import write_rows
 from tests.support.screens import assert_golden
 from tests.support.stand_in import SAMPLE, WORKER, Screen, draft_on, opened
 from tui.page import CommandLine
@@ -38,11 +39,8 @@ def thinking(thought: str, answer: str) -> dict[str, Any]:
 
 
 def draft_of(tmp_path: Path, *rows: object, model: str = "demo-tiny", **changes: Any):
-    path = tmp_path / "rows.jsonl"
-    text = "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
-    path.write_text(text, "utf-8")
-    dataset = DatasetConfig(path=str(path))
-    return draft_on(model, dataset, **changes)
+    path = write_rows(tmp_path / "rows.jsonl", *rows)
+    return draft_on(model, DatasetConfig(path=str(path)), **changes)
 
 
 def sample() -> Draft:

@@ -9,11 +9,10 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from engine.config import DatasetConfig, read_config
-from engine.hardware import assume, read_machine
-from engine.plan import best_device, cpu_device
 from engine.wizard.draft import Draft
 from tests.support.extras import needs_trainer
 from tests.support.screens import screen_text, wait_for_text
+from tests.support.steps import for_a_planned_card, for_the_demo
 from tui.app import WindtunnelApp
 from tui.page import CommandLine, Page
 from tui.screens.review import ReviewPage
@@ -25,15 +24,7 @@ class Before(Page):
     STEP = "Plan"
 
 
-def for_the_demo() -> Draft:
-    machine = read_machine()
-    return Draft(machine=machine, device=cpu_device(machine), model="demo-tiny", dataset=SAMPLE)
-
-
-def for_a_planned_card() -> Draft:
-    machine = assume("H100 80GB HBM3")
-    device = best_device(machine)
-    return Draft(machine=machine, device=device, model="ministral-3-8b", dataset=SAMPLE)
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @asynccontextmanager
@@ -42,11 +33,6 @@ async def review_page(draft: Draft) -> AsyncIterator[Pilot[int]]:
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.pause()
         yield pilot
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 async def test_what_is_shown_is_what_is_saved(tmp_path: Path) -> None:
