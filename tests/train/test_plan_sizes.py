@@ -258,32 +258,24 @@ def made(
     return Run(tmp_path, saved_model, uneven, request.param)
 
 
-def test_a_save_takes_one_piece(made: Run) -> None:
-    assert made.grows(made.run.save) <= PIECE_BYTES + GENERATOR_BYTES
-    assert made.state_bytes() > 4 * PIECE_BYTES  # it would be seen
-
-
-def test_a_resume_takes_the_state_and_one_piece(made: Run) -> None:
-    made.run.save()
-    state = made.state_bytes()
+def test_a_save_a_resume_and_what_is_left_take_one_piece_as_planned(
+    made: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, state = made.run, made.state_bytes()
+    assert made.grows(run.save) <= PIECE_BYTES + GENERATOR_BYTES
+    assert state > 4 * PIECE_BYTES  # it would be seen
     with made.memory.measure("dropping the state"):
-        made.run.optimizer.state.clear()
-    grown = made.grows(lambda: made.run.restore(None))
+        run.optimizer.state.clear()
+    grown = made.grows(lambda: run.restore(None))
     assert made.state_bytes() == state
     assert state < grown <= state + PIECE_BYTES + GENERATOR_BYTES
-
-
-def test_what_a_run_leaves_takes_one_piece(made: Run) -> None:
-    run = made.run
     asked = (run.model, run.session.run.path, made.base, run.config)
-    left = made.grows(lambda: export_trained(*asked))
-    assert left <= PIECE_BYTES
-
-
-def test_the_formula_counts_that_piece(made: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the largest tensor, where that is less: a state's numbers take up to four bytes."""
+    assert made.grows(lambda: export_trained(*asked)) <= PIECE_BYTES
+    # The plan counts whole pieces, or the largest tensor where that is less: a state's numbers
+    # take up to four bytes.
+    with made.memory.measure("another step"):
+        run.step(2, run.order.step(2))
     monkeypatch.setattr(weight_files, "PIECE_BYTES", WHOLE_PIECE_BYTES)
-    run = made.run
     parts = moment_parts(run.config, Place(read_architecture(made.base), cpu()), "save")
     grown = made.grows(run.save)
     assert parts["piece"] / 4 <= grown <= parts["piece"] + GENERATOR_BYTES
