@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("first_frame", "frozen_tower", "prepare_throughput", "train_step")
+BENCHMARKS = ("first_frame", "frozen_tower", "prepare_throughput", "step_counts", "train_step")
 
 for name in BENCHMARKS:
     print(f"== {name}", flush=True)
