@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from engine.child import TRAINER, child_environment, last_lines
 from engine.errors import UserError, WorkError
@@ -28,6 +28,9 @@ from engine.runs.folder import RunFolder, list_checkpoints
 from engine.runs.lock import LAUNCH_VARIABLE, in_use, is_locked, read_claim
 from engine.runs.summary import Status, status
 from engine.visible import visible
+
+if TYPE_CHECKING:
+    from engine.config import RunConfig
 
 _GRACE_SECONDS: Final = 5.0
 _GATHERING_SECONDS: Final = 600.0
@@ -245,25 +248,51 @@ def _fill(run: RunFolder, config: str | None, plan: Mapping[str, object] | None)
 def change_config(run: RunFolder, changes: Sequence[str]) -> None:
     """Change values of a run's config.yml that alter no step to come; the old file stays beside it.
 
-    Raises UserError for a `key=value` that cannot be read, and for a key that would make another
-    run of it.
+    For another number of ranks gradient_accumulation_steps follows, unless it is among `changes`.
+    Raises UserError for a `key=value` that cannot be read, for a key that would make another run of
+    it, and for ranks that cannot share a step's rows.
     """
     # Here and not above: whoever only starts or watches a run stays without pydantic.
     from engine.config import override, read_config, write_config
     from engine.plan import SAME_RESULT
+    from engine.plan.layout import RESIZED
 
-    given = read_config(run.config)
+    given, may_change = read_config(run.config), SAME_RESULT | RESIZED
     for change in changes:
         key = change.partition("=")[0]
-        if key not in SAME_RESULT | {"auto_fit"}:
+        if key not in may_change | {"auto_fit"}:
             raise UserError(
                 f"{visible(key, one_line=True)} cannot change while a run goes on.",
                 "The steps to come would no longer be those of the run that was begun.",
-                f"What can change: {', '.join(sorted(SAME_RESULT))}; or start a new run.",
+                f"What can change: {', '.join(sorted(may_change))}; or start a new run.",
             )
-    text = write_config(override(given.config, changes), document=given.document)
+    config = override(given.config, (*changes, *_same_rows(given.config, changes)))
+    text = write_config(config, document=given.document)
     _keep_other(run.config, text)
     write_whole(run.config, text.encode())
+
+
+def _same_rows(before: "RunConfig", changes: Sequence[str]) -> list[str]:
+    """What has to change with the number of ranks, so that each step learns the same rows."""
+    from engine.config import override
+    from engine.plan.layout import RESIZED, layout_of
+
+    keys = {change.partition("=")[0] for change in changes}
+    if not keys & RESIZED or keys & {"gradient_accumulation_steps", "micro_batch_size"}:
+        return []
+    old, new = layout_of(before), layout_of(override(before, changes))
+    if old is None or new is None:  # as many as there are cards
+        return []
+    micros = before.gradient_accumulation_steps * old.readers
+    sums, rest = divmod(micros, new.readers)
+    if rest:
+        raise UserError(
+            f"{new.readers} ranks cannot share the {micros} micro-batches of an optimizer step.",
+            "A run that goes on learns the same rows in each step, on any number of ranks.",
+            f"Choose a number of ranks that divides {micros}, or change micro_batch_size and"
+            " gradient_accumulation_steps with it, for as many sequences a step.",
+        )
+    return [f"gradient_accumulation_steps={sums}"]
 
 
 def _keep_other(path: Path, text: str) -> None:

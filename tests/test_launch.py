@@ -11,9 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import read_config
 from engine.errors import UserError, WorkError
 from engine.events import Phase, Started, Step
-from engine.launch import forwarded_signals, launch, resume_run
+from engine.launch import (
+    ALONE,
+    Nodes,
+    change_config,
+    find_nodes,
+    forwarded_signals,
+    launch,
+    resume_run,
+)
 from engine.runs import Follower, RunFolder, ask, create_run, is_locked, send, status
 from tests.fakes.engine import loss_at
 from tests.fakes.processes import ROOT, fake_environment, processes_of, running_fake, wait_until
@@ -327,3 +336,57 @@ def _is_full(run: RunFolder) -> bool:
     before = run.events.stat().st_size if run.events.exists() else 0
     time.sleep(0.1)
     return before > 10_000 and run.events.stat().st_size == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "sums"),
+    [
+        (["dp_shard_size=1"], 1, 4),
+        (["dp_shard_size=4"], 4, 1),
+        (["dp_shard_size=1", "dp_replicate_size=4"], 1, 1),
+        (["dp_shard_size=1", "micro_batch_size=4"], 1, 2),
+        (["dp_shard_size=1", "gradient_accumulation_steps=1"], 1, 1),
+        (["auto_fit=true"], 2, 2),
+    ],
+)
+def test_another_number_of_ranks_learns_the_same_rows_in_each_step(
+    run: RunFolder, changes: list[str], ranks: int, sums: int
+) -> None:
+    run.config.write_text("base_model: x\ndp_shard_size: 2\ngradient_accumulation_steps: 2\n")
+    change_config(run, changes)
+    config = read_config(run.config).config
+    assert (config.dp_shard_size, config.gradient_accumulation_steps) == (ranks, sums)
+
+
+def test_ranks_that_cannot_share_a_step_are_refused(run: RunFolder) -> None:
+    text = "base_model: x\ndp_shard_size: 2\ngradient_accumulation_steps: 2\n"
+    run.config.write_text(text)
+    with pytest.raises(UserError, match="3 ranks cannot share the 4 micro-batches") as refused:
+        change_config(run, ["dp_shard_size=3"])
+    assert "divides 4" in refused.value.fix
+    assert run.config.read_text() == text
+
+
+def test_computers_of_a_run_need_a_place_to_meet() -> None:
+    assert find_nodes(1, "") is ALONE
+    assert find_nodes(2, "first:29500") == Nodes(2, "first:29500")
+
+
+@pytest.mark.parametrize(
+    ("count", "rendezvous", "verify", "what"),
+    [
+        (1, "first:29500", False, "--nodes is 1."),
+        (0, "", False, "--nodes is 0."),
+        (2, "", False, "--rendezvous is empty."),
+        (2, "first", False, "--rendezvous is first."),
+        (2, ":29500", False, "--rendezvous is :29500."),
+        (2, "first:port", False, "--rendezvous is first:port."),
+        (2, "first:29500", True, "--verify-resume is for one computer, and --nodes is 2."),
+    ],
+)
+def test_computers_that_could_not_meet_are_refused(
+    count: int, rendezvous: str, verify: bool, what: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        find_nodes(count, rendezvous, verify=verify)
+    assert refused.value.what == what

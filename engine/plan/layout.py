@@ -15,6 +15,10 @@ from engine.plan.device import Device
 from engine.plan.layers import widths
 from engine.units import counted
 
+RESIZED = frozenset({"dp_shard_size", "dp_replicate_size"})
+"""Keys that may change while a run goes on: its steps learn the same rows on any number of ranks
+where `gradient_accumulation_steps` makes up for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:

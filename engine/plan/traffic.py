@@ -17,7 +17,7 @@ from engine.hardware import Speed
 from engine.plan.layout import Layout
 from engine.plan.sharding import SUM_BYTES, defers, units
 from engine.plan.step import Step
-from engine.plan.targets import adapter_inputs, is_tied
+from engine.plan.targets import adapter_inputs
 
 PEER_SHARE = 0.5
 """Of the bus to this computer, where cards have no link of their own."""
@@ -55,10 +55,10 @@ def traffic_of(step: Step, layout: Layout) -> Traffic:
     unit = units(step, layout)
     adapter = step.adapter_bytes * (_padded(step, layout) - step.trainable)
     layers = unit.layer * step.widths.layers + (adapter if config.adapter else 0.0)
-    head = 0.0 if is_tied(step.table) else unit.head
     towers = unit.tower + unit.projector if step.of_images else 0.0
     return Traffic(
-        passes * (unit.embedding + towers + layers + head),
+        # A tied pair is one unit, and gathered twice like two.
+        passes * (unit.embedding + towers + layers + unit.head),
         passes * layers,
         times * trained,
         summed,

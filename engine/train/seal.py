@@ -16,6 +16,7 @@ from engine.errors import WorkError
 from engine.events import NoteLevel
 from engine.files import digest
 from engine.plan import SAME_RESULT
+from engine.plan.layout import RESIZED
 from engine.runs.folder import LATEST, RunFolder, list_checkpoints, read_mark
 from engine.visible import visible
 
@@ -175,5 +176,5 @@ def changes_since(
         old, new = saved.get(key), now.get(key)
         if old != new:
             was, became = (visible(spell(key, value), one_line=True) for value in (old, new))
-            level: NoteLevel = "info" if key in SAME_RESULT else "warning"
+            level: NoteLevel = "info" if key in SAME_RESULT | RESIZED else "warning"
             yield level, f"{key} was {was} until {found.folder.name} and is {became} from there on"

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,12 +13,14 @@ from typing import Any
 
 import pytest
 
+from engine.cli import main
 from engine.events import Ended, Note, Saved, Shortage, Started
 from engine.launch import Nodes, launch, resume_run
 from engine.runs import Follower, RunFolder, ask, is_locked, status, summarize
 from engine.runs.folder import list_checkpoints
 from tests.fakes.processes import fake_environment, processes_of, wait_until
 from tests.support.trainers import LORA, Workshop, figures
+from tests.support.written_runs import read_steps
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -183,6 +186,28 @@ class TestRealRanks:
         whole = workshop.new()
         assert launch(whole, detach=True).wait(120) == 0
         assert figures(run) == figures(whole)
+
+    @pytest.mark.slow
+    def test_a_run_of_two_ranks_goes_on_with_one(
+        self, workshop: Workshop, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        keys = {"lora_dropout": 0.0, "max_steps": 8, "save_steps": 4, "learning_rate": 1e-3}
+        run = workshop.new(**keys)
+        assert launch(run, detach=True).wait(240) == 0
+        two = figures(run)
+        shutil.rmtree(run.checkpoints / "step-8")
+        given = ["resume", str(run.path), "--from", "step-4"]
+        assert main([*given, "dp_shard_size=3"]) == 2
+        assert "3 ranks cannot share the 4 micro-batches" in capfd.readouterr().err
+        assert main([*given, "dp_shard_size=1"]) == 0
+        assert [each.world_size for each in events_of(run, Started)] == [2, 1]
+        notes = [each.text for each in events_of(run, Note)]
+        for said in ("dp_shard_size was 2", "gradient_accumulation_steps was 2"):
+            assert sum(text.startswith(f"{said} until step-4") for text in notes) == 1
+        for ours, theirs in zip(figures(run), two, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+        shared = [step.rank_peak_bytes is not None for step in read_steps(run)]
+        assert shared == [True] * 4 + [False] * 4
 
     @pytest.mark.slow  # minutes: twenty launches of two ranks
     def test_twenty_kills_lose_nothing_that_was_saved(self, workshop: Workshop) -> None:

@@ -18,8 +18,14 @@ HELD_OUT = {"val_set_size": 0.1, "warmup_steps": 30}
 
 @pytest.mark.parametrize(
     "keys",
-    [LORA, LORA | HELD_OUT, QLORA | HELD_OUT, {"adapter": None} | HELD_OUT],
-    ids=["plain", "lora", "qlora", "full"],
+    [
+        LORA,
+        LORA | HELD_OUT,
+        QLORA | HELD_OUT,
+        {"adapter": None} | HELD_OUT,
+        LORA | HELD_OUT | {"dp_shard_size": 2},
+    ],
+    ids=["plain", "lora", "qlora", "full", "two ranks"],
 )
 def test_each_method_goes_on_bit_for_bit(
     workshop: Workshop,
