@@ -18,7 +18,7 @@ from engine.plan.measured import HOME_VARIABLE
 from engine.runs import Follower, RunFolder, status
 from engine.units import GIB
 from engine.wizard.draft import Draft
-from engine.wizard.start import plan_run, why_not
+from engine.wizard.start import plan_run, spread, why_not
 from tests.fakes.nvml import RTX_4090, FakeDriver
 from tests.fakes.processes import ROOT
 from tests.support.commands import Call
@@ -366,6 +366,34 @@ class TestTrainIsRefusedWhereItDoesNotFit:
         assert plan["device"]["uuid"] == "GPU-cccc-1"
 
 
+class TestCardsThatNobodyLaidOut:
+    """Axolotl trains a copy of the model on each card that is there."""
+
+    @pytest.mark.parametrize(
+        ("changes", "nodes", "added"),
+        [
+            ((), 1, ("dp_replicate_size=3",)),
+            ((), 2, ("dp_replicate_size=6",)),
+            (("dp_shard_size=2",), 1, ()),
+            (("resume_from_checkpoint=true", "output_dir=begun"), 1, ("dp_replicate_size=2",)),
+            (("resume_from_checkpoint=true", "output_dir=lone"), 1, ()),
+        ],
+    )
+    def test_each_has_a_copy_and_a_run_keeps_what_it_began_with(
+        self,
+        nvml: FakeDriver,
+        tmp_path: Path,
+        changes: tuple[str, ...],
+        nodes: int,
+        added: tuple[str, ...],
+    ) -> None:
+        nvml.set(*[RTX_4090] * 3)
+        for name, begun in (("begun", "dp_replicate_size: 2\n"), ("lone", "")):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.yml").write_text(LARGE + begun, "utf-8")
+        assert spread(tmp_path / "large.yml", changes, nodes) == (*changes, *added)
+
+
 class TestMemoryOfTheComputer:
     """A plan for a CPU counts on all of it; whether it is free is asked where a run starts."""
 
@@ -395,6 +423,20 @@ class TestMemoryOfTheComputer:
         assert fix == "Close some of them and start again; --anyway starts it all the same."
         assert not home.exists()
         assert plan_run(demo, (), anyway=True)
+
+    @pytest.mark.slow  # counts its rows three times
+    def test_it_has_to_hold_all_ranks_of_a_run(
+        self, call: Call, demo: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = call.document("estimate", str(demo), "dp_shard_size=2")["device_bytes"]
+        memory = 2 * GIB + int(1.5 * one)
+        monkeypatch.setattr("engine.hardware.reading.read_memory", lambda: (memory, memory))
+        code, out, err = call("train", str(demo), "dp_shard_size=2")
+        assert (code, out) == (3, "")
+        assert err.startswith("It does not fit: 2 ranks of ")
+        assert "Write a smaller dp_shard_size or dp_replicate_size" in err
+        assert not home.exists()
+        assert plan_run(demo, ("dp_shard_size=1",))
 
     def test_so_does_one_on_a_card_for_what_it_keeps_beside(
         self, call: Call, nvml: FakeDriver, monkeypatch: pytest.MonkeyPatch
