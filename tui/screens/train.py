@@ -383,7 +383,7 @@ class TrainPage(Page):
 
     def _redraw(self) -> None:
         """Draw what has changed; a timer calls it, so a flood of events costs four pictures."""
-        if self.app.screen is not self and not self.app.screen.is_modal:
+        if not self.is_current:  # under another page, or the app is being closed
             return
         self._show_headline()
         if self._changed:
