@@ -171,8 +171,9 @@ class Widths:
     latent: bool = False
     """Whether attention is of that kind."""
 
-    def cut(self, tensor: int) -> "Widths":
-        """The widths of one of `tensor` cards that share each matrix."""
+    def cut(self, tensor: int, expert: int) -> "Widths":
+        """The widths of one of `tensor` cards that share each matrix, and of `expert` that have
+        other experts."""
         heads = 1 if self.latent else tensor
         return replace(
             self,
@@ -181,7 +182,7 @@ class Widths:
             queries=self.queries // heads,
             repeated=self.repeated // heads,
             expert_matrix=self.expert_matrix // tensor,
-            expert_stack=self.expert_stack // tensor,
+            expert_stack=self.expert_stack // (tensor * expert),
         )
 
     @property

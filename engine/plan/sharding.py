@@ -7,8 +7,8 @@ arrives in one buffer and is copied out of it, and the buffer of the unit before
 that is done. Backward the next unit is on its way meanwhile. Gradients are added up in float32: a
 unit's are whole in their own type and once more in the buffer that is scattered, which is let go
 when the next unit has its own. Activations are each rank's own. Tensor parallelism cuts matrices
-and what a layer makes of them, expert parallelism leaves each rank experts of its own, which are
-never gathered.
+and what a layer makes of them. Expert parallelism leaves each rank a part of the experts, which
+ranks with the same part alone gather, and rows come and go.
 
 tests/research/rank_memory.py counts the same on the real model, really sharded among ranks that are
 not there.
@@ -158,13 +158,22 @@ def units(step: Step, layout: Layout) -> Units:
         return (step.bytes_of(part, held) - stays) * tensor_share(part, step, layout)
 
     layer = sent("linear") + sent("norms") + sent("router")
-    if layout.expert == 1:
-        layer += sent("experts")
+    if layout.shard > layout.expert:
+        layer += sent("experts") / layout.expert
     layer += step.adapter * step.adapter_bytes
     head = float(step.counts.head * step.base_bytes)
     return Units(
         layer / step.widths.layers, head, head / layout.tensor, sent("vision"), sent("projector")
     )
+
+
+def own_numbers(step: Step, layout: Layout) -> float:
+    """Trained numbers of experts whose gradients no other rank of a copy has."""
+    held = step.counts.parts["experts"]
+    if step.config.adapter or layout.expert == 1:
+        return 0.0
+    gathered = held.plain / layout.expert if layout.shard > layout.expert else 0.0
+    return held.plain - gathered
 
 
 def _reduced(

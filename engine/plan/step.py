@@ -135,8 +135,9 @@ class Step:
 
     @property
     def widths(self) -> Widths:
-        found, tensor = widths(self.table), self.config.tensor_parallel_size or 1
-        return found.cut(tensor) if tensor > 1 else found
+        tensor, expert = self.config.tensor_parallel_size, self.config.expert_parallel_size
+        found = widths(self.table)
+        return found.cut(tensor or 1, expert or 1) if tensor or expert else found
 
     @property
     def offloads(self) -> bool:

@@ -15,7 +15,7 @@ from math import ceil
 
 from engine.hardware import Speed
 from engine.plan.layout import Layout
-from engine.plan.sharding import SUM_BYTES, defers, units
+from engine.plan.sharding import SUM_BYTES, defers, own_numbers, units
 from engine.plan.step import Step
 from engine.plan.targets import adapter_inputs
 
@@ -45,11 +45,12 @@ def traffic_of(step: Step, layout: Layout) -> Traffic:
     trained = SUM_BYTES * _padded(step, layout)
     summed = times * trained / layout.shard if layout.replicate > 1 else 0.0
     # Tensor parallelism adds up the states twice a layer, forward and backward; experts that are
-    # elsewhere get each token's rows and send them back.
+    # elsewhere get each token's rows and send them back, once more where a layer is computed twice.
     states = step.tokens * step.widths.hidden * step.base_bytes * step.widths.layers * passes
     exchanged = 4.0 * states if layout.tensor > 1 else 0.0
     if layout.expert > 1:
-        exchanged += 4.0 * states * step.widths.expert_rows
+        ways = 6.0 if config.gradient_checkpointing else 4.0
+        exchanged += ways * states * step.widths.expert_rows
     if layout.shard == 1:
         return Traffic(summed=summed, exchanged=exchanged)
     unit = units(step, layout)
@@ -60,7 +61,7 @@ def traffic_of(step: Step, layout: Layout) -> Traffic:
         # A tied pair is one unit, and gathered twice like two.
         passes * (unit.embedding + towers + layers + unit.head),
         passes * layers,
-        times * trained,
+        times * (trained - SUM_BYTES * own_numbers(step, layout)),
         summed,
         unit.embedding + unit.layer,
         exchanged,

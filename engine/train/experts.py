@@ -26,7 +26,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_to_all_single
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
 from transformers import PreTrainedModel
@@ -284,23 +283,46 @@ class Experts(nn.Module):
 
     def _there(self, rows: Tensor, groups: Groups) -> Tensor:
         """Rows through the experts of all ranks of the group, which call it together."""
-        ranks, device = dist.get_world_size(self.group), rows.device
-        count = self.num_experts // ranks
-        sending = groups.ends.diff(prepend=groups.ends.new_zeros(1))
-        coming = torch.empty_like(sending)  # of each rank, rows of each expert here
-        dist.all_to_all_single(coming, sending, group=self.group)
-        sent, got = (each.view(ranks, count).sum(1).tolist() for each in (sending, coming))
-        arrived = rows.new_empty(sum(got), rows.shape[1])
-        arrived = all_to_all_single(arrived, rows, got, sent, group=self.group)
-        experts = torch.arange(count, device=device).repeat(ranks).repeat_interleave(coming)
+        coming, sent, got = self._counts(groups)
+        count, device = len(coming) // len(got), rows.device
+        arrived: Tensor = _Exchange.apply(rows, sent, got, self.group)
+        experts = torch.arange(count, device=device).repeat(len(got))
+        experts = experts.repeat_interleave(coming, output_size=len(arrived))
         sorted_experts, order = experts.sort(stable=True)
         own = Groups(sorted_experts, count, count * dist.get_rank(self.group))
         made = self._here(arrived[order], own)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=device)
-        returned = made.new_empty(len(rows), made.shape[1])
-        back: Tensor = all_to_all_single(returned, made[places], sent, got, group=self.group)
+        back: Tensor = _Exchange.apply(made[places], got, sent, self.group)
         return back
+
+    def _counts(self, groups: Groups) -> tuple[Tensor, list[int], list[int]]:
+        """Rows that come from each rank for each expert here, (ranks x experts here,), and those
+        that go to each rank and come from it."""
+        sending = groups.ends.diff(prepend=groups.ends.new_zeros(1))
+        coming = torch.empty_like(sending)
+        dist.all_to_all_single(coming, sending, group=self.group)
+        by_rank = torch.stack([sending, coming]).view(2, dist.get_world_size(self.group), -1).sum(2)
+        sent, got = by_rank.tolist()  # waits for the device
+        return coming, sent, got
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to other ranks, so many `sent` to each, and `got` from each; gradients go back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, sent: list[int], got: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.back = got, sent, group
+        arrived = rows.new_empty(sum(got), rows.shape[1])
+        dist.all_to_all_single(arrived, rows.contiguous(), got, sent, group=group)
+        return arrived
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        found: Tensor = _Exchange.apply(outputs[0], *ctx.back)
+        return found, None, None, None
 
 
 def _product(part: nn.Module | Tensor, rows: Tensor, groups: Groups) -> Tensor:

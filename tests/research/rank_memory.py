@@ -20,9 +20,9 @@ import torch.distributed as dist
 from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
@@ -39,8 +39,15 @@ from engine.train.forward import hidden_states, use_head
 from engine.train.loss import Loss
 from engine.train.optim import build_optimizer, is_lora_matrix
 from engine.train.quantize import statistics
-from engine.train.ranks import REPLICATE, SHARD, Ranks
-from engine.train.shard import local_bytes, local_parameters, local_part, shard, sync_gradients
+from engine.train.ranks import Ranks
+from engine.train.shard import (
+    is_spread,
+    local_bytes,
+    local_parameters,
+    local_part,
+    shard,
+    sync_gradients,
+)
 from tests.research.oracle import build, cross_entropy, hold_state, make_batch, materialize
 from tests.support.card_bytes import CardBytes, as_on_cuda
 from tests.support.live_bytes import ALLOCATION_BYTES
@@ -50,6 +57,7 @@ KINDS = {
     "c10d._allgather_base_.default": "all-gather",
     "c10d._reduce_scatter_base_.default": "reduce-scatter",
     "c10d.allreduce_.default": "all-reduce",
+    "c10d.alltoall_base_.default": "all-to-all",
 }
 
 
@@ -86,6 +94,11 @@ class RankBytes(CardBytes):
             self.calls[kind] += 1
         return super().__torch_dispatch__(function, types, args, kwargs)
 
+    def count(self, tensor: Tensor) -> None:
+        """A sharded tensor is its rows here, which are counted as what they are."""
+        if not isinstance(tensor, DTensor):
+            super().count(tensor)
+
     def resize(self, tensor: Tensor, size: int) -> None:
         """What torch's own alloc_storage and free_storage do, seen."""
         storage = tensor.untyped_storage()
@@ -120,13 +133,12 @@ class RankBytes(CardBytes):
 
 
 @contextmanager
-def absent_ranks(shards: int, replicas: int = 1) -> Iterator[Ranks]:
+def absent_ranks(shards: int, replicas: int = 1, experts: int = 1) -> Iterator[Ranks]:
     """The first of so many ranks, of which no other is there."""
     world_size = shards * replicas
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
-        mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=(REPLICATE, SHARD))
-        yield Ranks(0, world_size, shards=shards, replicas=replicas, mesh=mesh)
+        yield Ranks(0, world_size).laid_out(shards, replicas, experts)
     finally:
         dist.destroy_process_group()
 
@@ -218,7 +230,8 @@ def rank_run(
 
 
 def _gradients_bytes(model: nn.Module) -> int:
-    """Whole ones that wait for the last pass, and this rank's rows of the others."""
+    """Whole ones that wait for the last pass, and this rank's rows of the others; those of experts
+    that are in no unit are beside their parameters."""
     units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
     # A tied pair is two modules of one unit.
     states = {id(state): state for state in (unit._get_fsdp_state() for unit in units)}
@@ -226,6 +239,8 @@ def _gradients_bytes(model: nn.Module) -> int:
     every = [each for group in groups for each in group.fsdp_params]
     whole = [getattr(each, "_unsharded_param", None) for each in every]
     held = [each.unsharded_accumulated_grad for each in every]
+    known = {id(each.sharded_param) for each in every}
+    held += [p.grad for p in model.parameters() if id(p) not in known and is_spread(p)]
     held += [
         each.grad for each in (*whole, *(each.sharded_param for each in every)) if each is not None
     ]
@@ -283,7 +298,7 @@ def compare(
     )
     image_sizes = [(1540, 1540)] if run.processor_type else []
     place = Place(architecture, card("B300 x8"))
-    with absent_ranks(shards, replicas) as ranks:
+    with absent_ranks(shards, replicas, run.expert_parallel_size or 1) as ranks:
         found = rank_run(
             architecture,
             run,
@@ -309,6 +324,7 @@ def _sends(found: RankRun, planned: Traffic) -> None:
         "all-gather": planned.gathered_forward + planned.gathered_backward,
         "reduce-scatter": planned.scattered,
         "all-reduce": planned.summed,
+        "all-to-all": planned.exchanged,
     }
     for kind, size in sizes.items():
         assert size == pytest.approx(found.traffic_bytes.get(kind, 0), rel=0.05), kind

@@ -21,6 +21,13 @@ def test_a_rank_of_the_whole_model_holds_what_is_planned(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rank_with_experts_of_its_own_holds_and_sends_what_is_planned(method: str) -> None:
+    keys = SMALL_4[method] | {"expert_parallel_size": 8}
+    compare(model("mistral-small-4"), method, 8, **keys)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method", "layout", "keys"),
     [

@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 import torch.nn.attention.varlen  # registers torch_attn's operators
 from bitsandbytes.autograd._functions import MatMul8bitLt
 from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
@@ -15,7 +16,7 @@ from transformers import AttentionMaskInterface
 
 from engine.train import attention, loss
 from engine.train.attention import TORCH_VARLEN, Segments
-from engine.train.experts import Groups
+from engine.train.experts import Experts, Groups
 from tests.support.live_bytes import LiveBytes
 
 FLASH_ROWS = 128
@@ -119,6 +120,13 @@ def even_sizes(groups: Any) -> list[int]:
     return [(groups.rows * (e + 1)) // experts - groups.rows * e // experts for e in range(experts)]
 
 
+def even_counts(experts: Experts, groups: Any) -> tuple[Tensor, list[int], list[int]]:
+    """Of rows that go to other ranks' experts, as many to each and from each."""
+    ranks = dist.get_world_size(experts.group)
+    each = [groups.rows * (n + 1) // ranks - groups.rows * n // ranks for n in range(ranks)]
+    return groups.ends, each, each
+
+
 @contextmanager
 def as_on_cuda(tokens_per_sequence: int, sequences: int, cuda: bool = True) -> Iterator[None]:
     """The trainer's code with the answers that it would get on a card, for tensors without values.
@@ -135,8 +143,8 @@ def as_on_cuda(tokens_per_sequence: int, sequences: int, cuda: bool = True) -> I
     def fits_kernel(query: Tensor, value: Tensor) -> bool:
         return cuda and query.dtype == torch.bfloat16
 
-    def begin(groups: Any, sorted_experts: Tensor, num_experts: int) -> None:
-        start(groups, sorted_experts, num_experts)
+    def begin(groups: Any, sorted_experts: Tensor, num_experts: int, first: int = 0) -> None:
+        start(groups, sorted_experts, num_experts, first)
         groups.rows = len(sorted_experts)
 
     def product(states: Tensor, weight: Tensor, *, bias: Any = None, state: Any) -> Tensor:
@@ -156,6 +164,7 @@ def as_on_cuda(tokens_per_sequence: int, sequences: int, cuda: bool = True) -> I
         stack.enter_context(patch.object(attention, "_fits_kernel", fits_kernel))
         stack.enter_context(patch.object(Groups, "__init__", begin))
         stack.enter_context(patch.object(Groups, "sizes", property(even_sizes)))
+        stack.enter_context(patch.object(Experts, "_counts", even_counts))
         stack.enter_context(patch("bitsandbytes.functional.create_dynamic_map", table))
         if cuda:
             stack.enter_context(patch("bitsandbytes.matmul", product))
