@@ -171,7 +171,7 @@ class Widths:
     latent: bool = False
     """Whether attention is of that kind."""
 
-    def cut(self, tensor: int, expert: int) -> "Widths":
+    def cut(self, tensor: int, expert: int = 1) -> "Widths":
         """The widths of one of `tensor` cards that share each matrix, and of `expert` that have
         other experts."""
         heads = 1 if self.latent else tensor
