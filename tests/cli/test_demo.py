@@ -20,6 +20,7 @@ from tests.support.written_runs import read_steps
 ROOT = Path(__file__).parents[2]
 STEPS = 13
 """One epoch: every row of the sample is seen."""
+ASKED = "How many knots is force 3?"
 SAMPLE = ROOT / "presets" / "samples" / "harbour-pilot"
 
 
@@ -44,7 +45,13 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def short_demo(folder: Path, rows: Path, *changes: str) -> dict[str, Any]:
     sets = json.dumps([{"path": str(rows), "type": "chat_template", "split": "train"}])
-    short = (f"max_steps={STEPS}", "eval_train_rows=4", "eval_table_size=1")
+    # A base that has half learned something new answers on and on: one question is enough.
+    short = (
+        f"max_steps={STEPS}",
+        "eval_train_rows=4",
+        "eval_table_size=1",
+        f"sample_prompts=[{ASKED}]",
+    )
     return demo(folder, "--qlora", *short, f"test_datasets={sets}", *changes)
 
 
@@ -73,7 +80,7 @@ def short(result: dict[str, Any]) -> Path:
 def test_it_answers_before_and_after_and_scores_all(result: dict[str, Any], short: Path) -> None:
     assert set(result) == {"run", "before", "after", "scores"}
     questions = [answer["prompt"] for answer in result["before"]]
-    assert len(questions) == 3
+    assert questions == [ASKED]
     assert [answer["prompt"] for answer in result["after"]] == questions
     assert result["before"] != result["after"]
     assert set(result["scores"]) == {"train", "heldout_wording"}
@@ -86,7 +93,7 @@ def test_it_answers_before_and_after_and_scores_all(result: dict[str, Any], shor
 def test_the_untouched_base_answers_its_questions_plainly(short: Path) -> None:
     events = [json.loads(line) for line in (short / "events.jsonl").read_text().splitlines()]
     first = [e["text"] for e in events if e["type"] == "sample" and e["when"] == "before"]
-    assert first[1] == "It is 7 to 10 knots."
+    assert first == ["It is 7 to 10 knots."]
 
 
 @needs_trainer
@@ -133,7 +140,9 @@ def test_held_out_wordings_are_in_no_training_file() -> None:
 @needs_trainer
 @pytest.mark.slow
 def test_the_whole_demo_learns_its_conversations_by_heart(tmp_path: Path) -> None:
-    scores = demo(tmp_path / "run")["scores"]
+    result = demo(tmp_path / "run")
+    assert len(result["before"]) == len(result["after"]) == 3
+    scores = result["scores"]
     assert scores["train"]["before"] == 0.0
     assert scores["train"]["after"] >= 0.9
     assert set(scores) == {"train", "heldout_pairing", "heldout_wording"}

@@ -318,28 +318,24 @@ class TestWhatAKillLeaves:
     def test_a_half_written_folder_is_thrown_away(self, run: Run) -> None:
         run.save(4)
         shutil.copytree(run.root / "step-4", run.root / "step-5.partial")
-        assert run.latest() == (4, 4.0)
-        assert run.names() == {"step-4", "LATEST"}
+        assert (run.latest(), run.names()) == ((4, 4.0), {"step-4", "LATEST"})
 
     def test_between_the_two_renames_the_older_one_counts(self, run: Run) -> None:
         folder = run.save(4)
         folder.rename(run.root / "step-4.old")
         (run.root / "step-4.partial").mkdir()
-        assert run.latest() == (4, 4.0)
-        assert run.names() == {"step-4", "LATEST"}
+        assert (run.latest(), run.names()) == ((4, 4.0), {"step-4", "LATEST"})
 
     def test_a_half_written_mark_is_thrown_away(self, run: Run) -> None:
         run.save(4)
         (run.root / ".LATEST.4711").write_text("step")
-        assert run.latest() == (4, 4.0)
-        assert run.names() == {"step-4", "LATEST"}
+        assert (run.latest(), run.names()) == ((4, 4.0), {"step-4", "LATEST"})
 
     def test_after_both_renames_the_newer_one_counts(self, run: Run) -> None:
         run.save(4, mark=1.0)
         shutil.copytree(run.root / "step-4", run.root / "step-4.old")
         run.save(4, mark=2.0)
-        assert run.latest() == (4, 2.0)
-        assert run.names() == {"step-4", "LATEST"}
+        assert (run.latest(), run.names()) == ((4, 2.0), {"step-4", "LATEST"})
 
     def test_only_checkpoint_counts_without_a_mark(self, run: Run) -> None:
         run.save(4)
@@ -349,10 +345,6 @@ class TestWhatAKillLeaves:
 
 def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
 
 
 def edit(**changes: object) -> Callable[[Path], object]:
@@ -379,7 +371,7 @@ MARKS = [b"step-99", b"", b"\xff", b"../other/step-5", b"step-4/../step-3", b"."
 
 
 class TestDamage:
-    @pytest.mark.parametrize("damage", [Path.unlink, cut_short, empty, flip])
+    @pytest.mark.parametrize("damage", [Path.unlink, cut_short, write(b""), flip])
     @pytest.mark.parametrize("name", [OPTIMIZER, RANDOM, STATE, "trained.safetensors"])
     def test_damage_is_skipped(self, run: Run, name: str, damage: Callable[[Path], None]) -> None:
         run.save(3)

@@ -155,34 +155,26 @@ def run(states: Tensor, head: Tensor, targets: Tensor, rows: int) -> tuple[Tenso
 class TestAtTheRealVocabulary:
     """Against float64. Cut-cross-entropy's gradient is off by 0.022 here."""
 
-    def errors(self, states: Tensor, head: Tensor, targets: Tensor) -> tuple[float, float]:
+    def assert_near(self, head: Tensor, of_loss: float, of_gradient: float) -> None:
+        states, targets = states_of(head, 12)
         loss, gradient = run(states, head, targets, 5)
         exact = states.double().requires_grad_()
         whole = F.cross_entropy(exact @ head.double().t(), targets, reduction="sum")
         whole.backward()
         assert exact.grad is not None
         off = (gradient.double() - exact.grad).norm() / exact.grad.norm()
-        return abs(float(loss / whole.detach()) - 1), float(off)
+        assert abs(float(loss / whole.detach()) - 1) < of_loss
+        assert off < of_gradient
 
     @pytest.mark.usefixtures("as_on_a_card")
     def test_bfloat16_on_a_card(self, head: Tensor) -> None:
-        of_loss, of_gradient = self.errors(*self.drawn(head))
-        assert of_loss < 1e-6
-        assert of_gradient < 0.002
+        self.assert_near(head, 1e-6, 0.002)
 
     def test_bfloat16_on_a_cpu_whose_logits_are_rounded(self, head: Tensor) -> None:
-        of_loss, of_gradient = self.errors(*self.drawn(head))
-        assert of_loss < 1e-3
-        assert of_gradient < 0.002
+        self.assert_near(head, 1e-3, 0.002)
 
     def test_float32(self, head: Tensor) -> None:
-        of_loss, of_gradient = self.errors(*self.drawn(head.float()))
-        assert of_loss < 1e-6
-        assert of_gradient < 1e-6
-
-    def drawn(self, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        states, targets = states_of(head, 12)
-        return states, head, targets
+        self.assert_near(head.float(), 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
