@@ -172,20 +172,22 @@ def clean_environment(hub: Hub, home: Path, *path: Path) -> dict[str, str]:
     }
 
 
+def printed(environment: dict[str, str], folder: Path, *words: str) -> list[str]:
+    """The lines of a Python process that knows no other environment."""
+    command = [sys.executable, *words]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 @pytest.fixture
 def locate(tmp_path: Path, hub: Hub) -> Locate:
     """Locate models in a process of its own, whose cache stays from call to call."""
 
     def run(*models: str, **environment: str) -> list[dict[str, Any]]:
-        done = subprocess.run(
-            [sys.executable, "-c", WORK, *(models or ["some/model"])],
-            env=clean_environment(hub, tmp_path) | environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        words = ("-c", WORK, *(models or ["some/model"]))
+        lines = printed(clean_environment(hub, tmp_path) | environment, tmp_path, *words)
+        return [json.loads(line) for line in lines]
 
     return run
 
@@ -448,15 +450,7 @@ def test_no_kernel_import_and_no_hub_request(tmp_path: Path, hub: Hub) -> None:
     (site / "kernels-0.13.0.dist-info").mkdir()
     (site / "kernels-0.13.0.dist-info" / "METADATA").write_text("Name: kernels\nVersion: 0.13.0\n")
     environment = clean_environment(hub, tmp_path, site)
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINING, str(tmp_path)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    assert printed(environment, tmp_path, "-c", TRAINING, str(tmp_path)) == [
         *("kernels: blocked", "transformers sees kernels: False", "trained: full"),
         *("trained: qlora", "the hub: switched off"),
     ]

@@ -62,7 +62,7 @@ def test_a_word_behind_a_config_names_the_command_that_takes_it(word: str) -> No
         read_request(["run.yml", word])
 
 
-@pytest.mark.parametrize("arguments", [[], ["--plain"], ["--assume", "H100"], ["mine.yml"]])
+@pytest.mark.parametrize("arguments", [[], ["--plain", "--assume", "H100", "mine.yml"]])
 def test_without_a_terminal_nothing_is_asked(arguments: list[str]) -> None:
     done = run_python("-m", "tui", *arguments)
     assert done.returncode == 2
