@@ -53,8 +53,7 @@ async def walk(app: WindtunnelApp, pilot: Pilot[int]) -> None:
     await pilot.press("home", "enter")
     await wait_for_text(pilot, "● Data")
     await pilot.press("down")  # the newest file here
-    await wait_for_text(pilot, "12 ")
-    await wait_for_text(pilot, "✓")
+    await wait_for_text(pilot, "to learn from")  # all rows are read: h waits for that
     await pilot.press("h")  # another share is held out
     await pilot.pause()
     await pilot.press("enter")
