@@ -342,6 +342,7 @@ class TestTrainIsRefusedWhereItDoesNotFit:
         assert (code, out[:6]) == (0, "✓ fits")
 
     @needs_trainer
+    @pytest.mark.slow  # 7 s: a whole trainer that ends at its card
     def test_unless_anyway(
         self, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

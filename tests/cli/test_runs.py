@@ -266,8 +266,7 @@ class TestTrain:
             rows.write(BAD)
             rows.write('{"question": "q", "answer": "a", "hint": "h"}\n')
         changes = ("output_dir=here", "--max-steps", "1", "sample_packing=true")
-        without = ("eval_table_size=0", "eval_drift=false")  # they have tests of their own
-        code, printed, _ = call("train", config, *changes, *without, "--events")
+        code, printed, _ = call("train", config, *changes, "--events")
         assert code == 0
         run = RunFolder(Path("here"))
         types, kept = (

@@ -97,7 +97,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full, checkpointed": CHECKPOINTED,
     "full, one pass a step": {"gradient_accumulation_steps": 1},
 }
-RARE = ("lora, one row a sequence", "lora, rank 64", "lora, 8-bit states")
+RARE = ("qlora", "lora, one row a sequence", "lora, rank 64", "lora, 8-bit states")
 
 
 class TestTheFormula:

@@ -133,7 +133,9 @@ class TestWithoutAutoFit:
 
 
 class TestWithAutoFit:
-    @pytest.mark.parametrize("keys", [{}, {"layer_offloading": True}], ids=["", "offloading"])
+    @pytest.mark.parametrize(
+        "keys", [{}, pytest.param({"layer_offloading": True}, marks=pytest.mark.slow)], ids=str
+    )
     def test_takes_the_rungs_itself(self, workshop: Workshop, keys: dict[str, bool]) -> None:
         run = workshop.new(auto_fit=True, **keys)
         assert finish(run, before=small_card(from_step=3)) == 0

@@ -239,6 +239,7 @@ async def test_hostile_text_is_shown_and_does_nothing(tmp_path) -> None:
         assert control == ["<s>", "[INST]", "[/INST]", "</s>"]
 
 
+@pytest.mark.slow  # 4 s; the page of the data does the same in each run of the tests
 async def test_a_worker_that_is_killed_is_a_sentence_and_r_reads_again(tmp_path) -> None:
     rows = [chat(f"question {n}", "a") for n in range(60)]
     async with previewed(draft_of(tmp_path, *rows)) as screen:
