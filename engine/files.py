@@ -1,13 +1,16 @@
 """Writes that a power cut, a kill or a full disk can leave undone, but not half done; and the data
 that ships."""
 
+import errno
 import hashlib
 import os
 import secrets
 from collections.abc import Container, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from engine.visible import visible
 
 PRIVATE = 0o700
 """Mode of a folder that holds rows, samples or configs: a cluster's other users read none of it,
@@ -20,6 +23,27 @@ def read_preset(*names: str) -> Any:
     from ruamel.yaml import YAML
 
     return YAML(typ="safe", pure=True).load(files("presets").joinpath(*names).read_text("utf-8"))
+
+
+_WAYS_OUT: Final = {
+    "Free disk space": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None),
+    "Let this user write there": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "Move away what stands there instead": (
+        *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP),
+    ),
+}
+
+
+def way_out(error: OSError) -> str:
+    """What a person does about it, as the beginning of a sentence."""
+    ways = (way for way, numbers in _WAYS_OUT.items() if error.errno in numbers)
+    return next(ways, "See that its disk is there and works")
+
+
+def said(error: OSError) -> str:
+    """What the system says, and of which file."""
+    what = error.strerror or str(error)
+    return f"{what}: {visible(str(error.filename), one_line=True)}" if error.filename else what
 
 
 def partial_name(path: Path) -> Path:

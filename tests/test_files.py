@@ -1,13 +1,17 @@
 """Files that are written whole or not at all, and reports that come now and then."""
 
+import errno
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from engine.files import sweep, write_whole
+from engine.files import said, sweep, way_out, write_whole
 from engine.pace import every
+from engine.runs import RunFolder
+from engine.runs.folder import LineReader, lines_backwards
 
 
 def test_a_file_is_replaced_and_keeps_its_permissions(tmp_path: Path) -> None:
@@ -41,6 +45,33 @@ def test_a_full_disk_leaves_the_old_content_and_nothing_beside_it(
         write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["config.yml"]
+
+
+@pytest.mark.parametrize(
+    ("number", "way"),
+    [
+        (errno.ENOSPC, "Free disk space"),
+        (errno.EROFS, "Let this user write there"),
+        (errno.ELOOP, "Move away what stands there instead"),
+        (errno.EIO, "See that its disk is there and works"),
+        (None, "Free disk space"),
+    ],
+)
+def test_the_advice_is_about_what_the_system_refused(number: int | None, way: str) -> None:
+    assert way_out(OSError(number, "no") if number else OSError("no")) == way
+
+
+@pytest.mark.parametrize(
+    "read", [lambda path: LineReader(path).read(), lambda path: next(lines_backwards(path, 9))]
+)
+def test_a_folder_in_the_place_of_the_events_is_named(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    (events := RunFolder(tmp_path).events).mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        read(events)
+    assert said(caught.value) == f"Is a directory: {events}"
+    assert way_out(caught.value) == "Move away what stands there instead"
 
 
 def test_writers_at_the_same_moment_each_write_it_whole(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from cyclopts import CycloptsError
 from engine.cli import config, dataset, demo, export, machine, planning, runs, use
 from engine.cli.terminal import HOST, Host
 from engine.errors import WORK_FAILED, WRONG_REQUEST, UserError, WorkError
+from engine.files import said, way_out
 from engine.interrupt import INTERRUPTED, interrupted, last_words, say_last_words
 from engine.visible import visible
 
@@ -112,8 +113,8 @@ def _carry_out(given: list[str], host: Host) -> int:
         print_sentence(
             WorkError(
                 "The command could not read or write a file.",
-                f"The system says: {error}.",
-                "See that the disk has space and that the file may be used.",
+                f"The system says: {said(error)}.",
+                f"{way_out(error)}, and try again.",
             )
         )
         return WORK_FAILED

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -375,6 +376,15 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
         os.close(descriptor)
 
 
+def _open_to_read(path: Path) -> int:
+    """The system opens a folder too, and then fails without its name."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    return descriptor
+
+
 class Place(NamedTuple):
     """How far a file was read: the position, and the last bytes before it."""
 
@@ -408,7 +418,7 @@ class LineReader:
         no lines; any other OSError is the caller's.
         """
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = _open_to_read(self._path)
         except FileNotFoundError:
             return []
         try:
@@ -453,7 +463,7 @@ def lines_backwards(path: Path, limit_bytes: int) -> Iterator[bytes]:
     Blocks are read as they are asked for: the newest line of a file of any size costs one read.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = _open_to_read(path)
     except FileNotFoundError:
         return
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from engine.errors import UserError, WorkError
+from engine.files import said, way_out
 from engine.runs.folder import RunFolder, run_home
 from engine.visible import visible
 
@@ -128,8 +129,8 @@ def unreadable(run: RunFolder, error: OSError) -> WorkError:
     """The error of a run whose files are there and cannot be read."""
     return WorkError(
         f"The run {visible(run.name, one_line=True)} cannot be read.",
-        f"The system says: {error}.",
-        "Look as the user who started the run, or see that its disk is there.",
+        f"The system says: {said(error)}.",
+        f"{way_out(error)}, or look as the user who started the run.",
     )
 
 

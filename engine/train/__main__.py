@@ -180,6 +180,7 @@ def explain(error: Exception) -> UserError:
     """The three sentences for whatever ended the run."""
     if isinstance(error, UserError):
         return error
+    from engine.files import said, way_out
     from engine.train.out_of_memory import is_out_of_memory, message_of
     from engine.visible import first_line
 
@@ -191,6 +192,12 @@ def explain(error: Exception) -> UserError:
             f"The system says: {message_of(error)}.",
             "Close other programs, or use a larger machine; `windtunnel estimate` shows what each "
             "part takes.",
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return WorkError(
+            "A file could not be read or written.",
+            f"The system says: {said(error)}.",
+            f"{way_out(error)}; the run resumes from its last checkpoint.",
         )
     if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
         return WorkError(

@@ -27,7 +27,7 @@ from engine.catalog import find_model, find_repository, model_names
 from engine.chat.tokenizer import open_tokenizer, write_tekken
 from engine.config import RunConfig
 from engine.errors import UserError, WorkError
-from engine.files import sweep, sync, sync_all, write_sums, write_whole
+from engine.files import said, sweep, sync, sync_all, way_out, write_sums, write_whole
 from engine.runs.folder import (
     LATEST,
     RunFolder,
@@ -167,7 +167,9 @@ def export_trained(
         copy_companions(base, partial, config, whole=config.adapter is None)
         write_sums(partial, digests)
         sync_all(partial)
-        if target.exists():
+        if target.is_symlink():
+            target.unlink()  # what it names stays
+        elif target.exists():
             shutil.rmtree(target)
         partial.rename(target)
         sync(folder)
@@ -179,8 +181,8 @@ def export_trained(
             shutil.rmtree(partial, ignore_errors=True)
         raise WorkError(
             f"The finished {target.name} could not be written to {folder}.",
-            f"The system says: {error.strerror or error}.",
-            "Free disk space, then resume: the last checkpoint has all that was learned.",
+            f"The system says: {said(error)}.",
+            f"{way_out(error)}, then resume: the last checkpoint has all that was learned.",
         ) from error
     return target
 
@@ -317,8 +319,8 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             raise WorkError(
                 f"The checkpoint of step {position.step} could not be written to {self.root}.",
-                f"The system says: {error.strerror or error}.",
-                "Free disk space or choose another output_dir; the run resumes from the "
+                f"The system says: {said(error)}.",
+                f"{way_out(error)}, or choose another output_dir; the run resumes from the "
                 "checkpoint before.",
             ) from error
         return target

@@ -48,7 +48,7 @@ from engine.chat.tokenizer import write_tekken
 from engine.config import RunConfig
 from engine.data.prepared import mix
 from engine.errors import UserError, WorkError
-from engine.files import partial_name, sync_all
+from engine.files import partial_name, said, sync_all, way_out
 from engine.hub_id import MODEL_FILES
 from engine.train.weight_files import BytesProgress
 from engine.units import gib
@@ -173,8 +173,8 @@ def _fetch(repository: str, revision: str | None, progress: BytesProgress) -> Pa
     except OSError as error:
         raise WorkError(
             f"{repository} could not be stored.",
-            f"The system says: {error.strerror or error}.",
-            "Free disk space, or set HF_HOME to a disk that has it.",
+            f"The system says: {said(error)}.",
+            f"{way_out(error)}, or set HF_HOME to a disk that has it.",
         ) from error
 
 

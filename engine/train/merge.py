@@ -24,7 +24,7 @@ from torch import Tensor
 from engine.catalog import Architecture, read_architecture, with_overrides
 from engine.config import RunConfig, read_config
 from engine.errors import UserError, WorkError
-from engine.files import sync, sync_all
+from engine.files import said, sync, sync_all, way_out
 from engine.pattern import PatternError, find_matches
 from engine.publish.card import write_card
 from engine.runs import RunFolder
@@ -266,8 +266,8 @@ def merge(
     except OSError as error:
         raise WorkError(
             f"The merged model could not be written to {visible(str(target), one_line=True)}.",
-            f"The system says: {error.strerror or error}.",
-            "Free disk space, or name a folder on another disk.",
+            f"The system says: {said(error)}.",
+            f"{way_out(error)}, or name a folder on another disk.",
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

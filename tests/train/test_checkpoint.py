@@ -665,6 +665,31 @@ class TestExport:
         assert sorted(path.name for path in folder.iterdir()) == first
         assert not list(tmp_path.glob("*.partial"))
 
+    def test_a_link_in_its_place_goes_and_what_it_names_stays(
+        self, begin: Begin, ministral: Path, tmp_path: Path, adapter: str | None
+    ) -> None:
+        run = begin(adapter=adapter)
+        folder = export_trained(run.model, tmp_path, ministral, run.config)
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+        export_trained(run.model, tmp_path, ministral, run.config)
+        assert not folder.is_symlink()
+        ours, theirs = (
+            {path.name: path.read_bytes() for path in each.iterdir()}
+            for each in (folder, tmp_path / "elsewhere")
+        )
+        assert ours == theirs
+
+    def test_a_file_in_its_place_is_named_and_stays(
+        self, begin: Begin, ministral: Path, tmp_path: Path, adapter: str | None
+    ) -> None:
+        run = begin(adapter=adapter)
+        taken = tmp_path / ("adapter" if adapter else "model")
+        taken.write_text("kept")
+        with pytest.raises(WorkError, match=r"Not a directory: .*Move away what stands there"):
+            export_trained(run.model, tmp_path, ministral, run.config)
+        assert taken.read_text() == "kept"
+
     def test_a_full_disk_is_a_sentence_and_leaves_the_earlier_one(
         self, begin: Begin, ministral: Path, tmp_path: Path, adapter: str | None
     ) -> None:

@@ -385,7 +385,7 @@ class TestWriting:
     def test_two_at_once_share_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def finish_elsewhere(spec: object, path: Path) -> None:
             path.write_text("words")
-            other = path.parent.with_suffix("")
+            other = path.parent.with_name(path.parent.stem.removeprefix("."))
             shutil.copytree(path.parent, other)
 
         monkeypatch.setattr(fetch, "write_tekken", finish_elsewhere)
