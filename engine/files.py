@@ -10,8 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from engine.visible import visible
-
 PRIVATE = 0o700
 """Mode of a folder that holds rows, samples or configs: a cluster's other users read none of it,
 whatever the modes of the files inside."""
@@ -41,9 +39,9 @@ def way_out(error: OSError) -> str:
 
 
 def said(error: OSError) -> str:
-    """What the system says, and of which file."""
+    """What the system says, and of which file, its control characters escaped."""
     what = error.strerror or str(error)
-    return f"{what}: {visible(str(error.filename), one_line=True)}" if error.filename else what
+    return f"{what}: {str(error.filename)!r}" if error.filename else what
 
 
 def partial_name(path: Path) -> Path:

@@ -70,7 +70,7 @@ def test_a_folder_in_the_place_of_the_events_is_named(
     (events := RunFolder(tmp_path).events).mkdir()
     with pytest.raises(IsADirectoryError) as caught:
         read(events)
-    assert said(caught.value) == f"Is a directory: {events}"
+    assert said(caught.value) == f"Is a directory: {str(events)!r}"
     assert way_out(caught.value) == "Move away what stands there instead"
 
 

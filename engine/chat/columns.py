@@ -365,7 +365,10 @@ class Columns:
         if context and context not in texts:
             texts.insert(0, context)
             name = self.column("field_context") or ""
-            alone = "" if isinstance(self.row[name], str) else ", its texts alone"
+            value = self.row[name]
+            listed = [value] if isinstance(value, Mapping) else value
+            is_objects = isinstance(listed, list | tuple) and isinstance(listed[0], Mapping)
+            alone = ", its texts alone" if is_objects else ""
             self.note("context_placed", f"{name} stands before {column}{alone}.")
         if self._choices is not None:
             texts[-1] = self._choices.list_after(texts[-1])
