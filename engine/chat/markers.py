@@ -114,7 +114,6 @@ _CLOSING_OF = {opening.lower(): closing for opening, closing in THINKING + ANSWE
 _OPENS_THINKING, _OPENS_CALL = _firsts(THINKING), _firsts(CALLS)
 _CLOSES_THINKING = _any_of([closing for _, closing in THINKING])
 _CLOSES_ALONE = re.compile(rf"^[ \t]*({_CLOSES_THINKING.pattern})[ \t]*$", re.I | re.M)
-_ENDS = _any_of(ENDS)
 _TOOLS = re.compile("|".join(rf"{re.escape(a)}(.*?){re.escape(b)}" for a, b in TOOLS), re.S)
 _RESULT = re.compile(
     r"\s*(?:" + "|".join(rf"{re.escape(a)}(.*?){re.escape(b)}" for a, b in RESULTS) + r")\s*", re.S

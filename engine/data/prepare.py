@@ -46,10 +46,8 @@ from engine.files import PRIVATE, SUMS, changed_file, sync
 # Raised when the files in a folder of arrays change their meaning.
 LAYOUT_VERSION = 4
 _HASH_BLOCK_BYTES = 2**20
-_PROGRESS_ROWS = 64
 _LOCK_POLL_SECONDS = 0.2
 _COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
-_STATE = "progress.json"
 _LISTED_PROBLEMS = 100
 _SECOND_LOOK_SECONDS = 10.0
 
