@@ -109,8 +109,8 @@ GUARDS = {
     ),
     "a finished result is on the disk before it has its name": Guard(
         "engine/train/checkpoint.py",
-        "        sync_all(partial)\n        if target.exists():\n            shutil.rmtree(target)",
-        "        if target.exists():\n            shutil.rmtree(target)",
+        "        sync_all(partial)\n        if target.is_symlink():",
+        "        if target.is_symlink():",
         SYNCED,
     ),
     "a merged model is on the disk before it has its name": Guard(
@@ -280,8 +280,8 @@ GUARDS = {
     ),
     "a LoRA target as an expression that matches nothing": Guard(
         "engine/plan/targets.py",
-        "        raise _no_match(expression, modules)",
-        "        return ()",
+        "            raise _no_match(named, reachable)",
+        "            return ()",
         f"{TARGETS}::TestTargets::test_a_wish_that_matches_nothing_is_refused",
     ),
     "an adapter on nothing at all": Guard(
@@ -449,31 +449,31 @@ GUARDS = {
         "engine/train/moments.py",
         "= Slice(value, start or 0,",
         "= Slice(value.clone(), start or 0,",
-        f"{SAVING}::test_a_save_takes_one_piece",
+        f"{SAVING}::test_a_save_a_resume_and_what_is_left_take_one_piece_as_planned",
     ),
     "a save holds one piece of a tensor": Guard(
         "engine/train/weight_files.py",
         "for part in cut(tensor.detach(), tensor.dtype.itemsize):",
         "for part in [tensor.detach()]:",
-        f"{SAVING}::test_a_save_takes_one_piece",
+        f"{SAVING}::test_a_save_a_resume_and_what_is_left_take_one_piece_as_planned",
     ),
     "a piece is given up before the next one": Guard(
         "engine/train/weight_files.py",
         "                del piece, content  # or",
         "                pass  # or",
-        f"{SAVING}::test_a_save_takes_one_piece",
+        f"{SAVING}::test_a_save_a_resume_and_what_is_left_take_one_piece_as_planned",
     ),
     "a resume holds one piece of a tensor": Guard(
         "engine/train/slices.py",
         "for part in cut(out, self.entry.dtype.itemsize):",
         "for part in [out]:",
-        f"{SAVING}::test_a_resume_takes_the_state_and_one_piece",
+        f"{SAVING}::test_a_save_a_resume_and_what_is_left_take_one_piece_as_planned",
     ),
     "a finished model is written piece by piece": Guard(
         "engine/train/slices.py",
         "        yield from in_pieces(local_part(tensor))",
         "        yield local_part(tensor).cpu()",
-        f"{SAVING}::test_what_a_run_leaves_takes_one_piece",
+        f"{SAVING}::test_a_save_a_resume_and_what_is_left_take_one_piece_as_planned",
     ),
     "a batch is made in its step's time": Guard(
         "engine/train/loop.py",

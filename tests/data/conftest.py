@@ -1,3 +1,4 @@
+import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
     def write(rows: Iterable[object], name: str = "rows.jsonl") -> Path:
-        return write_rows(tmp_path / name, *rows)
+        return write_rows(tmp_path / name, *(f"{json.dumps(row)}\n" for row in rows))
 
     return write
 
