@@ -73,7 +73,7 @@ from engine.report.plan import (
 )
 from engine.visible import visible
 from engine.wizard.draft import count_config_rows, require_usable
-from engine.wizard.start import STEPS, find_device, measure, read_planned
+from engine.wizard.start import STEPS, find_device, measure, read_planned, spread_on
 
 if TYPE_CHECKING:
     from engine.data.statistics import Checkup
@@ -138,8 +138,9 @@ def print_estimate(
     Exit status 3: it does not; 2: it would not be trained.
     """
     last_words("Nothing is written here.")
-    run, architecture = read_planned(config, changes, sharded=True)
+    given, architecture = read_planned(config, changes, sharded=True)
     device = find_device(assumed)
+    run = spread_on(given, device)
     if lengths:
         prices = price_lengths(run, Place(architecture, device))
         if as_json:

@@ -151,6 +151,11 @@ class Choice:
             self.put("dp_shard_size", self.layout.shard, "")
         if self.layout.replicate > 1:
             self.put("dp_replicate_size", self.layout.replicate, "")
+        elif self.layout == ONE and self.place.device.unused:
+            self.put("dp_replicate_size", 1, "one card was picked; without it all would be used")
+        elif self.layout == ONE and (cards := self.place.device.cards) > 1:
+            why = "leave few updates an epoch or be no faster"
+            self.put("dp_replicate_size", 1, f"one of {cards} cards: a copy on each would {why}")
 
     def waits(self) -> bool:
         """Whether each step waits for weights that lie in this computer's memory."""

@@ -46,6 +46,8 @@ class Device:
     """
     left_out: tuple[str, ...] = ()
     """Cards of its kind that a run would not use, each with the reason."""
+    unused: int = 0
+    """Cards of its kind that the person leaves to others."""
     nodes: int = 1
     """Computers like this one."""
     unified: bool = False

@@ -184,7 +184,8 @@ class MachineStep(Step):
                 f"{gpu.refusal}.",
                 "Take another of the list, or look again once it is ready.",
             )
-        return replace(gpu_device(gpu, self.machine), others=(), left_out=())
+        device = gpu_device(gpu, self.machine)
+        return replace(device, others=(), left_out=(), unused=len(device.others))
 
     def _several(self) -> "Device | None":
         """The cards that one run can use together; None where there are no two."""

@@ -251,6 +251,13 @@ def is_laid_out(config: RunConfig) -> bool:
     return any(getattr(config, key) is not None for key in sizes)
 
 
+def spread_on(config: RunConfig, device: Device) -> RunConfig:
+    """A config as `spread` has it on the cards of `device`."""
+    if is_laid_out(config) or device.cards == 1:
+        return config
+    return config.model_copy(update={"dp_replicate_size": device.cards})
+
+
 def spread(file: Path, changes: tuple[str, ...], nodes: int = 1) -> tuple[str, ...]:
     """`changes` with the size that a config without any has here, as Axolotl reads it: a copy of
     the model on each card that is free, so that its run goes on with as many elsewhere.

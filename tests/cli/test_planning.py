@@ -394,6 +394,12 @@ class TestCardsThatNobodyLaidOut:
             (tmp_path / name / "config.yml").write_text(LARGE + begun, "utf-8")
         assert spread(tmp_path / "large.yml", changes, nodes) == (*changes, *added)
 
+    def test_and_is_estimated_so(self, call: Call, tmp_path: Path) -> None:
+        (tmp_path / "large.yml").write_text(LARGE, "utf-8")
+        for more, cards in (((), 4), (("dp_replicate_size=1",), 1)):
+            printed = call.document("estimate", "large.yml", *more, "--assume", "RTX 4090 x4")
+            assert printed["cards"] == cards
+
 
 class TestMemoryOfTheComputer:
     """A plan for a CPU counts on all of it; whether it is free is asked where a run starts."""

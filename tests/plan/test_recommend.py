@@ -120,6 +120,16 @@ class TestWhatMemoryDecides:
     def test_this_computers_own_memory_is_not_filled_with_layers(self) -> None:
         assert advised("ministral-3-3b", cpu(400)).config.gradient_checkpointing
 
+    def test_one_card_of_several_is_written_as_one(self) -> None:
+        """A config without a number is trained on all cards that there are."""
+        device = card("RTX 4090 x4")
+        found = advised("ministral-3-3b", device, ROWS["few"])
+        assert (found.estimate.cards, found.config.dp_replicate_size) == (1, 1)
+        assert "few updates" in found.reasons["dp_replicate_size"]
+        picked = replace(device, others=(), unused=3)
+        assert advised("ministral-3-3b", picked, ROWS["many"]).config.dp_replicate_size == 1
+        assert advised("ministral-3-3b", card("RTX 4090")).config.dp_replicate_size is None
+
     def test_cards_share_a_copy_before_each_waits_for_weights_in_memory_not_counted(self) -> None:
         device = card("RTX 4090 x4")
         for rows in (None, ROWS["few"]):
