@@ -70,7 +70,7 @@ def device(run: RunFolder) -> str:
 @pytest.mark.parametrize(
     "keys",
     [
-        pytest.param({}, id="lora"),
+        pytest.param({}, id="lora", marks=pytest.mark.slow),
         pytest.param(QLORA, id="qlora", marks=pytest.mark.slow),
         pytest.param({"optimizer": "paged_adamw_8bit"}, id="paged", marks=pytest.mark.slow),
     ],

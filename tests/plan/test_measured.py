@@ -243,6 +243,7 @@ def test_the_page_is_what_is_made_now() -> None:
     assert PAGE.read_text("utf-8") == page()
 
 
+@pytest.mark.slow
 def test_every_card_model_and_goal_has_its_line() -> None:
     counts = Counter(cell.goal for cell in cells())
     assert len({cell.card for cell in cells()}) == len(listed_gpus()) + 3
@@ -250,6 +251,7 @@ def test_every_card_model_and_goal_has_its_line() -> None:
     assert counts["text"] == 9 * (len(listed_gpus()) + 3)
 
 
+@pytest.mark.slow
 def test_none_is_worse_than_the_ladder_can_make_it() -> None:
     poor = [cell for cell in cells() if cell.advice.estimate.verdict != "fits"]
     for cell in poor:
