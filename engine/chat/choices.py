@@ -12,7 +12,7 @@ from string import ascii_uppercase
 from typing import Final
 
 from engine.chat.conversation import RowProblem, describe
-from engine.chat.message import parse_json
+from engine.chat.written import parse_json
 
 _NAME_KEYS: Final = ("label", "key", "id")
 _LETTER: Final = re.compile(r"\(?([A-Za-z0-9])[).:]?\Z")

@@ -39,19 +39,19 @@ from engine.chat.conversation import (
     describe,
     plain_name,
 )
+from engine.chat.image_values import looks_like_image
 from engine.chat.judged import refuse_judged
 from engine.chat.message import (
     MessageReader,
     describe_keys,
     has_role,
     looks_like_calls,
-    looks_like_image,
-    parse_json,
     read_thinking,
     read_tool_calls,
 )
 from engine.chat.nested import join_texts, list_in, open_nested
 from engine.chat.transcript import read_transcript
+from engine.chat.written import parse_json
 from engine.config import DatasetConfig
 
 _PLAIN_TEXT: Final = (

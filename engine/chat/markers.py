@@ -26,8 +26,9 @@ from engine.chat.conversation import (
     ToolCall,
     describe,
 )
-from engine.chat.message import load_json, read_tool_calls
+from engine.chat.message import read_tool_calls
 from engine.chat.transcript import read_prompt
+from engine.chat.written import load_json
 from engine.config import DatasetConfig
 
 Tools = tuple[dict[str, object], ...]

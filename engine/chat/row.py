@@ -24,9 +24,10 @@ from engine.chat.conversation import (
     Think,
     describe,
 )
+from engine.chat.image_values import PLACEHOLDER, looks_like_image, read_image
 from engine.chat.markers import read_markers
-from engine.chat.message import PLACEHOLDER, looks_like_image, parse_json, read_image
 from engine.chat.tools import read_system, read_tools
+from engine.chat.written import parse_json
 from engine.units import counted
 
 _IMAGE_COLUMNS = ("images", "image")

@@ -7,7 +7,8 @@ from types import MappingProxyType
 from typing import Final
 
 from engine.chat.conversation import Note, RowProblem, describe
-from engine.chat.message import check_function_name, parse_if_text
+from engine.chat.message import check_function_name
+from engine.chat.written import parse_if_text
 
 _TOOL_FIX = (
     'Write each as {"type": "function", "function": {"name": "...", "description": "...", '

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeGuard
 
-from engine.chat.message import IMAGE_ENDINGS
+from engine.chat.image_values import IMAGE_ENDINGS
 from engine.data.content import damaged
 from engine.data.formats import KNOWN_ENDINGS, READERS, ending_of
 from engine.errors import UserError

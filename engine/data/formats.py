@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.chat.conversation import RowProblem
-from engine.chat.message import IMAGE_ENDINGS
+from engine.chat.image_values import IMAGE_ENDINGS
 from engine.data.content import (
     COMPRESSIONS,
     PASSED,

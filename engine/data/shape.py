@@ -12,9 +12,10 @@ from pathlib import Path
 
 from engine.chat.column_names import is_bookkeeping
 from engine.chat.conversation import Conversation, Image, Part, RowFormat, RowProblem, Think
+from engine.chat.image_values import looks_like_image
 from engine.chat.judged import propose_judged
-from engine.chat.message import load_json, looks_like_image
 from engine.chat.row import read_row
+from engine.chat.written import load_json
 from engine.config import DatasetConfig
 from engine.data.requests import FirstRow, Shape
 from engine.data.sources import iterate_rows
