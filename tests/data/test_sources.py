@@ -76,9 +76,8 @@ class TestGoodFiles:
     @given(
         rows=st.lists(
             st.dictionaries(
-                st.text(max_size=5).filter(
-                    lambda key: key not in SPEAKERS
-                ),  # else one conversation
+                # A list of what has a speaker is one conversation.
+                st.text(max_size=5).filter(lambda key: key not in SPEAKERS),
                 st.text() | st.integers() | st.lists(st.floats(allow_nan=False)),
             ),
             min_size=1,
